@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run
     from posthoc_cli.synthesis.engine import synthesize
     from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
-    from posthoc_cli.targets import Beta, Between, Coefficients, Decay, Mean, Window
+    from posthoc_cli.targets import Beta, Between, Coefficients, Decay, Groups, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
 
 __all__ = [
-    "Beta", "Between", "Coefficients", "Decay", "Mean", "PostHocEMA", "PostHocError", "PowerFunction", "Run",
-    "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file", "gamma_from_sigma_rel",
-    "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize",
+    "Beta", "Between", "Coefficients", "Decay", "Groups", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
+    "Run", "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
+    "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize",
 ]  # fmt: skip
 
 _HOMES = {
-    "Beta": "targets", "Between": "targets", "Coefficients": "targets", "Decay": "targets", "Mean": "targets",
-    "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors", "PowerFunction": "profiles", "Run": "run",
-    "Schedule": "planning", "disk_sources": "synthesis.plan", "error_curve": "planning",
-    "export_file": "export.convert", "gamma_from_sigma_rel": "profiles", "plan_synthesis": "synthesis.plan",
-    "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine",
+    "Beta": "targets", "Between": "targets", "Coefficients": "targets", "Decay": "targets", "Groups": "targets",
+    "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
+    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "synthesis.plan",
+    "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
+    "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",
+    "synthesize": "synthesis.engine",
 }  # fmt: skip
 """The module of each name that is no module itself."""
 

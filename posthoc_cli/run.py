@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     made = {name: tensors[0] for name, tensors in synthesize(plan, Options(device))}
     weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
     weights.predicted_error = plan.predicted_error(0)
-    weights.profile_error = float(plan.reconstruction.profile_error[0])
+    weights.profile_error = plan.profile_error(0)
     return weights
 
 
@@ -218,9 +218,11 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
+        accumulate: torch.dtype | str | None = None,
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
-        return plan_synthesis(self._checked_sources(), as_targets(targets), t, step, method, max_error, dtype)
+        wanted = as_targets(targets)
+        return plan_synthesis(self._checked_sources(), wanted, t, step, method, max_error, dtype, accumulate)
 
     def average(
         self,
@@ -257,43 +259,17 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
-        layout: str | None = None,
-        max_shard_size: str = "5GB",
-        device: str = "auto",
         accumulate: torch.dtype | str | None = None,
-        overwrite: bool = False,
-        skip_existing: bool = False,
-        dry_run: bool = False,
-        shard: str | None = None,
-        finish: bool = False,
-        distributed: bool = False,
-        like: str | Path | None = None,
-        component: str | None = None,
-        through_library: bool = False,
         progress: ProgressBar = no_bar,
+        **options: Any,
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each appears complete or not at all.
 
         Arguments:
-            targets, t, step, method, max_error, dtype: as in `plan_synthesis`.
+            targets, t, step, method, max_error, dtype, accumulate: as in `plan_synthesis`.
             out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
-            layout: "safetensors", "sharded", "pt" or "dcp"; by default from the output's name.
-            max_shard_size: of the sharded layout.
-            device: where the sums are made: "auto", "cpu", "cuda", ...
-            accumulate: dtype of the sums, as in `plan_synthesis`.
-            overwrite: replace outputs that are there.
-            skip_existing: leave outputs of the same plan as they are.
-            dry_run: plan only.
-            shard: "K/N": make part K of N, a shard in the folder `out`.
-            finish: verify the parts that are there, and write the index.
-            distributed: this is one of the processes of a torchrun job, all of which make this call.
-            like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged
-                weights: the same names, files and dtypes, and copies of all other files. What the run does not have is
-                the folder's (`SynthesisReport.taken`).
-            component: the part of a pipeline's folder with the weights, such as "unet"; by default the one that fits.
-            through_library: have transformers load and save the model, as is done by itself where names on disk differ
-                from those in memory.
             progress: opens a progress bar.
+            options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
 
         Returns:
             What was made; None in every process of a torchrun job but the first.
@@ -302,46 +278,14 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, NotReadyError, RankError.
         """
         from posthoc_cli.export.job import Synthesis
+        from posthoc_cli.export.layouts import OutputOptions
 
+        planning = {"t": t, "step": step, "method": method, "max_error": max_error, "accumulate": accumulate}
+        wanted, asked = as_targets(targets), OutputOptions(**options)
         return Synthesis(
-            self._checked_sources, as_targets(targets), None if out is None else str(out), t, step, method, max_error,
-            dtype, layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish,
-            distributed, None if like is None else files.expanded(like), component, through_library, progress,
+            lambda dtype: self.plan(wanted, dtype=dtype, **planning),  # type: ignore[arg-type]
+            lambda: self.tensors, wanted, None if out is None else str(out), dtype, asked, progress,
         ).run()  # fmt: skip
-
-    def write_groups(
-        self,
-        groups: Sequence[Mapping[str, float]],
-        paths: Sequence[Path],
-        *,
-        t: float | None = None,
-        step: int | None = None,
-        method: str | None = None,
-        max_error: float | None = None,
-        dtype: torch.dtype | str | None = None,
-        layout: str | None = None,
-        overwrite: bool = False,
-    ) -> list[float | None]:
-        """Write outputs whose tensors have averages of different lengths, all in one pass.
-
-        Arguments:
-            groups: for each output sigma_rel by glob on tensors' names, such as `{"unet.up.*": 0.12, "*": 0.08}`. The
-                first glob that matches a name counts. All outputs have the same globs.
-            paths: of the outputs.
-            t, step, method, max_error, dtype, layout, overwrite: as in `write`.
-
-        Returns:
-            The predicted error of each output: the largest of its groups; None if one is not known.
-
-        Raises:
-            InvalidValueError: also a tensor that no glob matches, or a glob without a tensor.
-            InexactError, OutputExistsError, WriteError, NonFiniteError.
-        """
-        from posthoc_cli.export.groups import write_groups
-        from posthoc_cli.synthesis.engine import Options
-
-        plan = functools.partial(self.plan, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
-        return write_groups(plan, groups, paths, Options(layout=layout, overwrite=overwrite))
 
     # --- errors
 

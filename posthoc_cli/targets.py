@@ -2,7 +2,7 @@
 
 A target is independent of the run; its profile follows from the time of the average, the run's clock and the time of
 the first update. The constructor checks what does not depend on the run, `profile` the rest. The targets that name
-coefficients have no profile of their own: their `choose` gives the coefficients of the stored averages.
+coefficients have no profile of their own: their `coefficients_of` gives the coefficients of the stored averages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import numbers
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -352,13 +352,49 @@ def _read_points(path: Path, subject: str, columns: str) -> Tabulated:
         raise InvalidValueError(subject, reason, value=path) from error
 
 
-class Chosen(_Named, ABC):
+@dataclass(frozen=True)
+class Groups(_Named):
+    """Averages whose tensors have different lengths: sigma_rel by glob on their names; the first that matches counts.
+
+    `Groups({"unet.up.*": 0.12, "*": 0.08})`
+    """
+
+    widths: Mapping[str, float]
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            raise InvalidValueError("group", "is missing: a glob and its sigma_rel")
+        object.__setattr__(self, "widths", {glob: SigmaRel(width).sigma_rel for glob, width in self.widths.items()})
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.widths.items()))
+
+    def _names(self) -> tuple[str, str]:
+        widths = self.widths.items()
+        title = ", ".join(f"{width!r} ({glob})" for glob, width in widths)
+        return f"groups-{'-'.join(repr(width) for _, width in widths)}", f"sigma_rel {title}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
+        """None: each group has its own."""
+        raise InvalidValueError(self.title, "has a profile for each group; name one sigma_rel")
+
+
+def separate(targets: Sequence[Target]) -> list[Target]:
+    """The targets, those of `Groups` one after another."""
+    each: list[Target] = []
+    for target in targets:
+        each += map(SigmaRel, target.widths.values()) if isinstance(target, Groups) else [target]
+    return each
+
+
+class FixedCoefficients(_Named, ABC):
     """A target that names the coefficients themselves."""
 
     sigma_rel = None
 
     @abstractmethod
-    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
+    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
         """The coefficients, with sum 1, of stored averages, by their files' names and profiles: in their order.
 
         Raises:
@@ -371,7 +407,7 @@ class Chosen(_Named, ABC):
 
 
 @dataclass(frozen=True)
-class Mean(Chosen):
+class Mean(FixedCoefficients):
     """The plain mean of the last checkpoints at or before the time of the average, whatever their distances.
 
     Of averages, if a run has no checkpoints and one tracked profile.
@@ -388,7 +424,7 @@ class Mean(Chosen):
     def _names(self) -> tuple[str, str]:
         return f"mean-last-{self.last}", f"mean of the last {self.last}"
 
-    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
+    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
         """1 / last for each of the last ones."""
         kinds = [isinstance(profile, Point) for profile in stored]
         if not any(kinds) and len({profile.t for profile in stored}) < len(names):
@@ -403,7 +439,7 @@ class Mean(Chosen):
 
 
 @dataclass(frozen=True)
-class Coefficients(Chosen):
+class Coefficients(FixedCoefficients):
     """Exactly the coefficients in a file of lines name,coefficient, with sum 1.
 
     Names are those of files or folders, as `ema info` shows them; the header line is optional.
@@ -417,7 +453,7 @@ class Coefficients(Chosen):
     def _names(self) -> tuple[str, str]:
         return f"coefficients-{self.path.stem}", f"coefficients in {self.path.name}"
 
-    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:  # noqa: ARG002
+    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:  # noqa: ARG002
         """Those in the file; 0 for the others."""
         place = {name: index for index, name in enumerate(names)}
         coefficients = np.zeros(len(names))

@@ -42,7 +42,7 @@ from synthesis_cases import (
     write_sparse_snapshots,
 )
 
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.candidates import Candidates
 from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into
@@ -119,7 +119,9 @@ def measure_model(report: Report, folder: Path, parameters: int, device: str) ->
         },
         nbytes,
     )
-    report.time("all cores, to a file", lambda: write_synthesis(plan, [out], Options(device, overwrite=True)), nbytes)
+    report.time(
+        "all cores, to a file", lambda: write_synthesis(plan, [out], OutputOptions(device, overwrite=True)), nbytes
+    )
     size = out.stat().st_size
     report.time("writing and fsyncing as many bytes, plainly", lambda: write_plainly([out], size), size)
     forget = lambda: drop_from_cache(run)  # noqa: E731
@@ -171,9 +173,9 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
 
     file, plain, files = report.times(
         {
-            "one target, to a file": lambda: write_synthesis(one, outputs[:1], Options(device)),
+            "one target, to a file": lambda: write_synthesis(one, outputs[:1], OutputOptions(device)),
             "writing and fsyncing 31 files, plainly": lambda: write_plainly(outputs, nbytes),
-            "31 targets, to files": lambda: write_synthesis(many, outputs, Options(device)),
+            "31 targets, to files": lambda: write_synthesis(many, outputs, OutputOptions(device)),
         },
         before=clear,
     )

@@ -25,7 +25,7 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 from posthoc_cli import Between, PostHocEMA, PowerFunction
 from posthoc_cli.cli.output import ProgressLines
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import read_header
@@ -149,7 +149,7 @@ def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_
 
 def test_a_file_and_a_target_alone_have_the_bytes_of_targets_in_company(mixed: Path, tmp_path: Path) -> None:
     plan, outputs = plan_of(mixed), [tmp_path / f"{target}.safetensors" for target in TARGETS]
-    write_synthesis(plan, outputs, Options(workers=3))
+    write_synthesis(plan, outputs, OutputOptions(workers=3))
     together, found = bits(plan), [load_file(path) for path in outputs]
     for name, values in together.items():
         assert [as_bytes(tensors[name]) for tensors in found] == values, name
@@ -332,7 +332,9 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_synthesis(plan_of(mixed), [tmp_path / f"{t}.safetensors" for t in TARGETS], Options(progress=interrupt))
+        write_synthesis(
+            plan_of(mixed), [tmp_path / f"{t}.safetensors" for t in TARGETS], OutputOptions(progress=interrupt)
+        )
     assert list(tmp_path.iterdir()) == threads() == []
     stream = synthesize(plan_of(mixed))
     next(stream)
@@ -342,15 +344,15 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
 
 def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, after = itertools.count(), []
-    average: Callable[..., None] = engine.Maker._average
+    result = Sums.result
 
-    def fail(self: engine.Maker, tile: object, *rest: object) -> None:
+    def fail(sums: Sums) -> torch.Tensor:
         if next(begun) == 0:
             raise NonFiniteError("w", "the first error")
-        average(self, tile, *rest)
-        after.append(tile)
+        after.append(sums)
+        return result(sums)
 
-    monkeypatch.setattr(engine.Maker, "_average", fail)
+    monkeypatch.setattr(Sums, "result", fail)
     with pytest.raises(NonFiniteError, match="the first error"):
         bits(plan_of(mixed), workers=4)
     assert threads() == []
@@ -413,7 +415,7 @@ def test_no_thread_leaves_work_under_way_when_an_error_stops_it(mixed: Path, mon
         streams.log.append(("fail", threading.get_ident()))
         raise NonFiniteError("w", "an error")
 
-    monkeypatch.setattr(engine.Maker, "_average", fail)
+    monkeypatch.setattr(Sums, "result", fail)
     with pytest.raises(NonFiniteError, match="an error"):
         list(synthesize_into(plan_of(mixed), streams.open, Options(workers=3)))
     failed = [(index, what) for index, (kind, what) in enumerate(streams.log) if kind == "fail"]

@@ -21,7 +21,7 @@ import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.errors import OutputExistsError, RankError, WriteError
 from posthoc_cli.export import ranks
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
 from posthoc_cli.export.ranks import Ranks
 from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis

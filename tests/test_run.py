@@ -115,20 +115,8 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_pa
     assert ema("error-plot", run.directory, *arguments).json == report.to_dict()
     assert table.read_text() == (tmp_path / "other.csv").read_text() == report.to_csv()
     task = Task(1000, 100, 10_000, sigma_rels=(0.1,), dtype="float16")
-    fixed = [
-        "--steps",
-        "1000",
-        "--params",
-        "100",
-        "--max-size",
-        "10kB",
-        "--sigma-rels",
-        "0.1",
-        "--dtype",
-        "fp16",
-        "--json",
-    ]
-    printed = ema("plan", *fixed, "--like", run.directory).json
+    fixed = "--steps 1000 --params 100 --max-size 10kB --sigma-rels 0.1 --dtype fp16 --json"
+    printed = ema("plan", *fixed.split(), "--like", run.directory).json
     assert printed == json.loads(json.dumps(plan_training(task, run).to_dict()))
 
 

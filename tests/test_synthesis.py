@@ -15,7 +15,7 @@ from factories import RUN_ID, exact_gamma, write_snapshot
 from safetensors.torch import load_file
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
 from posthoc_cli.synthesis.engine import Options, parse_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis

@@ -267,13 +267,13 @@ def test_the_density_of_a_decay_is_the_slope_of_its_tail(shape: str) -> None:
 
 def test_the_mean_is_of_the_last_checkpoints() -> None:
     stored = [Point(30), PowerFunction(5.0, 40.0), Point(10), Point(20)]
-    assert Mean(2).choose(["a", "b", "c", "d"], stored).tolist() == [0.5, 0, 0, 0.5]
+    assert Mean(2).coefficients_of(["a", "b", "c", "d"], stored).tolist() == [0.5, 0, 0, 0.5]
     averages = [PowerFunction(5.0, 10.0), PowerFunction(5.0, 20.0)]
-    assert Mean(1).choose(["a", "b"], averages).tolist() == [0, 1]
+    assert Mean(1).coefficients_of(["a", "b"], averages).tolist() == [0, 1]
     with refused("mean", "only 3 are there"):
-        Mean(4).choose(["a", "b", "c", "d"], stored)
+        Mean(4).coefficients_of(["a", "b", "c", "d"], stored)
     with refused("mean", "several averages of each time"):
-        Mean(1).choose(["a", "b"], [PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
+        Mean(1).coefficients_of(["a", "b"], [PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
 
 
 @pytest.mark.parametrize(
@@ -290,10 +290,10 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
 )
 def test_coefficients_that_cannot_be_used_are_named(tmp_path: Path, content: str | bytes, words: str) -> None:
     with refused("coefficients", words):
-        Coefficients(written(tmp_path, content)).choose(["a", "b"], [Point(1), Point(2)])
+        Coefficients(written(tmp_path, content)).coefficients_of(["a", "b"], [Point(1), Point(2)])
 
 
 def test_coefficients_are_taken_by_name(tmp_path: Path) -> None:
     target = Coefficients(written(tmp_path, "# mine\nname,coefficient\nb, 1.5\n\na,-0.5\n"))
-    assert target.choose(["a", "b", "x,y"], [Point(1), Point(2), Point(3)]).tolist() == [-0.5, 1.5, 0]
+    assert target.coefficients_of(["a", "b", "x,y"], [Point(1), Point(2), Point(3)]).tolist() == [-0.5, 1.5, 0]
     assert (target.label, target.title) == ("coefficients-curve", "coefficients in curve.csv")

@@ -11,7 +11,7 @@ from typer import Option
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.targets import Coefficients
+from posthoc_cli.targets import Coefficients, Groups, separate
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
@@ -123,23 +123,7 @@ def synthesize(
     targets = values.parse_targets(sigma_rel, beta, window, between, profile, decay=decay, over=over, lr=lr)
     targets += [] if mean is None else [values.parse_mean(mean)]
     targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
-    if group:
-        moved = device != "auto" or accumulate is not None or max_shard_size != values.MAX_SHARD_SIZE.default
-        folders = like is not None or component is not None or through_library
-        if targets or shard or finish or moved or folders or skip_existing or dry_run or as_json or out is None:
-            others = "--shard, --finish, --skip-existing, --dry-run, --json, --like, --device, --accumulate, "
-            others += "--max-shard-size"
-            raise InvalidValueError("--group", f"needs --out, and goes with no other target, nor with {others}")
-        groups, path = values.parse_groups(group), files.expanded(out)
-        (error,) = values.open_run(directory, checkpoints, origin).write_groups(
-            [groups], [path], t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
-            max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
-            overwrite=overwrite,
-        )  # fmt: skip
-        if not quiet:
-            listed = ", ".join(f"{glob} {width:g}" for glob, width in groups.items())
-            output.print_line(f"made sigma_rel of {listed}, predicted error up to {output.percent(error)}: {path}")
-        return
+    targets += [Groups(values.parse_groups(group))] if group else []
     if not targets:
         kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
@@ -179,7 +163,7 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
         _print_coefficients(plan, verbose)
     errors = {"predicted error": [plan.predicted_error(index) for index in range(len(plan.targets))]}
     if verbose or plan.method == "paper":
-        errors["profile error"] = [*plan.reconstruction.profile_error.tolist()]
+        errors["profile error"] = [plan.profile_error(index) for index in range(len(plan.targets))]
     if len(plan.targets) > 1:
         _print_table(report, errors)
     if made:
@@ -190,7 +174,7 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
 
 def _print_coefficients(plan: Plan, verbose: bool) -> None:
     """Each target's snapshots by time: all, or those with the largest coefficients."""
-    for target, column in zip(plan.targets, plan.reconstruction.coefficients.T.tolist(), strict=True):
+    for target, column in zip(separate(plan.targets), plan.reconstruction.coefficients.T.tolist(), strict=True):
         rows = []
         for index in output.largest(column, verbose):
             source = plan.sources[index]

@@ -21,10 +21,14 @@ from posthoc_cli.errors import (
     OutputExistsError,
     shown,
 )
-from posthoc_cli.export.outputs import (
+from posthoc_cli.export.layouts import (
     DEFAULT_SHARD_SIZE,
     OTHER_FOLDER,
     PICKLES,
+    OutputOptions,
+    check_shape,
+    converted,
+    finite,
     layout_of,
     make_sink,
     output_exists,
@@ -37,7 +41,6 @@ from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
 from posthoc_cli.snapshots.reader import OpenSnapshot, PartedFile, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
-from posthoc_cli.synthesis.engine import Options
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def export_file(
     started = time.perf_counter()
     sources = models_at(source)
     outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
-    options = Options(overwrite=overwrite, max_shard_size=files.parse_bytes(max_shard_size, "max_shard_size"))
+    options = OutputOptions(overwrite=overwrite, max_shard_size=max_shard_size)
+    options.shard_bytes  # noqa: B018  checks it
     made, wanted = {}, parse_dtype(dtype)
     total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
     with progress("exporting", total) as advance:
@@ -156,18 +160,10 @@ class _PlannedTensor:
 
     def read(self) -> torch.Tensor:
         stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
-        result = stored.to(torch_dtype(self.dtype))
         where = f"{self.file.path}: tensor {self.name!r}"
-        if self.role == "average" and not bool(_finite(stored).all()):
+        if self.role == "average" and not bool(finite(stored).all()):
             raise NonFiniteError(where, "holds nan or infinity")
-        if result.dtype != stored.dtype and bool((_finite(stored) & ~_finite(result)).any()):
-            raise NonFiniteError(where, f"{self.dtype} cannot hold its largest value")
-        return result
-
-
-def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Which values are finite; torch has no `isfinite` for every 8-bit dtype."""
-    return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+        return converted(where, stored, torch_dtype(self.dtype))
 
 
 def _read_source(
@@ -243,9 +239,8 @@ def _read_base(
             seen.add(name)
             if name not in own:
                 tensors[name] = _planned(file, name, entry.dtype, "other", dtype)
-            elif own[name].shape != entry.shape:
-                shapes = f"has the shape {list(entry.shape)}, the average {list(own[name].shape)}"
-                raise MismatchError(file.path, f"tensor {name!r} {shapes}")
+            else:
+                check_shape(file.path, name, entry.shape, own[name].shape)
     if not seen & own.keys():
         names = f"its names look like {min(seen, default='')!r}, theirs like {min(own, default='')!r}"
         hint = "rename them by prefix and strip_prefix"

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,13 +18,13 @@ import torch
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.export.layouts import OutputOptions, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.model_folder import ModelFolder
-from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.synthesis.engine import AUTO_REASON, Options, parse_device, worker_count
-from posthoc_cli.synthesis.plan import Plan, Source, parse_accumulate, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.engine import AUTO_REASON, parse_device, worker_count
+from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
 from posthoc_cli.targets import Target
 
 
@@ -90,134 +90,118 @@ class SynthesisReport:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """A request for averages as files; `Run.write` says what its fields are."""
+    """A request for averages as files.
 
-    sources: Callable[[], Sequence[Source]]
+    Attributes:
+        planned: plans the targets in a dtype, with the snapshots that are there now.
+        names: gives the names of the run's tensors.
+        targets, out, dtype, progress: as in `Run.write`.
+        asked: how, as the caller says it.
+    """
+
+    planned: Callable[[torch.dtype | str | None], Plan]
+    names: Callable[[], Iterable[str]]
     targets: tuple[Target, ...]
     out: str | None
-    t: float | None = None
-    step: int | None = None
-    method: str | None = None
-    max_error: float | None = None
-    dtype: torch.dtype | str | None = None
-    layout: str | None = None
-    max_shard_size: str = DEFAULT_SHARD_SIZE
-    device: str = "auto"
-    accumulate: torch.dtype | str | None = None
-    overwrite: bool = False
-    skip_existing: bool = False
-    dry_run: bool = False
-    shard: str | None = None
-    finish: bool = False
-    distributed: bool = False
-    like: Path | None = None
-    component: str | None = None
-    through_library: bool = False
-    progress: ProgressBar = no_bar
+    dtype: torch.dtype | str | None
+    asked: OutputOptions
+    progress: ProgressBar
 
     def run(self) -> SynthesisReport | None:
         """Do it; None in every process of a torchrun job but the first."""
-        started = time.perf_counter()
+        started, asked = time.perf_counter(), self.asked
         part = self._checked_part()
         for path in self._outputs[0] if self._outputs[1] is None else [self._outputs[1]]:
-            if not self.dry_run and not path.parent.is_dir():
+            if not asked.dry_run and not path.parent.is_dir():
                 raise InvalidValueError("out", "its folder does not exist", value=path)
-        parse_accumulate(self.accumulate)
         device = str(self._options.device)  # options are checked before anything is read
         if part is not None:
             report: SynthesisReport | None = self._make_part(part)
-        elif self.finish:
+        elif asked.finish:
             report = self._finish()
         else:
-            report = self._share() if self.distributed else self._make()
-        reason, seconds = AUTO_REASON if self.device == "auto" else "asked for", time.perf_counter() - started
+            report = self._share() if asked.distributed else self._make()
+        reason, seconds = AUTO_REASON if asked.device == "auto" else "asked for", time.perf_counter() - started
         return None if report is None else replace(report, device=device, reason=reason, seconds=seconds)
 
     def _checked_part(self) -> Part | None:
         """The part to make, of a synthesis in parts, after a check of the options that say so."""
-        if self.overwrite and self.skip_existing:
+        asked = self.asked
+        if asked.overwrite and asked.skip_existing:
             raise InvalidValueError("overwrite and skip_existing", "give one of them")
-        if self.shard is not None and self.finish:
+        if asked.shard is not None and asked.finish:
             raise InvalidValueError("shard and finish", "give one of them; finish when all parts are made")
-        if self.out is None and (self.finish or not self.dry_run):
-            reason = "is missing" if self.finish else "is missing; only a dry run needs no output"
+        if self.out is None and (asked.finish or not asked.dry_run):
+            reason = "is missing" if asked.finish else "is missing; only a dry run needs no output"
             raise InvalidValueError("out", reason)
-        in_parts = self.finish or self.distributed or self.shard is not None
-        if self.like is None and (self.component is not None or self.through_library):
+        if asked.like is None and (asked.component is not None or asked.through_library):
             raise InvalidValueError("like", "is missing; component and through_library are about a model folder")
-        others = (in_parts, self.overwrite, self.skip_existing, self.layout, parse_dtype(self.dtype))
-        if self.like is not None and any(others):
+        others = (self._in_parts, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(self.dtype))
+        if asked.like is not None and any(others):
             reason = "says all about the output: no layout, dtype, overwrite, skip_existing or parts beside it"
             raise InvalidValueError("like", reason)
-        if self.skip_existing and in_parts:
+        if asked.skip_existing and self._in_parts:
             raise InvalidValueError(
                 "skip_existing", "existing parts of the same plan are kept in any case", "leave it out"
             )
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", self.shard or "")
-        if match is None and self.shard is not None:
-            example = "must be K/N, part K of N, such as 3/8 for the third of eight"
-            raise InvalidValueError("shard", example, value=self.shard or "(empty)")
-        part = None if match is None else Part(int(match[1]), int(match[2]))
+        part = None if asked.shard is None else Part.parse(asked.shard)
         is_file = self.out is not None and re.search(r"\.(safetensors|pt|pth|bin)$", self.out) is not None
-        if in_parts and (is_file if self.layout is None else self.layout != "sharded"):
-            name, value = ("out", self.out) if self.layout is None else ("layout", self.layout)
+        if self._in_parts and (is_file if asked.layout is None else asked.layout != "sharded"):
+            name, value = ("out", self.out) if asked.layout is None else ("layout", asked.layout)
             reason = "a synthesis in parts makes a folder of shards; name a folder"
             raise InvalidValueError(name, reason, "an export makes one file of it", value=value)
         return part
 
+    @property
+    def _in_parts(self) -> bool:
+        return self.asked.finish or self.asked.distributed or self.asked.shard is not None
+
+    @cached_property
+    def _options(self) -> OutputOptions:
+        """What was asked for, with the device and the layout that follow from it."""
+        asked, device = self.asked, str(self.asked.device)
+        if asked.distributed and device == "cuda":  # each rank of a machine takes one of its own
+            device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
+        device = "cpu" if asked.dry_run and device == "auto" else parse_device(device)
+        in_folder = self._in_parts or asked.like is not None
+        layout = "sharded" if in_folder else asked.layout
+        return replace(asked, device=device, layout=layout, max_shard_size=asked.shard_bytes)
+
     @cached_property
     def _outputs(self) -> tuple[list[Path], Path | None]:
         """One a target, and their folder if it is to be made; none without a name."""
-        return ([], None) if self.out is None else output_paths(self.targets, self.out, self._layout)
-
-    @property
-    def _layout(self) -> str | None:
-        in_folder = self.finish or self.distributed or self.shard is not None or self.like is not None
-        return "sharded" if in_folder else self.layout
-
-    @cached_property
-    def _options(self) -> Options:
-        device = self.device
-        if self.distributed and device == "cuda":  # each rank of a machine takes one of its own
-            device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
-        device = "cpu" if self.dry_run and device == "auto" else parse_device(device)
-        limit = files.parse_bytes(self.max_shard_size, "max_shard_size")
-        return Options(device, None, None, self._layout, self.overwrite, limit)
+        return ([], None) if self.out is None else output_paths(self.targets, self.out, self._options.layout)
 
     def _plan(self) -> Plan:
         """The plan of the snapshots that are there now."""
-        dtype = self.dtype if self._model_folder is None else self._model_folder.dtype
-        options = (self.t, self.step, self.method, self.max_error, dtype, self.accumulate)
-        return plan_synthesis(self.sources(), self.targets, *options)
+        return self.planned(self.dtype if self._model_folder is None else self._model_folder.dtype)
 
     @cached_property
     def _model_folder(self) -> ModelFolder | None:
         """The folder that outputs are to be like."""
-        if self.like is None:
-            return None
-        newest = self.sources()[-1].info
-        return ModelFolder.find(self.like, self.component, newest.tensors.keys() | newest.aliases.keys())
+        like = self.asked.like
+        return None if like is None else ModelFolder.find(files.expanded(like), self.asked.component, self.names())
 
     def _make(self) -> SynthesisReport:
-        (paths, folder), options = ([], None) if self.dry_run else self._outputs, self._options
+        asked, folder = self.asked, self._model_folder
+        paths, container = ([], None) if asked.dry_run else self._outputs
         existing: set[int] = set()
         taken: tuple[str, ...] = ()
 
         def write(plan: Plan) -> Plan:
             nonlocal taken
-            if self._model_folder is not None and paths:
-                with self.progress("synthesizing", plan.read_bytes) as advance, ExitStack() as stack:
-                    if folder is not None:
-                        stack.enter_context(files.new_directory(folder))
-                    filled = replace(options, progress=advance)
-                    taken = self._model_folder.write(plan, paths, filled, self.through_library)
-                return plan
-            existing.update(existing_outputs(plan, paths, options.layout) if self.skip_existing else ())
+            existing.update(existing_outputs(plan, paths, self._options.layout) if asked.skip_existing else ())
             wanted = [index for index in range(len(paths)) if index not in existing]
-            if wanted:
-                with self.progress("synthesizing", plan.read_bytes) as advance:
-                    chosen = [paths[index] for index in wanted]
-                    write_synthesis(plan.only(wanted), chosen, replace(options, progress=advance), folder)
+            if not wanted:
+                return plan
+            with self.progress("synthesizing", plan.read_bytes) as advance, ExitStack() as stack:
+                options = replace(self._options, progress=advance)
+                if folder is None:
+                    write_synthesis(plan.only(wanted), [paths[index] for index in wanted], options, container)
+                else:
+                    if container is not None:
+                        stack.enter_context(files.new_directory(container))
+                    taken = folder.write(plan, paths, options)
             return plan
 
         plan = with_consistent_plan(self._plan, write)
@@ -226,7 +210,7 @@ class Synthesis:
     def _make_part(self, part: Part) -> SynthesisReport:
         parted = self._parted(self._plan(), part.of)
         made = parted.describe(part)
-        if not self.dry_run:
+        if not self.asked.dry_run:
             with self.progress("synthesizing", made.read_bytes) as advance:
                 made = parted.make(part, advance)
         return self._report(parted.plan, made.paths, made.there, made)
@@ -235,7 +219,7 @@ class Synthesis:
         plan, (paths, _) = self._plan(), self._outputs
         parted = self._parted(plan, parts_to_finish(paths, lambda count: self._parted(plan, count).plan_ids))
         with self.progress("verifying", len(plan.targets) * plan.nbytes) as advance:
-            done = finish(parted, True, advance, write=not self.dry_run)
+            done = finish(parted, True, advance, write=not self.asked.dry_run)
         return self._report(plan, paths, done.there, done)
 
     def _share(self) -> SynthesisReport | None:
@@ -245,11 +229,11 @@ class Synthesis:
             if ranks.rank:  # the first one logs for all
                 logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
             plan = self._plan()
-            count = parts_for(plan.nbytes, self._options.max_shard_size, ranks.world)
+            count = parts_for(plan.nbytes, self._options.shard_bytes, ranks.world)
             parted = self._parted(plan, count, max(1, worker_count() // local_rank()[1]))
             own = parted.parts[ranks.rank :: ranks.world]
             described = tuple(map(parted.describe, own))
-            if self.dry_run:
+            if self.asked.dry_run:
                 return None if ranks.rank else self._report(plan, parts=Shares(count, described, ranks.world))
             ranks.begin(parted.check_space)  # for all parts, before any is made
             bar = no_bar if ranks.rank else self.progress
@@ -276,6 +260,6 @@ class Synthesis:
         existing: Iterable[int] = (),
         parts: MadePart | Finished | Shares | None = None,
     ) -> SynthesisReport:
-        if self.dry_run:
+        if self.asked.dry_run:
             outputs = existing = ()
         return SynthesisReport(plan, tuple(outputs), frozenset(existing), parts)

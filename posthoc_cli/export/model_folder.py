@@ -17,19 +17,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     MismatchError,
-    NonFiniteError,
     OutputExistsError,
     VanishedError,
 )
-from posthoc_cli.export.outputs import check_space
+from posthoc_cli.export.layouts import OutputOptions, check_shape, check_space, converted
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reader import TensorFile, read_header
@@ -61,17 +58,17 @@ class ModelFolder:
             raise InvalidValueError("like", "is not a folder", value=path)
         if component and (component == ".." or Path(component).name != component):
             raise InvalidValueError("component", "must be the name of a folder in the model folder", value=component)
-        parts = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
-        if component is not None or _weights_at(path) is not None or not parts:
+        there = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
+        if component is not None or _weights_at(path) is not None or not there:
             found = cls(path, component or "")
             if _weights_at(found.place) is None:
                 names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
                 raise InvalidValueError("like", f"has no weights: {names}, or their index", value=found.place)
             return found
         known = set(tensors)
-        fitting = [part for part in parts if known & cls(path, part).entries.keys()]
+        fitting = [name for name in there if known & cls(path, name).entries.keys()]
         if len(fitting) != 1:
-            reason = f"has weights in: {', '.join(parts)}; with names of the run's in {len(fitting)}"
+            reason = f"has weights in: {', '.join(there)}; with names of the run's in {len(fitting)}"
             raise InvalidValueError("like", reason, "name the part: component", value=path)
         return cls(path, fitting[0])
 
@@ -106,9 +103,7 @@ class ModelFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def write(
-        self, plan: Plan, outs: Sequence[Path], options: Options = Options(), through_library: bool = False
-    ) -> tuple[str, ...]:
+    def write(self, plan: Plan, outs: Sequence[Path], options: OutputOptions) -> tuple[str, ...]:
         """Write a folder for each target of a plan; each appears complete or not at all.
 
         Returns:
@@ -134,7 +129,7 @@ class ModelFolder:
             with files.reported_as_write_error(outs[0]):
                 for folder in temporary:
                     (folder / self.component).mkdir(parents=True)
-                if absent or through_library:
+                if absent or options.through_library:
                     taken = self._write_through_library(plan, temporary, options, absent)
                 else:
                     taken = self._write_files(plan, temporary, options)
@@ -158,10 +153,7 @@ class ModelFolder:
         for name, (file, entry) in entries.items():
             if name not in known:
                 continue
-            shape = plan.newest.stored[known[name]].shape
-            if entry.shape != shape:
-                shapes = f"has the shape {list(entry.shape)}, the average {list(shape)}"
-                raise MismatchError(file, f"tensor {name!r} {shapes}")
+            check_shape(file, name, entry.shape, plan.newest.stored[known[name]].shape)
             if plan.tensors[known[name]].role == "average" and entry.dtype not in EPS:
                 raise MismatchError(file, f"tensor {name!r} is quantized: {entry.dtype} cannot hold an average")
         by_file: dict[Path, list[str]] = {}
@@ -188,7 +180,8 @@ class ModelFolder:
                 if name in entries:
                     file, entry = entries[name]
                     for own, value in zip(writers, values, strict=True):
-                        own[file].write(name, tensor_bytes(_converted(name, value, torch_dtype(entry.dtype))))
+                        made = converted(f"tensor {name!r}", value, torch_dtype(entry.dtype))
+                        own[file].write(name, tensor_bytes(made))
             for own in writers:
                 for writer in own.values():
                     writer.commit()
@@ -232,10 +225,8 @@ class ModelFolder:
             for name, (value,) in synthesize(plan.only([index]), options):
                 if name not in own:
                     continue
-                if own[name].shape != value.shape:
-                    shapes = f"has the shape {list(own[name].shape)}, the average {list(value.shape)}"
-                    raise MismatchError(self.place, f"tensor {name!r} {shapes}")
-                own[name].data.copy_(_converted(name, value, own[name].dtype))
+                check_shape(self.place, name, own[name].shape, value.shape)
+                own[name].data.copy_(converted(f"tensor {name!r}", value, own[name].dtype))
             model.save_pretrained(folder / self.component, max_shard_size=largest)
         return tuple(name for name in model.state_dict() if name not in known)
 
@@ -263,13 +254,6 @@ def _weights_at(place: Path) -> Path | None:
 
 def _is_weights(path: Path) -> bool:
     return path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and not path.name.endswith(INDEX_SUFFIX))
-
-
-def _converted(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    result = value.to("cpu", dtype)
-    if result.dtype != value.dtype and result.is_floating_point() and not bool(result.float().isfinite().all()):
-        raise NonFiniteError(f"tensor {name!r}", f"the folder's {dtype} cannot hold its largest value")
-    return result
 
 
 def _make_durable(folder: Path) -> None:

@@ -32,9 +32,10 @@ import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NotReadyError, OutputExistsError
-from posthoc_cli.export.outputs import (
+from posthoc_cli.export.layouts import (
     MODEL_FILE,
     OTHER_FOLDER,
+    OutputOptions,
     check_free_folder,
     check_no_snapshot,
     check_space,
@@ -44,7 +45,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import outputs
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index, read_index
 from posthoc_cli.snapshots.reader import Snapshot, read_header, read_small_file, verify_payload
-from posthoc_cli.synthesis.engine import Options, Progress
+from posthoc_cli.synthesis.engine import Progress
 from posthoc_cli.synthesis.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,15 @@ class Part:
         return folder / f"model-{self.number:05d}-of-{self.of:05d}.safetensors"
 
     @staticmethod
+    def parse(text: str) -> Part:
+        """From "3/8"."""
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", text)
+        if match is None:
+            example = "must be K/N, part K of N, such as 3/8 for the third of eight"
+            raise InvalidValueError("shard", example, value=text or "(empty)")
+        return Part(int(match[1]), int(match[2]))
+
+    @staticmethod
     def all(of: int) -> list[Part]:
         """Every part of a job."""
         return [Part(number, of) for number in range(1, of + 1)]
@@ -106,7 +116,7 @@ class PartedSynthesis:
         plan: Plan,
         folders: Sequence[Path],
         parts: int,
-        options: Options = Options(),
+        options: OutputOptions = OutputOptions(),
         container: Path | None = None,
     ) -> None:
         self.plan, self.folders, self.parts = plan, list(folders), Part.all(Part(1, parts).of)
@@ -124,7 +134,7 @@ class PartedSynthesis:
 
     def plan_of(self, part: Part) -> Plan:
         """The plan of one part, for all targets."""
-        return replace(self.plan, part=frozenset(self.division[part.number - 1]))
+        return replace(self.plan, subset=frozenset(self.division[part.number - 1]))
 
     def files_of(self, part: Part) -> list[PartFile]:
         """The file of one part for each target, as it must be."""
@@ -161,7 +171,7 @@ class PartedSynthesis:
             self._write(plan, [wanted[target] for target in missing], replace(self.options, progress=progress))
         return replace(self.describe(part), there=there)
 
-    def _write(self, plan: Plan, wanted: Sequence[PartFile], options: Options) -> None:
+    def _write(self, plan: Plan, wanted: Sequence[PartFile], options: OutputOptions) -> None:
         outermost = self._container or wanted[0].path.parent
         if not outermost.parent.is_dir():
             raise InvalidValueError(outermost, "its folder does not exist")
@@ -263,9 +273,9 @@ def plan_digest(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     dtypes, names and shapes of the output, and the division. Not over coefficients, which another processor
     computes with other roundings: those are compared, see `outputs.SAME_COEFFICIENT`.
     """
-    column = plan.reconstruction.coefficients[:, target]
+    columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
     info, checksums = plan.output_info(target), []
-    for source in (source for source, c in zip(plan.sources, column, strict=True) if c):
+    for source in (source for source, row in zip(plan.sources, columns, strict=True) if row.any()):
         if not isinstance(source, Snapshot | Checkpoint):
             raise InvalidValueError("shard", f"{source.name} is in memory; parts are made from snapshots on disk")
         checksums.append(source.header.metadata["ema.checksum"])

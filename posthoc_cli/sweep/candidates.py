@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.export.outputs import layout_of, output_exists, output_paths, suffix_of
+from posthoc_cli.export.layouts import layout_of, output_exists, output_paths, suffix_of
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.synthesis.plan import Plan
@@ -84,11 +84,6 @@ class Candidates:
                     made[target, t] = paths[target], plan.predicted_error(index)
         return [made[one] for one in wanted]
 
-    def make_groups(self, folder: Path, wanted: Sequence[Mapping[str, float]], t: float) -> list[Made]:
-        """The same, anew, with sigma_rel by glob on tensors' names, all in one pass; errors as `Run.write_groups`."""
-        paths = [self.output(folder, f"groups-{self._digest(t, lengths)}") for lengths in wanted]
-        return list(zip(paths, self.write_groups(wanted, paths, t), strict=True))
-
     def _exists(self, path: Path) -> bool:
         return path.exists() if self.like is not None else output_exists(path, layout_of(path, self.layout))
 
@@ -98,14 +93,6 @@ class Candidates:
             targets, out, t=t, method=self.method, dtype=self.dtype, layout=self.layout, like=self.like,
             component=self.component, overwrite=overwrite, progress=self.progress,
         )  # fmt: skip
-
-    def write_groups(
-        self, wanted: Sequence[Mapping[str, float]], paths: Sequence[Path], t: float
-    ) -> list[float | None]:
-        """As `Run.write_groups`."""
-        return self.run.write_groups(
-            wanted, paths, t=t, method=self.method, dtype=self.dtype, layout=self.layout, overwrite=True
-        )
 
     def _digest(self, *more: object) -> str:
         return hashlib.sha256(json.dumps([self.settings, *more]).encode()).hexdigest()[:8]

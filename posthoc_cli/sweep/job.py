@@ -26,7 +26,7 @@ from posthoc_cli.sweep.processes import Evaluation, end_leftovers, run_all, spli
 from posthoc_cli.sweep.records import NAME, Record, Records
 from posthoc_cli.sweep.results import RESULT, Refinement, SweepReport
 from posthoc_cli.sweep.rounds import RAW, TIME, Axis, check_counts, explore, good_range
-from posthoc_cli.targets import SigmaRel, Target
+from posthoc_cli.targets import Groups, SigmaRel, Target
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +136,7 @@ class Sweep:
         if self.groups and any(not any(fnmatchcase(n, glob) for n in some for glob in globs) for some in names):
             globs.append("*")
         if self.groups:
-            from posthoc_cli.export.groups import group_parts
-
-            group_parts(main.plan, globs)  # checks them
+            self.run.plan(Groups(dict.fromkeys(globs, 0.2)), t=t)  # checks them
         with self._folder():
             return _Searches(self, words, axes, main, guide, globs).run_all()
 
@@ -291,16 +289,14 @@ class _Searches:
         outputs = [best]
         if self._asked.like is not None:
             _remove(best)
-        if report.lengths:
-            main.write_groups([report.lengths], [best], point[TIME])
-        else:
-            main.write([report.best], str(best), point[TIME], overwrite=self._asked.like is None)
+        target = Groups(report.lengths) if report.lengths else report.best
+        main.write([target], str(best), point[TIME], overwrite=self._asked.like is None)
         if self._guide is not None:
             outputs.append(self._guide.output(out, "best-guide"))
-            target, t = SigmaRel(point[GUIDE]), self._guide.plan.t
             if self._asked.like is not None:
                 _remove(outputs[1])
-            self._guide.write([target], str(outputs[1]), t, overwrite=self._asked.like is None)
+            guide, t = SigmaRel(point[GUIDE]), self._guide.plan.t
+            self._guide.write([guide], str(outputs[1]), t, overwrite=self._asked.like is None)
         report = replace(report, outputs=tuple(outputs))
         report.write(out)
         return report
@@ -359,7 +355,7 @@ class _Searches:
         """The averages of points, for the placeholders of the command, with their predicted errors."""
         if name.startswith(_GROUP):
             scratch = self._asked.out / _SCRATCH
-            made = self._main.make_groups(scratch, list(map(self._lengths, points)), points[0][TIME])
+            made = self._main.make(scratch, [(Groups(self._lengths(point)), point[TIME]) for point in points])
             return [
                 ({"weights": path, "sigma_rel": point[name]}, error)
                 for (path, error), point in zip(made, points, strict=True)

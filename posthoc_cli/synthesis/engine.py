@@ -213,23 +213,17 @@ time; `scripts/bench_synthesis.py --device cuda` prints both."""
 
 @dataclass(frozen=True)
 class Options:
-    """How tensors are made, and how outputs are written. None of it changes a value beyond its last rounding.
+    """How tensors are made. None of it changes a value beyond its last rounding.
 
     Attributes:
         device: where the sums are made.
         workers: threads; None for one a core. The results are the same bits for any number.
         progress: called with the bytes read so far.
-        layout: of outputs, one of `outputs.LAYOUTS`; None for the one that the name says.
-        overwrite: replace outputs that are there.
-        max_shard_size: bytes a shard.
     """
 
     device: torch.device | str = "cpu"
     workers: int | None = None
     progress: Progress | None = None
-    layout: str | None = None
-    overwrite: bool = False
-    max_shard_size: int = 5 * 10**9
 
 
 def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, list[torch.Tensor]]]:
@@ -280,16 +274,17 @@ def synthesize_into(
     """
     device = numbered_device(options.device)
     size = chunk or (ONE_TARGET_CHUNK if len(plan.targets) == 1 else CHUNK)
-    tiles = cut_tiles(plan, size, tile_elements, "F32" if device.type == "mps" else None)  # which has no float64
+    wide = "F32" if device.type == "mps" else None  # which has no float64
+    tiles = [(one, tile) for one in plan.passes() for tile in cut_tiles(one, size, tile_elements, wide)]
     workers = min(worker_count(options.workers), max(1, len(tiles)))
     own, stop, threads = threading.local(), threading.Event(), torch.get_num_threads()
     waiting: deque[Future[Tile]] = deque()
 
-    def work(tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
+    def work(one: Plan, tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
-                if not hasattr(own, "maker"):
-                    own.maker = Maker(plan, opened, device, size)
+                if not hasattr(own, "maker") or own.maker.plan is not one:
+                    own.maker = Maker(one, opened, device, size)
                 own.maker.make(tile, writers, stop, ready)
             except BaseException:
                 stop.set()
@@ -297,8 +292,8 @@ def synthesize_into(
         return tile
 
     def made() -> Iterator[Tile]:
-        for tile in tiles:
-            waiting.append(pool.submit(work, tile, open_tiles(tile), caller_event(device)))
+        for one, tile in tiles:
+            waiting.append(pool.submit(work, one, tile, open_tiles(tile), caller_event(device)))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -369,7 +364,7 @@ def parse_device(device: str) -> str:
 
 def numbered_device(device: torch.device | str) -> torch.device:
     """The same device; for `cuda` the calling thread's current one, which is another in the threads that make sums."""
-    found = torch.device(device)
+    found = torch.device("cpu" if device == "auto" else device)
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
@@ -396,7 +391,7 @@ class Maker:
     def __init__(
         self, plan: Plan, opened: Sequence[OpenSnapshot | Mapping[str, torch.Tensor]], device: torch.device, chunk: int
     ) -> None:
-        self._plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
+        self.plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
         self._scratch = Scratch(chunk * max(ITEM_BYTES.values()), device)
         self._sums: dict[tuple[str, Precision], Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
@@ -427,7 +422,7 @@ class Maker:
                 self._stream.synchronize()
 
     def _copy(self, tile: Tile, writers: Sequence[TileWriter], stop: threading.Event) -> None:
-        reader = open_tile(self._opened[self._plan.sources.index(self._plan.newest)], tile)
+        reader = open_tile(self._opened[self.plan.sources.index(self.plan.newest)], tile)
         for begin, end in tile.steps(self._chunk):
             if stop.is_set():
                 raise Stopped
@@ -461,7 +456,7 @@ class Maker:
 
         A snapshot has none: its tracker refused it.
         """
-        for source, opened in zip(self._plan.sources, self._opened, strict=True):
+        for source, opened in zip(self.plan.sources, self._opened, strict=True):
             if not isinstance(source, Checkpoint):
                 continue
             reader = open_tile(opened, tile)
@@ -489,7 +484,7 @@ class Maker:
     def _sums_in(self, wide: str) -> Sums:
         key = wide, matmul_precision()
         if key not in self._sums:
-            coefficients, places = self._plan.reconstruction.coefficients, self._plan.places
+            coefficients, places = self.plan.reconstruction.coefficients, self.plan.places
             self._sums[key] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device, places)
         return self._sums[key]
 

@@ -8,7 +8,9 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,7 +19,7 @@ import numpy as np
 from posthoc_cli.checkpoints.checkpoint import beside_snapshots
 from posthoc_cli.checkpoints.opening import UNSPECIFIED, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError
+from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError, shown
 from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
@@ -25,7 +27,7 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorEntry, TensorSpec, TrackedTensor, of_segment_at
 from posthoc_cli.snapshots.measurements import FileSource, by_time, chosen_up_to, run_clock, snapshot_prior
 from posthoc_cli.snapshots.reader import OpenSnapshot
-from posthoc_cli.targets import Chosen, Target, as_target
+from posthoc_cli.targets import FixedCoefficients, Groups, Target, as_target, separate
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +116,8 @@ class Plan:
         targets: the profiles wanted.
         t: their time.
         method: the solver.
-        reconstruction: coefficients [sources, targets] and errors [targets].
+        reconstruction: coefficients [sources, columns] and errors [columns]; a target has one column, `Groups` one a
+            group.
         dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
         accumulate: safetensors name of the dtype of all sums; None for F32, and F64 where parameters, or all stored
             averages, are that exact: see `coarse`.
@@ -126,7 +129,7 @@ class Plan:
         last: time of the newest source, used or not.
         coarse: tensors that some source stores in fewer bytes than float32. The others are summed in float64: large
             coefficients of both signs would cost a float32 sum too many digits.
-        part: the stored tensors to make; None for all.
+        subset: the stored tensors to make; None for all.
     """
 
     sources: tuple[Source, ...]
@@ -143,7 +146,7 @@ class Plan:
     there: int = 0
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
-    part: frozenset[str] | None = None
+    subset: frozenset[str] | None = None
 
     @property
     def choice(self) -> str | None:
@@ -162,7 +165,7 @@ class Plan:
     def tensors(self) -> dict[str, TrackedTensor]:
         """The stored tensors to make."""
         found = self.newest.info.tensors
-        return {name: found[name] for name in found if self.part is None or name in self.part}
+        return {name: found[name] for name in found if self.subset is None or name in self.subset}
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -172,6 +175,47 @@ class Plan:
             if name in names:
                 names[name].append(alias)
         return names
+
+    @cached_property
+    def columns(self) -> list[dict[str, int]]:
+        """For each target the number of its column, by glob on tensors' names; "*" unless it is of `Groups`."""
+        numbers = count()
+        return [
+            {glob: next(numbers) for glob in (target.widths if isinstance(target, Groups) else "*")}
+            for target in self.targets
+        ]
+
+    def columns_of(self, name: str) -> tuple[int, ...]:
+        """The column of each target for a tensor; an InvalidValueError if it is in no group of one."""
+        found = []
+        for columns in self.columns:
+            glob = next((glob for glob in columns if any(fnmatchcase(each, glob) for each in self.names[name])), None)
+            if glob is None:
+                hint = "add '*=0.1' for all others"
+                raise InvalidValueError("group", f"none matches tensor {shown(name)}", hint, value=", ".join(columns))
+            found.append(columns[glob])
+        return tuple(found)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether some tensors have other coefficients than others."""
+        return any(isinstance(target, Groups) for target in self.targets)
+
+    def passes(self) -> list[Plan]:
+        """Plans with one column a target, each for some of the tensors, which together make all."""
+        if not self.has_groups:
+            return [self]
+        subsets: dict[tuple[int, ...], list[str]] = {}
+        for name in self.tensors:
+            subsets.setdefault(self.columns_of(name), []).append(name)
+        each = separate(self.targets)
+        return [
+            replace(
+                self, targets=tuple(each[column] for column in columns), subset=frozenset(names),
+                reconstruction=self.reconstruction.of(targets=columns),
+            )
+            for columns, names in subsets.items()
+        ]  # fmt: skip
 
     @property
     def read_bytes(self) -> int:
@@ -198,26 +242,35 @@ class Plan:
 
     def only(self, targets: Sequence[int]) -> Plan:
         """The same plan for some of the targets, by index."""
-        reconstruction = self.reconstruction.of(targets=list(targets))
+        columns = [column for target in targets for column in self.columns[target].values()]
+        reconstruction = self.reconstruction.of(targets=columns)
         return replace(self, targets=tuple(self.targets[i] for i in targets), reconstruction=reconstruction)
 
     def predicted_error(self, target: int) -> float | None:
-        """Expected relative L2 error of one target's output weights; None if the motion of the run is not known."""
-        error = self.reconstruction.known_error(target)
-        return None if error is None else math.hypot(error, self.output_rounding)
+        """Expected relative L2 error of one target's output weights, the largest of its groups; None if not known.
+
+        It is known if the motion of the run is.
+        """
+        errors = [self.reconstruction.known_error(column) for column in self.columns[target].values()]
+        return None if None in errors else math.hypot(max(filter(None, errors), default=0.0), self.output_rounding)
+
+    def profile_error(self, target: int) -> float:
+        """Relative L2 distance between a target's profile and the one that is made, the largest of its groups."""
+        return max(float(self.reconstruction.profile_error[column]) for column in self.columns[target].values())
 
     def output_info(self, target: int) -> OutputInfo:
-        """The metadata of the output for one target."""
+        """The metadata of the output for one target; the snapshots of groups are listed one group after another."""
         info, wanted = self.newest.info, self.targets[target]
-        column = self.reconstruction.coefficients[:, target].tolist()
+        columns = self.reconstruction.coefficients.T[list(self.columns[target].values())].tolist()
         copies = [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
         return OutputInfo(
             run_id=info.run_id, profile=wanted.title, sigma_rel=wanted.sigma_rel,
             gamma=None if wanted.sigma_rel is None else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
             t=self.t, t_unit=info.t_unit, method=self.method,
-            profile_error=float(self.reconstruction.profile_error[target]),
-            predicted_error=self.predicted_error(target),
-            snapshots=tuple((source.name, c) for source, c in zip(self.sources, column, strict=True)),
+            profile_error=self.profile_error(target), predicted_error=self.predicted_error(target),
+            snapshots=tuple(
+                (source.name, c) for column in columns for source, c in zip(self.sources, column, strict=True)
+            ),
             copies=tuple(alias for name in copies for alias in self.names[name]),
         )  # fmt: skip
 
@@ -279,16 +332,17 @@ def plan_synthesis(
     if max_error is not None and not max_error > 0:
         raise InvalidValueError("max_error", "must be above 0, such as 0.01", value=f"{max_error!r}")
     wanted = tuple(as_target(target) for target in targets)
+    each = separate(wanted)
     time = _target_time(sources, t, step)
     alike = _alike(sources, time)
-    usable, later, named = _solved_with(alike, time, wanted)
+    usable, later, named = _solved_with(alike, time, each)
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots, too, measure the motion
     clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
     solved = snapshots[: len(usable)]
     profiles = [
         Combination(solved, named[index]) if index in named else target.profile(time, clock, first)
-        for index, target in enumerate(wanted)
+        for index, target in enumerate(each)
     ]
     result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
@@ -300,6 +354,8 @@ def plan_synthesis(
         coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
+    if plan.has_groups:
+        _check_groups(plan)
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate.of_run("", snapshots, prior))
@@ -325,7 +381,11 @@ def _solved_with(
     usable, later = chosen_up_to(alike, time)
     there = [source for source in alike if source.info.t <= time]
     names, profiles = [source.name for source in there], [source.profile for source in there]
-    named = {i: target.choose(names, profiles) for i, target in enumerate(wanted) if isinstance(target, Chosen)}
+    named = {
+        i: target.coefficients_of(names, profiles)
+        for i, target in enumerate(wanted)
+        if isinstance(target, FixedCoefficients)
+    }
     places = {id(source): place for place, source in enumerate(there)}
     needed = {id(there[place]) for column in named.values() for place in np.flatnonzero(column)}
     usable += [source for source in there if id(source) in needed - set(map(id, usable))]
@@ -379,6 +439,16 @@ def _alike(sources: Sequence[Source], time: float) -> list[Source]:
     return alike
 
 
+def _check_groups(plan: Plan) -> None:
+    """Check that each tensor is in a group, and that no group is empty; an InvalidValueError."""
+    used = {column for name in plan.tensors for column in plan.columns_of(name)}
+    for glob, column in (pair for columns in plan.columns for pair in columns.items()):
+        if column not in used:
+            some = ", ".join(map(shown, list(plan.names)[:3]))
+            reason = f"matches no tensor that is not in a group before it; there are {some}"
+            raise InvalidValueError("group", reason, value=repr(glob))
+
+
 def _output_rounding(plan: Plan) -> float:
     """Relative error of rounding the averages to the outputs' dtypes, taking all elements as equally large."""
     elements, squares = 0, 0.0
@@ -406,7 +476,7 @@ def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
     poor = [index for index, error in enumerate(errors) if error > POOR_ERROR]
     if not poor:
         return
-    titles = [plan.targets[index].title for index in poor]
+    titles = [target.title for index, target in enumerate(separate(plan.targets)) if index in poor]
     below = error_curve(candidate, t=plan.t, method=plan.method).ranges_text(POOR_ERROR)
     log.warning(
         "%s: predicted error %s%.2g %% from the %d snapshots up to t = %g%s; %s",

@@ -162,13 +162,13 @@ class _Room:
         self.sent: Any = None
         self._typed: dict[str, torch.Tensor] = {}
         self._bounds: Sequence[int] = ()
-        self._parts: list[memoryview] = []
+        self._views: list[memoryview] = []
 
-    def parts(self, bounds: Sequence[int]) -> list[memoryview]:
+    def cut(self, bounds: Sequence[int]) -> list[memoryview]:
         """The bytes cut at `bounds`, which are mostly the same for every source."""
         if bounds != self._bounds:
-            self._bounds, self._parts = bounds, [self.view[a:b] for a, b in pairwise(bounds)]
-        return self._parts
+            self._bounds, self._views = bounds, [self.view[a:b] for a, b in pairwise(bounds)]
+        return self._views
 
     def send(self, slot: torch.Tensor, dtype: str) -> None:
         """Convert the first values, of a safetensors dtype, into `slot`, on its device."""
@@ -208,7 +208,7 @@ class _FileBatch:
         for first, end in pairwise([0, *apart, len(entries)]):
             names, dtype, room = self._tile.names[first:end], entries[first].dtype, scratch.next()
             edges = [ITEM_BYTES[dtype] * (bound - bounds[first]) for bound in bounds[first : end + 1]]
-            self._file.read_small(names, room.parts(edges), room.view[: edges[-1]])
+            self._file.read_small(names, room.cut(edges), room.view[: edges[-1]])
             room.send(slot[bounds[first] : bounds[end]], dtype)
 
 

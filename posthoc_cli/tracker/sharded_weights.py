@@ -279,9 +279,9 @@ def make_chunks(
             _exchange(value[rows], [rank, *(other for other in group.ranks if other != rank)], group)
         for alias in shared.names[name]:
             made[alias] = value
-    if shared.plan is not None:
-        made.predicted_error = shared.plan.predicted_error(0)
-        made.profile_error = float(shared.plan.reconstruction.profile_error[0])
+    if shared.plan is not None and target is not None:
+        plan = replace(shared.plan, targets=(target,))
+        made.predicted_error, made.profile_error = plan.predicted_error(0), plan.profile_error(0)
     return made
 
 
@@ -306,7 +306,7 @@ def _own_chunks(
     if shared.plan is None or target is None:
         made = {name: tensor for name, tensor in at_hand[shared.sources[0][0]].tensors.items() if name in boxes}
     else:
-        plan = replace(shared.plan, sources=tuple(sources), targets=(target,), part=frozenset(boxes))
+        plan = replace(shared.plan, sources=tuple(sources), targets=(target,), subset=frozenset(boxes))
         made = {name: value for name, (value,) in synthesize(plan) if name in boxes}
     return made
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import posthoc_cli
 from posthoc_cli.cli import app, main
 from posthoc_cli.dtypes import WORDS
-from posthoc_cli.export.outputs import LAYOUTS
+from posthoc_cli.export.layouts import LAYOUTS
 from posthoc_cli.reconstruction import METHODS
 
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")

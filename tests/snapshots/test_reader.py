@@ -15,7 +15,7 @@ from snapshots.recorded import call_number, failing
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.headers import decode_checksums
 from posthoc_cli.snapshots.reader import TensorFile, read_header, read_small_file

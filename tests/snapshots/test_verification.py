@@ -22,7 +22,7 @@ from torture.forging import forge
 
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.check import Verification, list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import LockedError, PostHocError
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning, prune
-from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
 from torture.processes import PATIENCE
 from torture.tally import Tally
@@ -166,7 +165,7 @@ def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None
         return plan_synthesis(sources, [sigma_rel], t)
 
     try:
-        with_consistent_plan(plan, lambda plan: write_synthesis(plan, [out], Options(overwrite=True)))
+        with_consistent_plan(plan, lambda plan: write_synthesis(plan, [out], OutputOptions(overwrite=True)))
     except PostHocError as error:
         tally.missed.append(f"reading {tally.tried}: {type(error).__name__}: {error}")
     else:

@@ -13,14 +13,13 @@ from factories import split_snapshot, write_snapshot
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.states import decode_state
-from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
 from torture.tally import Tally
 
@@ -224,5 +223,5 @@ def small_shard(folder: Path) -> Victim:
 
 def synthesize(run: Path, out: Path) -> object:
     """Make the tracked average again; returns what is in the output."""
-    write_synthesis(plan_synthesis(disk_sources(run), [0.05]), [out], Options(overwrite=True))
+    write_synthesis(plan_synthesis(disk_sources(run), [0.05]), [out], OutputOptions(overwrite=True))
     return examine(out)

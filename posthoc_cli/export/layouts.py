@@ -11,6 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    NonFiniteError,
+    OutputExistsError,
+    WriteError,
+    shown,
+)
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, output_metadata
@@ -52,8 +61,48 @@ ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
 
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """How averages are made and written to files.
+
+    Attributes:
+        device: where the sums are made: "auto", "cpu", "cuda", ...
+        layout: one of `LAYOUTS`; None for the one that the output's name says.
+        max_shard_size: of the sharded layout, such as "5GB".
+        overwrite: replace outputs that are there.
+        skip_existing: leave outputs of the same plan as they are.
+        dry_run: plan only.
+        shard: "K/N": make part K of N, a shard in a folder.
+        finish: verify the parts that are there, and write the index.
+        distributed: this is one of the processes of a torchrun job, all of which are asked the same.
+        like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
+            the same names, files and dtypes, and copies of all other files. What the run does not have is the folder's.
+        component: the part of a pipeline's folder with the weights, such as "unet"; by default the one that fits.
+        through_library: have transformers load and save the model, as is done by itself where names on disk differ from
+            those in memory.
+    """
+
+    device: torch.device | str = "auto"
+    layout: str | None = None
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    overwrite: bool = False
+    skip_existing: bool = False
+    dry_run: bool = False
+    shard: str | None = None
+    finish: bool = False
+    distributed: bool = False
+    like: str | Path | None = None
+    component: str | None = None
+    through_library: bool = False
+
+    @property
+    def shard_bytes(self) -> int:
+        """`max_shard_size` as a number."""
+        return files.parse_bytes(str(self.max_shard_size), "max_shard_size")
+
+
 def write_synthesis(
-    plan: Plan, paths: Sequence[Path], options: Options = Options(), folder: Path | None = None
+    plan: Plan, paths: Sequence[Path], options: OutputOptions = OutputOptions(), folder: Path | None = None
 ) -> None:
     """Synthesize every target of a plan into its path; none appears before all are complete.
 
@@ -76,7 +125,9 @@ def write_synthesis(
             sink.commit()
 
 
-def fill_sinks(stack: ExitStack, plan: Plan, outputs: Mapping[Path, Mapping[str, str]], options: Options) -> list[Sink]:
+def fill_sinks(
+    stack: ExitStack, plan: Plan, outputs: Mapping[Path, Mapping[str, str]], options: OutputOptions
+) -> list[Sink]:
     """Synthesize targets into sinks for outputs, given with their metadata; `stack` discards what is not committed."""
     sinks: list[Sink] = []
     for path, metadata in outputs.items():
@@ -230,7 +281,31 @@ def _used(info: OutputInfo) -> list[str]:
     return [name for name, coefficient in info.snapshots if coefficient]
 
 
-# --- sinks: each output appears complete or not at all
+# --- tensors that go into outputs --------------------------------------------------------------------
+
+
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Which values are finite; torch has no `isfinite` for every 8-bit dtype."""
+    return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+
+
+def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the host in a dtype; a NonFiniteError if that cannot hold one of its finite values."""
+    tensor = tensor.cpu()
+    result = tensor.to(dtype)
+    if result.dtype != tensor.dtype and bool((finite(tensor) & ~finite(result)).any()):
+        raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
+    return result
+
+
+def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
+    """Check that a tensor has the shape of its average; a MismatchError names its file."""
+    if tuple(found) != tuple(average):
+        reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
+        raise MismatchError(path, reason)
+
+
+# --- sinks: each output appears complete or not at all -----------------------------------------------
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """Names of the files of a model in a folder."""
@@ -239,7 +314,7 @@ OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 
 
 def make_sink(
-    layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
+    layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
 ) -> Sink:
     """A sink for the tensors of one output; call its `discard` at the end in any case."""
     if not path.parent.is_dir():
@@ -320,14 +395,14 @@ class _FileTile(TileWriter):
 
     def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
         view = tensor_bytes(values)
-        for part in self._ranges:
-            part.write(view)
+        for one in self._ranges:
+            one.write(view)
         if not self._ranges:
             self._write_batch(view)
 
     def close(self) -> None:
-        for part in self._ranges:
-            part.close()
+        for one in self._ranges:
+            one.close()
 
     def _write_batch(self, view: memoryview) -> None:
         """Write small tensors: neighbours in one file together, then each under its further names."""
@@ -351,7 +426,7 @@ class _ShardedSink(_FileSink):
     """
 
     def __init__(
-        self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
+        self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
     ) -> None:
         check_free_folder(folder, options.overwrite)
         for path in _model_files(folder):
@@ -363,7 +438,7 @@ class _ShardedSink(_FileSink):
             by_name,
             get_storage_size=lambda spec: spec.nbytes,
             filename_pattern="model{suffix}.safetensors",
-            max_shard_size=options.max_shard_size,
+            max_shard_size=options.shard_bytes,
         )
         with files.reported_as_write_error(folder):
             self._made = files.make_directory(folder)

@@ -17,8 +17,8 @@ from factories import random_walk, write_run
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, files
+from posthoc_cli import run as run_module
 from posthoc_cli.errors import VanishedError
-from posthoc_cli.export import job
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
@@ -81,7 +81,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(evaluation, "plan_synthesis", plan_and_remove)
-    monkeypatch.setattr(job, "plan_synthesis", plan_and_remove)
+    monkeypatch.setattr(run_module, "plan_synthesis", plan_and_remove)
     return removed
 
 

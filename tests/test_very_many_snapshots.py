@@ -151,7 +151,11 @@ def test_the_choice_does_not_depend_on_the_targets_and_nor_do_their_bits(run: Pa
 
 
 @pytest.mark.usefixtures("_twenty")
-def test_the_choice_is_told(run: Path, ema: Ema, tmp_path: Path) -> None:
+def test_the_choice_is_told(run: Path, ema: Ema, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = PostHocEMA.from_path(run)
+    with caplog.at_level(logging.INFO):
+        tracker.state_dict(sigma_rel=0.15)
+    assert "made from 20 of 80 snapshots up to t = 200" in caplog.text
     line = "20 of 80 snapshots up to t = 200, spread as thinning would leave them"
     text = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
     assert f"from {line}\n" in text.out
@@ -160,15 +164,7 @@ def test_the_choice_is_told(run: Path, ema: Ema, tmp_path: Path) -> None:
     plot = ema("error-plot", run, "--csv", tmp_path / "e.csv")
     assert f"{run}: 20 of 80 snapshots up to 200 steps" in plot.out
     assert "20 of 40 snapshots up to 100 steps" in ema("error-plot", run, "--t", "102", "--json").out
-    tracker = PostHocEMA.from_path(run)
     assert "20 of 80 averages" in tracker.reconstruction_error().axes[0].get_legend().get_texts()[0].get_text()
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_the_log_tells_the_choice(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
-    assert "made from 20 of 80 snapshots up to t = 200" in caplog.text
 
 
 @pytest.mark.usefixtures("_twenty")
