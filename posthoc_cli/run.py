@@ -44,13 +44,12 @@ from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
 from posthoc_cli.snapshots.measurements import (
     EarlierRun,
-    FileSource,
     chosen_up_to,
     deep_bytes,
     run_clock,
     scaled_run,
 )
-from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.reader import FileSource, Snapshot
 from posthoc_cli.synthesis.plan import (
     Plan,
     Source,
@@ -495,7 +494,7 @@ def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -
             raise
         reason = "holds checkpoints of other programs, which have no checksums"
         raise DirectoryError(path, reason, "an import writes copies that have") from error
-    with progress("verifying", contents.nbytes) as advance:
+    with progress("verifying", contents.listed_bytes) as advance:
         found = verify(contents, advance)
     if not deep:
         return found

@@ -15,9 +15,10 @@ import zipfile
 from dataclasses import dataclass
 from typing import Any
 
-from posthoc_cli.checkpoints.pickles import Call, Extent, Name, PickleError, Readable, pickled_value
+from posthoc_cli.checkpoints.pickles import Call, Extent, Name, PickleError, pickled_value
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.snapshots.chunks import row_major
+from posthoc_cli.snapshots.reader import OpenedFile
 
 ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024
@@ -91,14 +92,14 @@ class View:
         return FoundTensor(self.dtype, self.shape, self.strides, begin, begin + reach * item)
 
 
-def read_archive(file: Readable, begin: int, end: int) -> Any:
+def read_archive(file: OpenedFile, begin: int, end: int) -> Any:
     """The object in a range of a file: written by torch.save of any release, or by pickle; tensors are `View`s."""
     if file.read_at(4, begin) == ZIP:
         return _read_zip(file, begin, end)
     return _read_stream(file, begin, end, _calls(file))
 
 
-def _read_stream(file: Readable, begin: int, end: int, calls: dict[str, Call]) -> Any:
+def _read_stream(file: OpenedFile, begin: int, end: int, calls: dict[str, Call]) -> Any:
     """A pickle, or the five pickles and the storages that torch.save wrote before it made archives."""
     storages: dict[str, Storage] = {}
     value, position = pickled_value(file, begin, end, calls, _persistent(storages))
@@ -123,7 +124,7 @@ def _read_stream(file: Readable, begin: int, end: int, calls: dict[str, Call]) -
     return value
 
 
-def _read_zip(file: Readable, begin: int, end: int) -> Any:
+def _read_zip(file: OpenedFile, begin: int, end: int) -> Any:
     try:
         archive = zipfile.ZipFile(_Window(file, begin, end))
         members = {info.filename: info for info in archive.infolist()}
@@ -168,7 +169,7 @@ def _read_zip(file: Readable, begin: int, end: int) -> Any:
 class _Window(io.RawIOBase):
     """A range of a file, as a file."""
 
-    def __init__(self, file: Readable, begin: int, end: int) -> None:
+    def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
         self._file, self._begin, self._end, self._position = file, begin, end, begin
 
     def seekable(self) -> bool:
@@ -249,7 +250,7 @@ def _view_of_dtype(storage: Any, offset: Any, shape: Any, strides: Any, _: Any, 
     return _view(storage, offset, shape, strides, _BY_TORCH_NAME[name])
 
 
-def _calls(file: Readable) -> dict[str, Call]:
+def _calls(file: OpenedFile) -> dict[str, Call]:
     within = _TENSOR_CALLS
     known: dict[Extent, Any] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.measurements import run_clock
-from posthoc_cli.snapshots.reader import OpenSnapshot, Part, Snapshot
+from posthoc_cli.snapshots.reader import FileSource, OpenSnapshot, Snapshot
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
@@ -30,24 +31,18 @@ UNKNOWN_RUN = "0" * 32
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(FileSource):
     """The tensors of a checkpoint, or of an average that another library stored, and what is known about them.
 
+    Its `info` is what the header of a snapshot would say, its `header` that of all its tensors as if in one file.
+
     Attributes:
-        path: its file or folder.
-        info: what the header of a snapshot would say.
-        profile: what its tensors are of: the weights at `info.t` (`Point`), or an average.
-        header: all its tensors, as if they were in one file.
-        parts: its files.
+        of: what its tensors are of: the weights at `info.t` (`Point`), or an average.
         library: "ema-pytorch" or "posthoc-ema", if its profile rests on what the user says of these.
         label: its name, where that of its file or folder is not enough.
     """
 
-    path: Path
-    info: fmt.SnapshotInfo
-    profile: StoredProfile
-    header: fmt.FileHeader
-    parts: tuple[Part, ...]
+    of: StoredProfile = field(kw_only=True)
     library: str = ""
     label: str = ""
 
@@ -57,9 +52,9 @@ class Checkpoint:
         return self.label or self.path.name
 
     @property
-    def stored(self) -> Mapping[str, fmt.TensorEntry]:
-        """Dtype, shape and bytes of each tensor."""
-        return self.header.tensors
+    def profile(self) -> StoredProfile:
+        """What its tensors are of."""
+        return self.of
 
     @property
     def holds(self) -> str:
@@ -70,21 +65,11 @@ class Checkpoint:
             return f"average of sigma_rel {self.info.sigma_rel:g}"
         return f"average tracked as sigma_rel {self.info.sigma_rel:g}, of its own profile"
 
-    def cells(self, name: str) -> int:
-        """As of a snapshot."""
-        return self._snapshot.cells(name)
-
-    def open(self) -> OpenSnapshot:
+    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
         """Open it; a FileFormatError if a file has changed since it was indexed."""
-        only = self.parts[0]
-        whole = len(self.parts) == 1 and all(
-            only.boxes[name].shape == entry.shape for name, entry in self.stored.items()
-        )
-        return only.open() if whole else self._snapshot.open()
-
-    @property
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(self.path, self.header, self.info, self.parts)
+        first = self.parts[0].boxes
+        is_whole = all(name in first and first[name].shape == entry.shape for name, entry in self.stored.items())
+        return self.parts[0].open() if boxes is None and is_whole else super().open(boxes)
 
 
 def make_checkpoint(
@@ -106,7 +91,8 @@ def make_checkpoint(
     identities: dict[Path, str] = {}
     known: dict[tuple[Path, FoundTensor], str] = {}
     for name, find in found.items():
-        _check_name(path, name)
+        if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
+            raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
         pieces = find()
         path_of, _, tensor, _ = pieces[0]
         if len(pieces) == 1 and tensor.nbytes and (other := known.setdefault((path_of, tensor), name)) != name:
@@ -137,26 +123,25 @@ def make_checkpoint(
     power = profile if isinstance(profile, PowerFunction) else None
     if sigma_rel is not None:
         power = PowerFunction.from_sigma_rel(sigma_rel, profile.t)
-    info = fmt.SnapshotInfo(
+    info = foreign_info(
+        profile,
         run_id=UNKNOWN_RUN,
         sigma_rel=0.0 if power is None else sigma_rel or power.sigma_rel,
         gamma=0.0 if power is None else power.gamma,
-        sigma_rels=(),
         t=profile.t,
         t_unit=t_unit,
         step=step,
-        t_first=min(1.0, profile.t) if isinstance(profile, PowerFunction) else getattr(profile, "t_first", profile.t),
-        max_interval=1.0,
-        schedule=fmt.TrackingSchedule(update_every=1, max_checkpoints=None, checkpoint_dtype=None),
         tensors={name: _tracked(name, entry.dtype) for name, entry in entries.items()},
         aliases=aliases,
     )
-    return Checkpoint(path, info, profile, header, parts)
+    return Checkpoint(path, header, info, parts, of=profile)
 
 
-def _check_name(path: Path, name: str) -> None:
-    if not name or name == "__metadata__" or "\0" in name or not name.encode("utf-8", "replace").decode() == name:
-        raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
+def foreign_info(profile: StoredProfile, **known: Any) -> fmt.SnapshotInfo:
+    """What the header of a snapshot would say of a checkpoint, of which this is known."""
+    schedule = fmt.TrackingSchedule(update_every=1, max_checkpoints=None, checkpoint_dtype=None)
+    first = getattr(profile, "t_first", min(1.0, profile.t))
+    return fmt.SnapshotInfo(**known, sigma_rels=(), t_first=first, max_interval=1.0, schedule=schedule)
 
 
 def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:
@@ -241,7 +226,7 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
             one.info, run_id=like.run_id, t=t, t_unit=like.t_unit, t_first=t, segment=like.segment,
             tensors=like.tensors, aliases=like.aliases, left_out=like.left_out,
         )  # fmt: skip
-        made.append(replace(one, info=info, profile=Point(t)))
+        made.append(replace(one, info=info, of=Point(t)))
     return made
 
 

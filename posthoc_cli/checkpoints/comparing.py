@@ -16,11 +16,11 @@ import numpy.typing as npt
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.contents import read_contents
-from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots.reader import OpenSnapshot, decode_values, in_order, worker_threads
+from posthoc_cli.snapshots.reader import in_order, read_values, worker_threads
 
 _TILE = 2**16
 """Elements that a thread compares at a time."""
@@ -164,7 +164,8 @@ def _differences(
 
         def measure(piece: _Piece) -> tuple[_Piece, npt.NDArray[np.float64], float]:
             one, other = (
-                _values(file, own[wanted[piece.number]], piece) for file, own in zip(opened, names, strict=True)
+                read_values(file, own[wanted[piece.number]], piece.begin, piece.end)
+                for file, own in zip(opened, names, strict=True)
             )
             with np.errstate(over="ignore", invalid="ignore"):
                 apart = other - one
@@ -181,14 +182,3 @@ def _differences(
             advance(item_bytes[piece.number] * (piece.end - piece.begin))
     for name, size, (squared, norm), most in zip(wanted, sizes, sums.tolist(), largest.tolist(), strict=True):
         yield Difference(name, size, squared, norm, most)
-
-
-def _values(file: OpenSnapshot, name: str, piece: _Piece) -> npt.NDArray[np.float64]:
-    dtype = file.header.tensors[name].dtype
-    item = ITEM_BYTES[dtype]
-    data = file.read_unverified(name, piece.begin * item, piece.end * item)
-    if dtype in EPS:
-        return decode_values(data, dtype)
-    values = data.view(DTYPES[dtype].torch_name)
-    # A complex number is two: the distances are the same.
-    return (values.view(values.real.dtype) if np.iscomplexobj(values) else values).astype(np.float64)

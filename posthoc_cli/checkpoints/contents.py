@@ -21,7 +21,6 @@ from posthoc_cli.checkpoints.archives import FoundTensor
 from posthoc_cli.checkpoints.pickles import Node
 from posthoc_cli.checkpoints.tensor_files import (
     ENDINGS,
-    OpenedFile,
     index_file,
     names_in,
     read_range,
@@ -31,9 +30,9 @@ from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
-from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.headers import is_sizes, parse_json
 from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.reader import decode_values, named_on_error
+from posthoc_cli.snapshots.reader import OpenedFile, decode_values, named_on_error
 
 Keys = tuple[str, ...]
 
@@ -130,15 +129,12 @@ class Contents:
 
 
 def _scalar(pieces: Sequence[Piece]) -> float | None:
-    """The value of a tensor of one element; None for others."""
+    """The value of a tensor of one real number; None for others."""
     found = pieces[0].tensor
-    if len(pieces) > 1 or found.nbytes != DTYPES[found.dtype].nbytes:
+    if len(pieces) > 1 or found.nbytes != DTYPES[found.dtype].nbytes or found.dtype in ("C64", "BOOL"):
         return None
     with OpenedFile(pieces[0].path) as file:
-        data = file.read_at(found.nbytes, found.begin)
-    if found.dtype.startswith(("I", "U")):
-        return float(int.from_bytes(data, "little", signed=found.dtype[0] == "I"))
-    return float(decode_values(np.frombuffer(data, np.uint8), found.dtype)[0]) if found.dtype[0] in "FB" else None
+        return float(decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0])
 
 
 def read_contents(path: Path, any_kind: bool = False) -> Contents:
@@ -177,7 +173,7 @@ def model_in(folder: Path) -> Path | None:
             return folder / listed[0]
         if not listed and len(own) == 1:
             return folder / own[0]
-        if ending and len(own) > 1 and all(_is_chunked(folder / name) for name in own):
+        if ending and len(own) > 1 and all("DCP_SHARDING_INFO" in index_file(folder / name).metadata for name in own):
             return folder
         if len(listed or own) > 1:
             raise FileFormatError(folder, f"holds several models: {names_in(listed or own)}", "name one by a glob")
@@ -224,10 +220,6 @@ def _of_shards(index: Path) -> Contents:
 # --- torch.distributed.checkpoint
 
 
-def _is_chunked(path: Path) -> bool:
-    return path.suffix == fmt.SUFFIX and "DCP_SHARDING_INFO" in index_file(path).metadata
-
-
 def _of_chunks(folder: Path) -> Contents:
     """Safetensors files of chunks, as the HuggingFaceStorageWriter makes them."""
     held: dict[str, list[Piece]] = {}
@@ -237,7 +229,7 @@ def _of_chunks(folder: Path) -> Contents:
         for (name,), tensor in file.content.items():
             entry = offsets.get(name) if isinstance(offsets, dict) else None
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
-            if not _is_sizes(offset) or len(offset) != len(tensor.shape):
+            if not is_sizes(offset) or len(offset) != len(tensor.shape):
                 raise FileFormatError(path, f"tensor {shown(name)}: DCP_SHARDING_INFO must give its offsets")
             held.setdefault(name, []).append(Piece(path, file.identity, tensor, Box(tuple(offset), tensor.shape)))
     for name, pieces in held.items():
@@ -251,25 +243,20 @@ def tensor_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
     return tuple(map(max, zip(*(piece.box.end for piece in pieces), strict=True))) if pieces[0].box.shape else ()
 
 
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, tuple | list) and all(type(size) is int and 0 <= size < 2**60 for size in value)
-
-
 def _of_distributed(metadata: Path) -> Contents:
     folder = metadata.parent
     with OpenedFile(metadata) as file:
         if file.size > _MOST_METADATA:
             raise FileFormatError(metadata, f"has {file.size:,} bytes; at most {_MOST_METADATA:,} are allowed")
         state = _state(read_range(file, 0, file.size))
-    listed, planned, stored = (state.get(f"{key}_{'metadata' if key == 'state_dict' else 'data'}")
-                               for key in ("state_dict", "planner", "storage"))  # fmt: skip
+    listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
     places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for index, place in stored.items():
         key: dict[str, Any] = _state(index)
         offset: Any = key.get("offset") or ()
-        if isinstance(key.get("fqn"), str) and _is_sizes(offset):
+        if isinstance(key.get("fqn"), str) and is_sizes(offset):
             places[key["fqn"], tuple(offset)] = _state(place)
     paths = planned if isinstance(planned, dict) else {}
     tensors: dict[Keys, Callable[[], list[Piece]]] = {}
@@ -303,13 +290,13 @@ def _chunk_pieces(
     for chunk in map(_state, chunks):
         offset: Any = chunk.get("offsets")
         shape: Any = chunk.get("sizes")
-        if not (_is_sizes(offset) and _is_sizes(shape) and len(offset) == len(shape)):
+        if not (is_sizes(offset) and is_sizes(shape) and len(offset) == len(shape)):
             raise FileFormatError(metadata, f"tensor {shown(name)}: a chunk is malformed")
         place = places.get((name, tuple(offset))) or places.get((name, ())) or {}
         box = Box(tuple(offset), tuple(shape))
         pieces.append(files.piece(name, box, place))
     size: Any = described.get("size")
-    if not _is_sizes(size) or any(len(piece.box.shape) != len(size) for piece in pieces):
+    if not is_sizes(size) or any(len(piece.box.shape) != len(size) for piece in pieces):
         raise FileFormatError(metadata, f"tensor {shown(name)}: its shape is malformed")
     if problem := cover_problem(tuple(size), [piece.box for piece in pieces]):
         raise FileFormatError(metadata, f"tensor {shown(name)}: {problem}")
@@ -336,7 +323,7 @@ class _ChunkFiles:
         file_name: Any = place.get("relative_path")
         begin: Any = place.get("offset")
         length: Any = place.get("length")
-        if not (isinstance(file_name, str) and _is_sizes((begin, length))):
+        if not (isinstance(file_name, str) and is_sizes((begin, length))):
             raise FileFormatError(metadata, f"{shown(name)}: its place is missing")
         if Path(file_name).name != file_name or not file_name.isprintable():
             raise FileFormatError(metadata, f"{shown(name)}: {shown(file_name)} is not the name of a file beside it")
@@ -345,7 +332,7 @@ class _ChunkFiles:
         path = self.folder / file_name
         with OpenedFile(path) as file:
             if path not in self._identities:
-                self._identities[path] = sampled_identity(file, file.size)
+                self._identities[path] = sampled_identity(file)
             if begin + length > file.size:
                 raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
             return path, read_range(file, begin, begin + length)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
+from posthoc_cli.checkpoints.checkpoint import Checkpoint, foreign_info
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, OutputExistsError
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -99,11 +99,6 @@ def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
         writer.commit()
 
 
-def is_imported(values: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's values are those of such a file."""
-    return values.get("ema.format") == KIND
-
-
 def read_imported(path: Path) -> Checkpoint:
     """A file that `import_checkpoints` wrote; a FileFormatError says what is wrong with it."""
     header = read_header(path)
@@ -118,19 +113,15 @@ def read_imported(path: Path) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
     made: StoredProfile = profile or (PowerFunction(values["gamma"], t) if values["sigma_rel"] else Point(t))
-    info = fmt.SnapshotInfo(
-        **values, sigma_rels=(), t_first=getattr(made, "t_first", min(1.0, t)),
-        max_interval=1.0, schedule=fmt.TrackingSchedule(1, max_checkpoints=None, checkpoint_dtype=None),
-        tensors=tensors,
-    )  # fmt: skip
     boxes = {name: Box.whole(entry.shape) for name, entry in header.tensors.items()}
-    return Checkpoint(path, info, made, header, (Part(path, header, boxes),))
+    return Checkpoint(
+        path, header, foreign_info(made, **values, tensors=tensors), (Part(path, header, boxes),), of=made
+    )
 
 
-_TIME = replace(headers.NUMBER, accepts=lambda v: headers.is_number(v) and fmt.EARLIEST <= v <= fmt.LATEST)
 _ENTRIES = {
     "run_id": headers.RUN_ID,
-    "t": _TIME,
+    "t": headers.TIME,
     "t_unit": headers.UNIT,
     "step": headers.WHOLE,
     "sigma_rel": headers.AMOUNT,

@@ -16,7 +16,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, checked_run, make_checkpoint
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
-from posthoc_cli.checkpoints.imported import is_imported, read_imported
+from posthoc_cli.checkpoints.imported import KIND, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
@@ -29,8 +29,8 @@ from posthoc_cli.profiles.other_libraries import (
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import is_snapshot_name
 from posthoc_cli.snapshots.headers import parse_json
-from posthoc_cli.snapshots.measurements import FileSource, check_update_every
-from posthoc_cli.snapshots.reader import read_small_file
+from posthoc_cli.snapshots.measurements import check_update_every
+from posthoc_cli.snapshots.reader import FileSource, read_small_file
 
 _STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
 _INDEXED = re.compile(r"(\d{1,20})[._](\d{1,20})\.(?:pt|safetensors)")
@@ -185,9 +185,10 @@ def _kind_of(paths: Sequence[Path]) -> str:
 def _points(path: Path, origin: Origin) -> list[Checkpoint]:
     """A checkpoint, and the average in it if torchtitan stored one; nothing of an output of this package."""
     contents = read_contents(path)
-    if contents.values.get("ema.format") == "output":
+    kind = contents.values.get("ema.format")
+    if kind == "output":
         return []
-    if is_imported(contents.values):
+    if kind == KIND:
         one = read_imported(path)
         chosen = _chosen(one.info.tensors, origin)
         tensors = {name: tensor for name, tensor in one.info.tensors.items() if name in chosen}

@@ -12,7 +12,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
+
+from posthoc_cli.snapshots.reader import OpenedFile
 
 LONGEST_LINE = 4096
 """Characters of a line, or bytes of a number, at most."""
@@ -23,13 +25,6 @@ _BUFFER = 64 * 1024
 
 class PickleError(ValueError):
     """What is wrong with a pickle, in words that follow the file's name."""
-
-
-class Readable(Protocol):
-    """Bytes at any place: an open file, or a part of it."""
-
-    def read_at(self, count: int, offset: int) -> bytes:
-        """The bytes at an offset from the start of the file; fewer at its end."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ _MARK = object()
 
 
 def pickled_value(
-    file: Readable, begin: int, end: int, calls: Mapping[str, Call], persistent: Call | None = None
+    file: OpenedFile, begin: int, end: int, calls: Mapping[str, Call], persistent: Call | None = None
 ) -> tuple[Any, int]:
     """The value of the pickle that begins at `begin`, and where it ends.
 
@@ -90,7 +85,7 @@ def pickled_value(
 class _Stream:
     """The bytes of a range, read in order."""
 
-    def __init__(self, file: Readable, begin: int, end: int) -> None:
+    def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
         self._file, self.position, self._end = file, begin, end
         self._buffer, self._start = b"", begin
 

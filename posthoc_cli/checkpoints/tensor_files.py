@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,41 +19,21 @@ import numpy.typing as npt
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from posthoc_cli import files
 from posthoc_cli.checkpoints.archives import FoundTensor, View, read_archive
-from posthoc_cli.checkpoints.pickles import Node, PickleError, Readable
+from posthoc_cli.checkpoints.pickles import Node, PickleError
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, row_major
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.reader import Part, TensorFile, named_on_error, open_regular, read_header
+from posthoc_cli.snapshots.reader import OpenedFile, Part, TensorFile, read_header
 
 ENDINGS = (fmt.SUFFIX, *PICKLES)
 
 _SAMPLES, _SAMPLE = 16, 4096
 _MOST_VALUES = 1_000_000
 _DEEPEST = 100
-
-
-class OpenedFile:
-    """A regular file, open for reading at any place; a context manager."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._descriptor = path, open_regular(path)
-        self.size = os.fstat(self._descriptor).st_size
-
-    def read_at(self, count: int, offset: int) -> bytes:
-        """The bytes at an offset; fewer at the end of the file."""
-        with named_on_error(self.path, "read"):
-            return files.read_at(self._descriptor, count, offset)
-
-    def __enter__(self) -> OpenedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        files.system.close(self._descriptor)
 
 
 @dataclass(frozen=True)
@@ -66,8 +47,6 @@ class IndexedFile:
         identity: 16 hexadecimal digits, of its size and a sample of its content.
     """
 
-    path: Path
-    size: int
     content: Mapping[tuple[str, ...], Any]
     metadata: Mapping[str, str]
     identity: str
@@ -88,55 +67,25 @@ def index_file(path: Path, any_kind: bool = True) -> IndexedFile:
             for begin in [header.payload_start + entry.begin]
         }
         with OpenedFile(path) as file:
-            return IndexedFile(path, file.size, found, header.metadata, sampled_identity(file, file.size))
-    with OpenedFile(path) as file:
-        content = read_range(file, 0, file.size)
-        try:
-            found = leaves(content)
-        except PickleError as error:
-            raise FileFormatError(path, f"cannot be read as tensors: {error}") from error
-        return IndexedFile(path, file.size, found, {}, sampled_identity(file, file.size))
+            return IndexedFile(found, header.metadata, sampled_identity(file))
+    with OpenedFile(path) as file, _named(path):
+        return IndexedFile(leaves(read_archive(file, 0, file.size)), {}, sampled_identity(file))
 
 
 def read_range(file: OpenedFile, begin: int, end: int) -> Any:
-    """The object of a pickle or archive in a range of a file, with its tensors; a FileFormatError names the file."""
+    """The object of a pickle or archive in a range of a file: a tensor, or something else with `View`s in it."""
+    with _named(file.path):
+        found = read_archive(file, begin, end)
+        return found.found() if isinstance(found, View) else found
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn a PickleError of the block into a FileFormatError that names the file."""
     try:
-        return _located(read_archive(file, begin, end))
+        yield
     except PickleError as error:
-        raise FileFormatError(file.path, f"cannot be read as tensors: {error}") from error
-    except RecursionError as error:
-        raise FileFormatError(file.path, "cannot be read as tensors: a damaged pickle, nested too deeply") from error
-
-
-def _located(value: Any) -> Any:
-    """The same object with tensors in place of views; containers that it holds several times stay one."""
-    known: dict[int, tuple[Any, Any]] = {}  # by the id of an object, which is held so that it stays its own
-
-    def visit(one: Any, depth: int) -> Any:
-        if isinstance(one, View):
-            return one.found()
-        if not isinstance(one, dict | list | tuple | Node):
-            return one
-        if id(one) in known:
-            return known[id(one)][1]
-        if depth > _DEEPEST or len(known) > _MOST_VALUES:
-            raise PickleError("nested too deeply, or with too many values")
-        if isinstance(one, tuple):
-            made = tuple(visit(item, depth + 1) for item in one)
-            known[id(one)] = one, made
-            return made
-        known[id(one)] = one, one
-        if isinstance(one, Node):
-            one.arguments = visit(one.arguments, depth + 1)
-            one.state, one.items, one.values = (visit(part, depth + 1) for part in (one.state, one.items, one.values))
-        elif isinstance(one, list):
-            one[:] = [visit(item, depth + 1) for item in one]
-        else:
-            for key in one:
-                one[key] = visit(one[key], depth + 1)
-        return one
-
-    return visit(value, 0)
+        raise FileFormatError(path, f"cannot be read as tensors: {error}") from error
 
 
 def leaves(value: Any) -> dict[tuple[str, ...], Any]:
@@ -162,7 +111,9 @@ def leaves(value: Any) -> dict[tuple[str, ...], Any]:
                 if isinstance(key, str | int):
                     inner = (*path[:-1], f"{path[-1]}.{key}") if is_module and within else (*path, str(key))
                     left.append((inner, one[key], depth + 1, is_module))
-        elif isinstance(one, FoundTensor | int | float | str):
+        elif isinstance(one, View):
+            found[path] = one.found()
+        elif isinstance(one, int | float | str):
             found[path] = one
     raise PickleError("holds too many values")
 
@@ -183,10 +134,10 @@ def _module_tensors(node: Node) -> dict[Any, Any] | None:
     return None
 
 
-def sampled_identity(file: Readable, size: int) -> str:
+def sampled_identity(file: OpenedFile) -> str:
     """16 hexadecimal digits of a file's size and of pieces of its content, from the first to the last."""
-    digest = xxhash.xxh3_64(size.to_bytes(8, "little"))
-    last = max(0, size - _SAMPLE)
+    digest = xxhash.xxh3_64(file.size.to_bytes(8, "little"))
+    last = max(0, file.size - _SAMPLE)
     for index in range(_SAMPLES):
         digest.update(file.read_at(_SAMPLE, last * index // (_SAMPLES - 1)))
     return digest.hexdigest()
@@ -211,30 +162,21 @@ class ForeignFile(TensorFile):
     """A file of a checkpoint opened for its tensors."""
 
     def __init__(self, part: ForeignPart) -> None:
-        self.path, self.header, self._strided = part.path, part.header, part.strided
-        self._descriptor, self._checksums = open_regular(part.path), {}
+        OpenedFile.__init__(self, part.path)
+        self.header, self._strided, self._checksums = part.header, part.strided, {}
         self._cached: tuple[str, npt.NDArray[np.uint8]] | None = None
         self._lock = threading.Lock()
         try:
             self._opened = self._state()
-            if sampled_identity(self, self._opened[0]) != part.identity:
+            if sampled_identity(self) != part.identity:
                 raise FileFormatError(part.path, "was replaced while it was being used", "run again")
         except BaseException:
-            files.system.close(self._descriptor)
+            self.close()
             raise
-
-    def read_at(self, count: int, offset: int) -> bytes:
-        """The bytes at an offset; fewer at the end of the file."""
-        with named_on_error(self.path, "read"):
-            return files.read_at(self._descriptor, count, offset)
 
     def _state(self) -> tuple[int, int]:
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
-
-    def read_range(self, name: str, begin: int, end: int) -> PlainRange:  # type: ignore[override]  # noqa: ARG002
-        """The bytes `begin` to `end` of a tensor, read in order."""
-        return PlainRange(self, name, begin)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view` from byte `begin` of a tensor on, across the tensors that follow."""
@@ -261,18 +203,6 @@ class ForeignFile(TensorFile):
         super().__exit__(*exception)
         if changed and exception[0] is None:
             raise FileFormatError(self.path, "was changed while it was being read", "run again")
-
-
-class PlainRange:
-    """The bytes of one tensor from `begin` on, read in order, in parts of any size."""
-
-    def __init__(self, file: TensorFile, name: str, begin: int) -> None:
-        self._file, self._name, self._position = file, name, begin
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the bytes that come next."""
-        self._file.fill(self._name, view, self._position)
-        self._position += len(view)
 
 
 def make_part(path: Path, identity: str, tensors: Mapping[str, FoundTensor], boxes: Mapping[str, Box]) -> ForeignPart:

@@ -9,7 +9,6 @@ import errno
 import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
@@ -35,16 +34,16 @@ from posthoc_cli.snapshots.directory import (
     QUARANTINE,
     SUPERSEDED,
     Listing,
-    foreign_parts,
     is_parts_folder,
     is_snapshot_name,
     list_directory,
-    part_files,
+    list_folder,
     read_folder,
+    read_folders,
     time_order,
 )
 from posthoc_cli.snapshots.format import OutputInfo
-from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
+from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.measurements import Progress, compare_measurements, run_clock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
@@ -110,27 +109,66 @@ class FileReport:
         return self.state in (INTACT, UNCHECKED)
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What was found in a path.
+# --- listing
 
-    `problems` are files that contradict each other, both named; `notes` are unusual and not wrong. `snapshots` are
-    those without fault, by time, then sigma_rel: none that was superseded, and none at all where some contradict each
-    other. `lost` are the damaged ones of the same run whose headers are valid, `leftovers` the temporaries of
-    interrupted writes, or of writes in progress; `superseded` and `quarantined` count files set aside.
+
+@dataclass(frozen=True)
+class Unit:
+    """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
+
+    Or the parts of a snapshot or a state. `path` is what is moved if it is broken.
+    """
+
+    path: Path
+    files: Mapping[Path, Collection[str]]
+    index: Path | None = None
+    superseded: bool = False
+    has_parts: bool = False
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What there is to verify. `leftovers` are temporaries of interrupted writes, or of writes in progress.
+
+    `quarantined` counts files set aside as broken; `notes` are unusual and not wrong.
     """
 
     path: Path
     is_directory: bool
-    files: tuple[FileReport, ...]
-    problems: tuple[str, ...] = ()
+    units: tuple[Unit, ...]
+    leftovers: tuple[Path, ...] = ()
+    quarantined: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def listed_bytes(self) -> int:
+        """About how much there is to read."""
+        total = 0
+        for path in (path for unit in self.units for path in unit.files):
+            with suppress(OSError):
+                total += path.stat().st_size
+        return total
+
+
+@dataclass(frozen=True)
+class Verification(Contents):
+    """What was found in a path.
+
+    `problems` are files that contradict each other, both named. `snapshots` are those without fault, by time, then
+    sigma_rel: none that was superseded, and none at all where some contradict each other. `lost` are the damaged ones
+    of the same run whose headers are valid.
+    """
+
+    files: tuple[FileReport, ...] = ()
+    problems: tuple[str, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     lost: tuple[Snapshot, ...] = ()
-    leftovers: tuple[Path, ...] = ()
-    superseded: int = 0
-    quarantined: int = 0
     seconds: float = 0.0
+
+    @property
+    def superseded(self) -> int:
+        """How many were set aside as superseded."""
+        return sum(unit.superseded for unit in self.units)
 
     @property
     def broken(self) -> tuple[Path, ...]:
@@ -170,44 +208,6 @@ class Verification:
         }
 
 
-# --- listing
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
-
-    Or the parts of a snapshot or a state. `path` is what is moved if it is broken.
-    """
-
-    path: Path
-    files: Mapping[Path, Collection[str]]
-    index: Path | None = None
-    superseded: bool = False
-    has_parts: bool = False
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What there is to verify; see `Verification`."""
-
-    path: Path
-    is_directory: bool
-    units: tuple[Unit, ...]
-    leftovers: tuple[Path, ...] = ()
-    quarantined: int = 0
-    notes: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """About how much there is to read."""
-        total = 0
-        for path in (path for unit in self.units for path in unit.files):
-            with suppress(OSError):
-                total += path.stat().st_size
-        return total
-
-
 def list_contents(path: Path) -> Contents:
     """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
     if is_parts_folder(path) or is_state_folder(path):
@@ -223,42 +223,21 @@ def list_contents(path: Path) -> Contents:
 
 def _list_directory(directory: Path) -> Contents:
     listing, notes = list_directory(directory), []
-    folders = [path for path in listing.entries if path.name not in (SUPERSEDED, QUARANTINE) and _has_index(path)]
-    units = [_shards(folder / INDEX_NAME) for folder in (directory, *folders) if _has_index(folder)]
+    sharded_in = [path for path in listing.entries if path.name not in (SUPERSEDED, QUARANTINE) and _has_index(path)]
+    units = [_shards(folder / INDEX_NAME) for folder in (directory, *sharded_in) if _has_index(folder)]
     sharded = {path for unit in units for path in unit.files}
     units += [Unit(path, {path: ()}) for path in listing.files if path not in sharded]
-    incomplete: dict[Path, str] = {}
-    parted: list[Path] = []
-    caches: dict[str, DecodeCache] = defaultdict(DecodeCache)
-    for folder in listing.folders:
-        found_there: Snapshot | str | None = None
-        with suppress(FileFormatError, MismatchError):  # reported when the parts are read
-            found_there = read_folder(folder, caches)
-        if found_there and isinstance(found_there, str):
-            incomplete[folder] = found_there
-        elif found_there != "":
-            parted.append(folder)
-        if isinstance(found_there, Snapshot):
-            notes += foreign_parts(found_there)
-    units += [_parts(folder) for folder in parted]
+    parted = read_folders(listing)
+    # What is wrong with parts is reported when they are read.
+    units += [_parts(folder) for folder in (*parted.snapshots, *parted.problems)]
     units.sort(key=lambda unit: unit.index or unit.path)
-    notes += [f"{folder.name}/: has {there}" for folder, there in incomplete.items()]
-    aside, listed = directory / SUPERSEDED, [listing]
-    for folder in (aside, *folders, *parted, directory / QUARANTINE):
-        found = Listing(folder, ())
-        try:
-            if not folder.is_symlink():  # a link would lead out of the directory
-                found = list_directory(folder)
-            elif folder == aside:
-                notes.append(f"{SUPERSEDED}/ is a symbolic link; not read")
-        except DirectoryError as error:
-            if folder == aside and not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-                notes.append(f"{SUPERSEDED}/ cannot be read")
-        listed.append(found)
-    units += [Unit(path, {path: ()}, superseded=True) for path in listed[1].files]
-    units += [replace(_parts(path), superseded=True) for path in listed[1].folders]
-    leftovers = sorted([*incomplete, *(path for one in listed[:-1] for path in one.leftovers)])
-    quarantined = len(listed[-1].entries)
+    notes += parted.notes
+    inner = [_readable(folder) for folder in (*sharded_in, *parted.snapshots, *parted.problems)]
+    aside = _readable(directory / SUPERSEDED, notes)
+    units += [Unit(path, {path: ()}, superseded=True) for path in aside.files]
+    units += [replace(_parts(path), superseded=True) for path in aside.folders]
+    leftovers = sorted([*parted.incomplete, *(path for one in (listing, *inner, aside) for path in one.leftovers)])
+    quarantined = len(_readable(directory / QUARANTINE).entries)
     count = len(listing.pickles)
     if not (units or leftovers or quarantined):
         what = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(count)
@@ -270,6 +249,19 @@ def _list_directory(directory: Path) -> Contents:
     return Contents(directory, True, tuple(units), tuple(leftovers), quarantined, tuple(notes))
 
 
+def _readable(folder: Path, notes: list[str] | None = None) -> Listing:
+    """As `list_folder`; nothing, and a note, where it cannot be read."""
+    reason = "is a symbolic link; not read" if folder.is_symlink() else ""
+    found = Listing(folder, ())
+    try:
+        found = list_folder(folder)
+    except DirectoryError:
+        reason = "cannot be read"
+    if reason and notes is not None:
+        notes.append(f"{folder.name}/ {reason}")
+    return found
+
+
 def _has_index(folder: Path) -> bool:
     with suppress(OSError):  # no permission, or a name too long
         return (folder / INDEX_NAME).is_file()
@@ -277,7 +269,7 @@ def _has_index(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> Unit:
-    return Unit(folder, dict.fromkeys(part_files(folder), ()), has_parts=True)
+    return Unit(folder, dict.fromkeys(list_folder(folder).files, ()), has_parts=True)
 
 
 def _shards(index: Path) -> Unit:
@@ -319,13 +311,11 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
             run_clock([snapshot.info for snapshot in own])
         except MismatchError as error:
             problems = [error]
+    notes = (*_notes_of_files(reports, own, contents), *(gaps(own) * contents.is_directory), *contents.notes)
     return Verification(
-        path=contents.path, is_directory=contents.is_directory, files=tuple(reports),
-        problems=tuple(map(str, problems)),
-        notes=(*_notes_of_files(reports, own, contents), *(gaps(own) * contents.is_directory), *contents.notes),
+        **(vars(contents) | {"notes": notes}), files=tuple(reports), problems=tuple(map(str, problems)),
         snapshots=() if problems else tuple(own), lost=() if problems or not own else tuple(_lost(damaged, own)),
-        leftovers=contents.leftovers, superseded=sum(unit.superseded for unit in contents.units),
-        quarantined=contents.quarantined, seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -429,21 +419,19 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
     report = replace(report, kind=kind, header=header)
     if kind is None:
         return replace(report, what="foreign")
+    part = f"part {_shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
     if kind == "output":
         output = decode_output(path, header)
-        part = f"part {_shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
         what, averages = f"{part}{_output_words(output)}", header.tensors.keys() - set(output.copies)
         return replace(report, what=what, run_id=output.run_id, output=output, averages=averages)
     if kind == "state":
         state = decode_state(path, header)
         check_state_tensors(path, header, state)
         averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
-        part = f"part {_shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
         return replace(report, what=f"{part}state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
     if kind == "checkpoint":
         return replace(report, what="checkpoint", run_id=header.metadata.get("ema.run_id"), averages=frozenset())
     info = decode_snapshot(path, header)
-    part = "" if info.part is None else "part {} of {} of ".format(*info.part)
     what = f"{part}snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
     snapshot = None if part else Snapshot(path, header, info)
     averages = frozenset(info.averages)

@@ -8,10 +8,10 @@ that those of an intersection come in the same order from each side, and each fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
@@ -80,28 +80,24 @@ def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
         position = min(end, index * row)
 
 
-class ForwardReader(Protocol):
-    """Stored elements of one chunk, read from the first to the last."""
-
-    def read(self, begin: int, end: int) -> npt.NDArray[Any]:
-        """The elements `begin` to `end`: shape [end - begin]. `begin` is never before an earlier `end`."""
-        ...
+ForwardReader = Callable[[int, int], npt.NDArray[Any]]
+"""Gives stored elements of one chunk, from one to another: shape [end - begin]; never before those that it gave."""
 
 
 def copy_range(into: npt.NDArray[Any], wanted: Box, begin: int, chunks: Sequence[tuple[Box, ForwardReader]]) -> None:
     """Fill `into` with the row-major elements of the box `wanted` from `begin` on.
 
     Arguments:
-        into: contiguous: shape [count], of the dtype of the readers' elements.
+        into: contiguous: shape [count], of the dtype of the stored elements.
         chunks: boxes of the same tensor that cover these elements, each with its stored elements.
     """
     strides = [into.itemsize * step for step in row_major(wanted.shape)]
     for part in boxes_of_range(wanted, begin, begin + into.size):
-        for chunk, reader in chunks:
+        for chunk, read in chunks:
             common = chunk.meet(part)
             if not common.size:
                 continue
-            stored = reader.read(*chunk.span(common))
+            stored = read(*chunk.span(common))
             steps = [stored.itemsize * step for step in row_major(chunk.shape)]
             first, last = wanted.span(common)
             target = as_strided(into[first - begin : last - begin], common.shape, strides)

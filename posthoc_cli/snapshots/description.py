@@ -9,15 +9,15 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, SnapshotInfo, by_segment
+from posthoc_cli.snapshots.format import FileHeader, by_segment
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
-from posthoc_cli.snapshots.reader import Snapshot, read_header
+from posthoc_cli.snapshots.reader import FileSource, Snapshot, read_header
 from posthoc_cli.snapshots.states import StoredState, decode_state, is_state_folder, read_state
 
 Description = dict[str, Any]
@@ -161,14 +161,7 @@ def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
     return {"kind": kind, "path": str(path), "run": info.run_id, **own}
 
 
-class _Stored(Protocol):
-    @property
-    def info(self) -> SnapshotInfo: ...
-    @property
-    def header(self) -> FileHeader: ...
-
-
-def describe_tensors(snapshot: _Stored) -> Description:
+def describe_tensors(snapshot: FileSource) -> Description:
     """What tensors there are, of which role and dtypes."""
     info = snapshot.info
     averages = info.averages

@@ -136,7 +136,7 @@ class Inspection:
     def superseded(self) -> int:
         """The number of snapshots set aside; 0 where their folder cannot be read."""
         with suppress(DirectoryError):
-            aside = list_directory(self.listing.path / SUPERSEDED)
+            aside = list_folder(self.listing.path / SUPERSEDED)
             return len(aside.files) + len(aside.folders)
         return 0
 
@@ -147,7 +147,6 @@ def inspect_directory(directory: Path) -> Inspection:
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
     apart: list[str] = []
-    incomplete: dict[Path, str] = {}
     cache = DecodeCache()
     for path in listing.files:
         try:
@@ -161,24 +160,11 @@ def inspect_directory(directory: Path) -> Inspection:
         except FileFormatError as error:
             if not files.is_gone(path):  # else a writer has thinned it away
                 problems.append(error)
-    caches: Caches = defaultdict(DecodeCache)
-    for folder in listing.folders:
-        try:
-            found = read_folder(folder, caches)
-            if isinstance(found, Snapshot):
-                snapshots.append(found)
-                apart += foreign_parts(found)
-            elif found:
-                incomplete[folder] = found
-        except PostHocError as error:
-            if not files.is_gone(folder):
-                problems.append(error)
-    snapshots.sort(key=time_order)
-    problems += contradictions(snapshots)
-    notes = [f"{folder.name}/: has {there}" for folder, there in incomplete.items()]
-    return Inspection(
-        listing, tuple(snapshots), tuple(problems), (*missing_at_newest(snapshots), *apart, *notes), incomplete
-    )
+    folders = read_folders(listing)
+    snapshots = sorted([*snapshots, *folders.snapshots.values()], key=time_order)
+    problems += [*folders.problems.values(), *contradictions(snapshots)]
+    notes = (*missing_at_newest(snapshots), *apart, *folders.notes)
+    return Inspection(listing, tuple(snapshots), tuple(problems), notes, folders.incomplete)
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -236,9 +222,6 @@ def read_directory(directory: Path) -> list[Snapshot]:
 
 PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
 
-Caches = dict[str, DecodeCache]
-"""By file name of the part, since parts of one name have similar headers in all snapshots; "" for joined parts."""
-
 
 def is_snapshot_name(path: Path) -> bool:
     """Whether a name has the form that `snapshot_path` gives, of a file or of a folder."""
@@ -250,38 +233,66 @@ def is_snapshot_name(path: Path) -> bool:
     return named is not None and path in (named, named.with_name(named.name.removesuffix(fmt.SUFFIX)))
 
 
-def part_files(folder: Path) -> list[Path]:
-    """Files that may be parts of a snapshot; empty where it is no folder of the directory itself."""
-    if folder.is_symlink():  # a link would lead out of the directory
-        return []
+@dataclass(frozen=True)
+class Folders:
+    """What the folders of a directory hold: complete snapshots, what is wrong in others, and incomplete ones."""
+
+    snapshots: dict[Path, Snapshot]
+    problems: dict[Path, PostHocError]
+    incomplete: dict[Path, str]
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each file that is none of the parts beside it, and for each incomplete snapshot."""
+        own = {part.path for snapshot in self.snapshots.values() for part in snapshot.parts}
+        others = [path for folder in self.snapshots for path in list_folder(folder).files if path not in own]
+        return [
+            *(f"{one.parent.name}/{one.name}: is no part of the complete snapshot there; not read" for one in others),
+            *(f"{folder.name}/: has {there}" for folder, there in self.incomplete.items()),
+        ]
+
+
+def read_folders(listing: Listing) -> Folders:
+    """Read the headers of all folders that may be snapshots, and continue after errors."""
+    found, caches = Folders({}, {}, {}), defaultdict[str, DecodeCache](DecodeCache)
+    for folder in listing.folders:
+        try:
+            held = read_folder(folder, caches)
+        except PostHocError as error:
+            if not files.is_gone(folder):
+                found.problems[folder] = error
+            continue
+        if isinstance(held, Snapshot):
+            found.snapshots[folder] = held
+        elif held:
+            found.incomplete[folder] = held
+    return found
+
+
+def list_folder(folder: Path) -> Listing:
+    """As `list_directory`; nothing where it is no folder, or a link, which would lead out of the directory."""
+    if folder.is_symlink():
+        return Listing(folder, ())
     try:
-        return list_directory(folder).files
+        return list_directory(folder)
     except DirectoryError as error:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-            return []
+            return Listing(folder, ())
         raise
-
-
-def foreign_parts(snapshot: Snapshot) -> list[str]:
-    """A line for each file beside the parts of a complete snapshot that is none of them."""
-    own = {part.path for part in snapshot.parts}
-    others = [path for path in part_files(snapshot.path) if path not in own]
-    return [f"{path.parent.name}/{path.name}: is no part of the complete snapshot there; not read" for path in others]
 
 
 def is_parts_folder(path: Path) -> bool:
     """Whether a path is a folder of parts of one snapshot, and of nothing else, by their names."""
-    if not path.is_dir() or path.is_symlink():
-        return False
-    listing = list_directory(path)
+    listing = list_folder(path)
     named = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
     return bool(named) and all(named) and not listing.folders
 
 
-def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
+def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> Snapshot | str:
     """The snapshot of the parts in a folder, from their headers; else what is there, in words, as "2 of 4 parts".
 
-    That is empty for something else than such a folder.
+    That is empty for something else than such a folder. `caches` are by file names of parts, since those of one name
+    have similar headers in all snapshots; "" for joined parts.
 
     Raises:
         FileFormatError: a part is damaged, or elements of a tensor are missing.
@@ -289,7 +300,7 @@ def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
     found: dict[tuple[int, int], list[Snapshot]] = {}
-    for path in part_files(folder):
+    for path in list_folder(folder).files:
         try:
             header = read_header(path, caches[path.name])
             if file_kind(header) in OTHERS:

@@ -36,7 +36,7 @@ _BEGINNING = '{"__metadata__":'
 """The first bytes of a header written by us or by the safetensors library."""
 
 _MOST_DIGITS = 4_300
-"""The limit of Python itself since 3.10.7, unless configured otherwise."""
+"""Of a whole number; the limit of Python itself since 3.10.7, unless configured otherwise."""
 
 
 class DecodeCache:
@@ -96,7 +96,7 @@ def _split(text: str) -> tuple[Any, str | None]:
     """The metadata, and the text of the other entries: equal in all snapshots of a run. None if these come first."""
     if not text.startswith(_BEGINNING):
         return None, None
-    metadata, end = _decoder().raw_decode(text, len(_BEGINNING))
+    metadata, end = _DECODER.raw_decode(text, len(_BEGINNING))
     if "\\u" in text[len(_BEGINNING) : end]:
         _check_text(metadata)
     # The padding depends on the length of the metadata.
@@ -126,7 +126,7 @@ def _decode_entries(path: Path, raw: Any) -> dict[str, fmt.TensorEntry]:
 def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
     is_entry = isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}
     dtype, shape, offsets = (value["dtype"], value["shape"], value["data_offsets"]) if is_entry else (None, [], [])
-    is_entry = _is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
+    is_entry = is_sizes(shape) and is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
     # Also where another size is 0: no array library can hold the strides of such a shape.
     if not is_entry or math.prod(size or 1 for size in shape) >= 2**60:
         raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
@@ -140,8 +140,9 @@ def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
     return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
 
 
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+def is_sizes(value: Any) -> bool:
+    """Whether it is a list of sizes or offsets, such as a shape, that arrays can have."""
+    return isinstance(value, list | tuple) and all(type(size) is int and 0 <= size < 2**60 for size in value)
 
 
 def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
@@ -230,15 +231,22 @@ RUN_ID = Entry(
     "32 hexadecimal digits", lambda v: _is_text(v) and re.fullmatch("[0-9a-f]{32}", v) is not None, is_text=True
 )
 NUMBER = Entry("a finite number", is_number, lambda value, _: float(value))
-NUMBER_OR_NULL = Entry(
-    "a finite number", lambda v: v is None or is_number(v), lambda v, _: None if v is None else float(v)
-)
 AMOUNT = Entry("a finite number, at least 0", is_amount, lambda value, _: float(value))
+TIME = replace(NUMBER, words="a time of training", accepts=lambda v: is_number(v) and fmt.EARLIEST <= v <= fmt.LATEST)
 AMOUNTS = Entry("a list of finite numbers, at least 0", lambda v: is_list_of(v, is_amount), _listed)
 WHOLE = Entry("a whole number, at least 0", is_whole)
 TEXTS = Entry("a list of strings", lambda v: is_list_of(v, _is_text), _listed)
 LIST = Entry("a list", lambda v: isinstance(v, list))
 OBJECT = Entry("a JSON object", lambda v: isinstance(v, dict))
+
+
+def or_null(entry: Entry) -> Entry:
+    """A number as this entry, or null."""
+    return replace(
+        entry,
+        accepts=lambda value: value is None or entry.accepts(value),
+        convert=lambda value, _: None if value is None else float(value),
+    )
 
 
 def decode_metadata(
@@ -277,7 +285,7 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
     """Strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
     with _named_on_error(path, what):
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = _decoder().decode(text)
+        value = _DECODER.decode(text)
         if "\\u" in text:  # only escapes can make invalid text
             _check_text(value)
         return value
@@ -291,24 +299,25 @@ def _named_on_error(path: Path, what: str) -> Iterator[None]:
         raise FileFormatError(path, f"damaged {what}: {str(error)[:200]}") from error
 
 
-def _decoder() -> json.JSONDecoder:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("the same key twice")
-        return result
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("the same key twice")
+    return result
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
 
-    def short_int(digits: str) -> int:
-        if len(digits) > _MOST_DIGITS:
-            raise ValueError(f"a number of {len(digits):,} digits")
-        return int(digits)
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
-    # Python's own parser is faster, but without Python's own limit it takes hours for a long number.
-    has_limit = getattr(sys, "get_int_max_str_digits", lambda: 0)()
-    return json.JSONDecoder(object_pairs_hook=unique, parse_constant=refuse, parse_int=None if has_limit else short_int)
+
+def _short_int(digits: str) -> int:
+    """Without Python's own limit, which users may lift, a long number takes hours."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_short_int)
 
 
 def _check_text(value: Any) -> None:
@@ -378,7 +387,7 @@ def decode_chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[st
         if name not in raw or name not in stored:
             raise ValueError(f"ema.chunks: tensor {shown(name)} is in the payload or here, but not in both")
         value = raw[name]
-        if not (isinstance(value, dict) and set(value) == {"shape", "offset"} and all(map(_is_sizes, value.values()))):
+        if not (isinstance(value, dict) and set(value) == {"shape", "offset"} and all(map(is_sizes, value.values()))):
             raise ValueError(f"ema.chunks: {shown(name)} must have a shape and an offset, not {shown(value)}")
         own, chunk = stored[name].shape, Chunk(tuple(value["shape"]), tuple(value["offset"]))
         fits = len(own) == len(chunk.shape) == len(chunk.offset)
@@ -392,16 +401,14 @@ def decode_chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[st
 def _is_mesh(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"shape", "names"}:
         return bool(value == {})
-    return _is_sizes(value["shape"]) and (value["names"] is None or TEXTS.accepts(value["names"]))
-
-
-def _is_part(text: str) -> bool:
-    return re.fullmatch("[1-9][0-9]{0,5}/[1-9][0-9]{0,5}", text) is not None and int.__le__(*_part(text, {}))
+    return is_sizes(value["shape"]) and (value["names"] is None or TEXTS.accepts(value["names"]))
 
 
 def _part(text: str, _: Values) -> tuple[int, int]:
-    number, count = text.split("/")
-    return int(number), int(count)
+    match = re.fullmatch("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ValueError(f"must be two numbers such as 3/8, not {shown(text)}")
+    return int(match[1]), int(match[2])
 
 
 def _role_and_dtype(value: Any) -> tuple[str, str]:
@@ -575,7 +582,7 @@ def _widths(sigma_rels: Sequence[float]) -> str:
 
 
 SCHEDULE = replace(OBJECT, convert=_schedule)
-PART = Entry("two numbers such as 3/8", _is_part, _part, is_text=True, optional=True)
+PART = replace(TEXT, convert=_part, optional=True)
 
 _ENTRIES = {
     "run_id": RUN_ID,

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from math import inf, sqrt
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -54,8 +54,8 @@ from posthoc_cli.reconstruction import (
     misfit,
     thinned_subset,
 )
-from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, of_newest_segment
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, decode_values, in_order, worker_threads
+from posthoc_cli.snapshots.format import SnapshotInfo, of_newest_segment
+from posthoc_cli.snapshots.reader import FileSource, OpenSnapshot, Snapshot, in_order, read_values, worker_threads
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -70,30 +70,6 @@ _DIFFERENCE = 2.0**-23
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int], object]
-
-
-@runtime_checkable
-class FileSource(Protocol):
-    """What a sample is taken of: a snapshot, or another program's checkpoint."""
-
-    @property
-    def path(self) -> Path:
-        """For messages."""
-
-    @property
-    def info(self) -> SnapshotInfo:
-        """Its header, or what is known in place of it."""
-
-    @property
-    def profile(self) -> StoredProfile:
-        """What its averages are of."""
-
-    @property
-    def stored(self) -> Mapping[str, TensorEntry]:
-        """Dtype and bytes of each tensor."""
-
-    def open(self) -> OpenSnapshot:
-        """Open it."""
 
 
 def sample_measurements(snapshots: Sequence[FileSource]) -> list[Measurements]:
@@ -180,7 +156,7 @@ def _read(snapshot: FileSource, ranges: Sequence[_Range]) -> _Sample:
     rounded = not isinstance(snapshot.profile, Point)  # a checkpoint is what the network was
     with snapshot.open() as file:
         for one in ranges:
-            stored, values = snapshot.stored[one.name].dtype, _read_values(file, *one)
+            stored, values = snapshot.stored[one.name].dtype, read_values(file, *one)
             if not np.isfinite(values).all():
                 file.read(one.name)  # raises if it is damage: a flipped bit
                 raise NonFiniteError(snapshot.path, f"tensor {one.name!r}: holds nan or infinity")
@@ -449,7 +425,7 @@ def _group_squares(group: _Group, snapshots: Sequence[Snapshot], progress: Progr
             stack.callback(read[i].close)
 
         def sums(tile: _Range) -> tuple[FloatArray, _Range]:
-            loaded = {index: _read_values(file, *tile) for index, file in read.items()}
+            loaded = {index: read_values(file, *tile) for index, file in read.items()}
             with np.errstate(over="ignore"):  # the difference of finite values may be infinite
                 vectors = [loaded[i] for i in group.own] + [loaded[pair.i] - loaded[pair.j] for pair in group.pairs]
                 return np.array([np.einsum("i,i->", vector, vector) for vector in vectors]), tile
@@ -467,12 +443,6 @@ def _tiles(snapshot: Snapshot) -> Iterator[_Range]:
         entry = snapshot.header.tensors[name]
         count = entry.nbytes // ITEM_BYTES[entry.dtype]
         yield from (_Range(name, begin, min(begin + TILE, count)) for begin in range(0, count, TILE))
-
-
-def _read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatArray:
-    dtype = file.header.tensors[name].dtype
-    item = ITEM_BYTES[dtype]
-    return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
 
 
 # --- a claim about other libraries' averages

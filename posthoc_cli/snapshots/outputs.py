@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.directory import is_parts_folder, part_files
+from posthoc_cli.snapshots.directory import is_parts_folder, list_folder
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import (
     NUMBER,
-    NUMBER_OR_NULL,
     TEXT,
     Entry,
     file_kind,
     is_list_of,
     is_number,
+    or_null,
     parse_json,
 )
 from posthoc_cli.snapshots.reader import read_header, read_small_file
@@ -77,27 +77,16 @@ def _sources(listed: list[dict[str, Any]], _: object) -> tuple[tuple[str, float]
     return tuple((item["file"], float(item["coefficient"])) for item in listed)
 
 
-def _checked(reason: str, accepts: Callable[[float], bool]) -> Callable[[Any, object], float | None]:
-    def convert(value: float | None, _: object) -> float | None:
-        if value is not None and not accepts(value):
-            raise ValueError(f"{value:g} {reason}")
-        return None if value is None else float(value)
-
-    return convert
-
-
-_ERROR = _checked("is below 0", lambda value: value >= 0)
-
 _ENTRIES = {
     "run_id": headers.RUN_ID,
     "profile": TEXT,
-    "sigma_rel": replace(NUMBER_OR_NULL, convert=_checked("is not above 0", lambda value: value > 0)),
-    "gamma": NUMBER_OR_NULL,
-    "t": replace(NUMBER, convert=_checked("is not a time of training", lambda t: fmt.EARLIEST <= t <= fmt.LATEST)),
+    "sigma_rel": or_null(replace(NUMBER, words="a number above 0", accepts=lambda v: is_number(v) and v > 0)),
+    "gamma": or_null(NUMBER),
+    "t": headers.TIME,
     "t_unit": headers.UNIT,
     "method": TEXT,
-    "profile_error": replace(NUMBER, convert=_ERROR),
-    "predicted_error": replace(NUMBER_OR_NULL, convert=_ERROR),
+    "profile_error": headers.AMOUNT,
+    "predicted_error": or_null(headers.AMOUNT),
     "snapshots": Entry("a list of files with their coefficients", lambda v: is_list_of(v, _is_source), _sources),
     "copies": headers.TEXTS,
 }
@@ -156,7 +145,7 @@ def model_files(path: Path) -> dict[Path, list[str] | None]:
     if index is not None:
         return {index.parent / name: names for name, names in read_index(index).items()}
     if is_parts_folder(path):
-        return dict.fromkeys(part_files(path))
+        return dict.fromkeys(list_folder(path).files)
     return {path / SINGLE_NAME if path.is_dir() else path: None}
 
 

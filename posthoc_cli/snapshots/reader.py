@@ -27,7 +27,7 @@ from numpy.lib.stride_tricks import as_strided
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
-from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.profiles import PowerFunction, StoredProfile
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.chunks import Box, copy_range, row_major
@@ -46,6 +46,7 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of pickles and of archives of torch.save."""
 
 _Info = TypeVar("_Info")
+_File = TypeVar("_File", bound="OpenedFile")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -78,8 +79,8 @@ class Stored(Generic[_Info]):
 
 
 @dataclass(frozen=True)
-class Snapshot(Stored[fmt.SnapshotInfo]):
-    """A snapshot on disk."""
+class FileSource(Stored[fmt.SnapshotInfo]):
+    """A snapshot on disk, or another program's checkpoint."""
 
     @property
     def name(self) -> str:
@@ -87,57 +88,137 @@ class Snapshot(Stored[fmt.SnapshotInfo]):
         return self.path.name
 
     @property
-    def profile(self) -> PowerFunction:
-        """The power function that it holds."""
+    def profile(self) -> StoredProfile:
+        """What its averages are of."""
         return self.info.profile.pure
-
-    @property
-    def files(self) -> list[tuple[Path, fmt.FileHeader]]:
-        """Its files and their headers."""
-        return [(part.path, part.header) for part in self.parts] or [(self.path, self.header)]
-
-    def cells(self, name: str) -> int:
-        """The number of chunks that rows of a tensor go through; 0 where it is in one file."""
-        boxes = [part.boxes[name] for part in self.parts if name in part.boxes and part.boxes[name].size]
-        return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
 
     @property
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
         """Dtype, shape and place of each stored tensor."""
         return self.header.tensors
 
+    def cells(self, name: str) -> int:
+        """The number of chunks that rows of a tensor go through; 0 where it is in one file."""
+        boxes = [part.boxes[name] for part in self.parts if name in part.boxes and part.boxes[name].size]
+        return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
+
+
+class Snapshot(FileSource):
+    """A snapshot on disk."""
+
+    @property
+    def profile(self) -> PowerFunction:
+        """The power function that it holds."""
+        return self.info.profile.pure
+
+
+# --- opening files
+
+
+@contextmanager
+def named_on_error(path: Path, verb: str) -> Iterator[None]:
+    """Turn the system's errors of the block into a FileFormatError: the file cannot be opened, or read."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot(path, verb, error) from error
+    except ValueError as error:
+        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
+
+
+def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
+    # On a network file system an open file goes away, too, when another host removes it.
+    kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
+    hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
+    return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
+
+
+class OpenedFile:
+    """A regular file, open for reading at any place; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with named_on_error(path, "opened"):
+            self._descriptor = files.system.open(path)
+        known = os.fstat(self._descriptor)
+        self.size = known.st_size
+        if not stat.S_ISREG(known.st_mode):
+            self.close()
+            raise FileFormatError(path, "is not a regular file")
+
+    def read_at(self, count: int, offset: int) -> bytes:
+        """The bytes at an offset; fewer at the end of the file."""
+        with named_on_error(self.path, "read"):
+            return files.read_at(self._descriptor, count, offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        files.system.close(self._descriptor)
+
+    def __enter__(self: _File) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_small_file(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes."""
+    with OpenedFile(path) as file:
+        if file.size > most:
+            raise FileFormatError(path, f"has {file.size:,} bytes; at most {most:,} are allowed")
+        return file.read_at(file.size, 0)
+
 
 def read_header(path: Path, cache: DecodeCache | None = None, check_size: bool = True) -> fmt.FileHeader:
     """The checked header of a safetensors file; without `check_size` also of a truncated file."""
-    with _opened(path) as descriptor:
-        start, size = _read_start(path, descriptor)
-        return headers.decode_header(path, start, size if check_size else None, cache)
+    with OpenedFile(path) as file:
+        return headers.decode_header(path, _read_start(file), file.size if check_size else None, cache)
 
 
-class TensorFile:
-    """A safetensors file opened for its tensors, a context manager; any number of threads may read at once.
+def _read_start(file: OpenedFile) -> bytes:
+    """The first 8 + N bytes."""
+    prefix = file.read_at(8, 0)
+    if len(prefix) < 8:
+        raise FileFormatError(file.path, f"truncated: {file.size:,} bytes cannot hold a safetensors header")
+    length = int.from_bytes(prefix, "little")
+    if length > fmt.MAX_HEADER_BYTES or 8 + length > file.size:
+        if prefix.startswith(_PICKLES):
+            raise FileFormatError(file.path, "is a pickle (.pt, .bin), not safetensors", "give it its own ending")
+        told = f"its header would take {length:,} bytes of a file of {file.size:,}"
+        raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {told}")
+    text = file.read_at(length, 8)
+    if len(text) < length:
+        raise FileFormatError(file.path, "the file became shorter while it was read")
+    return prefix + text
+
+
+# --- tensors
+
+
+class TensorFile(OpenedFile):
+    """A safetensors file opened for its tensors; any number of threads may read at once.
 
     The header is read again and must be `expected`: the file that was planned with is the file that is read.
     """
 
     def __init__(self, path: Path, expected: fmt.FileHeader | None = None) -> None:
-        self.path = path
-        self._descriptor = open_regular(path)
+        super().__init__(path)
         try:
             self.header = self._checked_header(expected)
             self._checksums = headers.decode_checksums(path, self.header)
         except BaseException:
-            files.system.close(self._descriptor)
+            self.close()
             raise
 
     def _checked_header(self, expected: fmt.FileHeader | None) -> fmt.FileHeader:
         """The header; `expected` itself if the file still has it, which saves decoding it again."""
-        start, size = _read_start(self.path, self._descriptor)
-        if expected is not None and (len(start), size) == (expected.payload_start, expected.file_bytes):
+        start = _read_start(self)
+        if expected is not None and (len(start), self.size) == (expected.payload_start, expected.file_bytes):
             checksum = expected.metadata.get("ema.checksum")
             if checksum is not None and headers.has_header_checksum(start, checksum):
                 return expected
-        header = headers.decode_header(self.path, start, size)
+        header = headers.decode_header(self.path, start, self.size)
         if expected not in (None, header):
             raise FileFormatError(self.path, "was replaced while it was being used", "run again")
         return header
@@ -213,16 +294,6 @@ class TensorFile:
         self.fill(name, data.data, begin)
         return data
 
-    def close(self) -> None:
-        """Close the file."""
-        files.system.close(self._descriptor)
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class RangeReader:
     """Some blocks of one tensor, read in order, in parts of any size; each block is verified at its end."""
@@ -234,6 +305,9 @@ class RangeReader:
     def read_into(self, view: memoryview) -> None:
         """Fill `view` with the bytes that come next."""
         self._file.fill(self._name, view, self._position)
+        if self._file.checksum(self._name) is None:
+            self._position += len(view)
+            return
         while view:
             left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
             part, view = view[:left], view[left:]
@@ -241,7 +315,7 @@ class RangeReader:
             self._position += len(part)
             if self._position % fmt.BLOCK_BYTES == 0 or self._position == self._end:
                 expected = self._file.checksum(self._name, (self._position - 1) // fmt.BLOCK_BYTES)
-                if expected is not None and self._hash.hexdigest() != expected:
+                if self._hash.hexdigest() != expected:
                     raise self._file.damaged(self._name)
                 self._hash.reset()
 
@@ -343,7 +417,7 @@ class PartedFile:
         entry = self.header.tensors[name]
         item = DTYPES[entry.dtype].nbytes
         data = np.empty(end - begin, dtype=np.uint8)
-        chunks = [(box, _Unverified(file, name, entry.dtype)) for file, box in self._chunks[name]]
+        chunks = [(box, _Unverified(file, name, entry.dtype).read) for file, box in self._chunks[name]]
         copy_range(data.view(_items(entry.dtype)), self._boxes[name], begin // item, chunks)
         return data
 
@@ -378,7 +452,8 @@ class BoxReader:
     def read_into(self, view: memoryview) -> None:
         """Fill `view` with the bytes that come next, of complete elements."""
         if view:
-            copy_range(np.frombuffer(view, self._type), self._box, self._position // self._item, self._chunks)
+            chunks = [(held, stored.read) for held, stored in self._chunks]
+            copy_range(np.frombuffer(view, self._type), self._box, self._position // self._item, chunks)
         self._position += len(view)
         if self._position == self._end:
             for _, stored in self._chunks:
@@ -394,7 +469,7 @@ class _Unverified:
         self._item = DTYPES[self._entry.dtype].nbytes
 
     def read(self, begin: int, end: int) -> npt.NDArray[Any]:
-        """See `ForwardReader`."""
+        """See `chunks.ForwardReader`."""
         data = self._bytes(begin * self._item, end * self._item)
         return _as_stored(data, self._entry.dtype, self._dtype).view(_items(self._dtype))
 
@@ -449,6 +524,13 @@ def _items(dtype: str) -> np.dtype[Any]:
     return np.dtype(f"u{DTYPES[dtype].nbytes}")
 
 
+def read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> npt.NDArray[np.float64]:
+    """The elements `begin` to `end` of a tensor as `decode_values` gives them, unverified: for estimates only."""
+    dtype = file.header.tensors[name].dtype
+    item = DTYPES[dtype].nbytes
+    return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
+
+
 def _e4m3_values() -> npt.NDArray[np.float64]:
     """The value of each byte: a sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, one nan a sign."""
     codes = np.arange(128)
@@ -462,7 +544,7 @@ _E4M3 = _e4m3_values()
 
 
 def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float64]:
-    """Little-endian bytes as float64."""
+    """Little-endian bytes as float64; a complex number is its two parts."""
     if dtype == "F8_E4M3":
         return _E4M3[data]
     if dtype == "BF16":  # the upper half of a float32
@@ -470,79 +552,9 @@ def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.flo
     elif dtype == "F8_E5M2":  # the upper half of a float16
         values = (data.astype(np.uint16) << 8).view(np.float16)
     else:
-        values = data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+        values = data.view("float32" if dtype == "C64" else DTYPES[dtype].torch_name)
     with np.errstate(invalid="ignore"):  # some kinds of nan raise a flag of the processor
         return values.astype(np.float64)
-
-
-def read_small_file(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes."""
-    with _opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        if size > most:
-            raise FileFormatError(path, f"has {size:,} bytes; at most {most:,} are allowed")
-        with named_on_error(path, "read"):
-            return files.read_at(descriptor, size, 0)
-
-
-# --- opening, and the header's bytes
-
-
-@contextmanager
-def named_on_error(path: Path, verb: str) -> Iterator[None]:
-    """Turn the system's errors of the block into a FileFormatError: the file cannot be opened, or read."""
-    try:
-        yield
-    except OSError as error:
-        raise _cannot(path, verb, error) from error
-    except ValueError as error:
-        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
-
-
-def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
-    # On a network file system an open file goes away, too, when another host removes it.
-    kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
-    hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
-    return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = open_regular(path)
-    try:
-        yield descriptor
-    finally:
-        files.system.close(descriptor)
-
-
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file; a FileFormatError if it is none, or cannot be opened."""
-    with named_on_error(path, "opened"):
-        descriptor = files.system.open(path)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        files.system.close(descriptor)
-        raise FileFormatError(path, "is not a regular file")
-    return descriptor
-
-
-def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
-    """The first 8 + N bytes, and the size of the file."""
-    with named_on_error(path, "read"):
-        size = os.fstat(descriptor).st_size
-        prefix = files.read_at(descriptor, 8, 0)
-        length = int.from_bytes(prefix, "little")
-        is_held = len(prefix) == 8 and length <= fmt.MAX_HEADER_BYTES and 8 + length <= size
-        start = prefix + files.read_at(descriptor, length, 8) if is_held else b""
-    if len(prefix) < 8:
-        raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
-    if not is_held and prefix.startswith(_PICKLES):
-        raise FileFormatError(path, "is a pickle (.pt, .bin), not safetensors", "give it its own ending")
-    if not is_held:
-        what = "damaged, truncated or not safetensors"
-        raise FileFormatError(path, f"{what}: its header would take {length:,} bytes of a file of {size:,}")
-    if len(start) < 8 + length:
-        raise FileFormatError(path, "the file became shorter while it was read")
-    return start, size
 
 
 # --- verifying a payload: on all cores, in constant memory
@@ -559,8 +571,8 @@ class Checked(NamedTuple):
 
 def verify_snapshot(snapshot: Snapshot, progress: Callable[[int], object] | None = None) -> None:
     """Read all files of a snapshot, as `verify_payload` does."""
-    for path, header in snapshot.files:
-        verify_payload(path, header, progress)
+    for part in snapshot.parts or (snapshot,):
+        verify_payload(part.path, part.header, progress)
 
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:

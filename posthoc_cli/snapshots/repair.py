@@ -1,7 +1,7 @@
 """Set aside broken files of a snapshot directory, and delete what interrupted writes have left; only without a writer.
 
-Only temporaries, and folders without all parts of a snapshot, are deleted. A broken file keeps its name in the folder
-`quarantine`.
+Only temporaries, among them the folder of an import, and folders without all parts of a snapshot are deleted. A broken
+file keeps its name in the folder `quarantine`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from posthoc_cli.snapshots import check
 from posthoc_cli.snapshots.check import FileReport, Verification
 from posthoc_cli.snapshots.directory import (
     QUARANTINE,
+    Listing,
     is_snapshot_name,
+    list_directory,
     move_aside,
     read_folder,
     remove_snapshot,
@@ -181,29 +183,20 @@ def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning
         for path in found.leftovers:
             with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
                 known = path.lstat()
-                is_folder = stat.S_ISDIR(known.st_mode)
-                if is_folder and not is_snapshot_name(path):
-                    left.append((path, "is a folder, which no write leaves"))
-                elif max(known.st_mtime, *_times_in(path)) > before:
+                inside = list_directory(path) if stat.S_ISDIR(known.st_mode) else Listing(path, ())
+                if not is_snapshot_name(path) and set(inside.entries) - {*inside.files, *inside.leftovers}:
+                    left.append((path, "is a folder with other files than an interrupted import leaves"))
+                elif max(known.st_mtime, *(file.lstat().st_mtime for file in inside.entries), 0) > before:
                     left.append((path, "was written to a moment ago; a write may be in progress"))
-                elif is_folder and not isinstance(_read_again(path), str):
+                elif is_snapshot_name(path) and not isinstance(_read_again(path), str):
                     left.append((path, "has changed meanwhile"))
-                elif is_folder:
-                    remove_snapshot(path)
-                    removed.append(path)
                 else:
-                    files.system.unlink(path)
+                    remove_snapshot(path)
                     removed.append(path)
         for folder in sorted({path.parent for path in removed}):
             with files.reported_as_write_error(folder):
                 files.system.fsync_directory(folder)
     return Cleaning(tuple(removed), tuple(left), done=True)
-
-
-def _times_in(folder: Path) -> list[float]:
-    """When the files of a folder were written to; some time long ago where it is none."""
-    inside = files.system.list(folder) if folder.is_dir() and not folder.is_symlink() else []
-    return [0.0, *(path.lstat().st_mtime for path in inside)]
 
 
 def _read_again(folder: Path) -> Snapshot | str | None:

@@ -25,8 +25,8 @@ from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorEntry, TensorSpec, TrackedTensor, of_segment_at
-from posthoc_cli.snapshots.measurements import FileSource, by_time, chosen_up_to, run_clock, snapshot_prior
-from posthoc_cli.snapshots.reader import OpenSnapshot
+from posthoc_cli.snapshots.measurements import by_time, chosen_up_to, run_clock, snapshot_prior
+from posthoc_cli.snapshots.reader import FileSource, OpenSnapshot
 from posthoc_cli.targets import FixedCoefficients, Groups, Target, as_target, separate
 
 if TYPE_CHECKING:

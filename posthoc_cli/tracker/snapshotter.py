@@ -29,9 +29,9 @@ from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
     find_snapshots,
     inspect_directory,
+    list_folder,
     newest_before,
     on_schedule,
-    part_files,
     read_snapshot,
     remove_snapshot,
     set_aside,
@@ -362,7 +362,7 @@ class Snapshotter:
         """Warn of the third newest snapshots if they still lack parts: each process writes one time after the other."""
         times = sorted({snapshot.t for snapshot in self._stored})
         for path, part in [(s.path, s.info.part) for s in self._stored if s.t in times[-3:-2]]:
-            if part is not None and (there := len(part_files(path.parent))) < part[1]:
+            if part is not None and (there := len(list_folder(path.parent).files)) < part[1]:
                 what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
                 log.warning(what, path.parent, there, part[1], ON_ONE_FILE_SYSTEM)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from posthoc_cli.checkpoints.opening import open_checkpoints
 from posthoc_cli.profiles import Discrete, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.repair import clean
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
 STEPS = 400
@@ -39,10 +42,14 @@ def raise_of(error: type[BaseException]) -> Callable[..., None]:
 WIDTHS = (0.05, 0.28)
 
 
-def train(update: Callable[[torch.nn.Module], None]) -> dict[str, torch.Tensor]:
+Update = Callable[[torch.nn.Module], None]
+
+
+def train(start: Callable[[torch.nn.Module], Update]) -> dict[str, torch.Tensor]:
     """A random walk of a small model; gives the weights of every step, in float64."""
     generator = torch.Generator().manual_seed(3)
     model = torch.nn.Linear(60, 50)
+    update = start(model)
     history: dict[str, list[torch.Tensor]] = {name: [] for name, _ in model.named_parameters()}
     for _ in range(STEPS):
         for name, parameter in model.named_parameters():
@@ -68,23 +75,15 @@ def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], si
 @pytest.mark.parametrize("update_every", [1, 10])
 def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
     library = pytest.importorskip("ema_pytorch")
-    made = []
+    settings = {"sigma_rels": WIDTHS, "update_every": update_every, "checkpoint_dtype": torch.float32}
 
-    def update(model: torch.nn.Module) -> None:
-        if not made:
-            made.append(
-                library.PostHocEMA(
-                    model,
-                    sigma_rels=WIDTHS,
-                    checkpoint_every_num_steps=20,
-                    checkpoint_folder=str(tmp_path / "x"),
-                    update_every=update_every,
-                    checkpoint_dtype=torch.float32,
-                )
-            )
-        made[0].update()
+    def start(model: torch.nn.Module) -> Update:
+        tracker = library.PostHocEMA(
+            model, checkpoint_every_num_steps=20, checkpoint_folder=str(tmp_path / "x"), **settings
+        )
+        return lambda _: tracker.update()
 
-    history = train(update)
+    history = train(start)
     run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=update_every)
     assert {type(source.profile) for source in run.sources} == {Discrete}
     assert len(run.sources) == 40
@@ -103,16 +102,18 @@ def test_files_of_two_sessions_are_doubted(tmp_path: Path, caplog: pytest.LogCap
     """`pytorch-posthoc-ema` counts from 0 again where it is continued, and replaces its first files."""
     library = pytest.importorskip("posthoc_ema")
     settings = {"sigma_rels": WIDTHS, "update_every": 5, "checkpoint_every": 20, "checkpoint_dtype": torch.float32}
-    trackers: list[Any] = []
 
-    def update(model: torch.nn.Module) -> None:
-        if not trackers:
-            trackers.append(library.PostHocEMA.from_model(model, str(tmp_path / "x"), **settings))
-        elif trackers[0].step == 260:
-            trackers.insert(0, library.PostHocEMA.from_path(str(tmp_path / "x"), model, **settings))
-        trackers[0].update_(model)
+    def start(model: torch.nn.Module) -> Update:
+        trackers = [library.PostHocEMA.from_model(model, str(tmp_path / "x"), **settings)]
 
-    history = train(update)
+        def update(model: torch.nn.Module) -> None:
+            if trackers[0].step == 260:
+                trackers.insert(0, library.PostHocEMA.from_path(str(tmp_path / "x"), model, **settings))
+            trackers[0].update_(model)
+
+        return update
+
+    history = train(start)
     options: dict[str, Any] = {"kind": "posthoc-ema", "sigma_rels": WIDTHS, "update_every": 5}
     Run(tmp_path / "x", **options).average(0.1)
     assert "fit no update_every; check the widths, update_after_step, and that one session" in caplog.text
@@ -124,25 +125,15 @@ def test_files_of_two_sessions_are_doubted(tmp_path: Path, caplog: pytest.LogCap
 
 def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
     library = pytest.importorskip("posthoc_ema")
-    made = []
+    settings = {"sigma_rels": WIDTHS, "update_every": 5, "update_after_step": 30, "checkpoint_dtype": torch.float32}
 
-    def update(model: torch.nn.Module) -> None:
-        if not made:
-            made.append(
-                library.PostHocEMA.from_model(
-                    model,
-                    str(tmp_path / "x"),
-                    max_checkpoints=50,
-                    sigma_rels=WIDTHS,
-                    update_every=5,
-                    checkpoint_every=20,
-                    update_after_step=30,
-                    checkpoint_dtype=torch.float32,
-                )
-            )
-        made[0].update_(model)
+    def start(model: torch.nn.Module) -> Update:
+        tracker = library.PostHocEMA.from_model(
+            model, str(tmp_path / "x"), max_checkpoints=50, checkpoint_every=20, **settings
+        )
+        return tracker.update_
 
-    history = train(update)
+    history = train(start)
     run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=30)
     assert run.step == 400
     assert set(run.tensors) == {"weight", "bias"}
@@ -195,6 +186,9 @@ def test_an_import_that_is_killed_leaves_nothing_under_its_name(
                 patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # no time for that
             import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
         assert not (tmp_path / "new").exists()
+    (left,) = tmp_path.glob(".ema-*")
+    assert clean(verify(list_contents(tmp_path)), now=lambda: time.time() + 7200).removed == (left,)
+    assert not left.exists()
     import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
     assert [source.info.step for source in Run(tmp_path / "new").sources] == [1, 2]
 

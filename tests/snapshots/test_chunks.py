@@ -55,7 +55,7 @@ def test_any_chunk_is_read_from_any_other_chunks(shape: tuple[int, ...], seed: i
     rng = np.random.default_rng(seed)
     tensor = rng.integers(0, 2**62, shape)
     for wanted in cut(rng, shape):
-        stored = [(box, Stored(np.ascontiguousarray(tensor[slices(box)]).reshape(-1))) for box in cut(rng, shape)]
+        stored = [(box, Stored(np.ascontiguousarray(tensor[slices(box)]).reshape(-1)).read) for box in cut(rng, shape)]
         expected = tensor[slices(wanted)].reshape(-1)
         found = np.empty_like(expected)
         edges = sorted([0, wanted.size, *rng.integers(0, wanted.size + 1, 4).tolist()])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,35 +14,23 @@ from factories import RUN_ID, read_snapshot, write_snapshot
 from posthoc_cli.profiles import Discrete, Point, StoredProfile, Uniform, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.reconstruction import DistanceTo, reconstruct
-from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, TrackedTensor
-from posthoc_cli.snapshots.measurements import FileSource, check_update_every, sample_measurements, snapshot_prior
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.format import TrackedTensor
+from posthoc_cli.snapshots.measurements import check_update_every, sample_measurements, snapshot_prior
+from posthoc_cli.snapshots.reader import FileSource
 
 WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 4000, 400
 
 
 @dataclass(frozen=True)
-class Foreign:
+class Foreign(FileSource):
     """A file of any profile."""
 
-    file: Snapshot
-    profile: StoredProfile
+    of: StoredProfile = field(kw_only=True)
 
     @property
-    def path(self) -> Path:
-        return self.file.path
-
-    @property
-    def info(self) -> SnapshotInfo:
-        return self.file.info
-
-    @property
-    def stored(self) -> Mapping[str, TensorEntry]:
-        return self.file.stored
-
-    def open(self) -> OpenSnapshot:
-        return self.file.open()
+    def profile(self) -> StoredProfile:
+        return self.of
 
 
 def walk() -> torch.Tensor:
@@ -56,7 +43,7 @@ def foreign(folder: Path, path: torch.Tensor, profile: StoredProfile, width: flo
     masses = torch.from_numpy(-np.diff(profile.tail(np.arange(STEPS + 1))))
     values, own = {"w": (masses @ path).to(dtype)}, {"w": TrackedTensor("average", "F32")}
     file = write_snapshot(folder, profile.t, width, RUN_ID, values, tensors=own, sigma_rels=WIDTHS)
-    return Foreign(read_snapshot(file), profile)
+    return Foreign(**vars(read_snapshot(file)), of=profile)
 
 
 def profile_of(source: FileSource, every: int) -> Discrete:

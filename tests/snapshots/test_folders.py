@@ -15,7 +15,6 @@ import torch
 from factories import (
     OTHER_RUN_ID,
     RUN_ID,
-    cut,
     flip_bit,
     make_info,
     read_snapshot,
@@ -436,12 +435,6 @@ def test_a_snapshot_that_was_completed_meanwhile_is_not_deleted(run: Path, tmp_p
     kept.rename(part)
     done = clean(found, now=lambda: time.time() + 7200)
     assert (done.removed, done.left) == ((), ((folder, "has changed meanwhile"),))
-
-
-def test_the_factory_cuts_as_torch_does() -> None:
-    value = torch.arange(10).view(5, 2)
-    assert [offset for offset, _ in cut(value, (4,))] == [(0, 0), (2, 0), (4, 0)]
-    assert [offset for offset, _ in cut(value, (2, 2))] == [(0, 0), (0, 1), (3, 0), (3, 1)]
 
 
 # --- other readers

@@ -168,10 +168,10 @@ SNAPSHOT = {
     "ema.format": [("output", "ema.profile: is missing"), ("elsewhere", "")],
 }  # fmt: skip
 OUTPUT = {
-    "ema.t": [("-1.0", "-1 is not a time of training"), ("1e300", "1e+300 is not a time of training")],
-    "ema.sigma_rel": [("0", "0 is not above 0")],
-    "ema.profile_error": [("-0.1", "-0.1 is below 0")],
-    "ema.predicted_error": [("-1e-9", "-1e-09 is below 0")],
+    "ema.t": [("-1.0", "must be a time of training, not -1.0"), ("1e300", "a time of training, not 1e+300")],
+    "ema.sigma_rel": [("0", "must be a number above 0, not 0")],
+    "ema.profile_error": [("-0.1", "at least 0, not -0.1")],
+    "ema.predicted_error": [("-1e-9", "at least 0, not -1e-09")],
 }
 STATE = {
     "ema.schedule": SNAPSHOT["ema.schedule"], "ema.t": [("-1.0", "must be a finite number, at least 0, not -1.0")],

@@ -306,16 +306,23 @@ def test_leftovers_that_are_still_are_removed(run: Path, tmp_path: Path) -> None
     ahead = leave(run / ".ema-3.tmp", -3600)  # by another host's clock
     (tmp_path / "precious").write_text("x")
     (run / ".ema-4.tmp").symlink_to(tmp_path / "precious")
-    (run / ".ema-5.tmp").mkdir()
-    for name in (".ema-4.tmp", ".ema-5.tmp"):
+    folders = {name: run / f".ema-{name}.tmp" for name in ("5", "import", "others")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["others"] / "config.json").touch()
+    leave(folders["import"] / "0000000000000020-weights.safetensors", 120)
+    leave(folders["import"] / ".ema-6.tmp", 120)
+    for name in (".ema-4.tmp", *(folder.name for folder in folders.values())):
         os.utime(run / name, (0, 0), follow_symlinks=False)
     (run / ".ema-not-ours").write_text("x")
     found = verify(list_contents(run))
     assert found.is_fine
     cleaning = clean(found)
-    assert set(cleaning.removed) == {old, run / ".ema-4.tmp"}
+    assert set(cleaning.removed) == {old, run / ".ema-4.tmp", folders["5"], folders["import"]}
+    assert not folders["import"].exists()
     left = dict(cleaning.left)
-    assert left.keys() == {young, ahead, run / ".ema-5.tmp"}
+    assert left.keys() == {young, ahead, folders["others"]}
+    assert left[folders["others"]] == "is a folder with other files than an interrupted import leaves"
     assert left[young] == left[ahead] == "was written to a moment ago; a write may be in progress"
     assert is_whole(run, 12)
     assert (tmp_path / "precious").exists()

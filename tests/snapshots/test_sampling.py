@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snapshot
 
-from posthoc_cli.errors import FileFormatError, NonFiniteError
+from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.format import TrackedTensor
@@ -198,16 +197,3 @@ def test_values_too_large_to_be_squared_are_told(tmp_path: Path) -> None:
     with pytest.raises(OverflowError, match="too large to be squared"):
         sample_measurements([snapshot])
     assert with_sampled_measurements([snapshot])[0].measurements is None
-
-
-def test_a_file_that_became_shorter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = write(tmp_path, 10, 0.05, {"w": torch.ones(1000)})
-    real = TensorFile.read_unverified
-
-    def shrink(self: TensorFile, name: str, begin: int, end: int) -> np.ndarray:
-        os.truncate(self.path, self.path.stat().st_size - 1)
-        return real(self, name, begin, end)
-
-    monkeypatch.setattr(TensorFile, "read_unverified", shrink)
-    with pytest.raises(FileFormatError, match=r"tensor 'w': the file became shorter"):
-        sample_measurements([snapshot])

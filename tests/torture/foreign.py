@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from checkpoint_layouts import LAYOUTS, walk
 
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.run import Run
+from torture.strangers import Bomb
 from torture.tally import Experiment, Tally
 
 DAMAGES = 400
 """Of each layout, for a share of 1."""
-
-
-class _Bomb:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
 
 
 def damaged(folder: Path, share: float, chance: int) -> Tally:
@@ -57,7 +48,7 @@ def _changed(whole: bytes, dice: random.Random, paths: list[Path], marker: Path)
     if kind == "cut":
         return whole[: dice.randrange(len(whole))]
     if kind == "bomb":
-        return pickle.dumps({"model": {"w": torch.ones(2)}, "x": _Bomb(marker), "step": _Bomb(marker)})
+        return pickle.dumps({"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)})
     if kind == "other":
         return dice.choice(paths).read_bytes()
     changed = bytearray(whole)
@@ -78,4 +69,4 @@ def _read(run: Path, tally: Tally, what: str) -> None:
         tally.missed.append(f"{what}: {type(error).__name__}: {error}")
 
 
-EXPERIMENTS = [Experiment("checkpoints of other programs, damaged at random", damaged, 0.01)]
+EXPERIMENTS = [Experiment("checkpoints of other programs, damaged at random", damaged, 0.05)]
