@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import logging
+import hashlib
 import math
 import re
 import shutil
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import torch
 
     from posthoc_cli.sweep.candidates import Candidates
-
-log = logging.getLogger(__name__)
 
 LENGTH, GUIDE, _GROUP = "length", "guide", "group "
 """What is searched, beside the time: the length, the length of a second network's average; that of a group's glob."""
@@ -402,7 +400,7 @@ class _Searches:
         """Run the command for each (target, value, seed, averages, predicted error), and write the outcomes down."""
         asked, evaluations = self._asked, []
         for target, _, seed, words, _ in wanted:
-            name = re.sub(r"[^\w.-]", "-", f"{target}-seed-{seed}")
+            name = _file_name(f"{target}-seed-{seed}")
             folder = asked.out / _SCRATCH / f"trial-{name}"
             files.make_directory(folder)
             filled = {"weights:guide": "", "sigma_rel:guide": ""} | words | {"seed": seed, "dir": folder}
@@ -432,6 +430,12 @@ def _known(records: Records, axis: Axis) -> list[Record]:
 
     trials = {(trial.target, trial.seed): trial for trial in records.read()}
     return [trial for trial in trials.values() if trial.value is not None and within(trial)]
+
+
+def _file_name(text: str) -> str:
+    """A text as a file's name, shortened where a file system may not take it: file names have at most 255 bytes."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", text)
+    return name if len(name) <= 100 else f"{name[:40]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{name[-40:]}"
 
 
 def _remove(path: Path) -> None:
