@@ -360,7 +360,7 @@ class Run:
         count = sum(info.t <= last for info in infos)
         label = f"{self.directory}: {counted(sources, len(usable), count)} up to {last:,.12g} {unit}"
         profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
-        return Candidate.of_run(label, profiles, source_prior(known), unit, run_clock(infos), first)
+        return Candidate(label, profiles, source_prior(known), unit, run_clock(infos), first)
 
     def error_curve(
         self,

@@ -302,7 +302,7 @@ def plan_synthesis(
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if max_error is not None:
         _check_errors(plan, max_error)
-    _warn_of_poor_targets(plan, Candidate.of_run("", snapshots, prior))
+    _warn_of_poor_targets(plan, Candidate("", snapshots, prior))
     return plan
 
 
