@@ -58,7 +58,7 @@ def synthesize(
         "which each target fills in (sigma_rel-0.15, beta-0.9999, ...).",
     ),
     t: float | None = Option(None, help="The average as it stood at this training time. [default: the last]"),
-    step: str | None = Option(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K."),
+    step: str | None = values.STEP,
     max_error: str | None = Option(
         None, metavar="ERROR", help="Fail if a predicted error exceeds this: 0.01, or 1%. [default: warn at 1%]"
     ),
@@ -83,7 +83,7 @@ def synthesize(
         help="Make a new folder like this one of transformers, diffusers or PEFT, with averaged weights: the same "
         "names, files and dtypes, and copies of all other files.",
     ),
-    component: str | None = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet."),
+    component: str | None = values.COMPONENT,
     through_library: bool = Option(
         False,
         "--through-library",
