@@ -68,7 +68,7 @@ _WIDE_SIGMA_TICKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.10, 0.28)
 def error_figure(curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), profile_error: bool = False) -> Figure:
     """Reconstruction error against sigma_rel; below it the fits, each with its own title.
 
-    Draws predicted errors if every curve has them, else profile errors; with `profile_error` both, the latter thin.
+    With `profile_error` the errors of the profiles, too, as thin lines.
     """
     # A legend of several entries would cover the curves: it goes below, and the figure grows.
     entries = sum(1 + len(curve.others) for curve in curves)
@@ -143,12 +143,8 @@ def sweep_figure(
 ) -> Figure:  # fmt: skip
     """A metric against the length of the average, on a logarithmic axis, with what was measured.
 
-    Arguments:
-        widths, means, errors: the estimated curve and its standard error, shape [points].
-        points: length, value and noise of each measurement.
-        best: the best length; `flat` the ends of the range that is equal to it within the noise.
-        raw: the metric of the raw weights.
-        words: names of the length and of the metric.
+    The curve `means` with its standard `errors` is over `widths`; `points` are length, value and noise of each
+    measurement; `flat` are the ends of the range that is equal to the best within the noise; `words` name the axes.
     """
     figure = _figure(_WIDTH, 4.2)
     axes = figure.add_subplot()
@@ -228,17 +224,8 @@ def frame(figure: Figure) -> dict[str, object]:
     }
 
 
-# --- error curves
-
-
 def difference_figure(names: Sequence[str], relative: Sequence[float | None], title: str) -> Figure:
-    """Relative distances of groups of tensors, the first one on top; None is drawn as no bar.
-
-    Arguments:
-        names: of the groups.
-        relative: their distances, at least 0.
-        title: what is compared.
-    """
+    """Relative distances of groups of tensors, at least 0, the first one on top; None is drawn as no bar."""
     figure = _figure(_WIDTH, 1.2 + 0.22 * len(names))
     axes = figure.subplots()
     places = np.arange(len(names))[::-1]
@@ -261,11 +248,13 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
 
 
+# --- error curves
+
+
 def _draw_errors(
     axes: Axes, curves: Sequence[ErrorCurve], legend_below: bool, width: float, profile_error: bool
 ) -> None:
-    predicted = all(curve.predicted_error is not None for curve in curves)
-    known = [curve.error[np.isfinite(curve.error)] for curve in curves]
+    known = [curve.predicted_error[np.isfinite(curve.predicted_error)] for curve in curves]
     lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
     # The power of ten below which the curves hardly go.
     least = float(10 ** np.clip(np.floor(np.log10(max(lowest, 1e-300))), *np.log10(_LEAST_ERRORS)))
@@ -276,15 +265,14 @@ def _draw_errors(
     axes.set_yscale("log")
     axes.set_ylim(least, _MOST_ERROR)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:g} %"))
-    axes.set_ylabel("expected relative L2 error of the weights" if predicted else "relative L2 error of the profile")
-    for index, curve in enumerate(curves if predicted and profile_error else ()):
+    axes.set_ylabel("expected relative L2 error of the weights")
+    for index, curve in enumerate(curves if profile_error else ()):
         axes.plot(
             curve.sigma_rels, curve.profile_error, color=COLOURS[index % len(COLOURS)], alpha=0.55, linewidth=0.9,
             linestyle=STYLES[index % len(STYLES)], zorder=1.9,
             label=None if index else "thin: relative L2 error of the profile",
         )  # fmt: skip
-    title = "Predicted error of the weights" if predicted else "Profile error"
-    title = f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title
+    title = "Predicted error of the weights" + (f": {_good_range(curves[0])}" if len(curves) == 1 else "")
     axes.set_title(_wrapped(title, width - 1, size=12), fontsize=12)
     _sigma_axis(axes, curves)
     legend = _finish(axes)
@@ -298,10 +286,10 @@ def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: 
     colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
     name = _plain(curve.label)
     label = name if alone else f"{name}: {_good_range(curve)}"
-    axes.plot(curve.sigma_rels, curve.error, color=colour, linestyle=style, linewidth=1.8, label=label)
+    axes.plot(curve.sigma_rels, curve.predicted_error, color=colour, linestyle=style, linewidth=1.8, label=label)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
     if marked:
-        heights = np.maximum(np.interp(marked, curve.sigma_rels, curve.error), least)
+        heights = np.maximum(np.interp(marked, curve.sigma_rels, curve.predicted_error), least)
         axes.plot(
             marked, heights, color=colour, marker=MARKERS[index % len(MARKERS)], linestyle="none", clip_on=False,
             zorder=5, label=f"tracked: {', '.join(f'{s:g}' for s in marked)}" if alone else None,
@@ -314,12 +302,12 @@ def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: 
 def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> None:
     """Targets that are no power functions, each as a letter that the legend explains."""
     for number, point in enumerate(curve.others):
-        error = point.profile_error if point.predicted_error is None else point.predicted_error
+        height = float(np.clip(point.predicted_error, least, _MOST_ERROR))
         axes.plot(
-            max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]), float(np.clip(error, least, _MOST_ERROR)), linestyle="none",
+            max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]), height, linestyle="none",
             marker=f"$\\mathrm{{{chr(ord('A') + number % 26)}}}$", markersize=8, color=COLOURS[index % len(COLOURS)],
             markeredgewidth=0.6, path_effects=[withStroke(linewidth=3.5, foreground="white")],
-            clip_on=False, zorder=6, label=f"{_plain(point.label)}: {100 * error:.2g} %",
+            clip_on=False, zorder=6, label=f"{_plain(point.label)}: {100 * point.predicted_error:.2g} %",
         )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ from posthoc_cli.snapshots.reader import FileSource, Snapshot
 from posthoc_cli.synthesis.plan import (
     Plan,
     Source,
+    counted,
     disk_sources,
     plan_synthesis,
     source_prior,
@@ -300,10 +301,9 @@ class Run:
         usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))
         last, known = usable[-1].info.t, [*usable, *later]
         count = sum(info.t <= last for info in infos)
-        which = f"{len(usable):,} of {count:,}" if len(usable) < count else f"{count:,}"
-        label = f"{self.directory}: {which} snapshot{'s' * (count != 1)} up to {last:,.12g} {unit}"
+        label = f"{self.directory}: {counted(sources, len(usable), count)} up to {last:,.12g} {unit}"
         profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
-        return Candidate.of_run(label, profiles, source_prior(known), unit, run_clock(infos), first)
+        return Candidate(label, profiles, source_prior(known), unit, run_clock(infos), first)
 
     def error_curve(
         self,

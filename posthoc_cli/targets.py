@@ -262,7 +262,7 @@ class GivenProfile(_Named):
 
 @dataclass(frozen=True)
 class Decay(_Named):
-    """The average that stands for a decay of the learning rate that was not run (see `profiles.decays` for its source).
+    """The average that stands for a decay of the learning rate that was not run (see `profiles.EmulatedDecay`).
 
     The weights are what a run would have given whose updates at time s had been multiplied by d(x), with
     x = (s - start) / (end - start), if the updates themselves had been the same:

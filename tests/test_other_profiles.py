@@ -276,11 +276,3 @@ def test_tabulated_densities_may_have_any_scale() -> None:
         np.testing.assert_allclose(found.density(at), wanted.density(at), rtol=1e-14)
     assert wanted.tail(50) == pytest.approx(50 * 1.25 / (50 * 1 + 50 * 1.25))
     assert wanted.tail(99.999) == pytest.approx(integrate.quad(wanted.density, 99.999, 100, epsabs=0)[0], rel=1e-9)
-
-
-def test_a_window_longer_than_the_run_and_a_profile_without_mass_are_refused() -> None:
-    with refused("window"):
-        StepWindow(6, 5.0, Clock.of_steps())
-    for values in ((0, 0, 0), (1, 0, 0)):
-        with refused("profile"):
-            Tabulated((0, 5e-324, 1e300), values)

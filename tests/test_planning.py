@@ -303,31 +303,16 @@ def test_the_first_proposal_is_good_enough_and_the_cheapest_of_those(max_error: 
     assert worst == sorted(worst)
 
 
-def test_a_smaller_error_takes_more_snapshots() -> None:
-    fixed = replace(AMPLE, sigma_rels=(0.05, 0.28), dtype="float32")
-    (coarse,), (fine,) = (propose(replace(fixed, max_error=error)) for error in (2e-3, 5e-5))
-    assert fine.errors.worst <= 5e-5 < coarse.errors.worst <= 2e-3
-    assert fine.schedule.taken > coarse.schedule.taken
-
-
 def test_short_averages_are_updated_more_often() -> None:
     for steps, low, every in ((3_000, 0.05, 10), (500, 0.05, 2), (500, 0.2, 10), (20, 0.05, 1)):
         task = replace(AMPLE, steps=steps, sigma_range=(low, 0.28), checkpoint_every=20, dtype="float16")
         assert {p.update_every for p in propose(replace(task, sigma_rels=(low, 0.28)))} == {every}
 
 
-@pytest.mark.parametrize(
-    ("change", "subject"),
-    [
-        ({"steps": 0}, "steps"),
-        ({"max_bytes": 10**6}, "max_size"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"parameters": 0}, "params"),
-    ],
-)
-def test_an_impossible_task_is_refused(change: dict, subject: str) -> None:
+@pytest.mark.parametrize(("name", "subject"), [("steps", "steps"), ("parameters", "params")])
+def test_a_task_of_nothing_is_refused(name: str, subject: str) -> None:
     with refused(subject):
-        replace(TASK, **change)
+        replace(TASK, **{name: 0})
 
 
 def test_the_drawing_of_checkpoints_spreads_each_over_the_time_since_the_last() -> None:

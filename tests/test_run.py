@@ -73,7 +73,7 @@ def test_an_average_of_another_time_and_dtype_that_torch_saves_without_this_pack
     torch.save(weights, tmp_path / "weights.pt")
     assert_same_tensors(torch.load(tmp_path / "weights.pt", weights_only=True), weights)
     curve, plan = run.error_curve((0.1, 0.2), others=[Window(50)]), run.plan([0.1, Window(50)], dtype="float64")
-    assert curve.error[0] == pytest.approx(plan.predicted_error(0))
+    assert curve.predicted_error[0] == pytest.approx(plan.predicted_error(0))
     assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
     assert len(run.plot_errors((0.1, 0.2), draw=[0.15, Window(50)]).subfigs) == 3
 

@@ -40,21 +40,16 @@ class DifferentiableEMA(torch.nn.Module):
     - "truncated": g^T (1 - decay) dx_t/dw, the newest value only, as batch statistics do. Constant memory.
     - "window": g^T sum_i c_i df_i/dw(w_i) over the last `window` values, exactly. Holds `window` graphs.
     - "full": the same over all values, for checks. Graph and time grow without end; it warns from the 100th value on.
-    - "carried": the same over all values without a graph, see below.
+    - "carried": the same over all values without a graph.
 
-    **Kept graphs** ("window", "full") serve more than one `backward`: call it with `retain_graph=True`. Optimizers
-    change leaves in place, so make the values under `with ema.recording():`, which keeps copies of the leaves; without
-    it torch raises an error that names the in-place operation.
+    Kept graphs ("window", "full") serve more than one `backward`: call it with `retain_graph=True`. Optimizers change
+    leaves in place, so make the values under `with ema.recording():`, which keeps copies of the leaves.
 
-    **Carried.** J_t = da_t/dw is averaged, too: J_t = decay J_{t-1} + (1 - decay) dx_t/dw with J_1 = dx_1/dw, and
-    `backward` adds g^T J_t. Pass the leaves with every value, `ema(x, leaves=[w])`; no other tensor gets a gradient. An
-    update takes a backward pass per element of the average, and memory of (elements of the average) x (elements of the
-    leaves). With a fixed `cotangent` c only c^T J is carried: one pass, the memory of the leaves, and `backward`
-    accepts gradients that are a multiple of c. First derivatives only (no `create_graph`).
-
-    J_t takes each term at the leaf's value of that time, as a graph over all values does: it is
-    d/ds sum_i c_i f_i(w_i + s) at s = 0. It is neither sum_i c_i df_i/dw(w_t), the derivative at today's leaf (the two
-    agree where the leaf stands still or f_i is linear), nor the derivative through the optimizer's steps.
+    "carried" averages the derivative, too: J_t = decay J_{t-1} + (1 - decay) dx_t/dw(w_t) with J_1 = dx_1/dw, and
+    `backward` adds g^T J_t (first derivatives only). Pass the leaves with every value, `ema(x, leaves=[w])`; no other
+    tensor gets a gradient. An update takes a backward pass per element of the average, and memory of (elements of the
+    average) x (elements of the leaves). With a fixed `cotangent` c only c^T J is carried: one pass, the memory of the
+    leaves, and `backward` accepts gradients that are a multiple of c.
 
     Detach a value that is built from an earlier result: it brings that graph along in every mode but "carried". Eval
     mode returns the average without a graph and takes no value in. A state dict and a copy hold the average and the
@@ -68,16 +63,14 @@ class DifferentiableEMA(torch.nn.Module):
         mode: "truncated", "window", "carried" or "full".
         window: number of values kept in mode "window".
         cotangent: in mode "carried", the only direction of gradients, of shape `shape`.
-        device: of the average.
-        dtype: of the average and the values, float32 or float64; by default torch's default.
+        device, dtype: of the average; float32 or float64, as the values are.
 
     Attributes:
-        average: the average, without a graph; zeros before the first value.
+        average: without a graph; zeros before the first value.
         num_updates: values taken in, an int64 tensor.
-        decay, mode: as given.
 
     Raises:
-        InvalidValueError: (a ValueError) names the argument and what would be accepted. Such a value is not taken in.
+        InvalidValueError: (a ValueError) names the argument; such a value is not taken in.
         NotReadyError: (in eval mode) there is no average yet.
 
     Example:
@@ -123,9 +116,7 @@ class DifferentiableEMA(torch.nn.Module):
     def forward(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None = None) -> torch.Tensor:
         """Take a value in; returns the current average, with the graph that the mode gives it.
 
-        Arguments:
-            value: of the average's shape, dtype and device.
-            leaves: in mode "carried" the leaves that gradients shall reach, the same at every update.
+        In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
         """
         _check_value(value, self.average)
         if not self.training:
@@ -208,10 +199,7 @@ class DifferentiableEMA(torch.nn.Module):
 
 
 class _Window:
-    """The last `length` values (None: all) with their graphs, and the average of all earlier ones without a graph.
-
-    `take_in`, here and in `_Carried`, gives the new average with the mode's graph, a tensor of its own.
-    """
+    """The last `length` values (None: all) with their graphs, and the average of all earlier ones without a graph."""
 
     def __init__(self, length: int | None) -> None:
         self._length = length
@@ -227,9 +215,9 @@ class _Window:
         # A copy, since the value may be a view of a parameter, which the optimizer changes.
         self._kept.append((value.clone(), decay))
         if self._length is None and len(self._kept) > _LONGEST_QUIET_GRAPH:
+            text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
             hint = "use 'window' or 'carried' for training, or call reset()"
-            text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each; {hint}"
-            warnings.warn(text, RuntimeWarning, stacklevel=_CALLER)
+            warnings.warn(f"{text}; {hint}", RuntimeWarning, stacklevel=_CALLER)
         running = self._before
         for kept, decay_then in self._kept:
             running = _next(running, kept.to(value), decay_then)
@@ -394,7 +382,7 @@ def _check_value(value: torch.Tensor, average: torch.Tensor) -> None:
             raise InvalidValueError("value", f"is {where}{found}, the average {where}{own}", hint)
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+def _check_tensor(name: str, tensor: object, shape: torch.Size) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
         found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise InvalidValueError(name, f"must be a tensor of the average's shape {list(shape)}, not {found}")

@@ -103,9 +103,7 @@ class SwitchEMA(_CopiedBack):
     parameters and buffers are copied into the model, in place, and training continues from there. The optimizer keeps
     its state; the average continues over weights that jump at the switches. Use the average in the end.
 
-    `update` calls a tracker's `update_`; with a tracker that is attached to the optimizer, call only `switch`. The
-    snapshots of a tracker remain averages of the weights that the model really had. `step` counts the calls of
-    `update`.
+    `update` calls a tracker's `update_`; with a tracker that is attached to the optimizer, call only `switch`.
 
     Arguments:
         average: a `PostHocEMA`, or a module with `module` and `update_parameters`.

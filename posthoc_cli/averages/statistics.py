@@ -41,7 +41,6 @@ class EMAStats(WideBuffers):
         dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
         momentum: share of the newest batch, in (0, 1].
         eps: variance added where `correlation` and `canonical_correlations` divide; at least 0.
-        center_with_running_mean: see above.
         process_group: take the rows of all processes of this group as one batch, such as
             `torch.distributed.group.WORLD`. Every process must call `forward` equally often, with at least one row,
             and take part in every backward pass; gradients are those of the sum of all processes' losses. Copies share
@@ -54,7 +53,7 @@ class EMAStats(WideBuffers):
         All six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
 
     Raises:
-        InvalidValueError: (a ValueError) names the argument, or the batch that `forward` does not accept.
+        InvalidValueError: (a ValueError) names the argument, or what is wrong with the batch.
         NotReadyError: (in the methods that read the statistics) no batch yet.
 
     Example:
@@ -124,9 +123,8 @@ class EMAStats(WideBuffers):
     def canonical_correlations(self) -> torch.Tensor:
         """Canonical correlations of x and y (Hotelling, 1936), [min(dim_x, dim_y)], the largest first.
 
-        They are the singular values of (cov_xx + eps I)^(-1/2) cov_xy (cov_yy + eps I)^(-1/2), with eps as a ridge on
-        both covariances. Solved in float64 where the device has it, and differentiable like the statistics. An
-        InvalidValueError says if eps is too small for a covariance without full rank.
+        They are the singular values of (cov_xx + eps I)^(-1/2) cov_xy (cov_yy + eps I)^(-1/2). Solved in float64 where
+        the device has it, and differentiable like the statistics.
         """
         self._check_ready("canonical_correlations")
         dtype = self.cov_xy.dtype if self.cov_xy.device.type == "mps" else torch.float64

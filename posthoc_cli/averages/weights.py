@@ -37,13 +37,12 @@ class ExponentialMovingAverage(torch.nn.Module):
         average <- (1 - momentum) average + momentum parameter
 
     `forward` runs the averaged module. The interface and the names in the state dict (`module.*`, `steps`) are those
-    of `mmengine.model.ExponentialMovingAverage` (also of mmedit's and mmagic's), so that a state saved by mmengine
-    loads. A state from before mmengine 1.0 (names without `module.`, no `steps`) loads as the state after one update.
+    of `mmengine.model.ExponentialMovingAverage` (also of mmedit's and mmagic's), whose states load; one from before
+    mmengine 1.0 (names without `module.`, no `steps`) as the state after one update.
 
     Half-precision parameters are averaged in float32; `module` holds them rounded, and the exact averages are in the
-    state dict as `accumulators.*`. A model wrapped by torch.compile or DistributedDataParallel is unwrapped. Tensors
-    are matched by name, tied parameters are averaged once, integer parameters are copied. Non-finite values pass into
-    the average, as in mmengine.
+    state dict as `accumulators.*`. A model wrapped by torch.compile or DistributedDataParallel is unwrapped. Tied
+    parameters are averaged once, integer parameters are copied. Non-finite values pass into the average.
 
     Arguments:
         model: its weights are copied, but have no share in the average.
@@ -105,7 +104,7 @@ class ExponentialMovingAverage(torch.nn.Module):
         return self.module(*args, **kwargs)
 
     def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor | None:
-        """Average one tensor in place. The override of a subclass is called for every averaged tensor.
+        """Average one tensor in place; an override is called for every averaged tensor.
 
         `averaged_param` (float32 for a half-precision tensor) and `source_param` have the same shape, device and dtype;
         `steps` are the calls of `update_parameters` before. A tensor returned replaces the average, as in mmengine 0.x.
@@ -194,12 +193,11 @@ class ShadowModel(WideBuffers):
 
     Both are submodules: they move, cast, save and load together. Every floating-point parameter is averaged, also one
     that requires no gradients at that moment, since adversarial training switches that off and on around each step.
-    The shadow needs no gradients and is always in eval mode. Half-precision parameters are averaged in float32 and
-    held rounded; the exact averages are in the state dict as `accumulators.*`.
+    The shadow needs no gradients and is always in eval mode. Half-precision parameters are averaged as in
+    `ExponentialMovingAverage`.
 
     Arguments:
-        model: the model to train; held, not copied. The shadow of a model wrapped by torch.compile or
-            DistributedDataParallel is a copy of the wrapped module.
+        model: the model to train; held, not copied.
         decay: share of the shadow that an update keeps, in [0, 1); in practice 0.99 to 0.9999.
         num_updates: limits the decay to (1 + num_updates) / (10 + num_updates). A number is the count to start from,
             usually 0, and part of the state. A tensor is the caller's own counter, such as the training step: read at
@@ -207,10 +205,6 @@ class ShadowModel(WideBuffers):
         zero_debias: start the shadow at zero and divide by the sum of the weights given so far (Kingma and Ba, arXiv
             1412.6980, section 3): the model's initial parameters have no share, and the first update copies the model.
             TensorFlow divides by 1 - decay**updates, which is that sum for a constant decay; here it holds for any.
-
-    Attributes:
-        model, shadow: the two.
-        num_updates: as above; an int64 buffer where a number was given.
 
     Raises:
         InvalidValueError: (a ValueError) names the argument and its range.
@@ -253,7 +247,6 @@ class ShadowModel(WideBuffers):
         if zero_debias:
             self.register_buffer("debias_mass", torch.tensor(0.0, dtype=torch.float32))
         self._read_updates, self._read_mass = HostNumber(), HostNumber()
-        self._warned = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model in train mode, the shadow in eval mode."""
@@ -262,12 +255,10 @@ class ShadowModel(WideBuffers):
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's parameters into the shadow. In eval mode it does nothing, and warns once."""
+        """Take the model's parameters into the shadow. In eval mode it does nothing but warn."""
         if not self.training:
-            if not self._warned:
-                self._warned = True
-                text = "the module is in eval mode, and the shadow stays; call train() before training"
-                warnings.warn(f"update: {text}", stacklevel=4)  # past this method and its two decorators
+            text = "the module is in eval mode, and the shadow stays; call train() before training"
+            warnings.warn(f"update: {text}", stacklevel=4)  # past this method and its two decorators
             return
         parameters, buffers = paired("parameters", self.shadow, self.model), paired("buffers", self.shadow, self.model)
         share = self._next_share()

@@ -18,7 +18,7 @@ from posthoc_cli.profiles import SHAPES
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.sweep import Axis, SweepReport
-    from posthoc_cli.sweep.records import Record
+    from posthoc_cli.sweep.results import Record
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
@@ -90,7 +90,7 @@ def sweep(
         metavar="GLOBS",
         help="Then search the lengths of groups of tensors, one after another: 'encoder.*,decoder.*'.",
     ),
-    step: str | None = Option(None, metavar="COUNT", help="The same time in steps."),
+    step: str | None = values.STEP,
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
     like: Path | None = Option(
@@ -98,7 +98,7 @@ def sweep(
         metavar="MODEL_FOLDER",
         help="{weights} becomes a folder like this one of transformers, diffusers or PEFT, with averaged weights.",
     ),
-    component: str | None = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet."),
+    component: str | None = values.COMPONENT,
     keep_weights: bool = Option(
         False, "--keep-weights", help="Leave all averages in OUT/weights, where another metric uses them again."
     ),
@@ -192,7 +192,7 @@ def _print_trial(out: Path, trial: Record) -> None:
 
 
 def _print(report: SweepReport) -> None:
-    from posthoc_cli.sweep.rounds import RAW
+    from posthoc_cli.sweep.results import RAW
 
     found = report.found
     low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))

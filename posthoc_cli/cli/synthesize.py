@@ -58,7 +58,7 @@ def synthesize(
         "which each target fills in (sigma_rel-0.15, beta-0.9999, ...).",
     ),
     t: float | None = Option(None, help="The average as it stood at this training time. [default: the last]"),
-    step: str | None = Option(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K."),
+    step: str | None = values.STEP,
     max_error: str | None = Option(
         None, metavar="ERROR", help="Fail if a predicted error exceeds this: 0.01, or 1%. [default: warn at 1%]"
     ),
@@ -83,7 +83,7 @@ def synthesize(
         help="Make a new folder like this one of transformers, diffusers or PEFT, with averaged weights: the same "
         "names, files and dtypes, and copies of all other files.",
     ),
-    component: str | None = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet."),
+    component: str | None = values.COMPONENT,
     through_library: bool = Option(
         False,
         "--through-library",
@@ -150,7 +150,8 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
         return
     if plan.aside:
         reason = f"the model had other tensors then than at t = {plan.t:,.12g}"
-        output.print_note(f"{plan.aside} snapshots are not used: {reason}")
+        which = "snapshot is" if plan.aside == 1 else "snapshots are"
+        output.print_note(f"{plan.aside:,} {which} not used: {reason}")
     if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
     made = [index for index in range(len(plan.targets)) if index not in report.existing]
@@ -204,12 +205,14 @@ def _print_table(report: SynthesisReport, errors: dict[str, list[float | None]])
 
 
 def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[float | None]]) -> str:
+    from posthoc_cli.synthesis.plan import counted, kind_of
+
     plan, paths = report.plan, report.outputs
     single = len(plan.targets) == 1
     which = plan.targets[0].title if single else output.counted(len(made), "average")
     size = output.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
-    count = output.counted(len(plan.sources), "snapshot")
-    newest = f"training time of the newest snapshot: {plan.last:,.12g}"
+    count = counted(plan.sources)
+    newest = f"training time of the newest {kind_of(plan.newest)}: {plan.last:,.12g}"
     worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]
     what = f"{which} at t = {plan.t:,.12g} from {count}, {newest}, {', '.join(worst)}, {size}"
     if not paths:
@@ -242,10 +245,11 @@ def _parts_text(report: SynthesisReport) -> str:
     """One line about a synthesis in parts."""
     from posthoc_cli.export.job import Shares
     from posthoc_cli.export.parts import MadePart
+    from posthoc_cli.synthesis.plan import counted
 
     plan, parts, dry_run = report.plan, report.parts, not report.outputs
     which = plan.targets[0].title if len(plan.targets) == 1 else f"{len(plan.targets)} averages"
-    what = f"{which} at t = {plan.t:,.12g} from {output.counted(len(plan.sources), 'snapshot')}"
+    what = f"{which} at t = {plan.t:,.12g} from {counted(plan.sources)}"
     if isinstance(parts, Shares):
         read = output.size_text(sum(part.read_bytes for part in parts.own))
         size = output.size_text(sum(part.nbytes for part in parts.own))

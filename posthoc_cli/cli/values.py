@@ -83,6 +83,8 @@ DTYPE = Option(
     autocompletion=one_of("keep", "float32", "float16", "bfloat16", "float64"),
     help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
 )
+COMPONENT = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet.")
+STEP = Option(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
 MAX_SHARD_SIZE = Option("5GB", help="Of a sharded output.")
 LIKE = Option(
     None,
@@ -98,6 +100,7 @@ PICTURE = Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
 FORCE = Option(False, "--force", help="Replace existing outputs.")
 QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
 JSON = Option(False, "--json", help="Print one JSON object.")
+YES = Option(False, "--yes", "-y", help="Do not ask.")
 CHECKPOINTS = Option(
     None,
     metavar="DIR|GLOB",
@@ -138,9 +141,6 @@ _ORIGIN: dict[str, tuple[Any, Any]] = {
 """Options that say what checkpoints do not: type and default of each."""
 
 
-YES = Option(False, "--yes", "-y", help="Do not ask.")
-
-
 def with_origin(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options about checkpoints, which it gets as `origin`; one that it has itself stays its."""
     own = dict(inspect.signature(command).parameters)
@@ -167,9 +167,9 @@ def with_origin(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def bad(option: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
+def bad(option: str, text: str, reason: str) -> InvalidValueError:
     """The error of an option whose value, as typed, is not accepted."""
-    return InvalidValueError(option, reason, hint, value=text.strip() or "(empty)")
+    return InvalidValueError(option, reason, value=text.strip() or "(empty)")
 
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -196,6 +196,11 @@ def _decimal(text: str) -> Decimal:
         return Decimal(text.strip())
     except InvalidOperation:
         return Decimal("nan")
+
+
+def _fraction(text: str) -> Decimal:
+    """0.01, or 1% for the same."""
+    return _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
 
 
 def parse_numbers(text: str, option: str) -> list[float]:
@@ -264,7 +269,7 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
 
 def parse_max_error(text: str) -> float:
     """A relative error from `--max-error`: 0.01, or 1% for the same."""
-    value = _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    value = _fraction(text)
     if not (value.is_finite() and 0 < float(value) < 1):
         raise bad("--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%")
     return float(value)
@@ -387,7 +392,7 @@ def _part(text: str) -> float | tuple[float, float]:
     """`--over`: 20%, 0.2, or START:END."""
     if ":" in text:
         return _ends(text, "--over")
-    value = _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    value = _fraction(text)
     if not (value.is_finite() and 0 < value <= 1):
         raise bad("--over", text, "must be a part of training, such as 20%, or START:END, such as 50000:80000")
     return float(value)

@@ -115,10 +115,10 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Res
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
         model = _train(settings, digits.training, folder, say, watch)
-        widths = f"{SIGMA_RELS[0]:g},{SIGMA_RELS[1]:g},...,{SIGMA_RELS[-1]:g}"
+        listed = f"{SIGMA_RELS[0]:g},{SIGMA_RELS[1]:g},...,{SIGMA_RELS[-1]:g}"
         commands.run("info", folder.snapshots)
         commands.run("error-plot", folder.snapshots, "--out", folder.error_picture, "--force")
-        commands.run("synthesize", folder.snapshots, "--sigma-rel", widths, "--out", folder.averages, "--force")
+        commands.run("synthesize", folder.snapshots, "--sigma-rel", listed, "--out", folder.averages, "--force")
         say("")
         say(f"measuring the validation loss of {len(SIGMA_RELS)} averages and of the raw weights")
         weights = {sigma_rel: load_file(folder.average(sigma_rel)) for sigma_rel in SIGMA_RELS}
@@ -127,7 +127,9 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Res
         raw, averages = measure(validation, model, last, weights)
         best = min(averages, key=lambda measured: measured.loss)
         commands.run("export", folder.average(best.sigma_rel), "--out", folder.best, "--force")
-        _draw(folder, raw, averages)
+        widths, values, errors = np.array([(one.sigma_rel, one.loss, one.standard_error) for one in averages]).T
+        figure = partial(plots.loss_figure, widths, values, errors, (raw.loss, raw.standard_error), "validation loss")
+        files.write_whole(folder.loss_picture, plots.as_file(figure, ".png"))
         checks = [compare(width, weights[width], load_file(folder.tracked(width)), last) for width in DIRECT_SIGMA_RELS]
         say("")
         say("searching the best length with fewer measurements, as `ema sweep` does with a command of yours")
@@ -161,13 +163,6 @@ def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: 
     for average in direct:
         files.write_whole(folder.tracked(average.sigma_rel), safetensors.torch.save(average.by_name(model)))
     return model
-
-
-def _draw(folder: Folder, raw: Measured, averages: list[Measured]) -> None:
-    columns = [(measured.sigma_rel, measured.loss, measured.standard_error) for measured in averages]
-    widths, losses, errors = np.array(columns).T
-    figure = partial(plots.loss_figure, widths, losses, errors, (raw.loss, raw.standard_error), "validation loss")
-    files.write_whole(folder.loss_picture, plots.as_file(figure, ".png"))
 
 
 class Commands:

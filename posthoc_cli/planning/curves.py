@@ -47,35 +47,25 @@ class Candidate:
     Attributes:
         label: for a legend.
         snapshots: their profiles.
+        prior: None where nothing is known, as for an even motion.
         t_unit: of their times.
-        prior: None where nothing is known.
-        assumption: behind the predicted errors, "the network moves evenly"; empty where the motion was measured. An
-            assumed prior without an assumption predicts no errors.
         clock: steps over training time.
         t_first: time of the first update.
+        assumption: behind the predicted errors, by default that the network moves evenly; empty where the motion was
+            measured.
     """
 
     label: str
     snapshots: Sequence[StoredProfile]
-    t_unit: str = "steps"
     prior: Prior | None = None
-    assumption: str = ""
+    t_unit: str = "steps"
     clock: Clock = field(default_factory=Clock.of_steps)
     t_first: float = 1.0
+    assumption: str = ""
 
-    @classmethod
-    def of_run(
-        cls,
-        label: str,
-        snapshots: Sequence[StoredProfile],
-        prior: Prior,
-        t_unit: str = "steps",
-        clock: Clock | None = None,
-        t_first: float = 1.0,
-    ) -> Candidate:
-        """Snapshots of a run; even motion is assumed where they are too few to measure it."""
-        assumption = EVENLY if prior.source == ASSUMED else ""
-        return cls(label, snapshots, t_unit, prior, assumption, clock or Clock.of_steps(), t_first)
+    def __post_init__(self) -> None:
+        if not self.assumption and (self.prior is None or self.prior.source == ASSUMED):
+            object.__setattr__(self, "assumption", EVENLY)
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
@@ -83,7 +73,7 @@ class Candidate:
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
         motion = schedule.even_motion if motion is None else motion
         snapshots = schedule.snapshots(motion)
-        return cls(label, snapshots, prior=assumed_prior(snapshots, schedule.rounding, motion), assumption=assumption)
+        return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, motion), assumption=assumption)
 
     def time(self, t: float | None) -> float:
         """A time between the first snapshot and the last, which is the default; else an InvalidValueError."""
@@ -108,7 +98,7 @@ class ErrorPoint:
     label: str
     sigma_rel: float
     profile_error: float
-    predicted_error: float | None
+    predicted_error: float
 
 
 @dataclass(frozen=True)
@@ -120,8 +110,7 @@ class ErrorCurve:
         t: the time of the targets.
         sigma_rels: shape [points].
         profile_error: relative L2 error of the profile: shape [points].
-        predicted_error: expected relative L2 error of the weights, shape [points]; None where nothing was measured or
-            assumed.
+        predicted_error: expected relative L2 error of the weights: shape [points].
         tracked: sigma_rels of the snapshots.
         others: targets that are no power functions.
         assumption: behind the predicted errors; empty where the motion was measured.
@@ -131,19 +120,14 @@ class ErrorCurve:
     t: float
     sigma_rels: FloatArray
     profile_error: FloatArray
-    predicted_error: FloatArray | None
+    predicted_error: FloatArray
     tracked: tuple[float, ...]
     others: tuple[ErrorPoint, ...] = ()
     assumption: str = ""
 
-    @property
-    def error(self) -> FloatArray:
-        """The predicted error where there is one, else that of the profile: shape [points]."""
-        return self.profile_error if self.predicted_error is None else self.predicted_error
-
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
-        """The ranges of sigma_rel, of two points or more, in which `error` is below `threshold`."""
-        below = np.flatnonzero(self.error < threshold)
+        """The ranges of sigma_rel, of two points or more, in which the predicted error is below `threshold`."""
+        below = np.flatnonzero(self.predicted_error < threshold)
         if below.size == 0:
             return []
         runs = np.split(below, np.flatnonzero(np.diff(below) > 1) + 1)
@@ -158,7 +142,7 @@ class ErrorCurve:
             "assumption": self.assumption or None,
             "below_1_percent": [list(ends) for ends in self.ranges_below(0.01)],
             "sigma_rel": self.sigma_rels.tolist(),
-            "predicted_error": [finite(error) for error in self.error.tolist()],
+            "predicted_error": [finite(error) for error in self.predicted_error.tolist()],
             "profile_error": self.profile_error.tolist(),
             "others": [
                 {
@@ -176,9 +160,9 @@ class ErrorCurve:
         return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
 
 
-def finite(value: float | None) -> float | None:
+def finite(value: float) -> float | None:
     """A number that JSON can hold: None in the place of nan and infinity."""
-    return value if value is not None and math.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 def _range_text(low: float, high: float) -> str:
@@ -204,7 +188,6 @@ def error_curve(
         sigma_range: lowest and highest sigma_rel, both included.
         points: spaced evenly in the logarithm; tracked sigma_rels are added.
         t: time of the targets; by default that of the last snapshot.
-        method: the solver.
         others: further targets, which are no power functions.
     """
     low, high = check_sigma_range(sigma_range)
@@ -224,15 +207,13 @@ def error_curve(
         predicted, profile_error = result.predicted_error, result.profile_error
     profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
     found = reconstruct(usable, profiles, method, prior, t)
-    known = bool(candidate.assumption) or prior.source != ASSUMED
     widths = (relative_width(profile, t) for profile in profiles)
     exact = np.nan_to_num(found.predicted_error, nan=0.0)  # weights of norm 0 are
     each = zip(others, widths, found.profile_error.tolist(), exact.tolist(), strict=True)
     return ErrorCurve(
         label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label, t=t,
-        sigma_rels=grid, profile_error=profile_error,
-        predicted_error=np.nan_to_num(predicted, nan=0.0) if known else None, tracked=tracked,
-        others=tuple(ErrorPoint(one.title, width, off, error if known else None) for one, width, off, error in each),
+        sigma_rels=grid, profile_error=profile_error, predicted_error=np.nan_to_num(predicted, nan=0.0),
+        tracked=tracked, others=tuple(ErrorPoint(one.title, *numbers) for one, *numbers in each),
         assumption=candidate.assumption,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Profiles other than the power function: the classical average, uniform averages, tables of points, a user's own."""
+"""Profiles other than the power function: classical and uniform averages, tables of points, decays, a user's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -232,26 +232,75 @@ class Tabulated:
         return knots, relative, later, scale
 
 
-def first_fault(times: FloatArray, values: FloatArray) -> tuple[int, str] | None:
-    """The index of the first invalid point and what is wrong with it; None if all are valid."""
-    after_last = np.diff(times, prepend=-np.inf) > 0
-    good = np.isfinite(times) & (times >= 0) & np.isfinite(values) & (values >= 0) & after_last
-    if good.all():
-        return None
-    index = int(np.argmin(good))
-    time, value = float(times[index]), float(values[index])
-    if not (np.isfinite(time) and time >= 0):
-        return index, f"time {time:,.12g}: must be 0 or later, and finite"
-    if not (np.isfinite(value) and value >= 0):
-        return index, f"density {value:g}: must be 0 or above, and finite"
-    return index, f"time {time:,.12g} after {float(times[index - 1]):,.12g}: times must grow"
+_SLACK = 1e-9
+"""Accepted rounding error of a tail."""
+
+SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "1-sqrt": lambda x: 1 - np.sqrt(x),
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
+}
+"""The multiplier d(x) at the fraction x of a decay, from 1 down to 0."""
+
+_STEP = 1e-6
+"""Distance of the difference quotient that is the density, as a fraction of the decay."""
+
+_GRID = 4096
+
+
+@dataclass(frozen=True)
+class EmulatedDecay:
+    """The average that stands for a decay of the learning rate, from time `start` to `end` (0 <= start < end).
+
+    The weights are theta(0) plus a sum of updates. An average with the mass tail(s) after s multiplies the update at
+    time s by tail(s). So an average with tail(s) = d((s - start) / (end - start)) is what a run would give whose rate
+    had been multiplied by d from `start` on, as far as the updates themselves would have been the same. Of checkpoints
+    theta_j it is sum_j c_j theta_j whose c_j have the sums w_i = sum_(j >= i) c_j, the multiplier of the updates up to
+    theta_i (WSM, arXiv 2507.17634, where checkpoints are evenly spaced).
+
+    Attributes:
+        start, end: on the run's clock.
+        shape: one of `SHAPES`, or points of x in [0, 1] and d(x).
+        rate: the run's own rate eta over time, in any unit, where it was not constant; then the multiplier of the
+            update at s is eta(start) d(x) / eta(s).
+    """
+
+    start: float
+    end: float
+    shape: str | Tabulated
+    rate: Tabulated | None = None
+
+    def __post_init__(self) -> None:
+        values = self.tail(np.linspace(self.start, self.end, _GRID, endpoint=False))
+        if not (np.isfinite(values).all() and np.all(np.diff(values, prepend=1.0) <= _SLACK)):
+            reason = "the multiplier of the rate must start at 1 or below and never grow"
+            hint = "the run's own rate falls faster than this decay" if self.rate else ""
+            raise InvalidValueError("decay", reason, hint)
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at `s`; what is left at the end, where a table ends above 0, is left out."""
+        times, width = np.asarray(s, dtype=np.float64), self.end - self.start
+        last = self.end - _STEP * width
+        a, b = (np.clip(times + sign * _STEP * width, self.start, last) for sign in (-1, 1))
+        inside = (times > self.start) & (times <= self.end) & (b > a)
+        return np.where(inside, (self.tail(a) - self.tail(b)) / np.where(inside, b - a, 1.0), 0.0)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`: 1 up to `start`, 0 from `end` on."""
+        times = np.asarray(s, dtype=np.float64)
+        x = np.clip((times - self.start) / (self.end - self.start), 0.0, 1.0)
+        if isinstance(self.shape, Tabulated):
+            values = np.interp(x, self.shape.times, self.shape.values)
+        else:
+            values = SHAPES[self.shape](x)
+        if self.rate is not None:
+            begin, own = (np.interp(at, self.rate.times, self.rate.values) for at in (self.start, times))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = values * begin / own
+        return np.where(times < self.start, 1.0, np.where(times >= self.end, 0.0, values))
 
 
 # --- profiles from users
-
-
-_SLACK = 1e-9
-"""Accepted rounding error of a tail."""
 
 MOST_LINES = 1_000_000
 MOST_BYTES = 100_000_000
@@ -339,8 +388,6 @@ def read_table(path: Path) -> Table:
         found = f"{len(points)} point{'s' * (len(points) != 1)}"
         raise _bad_file(path, f"holds {found}; needs two or more, a line time,density each")
     lines, times, values = zip(*points, strict=True)
-    if (fault := first_fault(np.array(times), np.array(values))) is not None:
-        raise _bad_file(path, f"line {lines[fault[0]]}: {fault[1]}")
     try:
         return Table(path, Tabulated(times, values), lines)
     except InvalidValueError as error:  # the only remaining fault: no mass
@@ -387,8 +434,8 @@ def read_text(path: Path, subject: str, expected: str = "must be a text file") -
 
 
 def _points(path: Path, text: str) -> Iterator[tuple[int, float, float]]:
-    """(line, time, density) of every line that holds a point."""
-    first = True
+    """(line, time, density) of every line that holds a point, each checked."""
+    first, before = True, -math.inf
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         row = line.strip()
         if not row or row.startswith("#"):
@@ -401,6 +448,13 @@ def _points(path: Path, text: str) -> Iterator[tuple[int, float, float]]:
             raise _bad_file(path, f"line {number}: {found} in {row[:40]!r}; must be two, time,density")
         time, value = (_number(column) for column in columns)
         if time is not None and value is not None:
+            if not 0 <= time < math.inf:
+                raise _bad_file(path, f"line {number}: time {time:,.12g}: must be 0 or later, and finite")
+            if not 0 <= value < math.inf:
+                raise _bad_file(path, f"line {number}: density {value:g}: must be 0 or above, and finite")
+            if not before < time:
+                raise _bad_file(path, f"line {number}: time {time:,.12g} after {before:,.12g}: times must grow")
+            before = time
             yield number, time, value
         elif not (first and time is None and value is None):  # which is a header
             raise _bad_file(path, f"line {number}: {row[:40]!r} holds no two numbers; must be time,density")

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from posthoc_cli import plots
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, MismatchError, PostHocError, shown
-from posthoc_cli.planning import ErrorCurve, error_curve
+from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import finite
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
@@ -78,6 +78,7 @@ def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path,
         raise MismatchError((sweep or run.directory) / RESULT, f"is of another run: {' and '.join(runs)}")
     candidate = run.candidate()
     curve = error_curve(candidate)
+    known = [finite(error) for error in curve.predicted_error.tolist()]
     script = _template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template("page.html").render(
@@ -87,13 +88,16 @@ def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path,
         facts=_facts(info),
         sweep=found,
         swept=None if found is None else _sweep_picture(found),
-        logs=None if sweep is None else _link(sweep, out),
-        error=_error_picture(curve),
+        logs=None if sweep is None else urllib.parse.quote(os.path.relpath(sweep.resolve(), out.resolve().parent)),
+        error=_picture(partial(plots.error_figure, [curve]), "error", curve.sigma_rels.tolist(), known),
         good=curve.ranges_text(plots.GOOD_ERROR),
         motion=None if candidate.prior is None else _motion(candidate.prior.motion, info["t_unit"]),
         distance=_distance(snapshots, info["t_unit"]),
         commands=_commands(run, found),
-        versions=_versions(),
+        versions=[
+            ("Python", platform.python_version()),
+            *((name, importlib.metadata.version(name)) for name in ("posthoc-cli", "torch", "numpy", "safetensors")),
+        ],
         script=Markup(script),
         digest=digest,
     )
@@ -138,20 +142,19 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _picture(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None]) -> list[_Picture]:
     """A figure whose text is text, and whose colours follow the page's; and the same with a linear axis."""
-
-    def linear() -> Figure:
-        figure = draw()
-        plots.make_linear(figure)
-        return figure
-
-    return [_drawn(draw, name, x, y), _drawn(linear, f"{name}-linear", x, y)]
+    return [_drawn(draw, name, x, y, linear) for linear in (False, True)]
 
 
-def _drawn(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None]) -> _Picture:
+def _drawn(
+    draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None], linear: bool
+) -> _Picture:
+    name += "-linear" * linear
     frames: list[dict[str, object]] = []
 
     def drawn() -> Figure:
         figure = draw()
+        if linear:
+            plots.make_linear(figure)
         frames.append(plots.frame(figure))
         return figure
 
@@ -187,11 +190,6 @@ def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
         found["raw"], (word, found["metric"]),
     )  # fmt: skip
     return _picture(draw, "sweep", xs.tolist(), means.tolist())
-
-
-def _error_picture(curve: ErrorCurve) -> list[_Picture]:
-    ys = [finite(error) for error in curve.error.tolist()]
-    return _picture(partial(plots.error_figure, [curve]), "error", curve.sigma_rels.tolist(), ys)
 
 
 def _motion(motion: Motion, unit: str) -> tuple[list[_Picture], str] | None:
@@ -271,16 +269,6 @@ def _how(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
         "--out": name if like or layout in ("sharded", "dcp") else f"{name}.{layout or 'safetensors'}",
     }
     return [word for option, value in given.items() if value is not None for word in (option, value)]
-
-
-def _link(sweep: Path, out: Path) -> str:
-    """The folder of the sweep as a link from the page."""
-    return urllib.parse.quote(os.path.relpath(sweep.resolve(), out.resolve().parent))
-
-
-def _versions() -> list[tuple[str, str]]:
-    names = ("posthoc-cli", "torch", "numpy", "safetensors")
-    return [("Python", platform.python_version()), *((name, importlib.metadata.version(name)) for name in names)]
 
 
 def _size(nbytes: float) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +26,34 @@ class Candidates:
     Attributes:
         run: the snapshots.
         plan: of any target of theirs; says which run it is, and how large an average.
-        method, dtype, layout, like, component, progress: as in `Run.write`.
+        options: method, dtype, layout, like and component, as in `Run.write`.
+        progress: opens a progress bar.
     """
 
     run: Run
     plan: Plan
-    method: str | None = None
-    dtype: Any = None
-    layout: str | None = None
-    like: Path | None = None
-    component: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     progress: ProgressBar = no_bar
-
-    @property
-    def run_id(self) -> str:
-        """Of the run."""
-        return self.plan.newest.info.run_id
 
     @property
     def nbytes(self) -> int:
         """Of one average, on the disk."""
-        if self.like is None:
+        if self._like is None:
             return self.plan.nbytes
-        return sum(path.stat().st_size for path in self.like.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in self._like.rglob("*") if path.is_file())
 
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two averages of one target the same, beside their time."""
-        folder = {} if self.like is None else {"like": str(self.like.resolve()), "component": self.component}
-        return {
-            "run": self.run_id, "method": self.plan.method, "dtype": self.plan.dtype, "layout": self.layout, **folder,
-        }  # fmt: skip
+        plan = self.plan
+        settings = {"run": plan.newest.info.run_id, "method": plan.method, "dtype": plan.dtype, "layout": self._layout}
+        if self._like is None:
+            return settings
+        return settings | {"like": str(self._like.resolve()), "component": self.options["component"]}
 
     def output(self, folder: Path, name: str) -> Path:
         """The path of an average with this name."""
-        return folder / f"{name}{'' if self.like is not None else suffix_of(self.layout)}"
+        return folder / f"{name}{'' if self._like is not None else suffix_of(self._layout)}"
 
     def make(self, folder: Path, wanted: Sequence[tuple[Target, float]]) -> list[Made]:
         """Write averages, each with its time, into a folder, in one pass for each time.
@@ -75,24 +68,30 @@ class Candidates:
             paths = dict(zip(targets, output_paths(targets, pattern, None)[0], strict=True))
             there = [target for target in targets if self._exists(paths[target])]
             missing = [target for target in targets if target not in there]
-            plans = [self.run.plan(there, t=t, method=self.method, dtype=self.dtype)] if there else []
-            if missing:
-                report = self.write(missing, pattern, t)
-                plans.append(report.plan)
+            how = {name: self.options.get(name) for name in ("method", "dtype")}
+            plans = [self.run.plan(there, t=t, **how)] if there else []
+            plans += [self.write(missing, pattern, t).plan] if missing else []
             for plan in plans:
                 for index, target in enumerate(plan.targets):
                     made[target, t] = paths[target], plan.predicted_error(index)
         return [made[one] for one in wanted]
 
-    def _exists(self, path: Path) -> bool:
-        return path.exists() if self.like is not None else output_exists(path, layout_of(path, self.layout))
-
     def write(self, targets: Sequence[Target], out: str, t: float, overwrite: bool = False) -> Any:
         """As `Run.write`."""
-        return self.run.write(
-            targets, out, t=t, method=self.method, dtype=self.dtype, layout=self.layout, like=self.like,
-            component=self.component, overwrite=overwrite, progress=self.progress,
-        )  # fmt: skip
+        return self.run.write(targets, out, t=t, overwrite=overwrite, progress=self.progress, **self.options)
+
+    @property
+    def _like(self) -> Path | None:
+        like: Path | None = self.options.get("like")
+        return like
+
+    @property
+    def _layout(self) -> str | None:
+        layout: str | None = self.options.get("layout")
+        return layout
+
+    def _exists(self, path: Path) -> bool:
+        return path.exists() if self._like is not None else output_exists(path, layout_of(path, self._layout))
 
     def _digest(self, *more: object) -> str:
         return hashlib.sha256(json.dumps([self.settings, *more]).encode()).hexdigest()[:8]

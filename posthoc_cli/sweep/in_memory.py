@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.run import Run
-from posthoc_cli.sweep.records import Record
-from posthoc_cli.sweep.results import SweepReport
+from posthoc_cli.sweep.results import Record, SweepReport
 from posthoc_cli.sweep.rounds import Axis, check_counts, explore, good_range
 from posthoc_cli.targets import SigmaRel
 

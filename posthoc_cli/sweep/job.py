@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
+import hashlib
 import math
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +23,15 @@ from posthoc_cli.run import Run
 from posthoc_cli.snapshots.lock import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep import search
 from posthoc_cli.sweep.metrics import Metric
-from posthoc_cli.sweep.processes import Evaluation, end_leftovers, run_all, split_command
-from posthoc_cli.sweep.records import NAME, Record, Records
-from posthoc_cli.sweep.results import RESULT, Refinement, SweepReport
-from posthoc_cli.sweep.rounds import RAW, TIME, Axis, check_counts, explore, good_range
+from posthoc_cli.sweep.processes import Evaluation, end_leftovers, run_all
+from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, Refinement, SweepReport
+from posthoc_cli.sweep.rounds import TIME, Axis, check_counts, explore, good_range
 from posthoc_cli.targets import Groups, SigmaRel, Target
 
 if TYPE_CHECKING:
     import torch
 
     from posthoc_cli.sweep.candidates import Candidates
-
-log = logging.getLogger(__name__)
 
 LENGTH, GUIDE, _GROUP = "length", "guide", "group "
 """What is searched, beside the time: the length, the length of a second network's average; that of a group's glob."""
@@ -146,11 +144,11 @@ class Sweep:
         options = {name: getattr(self, name) for name in ("method", "dtype", "layout", "like", "component")}
         planned = run.write(target, None, t=t, step=step, dry_run=True, **options)
         assert planned is not None
-        return Candidates(run, planned.plan, progress=self.progress, **options)
+        return Candidates(run, planned.plan, options, self.progress)
 
     def _checked_words(self) -> list[str]:
         try:
-            words = split_command(self.command)
+            words = shlex.split(self.command)
         except ValueError as error:
             raise InvalidValueError("run", f"cannot be split into words: {error}", value=self.command) from error
         places = ["{weights}"] if self.guide is None else ["{weights}", "{weights:guide}"]
@@ -186,7 +184,7 @@ class Sweep:
         if not self.out.parent.is_dir():
             raise InvalidValueError("out", "its parent folder does not exist", value=self.out)
         there = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
-        if there - {LOCK_NAME, HOLDER_NAME, _LOGS, _SCRATCH, _KEPT} and not there & {NAME, RESULT}:
+        if there - {LOCK_NAME, HOLDER_NAME, _LOGS, _SCRATCH, _KEPT} and not there & {TRIALS, RESULT}:
             # Something in it may be named as what a sweep replaces or removes.
             raise OutputExistsError(self.out, "is not empty, and no sweep made it", "name another folder")
         with files.reported_as_write_error(self.out):
@@ -285,18 +283,18 @@ class _Searches:
     def _written(self, report: SweepReport) -> SweepReport:
         """Write the best averages and the report."""
         out, point, main = self._asked.out, self._point, self._main
-        best = main.output(out, "best")
-        outputs = [best]
-        if self._asked.like is not None:
-            _remove(best)
-        target = Groups(report.lengths) if report.lengths else report.best
-        main.write([target], str(best), point[TIME], overwrite=self._asked.like is None)
+
+        def replaced(candidates: Candidates, path: Path, target: Target, t: float) -> Path:
+            if self._asked.like is not None:  # which is made anew only
+                _remove(path)
+            candidates.write([target], str(path), t, overwrite=self._asked.like is None)
+            return path
+
+        best = Groups(report.lengths) if report.lengths else report.best
+        outputs = [replaced(main, main.output(out, "best"), best, point[TIME])]
         if self._guide is not None:
-            outputs.append(self._guide.output(out, "best-guide"))
-            if self._asked.like is not None:
-                _remove(outputs[1])
-            guide, t = SigmaRel(point[GUIDE]), self._guide.plan.t
-            self._guide.write([guide], str(outputs[1]), t, overwrite=self._asked.like is None)
+            path, target = self._guide.output(out, "best-guide"), SigmaRel(point[GUIDE])
+            outputs.append(replaced(self._guide, path, target, self._guide.plan.t))
         report = replace(report, outputs=tuple(outputs))
         report.write(out)
         return report
@@ -305,7 +303,7 @@ class _Searches:
 
     def _search(self, name: str) -> str:
         """Add to the trials and estimates; returns why no more was measured."""
-        asked, axis, records = self._asked, self._axes[name], self._records(name)
+        asked, axis, records = self._asked, self._axes[name], Records(self._asked.out, self._question(name))
         known = _known(records, axis)
         again = asked.repeats > 1 or "{seed}" in asked.command
         measure = functools.partial(self._measure, name, records)
@@ -322,9 +320,6 @@ class _Searches:
         more, _, why = explore(axis, measure, known, asked.minimize, asked.budget, asked.repeats, again, batch, told)
         self._trials += more
         return why
-
-    def _records(self, name: str) -> Records:
-        return Records(self._asked.out, self._question(name))
 
     def _question(self, name: str) -> dict[str, Any]:
         """What makes the trials of a search comparable: all but the value that is searched."""
@@ -353,17 +348,14 @@ class _Searches:
 
     def _make(self, points: Sequence[dict[str, float]], name: str) -> list[tuple[dict[str, Any], float | None]]:
         """The averages of points, for the placeholders of the command, with their predicted errors."""
-        if name.startswith(_GROUP):
+        is_group, length = name.startswith(_GROUP), self._axes[LENGTH]
+        if is_group:
             scratch = self._asked.out / _SCRATCH
             made = self._main.make(scratch, [(Groups(self._lengths(point)), point[TIME]) for point in points])
-            return [
-                ({"weights": path, "sigma_rel": point[name]}, error)
-                for (path, error), point in zip(made, points, strict=True)
-            ]
-        length = self._axes[LENGTH]
-        made = self._main.make(self._folder, [(length.target(point[LENGTH]), point[TIME]) for point in points])
+        else:
+            made = self._main.make(self._folder, [(length.target(point[LENGTH]), point[TIME]) for point in points])
         filled: list[tuple[dict[str, Any], float | None]] = [
-            ({"weights": path, "sigma_rel": point[LENGTH]}, error)
+            ({"weights": path, "sigma_rel": point[name if is_group else LENGTH]}, error)
             for (path, error), point in zip(made, points, strict=True)
         ]
         if self._guide is not None:
@@ -376,7 +368,7 @@ class _Searches:
     def _measure(self, name: str, records: Records, wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
         """Synthesize values in one pass, as many as the disk may hold, and run the command for each."""
         values = list(dict.fromkeys(value for value, _ in wanted))
-        size = max(1, len(values))
+        size = len(values) or 1
         if self._asked.disk is not None:
             sizes = {LENGTH: self._main.nbytes} | ({} if self._guide is None else {GUIDE: self._guide.nbytes})
             own = GUIDE if name == GUIDE else LENGTH
@@ -398,7 +390,7 @@ class _Searches:
         """Run the command for each (target, value, seed, averages, predicted error), and write the outcomes down."""
         asked, evaluations = self._asked, []
         for target, _, seed, words, _ in wanted:
-            name = re.sub(r"[^\w.-]", "-", f"{target}-seed-{seed}")
+            name = _file_name(f"{target}-seed-{seed}")
             folder = asked.out / _SCRATCH / f"trial-{name}"
             files.make_directory(folder)
             filled = {"weights:guide": "", "sigma_rel:guide": ""} | words | {"seed": seed, "dir": folder}
@@ -428,6 +420,12 @@ def _known(records: Records, axis: Axis) -> list[Record]:
 
     trials = {(trial.target, trial.seed): trial for trial in records.read()}
     return [trial for trial in trials.values() if trial.value is not None and within(trial)]
+
+
+def _file_name(text: str) -> str:
+    """A text as a file's name, shortened where a file system may not take it: file names have at most 255 bytes."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", text)
+    return name if len(name) <= 100 else f"{name[:40]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{name[-40:]}"
 
 
 def _remove(path: Path) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,8 @@ def _from_files(
 
 
 def _newest(folder: Path, suffix: str) -> list[Path]:
-    def files() -> Iterator[tuple[int, Path]]:
-        for path in folder.rglob(f"*{suffix}"):
-            if path.is_file() and path.stat().st_size <= _MOST_BYTES:
-                yield path.stat().st_mtime_ns, path
-
-    return [path for _, path in sorted(files(), reverse=True)[:_MOST_FILES]]
+    found = [path for path in folder.rglob(f"*{suffix}") if path.is_file() and path.stat().st_size <= _MOST_BYTES]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True)[:_MOST_FILES]
 
 
 def _member(value: Any, path: str) -> tuple[float, float | None]:

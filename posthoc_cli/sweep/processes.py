@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -173,8 +172,3 @@ def _kill_marked(mark: str) -> None:
         if not found:
             return
         time.sleep(_TICK)
-
-
-def split_command(command: str) -> list[str]:
-    """The words of a command line, as a shell reads it; a ValueError."""
-    return shlex.split(command)

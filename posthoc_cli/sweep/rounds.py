@@ -12,12 +12,11 @@ from posthoc_cli.errors import InvalidValueError, PostHocError
 from posthoc_cli.profiles import SHAPES
 from posthoc_cli.run import Run
 from posthoc_cli.sweep import search
-from posthoc_cli.sweep.records import Record
+from posthoc_cli.sweep.results import Record
 from posthoc_cli.targets import Beta, Decay, SigmaRel, Target, Window
 
 GOOD_ERROR = 0.01
 """Predicted error of the lengths that are searched unless others are named."""
-RAW = "raw"
 TIME = "t"
 """The axis of the time of an average."""
 

@@ -140,9 +140,9 @@ def estimate(
     )
 
 
-def first_batch(low: float, high: float, count: int = FIRST) -> list[float]:
+def first_batch(low: float, high: float) -> list[float]:
     """Parameters spread evenly in the logarithm, both ends included."""
-    return [float(x) for x in np.geomspace(low, high, count)]
+    return [float(x) for x in np.geomspace(low, high, FIRST)]
 
 
 def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from posthoc_cli.checkpoints.checkpoint import beside_snapshots
+from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots
 from posthoc_cli.checkpoints.opening import UNSPECIFIED, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError, shown
@@ -153,8 +153,8 @@ class Plan:
         """How many of very many sources were used, in words; None if all were."""
         if self.solved == self.there:
             return None
-        counts = f"{self.solved:,} of {self.there:,} snapshots up to t = {self.t:,.12g}"
-        return f"{counts}, spread as thinning would leave them"
+        counts = counted(self.sources, self.solved, self.there)
+        return f"{counts} up to t = {self.t:,.12g}, spread as thinning would leave them"
 
     @cached_property
     def newest(self) -> Source:
@@ -358,7 +358,7 @@ def plan_synthesis(
         _check_groups(plan)
     if max_error is not None:
         _check_errors(plan, max_error)
-    _warn_of_poor_targets(plan, Candidate.of_run("", snapshots, prior))
+    _warn_of_poor_targets(plan, Candidate("", snapshots, prior))
     return plan
 
 
@@ -401,6 +401,20 @@ def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
     if has_copies and usable[used[-1]].info.t < usable[-1].info.t:
         used.append(len(usable) - 1)
     return used
+
+
+def counted(sources: Sequence[Source], count: int | None = None, there: int | None = None) -> str:
+    """How many of which kind: "1 snapshot", "43 snapshots and checkpoints", or by numbers, "20 of 80 checkpoints"."""
+    count = len(sources) if count is None else count
+    there = count if there is None else there
+    kinds = sorted({kind_of(source) for source in sources}, reverse=True)
+    number = f"{count:,}" if count == there else f"{count:,} of {there:,}"
+    return f"{number} {' and '.join(f'{kind}s' if there != 1 else kind for kind in kinds)}"
+
+
+def kind_of(source: Source) -> str:
+    """What it is called: "snapshot" or "checkpoint"."""
+    return "checkpoint" if isinstance(source, Checkpoint) else "snapshot"
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:

@@ -6,7 +6,6 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,29 +155,6 @@ def test_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> No
     assert np.linalg.norm(training.weights[-1] - training.weights[0]) > 0.2
     expected = expected_gradients(problem, training.weights, kept)
     np.testing.assert_allclose(training.gradients, expected, rtol=0, atol=rounding())
-
-
-@pytest.mark.parametrize("mode", ["window", "full"])
-def test_without_recording_torch_refuses_a_weight_that_has_changed(mode: str) -> None:
-    weight = torch.nn.Parameter(torch.ones(ROWS, dtype=torch.float64))
-    optimizer = torch.optim.SGD([weight], lr=RATE)
-    ema = make(mode)
-    for block in (ema.recording(), nullcontext()):
-        with block:
-            value = weight * weight
-        average = ema(value)
-        average.sum().backward(retain_graph=True)
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        average.sum().backward(retain_graph=True)
-
-
-def test_a_graph_that_is_not_retained_is_refused() -> None:
-    problem, ema = Problem(), make("window")
-    weight = problem.leaf()
-    ema(problem.value(0, weight)).sum().backward()
-    with pytest.raises(RuntimeError, match="retain_graph=True"):
-        ema(problem.value(1, weight)).sum().backward()
 
 
 def test_a_fixed_cotangent_carries_the_same_gradient_along_its_direction() -> None:
@@ -374,17 +350,6 @@ def test_recording_copies_sparse_tensors_too() -> None:
         sparse *= 0
     value.sum().backward()
     assert torch.equal(weight.grad, torch.tensor([[3.0, 3.0], [0.0, 0.0], [2.0, 2.0]]))
-
-
-@pytest.mark.parametrize("mode", ["truncated", "carried"])
-def test_modes_without_graphs_record_nothing(mode: str) -> None:
-    weight = torch.nn.Parameter(torch.ones(ROWS, dtype=torch.float64))
-    with make(mode).recording():
-        value = weight * weight
-    with torch.no_grad():
-        weight.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.sum().backward()
 
 
 def test_full_warns_from_the_100th_value_on() -> None:

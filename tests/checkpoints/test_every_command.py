@@ -95,6 +95,11 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     curves = [ema("error-plot", *source, *curve).json["curves"][0] for source in sources]
     errors = [one["predicted_error"][0] for one in curves]
     assert errors[2] < errors[1] < errors[0]
+    counts = [re.search(r"[\d]+ [a-z ]+ up to", one["label"])[0] for one in curves]  # type: ignore[index]
+    said = [ema("synthesize", *source, "--sigma-rel", "0.1", "--dry-run").out for source in sources]
+    for which, count, made in zip(("snapshots", "checkpoints", "snapshots and checkpoints"), counts, said, strict=True):
+        assert re.fullmatch(rf"\d+ {which} up to", count)
+        assert re.search(rf" from \d+ {which}, training time of the newest (snap|check)", made)
     alone, beside, both = (ema("info", *source, "--json").json for source in sources)
     assert both["checkpoints"] == beside["checkpoints"]
     assert len(both["checkpoints"]) == 40

@@ -118,23 +118,9 @@ def test_targets_of_other_kinds_are_points_and_drawn_over_time(ema: Ema, run: Pa
             assert target[error] == pytest.approx(found[target["target"]][error], rel=1e-9)
     rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
     assert [row["target"] for row in rows if row["target"] != "sigma_rel"] == titles
-    assert float(rows[-1]["predicted_error"]) == found["profile ramp.csv"]["predicted_error"]
+    for column in ("sigma_rel", "profile_error", "predicted_error"):
+        expected = [*curve[column], *(found[title][column] for title in titles)]
+        assert [float(row[column]) for row in rows] == expected
     picture = (tmp_path / "e.svg").read_text()
     assert all(f"{title} from " in picture for title in ("sigma_rel 0.15", *titles))
     assert all(f"{title}: {100 * found[title]['predicted_error']:.2g} %" in picture for title in titles)
-
-
-def test_the_numbers_as_json_and_as_a_table(ema: Ema, run: Path, tmp_path: Path) -> None:
-    beside = ("--sigma-rels", "0.1", *SCHEDULE, "--sigma-range", "0.04:0.28")
-    result = ema("error-plot", run, "--csv", tmp_path / "e.csv", "--json", *beside)
-    curve, schedule = result.json["curves"]
-    rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
-    for column in ("sigma_rel", "profile_error", "predicted_error"):
-        assert [float(row[column]) for row in rows] == [*curve[column], *schedule[column]]
-    assert list(rows[0]) == ["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"]
-    assert {row["target"] for row in rows} == {"sigma_rel"}
-    assert (curve["tracked"], schedule["tracked"]) == ([0.05, 0.28], [0.1])
-    assert (curve["sigma_rel"][0], curve["sigma_rel"][-1]) == (0.04, 0.28)
-    dry = ema("synthesize", run, "--sigma-rel", "0.04", "--dtype", "float64", "--dry-run", "--json").json
-    for error in ("predicted_error", "profile_error"):
-        assert dry["targets"][0][error] == pytest.approx(curve[error][0])

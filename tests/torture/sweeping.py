@@ -14,7 +14,7 @@ from factories import random_walk, write_run
 from posthoc_cli import Run
 from posthoc_cli.sweep import Axis, Sweep
 from posthoc_cli.sweep.metrics import Metric
-from posthoc_cli.sweep.records import NAME
+from posthoc_cli.sweep.results import TRIALS
 from torture.processes import Nursery
 from torture.tally import Tally
 from torture.training import damaged_files
@@ -59,7 +59,7 @@ def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
 def measured(out: Path) -> dict[float, float]:
     """Values by length, of all whole lines."""
     try:
-        lines = (out / NAME).read_text().splitlines(keepends=True)
+        lines = (out / TRIALS).read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return {}
     trials = [json.loads(line)["trial"] for line in lines if line.endswith("}\n")]
