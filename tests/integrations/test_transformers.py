@@ -137,6 +137,25 @@ def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.Monk
     assert_exact(callback, one.model, recorder.weights)
 
 
+def test_a_training_that_begins_again_with_smaller_batches_goes_on_with_its_averages(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After steps and snapshots with the larger ones; the weights are not set back either."""
+
+    class Large(Recorder):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if len(self.weights) == 5:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Large()
+    one = trainer(tmp_path, callback, recorder, auto_find_batch_size=True, save_strategy="no")
+    one.train()
+    assert one.state.global_step == 10
+    assert_exact(callback, one.model, recorder.weights)
+    assert len(recorder.weights) == 15
+    assert "its averages go on from step 5" in caplog.text
+
+
 def test_steps_that_a_fused_optimizer_leaves_out_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate takes them for steps: a GradScaler calls such an optimizer, the default, all the same."""
     from accelerate.optimizer import AcceleratedOptimizer
