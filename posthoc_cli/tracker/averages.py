@@ -164,7 +164,10 @@ class RunningAverages:
                 else:
                     torch.lerp(mean, own, factor, out=mean)
                 if closes:
-                    self._add(values.layout[block.group], total.flats[block.group][where], mean, mass, thread)
+                    group, sums = values.layout[block.group], total.flats[block.group][where]
+                    parts = (torch.split(flat, group.exact_block) for flat in (sums, mean))
+                    for part, its_mean in zip(*parts, strict=True):  # the averages become the new totals
+                        torch.lerp(part, self._exact(group, its_mean, thread), mass, out=part)
 
         crew.each(work, values.blocks)
         self.copies = copies
@@ -208,12 +211,6 @@ class RunningAverages:
         for own, source in zip((*room.totals, *room.recent), (*kept.totals, *kept.recent), strict=True):
             for flat, values in zip(own.flats, source.flats, strict=True):
                 flat.copy_(values, non_blocking=True)
-
-    def _add(self, group: Group, total: torch.Tensor, recent: torch.Tensor, mass: float, thread: int) -> None:
-        """Make a range of the averages the new totals."""
-        blocks = [torch.split(flat, group.exact_block) for flat in (total, recent)]
-        for totals, means in zip(*blocks, strict=True):
-            torch.lerp(totals, self._exact(group, means, thread), mass, out=totals)
 
     def _exact(self, group: Group, means: torch.Tensor, thread: int) -> torch.Tensor:
         """A block of recent means in the totals' dtype; valid until the same thread's next call."""

@@ -193,16 +193,18 @@ class Evaluation:
         return self._going_on(with_older(joined, run_snapshots(self.directory, self.pipeline.now.run_id)))
 
     def _joined_live(self) -> tuple[list[LiveSource], list[LiveSource]]:
-        """The live averages here, and those of complete tensors, measured by all processes together."""
+        """The live averages here and, measured by all processes together, without values, those of complete tensors."""
 
         def measure_own() -> list[LiveSource]:
             self.flush()
             snapshotter = self.pipeline.snapshotter
             return measured(self.live(), [] if snapshotter is None else snapshotter.stored())
 
-        own = self.group.together(measure_own)
-        progress = self.pipeline.progress
-        return own, _join_live(self.group, own, (progress.step, progress.t))
+        own, progress = self.group.together(measure_own), self.pipeline.progress
+        told = (progress.step, progress.t), [(source.info, dict(source.stored)) for source in own]
+        times, parts = zip(*self.group.from_all(told), strict=True)
+        check_times(times)
+        return own, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
     # --- plans and refusals
 
@@ -233,17 +235,6 @@ class Evaluation:
 
 
 # --- what all processes of a group call ---
-
-
-def _join_live(group: Group, live: Sequence[LiveSource], now: tuple[int, float]) -> list[LiveSource]:
-    """The live averages of complete tensors, measured, without values, from what the processes have of them.
-
-    Raises:
-        RankError: a process is at another step or time than `now`; names it.
-    """
-    every = group.from_all((now, [(source.info, dict(source.stored)) for source in live]))
-    check_times([time for time, _ in every])
-    return [_joined(profile) for profile in zip(*(parts for _, parts in every if parts), strict=True)]
 
 
 def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> LiveSource:

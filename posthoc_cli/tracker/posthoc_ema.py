@@ -7,7 +7,7 @@ import secrets
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ from posthoc_cli.snapshots.format import Selection, check_globs, make_selection,
 from posthoc_cli.snapshots.measurements import chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.plan import Source, plan_synthesis, source_prior, with_consistent_plan
-from posthoc_cli.tracker import model_weights, state
+from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered
 from posthoc_cli.tracker.model_tensors import (
@@ -40,7 +40,7 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import check_device, fill, fill_model, in_block, swapped_in
+from posthoc_cli.tracker.model_weights import check_device, fill, fill_model, in_block, swapped_in, update_bn
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
@@ -618,18 +618,7 @@ class PostHocEMA:
         evaluation.check(model, weights, own_dtypes, accept_meta=self._members is None)
         fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
-    def update_bn(self, model: torch.nn.Module, loader: Iterable[Any]) -> None:
-        """Recompute a model's BatchNorm statistics for the weights that it has now.
-
-        Those in a snapshot belong to the raw weights. Within `with ema.model(...)` or `ema.averaged(...)` the new ones
-        last until the end of the block; after `load_into` they stay.
-
-        Arguments:
-            model: in any mode, on any device; without BatchNorm layers nothing happens.
-            loader: yields the model's inputs, or lists or tuples whose first item they are; an InvalidValueError if
-                nothing. After any error the statistics are as before.
-        """
-        model_weights.update_bn(model, loader)
+    update_bn = staticmethod(update_bn)
 
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None

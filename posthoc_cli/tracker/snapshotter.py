@@ -43,14 +43,14 @@ from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, torch_dtype
+from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.plan import Source
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
-from posthoc_cli.tracker.state import STATE_NAME, Tracking, read_tensor, state_info, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
 
 log = logging.getLogger(__name__)
 
@@ -635,7 +635,9 @@ class _EarlierFiles(ExitStack):
         tensors = {}
         for index, file in list(self._files.items()):
             with self._left_out_on_error(index):
-                tensors[index] = _with_arithmetic(read_tensor(file, name).reshape(-1)).to(device)
+                entry = file.header.tensors[name]
+                value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape).reshape(-1)
+                tensors[index] = _with_arithmetic(value).to(device)
         return tensors
 
     @contextmanager
