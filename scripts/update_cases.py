@@ -14,7 +14,7 @@ import torch
 from synthesis_cases import TRACKED, without_noise
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.buffers import BlockReader, FlatTensors, lay_out
+from posthoc_cli.tracker.averages import BlockReader, FlatTensors, lay_out
 
 NEVER = 10**9
 """A checkpoint interval that is never reached."""

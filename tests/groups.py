@@ -10,9 +10,10 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from posthoc_cli import PostHocEMA, PostHocError, Run
+from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.tracker.sharding import held_part
+
+__all__ = [
+    "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal", "filled", "held", "move",
+    "refused", "spread", "torch", "train",
+]  # fmt: skip
 HERE = str(Path(__file__).parent)
+SETTINGS: dict[str, Any] = {
+    "sigma_rels": (0.1, 0.2), "update_every": 2, "checkpoint_every": 4, "checkpoint_dtype": None,
+}  # fmt: skip
 KINDS = ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp", "replicas")
 """Ways to spread a model over processes: see `spread`."""
 
@@ -32,17 +44,17 @@ KINDS = ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp", "replicas")
 def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[Forked]:
     """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, inside a gloo group.
 
-    The group is left at the end of the code unless the code did so itself.
+    All that is in `__all__` here is at hand. The group is left at the end of the code unless the code did so itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor, meeting = tempfile.mkstemp(prefix="meeting-", dir=folder)  # a killed group leaves its own behind
     os.close(descriptor)
     program = (
         f"import sys; sys.path.insert(0, {HERE!r})\n"
-        "import groups\n"
+        "import groups\nfrom groups import *\n"
         "rank, world, meeting, folder, *arguments = sys.argv[1:]\n"
         "with groups.joined(int(rank), int(world), meeting) as (rank, world):\n"
-        + "".join(f"    {line}\n" for line in ["from pathlib import Path", "folder = Path(folder)", *code.splitlines()])
+        + "".join(f"    {line}\n" for line in ["folder = Path(folder)", *code.splitlines()])
     )
     return [Forked(program, rank, ranks, meeting, folder, *arguments) for rank in range(ranks)]
 
@@ -149,16 +161,85 @@ def move(model: nn.Module, step: int) -> None:
         into.copy_(local(tensor, value(name, step, tensor)))
 
 
-def truth(gamma: float, updates: list[int], dtype: torch.dtype = torch.float32) -> Mapping[str, torch.Tensor]:
+def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> None:
+    """Train a model, which trackers take in after each step."""
+    for step in range(first, last + 1):
+        move(model, step)
+        for tracker in trackers:
+            tracker.update_(model)
+
+
+def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
+    """The tracker, closed, of the same training in one process."""
+    net = Net()
+    with PostHocEMA.from_model(net, folder, **SETTINGS | options) as ema:
+        train(net, 1, last, ema)
+    return ema
+
+
+def averages(folder: Path, *steps: int) -> None:
+    """Leave the averages of one process at these steps, one synthesized and one of a tracked profile, the true one."""
+    net, before = Net(), 0
+    with PostHocEMA.from_model(net, folder / "single", **SETTINGS) as ema:
+        for step in steps:
+            train(net, before + 1, step, ema)
+            before = step
+            torch.save(dict(ema.state_dict(0.15)), folder / f"average-{step}.pt")
+            torch.save(dict(truth(0.2, [*range(2, step + 1, 2)])), folder / f"truth-{step}.pt")
+
+
+# --- what a process holds
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    bare = getattr(model, "module", model)
+    return dict([*bare.named_parameters(remove_duplicate=False), *bare.named_buffers()])
+
+
+def held(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what is here of each tensor."""
+    return {name: held_part(tensor).clone() for name, tensor in _tensors(model).items()}
+
+
+def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model holds these very values, of which complete tensors are given."""
+    tensors = _tensors(model)
+    return all(torch.equal(held_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items())
+
+
+def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
+    """Fail where a model does not hold the complete tensors of a file."""
+    tensors = _tensors(model)
+    for name, value in torch.load(path).items():
+        found, wanted = held_part(tensors[name]).double(), local(tensors[name], value).double()
+        assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
+
+
+def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) -> None:
+    """Print the error of a call; fail if it is done."""
+    try:
+        work()
+    except kind as error:
+        print(type(error).__name__, error)
+    else:
+        raise AssertionError("was done")
+
+
+# --- what averages must be
+
+
+def truth(sigma_rel: float, updates: list[int], dtype: torch.dtype = torch.float32) -> Mapping[str, torch.Tensor]:
     """The float64 power-function average of each parameter over the updates, which are steps on a grid.
 
     With F(t) = t^(gamma + 1), the value of an update at t_k stands for the time since the one before it, and the first
     one for all time before.
     """
-    net = Net()
-    last = float(updates[-1])
-    result = {}
-    for name, parameter in net.named_parameters():
+    gamma, last, result = gamma_from_sigma_rel(sigma_rel), float(updates[-1]), {}
+    for name, parameter in Net().named_parameters():
         if not parameter.requires_grad:
             continue
         total = torch.zeros(parameter.shape, dtype=torch.float64)

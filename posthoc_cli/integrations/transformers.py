@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -58,6 +59,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
             options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
+        self._model: ref[torch.nn.Module] | None = None
         self._is_nested, self._is_left_out = False, False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
@@ -135,7 +137,14 @@ class PostHocCallback(TrainerCallback, ExportableState):
             raise NotReadyError("evaluate", "this callback was not installed", hint)
         name = type(self).__name__
         stored = state.stateful_callbacks.get(name)
-        self.ema = ema = make_tracker(model, self.checkpoint_dir, state.is_world_process_zero, self.options)
+        ema, tracked = self.ema, self._model and self._model()
+        if ema is None or ema.closed or not args.auto_find_batch_size or tracked is not model:
+            self.ema = ema = make_tracker(model, self.checkpoint_dir, state.is_world_process_zero, self.options)
+            self._model = ref(model)
+            # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
+            ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self.evaluate)))
+        else:  # memory was too short: the loop begins again, with the weights as they are
+            log.warning("training begins again with smaller batches; its averages go on from step %d", ema.step)
         if folder is not None:
             if stored is None:
                 log.warning("%s was saved without this callback: its averages begin here", folder)
@@ -146,8 +155,6 @@ class PostHocCallback(TrainerCallback, ExportableState):
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(lambda one, *_: setattr(self, "_is_left_out", was_left_out(one)))
-        # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
-        ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self.evaluate)))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,

@@ -1,4 +1,4 @@
-"""The running averages: state, and the arithmetic of one update.
+"""The running averages: state, the arithmetic of one update, and the memory that they and the model's values are in.
 
 An average over millions of updates cannot be kept in float32 alone: a change of less than half its last digit is lost,
 always in the same direction. So it is kept in two terms, a `total` in float64 and the mean of the `recent` values since
@@ -12,19 +12,40 @@ An update with share s of the new value v changes the recent mean only, at the c
 
 At every `WINDOW`th update the average becomes the new total, and the next mean begins with the next value. Each value
 ends with the weight that a plain average would give it.
+
+Tensors of one device and dtype form a group and lie end to end in one flat buffer. A block is a range of such a buffer
+that stays in the cache while every profile takes it in: the model is read from memory once for all profiles, and
+thousands of small tensors cost no more calls than a few large ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import mmap
+import os
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Any
 
+import numpy as np
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
 from posthoc_cli.reconstruction import WINDOW
-from posthoc_cli.tracker.buffers import Block, BlockReader, FlatTensors, Group, Layout, on_host
 from posthoc_cli.tracker.worker import ALONE, Crew
+
+HOST = torch.device("cpu")
+
+CPU_BLOCK, DEVICE_BLOCK = 524_288, 2**24
+"""Elements of a block on the CPU, which one thread works on, and on an accelerator, where starting a kernel costs more
+than leaving the cache."""
+
+EXACT_BLOCK, EXACT_DEVICE_BLOCK = 131_072, 2**22  # the same for float64 arithmetic, which needs scratch memory
+_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # whose sums of ordinary values stay finite
 
 
 @dataclass(frozen=True)
@@ -70,9 +91,8 @@ class Accumulators:
     def __init__(self, layout: Layout, profiles: int, exact: bool = True, pinned: bool = False) -> None:
         self.layout = layout
         wide, totals = [group.wide for group in layout], [group.exact for group in layout]
-        # Zeros, in memory that the system has allocated.
-        self.totals = tuple(FlatTensors(layout, totals).zero_() for _ in range(profiles if exact else 0))
-        self.recent = tuple(FlatTensors(layout, wide, pinned).zero_() for _ in range(profiles))
+        self.totals = tuple(FlatTensors(layout, totals) for _ in range(profiles if exact else 0))
+        self.recent = tuple(FlatTensors(layout, wide, pinned) for _ in range(profiles))
 
     def fits(self, others: Accumulators | None) -> bool:
         """Whether this is room on the host for others."""
@@ -144,7 +164,10 @@ class RunningAverages:
                 else:
                     torch.lerp(mean, own, factor, out=mean)
                 if closes:
-                    self._add(values.layout[block.group], total.flats[block.group][where], mean, mass, thread)
+                    group, sums = values.layout[block.group], total.flats[block.group][where]
+                    parts = (torch.split(flat, group.exact_block) for flat in (sums, mean))
+                    for part, its_mean in zip(*parts, strict=True):  # the averages become the new totals
+                        torch.lerp(part, self._exact(group, its_mean, thread), mass, out=part)
 
         crew.each(work, values.blocks)
         self.copies = copies
@@ -189,12 +212,6 @@ class RunningAverages:
             for flat, values in zip(own.flats, source.flats, strict=True):
                 flat.copy_(values, non_blocking=True)
 
-    def _add(self, group: Group, total: torch.Tensor, recent: torch.Tensor, mass: float, thread: int) -> None:
-        """Make a range of the averages the new totals."""
-        blocks = [torch.split(flat, group.exact_block) for flat in (total, recent)]
-        for totals, means in zip(*blocks, strict=True):
-            torch.lerp(totals, self._exact(group, means, thread), mass, out=totals)
-
     def _exact(self, group: Group, means: torch.Tensor, thread: int) -> torch.Tensor:
         """A block of recent means in the totals' dtype; valid until the same thread's next call."""
         return self._scratch[thread, group.device, group.exact][: means.numel()].copy_(means)
@@ -206,3 +223,341 @@ class RunningAverages:
                 key = (thread, group.device, group.exact)
                 if key not in self._scratch:
                     self._scratch[key] = torch.empty(group.exact_block, dtype=group.exact, device=group.device)
+
+
+# --- memory: layouts, flat buffers, blocks ---
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one device and dtype, end to end; `bounds` are their ends in elements, beginning with 0."""
+
+    device: torch.device
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    bounds: tuple[int, ...]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of recent means: at a decay of 0.9999 a half-precision average never moves."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The dtype of totals: float64, except on Apple's GPUs, which have none."""
+        return self.wide if self.device.type == "mps" else torch.float64
+
+    @property
+    def exact_block(self) -> int:
+        """Elements of a block of float64 arithmetic."""
+        return EXACT_BLOCK if self.device.type == "cpu" else EXACT_DEVICE_BLOCK
+
+    def views(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor's name and its place in a flat buffer."""
+        for name, shape, (begin, end) in zip(self.names, self.shapes, pairwise(self.bounds), strict=True):
+            yield name, flat[begin:end].view(shape)
+
+
+Layout = tuple[Group, ...]
+
+
+def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
+    """Group tensors by device and dtype."""
+    return group_tensors({name: (tensor.device, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+
+
+def group_tensors(tensors: Mapping[str, tuple[torch.device, torch.dtype, tuple[int, ...]]]) -> Layout:
+    """The same for tensors that are known by device, dtype and shape."""
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, (device, dtype, shape) in tensors.items():
+        groups[device, dtype][name] = shape
+    return tuple(
+        Group(*key, tuple(own), tuple(own.values()), (0, *accumulate(math.prod(shape) for shape in own.values())))
+        for key, own in groups.items()
+    )
+
+
+def on_host(layout: Layout) -> Layout:
+    """The same groups in the host's memory; those of several devices stay apart."""
+    return tuple(replace(group, device=HOST) for group in layout)
+
+
+class FlatTensors:
+    """One flat buffer of zeros a group, in these dtypes, and the tensors in it by name; `pinned` as `pinned_empty`."""
+
+    def __init__(self, layout: Layout, dtypes: Iterable[torch.dtype], pinned: bool = False) -> None:
+        self.flats = [
+            pinned_empty(group.bounds[-1], dtype)
+            if pinned
+            else torch.empty(group.bounds[-1], dtype=dtype, device=group.device)
+            for group, dtype in zip(layout, dtypes, strict=True)
+        ]
+        for flat in self.flats:
+            flat.zero_()  # so that the system allocates the memory now, and not at the first write
+        self.views = {
+            name: view for group, flat in zip(layout, self.flats, strict=True) for name, view in group.views(flat)
+        }
+
+
+@dataclass(frozen=True)
+class Block:
+    """A range of a flat buffer, and the tensors (whole or split) whose values belong there."""
+
+    group: int
+    begin: int
+    end: int
+    tensors: tuple[torch.Tensor, ...]
+
+    def total(self, scratch: torch.Tensor) -> torch.Tensor:
+        """The sum of the values, in which no nan and no infinity can hide; large finite values may overflow it."""
+        first, *others = self.tensors
+        return (first if not others and first.dtype in _LIKE_FLOAT32 else self.values(scratch)).sum()
+
+    def values(self, scratch: torch.Tensor) -> torch.Tensor:
+        """The values, flat, in the scratch's dtype; they may stand in `scratch`."""
+        (first, *others), room = self.tensors, scratch[: self.end - self.begin]
+        if others:
+            return torch.cat(self.tensors, out=room)
+        if first.dim() == 1 and first.dtype == scratch.dtype:
+            return first
+        room.view(first.shape).copy_(first)
+        return room
+
+
+class BlockReader:
+    """Tensors of a layout, block by block, for so many threads at a time. Holds views of the tensors, and no copy.
+
+    `tensors` are for each group those that hold its values, in order, on the group's device.
+    """
+
+    def __init__(self, layout: Layout, tensors: Sequence[Sequence[torch.Tensor]], threads: int = 1) -> None:
+        self.layout = layout
+        self.blocks = [
+            Block(index, *block)
+            for index, (group, own) in enumerate(zip(layout, tensors, strict=True))
+            for block in _cut(own, CPU_BLOCK if group.device.type == "cpu" else DEVICE_BLOCK)
+        ]
+        longest = [max((b.end - b.begin for b in self.blocks if b.group == i), default=0) for i in range(len(layout))]
+        self._scratch = [
+            [torch.empty(size, dtype=g.wide, device=g.device) for g, size in zip(layout, longest, strict=True)]
+            for _ in range(threads)
+        ]
+
+    @classmethod
+    def of_tensors(cls, layout: Layout, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> BlockReader:
+        """A reader of tensors by name."""
+        return cls(layout, [[tensors[name].detach() for name in group.names] for group in layout], threads)
+
+    def values(self, block: Block, thread: int = 0) -> torch.Tensor:
+        """A block's values, in the averages' dtype; valid until the same thread's next call."""
+        return block.values(self._scratch[thread][block.group])
+
+    def surely_finite(self, crew: Crew = ALONE) -> bool:
+        """Whether no value is nan or infinite; may be false for large finite values. Waits once a group."""
+        totals: dict[int, list[torch.Tensor]] = {block.group: [] for block in self.blocks}
+
+        def add(block: Block, thread: int) -> None:
+            totals[block.group].append(block.total(self._scratch[thread][block.group]))
+
+        crew.each(add, self.blocks)
+        return all(bool(torch.stack(own).isfinite().all()) for own in totals.values())
+
+
+def _cut(tensors: Sequence[torch.Tensor], size: int) -> Iterator[tuple[int, int, tuple[torch.Tensor, ...]]]:
+    """Blocks of at most `size` elements: begin, end, tensors. A tensor that cannot be flattened is a block alone."""
+    begin = end = 0
+    block: list[torch.Tensor] = []
+    for tensor in tensors:
+        flat = tensor.is_contiguous()
+        for part in torch.split(tensor.view(-1), size) if flat else [tensor]:
+            if not part.numel():
+                continue
+            if block and (not flat or block[-1].dim() != 1 or end - begin + part.numel() > size):
+                yield begin, end, tuple(block)
+                begin, block = end, []
+            block.append(part)
+            end += part.numel()
+    if block:
+        yield begin, end, tuple(block)
+
+
+# --- accelerators: streams, and copies of the model's values on the host ---
+
+Streams = dict[torch.device, Any]
+Marks = tuple[tuple[torch.device, Any], ...]  # events: work that was queued on the device before is done when they are
+
+
+class DeviceStreams:
+    """Orders a tracker's threads on accelerators, where each has its own stream; `last` marks the last update's end."""
+
+    def __init__(self) -> None:
+        self.last: Marks = ()
+        self._own: Streams = {}
+
+    @staticmethod
+    def current(devices: Iterable[torch.device]) -> Streams:
+        """The streams that the calling thread uses on these devices."""
+        return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
+
+    @classmethod
+    def marks(cls, tensors: Iterable[torch.Tensor]) -> Marks:
+        """Marks after what the calling thread has queued so far."""
+        return tuple(
+            (device, stream.record_event()) for device, stream in cls.current(t.device for t in tensors).items()
+        )
+
+    @contextmanager
+    def entered(self, streams: Streams) -> Iterator[None]:
+        """Work in the streams of another thread, which waits meanwhile; updates `last`."""
+        with ExitStack() as stack:
+            for stream in streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+            self.last = tuple((device, stream.record_event()) for device, stream in streams.items())
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Work in streams of this thread's own, after the last update; it is done at the end of the block."""
+        cuda: Any = torch.cuda
+        with ExitStack() as stack:
+            for device, event in self.last:
+                if device not in self._own:
+                    self._own[device] = cuda.Stream(device)
+                self._own[device].wait_event(event)
+                stack.enter_context(cuda.stream(self._own[device]))
+            yield
+            for device, _ in self.last:
+                self._own[device].synchronize()
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """A model's values at one moment on the host, in their own dtypes; they are there after the `events`."""
+
+    layout: Layout
+    values: FlatTensors
+    events: tuple[Any, ...] = ()
+
+    def arrived(self) -> Mapping[str, torch.Tensor]:
+        """The values by name; waits until they are there."""
+        for event in self.events:
+            event.synchronize()
+        return self.values.views
+
+    def reader(self, threads: int) -> BlockReader:
+        """The values block by block, for so many threads; waits until they are there."""
+        self.arrived()
+        return BlockReader(self.layout, [[flat] for flat in self.values.flats], threads)
+
+
+class Stager:
+    """Copies a model's values into buffers on the host, which it uses again.
+
+    On an accelerator, the training's own stream first copies the values into a buffer there, and another stream copies
+    that to the host while training goes on.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[Staged] = deque(maxlen=1)  # one is enough, and old layouts go
+        # The tensors staged last, their layout, and a buffer on the accelerator a group, with the event after which
+        # its values have left for the host. Replaced in one assignment.
+        self._last: tuple[Mapping[str, torch.Tensor], Layout, dict[int, tuple[torch.Tensor, Any]]] = ({}, (), {})
+        self._streams: Streams = {}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def stage(self, tensors: Mapping[str, torch.Tensor]) -> Staged:
+        """A copy of tensors as they are now; return it with `give_back`."""
+        if self._last[0] is not tensors:
+            self._last = tensors, lay_out(tensors), {}
+        _, layout, buffers = self._last
+        own = on_host(layout)
+        staged = self._free.pop() if self._free else None
+        if staged is None or staged.layout != own:
+            pinned = any(group.device.type == "cuda" for group in layout)
+            staged = Staged(own, FlatTensors(own, [group.dtype for group in own], pinned))
+        events = []
+        for index, (group, room) in enumerate(zip(layout, staged.values.flats, strict=True)):
+            values = [tensors[name].detach() for name in group.names]
+            if group.device.type == "cuda":
+                buffers[index] = self._send(group, values, room, *buffers.get(index, (None, None)))
+                events.append(buffers[index][1])
+            else:
+                torch._foreach_copy_([view for _, view in group.views(room)], values)
+        return replace(staged, events=tuple(events))
+
+    def give_back(self, staged: Staged) -> None:
+        """Take back a copy that has arrived and is no longer needed; from any thread."""
+        self._free.append(replace(staged, events=()))
+
+    def _send(
+        self, group: Group, values: list[torch.Tensor], room: torch.Tensor, buffer: torch.Tensor | None, sent: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Copy one group by way of a buffer; returns that, and the event after which the values are on the host."""
+        cuda: Any = torch.cuda
+        if group.device not in self._streams:
+            self._streams[group.device] = cuda.Stream(group.device)
+        stream, training = self._streams[group.device], cuda.current_stream(group.device)
+        if buffer is None:
+            buffer = torch.empty(group.bounds[-1], dtype=group.dtype, device=group.device)
+        else:
+            training.wait_event(sent)  # its last values may still be on their way to the host
+        torch._foreach_copy_([view for _, view in group.views(buffer)], values)
+        stream.wait_stream(training)
+        with cuda.stream(stream):
+            room.copy_(buffer, non_blocking=True)
+        # A thread that waits for a blocking event sleeps, and takes no core from the training.
+        sent = stream.record_event(cuda.Event(blocking=True))
+        # When it is freed, torch must not use its memory again before both streams are done with it.
+        for user in (stream, training):
+            buffer.record_stream(user)
+        return buffer, sent
+
+
+def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor without values in pinned host memory, less than a page larger than its values.
+
+    torch's own pinned memory comes in powers of two, up to twice as much. Here memory of the system is registered
+    until the last tensor that uses it is gone. Wait by an event for copies to it: torch does not keep it for them.
+    """
+    nbytes = elements * dtype.itemsize
+    if not nbytes:
+        return torch.empty(0, dtype=dtype)
+    # Shared with forked processes: a private page that is written after a fork may be another one than the device's.
+    block = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    if not _register(block.ctypes.data, nbytes):
+        return torch.empty(elements, dtype=dtype, pin_memory=True)
+    # The tensor's storage holds `block`, which holds the memory: this is called between the ends of the two.
+    weakref.finalize(block, _unregister, block.ctypes.data, os.getpid()).atexit = False
+    return torch.from_numpy(block).view(dtype)
+
+
+def _register(address: int, nbytes: int) -> bool:
+    """Pin memory for every device; False where the system cannot pin memory that is allocated already."""
+    cuda: Any = torch.cuda
+    portable, cudart, current = 1, cuda.cudart(), cuda.current_device()
+    # On a device that is in use: elsewhere this would make a context, which takes memory there. So does torch.
+    with cuda.device(next(iter(_devices_in_use()), current)):
+        if int(cudart.cudaHostRegister(address, nbytes, portable)) == 0:
+            return True
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda").neg_()  # clears the error, which the training's next kernel would raise
+    return False
+
+
+def _unregister(address: int, process: int) -> None:
+    """Undo `_register`, in the process that called it only."""
+    if process != os.getpid():
+        return
+    cuda: Any = torch.cuda
+    for device in _devices_in_use():
+        cuda.synchronize(device)  # after an error nobody has waited for the copies that are on their way
+    cuda.cudart().cudaHostUnregister(address)
+
+
+def _devices_in_use() -> list[int]:
+    """Devices that this process has a context on, the current one first."""
+    count, current = torch.cuda.device_count(), torch.cuda.current_device()
+    has_context: Any = torch._C._cuda_hasPrimaryContext  # type: ignore[attr-defined]
+    return [device for device in sorted(range(count), key=lambda device: device != current) if has_context(device)]

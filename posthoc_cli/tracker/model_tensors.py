@@ -373,6 +373,7 @@ class ModelWatch:
         self._contents: list[dict[str, Any]] = []
         self._filled: list[dict[str, Any]] = []
         self._state_tensors: list[torch.Tensor] = []
+        self._are_sharded = False
         self._held: list[object] = []
         self._fingerprint: tuple[object, ...] = ()
         self._tensors: ModelTensors | None = None
@@ -392,6 +393,7 @@ class ModelWatch:
             for contents in (module._parameters, module._buffers, module._modules)
         ]
         self._state_tensors = [*model.parameters(), *model.buffers()]
+        self._are_sharded = any(map(is_sharded, self._state_tensors))
         self._filled = [contents for contents in self._contents if contents]
         self._held = [*chain.from_iterable(map(dict.values, self._filled))]
         self._fingerprint = self._take_fingerprint()
@@ -425,7 +427,7 @@ class ModelWatch:
 
     def _take_fingerprint(self) -> tuple[object, ...]:
         """Differs if the tensors do. `_held` keeps ids from being used again."""
-        tensors = local_tensors(self._state_tensors)
+        tensors = local_tensors(self._state_tensors) if self._are_sharded else self._state_tensors
         return (
             [*map(len, self._contents)],
             [*chain.from_iterable(self._filled)],

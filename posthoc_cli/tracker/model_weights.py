@@ -330,9 +330,15 @@ def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device)
 
 @torch.no_grad()
 def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
-    """Recompute the statistics of a model's BatchNorm layers in one pass over `loader`, each batch counting alike.
+    """Recompute a model's BatchNorm statistics for the weights that it has now, each batch counting alike.
 
-    See `PostHocEMA.update_bn` and `torch.optim.swa_utils.update_bn`. Modes and momenta are restored afterwards.
+    Those in a snapshot belong to the raw weights. Within `with ema.model(...)` or `ema.averaged(...)` the new ones
+    last until the end of the block; after `load_into` they stay.
+
+    Arguments:
+        model: in any mode, on any device; without BatchNorm layers nothing happens.
+        loader: yields the model's inputs, or lists or tuples whose first item they are; an InvalidValueError if
+            nothing. After any error the statistics are as before.
     """
     layers = [module for module in check_model(model).modules() if isinstance(module, _BatchNorm)]
     if not layers:

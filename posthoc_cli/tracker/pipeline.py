@@ -27,12 +27,13 @@ from posthoc_cli.errors import (
     NotReadyError,
     WriteError,
 )
-from posthoc_cli.tracker.averages import Accumulators, RunningAverages
-from posthoc_cli.tracker.buffers import (
+from posthoc_cli.tracker.averages import (
+    Accumulators,
     BlockReader,
     DeviceStreams,
     Layout,
     Marks,
+    RunningAverages,
     Staged,
     Stager,
     Streams,

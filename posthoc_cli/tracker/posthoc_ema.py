@@ -7,9 +7,9 @@ import secrets
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
@@ -27,9 +27,9 @@ from posthoc_cli.snapshots.format import Selection, check_globs, make_selection,
 from posthoc_cli.snapshots.measurements import chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.plan import Source, plan_synthesis, source_prior, with_consistent_plan
-from posthoc_cli.tracker import model_weights, state
-from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.evaluation import Evaluation, Query
+from posthoc_cli.tracker import state
+from posthoc_cli.tracker.averages import HOST, RunningAverages
+from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -40,7 +40,7 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import check_device, fill, fill_model, in_block, swapped_in
+from posthoc_cli.tracker.model_weights import check_device, fill, fill_model, in_block, swapped_in, update_bn
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
@@ -53,19 +53,17 @@ from posthoc_cli.tracker.settings import (
     is_in_group,
     make_schedule,
 )
-from posthoc_cli.tracker.sharded_weights import (
-    as_dtensors,
+from posthoc_cli.tracker.sharding import (
+    THIS_PROCESS,
+    Callers,
+    Group,
     check_times,
-    from_all,
-    from_first,
-    gathered,
-    together,
+    check_torch,
+    meet,
+    mesh_of,
+    share_out,
 )
-from posthoc_cli.tracker.sharding import Callers, Group, check_torch, meet, mesh_of, share_out
-from posthoc_cli.tracker.snapshotter import (
-    run_snapshots,
-    squared_norms,
-)
+from posthoc_cli.tracker.snapshotter import run_snapshots, squared_norms
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
 
@@ -75,28 +73,10 @@ if TYPE_CHECKING:
 Module = TypeVar("Module", bound=torch.nn.Module)
 Dtype = torch.dtype | str | None
 Stored = types.EllipsisType
-Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 _FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
-
-
-@dataclass(frozen=True)
-class _Beginning:
-    """The checked arguments of `from_model` and `from_path`.
-
-    `from_step` is the call to go on from: None for the newest snapshots, 0 for a new beginning of a run.
-    """
-
-    directory: Path
-    settings: Settings
-    tracking: Tracking
-    model: torch.nn.Module | None
-    device: str | None
-    writer: bool | None
-    from_step: int | None
-    knows_selection: bool = True
 
 
 class PostHocEMA:
@@ -107,31 +87,35 @@ class PostHocEMA:
     attributes: `checkpoint_dir`, where the snapshots are, and `settings`, the checked arguments.
     """
 
-    def __init__(self, beginning: Any = None, *_: Any, **__: Any) -> None:
-        if not isinstance(beginning, _Beginning):
-            how = "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by"
-            raise InvalidValueError(
-                "PostHocEMA(...)", f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
-            )
-        settings, tracking, model = beginning.settings, beginning.tracking, beginning.model
-        self.checkpoint_dir, self.settings = beginning.directory, settings
+    def __init__(self, *_: Any, **__: Any) -> None:
+        how = "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by"
+        raise InvalidValueError(
+            "PostHocEMA(...)", f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
+        )
+
+    def _begin(
+        self, directory: Path, settings: Settings, tracking: Tracking, model: torch.nn.Module | None,
+        device: str | None, writer: bool | None, step: int | None, knows_selection: bool = True,
+    ) -> None:  # fmt: skip
+        """Begin with checked arguments; the `step` to go on from is 0 for a new beginning of a run."""
+        self.checkpoint_dir, self.settings = directory, settings
         self._members = members = tracking.tracked.members
         follows = settings.on_change == "follow"
-        self._watch = ModelWatch(settings.selection, follows, not beginning.knows_selection, members)
+        self._watch = ModelWatch(settings.selection, follows, not knows_selection, members)
         if model is not None and tracking.resumes:
             self._watch.check(model, tracking.tracked)
         self._model = None if model is None else weakref.ref(model)
-        self._pipeline = Pipeline(settings, tracking, beginning.device)
+        self._pipeline = Pipeline(settings, tracking, device)
         # Also where nobody closes it. It must not wait for a thread: that may be collecting the garbage.
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
-        self._writer = choose_writer(beginning.writer, model) if members is None else members.part is not None
+        self._writer = choose_writer(writer, model) if members is None else members.part is not None
         self._callers = None if members is None else members.callers
-        self._from_step, self._resumed_at = beginning.from_step, -1
+        self._from_step, self._resumed_at = step, -1
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[PostHocEMA], None]] = []
         self._reported = 0
-        self._calls = Calls(self.checkpoint_dir)
+        self._calls = Calls(directory)
         self._is_writer(model)
 
     @classmethod
@@ -205,7 +189,9 @@ class PostHocEMA:
             wait_for_writers(directory, last_too=True)
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
         tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
-        return cls(_Beginning(directory, settings, tracking, model, device, writer, step))
+        made = cls.__new__(cls)
+        made._begin(directory, settings, tracking, model, device, writer, step)
+        return made
 
     @classmethod
     def from_path(
@@ -252,7 +238,9 @@ class PostHocEMA:
             known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
             found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
             tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
-        return cls(_Beginning(directory, settings, tracking, model, device, writer, step, knows_selection))
+        made = cls.__new__(cls)
+        made._begin(directory, settings, tracking, model, device, writer, step, knows_selection)
+        return made
 
     @property
     def run_id(self) -> str:
@@ -485,13 +473,14 @@ class PostHocEMA:
         """
         if sigma_rel is not None:
             model, query = self._model_of_chunks(), Query(sigma_rel, t, step, dtype, method)
-            made = self._evaluation(model, alone, f"state_dict({query}{', full' * full})").weights(model, query)
+            evaluation = self._evaluation(model, alone, f"state_dict({query}{', full' * full})")
+            made = evaluation.weights(model, query)
             if self._members is None or model is None:
                 return made
-            return gathered(made, model, self._members) if full else as_dtensors(made, model)
-        if self._members is None:
-            return state.pack_state(*self._state()) if self.keeps_averages else {}
-        own, info = self._state()
+            return gathered(made, model, self._members, evaluation.group) if full else as_dtensors(made, model)
+        if self._members is None and not self.keeps_averages:
+            return {}
+        _, own, info = self._state("state_dict()")
         return state.pack_state(own, info, self._model_of_chunks())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -525,25 +514,20 @@ class PostHocEMA:
                 is left, and an older state is as it was.
             RankError: another process failed, or is at another step.
         """
-        path, members = check_path("path", path), self._members
-        if members is None:
-            if self.keeps_averages:
-                state.write_state(path, *self._state())
+        path = check_path("path", path)
+        if self._members is None and not self.keeps_averages:
             return
-        own, info = self._state()
-        group = members.callers.gather(members.device, f"save_state({str(path)!r})")
-        save = from_first(group, lambda: states.begin_save(path))
-
-        def write() -> None:
-            if self.keeps_averages:
-                state.write_state(path, own, info, save)
-
+        group, own, info = self._state(f"save_state({str(path)!r})")
+        if self._members is None:
+            state.write_state(path, own, info)
+            return
+        save = group.from_first(lambda: states.begin_save(path))
         try:
-            together(group, write)
+            group.together(lambda: state.write_state(path, own, info, save) if self.keeps_averages else None)
         except PostHocError:
-            from_first(group, lambda: states.remove_saves(path, lambda one: one == save))
+            group.from_first(lambda: states.remove_saves(path, lambda one: one == save))
             raise
-        from_first(group, lambda: states.remove_saves(path, lambda one: one != save))
+        group.from_first(lambda: states.remove_saves(path, lambda one: one != save))
 
     def load_state(self, path: str | Path) -> None:
         """Continue exactly from what `save_state` has written, as `load_state_dict` does. Tensors are read one by one.
@@ -627,25 +611,14 @@ class PostHocEMA:
         """
         query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
         evaluation = self._evaluation(model, alone, f"load_into({query})")
-        if evaluation.group is None:
+        if evaluation.group.is_alone and self._members is None:
             with_consistent_plan(partial(evaluation.plan, query), lambda plan: fill_model(model, plan, device))
             return
         weights = evaluation.weights(model, query)
         evaluation.check(model, weights, own_dtypes, accept_meta=self._members is None)
         fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
-    def update_bn(self, model: torch.nn.Module, loader: Iterable[Any]) -> None:
-        """Recompute a model's BatchNorm statistics for the weights that it has now.
-
-        Those in a snapshot belong to the raw weights. Within `with ema.model(...)` or `ema.averaged(...)` the new ones
-        last until the end of the block; after `load_into` they stay.
-
-        Arguments:
-            model: in any mode, on any device; without BatchNorm layers nothing happens.
-            loader: yields the model's inputs, or lists or tuples whose first item they are; an InvalidValueError if
-                nothing. After any error the statistics are as before.
-        """
-        model_weights.update_bn(model, loader)
+    update_bn = staticmethod(update_bn)
 
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
@@ -693,7 +666,7 @@ class PostHocEMA:
             pipeline.count(progress)
             return
         if pipeline.snapshotter is None or pipeline.now.resumes:
-            self._begin()
+            self._become_writer()
         progress = self._after(t)
         if settings.update_is_due(progress.step) or settings.snapshot_is_due(progress.step):
             # Before anything is counted: a wait for a slow disk can be interrupted, with nothing done.
@@ -746,7 +719,7 @@ class PostHocEMA:
             hint = "the averages go on from there; for an earlier checkpoint there is from_path(..., step=N)"
             raise error.with_hint(hint) from error
 
-    def _begin(self) -> None:
+    def _become_writer(self) -> None:
         """At the first call: become the directory's writer and, in a resumed run, load its averages."""
         with self._pipeline.as_writer(self.checkpoint_dir, self.run_id) as snapshotter:
             now = self._pipeline.now
@@ -792,20 +765,16 @@ class PostHocEMA:
 
     # --- state ---
 
-    def _state(self) -> tuple[Tracking, StateInfo]:
-        """What a tracker would continue from; its tensors are copies, here those that this process owns."""
-        members = self._members
-        if members is None:
-            own = self._with_snapshots(self._own_state())
-            return own, state.state_info(own, self.settings)
-        group = self._chunk_holders("the tracker's own state")
-        own = together(group, self._own_state)
-        times, inherited = zip(*from_all(group, ((self.step, self.t), own.averages.standing.inherited)), strict=True)
+    def _state(self, call: str) -> tuple[Group, Tracking, StateInfo]:
+        """Who makes a call for it, and what a tracker would continue from; its tensors are copies of this process's."""
+        group = self._chunk_holders(call)
+        own = group.together(self._own_state)
+        times, inherited = zip(*group.from_all(((self.step, self.t), own.averages.standing.inherited)), strict=True)
         check_times(times)
-        total = tuple(map(sum, zip(*inherited, strict=True)))
         # Each process knows the rounding of its own part, and part of them have no average.
-        info = from_first(group, lambda: state.state_info(self._with_snapshots(own), self.settings))
-        return own, replace(info, inherited=total)
+        total = tuple(map(sum, zip(*inherited, strict=True)))
+        info = group.from_first(lambda: state.state_info(self._with_snapshots(own), self.settings))
+        return group, own, replace(info, inherited=total)
 
     def _own_state(self) -> Tracking:
         self.flush()
@@ -828,12 +797,12 @@ class PostHocEMA:
 
     def _load(self, opened: AbstractContextManager[Mapping[str, Any]]) -> None:
         """Continue from a state; of several processes all do, or none."""
-        group = None if self._members is None else self._chunk_holders("load_state_dict(...)")
+        group = self._chunk_holders("load_state_dict(...)")
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
-            loaded = _together(group, lambda: self._unpacked(opened))
+            loaded = group.together(lambda: self._unpacked(opened))
             norms = _norms(group, loaded.averages)
-            _together(group, lambda: self._begin_from(loaded, norms))
+            group.together(lambda: self._begin_from(loaded, norms))
             self._pipeline.set(loaded)
 
     def _unpacked(self, opened: AbstractContextManager[Mapping[str, Any]]) -> Tracking:
@@ -861,23 +830,22 @@ class PostHocEMA:
             self.checkpoint_dir, self.settings, self._pipeline, self.flush, self.keeps_averages, self._from_step, group
         )
 
-    def _gathered(self, model: torch.nn.Module | None, alone: bool, call: str) -> Group | None:
-        """The processes that make an evaluation together, all of which call; None for this one alone."""
-        members = self._members
-        if members is not None:
+    def _gathered(self, model: torch.nn.Module | None, alone: bool, call: str) -> Group:
+        """The processes that make an evaluation together, all of which call; or this one alone."""
+        if self._members is not None:
             if alone:
                 raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
             return self._chunk_holders(call)
         if alone or self._callers is None or self._pipeline.now.resumes or not torch.distributed.is_initialized():
-            return None  # before tracking goes on, each process reads what is on disk
+            return THIS_PROCESS  # before tracking goes on, each process reads what is on disk
         own = model if self._model is None else self._model() or model
         tensor = None if own is None else next(own.parameters(), None)
-        group = self._callers.gather(torch.device("cpu") if tensor is None else tensor.device, call)
-        return group if len(group.ranks) > 1 else None
+        return self._callers.gather(HOST if tensor is None else tensor.device, call)
 
     def _chunk_holders(self, call: str) -> Group:
-        """The processes that keep parts of the averages, all of which call."""
-        assert self._members is not None
+        """The processes that keep parts of the averages, all of which call; this one alone where it keeps all."""
+        if self._members is None:
+            return THIS_PROCESS
         if not torch.distributed.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
             raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
@@ -891,16 +859,11 @@ class PostHocEMA:
         return model
 
 
-def _together(group: Group | None, work: Callable[[], Result]) -> Result:
-    return work() if group is None else together(group, work)
-
-
-def _norms(group: Group | None, averages: RunningAverages) -> Callable[[], Mapping[float, float]]:
+def _norms(group: Group, averages: RunningAverages) -> Callable[[], Mapping[float, float]]:
     """Gives the squared norms of averages; of several processes these add theirs now."""
-    own = partial(squared_norms, averages)
-    if group is None:
-        return own
-    every = from_all(group, own())
+    if group.is_alone:
+        return partial(squared_norms, averages)
+    every = group.from_all(squared_norms(averages))
     total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in averages.sigma_rels}
     return lambda: total
 

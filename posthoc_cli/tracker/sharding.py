@@ -13,21 +13,24 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from posthoc_cli.errors import InvalidValueError, RankError
+from posthoc_cli.errors import InvalidValueError, PostHocError, RankError, VanishedError
 from posthoc_cli.snapshots.chunks import Chunk, row_major
+from posthoc_cli.tracker.averages import HOST
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +192,7 @@ def share_out(tensors: Mapping[str, torch.Tensor], buffers: Container[str], worl
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that make one call together.
+    """Processes that make one call together, or one that makes it alone.
 
     Attributes:
         rank: of this process.
@@ -198,15 +201,105 @@ class Group:
         device: where they exchange tensors.
     """
 
-    rank: int
-    ranks: tuple[int, ...]
-    handle: dist.ProcessGroup | None
-    device: torch.device
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    handle: dist.ProcessGroup | None = None
+    device: torch.device = HOST
 
     @property
     def leads(self) -> bool:
         """Whether this process is the first."""
         return self.rank == self.ranks[0]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return len(self.ranks) == 1
+
+    def from_all(self, value: Result) -> list[Result]:
+        """The value of each process, by rank."""
+        every = [value] * len(self.ranks)
+        if not self.is_alone:
+            dist.all_gather_object(every, value, group=self.handle)
+        return every
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """The result of work that every process does. An error of one is raised in all, before anyone goes on.
+
+        Raises:
+            VanishedError: in all processes, where that is all that went wrong; they may try again.
+            RankError: another process failed; names it.
+        """
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            if self.is_alone:
+                raise
+            failure = error  # raised again below, when the others know
+        own = None if failure is None else (_in_words(failure), isinstance(failure, VanishedError))
+        every = zip(sorted(self.ranks), self.from_all(own), strict=True)
+        failed = [(rank, *one) for rank, one in every if one is not None]
+        if failure is not None and (not isinstance(failure, VanishedError) or all(vanished for *_, vanished in failed)):
+            raise failure
+        for rank, message, vanished in sorted(failed, key=lambda one: one[2]):
+            raise VanishedError(f"rank {rank}", message) if vanished else RankError(f"rank {rank}", message)
+        return result
+
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """The result, or the error, of work that the first process does, in every process."""
+        if self.is_alone:
+            return work()
+        outcome: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.leads:
+            try:
+                outcome[0] = work()
+            except Exception as error:  # noqa: BLE001  raised again below, when the others know
+                failure = error
+                told = error if isinstance(error, PostHocError) else RankError(f"rank {self.rank}", _in_words(error))
+                outcome[1] = told
+        dist.broadcast_object_list(outcome, self.ranks[0], group=self.handle)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Result = outcome[0]
+        return result
+
+    def exchange(self, value: torch.Tensor, ranks: Sequence[int]) -> None:
+        """Fill `value`, in these processes of the group, with that of the first of them."""
+        if len(ranks) < 2 or not value.numel():
+            return
+        room = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
+        if len(ranks) == len(self.ranks):
+            dist.broadcast(room, ranks[0], group=self.handle)
+        elif self.rank == ranks[0]:
+            for other in ranks[1:]:
+                dist.send(room, other)
+        else:
+            dist.recv(room, ranks[0])
+        if self.rank != ranks[0]:
+            value.copy_(room.cpu().view(value.dtype).view(value.shape))
+
+
+def check_times(times: Sequence[tuple[int, float]]) -> None:
+    """Raise a RankError for a process that is at another step or t than rank 0."""
+    first, t_first = times[0]
+    for rank, (step, t) in enumerate(times):
+        if step != first:
+            hint = "make this call in every process between the same two calls of update_"
+            raise RankError(f"rank {rank}", f"is at step {step} of update_, and rank 0 at step {first}", hint)
+        if t != t_first:
+            reason = f"is at t = {t:,.12g} at step {step}, and rank 0 at t = {t_first:,.12g}"
+            raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
+
+
+THIS_PROCESS = Group()
 
 
 class Callers:
@@ -248,7 +341,7 @@ class Callers:
             self._graceful = time.monotonic() - began < GRACE
             time.sleep(0.02)
         if len(made) == (1 if self._keeps else self._world) and any(made.values()) == self._keeps:
-            return Group(self._rank, (self._rank,), None, device)
+            return Group(self._rank, (self._rank,), device=device)
         self._calls += 1
         place = f"call/{self._calls}"
         self._store.set(f"{place}/{self._rank}", call)
@@ -415,7 +508,7 @@ def meet(
     answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2.0))
     if "reason" in answer:
         raise RankError(answer["rank"], answer["reason"])
-    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors.values()), HOST)
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
     number = answer["part"] and tuple(answer["part"])
     names = frozenset(tensors if shares is None else shares)

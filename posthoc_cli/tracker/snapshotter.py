@@ -46,8 +46,7 @@ from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, rea
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.plan import Source
-from posthoc_cli.tracker.averages import Accumulators, RunningAverages
-from posthoc_cli.tracker.buffers import on_host
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages, on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members

@@ -39,8 +39,15 @@ from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, read_header
 from posthoc_cli.snapshots.states import StateInfo, StatePart, decode_state, recent_prefix, total_prefix
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
-from posthoc_cli.tracker.buffers import HOST, FlatTensors, Layout, group_tensors
+from posthoc_cli.tracker.averages import (
+    HOST,
+    Accumulators,
+    FlatTensors,
+    Layout,
+    RunningAverages,
+    Standing,
+    group_tensors,
+)
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_sigma_rels

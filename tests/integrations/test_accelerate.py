@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
 from integrations.gloo import use_fsdp_on_the_cpu
-from integrations.truth import distance, exact, recorded
+from integrations.programs import heavy, start
+from integrations.truth import assert_exact, distance, exact, live, recorded
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, MismatchError
 from posthoc_cli.integrations import PARTS_NAME, STATE_NAME, find_state
 from posthoc_cli.integrations.accelerate import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
-HERE = Path(__file__).resolve().parent
 EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
 X = torch.randn(60, 4, generator=torch.manual_seed(5))
 
@@ -68,17 +65,12 @@ class Training:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def live(ema: PostHocEMA, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    with ema.averaged(model, 0.2):
-        return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
 @pytest.mark.parametrize("before", [False, True])
 def test_accumulated_steps_count_once(tmp_path: Path, before: bool) -> None:
     training = Training(tmp_path, before)
     training.run()
-    assert training.ema.step == len(training.weights) == 5
-    assert distance(live(training.ema, training.model), exact(training.weights, 0.2)) < 1e-6
+    assert len(training.weights) == 5
+    assert_exact(training.ema, training.model, training.weights)
 
 
 def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +85,8 @@ def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(AcceleratedOptimizer, "step", step)
     training = Training(tmp_path)
     training.run()
-    assert training.ema.step == len(training.weights) == 4
-    assert distance(live(training.ema, training.model), exact(training.weights, 0.2)) < 1e-6
+    assert len(training.weights) == 4
+    assert_exact(training.ema, training.model, training.weights)
 
 
 def test_a_killed_training_resumes_exactly_from_files_without_pickles(tmp_path: Path) -> None:
@@ -102,9 +94,7 @@ def test_a_killed_training_resumes_exactly_from_files_without_pickles(tmp_path: 
         "import sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path\n"
         "from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at=13)"
     )
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode == -signal.SIGKILL
+    assert start("-c", program, tmp_path).wait(250) == -signal.SIGKILL
     assert (tmp_path / "saved/posthoc_ema.safetensors").exists()
     assert not list((tmp_path / "saved").glob("custom_checkpoint*"))
     whole = Training(tmp_path / "whole")
@@ -115,9 +105,8 @@ def test_a_killed_training_resumes_exactly_from_files_without_pickles(tmp_path: 
     resumed.accelerator.load_state(str(tmp_path / "saved"))
     assert resumed.ema.step == 2
     resumed.run(first=6)
-    assert resumed.ema.step == 5
     assert distance(resumed.weights[-1], whole.weights[-1]) == 0
-    assert distance(live(resumed.ema, resumed.model), exact(whole.weights, 0.2)) < 1e-6
+    assert_exact(resumed.ema, resumed.model, whole.weights)
 
 
 def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
@@ -145,8 +134,7 @@ def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> No
                 history.append(recorded(model))
         accelerator.save_state(str(tmp_path / "saved"))
         for (model, _, ema), history in zip(made, weights, strict=True):
-            assert ema.step == len(history)
-            assert distance(live(ema, model), exact(history, 0.2)) < 1e-6
+            assert_exact(ema, model, history)
             ema.close()
 
 
@@ -211,8 +199,6 @@ torch.save([training.weights, found], folder / f"made-{rank}.pt")
 training.ema.close()
 """
 
-heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
-
 
 @heavy
 def test_two_processes_have_one_average(tmp_path: Path) -> None:
@@ -243,7 +229,7 @@ def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytes
     (tmp_path / "saved/posthoc_ema.safetensors").unlink()
     training.accelerator.load_state(str(tmp_path / "saved"))
     assert "its averages begin here" in caplog.text
-    assert distance(live(training.ema, training.model), exact(training.weights, 0.2)) < 1e-6
+    assert distance(live(training.ema, training.model, 0.2), exact(training.weights, 0.2)) < 1e-6
 
 
 def test_states_of_two_arrangements_in_one_checkpoint_are_not_taken_for_each_other(tmp_path: Path) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +10,13 @@ import torch
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: make integrations installs it")
 
+from integrations.programs import exit_codes_of_two, heavy
 from integrations.truth import distance, exact
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the library's own
-    pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it"),
+    heavy,
 ]
-
-HERE = Path(__file__).resolve().parent
 
 PROGRAM = """
 import os, signal, sys, torch, deepspeed
@@ -64,16 +59,7 @@ ema.close()
 
 def train(folder: Path, stage: int, resumes: int = 0, killed_at: int = -1) -> list[int]:
     """The exit codes of two processes."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, (folder, stage, resumes, killed_at))]
-    processes = [
-        subprocess.Popen(command, env=os.environ | group | {"PYTHONPATH": paths, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
-    return [process.wait(250) for process in processes]
+    return exit_codes_of_two("-c", PROGRAM, folder, stage, resumes, killed_at, DS_ACCELERATOR="cpu")
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from groups import check_group
 pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
 
 from diffusers import UNet2DModel
+from integrations.programs import heavy, start
 from integrations.truth import distance, exact, recorded
 from integrations.unet import EVERY, Training, network
 
@@ -25,13 +23,9 @@ from posthoc_cli.integrations.diffusers import PostHocEMAModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
-HERE = Path(__file__).resolve().parent
-
 
 def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
-    command = [sys.executable, "-m", "integrations.unet", str(tmp_path)]
-    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode == -signal.SIGKILL
+    assert start("-m", "integrations.unet", tmp_path).wait(250) == -signal.SIGKILL
     whole = Training(tmp_path / "whole")
     whole.run()
     resumed = Training(tmp_path)
@@ -83,7 +77,7 @@ else:
 """
 
 
-@pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
+@heavy
 def test_the_main_process_alone_saves_and_copies_averages(tmp_path: Path) -> None:
     check_group(GROUP, 2, tmp_path)
     whole, average = torch.load(tmp_path / "made.pt")

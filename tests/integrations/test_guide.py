@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import bench_integrations
 import pytest
 import quiet_timing
 import torch
+from integrations.programs import heavy
 
 from posthoc_cli import Run
 
@@ -63,7 +63,7 @@ def test_an_example_runs(framework: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert Run("run/ema").step > 0
 
 
-@pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
+@heavy
 def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
     monkeypatch.setattr(quiet_timing, "PATIENCE", 0.0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,10 @@ import torch
 
 pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make integrations installs it")
 
+from integrations import programs
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, trainer
-from integrations.truth import distance, exact
+from integrations.programs import heavy
+from integrations.truth import assert_exact, distance, exact, live
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
@@ -26,27 +26,9 @@ from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
-heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
-HERE = Path(__file__).resolve().parent
 
-
-def start(folder: Path, killed_at: int = 0, *arguments: str) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
-    command = [sys.executable, "-W", "ignore", "-m", "integrations.digits", str(folder), str(killed_at), *arguments]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, text=True, stdout=subprocess.PIPE)
-
-
-def live(callback: PostHocWeightAveraging, module: LightningModule, sigma_rel: float) -> dict[str, torch.Tensor]:
-    assert callback.ema is not None
-    with callback.ema.averaged(module, sigma_rel):
-        return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def assert_exact(callback: PostHocWeightAveraging, module: LightningModule, weights: Any, every: int = 1) -> None:
-    assert callback.ema is not None
-    assert callback.ema.step == len(weights)
-    for sigma_rel in EVERY["sigma_rels"]:
-        assert distance(live(callback, module, sigma_rel), exact(weights, sigma_rel, every)) < 1e-6
+def start(folder: Path, *arguments: object, stdout: int | None = None) -> subprocess.Popen[str]:
+    return programs.start("-m", "integrations.digits", folder, *arguments, stdout=stdout)
 
 
 def fit(folder: Path, *callbacks: Any, module: LightningModule | None = None, **arguments: Any) -> LightningModule:
@@ -71,7 +53,7 @@ def test_a_killed_training_resumes_exactly_within_an_epoch(tmp_path: Path, whole
     module = fit(tmp_path, callback, recorder, ckpt_path=tmp_path / "out/step=8.ckpt")
     weights = whole[:8] + recorder.weights  # this release begins the data of an epoch anew where it resumes within one
     assert len(weights) >= 18
-    assert_exact(callback, module, weights)
+    assert_exact(callback.ema, module, weights)
     assert distance(whole[7], weights[7]) == 0
 
 
@@ -125,7 +107,7 @@ def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path:
     callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **EVERY), Recorder()
     module = fit(tmp_path, callback, recorder, module=Manual())
     assert len(recorder.weights) == 9  # of 18 batches; the trainer counts 18 steps
-    assert_exact(callback, module, recorder.weights)
+    assert_exact(callback.ema, module, recorder.weights)
 
 
 class Scaled(Regression):
@@ -162,7 +144,7 @@ def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
     callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()
     module = fit(tmp_path, callback, recorder, accumulate_grad_batches=2, max_epochs=4)
     assert len(recorder.weights) == 12
-    assert_exact(callback, module, recorder.weights, every=2)
+    assert_exact(callback.ema, module, recorder.weights, every=2)
     late = PostHocWeightAveraging(tmp_path / "late", update_starting_at_step=3, update_starting_at_epoch=1, **EVERY)
     fit(tmp_path / "other", late)
     assert late.ema is not None
@@ -180,7 +162,7 @@ def test_updates_at_the_ends_of_epochs(tmp_path: Path, whole: list[Any]) -> None
     module = fit(tmp_path, callback)
     assert callback.ema is not None
     assert (callback.ema.step, callback.ema.t) == (3, 18)
-    assert distance(live(callback, module, 0.2), exact(whole, 0.2, every=6)) < 1e-6
+    assert distance(live(callback.ema, module, 0.2), exact(whole, 0.2, every=6)) < 1e-6
 
 
 def test_an_exception_ends_the_tracker_and_validation_and_the_copy_at_the_end(tmp_path: Path, whole: list[Any]) -> None:
@@ -247,10 +229,10 @@ def test_a_tuner_before_the_training_and_checkpoints_of_a_part(
     assert callback.ema is None
     one.fit(module, loader(), loader())
     assert "averages begin here" not in caplog.text
-    assert_exact(callback, module, recorder.weights)
+    assert_exact(callback.ema, module, recorder.weights)
     again, second = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
     module = fit(tmp_path, again, second, module=Adaptable(), ckpt_path=tmp_path / "out/step=8.ckpt")
-    assert_exact(again, module, recorder.weights[:8] + second.weights)
+    assert_exact(again.ema, module, recorder.weights[:8] + second.weights)
 
 
 def test_the_directory_says_where_to_go_on_and_weights_alone_are_raw(
@@ -266,7 +248,7 @@ def test_the_directory_says_where_to_go_on_and_weights_alone_are_raw(
         one.fit(module, loader(), loader())
     assert callback.ema is not None
     assert (callback.ema.step, callback.ema.t) == (12, 12)
-    assert distance(live(callback, module, 0.2), exact(recorder.weights, 0.2)) < 1e-6
+    assert distance(live(callback.ema, module, 0.2), exact(recorder.weights, 0.2)) < 1e-6
     assert "saves raw weights" in caplog.text
 
 
@@ -278,7 +260,7 @@ def test_buffers_are_averaged_where_asked(tmp_path: Path) -> None:
 
 @heavy
 def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
-    process = start(tmp_path, 0, "ddp")  # which starts the second one itself
+    process = start(tmp_path, 0, "ddp", stdout=subprocess.PIPE)  # which starts the second one itself
     out, _ = process.communicate(timeout=250)
     assert process.returncode == 0
     first, second = out.split()
@@ -298,7 +280,7 @@ def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) ->
     assert start(tmp_path, 7, "sharded").wait(250) != 0
     checkpoint = tmp_path / "out/step=4.ckpt"
     assert len(list((checkpoint / "posthoc_ema").iterdir())) == 2
-    assert start(tmp_path, 0, "sharded", str(checkpoint)).wait(250) == 0
+    assert start(tmp_path, 0, "sharded", checkpoint).wait(250) == 0
     for rank in (0, 1):
         resumed, average, step = torch.load(tmp_path / f"made-{rank}.pt")
         weights = whole[:4] + resumed  # the data of an epoch begin anew here, too

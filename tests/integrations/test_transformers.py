@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +17,16 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import transformers
 from integrations.llama import DATA, EVERY, Recorder, network, trainer
-from integrations.truth import distance, exact
+from integrations.programs import exit_codes_of_two, heavy, start
+from integrations.truth import assert_exact, distance, exact
 from transformers import LlamaForCausalLM, Trainer
 
-from posthoc_cli import PostHocEMA, Run, Schedule
+from posthoc_cli import Run, Schedule
 from posthoc_cli.errors import InvalidValueError, MismatchError, NotReadyError
 from posthoc_cli.integrations.transformers import PostHocCallback
 from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
-
-heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
-HERE = Path(__file__).resolve().parent
-
-
-def start(folder: Path, killed_at: int = 0, **environment: str) -> subprocess.Popen[bytes]:
-    """Train in a process of its own, without a server that has imported everything: that has no transformers."""
-    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
-    command = [sys.executable, "-W", "ignore", "-m", "integrations.llama", str(folder), str(killed_at)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths} | environment)
-
-
-def tracked(ema: PostHocEMA, model: torch.nn.Module, sigma_rel: float) -> dict[str, torch.Tensor]:
-    """A live average, as the tracker has it."""
-    with ema.averaged(model, sigma_rel) as averaged:
-        return {name: value.detach().clone() for name, value in averaged.named_parameters()}
-
-
-def assert_exact(callback: PostHocCallback, model: torch.nn.Module, weights: list[dict[str, torch.Tensor]]) -> None:
-    assert callback.ema is not None
-    assert callback.ema.step == len(weights)
-    for sigma_rel in EVERY["sigma_rels"]:
-        assert distance(tracked(callback.ema, model, sigma_rel), exact(weights, sigma_rel)) < 1e-6
 
 
 def loss(model: torch.nn.Module, folder: Path) -> float:
@@ -69,12 +43,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tens
 
 
 def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: Path, whole: list[Any]) -> None:
-    assert start(tmp_path, killed_at=7).wait(250) == -signal.SIGKILL
+    assert start("-m", "integrations.llama", tmp_path, 7).wait(250) == -signal.SIGKILL
     assert (tmp_path / "out/checkpoint-4/posthoc_ema.safetensors").exists()
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     resumed = trainer(tmp_path, callback)
     resumed.train(resume_from_checkpoint=True)
-    assert_exact(callback, resumed.model, whole)
+    assert_exact(callback.ema, resumed.model, whole)
     assert distance(dict(resumed.model.named_parameters()), whole[-1]) == 0
     run = Run(tmp_path / "ema")
     assert sorted({one.info.t for one in run.snapshots}) == [4, 8, 10]
@@ -91,11 +65,11 @@ def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path
     shutil.move(tmp_path / "out/checkpoint-4", moved)  # the newest snapshots are of step 8
     first.callback_handler.pop_callback(Recorder)
     first.train(resume_from_checkpoint=str(moved))
-    assert_exact(callback, first.model, whole)
+    assert_exact(callback.ema, first.model, whole)
     again = PostHocCallback(tmp_path / "ema", **EVERY)
     second = trainer(tmp_path, again)
     second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8"))
-    assert_exact(again, second.model, whole)
+    assert_exact(again.ema, second.model, whole)
 
 
 def test_the_state_is_in_the_checkpoint_before_it_is_complete_and_goes_with_it(
@@ -134,7 +108,26 @@ def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.Monk
     one.train()
     assert one.state.global_step == len(calls) == 6
     del recorder.weights[1:3]
-    assert_exact(callback, one.model, recorder.weights)
+    assert_exact(callback.ema, one.model, recorder.weights)
+
+
+def test_a_training_that_begins_again_with_smaller_batches_goes_on_with_its_averages(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After steps and snapshots with the larger ones; the weights are not set back either."""
+
+    class Large(Recorder):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if len(self.weights) == 5:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Large()
+    one = trainer(tmp_path, callback, recorder, auto_find_batch_size=True, save_strategy="no")
+    one.train()
+    assert one.state.global_step == 10
+    assert_exact(callback.ema, one.model, recorder.weights)
+    assert len(recorder.weights) == 15
+    assert "its averages go on from step 5" in caplog.text
 
 
 def test_steps_that_a_fused_optimizer_leaves_out_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +152,7 @@ def test_steps_that_a_fused_optimizer_leaves_out_do_not_count(tmp_path: Path, mo
     one.train()
     assert distance(recorder.weights[2], recorder.weights[0]) == 0
     del recorder.weights[1:3]
-    assert_exact(callback, one.model, recorder.weights)
+    assert_exact(callback.ema, one.model, recorder.weights)
 
 
 def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: Path) -> None:
@@ -201,11 +194,7 @@ def test_evaluations_before_the_first_update_see_the_weights_as_they_are(tmp_pat
 
 @heavy
 def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [start(tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
-    assert [process.wait(250) for process in processes] == [0, 0]
+    assert exit_codes_of_two("-m", "integrations.llama", tmp_path, 0) == [0, 0]
     weights = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in "01"]
     assert distance(weights[1][-1], weights[0][-1]) == 0
     told = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
@@ -336,7 +325,7 @@ def test_the_trainer_may_make_its_callbacks_anew(tmp_path: Path, whole: list[Any
     PostHocCallback(tmp_path / "ema", evaluate=0.2).install(two)
     two.train(resume_from_checkpoint=True)
     made = next(one for one in two.callback_handler.callbacks if isinstance(one, PostHocCallback))
-    assert_exact(made, two.model, whole)
+    assert_exact(made.ema, two.model, whole)
     assert {one.info.schedule.checkpoint_dtype for one in read_directory(tmp_path / "ema")} == {"BF16"}
     assert any("eval_ema_loss" in entry for entry in two.state.log_history)
 
@@ -359,6 +348,6 @@ def test_a_trainer_of_trl(tmp_path: Path) -> None:
         network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback, recorder]
     )
     one.train()
-    assert_exact(callback, one.model, recorder.weights)
+    assert_exact(callback.ema, one.model, recorder.weights)
     kinds = {"ema/t" in entry: "mean_token_accuracy" in entry for entry in one.state.log_history if "epoch" in entry}
     assert kinds == {True: False, False: True}  # its own figures are not taken away by ours

@@ -20,7 +20,6 @@ from groups import Net, check_group, move, run_group, start_group, truth
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.states import read_state
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
@@ -74,7 +73,7 @@ def read(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
 @lru_cache(maxsize=100)
 def exact(t: int, sigma_rel: float) -> Values:
     """The averages of all updates until t, by the formula."""
-    return truth(gamma_from_sigma_rel(sigma_rel), list(range(2, t + 1, 2)))
+    return truth(sigma_rel, list(range(2, t + 1, 2)))
 
 
 def wrong_averages(found: Mapping[str, Values]) -> list[str]:

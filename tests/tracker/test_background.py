@@ -24,7 +24,7 @@ from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError,
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import model_tensors
 from posthoc_cli.tracker import worker as pacing
-from posthoc_cli.tracker.buffers import BlockReader, Staged
+from posthoc_cli.tracker.averages import BlockReader, Staged
 from posthoc_cli.tracker.snapshotter import Snapshotter
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
@@ -282,7 +282,7 @@ ENDS = """
 import sys, threading, torch
 from concurrent.futures import thread
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.buffers import Staged
+from posthoc_cli.tracker.averages import Staged
 real = Staged.reader
 def late(*arguments):
     while not thread._shutdown:  # the interpreter has begun to end

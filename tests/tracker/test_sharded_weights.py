@@ -5,63 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from groups import Net, check_group, move, run_group, truth
-
-from posthoc_cli import PostHocEMA
-from posthoc_cli.profiles import gamma_from_sigma_rel
+from groups import alone, averages, check_group, run_group
 
 SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
-SETTINGS = "sigma_rels=(0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None"
 
-TRAINED = f"""
-import torch
+TRAINED = """
 from torch.distributed.tensor.debug import CommDebugMode
-from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.tracker.sharding import held_part
-def held(model):
-    return {{name: held_part(one).clone() for name, one in [*model.named_parameters(), *model.named_buffers()]}}
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-def filled(model, complete):
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
-    return all(torch.equal(held_part(tensors[n]), groups.local(tensors[n], value)) for n, value in complete.items())
-def close(model, complete, tolerance):
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    return [n for n, value in complete.items() if not torch.allclose(
-        held_part(tensors[n]).double(), groups.local(tensors[n], value).double(), rtol=tolerance, atol=tolerance)]
-model = groups.spread(groups.Net(), arguments[0])
-ema = PostHocEMA.from_model(model, folder / "run", {SETTINGS})
-def train(first, last):
-    for step in range(first, last + 1):
-        groups.move(model, step)
-        ema.update_(model)
+model = spread(Net(), arguments[0])
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
 x = torch.arange(12.0).reshape(2, 6)
 """
-
-
-def single_averages(folder: Path) -> None:
-    """Leave the averages of the same training in one process, at its 8th and 10th steps."""
-    net = Net()
-    with PostHocEMA.from_model(
-        net, folder / "single", (0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None
-    ) as ema:
-        for step in range(1, 11):
-            move(net, step)
-            ema.update_(net)
-            if step in (8, 10):
-                torch.save(dict(ema.state_dict(0.15)), folder / f"average-{step}.pt")
-    exact = truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8, 10])
-    torch.save(dict(exact), folder / "truth.pt")
 
 
 @pytest.mark.parametrize(("kind", "ranks"), SPREAD)
 def test_a_sharded_model_holds_the_average_within_the_block_and_its_own_weights_after_it(
     kind: str, ranks: int, tmp_path: Path
 ) -> None:
-    single_averages(tmp_path)
+    averages(tmp_path, 8, 10)
     code = """
-train(1, 8)
+train(model, 1, 8, ema)
 raw = held(model)
 model(x).detach()
 before = model(x).detach()
@@ -73,7 +35,7 @@ assert not [str(call) for call in mode.get_comm_counts() if "allgather_base" in 
 complete = Run(folder / "run").average(0.15)
 assert filled(averaged, complete), "within the block"
 assert not model.training
-net = groups.Net()
+net = Net()
 net.load_state_dict(complete, strict=False)
 with torch.no_grad():
     found = model(x)
@@ -83,11 +45,11 @@ assert model.training and equal(held(model), raw)
 assert torch.equal(model(x), before)
 from posthoc_cli.tracker.sharding import reshard
 reshard(model)
-train(9, 10)
+train(model, 9, 10, ema)
 with ema.averaged(model, tracked=0.2):
-    assert not (wrong := close(model, torch.load(folder / "truth.pt"), 1e-6)), wrong
+    close(model, folder / "truth-10.pt")
 with ema.model(model, sigma_rel=0.15, t=8):
-    assert not (wrong := close(model, torch.load(folder / "average-8.pt"), 1e-6)), wrong
+    close(model, folder / "average-8.pt")
 single = torch.load(folder / "average-10.pt")
 weights = ema.state_dict(0.15)
 parameters = dict(model.named_parameters())
@@ -99,7 +61,7 @@ assert whole.keys() == (single.keys() if rank == 0 else set())
 for name, value in whole.items():
     assert torch.allclose(value.double(), single[name].double(), rtol=1e-5, atol=1e-6), name
 ema.load_into(model, 0.15)
-assert not (wrong := close(model, single, 1e-5)), wrong
+close(model, folder / "average-10.pt", 1e-5)
 if arguments[0] == "tp":
     raw, weight = held(model), model.first.weight
     weight.mark = "kept"
@@ -109,7 +71,7 @@ if arguments[0] == "tp":
     assert weight.dtype == torch.float32 and weight.mark == "kept" and equal(held(model), raw)
     ema.load_into(model, 0.15, dtype=torch.float64)
     assert model.first.weight is weight and weight.to_local().dtype == torch.float64 and weight.requires_grad
-    assert not (wrong := close(model, single, 1e-5)), wrong
+    close(model, folder / "average-10.pt", 1e-5)
 ema.close()
 """
     check_group(TRAINED + code, ranks, tmp_path, kind)
@@ -117,11 +79,9 @@ ema.close()
 
 def test_an_error_of_one_process_is_raised_in_all_before_the_model_changes(tmp_path: Path) -> None:
     code = """
-from posthoc_cli import PostHocError
-train(1, 8)
+train(model, 1, 8, ema)
 ema.flush()
 raw = held(model)
-import torch.distributed as dist
 dist.barrier()
 if rank == 1:
     for part in sorted((folder / "run").glob("*4-*/part-00002*")):
@@ -129,11 +89,7 @@ if rank == 1:
         data[-1] ^= 1
         part.write_bytes(data)
 dist.barrier()
-try:
-    with ema.model(model, sigma_rel=0.15, t=4):
-        raise SystemExit("filled")
-except PostHocError as error:
-    print(type(error).__name__, error)
+refused(ema.model(model, sigma_rel=0.15, t=4).__enter__)
 assert equal(held(model), raw) and model.training
 with ema.averaged(model, tracked=0.2):
     pass
@@ -148,7 +104,7 @@ ema.close()
 
 def test_weights_are_restored_in_a_process_that_fails_within_the_block(tmp_path: Path) -> None:
     code = """
-train(1, 8)
+train(model, 1, 8, ema)
 raw = held(model)
 try:
     with ema.model(model, sigma_rel=0.15):
@@ -172,13 +128,13 @@ except (KeyboardInterrupt, PostHocError) as error:
 assert ema.state_dict(0.15)
 ema.close()
 """
-    _, told = check_group("from posthoc_cli import PostHocError\n" + TRAINED + code, 2, tmp_path, "fsdp")
+    _, told = check_group(TRAINED + code, 2, tmp_path, "fsdp")
     assert told.startswith("rank 0: left this call by KeyboardInterrupt")
 
 
 def test_processes_that_ask_at_different_steps_are_named(tmp_path: Path) -> None:
     code = """
-train(1, 8 + rank)
+train(model, 1, 8 + rank, ema)
 ema.state_dict(0.15)
 """
     for result in run_group(TRAINED + code, 2, tmp_path, "fsdp"):
@@ -192,7 +148,7 @@ ema.close()
 options = {"update_every": 1, "checkpoint_every": 1, "t_unit": "images"}
 with PostHocEMA.from_model(model, folder / "images", **options) as ema:
     for step in range(1, 5):
-        groups.move(model, step)
+        move(model, step)
         ema.update_(model, t=10 * step + rank)
     ema.state_dict(0.15)
 """
@@ -205,14 +161,9 @@ with PostHocEMA.from_model(model, folder / "images", **options) as ema:
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_processes_that_ask_for_different_averages_are_named(kind: str, tmp_path: Path) -> None:
     code = """
-from posthoc_cli import PostHocError
-train(1, 8)
+train(model, 1, 8, ema)
 for options in ({"sigma_rel": 0.15 + 0.05 * rank}, {"sigma_rel": 0.15, **({"t": 4} if rank else {})}):
-    try:
-        with ema.model(model, **options):
-            raise SystemExit("filled")
-    except PostHocError as error:
-        print(error)
+    refused(ema.model(model, **options).__enter__)
 with ema.model(model, sigma_rel=0.15):
     pass
 ema.close()
@@ -220,8 +171,8 @@ ema.close()
     hint = "make the same call in every process"
     for out in check_group(TRAINED + code, 2, tmp_path, kind):
         assert out.splitlines() == [
-            f"rank 1: asks for model(sigma_rel 0.2), and rank 0 for model(sigma_rel 0.15); {hint}",
-            f"rank 1: asks for model(sigma_rel 0.15, t=4), and rank 0 for model(sigma_rel 0.15); {hint}",
+            f"RankError rank 1: asks for model(sigma_rel 0.2), and rank 0 for model(sigma_rel 0.15); {hint}",
+            f"RankError rank 1: asks for model(sigma_rel 0.15, t=4), and rank 0 for model(sigma_rel 0.15); {hint}",
         ]
 
 
@@ -233,9 +184,7 @@ model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
 fully_shard(model[0])
 fully_shard(model)
 with PostHocEMA.from_model(model, folder / "bn", update_every=1, checkpoint_every=4) as other:
-    for step in range(1, 5):
-        groups.move(model, step)
-        other.update_(model)
+    train(model, 1, 4, other)
     raw = held(model)
     batches = [torch.randn(5, 6, generator=torch.Generator().manual_seed(number)) for number in range(3)]
     with other.model(model, sigma_rel=0.15):
@@ -253,14 +202,10 @@ ema.close()
 
 @pytest.mark.parametrize("kind", ["fsdp", "tp"])
 def test_a_run_of_one_process_fills_a_sharded_model_before_it_goes_on(kind: str, tmp_path: Path) -> None:
-    net = Net()
-    with PostHocEMA.from_model(net, tmp_path / "one", update_every=2, checkpoint_every=4) as ema:
-        for step in range(1, 9):
-            move(net, step)
-            ema.update_(net)
+    alone(tmp_path / "one", 8)
     code = """
 ema = PostHocEMA.from_path(folder / "one", model)
-groups.move(model, 9)
+move(model, 9)
 raw = held(model)
 for time in (4, 8):
     with ema.model(model, sigma_rel=0.15, t=time):
@@ -282,9 +227,7 @@ model[2].weight = model[0].weight
 fully_shard(model)
 other = PostHocEMA.from_model(
     model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32", device="cpu")
-for step in range(1, 4):
-    groups.move(model, step)
-    other.update_(model)
+train(model, 1, 3, other)
 other.snapshot()
 raw = held(model)
 with other.model(model, sigma_rel=0.15):
@@ -294,20 +237,13 @@ assert equal(held(model), raw)
 weights = other.state_dict(0.15, dtype=torch.float32)
 assert weights["0.weight"].dtype == torch.float32
 assert torch.equal(weights["0.weight"].full_tensor(), weights["2.weight"].full_tensor())
-try:
-    other.load_into(model, 0.15, dtype=torch.float32)
-except ValueError as error:
-    assert "keeps the dtypes it has" in str(error)
-else:
-    raise AssertionError("took another dtype")
+refused(lambda: other.load_into(model, 0.15, dtype=torch.float32))
 other.close()
-import torch.distributed as dist
 dist.barrier()
 dist.destroy_process_group()
-try:
-    other.state_dict(0.15)
-except PostHocError as error:
-    print(error)
+refused(lambda: other.state_dict(0.15))
 """
-    for out in check_group("from posthoc_cli import PostHocError\n" + TRAINED + code, 2, tmp_path, "fsdp"):
-        assert "their group was destroyed" in out
+    for out in check_group(TRAINED + code, 2, tmp_path, "fsdp"):
+        dtype, destroyed = out.splitlines()
+        assert "keeps the dtypes it has" in dtype
+        assert "their group was destroyed" in destroyed

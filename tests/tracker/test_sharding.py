@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from groups import Net, check_group, move, run_group, truth, value
+from groups import SETTINGS, Net, alone, check_group, move, run_group, train, truth, value
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.headers import decode_snapshot
@@ -18,15 +17,11 @@ from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
 
 SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
-SETTINGS = "sigma_rels=(0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None"
 
-TRAIN = f"""
-from posthoc_cli import PostHocEMA
-model = groups.spread(groups.Net(), arguments[0])
-with PostHocEMA.from_model(model, folder / "run", {SETTINGS}) as ema:
-    for step in range(1, 9):
-        groups.move(model, step)
-        ema.update_(model)
+TRAIN = """
+model = spread(Net(), arguments[0])
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS) as ema:
+    train(model, 1, 8, ema)
 """
 
 
@@ -47,13 +42,7 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     kind: str, ranks: int, tmp_path: Path
 ) -> None:
     check_group(TRAIN, ranks, tmp_path, kind)
-    single = Net()
-    with PostHocEMA.from_model(
-        single, tmp_path / "single", (0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None
-    ) as ema:
-        for step in range(1, 9):
-            move(single, step)
-            ema.update_(single)
+    alone(tmp_path / "single", 8)
     files = sorted((tmp_path / "single").glob("*.safetensors"))
     folders = sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert [path.name for path in folders] == [path.stem for path in files]
@@ -73,11 +62,11 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
         synthesized, wanted = (Run(tmp_path / where).average(0.15, t=8, method=method) for where in ("run", "single"))
         assert all(torch.equal(value, synthesized[name]) for name, value in wanted.items()), method
     last = {name: tensor for name, tensor in expected.items() if not name.startswith(("mean", "count"))}
-    exact = truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8])
+    exact = truth(0.2, [2, 4, 6, 8])
     assert last.keys() == exact.keys()
     for name, tensor in last.items():
         assert torch.allclose(tensor.double(), exact[name], rtol=1e-6, atol=1e-6), name
-    assert torch.equal(expected["mean"], value("mean", 8, single.mean))
+    assert torch.equal(expected["mean"], value("mean", 8, Net().mean))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a peak of memory")
@@ -90,10 +79,8 @@ def test_a_process_holds_its_share_and_nothing_in_full(tmp_path: Path) -> None:
     """
     code = """
 import gc
-import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.sharding import held_part
 def memory(key):
     gc.collect()
@@ -104,7 +91,7 @@ def measure(work):
     before = memory("VmRSS")
     work()
     return (memory("VmHWM") - before) / share
-def train():
+def change():
     for _ in range(4):
         for parameter in model.parameters():
             held_part(parameter).data.add_(1)
@@ -122,7 +109,7 @@ for rows in (8, 2048):  # the first time all that is loaded and made once
     share = sum(4 * held_part(parameter).numel() for parameter in model.parameters())
     directory = folder / str(rows)
     ema = PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=2)
-    found = [measure(train), measure(evaluate)]
+    found = [measure(change), measure(evaluate)]
     ema.close()
     del ema
     found.append(measure(go_on))
@@ -136,22 +123,17 @@ print(*found)
 
 def test_one_process_after_the_other_updates_writes_and_thins(tmp_path: Path) -> None:
     """Collectives of any thread, which the next test would not see, would wait for ever."""
-    code = f"""
+    code = """
 import time
-import torch.distributed as dist
-from posthoc_cli import PostHocEMA
-model = groups.spread(groups.Net(), "fsdp")
-with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=2) as ema:
-    groups.move(model, 1)
-    ema.update_(model)
+model = spread(Net(), "fsdp")
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=2) as ema:
+    train(model, 1, 1, ema)
     dist.barrier()
-    while not all((folder / f"done-{{other}}").exists() for other in range(rank + 1, world)):
+    while not all((folder / f"done-{other}").exists() for other in range(rank + 1, world)):
         time.sleep(0.01)
-    for step in range(2, 25):
-        groups.move(model, step)
-        ema.update_(model)
+    train(model, 2, 24, ema)
     ema.flush()
-    (folder / f"done-{{rank}}").touch()
+    (folder / f"done-{rank}").touch()
 """
     check_group(code, 3, tmp_path)
     assert sorted({snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots})[-1] == 24
@@ -159,46 +141,45 @@ with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=2)
 
 
 def test_no_update_and_no_snapshot_makes_processes_wait_for_each_other(tmp_path: Path) -> None:
-    counted = """
+    code = """
 from torch.distributed.tensor.debug import CommDebugMode
-import posthoc_cli
+mode, model = CommDebugMode(), spread(Net(), "fsdp")
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS) as ema:
+    for step in range(1, 9):
+        move(model, step)
+        with mode:
+            ema.update_(model)
+            ema.flush()
+print(mode.get_total_counts())
 """
-    inside = TRAIN.replace("    for step", "    mode = CommDebugMode()\n    for step").replace(
-        "        ema.update_(model)", "        with mode:\n            ema.update_(model)\n            ema.flush()"
-    )
-    outs = check_group(counted + inside + "print(mode.get_total_counts())", 2, tmp_path, "fsdp")
+    outs = check_group(code, 2, tmp_path)
     assert [out.strip() for out in outs] == ["0", "0"]
 
 
 def test_a_complete_snapshot_stays_until_another_process_has_written_the_next(tmp_path: Path) -> None:
-    code = f"""
+    code = """
 import time
-import torch.distributed as dist
-from posthoc_cli import PostHocEMA, Run, files
-model = groups.spread(groups.Net(), "fsdp")
-def train(first, last):
-    for step in range(first, last + 1):
-        groups.move(model, step)
-        ema.update_(model)
+from posthoc_cli import files
+model = spread(Net(), "fsdp")
 def held_up(descriptor):
     while not (folder / "go").exists():
         time.sleep(0.01)
     own(descriptor)
 own = files.system.fsync
-with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=1) as ema:
-    train(1, 4)
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=1) as ema:
+    train(model, 1, 4, ema)
     ema.flush()
     dist.barrier()
     if rank == 1:
         files.system.fsync = held_up
-    train(5, 8)
+    train(model, 5, 8, ema)
     if rank == 0:
         ema.flush()
         print([snapshot.info.t for snapshot in Run(folder / "run").snapshots])
         (folder / "go").touch()
     ema.flush()
     dist.barrier()
-    train(9, 12)
+    train(model, 9, 12, ema)
 """
     first, _ = check_group(code, 2, tmp_path)
     assert first.strip() == "[4.0, 4.0]"
@@ -208,13 +189,11 @@ with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=1)
 
 
 def test_a_value_that_is_not_finite_in_one_process_leaves_the_update_out_in_all(tmp_path: Path) -> None:
-    code = f"""
-import torch
-from posthoc_cli import PostHocEMA
-model = groups.spread(groups.Net(), "fsdp")
-with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip") as ema:
+    code = """
+model = spread(Net(), "fsdp")
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip") as ema:
     for step in range(1, 5):
-        groups.move(model, step)
+        move(model, step)
         if step == 2 and rank == 1:
             with torch.no_grad():
                 model.odd.to_local()[0, 0] = torch.nan
@@ -236,8 +215,7 @@ with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip
 )
 def test_processes_with_other_options_are_named(tmp_path: Path, change: str, told: str) -> None:
     code = f"""
-from posthoc_cli import PostHocEMA
-model = groups.spread(groups.Net(), "fsdp")
+model = spread(Net(), "fsdp")
 PostHocEMA.from_model(model, **({{"checkpoint_dir": folder / "run"}} | ({change} if rank else {{}})))
 """
     for result in run_group(code, 2, tmp_path):
@@ -247,14 +225,12 @@ PostHocEMA.from_model(model, **({{"checkpoint_dir": folder / "run"}} | ({change}
 
 def test_placements_that_cannot_be_averaged_here_are_refused_by_name(tmp_path: Path) -> None:
     code = """
-import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
-from posthoc_cli import PostHocEMA, PostHocError
 mesh, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
 partial, strided, uneven = (nn.Linear(4, rows, bias=False) for rows in (4, 8, 7))
 partial.weight = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Partial()]))
@@ -263,26 +239,20 @@ strided.weight = nn.Parameter(DTensor.from_local(
 parallelize_module(uneven, grid["tp"], ColwiseParallel())
 fully_shard(uneven, mesh=grid["dp"])
 for model in (partial, strided, uneven):
-    try:
-        PostHocEMA.from_model(model, folder / "run")
-    except PostHocError as error:
-        print(error)
+    refused(lambda: PostHocEMA.from_model(model, folder / "run"))
 """
     for out in check_group(code, 2, tmp_path):
         partial, strided, uneven = out.splitlines()
-        assert partial.startswith("tensor 'weight': has the placement P")
-        assert strided.startswith("tensor 'weight': has 8 rows in dimension 0, which 2 processes share by _S")
+        assert "tensor 'weight': has the placement P" in partial
+        assert "tensor 'weight': has 8 rows in dimension 0, which 2 processes share by _S" in strided
         assert "in several pieces" in strided
-        assert uneven.startswith(
-            "tensor 'weight': has 7 rows in dimension 0, which 1 x 2 processes share unevenly by _S"
-        )
+        assert "tensor 'weight': has 7 rows in dimension 0, which 1 x 2 processes share unevenly by _S" in uneven
 
 
 def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: Path) -> None:
-    with PostHocEMA.from_model(Net(), tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
-        single = Net()
-        move(single, 1)
-        ema.update_(single)
+    single = Net()
+    with PostHocEMA.from_model(single, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        train(single, 1, 1, ema)
         first, *others = run_group(TRAIN, 4, tmp_path, "hsdp")  # of which two have nothing to write
     assert first.code != 0
     assert "LockedError" in first.err
@@ -292,20 +262,18 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="no path that is another directory in each process")
 def test_processes_that_write_to_disks_of_their_own_are_refused(tmp_path: Path) -> None:
-    code = f"""
+    code = """
 import os
-import torch.distributed as dist
-from posthoc_cli import PostHocEMA, PostHocError
 from posthoc_cli.tracker import snapshotter
 snapshotter.PATIENCE = 0.5
 (folder / str(rank)).mkdir()
 os.chdir(folder / str(rank))
-model = groups.spread(groups.Net(), "fsdp")
-ema = PostHocEMA.from_model(model, "/proc/self/cwd/run", {SETTINGS})
+model = spread(Net(), "fsdp")
+ema = PostHocEMA.from_model(model, "/proc/self/cwd/run", **SETTINGS)
 for step in range(1, 5) if rank == 0 else (1,):
     if step == 2:
         dist.barrier()
-    groups.move(model, step)
+    move(model, step)
     try:
         ema.update_(model)
     except PostHocError as error:
@@ -319,16 +287,14 @@ if rank == 1:
     assert not list(tmp_path.rglob("*4-*/part-*"))
 
 
-LATE = f"""
+LATE = """
 import shutil
-import torch.distributed as dist
-from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots.directory import inspect_directory
-model = groups.spread(groups.Net(), "fsdp")
-late = [f"0000000000000008-{{sigma_rel}}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
-with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as ema:
+model = spread(Net(), "fsdp")
+late = [f"0000000000000008-{sigma_rel}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
     for step in range(ema.step + 1, 9):
-        groups.move(model, step if step <= 4 else step + int(arguments[0]))
+        move(model, step if step <= 4 else step + int(arguments[0]))
         if step == 8 and int(arguments[0]) and rank == 1:
             dist.barrier()
             for part in late:  # of the process that has outlived the first training
@@ -352,9 +318,7 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
         for sigma_rel in (0.1, 0.2)
     ]
     net = Net()
-    with PostHocEMA.from_model(
-        net, tmp_path / "single", (0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None
-    ) as ema:
+    with PostHocEMA.from_model(net, tmp_path / "single", **SETTINGS) as ema:
         for step in range(1, 9):
             move(net, step if step <= 4 else step + 50)
             ema.update_(net)
@@ -364,21 +328,16 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
 
 def test_a_model_that_is_sharded_later_is_refused_with_the_right_order(tmp_path: Path) -> None:
     code = """
-from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import ModelMismatchError
-model = groups.Net()
+model = Net()
 ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1)
 ema.update_(model)
 ema.flush()
 shared = PostHocEMA.from_model(model, folder / "shared", update_every=1, shard_averages=True)
-import torch.distributed as dist
 dist.barrier()
-groups.spread(model, "fsdp")
+spread(model, "fsdp")
 for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28), shared.update_):
-    try:
-        use(model)
-    except ModelMismatchError as error:
-        print(error)
+    refused(lambda: use(model), ModelMismatchError)
 ema.close()
 """
     for out in check_group(code, 2, tmp_path):
@@ -392,24 +351,18 @@ ema.close()
 @pytest.mark.parametrize("maker", [0, 1])
 def test_a_tracker_in_one_process_only_names_the_others(maker: int, tmp_path: Path) -> None:
     code = """
-from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import RankError
 from posthoc_cli.tracker import sharding
 sharding.PATIENCE = 0.5
-model = groups.spread(groups.Net(), "fsdp")
-try:
-    if rank == int(arguments[0]):
-        PostHocEMA.from_model(model, folder / "run")
-except RankError as error:
-    print(error)
+model = spread(Net(), "fsdp")
+if rank == int(arguments[0]):
+    refused(lambda: PostHocEMA.from_model(model, folder / "run"))
 """
     outs = check_group(code, 2, tmp_path, maker)
-    assert outs[maker].startswith(f"rank {1 - maker}: made no tracker of this model")
+    assert outs[maker].startswith(f"RankError rank {1 - maker}: made no tracker of this model")
 
 
 def test_the_process_group_may_be_destroyed_before_the_tracker_is_closed(tmp_path: Path) -> None:
-    code = TRAIN.replace("    for step", "    import torch.distributed as dist\n    for step")
-    check_group(f"{code}    dist.barrier()\n    dist.destroy_process_group()\n", 2, tmp_path, "fsdp")
+    check_group(f"{TRAIN}    dist.barrier()\n    dist.destroy_process_group()\n", 2, tmp_path, "fsdp")
     assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [4, 4, 8, 8]
 
 
@@ -418,21 +371,20 @@ def test_one_process_alone_may_shard_its_model(tmp_path: Path) -> None:
 with ema.model(model, sigma_rel=0.15):
     pass
 ema = PostHocEMA.from_path(folder / "run", model)
-groups.move(model, 9)
-ema.update_(model)
+train(model, 9, 9, ema)
 ema.close()
 """
     check_group(TRAIN + code, 1, tmp_path, "fsdp")
     snapshots = Run(tmp_path / "run").snapshots
     assert [path.name for path in snapshots[0].path.iterdir()] == ["part-00001-of-00001.safetensors"]
-    for name, tensor in truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8]).items():
+    for name, tensor in truth(0.2, [2, 4, 6, 8]).items():
         assert torch.allclose(Run(tmp_path / "run").average(0.2)[name].double(), tensor, rtol=1e-6, atol=1e-6), name
 
 
 MEET = """
 import json
 from posthoc_cli.tracker import sharding
-model = groups.spread(groups.Net(), arguments[0])
+model = spread(Net(), arguments[0])
 bare = getattr(model, "module", model)
 parts = {name: sharding.local_part(name, tensor) for name, tensor in bare.named_parameters()}
 tensors = {name: tensor for name, (tensor, _) in parts.items()}
@@ -458,15 +410,12 @@ def test_each_element_has_one_owner(kind: str, ranks: int, tmp_path: Path) -> No
         assert cover_problem(parameter.shape, boxes) is None
 
 
-GO_ON = f"""
-from posthoc_cli import PostHocEMA
-model = groups.spread(groups.Net(), arguments[0])
+GO_ON = """
+model = spread(Net(), arguments[0])
 first, last = int(arguments[1]), int(arguments[2])
-with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as ema:
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
     assert ema.step == first - 1
-    for step in range(first, last + 1):
-        groups.move(model, step)
-        ema.update_(model)
+    train(model, first, last, ema)
 """
 
 
@@ -483,7 +432,7 @@ def test_a_run_goes_on_with_another_arrangement_of_processes(
     assert {one.t for one in newest.measurements.distances} == {4, 8, 12}
     for width in (0.1, 0.2):
         found = Run(tmp_path / "run").average(width, t=12)
-        exact = truth(gamma_from_sigma_rel(width), [2, 4, 6, 8, 10, 12])
+        exact = truth(width, [2, 4, 6, 8, 10, 12])
         for name, tensor in exact.items():
             assert torch.allclose(found[name].double(), tensor, rtol=2e-6, atol=2e-6), name
 
@@ -492,43 +441,36 @@ def test_a_run_goes_on_with_another_arrangement_of_processes(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_with_nccl_are_those_of_the_whole_training(tmp_path: Path) -> None:
     """As many processes as accelerators, at most two: all that exchanges tensors or flags."""
-    code = f"""
-import torch
-import torch.distributed as dist
+    code = """
 import torch.distributed.checkpoint as dcp
-from posthoc_cli import PostHocEMA
 backend, device = arguments
 dist.destroy_process_group()
 if device == "cuda":
     torch.cuda.set_device(rank)
-dist.init_process_group(backend, init_method=f"file://{{folder}}/again", rank=rank, world_size=world)
-model = groups.spread(groups.Net().to(device), "hsdp" if world == 4 else "fsdp")
-ema = PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip")
+dist.init_process_group(backend, init_method=f"file://{folder}/again", rank=rank, world_size=world)
+model = spread(Net().to(device), "hsdp" if world == 4 else "fsdp")
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip")
 exact = torch.load(folder / "truth.pt")
-for step in range(1, 9):
-    groups.move(model, step)
-    ema.update_(model)
+train(model, 1, 8, ema)
 ema.save_state(folder / "state")
-dcp.save({{"ema": ema}}, checkpoint_id=folder / "dcp")
-dcp.load({{"ema": ema}}, checkpoint_id=folder / "dcp")
+dcp.save({"ema": ema}, checkpoint_id=folder / "dcp")
+dcp.load({"ema": ema}, checkpoint_id=folder / "dcp")
 ema.load_state(folder / "state")
 with ema.averaged(model, tracked=0.2):
-    held = {{name: parameter.to_local().cpu() for name, parameter in model.named_parameters()}}
+    found = held(model)
     for name, right in exact.items():
         own = groups.local(dict(model.named_parameters())[name], right)
-        assert torch.allclose(held[name].double(), own, rtol=1e-6, atol=1e-6), name
+        assert torch.allclose(found[name].cpu().double(), own, rtol=1e-6, atol=1e-6), name
 with ema.model(model, sigma_rel=0.15):
     assert model(torch.ones(2, 6, device=device)).isfinite()
 whole = ema.state_dict(0.15, full=True)
 assert len(whole) == (len(exact) + 2 if rank == 0 else 0)
-bare = groups.Net().to(device)
+bare = Net().to(device)
 with PostHocEMA.from_model(bare, folder / "shares", update_every=1, checkpoint_every=2, shard_averages=True) as shared:
-    for step in range(1, 4):
-        groups.move(bare, step)
-        shared.update_(bare)
+    train(bare, 1, 3, shared)
     with shared.model(bare, sigma_rel=0.15):
         pass
 ema.close()
 """
-    torch.save(dict(truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8])), tmp_path / "truth.pt")
+    torch.save(dict(truth(0.2, [2, 4, 6, 8])), tmp_path / "truth.pt")
     check_group(code, min(torch.cuda.device_count(), 2), tmp_path, "nccl", "cuda")

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.tracker import buffers
-from posthoc_cli.tracker.buffers import Layout, Staged, Stager, lay_out, pinned_empty
+from posthoc_cli.tracker import averages
+from posthoc_cli.tracker.averages import Layout, Staged, Stager, lay_out, pinned_empty
 
 
 class Event:
@@ -125,9 +125,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
         numbers = {torch.float64: 1}
         return tuple(replace(g, device=torch.device("cuda", numbers.get(g.dtype, 0))) for g in lay_out(tensors))
 
-    monkeypatch.setattr(buffers, "torch", simulated.as_torch())
-    monkeypatch.setattr(buffers, "lay_out", on_devices)
-    monkeypatch.setattr(buffers, "pinned_empty", lambda elements, dtype: torch.zeros(elements, dtype=dtype))
+    monkeypatch.setattr(averages, "torch", simulated.as_torch())
+    monkeypatch.setattr(averages, "lay_out", on_devices)
+    monkeypatch.setattr(averages, "pinned_empty", lambda elements, dtype: torch.zeros(elements, dtype=dtype))
     return simulated
 
 
@@ -284,7 +284,7 @@ def test_a_forked_process_unregisters_nothing_and_no_elements_take_no_memory(mon
     assert pinned_empty(0, torch.float32).shape == (0,)
     assert cudart.registered == {}
     flat = pinned_empty(10, torch.float32)
-    monkeypatch.setattr(buffers.os, "getpid", lambda: -1)
+    monkeypatch.setattr(averages.os, "getpid", lambda: -1)
     del flat
     gc.collect()
     assert len(cudart.registered) == 1

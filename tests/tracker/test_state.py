@@ -90,25 +90,6 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize("t_unit", ["steps", "images"])
-@pytest.mark.parametrize("interrupted_at", [1, 9, 10, 15])
-def test_going_on_from_a_file_is_exact(tmp_path: Path, interrupted_at: int, t_unit: str) -> None:
-    trained(tmp_path / "whole", 30, t_unit)
-    first = trained(tmp_path / "parts", interrupted_at, t_unit)
-    first.tracker.save_state(tmp_path / "state.safetensors")
-    state = first.tracker.state_dict()
-    first.tracker.close()
-    second = Run(tmp_path / "parts", t_unit)
-    second.goes_on_from(first)
-    second.tracker.load_state(tmp_path / "state.safetensors")
-    assert second.tracker.step == interrupted_at
-    assert same(second.tracker.state_dict(), state)
-    second.train(interrupted_at + 1, 30)
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    infos = [[s.info.clock for s in read_directory(tmp_path / name)] for name in ("whole", "parts")]
-    assert infos[0] == infos[1]
-
-
 def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) -> None:
     run = trained(tmp_path, 23)
     path = tmp_path / "state.safetensors"

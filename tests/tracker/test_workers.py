@@ -22,15 +22,15 @@ from torture.tearing import Equal, Truth, start, torn_reads, torn_states, wrong_
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.tracker import averages, buffers
+from posthoc_cli.tracker import averages
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.worker import Crew, Worker, end_threads
 
 
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "CPU_BLOCK", 1000)
-    monkeypatch.setattr(buffers, "EXACT_BLOCK", 300)
+    monkeypatch.setattr(averages, "CPU_BLOCK", 1000)
+    monkeypatch.setattr(averages, "EXACT_BLOCK", 300)
 
 
 @pytest.fixture

@@ -5,18 +5,17 @@ Adapters of PEFT: those alone, under the names that PEFT itself saves and loads 
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import torch
 import torch.distributed as dist
 from checking import assert_same_tensors
 from factories import exact_average
+from groups import check_group, run_group
 from peft import (
     LoHaConfig,
     LoraConfig,
@@ -187,57 +186,38 @@ def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shap
 
 
 JOB = """
-    import sys, warnings
-    import torch, torch.distributed as dist
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-    from torch.nn.parallel import DistributedDataParallel
-    from posthoc_cli import PostHocEMA
-    from posthoc_cli.errors import InvalidValueError
-
-    what, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
-    if what == "ddp":
-        model = DistributedDataParallel(model)
-    elif what == "part":
-        model[0], model[2] = DistributedDataParallel(model[0]), DistributedDataParallel(model[2])
-    else:
-        strategy = ShardingStrategy.FULL_SHARD if what == "sharded" else ShardingStrategy.NO_SHARD
-        model = FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"))
-    try:
-        run = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
-    except InvalidValueError as error:
-        sys.exit(what != "sharded" or "fully_shard" not in str(error))
+import warnings
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.nn.parallel import DistributedDataParallel
+what, = arguments
+warnings.simplefilter("ignore")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+if what == "ddp":
+    model = DistributedDataParallel(model)
+elif what == "part":
+    model[0], model[2] = DistributedDataParallel(model[0]), DistributedDataParallel(model[2])
+else:
+    strategy = ShardingStrategy.FULL_SHARD if what == "sharded" else ShardingStrategy.NO_SHARD
+    model = FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"))
+if what == "sharded":
+    refused(lambda: PostHocEMA.from_model(model, folder / "run"))
+else:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(6):
-        model(torch.randn(5, 3)).square().mean().backward()
-        optimizer.step()
-        run.update_(model)
-    assert (run.step, run.t, run.state_dict() == {}) == (6, 6.0, rank == 1)
-    run.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    with PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=3) as ema:
+        for step in range(6):
+            model(torch.randn(5, 3)).square().mean().backward()
+            optimizer.step()
+            ema.update_(model)
+        assert (ema.step, ema.t, ema.state_dict() == {}) == (6, 6.0, rank == 1)
 """
-
-
-def run_two(job: str, *arguments: str) -> list[str]:
-    """Run a job in two processes, which get the arguments and their rank; returns what each said on stderr."""
-    with (
-        forked.Forked(textwrap.dedent(job), *arguments, 0) as first,
-        forked.Forked(textwrap.dedent(job), *arguments, 1) as second,
-    ):
-        jobs = [first, second]
-        errors = [job.communicate()[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], errors
-    return errors
 
 
 @pytest.mark.parametrize("what", ["ddp", "part", "no_shard", "sharded"])
 def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> None:
-    run_two(JOB, what, str(tmp_path))
+    outs = check_group(JOB, 2, tmp_path, what)
     if what == "sharded":
+        assert all("use torch.distributed.fsdp.fully_shard" in out for out in outs)
         assert not (tmp_path / "run").exists()
         return
     snapshots = read_directory(tmp_path / "run")
@@ -246,64 +226,58 @@ def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> Non
 
 
 BEFORE_WRAPPING = """
-    import sys
-    import torch, torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-    from posthoc_cli import PostHocEMA
+from torch.nn.parallel import DistributedDataParallel
+values = []
 
-    folder, rank = sys.argv[1], int(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    values = []
+def launch():
+    torch.manual_seed(0)
+    bare = torch.nn.Linear(3, 2).double()
+    if values:
+        bare.load_state_dict(values[-1])
+    return bare, PostHocEMA.from_model(bare, folder / "run", update_every=1, checkpoint_every=3)
 
-    def launch():
-        torch.manual_seed(0)
-        bare = torch.nn.Linear(3, 2).double()
-        if values:
-            bare.load_state_dict(values[-1])
-        return bare, PostHocEMA.from_model(bare, folder + "/run", update_every=1, checkpoint_every=3)
+def train(bare, run):
+    model = DistributedDataParallel(bare)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.attach(optimizer)
+    for _ in range(4):
+        generator = torch.Generator().manual_seed(2 * len(values) + rank)
+        optimizer.zero_grad()
+        model(torch.randn(5, 3, generator=generator).double()).square().mean().backward()
+        optimizer.step()
+        values.append({name: value.clone() for name, value in bare.state_dict().items()})
 
-    def train(bare, run):
-        model = DistributedDataParallel(bare)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        run.attach(optimizer)
-        for _ in range(4):
-            generator = torch.Generator().manual_seed(2 * len(values) + rank)
-            optimizer.zero_grad()
-            model(torch.randn(5, 3, generator=generator).double()).square().mean().backward()
-            optimizer.step()
-            values.append({name: value.clone() for name, value in bare.state_dict().items()})
+bare, run = launch()
+train(bare, run)
+run.save_state(folder / "state")
+dist.barrier()
+run.close()
 
-    bare, run = launch()
-    train(bare, run)
-    run.save_state(folder + "/state")
-    dist.barrier()
-    run.close()
+bare, run = launch()
+run.load_state(folder / "state")
+assert run.step == 4
+train(bare, run)
+assert (run.step, run.t, run.state_dict() == {}) == (8, 8.0, rank == 1)
+with run.averaged(bare, 0.28):
+    torch.save((values, bare.state_dict()), f"{folder}/result-{rank}.pt")
+run.close()
+dist.barrier()
 
-    bare, run = launch()
-    run.load_state(folder + "/state")
-    assert run.step == 4
-    train(bare, run)
-    assert (run.step, run.t, run.state_dict() == {}) == (8, 8.0, rank == 1)
-    with run.averaged(bare, 0.28):
-        torch.save((values, bare.state_dict()), f"{folder}/result-{rank}.pt")
-    run.close()
-    dist.barrier()
-
-    # Every process may read what is on disk, until training goes on.
-    run = PostHocEMA.from_path(folder + "/run", bare)
-    torch.save(run.state_dict(sigma_rel=0.15), f"{folder}/read-{rank}.pt")
-    dist.barrier()
-    run.update_(bare)
-    torch.save(run.state_dict(sigma_rel=0.15), f"{folder}/live-{rank}.pt")
-    run.close()
-    dist.destroy_process_group()
+# Every process may read what is on disk, until training goes on.
+run = PostHocEMA.from_path(folder / "run", bare)
+torch.save(run.state_dict(sigma_rel=0.15), f"{folder}/read-{rank}.pt")
+dist.barrier()
+run.update_(bare)
+torch.save(run.state_dict(sigma_rel=0.15), f"{folder}/live-{rank}.pt")
+run.close()
 """
 
 
 def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_processes(tmp_path: Path) -> None:
     """As the training scripts of diffusers do; every process makes every call."""
-    said = run_two(BEFORE_WRAPPING, str(tmp_path))
-    assert ["keeps no averages, as the first one is assumed" in errors for errors in said] == [False, True]
+    results = run_group(BEFORE_WRAPPING, 2, tmp_path)
+    told = [(result.code, "keeps no averages, as the first one is assumed" in result.err) for result in results]
+    assert told == [(0, False), (0, True)]
     values, averaged = torch.load(tmp_path / "result-1.pt", weights_only=True)
     for name, value in averaged.items():
         exact = exact_average([one[name].numpy() for one in values], 0.28, range(1, 9))

@@ -1,0 +1,30 @@
+"""Trainings in processes of their own, which can be killed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
+TESTS = Path(__file__).resolve().parent.parent
+
+
+def start(*command: object, stdout: int | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Run Python with these arguments, without the server of `forked`, which has no framework."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    words = [sys.executable, "-W", "ignore", *map(str, command)]
+    return subprocess.Popen(words, env=os.environ | paths | environment, text=True, stdout=stdout)
+
+
+def exit_codes_of_two(*command: object, **environment: str) -> list[int]:
+    """Run two processes of one group to their end."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = [start(*command, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"]
+    return [process.wait(250) for process in processes]
