@@ -48,6 +48,13 @@ def shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+def percent(error: float) -> str:
+    """A relative error for people; tiny ones, which are rounding, as a bound."""
+    if 0 < error < 1e-7:
+        return "< 1e-5 %"
+    return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
+
+
 class PostHocError(Exception):
     """The root: catches everything that this package raises on purpose.
 

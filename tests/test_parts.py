@@ -193,7 +193,7 @@ def test_a_damaged_part_is_named_and_replaced_by_force(ema: Ema, run: Path, tmp_
     ("options", "said"),
     [
         (("--sigma-rel", "0.12"), "its target is sigma_rel 0.12, not sigma_rel 0.1"),
-        (("--t", "20"), "its t is 20.0, not 30.0"),
+        (("--t", "20"), "its t is 20, not 30"),
         (("--method", "paper"), "its method is paper, not minvar"),
         (("--dtype", "float16"), "its snapshots, dtype or tensors are others"),
         (("--accumulate", "float64"), "its snapshots, dtype or tensors are others"),

@@ -46,6 +46,11 @@ def test_sigma_rel_survives_the_way_to_gamma_and_back(sigma_rel: float) -> None:
     assert sigma_rel_from_gamma(gamma_from_sigma_rel(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-13)
 
 
+def test_a_text_is_no_sigma_rel_and_the_error_says_so() -> None:
+    with pytest.raises(InvalidValueError, match=r"^sigma_rel '0\.15': must be a number, and lie in \(0, 0\.2887\)"):
+        gamma_from_sigma_rel("0.15")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("sigma_rel", [UNIFORM_SIGMA_REL, math.inf, -math.inf])
 def test_an_impossible_sigma_rel_is_refused_with_the_range(sigma_rel: float) -> None:
     with pytest.raises(InvalidValueError, match=r"must lie in \(0, 0\.2887\)"):

@@ -79,6 +79,13 @@ class _Command(typer.core.TyperCommand):
 
     context_class = _Context
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Each example on lines of its own, to be copied."""
+        formatter.write_paragraph()
+        with formatter.indentation():
+            for index, example in enumerate((self.epilog or "").removeprefix("Example:").split("   or   ")):
+                formatter.write_text(f"{'or:     ' if index else 'Example:'} {example.strip()}")
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -96,6 +103,7 @@ _OPTIONS = {
     "choose tensors by prefix": "choose tensors by --prefix",
     "make all parts first": "make all parts first, by --shard 1/N to --shard N/N",
     "make the other shards, then finish the model": "make the others by `ema synthesize --shard`, then run --finish",
+    "finish the model": "run `ema synthesize --finish` with the same target",
     "make an average of them": "make an average by `ema synthesize`",
     "an export makes": "ema export makes",
     "an import writes": "`ema import` writes",

@@ -46,7 +46,8 @@ def info(
 def _print(report: dict[str, Any], verbose: bool) -> None:
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
     hidden |= set() if verbose or report.get("method") == "paper" else {"profile_error"}
-    pairs = [(key.replace("_", " "), _text(key, value)) for key, value in report.items() if key not in hidden]
+    names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in report}
+    pairs = [(names[key], _text(key, value)) for key, value in report.items() if key not in hidden]
     output.print_pairs([(name, text) for name, text in pairs if text])
     if "profiles" in report:
         _print_profiles(report["profiles"])

@@ -17,6 +17,7 @@ from rich import progress as live
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
+from posthoc_cli import errors
 from posthoc_cli.errors import printable
 from posthoc_cli.progress import ProgressBar
 
@@ -130,12 +131,8 @@ def size_text(nbytes: float) -> str:
 
 
 def percent(error: float | None) -> str:
-    """A relative error for people; tiny ones, which are rounding, as a bound."""
-    if error is None:
-        return "unknown"
-    if 0 < error < 1e-7:
-        return "< 1e-5 %"
-    return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
+    """A relative error for people, as messages show it."""
+    return "unknown" if error is None else errors.percent(error)
 
 
 def log_to_stderr(verbose: bool) -> None:

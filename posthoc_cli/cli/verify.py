@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer import Argument, Option
@@ -47,13 +47,18 @@ def verify(
         raise InvalidValueError("--yes" if yes else "--dry-run", "goes with --repair or --clean")
     if repair or clean:
         values.check_confirmation(yes, dry_run, as_json)
-    reports, fine = [], True
+    reports: list[dict[str, Any]] = []
+    fine = True
     # All paths are checked first, since reading takes long.
     for path in [values.existing(path) for path in paths]:
         found = check_path(path, deep, output.progress_bar())
         report, broken = found.to_dict(), bool(found.broken)
         plan = plan_repair(found) if repair else None
         if not as_json:
+            if len(paths) > 1:  # files are named within their path
+                if reports:
+                    output.print_line()
+                output.print_line(f"{found.path}:")
             _print(found, verbose, offer=plan is None)
         if plan is not None:
             plan = _repair(plan, yes, dry_run, as_json)

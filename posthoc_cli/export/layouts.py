@@ -273,8 +273,14 @@ def _check_output(path: Path, layout: str, plan: Plan, wanted: OutputInfo) -> No
         found |= {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     expected = {spec.name: (spec.dtype, spec.shape) for spec in plan.specs()}
     for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise MismatchError(path, f"is another output: tensor {shown(name)} differs")
+        there, wanted_one = found.get(name), expected.get(name)
+        if there != wanted_one:
+            difference = f"its tensor {shown(name)} is {_described(there)}, not {_described(wanted_one)}"
+            raise MismatchError(path, f"is another output: {difference}")
+
+
+def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} of shape {list(tensor[1])}"
 
 
 def _used(info: OutputInfo) -> list[str]:
@@ -318,7 +324,7 @@ def make_sink(
 ) -> Sink:
     """A sink for the tensors of one output; call its `discard` at the end in any case."""
     if not path.parent.is_dir():
-        raise InvalidValueError(path, "its folder does not exist")
+        raise InvalidValueError("out", "its folder does not exist", value=path)
     if options.overwrite:
         check_no_snapshot(path)
     if layout == "pt":

@@ -174,7 +174,7 @@ class PartedSynthesis:
     def _write(self, plan: Plan, wanted: Sequence[PartFile], options: OutputOptions) -> None:
         outermost = self._container or wanted[0].path.parent
         if not outermost.parent.is_dir():
-            raise InvalidValueError(outermost, "its folder does not exist")
+            raise InvalidValueError("out", "its folder does not exist", value=outermost)
         check_space(dict.fromkeys([file.path for file in wanted], plan.nbytes))
         with ExitStack() as stack:
             for file in wanted:

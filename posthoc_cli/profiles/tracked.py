@@ -64,7 +64,8 @@ def check_sigma_rel(sigma_rel: float) -> float:
         value = math.nan
     if not 0 < value < UNIFORM_SIGMA_REL:
         shown = f"{sigma_rel:g}" if isinstance(sigma_rel, int | float) else repr(sigma_rel)[:40]
-        reason = "must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+        must = "must lie" if isinstance(sigma_rel, int | float) else "must be a number, and lie"
+        reason = f"{must} in (0, 0.2887); 0.2887 is the uniform average over all of training"
         raise InvalidValueError("sigma_rel", reason, value=shown)
     if value < SHORTEST_SIGMA_REL:
         reason = f"too short to differ from no averaging; must be at least {SHORTEST_SIGMA_REL:g}"

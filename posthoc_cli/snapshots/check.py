@@ -581,4 +581,4 @@ def _too_few(infos: Sequence[fmt.SnapshotInfo], before: int) -> str | None:
     found = sum(not info.off_schedule for info in infos)
     if found >= min(due, most):
         return None
-    return f"{found:,} snapshot{'s' * (found != 1)} of the {min(due, most):,} that thinning would have left"
+    return f"{found:,} snapshot{'s' * (found != 1)}, where the schedule keeps {min(due, most):,}"

@@ -51,7 +51,8 @@ def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
     for name, words in (("run_id", "run"), ("profile", "target"), ("t", "t"), ("method", "method")):
         values = getattr(found, name), getattr(wanted, name)
         if values[0] != values[1]:
-            return f"its {words} is {str(values[0])[:60]}, not {values[1]}"
+            there, not_there = (f"{one:,.12g}" if isinstance(one, float) else str(one)[:60] for one in values)
+            return f"its {words} is {there}, not {not_there}"
     return None
 
 
@@ -172,8 +173,10 @@ def models_at(path: Path) -> list[Path]:
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     shards = [match for entry in entries if (match := _SHARD.fullmatch(entry.name))]
     if shards:
-        what = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
-        raise DirectoryError(path, what, "make the other shards, then finish the model")
+        count = int(shards[0][1])
+        what = f"{len(shards)} of {count} shards of a model are there, and no index"
+        hint = "make the other shards, then finish the model" if len(shards) < count else "finish the model"
+        raise DirectoryError(path, what, hint)
     found = [
         entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry) or is_parts_folder(entry)
     ]

@@ -19,7 +19,7 @@ import numpy as np
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots
 from posthoc_cli.checkpoints.opening import UNSPECIFIED, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError, shown
+from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError, percent, shown
 from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
@@ -493,12 +493,12 @@ def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
     titles = [target.title for index, target in enumerate(separate(plan.targets)) if index in poor]
     below = error_curve(candidate, t=plan.t, method=plan.method).ranges_text(POOR_ERROR)
     log.warning(
-        "%s: predicted error %s%.2g %% from the %d snapshots up to t = %g%s; %s",
+        "%s: predicted error %s%s from the %s snapshots up to t = %s%s; %s",
         ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
         "up to " * (len(poor) > 1),
-        100 * float(errors[poor].max()),
-        sum(profile.t <= plan.t for profile in candidate.snapshots),
-        plan.t,
+        percent(float(errors[poor].max())),
+        f"{sum(profile.t <= plan.t for profile in candidate.snapshots):,}",
+        f"{plan.t:,.12g}",
         f", if {candidate.assumption}" if candidate.assumption else "",
         f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",
     )

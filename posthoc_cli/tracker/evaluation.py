@@ -223,7 +223,9 @@ class Evaluation:
         schedule, step = self.settings.schedule, self.pipeline.progress.step
         every = schedule.update_every
         first = (max(schedule.update_after_step, step) // every + 1) * every
-        return NotReadyError(f"no {what} yet", f"the first update is at call {first} of update_, so far {step}")
+        reason = f"the first update is at call {first:,} of update_, so far {step:,}"
+        hint = "model(model, sigma_rel=...) reads the snapshots"
+        return NotReadyError(f"no {what} yet", reason, hint * (what == "live average" and self.pipeline.now.resumes))
 
     def _check_keeps(self) -> None:
         if not self.keeps:

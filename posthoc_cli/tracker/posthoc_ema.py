@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 import torch
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, PostHocError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, PostHocError
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights
@@ -103,7 +103,11 @@ class PostHocEMA:
         follows = settings.on_change == "follow"
         self._watch = ModelWatch(settings.selection, follows, not knows_selection, members)
         if model is not None and tracking.resumes:
-            self._watch.check(model, tracking.tracked)
+            try:
+                self._watch.check(model, tracking.tracked)
+            except ModelMismatchError as error:
+                hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
+                raise error if error.hint else error.with_hint(hint) from None
         self._model = None if model is None else weakref.ref(model)
         self._pipeline = Pipeline(settings, tracking, device)
         # Also where nobody closes it. It must not wait for a thread: that may be collecting the garbage.

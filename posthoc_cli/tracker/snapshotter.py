@@ -233,7 +233,7 @@ class Snapshotter:
         """Raise a MismatchError where the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
-            hint = "continue that run with PostHocEMA.from_path, or use another directory"
+            hint = "continue that run with from_model(..., resume='auto') or from_path, or use another directory"
             raise MismatchError(self.directory, reason, hint)
 
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
@@ -252,8 +252,10 @@ class Snapshotter:
         others: list[StoredSnapshot] = []
         for snapshot in self._stored:
             (own if snapshot.t <= t and snapshot.checksum in known else others).append(snapshot)
-        for path in set_aside(others) if self._leads else []:
-            log.warning("training goes on from t = %g: %s is not part of it and was set aside", t, path)
+        if moved := set_aside(others) if self._leads else []:
+            names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
+            what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later or of another attempt"
+            log.warning("training goes on from t = %s: %s, moved to %s: %s", f"{t:,.12g}", what, moved[0].parent, names)
         self._stored = own
 
     def holding(self, averages: RunningAverages, norms: Callable[[], Mapping[float, float]]) -> frozenset[str]:

@@ -359,7 +359,7 @@ def find_run(
     directory: Path, settings: Settings, tracked: TrackedModel, resume: str | int
 ) -> tuple[Tracking, int | None] | None:
     """What a directory holds to go on with, and the call to go on from; None if it holds nothing, and may."""
-    if isinstance(resume, str) and resume != "auto":
+    if isinstance(resume, bool | str) and resume != "auto":
         reason = "must be 'auto', a call of update_ that has snapshots, or None"
         raise InvalidValueError("resume", reason, value=f"{resume!r}")
     stored = find_snapshots(directory) if resume == "auto" else read_directory(directory)
@@ -375,7 +375,7 @@ def find_run(
         # Killed while it wrote its first snapshots: they are set aside when it begins again.
         return Tracking.new(newest.run_id, tracked, sigma_rels, resumes=True), 0
     step = None if isinstance(resume, str) else resume
-    return resumed_tracking(directory, snapshots_until(stored, sigma_rels, step), sigma_rels), step
+    return resumed_tracking(directory, snapshots_until(stored, sigma_rels, step, "resume"), sigma_rels), step
 
 
 def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
@@ -409,17 +409,19 @@ def load_from_directory(directory: Path, settings: Settings, tracked: TrackedMod
     return replace(_rounded_state(found, tracked), snapshots=frozenset(one.checksum for one in behind))
 
 
-def snapshots_until(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None) -> Sequence[Snapshot]:
-    """The snapshots up to a call, which must have one of every profile; all of them for None."""
+def snapshots_until(
+    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None, argument: str = "step"
+) -> Sequence[Snapshot]:
+    """The snapshots up to a call, which must have one of every profile; all for None. Errors name the `argument`."""
     if step is None:
         return snapshots
-    step = check_count("step", step, 1)
+    step = check_count(argument, step, 1)
     there = sorted({found[0].info.step for found in _complete(snapshots, sigma_rels)})
     if step not in there:
         known = ", ".join(f"{one:,}" for one in there[-_MOST_NAMED:]) or "none"
         more = "..., " * (len(there) > _MOST_NAMED)
         reason = f"there are no snapshots of every profile ({_listed(sigma_rels)}) of this call of update_"
-        raise InvalidValueError("step", f"{reason}; of these there are: {more}{known}", value=f"{step:,}")
+        raise InvalidValueError(argument, f"{reason}; of these there are: {more}{known}", value=f"{step:,}")
     return [snapshot for snapshot in snapshots if snapshot.info.step <= step]
 
 

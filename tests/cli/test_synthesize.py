@@ -111,6 +111,13 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
     assert contents(run) == before
 
 
+def test_a_warning_shows_numbers_as_the_result_does(ema: Ema, run: Path, tmp_path: Path) -> None:
+    result = ema("synthesize", run, "--beta", "0.5", "--out", tmp_path / "m.safetensors")
+    error = re.search(r"predicted error (\S+ %)", result.out)
+    assert error is not None
+    assert f"predicted error {error[1]} from the 40 snapshots up to t = 2,000" in result.err
+
+
 def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
     for folder, widths in (("some", "0.05,0.15"), ("all", "0.05,0.10,0.15")):
         assert ema("synthesize", run, "--sigma-rel", widths, "--out", tmp_path / folder).code == 0
@@ -124,9 +131,9 @@ def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path
     ("options", "said"),
     [
         (("--sigma-rel", "0.12"), "its target is sigma_rel 0.12, not sigma_rel 0.15"),
-        (("--t", "1000"), "its t is 1000.0, not 2000.0"),
+        (("--t", "1000"), "its t is 1,000, not 2,000"),
         (("--method", "paper"), "its method is paper, not minvar"),
-        (("--dtype", "float32"), "tensor '2.weight' differs"),
+        (("--dtype", "float32"), "its tensor '2.weight' is F32 of shape [2, 3], not F16 of shape [2, 3]"),
     ],
 )
 @pytest.mark.parametrize(("layout", "name"), [("safetensors", "m.safetensors"), ("sharded", "m")])

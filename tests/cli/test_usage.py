@@ -103,6 +103,15 @@ def test_help_is_not_wrapped_within_an_option_or_a_name(ema: Ema, monkeypatch: p
         assert "\u2011" not in result.out
 
 
+def test_each_example_of_the_help_has_a_line_of_its_own(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = ema("profile", "--help").out.splitlines()
+    assert lines[-2:] == [
+        "  Example: ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
+        "  or:      ema profile --beta 0.9999 --steps 100000",
+    ]
+
+
 def test_help_of_a_command_and_the_version(ema: Ema) -> None:
     assert ema("help").out == ema("--help").out == ema().out
     for name, command in commands().items():

@@ -350,23 +350,24 @@ def write_times(folder: Path, *times: float, limit: int | None = None, after: in
 def test_fewer_than_thinning_leaves_are_noted(tmp_path: Path) -> None:
     write_times(tmp_path, 30, 60, limit=3)
     write_times(tmp_path, 65, limit=3, off_schedule=True)
-    assert notes(tmp_path) == ("sigma_rel 0.05: 2 snapshots of the 3 that thinning would have left",)
+    assert notes(tmp_path) == ("sigma_rel 0.05: 2 snapshots, where the schedule keeps 3",)
     write_times(tmp_path, 50, limit=3)
     assert notes(tmp_path) == ()
 
 
 @pytest.mark.parametrize(
-    ("after", "times", "missing"),
+    ("after", "times", "kept"),
     [
-        (0, [50], "1 snapshot of the 5"), (25, [50], "1 snapshot of the 3"), (30, [50], "1 snapshot of the 2"),
-        (39, [50], "1 snapshot of the 2"), (40, [50], None), (0, [55], "1 snapshot of the 5"), (30, [45, 59], None),
+        (0, [50], 5), (25, [50], 3), (30, [50], 2),
+        (39, [50], 2), (40, [50], None), (0, [55], 5), (30, [45, 59], None),
     ],
 )  # fmt: skip
 def test_what_was_due_begins_with_the_first_update(
-    tmp_path: Path, after: int, times: list[int], missing: str | None
+    tmp_path: Path, after: int, times: list[int], kept: int | None
 ) -> None:
     write_times(tmp_path, *times, limit=9, after=after, t_first=40.0)
-    assert notes(tmp_path) == (() if missing is None else (f"sigma_rel 0.05: {missing} that thinning would have left",))
+    text = f"sigma_rel 0.05: 1 snapshot, where the schedule keeps {kept}"
+    assert notes(tmp_path) == (() if kept is None else (text,))
 
 
 @pytest.mark.parametrize("limits", [(9, None), (None, 9), (3, 20)])

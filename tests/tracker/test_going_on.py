@@ -68,13 +68,15 @@ def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
         lambda: PostHocEMA.from_model(other, tmp_path, **SETTINGS, resume="auto"),
         lambda: PostHocEMA.from_path(tmp_path, other),
     ):
-        with pytest.raises(ModelMismatchError, match="tensor 'weight'"):
+        hint = f"; the run in {re.escape(str(tmp_path))} is of another model; use its model, or another directory"
+        with pytest.raises(ModelMismatchError, match=f"tensor 'weight': .*{hint}$"):
             call()
     for wrong, message in (
         ({"resume": "auto", "t_unit": "images"}, r"t_unit 'images': the run in .* counts 'steps'"),
         ({"resume": "auto", "sigma_rels": (0.1, 0.28)}, r"sigma_rels: 0\.1 is none of the tracked ones"),
-        ({"resume": "yes"}, "resume 'yes': must be"),
-        *(({"resume": step}, "step .*: must be a whole number") for step in (0, True, 3.5)),
+        *(({"resume": value}, f"resume {value!r}: must be 'auto', a call") for value in ("yes", True, False)),
+        *(({"resume": step}, f"resume {step}: must be a whole number") for step in (0, 3.5)),
+        ({"resume": 5}, "resume 5: there are no snapshots"),
     ):
         with pytest.raises(InvalidValueError, match=message):
             PostHocEMA.from_model(model, tmp_path, **SETTINGS, **wrong)
@@ -104,7 +106,9 @@ def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("way", ["from_path", "from_model"])
-def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(tmp_path: Path, way: str) -> None:
+def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(
+    tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         walk(model, tracker, 1, 20)
@@ -123,6 +127,9 @@ def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(tmp_path: Path
         assert error(tracker, 30) < 1e-6
     assert times(tmp_path) == {10, 20, 30}
     assert len(list((tmp_path / "superseded").iterdir())) == 4
+    (told,) = (record.getMessage() for record in caplog.records if "goes on" in record.getMessage())
+    assert told.startswith("training goes on from t = 20: 4 snapshots, later or of another attempt, moved to ")
+    assert told.endswith(" and 2 more")
 
 
 def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) -> None:

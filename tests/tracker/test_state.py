@@ -102,7 +102,7 @@ def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) 
     expected = {"kind": "state", "run": run.tracker.run_id, "step": 23, "t": 23.0, "averages_t": 22.0, "t_first": 2.0}
     expected |= {"sigma_rels": [0.05, 0.28], "known_snapshots": 4, "tensors": 19}
     assert found.items() >= expected.items()
-    assert re.search(r"kind +state(.|\n)*sigma rels +0\.05, 0\.28", ema("info", path).out)
+    assert re.search(r"kind +state(.|\n)*sigma_rels +0\.05, 0\.28", ema("info", path).out)
     refused = ema("export", path, "--out", tmp_path / "out.pt")
     assert refused.code == 1
     assert "is a tracker's state, not weights" in refused.err
