@@ -121,7 +121,7 @@ def _text(key: str, value: Any) -> str:
     if key in _FORMATS:
         return _FORMATS[key](value)
     if key == "snapshots" and isinstance(value, list):
-        return f"{len(value):,}"
+        return f"{len({one['file'] for one in value}):,}"  # that of groups of tensors lists them once a group
     if value is None:
         return "" if key in ("sigma_rel", "gamma") else "none"  # of a profile that is no power function
     if isinstance(value, dict):
