@@ -10,7 +10,7 @@ import pytest
 import torch
 from factories import exact_average
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
@@ -95,8 +95,7 @@ def test_a_tracked_average_needs_no_disk(
     def refuse(*_: object) -> None:
         raise AssertionError("the disk was looked at")
 
-    for name in ("reader.read_header", "reader.open_regular"):
-        monkeypatch.setattr(f"posthoc_cli.snapshots.{name}", refuse)
+    monkeypatch.setattr(files.system, "open", refuse)
     monkeypatch.setattr(Path, "iterdir", refuse)
     with caplog.at_level(logging.INFO), run.tracker.averaged(run.model, tracked=0.05) as averaged:
         assert averaged is run.model

@@ -187,7 +187,7 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"update_every": 0}, "update_every 0"),
         ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
         ({"sigma_rels": "0.05"}, "sigma_rels '0.05': must be a sequence"),
-        ({"sigma_rels": ("abc",)}, "sigma_rel 'abc': must lie in"),
+        ({"sigma_rels": ("abc",)}, "sigma_rel 'abc': must be a number, and lie in"),
         ({"t_unit": "a\nb"}, "t_unit"),
         ({"update_every": True}, "update_every True"),
         ({"update_after_step": -1}, "update_after_step -1"),
