@@ -280,12 +280,15 @@ class Run:
         from posthoc_cli.export.job import Synthesis
         from posthoc_cli.export.layouts import OutputOptions
 
-        planning = {"t": t, "step": step, "method": method, "max_error": max_error, "accumulate": accumulate}
         wanted, asked = as_targets(targets), OutputOptions(**options)
-        return Synthesis(
-            lambda dtype: self.plan(wanted, dtype=dtype, **planning),  # type: ignore[arg-type]
-            lambda: self.tensors, wanted, None if out is None else str(out), dtype, asked, progress,
-        ).run()  # fmt: skip
+
+        def planned(dtype: torch.dtype | str | None) -> Plan:
+            return self.plan(
+                wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype, accumulate=accumulate
+            )
+
+        path = None if out is None else str(out)
+        return Synthesis(planned, lambda: self.tensors, wanted, path, dtype, asked, progress).run()
 
     # --- errors
 

@@ -26,6 +26,7 @@ from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.processes import Evaluation, end_leftovers, run_all
 from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, Refinement, SweepReport
 from posthoc_cli.sweep.rounds import TIME, Axis, check_counts, explore, good_range
+from posthoc_cli.synthesis.plan import check_groups
 from posthoc_cli.targets import Groups, SigmaRel, Target
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Sweep:
         if self.groups and any(not any(fnmatchcase(n, glob) for n in some for glob in globs) for some in names):
             globs.append("*")
         if self.groups:
-            self.run.plan(Groups(dict.fromkeys(globs, 0.2)), t=t)  # checks them
+            check_groups(replace(main.plan, targets=(Groups(dict.fromkeys(globs, 0.2)),)))
         with self._folder():
             return _Searches(self, words, axes, main, guide, globs).run_all()
 

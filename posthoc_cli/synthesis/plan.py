@@ -355,7 +355,7 @@ def plan_synthesis(
     )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if plan.has_groups:
-        _check_groups(plan)
+        check_groups(plan)
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", snapshots, prior))
@@ -453,7 +453,7 @@ def _alike(sources: Sequence[Source], time: float) -> list[Source]:
     return alike
 
 
-def _check_groups(plan: Plan) -> None:
+def check_groups(plan: Plan) -> None:
     """Check that each tensor is in a group, and that no group is empty; an InvalidValueError."""
     used = {column for name in plan.tensors for column in plan.columns_of(name)}
     for glob, column in (pair for columns in plan.columns for pair in columns.items()):
