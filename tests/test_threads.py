@@ -11,8 +11,7 @@ from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.planning import Task, proposals, propose, snapshots_to_drop, thinning
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import assumed_prior
-from posthoc_cli.threads import one_blas_thread
+from posthoc_cli.reconstruction import assumed_prior, one_blas_thread
 
 
 def blas_threads() -> set[int]:

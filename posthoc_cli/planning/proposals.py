@@ -29,8 +29,7 @@ from posthoc_cli.planning.schedule import (
 )
 from posthoc_cli.planning.thinning import USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, LATER, Motion, assumed_prior
-from posthoc_cli.threads import one_blas_thread
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, LATER, Motion, assumed_prior, one_blas_thread
 
 MOST_KEPT = 64
 """Default limit of the snapshots a profile: more gain little, and slow synthesis down."""

@@ -9,8 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import MOST_SOLVED, Losses, MinimumVariance, Prior, thinned_subset
-from posthoc_cli.threads import one_blas_thread
+from posthoc_cli.reconstruction import MOST_SOLVED, Losses, MinimumVariance, Prior, one_blas_thread, thinned_subset
 
 USEFUL_RANGE = (0.05, 0.28)
 """The default range of sigma_rel that snapshots are kept for."""

@@ -32,6 +32,7 @@ from posthoc_cli.reconstruction.solving import (
     Reconstruction,
     check_method,
     expected_errors,
+    one_blas_thread,
     reconstruct,
     thinned_subset,
 )
@@ -40,5 +41,5 @@ __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "LATER", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
     "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
-    "misfit", "points_of", "reconstruct", "relative_width", "roundings", "thinned_subset",
+    "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "roundings", "thinned_subset",
 ]  # fmt: skip

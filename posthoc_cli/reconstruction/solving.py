@@ -11,14 +11,16 @@ of another mass than 1 scales the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import linalg
+from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
@@ -589,3 +591,23 @@ def _spread(times: FloatArray, count: int) -> npt.NDArray[np.intp]:
     whole[:-1] = np.minimum(whole[:-1], count - 1)  # the last share may be less than the slack
     whole[-1] = count
     return np.flatnonzero(np.diff(whole, prepend=0.0))
+
+
+# --- threads
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Limit NumPy's and SciPy's linear algebra to one thread within the block: many small problems need no pool.
+
+    It is a setting of the process, and so limits other threads, too. A command sets OPENBLAS_NUM_THREADS instead, which
+    holds for all its solves; that is read when NumPy is first imported, and not a library's to set.
+    """
+    with _openblas().limit(limits=1):
+        yield
+
+
+@lru_cache
+def _openblas() -> ThreadpoolController:
+    """NumPy's and SciPy's libraries, which must have been imported. Not MKL, which torch uses, too."""
+    return ThreadpoolController().select(internal_api="openblas")

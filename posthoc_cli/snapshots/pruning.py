@@ -27,13 +27,12 @@ from posthoc_cli.planning import (
     losses_of,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Prior, thinned_subset
+from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot, verify_snapshot
-from posthoc_cli.threads import one_blas_thread
 
 _ONE_BY_ONE = 128
 """Up to this number one snapshot goes between two solves; of more, several: single ones hardly matter."""

@@ -17,16 +17,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.synthesis.engine import worker_count
-from posthoc_cli.threads import take_one_openmp_thread
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,13 @@ def take_one_thread() -> None:
     `torch.set_num_threads(1)` would do so as well, and all threads that start later would inherit it.
     """
     torch.get_num_threads()  # makes torch set OpenMP's number for this thread, which it does once
-    take_one_openmp_thread()
+    _openmp().limit(limits=1)
+
+
+@lru_cache
+def _openmp() -> ThreadpoolController:
+    """The libraries with OpenMP, which must have been imported; looking for them takes 10 ms."""
+    return ThreadpoolController().select(user_api="openmp")
 
 
 class Pace:
