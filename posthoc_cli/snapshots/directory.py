@@ -21,6 +21,7 @@ from typing import NamedTuple
 import xxhash
 
 from posthoc_cli import files
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
@@ -28,7 +29,6 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
-from posthoc_cli.snapshots.measurements import stored_average
 from posthoc_cli.snapshots.reader import Part, Snapshot, read_header
 
 log = logging.getLogger(__name__)
@@ -414,7 +414,7 @@ def join_chunks(
                 what = f"do not match: tensor {shown(name)} has the shapes {list(known)} and {list(chunk.shape)}"
                 raise MismatchError(f"{held[name][0][0]} and {path}", what)
             # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-            dtypes[name] = max(dtypes.get(name, stored.dtype), stored.dtype, key=fmt.ITEM_BYTES.__getitem__)
+            dtypes[name] = max(dtypes.get(name, stored.dtype), stored.dtype, key=ITEM_BYTES.__getitem__)
             held[name].append((path, chunk.box(stored.shape)))
     for name, own in held.items():
         problem = cover_problem(shapes[name], [box for _, box in own])
@@ -615,7 +615,7 @@ def _surplus(
     counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
     gone: list[StoredSnapshot] = []
     if max(counts.values(), default=0) > max_checkpoints:
-        averages = [stored_average(snapshot.info) for snapshot in scheduled]
+        averages = [snapshot.info.average() for snapshot in scheduled]
         profiles = [snapshot.info.profile.pure for snapshot in scheduled]
         dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
         gone += [scheduled[index] for index in dropped]

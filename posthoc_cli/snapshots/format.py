@@ -144,11 +144,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import xxhash
 
-from posthoc_cli.dtypes import ITEM_BYTES as ITEM_BYTES
+from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import RecordedPowerFunction
-from posthoc_cli.reconstruction import Measurements, Motion
+from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile
+from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 
 BUFFERS = ("copy", "average", "skip")
@@ -327,6 +327,20 @@ class SnapshotInfo:
     def profile(self) -> RecordedPowerFunction:
         """The profile of the average."""
         return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
+
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """What reconstruction uses of it: of a checkpoint, or an average of known times, with that `profile`."""
+        schedule = self.schedule
+        before = schedule.update_after_step // schedule.update_every
+        own = {self.tensors[name].dtype for name in self.averages}  # float64 accumulates in float64, others in float32
+        steps, times = zip(*self.clock_pairs, strict=True)
+        (step, t), (last_step, last_t) = [(0, 0.0), *self.clock_pairs][-2:]
+        return StoredAverage(
+            profile if isinstance(profile, Point | Discrete) else self.profile,
+            self.updates or max(self.step // schedule.update_every - before, 1),
+            EPS["F64" if own == {"F64"} else "F32"], self.measurements, (last_t - t) / (last_step - step),
+            Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
+        )  # fmt: skip
 
     @property
     def averages(self) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xxhash
 
-from posthoc_cli.dtypes import EPS
+from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
@@ -130,11 +130,11 @@ def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
     # Also where another size is 0: no array library can hold the strides of such a shape.
     if not is_entry or math.prod(size or 1 for size in shape) >= 2**60:
         raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
-    if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
-        known = ", ".join(fmt.ITEM_BYTES)
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        known = ", ".join(ITEM_BYTES)
         raise FileFormatError(path, f"tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
     begin, end = offsets
-    if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         what = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
         raise FileFormatError(path, f"tensor {shown(name)}: {what}")
     return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
@@ -413,7 +413,7 @@ def _part(text: str, _: Values) -> tuple[int, int]:
 
 def _role_and_dtype(value: Any) -> tuple[str, str]:
     role = _one_of(value, "role", ("average", "copy"), "ema.tensors: ")
-    return role, _one_of(value, "dtype", fmt.ITEM_BYTES, "ema.tensors: ")
+    return role, _one_of(value, "dtype", ITEM_BYTES, "ema.tensors: ")
 
 
 def _one_of(value: Any, name: str, accepted: Collection[str], prefix: str = "") -> str:
@@ -441,7 +441,7 @@ def _is_count(value: Any) -> bool:
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "update_after_step": is_whole,
     "max_checkpoints": lambda v: v is None or _is_count(v),
-    "checkpoint_dtype": lambda v: v is None or str(v) in fmt.ITEM_BYTES,
+    "checkpoint_dtype": lambda v: v is None or str(v) in ITEM_BYTES,
     "sigma_range": lambda v: is_list_of(v, is_number) and len(v) == 2,
 }
 """What a schedule accepts; of the others whole numbers above 0."""

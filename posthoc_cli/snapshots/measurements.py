@@ -37,19 +37,16 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
+from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, VanishedError
 from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     ASSUMED,
-    MEASURED,
     Distance,
     DistanceTo,
     Measurements,
     Motion,
     Prior,
-    Steps,
-    StoredAverage,
     measured_prior,
     misfit,
     thinned_subset,
@@ -173,14 +170,10 @@ def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
     for partner in partners:
         info, squared = partner.snapshot.info, _squares(sample, sample.values - partner.values)
         distance = Distance(info.t, info.sigma_rel, squared, sample.rounding + partner.rounding)
-        other = _foreign(partner.snapshot)
-        distances.append(DistanceTo(**vars(distance), profile=other) if other else distance)
+        other = partner.snapshot.profile
+        is_foreign = isinstance(other, Point | Discrete)
+        distances.append(DistanceTo(**vars(distance), profile=other) if is_foreign else distance)
     return Measurements(_squares(sample, sample.values), sample.rounding, tuple(distances))
-
-
-def _foreign(snapshot: FileSource) -> Point | Discrete | None:
-    """The profile of one that is no power function."""
-    return snapshot.profile if isinstance(snapshot.profile, Point | Discrete) else None
 
 
 def _squares(sample: _Sample, values: FloatArray) -> float:
@@ -194,27 +187,6 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
 # --- headers for reconstruction
 
 
-def stored_average(info: SnapshotInfo, profile: Point | Discrete | None = None) -> StoredAverage:
-    """The part of a header that reconstruction uses; with a `profile` in place of the power function in it."""
-    schedule = info.schedule
-    before = schedule.update_after_step // schedule.update_every
-    own = {info.tensors[name].dtype for name in info.averages}  # float64 accumulates in float64, others in float32
-    steps, times = zip(*info.clock_pairs, strict=True)
-    (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
-    return StoredAverage(
-        profile or info.profile, info.updates or max(info.step // schedule.update_every - before, 1),
-        EPS["F64" if own == {"F64"} else "F32"], info.measurements, (last_t - t) / (last_step - step),
-        Steps(Clock(steps, times), schedule.update_every), info.motion, info.inherited,
-    )  # fmt: skip
-
-
-def motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
-    """The motion up to the newest snapshots, for their headers; None if too few were measured."""
-    prior = measured_prior([stored_average(info) for info in infos])
-    known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
-    return prior.motion.handed_on() if known else None
-
-
 def snapshot_prior(snapshots: Sequence[FileSource], others: Sequence[SnapshotInfo] = ()) -> Prior:
     """The prior from headers of snapshots, and of averages in memory: in the order of `snapshots`, then `others`.
 
@@ -222,8 +194,8 @@ def snapshot_prior(snapshots: Sequence[FileSource], others: Sequence[SnapshotInf
     """
     sampled = any(snapshot.info.measurements is None for snapshot in snapshots)
     infos = with_sampled_measurements(snapshots) if sampled else [snapshot.info for snapshot in snapshots]
-    averages = [stored_average(info, _foreign(one)) for info, one in zip(infos, snapshots, strict=True)]
-    prior = measured_prior([*averages, *map(stored_average, others)])
+    averages = [info.average(one.profile) for info, one in zip(infos, snapshots, strict=True)]
+    prior = measured_prior([*averages, *(info.average() for info in others)])
     return prior.sampled() if sampled else prior
 
 
@@ -495,7 +467,7 @@ def check_update_every(
         profiles = {source.profile: profile(source, every) for source in sources}
         averages = [
             replace(
-                stored_average(source.info, profiles[source.profile]),
+                source.info.average(profiles[source.profile]),
                 measurements=replace(own, distances=tuple(_claimed(one, profiles) for one in own.distances)),
             )
             for source, own in zip(sources, measured, strict=True)

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Distance, Measurements, roundings
+from posthoc_cli.reconstruction import MEASURED, Distance, Measurements, Motion, measured_prior, roundings
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import (
     ON_ONE_FILE_SYSTEM,
@@ -38,10 +39,9 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
+from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -335,7 +335,7 @@ class Snapshotter:
         alike = (s for s in reversed(behind) if s.info.segment == infos[0].segment and s.info.measurements)
         fitted = [snapshot.info for snapshot in islice(alike, _FITTED) if snapshot.t < infos[0].t][::-1]
         # Of several processes each knows the measurements of its own part only.
-        motion = motion_so_far([*fitted, *infos]) if self._members is None else None
+        motion = _motion_so_far([*fitted, *infos]) if self._members is None else None
         nbytes = 0
         for source, info, dtypes, is_due in zip(sources, infos, storage, due, strict=True):
             if is_due:
@@ -432,6 +432,13 @@ def _is_earlier(path: Path, own: SnapshotInfo) -> bool:
     with suppress(FileFormatError):
         return decode_snapshot(path, read_header(path)).session < own.session
     return False
+
+
+def _motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
+    """The motion up to the newest snapshots, for their headers; None if too few were measured."""
+    prior = measured_prior([info.average() for info in infos])
+    known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
+    return prior.motion.handed_on() if known else None
 
 
 def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:

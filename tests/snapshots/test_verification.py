@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing
 from torture.forging import forge
 
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import write_synthesis
@@ -221,7 +222,7 @@ def test_all_that_is_wrong_is_counted_wherever_it_lies(tmp_path: Path, size: int
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 def test_what_is_finite_is_told_from_the_bits(dtype: str) -> None:
     """Against numbers that were decoded: all of 8 and 16 bits, many of the others, the edges among them."""
-    item = fmt.ITEM_BYTES[dtype]
+    item = ITEM_BYTES[dtype]
     if item <= 2:
         bits = np.arange(2 ** (8 * item), dtype=f"<u{item}")
     else:
