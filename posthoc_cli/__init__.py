@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from posthoc_cli import averages, errors, sweep
+    from posthoc_cli.checkpoints.opening import disk_sources
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
     from posthoc_cli.planning import Schedule, error_curve
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from posthoc_cli.reconstruction import reconstruct
     from posthoc_cli.run import Run
     from posthoc_cli.synthesis.engine import synthesize
-    from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
+    from posthoc_cli.synthesis.plan import plan_synthesis
     from posthoc_cli.targets import Beta, Between, Coefficients, Decay, Groups, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
 
@@ -34,7 +35,7 @@ __all__ = [
 _HOMES = {
     "Beta": "targets", "Between": "targets", "Coefficients": "targets", "Decay": "targets", "Groups": "targets",
     "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
-    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "synthesis.plan",
+    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "checkpoints.opening",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",
     "synthesize": "synthesis.engine",

@@ -1,8 +1,9 @@
-"""The dtypes that safetensors files hold, and what users call them. The only table; it needs no torch."""
+"""The dtypes that safetensors files hold, what torch and users call them. The only table; it imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from posthoc_cli.errors import InvalidValueError
@@ -66,3 +67,23 @@ def parse_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> str |
     if word != "keep" and word not in WORDS:
         raise InvalidValueError(option, f"must be one of {', '.join(WORDS)}, keep", value=word)
     return WORDS.get(word)
+
+
+_NAMES = {f"torch.{dtype.torch_name}": name for name, dtype in DTYPES.items()}
+
+
+def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
+    """The safetensors name of a dtype; an InvalidValueError names the `tensor` if it has none."""
+    if str(dtype) not in _NAMES:
+        where = f"tensor {tensor!r}" if tensor else "tensor"
+        raise InvalidValueError(where, f"dtype {dtype} cannot be stored; one of {', '.join(_NAMES)} can")
+    return _NAMES[str(dtype)]
+
+
+@lru_cache
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a safetensors name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return dtype

@@ -15,6 +15,7 @@ from posthoc_cli.checkpoints.opening import (
     UNSPECIFIED,
     Origin,
     check_claims,
+    disk_sources,
     holds_checkpoints,
     is_glob,
     open_checkpoints,
@@ -42,23 +43,19 @@ from posthoc_cli.snapshots.check import Verification, list_contents, verify, ver
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
-from posthoc_cli.snapshots.measurements import (
+from posthoc_cli.snapshots.measurements import deep_bytes
+from posthoc_cli.snapshots.sources import (
     EarlierRun,
+    FileSource,
+    Snapshot,
+    Source,
     chosen_up_to,
-    deep_bytes,
+    counted,
     run_clock,
     scaled_run,
-)
-from posthoc_cli.snapshots.reader import FileSource, Snapshot
-from posthoc_cli.synthesis.plan import (
-    Plan,
-    Source,
-    counted,
-    disk_sources,
-    plan_synthesis,
     source_prior,
-    with_consistent_plan,
 )
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:

@@ -32,8 +32,7 @@ from posthoc_cli.planning import relative_rounding
 from posthoc_cli.reconstruction import MOST_SOLVED, Prior, assumed_prior, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
-from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter
 
 EVERY = 10
 """Updates from one snapshot to the next."""

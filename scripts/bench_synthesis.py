@@ -42,11 +42,12 @@ from synthesis_cases import (
     write_sparse_snapshots,
 )
 
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.candidates import Candidates
 from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into
-from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import SigmaRel
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]

@@ -30,8 +30,8 @@ from posthoc_cli.planning.proposals import Task, relative_rounding
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.pruning import plan_pruning
+from posthoc_cli.snapshots.sources import source_prior
 from posthoc_cli.targets import Target, as_target
 
 USEFUL = (0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)
@@ -323,7 +323,7 @@ def keeping(options: Options) -> Iterator[Cell]:
             tracking, folder = Tracking(tracked, "float16", run.steps // snapshots), options.folder()
             feed(run, tracking, folder)
             there = read_directory(folder)
-            profiles, prior = [snapshot.info.profile.pure for snapshot in there], snapshot_prior(there)
+            profiles, prior = [snapshot.info.profile.pure for snapshot in there], source_prior(there)
             gone = set(snapshots_to_drop(profiles, prior, kept))
             left = [index for index in range(len(profiles)) if index not in gone]
             greedy, *others = (_worst(profiles, prior, chosen) for chosen in (left, *_choices(profiles, kept)))

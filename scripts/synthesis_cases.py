@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.tensors import tensor_bytes
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, tensor_bytes
 
 TRACKED = (0.05, 0.28)
 Shapes = Mapping[str, tuple[int, ...]]

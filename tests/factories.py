@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
+from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import Profile
 from posthoc_cli.reconstruction import Measurements, MinimumVariance
 from posthoc_cli.snapshots.chunks import Chunk
@@ -25,9 +26,8 @@ from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
-from posthoc_cli.snapshots.reader import Snapshot, read_header
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
 
 FloatArray = npt.NDArray[np.float64]
 

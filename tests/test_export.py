@@ -28,6 +28,7 @@ from factories import (
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -41,8 +42,8 @@ from posthoc_cli.export.layouts import layout_of, output_exists, write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
+from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]

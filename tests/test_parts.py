@@ -19,12 +19,13 @@ from torch.distributed import HashStore
 
 import posthoc_cli
 from posthoc_cli import files
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import OutputExistsError, RankError, WriteError
 from posthoc_cli.export import ranks
 from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
 from posthoc_cli.export.ranks import Ranks
-from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX_NAME = "model.safetensors.index.json"
 SHAPES: dict[str, tuple[int, ...]] = {

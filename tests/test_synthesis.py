@@ -14,11 +14,12 @@ import torch
 from factories import RUN_ID, exact_gamma, write_snapshot
 from safetensors.torch import load_file
 
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
 from posthoc_cli.synthesis.engine import Options, parse_device, synthesize
-from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)

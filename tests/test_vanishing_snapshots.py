@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli import run as run_module
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.tensor_file import TensorFile
 from posthoc_cli.synthesis import plan
-from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.tracker import evaluation
 
 

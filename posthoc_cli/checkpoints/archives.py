@@ -18,7 +18,7 @@ from typing import Any
 from posthoc_cli.checkpoints.pickles import Call, Extent, Name, PickleError, pickled_value
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.snapshots.chunks import row_major
-from posthoc_cli.snapshots.reader import OpenedFile
+from posthoc_cli.snapshots.tensor_file import OpenedFile
 
 ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024

@@ -20,8 +20,7 @@ from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe_tensors
-from posthoc_cli.snapshots.measurements import run_clock
-from posthoc_cli.snapshots.reader import FileSource, OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot, run_clock
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""

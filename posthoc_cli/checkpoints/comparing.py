@@ -20,7 +20,8 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots.reader import in_order, read_values, worker_threads
+from posthoc_cli.snapshots.measurements import read_values
+from posthoc_cli.snapshots.tensor_file import in_order, worker_threads
 
 _TILE = 2**16
 """Elements that a thread compares at a time."""

@@ -32,7 +32,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.headers import is_sizes, parse_json
 from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.reader import OpenedFile, decode_values, named_on_error
+from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error
 
 Keys = tuple[str, ...]
 

@@ -19,8 +19,8 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.reader import Part, holds_nonfinite, read_header
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.sources import Part
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, holds_nonfinite, read_header
 
 KIND = "checkpoint"
 

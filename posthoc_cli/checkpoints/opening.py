@@ -14,7 +14,7 @@ from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.checkpoint import Checkpoint, checked_run, make_checkpoint
+from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots, checked_run, make_checkpoint
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
 from posthoc_cli.checkpoints.imported import KIND, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
@@ -27,10 +27,11 @@ from posthoc_cli.profiles.other_libraries import (
     torchtitan_profile,
 )
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.directory import is_snapshot_name
+from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.measurements import check_update_every
-from posthoc_cli.snapshots.reader import FileSource, read_small_file
+from posthoc_cli.snapshots.sources import FileSource, Source
+from posthoc_cli.snapshots.tensor_file import read_small_file
 
 _STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
 _INDEXED = re.compile(r"(\d{1,20})[._](\d{1,20})\.(?:pt|safetensors)")
@@ -124,6 +125,36 @@ def open_checkpoints(place: str | Path, origin: Origin = UNSPECIFIED) -> list[Ch
         names = ("sigma_rels",) if tracked else ("sigma_rels", "update_every", "update_after_step")
         origin.refuse(names, "is for averages of other libraries, and here are none; name their kind, if there are")
     return checked_run(made)
+
+
+def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str | Path | None = None) -> list[Source]:
+    """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
+
+    Arguments:
+        directory: of a run; or a file, or a glob that names the files or folders of checkpoints.
+        origin: what checkpoints do not say themselves.
+        also: where checkpoints of the same training are, to be combined with the snapshots.
+
+    Raises:
+        InvalidValueError: `origin` says something about checkpoints, and there are none.
+        DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
+    """
+    path = Path(directory)
+    if origin.kind not in (None, "snapshots") or is_glob(directory):
+        return [*open_checkpoints(directory, origin)]
+    try:
+        snapshots = read_directory(path)
+    except DirectoryError as error:
+        if origin.kind is not None or not holds_checkpoints(directory):
+            raise error
+        if also is not None:
+            raise InvalidValueError("checkpoints", "are added to the snapshots of a tracker", error.reason) from error
+        return [*open_checkpoints(directory, origin)]
+    if also is None:
+        names = [name for name in vars(origin) if name != "kind"]
+        origin.refuse(names, "is for checkpoints, and these are snapshots of a tracker")
+    others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also, origin))
+    return sorted([*snapshots, *others], key=lambda one: (one.info.t, one.info.sigma_rel)) if others else [*snapshots]
 
 
 def is_glob(place: str | Path) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from posthoc_cli.snapshots.reader import OpenedFile
+from posthoc_cli.snapshots.tensor_file import OpenedFile
 
 LONGEST_LINE = 4096
 """Characters of a line, or bytes of a number, at most."""

@@ -27,7 +27,8 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, row_major
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.reader import OpenedFile, Part, TensorFile, read_header
+from posthoc_cli.snapshots.sources import Part
+from posthoc_cli.snapshots.tensor_file import OpenedFile, TensorFile, read_header
 
 ENDINGS = (fmt.SUFFIX, *PICKLES)
 

@@ -205,7 +205,7 @@ def _print_table(report: SynthesisReport, errors: dict[str, list[float | None]])
 
 
 def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[float | None]]) -> str:
-    from posthoc_cli.synthesis.plan import counted, kind_of
+    from posthoc_cli.snapshots.sources import counted, kind_of
 
     plan, paths = report.plan, report.outputs
     single = len(plan.targets) == 1
@@ -245,7 +245,7 @@ def _parts_text(report: SynthesisReport) -> str:
     """One line about a synthesis in parts."""
     from posthoc_cli.export.job import Shares
     from posthoc_cli.export.parts import MadePart
-    from posthoc_cli.synthesis.plan import counted
+    from posthoc_cli.snapshots.sources import counted
 
     plan, parts, dry_run = report.plan, report.parts, not report.outputs
     which = plan.targets[0].title if len(plan.targets) == 1 else f"{len(plan.targets)} averages"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import EPS, parse_dtype
+from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -39,8 +39,8 @@ from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.format import SUFFIX, OutputInfo, TensorSpec, output_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
-from posthoc_cli.snapshots.reader import OpenSnapshot, PartedFile, TensorFile, read_header
-from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
+from posthoc_cli.snapshots.sources import OpenSnapshot, PartedFile
+from posthoc_cli.snapshots.tensor_file import TensorFile, read_header, tensor_from_bytes
 
 
 @dataclass(frozen=True)

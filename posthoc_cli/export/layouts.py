@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES
+from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -44,9 +44,7 @@ from posthoc_cli.snapshots.outputs import (
     read_index,
     same_coefficients,
 )
-from posthoc_cli.snapshots.reader import read_header, verify_payload
-from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, verify_payload
 from posthoc_cli.synthesis.engine import Options, TensorTile, TileWriter, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile

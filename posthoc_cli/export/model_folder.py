@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import DTYPES, EPS, WORDS
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -29,9 +29,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.layouts import OutputOptions, check_shape, check_space, converted
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
-from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 

@@ -44,7 +44,8 @@ from posthoc_cli.export.layouts import (
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import outputs
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index, read_index
-from posthoc_cli.snapshots.reader import Snapshot, read_header, read_small_file, verify_payload
+from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.tensor_file import read_header, read_small_file, verify_payload
 from posthoc_cli.synthesis.engine import Progress
 from posthoc_cli.synthesis.plan import Plan
 

@@ -167,6 +167,19 @@ class Prior:
         """The same, marked as estimated from a sample of elements."""
         return replace(self, source=SAMPLED) if self.source == MEASURED else self
 
+    def stretched(self, steps: float, t: float, norm: float) -> Motion:
+        """The motion up to `t` of a run of `steps` steps on the same path, relative to a squared norm.
+
+        Increments have the variance v dn over dn steps, so that v shrinks as the number of steps grows; densities
+        shrink, too, and with them integral w p^2 dn, so that w grows.
+        """
+        motion = self.motion
+        edges = motion.edges if self.steps is None else self.steps.clock.step_at(motion.edges)
+        factor = steps / (t if self.steps is None else float(self.steps.clock.step_at(t)))
+        # The new run moves from its start, even if the earlier one's averages began later.
+        edges = np.concatenate(([0.0], edges[1:] * factor))
+        return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
+
 
 def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
     """The prior of a plan, or without measurements, relative to the norm.

@@ -31,7 +31,8 @@ from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import finite
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.reader import Snapshot, read_small_file
+from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.tensor_file import read_small_file
 from posthoc_cli.sweep.results import RESULT
 
 _MOST_BYTES = 50_000_000

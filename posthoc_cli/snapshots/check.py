@@ -44,9 +44,9 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
-from posthoc_cli.snapshots.measurements import Progress, compare_measurements, run_clock
+from posthoc_cli.snapshots.measurements import Progress, compare_measurements
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
+from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import (
     COPY,
     check_state_tensors,
@@ -55,6 +55,7 @@ from posthoc_cli.snapshots.states import (
     read_state,
     tensors_with,
 )
+from posthoc_cli.snapshots.tensor_file import TensorFile, check_payload, in_order, read_header, worker_threads
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 

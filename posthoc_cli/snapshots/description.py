@@ -17,8 +17,9 @@ from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, 
 from posthoc_cli.snapshots.format import FileHeader, by_segment
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
-from posthoc_cli.snapshots.reader import FileSource, Snapshot, read_header
+from posthoc_cli.snapshots.sources import FileSource, Snapshot
 from posthoc_cli.snapshots.states import StoredState, decode_state, is_state_folder, read_state
+from posthoc_cli.snapshots.tensor_file import read_header
 
 Description = dict[str, Any]
 

@@ -29,7 +29,8 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
-from posthoc_cli.snapshots.reader import Part, Snapshot, read_header
+from posthoc_cli.snapshots.sources import Part, Snapshot
+from posthoc_cli.snapshots.tensor_file import read_header
 
 log = logging.getLogger(__name__)
 

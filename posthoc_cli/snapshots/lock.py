@@ -22,7 +22,7 @@ import filelock
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, LockedError, WriteError, printable
-from posthoc_cli.snapshots.reader import read_small_file
+from posthoc_cli.snapshots.tensor_file import read_small_file
 
 log = logging.getLogger(__name__)
 

@@ -30,29 +30,27 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby
 from math import inf, sqrt
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, VanishedError
-from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
+from posthoc_cli.errors import InvalidValueError, NonFiniteError, VanishedError
+from posthoc_cli.profiles import Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
-    ASSUMED,
     Distance,
     DistanceTo,
     Measurements,
-    Motion,
-    Prior,
-    measured_prior,
     misfit,
-    thinned_subset,
 )
-from posthoc_cli.snapshots.format import SnapshotInfo, of_newest_segment
-from posthoc_cli.snapshots.reader import FileSource, OpenSnapshot, Snapshot, in_order, read_values, worker_threads
+from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.tensor_file import decode_values, in_order, worker_threads
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -78,15 +76,30 @@ def sample_measurements(snapshots: Sequence[FileSource]) -> list[Measurements]:
     found: dict[int, Measurements] = {}
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
-    by_time = sorted(range(len(snapshots)), key=lambda i: _order(snapshots[i]))
+    by_time = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].info.t, *_kind(snapshots[i])))
     for _, group in groupby(by_time, key=lambda i: snapshots[i].info.t):
         now = {index: _read(snapshots[index], ranges) for index in group}
         earlier = [other for kind in sorted(newest) for others in newest[kind] for other in others]
         for index, sample in now.items():
             found[index] = _measure(sample, [other for other in now.values() if other is not sample] + earlier)
-        for kind, alike in groupby(now.values(), key=lambda sample: _order(sample.snapshot)[1:]):
+        for kind, alike in groupby(now.values(), key=lambda sample: _kind(sample.snapshot)):
             newest[kind] = [*newest[kind], list(alike)][-2:]
     return [found[index] for index in range(len(snapshots))]
+
+
+def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotInfo]:
+    """Their headers, all with measurements of one sample of elements, since distances need both sides.
+
+    Without measurements if values are too large to be squared.
+    """
+    try:
+        sampled: Sequence[Measurements | None] = sample_measurements(snapshots)
+    except OverflowError:
+        sampled = [None] * len(snapshots)
+    return [
+        replace(snapshot.info, measurements=measurements, motion=None)
+        for snapshot, measurements in zip(snapshots, sampled, strict=True)
+    ]
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
@@ -103,6 +116,10 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     exponent = np.maximum(np.frexp(moved)[1] - 1, dtype.lowest_exponent)
     spacing = np.ldexp(1.0, exponent - dtype.mantissa_bits)
     return float(np.dot(spacing, spacing)) / 12
+
+
+def _kind(snapshot: FileSource) -> tuple[float, bool]:
+    return snapshot.info.sigma_rel, isinstance(snapshot.profile, Point)
 
 
 class _Range(NamedTuple):
@@ -184,121 +201,11 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
     return total
 
 
-# --- headers for reconstruction
-
-
-def snapshot_prior(snapshots: Sequence[FileSource], others: Sequence[SnapshotInfo] = ()) -> Prior:
-    """The prior from headers of snapshots, and of averages in memory: in the order of `snapshots`, then `others`.
-
-    If a header has no measurements, those of all snapshots are estimated from a sample.
-    """
-    sampled = any(snapshot.info.measurements is None for snapshot in snapshots)
-    infos = with_sampled_measurements(snapshots) if sampled else [snapshot.info for snapshot in snapshots]
-    averages = [info.average(one.profile) for info, one in zip(infos, snapshots, strict=True)]
-    prior = measured_prior([*averages, *(info.average() for info in others)])
-    return prior.sampled() if sampled else prior
-
-
-def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotInfo]:
-    """Their headers, all with measurements of one sample of elements, since distances need both sides.
-
-    Without measurements if values are too large to be squared.
-    """
-    try:
-        sampled: Sequence[Measurements | None] = sample_measurements(snapshots)
-    except OverflowError:
-        sampled = [None] * len(snapshots)
-    return [
-        replace(snapshot.info, measurements=measurements, motion=None)
-        for snapshot, measurements in zip(snapshots, sampled, strict=True)
-    ]
-
-
-def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
-    """The run's steps over its time, from all its snapshots' clocks; a MismatchError if two contradict each other."""
-    pairs = sorted({pair for info in infos for pair in info.clock_pairs})
-    for (step, t), (next_step, next_t) in pairwise(pairs):
-        if step == next_step or t >= next_t:
-            raise MismatchError(
-                "the snapshots are not of one training",
-                f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}",
-            )
-    return Clock([step for step, _ in pairs], [t for _, t in pairs])
-
-
-class _Stored(Protocol):
-    @property
-    def info(self) -> SnapshotInfo: ...
-    @property
-    def profile(self) -> StoredProfile: ...
-
-
-_One = TypeVar("_One", bound=_Stored)
-
-
-def _order(item: _Stored) -> tuple[float, float, bool]:
-    return item.info.t, item.info.sigma_rel, isinstance(item.profile, Point)
-
-
-def by_time(items: Sequence[_One]) -> list[_One]:
-    """By time, then sigma_rel, checkpoints last."""
-    return sorted(items, key=_order)
-
-
-def chosen_up_to(items: Sequence[_One], t: float) -> tuple[list[_One], list[_One]]:
-    """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
-
-    Both by time, then sigma_rel; of very many a limited number, see `thinned_subset`.
-    """
-    ordered = by_time(items)
-    usable, later = [o for o in ordered if o.info.t <= t], [o for o in ordered if o.info.t > t]
-    return _chosen(usable), _chosen(later)
-
-
-def _chosen(items: Sequence[_One]) -> list[_One]:
-    return [items[index] for index in thinned_subset([item.profile for item in items])]
-
-
-@dataclass(frozen=True)
-class EarlierRun:
-    """An earlier run scaled to another length, relative to its norm: the motion, None if too little is known.
-
-    `rounding` is the root mean square error of its stored averages by dtype, relative to their norm.
-    """
-
-    motion: Motion | None
-    rounding: dict[str, float]
-
-
-def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
-    """The snapshots of one run, scaled to a run of `steps`. Reads a sample if headers lack measurements."""
-    snapshots = of_newest_segment(snapshots)
-    snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
-    prior = snapshot_prior(snapshots)
-    times = np.array([snapshot.info.t for snapshot in snapshots])
-    norm = float(prior.norm[times == times.max()].mean())
-    known = prior.source != ASSUMED and norm > 0
-    motion = stretched(prior, steps, float(times.max()), norm) if known else None
-    found = defaultdict(list)
-    for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
-        stored = {snapshot.stored[name].dtype for name in _averaged(snapshot)}
-        if prior.source != ASSUMED and len(stored) == 1 and rounding > 0 and squared > 0:
-            found[DTYPES[stored.pop()].torch_name].append(float(rounding / squared))
-    return EarlierRun(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})
-
-
-def stretched(prior: Prior, steps: float, t: float, norm: float) -> Motion:
-    """The motion up to `t` of a run of `steps` steps on the same path, relative to a squared norm.
-
-    Increments have the variance v dn over dn steps, so that v shrinks as the number of steps grows; densities shrink,
-    too, and with them integral w p^2 dn, so that w grows.
-    """
-    motion = prior.motion
-    edges = motion.edges if prior.steps is None else prior.steps.clock.step_at(motion.edges)
-    factor = steps / (t if prior.steps is None else float(prior.steps.clock.step_at(t)))
-    # The new run moves from its start, even if the earlier one's averages began later.
-    edges = np.concatenate(([0.0], edges[1:] * factor))
-    return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
+def read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatArray:
+    """The elements `begin` to `end` of a tensor as `decode_values` gives them, unverified: for estimates only."""
+    dtype = file.header.tensors[name].dtype
+    item = DTYPES[dtype].nbytes
+    return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
 
 
 # --- values against what was measured

@@ -31,7 +31,7 @@ from posthoc_cli.snapshots.headers import (
     or_null,
     parse_json,
 )
-from posthoc_cli.snapshots.reader import read_header, read_small_file
+from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"

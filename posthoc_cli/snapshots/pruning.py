@@ -31,8 +31,8 @@ from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot, verify_snapshot
+from posthoc_cli.snapshots.sources import Snapshot, source_prior
+from posthoc_cli.snapshots.tensor_file import verify_payload
 
 _ONE_BY_ONE = 128
 """Up to this number one snapshot goes between two solves; of more, several: single ones hardly matter."""
@@ -118,7 +118,7 @@ def plan_pruning(
     profiles = [snapshot.info.profile.pure for snapshot in snapshots]
     needed = _needed(profiles)
     solved = sorted({*thinned_subset(profiles), *needed})
-    prior = snapshot_prior([snapshots[index] for index in solved])
+    prior = source_prior([snapshots[index] for index in solved])
     before = forecast([profiles[index] for index in solved], prior, sigma_range)
 
     def errors_without(gone: Sequence[int]) -> Forecast:
@@ -127,7 +127,7 @@ def plan_pruning(
         if set(chosen) <= set(solved):
             known = prior.of([solved.index(index) for index in chosen])
         else:
-            known = replace(snapshot_prior([snapshots[index] for index in chosen]), motion=prior.motion)
+            known = replace(source_prior([snapshots[index] for index in chosen]), motion=prior.motion)
         after = forecast([profiles[index] for index in chosen], known, sigma_range)
         # The expected distance cannot fall, but the norm that it is relative to is estimated from fewer averages.
         return replace(after, predicted_error=np.maximum(after.predicted_error, before.predicted_error))
@@ -174,7 +174,8 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
-            verify_snapshot(snapshot, progress)
+            for part in snapshot.parts or (snapshot,):
+                verify_payload(part.path, part.header, progress)
         for snapshot in pruning.gone:
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):

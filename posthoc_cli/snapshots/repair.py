@@ -35,8 +35,7 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.format import of_newest_segment
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.measurements import chosen_up_to, snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sources import Snapshot, chosen_up_to, source_prior
 
 MOVED = frozenset({check.DAMAGED, check.MISSING, check.NONFINITE, check.MISMATCHED, check.MISMEASURED})
 """States of files that are set aside."""
@@ -214,7 +213,7 @@ def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
     t = max(snapshot.info.t for snapshot in newest)
     solved, _ = chosen_up_to(newest, t)
     try:
-        prior = snapshot_prior(solved)
+        prior = source_prior(solved)
     except (FileFormatError, NonFiniteError):
         return None
     profiles = [snapshot.info.profile.pure for snapshot in solved]

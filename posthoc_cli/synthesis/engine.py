@@ -23,10 +23,9 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
-from posthoc_cli.dtypes import ITEM_BYTES
+from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.snapshots.reader import OpenSnapshot
-from posthoc_cli.snapshots.tensors import round_to, torch_dtype
+from posthoc_cli.snapshots.sources import OpenSnapshot
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
@@ -518,3 +517,19 @@ def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
     info = torch.finfo(dtype)
     limit = info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
     return bool((values.abs() <= limit).all())
+
+
+def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values`, rounded once, to nearest even.
+
+    torch takes float64 to 16 bits by way of float32, which rounds twice. Rounded to odd there, values stay on their
+    side of any tie between two numbers of 16 bits.
+    """
+    if values.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return values.to(dtype)
+    near = values.to(torch.float32)
+    exact = near.to(torch.float64)
+    bits = near.view(torch.int32)
+    # The number before, in magnitude, where it was rounded away from 0; then an odd last bit where it was rounded.
+    odd = (bits - (exact.abs() > values.abs()).to(torch.int32)) | ((exact != values) & ~values.isnan()).to(torch.int32)
+    return torch.where(values.isfinite(), odd.view(torch.float32), near).to(dtype)

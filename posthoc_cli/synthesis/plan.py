@@ -5,100 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import count
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots
-from posthoc_cli.checkpoints.opening import UNSPECIFIED, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError, percent, shown
+from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError, percent, shown
 from posthoc_cli.planning import Candidate, error_curve
-from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorEntry, TensorSpec, TrackedTensor, of_segment_at
-from posthoc_cli.snapshots.measurements import by_time, chosen_up_to, run_clock, snapshot_prior
-from posthoc_cli.snapshots.reader import FileSource, OpenSnapshot
+from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
+from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
+from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, of_segment_at
+from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
 from posthoc_cli.targets import FixedCoefficients, Groups, Target, as_target, separate
 
 if TYPE_CHECKING:
     import torch
-
-
-class Source(Protocol):
-    """A stored average: a snapshot or a checkpoint on disk, or a current average in memory."""
-
-    @property
-    def name(self) -> str:
-        """The file's name, or a description of an average in memory."""
-
-    @property
-    def info(self) -> SnapshotInfo:
-        """The snapshot's header, or what it would be."""
-
-    @property
-    def profile(self) -> StoredProfile:
-        """What its averages are of: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
-
-    @property
-    def stored(self) -> Mapping[str, TensorEntry | TensorSpec]:
-        """Dtype, shape and bytes of each stored tensor."""
-
-    def open(self) -> AbstractContextManager[OpenSnapshot | Mapping[str, torch.Tensor]]:
-        """Open it for reading, by any number of threads.
-
-        Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.
-        """
-
-
-def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str | Path | None = None) -> list[Source]:
-    """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
-
-    Arguments:
-        directory: of a run; or a file, or a glob that names the files or folders of checkpoints.
-        origin: what checkpoints do not say themselves.
-        also: where checkpoints of the same training are, to be combined with the snapshots.
-
-    Raises:
-        InvalidValueError: `origin` says something about checkpoints, and there are none.
-        DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
-    """
-    path = Path(directory)
-    if origin.kind not in (None, "snapshots") or is_glob(directory):
-        return [*open_checkpoints(directory, origin)]
-    try:
-        snapshots = read_directory(path)
-    except DirectoryError as error:
-        if origin.kind is not None or not holds_checkpoints(directory):
-            raise error
-        if also is not None:
-            raise InvalidValueError("checkpoints", "are added to the snapshots of a tracker", error.reason) from error
-        return [*open_checkpoints(directory, origin)]
-    if also is None:
-        names = [name for name in vars(origin) if name != "kind"]
-        origin.refuse(names, "is for checkpoints, and these are snapshots of a tracker")
-    others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also, origin))
-    return sorted([*snapshots, *others], key=lambda one: (one.info.t, one.info.sigma_rel)) if others else [*snapshots]
-
-
-def source_prior(sources: Sequence[Source]) -> Prior:
-    """The motion of the network and the rounding of each source, in their order.
-
-    If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
-    """
-    on_disk = [source for source in sources if isinstance(source, FileSource)]
-    in_memory = [source for source in sources if not isinstance(source, FileSource)]
-    prior = snapshot_prior(on_disk, [source.info for source in in_memory])
-    place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
-    return prior.of([place[id(source)] for source in sources])
 
 
 log = logging.getLogger(__name__)
@@ -401,20 +327,6 @@ def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
     if has_copies and usable[used[-1]].info.t < usable[-1].info.t:
         used.append(len(usable) - 1)
     return used
-
-
-def counted(sources: Sequence[Source], count: int | None = None, there: int | None = None) -> str:
-    """How many of which kind: "1 snapshot", "43 snapshots and checkpoints", or by numbers, "20 of 80 checkpoints"."""
-    count = len(sources) if count is None else count
-    there = count if there is None else there
-    kinds = sorted({kind_of(source) for source in sources}, reverse=True)
-    number = f"{count:,}" if count == there else f"{count:,} of {there:,}"
-    return f"{number} {' and '.join(f'{kind}s' if there != 1 else kind for kind in kinds)}"
-
-
-def kind_of(source: Source) -> str:
-    """What it is called: "snapshot" or "checkpoint"."""
-    return "checkpoint" if isinstance(source, Checkpoint) else "snapshot"
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
-from posthoc_cli.dtypes import ITEM_BYTES
+from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
-from posthoc_cli.snapshots.tensors import torch_dtype
+from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
 from posthoc_cli.synthesis.plan import Plan
 
 MAX_BATCH = 1024

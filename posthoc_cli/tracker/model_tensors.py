@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from posthoc_cli.dtypes import EPS
+from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
+from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 from posthoc_cli.tracker.sharding import Members, Shares, is_sharded, local_part, local_tensors, reshard
 

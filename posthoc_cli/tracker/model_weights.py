@@ -14,9 +14,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
-from posthoc_cli.dtypes import DTYPES
+from posthoc_cli.dtypes import DTYPES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
-from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.engine import TileWriter, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile

@@ -24,9 +24,9 @@ from posthoc_cli.run import Run, Wanted, Weights
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
-from posthoc_cli.snapshots.measurements import chosen_up_to
+from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.snapshots.states import StateInfo
-from posthoc_cli.synthesis.plan import Source, plan_synthesis, source_prior, with_consistent_plan
+from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered

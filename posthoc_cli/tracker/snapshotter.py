@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES
+from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MEASURED, Distance, Measurements, Motion, measured_prior, roundings
@@ -42,10 +42,8 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
-from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.plan import Source
+from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
+from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
+from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -35,10 +36,9 @@ from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, read_header
+from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
 from posthoc_cli.snapshots.states import StateInfo, StatePart, decode_state, recent_prefix, total_prefix
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import (
     HOST,
     Accumulators,

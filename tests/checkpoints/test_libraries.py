@@ -23,7 +23,7 @@ from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.repair import clean
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter
 
 STEPS = 400
 

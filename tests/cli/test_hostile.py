@@ -28,7 +28,7 @@ from posthoc_cli.demo.job import Folder
 from posthoc_cli.errors import DirectoryError, OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.tensor_file import read_header
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from posthoc_cli.profiles import Discrete, Point, StoredProfile, Uniform, gamma_
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.reconstruction import DistanceTo, reconstruct
 from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.measurements import check_update_every, sample_measurements, snapshot_prior
-from posthoc_cli.snapshots.reader import FileSource
+from posthoc_cli.snapshots.measurements import check_update_every, sample_measurements
+from posthoc_cli.snapshots.sources import FileSource, source_prior
 
 WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 4000, 400
@@ -92,7 +92,7 @@ def test_checkpoints_are_measured_by_a_sample(tmp_path: Path) -> None:
     assert isinstance(back, DistanceTo)
     assert (back.other, next_to.other) == (Point(1000), Point(2000))
     assert back.squared == pytest.approx(float(((values[2] - values[0]) ** 2).sum()), rel=1e-12)
-    prior = snapshot_prior(files)
+    prior = source_prior(files)
     assert prior.source == "sampled"
     made = reconstruct([file.profile for file in files], [Uniform(3000, 4000)], None, prior, 4000.0)
     assert made.coefficients[2:, 0] == pytest.approx([0.5, 0.5], abs=0.02)

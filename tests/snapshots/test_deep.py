@@ -17,7 +17,6 @@ from snapshots.recorded import Walk, record
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots import measurements as deep
-from posthoc_cli.snapshots import reader
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.measurements import deep_bytes
 
@@ -71,8 +70,8 @@ def test_honest_runs_are_not_blamed(
 ) -> None:
     """And memory is that of tiles."""
     monkeypatch.setattr(deep, "TILE", 64)
-    own, sizes = reader.decode_values, []
-    monkeypatch.setattr(reader, "decode_values", lambda data, dtype: sizes.append(data.nbytes) or own(data, dtype))
+    own, sizes = deep.decode_values, []
+    monkeypatch.setattr(deep, "decode_values", lambda data, dtype: sizes.append(data.nbytes) or own(data, dtype))
     run = record(tmp_path / "run", dtype=dtype, **options)
     assert blamed(run) == {}
     assert max(sizes) <= 64 * 8

@@ -34,8 +34,8 @@ from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot, thin
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.reader import PartedFile
 from posthoc_cli.snapshots.repair import clean, plan_repair, repair
+from posthoc_cli.snapshots.sources import PartedFile
 from posthoc_cli.synthesis.engine import Options, synthesize
 
 GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}

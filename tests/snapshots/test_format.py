@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.dtypes import stored_name
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.headers import decode_header, decode_snapshot
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.tensors import stored_name
 
 BLOCK = 4_194_304
 NUMPY_DTYPES = {

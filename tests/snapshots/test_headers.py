@@ -22,8 +22,7 @@ from posthoc_cli.snapshots.directory import inspect_directory, read_directory
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.headers import decode_header
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
-from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.tensors import tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFile, read_header, tensor_from_bytes
 
 
 def craft(path: Path, header: bytes | Any, payload: int = 0, length: int | None = None) -> Path:

@@ -15,7 +15,7 @@ from torture.victims import examine
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.tensor_file import read_header
 
 Small = Callable[[str], Path]
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}

@@ -21,9 +21,8 @@ from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.measurements import scaled_run, snapshot_prior, stretched
 from posthoc_cli.snapshots.pruning import plan_pruning, prune, removal_order
-from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sources import Snapshot, scaled_run, source_prior
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +49,7 @@ def profiles_of(snapshots: Sequence[Snapshot]) -> list[PowerFunction]:
 
 
 def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) -> Forecast:
-    return forecast(profiles_of(snapshots), snapshot_prior(snapshots), *sigma_range)
+    return forecast(profiles_of(snapshots), source_prior(snapshots), *sigma_range)
 
 
 def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
@@ -63,7 +62,7 @@ def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
 @pytest.mark.parametrize("keep", [1, 5, 11, 12])
 def test_keep_leaves_what_thinning_leaves(run: Path, keep: int) -> None:
     snapshots = read_directory(run)
-    dropped = snapshots_to_drop(profiles_of(snapshots), snapshot_prior(snapshots), keep)
+    dropped = snapshots_to_drop(profiles_of(snapshots), source_prior(snapshots), keep)
     pruning = plan_pruning(snapshots, keep=keep)
     assert [s.path for s in pruning.gone] == [snapshots[i].path for i in dropped]
     assert len(pruning.kept) == 2 * keep
@@ -96,7 +95,7 @@ def test_max_error_leaves_as_few_as_hold_it(run: Path) -> None:
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 2e-3
     assert any(s.info.t < 240.0 for s in pruning.kept)
-    order = removal_order(profiles_of(snapshots), snapshot_prior(snapshots), 1, (0.05, 0.28))
+    order = removal_order(profiles_of(snapshots), source_prior(snapshots), 1, (0.05, 0.28))
     one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.gone) + 1]]
     assert errors_of(one_less).worst > 2e-3
 
@@ -247,7 +246,7 @@ def test_a_stretched_motion_keeps_every_expected_distance() -> None:
     norm = 9.0
     own = replace(assumed_prior(snapshots, 1e-4, motion), norm=norm * np.ones(6), rounding=norm * 1e-8 * np.ones(6))
     own = replace(own, steps=Steps(clock))
-    other = assumed_prior(later, 1e-4, stretched(own, 560.0, 80.0, norm))
+    other = assumed_prior(later, 1e-4, own.stretched(560.0, 80.0, norm))
     np.testing.assert_allclose(
         forecast(snapshots, own).predicted_error, forecast(later, other).predicted_error, rtol=1e-5
     )

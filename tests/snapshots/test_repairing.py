@@ -18,18 +18,19 @@ from safetensors.torch import load_file
 from snapshots.recorded import Walk, call_number, failing, new_tracker
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct, thinned_subset
-from posthoc_cli.snapshots import measurements
+from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, clean, plan_repair, repair
-from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
+from posthoc_cli.snapshots.sources import source_prior
+from posthoc_cli.synthesis.plan import plan_synthesis
 
 
 def planned(run: Path) -> Repair:
@@ -110,7 +111,7 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
     for errors, those in ((plan.before, everything), (plan.after, left)):
         targets = [PowerFunction.from_sigma_rel(s, 60.0) for s in SIGMA_RELS]
         profiles = [s.info.profile.pure for s in those]
-        expected = reconstruct(profiles, targets, prior=snapshot_prior(those), t=60.0).predicted_error
+        expected = reconstruct(profiles, targets, prior=source_prior(those), t=60.0).predicted_error
         least = np.maximum(expected, least)
         assert errors.predicted == pytest.approx(least, rel=1e-6)
         assert errors.worst >= errors.predicted.max()
@@ -120,7 +121,7 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
 
 
 def test_of_very_many_the_errors_are_those_of_the_choice(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "thinned_subset", partial(thinned_subset, most=8))
+    monkeypatch.setattr(sources, "thinned_subset", partial(thinned_subset, most=8))
     break_some(run, (7,))
     plan = planned(run)
     for errors, count in ((plan.before, 12), (plan.after, 11)):

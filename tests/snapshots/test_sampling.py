@@ -14,7 +14,8 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.measurements import expected_rounding, sample_measurements, with_sampled_measurements
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.tensor_file import TensorFile
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

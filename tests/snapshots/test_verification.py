@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing
 from torture.forging import forge
 
-from posthoc_cli.dtypes import ITEM_BYTES
+from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import write_synthesis
@@ -29,17 +30,17 @@ from posthoc_cli.snapshots.check import Verification, list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.reader import (
+from posthoc_cli.snapshots.tensor_file import (
     TensorFile,
+    TensorFileWriter,
     check_payload,
     decode_values,
     holds_nonfinite,
     read_header,
+    tensor_bytes,
     verify_payload,
 )
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
-from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
 
 W = {"w": torch.ones(3)}
 

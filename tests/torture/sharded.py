@@ -22,7 +22,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.states import read_state
-from posthoc_cli.snapshots.tensors import tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from torture.tally import Experiment, Tally
 
 STEPS = 24

@@ -17,7 +17,7 @@ from posthoc_cli import files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.outputs import read_index
-from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.tensor_file import read_header
 from torture.processes import Nursery
 from torture.tally import Tally
 from torture.training import damaged_files

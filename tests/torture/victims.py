@@ -11,6 +11,7 @@ import torch
 from factories import split_snapshot, write_snapshot
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
@@ -18,9 +19,9 @@ from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
-from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.states import decode_state
-from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
+from posthoc_cli.snapshots.tensor_file import TensorFile
+from posthoc_cli.synthesis.plan import plan_synthesis
 from torture.tally import Tally
 
 RUN_ID = "ab12" * 8

@@ -8,7 +8,7 @@ import torch
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.tensor_file import TensorFile
 
 STEPS = 50
 VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)

@@ -15,7 +15,7 @@ from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, MismatchError
 from posthoc_cli.profiles import Clock
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.measurements import run_clock
+from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.targets import Beta, Target, Window
 

@@ -11,10 +11,11 @@ import torch
 from factories import averages_in, exact_average, read_snapshot, write_snapshot
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning
-from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
 
 SETTINGS: dict = {
     "sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 5, "checkpoint_dtype": None,

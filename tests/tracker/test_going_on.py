@@ -19,8 +19,7 @@ from tracker.runs import STEPS, VALUES, matrix, scheduled, times, walk
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
 from posthoc_cli.tracker import pipeline
 from posthoc_cli.tracker.state import STATE_NAME
 

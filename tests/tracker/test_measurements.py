@@ -24,7 +24,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker import snapshotter
 
 Tensors = dict[str, torch.Tensor]

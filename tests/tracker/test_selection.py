@@ -10,10 +10,10 @@ import torch
 from factories import exact_average
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.tensors import stored_name, tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFile, tensor_from_bytes
 from posthoc_cli.synthesis.engine import check_finite
 from posthoc_cli.synthesis.tiles import Piece, Tile
 

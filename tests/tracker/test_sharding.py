@@ -13,8 +13,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.headers import decode_snapshot
-from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.tensors import tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFile, read_header, tensor_from_bytes
 
 SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
 

@@ -33,8 +33,7 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header
 
 SETTINGS: dict = {
     "sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None,

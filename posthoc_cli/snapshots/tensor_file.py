@@ -1,7 +1,12 @@
-"""Read files: the header first, checked; then tensors, each block verified as it is read.
+"""One safetensors file with checksums: its header, its tensors, read and written, and the check of all its bytes.
 
-No torch: tensors come as bytes. Files are read, never mapped, so that one that shrinks under a reader is no crash.
-A FileFormatError names the file that cannot be opened, is no regular file, is damaged or too short, and the tensor.
+Read: the header first, checked; then tensors, each block verified as it is read. Files are read, never mapped, so that
+one that shrinks under a reader is no crash. A FileFormatError names the file that cannot be opened, is no regular file,
+is damaged or too short, and the tensor.
+
+Written: a file is absent or complete, see `files.PendingFile`: a write that was not committed leaves nothing. Every
+byte of every tensor is written exactly once, in any order and from any number of threads, and has a checksum. The
+header, which holds the checksums, is laid out first and filled in last. Memory: the header and what is being written.
 """
 
 from __future__ import annotations
@@ -13,25 +18,25 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
 from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import DTYPES
-from posthoc_cli.errors import FileFormatError, VanishedError, shown
-from posthoc_cli.profiles import PowerFunction, StoredProfile
+from posthoc_cli.dtypes import DTYPES, torch_dtype
+from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError, shown
+from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.chunks import Box, copy_range, row_major
 from posthoc_cli.snapshots.headers import DecodeCache
+
+if TYPE_CHECKING:
+    import torch
 
 THREADS = 8
 """Blocks that are read at a time: some devices need several requests in flight."""
@@ -39,77 +44,12 @@ THREADS = 8
 _NEAR = 4096
 """Bytes between two small tensors that are read rather than passed over by another request."""
 
-_SKIPPED = 256 * 1024
-"""Bytes that are read at a time for their checksum alone."""
-
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of pickles and of archives of torch.save."""
 
-_Info = TypeVar("_Info")
 _File = TypeVar("_File", bound="OpenedFile")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file of a snapshot of several, with the box of each of its tensors."""
-
-    path: Path
-    header: fmt.FileHeader
-    boxes: Mapping[str, Box]
-
-    def open(self) -> TensorFile:
-        """Open it; it must be the file whose header was read."""
-        return TensorFile(self.path, self.header)
-
-
-@dataclass(frozen=True)
-class Stored(Generic[_Info]):
-    """A file, its header, and what it says about itself; or a folder of `parts`, as if they were one file."""
-
-    path: Path
-    header: fmt.FileHeader
-    info: _Info
-    parts: tuple[Part, ...] = ()
-
-    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
-        """Open it, or boxes of some tensors as if these were all; its files must be those whose headers were read."""
-        return PartedFile(self, boxes) if self.parts or boxes is not None else TensorFile(self.path, self.header)
-
-
-@dataclass(frozen=True)
-class FileSource(Stored[fmt.SnapshotInfo]):
-    """A snapshot on disk, or another program's checkpoint."""
-
-    @property
-    def name(self) -> str:
-        """The file's or folder's name."""
-        return self.path.name
-
-    @property
-    def profile(self) -> StoredProfile:
-        """What its averages are of."""
-        return self.info.profile.pure
-
-    @property
-    def stored(self) -> Mapping[str, fmt.TensorEntry]:
-        """Dtype, shape and place of each stored tensor."""
-        return self.header.tensors
-
-    def cells(self, name: str) -> int:
-        """The number of chunks that rows of a tensor go through; 0 where it is in one file."""
-        boxes = [part.boxes[name] for part in self.parts if name in part.boxes and part.boxes[name].size]
-        return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
-
-
-class Snapshot(FileSource):
-    """A snapshot on disk."""
-
-    @property
-    def profile(self) -> PowerFunction:
-        """The power function that it holds."""
-        return self.info.profile.pure
 
 
 # --- opening files
@@ -193,7 +133,7 @@ def _read_start(file: OpenedFile) -> bytes:
     return prefix + text
 
 
-# --- tensors
+# --- reading tensors
 
 
 class TensorFile(OpenedFile):
@@ -320,215 +260,129 @@ class RangeReader:
                 self._hash.reset()
 
 
-# --- snapshots of several parts
-
-
-class PartedFile:
-    """A snapshot of several parts opened for its tensors, as a TensorFile is: each reads as if it were in one file.
-
-    With `boxes` its tensors are these boxes of the snapshot's; parts that hold none of them stay closed.
-    """
-
-    def __init__(self, snapshot: Stored[Any], boxes: Mapping[str, Box] | None = None) -> None:
-        self.path, self.header, self.info = snapshot.path, snapshot.header, snapshot.info
-        stored = snapshot.header.tensors
-        self._boxes = {name: Box.whole(entry.shape) for name, entry in stored.items()} if boxes is None else boxes
-        if boxes is not None:
-            cut = [fmt.TensorSpec(name, stored[name].dtype, box.shape) for name, box in boxes.items()]
-            self.header = replace(snapshot.header, tensors=fmt.lay_out(cut))
-        self._is_cut = boxes is not None
-        whole = Part(snapshot.path, snapshot.header, {name: Box.whole(entry.shape) for name, entry in stored.items()})
-        self._files: list[tuple[TensorFile, Mapping[str, Box]]] = []
-        self._chunks: dict[str, list[tuple[TensorFile, Box]]] = {name: [] for name in self._boxes}
-        with ExitStack() as stack:
-            for part in snapshot.parts or (whole,):
-                held = {n: box for n, box in part.boxes.items() if n in self._boxes and box.size}
-                if self._is_cut:
-                    held = {name: box for name, box in held.items() if box.meet(self._boxes[name]).size}
-                if self._is_cut and not held:
-                    continue
-                file = stack.enter_context(part.open())
-                self._files.append((file, held))
-                for name, box in held.items():
-                    self._chunks[name].append((file, box))
-            self._opened = stack.pop_all()
-
-    def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a complete tensor, verified: shape [nbytes]."""
-        data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
-        reader = self.read_range(name, 0, data.size)
-        for begin in range(0, data.size, fmt.BLOCK_BYTES):  # keeps memory little above the size of the result
-            reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
-        return data
-
-    def read_range(self, name: str, begin: int, end: int) -> BoxReader | RangeReader:
-        """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
-        if (whole := self._file_with(name)) is not None:
-            return whole.read_range(name, begin, end)
-        return BoxReader(self._boxes[name], begin, end, self.header.tensors[name].dtype, self._chunks[name], name)
-
-    def _file_with(self, name: str) -> TensorFile | None:
-        """The file that holds all of a tensor, as it is read here; None if there is none."""
-        if len(self._chunks[name]) != 1:
-            return None
-        file, box = self._chunks[name][0]
-        alike = box == self._boxes[name] and file.header.tensors[name].dtype == self.header.tensors[name].dtype
-        return file if alike else None
-
-    def read_small(self, names: Sequence[str], parts: Sequence[memoryview], _: memoryview | None = None) -> None:
-        """Fill `parts` with tensors of at most one block each, verified."""
-        if self._is_cut:
-            for name, part in zip(names, parts, strict=True):
-                self.read_range(name, 0, len(part)).read_into(part)
-            return
-        targets = dict(zip(names, parts, strict=True))
-        for file, boxes in self._files:
-            stored = file.header.tensors
-            own = [name for name in names if name in boxes]
-            if not own:
-                continue
-            # A tensor that is whole in the file goes to its place, a chunk first to room of its own.
-            kinds = {n: (stored[n].dtype, stored[n].shape) for n in own}
-            chunks = [n for n in own if kinds[n] != (self.header.tensors[n].dtype, self.header.tensors[n].shape)]
-            edges = [0, *accumulate(stored[name].nbytes for name in chunks)]
-            room = np.empty(edges[-1], np.uint8).data
-            rooms = {name: room[begin:end] for name, (begin, end) in zip(chunks, pairwise(edges), strict=True)}
-            file.read_small(own, [rooms.get(name, targets[name]) for name in own], room if chunks == own else None)
-            for name, data in rooms.items():
-                self._place(targets[name], name, boxes[name], stored[name].dtype, data)
-
-    def _place(self, target: memoryview, name: str, box: Box, dtype: str, data: memoryview) -> None:
-        """Copy the elements of a chunk to their places in a complete tensor."""
-        entry = self.header.tensors[name]
-        values, item = _as_stored(np.frombuffer(data, np.uint8), dtype, entry.dtype), DTYPES[entry.dtype].nbytes
-        whole = Box.whole(entry.shape)
-        first, last = whole.span(box)
-        if last - first == box.size:
-            target[first * item : last * item] = values.data
-        else:
-            kind, steps = _items(entry.dtype), [item * step for step in row_major(entry.shape)]
-            elements = as_strided(np.frombuffer(target, kind)[first:last], box.shape, steps)
-            elements[...] = values.view(kind).reshape(box.shape)
-
-    def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        """The bytes `begin` to `end` of a complete tensor, without checksums, for estimates only."""
-        if (whole := self._file_with(name)) is not None:
-            return whole.read_unverified(name, begin, end)
-        entry = self.header.tensors[name]
-        item = DTYPES[entry.dtype].nbytes
-        data = np.empty(end - begin, dtype=np.uint8)
-        chunks = [(box, _Unverified(file, name, entry.dtype).read) for file, box in self._chunks[name]]
-        copy_range(data.view(_items(entry.dtype)), self._boxes[name], begin // item, chunks)
-        return data
-
-    def close(self) -> None:
-        """Close all parts."""
-        self._opened.close()
-
-    def __enter__(self) -> PartedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-OpenSnapshot = TensorFile | PartedFile
-"""A snapshot opened for its tensors: a context manager; any number of threads may read at once."""
-
-
-class BoxReader:
-    """Elements of a box of one tensor, of the bytes `begin` to `end` in it, read in order from chunks that hold it.
-
-    What is read of a part is verified in the same pass, from the block that it begins in to the end of its last one.
-    """
-
-    def __init__(
-        self, box: Box, begin: int, end: int, dtype: str, chunks: Sequence[tuple[TensorFile, Box]], name: str
-    ) -> None:
-        self._box, self._position, self._end = box, begin, end
-        self._type, self._item = _items(dtype), DTYPES[dtype].nbytes
-        self._chunks = [(held, _Verified(file, name, dtype)) for file, held in chunks if held.meet(box).size]
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the bytes that come next, of complete elements."""
-        if view:
-            chunks = [(held, stored.read) for held, stored in self._chunks]
-            copy_range(np.frombuffer(view, self._type), self._box, self._position // self._item, chunks)
-        self._position += len(view)
-        if self._position == self._end:
-            for _, stored in self._chunks:
-                stored.finish()
-
-
-class _Unverified:
-    """Stored elements of a chunk, as a dtype that holds them exactly."""
-
-    def __init__(self, file: TensorFile, name: str, dtype: str) -> None:
-        self._file, self._name, self._dtype = file, name, dtype
-        self._entry = file.header.tensors[name]
-        self._item = DTYPES[self._entry.dtype].nbytes
-
-    def read(self, begin: int, end: int) -> npt.NDArray[Any]:
-        """See `chunks.ForwardReader`."""
-        data = self._bytes(begin * self._item, end * self._item)
-        return _as_stored(data, self._entry.dtype, self._dtype).view(_items(self._dtype))
-
-    def _bytes(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        return self._file.read_unverified(self._name, begin, end)
-
-
-class _Verified(_Unverified):
-    """The same, verified: bytes on the way to those that are wanted, within their block, are read for its checksum."""
-
-    def __init__(self, file: TensorFile, name: str, dtype: str) -> None:
-        super().__init__(file, name, dtype)
-        self._position, self._range = -1, RangeReader(file, name, 0, self._entry.nbytes)
-
-    def finish(self) -> None:
-        """Read the last block to its end."""
-        if self._position > 0 and self._position % fmt.BLOCK_BYTES:
-            self._skip_to(min(self._entry.nbytes, -(-self._position // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES))
-
-    def _bytes(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        first = begin - begin % fmt.BLOCK_BYTES
-        if self._position < first:
-            self.finish()
-            self._range, self._position = RangeReader(self._file, self._name, first, self._entry.nbytes), first
-        self._skip_to(begin)
-        data = np.empty(end - begin, dtype=np.uint8)
-        self._range.read_into(data.data)
-        self._position = end
-        return data
-
-    def _skip_to(self, end: int) -> None:
-        while self._position < end:
-            size = min(end - self._position, _SKIPPED)
-            self._range.read_into(memoryview(bytearray(size)))
-            self._position += size
-
-
-def _as_stored(data: npt.NDArray[np.uint8], dtype: str, wanted: str) -> npt.NDArray[np.uint8]:
-    """The bytes of the same values in a dtype that holds them exactly."""
-    if dtype == wanted:
-        return data
-    # A part with values too large or too small for the run's dtype has a wider one than the others.
-    return decode_values(data, dtype).astype(np.dtype(DTYPES[wanted].torch_name)).view(np.uint8)
-
-
 def _end(entry: fmt.TensorEntry) -> int:
     return entry.begin + entry.nbytes
 
 
-def _items(dtype: str) -> np.dtype[Any]:
-    """The NumPy dtype for copying elements bit by bit."""
-    return np.dtype(f"u{DTYPES[dtype].nbytes}")
+# --- writing
 
 
-def read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> npt.NDArray[np.float64]:
-    """The elements `begin` to `end` of a tensor as `decode_values` gives them, unverified: for estimates only."""
-    dtype = file.header.tensors[name].dtype
-    item = DTYPES[dtype].nbytes
-    return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
+class TensorFileWriter:
+    """Writes one safetensors file. Use it as a context manager and end with `commit`.
+
+    `specs` are all tensors that will be written; checksums are added to `metadata`.
+    """
+
+    def __init__(
+        self, path: Path, specs: Sequence[fmt.TensorSpec], metadata: Mapping[str, str], overwrite: bool = False
+    ) -> None:
+        self.path, self._metadata = path, metadata
+        self._entries = fmt.lay_out(specs)
+        self._blocks: dict[str, list[str | None]] = {
+            name: [None] * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in self._entries.items()
+        }
+        blank = {name: fmt.blank_checksums(entry.nbytes) for name, entry in self._entries.items()}
+        self._payload_start = len(fmt.encode_header(self._entries, metadata, blank))
+        self._file = PendingFile(path, overwrite)
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Write the bytes of one tensor to its place, once."""
+        self.write_many([name], memoryview(data))
+
+    def write_many(self, names: Sequence[str], data: memoryview) -> None:
+        """Write the bytes of several tensors, which follow each other in `data`; neighbours go in one write."""
+        view = data.cast("B")
+        ends = list(accumulate(self._entries[name].nbytes for name in names))
+        if len(view) != ends[-1]:
+            raise InvalidValueError(self.path, f"tensor {names[-1]!r}: {len(view):,} bytes where {ends[-1]:,} were due")
+        begin = run = 0
+        for name, end, following in zip(names, ends, [*names[1:], None], strict=True):
+            for index, checksum in enumerate(fmt.block_checksums(view[begin:end])):
+                self._blocks[name][index] = checksum
+            stop = self._position(name) + end - begin
+            if following is None or self._position(following) != stop:
+                self._file.write_at(view[run:end], stop - (end - run))
+                run = end
+            begin = end
+
+    def write_range(self, name: str, begin: int) -> RangeWriter:
+        """Write the bytes of a tensor from `begin` on, the start of a block, in order and in parts."""
+        return RangeWriter(self._file, self._blocks[name], begin, self._position(name))
+
+    def commit(self) -> str:
+        """Fill in the header, make everything durable, and give the file its name; returns the header's checksum."""
+        checksums = {name: "".join(block or "" for block in blocks) for name, blocks in self._blocks.items()}
+        for name, entry in self._entries.items():
+            if len(checksums[name]) != len(fmt.blank_checksums(entry.nbytes)):
+                raise InvalidValueError(self.path, f"tensor {name!r} was never written")
+        header = fmt.encode_header(self._entries, self._metadata, checksums)
+        self._file.write_at(header, 0)
+        self._file.publish()
+        return fmt.header_checksum(header)
+
+    def _position(self, name: str) -> int:
+        return self._payload_start + self._entries[name].begin
+
+    def discard(self) -> None:
+        """Remove what was written; does nothing after `commit`."""
+        self._file.discard()
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+
+class RangeWriter:
+    """Some blocks of one tensor, written in order, in parts of any size; checksums run along."""
+
+    def __init__(self, file: PendingFile, blocks: list[str | None], begin: int, start: int) -> None:
+        self._file, self._blocks, self._position, self._start = file, blocks, begin, start
+        self._hash = xxhash.xxh3_64()
+
+    def write(self, data: memoryview) -> None:
+        """Write the bytes that come next."""
+        view = data.cast("B")
+        self._file.write_at(view, self._start + self._position)
+        while view:
+            index = self._position // fmt.BLOCK_BYTES
+            left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
+            part, view = view[:left], view[left:]
+            self._hash.update(part)
+            self._position += len(part)
+            if len(part) == left:
+                self._finish_block(index)
+
+    def close(self) -> None:
+        """Finish the last block, which may be shorter than the others."""
+        if self._position % fmt.BLOCK_BYTES:
+            self._finish_block(self._position // fmt.BLOCK_BYTES)
+
+    def _finish_block(self, index: int) -> None:
+        self._blocks[index] = self._hash.hexdigest()
+        self._hash.reset()
+
+
+# --- bytes and values
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; a view where it is contiguous and on the CPU."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of these bytes; it shares their memory."""
+    import torch
+
+    if data.size == 0:
+        # torch gives an empty array the stride 0, which it then refuses to view as another dtype.
+        return torch.empty(shape, dtype=torch_dtype(dtype))
+    return torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape)
 
 
 def _e4m3_values() -> npt.NDArray[np.float64]:
@@ -567,12 +421,6 @@ class Checked(NamedTuple):
     damaged: Sequence[str] = ()
     error: FileFormatError | None = None
     nonfinite: Sequence[str] = ()
-
-
-def verify_snapshot(snapshot: Snapshot, progress: Callable[[int], object] | None = None) -> None:
-    """Read all files of a snapshot, as `verify_payload` does."""
-    for part in snapshot.parts or (snapshot,):
-        verify_payload(part.path, part.header, progress)
 
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
