@@ -1,4 +1,4 @@
-"""Measurements for reconstruction: from headers, or estimated where headers lack them.
+"""Measurements: estimated where headers lack them, and compared with the values in files.
 
 Measurements are estimated from a sample: the averages of a snapshot, one after the other by name, form a long vector,
 which is cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in
@@ -40,12 +40,7 @@ import numpy as np
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, VanishedError
 from posthoc_cli.profiles import Discrete, FloatArray, Point, StoredProfile
-from posthoc_cli.reconstruction import (
-    Distance,
-    DistanceTo,
-    Measurements,
-    misfit,
-)
+from posthoc_cli.reconstruction import Distance, DistanceTo, Measurements, misfit
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.tensor_file import decode_values, in_order, worker_threads
 
@@ -119,6 +114,7 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
 
 
 def _kind(snapshot: FileSource) -> tuple[float, bool]:
+    """Its width, and whether it is a checkpoint."""
     return snapshot.info.sigma_rel, isinstance(snapshot.profile, Point)
 
 

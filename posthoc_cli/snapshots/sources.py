@@ -171,12 +171,12 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
     """
     on_disk = [source for source in sources if isinstance(source, FileSource)]
-    in_memory = [source for source in sources if not isinstance(source, FileSource)]
-    sampled = any(source.info.measurements is None for source in on_disk)
-    infos = with_sampled_measurements(on_disk) if sampled else [source.info for source in on_disk]
-    averages = [info.average(source.profile) for info, source in zip(infos, on_disk, strict=True)]
-    prior = measured_prior([*averages, *(source.info.average() for source in in_memory)])
-    place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
+    ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
+    infos = [source.info for source in ordered]
+    if sampled := any(source.info.measurements is None for source in on_disk):
+        infos[: len(on_disk)] = with_sampled_measurements(on_disk)
+    prior = measured_prior([info.average(source.profile) for info, source in zip(infos, ordered, strict=True)])
+    place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
 
 

@@ -30,7 +30,6 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError, shown
-from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.headers import DecodeCache
@@ -283,7 +282,7 @@ class TensorFileWriter:
         }
         blank = {name: fmt.blank_checksums(entry.nbytes) for name, entry in self._entries.items()}
         self._payload_start = len(fmt.encode_header(self._entries, metadata, blank))
-        self._file = PendingFile(path, overwrite)
+        self._file = files.PendingFile(path, overwrite)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Write the bytes of one tensor to its place, once."""
@@ -337,7 +336,7 @@ class TensorFileWriter:
 class RangeWriter:
     """Some blocks of one tensor, written in order, in parts of any size; checksums run along."""
 
-    def __init__(self, file: PendingFile, blocks: list[str | None], begin: int, start: int) -> None:
+    def __init__(self, file: files.PendingFile, blocks: list[str | None], begin: int, start: int) -> None:
         self._file, self._blocks, self._position, self._start = file, blocks, begin, start
         self._hash = xxhash.xxh3_64()
 
