@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
@@ -35,20 +34,21 @@ _EPS = float(np.finfo(np.float64).eps)
 class LeastSquares:
     """argmin_x || factor x - goals || for goals, [rows, goals], one after another, by QR.
 
-    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which is several times
-    slower and left out for independent columns.
+    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, for which SciPy is
+    imported: that takes longer than all else that a command does before it reads tensors.
     """
 
     def __init__(self, factor: FloatArray) -> None:
         self.factor, self._order = factor, np.arange(factor.shape[1])
-        q, r = linalg.qr(factor, mode="economic", check_finite=False) if factor.size else (factor, factor[:0])
+        q, r = np.linalg.qr(factor) if factor.size else (factor, factor[:0])
         if _is_degenerate(factor, r):
+            from scipy import linalg
+
             q, r, order = linalg.qr(factor, mode="economic", pivoting=True, check_finite=False)
             diagonal = np.abs(np.diag(r))
             self._order = order[: int(np.sum(diagonal > diagonal[0] * _EPS * max(factor.shape)))]
         rank = self._order.size
-        self._q_transposed = np.ascontiguousarray(q[:, :rank].T)
-        self._r = np.asfortranarray(r[:rank, :rank])
+        self._q_transposed, self._r = np.ascontiguousarray(q[:, :rank].T), r[:rank, :rank]
 
     def solve(self, goals: FloatArray) -> FloatArray:
         """Shape [columns, goals]."""
@@ -62,14 +62,14 @@ class LeastSquares:
         """R^-1 times the values, for all columns: 0 for the dependent ones."""
         solution = np.zeros((self.factor.shape[1], values.shape[1]))
         if self._order.size:
-            solution[self._order] = linalg.solve_triangular(self._r, values, check_finite=False)
+            solution[self._order] = np.linalg.solve(self._r, values)
         return solution
 
 
 def _is_degenerate(factor: FloatArray, r: FloatArray) -> bool:
     """Whether columns depend on others up to rounding, from R of a QR decomposition."""
     rows, columns = factor.shape
-    return columns > 0 and bool(rows < columns or linalg.lapack.dtrcon(r)[0] < _EPS * max(factor.shape))
+    return columns > 0 and (rows < columns or not np.linalg.cond(r, 1) < 1 / (_EPS * max(factor.shape)))
 
 
 def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -87,8 +87,9 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
         problem = LeastSquares(factor)
         solution = problem.solve(goals)
         return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
-    solution, _ = linalg.lapack.dtrtrs(r, triangle[:count, count:])
-    return solution, np.sum(triangle[count:, count:] ** 2, axis=0), linalg.lapack.dtrtri(r)[0]
+    solution: FloatArray = np.asarray(np.linalg.solve(r, triangle[:count, count:]), dtype=np.float64)
+    root: FloatArray = np.asarray(np.linalg.inv(r), dtype=np.float64)
+    return solution, np.sum(triangle[count:, count:] ** 2, axis=0), root
 
 
 def _triangle_of(factor: FloatArray, goals: FloatArray) -> FloatArray:
