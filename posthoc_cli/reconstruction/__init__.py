@@ -1,4 +1,4 @@
-"""Coefficients of the linear combination of stored averages that is nearest to a wanted one. Pure NumPy and SciPy.
+"""Coefficients of the linear combination of stored averages that is nearest to a wanted one. With NumPy; rare problems import SciPy.
 
 `solving` has both methods: the published one, and minimum variance, the default. `prior` and `motion` are what the
 latter knows of a run, `basis` the closed forms of both.

@@ -87,8 +87,8 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
         problem = LeastSquares(factor)
         solution = problem.solve(goals)
         return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
-    solution: FloatArray = np.asarray(np.linalg.solve(r, triangle[:count, count:]), dtype=np.float64)
-    root: FloatArray = np.asarray(np.linalg.inv(r), dtype=np.float64)
+    solution = np.asarray(np.linalg.solve(r, triangle[:count, count:]), dtype=np.float64)
+    root = np.asarray(np.linalg.inv(r), dtype=np.float64)
     return solution, np.sum(triangle[count:, count:] ** 2, axis=0), root
 
 
