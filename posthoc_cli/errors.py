@@ -49,9 +49,11 @@ def shown(value: object) -> str:
 
 
 def percent(error: float) -> str:
-    """A relative error for people; tiny ones, which are rounding, as a bound."""
+    """A relative error for people; tiny ones, which are rounding, and those of weights near 0 as a bound."""
     if 0 < error < 1e-7:
         return "< 1e-5 %"
+    if error >= 10:
+        return "> 1,000 %"
     return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
 
 

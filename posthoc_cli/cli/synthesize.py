@@ -124,10 +124,11 @@ def synthesize(
     targets += [] if mean is None else [values.parse_mean(mean)]
     targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
     targets += [Groups(values.parse_groups(group))] if group else []
+    run = values.open_run(directory, checkpoints, origin)
     if not targets:
         kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
-    report = values.open_run(directory, checkpoints, origin).write(
+    report = run.write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
         max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, accumulate=accumulate, overwrite=overwrite,

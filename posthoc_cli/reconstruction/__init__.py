@@ -1,7 +1,7 @@
-"""Coefficients of the linear combination of stored averages that is nearest to a wanted one. Pure NumPy and SciPy.
+"""Coefficients of the linear combination of stored averages that is nearest to a wanted one.
 
 `solving` has both methods: the published one, and minimum variance, the default. `prior` and `motion` are what the
-latter knows of a run, `basis` the closed forms of both.
+latter knows of a run, `basis` the closed forms of both. NumPy serves but for rare problems, which import SciPy.
 """
 
 from posthoc_cli.reconstruction.basis import points_of, relative_width

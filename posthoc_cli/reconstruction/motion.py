@@ -17,8 +17,8 @@ and the squared length of any f_a a + f_b b + f_c c with f_a + f_b + f_c = 0 fol
 
     -f_c f_a |c - a|^2 - f_c f_b |c - b|^2 - f_b f_a |b - a|^2.
 
-Their integrals and roundings combine with the same factors. Of a run with one profile, this equation takes the place of
-that for |c - a|^2 where it is well above its errors. The distances between several profiles tell as much.
+Their integrals and roundings combine with the same factors. This equation takes the place of that for |c - a|^2 where
+it is well above its errors; with several profiles, whose distances to each other tell nearly as much, far above them.
 
 Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
 hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
@@ -28,7 +28,8 @@ are summed, since an average ignores how the network moved between updates.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -227,12 +228,13 @@ _NO_NOISE = 1e-3
 _PRECISION = 2.0**-24
 """Relative error of a measured distance, whose differences are taken in float32."""
 
-_ABOVE_ERRORS = 10.0
-"""|m_c - m_b|^2, relative to its errors, from which it counts. It is a small difference of large distances, in each of
-which a rounding also meets the motion: their product is 0 in the mean, but 2 sqrt(D / (n r)) roundings in size."""
+_ABOVE_ERRORS, _ABOVE_ERRORS_OF_SEVERAL = 10.0, 1000.0
+"""|m_c - m_b|^2, relative to its errors, from which it counts, with one profile and with several. It is a small
+difference of large distances, in each of which a rounding also meets the motion: their product is 0 in the mean, but
+2 sqrt(D / (n r)) roundings in size."""
 
 _WIDEST = 40.0
-_SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
+_MOST_STEPS, _LEAST_GAIN, _DAMPING, _MOST_DAMPING = 500, 1e-14, 1e-3, 1e12
 
 
 def fit_motion(
@@ -268,7 +270,8 @@ def fit_motion(
     influence = np.add.reduceat(walks, first, axis=1) @ course.walk
     found = np.zeros(2 * segments)
     rows, may_have_noise = _successive(distances)[0][0], len(distances) >= _DISTANCES_FOR_NOISE * segments
-    has_noise = (known is not None and bool(known.noise.any())) or (may_have_noise and rows.size == 0)
+    tells_noise = rows.size == 0 or len(_same_profile(distances)) > 1
+    has_noise = (known is not None and bool(known.noise.any())) or (may_have_noise and tells_noise)
     if not has_noise:
         found[:segments] = _solve(influence, rounding, course.anchors[:segments], segments)
         differ = influence[rows] @ found[:segments] + rounding[rows]
@@ -287,12 +290,10 @@ def fit_motion(
 def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:
     """The unknowns of the segments, of the walk or of walk and noise: shape [unknowns]; 0 without motion.
 
-    With x = exp(u), a residual (x - y)^2 / (x y) is 2 cosh(u - log y) - 2, smooth in u, so that a quasi-Newton method
-    finds the minimum even if the motion changes by many orders of magnitude between segments. `influence`, [distances,
+    With x = exp(u), a residual (x - y)^2 / (x y) is 2 cosh(u - log y) - 2, smooth in u, so that Newton's method finds
+    the minimum even if the motion changes by many orders of magnitude between segments. `influence`, [distances,
     unknowns], and `rounding` are relative to the distances; `anchors` are earlier estimates, nan for none.
     """
-    from scipy.optimize import minimize  # slow to import, and a plan does not need it
-
     anchored = np.isfinite(anchors)
     kinds = np.split(influence, influence.shape[1] // segments, axis=1)
     scale = np.concatenate([_first_estimate(own, 1 - rounding) for own in kinds])
@@ -306,24 +307,57 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, seg
     anchor = np.log(np.maximum(anchors[anchored], _LEAST_SHARE * scale[anchored]))
     left = np.delete(np.arange(scale.size - 1), np.arange(segments - 1, scale.size - 1, segments))
 
-    def misfit(u: FloatArray) -> tuple[float, FloatArray]:
+    def misfit(u: FloatArray) -> tuple[float, FloatArray, FloatArray]:
         x = np.exp(u)
         model = influence @ x + rounding  # each measured distance is 1
-        slope = x * (influence.T @ (1 - model**-2))
         jump, off = u[left + 1] - u[left], u[anchored] - anchor
-        pull = _SMOOTHING**2 * 2 * np.sinh(jump)
-        slope[left + 1] += pull
-        slope[left] -= pull
-        slope[anchored] += hold * 2 * np.sinh(off)
-        value = np.sum(model + 1 / model) + _SMOOTHING**2 * 2 * np.sum(np.cosh(jump))
-        return float(value + 2 * hold @ np.cosh(off)), slope
+        value = np.sum(model + 1 / model) + 2 * _SMOOTHING**2 * np.sum(np.cosh(jump)) + 2 * hold @ np.cosh(off)
+        slope, each = x * (influence.T @ (1 - model**-2)), influence * x
+        curvature = each.T @ (2 * model[:, None] ** -3 * each) + np.diag(slope)
+        pull, stiffness = 2 * _SMOOTHING**2 * np.sinh(jump), 2 * _SMOOTHING**2 * np.cosh(jump)
+        for one, sign in ((left, -1), (left + 1, 1)):
+            slope[one] += sign * pull
+            curvature[one, one] += stiffness
+            curvature[one, one - sign] -= stiffness
+        slope[anchored] += 2 * hold * np.sinh(off)
+        curvature[anchored, anchored] += 2 * hold * np.cosh(off)
+        return float(value), slope, curvature
 
-    bounds = [(low, low + _WIDEST) for low in lowest]
-    found = minimize(misfit, np.log(scale), jac=True, method="L-BFGS-B", bounds=bounds, options=_SEARCH)
-    solution: FloatArray = np.exp(found.x)
+    solution = np.exp(_minimum(misfit, np.log(scale), lowest, lowest + _WIDEST))
     if np.all(influence[:, segments:] @ solution[segments:] < _NO_NOISE * (influence @ solution + rounding)):
         solution[segments:] = 0.0
     return solution
+
+
+def _minimum(
+    function: Callable[[FloatArray], tuple[float, FloatArray, FloatArray]],
+    u: FloatArray,
+    low: FloatArray,
+    high: FloatArray,
+) -> FloatArray:
+    """A local minimum between bounds, from `u` on, by Newton's method with Levenberg's damping.
+
+    `function` returns its value, slope and curvature. Not SciPy's search: to import that takes longer than all else
+    that a command does before it reads tensors.
+    """
+    value, slope, curvature = function(u)
+    damping = _DAMPING
+    for _ in range(_MOST_STEPS):
+        free = np.flatnonzero(((u > low) | (slope < 0)) & ((u < high) | (slope > 0)))
+        damped = curvature[np.ix_(free, free)] + damping * np.diag(np.abs(np.diag(curvature)[free]))
+        trial, found = u.copy(), None
+        with suppress(np.linalg.LinAlgError):  # the curvature leads to no minimum
+            np.linalg.cholesky(damped)
+            step = np.linalg.solve(damped, slope[free])
+            if slope[free] @ step <= _LEAST_GAIN * value:
+                break
+            trial[free] = np.clip(u[free] - step, low[free], high[free])
+            found = function(trial)
+        if found is not None and found[0] < value:
+            u, (value, slope, curvature), damping = trial, found, damping / 10
+        elif (damping := 10 * damping) > _MOST_DAMPING:
+            break
+    return u
 
 
 def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
@@ -420,7 +454,7 @@ def _with_moment(
     A jump at s adds its square times (tail_i - tail_j)^2 at s to each distance, which locates s. Motion spread
     over the segment would predict too large an error for some averages over it, and too small a one for others.
     """
-    from scipy.optimize import nnls  # slow to import, and a plan does not need it
+    from scipy.optimize import nnls  # slow to import, and rarely needed
 
     ends = begin + (end - begin) * _PIECES
     cells, walks, noises, rounding = _relative(np.union1d(motion.edges, ends), distances, steps)
@@ -469,24 +503,30 @@ def _successive(distances: Sequence[PairDistance]) -> tuple[npt.NDArray[np.intp]
 
     Shape [3, M] each. See the module's documentation.
     """
-    known: dict[tuple[float, float], dict[float, int]] = defaultdict(dict)
+    rows, factors, profiles = [], [], _same_profile(distances)
+    for gamma, known in profiles.items():
+        for t_c, earlier in known.items():
+            for t_a, t_b in pairwise(sorted(earlier)):
+                if t_a in known.get(t_b, {}):
+                    rows.append((earlier[t_a], earlier[t_b], known[t_b][t_a]))
+                    f_c, f_a = 1 / (1 - (t_b / t_c) ** (gamma + 1)), 1 / ((t_b / t_a) ** (gamma + 1) - 1)
+                    factors.append((-f_c * f_a, f_c * (f_c + f_a), f_a * (f_c + f_a)))
+    above = _ABOVE_ERRORS if len(profiles) == 1 else _ABOVE_ERRORS_OF_SEVERAL
+    index, factor = np.array(rows, dtype=np.intp).reshape(-1, 3).T, np.array(factors).reshape(-1, 3).T
+    squared, errors = np.array([(d.squared, d.rounding + _PRECISION * d.squared) for d in distances]).T
+    counts = np.sum(factor * squared[index], axis=0) > above * np.sum(np.abs(factor) * errors[index], axis=0)
+    return index[:, counts], factor[:, counts]
+
+
+def _same_profile(distances: Sequence[PairDistance]) -> dict[float, dict[float, dict[float, int]]]:
+    """The rows of distances between averages of one power function, by its gamma, later time and earlier time."""
+    found: dict[float, dict[float, dict[float, int]]] = defaultdict(lambda: defaultdict(dict))
     for row, distance in enumerate(distances):
         c, a = distance.later, distance.earlier
         # A gamma computed elsewhere may differ in its last bits.
         if isinstance(c, PowerFunction) and isinstance(a, PowerFunction) and round(c.gamma - a.gamma, 9) == 0:
-            known[c.t, round(c.gamma, 9)][a.t] = row
-    rows, factors = [], []
-    one_profile = len({gamma for _, gamma in known}) == 1
-    for (t_c, gamma), earlier in known.items() if one_profile else ():
-        for t_a, t_b in pairwise(sorted(earlier)):
-            if t_a in known.get((t_b, gamma), {}):
-                rows.append((earlier[t_a], earlier[t_b], known[t_b, gamma][t_a]))
-                f_c, f_a = 1 / (1 - (t_b / t_c) ** (gamma + 1)), 1 / ((t_b / t_a) ** (gamma + 1) - 1)
-                factors.append((-f_c * f_a, f_c * (f_c + f_a), f_a * (f_c + f_a)))
-    index, factor = np.array(rows, dtype=np.intp).reshape(-1, 3).T, np.array(factors).reshape(-1, 3).T
-    squared, errors = np.array([(d.squared, d.rounding + _PRECISION * d.squared) for d in distances]).T
-    counts = np.sum(factor * squared[index], axis=0) > _ABOVE_ERRORS * np.sum(np.abs(factor) * errors[index], axis=0)
-    return index[:, counts], factor[:, counts]
+            found[round(c.gamma, 9)][c.t][a.t] = row
+    return found
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy import linalg
 
 from posthoc_cli.profiles import Discrete, FloatArray, Point, PowerFunction, RecordedPowerFunction, StoredProfile
 from posthoc_cli.reconstruction.basis import order_of
@@ -328,8 +327,7 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
     correlation[near] = _LARGEST * _correlation(apart[near] / scale[near])
-    # Divide and conquer, since the default driver fails on about one in a hundred of these clustered spectra.
-    values, vectors = linalg.eigh(correlation * scale + np.diag(arithmetic), driver="evd")
+    values, vectors = np.linalg.eigh(correlation * scale + np.diag(arithmetic))
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 

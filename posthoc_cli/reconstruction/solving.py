@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError
@@ -37,20 +36,20 @@ _EPS = float(np.finfo(np.float64).eps)
 class LeastSquares:
     """argmin_x || factor x - goals || for goals, [rows, goals], one after another, by QR.
 
-    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which is several times
-    slower and left out for independent columns.
+    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which NumPy lacks.
     """
 
     def __init__(self, factor: FloatArray) -> None:
         self.factor, self._order = factor, np.arange(factor.shape[1])
-        q, r = linalg.qr(factor, mode="economic", check_finite=False) if factor.size else (factor, factor[:0])
+        q, r = np.linalg.qr(factor) if factor.size else (factor, factor[:0])
         if _is_degenerate(factor, r):
+            from scipy import linalg  # slow to import, and rarely needed
+
             q, r, order = linalg.qr(factor, mode="economic", pivoting=True, check_finite=False)
             diagonal = np.abs(np.diag(r))
             self._order = order[: int(np.sum(diagonal > diagonal[0] * _EPS * max(factor.shape)))]
         rank = self._order.size
-        self._q_transposed = np.ascontiguousarray(q[:, :rank].T)
-        self._r = np.asfortranarray(r[:rank, :rank])
+        self._q_transposed, self._r = np.ascontiguousarray(q[:, :rank].T), r[:rank, :rank]
 
     def solve(self, goals: FloatArray) -> FloatArray:
         """Shape [columns, goals]."""
@@ -64,14 +63,14 @@ class LeastSquares:
         """R^-1 times the values, for all columns: 0 for the dependent ones."""
         solution = np.zeros((self.factor.shape[1], values.shape[1]))
         if self._order.size:
-            solution[self._order] = linalg.solve_triangular(self._r, values, check_finite=False)
+            solution[self._order] = np.linalg.solve(self._r, values)
         return solution
 
 
 def _is_degenerate(factor: FloatArray, r: FloatArray) -> bool:
     """Whether columns depend on others up to rounding, from R of a QR decomposition."""
     rows, columns = factor.shape
-    return columns > 0 and bool(rows < columns or linalg.lapack.dtrcon(r)[0] < _EPS * max(factor.shape))
+    return columns > 0 and (rows < columns or not np.linalg.cond(r, 1) < 1 / (_EPS * max(factor.shape)))
 
 
 def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -89,8 +88,9 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
         problem = LeastSquares(factor)
         solution = problem.solve(goals)
         return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
-    solution, _ = linalg.lapack.dtrtrs(r, triangle[:count, count:])
-    return solution, np.sum(triangle[count:, count:] ** 2, axis=0), linalg.lapack.dtrtri(r)[0]
+    solution = np.asarray(np.linalg.solve(r, triangle[:count, count:]), dtype=np.float64)
+    root = np.asarray(np.linalg.inv(r), dtype=np.float64)
+    return solution, np.sum(triangle[count:, count:] ** 2, axis=0), root
 
 
 def _triangle_of(factor: FloatArray, goals: FloatArray) -> FloatArray:
@@ -598,7 +598,7 @@ def _spread(times: FloatArray, count: int) -> npt.NDArray[np.intp]:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Limit NumPy's and SciPy's linear algebra to one thread within the block: many small problems need no pool.
+    """Limit NumPy's linear algebra to one thread within the block: many small problems need no pool.
 
     It is a setting of the process, and so limits other threads, too. A command sets OPENBLAS_NUM_THREADS instead, which
     holds for all its solves; that is read when NumPy is first imported, and not a library's to set.
@@ -609,5 +609,5 @@ def one_blas_thread() -> Iterator[None]:
 
 @lru_cache
 def _openblas() -> ThreadpoolController:
-    """NumPy's and SciPy's libraries, which must have been imported. Not MKL, which torch uses, too."""
+    """NumPy's library, and SciPy's if it was imported before. Not MKL, which torch uses, too."""
     return ThreadpoolController().select(internal_api="openblas")

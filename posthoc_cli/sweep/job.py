@@ -166,9 +166,8 @@ class Sweep:
             raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
         if self.groups and self.axis is not None and self.axis.kind != "sigma_rel":
             raise InvalidValueError("groups", "have lengths in sigma_rel", value=", ".join(self.groups))
-        if self.groups and (self.like is not None or self.guide is not None):
-            reason = "goes with neither a model folder nor a second network"
-            raise InvalidValueError("groups", reason, value=", ".join(self.groups))
+        if self.groups and self.guide is not None:
+            raise InvalidValueError("groups", "do not go with a second network", value=", ".join(self.groups))
         if self.raw is not None and self.guide is not None:
             raise InvalidValueError("raw and guide", "give one of them", "evaluate the two networks' raw weights apart")
         if self.keep and self.disk is not None:

@@ -332,23 +332,28 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder)
 
 
-def test_lengths_of_groups_are_searched_after_that_of_all(steady: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_lengths_of_groups_are_searched_after_that_of_all(steady: Run, tmp_path: Path, in_folder: bool) -> None:
     wanted = [float(steady.average(width)["a"][0]) for width in (0.06, 0.2)]
     (tmp_path / "read.py").write_text(
         f"{FIRST}a, b = (first(sys.argv[1], name) for name in 'ab')\n"
         f"print((a - {wanted[0]}) ** 2 + (b - {wanted[1]}) ** 2)"
     )
-    command = f"{sys.executable} -S {tmp_path}/read.py {{weights}}"
-    axis, out = Axis("sigma_rel", 0.03, 0.28), tmp_path / "out"
-    report = swept(steady, out, command, axis=axis, groups=("a", "b"))
+    file = "/model.safetensors" if in_folder else ""
+    command = f"{sys.executable} -S {tmp_path}/read.py {{weights}}{file}"
+    axis, out, like = Axis("sigma_rel", 0.03, 0.28), tmp_path / "out", tmp_path / "model" if in_folder else None
+    if like is not None:
+        like.mkdir()
+        save_file(dict(steady.average(0.1)), like / "model.safetensors")
+    report = swept(steady, out, command, axis=axis, groups=("a", "b"), like=like)
     assert 0.06 < report.value_of(report.found.best) < 0.2
     assert [group.value for group in report.refinements] == [pytest.approx(0.06, rel=0.1), pytest.approx(0.2, rel=0.1)]
     assert all(group.gains for group in report.refinements)
-    best = load_file(out / "best.safetensors")
+    best = load_file(out / "best/model.safetensors" if in_folder else out / "best.safetensors")
     for name, group in zip("ab", report.refinements, strict=True):
         assert torch.equal(best[name], steady.average(group.value)[name])
     evaluations = (out / "trials.jsonl").read_text().count("\n")
-    assert swept(steady, out, command, axis=axis, groups=("a", "b")).to_dict() == report.to_dict()
+    assert swept(steady, out, command, axis=axis, groups=("a", "b"), like=like).to_dict() == report.to_dict()
     assert (out / "trials.jsonl").read_text().count("\n") == evaluations
     page = render(steady, out, tmp_path / "page.html")
     assert "Tensors a: sigma_rel" in page
