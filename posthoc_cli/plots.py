@@ -289,7 +289,7 @@ def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: 
     axes.plot(curve.sigma_rels, curve.predicted_error, color=colour, linestyle=style, linewidth=1.8, label=label)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
     if marked:
-        heights = np.maximum(np.interp(marked, curve.sigma_rels, curve.predicted_error), least)
+        heights = np.clip(np.interp(marked, curve.sigma_rels, curve.predicted_error), least, _MOST_ERROR)
         axes.plot(
             marked, heights, color=colour, marker=MARKERS[index % len(MARKERS)], linestyle="none", clip_on=False,
             zorder=5, label=f"tracked: {', '.join(f'{s:g}' for s in marked)}" if alone else None,
