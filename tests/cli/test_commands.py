@@ -253,6 +253,6 @@ def test_long_values_go_on_below_where_they_begin(
 def test_sizes_and_errors_for_people() -> None:
     sizes = {0: "0 B", 999: "999 B", 1500: "1.5 kB", 2.5e6: "2.5 MB", 3e9: "3 GB", 4e12: "4 TB"}
     assert {size: size_text(size) for size in sizes} == sizes
-    errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "1,200 %"}
+    errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "> 1,000 %"}
     assert {error: percent(error) for error in errors} == errors
     assert percent(None) == "unknown"
