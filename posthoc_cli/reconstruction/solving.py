@@ -42,7 +42,7 @@ class LeastSquares:
     def __init__(self, factor: FloatArray) -> None:
         self.factor, self._order = factor, np.arange(factor.shape[1])
         q, r = np.linalg.qr(factor) if factor.size else (factor, factor[:0])
-        if _is_degenerate(factor, r):
+        if factor.shape[1] and _inverse(factor, r) is None:
             from scipy import linalg  # slow to import, and rarely needed
 
             q, r, order = linalg.qr(factor, mode="economic", pivoting=True, check_finite=False)
@@ -67,10 +67,16 @@ class LeastSquares:
         return solution
 
 
-def _is_degenerate(factor: FloatArray, r: FloatArray) -> bool:
-    """Whether columns depend on others up to rounding, from R of a QR decomposition."""
-    rows, columns = factor.shape
-    return columns > 0 and (rows < columns or not np.linalg.cond(r, 1) < 1 / (_EPS * max(factor.shape)))
+def _inverse(factor: FloatArray, r: FloatArray) -> FloatArray | None:
+    """R^-1 of a QR decomposition; None if columns depend on others up to rounding."""
+    if factor.shape[0] < factor.shape[1]:
+        return None
+    try:
+        inverse = np.asarray(np.linalg.inv(r), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    condition = np.linalg.norm(r, 1) * np.linalg.norm(inverse, 1)
+    return inverse if condition < 1 / (_EPS * max(factor.shape)) else None
 
 
 def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -84,12 +90,12 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
     r = triangle[:count, :count]
     if count == 0:
         return np.zeros((0, goals.shape[1])), np.sum(triangle**2, axis=0), np.zeros((0, 0))
-    if _is_degenerate(factor, r):
+    root = _inverse(factor, r)
+    if root is None:
         problem = LeastSquares(factor)
         solution = problem.solve(goals)
         return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
     solution = np.asarray(np.linalg.solve(r, triangle[:count, count:]), dtype=np.float64)
-    root = np.asarray(np.linalg.inv(r), dtype=np.float64)
     return solution, np.sum(triangle[count:, count:] ** 2, axis=0), root
 
 
