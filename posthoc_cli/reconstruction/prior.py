@@ -327,6 +327,7 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
     correlation[near] = _LARGEST * _correlation(apart[near] / scale[near])
+    # NumPy divides and conquers; the usual driver fails on about one in a hundred of these clustered spectra.
     values, vectors = np.linalg.eigh(correlation * scale + np.diag(arithmetic))
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
