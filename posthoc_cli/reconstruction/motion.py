@@ -227,8 +227,8 @@ _NO_NOISE = 1e-3
 
 _NOISE_LATER = 5.0
 """How far below its first estimate noise starts in a search, as a logarithm. There are minima in which it stands in for
-a walk that jumps: of 352 fits to layers that were re-initialized 7 ended in one, 4 of them with errors ten times as
-large as predicted. With this 3 did, all within 0.05 % of the lowest minimum that was found."""
+a walk that jumps: of 352 fits to layers that were re-initialized 7 ended in one, 4 of them with errors up to ten times
+the predicted ones. With this 3 did, all within 0.05 % of the lowest minimum that was found."""
 
 _PRECISION = 2.0**-24
 """Relative error of a measured distance, whose differences are taken in float32."""
