@@ -29,7 +29,7 @@ from posthoc_cli.planning.schedule import (
 )
 from posthoc_cli.planning.thinning import USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, LATER, Motion, assumed_prior, one_blas_thread
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, LATER, MinimumVariance, Motion, assumed_prior, one_blas_thread
 
 MOST_KEPT = 64
 """Default limit of the snapshots a profile: more gain little, and slow synthesis down."""
@@ -389,7 +389,9 @@ def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) ->
     times = task.steps * (1 - (1 - x) ** LATER if dense else x)
     snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
     prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.expected_motion)
-    return forecast(snapshots, prior, task.sigma_range, points=15).worst
+    t = snapshots[-1].t
+    targets = [PowerFunction(_gamma(float(s)), t) for s in np.geomspace(*task.sigma_range, 15)]
+    return float(MinimumVariance(snapshots, prior, t).losses(targets).squares.max()) ** 0.5
 
 
 _gamma = lru_cache(maxsize=1024)(gamma_from_sigma_rel)

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import filelock
-
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, LockedError, WriteError, printable
 from posthoc_cli.snapshots.tensor_file import read_small_file
@@ -41,6 +39,8 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: Path) -> None:
+        import filelock  # takes a tenth of a second, which a look at a run need not wait for
+
         self._holder = directory / HOLDER_NAME
         self._forget: Callable[[], object] = lambda: None
         with files.reported_as_write_error(directory):
