@@ -391,7 +391,7 @@ def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) ->
     prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.expected_motion)
     t = snapshots[-1].t
     targets = [PowerFunction(_gamma(float(s)), t) for s in np.geomspace(*task.sigma_range, 15)]
-    return float(MinimumVariance(snapshots, prior, t).losses(targets).squares.max()) ** 0.5
+    return math.sqrt(MinimumVariance(snapshots, prior, t).losses(targets).squares.max())
 
 
 _gamma = lru_cache(maxsize=1024)(gamma_from_sigma_rel)
