@@ -17,8 +17,8 @@ and the squared length of any f_a a + f_b b + f_c c with f_a + f_b + f_c = 0 fol
 
     -f_c f_a |c - a|^2 - f_c f_b |c - b|^2 - f_b f_a |b - a|^2.
 
-Their integrals and roundings combine with the same factors. This equation takes the place of that for |c - a|^2 where
-it is well above its errors; with several profiles, whose distances to each other tell nearly as much, far above them.
+Their integrals and roundings combine with the same factors. Of a run with one profile, this equation takes the place of
+that for |c - a|^2 where it is well above its errors. The distances between several profiles tell as much.
 
 Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
 hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
@@ -233,10 +233,9 @@ the predicted ones. With this 3 did, all within 0.05 % of the lowest minimum tha
 _PRECISION = 2.0**-24
 """Relative error of a measured distance, whose differences are taken in float32."""
 
-_ABOVE_ERRORS, _ABOVE_ERRORS_OF_SEVERAL = 10.0, 1000.0
-"""|m_c - m_b|^2, relative to its errors, from which it counts, with one profile and with several. It is a small
-difference of large distances, in each of which a rounding also meets the motion: their product is 0 in the mean, but
-2 sqrt(D / (n r)) roundings in size."""
+_ABOVE_ERRORS = 10.0
+"""|m_c - m_b|^2, relative to its errors, from which it counts. It is a small difference of large distances, in each of
+which a rounding also meets the motion: their product is 0 in the mean, but 2 sqrt(D / (n r)) roundings in size."""
 
 _WIDEST = 40.0
 """Range of an unknown's logarithm."""
@@ -277,8 +276,7 @@ def fit_motion(
     influence = np.add.reduceat(walks, first, axis=1) @ course.walk
     found = np.zeros(2 * segments)
     rows, may_have_noise = _successive(distances)[0][0], len(distances) >= _DISTANCES_FOR_NOISE * segments
-    tells_noise = rows.size == 0 or len(_same_profile(distances)) > 1
-    has_noise = (known is not None and bool(known.noise.any())) or (may_have_noise and tells_noise)
+    has_noise = (known is not None and bool(known.noise.any())) or (may_have_noise and rows.size == 0)
     if not has_noise:
         found[:segments] = _solve(influence, rounding, course.anchors[:segments], segments)
         differ = influence[rows] @ found[:segments] + rounding[rows]
@@ -510,32 +508,26 @@ def _relative(
 def _successive(distances: Sequence[PairDistance]) -> tuple[npt.NDArray[np.intp], FloatArray]:
     """The rows of |c - a|^2, |c - b|^2 and |b - a|^2 for successive snapshots, and their factors in |m_c - m_b|^2.
 
-    Shape [3, M] each. See the module's documentation.
+    Shape [3, M] each, with M = 0 where several profiles are tracked. See the module's documentation.
     """
-    rows, factors, profiles = [], [], _same_profile(distances)
-    for gamma, known in profiles.items():
-        for t_c, earlier in known.items():
-            for t_a, t_b in pairwise(sorted(earlier)):
-                if t_a in known.get(t_b, {}):
-                    rows.append((earlier[t_a], earlier[t_b], known[t_b][t_a]))
-                    f_c, f_a = 1 / (1 - (t_b / t_c) ** (gamma + 1)), 1 / ((t_b / t_a) ** (gamma + 1) - 1)
-                    factors.append((-f_c * f_a, f_c * (f_c + f_a), f_a * (f_c + f_a)))
-    above = _ABOVE_ERRORS if len(profiles) == 1 else _ABOVE_ERRORS_OF_SEVERAL
-    index, factor = np.array(rows, dtype=np.intp).reshape(-1, 3).T, np.array(factors).reshape(-1, 3).T
-    squared, errors = np.array([(d.squared, d.rounding + _PRECISION * d.squared) for d in distances]).T
-    counts = np.sum(factor * squared[index], axis=0) > above * np.sum(np.abs(factor) * errors[index], axis=0)
-    return index[:, counts], factor[:, counts]
-
-
-def _same_profile(distances: Sequence[PairDistance]) -> dict[float, dict[float, dict[float, int]]]:
-    """The rows of distances between averages of one power function, by its gamma, later time and earlier time."""
-    found: dict[float, dict[float, dict[float, int]]] = defaultdict(lambda: defaultdict(dict))
+    known: dict[tuple[float, float], dict[float, int]] = defaultdict(dict)
     for row, distance in enumerate(distances):
         c, a = distance.later, distance.earlier
         # A gamma computed elsewhere may differ in its last bits.
         if isinstance(c, PowerFunction) and isinstance(a, PowerFunction) and round(c.gamma - a.gamma, 9) == 0:
-            found[round(c.gamma, 9)][c.t][a.t] = row
-    return found
+            known[c.t, round(c.gamma, 9)][a.t] = row
+    rows, factors = [], []
+    one_profile = len({gamma for _, gamma in known}) == 1
+    for (t_c, gamma), earlier in known.items() if one_profile else ():
+        for t_a, t_b in pairwise(sorted(earlier)):
+            if t_a in known.get((t_b, gamma), {}):
+                rows.append((earlier[t_a], earlier[t_b], known[t_b, gamma][t_a]))
+                f_c, f_a = 1 / (1 - (t_b / t_c) ** (gamma + 1)), 1 / ((t_b / t_a) ** (gamma + 1) - 1)
+                factors.append((-f_c * f_a, f_c * (f_c + f_a), f_a * (f_c + f_a)))
+    index, factor = np.array(rows, dtype=np.intp).reshape(-1, 3).T, np.array(factors).reshape(-1, 3).T
+    squared, errors = np.array([(d.squared, d.rounding + _PRECISION * d.squared) for d in distances]).T
+    counts = np.sum(factor * squared[index], axis=0) > _ABOVE_ERRORS * np.sum(np.abs(factor) * errors[index], axis=0)
+    return index[:, counts], factor[:, counts]
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
