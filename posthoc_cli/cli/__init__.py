@@ -194,7 +194,7 @@ def main() -> NoReturn:
 
     0: done. 1: a failed check, or an error at run time. 2: the command line is wrong: an unknown option, a value out
     of range, a path that does not exist or is of another kind, an output whose folder does not exist. 130:
-    interrupted. 141: the reader of the output has closed it, as `head` does.
+    interrupted. 143, 129: SIGTERM, SIGHUP. 141: the reader of the output has closed it, as `head` does.
     """
     # Solves are small: threads of BLAS take longer to start than the work does. Read when NumPy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
