@@ -136,6 +136,9 @@ class Sweep:
             globs.append("*")
         if self.groups:
             check_groups(replace(main.plan, targets=(Groups(dict.fromkeys(globs, 0.2)),)))
+        if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
+            reason = "its first word is neither a program on the PATH nor an executable file"
+            raise InvalidValueError("run", reason, "a script may need its interpreter first: python3", value=words[0])
         with self._folder():
             return _Searches(self, words, axes, main, guide, globs).run_all()
 

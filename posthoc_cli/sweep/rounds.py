@@ -121,11 +121,23 @@ def explore(
         told: called after each round.
 
     Returns:
-        All trials, what they say, and why no more was measured.
+        All trials, what they say, and why no more was measured, with the best one where it counts as an outlier.
 
     Raises:
         PostHocError: too few trials have succeeded.
     """
+    trials, found, why = _explore(axis, measure, known, minimize, budget, repeats, again, batch, told)
+    if found.outlier is not None:
+        value = (min if minimize else max)(trial.value for trial in trials if trial.value is not None)
+        what = f"{value:.6g} at {axis.title(axis.value(found.outlier))} is far better than all others"
+        why += f"; {what}, which do not confirm it, and counts as an outlier"
+    return trials, found, why
+
+
+def _explore(
+    axis: Axis, measure: Measure, known: Iterable[Record], minimize: bool, budget: int, repeats: int, again: bool,
+    batch: int, told: Told,
+) -> tuple[list[Record], search.Estimate, str]:  # fmt: skip
     low, high = axis.scaled(axis.low), axis.scaled(axis.high)
     trials = list(known)
 
@@ -146,14 +158,16 @@ def explore(
             return trials, found, "every trial has the same metric: does the evaluation use the weights?"
         if axis.values is not None:
             return trials, found, "all named lengths are measured"
-        if found.settled:
+        if found.settled and not found.doubted:
+            return trials, found, "the best length is known within the noise"
+        count = 1 if found.settled else min(batch, left)  # one is left: what may confirm an outlier
+        proposed = [axis.value(x) for x in search.next_batch(found, _good(axis, trials), count, again)]
+        failed = {trial.x for trial in trials if trial.value is None}
+        proposed = [v for v in dict.fromkeys(proposed) if v not in failed and (again or not seeds_of(v))]
+        if found.settled and not proposed:
             return trials, found, "the best length is known within the noise"
         if left <= 0:
             return trials, found, "the budget is spent"
-        good = _good(axis, trials)
-        proposed = [axis.value(x) for x in search.next_batch(found, good, min(batch, left), again)]
-        failed = {trial.x for trial in trials if trial.value is None}
-        proposed = [v for v in dict.fromkeys(proposed) if v not in failed and (again or not seeds_of(v))]
         if not proposed:
             return trials, found, "nothing is left to measure between the measured lengths"
         wanted = []

@@ -168,9 +168,23 @@ def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Pa
 
 
 def test_a_sweep_whose_trials_all_fail_says_why(run: Run, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/no/such/interpreter\n")
+    program.chmod(0o755)
     with refused("the sweep", "3 of 3 trials have failed", "cannot be started: No such file", kind=PostHocError):
-        swept(run, tmp_path / "out", "no-such-command {weights}", axis=GRID)
+        swept(run, tmp_path / "out", f"{program} {{weights}}", axis=GRID)
     assert not (tmp_path / "out" / ".scratch").exists()
+
+
+def test_a_command_without_its_program_is_refused_before_anything_is_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("eval.py").touch()
+    for word in ("no-such-command", "./eval.py", "eval.py"):
+        with refused("run", f"run {word}: its first word is neither a program"):
+            swept(run, tmp_path / "out", f"{word} {{weights}}", axis=GRID)
+    assert not (tmp_path / "out").exists()
 
 
 def alive(path: Path) -> bool:

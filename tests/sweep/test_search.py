@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 
-from posthoc_cli.sweep.search import NEXT, POINTS, Trial, estimate, first_batch, next_batch
+from posthoc_cli.sweep.results import Record
+from posthoc_cli.sweep.rounds import Axis, explore
+from posthoc_cli.sweep.search import NEXT, POINTS, Estimate, Trial, estimate, first_batch, next_batch
 
 LOW, HIGH = 0.02, 0.28
 
@@ -99,6 +102,31 @@ def test_one_far_value_does_not_hide_the_best() -> None:
         assert abs(found.mean) < 10
     well = [Trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in zip(xs, values, strict=True)]
     assert 0.08 < estimate(well, 0.02, 0.28).best < 0.2
+
+
+def test_a_far_best_value_is_confirmed_or_named() -> None:
+    """By a length next to it: one at the end of a steep metric is confirmed, a lucky one is not."""
+
+    def explored(axis: Axis, metric: Callable[[float], float]) -> tuple[int, Estimate, str]:
+        def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
+            for x, seed in wanted:
+                yield Record(axis.title(x), x, seed, metric(x), None, None, 0.0, None, "")
+
+        trials, found, why = explore(axis, measure, (), False, 20, 1, again=False)
+        return len(trials), found, why
+
+    def square(x: float) -> float:
+        return (x - 0.1) ** 2
+
+    for axis in (Axis("sigma_rel", 0.05, 0.2), Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])):
+        _, found, why = explored(axis, square)
+        assert found.best == pytest.approx(0.2)
+        assert abs(found.mean - square(0.2)) < 2 * found.standard_error
+        assert "outlier" not in why
+    count, found, why = explored(Axis("sigma_rel", 0.05, 0.2), lambda x: 50.0 * (x == 0.152) - bowl(x))
+    assert count <= 9
+    assert abs(found.mean) < 1
+    assert why.startswith("the best length is known within the noise; 49.7253 at sigma_rel 0.152 is far better")
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1e300])
