@@ -26,6 +26,7 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.snapshots.states import StateInfo
+from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
@@ -40,7 +41,7 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import check_device, fill, fill_model, in_block, swapped_in, update_bn
+from posthoc_cli.tracker.model_weights import fill, fill_model, in_block, swapped_in, update_bn
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
