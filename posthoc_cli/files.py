@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError, shown
 
 TEMPORARY_PREFIX = ".ema-"
 TEMPORARY_SUFFIX = ".tmp"
@@ -105,6 +105,13 @@ class FileSystem:
 
 system = FileSystem()
 """The one object that tests replace, to make operations fail."""
+
+
+def given_path(name: str, path: str | Path) -> Path:
+    """An argument as a path, or an InvalidValueError."""
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise InvalidValueError(name, "must be a path", value=shown(path))
+    return Path(path)
 
 
 def expanded(path: str | Path) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
     import torch
+    from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
     from posthoc_cli.export.job import SynthesisReport
@@ -93,13 +95,21 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
 def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     """The first target of a plan, in memory. Errors as `synthesize`."""
-    from posthoc_cli.synthesis.engine import Options, synthesize
+    from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 
-    made = {name: tensors[0] for name, tensors in synthesize(plan, Options(device))}
+    made = {name: tensors[0] for name, tensors in synthesize(plan, Options(check_device(device)))}
     weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
     return weights
+
+
+def _check_names(call: str, own: Sequence[str], given: Mapping[str, object], others: type[DataclassInstance]) -> None:
+    """An InvalidValueError for a keyword that is neither a call's own nor a field of the class of its others."""
+    accepted = [*own, *(field.name for field in dataclasses.fields(others) if field.name not in own)]
+    for name in given:
+        if name not in accepted:
+            raise InvalidValueError(f"{call}(...)", f"has no argument {name!r}; must be one of {', '.join(accepted)}")
 
 
 class Run:
@@ -121,8 +131,10 @@ class Run:
     def __init__(
         self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = UNSPECIFIED, **fields: Any
     ) -> None:
-        self.directory = files.expanded(Path(directory))
-        self.also, self.origin = also, replace(origin, **fields)
+        self.directory = files.expanded(files.given_path("directory", directory))
+        self.also = None if also is None else files.given_path("also", also)
+        _check_names("Run", ("also", "origin"), fields, Origin)
+        self.origin = replace(origin, **fields)
         self._is_checked = False
 
     def __repr__(self) -> str:
@@ -277,6 +289,8 @@ class Run:
         from posthoc_cli.export.job import Synthesis
         from posthoc_cli.export.layouts import OutputOptions
 
+        plain = ("t", "step", "method", "max_error", "dtype", "accumulate", "progress")
+        _check_names("write", plain, options, OutputOptions)
         wanted, asked = as_targets(targets), OutputOptions(**options)
 
         def planned(dtype: torch.dtype | str | None) -> Plan:

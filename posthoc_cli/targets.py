@@ -77,7 +77,8 @@ class Target(Protocol):
 
 def as_target(value: object) -> Target:
     """The target for a sigma_rel, a target, or any object with `density` and `tail`; else an InvalidValueError."""
-    if all(hasattr(value, name) for name in ("label", "title", "sigma_rel", "profile")):
+    names = ("label", "title", "sigma_rel", "profile")
+    if all(hasattr(value, name) for name in names) and not isinstance(value, type):  # a class has its instances' names
         return value  # type: ignore[return-value]
     if any(hasattr(value, name) for name in ("density", "tail")):
         return GivenProfile(value)  # type: ignore[arg-type]  # checked there
@@ -365,6 +366,9 @@ class Groups(_Named):
     def __post_init__(self) -> None:
         if not self.widths:
             raise InvalidValueError("group", "is missing: a glob and its sigma_rel")
+        for glob in self.widths:
+            if not isinstance(glob, str):
+                raise InvalidValueError("group", "must be a glob on names, such as 'unet.*'", value=_shown(glob))
         object.__setattr__(self, "widths", {glob: SigmaRel(width).sigma_rel for glob, width in self.widths.items()})
 
     def __hash__(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,29 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
     assert written(run, 0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
     with refused("out"):
         run.write(0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("call", "subject", "words"),
+    [
+        (lambda run: run.write(0.1, "a.safetensors", force=True), "write(...)", "'force'; must be one of t, step,"),
+        (lambda run: Run(run.directory, foo=1), "Run(...)", "'foo'; must be one of also, origin, kind,"),
+        (lambda _: Run(None), "directory", "None: must be a path"),
+        (lambda run: Run(run.directory, also=5), "also", "5: must be a path"),
+        (lambda run: run.average(0.1, device=99), "device", "'99': cannot be used: "),
+        (lambda run: run.average(0.1, device="nonsense"), "device", "choose from auto, cpu"),
+        (lambda run: run.write(0.1, "a.safetensors", max_error="1%"), "max_error", "'1%': must be a number above 0"),
+        (lambda run: run.prune(max_error="1%"), "max_error", "'1%': must be a number above 0"),
+        (lambda run: run.prune(keep="20"), "keep", "'20': must be a whole number, at least 1"),
+        (lambda run: run.prune(keep=2.5), "keep", "2.5: must be a whole number"),
+        (lambda run: run.prune(keep=True), "keep", "True: must be a whole number"),
+        (lambda run: run.error_curve(t="x"), "t", "'x': must be a number"),
+    ],
+)
+def test_an_impossible_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:
+    with refused(subject, words):
+        call(run)
+    assert len(run.snapshots) == 20
 
 
 def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_path: Path) -> None:

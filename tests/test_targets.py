@@ -31,6 +31,7 @@ from posthoc_cli.targets import (
     Coefficients,
     Decay,
     GivenProfile,
+    Groups,
     Mean,
     ProfileFile,
     SigmaRel,
@@ -93,6 +94,8 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
     [
         (lambda: as_target(None), "target", "None"),
         (lambda: as_target([0.1, 0.2]), "target", "[0.1, 0.2]"),
+        (lambda: as_target(Beta), "target", "must be a sigma_rel in (0, 0.2887), a target such as Beta(0.9999)"),
+        (lambda: Groups({1: 0.1}), "group", "1: must be a glob on names"),  # type: ignore[dict-item]
         (lambda: as_target("abc"), "sigma_rel", "'abc'"),
         (lambda: as_target(0.99999999), "sigma_rel", "use Beta(0.99999999)"),
         (lambda: Beta(0.0), "beta", "0.0: must lie in (0, 1)"),

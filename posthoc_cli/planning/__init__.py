@@ -10,6 +10,7 @@ from posthoc_cli.planning.curves import (
     ErrorPoint,
     ErrorReport,
     ProfileFit,
+    check_max_error,
     check_sigma_range,
     error_curve,
     profile_fit,
@@ -26,7 +27,7 @@ from posthoc_cli.planning.thinning import (
 
 __all__ = [
     "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
-    "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_sigma_range", "error_curve",
+    "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_max_error", "check_sigma_range", "error_curve",
     "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of", "profile_fit",
     "propose", "relative_rounding", "snapshots_to_drop",
 ]  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError, printable
+from posthoc_cli.errors import InvalidValueError, printable, shown
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
@@ -80,6 +81,8 @@ class Candidate:
         times = [profile.t for profile in self.snapshots]
         if t is None:
             return max(times)
+        if isinstance(t, bool) or not isinstance(t, numbers.Real):
+            raise InvalidValueError("t", "must be a number", value=shown(t))
         if not min(times) <= t <= max(times):
             reason = f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
             raise InvalidValueError("t", reason, value=f"{t:.12g}")
@@ -236,9 +239,9 @@ class ErrorReport:
         for curve in self.curves:
             report = curve.to_dict()
             columns = (report["sigma_rel"], report["predicted_error"], report["profile_error"])
-            rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
-            for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
-                cells = ["" if number is None else repr(number) for number in numbers]
+            rows = [("sigma_rel", *figures) for figures in zip(*columns, strict=True)]
+            for target, *figures in (*rows, *(tuple(other.values()) for other in report["others"])):
+                cells = ["" if number is None else repr(number) for number in figures]
                 writer.writerow([_no_formula(curve.label), repr(curve.t), _no_formula(target), *cells])
         return text.getvalue()
 
@@ -301,6 +304,12 @@ def _kind(profile: StoredProfile) -> str:
     if isinstance(profile, PowerFunction):
         return f"sigma_rel {profile.sigma_rel:.4g}"
     return "checkpoints" if isinstance(profile, Point) else "other averages"
+
+
+def check_max_error(max_error: float | None) -> None:
+    """Raise an InvalidValueError unless it is None or a number above 0."""
+    if max_error is not None and not (isinstance(max_error, numbers.Real) and max_error > 0):
+        raise InvalidValueError("max_error", "must be a number above 0, such as 0.01", value=shown(max_error))
 
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:

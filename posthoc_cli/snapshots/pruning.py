@@ -6,6 +6,7 @@ least needed first, so that an interruption leaves a valid directory, and the be
 
 from __future__ import annotations
 
+import numbers
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError
+from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError, shown
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     Forecast,
+    check_max_error,
     errors_after_each,
     exchanged,
     forecast,
@@ -104,11 +106,14 @@ def plan_pruning(
     """
     if sum(wish is not None for wish in (keep, max_bytes, max_error)) != 1:
         raise InvalidValueError("keep, max_size and max_error", "give one of them")
+    check_max_error(max_error)
     *earlier, snapshots = by_segment(snapshots)
     older = [snapshot for segment in earlier for snapshot in segment]
     if max_bytes is not None:
         max_bytes -= file_bytes(older)
     if keep is not None:
+        if isinstance(keep, bool) or not isinstance(keep, numbers.Integral):
+            raise InvalidValueError("keep", "must be a whole number, at least 1", value=shown(keep))
         most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
         if keep < 1:
             raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)

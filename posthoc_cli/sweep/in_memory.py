@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.results import Record, SweepReport
 from posthoc_cli.sweep.rounds import Axis, check_counts, explore, good_range
@@ -55,6 +55,9 @@ def sweep(
     from posthoc_cli.tracker import PostHocEMA
     from posthoc_cli.tracker.model_weights import swapped_in
 
+    if not callable(metric):
+        reason = "must be a function that gives the metric of a model, or of weights by name"
+        raise InvalidValueError("metric", reason, value=shown(metric))
     tracker = run if isinstance(run, PostHocEMA) else None
     stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
     if values is not None:
@@ -80,9 +83,13 @@ def sweep(
             yield record(value, seed, found, weights.predicted_error, started)
 
     def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
-        measured, error = found if isinstance(found, tuple) else (found, None)
-        measured = float(measured)
-        error = float(error) if error is not None and 0 < error < math.inf else None
+        try:
+            measured, error = found if isinstance(found, tuple) else (found, None)
+            measured = float(measured)
+            error = float(error) if error is not None and 0 < error < math.inf else None
+        except (TypeError, ValueError, RuntimeError) as wrong_kind:
+            reason = "must give a number, or a number and its standard error"
+            raise InvalidValueError("metric", reason) from wrong_kind
         wrong = None if math.isfinite(measured) else f"its metric is {measured}"
         seconds = time.perf_counter() - started
         valid = None if wrong else measured

@@ -352,13 +352,29 @@ def parse_device(device: str) -> str:
     Raises:
         InvalidValueError: no such device; the hint lists those there are.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    available = ["cpu", *(f"cuda:{index}" for index in range(count)), *["mps"] * torch.backends.mps.is_available()]
     wanted = {"auto": "cpu", "cuda": "cuda:0"}.get(device, device)
-    if wanted not in available:
-        hint = f"choose from auto, {', '.join(available)}"
-        raise InvalidValueError("device", "is not there", hint, value=f"{device!r}")
+    if wanted not in _devices():
+        raise InvalidValueError("device", "is not there", _choice_of_devices(), value=f"{device!r}")
     return wanted
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device to keep tensors on, "auto" for the CPU, or an InvalidValueError if it cannot be used."""
+    try:
+        return torch.empty(0, device="cpu" if device == "auto" else device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # the second where torch was built without it
+        reason = str(error).partition("\n")[0]
+        hint = _choice_of_devices()
+        raise InvalidValueError("device", f"cannot be used: {reason}", hint, value=f"{str(device)!r}") from error
+
+
+def _devices() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{index}" for index in range(count)), *["mps"] * torch.backends.mps.is_available()]
+
+
+def _choice_of_devices() -> str:
+    return f"choose from auto, {', '.join(_devices())}"
 
 
 def numbered_device(device: torch.device | str) -> torch.device:

@@ -16,7 +16,7 @@ import numpy as np
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError, percent, shown
-from posthoc_cli.planning import Candidate, error_curve
+from posthoc_cli.planning import Candidate, check_max_error, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, of_segment_at
@@ -255,8 +255,7 @@ def plan_synthesis(
     method, output_dtype, wide = check_method(method), parse_dtype(dtype), parse_accumulate(accumulate)
     if not targets:
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
-    if max_error is not None and not max_error > 0:
-        raise InvalidValueError("max_error", "must be above 0, such as 0.01", value=f"{max_error!r}")
+    check_max_error(max_error)
     wanted = tuple(as_target(target) for target in targets)
     each = separate(wanted)
     time = _target_time(sources, t, step)

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
 from posthoc_cli.dtypes import DTYPES, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
-from posthoc_cli.synthesis.engine import TileWriter, synthesize, synthesize_into
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
+from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
@@ -266,15 +266,6 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
     fill(model, shapes, ((name, value) for name, (value,) in chain(first, made)), plan.dtype is None, room)
 
 
-def check_device(device: torch.device | str) -> torch.device:
-    """The device, or an InvalidValueError if it cannot be used."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = str(error).partition("\n")[0]
-        raise InvalidValueError("device", f"cannot be used: {reason}", value=f"{str(device)!r}") from error
-
-
 def fill(
     model: torch.nn.Module, names: Collection[str], weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool,
     room: torch.device,
@@ -340,6 +331,8 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
             nothing. After any error the statistics are as before.
     """
     layers = [module for module in check_model(model).modules() if isinstance(module, _BatchNorm)]
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise InvalidValueError("loader", "must yield batches, as a DataLoader does", value=shown(loader))
     if not layers:
         return
     first = next(model.parameters(), next(model.buffers(), None))

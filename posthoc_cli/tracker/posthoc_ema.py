@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 import torch
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, PostHocError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+    PostHocError,
+    shown,
+)
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights
@@ -26,6 +33,7 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.snapshots.states import StateInfo
+from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
@@ -40,7 +48,7 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import check_device, fill, fill_model, in_block, swapped_in, update_bn
+from posthoc_cli.tracker.model_weights import fill, fill_model, in_block, swapped_in, update_bn
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
@@ -174,6 +182,8 @@ class PostHocEMA:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
         """
         if schedule is not None:
+            if not isinstance(schedule, Schedule):
+                raise InvalidValueError("schedule", "must be a posthoc_cli.Schedule", value=shown(schedule))
             if (sigma_rels, checkpoint_every, max_checkpoints) != ((0.05, 0.28), 1000, 20):
                 reason = "sets sigma_rels, checkpoint_every and max_checkpoints"
                 raise InvalidValueError("schedule", reason, "leave these arguments out")
@@ -286,7 +296,8 @@ class PostHocEMA:
 
         Raises:
             NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has changed. No average
-                is touched. Where averages are updated beside the training, the first comes with the next call.
+                is touched, and the call counts. Where averages are updated beside the training, the first comes with
+                the next call.
             WriteError: an earlier snapshot could not be written; raised once, this call has done its work.
             NotReadyError: the tracker is closed, attached, in use or another process's; or the weights are averaged.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: the directory has another
@@ -324,8 +335,10 @@ class PostHocEMA:
 
         Raises:
             InvalidValueError: not an optimizer, a second one, a tracker without model, or no `t` for this run's clock.
+            NotReadyError: this tracker is closed.
             others: from closing the other tracker. This one is not attached then; the next try will succeed.
         """
+        self._calls.check_open()
         self._attachment = attach(self, optimizer, self._model, t, self._attachment)
         return self._attachment
 
@@ -340,13 +353,15 @@ class PostHocEMA:
         The thread that calls `update_` does so, within its next call, or `close`. Errors of the callback leave that
         call, which has done its work. In the processes of a group that write nothing it is never called.
         """
+        if not callable(callback):
+            raise InvalidValueError("on_snapshot", "must be given a function of the tracker", value=shown(callback))
         self._callbacks.append(callback)
 
-    def metrics(self, sigma_rels: Sequence[float] = ()) -> dict[str, float]:
+    def metrics(self, sigma_rels: float | Sequence[float] = ()) -> dict[str, float]:
         """Figures for a logger, at almost no cost: nothing is computed from tensors, and nothing is waited for.
 
         Arguments:
-            sigma_rels: lengths whose predicted errors are wanted; headers of the snapshots on disk are read for them.
+            sigma_rels: lengths, or one, whose predicted errors are wanted; headers of the snapshots on disk are read.
 
         Returns:
             `step` and `t`. When snapshots were written, of the last ones: `distance_0.05`, ..., how far each tracked
@@ -354,12 +369,13 @@ class PostHocEMA:
             took beside the training; `snapshot_waited`, the seconds that the training waited before it. And
             `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot.
         """
+        wanted = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
         found = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
-        snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if sigma_rels else []
+        snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
         if snapshots:
-            plan = plan_synthesis(snapshots, sigma_rels)
-            errors = [plan.predicted_error(index) for index in range(len(sigma_rels))]
-            known = zip(sigma_rels, errors, strict=True)
+            plan = plan_synthesis(snapshots, wanted)
+            errors = [plan.predicted_error(index) for index in range(len(wanted))]
+            known = zip(wanted, errors, strict=True)
             found |= {f"predicted_error_{sigma_rel:g}": error for sigma_rel, error in known if error is not None}
         return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import operator
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.planning import check_sigma_range
@@ -133,9 +133,7 @@ def _number(t: float) -> float:
 
 def check_path(name: str, path: str | Path) -> Path:
     """An absolute path: the working directory may change later."""
-    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
-        raise InvalidValueError(name, "must be a path", value=f"{path!r}")
-    return Path(path).absolute()
+    return files.given_path(name, path).absolute()
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:

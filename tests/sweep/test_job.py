@@ -469,6 +469,12 @@ def test_in_python_two_lengths_are_needed(run: Run, values: list[float]) -> None
         sweep(run, lambda _: 1.0, values=values)
 
 
+@pytest.mark.parametrize("metric", [None, lambda _: "a", lambda _: (1.0, "a"), lambda _: (1.0, 0.1, 2.0)])
+def test_in_python_the_metric_is_a_function_that_gives_a_number(run: Run, metric: Any) -> None:
+    with refused("metric", "must "):
+        sweep(run, metric, values=LENGTHS)
+
+
 def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run: Run, tmp_path: Path) -> None:
     def size(weights: Any) -> float:
         assert weights.predicted_error is not None

@@ -305,6 +305,8 @@ def test_a_call_by_hand_beside_the_optimizer_is_refused_not_counted_twice(tmp_pa
         step(model, optimizer)
         assert tracker.step == 2
     step(model, optimizer)  # a closed tracker follows nothing
+    with pytest.raises(NotReadyError, match="was closed"):
+        tracker.attach(optimizer)
 
 
 def test_it_needs_a_model_that_is_there(tmp_path: Path) -> None:

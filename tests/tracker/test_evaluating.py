@@ -224,7 +224,12 @@ def test_a_pass_that_fails_leaves_the_statistics_as_they_were(tmp_path: Path) ->
     run = trained(tmp_path, 3)
     run.model.eval()
     before = run.everything()
-    for loader, error in ((map(int, ["no batch"]), ValueError), ([], InvalidValueError), ([X[:, :2]], RuntimeError)):
+    for loader, error in (
+        (map(int, ["no batch"]), ValueError),
+        ([], InvalidValueError),
+        ([X[:, :2]], RuntimeError),
+        (None, InvalidValueError),
+    ):
         with pytest.raises(error):
             run.tracker.update_bn(run.model, loader)
     assert all_equal(run.everything(), before)

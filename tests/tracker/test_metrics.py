@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tracker.runs import VALUES, matrix, walk
 
 from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import gamma_from_sigma_rel
 
 
@@ -29,6 +30,7 @@ def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp
         ema.flush()
         found = ema.metrics((0.15, 0.2))
         assert (found["step"], found["t"]) == (35, 35)
+        assert ema.metrics(0.15)["predicted_error_0.15"] == found["predicted_error_0.15"]
         for sigma_rel in (0.1, 0.2):
             exact = average(sigma_rel, 30)
             expected = float((exact - VALUES[30]).norm() / exact.norm())
@@ -61,6 +63,8 @@ def test_an_error_of_a_callback_leaves_the_call_that_has_done_its_work(tmp_path:
         raise KeyError("logger")
 
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5, final_snapshot=False) as ema:
+        with pytest.raises(InvalidValueError, match="on_snapshot None: must be given a function"):
+            ema.on_snapshot(None)  # type: ignore[arg-type]
         ema.on_snapshot(fail)
         walk(model, ema, 1, 5)
         ema.flush()

@@ -199,6 +199,7 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"t_unit": ""}, "t_unit"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
         ({"writer": "yes"}, "must be True, False or None"),
+        ({"schedule": 5}, "schedule 5: must be a posthoc_cli.Schedule"),
         ({"device": "cuda"}, "device 'cuda': must be 'cpu'"),
     ],
 )
@@ -250,6 +251,8 @@ def test_what_is_no_module_or_no_path_is_refused_everywhere(tmp_path: Path, bad:
     for make in (lambda: PostHocEMA.from_model(model, path), lambda: PostHocEMA.from_path(path)):  # type: ignore[arg-type]
         with pytest.raises(InvalidValueError, match="checkpoint_dir"):
             make()
+    with pytest.raises(InvalidValueError, match="checkpoint_dir a Scalar: must be a path"):
+        PostHocEMA.from_path(model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -314,6 +317,7 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, cha
         with pytest.raises(ModelMismatchError, match=message):
             tracker.update_(model)
         tracker.flush()
+        assert tracker.step == 2
         assert not list(tmp_path.glob("*.safetensors"))
 
 
