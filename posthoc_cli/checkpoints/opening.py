@@ -294,15 +294,15 @@ def _trainer_step(path: Path) -> float | None:
 
 
 def _step_in_name(path: Path) -> int | None:
-    """The step in the name of a file or folder, else of the folder that it is in."""
-    for name in (path.name, path.parent.name):
-        stem = name
-        for ending in ENDINGS:
-            stem = stem.removesuffix(ending)
-        numbers = [*_STEP.findall(stem)] or re.findall(r"\d+", stem)
-        if numbers:
-            return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 20 else None
-    return None
+    """The step in the name of a file or folder, else of the folder that it is in, if that is named as checkpoints are.
+
+    Other numbers in that name, such as of an experiment or a date, are no steps.
+    """
+    stem = path.name
+    for ending in ENDINGS:
+        stem = stem.removesuffix(ending)
+    numbers = _STEP.findall(stem) or re.findall(r"\d+", stem) or _STEP.findall(path.parent.name)
+    return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 20 else None
 
 
 # --- averages of other libraries

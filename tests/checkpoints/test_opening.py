@@ -66,10 +66,10 @@ def test_a_glob_names_some(write: Write, weights: dict[int, Weights]) -> None:
         _ = Run(folder / "other-*").sources
     for step in STEPS:  # a model of several parts, as pipelines have it
         (folder / f"checkpoint-{step}").rename(folder / f"whole-{step}")
-        (folder / f"run-{step}").mkdir()
-        (folder / f"whole-{step}").rename(folder / f"run-{step}" / "unet")
-        (folder / f"run-{step}" / "unet" / "trainer_state.json").unlink()
-    check_average(Run(folder / "run-*" / "unet"), weights)
+        (folder / f"step-{step}").mkdir()
+        (folder / f"whole-{step}").rename(folder / f"step-{step}" / "unet")
+        (folder / f"step-{step}" / "unet" / "trainer_state.json").unlink()
+    check_average(Run(folder / "step-*" / "unet"), weights)
 
 
 def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
@@ -97,6 +97,17 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "x-0.safetensors")
     with pytest.raises(errors.InvalidValueError, match="its step is 0; must be a whole number from 1"):
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
+
+
+@pytest.mark.parametrize("folder", ["exp2024", "ck5", "20240101"])
+def test_a_number_of_another_folder_is_no_step(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    for name in ("step100", "step200", "best"):
+        save_file({"w": torch.ones(3)}, tmp_path / folder / f"{name}.safetensors")
+    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* give step_from"):
+        _ = Run(tmp_path / folder).sources
+    (tmp_path / folder).rename(tmp_path / "checkpoint-500")
+    assert Run(tmp_path / "*500" / "best.safetensors").step == 500
 
 
 @pytest.mark.parametrize(
