@@ -146,6 +146,11 @@ def test_own_outputs_beside_checkpoints_are_none(tmp_path: Path) -> None:
         Run(tmp_path).write(0.2, tmp_path / "average-3.safetensors", overwrite=True)
         Run(tmp_path).write([0.1, 0.2], tmp_path / "averages", overwrite=True)
         assert [source.name for source in Run(tmp_path).sources] == ["step1.safetensors", "step2.safetensors"]
+        described = Run(tmp_path).info()
+        assert [one["file"] for one in described["checkpoints"]] == ["step1.safetensors", "step2.safetensors"]
+        assert [Path(one["path"]).name for one in described["outputs"]] == ["average-3.safetensors"]
+        assert described["t"] == 2  # which a report needs
+    assert Run(tmp_path / "averages").info()["kind"] == "outputs"
     assert Run(tmp_path / "*.safetensors").step == 2
     with pytest.raises(errors.DirectoryError, match="holds no checkpoints"):
         _ = Run(tmp_path / "average-*").sources
