@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
@@ -27,6 +28,7 @@ from posthoc_cli.profiles.other_libraries import (
     torchtitan_profile,
 )
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.measurements import check_update_every
@@ -125,6 +127,13 @@ def open_checkpoints(place: str | Path, origin: Origin = UNSPECIFIED) -> list[Ch
         names = ("sigma_rels",) if tracked else ("sigma_rels", "update_every", "update_after_step")
         origin.refuse(names, "is for averages of other libraries, and here are none; name their kind, if there are")
     return checked_run(made)
+
+
+def describe_file(path: Path, origin: Origin = UNSPECIFIED) -> dict[str, Any]:
+    """Tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
+    found = _selected(read_contents(path).model_tensors(origin.prefix), origin)
+    one = make_checkpoint(path, found, Point(1.0), 1)
+    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.header.file_bytes}
 
 
 def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str | Path | None = None) -> list[Source]:

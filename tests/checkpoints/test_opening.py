@@ -99,6 +99,14 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
 
 
+def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3, 2)}, tmp_path / "best.pt")
+    described = Run(tmp_path / "best.pt").info()
+    assert (described["kind"], described["tensors"], described["parameters"]) == ("checkpoint", 1, 6)
+    with pytest.raises(errors.InvalidValueError, match="finds no number in"):
+        Run(tmp_path / "best.pt", step_from="(b)est").info()
+
+
 @pytest.mark.parametrize("folder", ["exp2024", "ck5", "20240101"])
 def test_a_number_of_another_folder_is_no_step(folder: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir()
