@@ -157,7 +157,8 @@ def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str 
         if origin.kind is not None or not holds_checkpoints(directory):
             raise error
         if also is not None:
-            raise InvalidValueError("checkpoints", "are added to the snapshots of a tracker", error.reason) from error
+            reason = f"are added to the snapshots of a tracker, and {directory} holds none"
+            raise InvalidValueError("checkpoints", reason, value=also) from error
         return [*open_checkpoints(directory, origin)]
     if also is None:
         names = [name for name in vars(origin) if name != "kind"]
@@ -186,6 +187,9 @@ def _places(place: str | Path) -> list[Path]:
         found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
         if not found:
             raise DirectoryError(place, "no file or folder has such a name")
+        for one in found:
+            if any(map(is_snapshot_name, one.glob("*"))):
+                raise DirectoryError(one, "holds snapshots of a tracker", "name this folder itself, not by a glob")
         return found
     if not path.is_dir():
         if not path.exists():
