@@ -106,9 +106,18 @@ class FileSystem:
 system = FileSystem()
 """The one object that tests replace, to make operations fail."""
 
+EMPTY = "is empty; the working directory is '.'"
+"""Of a path, which would otherwise mean that directory."""
+
 
 def expanded(path: str | Path) -> Path:
-    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user."""
+    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user.
+
+    Raises:
+        InvalidValueError: it is empty.
+    """
+    if path == "":
+        raise InvalidValueError("path", EMPTY)
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 

@@ -122,7 +122,7 @@ class Run:
     def __init__(
         self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = UNSPECIFIED, **fields: Any
     ) -> None:
-        self.directory = files.expanded(Path(directory))
+        self.directory = files.expanded(directory)
         self.also, self.origin = also, replace(origin, **fields)
         self._is_checked = False
 

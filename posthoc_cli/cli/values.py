@@ -319,6 +319,8 @@ def open_run(place: Path | None, checkpoints: str | None, origin: Origin, direct
     """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
     from posthoc_cli.run import Run
 
+    if checkpoints == "":
+        raise InvalidValueError("--checkpoints", files.EMPTY)
     if place is not None:
         also = None if checkpoints is None else existing_run(checkpoints, directory=False)
         return Run(existing_run(place, directory), also=also, origin=origin)

@@ -133,7 +133,7 @@ def _number(t: float) -> float:
 
 def check_path(name: str, path: str | Path) -> Path:
     """An absolute path: the working directory may change later."""
-    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+    if not isinstance(path, str | os.PathLike) or path == "" or "\0" in str(path):
         raise InvalidValueError(name, "must be a path", value=f"{path!r}")
     return Path(path).absolute()
 
