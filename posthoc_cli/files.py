@@ -107,8 +107,14 @@ system = FileSystem()
 """The one object that tests replace, to make operations fail."""
 
 
+EMPTY = "is empty; the working directory is '.'"
+"""What is wrong with an empty path, which would mean that directory."""
+
+
 def given_path(name: str, path: str | Path) -> Path:
-    """An argument as a path, or an InvalidValueError."""
+    """An argument as a path, or an InvalidValueError, also for an empty one: it would mean the working directory."""
+    if path == "":
+        raise InvalidValueError(name, EMPTY)
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise InvalidValueError(name, "must be a path", value=shown(path))
     return Path(path)

@@ -16,6 +16,7 @@ from posthoc_cli.checkpoints.opening import (
     UNSPECIFIED,
     Origin,
     check_claims,
+    describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
@@ -194,7 +195,8 @@ class Run:
     def info(self) -> dict[str, Any]:
         """A description of the directory and its problems, from headers: see `describe`.
 
-        Of checkpoints see `describe_checkpoints`; those beside snapshots are under "checkpoints".
+        Of checkpoints see `describe_checkpoints`, and `describe_file` of one whose step is not known; those beside
+        snapshots are under "checkpoints", and outputs beside checkpoints under "outputs".
         """
         if self.also is not None:
             beside = [one for one in self.sources if isinstance(one, Checkpoint)]
@@ -207,14 +209,18 @@ class Run:
             except DirectoryError:
                 if not holds_checkpoints(self.directory):
                     raise
-            if found and {one["kind"] for one in found.get("outputs", ({"kind": "one"},))} != {"safetensors"}:
+            if found and found["kind"] not in ("outputs", "safetensors"):
                 return found
         try:
-            return describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
-        except PostHocError:
+            described = describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
+        except PostHocError as error:
+            if found is None and isinstance(error, InvalidValueError) and error.subject == str(self.directory):
+                return describe_file(self.directory, self.origin)  # only its step is not known
             if found is None:
                 raise
-            return found  # models of others that are no checkpoints of one run
+            return found  # outputs, or models of others that are no checkpoints of one run
+        outputs = [one for one in (found or {}).get("outputs", ()) if one["kind"] != "safetensors"]
+        return described | ({"outputs": outputs} if outputs else {})
 
     # --- averages
 

@@ -18,7 +18,7 @@ from factories import flip_bit, random_walk, snapshot_files, write_run
 from safetensors.torch import load_file
 
 from posthoc_cli import Beta, Between, PostHocEMA, PowerFunction, Run, Schedule, Window
-from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, OutputExistsError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, OutputExistsError
 from posthoc_cli.planning import Task
 from posthoc_cli.run import error_report, plan_training
 
@@ -173,6 +173,8 @@ def test_a_directory_that_is_read_anew(run: Run, tmp_path: Path) -> None:
     assert raised.value.subject == str(tmp_path / "later")
     run.directory.rename(tmp_path / "later")
     assert later.t == 100.0
+    with pytest.raises(InvalidValueError, match="path: is empty"):
+        Run("")
 
 
 def test_a_tracker_gives_its_run_with_all_due_snapshots(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
@@ -27,6 +28,7 @@ from posthoc_cli.profiles.other_libraries import (
     torchtitan_profile,
 )
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.measurements import check_update_every
@@ -127,6 +129,13 @@ def open_checkpoints(place: str | Path, origin: Origin = UNSPECIFIED) -> list[Ch
     return checked_run(made)
 
 
+def describe_file(path: Path, origin: Origin = UNSPECIFIED) -> dict[str, Any]:
+    """Tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
+    found = _selected(read_contents(path).model_tensors(origin.prefix), origin)
+    one = make_checkpoint(path, found, Point(1.0), 1)
+    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.header.file_bytes}
+
+
 def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str | Path | None = None) -> list[Source]:
     """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
 
@@ -148,7 +157,8 @@ def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str 
         if origin.kind is not None or not holds_checkpoints(directory):
             raise error
         if also is not None:
-            raise InvalidValueError("checkpoints", "are added to the snapshots of a tracker", error.reason) from error
+            reason = f"are added to the snapshots of a tracker, and {directory} holds none"
+            raise InvalidValueError("checkpoints", reason, value=also) from error
         return [*open_checkpoints(directory, origin)]
     if also is None:
         names = [name for name in vars(origin) if name != "kind"]
@@ -177,6 +187,9 @@ def _places(place: str | Path) -> list[Path]:
         found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
         if not found:
             raise DirectoryError(place, "no file or folder has such a name")
+        for one in found:
+            if any(map(is_snapshot_name, one.glob("*"))):
+                raise DirectoryError(one, "holds snapshots of a tracker", "name this folder itself, not by a glob")
         return found
     if not path.is_dir():
         if not path.exists():
@@ -294,15 +307,15 @@ def _trainer_step(path: Path) -> float | None:
 
 
 def _step_in_name(path: Path) -> int | None:
-    """The step in the name of a file or folder, else of the folder that it is in."""
-    for name in (path.name, path.parent.name):
-        stem = name
-        for ending in ENDINGS:
-            stem = stem.removesuffix(ending)
-        numbers = [*_STEP.findall(stem)] or re.findall(r"\d+", stem)
-        if numbers:
-            return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 20 else None
-    return None
+    """The step in the name of a file or folder, else of the folder that it is in, if that is named as checkpoints are.
+
+    Other numbers in that name, such as of an experiment or a date, are no steps.
+    """
+    stem = path.name
+    for ending in ENDINGS:
+        stem = stem.removesuffix(ending)
+    numbers = _STEP.findall(stem) or re.findall(r"\d+", stem) or _STEP.findall(path.parent.name)
+    return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 20 else None
 
 
 # --- averages of other libraries

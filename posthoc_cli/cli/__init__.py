@@ -86,6 +86,15 @@ class _Command(typer.core.TyperCommand):
             for index, example in enumerate((self.epilog or "").removeprefix("Example:").split("   or   ")):
                 formatter.write_text(f"{'or:     ' if index else 'Example:'} {example.strip()}")
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As of any command, but an empty argument is refused: as a path it would mean the working directory."""
+        given = {} if ctx.resilient_parsing or "" not in args else self.make_parser(ctx).parse_args(args=[*args])[0]
+        for argument in self.params:
+            value = given.get(argument.name)
+            if argument.param_type_name == "argument" and (value == "" or (isinstance(value, tuple) and "" in value)):
+                raise InvalidValueError((argument.metavar or str(argument.name).upper()).strip("[]."), files.EMPTY)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

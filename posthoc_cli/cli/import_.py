@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Option
+from typer import Argument, Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import DirectoryError, InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
@@ -19,7 +19,7 @@ EPILOG = "Example:  ema import old --from ema-pytorch --sigma-rels 0.05,0.28 --u
 
 @values.with_origin
 def import_(
-    directory: Path = values.DIRECTORY,
+    directory: Path = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, or a glob."),
     out: Path | None = Option(None, "--out", "-o", metavar="NEW", help="The folder to make."),
     dry_run: bool = Option(False, "--dry-run", help="Show what was found; write nothing."),
     quiet: bool = values.QUIET,
@@ -30,14 +30,18 @@ def import_(
     """Write other programs' checkpoints with checksums.
 
     Needed for nothing: every command reads them where they are. NEW can be verified, and says by itself what each
-    file is. DIR may be a glob. All files are written, or none.
+    file is. All files are written, or none.
     """
+    from posthoc_cli.checkpoints.checkpoint import Checkpoint
     from posthoc_cli.checkpoints.imported import Import, import_checkpoints
-    from posthoc_cli.checkpoints.opening import check_claims, open_checkpoints
+    from posthoc_cli.checkpoints.opening import check_claims, disk_sources
 
     if out is None and not dry_run:
         raise InvalidValueError("--out", "is missing; only a dry run needs no output")
-    found = open_checkpoints(values.existing_run(directory), origin)
+    sources = disk_sources(values.existing_run(directory), origin)
+    found = [one for one in sources if isinstance(one, Checkpoint)]
+    if not found:
+        raise DirectoryError(directory, "holds snapshots of a tracker, which need no import")
     fits = check_claims(found, origin)
     if out is None or dry_run:
         done = Import(tuple(found), tuple(one.path for one in found))

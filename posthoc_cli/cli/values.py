@@ -307,22 +307,26 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
     return path
 
 
-def existing_run(place: Path, directory: bool = True) -> Path:
+def existing_run(place: str | Path, directory: bool = True) -> Path:
     """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
     from posthoc_cli.checkpoints.opening import is_glob
 
-    return files.expanded(place) if is_glob(place) else existing(place, directory, pickles=not directory)
+    path = files.expanded(place)
+    return path if is_glob(place) else existing(path, directory, pickles=not directory)
 
 
 def open_run(place: Path | None, checkpoints: str | None, origin: Origin, directory: bool = True) -> Run:
     """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
     from posthoc_cli.run import Run
 
+    if checkpoints == "":
+        raise InvalidValueError("--checkpoints", files.EMPTY)
     if place is not None:
-        return Run(existing_run(place, directory), also=checkpoints, origin=origin)
+        also = None if checkpoints is None else existing_run(checkpoints, directory=False)
+        return Run(existing_run(place, directory), also=also, origin=origin)
     if checkpoints is None:
         raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(existing_run(Path(checkpoints), directory), origin=origin)
+    return Run(existing_run(checkpoints, directory), origin=origin)
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:

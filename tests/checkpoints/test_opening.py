@@ -66,10 +66,10 @@ def test_a_glob_names_some(write: Write, weights: dict[int, Weights]) -> None:
         _ = Run(folder / "other-*").sources
     for step in STEPS:  # a model of several parts, as pipelines have it
         (folder / f"checkpoint-{step}").rename(folder / f"whole-{step}")
-        (folder / f"run-{step}").mkdir()
-        (folder / f"whole-{step}").rename(folder / f"run-{step}" / "unet")
-        (folder / f"run-{step}" / "unet" / "trainer_state.json").unlink()
-    check_average(Run(folder / "run-*" / "unet"), weights)
+        (folder / f"step-{step}").mkdir()
+        (folder / f"whole-{step}").rename(folder / f"step-{step}" / "unet")
+        (folder / f"step-{step}" / "unet" / "trainer_state.json").unlink()
+    check_average(Run(folder / "step-*" / "unet"), weights)
 
 
 def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
@@ -97,6 +97,25 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "x-0.safetensors")
     with pytest.raises(errors.InvalidValueError, match="its step is 0; must be a whole number from 1"):
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
+
+
+def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3, 2)}, tmp_path / "best.pt")
+    described = Run(tmp_path / "best.pt").info()
+    assert (described["kind"], described["tensors"], described["parameters"]) == ("checkpoint", 1, 6)
+    with pytest.raises(errors.InvalidValueError, match="finds no number in"):
+        Run(tmp_path / "best.pt", step_from="(b)est").info()
+
+
+@pytest.mark.parametrize("folder", ["exp2024", "ck5", "20240101"])
+def test_a_number_of_another_folder_is_no_step(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    for name in ("step100", "step200", "best"):
+        save_file({"w": torch.ones(3)}, tmp_path / folder / f"{name}.safetensors")
+    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* give step_from"):
+        _ = Run(tmp_path / folder).sources
+    (tmp_path / folder).rename(tmp_path / "checkpoint-500")
+    assert Run(tmp_path / "*500" / "best.safetensors").step == 500
 
 
 @pytest.mark.parametrize(
@@ -135,6 +154,11 @@ def test_own_outputs_beside_checkpoints_are_none(tmp_path: Path) -> None:
         Run(tmp_path).write(0.2, tmp_path / "average-3.safetensors", overwrite=True)
         Run(tmp_path).write([0.1, 0.2], tmp_path / "averages", overwrite=True)
         assert [source.name for source in Run(tmp_path).sources] == ["step1.safetensors", "step2.safetensors"]
+        described = Run(tmp_path).info()
+        assert [one["file"] for one in described["checkpoints"]] == ["step1.safetensors", "step2.safetensors"]
+        assert [Path(one["path"]).name for one in described["outputs"]] == ["average-3.safetensors"]
+        assert described["t"] == 2  # which a report needs
+    assert Run(tmp_path / "averages").info()["kind"] == "outputs"
     assert Run(tmp_path / "*.safetensors").step == 2
     with pytest.raises(errors.DirectoryError, match="holds no checkpoints"):
         _ = Run(tmp_path / "average-*").sources

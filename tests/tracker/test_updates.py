@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -247,10 +248,10 @@ def test_what_is_no_module_or_no_path_is_refused_everywhere(tmp_path: Path, bad:
     with pytest.raises(InvalidValueError, match="must be given a torch"):
         tracker.attach(bad)  # type: ignore[arg-type]
     assert tracker.step == 1
-    path = bad if bad != "x" else "a\0b"
-    for make in (lambda: PostHocEMA.from_model(model, path), lambda: PostHocEMA.from_path(path)):  # type: ignore[arg-type]
-        with pytest.raises(InvalidValueError, match="checkpoint_dir"):
-            make()
+    for path in ("", bad if bad != "x" else "a\0b"):
+        for make in (PostHocEMA.from_path, partial(PostHocEMA.from_model, model)):
+            with pytest.raises(InvalidValueError, match="checkpoint_dir"):
+                make(path)  # type: ignore[operator]
     with pytest.raises(InvalidValueError, match="checkpoint_dir a Scalar: must be a path"):
         PostHocEMA.from_path(model)  # type: ignore[arg-type]
 
