@@ -137,7 +137,7 @@ def test_an_exported_file_says_the_same_of_itself(tmp_path: Path) -> None:
     ("name", "layout", "expected"),
     [
         ("x.safetensors", None, "safetensors"), ("x.pt", None, "pt"), ("x.pth", None, "pt"), ("x.bin", None, "pt"),
-        ("x", None, "sharded"), ("x.pt", "safetensors", "safetensors"), ("x.y", "pt", "pt"),
+        ("x", None, "sharded"), ("x", "safetensors", "safetensors"), ("x.y", "pt", "pt"),
         ("x.y", "sharded", "sharded"),
     ],
 )  # fmt: skip
@@ -147,6 +147,17 @@ def test_the_name_says_the_layout_unless_it_is_given(
     assert layout_of(tmp_path / name, layout) == expected
     (tmp_path / "v1.5").mkdir()
     assert layout_of(tmp_path / "v1.5", None) == "sharded"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("x.pt", "safetensors"), ("x.safetensors", "pt"), ("x.bin", "sharded"), ("x.pt", "dcp")]
+)
+def test_a_name_with_the_ending_of_another_layout_is_refused(tmp_path: Path, name: str, layout: str) -> None:
+    with refused("format", name):
+        export_file(write_output(tmp_path / "in.safetensors"), tmp_path / name, layout)
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).mkdir()
+    assert layout_of(tmp_path / name, layout) == layout
 
 
 SIZES = {

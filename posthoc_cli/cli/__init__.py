@@ -95,6 +95,7 @@ class _Command(typer.core.TyperCommand):
 
 _OPTIONS = {
     "overwrite=True": "--force",
+    "force=True": "--force",
     "prefix and strip_prefix": "--prefix and --strip-prefix",
     "give the layout": "give --format",
     "give step_from": "give --step-from",
@@ -210,7 +211,7 @@ def main() -> NoReturn:
         # Not app(...): that would install typer's own excepthook.
         command: Any = typer.main.get_command(app)
         code = command.main([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
-        sys.stdout.flush()
+        output.write("", flush=True)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
@@ -224,6 +225,8 @@ def main() -> NoReturn:
         if debug:
             raise
         code = 1
+        if error.filename == output.STDOUT:
+            _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         _print_message("error", where + (error.strerror or str(error)).lower())
     except SystemExit as ended:
@@ -258,8 +261,12 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 def _reader_has_gone() -> int:
     """The exit code of a process that SIGPIPE ended; the interpreter closes a stream that works."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return 128 + 13
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_streams() -> None:

@@ -55,6 +55,7 @@ LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt", "dcp": ""}
 
 DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = (".pt", ".pth", ".bin")
+_ENDINGS = {"safetensors": (fmt.SUFFIX,), "pt": PICKLES}
 ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
@@ -157,10 +158,17 @@ def check_space(outputs: Mapping[Path, int]) -> None:
 
 
 def layout_of(path: Path, layout: str | None) -> str:
-    """The given layout, or the one that the output's name says: .pt, .safetensors, or a folder of shards."""
+    """The given layout, or the one that the output's name says: .pt, .safetensors, or a folder of shards.
+
+    An InvalidValueError if the name has the ending of another layout, or of none.
+    """
     if layout is not None:
         if layout not in LAYOUTS:
             raise InvalidValueError("format", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+        accepted = _ENDINGS.get(layout, ())
+        if path.suffix in (fmt.SUFFIX, *PICKLES) and path.suffix not in accepted and not path.is_dir():
+            wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
+            raise InvalidValueError("format", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
         return layout
     if path.suffix == fmt.SUFFIX:
         return "safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,6 +24,17 @@ from posthoc_cli.reconstruction import METHODS
 
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
+REFUSED = {
+    "synthesize run --sigma-rel 0.1 --out x.pt --format safetensors":
+    "--format 'safetensors': the output's name, x.pt, must end in .safetensors",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --format pt":
+    "--format 'pt': the output's name, x.safetensors, must end in .pt, .pth, .bin",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --format sharded":
+    "--format 'sharded': the output's name, x.safetensors, must be that of a folder",
+    "export model.safetensors --out x.safetensors --format dcp":
+    "--format 'dcp': the output's name, x.safetensors, must be that of a folder",
+}  # fmt: skip
+"""Command lines, and what they are answered."""
 
 
 @pytest.fixture
@@ -46,6 +58,28 @@ def test_a_reader_that_goes_is_not_taken_for_damage(
         with pytest.raises(SystemExit) as ended:
             main()
     assert ended.value.code == 141
+
+
+@pytest.mark.parametrize("write_through", [False, True])
+def test_a_failed_write_of_standard_output_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write_through: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ema", "profile"])
+    with Path("/dev/full").open("w") as full:
+        full.reconfigure(write_through=write_through)
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "ema: error: standard output: no space left on device\n"
+
+
+@pytest.mark.parametrize(("line", "said"), REFUSED.items())
+def test_what_cannot_be_meant_is_refused_at_the_start(ema: Ema, place: Path, line: str, said: str) -> None:
+    before = sorted(place.iterdir())
+    result = ema(*shlex.split(line))
+    assert (result.code, result.error) == (2, said)
+    assert sorted(place.iterdir()) == before
 
 
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
