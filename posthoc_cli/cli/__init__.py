@@ -42,7 +42,14 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    PostHocError,
+    VanishedError,
+    printable,
+)
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.
@@ -118,7 +125,7 @@ def _translated(error: PostHocError, context: Any) -> PostHocError:
     changed = copy.copy(error)
     for words, here in _OPTIONS.items():
         changed.hint = changed.hint.replace(words, here)
-    if isinstance(error, InvalidValueError):
+    if isinstance(error, InvalidValueError) or error.value:
         options = [(option.name, option.opts[0]) for option in context.command.params if option.opts[0][:2] == "--"]
         names = {option[2:].replace("-", "_"): option for _, option in options} | dict(options)
         # A subject is an argument, or several: "t", "t and step", "beta 0.3".
