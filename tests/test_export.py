@@ -91,6 +91,8 @@ def exported(
 
 
 OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
+SIZE = {"sharded": "100"}
+"""The size of shards, where there are shards."""
 
 
 # --- layouts ---------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
 def test_every_layout_holds_the_same_tensors(tmp_path: Path, layout: str) -> None:
     out, told = tmp_path / OUTPUTS[layout], list[int]()
     bar = nullcontext(told.append)
-    report = export_file(write_output(tmp_path / "in.safetensors"), out, max_shard_size="100", progress=lambda *_: bar)
+    source, size = write_output(tmp_path / "in.safetensors"), SIZE.get(layout)
+    report = export_file(source, out, max_shard_size=size, progress=lambda *_: bar)
     (made,) = report.made.values()
     assert_same_tensors(load(out), WEIGHTS)
     assert (made.tensors, made.from_base, made.nbytes) == (4, 0, 40 + 80 + 8 + 8)
@@ -292,7 +295,9 @@ def write_base(tmp_path: Path, kind: str) -> Path:
 def test_a_base_completes_what_was_not_averaged(tmp_path: Path, layout: str, kind: str) -> None:
     """And it can be exported itself. The dtype is for its floating-point tensors, too."""
     out, base = tmp_path / OUTPUTS[layout], write_base(tmp_path, kind)
-    made = export_file(write_output(tmp_path / "in.safetensors"), out, base=base, max_shard_size="100").made[out]
+    made = export_file(write_output(tmp_path / "in.safetensors"), out, base=base, max_shard_size=SIZE.get(layout)).made[
+        out
+    ]
     assert_same_tensors(load(out), {**BASE, **WEIGHTS})
     assert (made.tensors, made.from_base) == (6, 2)
     export_file(base, out, dtype="bf16", overwrite=True)
@@ -431,7 +436,7 @@ def test_a_damaged_source_or_base_or_a_full_disk_leaves_nothing_and_keeps_what_w
     before = tree(tmp_path)
     for source, base in ((bad, None), (good, bad)):
         with pytest.raises(FileFormatError, match=r"bad\.safetensors: tensor .* is damaged"):
-            export_file(source, out, base=base, overwrite=existing, max_shard_size="100")
+            export_file(source, out, base=base, overwrite=existing, max_shard_size=SIZE.get(layout))
         assert tree(tmp_path) == before
     monkeypatch.setattr(files.system, "write", refuse_for_space)
     with pytest.raises(WriteError, match="no space left"):

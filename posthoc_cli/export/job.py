@@ -115,7 +115,7 @@ class Synthesis:
             if not asked.dry_run and not path.parent.is_dir():
                 raise InvalidValueError("out", "its folder does not exist", value=path)
         for path in self._outputs[0] if asked.like is None else ():
-            layout_of(path, self._options.layout)
+            asked.check_layout(layout_of(path, self._options.layout))
         device = str(self._options.device)  # options are checked before anything is read
         if part is not None:
             report: SynthesisReport | None = self._make_part(part)
