@@ -352,6 +352,10 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+MOST = 2**63 - 1
+"""Of a count or a size."""
+
+
 def parse_bytes(size: str, option: str) -> int:
     """Bytes from 60GB, 500MiB, 1.5TB or a plain number.
 
@@ -361,11 +365,13 @@ def parse_bytes(size: str, option: str) -> int:
     value = parse_amount(size, _UNITS)
     if value is None:
         raise InvalidValueError(option, "must be a size above 0, such as 60GB, 500MiB or 1.5TB", value=f"{size!r}")
+    if value > MOST:
+        raise InvalidValueError(option, "must be at most 9,223,372 TB", value=f"{size!r}")
     return round(value)
 
 
 def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
-    """A number in one of `units`, by their upper-case names; None if it is none, below 1 or too large."""
+    """A number in one of `units`, by their upper-case names; None if it is none, or below 1; it may exceed `MOST`."""
     match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].upper() not in units:
         return None
@@ -373,4 +379,4 @@ def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
         value = Decimal(match[1].replace(",", "")) * units[match[2].upper()]
     except InvalidOperation:
         return None
-    return value if 1 <= value < 2**63 else None
+    return value if value >= 1 else None

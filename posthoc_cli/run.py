@@ -206,6 +206,8 @@ class Run:
         if self.origin.kind in (None, "snapshots") and not is_foreign:
             try:
                 found = describe(self.directory)
+                if found["kind"] == "directory":
+                    self.origin.refuse_for_snapshots()
             except DirectoryError:
                 if not holds_checkpoints(self.directory):
                     raise

@@ -91,6 +91,8 @@ def exported(
 
 
 OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
+SIZE = {"sharded": "100"}
+"""The size of shards, where there are shards."""
 
 
 # --- layouts ---------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
 def test_every_layout_holds_the_same_tensors(tmp_path: Path, layout: str) -> None:
     out, told = tmp_path / OUTPUTS[layout], list[int]()
     bar = nullcontext(told.append)
-    report = export_file(write_output(tmp_path / "in.safetensors"), out, max_shard_size="100", progress=lambda *_: bar)
+    source, size = write_output(tmp_path / "in.safetensors"), SIZE.get(layout)
+    report = export_file(source, out, max_shard_size=size, progress=lambda *_: bar)
     (made,) = report.made.values()
     assert_same_tensors(load(out), WEIGHTS)
     assert (made.tensors, made.from_base, made.nbytes) == (4, 0, 40 + 80 + 8 + 8)
@@ -137,7 +140,7 @@ def test_an_exported_file_says_the_same_of_itself(tmp_path: Path) -> None:
     ("name", "layout", "expected"),
     [
         ("x.safetensors", None, "safetensors"), ("x.pt", None, "pt"), ("x.pth", None, "pt"), ("x.bin", None, "pt"),
-        ("x", None, "sharded"), ("x.pt", "safetensors", "safetensors"), ("x.y", "pt", "pt"),
+        ("x", None, "sharded"), ("x", "safetensors", "safetensors"), ("x.y", "pt", "pt"),
         ("x.y", "sharded", "sharded"),
     ],
 )  # fmt: skip
@@ -147,6 +150,17 @@ def test_the_name_says_the_layout_unless_it_is_given(
     assert layout_of(tmp_path / name, layout) == expected
     (tmp_path / "v1.5").mkdir()
     assert layout_of(tmp_path / "v1.5", None) == "sharded"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("x.pt", "safetensors"), ("x.safetensors", "pt"), ("x.bin", "sharded"), ("x.pt", "dcp")]
+)
+def test_a_name_with_the_ending_of_another_layout_is_refused(tmp_path: Path, name: str, layout: str) -> None:
+    with refused("format", name):
+        export_file(write_output(tmp_path / "in.safetensors"), tmp_path / name, layout)
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).mkdir()
+    assert layout_of(tmp_path / name, layout) == layout
 
 
 SIZES = {
@@ -281,7 +295,9 @@ def write_base(tmp_path: Path, kind: str) -> Path:
 def test_a_base_completes_what_was_not_averaged(tmp_path: Path, layout: str, kind: str) -> None:
     """And it can be exported itself. The dtype is for its floating-point tensors, too."""
     out, base = tmp_path / OUTPUTS[layout], write_base(tmp_path, kind)
-    made = export_file(write_output(tmp_path / "in.safetensors"), out, base=base, max_shard_size="100").made[out]
+    made = export_file(write_output(tmp_path / "in.safetensors"), out, base=base, max_shard_size=SIZE.get(layout)).made[
+        out
+    ]
     assert_same_tensors(load(out), {**BASE, **WEIGHTS})
     assert (made.tensors, made.from_base) == (6, 2)
     export_file(base, out, dtype="bf16", overwrite=True)
@@ -420,7 +436,7 @@ def test_a_damaged_source_or_base_or_a_full_disk_leaves_nothing_and_keeps_what_w
     before = tree(tmp_path)
     for source, base in ((bad, None), (good, bad)):
         with pytest.raises(FileFormatError, match=r"bad\.safetensors: tensor .* is damaged"):
-            export_file(source, out, base=base, overwrite=existing, max_shard_size="100")
+            export_file(source, out, base=base, overwrite=existing, max_shard_size=SIZE.get(layout))
         assert tree(tmp_path) == before
     monkeypatch.setattr(files.system, "write", refuse_for_space)
     with pytest.raises(WriteError, match="no space left"):

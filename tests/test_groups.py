@@ -61,7 +61,7 @@ def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema: Ema, r
 
 
 def test_a_tensor_without_a_group_and_a_group_without_a_tensor_are_refused(run: Run) -> None:
-    with refused("group", "none matches tensor 'down.b'", "add '*=0.1'"):
+    with refused("group", "tensor 'down.b' matches no group", "add '*=0.1'"):
         run.plan(Groups({"up.*": 0.1}))
     with refused("group", "matches no tensor"):
         run.plan(Groups({"*": 0.1, "up.*": 0.2}))

@@ -208,7 +208,11 @@ def test_parts_of_two_plans_do_not_mix(
     path = out / "model-00002-of-00003.safetensors"
     path.unlink()
     second = ("--shard", "2/3", "--quiet")
-    assert make(ema, run, out, *second, *options).code == 0
+    refused = make(ema, run, out, *second, *options)
+    assert (refused.code, path.exists()) == (1, False)
+    first = out / "model-00001-of-00003.safetensors"
+    assert f"{first}: is a part of another plan: {said.partition(' is ')[0]}" in refused.err
+    assert make(ema, run, out, *second, *options, "--force").code == 0
     assert f"{path}: is a part of another plan: {said}" in finish_it(ema, run, out)
     refused = make(ema, run, out, *second)
     assert refused.code == 1

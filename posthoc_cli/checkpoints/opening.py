@@ -100,6 +100,11 @@ class Origin:
             if (value := getattr(self, name)) not in (None, "", ()):
                 raise InvalidValueError(name, reason, value=value if isinstance(value, str | int) else "")
 
+    def refuse_for_snapshots(self) -> None:
+        """An InvalidValueError if anything but the kind was given."""
+        names = [name for name in vars(self) if name != "kind"]
+        self.refuse(names, "is for checkpoints, and these are snapshots of a tracker")
+
     @property
     def selection(self) -> fmt.Selection:
         """The choice of tensors by their names."""
@@ -161,8 +166,7 @@ def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str 
             raise InvalidValueError("checkpoints", reason, value=also) from error
         return [*open_checkpoints(directory, origin)]
     if also is None:
-        names = [name for name in vars(origin) if name != "kind"]
-        origin.refuse(names, "is for checkpoints, and these are snapshots of a tracker")
+        origin.refuse_for_snapshots()
     others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also, origin))
     return sorted([*snapshots, *others], key=lambda one: (one.info.t, one.info.sigma_rel)) if others else [*snapshots]
 

@@ -42,7 +42,14 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    PostHocError,
+    VanishedError,
+    printable,
+)
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.
@@ -104,6 +111,7 @@ class _Command(typer.core.TyperCommand):
 
 _OPTIONS = {
     "overwrite=True": "--force",
+    "force=True": "--force",
     "prefix and strip_prefix": "--prefix and --strip-prefix",
     "give the layout": "give --format",
     "give step_from": "give --step-from",
@@ -126,7 +134,7 @@ def _translated(error: PostHocError, context: Any) -> PostHocError:
     changed = copy.copy(error)
     for words, here in _OPTIONS.items():
         changed.hint = changed.hint.replace(words, here)
-    if isinstance(error, InvalidValueError):
+    if isinstance(error, InvalidValueError) or error.value:
         options = [(option.name, option.opts[0]) for option in context.command.params if option.opts[0][:2] == "--"]
         names = {option[2:].replace("-", "_"): option for _, option in options} | dict(options)
         # A subject is an argument, or several: "t", "t and step", "beta 0.3".
@@ -219,7 +227,7 @@ def main() -> NoReturn:
         # Not app(...): that would install typer's own excepthook.
         command: Any = typer.main.get_command(app)
         code = command.main([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
-        sys.stdout.flush()
+        output.write("", flush=True)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
@@ -233,6 +241,8 @@ def main() -> NoReturn:
         if debug:
             raise
         code = 1
+        if error.filename == output.STDOUT:
+            _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         _print_message("error", where + (error.strerror or str(error)).lower())
     except SystemExit as ended:
@@ -267,8 +277,12 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 def _reader_has_gone() -> int:
     """The exit code of a process that SIGPIPE ended; the interpreter closes a stream that works."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return 128 + 13
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_streams() -> None:

@@ -50,7 +50,7 @@ def error_plot(
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
     decay: str | None = values.DECAY,
-    over: str = values.OVER,
+    over: str | None = values.OVER,
     lr: Path | None = values.LR,
     sigma_range: str = Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
     t: float | None = Option(None, help="Time of the targets. [default: the last snapshot's]"),

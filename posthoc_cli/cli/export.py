@@ -32,7 +32,7 @@ def export(
     ),
     prefix: str = Option("", help="Put this in front of every name in FILE."),
     strip_prefix: str = Option("", help="Remove this from the front of the names in FILE."),
-    max_shard_size: str = values.MAX_SHARD_SIZE,
+    max_shard_size: str | None = values.MAX_SHARD_SIZE,
     overwrite: bool = values.FORCE,
     quiet: bool = values.QUIET,
     as_json: bool = values.JSON,

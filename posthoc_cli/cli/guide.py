@@ -39,7 +39,7 @@ def guide(
     elif name not in guides:
         raise InvalidValueError("guide", f"must be one of {', '.join(guides)}", value=name)
     elif not sys.stdout.isatty():
-        sys.stdout.write(guides[name])
+        output.write(guides[name])
     else:
         from rich.console import Console
         from rich.markdown import Markdown

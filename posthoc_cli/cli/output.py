@@ -21,12 +21,23 @@ from posthoc_cli import errors
 from posthoc_cli.errors import printable
 from posthoc_cli.progress import ProgressBar
 
+STDOUT = "standard output"
 MOST_ROWS = 10
 """Rows of a table that are shown without --verbose."""
 REPORT_SECONDS = 30.0
 """Between two lines of progress without a terminal."""
 _LEAST_TEXT = 12
 """Columns that are left of a text in a table at least."""
+
+
+def write(text: str, flush: bool = False) -> None:
+    """Write to stdout; an OSError names it."""
+    try:
+        sys.stdout.write(text)
+        if flush:
+            sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, STDOUT) from error
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
@@ -47,7 +58,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
     for number, line in enumerate(lines):
         cells = [_aligned(cell, widths[index], index in texts) for index, cell in enumerate(line)]
         text = "  ".join(cells).rstrip()
-        sys.stdout.write(f"\x1b[1m{text}\x1b[0m\n" if number == 0 and on_terminal else f"{text}\n")
+        write(f"\x1b[1m{text}\x1b[0m\n" if number == 0 and on_terminal else f"{text}\n")
 
 
 def _aligned(text: str, width: int, left: bool) -> str:
@@ -80,8 +91,7 @@ def _terminal_width() -> int:
 
 def print_line(text: str = "") -> None:
     """One line on stdout, flushed."""
-    sys.stdout.write(f"{printable(text)}\n")
-    sys.stdout.flush()
+    write(f"{printable(text)}\n", flush=True)
 
 
 def print_note(text: str) -> None:
@@ -97,7 +107,7 @@ def print_rest(count: int, what: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
+    write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
 
 
 def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:

@@ -46,6 +46,8 @@ def report(
     assert page is not None
     run = values.open_run(directory, checkpoints, origin)
     folder = None if sweep is None else values.existing(sweep)
+    if folder is not None and not folder.is_dir():
+        raise InvalidValueError("--sweep", "is a file", "name the folder of a sweep", value=folder)
     if watch and not run.directory.is_dir():
         raise InvalidValueError("--watch", "needs a directory, and not a file or a pattern", value=run.directory)
     if watch:

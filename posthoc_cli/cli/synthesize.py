@@ -35,7 +35,7 @@ def synthesize(
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
     decay: str | None = values.DECAY,
-    over: str = values.OVER,
+    over: str | None = values.OVER,
     lr: Path | None = values.LR,
     mean: str | None = Option(
         None, metavar="last:COUNT", help="The plain mean of the last checkpoints, whatever their distances: last:10."
@@ -64,7 +64,7 @@ def synthesize(
     ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
-    max_shard_size: str = values.MAX_SHARD_SIZE,
+    max_shard_size: str | None = values.MAX_SHARD_SIZE,
     device: str = Option("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
     accumulate: str | None = Option(
         None, help="dtype of the sums: float32 or float64. [default: float64 for averages in float32 or float64]"
@@ -126,7 +126,10 @@ def synthesize(
     targets += [Groups(values.parse_groups(group))] if group else []
     run = values.open_run(directory, checkpoints, origin)
     if not targets:
-        kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear"
+        kinds = (
+            "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear, "
+            "--mean last:10, --coefficients FILE, --group '*=0.1'"
+        )
         raise InvalidValueError("no target", f"name one or several by {kinds}")
     report = run.write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,

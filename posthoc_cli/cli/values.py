@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -59,7 +60,9 @@ DECAY = Option(
     "a multiplier that falls from 1 to 0, or a CSV file of x,multiplier with x from 0 to 1.",
 )
 OVER = Option(
-    "20%", metavar="PART|START:END", help="The part of training that --decay falls over: 20%, or 50000:80000."
+    None,
+    metavar="PART|START:END",
+    help="The part of training that --decay falls over: 20%, or 50000:80000. [default: 20%]",
 )
 LR = Option(
     None, metavar="FILE", help="For --decay: the run's own learning rate, a CSV file of time,rate, if it fell, too."
@@ -85,7 +88,7 @@ DTYPE = Option(
 )
 COMPONENT = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet.")
 STEP = Option(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
-MAX_SHARD_SIZE = Option("5GB", help="Of a sharded output.")
+MAX_SHARD_SIZE = Option(None, help="Of a sharded output. [default: 5GB]")
 LIKE = Option(
     None,
     metavar="DIR",
@@ -132,10 +135,10 @@ _ORIGIN: dict[str, tuple[Any, Any]] = {
         str | None,
         Option(None, help="Of averages of other libraries: their widths, in the order of their numbers: 0.05,0.28."),
     ),
-    "update_every": (int | None, Option(None, min=1, help="Of averages of other libraries: calls between updates.")),
+    "update_every": (int | None, Option(None, help="Of averages of other libraries: calls between updates.")),
     "update_after_step": (
         int | None,
-        Option(None, min=0, help="Of averages of other libraries: calls before the first update. [default: theirs]"),
+        Option(None, help="Of averages of other libraries: calls before the first update. [default: theirs]"),
     ),
 }
 """Options that say what checkpoints do not: type and default of each."""
@@ -154,6 +157,9 @@ def with_origin(command: Callable[..., None]) -> Callable[..., None]:
 
         fields = {name: given.pop(name) for name in added}
         widths = fields.pop("sigma_rels", None)
+        for name, least in (("update_every", 1), ("update_after_step", 0)):
+            if fields[name] is not None and fields[name] < least:
+                raise bad(f"--{name.replace('_', '-')}", str(fields[name]), f"must be a whole number, at least {least}")
         known = {name: value for name, value in fields.items() if value not in (None, [], "")}
         tracked = () if widths is None else parse_sigma_rels(widths, "--sigma-rels")
         command(**given, origin=Origin(**known, sigma_rels=tuple(tracked)))
@@ -188,6 +194,8 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
     value = files.parse_amount(text, _COUNTS)
     if value is None or value != value.to_integral_value():
         raise bad(option, text, f"must be a whole number, at least 1, such as {example}")
+    if value > files.MOST:
+        raise bad(option, text, f"must be at most {files.MOST:,}")
     return int(value)
 
 
@@ -229,7 +237,7 @@ def parse_numbers(text: str, option: str) -> list[float]:
 
 def _number(text: str, option: str) -> Decimal:
     number = _decimal(text)
-    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS:
+    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
         raise bad(option, text, f"must be {_FORMS.get(option, _SIGMA_FORMS)}")
     return number
 
@@ -351,7 +359,7 @@ def parse_targets(
     profile: Sequence[Path] | None,
     width_option: str = "--sigma-rel",
     decay: str | None = None,
-    over: str = "20%",
+    over: str | None = None,
     lr: Path | None = None,
 ) -> list[Target]:
     """Targets from the options of these names, kind after kind, each once; `width_option` names the first."""
@@ -361,11 +369,15 @@ def parse_targets(
     targets += [] if window is None else map(_window, parse_numbers(window, "--window"))
     targets += [] if between is None else [Between(*_ends(text, "--between")) for text in between.split(",")]
     targets += [ProfileFile(files.expanded(path)) for path in profile or ()]
-    if decay is None and lr is not None:
-        raise InvalidValueError("--lr", "is for --decay", value=lr)
+    for option, value in (("--over", over), ("--lr", lr)):
+        if decay is None and value is not None:
+            raise InvalidValueError(option, "is for --decay", value=value)
     if decay is not None:
+        if not decay.strip():
+            raise bad("--decay", decay, f"must be {', '.join(SHAPES)} or a file of lines x,multiplier")
         shape = decay if decay in SHAPES else files.expanded(Path(decay))
-        targets.append(Decay(shape, _part(over), None if lr is None else files.expanded(lr)))
+        part = _part("20%" if over is None else over)
+        targets.append(Decay(shape, part, None if lr is None else files.expanded(lr)))
     return list(dict.fromkeys(targets))
 
 
@@ -387,7 +399,7 @@ def _window(steps: float) -> Window:
 
 def _ends(text: str, option: str) -> tuple[float, float]:
     ends = [_decimal(end) for end in text.split(":")]
-    if len(ends) != 2 or not all(end.is_finite() for end in ends):
+    if len(ends) != 2 or not all(math.isfinite(end) for end in map(float, ends)):
         raise bad(option, text, "must be START:END, two training times, such as 50000:80000")
     return float(ends[0]), float(ends[1])
 
@@ -395,7 +407,10 @@ def _ends(text: str, option: str) -> tuple[float, float]:
 def _part(text: str) -> float | tuple[float, float]:
     """`--over`: 20%, 0.2, or START:END."""
     if ":" in text:
-        return _ends(text, "--over")
+        start, end = _ends(text, "--over")
+        if not 0 <= start < end:
+            raise bad("--over", text, "must start at 0 or later, and end after its start")
+        return start, end
     value = _fraction(text)
     if not (value.is_finite() and 0 < value <= 1):
         raise bad("--over", text, "must be a part of training, such as 20%, or START:END, such as 50000:80000")

@@ -22,7 +22,6 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.export.layouts import (
-    DEFAULT_SHARD_SIZE,
     OTHER_FOLDER,
     PICKLES,
     OutputOptions,
@@ -81,7 +80,7 @@ def export_file(
     prefix: str = "",
     strip_prefix: str = "",
     overwrite: bool = False,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    max_shard_size: str | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
     """Write a model, or each model of a folder, in another layout. One tensor at a time, except for .pt.
@@ -96,7 +95,7 @@ def export_file(
         prefix, strip_prefix: put in front of, or taken from, the names in `source`, before they are compared
             with those in `base`.
         overwrite: replace an output that is there.
-        max_shard_size: such as "5GB".
+        max_shard_size: of shards, such as "5GB", which is the default.
         progress: opens a progress bar, of the bytes to read.
 
     Raises:
@@ -112,6 +111,7 @@ def export_file(
     with progress("exporting", total) as advance:
         for model, path in zip(sources, outs, strict=True):
             kind = layout_of(path, layout)
+            options.check_layout(kind)
             with ExitStack() as stack:
                 own, info = _read_source(stack, model, wanted)
                 tensors = _rename(own, prefix, strip_prefix)

@@ -18,7 +18,7 @@ import torch
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.export.layouts import OutputOptions, existing_outputs, output_paths, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions, existing_outputs, layout_of, output_paths, write_synthesis
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
@@ -114,6 +114,8 @@ class Synthesis:
         for path in self._outputs[0] if self._outputs[1] is None else [self._outputs[1]]:
             if not asked.dry_run and not path.parent.is_dir():
                 raise InvalidValueError("out", "its folder does not exist", value=path)
+        for path in self._outputs[0] if asked.like is None else ():
+            asked.check_layout(layout_of(path, self._options.layout))
         device = str(self._options.device)  # options are checked before anything is read
         if part is not None:
             report: SynthesisReport | None = self._make_part(part)

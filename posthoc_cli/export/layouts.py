@@ -55,6 +55,7 @@ LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt", "dcp": ""}
 
 DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = (".pt", ".pth", ".bin")
+_ENDINGS = {"safetensors": (fmt.SUFFIX,), "pt": PICKLES}
 ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
@@ -66,7 +67,7 @@ class OutputOptions(Options):
     Attributes:
         device: where the sums are made: "auto", "cpu", "cuda", ...
         layout: one of `LAYOUTS`; None for the one that the output's name says.
-        max_shard_size: of the sharded layout, such as "5GB".
+        max_shard_size: of the sharded layout, such as "5GB", which is the default.
         overwrite: replace outputs that are there.
         skip_existing: leave outputs of the same plan as they are.
         dry_run: plan only.
@@ -82,7 +83,7 @@ class OutputOptions(Options):
 
     device: torch.device | str = "auto"
     layout: str | None = None
-    max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    max_shard_size: int | str | None = None
     overwrite: bool = False
     skip_existing: bool = False
     dry_run: bool = False
@@ -96,7 +97,14 @@ class OutputOptions(Options):
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` as a number."""
-        return files.parse_bytes(str(self.max_shard_size), "max_shard_size")
+        size = DEFAULT_SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
+        return files.parse_bytes(str(size), "max_shard_size")
+
+    def check_layout(self, layout: str) -> None:
+        """Check that an output with this layout has shards, if their size was given; else an InvalidValueError."""
+        if self.max_shard_size is not None and layout != "sharded":
+            reason = f"is for a sharded output, and this layout is {layout}"
+            raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
 
 
 def write_synthesis(
@@ -157,10 +165,17 @@ def check_space(outputs: Mapping[Path, int]) -> None:
 
 
 def layout_of(path: Path, layout: str | None) -> str:
-    """The given layout, or the one that the output's name says: .pt, .safetensors, or a folder of shards."""
+    """The given layout, or the one that the output's name says: .pt, .safetensors, or a folder of shards.
+
+    An InvalidValueError if the name has the ending of another layout, or of none.
+    """
     if layout is not None:
         if layout not in LAYOUTS:
             raise InvalidValueError("format", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+        accepted = _ENDINGS.get(layout, ())
+        if path.suffix in (fmt.SUFFIX, *PICKLES) and path.suffix not in accepted and not path.is_dir():
+            wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
+            raise InvalidValueError("format", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
         return layout
     if path.suffix == fmt.SUFFIX:
         return "safetensors"

@@ -198,6 +198,8 @@ class PartedSynthesis:
         check_free_folder(folder, overwrite or there)
         if overwrite:
             check_no_snapshot(folder)
+        else:
+            self._check_neighbour(file)
         if not there:
             return False
         try:
@@ -207,6 +209,20 @@ class PartedSynthesis:
                 raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
             return False
         return True
+
+    def _check_neighbour(self, file: PartFile) -> None:
+        """Check that another part that is there, if there is one, is of this plan; else an OutputExistsError."""
+        folder = file.path.parent
+        for other in self.parts:
+            if other == file.part or not os.path.lexists(other.path(folder)):
+                continue
+            try:
+                self.files_of(other)[self.folders.index(folder)].read_header()
+            except MismatchError as error:
+                raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
+            except FileFormatError:  # which its own process says, and the end of the job
+                continue
+            return
 
 
 def parts_for(nbytes: int, limit: int, processes: int) -> int:

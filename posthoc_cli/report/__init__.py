@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from posthoc_cli import plots
 from posthoc_cli.dtypes import DTYPES
-from posthoc_cli.errors import FileFormatError, MismatchError, PostHocError, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import finite
 from posthoc_cli.reconstruction import Motion
@@ -58,12 +58,15 @@ def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html"),
         reload: seconds after which a browser shows it anew.
 
     Raises:
+        InvalidValueError: `sweep` is not the folder of a sweep.
         FileFormatError, MismatchError: the sweep cannot be read, or is of another run.
         DirectoryError: there are no snapshots.
     """
     if sweep is None:
         return _page(run, None, None, out, reload)
     path = sweep / RESULT
+    if not path.is_file():
+        raise InvalidValueError("sweep", f"holds no {RESULT}", "name the folder of a sweep", value=sweep)
     try:
         return _page(run, json.loads(read_small_file(path, _MOST_BYTES)), sweep, out, reload)
     except PostHocError:

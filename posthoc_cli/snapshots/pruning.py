@@ -139,9 +139,10 @@ def plan_pruning(
 
     if max_error is not None and before.worst > max_error:
         raise InexactError(
-            f"max_error {max_error:g}",
+            "max_error",
             f"all {len(snapshots)} snapshots together have a predicted error of up to "
             f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
+            value=f"{max_error:g}",
         )
     staying = {*thinned_subset(profiles, keep=keep or 1), *needed}
     order = _spread_out([index for index in range(len(profiles)) if index not in staying])

@@ -177,6 +177,8 @@ class Sweep:
             raise InvalidValueError("keep_weights and disk", "give one of them")
         if self.timeout is not None and not self.timeout > 0:
             raise InvalidValueError("timeout", "must be above 0 seconds", value=f"{self.timeout:g}")
+        if self.out.exists() and not self.out.is_dir():
+            raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
         if self.raw is not None and not self.raw.exists():
             raise InvalidValueError("raw", "no such file or directory", value=self.raw)
         return words

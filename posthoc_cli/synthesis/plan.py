@@ -117,8 +117,9 @@ class Plan:
         for columns in self.columns:
             glob = next((glob for glob in columns if any(fnmatchcase(each, glob) for each in self.names[name])), None)
             if glob is None:
-                hint = "add '*=0.1' for all others"
-                raise InvalidValueError("group", f"none matches tensor {shown(name)}", hint, value=", ".join(columns))
+                hint = "add '*=0.1' for the rest"
+                reason = f"tensor {shown(name)} matches no group"
+                raise InvalidValueError("group", reason, hint, value=", ".join(columns))
             found.append(columns[glob])
         return tuple(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,6 +24,36 @@ from posthoc_cli.reconstruction import METHODS
 
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
+REFUSED = {
+    "synthesize run --sigma-rel 0.1 --out x.pt --format safetensors":
+    "--format 'safetensors': the output's name, x.pt, must end in .safetensors",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --format pt":
+    "--format 'pt': the output's name, x.safetensors, must end in .pt, .pth, .bin",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --format sharded":
+    "--format 'sharded': the output's name, x.safetensors, must be that of a folder",
+    "export model.safetensors --out x.safetensors --format dcp":
+    "--format 'dcp': the output's name, x.safetensors, must be that of a folder",
+    "synthesize run --sigma-rel 0.1 --over 50% --out x": "--over 50%: is for --decay",
+    "synthesize run --sigma-rel 0.1 --max-shard-size 1KB --out x.safetensors":
+    "--max-shard-size 1KB: is for a sharded output, and this layout is safetensors",
+    "export model.safetensors --max-shard-size 1KB --out x.pt":
+    "--max-shard-size 1KB: is for a sharded output, and this layout is pt",
+    "info run --prefix x": "--prefix x: is for checkpoints, and these are snapshots of a tracker",
+    "info run --sigma-rels 0.1": "--sigma-rels: is for checkpoints, and these are snapshots of a tracker",
+    "info run --update-every 0": "--update-every 0: must be a whole number, at least 1",
+    "info run --update-after-step -1": "--update-after-step -1: must be a whole number, at least 0",
+    "report run --sweep run": "--sweep run: holds no sweep.json; name the folder of a sweep",
+    "report run --sweep model.safetensors": "--sweep model.safetensors: is a file; name the folder of a sweep",
+    "sweep run --run 'eval {weights}' --minimize --out model.safetensors":
+    "--out model.safetensors: is a file; name a folder",
+    "synthesize run --decay '' --out x":
+    "--decay (empty): must be 1-sqrt, linear, cosine or a file of lines x,multiplier",
+    "synthesize run --sigma-rel 1e400 --out x":
+    "--sigma-rel 1e400: must be a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05",
+    "plan --steps 1e30 --params 1e6 --max-size 1GB": "--steps 1e30: must be at most 9,223,372,036,854,775,807",
+    "plan --steps 1e3 --params 1e6 --max-size 1e9TB": "--max-size '1e9TB': must be at most 9,223,372 TB",
+}  # fmt: skip
+"""Command lines, and what they are answered."""
 
 
 @pytest.fixture
@@ -46,6 +77,28 @@ def test_a_reader_that_goes_is_not_taken_for_damage(
         with pytest.raises(SystemExit) as ended:
             main()
     assert ended.value.code == 141
+
+
+@pytest.mark.parametrize("write_through", [False, True])
+def test_a_failed_write_of_standard_output_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write_through: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ema", "profile"])
+    with Path("/dev/full").open("w") as full:
+        full.reconfigure(write_through=write_through)
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "ema: error: standard output: no space left on device\n"
+
+
+@pytest.mark.parametrize(("line", "said"), REFUSED.items())
+def test_what_cannot_be_meant_is_refused_at_the_start(ema: Ema, place: Path, line: str, said: str) -> None:
+    before = sorted(place.iterdir())
+    result = ema(*shlex.split(line))
+    assert (result.code, result.error) == (2, said)
+    assert sorted(place.iterdir()) == before
 
 
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
