@@ -173,7 +173,7 @@ def test_a_directory_that_is_read_anew(run: Run, tmp_path: Path) -> None:
     assert raised.value.subject == str(tmp_path / "later")
     run.directory.rename(tmp_path / "later")
     assert later.t == 100.0
-    with pytest.raises(InvalidValueError, match="path: is empty"):
+    with pytest.raises(InvalidValueError, match="directory: is empty"):
         Run("")
 
 
