@@ -42,14 +42,7 @@ from posthoc_cli.cli import (
     synthesize,
     verify,
 )
-from posthoc_cli.errors import (
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    PostHocError,
-    VanishedError,
-    printable,
-)
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.

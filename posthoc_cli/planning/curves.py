@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Candidate:
         times = [profile.t for profile in self.snapshots]
         if t is None:
             return max(times)
-        if isinstance(t, bool) or not isinstance(t, numbers.Real):
+        if isinstance(t, bool) or not isinstance(t, Real):
             raise InvalidValueError("t", "must be a number", value=shown(t))
         if not min(times) <= t <= max(times):
             reason = f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
@@ -239,9 +239,9 @@ class ErrorReport:
         for curve in self.curves:
             report = curve.to_dict()
             columns = (report["sigma_rel"], report["predicted_error"], report["profile_error"])
-            rows = [("sigma_rel", *figures) for figures in zip(*columns, strict=True)]
-            for target, *figures in (*rows, *(tuple(other.values()) for other in report["others"])):
-                cells = ["" if number is None else repr(number) for number in figures]
+            rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
+            for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
+                cells = ["" if number is None else repr(number) for number in numbers]
                 writer.writerow([_no_formula(curve.label), repr(curve.t), _no_formula(target), *cells])
         return text.getvalue()
 
@@ -308,7 +308,7 @@ def _kind(profile: StoredProfile) -> str:
 
 def check_max_error(max_error: float | None) -> None:
     """Raise an InvalidValueError unless it is None or a number above 0."""
-    if max_error is not None and not (isinstance(max_error, numbers.Real) and max_error > 0):
+    if max_error is not None and not (isinstance(max_error, Real) and max_error > 0):
         raise InvalidValueError("max_error", "must be a number above 0, such as 0.01", value=shown(max_error))
 
 

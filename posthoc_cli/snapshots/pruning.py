@@ -6,12 +6,12 @@ least needed first, so that an interruption leaves a valid directory, and the be
 
 from __future__ import annotations
 
-import numbers
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,7 @@ def plan_pruning(
     if max_bytes is not None:
         max_bytes -= file_bytes(older)
     if keep is not None:
-        if isinstance(keep, bool) or not isinstance(keep, numbers.Integral):
-            raise InvalidValueError("keep", "must be a whole number, at least 1", value=shown(keep))
-        most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
-        if keep < 1:
-            raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
-        if keep > most:
-            there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
-            raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
+        _check_keep(keep, snapshots)
     profiles = [snapshot.info.profile.pure for snapshot in snapshots]
     needed = _needed(profiles)
     solved = sorted({*thinned_subset(profiles), *needed})
@@ -165,6 +158,17 @@ def plan_pruning(
     kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]
     after = errors_without(gone) if gone else before
     return Pruning((*older, *kept), tuple(snapshots[index] for index in gone), before, after, prior.source)
+
+
+def _check_keep(keep: int, snapshots: Sequence[Snapshot]) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, Integral):
+        raise InvalidValueError("keep", "must be a whole number, at least 1", value=shown(keep))
+    most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
+    if keep < 1:
+        raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
+    if keep > most:
+        there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
+        raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
 
 
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
