@@ -129,7 +129,7 @@ def test_trace_calls(tmp_path: Path) -> None:
 
 
 def test_bench_batch_norm_finds_averaged_statistics_near_measured_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_batch_norm.main(["--seeds", "1", "--steps", "100"])
+    bench_batch_norm.main(["--seeds", "1", "--steps", "60"])
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     rows = [row for row in table if row[1:2] == ["0.1"]]
     assert [row[0] for row in rows if row[2] == "raw"] == list(bench_batch_norm.NETWORKS)
