@@ -22,6 +22,7 @@ from trained_networks import CLASSES, SIDE, digits
 from posthoc_cli import PostHocEMA
 
 LENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25)
+MOMENTA = (0.1, 0.01)
 FOR_VALIDATION = 497
 BATCH = 64
 
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| network | momentum | weights | copied | averaged | measured by update_bn |")
     print("|---|---|---|---|---|---|")
     for name, make in NETWORKS.items():
-        for momentum in (0.1, 0.01):
+        for momentum in MOMENTA:
             runs = torch.tensor([measure(make, momentum, asked.steps, seed) for seed in range(asked.seeds)])
             for length, row in zip(("raw", *LENGTHS), runs.mean(dim=0).tolist(), strict=True):
                 title = length if length == "raw" else f"sigma_rel {length}"
