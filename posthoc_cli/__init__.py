@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from posthoc_cli.synthesis.plan import plan_synthesis
     from posthoc_cli.targets import Beta, Between, Coefficients, Decay, Groups, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
+    from posthoc_cli.tracker.model_weights import update_bn
 
 __all__ = [
     "Beta", "Between", "Coefficients", "Decay", "Groups", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
     "Run", "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
-    "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize",
+    "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize", "update_bn",
 ]  # fmt: skip
 
 _HOMES = {
@@ -38,7 +39,7 @@ _HOMES = {
     "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "checkpoints.opening",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",
-    "synthesize": "synthesis.engine",
+    "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",
 }  # fmt: skip
 """The module of each name that is no module itself."""
 

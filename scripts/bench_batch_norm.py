@@ -1,18 +1,19 @@
-"""Why averaged weights need their own BatchNorm statistics, measured on scikit-learn's digits.
+"""Which BatchNorm statistics averaged weights need, measured on scikit-learn's digits under noise.
 
-A small convolutional network with BatchNorm is trained with the hook, once with torch's default momentum of 0.1
-(statistics of about the last 10 steps) and once with 0.01 (the last 100). Then averages of several lengths are
-evaluated on images that training never saw: with the statistics that the newest snapshot copied, which are those of
-the raw weights, and with statistics measured anew on the training images by `ema.update_bn`.
+Three networks with BatchNorm are trained with the hook, with torch's default momentum of 0.1 (statistics of about the
+last 10 steps) and with 0.01 (the last 100). Then averages of several lengths are evaluated on images that training
+never saw, with running statistics of three sources: those of the raw weights, as copies in the newest snapshot would
+be; those that the tracker has averaged by the same profile; and those that `ema.update_bn` measures on images of the
+training.
 
-    python scripts/bench_batch_norm.py [--seeds 3] [--steps 600]
+    python scripts/bench_batch_norm.py [--seeds 3] [--steps 1500]
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ from trained_networks import CLASSES, SIDE, digits
 
 from posthoc_cli import PostHocEMA
 
-LENGTHS = (0.05, 0.1, 0.15, 0.2, 0.25)
+LENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25)
+MOMENTA = (0.1, 0.01)
 FOR_VALIDATION = 497
 BATCH = 64
 
@@ -31,31 +33,64 @@ def network(momentum: float) -> nn.Sequential:
     """Three convolutions, each with BatchNorm: 14,458 parameters. [batch, 1, 8, 8] -> [batch, 10]."""
     layers: list[nn.Module] = []
     for channels, wider in ((1, 16), (16, 32), (32, 32)):
-        layers += [
-            nn.Conv2d(channels, wider, 3, padding=1, bias=False),
-            nn.BatchNorm2d(wider, momentum=momentum),
-            nn.ReLU(),
-        ]
+        layers += [*_convolution(channels, wider, momentum), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES))
 
 
+def residual_network(momentum: float) -> nn.Sequential:
+    """Two residual blocks of two convolutions: 9,818 parameters. From and to the same."""
+    layers = [*_convolution(1, 16, momentum), nn.ReLU(), _Residual(16, momentum), _Residual(16, momentum)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
+
+
+def perceptron(momentum: float) -> nn.Sequential:
+    """Two hidden layers of 128, each with BatchNorm: 26,634 parameters. From and to the same."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in (SIDE * SIDE, 128):
+        layers += [nn.Linear(width, 128), nn.BatchNorm1d(128, momentum=momentum), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(128, CLASSES))
+
+
+def _convolution(channels: int, wider: int, momentum: float) -> list[nn.Module]:
+    return [nn.Conv2d(channels, wider, 3, padding=1, bias=False), nn.BatchNorm2d(wider, momentum=momentum)]
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, momentum: float) -> None:
+        super().__init__()
+        first, second = (_convolution(channels, channels, momentum) for _ in range(2))
+        self.inner = nn.Sequential(*first, nn.ReLU(), *second)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.inner(x))
+
+
+NETWORKS: dict[str, Callable[[float], nn.Module]] = {
+    "convolutions": network, "residual": residual_network, "perceptron": perceptron,
+}  # fmt: skip
+
+
 def split(seed: int) -> tuple[Images, Images]:
-    """Images to train on, and to validate with."""
+    """Images to train on, without noise, and to validate with."""
     images, labels = digits()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
     images, labels = images[order].reshape(-1, 1, SIDE, SIDE), labels[order]
-    return (images[FOR_VALIDATION:], labels[FOR_VALIDATION:]), (images[:FOR_VALIDATION], labels[:FOR_VALIDATION])
+    unseen = images[:FOR_VALIDATION]
+    noisy = unseen + torch.randn(unseen.shape, generator=generator)
+    return (images[FOR_VALIDATION:], labels[FOR_VALIDATION:]), (noisy, labels[:FOR_VALIDATION])
 
 
 def train(model: nn.Module, training: Images, folder: str, steps: int) -> PostHocEMA:
-    """Train with SGD at a constant rate, and follow."""
+    """Train with SGD at a constant rate on images under noise, and follow."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=max(steps // 20, 1))
     ema.attach(optimizer)
     for _ in range(steps):
         rows = torch.randint(0, len(training[0]), (BATCH,))
+        images = training[0][rows]
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(training[0][rows]), training[1][rows]).backward()
+        nn.functional.cross_entropy(model(images + torch.randn_like(images)), training[1][rows]).backward()
         optimizer.step()
     return ema
 
@@ -66,39 +101,43 @@ def loss(model: nn.Module, images: Images) -> float:
     return float(nn.functional.cross_entropy(model(images[0]), images[1]))
 
 
-def measure(momentum: float, steps: int, seed: int) -> list[tuple[float, float]]:
-    """Validation loss with copied and with measured statistics: first of the raw weights, then of each length."""
+def measure(make: Callable[[float], nn.Module], momentum: float, steps: int, seed: int) -> list[tuple[float, ...]]:
+    """Validation loss with copied, averaged and measured statistics: first of the raw weights, then of each length."""
     torch.manual_seed(seed)
-    model = network(momentum)
+    model = make(momentum)
     training, validation = split(seed)
-    batches = training[0].split(BATCH)
     with tempfile.TemporaryDirectory() as folder, train(model, training, folder, steps) as ema:
+        batches = [images + torch.randn_like(images) for images in training[0].split(BATCH)]
+        copies = {name: value.clone() for name, value in model.named_buffers()}
         raw = loss(model.eval(), validation)
         found = []
         for sigma_rel in LENGTHS:
             with ema.model(model, sigma_rel=sigma_rel) as averaged:
+                own = loss(averaged, validation)
+                averaged.load_state_dict(copies, strict=False)
                 copied = loss(averaged, validation)
                 ema.update_bn(averaged, batches)
-                found.append((copied, loss(averaged, validation)))
+                found.append((copied, own, loss(averaged, validation)))
         ema.update_bn(model, batches)
-        return [(raw, loss(model, validation)), *found]
+        return [(raw, raw, loss(model, validation)), *found]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"Validation loss, mean of {asked.seeds} trainings of {asked.steps} steps; BatchNorm statistics:\n")
-    print("| momentum | weights | copied with the snapshot | measured by update_bn |")
-    print("|---|---|---|---|")
-    for momentum in (0.1, 0.01):
-        runs = torch.tensor([measure(momentum, asked.steps, seed) for seed in range(asked.seeds)])
-        for name, (copied, measured) in zip(("raw", *LENGTHS), runs.mean(dim=0).tolist(), strict=True):
-            title = name if name == "raw" else f"sigma_rel {name}"
-            print(f"| {momentum} | {title} | {copied:.4f} | {measured:.4f} |")
+    print("| network | momentum | weights | copied | averaged | measured by update_bn |")
+    print("|---|---|---|---|---|---|")
+    for name, make in NETWORKS.items():
+        for momentum in MOMENTA:
+            runs = torch.tensor([measure(make, momentum, asked.steps, seed) for seed in range(asked.seeds)])
+            for length, row in zip(("raw", *LENGTHS), runs.mean(dim=0).tolist(), strict=True):
+                title = length if length == "raw" else f"sigma_rel {length}"
+                print(f"| {name} | {momentum} | {title} | " + " | ".join(f"{value:.4f}" for value in row) + " |")
 
 
 if __name__ == "__main__":

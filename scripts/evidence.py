@@ -50,7 +50,7 @@ ROWS = {
     "0.15": "ours, `sigma_rel` 0.15",
     "0.25": "ours, `sigma_rel` 0.25",
     "best": "ours, best length by a sweep",
-    "best-copied": "the same without `update_bn`",
+    "best-copied": "the same with copied statistics",
     "1-sqrt": 'ours, `Decay("1-sqrt", 0.2)`',
     "linear": 'ours, `Decay("linear", 0.2)`',
 }

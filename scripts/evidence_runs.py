@@ -218,7 +218,8 @@ def measure(task: Task, training: Training, root: Path) -> None:
     averaged = run.average(best)
     rows["best"] = measured(averaged)
     if batches:
-        rows["best-copied"] = measured(averaged, renew=False)
+        copies = {name: value for name, value in weights["last"].items() if ".running_" in name}
+        rows["best-copied"] = measured({**averaged, **copies}, renew=False)
     rows |= {str(length): measured(run.average(length)) for length in LENGTHS}
     if "decayed" in task.schedules and training.schedule == "constant":
         rows |= {shape: measured(run.average(Decay(shape, over=0.2))) for shape in ("1-sqrt", "linear")}

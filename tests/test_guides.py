@@ -133,12 +133,12 @@ def test_the_hook_in_the_readme_keeps_the_end_and_continues_when_it_is_run_again
     names: dict[str, Any], steps: int, times: list[int]
 ) -> None:
     block = compile(code_blocks(README)[0][1], "README.md", "exec")
-    names |= {"loader": range(steps), "train_step": lambda model, *_: model[0].weight.data.add_(0.1)}
+    names |= {"loader": [torch.ones(2, 4)] * steps, "train_step": lambda model, *_: model[0].weight.data.add_(0.1)}
     exec(block, names)
     pipeline.finish()  # as the end of the process does
     assert sorted({s.info.t for s in read_directory(Path("run/ema"))}) == times
     names["ema"].close()
-    exec(block, names | {"loader": range(20)})
+    exec(block, names | {"loader": [torch.ones(2, 4)] * 20})
     pipeline.finish()
     assert read_directory(Path("run/ema"))[-1].info.t == steps + 20
 

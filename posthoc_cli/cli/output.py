@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,14 @@ def print_line(text: str = "") -> None:
 def print_note(text: str) -> None:
     """One line on stderr."""
     sys.stderr.write(f"{printable(text)}\n")
+
+
+def warn_of_statistics(copies: Iterable[str]) -> None:
+    """Say on stderr what to do about the running statistics among the names of copies."""
+    from posthoc_cli.snapshots.format import statistics_notice
+
+    if notice := statistics_notice(copies):
+        print_note(f"ema: warning: {notice}")
 
 
 def print_rest(count: int, what: str = "") -> None:

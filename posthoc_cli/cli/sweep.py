@@ -128,8 +128,10 @@ def sweep(
         raise InvalidValueError(" and ".join(given), "give one of them")
     out = files.expanded(out)
     names = tuple(name.strip() for name in (devices or "").split(",") if name.strip())
+    stored = values.open_run(directory, checkpoints, origin)
+    output.warn_of_statistics(stored.sources[-1].info.copies)
     report = Sweep(
-        values.open_run(directory, checkpoints, origin), run, Metric(metric, json_path, csv_column), out,
+        stored, run, Metric(metric, json_path, csv_column), out,
         axis=_length(sigma_rel, beta, window, decay, over), minimize=minimize, repeats=repeats, budget=budget,
         jobs=(len(names) or 1) if jobs is None else jobs, devices=names, timeout=timeout,
         disk=values.optional(files.parse_bytes, disk, "--disk"), raw=None if raw is None else files.expanded(raw),

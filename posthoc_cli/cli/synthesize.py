@@ -139,6 +139,8 @@ def synthesize(
         distributed=shard is None and not finish and is_rank(), like=like, component=component,
         through_library=through_library, progress=output.progress_bar(quiet, verbose),
     )  # fmt: skip
+    if report is not None:
+        output.warn_of_statistics(report.plan.newest.info.copies)
     if report is not None and as_json:
         output.print_json(report.to_dict())
     elif report is not None and not quiet:

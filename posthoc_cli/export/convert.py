@@ -35,7 +35,7 @@ from posthoc_cli.export.layouts import (
 )
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import SUFFIX, OutputInfo, TensorSpec, output_metadata
+from posthoc_cli.snapshots.format import SUFFIX, OutputInfo, TensorSpec, output_metadata, running_statistics
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
 from posthoc_cli.snapshots.sources import OpenSnapshot, PartedFile
@@ -147,7 +147,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
 
 @dataclass(frozen=True)
 class _PlannedTensor:
-    """A tensor of an input, with the dtype that it will have; its role is "average", "copy" or, if unknown, "other"."""
+    """A tensor of an input, with the dtype that it will have; its role is one of `ROLES` or, if unknown, "other"."""
 
     file: OpenSnapshot
     name: str
@@ -161,7 +161,7 @@ class _PlannedTensor:
     def read(self) -> torch.Tensor:
         stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
         where = f"{self.file.path}: tensor {self.name!r}"
-        if self.role == "average" and not bool(finite(stored).all()):
+        if self.role in ("average", "statistic") and not bool(finite(stored).all()):
             raise NonFiniteError(where, "holds nan or infinity")
         return converted(where, stored, torch_dtype(self.dtype))
 
@@ -193,7 +193,8 @@ def _read_file(
         found = [(name, name, entry.dtype, "other") for name, entry in entries.items()]
     elif kind == "output":
         info = decode_output(file.path, file.header)
-        roles = {name: "copy" if name in info.copies else "average" for name in entries}
+        roles = dict.fromkeys(entries, "average") | dict.fromkeys(running_statistics(entries), "statistic")
+        roles |= dict.fromkeys(info.copies, "copy")
         found = [(name, name, entry.dtype, roles[name]) for name, entry in entries.items()]
     elif kind == "snapshot":
         snapshot = file.info if isinstance(file, PartedFile) else decode_snapshot(file.path, file.header)
@@ -213,7 +214,7 @@ def _read_file(
 
 
 def _planned(file: OpenSnapshot, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
-    return _PlannedTensor(file, name, own if role == "copy" or own not in EPS else dtype or own, role)
+    return _PlannedTensor(file, name, own if role in ("statistic", "copy") or own not in EPS else dtype or own, role)
 
 
 def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:

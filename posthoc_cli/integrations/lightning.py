@@ -42,7 +42,7 @@ class PostHocWeightAveraging(Callback):
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages, see `should_update` for others.
         update_starting_at_step, update_starting_at_epoch: no update before both.
-        use_buffers: average floating-point buffers, too; else the newest are copied.
+        use_buffers: average all floating-point buffers; else BatchNorm's running statistics, and others are copied.
         device: "model" for averages beside the parameters, "cpu" on the host; None as `PostHocEMA.from_model` does.
         options: others of `PostHocEMA.from_model`.
 

@@ -435,7 +435,7 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
     info = decode_snapshot(path, header)
     what = f"{part}snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
     snapshot = None if part else Snapshot(path, header, info)
-    averages = frozenset(info.averages)
+    averages = frozenset(name for name, tensor in info.tensors.items() if tensor.role != "copy")
     return replace(report, what=what, run_id=info.run_id, snapshot=snapshot, averages=averages)
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, by_segment
+from posthoc_cli.snapshots.format import FileHeader, by_segment, statistics_notice
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
@@ -48,7 +48,7 @@ def describe(path: Path) -> Description:
             **(_describe_run(found.snapshots) if found.snapshots else {}),
             "superseded": found.superseded,
             "leftovers": [leftover.name for leftover in (*found.listing.leftovers, *found.incomplete)],
-            "notes": list(found.notes),
+            "notes": [*found.notes, *_notes(found.snapshots[-1].info.copies if found.snapshots else ())],
             "problems": [str(problem) for problem in found.problems],
         }
     described = [describe_model(model) for model in models.models_at(path)]
@@ -80,6 +80,7 @@ def describe_model(path: Path) -> Description:
         **_values("output", path, outputs[first], fields),
         "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in outputs[first].snapshots],
         **_sizes(headers.values()),
+        "notes": _notes(name for one in outputs.values() for name in one.copies),
     }
 
 
@@ -165,15 +166,21 @@ def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
 def describe_tensors(snapshot: FileSource) -> Description:
     """What tensors there are, of which role and dtypes."""
     info = snapshot.info
-    averages = info.averages
+    copied = len(info.copies)
     return {
         **_counts([snapshot.header]),
-        "averaged": len(averages),
-        "copied": len(info.tensors) - len(averages),
+        "averaged": len(info.tensors) - copied,
+        "copied": copied,
         "aliases": len(info.aliases),
         "left_out": list(info.left_out),
-        "model_dtypes": sorted({info.tensors[name].dtype for name in averages}),
+        "model_dtypes": sorted({info.tensors[name].dtype for name in info.averages}),
+        "notes": _notes(info.copies),
     }
+
+
+def _notes(copies: Iterable[str]) -> list[str]:
+    notice = statistics_notice(copies)
+    return [] if notice is None else [notice]
 
 
 def _sizes(headers: Collection[FileHeader]) -> Description:

@@ -30,8 +30,9 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
                       the run was resumed from; missing for 0
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
                       checkpoint_dtype (null: each tensor's own), sigma_range (what snapshots are kept for: [low, high])
-    ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An average
-                      is the weighted mean of a tensor; a copy is its value at `t`
+    ema.tensors       JSON object: name -> {"role": "average", "statistic" or "copy", "dtype": the model's own dtype}.
+                      An average is the weighted mean of a tensor, a statistic that of BatchNorm's running means and
+                      variances, which are no weights; a copy is its value at `t`
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
     ema.left_out      JSON list: names of the model's state that the run does not track
     ema.selection     JSON object: the fields of `Selection`; copy_only only where it has globs. May be missing
@@ -59,7 +60,7 @@ last one is the snapshot's own, ema.step and ema.t. From step 0 at time 0 to the
 equally long, up to a small tolerance: within half a step where 256 knots are enough for that. The key is missing where
 `t` is the step throughout.
 
-Measurements are sums over the elements of all averages in the file (not of the copies), accumulated in float64,
+Measurements are sums over the elements of all averages in the file (no statistics, no copies), taken in float64,
 and taken from the exact average: `norm` its squares, `rounding` the squares of (stored - exact), `weights` those of
 (exact - the network's weights at that time; null or missing if unknown), `arithmetic` the expected squares of what the
 updates lost where float32 has few digits, near 0 (missing for 0), and `distances` a list of {"t", "sigma_rel",
@@ -137,7 +138,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar
 
@@ -153,6 +154,7 @@ from posthoc_cli.snapshots.chunks import Chunk
 
 BUFFERS = ("copy", "average", "skip")
 """Treatments of buffers."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 GLOBS = ("include", "exclude", "copy_only")
 """Fields of a selection that are globs on names."""
 
@@ -174,6 +176,11 @@ class Selection:
     def copies(self, name: str) -> bool:
         """Whether a glob of `copy_only` matches a name."""
         return _matches(name, self.copy_only)
+
+    def going_on(self, copies: Iterable[str]) -> Selection:
+        """The same for a run that has these copies: running statistics among them, of earlier releases, stay so."""
+        kept = tuple(sorted(name for name in running_statistics(copies) if not self.copies(name)))
+        return replace(self, copy_only=self.copy_only + kept)
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -268,12 +275,36 @@ class FileHeader:
         return self.payload_start + sum(entry.nbytes for entry in self.tensors.values())
 
 
+ROLES = ("average", "statistic", "copy")
+"""A statistic is averaged, too, but is no weight: neither measured nor stored in fewer digits."""
+
+
 @dataclass(frozen=True)
 class TrackedTensor:
-    """How a run tracks one tensor: `role` is "average" or "copy", `dtype` the model's own."""
+    """How a run tracks one tensor: `role` is one of `ROLES`, `dtype` the model's own."""
 
     role: str
     dtype: str
+
+
+def running_statistics(names: Iterable[str]) -> frozenset[str]:
+    """The running means and variances among the names of a model's tensors: a count of batches is beside them."""
+    known = frozenset(names)
+    layers = {name.removesuffix(_STATISTICS[0]) for name in known if name.split(".")[-1] == _STATISTICS[0]}
+    complete = [layer for layer in layers if all(layer + part in known for part in _STATISTICS)]
+    return frozenset(layer + part for layer in complete for part in _STATISTICS[:2])
+
+
+def statistics_notice(copies: Iterable[str]) -> str | None:
+    """What to do about the running statistics among the names of copies, in one line; None where there are none."""
+    layers = len(running_statistics(copies)) // 2
+    if not layers:
+        return None
+    of = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
+    return (
+        f"the running statistics of {of} are copies, which belong to the raw weights: recompute them with "
+        "posthoc_cli.update_bn(model, loader) before you measure or use an average"
+    )
 
 
 @dataclass(frozen=True)
@@ -343,8 +374,13 @@ class SnapshotInfo:
         )  # fmt: skip
 
     @property
+    def copies(self) -> list[str]:
+        """Names of the copied tensors."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
+
+    @property
     def averages(self) -> list[str]:
-        """Names of the averaged tensors."""
+        """Names of the averaged weights."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
 

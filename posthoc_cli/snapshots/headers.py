@@ -412,7 +412,7 @@ def _part(text: str, _: Values) -> tuple[int, int]:
 
 
 def _role_and_dtype(value: Any) -> tuple[str, str]:
-    role = _one_of(value, "role", ("average", "copy"), "ema.tensors: ")
+    role = _one_of(value, "role", fmt.ROLES, "ema.tensors: ")
     return role, _one_of(value, "dtype", ITEM_BYTES, "ema.tensors: ")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.run import Run
+from posthoc_cli.snapshots.format import statistics_notice
 from posthoc_cli.sweep.results import Record, SweepReport
 from posthoc_cli.sweep.rounds import Axis, check_counts, explore, good_range
 from posthoc_cli.targets import SigmaRel
@@ -53,7 +55,7 @@ def sweep(
         PostHocError: too few trials have succeeded: the metric was not finite.
     """
     from posthoc_cli.tracker import PostHocEMA
-    from posthoc_cli.tracker.model_weights import swapped_in
+    from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
 
     if not callable(metric):
         reason = "must be a function that gives the metric of a model, or of weights by name"
@@ -68,8 +70,12 @@ def sweep(
         ends = good_range(stored) if low is None or high is None else (low, high)
         axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
     check_counts(repeats, budget, [axis])
+    newest, warned = stored.sources[-1].info, False
+    if model is None and (notice := statistics_notice(newest.copies)):
+        warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel=2)
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
+        nonlocal warned
         for value, seed in wanted:
             started = time.perf_counter()
             if model is not None and tracker is not None:
@@ -80,6 +86,8 @@ def sweep(
             weights = stored.average(value) if tracker is None else tracker.state_dict(sigma_rel=value)
             with nullcontext() if model is None else swapped_in(model, weights):
                 found = metric(weights if model is None else model)
+                if model is not None and not warned:
+                    warned = warn_of_statistics(model, weights, newest.copies, stacklevel=2)
             yield record(value, seed, found, weights.predicted_error, started)
 
     def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
@@ -96,7 +104,6 @@ def sweep(
         return Record(axis.target(value).title, value, seed, valid, error, predicted, seconds, wrong, "")
 
     trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
-    newest = stored.sources[-1].info
     settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
     best = axis.value(found.best)
     return SweepReport(

@@ -451,12 +451,18 @@ class Maker:
         sums = self._sums_in(tile.wide)
         for begin, end in tile.steps(self._chunk):
             sums.start(end - begin)
+            smallest: torch.Tensor | None = None
             for index, reader in enumerate(readers):
                 if stop.is_set():
                     raise Stopped
                 reader.read_into(sums.slot(index), begin, self._scratch)
+                if tile.role == "variance":
+                    stored = sums.slot(index)
+                    smallest = stored.clone() if smallest is None else smallest.minimum(stored)
                 sums.add(index)
             result = sums.result()
+            if smallest is not None:  # coefficients that extrapolate can make a small variance 0 or negative
+                result.copy_(result.maximum(smallest / 2))
             if not sums.surely_finite() or result.dtype != torch_dtype(tile.dtype):
                 try:
                     check_finite(tile, begin, result)

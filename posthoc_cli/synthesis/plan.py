@@ -19,7 +19,7 @@ from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError, p
 from posthoc_cli.planning import Candidate, check_max_error, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, of_segment_at
+from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, of_segment_at, running_statistics
 from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
 from posthoc_cli.targets import FixedCoefficients, Groups, Target, as_target, separate
 
@@ -94,6 +94,13 @@ class Plan:
         return {name: found[name] for name in found if self.subset is None or name in self.subset}
 
     @cached_property
+    def variances(self) -> frozenset[str]:
+        """The running variances among those that are averaged."""
+        found = running_statistics(self.newest.info.tensors)
+        known = {name for name, tensor in self.tensors.items() if name in found or tensor.role == "statistic"}
+        return frozenset(n for n in known if n.endswith("running_var") and self.tensors[n].role != "copy")
+
+    @cached_property
     def names(self) -> dict[str, list[str]]:
         """Every name of each tensor to make, its own first."""
         names = {name: [name] for name in self.tensors}
@@ -150,9 +157,9 @@ class Plan:
         return sum(source.stored[name].nbytes for source in self.sources for name in self.tensors)
 
     def output_dtype(self, name: str) -> str:
-        """Safetensors name of a tensor's dtype in the outputs: copies keep their own."""
+        """Safetensors name of a tensor's dtype in the outputs: copies and statistics keep their own."""
         tensor = self.tensors[name]
-        return tensor.dtype if tensor.role == "copy" else self.dtype or tensor.dtype
+        return self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
 
     def specs(self) -> list[TensorSpec]:
         """The tensors of each output, under every name."""
@@ -245,7 +252,7 @@ def plan_synthesis(
         step: the same in calls of the hook; for runs on a clock of their own it must be a snapshot's.
         method: the solver; the default one for None.
         max_error: the largest predicted error to accept.
-        dtype: of the averages in the outputs; None for each parameter's own. Copies (buffers) keep their own.
+        dtype: of the averages in the outputs; None for each parameter's own. Buffers keep their own.
         accumulate: dtype of the sums, float32 or float64; None for float64 where parameters are in float64, or averages
             are stored in float32 or better, and float32 for all others.
 

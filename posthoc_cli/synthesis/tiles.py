@@ -46,7 +46,7 @@ class Tile:
 
     Attributes:
         pieces: what it consists of, in order.
-        role: "average" or "copy", the same for all pieces.
+        role: "average", "copy" or "variance", an average that is kept positive; the same for all pieces.
         dtype: the safetensors name of the output's dtype, the same for all pieces.
         wide: that of the sums; for copies `dtype` itself.
         stored_bytes: bytes to read for it, over all sources.
@@ -92,7 +92,8 @@ def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dty
         made = plan.output_dtype(name)
         exact = tensor.dtype == "F64" or name not in plan.coarse
         wide = made if tensor.role == "copy" else wide_dtype or ("F64" if exact else "F32")
-        kind = (tensor.role, made, wide)
+        role = "variance" if name in plan.variances else "copy" if tensor.role == "copy" else "average"
+        kind = (role, made, wide)
         sizes = [ITEM_BYTES[source.stored[name].dtype] for source in plan.sources]
         count, stored = math.prod(plan.newest.stored[name].shape), sum(sizes)
         if count > chunk:

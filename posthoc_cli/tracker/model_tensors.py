@@ -15,7 +15,7 @@ from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
-from posthoc_cli.snapshots.format import Selection, TrackedTensor
+from posthoc_cli.snapshots.format import Selection, TrackedTensor, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 from posthoc_cli.tracker.sharding import Members, Shares, is_sharded, local_part, local_tensors, reshard
@@ -45,12 +45,13 @@ class ModelTensors:
     """The tensors of a model's state, by the name they are stored under.
 
     Attributes:
-        averaged: floating-point parameters, and buffers that the user wants averaged.
+        averaged: floating-point parameters, running statistics, and buffers that the user wants averaged.
         copied: other persistent buffers and parameters, and tensors that the user wants copied.
         aliases: further names of these (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked; those in `frozen` since they need no gradient.
         chunks: of the tensors of which this process holds a part only, see `sharding`: where it belongs.
         buffers: names of those that are no parameters: replicas may differ in them.
+        statistics: names of those that are averaged though they are no weights.
     """
 
     averaged: dict[str, torch.Tensor]
@@ -60,6 +61,7 @@ class ModelTensors:
     frozen: frozenset[str] = frozenset()
     chunks: dict[str, Chunk] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
+    statistics: frozenset[str] = frozenset()
 
     def share_of(self, rank: int, shares: Shares) -> ModelTensors:
         """The rows of each tensor that one of several replicas keeps."""
@@ -110,7 +112,8 @@ class TrackedModel:
     @classmethod
     def of_model(cls, found: ModelTensors, members: Members | None = None) -> TrackedModel:
         """The entries for a model in memory."""
-        averaged = {name: TrackedTensor("average", stored_name(t.dtype, name)) for name, t in found.averaged.items()}
+        roles = dict.fromkeys(found.averaged, "average") | dict.fromkeys(found.statistics, "statistic")
+        averaged = {n: TrackedTensor(roles[n], stored_name(t.dtype, n)) for n, t in found.averaged.items()}
         copied = {name: TrackedTensor("copy", stored_name(t.dtype, name)) for name, t in found.copied.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in (found.averaged | found.copied).items()}
         if members is None:  # nothing is owned yet: the complete model
@@ -143,9 +146,10 @@ class TrackedModel:
         """Whether what is known of the complete averages alone is told by this process."""
         return self.members is None or self.members.part is None or self.members.part[0] == 1
 
-    def dtypes(self, role: str) -> dict[str, torch.dtype]:
-        """The model's dtypes of the tensors that are averaged ("average") or copied ("copy"), by name."""
-        return {name: torch_dtype(own.dtype) for name, own in self.tensors.items() if own.role == role}
+    def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
+        """The model's dtypes of the tensors that are copied, or else of those that are averaged, by name."""
+        own = self.tensors.items()
+        return {name: torch_dtype(one.dtype) for name, one in own if (one.role == "copy") == copied}
 
     def begun_since(self, before: TrackedModel) -> list[str]:
         """Names of tensors whose averages start when the model becomes this one."""
@@ -154,7 +158,7 @@ class TrackedModel:
             for name, own in before.tensors.items()
             if own == self.tensors.get(name) and before.shapes[name] == self.shapes[name]
         }
-        return [name for name, own in self.tensors.items() if own.role == "average" and name not in same]
+        return [name for name, own in self.tensors.items() if own.role != "copy" and name not in same]
 
     def check_header(self) -> None:
         """Raise an InvalidValueError for too many tensors for a snapshot's header: now, not when one is due."""
@@ -177,7 +181,7 @@ class TrackedModel:
         for name in (*self.tensors, *found.tensors):
             if (name in self.tensors) != (name in found.tensors):
                 raise ModelMismatchError(f"tensor {name!r}", *self._why_missing_or_new(name, found))
-        kept = {"average": "averaged", "copy": "copied"}
+        kept = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}
         for name, tensor in found.tensors.items():
             own, shape, expected = self.tensors[name], list(found.shapes[name]), list(self.shapes[name])
             what, was, hint = "", "", ""
@@ -262,6 +266,8 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     buffers: set[str] = set()
     # A tied parameter is one tensor: any of its names will do.
     copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
+    statistics: set[str] = set()
+    running = running_statistics(found.name for found in tensors if not found.is_parameter)
     for found in tensors:
         name, tensor = found.name, found.tensor
         is_copied = id(tensor) in copy_only
@@ -285,17 +291,22 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             continue
         _check_dense(name, tensor)
         local, chunk = local_part(name, tensor)
-        (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = local
+        is_statistic = name in running and selection.buffers == "copy" and tensor.dtype in AVERAGED_DTYPES
+        (averaged if not is_copied and (is_statistic or _is_averaged(found, selection)) else copied)[name] = local
+        if is_statistic and not is_copied:
+            statistics.add(name)
         if chunk is not None:
             chunks[name] = chunk
         if not found.is_parameter:
             buffers.add(name)
-    if not averaged:
+    if not averaged.keys() - statistics:
         reason, hint = "none of floating-point values requires gradients", "only_trainable=False takes frozen ones too"
         if not frozen and (selection.include or selection.exclude or selection.copy_only):
             reason, hint = "include, exclude and copy_only leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
-    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(buffers))
+    return ModelTensors(
+        averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(buffers), frozenset(statistics)
+    )
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,10 +13,10 @@ from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import swa_utils
 
 from posthoc_cli.dtypes import DTYPES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
+from posthoc_cli.snapshots.format import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
@@ -318,17 +319,34 @@ def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device)
                     own[name] = new[id(value)]  # type: ignore[assignment]
 
 
+def warn_of_statistics(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str], stacklevel: int
+) -> bool:
+    """Warn, and return True, if a model still has the running statistics that are copies in averaged weights."""
+    notice = statistics_notice(copies)
+    if notice is None:
+        return False
+    own = {found.name: found.tensor for found in named_tensors(model)}
+    for name in running_statistics(copies):
+        now = held_part(own[name])
+        if not torch.equal(now, weights[name].to(now.device, now.dtype)):
+            return False  # recomputed in any way
+    warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel)
+    return True
+
+
 @torch.no_grad()
 def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
     """Recompute a model's BatchNorm statistics for the weights that it has now, each batch counting alike.
 
-    Those in a snapshot belong to the raw weights. Within `with ema.model(...)` or `ema.averaged(...)` the new ones
-    last until the end of the block; after `load_into` they stay.
+    As `torch.optim.swa_utils.update_bn`. Within `with ema.model(...)` or `ema.averaged(...)` the new ones last until
+    the end of the block; in a model that averaged weights were loaded into they stay. Modes and momenta stay.
 
     Arguments:
         model: in any mode, on any device; without BatchNorm layers nothing happens.
-        loader: yields the model's inputs, or lists or tuples whose first item they are; an InvalidValueError if
-            nothing. After any error the statistics are as before.
+        loader: yields the model's inputs, or lists or tuples whose first item they are, in host memory or not; a dict
+            is given as keyword arguments where `forward` takes them. A loader that gives nothing is an
+            InvalidValueError. After any error the statistics are as before.
     """
     layers = [module for module in check_model(model).modules() if isinstance(module, _BatchNorm)]
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
@@ -336,14 +354,7 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
     if not layers:
         return
     first = next(model.parameters(), next(model.buffers(), None))
-    count = 0
-
-    def inputs() -> Iterator[Any]:
-        nonlocal count
-        for count, batch in enumerate(loader, 1):  # noqa: B007  # read below
-            value = batch[0] if isinstance(batch, list | tuple) else batch
-            yield _moved(value, None if first is None else first.device)
-
+    device, count = None if first is None else first.device, 0
     with ExitStack() as always, ExitStack() as on_error:
         for module in model.modules():
             always.callback(setattr, module, "training", module.training)
@@ -351,10 +362,24 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
             always.callback(setattr, layer, "momentum", layer.momentum)
             for buffer in layer.buffers(recurse=False):
                 on_error.callback(buffer.copy_, buffer.clone())
-        swa_utils.update_bn(inputs(), model)
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean of all batches
+        model.train()
+        for count, batch in enumerate(loader, 1):  # noqa: B007  # read below
+            value = _moved(batch[0] if isinstance(batch, list | tuple) else batch, device)
+            model(**value) if _takes_keywords(model, value) else model(value)
         if not count:
             raise InvalidValueError("update_bn", "the loader gave no batch to measure BatchNorm statistics on")
         on_error.pop_all()
+
+
+def _takes_keywords(model: torch.nn.Module, batch: Any) -> bool:
+    """Whether a batch is a dict of arguments of the model."""
+    try:
+        inspect.signature(model.forward).bind(**batch)
+    except TypeError:
+        return False
+    return True
 
 
 def _moved(value: Any, device: torch.device | None) -> Any:

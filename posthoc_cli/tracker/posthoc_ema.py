@@ -48,7 +48,14 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import fill, fill_model, in_block, swapped_in, update_bn
+from posthoc_cli.tracker.model_weights import (
+    fill,
+    fill_model,
+    in_block,
+    swapped_in,
+    update_bn,
+    warn_of_statistics,
+)
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
@@ -127,6 +134,7 @@ class PostHocEMA:
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[PostHocEMA], None]] = []
         self._reported = 0
+        self._warned_of_statistics = False
         self._calls = Calls(directory)
         self._is_writer(model)
 
@@ -159,7 +167,8 @@ class PostHocEMA:
                 second, are left out.
             copy_only: globs on names of tensors to be copied, as buffers are, and not averaged, whether they require
                 gradients or not. Every average holds the newest copy at its time.
-            buffers: "copy" them, "average" floating-point ones as if they were parameters, or "skip" them.
+            buffers: "copy" them, except that BatchNorm's running statistics are averaged; "average" floating-point ones
+                as if they were parameters; or "skip" them.
             on_change: where parameters were frozen, unfrozen, added or changed, "raise" an error that names one, or
                 "follow": a new segment of snapshots begins, and unchanged tensors keep their averages.
             device: "model" for averages beside the parameters, updated by the training's own thread; "cpu" for averages
@@ -202,6 +211,8 @@ class PostHocEMA:
         if resume is not None:
             wait_for_writers(directory, last_too=True)
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
+            settings = replace(settings, selection=selection.going_on(tracking.tracked.dtypes(copied=True)))
+            found = collect_tensors(model, settings.selection)
         tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
         made = cls.__new__(cls)
         made._begin(directory, settings, tracking, model, device, writer, step)
@@ -242,7 +253,8 @@ class PostHocEMA:
         snapshots = state.snapshots_until(stored, profiles, step)
         newest = snapshots[-1].info
         given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
-        timing, selection = make_schedule(given, newest.schedule), newest.selection or Selection()
+        timing = make_schedule(given, newest.schedule)
+        selection = (newest.selection or Selection()).going_on(newest.copies)
         kept = state.read_state_info(directory) if keep_state is None else None
         keeps = keep_state or (kept is not None and kept.run_id == newest.run_id)
         settings = Settings(profiles, timing, newest.t_unit, selection, on_nonfinite, on_change, final_snapshot, keeps)
@@ -594,6 +606,7 @@ class PostHocEMA:
         evaluation.check(model, weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
+            self._warn_of_statistics(model, weights)
 
     @in_block
     def averaged(self, model: Module, tracked: float, alone: bool = False) -> Iterator[Module]:
@@ -609,6 +622,13 @@ class PostHocEMA:
         evaluation.check(model, weights)
         with swapped_in(model, weights):
             yield model
+            self._warn_of_statistics(model, weights)
+
+    def _warn_of_statistics(self, model: torch.nn.Module, weights: Weights) -> None:
+        """Warn once, at the end of a block."""
+        if not self._warned_of_statistics:
+            copies = self._pipeline.now.tracked.dtypes(copied=True)
+            self._warned_of_statistics = warn_of_statistics(model, weights, copies, stacklevel=6)
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -821,7 +841,7 @@ class PostHocEMA:
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
             loaded = group.together(lambda: self._unpacked(opened))
-            norms = _norms(group, loaded.averages)
+            norms = _norms(group, loaded)
             group.together(lambda: self._begin_from(loaded, norms))
             self._pipeline.set(loaded)
 
@@ -879,12 +899,12 @@ class PostHocEMA:
         return model
 
 
-def _norms(group: Group, averages: RunningAverages) -> Callable[[], Mapping[float, float]]:
+def _norms(group: Group, state: Tracking) -> Callable[[], Mapping[float, float]]:
     """Gives the squared norms of averages; of several processes these add theirs now."""
     if group.is_alone:
-        return partial(squared_norms, averages)
-    every = group.from_all(squared_norms(averages))
-    total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in averages.sigma_rels}
+        return partial(squared_norms, state)
+    every = group.from_all(squared_norms(state))
+    total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in state.averages.sigma_rels}
     return lambda: total
 
 

@@ -456,15 +456,16 @@ def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
 # --- measurements ---
 
 
-def squared_norms(averages: RunningAverages) -> dict[float, float]:
+def squared_norms(state: Tracking) -> dict[float, float]:
     """The squared norm of each average, rounded as it would be in a snapshot, by its sigma_rel."""
+    averages, tensors = state.averages, state.tracked.tensors
     kept = averages.accumulators
     if kept is None:
         return {}
     room = Accumulators(on_host(kept.layout), len(kept.recent), exact=False)
     averages.read(room.recent)
     return {
-        sigma_rel: sum(float(_square(value)) for value in own.views.values())
+        sigma_rel: sum(float(_square(value)) for name, value in own.views.items() if tensors[name].role == "average")
         for sigma_rel, own in zip(averages.sigma_rels, room.recent, strict=True)
     }
 
@@ -486,7 +487,7 @@ def measure(
     storage: list[dict[str, torch.dtype]] = [{} for _ in infos]
     boxes = {name: chunk.box(averages[0][name].shape) for name, chunk in infos[0].chunks.items() if name in averages[0]}
     with _EarlierFiles(earlier, boxes) as others:
-        for name in averages[0]:
+        for name in (name for name in averages[0] if infos[0].tensors[name].role == "average"):
             exact = {index: _flat(average[name]) for index, average in enumerate(averages)}
             wanted = {
                 index: torch_dtype(info.schedule.checkpoint_dtype or info.tensors[name].dtype)

@@ -98,7 +98,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     kept, copies = averages.accumulators, averages.copies
     if kept is None or not averages.exist:
         kept = Accumulators(_host_layout(tracked), len(averages.sigma_rels))
-        dtypes = tracked.dtypes("copy")
+        dtypes = tracked.dtypes(copied=True)
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
     members, spread, mesh = tracked.members, {}, None
@@ -157,7 +157,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
                 tensors = _check_names(_mapping(_mapping(state, kind), repr(sigma_rel)), room.views, tracked)
                 for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
                     own.copy_(_own_part(name, tensors, tracked, own.dtype))
-        dtypes = tracked.dtypes("copy")
+        dtypes = tracked.dtypes(copied=True)
         tensors = _check_names(_mapping(state, "copies"), dtypes, tracked)
         copies = {name: _own_part(name, tensors, tracked, dtype).clone() for name, dtype in dtypes.items()}
         averages = RunningAverages(wanted, standing, kept, copies)
@@ -189,7 +189,7 @@ def _plain(info: StateInfo) -> dict[str, Any]:
 
 def _host_layout(tracked: TrackedModel) -> Layout:
     """The layout of the averages of a model in the host's memory."""
-    averaged = tracked.dtypes("average")
+    averaged = tracked.dtypes(copied=False)
     return group_tensors({name: (HOST, dtype, tracked.shapes[name]) for name, dtype in averaged.items()})
 
 
@@ -239,7 +239,7 @@ def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtyp
     if tensor.dtype != dtype:
         model = torch_dtype(own.dtype)
         raise ModelMismatchError(subject, f"is {tensor.dtype} in the state, not {dtype}; the model's is {model}")
-    if own.role == "average" and nonfinite_name({name: tensor}) is not None:
+    if own.role != "copy" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
     return tensor
 
@@ -505,6 +505,8 @@ def _read_total(snapshot: Snapshot, total: FlatTensors, tracked: TrackedModel) -
         for name, own in total.views.items():
             value = read_tensor(file, name)
             own.copy_(value)
+            if tracked.tensors[name].role == "statistic":
+                continue  # what snapshots measure is of weights
             square = float(torch.linalg.vector_norm(own)) ** 2
             norm += square
             if value.element_size() < own.element_size():

@@ -50,7 +50,8 @@ class Watched:
 
     def look(self) -> None:
         for source in self.tracker._evaluation(None, True, "").live():
-            self.exact[source.info.t, source.info.sigma_rel] = dict(source.averages)
+            exact = {name: source.averages[name] for name in source.info.averages}
+            self.exact[source.info.t, source.info.sigma_rel] = exact
 
     def check(self, info: SnapshotInfo, stored: Tensors, snapshots: list[Snapshot]) -> None:
         """Compare with the definition: squared distances to the averages of the time, and to the two newest files

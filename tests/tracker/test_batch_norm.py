@@ -1,0 +1,342 @@
+"""BatchNorm's running statistics: averaged as weights are, kept positive, and if they are copies, said so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bench_batch_norm
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from factories import exact_average, read_snapshot, rewrite_snapshot
+from safetensors.torch import load_file
+
+import posthoc_cli
+from posthoc_cli import PostHocEMA, Run, disk_sources, export_file, plan_synthesis, synthesize
+from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.report import render
+from posthoc_cli.sweep import sweep
+from posthoc_cli.targets import Coefficients
+
+COPIES = "*.running_*"
+STATISTICS = ("norm.running_mean", "norm.running_var")
+NOTICE = "the running statistics of 1 BatchNorm layer are copies"
+WAY_OUT = "posthoc_cli.update_bn(model, loader)"
+
+
+class Network(torch.nn.Module):
+    """Inputs far from 0 and 1, so that statistics are far larger than weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.norm = torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6)
+        self.outer = torch.nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.relu(self.norm(self.inner(x))))
+
+
+def inputs(seed: int, rows: int = 16) -> torch.Tensor:
+    return 300 + 100 * torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+
+
+States = list[dict[str, np.ndarray]]
+
+
+def trained(folder: Path, steps: int = 60, **settings: object) -> tuple[Network, PostHocEMA, States]:
+    """A model, its tracker, and its state after every step."""
+    model = Network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    options = {"update_every": 1, "checkpoint_every": 5, "max_checkpoints": None} | settings
+    tracker, states = PostHocEMA.from_model(model, folder, **options), []
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(inputs(step)).square().mean().backward()
+        optimizer.step()
+        tracker.update_(model)
+        states.append({name: value.double().numpy().copy() for name, value in model.state_dict().items()})
+    tracker.flush()
+    return model, tracker, states
+
+
+def as_early_releases_wrote(folder: Path) -> None:
+    """Their headers say that buffers are copied, and no glob names any."""
+    for path in folder.glob("*.safetensors"):
+        selection = read_snapshot(path).info.selection
+        assert selection is not None
+        rewrite_snapshot(path, selection=type(selection)())
+
+
+def test_statistics_are_averaged_by_the_profile_and_counts_copied(tmp_path: Path) -> None:
+    _, tracker, states = trained(tmp_path)
+    info = tracker.run.snapshots[-1].info
+    assert {name: tensor.role for name, tensor in info.tensors.items() if name.startswith("norm.")} == {
+        **dict.fromkeys(("norm.weight", "norm.bias"), "average"), **dict.fromkeys(STATISTICS, "statistic"),
+        "norm.num_batches_tracked": "copy",
+    }  # fmt: skip
+    for source in (tracker, PostHocEMA.from_path(tmp_path), tracker.run):
+        for sigma_rel in (0.05, 0.1, 0.2, 0.28):
+            weights = source.average(sigma_rel) if isinstance(source, Run) else source.state_dict(sigma_rel=sigma_rel)
+            assert weights["norm.num_batches_tracked"] == 60
+            for name in STATISTICS:  # as exact as reconstruction is
+                expected = exact_average([state[name] for state in states], sigma_rel, range(1, 61))
+                np.testing.assert_allclose(weights[name].double(), expected, rtol=0.02)
+    for sigma_rel in (0.05, 0.28):  # stored in float32, whatever checkpoint_dtype
+        stored = load_file(max(tmp_path.glob(f"*-{sigma_rel}.safetensors")))
+        for name in STATISTICS:
+            expected = exact_average([state[name] for state in states], sigma_rel, range(1, 61))
+            np.testing.assert_allclose(stored[name].double(), expected, rtol=1e-6)
+
+
+def test_what_a_snapshot_measures_is_of_weights_alone(tmp_path: Path) -> None:
+    _, tracker, states = trained(tmp_path)
+    names = [name for name in states[0] if name not in (*STATISTICS, "norm.num_batches_tracked")]
+    sizes = dict.fromkeys(("weights", "statistics"), 0.0)
+    for name in (*names, *STATISTICS):
+        exact = exact_average([state[name] for state in states], 0.05, range(1, 61))
+        sizes["weights" if name in names else "statistics"] += float((exact**2).sum())
+    measured = tracker.run.snapshots[-2].info
+    assert measured.measurements is not None
+    assert measured.sigma_rel == 0.05
+    assert sizes["statistics"] > 1000 * sizes["weights"]
+    assert measured.measurements.norm == pytest.approx(sizes["weights"], rel=1e-6)
+    assert tracker.run.check(deep=True).is_fine
+    tracker.close()
+    for path in tmp_path.glob("*.safetensors"):
+        rewrite_snapshot(path, measurements=None)
+    exact = {n: exact_average([state[n] for state in states], 0.1, range(1, 61)) for n in names}
+    plan = Run(tmp_path).plan(0.1)  # from a sample of the elements: all of them
+    error = plan.predicted_error(0)
+    found = Run(tmp_path).average(0.1)
+    squared = sum(float(((found[n].double().numpy() - exact[n]) ** 2).sum()) for n in names)
+    assert error is not None
+    assert np.sqrt(squared / sum(float((one**2).sum()) for one in exact.values())) < 5 * error
+
+
+def test_a_variance_stays_positive_where_coefficients_extrapolate(tmp_path: Path) -> None:
+    trained(tmp_path, 20, checkpoint_every=10)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    small = torch.tensor([1e-3, 1.0, 1.0, 1.0, 1.0, 1.0])
+    for path in paths:
+        early = path is not paths[-1]
+
+        def change(values: dict[str, torch.Tensor], early: bool = early) -> None:
+            values["norm.running_var"] = torch.full((6,), 2.0) if early else small.clone()
+            values["norm.running_mean"] = torch.full((6,), 2.0) if early else small.clone()
+
+        rewrite_snapshot(path, change)
+    (tmp_path / "c.csv").write_text(f"{paths[0].name},-0.3\n{paths[-1].name},1.3\n")
+    plan = plan_synthesis(disk_sources(tmp_path), [Coefficients(tmp_path / "c.csv"), 0.1])
+    made = {name: values[0] for name, values in synthesize(plan)}
+    np.testing.assert_allclose(made["norm.running_mean"], 1.3 * small - 0.6, rtol=1e-6)  # negative: a mean may be
+    expected = torch.maximum(1.3 * small - 0.6, torch.minimum(small, torch.tensor(2.0)) / 2)
+    assert float(1.3 * small[0] - 0.6) < 0 < float(expected.min())
+    np.testing.assert_allclose(made["norm.running_var"], expected, rtol=1e-6)
+
+
+def test_statistics_keep_their_dtype_in_outputs(tmp_path: Path) -> None:
+    _, tracker, _ = trained(tmp_path / "run", 10)
+    tracker.run.write(0.1, tmp_path / "a.safetensors", dtype="bfloat16")
+    export_file(tmp_path / "run" / tracker.run.snapshots[-1].name, tmp_path / "b.safetensors", dtype="bfloat16")
+    export_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors", dtype="float16")
+    for name, other in (("a", torch.bfloat16), ("b", torch.bfloat16), ("c", torch.float16)):
+        found = {key: value.dtype for key, value in load_file(tmp_path / f"{name}.safetensors").items()}
+        assert {found[key] for key in STATISTICS} == {torch.float32}
+        assert found["norm.weight"] == other
+
+
+def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path, 5)
+    model.norm.running_var[2] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"norm\.running_var"):
+        tracker.update_(model)
+
+
+# --- runs that go on, and what copies
+
+
+def test_a_run_of_an_early_release_goes_on_with_copies(tmp_path: Path) -> None:
+    _, tracker, _ = trained(tmp_path, 20, copy_only=COPIES)
+    tracker.close()
+    as_early_releases_wrote(tmp_path)
+    for opened in (
+        lambda model: PostHocEMA.from_path(tmp_path, model),
+        lambda model: PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5, resume="auto"),
+    ):
+        model = Network()
+        model.load_state_dict(load_file(sorted(tmp_path.glob("*-0.05.safetensors"))[-1]))
+        with opened(model) as tracker:
+            model.norm.running_mean.fill_(tracker.step)
+            tracker.update_(model)
+            assert tracker.state_dict(sigma_rel=0.2)["norm.running_mean"].tolist() == [tracker.step - 1.0] * 6
+        info = Run(tmp_path).snapshots[-1].info
+        assert {info.tensors[name].role for name in STATISTICS} == {"copy"}
+
+
+def test_an_exact_state_brings_averaged_statistics_back(tmp_path: Path) -> None:
+    model, tracker, states = trained(tmp_path / "a", 20)
+    kept = tracker.state_dict()
+    other = PostHocEMA.from_model(model, tmp_path / "b", update_every=1, checkpoint_every=5)
+    other.load_state_dict(kept)
+    for name in STATISTICS:
+        expected = exact_average([state[name] for state in states], 0.28, range(1, 21))
+        np.testing.assert_allclose(other.state_dict(sigma_rel=0.28)[name].double(), expected, rtol=1e-6)
+    other.close()
+    tracker.close()
+
+
+# --- the notice
+
+
+def test_a_block_that_used_copies_warns_once_a_tracker(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path / "copied", 20, copy_only=COPIES)
+    loader = [inputs(seed) for seed in range(3)]
+    with tracker.model(model, sigma_rel=0.2) as averaged:
+        tracker.update_bn(averaged, loader)
+    with tracker.model(model, sigma_rel=0.2) as averaged:
+        torch.optim.swa_utils.update_bn(loader, averaged)
+    with pytest.raises(KeyError), tracker.model(model, sigma_rel=0.2):
+        raise KeyError  # which is what is wrong, and nothing else
+    with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: {NOTICE}") as seen:
+        for _ in range(2):
+            with tracker.model(model, sigma_rel=0.2) as averaged:
+                averaged(inputs(0))
+            with tracker.averaged(model, tracked=0.05) as averaged:
+                averaged(inputs(0))
+    assert len(seen) == 1
+    assert WAY_OUT in str(seen[0].message)
+    assert seen[0].filename == __file__
+    live = PostHocEMA.from_path(tmp_path / "copied")
+    with pytest.warns(RuntimeWarning, match=NOTICE), live.model(Network(), sigma_rel=0.2):
+        pass
+    model, tracker, _ = trained(tmp_path / "averaged", 20)
+    with tracker.model(model, sigma_rel=0.2), tracker.averaged(model, tracked=0.05):
+        pass  # filterwarnings makes errors of warnings
+    plain = torch.nn.Linear(3, 3)
+    with PostHocEMA.from_model(plain, tmp_path / "plain", update_every=1) as tracker:
+        tracker.update_(plain)
+        with tracker.model(plain, sigma_rel=0.2):
+            pass
+
+
+def test_commands_and_the_page_say_what_to_do_about_copies(tmp_path: Path, ema: Ema) -> None:
+    for kind, settings in (("copied", {"copy_only": COPIES}), ("averaged", {})):
+        trained(tmp_path / kind, 40, **settings)[1].close()
+        run, out = tmp_path / kind, tmp_path / f"{kind}.safetensors"
+        count = int(kind == "copied")
+        made = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", tmp_path / f"{kind}s")
+        assert (made.code, made.err.count(NOTICE), made.err.count(WAY_OUT)) == (0, count, count)
+        made = ema("synthesize", run, "--sigma-rel", "0.2", "--out", out, "--json", "--quiet")
+        assert (made.code, made.err.count(NOTICE)) == (0, count)
+        for path in (run, out, next(run.glob("*.safetensors"))):
+            assert ema("info", path).out.count(NOTICE) == count
+            assert sum(NOTICE in note for note in ema("info", path, "--json").json["notes"]) == count
+        how = "--run", "sh -c 'echo 1; : {weights}'", "--minimize", "--sigma-rel", "0.1,0.2"
+        swept = ema("sweep", run, *how, "--out", tmp_path / f"s{kind}")
+        assert (swept.code, swept.err.count(NOTICE)) == (0, count)
+        assert render(Run(run)).count(NOTICE) == count
+
+
+def test_checkpoints_of_other_programs_have_copies(tmp_path: Path, ema: Ema) -> None:
+    for step in range(1, 7):
+        torch.manual_seed(step)
+        model = Network()
+        torch.save(model.state_dict(), tmp_path / f"model-{step}00.pt")
+    assert NOTICE in ema("info", tmp_path).out
+    made = ema("synthesize", tmp_path, "--mean", "last:3", "--out", tmp_path.parent / "mean.safetensors")
+    assert (made.code, made.err.count(NOTICE)) == (0, 1)
+
+
+def test_a_sweep_in_memory_warns_where_copies_are_used(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path, 40, copy_only=COPIES)
+    run, loader = tracker.run, [inputs(seed) for seed in range(2)]
+
+    def metric(averaged: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float(averaged(inputs(1)).square().mean())
+
+    def with_its_own(averaged: torch.nn.Module) -> float:
+        posthoc_cli.update_bn(averaged, loader)
+        return metric(averaged)
+
+    sweep(run, with_its_own, model=model, values=[0.1, 0.2])
+    sweep(tracker, with_its_own, model=model, values=[0.1, 0.2])
+    for arguments in ((run, metric, model), (tracker, metric, model), (run, lambda weights: len(weights), None)):
+        with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: {NOTICE}") as seen:
+            sweep(arguments[0], arguments[1], model=arguments[2], values=[0.1, 0.2])
+        assert len(seen) == 1
+
+
+def test_a_sweep_finds_the_length_that_is_best_with_statistics_of_its_own(tmp_path: Path) -> None:
+    """With copies it chooses a short one, since they spoil each longer one: 0.02 in place of 0.1 or more."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    training, validation = bench_batch_norm.split(0)
+    model = bench_batch_norm.network(0.1)
+    with bench_batch_norm.train(model, training, str(tmp_path), 400) as ema:
+        copies = {name: value.clone() for name, value in model.named_buffers()}
+        batches = [images + torch.randn_like(images) for images in training[0].split(64)]
+
+        def averaged(model: torch.nn.Module) -> float:
+            return bench_batch_norm.loss(model, validation)
+
+        def copied(model: torch.nn.Module) -> float:
+            model.load_state_dict(copies, strict=False)
+            return averaged(model)
+
+        def recomputed(model: torch.nn.Module) -> float:
+            posthoc_cli.update_bn(model, batches)
+            return averaged(model)
+
+        found = {
+            metric.__name__: sweep(ema, metric, model=model, values=[0.02, 0.05, 0.1, 0.2])
+            for metric in (copied, averaged, recomputed)
+        }
+    losses = {name: {one.x: one.value for one in report.trials} for name, report in found.items()}
+    best = {name: min(one, key=lambda x: one[x] or 0.0) for name, one in losses.items()}
+    assert best["copied"] == 0.02
+    assert best["averaged"] >= 0.05
+    assert best["recomputed"] >= 0.05
+
+
+# --- update_bn
+
+
+class Keywords(Network):
+    def forward(self, pixels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(pixels if mask is None else pixels * mask)
+
+
+class Positional(Network):
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().forward(batch["pixels"])
+
+
+@pytest.mark.parametrize("kind", ["tensors", "pairs", "keywords", "dicts"])
+def test_update_bn_needs_no_tracker_and_takes_what_loaders_give(kind: str) -> None:
+    parts = [inputs(seed) for seed in range(5)]
+    loader = {
+        "tensors": parts, "pairs": [(part, 0) for part in parts],
+        "keywords": [{"pixels": part / 2, "mask": torch.full((4,), 2.0)} for part in parts],
+        "dicts": [{"pixels": part, "labels": torch.zeros(16)} for part in parts],
+    }[kind]  # fmt: skip
+    model = {"keywords": Keywords, "dicts": Positional}.get(kind, Network)()
+    model.outer.eval()
+    model.norm.running_mean.fill_(1e6)
+    modes, momentum = [module.training for module in model.modules()], model.norm.momentum
+    posthoc_cli.update_bn(model, loader)
+    hidden = [model.inner.weight.double() @ part.double().T for part in parts]
+    hidden = [one + model.inner.bias.double()[:, None] for one in hidden]
+    means, variances = (torch.stack([getattr(one, how)(dim=1) for one in hidden]).mean(0) for how in ("mean", "var"))
+    # Float32 sums of numbers of some 300, squared for the variance.
+    assert torch.allclose(model.norm.running_mean.double(), means, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(model.norm.running_var.double(), variances, rtol=1e-3)
+    assert model.norm.num_batches_tracked == 5
+    assert [module.training for module in model.modules()] == modes
+    assert model.norm.momentum == momentum
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InvalidValueError, match="no batch"):
+        posthoc_cli.update_bn(model, [])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
