@@ -152,10 +152,6 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
             _print_coefficients(plan, verbose)
         output.print_line(_parts_text(report))
         return
-    if plan.aside:
-        reason = f"the model had other tensors then than at t = {plan.t:,.12g}"
-        which = "snapshot is" if plan.aside == 1 else "snapshots are"
-        output.print_note(f"{plan.aside:,} {which} not used: {reason}")
     if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
     made = [index for index in range(len(plan.targets)) if index not in report.existing]

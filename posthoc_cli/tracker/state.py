@@ -163,7 +163,6 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         averages = RunningAverages(wanted, standing, kept, copies)
     _log_changes(info.sigma_rels, schedule, settings)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t))
-    tracked = replace(tracked, segment=info.segment)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
 
@@ -176,7 +175,7 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, masses=standing.masses, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        snapshots=tuple(sorted(state.snapshots)), segment=state.tracked.segment,
+        snapshots=tuple(sorted(state.snapshots)),
     )  # fmt: skip
 
 
@@ -495,7 +494,7 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, masses, inherited)
     averages = RunningAverages(tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies)
     progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
-    return Tracking(last.run_id, progress, replace(tracked, segment=last.segment), averages)
+    return Tracking(last.run_id, progress, tracked, averages)
 
 
 def _read_total(snapshot: Snapshot, total: FlatTensors, tracked: TrackedModel) -> float:
