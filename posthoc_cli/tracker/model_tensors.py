@@ -18,7 +18,7 @@ from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
-from posthoc_cli.tracker.sharding import Members, Shares, is_sharded, local_part, local_tensors, reshard
+from posthoc_cli.tracker.sharding import Members, is_sharded, local_part, local_tensors, reshard
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ class ModelTensors:
         aliases: further names of these (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked; those in `frozen` since they need no gradient.
         chunks: of the tensors of which this process holds a part only, see `sharding`: where it belongs.
-        buffers: names of those that are no parameters: replicas may differ in them.
     """
 
     averaged: dict[str, torch.Tensor]
@@ -60,31 +59,16 @@ class ModelTensors:
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     chunks: dict[str, Chunk] = field(default_factory=dict)
-    buffers: frozenset[str] = frozenset()
-
-    def share_of(self, rank: int, shares: Shares) -> ModelTensors:
-        """The rows of each tensor that one of several replicas keeps."""
-        rows = {name: cut for name, cuts in shares.items() for owner, cut in cuts if owner == rank}
-        averaged, copied = (
-            {name: one[rows.get(name, ...)] for name, one in tensors.items() if name in rows or name not in shares}
-            for tensors in (self.averaged, self.copied)
-        )
-        chunks = {}
-        for name, one in (self.averaged | self.copied).items():
-            if isinstance(cut := rows.get(name), slice):
-                chunks[name] = Chunk(tuple(one.shape), (cut.start, *(0,) * (one.ndim - 1)))
-        return replace(self, averaged=averaged, copied=copied, chunks=chunks)
 
     def of(self, members: Members) -> ModelTensors:
         """What this process owns of them, and what was not there when the processes met."""
-        held = self if members.shares is None else self.share_of(members.rank, members.shares)
-        names = members.owned | ((held.averaged.keys() | held.copied.keys()) - members.names)
+        names = members.owned | ((self.averaged.keys() | self.copied.keys()) - members.names)
         return replace(
-            held,
-            averaged=_within(names, held.averaged),
-            copied=_within(names, held.copied),
-            aliases={alias: name for alias, name in held.aliases.items() if name in names},
-            chunks=_within(names, held.chunks),
+            self,
+            averaged=_within(names, self.averaged),
+            copied=_within(names, self.copied),
+            aliases={alias: name for alias, name in self.aliases.items() if name in names},
+            chunks=_within(names, self.chunks),
         )
 
 
@@ -250,7 +234,6 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     chunks: dict[str, Chunk] = {}
     reshard(model)
     tensors = named_tensors(model)
-    buffers: set[str] = set()
     # A tied parameter is one tensor: any of its names will do.
     copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
     for found in tensors:
@@ -279,14 +262,12 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = local
         if chunk is not None:
             chunks[name] = chunk
-        if not found.is_parameter:
-            buffers.add(name)
     if not averaged:
         reason, hint = "none of floating-point values requires gradients", "only_trainable=False takes frozen ones too"
         if not frozen and (selection.include or selection.exclude or selection.copy_only):
             reason, hint = "include, exclude and copy_only leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
-    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(buffers))
+    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks)
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -400,9 +381,10 @@ class ModelWatch:
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
         found = collect_tensors(model, self._selection, known)
-        if self._members is None or self._members.shares is not None:
+        if self._members is None:
             check_complete(model)
-        return found if self._members is None else found.of(self._members)
+            return found
+        return found.of(self._members)
 
     def _take_fingerprint(self) -> tuple[object, ...]:
         """Differs if the tensors do. `_held` keeps ids from being used again."""

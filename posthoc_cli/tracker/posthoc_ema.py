@@ -66,10 +66,8 @@ from posthoc_cli.tracker.sharding import (
     Callers,
     Group,
     check_times,
-    check_torch,
     meet,
     mesh_of,
-    share_out,
 )
 from posthoc_cli.tracker.snapshotter import run_snapshots, squared_norms
 from posthoc_cli.tracker.state import Tracking
@@ -138,7 +136,7 @@ class PostHocEMA:
         include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None,
         copy_only: str | Sequence[str] | None = None, buffers: str = "copy",
         device: str | None = None, writer: bool | None = None, final_snapshot: bool = True, keep_state: bool = False,
-        resume: str | int | None = None, schedule: Schedule | None = None, shard_averages: bool = False,
+        resume: str | int | None = None, schedule: Schedule | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
@@ -171,9 +169,6 @@ class PostHocEMA:
             resume: "auto" to go on, as `from_path` does but with these arguments, where the directory holds a run of
                 this model. A number to go on from the snapshots of that call of `update_`. None for a new run only.
             schedule: a plan, whose `sigma_rels`, `checkpoint_every` and `max_checkpoints` replace these arguments.
-            shard_averages: of replicas in a group of processes, such as those of DDP, let each keep and write about the
-                same share of the averages. All of them make the tracker. Without a group, or for a model that is
-                sharded already, it changes nothing.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -199,7 +194,7 @@ class PostHocEMA:
         if resume is not None:
             wait_for_writers(directory, last_too=True)
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
-        tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
+        tracking = _joined(tracking, model, found, settings, directory, writer)
         made = cls.__new__(cls)
         made._begin(directory, settings, tracking, model, device, writer, step)
         return made
@@ -212,7 +207,7 @@ class PostHocEMA:
         on_nonfinite: str = "raise", sigma_range: tuple[float, float] | Stored = ...,
         device: str | None = None, sigma_rels: Sequence[float] | Stored = ...,
         writer: bool | None = None, final_snapshot: bool = True, keep_state: bool | None = None,
-        step: int | None = None, shard_averages: bool = False,
+        step: int | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -248,7 +243,7 @@ class PostHocEMA:
         if model is not None:
             known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
             found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
-            tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
+            tracking = _joined(tracking, model, found, settings, directory, writer)
         made = cls.__new__(cls)
         made._begin(directory, settings, tracking, model, device, writer, step, knows_selection)
         return made
@@ -888,15 +883,9 @@ def _joined(
     settings: Settings,
     directory: Path,
     writer: bool | None,
-    shard_averages: bool,
 ) -> Tracking:
     """The same for what this process keeps, when the processes have met, if each keeps a part; else itself."""
-    tensors, mesh, shares = found.averaged | found.copied, mesh_of(model), None
-    if shard_averages and not found.chunks and is_in_group():
-        check_torch()
-        world = torch.distributed.get_world_size()
-        shares, mesh = share_out(tensors, found.buffers, world), {"shape": [world], "names": None}
-    elif not found.chunks:
+    if not found.chunks:
         return tracking
     for name, value, wanted, hint in (
         ("writer", writer, None, "every process keeps and writes what it owns"),
@@ -911,7 +900,7 @@ def _joined(
     options = {name: str(value) for name, value in values.items() if name not in ("schedule", "selection")}
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
-    held = found if shares is None else found.share_of(torch.distributed.get_rank(), shares)
-    members = meet(held.averaged | held.copied, held.chunks, options, tracking.run_id, mesh, shares)
+    tensors = found.averaged | found.copied
+    members = meet(tensors, found.chunks, options, tracking.run_id, mesh_of(model))
     own = TrackedModel.of_model(found.of(members), members)
     return replace(tracking, run_id=members.run_id, tracked=own)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
@@ -51,7 +50,7 @@ from posthoc_cli.tracker.averages import (
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_sigma_rels
-from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard, rows_of_replicas
+from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +100,8 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         dtypes = tracked.dtypes("copy")
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
-    members, spread, mesh = tracked.members, {}, None
-    if members is not None and members.shares is not None:
-        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    elif members is not None and model is not None:
+    spread = {}
+    if tracked.members is not None and model is not None:
         reshard(model)
         spread = {found.name: found.tensor for found in named_tensors(model)}
 
@@ -112,8 +109,6 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         return {name: as_shared(name, value) for name, value in tensors.items()}
 
     def as_shared(name: str, value: torch.Tensor) -> torch.Tensor:
-        if mesh is not None and value.shape != tracked.complete_shape(name):
-            return rows_of_replicas(value, tracked.complete_shape(name), mesh)
         return as_dtensor(value, spread[name]) if spread else value
 
     return _plain(info) | {
