@@ -21,7 +21,7 @@ from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor
 from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
-from posthoc_cli.targets import FixedCoefficients, Groups, Target, as_target, separate
+from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:
     import torch
@@ -303,12 +303,8 @@ def _solved_with(
     """The sources to solve with, later ones for the motion, and the coefficients of the targets that name them."""
     usable, later = chosen_up_to(sources, time)
     there = [source for source in sources if source.info.t <= time]
-    names, profiles = [source.name for source in there], [source.profile for source in there]
-    named = {
-        i: target.coefficients_of(names, profiles)
-        for i, target in enumerate(wanted)
-        if isinstance(target, FixedCoefficients)
-    }
+    profiles = [source.profile for source in there]
+    named = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if isinstance(target, Mean)}
     places = {id(source): place for place, source in enumerate(there)}
     needed = {id(there[place]) for column in named.values() for place in np.flatnonzero(column)}
     usable += [source for source in there if id(source) in needed - set(map(id, usable))]

@@ -112,7 +112,7 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
 
 
 def test_a_warning_shows_numbers_as_the_result_does(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("synthesize", run, "--beta", "0.5", "--out", tmp_path / "m.safetensors")
+    result = ema("synthesize", run, "--target", "beta:0.5", "--out", tmp_path / "m.safetensors")
     error = re.search(r"predicted error (\S+ %)", result.out)
     assert error is not None
     assert f"predicted error {error[1]} from the 40 snapshots up to t = 2,000" in result.err
