@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -127,7 +128,8 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
         "window:500": seen[-50:].mean(axis=0),
     }
     assert [target["target"] for target in targets] == [*truths]
-    found = {name: load_file(tmp_path / f"ema-{name.replace(' ', '-').replace(':', '-')}.safetensors")["weight"] for name in truths}
+    files = {name: tmp_path / f"ema-{re.sub('[ :]', '-', name)}.safetensors" for name in truths}
+    found = {name: load_file(file)["weight"] for name, file in files.items()}
     for target in targets:
         name = target["target"]
         assert distance(found[name], truths[name]) <= 4 * target["predicted_error"]
