@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run
     from posthoc_cli.synthesis.engine import synthesize
     from posthoc_cli.synthesis.plan import plan_synthesis
-    from posthoc_cli.targets import Beta, Between, Coefficients, Decay, Groups, Mean, Window
+    from posthoc_cli.targets import Beta, Between, Decay, Groups, HalfLife, Mean, Window
     from posthoc_cli.tracker import PostHocEMA
     from posthoc_cli.tracker.model_weights import update_bn
 
 __all__ = [
-    "Beta", "Between", "Coefficients", "Decay", "Groups", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
+    "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
     "Run", "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
     "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize", "update_bn",
 ]  # fmt: skip
 
 _HOMES = {
-    "Beta": "targets", "Between": "targets", "Coefficients": "targets", "Decay": "targets", "Groups": "targets",
+    "Beta": "targets", "Between": "targets", "Decay": "targets", "Groups": "targets", "HalfLife": "targets",
     "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
     "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "checkpoints.opening",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",

@@ -44,7 +44,7 @@ from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
-from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
+from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.measurements import deep_bytes
 from posthoc_cli.snapshots.sources import (
     EarlierRun,
@@ -314,10 +314,10 @@ class Run:
     def candidate(self, t: float | None = None) -> Candidate:
         """The snapshots in the form that `error_curve` and `profile_fit` take.
 
-        Only those since the model's tensors last changed. If there are more than a solve can take, those that a
+        If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
         """
-        sources = of_newest_segment(self._checked_sources())
+        sources = self._checked_sources()
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
         usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))

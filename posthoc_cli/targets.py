@@ -1,8 +1,9 @@
-"""Targets: averages by their width, their decay, a window, a span of time, a decay of the learning rate, or a profile.
+"""Targets: averages by their width, their decay, a window, a span of time, a decay of the learning rate, or a profile;
+and their text form, KIND:VALUE.
 
 A target is independent of the run; its profile follows from the time of the average, the run's clock and the time of
-the first update. The constructor checks what does not depend on the run, `profile` the rest. The targets that name
-coefficients have no profile of their own: their `coefficients_of` gives the coefficients of the stored averages.
+the first update. The constructor checks what does not depend on the run, `profile` the rest. A mean of the last
+checkpoints has no profile of its own: its `coefficients_of` gives the coefficients of the stored averages.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Protocol
+from decimal import Decimal, InvalidOperation
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,17 +30,10 @@ from posthoc_cli.profiles import (
     Profile,
     StepWindow,
     StoredProfile,
-    Table,
-    Tabulated,
     Uniform,
     check_sigma_rel,
-    read_table,
-    read_text,
     try_profile,
 )
-
-_MOST_MISSED = 0.05
-"""Part of a decay, at each of its ends, that a file of rates may lack, since rates are often logged now and then."""
 
 SHORTEST_BETA = 0.5
 """The decay whose average has a mean age, beta / (1 - beta), of one step."""
@@ -76,32 +68,39 @@ class Target(Protocol):
 
 
 def as_target(value: object) -> Target:
-    """The target for a sigma_rel, a target, or any object with `density` and `tail`; else an InvalidValueError."""
+    """The target for a sigma_rel, a text as for `parse_target`, a target, or any object with `density` and `tail`.
+
+    Raises:
+        InvalidValueError: none of these.
+    """
     names = ("label", "title", "sigma_rel", "profile")
     if all(hasattr(value, name) for name in names) and not isinstance(value, type):  # a class has its instances' names
         return value  # type: ignore[return-value]
     if any(hasattr(value, name) for name in ("density", "tail")):
         return GivenProfile(value)  # type: ignore[arg-type]  # checked there
-    if isinstance(value, str | numbers.Real) or hasattr(value, "__float__"):
+    if isinstance(value, str):
+        return parse_target(value)
+    if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # checked there
-    accepted = "a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or an object with density and tail"
+    accepted = "a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999', or an object with density and tail"
     raise InvalidValueError("target", f"must be {accepted}", value=_shown(value))
 
 
 class _Named:
-    """The names of a target, both from `_names`."""
+    """The names of a target, both from its text form."""
 
     @property
     def label(self) -> str:
         """For tables and file names: `0.15`, `beta-0.9999`, `window-1000`."""
-        return self._names()[0]
+        return self._text().replace(":", "-")
 
     @property
     def title(self) -> str:
-        """For people: `sigma_rel 0.15`, `beta 0.9999`, `window 1000`."""
-        return self._names()[1]
+        """For people: `sigma_rel 0.15`, `beta:0.9999`, `window:1000`."""
+        return self._text()
 
-    def _names(self) -> tuple[str, str]:
+    def _text(self) -> str:
+        """The target as `parse_target` reads it."""
         raise NotImplementedError
 
 
@@ -117,11 +116,18 @@ class SigmaRel(_Named):
             object.__setattr__(self, "sigma_rel", check_sigma_rel(given))
         except InvalidValueError as error:
             if isinstance(given, numbers.Real) and SHORTEST_BETA <= given < 1:
-                raise error.with_hint(f"for a decay of {float(given)!r} a step use Beta({float(given)!r})") from error
+                raise error.with_hint(
+                    f"for a decay of {float(given)!r} a step there is beta:{float(given)!r}"
+                ) from error
             raise
 
-    def _names(self) -> tuple[str, str]:
-        return repr(self.sigma_rel), f"sigma_rel {self.sigma_rel!r}"
+    @property
+    def title(self) -> str:
+        """For people: `sigma_rel 0.15`."""
+        return f"sigma_rel {self.sigma_rel!r}"
+
+    def _text(self) -> str:
+        return repr(self.sigma_rel)
 
     def profile(self, t: float, clock: Clock, t_first: float) -> PowerFunction:  # noqa: ARG002
         """The power function on (0, t]."""
@@ -143,12 +149,32 @@ class Beta(_Named):
             reason = f"must be at least {SHORTEST_BETA:g}; below that the mean age is less than one step"
             raise InvalidValueError("beta", reason, value=repr(self.beta))
 
-    def _names(self) -> tuple[str, str]:
-        return f"beta-{self.beta!r}", f"beta {self.beta!r}"
+    def _text(self) -> str:
+        return f"beta:{self.beta!r}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
         """The classical average that starts as a copy of the weights at `t_first`."""
         return ClassicalEMA(self.beta, float(t), clock, min(float(t_first), float(t)))
+
+
+@dataclass(frozen=True)
+class HalfLife(_Named):
+    """The classical average in which weights lose half of their share in `steps` steps: a decay of 0.5**(1 / steps)."""
+
+    steps: float
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", _number("half-life", self.steps))
+        if self.steps < 1:
+            raise InvalidValueError("half-life", "must be at least 1 step", value=_plain(self.steps))
+
+    def _text(self) -> str:
+        return f"half-life:{_plain(self.steps)}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
+        """The classical average that starts as a copy of the weights at `t_first`."""
+        return Beta(0.5 ** (1 / self.steps)).profile(t, clock, t_first)
 
 
 @dataclass(frozen=True)
@@ -164,8 +190,8 @@ class Window(_Named):
             raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
         object.__setattr__(self, "steps", int(steps))
 
-    def _names(self) -> tuple[str, str]:
-        return f"window-{self.steps}", f"window {self.steps}"
+    def _text(self) -> str:
+        return f"window:{self.steps}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> StepWindow:  # noqa: ARG002
         """The last `steps` steps up to `t`."""
@@ -188,8 +214,8 @@ class Between(_Named):
         if self.start >= self.end:
             raise self._error("must end after its start")
 
-    def _names(self) -> tuple[str, str]:
-        return f"between-{self.start:.12g}-{self.end:.12g}", f"between {self.start:.12g}:{self.end:.12g}"
+    def _text(self) -> str:
+        return f"between:{_plain(self.start)}:{_plain(self.end)}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
         """Uniform over time."""
@@ -198,36 +224,7 @@ class Between(_Named):
         return Uniform(self.start, self.end)
 
     def _error(self, reason: str) -> InvalidValueError:
-        return InvalidValueError("between", reason, value=f"{self.start:.12g}:{self.end:.12g}")
-
-
-@dataclass(frozen=True)
-class ProfileFile(_Named):
-    """The profile in a file of times and densities, see `profiles.read_table`; read when first needed."""
-
-    path: Path
-    sigma_rel = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
-
-    def _names(self) -> tuple[str, str]:
-        return self.path.stem, f"profile {self.path.name}"
-
-    @cached_property
-    def table(self) -> Table:
-        """The content of the file; an InvalidValueError names the line."""
-        return read_table(self.path)
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """The profile through the file's points, which lie within [0, t]."""
-        tabulated = self.table.profile
-        if tabulated.times[-1] > t:
-            late = next(index for index, time in enumerate(tabulated.times) if time > t)
-            found = f"line {self.table.lines[late]}: time {tabulated.times[late]:,.12g}"
-            reason = f"{found} puts mass outside the run; times must lie within 0 and t = {t:,.12g}"
-            raise InvalidValueError("profile", reason, value=self.path)
-        return tabulated
+        return InvalidValueError("between", reason, value=f"{_plain(self.start)}:{_plain(self.end)}")
 
 
 @dataclass(frozen=True)
@@ -252,8 +249,13 @@ class GivenProfile(_Named):
             reason = f"{type(self.given).__name__} has no {' and no '.join(missing)}"
             raise InvalidValueError(self.title, f"{reason}; must have the functions density(s) and tail(s)")
 
-    def _names(self) -> tuple[str, str]:
-        return self.name, f"profile {self.name}"
+    @property
+    def title(self) -> str:
+        """For people: `profile given`."""
+        return f"profile {self.name}"
+
+    def _text(self) -> str:
+        return self.name
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
         """The object itself, after a check of its values."""
@@ -271,29 +273,22 @@ class Decay(_Named):
         "1-sqrt"   d(x) = 1 - sqrt(x)
         "linear"   d(x) = 1 - x
         "cosine"   d(x) = (1 + cos(pi x)) / 2
-        a file     of lines x,d with x from 0 to 1: linear between them
 
     Arguments:
         shape: one of these.
         over: the part of training at its end, in (0, 1], or two times (start, end) on the run's clock.
-        lr: a file of lines time,rate: the run's own rate eta over that time, if it was not constant. The multiplier is
-            then eta(start) d(x) / eta(s), so that the run's rate and the average's tail together make the decay.
 
     Raises:
-        InvalidValueError: no such shape, or no part of training; a file is read when first needed.
+        InvalidValueError: no such shape, or no part of training.
     """
 
-    shape: str | Path = "1-sqrt"
+    shape: str = "1-sqrt"
     over: float | tuple[float, float] = 0.2
-    lr: str | Path | None = None
     sigma_rel = None
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
-            object.__setattr__(self, "shape", Path(self.shape))
-            if not self.shape.suffix:  # type: ignore[union-attr]
-                reason = f"must be {', '.join(SHAPES)} or a file of lines x,multiplier, such as decay.csv"
-                raise InvalidValueError("decay", reason, value=self.shape)
+            raise InvalidValueError("decay", f"must be {', '.join(SHAPES)}", value=_shown(self.shape))
         if isinstance(self.over, tuple):
             if len(self.over) != 2:
                 raise self._bad_part()
@@ -311,46 +306,17 @@ class Decay(_Named):
         reason = "must be a part of training in (0, 1], such as 0.2, or two growing times"
         return InvalidValueError("over", reason, value=_shown(self.over))
 
-    def _names(self) -> tuple[str, str]:
-        shape = self.shape if isinstance(self.shape, str) else self.shape.name
-        own = "" if self.lr is None else f", rates in {Path(self.lr).name}"
-        plain = self.shape if isinstance(self.shape, str) else self.shape.stem
+    def _text(self) -> str:
         if isinstance(self.over, tuple):
-            start, end = self.over
-            return f"decay-{plain}-{start:.12g}-{end:.12g}", f"decay {shape} over {start:.12g}:{end:.12g}{own}"
-        return f"decay-{plain}-{self.over!r}", f"decay {shape} over {100 * self.over:.12g}%{own}"
-
-    @cached_property
-    def _tables(self) -> tuple[str | Tabulated, Tabulated | None]:
-        shape = self.shape if isinstance(self.shape, str) else _read_points(self.shape, "decay", "x,multiplier")
-        if isinstance(shape, Tabulated) and (shape.times[0], shape.times[-1]) != (0, 1):
-            found = f"{shape.times[0]:,.12g} to {shape.times[-1]:,.12g}"
-            reason = f"x is from {found}; must be the part of the decay, 0 to 1"
-            raise InvalidValueError("decay", reason, value=self.shape)
-        return shape, None if self.lr is None else _read_points(Path(self.lr), "lr", "time,rate")
+            return f"decay:{self.shape}:{_plain(self.over[0])}:{_plain(self.over[1])}"
+        return f"decay:{self.shape}:{_plain(100 * self.over)}%"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> EmulatedDecay:  # noqa: ARG002
         """The decay up to `t`, or over the given times."""
         start, end = self.over if isinstance(self.over, tuple) else (t * (1 - self.over), t)
         if end > t:
-            value = f"{start:.12g}:{end:.12g}"
-            raise InvalidValueError("over", f"ends after t = {t:,.12g}; must end at t or before", value=value)
-        shape, rate = self._tables
-        slack = _MOST_MISSED * (end - start)
-        if rate is not None and not rate.times[0] - slack <= start < end <= rate.times[-1] + slack:
-            reason = f"holds rates from t = {rate.times[0]:,.12g} to {rate.times[-1]:,.12g}"
-            reason += f"; must cover the decay, {start:,.12g} to {end:,.12g}"
-            raise InvalidValueError("lr", reason, value=self.lr)
-        return EmulatedDecay(start, end, shape, rate)
-
-
-def _read_points(path: Path, subject: str, columns: str) -> Tabulated:
-    """A table as of a profile, whose columns are called otherwise in messages."""
-    try:
-        return read_table(path).profile
-    except InvalidValueError as error:
-        reason = error.reason.replace("time,density", columns).replace("density", columns.partition(",")[2])
-        raise InvalidValueError(subject, reason, value=path) from error
+            raise InvalidValueError(self.title, f"ends after t = {t:,.12g}; must end at t or before")
+        return EmulatedDecay(start, end, self.shape)
 
 
 @dataclass(frozen=True)
@@ -374,10 +340,13 @@ class Groups(_Named):
     def __hash__(self) -> int:
         return hash(tuple(self.widths.items()))
 
-    def _names(self) -> tuple[str, str]:
-        widths = self.widths.items()
-        title = ", ".join(f"{width!r} ({glob})" for glob, width in widths)
-        return f"groups-{'-'.join(repr(width) for _, width in widths)}", f"sigma_rel {title}"
+    @property
+    def title(self) -> str:
+        """For people: `sigma_rel 0.12 (unet.up.*), 0.08 (*)`."""
+        return "sigma_rel " + ", ".join(f"{width!r} ({glob})" for glob, width in self.widths.items())
+
+    def _text(self) -> str:
+        return f"groups:{':'.join(map(repr, self.widths.values()))}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
         """None: each group has its own."""
@@ -392,97 +361,45 @@ def separate(targets: Sequence[Target]) -> list[Target]:
     return each
 
 
-class FixedCoefficients(_Named, ABC):
-    """A target that names the coefficients themselves."""
-
-    sigma_rel = None
-
-    @abstractmethod
-    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
-        """The coefficients, with sum 1, of stored averages, by their files' names and profiles: in their order.
-
-        Raises:
-            InvalidValueError: they have no such averages.
-        """
-
-    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """None: these coefficients are made, whatever their profile."""
-        raise InvalidValueError(self.title, "names coefficients, and has no profile without checkpoints")
-
-
 @dataclass(frozen=True)
-class Mean(FixedCoefficients):
+class Mean(_Named):
     """The plain mean of the last checkpoints at or before the time of the average, whatever their distances.
 
     Of averages, if a run has no checkpoints and one tracked profile.
     """
 
     last: int
+    sigma_rel = None
 
     def __post_init__(self) -> None:
-        last = _number("mean", self.last)
+        last = _number("last", self.last)
         if last < 1 or last != math.floor(last):
-            raise InvalidValueError("mean", "must be a whole number of checkpoints, at least 1", value=self.last)
+            raise InvalidValueError("last", "must be a whole number of checkpoints, at least 1", value=self.last)
         object.__setattr__(self, "last", int(last))
 
-    def _names(self) -> tuple[str, str]:
-        return f"mean-last-{self.last}", f"mean of the last {self.last}"
+    def _text(self) -> str:
+        return f"last:{self.last}"
 
-    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
-        """1 / last for each of the last ones."""
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
+        """None: each counts the same, whatever their profiles."""
+        raise InvalidValueError(self.title, "names checkpoints, and has no profile without them")
+
+    def coefficients_of(self, stored: Sequence[StoredProfile]) -> FloatArray:
+        """The coefficients of stored averages, by their profiles and in their order: 1 / last for the last ones.
+
+        Raises:
+            InvalidValueError: there are fewer checkpoints.
+        """
         kinds = [isinstance(profile, Point) for profile in stored]
-        if not any(kinds) and len({profile.t for profile in stored}) < len(names):
-            raise InvalidValueError("mean", "several averages of each time; it is for checkpoints", value=self.last)
+        if not any(kinds) and len({profile.t for profile in stored}) < len(stored):
+            raise InvalidValueError("last", "several averages of each time; it is for checkpoints", value=self.last)
         own = [index for index, kind in enumerate(kinds) if kind == any(kinds)]
         if len(own) < self.last:
             reason = f"only {len(own)} are there up to this time"
-            raise InvalidValueError("mean", reason, value=f"last {self.last}")
-        coefficients = np.zeros(len(names))
+            raise InvalidValueError("last", reason, value=self.last)
+        coefficients = np.zeros(len(stored))
         coefficients[sorted(own, key=lambda index: stored[index].t)[-self.last :]] = 1 / self.last
         return coefficients
-
-
-@dataclass(frozen=True)
-class Coefficients(FixedCoefficients):
-    """Exactly the coefficients in a file of lines name,coefficient, with sum 1.
-
-    Names are those of files or folders, as `ema info` shows them; the header line is optional.
-    """
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
-
-    def _names(self) -> tuple[str, str]:
-        return f"coefficients-{self.path.stem}", f"coefficients in {self.path.name}"
-
-    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:  # noqa: ARG002
-        """Those in the file; 0 for the others."""
-        place = {name: index for index, name in enumerate(names)}
-        coefficients = np.zeros(len(names))
-        seen: set[str] = set()
-        for number, line in enumerate(read_text(self.path, "coefficients").splitlines(), 1):
-            if not line.strip() or line.startswith("#") or (not seen and line.strip() == "name,coefficient"):
-                continue
-            name, _, text = (part.strip() for part in line.rpartition(","))
-            try:
-                value = float(text)
-            except ValueError:
-                value = math.nan
-            if not name or not math.isfinite(value):
-                raise self._bad(f"line {number}: must be name,coefficient, such as step100.safetensors,0.5")
-            if name not in place or name in seen:
-                which = "is named twice" if name in seen else "is not there, or after the time of the average"
-                raise self._bad(f"line {number}: {name[:80]!r} {which}")
-            seen.add(name)
-            coefficients[place[name]] = value
-        if not abs(coefficients.sum() - 1) <= 1e-6:
-            raise self._bad(f"their sum is {coefficients.sum():.9g}; must be 1, for an average")
-        return coefficients
-
-    def _bad(self, reason: str) -> InvalidValueError:
-        return InvalidValueError("coefficients", reason, value=self.path)
 
 
 def _number(name: str, value: object) -> float:
@@ -493,3 +410,144 @@ def _number(name: str, value: object) -> float:
 
 def _shown(value: object) -> str:
     return " ".join(repr(value)[:40].split())
+
+
+def _plain(value: float) -> str:
+    return f"{value:.12g}"
+
+
+# --- text form
+
+
+FORMS = {
+    "beta": ("beta:0.9999", "a decay for every step: x <- beta x + (1 - beta) theta"),
+    "half-life": ("half-life:5000", "the same by the steps after which weights count half"),
+    "window": ("window:1000", "the mean of the last steps"),
+    "between": ("between:50000:80000", "the mean over a span of training time"),
+    "last": ("last:10", "the plain mean of the last checkpoints, whatever their distances"),
+    "decay": ("decay:linear:20%", f"a decay of the learning rate that was not run: {', '.join(SHAPES)}"),
+}
+"""Kinds of targets beside sigma_rel: an example of each, and what it is. Lists and ranges are as of sigma_rel."""
+
+MOST_VALUES = 10_000
+_MOST_DIGITS = 1_000
+"""Before and after the point: far more than a float has, and few enough to calculate with."""
+NUMBER_FORMS = {
+    "beta": "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003",
+    "half-life": "a number of steps, a list such as 500,1000 or a range such as 500:2000:500",
+    "window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
+    "last": "a whole number of checkpoints, a list such as 5,10 or a range such as 5:20:5",
+}
+_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
+
+
+def parse_target(text: str) -> Target:
+    """The one target of a text: `0.15`, `beta:0.9999`, `window:1000`; an InvalidValueError if it names several."""
+    found = parse_targets(text)
+    if len(found) != 1:
+        raise InvalidValueError("target", f"must name one average, not {len(found)}", value=repr(text))
+    return found[0]
+
+
+def parse_targets(text: str, name: str = "target") -> list[Target]:
+    """The targets of a text KIND:VALUES, see `FORMS`, or of numbers, which are sigma_rels; each once.
+
+    VALUES are a number, a list 0.999,0.9999 or a range START:STOP:STEP (of `decay` in percent); `between` and `decay`
+    take lists of START:END. An InvalidValueError about `name` says what would be accepted.
+    """
+    kind, colon, rest = (part.strip() for part in text.partition(":"))
+    if not colon or kind not in FORMS:
+        if any(character.isalpha() for character in kind):
+            known = ", ".join(form for form, _ in FORMS.values())
+            raise InvalidValueError(name, f"must be a sigma_rel in (0, 0.2887), or one of {known}", value=_typed(text))
+        return [SigmaRel(width) for width in parse_numbers(text, name)]
+    found: list[Target]
+    if kind == "between":
+        found = [Between(*_ends(part, name, text)) for part in rest.split(",")]
+    elif kind == "decay":
+        found = list(_decays(rest, name, text))
+    else:
+        made: dict[str, Callable[[Any], Target]] = {"beta": Beta, "half-life": HalfLife, "window": Window, "last": Mean}
+        each = parse_numbers(rest, name, NUMBER_FORMS[kind], text)
+        found = [made[kind](int(number) if number.is_integer() else number) for number in each]
+    return list(dict.fromkeys(found))
+
+
+def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS, typed: str | None = None) -> list[float]:
+    """Numbers from `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the order given, each once.
+
+    Steps are exact decimals, so that `0.05:0.25:0.05` ends at 0.25 and holds 0.15, not 0.15000000000000002. An
+    InvalidValueError about `name` shows the text as `typed`, and the accepted `form`.
+    """
+    whole = text if typed is None else typed
+    items = [item.strip() for item in text.split(",")]
+    found: list[Decimal] = []
+    for index, item in enumerate(items):
+        if item == "...":
+            if not 2 <= index < len(items) - 1:
+                raise _bad(name, whole, "'...' needs two numbers before it and one after")
+            last, step = found[-1], found[-1] - found[-2]
+            found += _steps(last + step, _decimal(items[index + 1], name, form, typed), step, name, whole)
+        elif ":" in item:
+            ends = item.split(":")
+            if len(ends) != 3:
+                raise _bad(name, whole, "a range is START:STOP:STEP, such as 0.05:0.25:0.05")
+            start, stop, step = (_decimal(end, name, form, typed) for end in ends)
+            found += _steps(start, stop, step, name, whole)
+        else:
+            found.append(_decimal(item, name, form, typed))
+    return list(dict.fromkeys(map(float, found)))
+
+
+def _decays(text: str, name: str, typed: str) -> Iterator[Decay]:
+    """Decays from `linear:20%`, `linear:10%,20%`, `linear:5%:50%:5%` or `linear:50000:80000`."""
+    shape, _, parts = text.partition(":")
+    form = "decay:SHAPE:PART with a shape of " + ", ".join(SHAPES) + ", and 20%, a list, a range or START:END"
+    if shape not in SHAPES or not parts:
+        raise _bad(name, typed, f"must be {form}")
+    try:
+        for part in parts.split(","):
+            if "%" in part:
+                for percent in parse_numbers(part.replace("%", ""), name, form, typed):
+                    yield Decay(shape, percent / 100)
+            elif ":" in part:
+                yield Decay(shape, _ends(part, name, typed))
+            else:
+                yield from (Decay(shape, number) for number in parse_numbers(part, name, form, typed))
+    except InvalidValueError as error:
+        raise _bad(name, typed, error.reason) from error
+
+
+def _ends(text: str, name: str, typed: str) -> tuple[float, float]:
+    form = "START:END, two training times, such as 50000:80000"
+    ends = [float(_decimal(end, name, form, typed)) for end in text.split(":")]
+    if len(ends) != 2:
+        raise _bad(name, typed, f"must have {form}")
+    return ends[0], ends[1]
+
+
+def _decimal(text: str, name: str, form: str, typed: str | None) -> Decimal:
+    try:
+        number = Decimal(text.strip())
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
+        raise _bad(name, text if typed is None else typed, f"must be {form}")
+    return number
+
+
+def _steps(start: Decimal, stop: Decimal, step: Decimal, name: str, typed: str) -> list[Decimal]:
+    if step == 0 or (stop - start) * step < 0:
+        raise _bad(name, typed, "the step must lead from the start to the stop, and not be 0")
+    count = int((stop - start) / step) + 1
+    if count > MOST_VALUES:
+        raise _bad(name, typed, f"makes more than {MOST_VALUES:,} values")
+    return [start + index * step for index in range(count)]
+
+
+def _bad(name: str, text: str, reason: str) -> InvalidValueError:
+    return InvalidValueError(name, reason, value=_typed(text))
+
+
+def _typed(text: str) -> str:
+    return text.strip() or "(empty)"

@@ -37,7 +37,7 @@ HERE = str(Path(__file__).parent)
 SETTINGS: dict[str, Any] = {
     "sigma_rels": (0.1, 0.2), "update_every": 2, "checkpoint_every": 4, "checkpoint_dtype": None,
 }  # fmt: skip
-KINDS = ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp", "replicas")
+KINDS = ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp")
 """Ways to spread a model over processes: see `spread`."""
 
 

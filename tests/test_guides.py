@@ -87,9 +87,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
-    """What a page's commands find: a finished run, a profile, an evaluation, a model, an average of a part of it."""
+    """What a page's commands find: a finished run, an evaluation, a model, an average of a part of it."""
     shutil.copytree(finished_run, tmp_path / "run/ema")
-    (tmp_path / "shape.csv").write_text("time,density\n0,0\n50000,1\n100000,0\n")
     (tmp_path / "eval.py").write_text(EVALUATION)
     weights = names["model"].state_dict()
     save_file(weights, tmp_path / "full.safetensors")

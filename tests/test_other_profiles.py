@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import ClassicalEMA, Clock, ClockRecorder, Profile, StepWindow, Tabulated, Uniform
+from posthoc_cli.profiles import ClassicalEMA, Clock, ClockRecorder, Profile, StepWindow, Uniform
 
 # --- the clock -----------------------------------------------------------------------------------
 
@@ -176,7 +176,6 @@ OTHERS: dict[str, tuple[Profile, list[float]]] = {
     "window": (StepWindow(30, 90.0, Clock.of_steps()), [60]),
     "window, uneven": (StepWindow(65, 85.0, UNEVEN), [5, 80, 85]),
     "uniform": (Uniform(20.0, 70.0), [20, 70]),
-    "tabulated": (Tabulated((2, 10, 11, 70, 90), (1, 5, 0, 0.5, 2)), [2, 10, 11, 70]),
 }
 
 
@@ -250,11 +249,9 @@ def test_tails_fall_from_one_to_zero(data: st.DataObject) -> None:
     steps, times = np.cumsum(gaps, axis=0).T
     clock, t = Clock(steps, times), float(times[-1])
     decay = data.draw(st.floats(0, 1, exclude_min=True, exclude_max=True))
-    values = data.draw(st.lists(st.floats(0, 1e300), min_size=len(times), max_size=len(times)))
     profiles = [
         ClassicalEMA(decay, t, clock, start=t * data.draw(st.floats(0, 1))),
         Uniform(t * data.draw(st.floats(0, 0.99)), t),
-        Tabulated([0, *times], [1e-3, *values]),
         *(StepWindow(data.draw(st.integers(1, int(most))), t, clock) for most in steps[-1:] if most >= 1),
     ]
     at = np.sort(np.concatenate((np.linspace(-t, 1.5 * t, 101), times, np.nextafter(times, 0))))
@@ -266,13 +263,3 @@ def test_tails_fall_from_one_to_zero(data: st.DataObject) -> None:
         assert tail[0] == 1
         assert np.all(tail[at >= t] == 0)
         assert np.all(profile.density(at) >= 0)
-
-
-def test_tabulated_densities_may_have_any_scale() -> None:
-    wanted, at = Tabulated((0, 50, 100), (0, 1, 0.25)), [10, 50, 99.999]
-    for scale in (1e-300, 3.0, 1e307):
-        found = Tabulated((0, 50, 100), (0, scale, scale / 4))
-        np.testing.assert_allclose(found.tail(at), wanted.tail(at), rtol=1e-14)
-        np.testing.assert_allclose(found.density(at), wanted.density(at), rtol=1e-14)
-    assert wanted.tail(50) == pytest.approx(50 * 1.25 / (50 * 1 + 50 * 1.25))
-    assert wanted.tail(99.999) == pytest.approx(integrate.quad(wanted.density, 99.999, 100, epsabs=0)[0], rel=1e-9)

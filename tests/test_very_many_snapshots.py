@@ -22,7 +22,6 @@ from posthoc_cli.run import Run
 from posthoc_cli.snapshots import pruning, sources
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning
-from posthoc_cli.targets import Coefficients
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -195,17 +194,3 @@ def test_what_training_goes_on_from_stays_though_it_is_not_chosen(run: Path) -> 
     snapshots = [s for s in read_directory(run) if (s.info.t, s.info.sigma_rel) != (200.0, 0.28)]
     kept = plan_pruning(snapshots, keep=1).kept
     assert {(s.info.t, s.info.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}
-
-
-@pytest.mark.usefixtures("_twenty")
-def test_named_snapshots_are_used_even_where_the_choice_leaves_them_out(run: Path, tmp_path: Path) -> None:
-    everything = read_directory(run)
-    kept = of_choice(run, 200.0)
-    left_out = [snapshot for snapshot in everything if kept.count(snapshot.info.t) < 2][:2]
-    file = tmp_path / "mine.csv"
-    file.write_text("".join(f"{snapshot.name},0.5\n" for snapshot in left_out))
-    sources = disk_sources(run)
-    plan, alone = plan_synthesis(sources, [0.15, Coefficients(file)]), plan_synthesis(sources, [Coefficients(file)])
-    made = dict(zip([source.name for source in plan.sources], plan.reconstruction.coefficients[:, 1], strict=True))
-    assert {name: c for name, c in made.items() if c} == {snapshot.name: 0.5 for snapshot in left_out}
-    assert [source.name for source in alone.sources] == [snapshot.name for snapshot in left_out]

@@ -222,7 +222,7 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
         t = float(clock.time_at(one.info.step))
         like = newest.info
         info = replace(
-            one.info, run_id=like.run_id, t=t, t_unit=like.t_unit, t_first=t, segment=like.segment,
+            one.info, run_id=like.run_id, t=t, t_unit=like.t_unit, t_first=t,
             tensors=like.tensors, aliases=like.aliases, left_out=like.left_out,
         )  # fmt: skip
         made.append(replace(one, info=info, of=Point(t)))

@@ -43,6 +43,7 @@ from posthoc_cli.cli import (
     verify,
 )
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
+from posthoc_cli.targets import FORMS
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.
@@ -178,9 +179,17 @@ def _names(incomplete: str) -> list[str]:
 @app.command("help", cls=_Command, epilog="Example:  ema help synthesize")
 def _help(
     context: typer.Context,
-    command: str | None = Argument(None, metavar="[COMMAND]", autocompletion=_names, help="By default all commands."),
+    command: str | None = Argument(None, metavar="[COMMAND]", autocompletion=_names, help="A command, or targets."),
 ) -> None:
-    """Show the help of a command, or of all."""
+    """Show the help of a command, or of all.
+
+    ema help targets lists the kinds of averages that --target names.
+    """
+    if command == "targets":
+        width = "0.15", "sigma_rel: the width of a power function, as a fraction of training time"
+        output.print_pairs([width, *FORMS.values()])
+        output.print_line("each also as a list, such as 0.05,0.10, or a range START:STOP:STEP; of a decay 5%:50%:5%")
+        return
     root: Any = context.find_root().command
     root.main([*([] if command is None else [command]), "--help"], prog_name="ema", standalone_mode=False)
 

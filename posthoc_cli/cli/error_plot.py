@@ -45,13 +45,7 @@ def error_plot(
     draw: str | None = Option(
         None, metavar="SIGMA_REL", help="Also draw these targets over training time, with coefficients: 0.15 or a list."
     ),
-    beta: str | None = values.BETA,
-    window: str | None = values.WINDOW,
-    between: str | None = values.BETWEEN,
-    profile: list[Path] | None = values.PROFILE,
-    decay: str | None = values.DECAY,
-    over: str | None = values.OVER,
-    lr: Path | None = values.LR,
+    target: list[str] = values.TARGETS,
     sigma_range: str = Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
     t: float | None = Option(None, help="Time of the targets. [default: the last snapshot's]"),
     method: str | None = values.METHOD,
@@ -72,8 +66,8 @@ def error_plot(
     profile error, the published measure: the relative L2 distance between the wanted profile and the one that the
     snapshots make.
 
-    --beta, --window, --between, --profile and --decay add targets of other kinds: points at their own width (standard
-    deviation / t), and drawings over training time as with --draw.
+    --target adds averages of other kinds: points at their own width (standard deviation / t), and drawings over
+    training time as with --draw.
     """
     from posthoc_cli.run import error_report
 
@@ -83,7 +77,7 @@ def error_plot(
         raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
     csv_out = values.new_file(csv_out, "--csv", (".csv",), overwrite)
-    targets = values.parse_targets(draw, beta, window, between, profile, "--draw", decay, over, lr)
+    targets = values.parse_targets(draw, target, "--draw")
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")

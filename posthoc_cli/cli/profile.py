@@ -6,6 +6,7 @@ from typer import Option
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.targets import NUMBER_FORMS, parse_numbers
 
 EPILOG = (
     "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000   or   ema profile --beta 0.9999 --steps 100000"
@@ -33,7 +34,7 @@ def profile(
         raise InvalidValueError("--sigma-rel and --beta", "give one of them")
     count = values.parse_count(steps, "--steps")
     widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if beta is None else []
-    betas = [] if beta is None else values.parse_numbers(beta, "--beta")
+    betas = [] if beta is None else parse_numbers(beta, "--beta", NUMBER_FORMS["beta"])
     rows = [row.to_dict() for row in convert(count, widths, betas)]
     if as_json:
         output.print_json({"steps": count, "profiles": rows})

@@ -14,6 +14,7 @@ from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import SHAPES
+from posthoc_cli.targets import parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
@@ -175,7 +176,7 @@ def _axis(option: str, kind: str, text: str) -> Axis:
     parts = text.replace("%", "e-2")
     ends = parts.split(":")
     if len(ends) != 2:
-        return Axis.of_values(kind, values.parse_numbers(parts, option))
+        return Axis.of_values(kind, parse_numbers(parts, option))
     try:
         low, high = map(float, ends)
     except ValueError:

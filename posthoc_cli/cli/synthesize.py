@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from typer import Option
 
-from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.targets import Coefficients, Groups, separate
+from posthoc_cli.targets import Groups, separate
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors   or   "
-    "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --beta 0.9999 --out averages/"
+    "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out averages/"
 )
 
 
@@ -30,19 +29,7 @@ def synthesize(
     sigma_rel: str | None = Option(
         None, help="Length of the average: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
     ),
-    beta: str | None = values.BETA,
-    window: str | None = values.WINDOW,
-    between: str | None = values.BETWEEN,
-    profile: list[Path] | None = values.PROFILE,
-    decay: str | None = values.DECAY,
-    over: str | None = values.OVER,
-    lr: Path | None = values.LR,
-    mean: str | None = Option(
-        None, metavar="last:COUNT", help="The plain mean of the last checkpoints, whatever their distances: last:10."
-    ),
-    coefficients: Path | None = Option(
-        None, metavar="FILE", help="Exactly these: a CSV file of name,coefficient, names of files, with sum 1."
-    ),
+    target: list[str] = values.TARGETS,
     checkpoints: str | None = values.CHECKPOINTS,
     group: list[str] = Option(
         [],
@@ -105,9 +92,8 @@ def synthesize(
 ) -> None:
     """Make the average of any length from snapshots.
 
-    Name one or more targets, of any kind: --sigma-rel, --beta, --window, --between, --profile, --decay, --mean,
-    --coefficients. The snapshots are read once for all targets, each block is verified, and an output appears complete
-    or not at all.
+    Name one or more targets by --sigma-rel and --target. The snapshots are read once for all targets, each block is
+    verified, and an output appears complete or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average. --verbose and
     --method paper also show the profile error: the distance between the wanted profile and the one that is made.
@@ -120,16 +106,11 @@ def synthesize(
     from posthoc_cli.export.job import is_rank
 
     output.log_to_stderr(verbose)
-    targets = values.parse_targets(sigma_rel, beta, window, between, profile, decay=decay, over=over, lr=lr)
-    targets += [] if mean is None else [values.parse_mean(mean)]
-    targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
+    targets = values.parse_targets(sigma_rel, target)
     targets += [Groups(values.parse_groups(group))] if group else []
     run = values.open_run(directory, checkpoints, origin)
     if not targets:
-        kinds = (
-            "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear, "
-            "--mean last:10, --coefficients FILE, --group '*=0.1'"
-        )
+        kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema help targets` lists the kinds) or --group '*=0.1'"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
     report = run.write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
@@ -154,10 +135,6 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
             _print_coefficients(plan, verbose)
         output.print_line(_parts_text(report))
         return
-    if plan.aside:
-        reason = f"the model had other tensors then than at t = {plan.t:,.12g}"
-        which = "snapshot is" if plan.aside == 1 else "snapshots are"
-        output.print_note(f"{plan.aside:,} {which} not used: {reason}")
     if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
     made = [index for index in range(len(plan.targets)) if index not in report.existing]

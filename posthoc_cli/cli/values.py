@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from typer import Argument, Option
 
-from posthoc_cli import files
+from posthoc_cli import files, targets
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
-from posthoc_cli.profiles import SHAPES, check_sigma_rel
-from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, Decay, Mean, ProfileFile, SigmaRel, Target, Window
+from posthoc_cli.targets import FORMS, SigmaRel, Target, parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
@@ -37,35 +35,13 @@ STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Short words for the dtypes of planned snapshots."""
 STORED = one_of(*STORED_DTYPES.values())
 
-BETA = Option(
-    None,
-    help="Classical EMA: x <- beta x + (1 - beta) theta at every step (call of update_), starting from the weights of "
-    "the first update. A number, list or range: 0.999,0.9999.",
-)
-WINDOW = Option(None, help="The mean of the last steps, each with weight 1 / window: a number, list or range.")
-BETWEEN = Option(
-    None, metavar="START:END", help="The mean over a span of training time, such as 50000:80000, or a list of them."
-)
-PROFILE = Option(
-    None,
-    metavar="FILE",
-    help="Any profile: a CSV file of time,density, linear between its points, 0 outside them, scaled to mass 1. May be "
-    "given several times.",
-)
-DECAY = Option(
-    None,
-    metavar="1-sqrt|linear|cosine|FILE",
-    autocompletion=one_of("1-sqrt", "linear", "cosine"),
-    help="The weights after a decay of the learning rate that was not run: the updates of its last part (--over) times "
-    "a multiplier that falls from 1 to 0, or a CSV file of x,multiplier with x from 0 to 1.",
-)
-OVER = Option(
-    None,
-    metavar="PART|START:END",
-    help="The part of training that --decay falls over: 20%, or 50000:80000. [default: 20%]",
-)
-LR = Option(
-    None, metavar="FILE", help="For --decay: the run's own learning rate, a CSV file of time,rate, if it fell, too."
+TARGETS = Option(
+    [],
+    "--target",
+    metavar="KIND:VALUE",
+    autocompletion=one_of(*(f"{kind}:" for kind in FORMS)),
+    help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%, each also as a list "
+    "or a range; `ema help targets` lists them. Give it again for more.",
 )
 METHOD = Option(
     None,
@@ -179,14 +155,6 @@ def bad(option: str, text: str, reason: str) -> InvalidValueError:
 
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_MOST_DIGITS = 1_000
-"""Before and after the point: far more than a float has, and few enough to calculate with."""
-MOST_VALUES = 10_000
-_FORMS = {
-    "--window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
-    "--beta": "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003",
-}
-_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
 
 
 def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
@@ -211,56 +179,14 @@ def _fraction(text: str) -> Decimal:
     return _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
 
 
-def parse_numbers(text: str, option: str) -> list[float]:
-    """Numbers from `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the order given, each once.
-
-    Steps are exact decimals, so that `0.05:0.25:0.05` ends at 0.25 and holds 0.15, not 0.15000000000000002.
-    """
-    items = [item.strip() for item in text.split(",")]
-    numbers: list[Decimal] = []
-    for index, item in enumerate(items):
-        if item == "...":
-            if not 2 <= index < len(items) - 1:
-                raise bad(option, text, "'...' needs two numbers before it and one after")
-            last, step = numbers[-1], numbers[-1] - numbers[-2]
-            numbers += _steps(last + step, _number(items[index + 1], option), step, text, option)
-        elif ":" in item:
-            ends = item.split(":")
-            if len(ends) != 3:
-                raise bad(option, item, "a range is START:STOP:STEP, such as 0.05:0.25:0.05")
-            start, stop, step = (_number(end, option) for end in ends)
-            numbers += _steps(start, stop, step, item, option)
-        else:
-            numbers.append(_number(item, option))
-    return list(dict.fromkeys(map(float, numbers)))
-
-
-def _number(text: str, option: str) -> Decimal:
-    number = _decimal(text)
-    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
-        raise bad(option, text, f"must be {_FORMS.get(option, _SIGMA_FORMS)}")
-    return number
-
-
-def _steps(start: Decimal, stop: Decimal, step: Decimal, text: str, option: str) -> list[Decimal]:
-    if step == 0 or (stop - start) * step < 0:
-        raise bad(option, text, "the step must lead from the start to the stop, and not be 0")
-    count = int((stop - start) / step) + 1
-    if count > MOST_VALUES:
-        raise bad(option, text, f"makes more than {MOST_VALUES:,} values")
-    return [start + index * step for index in range(count)]
-
-
 def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
     """Widths, all in range."""
     widths = parse_numbers(text, option)
     for width in widths:
         try:
-            check_sigma_rel(width)
+            SigmaRel(width)
         except InvalidValueError as error:
-            is_beta = SHORTEST_BETA <= width < 1 and option in ("--sigma-rel", "--draw")
-            hint = f"for a decay of {width!r} a step there is --beta {width!r}" if is_beta else error.hint
-            raise InvalidValueError(option, error.reason, hint, value=error.value) from None
+            raise InvalidValueError(option, error.reason, error.hint, value=error.value) from None
     return widths
 
 
@@ -351,34 +277,12 @@ def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: 
     return path
 
 
-def parse_targets(
-    sigma_rel: str | None,
-    beta: str | None,
-    window: str | None,
-    between: str | None,
-    profile: Sequence[Path] | None,
-    width_option: str = "--sigma-rel",
-    decay: str | None = None,
-    over: str | None = None,
-    lr: Path | None = None,
-) -> list[Target]:
-    """Targets from the options of these names, kind after kind, each once; `width_option` names the first."""
-    targets: list[Target] = []
-    targets += [] if sigma_rel is None else map(SigmaRel, parse_sigma_rels(sigma_rel, width_option))
-    targets += [] if beta is None else map(Beta, parse_numbers(beta, "--beta"))
-    targets += [] if window is None else map(_window, parse_numbers(window, "--window"))
-    targets += [] if between is None else [Between(*_ends(text, "--between")) for text in between.split(",")]
-    targets += [ProfileFile(files.expanded(path)) for path in profile or ()]
-    for option, value in (("--over", over), ("--lr", lr)):
-        if decay is None and value is not None:
-            raise InvalidValueError(option, "is for --decay", value=value)
-    if decay is not None:
-        if not decay.strip():
-            raise bad("--decay", decay, f"must be {', '.join(SHAPES)} or a file of lines x,multiplier")
-        shape = decay if decay in SHAPES else files.expanded(Path(decay))
-        part = _part("20%" if over is None else over)
-        targets.append(Decay(shape, part, None if lr is None else files.expanded(lr)))
-    return list(dict.fromkeys(targets))
+def parse_targets(sigma_rel: str | None, others: Sequence[str], width_option: str = "--sigma-rel") -> list[Target]:
+    """Targets from --sigma-rel, or `width_option`, and --target, in this order, each once."""
+    found: list[Target] = [] if sigma_rel is None else [*map(SigmaRel, parse_sigma_rels(sigma_rel, width_option))]
+    for text in others:
+        found += targets.parse_targets(text, "--target")
+    return list(dict.fromkeys(found))
 
 
 def parse_groups(texts: Sequence[str]) -> dict[str, float]:
@@ -391,35 +295,3 @@ def parse_groups(texts: Sequence[str]) -> dict[str, float]:
             raise bad("--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'")
         groups[glob] = widths[0]
     return groups
-
-
-def _window(steps: float) -> Window:
-    return Window(int(steps) if steps.is_integer() else steps)  # type: ignore[arg-type]  # which it refuses
-
-
-def _ends(text: str, option: str) -> tuple[float, float]:
-    ends = [_decimal(end) for end in text.split(":")]
-    if len(ends) != 2 or not all(math.isfinite(end) for end in map(float, ends)):
-        raise bad(option, text, "must be START:END, two training times, such as 50000:80000")
-    return float(ends[0]), float(ends[1])
-
-
-def _part(text: str) -> float | tuple[float, float]:
-    """`--over`: 20%, 0.2, or START:END."""
-    if ":" in text:
-        start, end = _ends(text, "--over")
-        if not 0 <= start < end:
-            raise bad("--over", text, "must start at 0 or later, and end after its start")
-        return start, end
-    value = _fraction(text)
-    if not (value.is_finite() and 0 < value <= 1):
-        raise bad("--over", text, "must be a part of training, such as 20%, or START:END, such as 50000:80000")
-    return float(value)
-
-
-def parse_mean(text: str) -> Mean:
-    """`--mean`: last:10."""
-    word, colon, count = text.partition(":")
-    if word.strip() != "last" or not colon:
-        raise bad("--mean", text, "must be last:COUNT, such as last:10")
-    return Mean(parse_count(count, "--mean", "last:10"))

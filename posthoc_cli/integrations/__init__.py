@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -34,14 +33,9 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return isinstance(model, torch.nn.Module) and any(hasattr(one, "placements") for one in model.parameters())
 
 
-def shares_averages(model: torch.nn.Module, options: Mapping[str, Any]) -> bool:
-    """Whether each process keeps a part of the averages."""
-    return is_sharded(model) or bool(options.get("shard_averages"))
-
-
-def new_state(folder: str | Path, model: torch.nn.Module, options: Mapping[str, Any], number: int = 0) -> Path:
+def new_state(folder: str | Path, model: torch.nn.Module, number: int = 0) -> Path:
     """The path for the state of a tracker in a checkpoint, the first, second, ... of its training."""
-    return Path(folder) / _state_names(number)[shares_averages(model, options)]
+    return Path(folder) / _state_names(number)[is_sharded(model)]
 
 
 def find_state(folder: str | Path, number: int = 0) -> Path | None:
@@ -67,7 +61,7 @@ def _state_names(number: int) -> tuple[str, str]:
 def make_tracker(
     model: torch.nn.Module, checkpoint_dir: str | Path, is_first: bool, options: dict[str, Any]
 ) -> PostHocEMA:
-    """A tracker of a model; of replicas in several processes the first one keeps the averages, unless they share them.
+    """A tracker of a model; of replicas in several processes the first one keeps the averages.
 
     An earlier one of this process in the directory is closed: where an exception ends a training, not all frameworks
     tell.
@@ -76,7 +70,7 @@ def make_tracker(
     if (earlier := _made.get(directory)) is not None and not earlier.closed:
         log.warning("%s: an earlier tracker of this directory is closed; each model needs its own", directory)
         earlier.close()
-    writer = None if shares_averages(model, options) else is_first
+    writer = None if is_sharded(model) else is_first
     _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
     return made
 

@@ -48,7 +48,7 @@ def prepare(
 
     def save(models: object, weights: object, folder: str) -> None:
         if not replaced():
-            ema.save_state(new_state(folder, model, options, number))
+            ema.save_state(new_state(folder, model, number))
 
     def load(models: object, folder: str) -> None:
         if replaced():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import STATE_NAME, averaged, make_tracker, shares_averages
+from posthoc_cli.integrations import STATE_NAME, averaged, is_sharded, make_tracker
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
@@ -47,7 +47,7 @@ class PostHocEMAModel:
         wrapper = torch.nn.parallel.DistributedDataParallel
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
         self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, is_first, options)
-        self._is_shared = shares_averages(model, options)
+        self._is_shared = is_sharded(model)
         self._file: Path | None = None
         self._stored: list[torch.Tensor] | None = None
 

@@ -17,10 +17,10 @@ from posthoc_cli.integrations import (
     figures,
     find_state,
     has_average,
+    is_sharded,
     local_of,
     make_tracker,
     new_state,
-    shares_averages,
     was_left_out,
 )
 from posthoc_cli.profiles import check_sigma_rel
@@ -87,8 +87,8 @@ class PostHocWeightAveraging(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, and continue from the checkpoint that was loaded."""
         saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
-        if shares_averages(pl_module, self.options) and not saves_folders:
-            reason = "saves a checkpoint to one file, and processes that share averages save theirs to a folder"
+        if is_sharded(pl_module) and not saves_folders:
+            reason = "saves a checkpoint to one file, and processes of a sharded model save theirs to a folder"
             raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options)
         if self._state is not None:
@@ -167,9 +167,9 @@ class PostHocWeightAveraging(Callback):
         ema = self.ema
         if ema is None:
             return
-        if shares_averages(pl_module, self.options):
+        if is_sharded(pl_module):
             folder = trainer.strategy.broadcast(local_of("save_checkpoint", "filepath"))
-            ema.save_state(new_state(folder, pl_module, self.options))
+            ema.save_state(new_state(folder, pl_module))
             return
         checkpoint["averaging_state"] = ema.state_dict()
         if self.validate is not None and has_average(ema):

@@ -149,7 +149,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
             if stored is None:
                 log.warning("%s was saved without this callback: its averages begin here", folder)
             else:
-                ema.load_state(find_state(folder) or new_state(folder, model, self.options))
+                ema.load_state(find_state(folder) or new_state(folder, model))
         if stored is None:  # the trainer expects it when it saves
             state.stateful_callbacks[name] = self.state()
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
@@ -181,7 +181,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
     def _save(self, trainer: Trainer, folder: Path) -> None:
         ema, sigma_rel = self.ema, self.evaluate
         assert ema is not None
-        ema.save_state(new_state(folder, trainer.model, self.options))
+        ema.save_state(new_state(folder, trainer.model))
         if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)):
             with averaged(ema, trainer.model, sigma_rel):
                 trainer.save_model(str(folder / FOLDER), _internal_call=True)

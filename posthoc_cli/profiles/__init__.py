@@ -16,14 +16,10 @@ from posthoc_cli.profiles.others import (
     Conversion,
     EmulatedDecay,
     StepWindow,
-    Table,
-    Tabulated,
     Uniform,
     classical_beta,
     convert,
     mean_age,
-    read_table,
-    read_text,
     sigma_rel_from_classical_beta,
     try_profile,
 )  # fmt: skip
@@ -45,7 +41,7 @@ from posthoc_cli.profiles.tracked import (
 __all__ = [
     "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination", "Conversion", "Discrete",
     "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow",
-    "StoredProfile", "Table", "Tabulated", "Uniform", "check_sigma_rel", "classical_beta", "convert",
-    "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table", "read_text", "sigma_rel_from_classical_beta",
+    "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
+    "gamma_from_sigma_rel", "mean_age", "new_value_share", "sigma_rel_from_classical_beta",
     "sigma_rel_from_gamma", "try_profile",
 ]  # fmt: skip

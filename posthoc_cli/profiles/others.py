@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.tracked import Clock, FloatArray, Profile, gamma_from_sigma_rel, sigma_rel_from_gamma
 
@@ -187,51 +181,6 @@ class StepWindow:
         return np.clip((self.clock.step_at(self.t) - self.clock.step_at(s)) / self.steps, 0.0, 1.0)
 
 
-@dataclass(frozen=True)
-class Tabulated:
-    """Density linear between given points and 0 outside them, scaled to a mass of 1.
-
-    `times` are two at least, growing, from 0 or later; `values` in any unit, 0 or above and not all 0.
-    """
-
-    times: tuple[float, ...]
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not (max(self.values) > 0 and self._curve[2][0] > 0):
-            raise InvalidValueError("profile", "its mass is 0; at least one density must be above 0")
-
-    def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s`; 0 outside the first and the last of `times`."""
-        knots, relative, later, scale = self._curve
-        height = np.interp(np.asarray(s, dtype=np.float64), knots, relative, left=0.0, right=0.0)
-        height = np.maximum(height, 0.0)  # rounding may go below 0 on a steep slope
-        return np.asarray(height / (later[0] * scale), dtype=np.float64)
-
-    def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`."""
-        knots, relative, later, scale = self._curve
-        at = np.clip(np.asarray(s, dtype=np.float64), knots[0], knots[-1])
-        right = np.clip(np.searchsorted(knots, at, side="right"), 1, len(knots) - 1)
-        heights = relative[right] + np.interp(at, knots, relative)
-        inside = heights / 2 * ((knots[right] - at) / scale)
-        return np.asarray(np.clip((later[right] + inside) / later[0], 0.0, 1.0), dtype=np.float64)
-
-    @cached_property
-    def _curve(self) -> tuple[FloatArray, FloatArray, FloatArray, float]:
-        """(times, densities relative to the highest, the integral from each time on, the unit of its time).
-
-        Relative, so that no given scale overflows. The integral is summed from the end, where small tails keep their
-        digits.
-        """
-        knots, values = np.array(self.times), np.array(self.values)
-        relative = values / values.max()
-        scale = float(knots[-1] - knots[0])
-        masses = (relative[1:] / 2 + relative[:-1] / 2) * (np.diff(knots) / scale)
-        later = np.append(np.cumsum(masses[::-1])[::-1], 0.0)
-        return knots, relative, later, scale
-
-
 _SLACK = 1e-9
 """Accepted rounding error of a tail."""
 
@@ -244,8 +193,6 @@ SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
 
 _STEP = 1e-6
 """Distance of the difference quotient that is the density, as a fraction of the decay."""
-
-_GRID = 4096
 
 
 @dataclass(frozen=True)
@@ -260,25 +207,15 @@ class EmulatedDecay:
 
     Attributes:
         start, end: on the run's clock.
-        shape: one of `SHAPES`, or points of x in [0, 1] and d(x).
-        rate: the run's own rate eta over time, in any unit, where it was not constant; then the multiplier of the
-            update at s is eta(start) d(x) / eta(s).
+        shape: one of `SHAPES`.
     """
 
     start: float
     end: float
-    shape: str | Tabulated
-    rate: Tabulated | None = None
-
-    def __post_init__(self) -> None:
-        values = self.tail(np.linspace(self.start, self.end, _GRID, endpoint=False))
-        if not (np.isfinite(values).all() and np.all(np.diff(values, prepend=1.0) <= _SLACK)):
-            reason = "the multiplier of the rate must start at 1 or below and never grow"
-            hint = "the run's own rate falls faster than this decay" if self.rate else ""
-            raise InvalidValueError("decay", reason, hint)
+    shape: str
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s`; what is left at the end, where a table ends above 0, is left out."""
+        """Mass per unit of time at `s`."""
         times, width = np.asarray(s, dtype=np.float64), self.end - self.start
         last = self.end - _STEP * width
         a, b = (np.clip(times + sign * _STEP * width, self.start, last) for sign in (-1, 1))
@@ -289,24 +226,11 @@ class EmulatedDecay:
         """Mass after `s`: 1 up to `start`, 0 from `end` on."""
         times = np.asarray(s, dtype=np.float64)
         x = np.clip((times - self.start) / (self.end - self.start), 0.0, 1.0)
-        if isinstance(self.shape, Tabulated):
-            values = np.interp(x, self.shape.times, self.shape.values)
-        else:
-            values = SHAPES[self.shape](x)
-        if self.rate is not None:
-            begin, own = (np.interp(at, self.rate.times, self.rate.values) for at in (self.start, times))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values = values * begin / own
+        values = SHAPES[self.shape](x)
         return np.where(times < self.start, 1.0, np.where(times >= self.end, 0.0, values))
 
 
 # --- profiles from users
-
-MOST_LINES = 1_000_000
-MOST_BYTES = 100_000_000
-"""Size limit of a file of points."""
-
-_EXPECTED = "must be a text file, a line time,density each"
 
 
 def try_profile(profile: Profile, t: float, title: str) -> None:
@@ -358,111 +282,3 @@ def _values(profile: Profile, name: str, times: FloatArray, title: str) -> Float
         worst = np.argmin(np.isfinite(result))
         raise InvalidValueError(title, f"{name} is {result[worst]} at s = {times[worst]:,.12g}; must be finite")
     return result
-
-
-@dataclass(frozen=True)
-class Table:
-    """The profile through the points of a file, and the line of each point, counted from 1."""
-
-    path: Path
-    profile: Tabulated
-    lines: tuple[int, ...]
-
-
-def read_table(path: Path) -> Table:
-    """Read a file of points: times on the run's clock, and densities in any unit.
-
-    Comma-separated, a point a line, in UTF-8; the header line is optional:
-
-        # comments and empty lines are skipped
-        time,density
-        0,0
-        50000,1
-        100000,0.25
-
-    Raises:
-        InvalidValueError: names the file, the line where there is one, and what would be accepted.
-    """
-    points = list(_points(path, read_text(path, "profile", _EXPECTED)))
-    if len(points) < 2:
-        found = f"{len(points)} point{'s' * (len(points) != 1)}"
-        raise _bad_file(path, f"holds {found}; needs two or more, a line time,density each")
-    lines, times, values = zip(*points, strict=True)
-    try:
-        return Table(path, Tabulated(times, values), lines)
-    except InvalidValueError as error:  # the only remaining fault: no mass
-        raise _bad_file(path, f"lines {lines[0]} to {lines[-1]}: {error.reason}") from error
-
-
-def _bad_file(path: Path, reason: str) -> InvalidValueError:
-    return InvalidValueError("profile", reason, value=path)
-
-
-def read_text(path: Path, subject: str, expected: str = "must be a text file") -> str:
-    """The content of a regular file, in UTF-8; reading a pipe could wait forever.
-
-    Raises:
-        InvalidValueError: about `subject`; names the file and what was `expected`.
-    """
-
-    def bad(reason: str) -> InvalidValueError:
-        return InvalidValueError(subject, reason, value=path)
-
-    try:
-        with open(path, "rb", opener=lambda name, _: files.system.open(Path(name))) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise bad(f"is no regular file; {expected}")
-            data = file.read(MOST_BYTES + 1)
-    except IsADirectoryError:
-        raise bad(f"is a directory; {expected}") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InvalidValueError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise bad(f"cannot be read: {reason}; {expected}") from error
-    if len(data) > MOST_BYTES:
-        raise bad(f"is larger than {MOST_BYTES // 10**6} MB, the limit")
-    end = data.find(b"\0")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        end = error.start
-    if end >= 0:
-        line = data.count(b"\n", 0, end) + 1
-        raise bad(f"line {line}: not a text file in UTF-8; {expected}")
-    return text
-
-
-def _points(path: Path, text: str) -> Iterator[tuple[int, float, float]]:
-    """(line, time, density) of every line that holds a point, each checked."""
-    first, before = True, -math.inf
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        row = line.strip()
-        if not row or row.startswith("#"):
-            continue
-        if number > MOST_LINES:
-            raise _bad_file(path, f"line {number}: at most {MOST_LINES:,} lines are accepted")
-        columns = row.split(",")
-        if len(columns) != 2:
-            found = f"{len(columns)} column{'s' * (len(columns) != 1)}"
-            raise _bad_file(path, f"line {number}: {found} in {row[:40]!r}; must be two, time,density")
-        time, value = (_number(column) for column in columns)
-        if time is not None and value is not None:
-            if not 0 <= time < math.inf:
-                raise _bad_file(path, f"line {number}: time {time:,.12g}: must be 0 or later, and finite")
-            if not 0 <= value < math.inf:
-                raise _bad_file(path, f"line {number}: density {value:g}: must be 0 or above, and finite")
-            if not before < time:
-                raise _bad_file(path, f"line {number}: time {time:,.12g} after {before:,.12g}: times must grow")
-            before = time
-            yield number, time, value
-        elif not (first and time is None and value is None):  # which is a header
-            raise _bad_file(path, f"line {number}: {row[:40]!r} holds no two numbers; must be time,density")
-        first = False
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

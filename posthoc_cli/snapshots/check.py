@@ -544,15 +544,12 @@ def _index_fault(unit: Unit, index: Path, there: Sequence[FileReport]) -> tuple[
 
 
 def gaps(snapshots: Sequence[Snapshot]) -> list[str]:
-    """A line for each profile and segment of a run that lacks snapshots of the schedule; `snapshots` are by time."""
+    """A line for each profile of a run that lacks snapshots of the schedule; `snapshots` are by time."""
     notes = directories.missing_at_newest(snapshots)
-    before = 0
-    for segment in fmt.by_segment(snapshots):
-        for sigma_rel in sorted({snapshot.info.sigma_rel for snapshot in segment}):
-            infos = [snapshot.info for snapshot in segment if snapshot.info.sigma_rel == sigma_rel]
-            found = _missing_times(infos) or _too_few(infos, before)
-            notes += [f"sigma_rel {sigma_rel:g}: {found}"] if found else []
-        before = max(snapshot.info.step for snapshot in segment)
+    for sigma_rel in sorted({snapshot.info.sigma_rel for snapshot in snapshots}):
+        infos = [snapshot.info for snapshot in snapshots if snapshot.info.sigma_rel == sigma_rel]
+        found = _missing_times(infos) or _too_few(infos)
+        notes += [f"sigma_rel {sigma_rel:g}: {found}"] if found else []
     return notes
 
 
@@ -572,13 +569,13 @@ def _missing_times(infos: Sequence[fmt.SnapshotInfo]) -> str | None:
     return f"no snapshot {where}, where the schedule had one"
 
 
-def _too_few(infos: Sequence[fmt.SnapshotInfo], before: int) -> str | None:
-    """Whether thinning would have kept more, after the step `before` and with one schedule throughout."""
+def _too_few(infos: Sequence[fmt.SnapshotInfo]) -> str | None:
+    """Whether thinning would have kept more, with one schedule throughout."""
     schedule = infos[-1].schedule
     most, every = schedule.max_checkpoints, schedule.checkpoint_every
     if most is None or any((i.schedule.max_checkpoints, i.schedule.checkpoint_every) != (most, every) for i in infos):
         return None
-    due = infos[-1].step // every - max(before, schedule.update_after_step) // every
+    due = infos[-1].step // every - schedule.update_after_step // every
     found = sum(not info.off_schedule for info in infos)
     if found >= min(due, most):
         return None

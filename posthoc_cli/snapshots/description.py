@@ -14,7 +14,7 @@ from typing import Any
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, by_segment, statistics_notice
+from posthoc_cli.snapshots.format import FileHeader, statistics_notice
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
@@ -108,7 +108,6 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         **describe_tensors(snapshots[-1]),
         "snapshots": len(snapshots),
         **_describe_parts(snapshots[-1]),
-        **({"segments": len(by_segment(snapshots))} if newest.segment else {}),
         "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
         "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
         "profiles": [_describe_profile([s for s in snapshots if s.info.sigma_rel == width]) for width in widths],

@@ -10,11 +10,11 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import chain, combinations, count, pairwise, takewhile
+from itertools import chain, combinations, count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
-from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.sources import Part, Snapshot
 from posthoc_cli.snapshots.tensor_file import read_header
@@ -461,9 +460,9 @@ def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     """Pairs of snapshots, in order of time, that cannot be of one directory: an error each, which names both."""
     found = [
-        MismatchError(f"{first.path} and {other.path}", reason)
-        for first, other in _pairs_to_compare(snapshots)
-        if (reason := difference(first, other)) is not None
+        MismatchError(f"{snapshots[0].path} and {other.path}", reason)
+        for other in snapshots[1:]
+        if (reason := difference(snapshots[0], other)) is not None
     ]
     seen: dict[tuple[float, float], Snapshot] = {}
     for snapshot in snapshots:
@@ -473,17 +472,6 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
             what = f"both hold sigma_rel {sigma_rel:g} at t = {t:,.12g}"
             found.append(MismatchError(f"{first.path} and {snapshot.path}", what, "remove one"))
     return found
-
-
-def _pairs_to_compare(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
-    """Pairs that compare all: with the first of a segment, that with the first of all, neighbours across segments."""
-    firsts: dict[int, Snapshot] = {}
-    for index, snapshot in enumerate(snapshots):
-        first = firsts.setdefault(snapshot.info.segment, snapshot)
-        if index > 0:
-            yield (snapshots[0] if first is snapshot else first), snapshot
-        if index > 1 and snapshots[index - 1].info.segment != snapshot.info.segment:
-            yield snapshots[index - 1], snapshot
 
 
 def difference(first: Snapshot, other: Snapshot) -> str | None:
@@ -496,10 +484,6 @@ def difference(first: Snapshot, other: Snapshot) -> str | None:
     # A run whose last snapshot of a profile was deleted may have continued without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
         return f"do not match: their runs track the profiles {_widths(a.sigma_rels)} and {_widths(b.sigma_rels)}"
-    if a.segment != b.segment:
-        if a.t < b.t and a.segment < b.segment:
-            return None
-        return f"do not match: the segments {a.segment} and {b.segment} do not follow each other in time"
     same = (first.header.tensors, a.tensors) == (other.header.tensors, b.tensors)  # mostly the same objects
     for name in () if same else sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
@@ -551,7 +535,7 @@ def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> l
     Two, since distances over one interval and over two distinguish a random walk from noise.
     """
     newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
-    for snapshot in takewhile(lambda s: s.info.segment == info.segment, reversed(stored)):
+    for snapshot in reversed(stored):
         own = newest.get(snapshot.sigma_rel, [])
         if snapshot.t < info.t and snapshot.info.measurements and len(own) < 2:
             own.insert(0, snapshot)
@@ -591,7 +575,7 @@ def remove_snapshot(path: Path) -> None:
 def thin(
     stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
 ) -> list[StoredSnapshot]:
-    """Keep `max_checkpoints` snapshots a profile and segment, those that reconstruction needs most; delete the others.
+    """Keep `max_checkpoints` snapshots a profile, those that reconstruction needs most; delete the others.
 
     Those on the schedule are chosen as if there were no others, so that a training which was stopped in between keeps
     the same ones. Of those off the schedule the latest stay if there is room, and the newest of all snapshots always.
@@ -599,7 +583,7 @@ def thin(
     """
     if max_checkpoints is None:
         return list(stored)
-    gone = [one for segment in by_segment(stored) for one in _surplus(segment, max_checkpoints, sigma_range)]
+    gone = _surplus(stored, max_checkpoints, sigma_range)
     for snapshot in gone:
         log.debug("thinning: removing %s", snapshot.path)
         remove_snapshot(snapshot.path)
@@ -609,8 +593,8 @@ def thin(
 def _surplus(
     stored: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
 ) -> list[StoredSnapshot]:
-    """The snapshots of a segment to delete."""
-    if max(Counter(snapshot.sigma_rel for snapshot in stored).values()) <= max_checkpoints:
+    """The snapshots to delete."""
+    if max(Counter(snapshot.sigma_rel for snapshot in stored).values(), default=0) <= max_checkpoints:
         return []
     scheduled = on_schedule(stored)
     counts = Counter(snapshot.sigma_rel for snapshot in scheduled)

@@ -36,8 +36,6 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
     ema.left_out      JSON list: names of the model's state that the run does not track
     ema.selection     JSON object: the fields of `Selection`; copy_only only where it has globs. May be missing
-    ema.segment       how often the tracked tensors had changed before; missing for 0. Averages of different segments
-                      are never combined: a tensor that is new in one began with its value at the segment's start
     ema.off_schedule  "true" where it was written between the times of the schedule: at the end of training, or on
                       request; else missing. Later snapshots on the schedule do not depend on it
     ema.measurements  JSON object: norm, rounding, weights, arithmetic, distances; see below. May be missing
@@ -101,7 +99,7 @@ t, t_unit, checksums and checksum as above, and
     ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
 
 A *state* (from which a tracker continues exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
-sigma_rels, schedule, t_first, max_interval, segment, checksums and checksum as a snapshot; t and step are those of
+sigma_rels, schedule, t_first, max_interval, checksums and checksum as a snapshot; t and step are those of
 the last call, t_first is 0 before the first update. Its version is "2". An average is kept in two tensors: a total in
 F64, named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels, and the mean of the values since that was
 last added to, named `recent-<sigma_rel>/<name>`; with a mass m of the latter it is total + m (recent - total). The
@@ -140,7 +138,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -337,7 +335,6 @@ class SnapshotInfo:
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     selection: Selection | None = None
-    segment: int = 0
     clock: tuple[tuple[int, float], ...] = ()
     updates: int | None = None
     inherited: float = 0.0
@@ -402,7 +399,7 @@ class OutputInfo:
 
 
 OPTIONAL = (
-    "selection", "segment", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "part", "chunks",
+    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "part", "chunks",
     "mesh", "session",
 )  # fmt: skip
 """Metadata that a snapshot may lack."""
@@ -504,37 +501,3 @@ def compact(value: object) -> str:
 
 def _plain(value: Any) -> object:
     return value.tolist() if isinstance(value, np.ndarray) else vars(value)
-
-
-# --- segments of a run: its averages between two changes of the tensors that it tracks
-
-
-class Described(Protocol):
-    """Anything with the metadata of a snapshot."""
-
-    @property
-    def info(self) -> SnapshotInfo:
-        """The metadata."""
-        ...
-
-
-One = TypeVar("One", bound=Described)
-
-
-def of_newest_segment(items: Sequence[One]) -> list[One]:
-    """Those of the newest segment."""
-    return by_segment(items)[-1] if items else []
-
-
-def of_segment_at(items: Sequence[One], t: float) -> list[One]:
-    """Those of the newest segment that begins up to the time `t`."""
-    segment = max(item.info.segment for item in items if item.info.t <= t)
-    return [item for item in items if item.info.segment == segment]
-
-
-def by_segment(items: Sequence[One]) -> list[list[One]]:
-    """A list for each segment, the earliest first."""
-    found: dict[int, list[One]] = {}
-    for item in items:
-        found.setdefault(item.info.segment, []).append(item)
-    return [found[segment] for segment in sorted(found)]

@@ -599,7 +599,6 @@ _ENTRIES = {
     "aliases": OBJECT,
     "left_out": TEXTS,
     "selection": replace(OBJECT, convert=_selection, optional=True),
-    "segment": replace(WHOLE, optional=True),
     "updates": replace(WHOLE, convert=_from_to(1, "step"), optional=True),
     "inherited": replace(AMOUNT, optional=True),
     "off_schedule": Entry("true", lambda value: value == "true", lambda *_: True, is_text=True, optional=True),

@@ -280,7 +280,7 @@ def _groups(snapshots: Sequence[Snapshot]) -> Iterator[_Group]:
             own[i] = measured
             for distance in measured.distances:
                 j = places.get((distance.t, distance.sigma_rel))
-                if j is None or snapshots[j].info.segment != snapshots[i].info.segment:
+                if j is None:
                     continue
                 roundings = [measured] if distance.t < t else [measured, snapshots[j].info.measurements]
                 known = [sqrt(measurements.rounding) for measurements in roundings if measurements is not None]

@@ -31,7 +31,6 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
-from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.sources import Snapshot, source_prior
 from posthoc_cli.snapshots.tensor_file import verify_payload
@@ -91,8 +90,7 @@ def plan_pruning(
     """Plan which snapshots to delete. Reads no tensor, but a sample if headers have no measurements.
 
     The newest one of each profile stays, and so do those of the newest time that all profiles have: training can
-    continue from these. So do those of earlier segments, before the model's tensors changed: no others replace them.
-    Of very many, those that a reconstruction would not use go first.
+    continue from these. Of very many, those that a reconstruction would not use go first.
 
     Arguments:
         snapshots: all of one directory.
@@ -107,10 +105,6 @@ def plan_pruning(
     if sum(wish is not None for wish in (keep, max_bytes, max_error)) != 1:
         raise InvalidValueError("keep, max_size and max_error", "give one of them")
     check_max_error(max_error)
-    *earlier, snapshots = by_segment(snapshots)
-    older = [snapshot for segment in earlier for snapshot in segment]
-    if max_bytes is not None:
-        max_bytes -= file_bytes(older)
     if keep is not None:
         _check_keep(keep, snapshots)
     profiles = [snapshot.info.profile.pure for snapshot in snapshots]
@@ -157,7 +151,7 @@ def plan_pruning(
     leaving = set(gone)
     kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]
     after = errors_without(gone) if gone else before
-    return Pruning((*older, *kept), tuple(snapshots[index] for index in gone), before, after, prior.source)
+    return Pruning(tuple(kept), tuple(snapshots[index] for index in gone), before, after, prior.source)
 
 
 def _check_keep(keep: int, snapshots: Sequence[Snapshot]) -> None:

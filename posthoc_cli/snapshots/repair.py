@@ -33,7 +33,6 @@ from posthoc_cli.snapshots.directory import (
     remove_snapshot,
     time_order,
 )
-from posthoc_cli.snapshots.format import of_newest_segment
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.sources import Snapshot, chosen_up_to, source_prior
 
@@ -52,7 +51,7 @@ STILL_SECONDS_UNLOCKED = 3600.0
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors to expect from the snapshots of the newest segment, at the time `t` of the last one.
+    """Errors to expect from the snapshots, at the time `t` of the last one.
 
     `predicted` at SIGMA_RELS, `worst` the largest over the useful range; `solved` of `count` snapshots were used.
     """
@@ -207,11 +206,10 @@ def _read_again(folder: Path) -> Snapshot | str | None:
 
 def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
     """Expected errors from these alone; None if there are none, or if a sample of them cannot be read."""
-    newest = of_newest_segment(snapshots)
-    if not newest:
+    if not snapshots:
         return None
-    t = max(snapshot.info.t for snapshot in newest)
-    solved, _ = chosen_up_to(newest, t)
+    t = max(snapshot.info.t for snapshot in snapshots)
+    solved, _ = chosen_up_to(snapshots, t)
     try:
         prior = source_prior(solved)
     except (FileFormatError, NonFiniteError):
@@ -219,7 +217,7 @@ def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
     profiles = [snapshot.info.profile.pure for snapshot in solved]
     expected = forecast_at(profiles, prior, np.array(SIGMA_RELS)).predicted_error
     worst = max(float(expected.max()), forecast(profiles, prior).worst)
-    return Errors(t, expected, worst, len(solved), len(newest))
+    return Errors(t, expected, worst, len(solved), len(snapshots))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -193,7 +193,6 @@ class EarlierRun:
 
 def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
     """The snapshots of one run, scaled to a run of `steps`. Reads a sample if headers lack measurements."""
-    snapshots = fmt.of_newest_segment(snapshots)
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
     prior = source_prior(snapshots)
     times = np.array([snapshot.info.t for snapshot in snapshots])

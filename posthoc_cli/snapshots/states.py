@@ -75,7 +75,6 @@ class StateInfo:
     schedule: fmt.TrackingSchedule
     clock: tuple[float, ...]
     snapshots: tuple[str, ...]
-    segment: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ _ENTRIES = {
     "run_id": headers.RUN_ID,
     "step": WHOLE, "t": AMOUNT, "t_unit": headers.TEXT, "sigma_rels": AMOUNTS, "averages_t": AMOUNT,
     "averages_step": WHOLE, "t_first": AMOUNT, "max_interval": AMOUNT, "updates": _COUNT, "window": WHOLE,
-    "masses": AMOUNTS, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS, "segment": WHOLE,
+    "masses": AMOUNTS, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS,
 }  # fmt: skip
 """What each entry of a state must be, of a file as of a tracker's `state_dict()`."""
 

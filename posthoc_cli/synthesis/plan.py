@@ -19,9 +19,9 @@ from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError, p
 from posthoc_cli.planning import Candidate, check_max_error, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, of_segment_at, running_statistics
+from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, running_statistics
 from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
-from posthoc_cli.targets import FixedCoefficients, Groups, Target, as_target, separate
+from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,6 @@ class Plan:
             averages, are that exact: see `coarse`.
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
         places: index of each source among those that were solved with, by time; its index here if empty.
-        aside: number of sources not used because the model had other tensors then.
         solved: number of sources, all at or before `t`, that the coefficients were solved for.
         there: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
@@ -67,7 +66,6 @@ class Plan:
     accumulate: str | None = None
     output_rounding: float = 0.0
     places: tuple[int, ...] = ()
-    aside: int = 0
     solved: int = 0
     there: int = 0
     last: float = 0.0
@@ -267,11 +265,10 @@ def plan_synthesis(
     wanted = tuple(as_target(target) for target in targets)
     each = separate(wanted)
     time = _target_time(sources, t, step)
-    alike = _alike(sources, time)
-    usable, later, named = _solved_with(alike, time, each)
+    usable, later, named = _solved_with(sources, time, each)
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots, too, measure the motion
-    clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
+    clock, first = run_clock([source.info for source in sources]), min(source.info.t_first for source in usable)
     solved = snapshots[: len(usable)]
     profiles = [
         Combination(solved, named[index]) if index in named else target.profile(time, clock, first)
@@ -282,7 +279,7 @@ def plan_synthesis(
     plan = Plan(
         sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
         reconstruction=result.of(snapshots=used), dtype=output_dtype, accumulate=wide, places=tuple(used),
-        aside=len(sources) - len(alike), solved=len(usable), there=sum(source.info.t <= time for source in alike),
+        solved=len(usable), there=sum(source.info.t <= time for source in sources),
         last=max(source.info.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
     )  # fmt: skip
@@ -308,17 +305,13 @@ def parse_accumulate(accumulate: torch.dtype | str | None) -> str | None:
 
 
 def _solved_with(
-    alike: Sequence[Source], time: float, wanted: Sequence[Target]
+    sources: Sequence[Source], time: float, wanted: Sequence[Target]
 ) -> tuple[list[Source], list[Source], dict[int, FloatArray]]:
     """The sources to solve with, later ones for the motion, and the coefficients of the targets that name them."""
-    usable, later = chosen_up_to(alike, time)
-    there = [source for source in alike if source.info.t <= time]
-    names, profiles = [source.name for source in there], [source.profile for source in there]
-    named = {
-        i: target.coefficients_of(names, profiles)
-        for i, target in enumerate(wanted)
-        if isinstance(target, FixedCoefficients)
-    }
+    usable, later = chosen_up_to(sources, time)
+    there = [source for source in sources if source.info.t <= time]
+    profiles = [source.profile for source in there]
+    named = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if isinstance(target, Mean)}
     places = {id(source): place for place, source in enumerate(there)}
     needed = {id(there[place]) for column in named.values() for place in np.flatnonzero(column)}
     usable += [source for source in there if id(source) in needed - set(map(id, usable))]
@@ -359,17 +352,6 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
     raise InvalidValueError("step", reason, f"take one of them, or give t in {sources[0].info.t_unit}", value=step)
-
-
-def _alike(sources: Sequence[Source], time: float) -> list[Source]:
-    """The sources that have the tensors that the model had at a time."""
-    alike = of_segment_at(sources, time)
-    last = max(source.info.t for source in alike)
-    if time > last:
-        after = min(source.info.t for source in sources if source.info.t > time)
-        reason = f"the model's tensors changed between the snapshots at {last:,.12g} and {after:,.12g}"
-        raise InvalidValueError("t", reason, "take one of them", value=f"{time:.12g}")
-    return alike
 
 
 def check_groups(plan: Plan) -> None:

@@ -98,12 +98,12 @@ class Accumulators:
         """Whether this is room on the host for others."""
         return others is not None and self.layout == on_host(others.layout) and len(self.recent) == len(others.recent)
 
-    def moved(self, layout: Layout, begun: Mapping[str, torch.Tensor]) -> Accumulators:
-        """The same in another layout, by name; averages of the tensors in `begun` start with these values."""
+    def moved(self, layout: Layout) -> Accumulators:
+        """The same in another layout, by name."""
         made = Accumulators(layout, len(self.recent))
         for own, other in zip((*made.totals, *made.recent), (*self.totals, *self.recent), strict=True):
             for name, view in own.views.items():
-                view.copy_(begun[name] if name in begun else other.views[name])
+                view.copy_(other.views[name])
         return made
 
 
@@ -146,7 +146,7 @@ class RunningAverages:
         if kept is None:
             kept = Accumulators(values.layout, len(self.gammas))
         elif kept.layout != values.layout:
-            kept = kept.moved(values.layout, {})
+            kept = kept.moved(values.layout)
         self.accumulators = kept
         self._make_scratch(values.layout, crew)
         before = self.standing
@@ -172,14 +172,6 @@ class RunningAverages:
         crew.each(work, values.blocks)
         self.copies = copies
         self.standing = replace(after, window=0, masses=(0.0,) * len(factors)) if closes else after
-
-    @torch.no_grad()
-    def changed(
-        self, layout: Layout, begun: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor]
-    ) -> RunningAverages:
-        """The averages of a changed model: unchanged tensors keep theirs, those in `begun` start with these values."""
-        moved = None if self.accumulators is None else self.accumulators.moved(layout, begun)
-        return RunningAverages(self.sigma_rels, self.standing, moved, copies)
 
     @torch.no_grad()
     def read(self, room: Sequence[FlatTensors], crew: Crew = ALONE) -> None:

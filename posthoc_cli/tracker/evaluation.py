@@ -353,8 +353,6 @@ def _make_chunks(
 ) -> Weights:  # fmt: skip
     """What this process holds of each tensor that is made, under all names, on the host. Every process calls it.
 
-    Of replicas that share the averages out it is all of them.
-
     Arguments:
         group: the processes that call.
         shared: what is made.
@@ -370,16 +368,11 @@ def _make_chunks(
     own = group.together(lambda: _own_chunks(shared, target, live, tracked, tensors, directory))
     made = Weights()
     for name in sorted(shared.specs):  # in one order in all processes
-        value = own.get(name) if members.shares is None else None
+        value = own.get(name)
         if value is None:
             shape = held_part(tensors[name]).shape
             value = torch.empty(shape, dtype=torch_dtype(shared.specs[name].dtype))
-        if members.shares is None:
-            group.exchange(value, members.holders.get(name, ()))
-        for rank, rows in () if members.shares is None else members.shares[name]:
-            if rank == group.rank:
-                value[rows] = own[name]
-            group.exchange(value[rows], [rank, *(other for other in group.ranks if other != rank)])
+        group.exchange(value, members.holders.get(name, ()))
         for alias in shared.names[name]:
             made[alias] = value
     if shared.plan is not None and target is not None:
@@ -396,9 +389,8 @@ def _own_chunks(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The chunks that this process owns of tensors that the model has, too."""
     boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
-    shares = tracked.members and tracked.members.shares  # each process has all of the model then, and keeps a part
     for name, spec in shared.specs.items():
-        _check_spread(name, spec.shape, boxes.get(name) if shares is None else None, model)
+        _check_spread(name, spec.shape, boxes.get(name), model)
     if not boxes:
         return {}
     at_hand = {source.name: source for source in live}

@@ -1,4 +1,4 @@
-"""Which tensors of a model are averaged, copied or left out, and how a model may change while it is tracked."""
+"""Which tensors of a model are averaged, copied or left out, and whether they are those of the run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.format import Selection, TrackedTensor, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
-from posthoc_cli.tracker.sharding import Members, Shares, is_sharded, local_part, local_tensors, reshard
+from posthoc_cli.tracker.sharding import Members, is_sharded, local_part, local_tensors, reshard
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,10 @@ ON_META = (
 )
 """Reason and hint for a tensor without values."""
 
+_CHANGED = "begin a new directory for the changed model"
 _OTHER_DTYPE = (
     "convert the model before the hook is made; or compute in half precision with torch.autocast, which does not "
-    "change parameters; or make the hook with on_change='follow', which starts a new average"
+    "change parameters"
 )
 
 
@@ -50,7 +51,6 @@ class ModelTensors:
         aliases: further names of these (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked; those in `frozen` since they need no gradient.
         chunks: of the tensors of which this process holds a part only, see `sharding`: where it belongs.
-        buffers: names of those that are no parameters: replicas may differ in them.
         statistics: names of those that are averaged though they are no weights.
     """
 
@@ -60,32 +60,17 @@ class ModelTensors:
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     chunks: dict[str, Chunk] = field(default_factory=dict)
-    buffers: frozenset[str] = frozenset()
     statistics: frozenset[str] = frozenset()
-
-    def share_of(self, rank: int, shares: Shares) -> ModelTensors:
-        """The rows of each tensor that one of several replicas keeps."""
-        rows = {name: cut for name, cuts in shares.items() for owner, cut in cuts if owner == rank}
-        averaged, copied = (
-            {name: one[rows.get(name, ...)] for name, one in tensors.items() if name in rows or name not in shares}
-            for tensors in (self.averaged, self.copied)
-        )
-        chunks = {}
-        for name, one in (self.averaged | self.copied).items():
-            if isinstance(cut := rows.get(name), slice):
-                chunks[name] = Chunk(tuple(one.shape), (cut.start, *(0,) * (one.ndim - 1)))
-        return replace(self, averaged=averaged, copied=copied, chunks=chunks)
 
     def of(self, members: Members) -> ModelTensors:
         """What this process owns of them, and what was not there when the processes met."""
-        held = self if members.shares is None else self.share_of(members.rank, members.shares)
-        names = members.owned | ((held.averaged.keys() | held.copied.keys()) - members.names)
+        names = members.owned | ((self.averaged.keys() | self.copied.keys()) - members.names)
         return replace(
-            held,
-            averaged=_within(names, held.averaged),
-            copied=_within(names, held.copied),
-            aliases={alias: name for alias, name in held.aliases.items() if name in names},
-            chunks=_within(names, held.chunks),
+            self,
+            averaged=_within(names, self.averaged),
+            copied=_within(names, self.copied),
+            aliases={alias: name for alias, name in self.aliases.items() if name in names},
+            chunks=_within(names, self.chunks),
         )
 
 
@@ -95,7 +80,7 @@ def _within(names: frozenset[str], values: Mapping[str, Value]) -> dict[str, Val
 
 @dataclass(frozen=True)
 class TrackedModel:
-    """What a run tracks of a model: the entries of a snapshot's header that must not change within a segment.
+    """What a run tracks of a model: the entries of a snapshot's header that must not change in a run.
 
     In a process that has met others to track one model, `members`, it is what that process owns.
     """
@@ -105,7 +90,6 @@ class TrackedModel:
     aliases: dict[str, str]
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
-    segment: int = 0
     chunks: dict[str, Chunk] = field(default_factory=dict)
     members: Members | None = None
 
@@ -120,14 +104,14 @@ class TrackedModel:
             shapes |= {name: chunk.shape for name, chunk in found.chunks.items()}
         whole = {name: Chunk(shape, (0,) * len(shape)) for name, shape in shapes.items()}
         chunks = {} if members is None else whole | found.chunks
-        return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen, 0, chunks, members)
+        return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen, chunks, members)
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
         """The entries of a snapshot."""
         shapes = {name: entry.shape for name, entry in snapshot.header.tensors.items()}
         info = snapshot.info
-        return cls(info.tensors, shapes, info.aliases, info.left_out, segment=info.segment)
+        return cls(info.tensors, shapes, info.aliases, info.left_out)
 
     def complete_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor in the model, of which a part may be here."""
@@ -150,15 +134,6 @@ class TrackedModel:
         """The model's dtypes of the tensors that are copied, or else of those that are averaged, by name."""
         own = self.tensors.items()
         return {name: torch_dtype(one.dtype) for name, one in own if (one.role == "copy") == copied}
-
-    def begun_since(self, before: TrackedModel) -> list[str]:
-        """Names of tensors whose averages start when the model becomes this one."""
-        same = {
-            name
-            for name, own in before.tensors.items()
-            if own == self.tensors.get(name) and before.shapes[name] == self.shapes[name]
-        }
-        return [name for name, own in self.tensors.items() if own.role != "copy" and name not in same]
 
     def check_header(self) -> None:
         """Raise an InvalidValueError for too many tensors for a snapshot's header: now, not when one is due."""
@@ -184,30 +159,30 @@ class TrackedModel:
         kept = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}
         for name, tensor in found.tensors.items():
             own, shape, expected = self.tensors[name], list(found.shapes[name]), list(self.shapes[name])
-            what, was, hint = "", "", ""
+            what, was, hint = "", "", _CHANGED
             if shape != expected:
                 what, was = f"has the shape {shape}", f"had {expected}"
             elif tensor.role != own.role:
                 what, was = f"is {kept[tensor.role]} now", f"was {kept[own.role]}"
             elif tensor.dtype != own.dtype:
-                what, was, hint = f"is {torch_dtype(tensor.dtype)}", f"was {torch_dtype(own.dtype)}", _OTHER_DTYPE
+                what, was = f"is {torch_dtype(tensor.dtype)}", f"was {torch_dtype(own.dtype)}"
+                hint = f"{_OTHER_DTYPE}; or {_CHANGED}"
             if what:
                 raise ModelMismatchError(f"tensor {name!r}", f"{what}, and {was} when tracking began", hint)
         for alias in self.aliases.keys() | found.aliases.keys():
             if self.aliases.get(alias) != found.aliases.get(alias):
-                raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to")
+                raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to", _CHANGED)
 
     def _why_missing_or_new(self, name: str, found: TrackedModel) -> tuple[str, str]:
-        follow = "make the hook with on_change='follow', which goes on "
+        frozen_too = "make the tracker with only_trainable=False, which tracks frozen parameters, too"
         if name in found.frozen:
-            hint = f"make the hook with only_trainable=False to track frozen parameters, too, or {follow}without it"
-            return "is tracked, but does not require gradients any more", hint
+            return "is tracked, but does not require gradients any more", f"{frozen_too}; or {_CHANGED}"
         if name in self.tensors:
-            return "is tracked, but the model has no such tensor to track", ""
+            return "is tracked, but the model has no such tensor to track", _CHANGED
         if name in self.left_out:
             reason = "requires gradients now, but was left out when tracking began, since it did not then"
-            return reason, f"{follow}with it"
-        return "is in the model, but was not when tracking began", f"{follow}with it"
+            return reason, f"{frozen_too}; or {_CHANGED}"
+        return "is in the model, but was not when tracking began", _CHANGED
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -263,7 +238,6 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     chunks: dict[str, Chunk] = {}
     reshard(model)
     tensors = named_tensors(model)
-    buffers: set[str] = set()
     # A tied parameter is one tensor: any of its names will do.
     copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
     statistics: set[str] = set()
@@ -297,16 +271,12 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             statistics.add(name)
         if chunk is not None:
             chunks[name] = chunk
-        if not found.is_parameter:
-            buffers.add(name)
     if not averaged.keys() - statistics:
         reason, hint = "none of floating-point values requires gradients", "only_trainable=False takes frozen ones too"
         if not frozen and (selection.include or selection.exclude or selection.copy_only):
             reason, hint = "include, exclude and copy_only leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
-    return ModelTensors(
-        averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(buffers), frozenset(statistics)
-    )
+    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(statistics))
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -363,7 +333,7 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
         raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
-# --- a model whose tensors change ---
+# --- whether the model is still the tracked one ---
 
 
 class ModelWatch:
@@ -374,11 +344,8 @@ class ModelWatch:
     do not require gradients: older snapshots do not say what was selected.
     """
 
-    def __init__(
-        self, selection: Selection, follows_changes: bool, lenient: bool = False, members: Members | None = None
-    ) -> None:
-        self._selection, self._follows_changes, self._lenient = selection, follows_changes, lenient
-        self._members = members
+    def __init__(self, selection: Selection, lenient: bool = False, members: Members | None = None) -> None:
+        self._selection, self._lenient, self._members = selection, lenient, members
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._contents: list[dict[str, Any]] = []
         self._filled: list[dict[str, Any]] = []
@@ -410,30 +377,23 @@ class ModelWatch:
         self._tensors = found
         return found
 
-    def change(self, tensors: ModelTensors, tracked: TrackedModel) -> TrackedModel | None:
-        """What to track in a new segment if the model's tensors have changed, and may; None if they have not."""
-        if self._checked is not None and self._checked[0] is tensors and self._checked[1] is tracked:
-            return None
-        try:
+    def check(self, tensors: ModelTensors, tracked: TrackedModel) -> None:
+        """Raise a ModelMismatchError unless these are the tracked tensors."""
+        if self._checked is None or self._checked[0] is not tensors or self._checked[1] is not tracked:
             tracked.check(TrackedModel.of_model(tensors, self._members))
-        except ModelMismatchError:
-            if not self._follows_changes:
-                raise
-            return _find_change(tracked, tensors)
-        self._checked = tensors, tracked
-        return None
+            self._checked = tensors, tracked
 
-    def check(self, model: torch.nn.Module, tracked: TrackedModel) -> None:
+    def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> None:
         """Raise a ModelMismatchError unless the model is the tracked one; it may be frozen, to be filled only."""
-        if not self._follows_changes:
-            self.change(self._collect(model, tracked, frozen_too=True), tracked)
+        self.check(self._collect(model, tracked, frozen_too=True), tracked)
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
         found = collect_tensors(model, self._selection, known)
-        if self._members is None or self._members.shares is not None:
+        if self._members is None:
             check_complete(model)
-        return found if self._members is None else found.of(self._members)
+            return found
+        return found.of(self._members)
 
     def _take_fingerprint(self) -> tuple[object, ...]:
         """Differs if the tensors do. `_held` keeps ids from being used again."""
@@ -448,24 +408,3 @@ class ModelWatch:
             [p.shape for p in tensors],
             [p.stride() for p in tensors if p.layout == torch.strided],
         )
-
-
-@torch.no_grad()
-def _find_change(tracked: TrackedModel, found: ModelTensors) -> TrackedModel:
-    wanted = replace(TrackedModel.of_model(found), segment=tracked.segment + 1)
-    wanted.check_header()
-    begun = wanted.begun_since(tracked)
-    bad = nonfinite_name(found.averaged)
-    if bad is not None:
-        what = "is new, and holds nan or infinity; its average cannot begin"
-        kept = "holds nan or infinity; no average has taken it in"
-        raise NonFiniteError(f"parameter {bad!r}", what if bad in begun else kept)
-    gone = [name for name in tracked.tensors if name not in wanted.tensors]
-    changes = [
-        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in (("new", begun), ("gone", gone))
-        if names
-    ]
-    message = "the model's tensors have changed: %s; a new segment of snapshots begins"
-    log.warning(message, "; ".join(changes) or "tied names")
-    return wanted

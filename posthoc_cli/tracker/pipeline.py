@@ -40,7 +40,7 @@ from posthoc_cli.tracker.averages import (
     lay_out,
     on_host,
 )
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
+from posthoc_cli.tracker.model_tensors import ModelTensors, nonfinite_name
 from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.snapshotter import Snapshotter
@@ -53,7 +53,6 @@ class _Update:
     """What a call brings to the averages: the model's tensors and copies of some, and room for snapshots if due."""
 
     tensors: ModelTensors
-    changed: TrackedModel | None
     progress: Progress
     copies: Mapping[str, torch.Tensor]
     room: Accumulators | None
@@ -131,11 +130,11 @@ class Pipeline:
         else:
             self._counted = progress
 
-    def update(self, tensors: ModelTensors, changed: TrackedModel | None, progress: Progress) -> NonFiniteError | None:
+    def update(self, tensors: ModelTensors, progress: Progress) -> NonFiniteError | None:
         """Take in a model's values, and have snapshots written if they are due; `wait_for_turn` came before.
 
-        `tensors` are the same object as long as the model is unchanged; `changed` is what is tracked from now on, where
-        it has changed. Returns why the update was left out; beside the training that is kept for `take_error`.
+        `tensors` are the same object as long as the model is unchanged. Returns why the update was left out; beside the
+        training that is kept for `take_error`.
         """
         self._check_open()  # a signal handler may have closed the tracker since the call began
         if self._beside is None:
@@ -144,7 +143,7 @@ class Pipeline:
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         is_due = self._settings.snapshot_is_due(progress.step)
         room = self._room_for(lay_out(tensors.averaged)) if is_due else None
-        update = _Update(tensors, changed, progress, copies, room)
+        update = _Update(tensors, progress, copies, room)
         refused = None
         if self._beside:
             staged, marks = self._stager.stage(tensors.averaged), self._streams.marks(copies.values())
@@ -349,15 +348,12 @@ class Pipeline:
         """Update the averages and the counters; returns why the update was left out."""
         self._check_open()
         now, progress = self.now, update.progress
-        averages, tracked = now.averages, update.changed or now.tracked
-        if update.changed is not None:
-            begun = {name: values[name] for name in tracked.begun_since(now.tracked)}
-            averages = averages.changed(reader.layout, begun, update.copies)
+        averages = now.averages
         crew = self._crew_for(reader.layout)
         name = None if reader.surely_finite(crew) else nonfinite_name(values)
         if name is None:
             averages.update_(reader, update.copies, progress.t, progress.step, crew)
-        self.now = replace(now, progress=progress, tracked=tracked, averages=averages)
+        self.now = replace(now, progress=progress, averages=averages)
         if name is None:
             return None
         reason = f"holds nan or infinity at step {progress.step}; no average has taken it in"

@@ -30,7 +30,7 @@ from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
+from posthoc_cli.snapshots.format import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
@@ -73,10 +73,8 @@ from posthoc_cli.tracker.sharding import (
     Callers,
     Group,
     check_times,
-    check_torch,
     meet,
     mesh_of,
-    share_out,
 )
 from posthoc_cli.tracker.snapshotter import run_snapshots, squared_norms
 from posthoc_cli.tracker.state import Tracking
@@ -115,14 +113,13 @@ class PostHocEMA:
         """Begin with checked arguments; the `step` to go on from is 0 for a new beginning of a run."""
         self.checkpoint_dir, self.settings = directory, settings
         self._members = members = tracking.tracked.members
-        follows = settings.on_change == "follow"
-        self._watch = ModelWatch(settings.selection, follows, not knows_selection, members)
+        self._watch = ModelWatch(settings.selection, not knows_selection, members)
         if model is not None and tracking.resumes:
             try:
-                self._watch.check(model, tracking.tracked)
+                self._watch.check_model(model, tracking.tracked)
             except ModelMismatchError as error:
                 hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
-                raise error if error.hint else error.with_hint(hint) from None
+                raise error.with_hint(hint) from None
         self._model = None if model is None else weakref.ref(model)
         self._pipeline = Pipeline(settings, tracking, device)
         # Also where nobody closes it. It must not wait for a thread: that may be collecting the garbage.
@@ -145,9 +142,9 @@ class PostHocEMA:
         max_checkpoints: int | None = 20, checkpoint_dtype: Dtype = torch.float16, t_unit: str = "steps",
         only_trainable: bool = True, on_nonfinite: str = "raise", sigma_range: tuple[float, float] = (0.05, 0.28),
         include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None,
-        copy_only: str | Sequence[str] | None = None, buffers: str = "copy", on_change: str = "raise",
+        copy_only: str | Sequence[str] | None = None, buffers: str = "copy",
         device: str | None = None, writer: bool | None = None, final_snapshot: bool = True, keep_state: bool = False,
-        resume: str | int | None = None, schedule: Schedule | None = None, shard_averages: bool = False,
+        resume: str | int | None = None, schedule: Schedule | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
@@ -169,8 +166,6 @@ class PostHocEMA:
                 gradients or not. Every average holds the newest copy at its time.
             buffers: "copy" them, except that BatchNorm's running statistics are averaged; "average" floating-point ones
                 as if they were parameters; or "skip" them.
-            on_change: where parameters were frozen, unfrozen, added or changed, "raise" an error that names one, or
-                "follow": a new segment of snapshots begins, and unchanged tensors keep their averages.
             device: "model" for averages beside the parameters, updated by the training's own thread; "cpu" for averages
                 on the host, updated by a thread of their own, with the same bits; None for "cpu" where a parameter is
                 on an accelerator, else "model".
@@ -183,9 +178,6 @@ class PostHocEMA:
             resume: "auto" to go on, as `from_path` does but with these arguments, where the directory holds a run of
                 this model. A number to go on from the snapshots of that call of `update_`. None for a new run only.
             schedule: a plan, whose `sigma_rels`, `checkpoint_every` and `max_checkpoints` replace these arguments.
-            shard_averages: of replicas in a group of processes, such as those of DDP, let each keep and write about the
-                same share of the averages. All of them make the tracker. Without a group, or for a model that is
-                sharded already, it changes nothing.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -201,7 +193,7 @@ class PostHocEMA:
         selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
         given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
         profiles, timing = check_sigma_rels(sigma_rels), make_schedule(given)
-        settings = Settings(profiles, timing, t_unit, selection, on_nonfinite, on_change, final_snapshot, keep_state)
+        settings = Settings(profiles, timing, t_unit, selection, on_nonfinite, final_snapshot, keep_state)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         found = collect_tensors(model, selection)
         tracked = TrackedModel.of_model(found)
@@ -213,7 +205,7 @@ class PostHocEMA:
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
             settings = replace(settings, selection=selection.going_on(tracking.tracked.dtypes(copied=True)))
             found = collect_tensors(model, settings.selection)
-        tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
+        tracking = _joined(tracking, model, found, settings, directory, writer)
         made = cls.__new__(cls)
         made._begin(directory, settings, tracking, model, device, writer, step)
         return made
@@ -224,9 +216,9 @@ class PostHocEMA:
         update_every: int | Stored = ..., checkpoint_every: int | Stored = ..., update_after_step: int | Stored = ...,
         max_checkpoints: int | Stored | None = ..., checkpoint_dtype: torch.dtype | str | Stored | None = ...,
         on_nonfinite: str = "raise", sigma_range: tuple[float, float] | Stored = ...,
-        device: str | None = None, on_change: str = "raise", sigma_rels: Sequence[float] | Stored = ...,
+        device: str | None = None, sigma_rels: Sequence[float] | Stored = ...,
         writer: bool | None = None, final_snapshot: bool = True, keep_state: bool | None = None,
-        step: int | None = None, shard_averages: bool = False,
+        step: int | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -257,13 +249,13 @@ class PostHocEMA:
         selection = (newest.selection or Selection()).going_on(newest.copies)
         kept = state.read_state_info(directory) if keep_state is None else None
         keeps = keep_state or (kept is not None and kept.run_id == newest.run_id)
-        settings = Settings(profiles, timing, newest.t_unit, selection, on_nonfinite, on_change, final_snapshot, keeps)
+        settings = Settings(profiles, timing, newest.t_unit, selection, on_nonfinite, final_snapshot, keeps)
         tracking = state.resumed_tracking(directory, snapshots, profiles)
         knows_selection = newest.selection is not None
         if model is not None:
             known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
             found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
-            tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
+            tracking = _joined(tracking, model, found, settings, directory, writer)
         made = cls.__new__(cls)
         made._begin(directory, settings, tracking, model, device, writer, step, knows_selection)
         return made
@@ -674,7 +666,6 @@ class PostHocEMA:
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def _candidate(self, sources: list[Source]) -> Candidate:
-        sources = of_newest_segment(sources)
         if sources:
             last = max(source.info.t for source in sources)
             chosen, _ = chosen_up_to(sources, last)
@@ -719,19 +710,16 @@ class PostHocEMA:
         tracked = pipeline.now.tracked
         try:
             tensors = self._watch.tensors(model, tracked)
-            change = self._watch.change(tensors, tracked)
-        except PostHocError as error:
-            # A new segment cannot begin with a value that is not finite: that update is left out as any other.
-            skipped = error if isinstance(error, NonFiniteError) else None
-            pipeline.leave_out(progress, writes=skipped is not None)
-            if skipped is None:
-                raise
+            self._watch.check(tensors, tracked)
+        except PostHocError:
+            pipeline.leave_out(progress, writes=False)
+            raise
         else:
             skipped = self._refused_anywhere(tensors, progress)
             if skipped is not None:
                 pipeline.leave_out(progress)
             else:
-                skipped = pipeline.update(tensors, change, progress)
+                skipped = pipeline.update(tensors, progress)
                 pipeline.warn_of_waiting(stacklevel=3)
         if skipped is not None:
             settings.skip_update(skipped, stacklevel=3)
@@ -915,19 +903,12 @@ def _joined(
     settings: Settings,
     directory: Path,
     writer: bool | None,
-    shard_averages: bool,
 ) -> Tracking:
     """The same for what this process keeps, when the processes have met, if each keeps a part; else itself."""
-    tensors, mesh, shares = found.averaged | found.copied, mesh_of(model), None
-    if shard_averages and not found.chunks and is_in_group():
-        check_torch()
-        world = torch.distributed.get_world_size()
-        shares, mesh = share_out(tensors, found.buffers, world), {"shape": [world], "names": None}
-    elif not found.chunks:
+    if not found.chunks:
         return tracking
     for name, value, wanted, hint in (
         ("writer", writer, None, "every process keeps and writes what it owns"),
-        ("on_change", settings.on_change, "raise", "when tensors change, begin a new run in another directory"),
         ("keep_state", settings.keep_state, False, "save the exact averages with ema.state_dict() or ema.save_state()"),
     ):
         if value != wanted:
@@ -939,7 +920,7 @@ def _joined(
     options = {name: str(value) for name, value in values.items() if name not in ("schedule", "selection")}
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
-    held = found if shares is None else found.share_of(torch.distributed.get_rank(), shares)
-    members = meet(held.averaged | held.copied, held.chunks, options, tracking.run_id, mesh, shares)
-    own = replace(TrackedModel.of_model(found.of(members), members), segment=tracking.tracked.segment)
+    tensors = found.averaged | found.copied
+    members = meet(tensors, found.chunks, options, tracking.run_id, mesh_of(model))
+    own = TrackedModel.of_model(found.of(members), members)
     return replace(tracking, run_id=members.run_id, tracked=own)

@@ -35,7 +35,6 @@ class Settings:
     t_unit: str = "steps"
     selection: Selection = field(default_factory=Selection)
     on_nonfinite: str = "raise"
-    on_change: str = "raise"
     final_snapshot: bool = True
     keep_state: bool = False
 
@@ -43,9 +42,9 @@ class Settings:
         if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():
             reason = "must name what t counts, such as 'steps' or 'images'"
             raise InvalidValueError("t_unit", reason, value=f"{self.t_unit!r}")
-        for name, accepted in (("on_nonfinite", ("raise", "skip", "warn")), ("on_change", ("raise", "follow"))):
-            if getattr(self, name) not in accepted:
-                raise InvalidValueError(name, f"must be one of {', '.join(accepted)}", value=f"{getattr(self, name)!r}")
+        if self.on_nonfinite not in ("raise", "skip", "warn"):
+            reason = "must be one of raise, skip, warn"
+            raise InvalidValueError("on_nonfinite", reason, value=f"{self.on_nonfinite!r}")
 
     def tracked_index(self, tracked: float) -> int:
         """Which of the tracked profiles a sigma_rel is; an InvalidValueError names them if it is none."""

@@ -13,13 +13,12 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from types import EllipsisType
 from typing import Any, TypeVar
 
 import torch
@@ -44,10 +43,6 @@ processes that have one before it warns; and before it gives up."""
 _made: Counter[str] = Counter()
 """Trackers that this process has made, of sharded models and of each directory; every process in the same order."""
 
-Rows = slice | EllipsisType
-Shares = Mapping[str, Sequence[tuple[int, Rows]]]
-"""By name, the ranks that keep a part of a tensor, and the rows that each keeps; `...` for all of it."""
-
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor."""
@@ -60,9 +55,7 @@ def check_torch() -> None:
 
     if not hasattr(tensor, "DTensor"):
         hint = "install 2.5 or newer"
-        raise InvalidValueError(
-            "torch", "is too old for sharded models and shard_averages", hint, value=torch.__version__
-        )
+        raise InvalidValueError("torch", "is too old for sharded models", hint, value=torch.__version__)
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -80,14 +73,6 @@ def is_fully_sharded(module: torch.nn.Module) -> bool:
 def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What this process holds of each tensor: without gradients these are the same objects each time."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
-
-
-def rows_of_replicas(rows: torch.Tensor, shape: tuple[int, ...], mesh: Any) -> torch.Tensor:
-    """A DTensor of the rows that this process keeps of a tensor, cut as by `share_out`."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    own = _with_own_storage(rows)
-    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=row_major(shape))
 
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,35 +144,7 @@ def _check_strided(name: str, tensor: Any, axis: int) -> None:
     raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
-# --- replicas
-
-
-def share_out(tensors: Mapping[str, torch.Tensor], buffers: Container[str], world: int) -> Shares:
-    """How replicas share their averages out, with about as many elements for each.
-
-    Dimension 0 is cut as by `torch.chunk`. A tensor with fewer rows than processes is one process's, the largest first
-    to the one with the least; buffers are rank 0's, since those of other replicas may differ.
-    """
-    shares: dict[str, Sequence[tuple[int, Rows]]] = {}
-    loads, whole = [0] * world, []
-    for name, tensor in tensors.items():
-        rows = len(tensor) if tensor.ndim and tensor.numel() else 0
-        if name in buffers:
-            shares[name] = [(0, ...)]
-            loads[0] += tensor.numel()
-        elif rows < world:
-            whole.append(name)
-        else:
-            most = -(-rows // world)
-            cuts = [slice(begin, min(begin + most, rows)) for begin in range(0, rows, most)]
-            shares[name] = [*enumerate(cuts)]
-            for rank, cut in enumerate(cuts):
-                loads[rank] += tensor[cut].numel()
-    for name in sorted(whole, key=lambda name: -tensors[name].numel()):
-        rank = loads.index(min(loads))
-        shares[name] = [(rank, ...)]
-        loads[rank] += tensors[name].numel()
-    return shares
+# --- calls of several processes
 
 
 @dataclass(frozen=True)
@@ -412,7 +369,6 @@ class Members:
         names: of all tensors of the model that are tracked, here or elsewhere.
         mesh: the processes' arrangement, as a snapshot's header has it.
         device: where the process group exchanges tensors.
-        shares: of replicas, which rows each process keeps.
     """
 
     rank: int
@@ -425,7 +381,6 @@ class Members:
     mesh: dict[str, Any]
     device: torch.device
     store: Store
-    shares: Shares | None = None
 
     @cached_property
     def owned(self) -> frozenset[str]:
@@ -465,7 +420,6 @@ def meet(
     options: Mapping[str, str],
     run_id: str,
     mesh: dict[str, Any],
-    shares: Shares | None = None,
 ) -> Members:
     """Decide with the other processes who owns which chunk. Each process calls it, in the same order of trackers.
 
@@ -476,7 +430,7 @@ def meet(
         chunks: where it belongs, if it is not all of it.
         options: what must be the same in every process, by what a user would call it.
         run_id: of the run to begin, or of the one that was found; rank 0's counts.
-        mesh, shares: as in `Members`.
+        mesh: as in `Members`.
 
     Raises:
         RankError: a process did not come, or has other options; names it.
@@ -511,9 +465,8 @@ def meet(
     device = next((tensor.device for tensor in tensors.values()), HOST)
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
     number = answer["part"] and tuple(answer["part"])
-    names = frozenset(tensors if shares is None else shares)
     ids = answer["run_id"], answer["session"]
-    return Members(rank, callers, holders, number, *ids, names, mesh, device, store, shares)
+    return Members(rank, callers, holders, number, *ids, frozenset(tensors), mesh, device, store)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
             sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
-            selection=settings.selection, segment=tracked.segment, updates=standing.updates,
+            selection=settings.selection, updates=standing.updates,
             inherited=standing.inherited[index], off_schedule=off_schedule, chunks=tracked.chunks,
             part=members.part if members else None, mesh=members.mesh if members else {},
             session=members.session if members else 0,
@@ -127,9 +127,7 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
     """Snapshots of a run on disk and, where they are newer, its live averages, measured; none of them twice."""
     snapshots = run_snapshots(directory, run_id)
-    own = {source.info.segment for source in live}
-    alike = [StoredSnapshot.of(snapshot) for snapshot in snapshots if snapshot.info.segment in own]
-    return with_older(measured(live, alike), snapshots)
+    return with_older(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots)
 
 
 def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
@@ -329,9 +327,9 @@ class Snapshotter:
             if copy.is_floating_point() and bool(copy.isnan().any()):
                 log.warning("tensor %r holds nan; it is copied as it is", name)
         infos = [replace(info, measurements=one) for info, one in zip(infos, found, strict=True)]
-        # The newest snapshots of this segment, as many as a motion is fitted to.
-        alike = (s for s in reversed(behind) if s.info.segment == infos[0].segment and s.info.measurements)
-        fitted = [snapshot.info for snapshot in islice(alike, _FITTED) if snapshot.t < infos[0].t][::-1]
+        # The newest snapshots, as many as a motion is fitted to.
+        known = (snapshot for snapshot in reversed(behind) if snapshot.info.measurements)
+        fitted = [snapshot.info for snapshot in islice(known, _FITTED) if snapshot.t < infos[0].t][::-1]
         # Of several processes each knows the measurements of its own part only.
         motion = _motion_so_far([*fitted, *infos]) if self._members is None else None
         nbytes = 0

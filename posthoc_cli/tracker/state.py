@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
@@ -51,7 +50,7 @@ from posthoc_cli.tracker.averages import (
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_sigma_rels
-from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard, rows_of_replicas
+from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +100,8 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         dtypes = tracked.dtypes(copied=True)
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
-    members, spread, mesh = tracked.members, {}, None
-    if members is not None and members.shares is not None:
-        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    elif members is not None and model is not None:
+    spread = {}
+    if tracked.members is not None and model is not None:
         reshard(model)
         spread = {found.name: found.tensor for found in named_tensors(model)}
 
@@ -112,8 +109,6 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         return {name: as_shared(name, value) for name, value in tensors.items()}
 
     def as_shared(name: str, value: torch.Tensor) -> torch.Tensor:
-        if mesh is not None and value.shape != tracked.complete_shape(name):
-            return rows_of_replicas(value, tracked.complete_shape(name), mesh)
         return as_dtensor(value, spread[name]) if spread else value
 
     return _plain(info) | {
@@ -163,7 +158,6 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         averages = RunningAverages(wanted, standing, kept, copies)
     _log_changes(info.sigma_rels, schedule, settings)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t))
-    tracked = replace(tracked, segment=info.segment)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
 
@@ -176,7 +170,7 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, masses=standing.masses, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        snapshots=tuple(sorted(state.snapshots)), segment=state.tracked.segment,
+        snapshots=tuple(sorted(state.snapshots)),
     )  # fmt: skip
 
 
@@ -495,7 +489,7 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, masses, inherited)
     averages = RunningAverages(tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies)
     progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
-    return Tracking(last.run_id, progress, replace(tracked, segment=last.segment), averages)
+    return Tracking(last.run_id, progress, tracked, averages)
 
 
 def _read_total(snapshot: Snapshot, total: FlatTensors, tracked: TrackedModel) -> float:

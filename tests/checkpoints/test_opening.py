@@ -13,7 +13,7 @@ from checkpoint_layouts import LAYOUTS, STEPS, Weights, distributed
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Coefficients, Run, errors
+from posthoc_cli import Run, errors
 from posthoc_cli.profiles import Discrete, Point
 
 Write = Callable[[str], Path]
@@ -325,19 +325,16 @@ def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path) -> None
 
 
 def test_each_checkpoint_has_a_name_of_its_own(tmp_path: Path) -> None:
-    """By which a file of coefficients refers to it."""
     for step in (10, 20):
         (tmp_path / f"step{step}").mkdir()
         save_file({"a": torch.full((3,), float(step))}, tmp_path / f"step{step}" / "model.safetensors")
         averages = {"state.a.ema_params": torch.zeros(3)}
         distributed(tmp_path / f"t-{step}", {"a": torch.full((3,), float(step)), "ema_optimizer": averages})
-    wanted = tmp_path / "c.csv"
-    wanted.write_text("step10/model.safetensors,0.75\nstep20/model.safetensors,0.25\n")
-    assert Run(tmp_path / "step*" / "model.safetensors").average(Coefficients(wanted))["a"].tolist() == [12.5] * 3
-    wanted.write_text("t-10,0.75\nt-20,0.25\n")
+    run = Run(tmp_path / "step*" / "model.safetensors")
+    assert [source.name for source in run.sources] == ["step10/model.safetensors", "step20/model.safetensors"]
     run = Run(tmp_path / "t-*")
     assert [source.name for source in run.sources] == ["t-10", "t-10 (average)", "t-20", "t-20 (average)"]
-    assert run.average(Coefficients(wanted))["a"].tolist() == [12.5] * 3
+    assert run.average("last:2")["a"].tolist() == [15.0] * 3
 
 
 def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:

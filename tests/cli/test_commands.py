@@ -90,9 +90,9 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     verbose = ema("info", out, "-v").out
     assert verbose.count(".safetensors  ") == 40
     assert re.search(r"^profile error +\d", verbose, re.MULTILINE)
-    ema("synthesize", run, "--beta", "0.99", "--out", out, "--force")
+    ema("synthesize", run, "--target", "beta:0.99", "--out", out, "--force")
     report = ema("info", out, "--json").json
-    assert (report["profile"], report["sigma_rel"], report["gamma"]) == ("beta 0.99", None, None)
+    assert (report["profile"], report["sigma_rel"], report["gamma"]) == ("beta:0.99", None, None)
     assert not re.search(r"^sigma_rel", ema("info", out).out, re.MULTILINE)
 
 

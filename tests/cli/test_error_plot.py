@@ -16,14 +16,14 @@ SCHEDULE = ("--steps", "100000", "--checkpoint-every", "1000", "--max-checkpoint
 
 
 def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("error-plot", run, "--out", tmp_path / "error.png", "--window", "1", "--beta", "0.999")
+    result = ema("error-plot", run, "--out", tmp_path / "error.png", "--target", "window:1", "--target", "beta:0.999")
     assert (result.code, result.err) == (0, "")
     assert matplotlib.image.imread(tmp_path / "error.png").shape[1] >= 1000
     first, *lines = result.out.splitlines()
     assert first.endswith("/run: 40 snapshots up to 2,000 steps")
     assert lines[0].split() == ["tracked", "0.05,", "0.28"]
     assert re.fullmatch(r"  predicted error below 1 %  sigma_rel 0\.\d+ to 0\.\d+", lines[1])
-    assert re.search(r"^ +window 1 +0\.000144 ", result.out, re.MULTILINE)  # a point beyond the curve widens it
+    assert re.search(r"^ +window:1 +0\.000144 ", result.out, re.MULTILINE)  # a point beyond the curve widens it
 
 
 @pytest.mark.parametrize(("name", "magic"), [("e.svg", b"<?xml"), ("e.pdf", b"%PDF"), ("e.png", b"\x89PNG")])
@@ -41,7 +41,7 @@ def test_pictures_for_screen_and_print(ema: Ema, run: Path, tmp_path: Path, name
 
 @pytest.mark.parametrize("more", [("--verbose",), ("--method", "paper")])
 def test_the_profile_error_is_for_those_who_ask(ema: Ema, run: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
-    arguments = ["error-plot", run, "--window", "500", "--out", tmp_path / "e.svg", "--force"]
+    arguments = ["error-plot", run, "--target", "window:500", "--out", tmp_path / "e.svg", "--force"]
     assert "profile error" not in ema(*arguments).out
     assert "profile error" in ema(*arguments, *more).out
     assert "relative L2 error of the profile" in (tmp_path / "e.svg").read_text()
@@ -102,16 +102,14 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
 
 
 def test_targets_of_other_kinds_are_points_and_drawn_over_time(ema: Ema, run: Path, tmp_path: Path) -> None:
-    ramp = tmp_path / "ramp.csv"
-    ramp.write_text("time,density\n0,0\n2000,1\n")
-    others = ["--beta", "0.99,0.999", "--window", "500", "--between", "500:1500", "--profile", ramp]
-    titles = ["beta 0.99", "beta 0.999", "window 500", "between 500:1500", "profile ramp.csv"]
+    titles = ["beta:0.99", "beta:0.999", "window:500", "between:500:1500", "decay:linear:100%"]
+    others = ["--target", "beta:0.99,0.999", *(word for title in titles[2:] for word in ("--target", title))]
     arguments = ["error-plot", run, *others, "--draw", "0.15", "--out", tmp_path / "e.svg", "--csv", tmp_path / "e.csv"]
     (curve,) = ema(*arguments, "--json").json["curves"]
     found = {other["target"]: other for other in curve["others"]}
     assert list(found) == titles
-    assert found["window 500"]["sigma_rel"] == pytest.approx(0.25 / 12**0.5, rel=1e-6)
-    assert found["profile ramp.csv"]["sigma_rel"] == pytest.approx(18**-0.5, rel=1e-6)
+    assert found["window:500"]["sigma_rel"] == pytest.approx(0.25 / 12**0.5, rel=1e-6)
+    assert found["decay:linear:100%"]["sigma_rel"] == pytest.approx(12**-0.5, rel=1e-6)
     # Before the results are rounded to the model's own dtypes.
     for target in ema("synthesize", run, *others, "--dtype", "float64", "--dry-run", "--json").json["targets"]:
         for error in ("predicted_error", "profile_error"):

@@ -197,7 +197,7 @@ def test_a_run_that_says_its_norm_is_0_has_a_picture(ema: Ema, run: Path, tmp_pa
         measured = read_snapshot(path).info.measurements
         rewrite_snapshot(path, measurements=replace(measured, norm=0.0))  # type: ignore[type-var]
     plot, table = tmp_path / "$\\undefined{$.png", tmp_path / "e.csv"
-    told = ema("error-plot", run, "--beta", "0.99", "--out", plot, "--csv", table, "--json")
+    told = ema("error-plot", run, "--target", "beta:0.99", "--out", plot, "--csv", table, "--json")
     assert told.code == 0, told.err
     (curve,) = told.json["curves"]
     # Nothing but 0 can be made of averages that are all 0.
@@ -232,7 +232,6 @@ tracker.close()
 for line in (
     "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",
     "synthesize run --sigma-rel 0.1 --format sharded --max-shard-size 20 --out shards",
-    "synthesize run --profile profile.csv --out b.safetensors",
     "synthesize run --sigma-rel 0.1 --out parts --shard 1/1",
     "export a.safetensors --out c.safetensors", "error-plot run --out a.png --csv a.csv", "error-plot run --out a.svg",
     "plan --steps 1000 --params 10 --max-size 1MB --like run --sigma-rels 0.05,0.28 --dtype float16 "
@@ -249,7 +248,6 @@ for line in (
 def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: Path) -> None:
     home = tmp_path / "home-of-somebody"
     home.mkdir()
-    (home / "profile.csv").write_text("0,1\n3,1\n")
     own = {"HOME": str(home), "HOSTNAME": "secret-host", "KEY": "s3cret"}
     own |= dict.fromkeys(("USER", "LOGNAME"), "secret-user")
     forked.check(LEAKING, cwd=home, env=unmeasured_environment() | own)

@@ -24,13 +24,6 @@ from safetensors.numpy import save_file
 import posthoc_cli
 
 MESSAGES = Path(__file__).parent.parent / "messages.txt"
-PROFILES = {
-    "ramp": b"0,0\n2000,1\n", "beta-0.99": b"0,1\n2000,1\n", "negative": b"time,density\n0,1\n5,-1\n",
-    "backwards": b"0,1\n5,1\n3,1\n", "late": b"0,1\n9000,1\n", "early": b"-3,1\n9,1\n", "massless": b"0,0\n9,0\n",
-    "falling": b"time,rate\n0,1\n1000,0\n2000,0\n", "other": b"nothing.safetensors,1\n",
-    "twice": 2 * b"0000000000000100-0.05.safetensors,0.5\n", "half": b"0000000000000100-0.05.safetensors,0.5\n",
-    "binary": bytes(range(256)), "points": b"", "columns": b"0,1\n1,2,3\n",
-}  # fmt: skip
 
 
 def recorded() -> dict[str, str]:
@@ -62,14 +55,10 @@ def place(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name, harm in HARMS.items():
         shutil.copytree(_recorded_run, place / name)
         harm(place / name / "0000000000000300-0.28.safetensors")
-    for folder in ("empty", "foreign", "parts", "folder.csv", "other"):
+    for folder in ("empty", "foreign", "parts", "other"):
         (place / folder).mkdir()
     for model in ("model", "foreign/model", "parts/model-00001-of-00003"):
         save_file({"w": np.ones(3, np.float32)}, place / f"{model}.safetensors")
-    for name, content in PROFILES.items():
-        (place / f"{name}.csv").write_bytes(content)
-    (place / "other" / "ramp.csv").write_bytes(PROFILES["ramp"])
-    os.mkfifo(place / "pipe.csv")
     (place / "m.pt").write_bytes(pickle.dumps({"w": 1}))
     (place / "broken.safetensors").write_bytes(b"no header")
     for name in ("text", "there.safetensors", "there.png", "there.csv"):

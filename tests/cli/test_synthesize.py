@@ -112,7 +112,7 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
 
 
 def test_a_warning_shows_numbers_as_the_result_does(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("synthesize", run, "--beta", "0.5", "--out", tmp_path / "m.safetensors")
+    result = ema("synthesize", run, "--target", "beta:0.5", "--out", tmp_path / "m.safetensors")
     error = re.search(r"predicted error (\S+ %)", result.out)
     assert error is not None
     assert f"predicted error {error[1]} from the 40 snapshots up to t = 2,000" in result.err
@@ -184,24 +184,6 @@ def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run:
     several = ema("synthesize", run, "--sigma-rel", "0.1,0.11,...,0.2", "--dry-run", "-v").out.splitlines()
     assert sum(" c(0." in line for line in several) == 11
     assert all(len(line) <= 80 for line in several[:-1])
-
-
-def test_snapshots_of_before_the_model_changed_are_counted(ema: Ema, tmp_path: Path) -> None:
-    model, run, out = torch.nn.Linear(2, 2), tmp_path / "run", tmp_path / "m.safetensors"
-    settings: dict = {"update_every": 1, "checkpoint_every": 2, "on_change": "follow"}
-    with PostHocEMA.from_model(model, run, **settings) as tracker:
-        for step in range(10):
-            model.bias.requires_grad_(step < 6)
-            with torch.no_grad():
-                model.weight.add_(torch.randn(2, 2))
-            tracker.update_(model)
-    said = ema("synthesize", run, "--sigma-rel", "0.28", "--out", out).err
-    assert "6 snapshots are not used: the model had other tensors then" in said
-    assert set(load_file(out)) == {"weight"}
-    assert ema("info", run, "--json").json["segments"] == 2
-    for command in (("error-plot", run, "--out", tmp_path / "e.png"), ("prune", run, "--keep", "1", "--yes")):
-        assert ema(*command).code == 0
-    assert len(list(run.glob("*.safetensors"))) == 8
 
 
 def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path) -> None:

@@ -13,29 +13,22 @@ from factories import contents, expected_error, flip_bit
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.targets import Beta, Between, Decay, ProfileFile, Window
+from posthoc_cli.targets import Beta, Between, Decay, Window
 
 
-@pytest.fixture
-def ramp(tmp_path: Path) -> Path:
-    path = tmp_path / "ramp.csv"
-    path.write_text("time,density\n0,0\n2000,1\n")
-    return path
-
-
-def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tmp_path: Path, ramp: Path) -> None:
+def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema(
-        "synthesize", run, "--profile", ramp, "--between", "500:1500", "--window", "500", "--beta", "0.99,0.999,0.99",
+        "synthesize", run, "--target", "beta:0.99,0.999,0.99", "--target", "window:500", "--target", "between:500:1500",
         "--sigma-rel", "0.15", "--out", tmp_path / "of-{target}.safetensors", "--json",
     )  # fmt: skip
     targets = {
         "sigma_rel-0.15": 0.15, "beta-0.99": Beta(0.99), "beta-0.999": Beta(0.999), "window-500": Window(500),
-        "between-500-1500": Between(500, 1500), "ramp": ProfileFile(ramp),
+        "between-500-1500": Between(500, 1500),
     }  # fmt: skip
     report = result.json["targets"]
     assert [(target["target"], target["sigma_rel"]) for target in report] == [
-        ("sigma_rel 0.15", 0.15), ("beta 0.99", None), ("beta 0.999", None), ("window 500", None),
-        ("between 500:1500", None), ("profile ramp.csv", None),
+        ("sigma_rel 0.15", 0.15), ("beta:0.99", None), ("beta:0.999", None), ("window:500", None),
+        ("between:500:1500", None),
     ]  # fmt: skip
     assert all(0 < target["predicted_error"] < 0.1 for target in report)
     assert [target["output"] for target in report] == [f"{tmp_path}/of-{name}.safetensors" for name in targets]
@@ -48,13 +41,13 @@ def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tm
 def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest(
     ema: Ema, run: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
-    arguments = ["synthesize", run, "--sigma-rel", "0.15", "--beta", "0.99", "--window", "500", *more]
+    arguments = ["synthesize", run, "--sigma-rel", "0.15", "--target", "beta:0.99", "--target", "window:500", *more]
     lines = ema(*arguments, "--out", tmp_path / "averages").out.splitlines()
     names = ["predicted error", "profile error"] if more else ["predicted error"]
     first = next(index for index, line in enumerate(lines) if line.startswith("target"))
     assert re.split(r" {2,}", lines[first]) == ["target", *names, "output"]
     rows = [re.split(r" {2,}", line) for line in lines[first + 1 : first + 4]]
-    assert [row[0] for row in rows] == ["sigma_rel 0.15", "beta 0.99", "window 500"]
+    assert [row[0] for row in rows] == ["sigma_rel 0.15", "beta:0.99", "window:500"]
     assert [row[-1] for row in rows] == [
         f"{name}.safetensors" for name in ("sigma_rel-0.15", "beta-0.99", "window-500")
     ]
@@ -111,27 +104,18 @@ def test_what_would_be_too_inexact_is_not_made_and_no_tensor_is_read(
     assert contents(tmp_path) == before
 
 
-def test_a_decay_the_mean_of_the_last_ones_and_named_coefficients(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_a_decay_and_the_mean_of_the_last_ones(ema: Ema, run: Path, tmp_path: Path) -> None:
     for path in run.glob("*-0.28.safetensors"):
         path.unlink()
-    names = [f"{step:016}-0.05.safetensors" for step in (1500, 2000)]
-    chosen = tmp_path / "mine.csv"
-    chosen.write_text(f"{names[0]},-0.5\n{names[1]},1.5\n")
     result = ema(
-        "synthesize", run, "--decay", "linear", "--over", "30%", "--mean", "last:3", "--coefficients", chosen,
+        "synthesize", run, "--target", "decay:linear:30%", "--target", "last:3",
         "--out", tmp_path / "{target}.safetensors", "--dtype", "float64", "--json",
     )  # fmt: skip
-    decay, mean, named = result.json["targets"]
-    assert (decay["target"], mean["target"]) == ("decay linear over 30%", "mean of the last 3")
-    assert {one["file"]: one["coefficient"] for one in named["snapshots"] if one["coefficient"]} == {
-        names[0]: -0.5, names[1]: 1.5,
-    }  # fmt: skip
-    stored = [load_file(run / name)["0.weight"].double() for name in names]
-    made = load_file(tmp_path / "coefficients-mine.safetensors")["0.weight"]
-    torch.testing.assert_close(made, 1.5 * stored[1] - 0.5 * stored[0], rtol=1e-6, atol=1e-7)
+    decay, mean = result.json["targets"]
+    assert (decay["target"], mean["target"]) == ("decay:linear:30%", "last:3")
     last = [load_file(run / f"{step:016}-0.05.safetensors")["0.weight"].double() for step in (1800, 1900, 2000)]
     torch.testing.assert_close(
-        load_file(tmp_path / "mean-last-3.safetensors")["0.weight"], sum(last) / 3, rtol=1e-6, atol=1e-7
+        load_file(tmp_path / "last-3.safetensors")["0.weight"], sum(last) / 3, rtol=1e-6, atol=1e-7
     )
     plan = plan_synthesis(disk_sources(run), [Decay("linear", 0.3)], dtype="float64")
     assert decay["predicted_error"] == plan.predicted_error(0)

@@ -33,7 +33,6 @@ REFUSED = {
     "--format 'sharded': the output's name, x.safetensors, must be that of a folder",
     "export model.safetensors --out x.safetensors --format dcp":
     "--format 'dcp': the output's name, x.safetensors, must be that of a folder",
-    "synthesize run --sigma-rel 0.1 --over 50% --out x": "--over 50%: is for --decay",
     "synthesize run --sigma-rel 0.1 --max-shard-size 1KB --out x.safetensors":
     "--max-shard-size 1KB: is for a sharded output, and this layout is safetensors",
     "export model.safetensors --max-shard-size 1KB --out x.pt":
@@ -46,8 +45,9 @@ REFUSED = {
     "report run --sweep model.safetensors": "--sweep model.safetensors: is a file; name the folder of a sweep",
     "sweep run --run 'eval {weights}' --minimize --out model.safetensors":
     "--out model.safetensors: is a file; name a folder",
-    "synthesize run --decay '' --out x":
-    "--decay (empty): must be 1-sqrt, linear, cosine or a file of lines x,multiplier",
+    "synthesize run --target decay: --out x":
+    "--target decay:: must be decay:SHAPE:PART with a shape of 1-sqrt, linear, cosine, and 20%, a list, a range or "
+    "START:END",
     "synthesize run --sigma-rel 1e400 --out x":
     "--sigma-rel 1e400: must be a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05",
     "plan --steps 1e30 --params 1e6 --max-size 1GB": "--steps 1e30: must be at most 9,223,372,036,854,775,807",

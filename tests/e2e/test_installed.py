@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -112,7 +113,7 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
     forked.check(TRAINING, cwd=tmp_path)
     forked.check(forked.EMA, "info", "run/ema", cwd=tmp_path)
     made = ema(
-        "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--beta", "0.99", "--window", "500", "--out",
+        "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--target", "beta:0.99", "--target", "window:500", "--out",
         "ema-{target}.safetensors", "--max-error", "1%", "--json", cwd=tmp_path,
     )  # fmt: skip
     assert (made.returncode, made.stderr) == (0, "")
@@ -123,18 +124,19 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
     truths = {
         "sigma_rel 0.05": exact_average(list(seen), 0.05, times),
         "sigma_rel 0.15": exact_average(list(seen), 0.15, times),
-        "beta 0.99": classical_average(seen, 0.99**10),
-        "window 500": seen[-50:].mean(axis=0),
+        "beta:0.99": classical_average(seen, 0.99**10),
+        "window:500": seen[-50:].mean(axis=0),
     }
     assert [target["target"] for target in targets] == [*truths]
-    found = {name: load_file(tmp_path / f"ema-{name.replace(' ', '-')}.safetensors")["weight"] for name in truths}
+    files = {name: tmp_path / f"ema-{re.sub('[ :]', '-', name)}.safetensors" for name in truths}
+    found = {name: load_file(file)["weight"] for name, file in files.items()}
     for target in targets:
         name = target["target"]
         assert distance(found[name], truths[name]) <= 4 * target["predicted_error"]
     assert targets[0]["predicted_error"] < 1e-6
     # What the hook did not see it cannot know, but it is not far from what it saw.
-    assert distance(found["beta 0.99"], classical_average(path[9:], 0.99)) <= 5e-3
-    assert distance(found["window 500"], path[-500:].mean(axis=0)) <= 5e-3
+    assert distance(found["beta:0.99"], classical_average(path[9:], 0.99)) <= 5e-3
+    assert distance(found["window:500"], path[-500:].mean(axis=0)) <= 5e-3
     forked.check(forked.EMA, "error-plot", "run/ema", "--out", "error.svg", cwd=tmp_path)
     forked.check(forked.EMA, "export", "ema-sigma_rel-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path)
     torch.nn.Linear(8, 8).load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))

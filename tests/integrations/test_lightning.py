@@ -286,8 +286,3 @@ def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) ->
         weights = whole[:4] + resumed  # the data of an epoch begin anew here, too
         assert step == len(weights) >= 9
         assert distance(average, exact(weights, 0.2)) < 1e-6
-
-
-def test_averages_in_parts_need_checkpoints_that_are_folders(tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="save_distributed_checkpoint=True"):
-        fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", shard_averages=True, **EVERY))

@@ -20,7 +20,6 @@ from posthoc_cli.profiles import (
     Profile,
     RecordedPowerFunction,
     StoredProfile,
-    Tabulated,
     Uniform,
     gamma_from_sigma_rel,
 )
@@ -184,10 +183,9 @@ def test_a_known_motion_gives_the_exact_expectation() -> None:
         ("linear", lambda x: 1 - x),
         ("1-sqrt", lambda x: 1 - np.sqrt(x)),
         ("cosine", lambda x: (1 + np.cos(np.pi * x)) / 2),
-        (Tabulated((0, 0.5, 1), (1, 0.2, 0.1)), lambda x: np.interp(x, (0, 0.5, 1), (1, 0.2, 0.1))),
     ],
 )
-def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str | Tabulated, d) -> None:  # type: ignore[no-untyped-def]
+def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d) -> None:  # type: ignore[no-untyped-def]
     """theta(start) + the later increments times d, as a scheduler counts: the first step of the decay has d(0)."""
     steps, start = 600, 400
     path = walk("even", steps)
@@ -209,15 +207,6 @@ def test_a_decay_of_sparse_checkpoints_counts_by_the_integral() -> None:
     found = reconstruct([Point(t) for t in times], [target], None, even_prior(5, 1000.0), 1000.0)
     sums = np.cumsum(found.coefficients[::-1, 0])[::-1]
     assert sums == pytest.approx([1, 1 - 25 / 400, 1 - 75 / 400, 1 - 200 / 400, 1 - 350 / 400], abs=3e-3)
-
-
-def test_the_runs_own_rate_is_divided_out() -> None:
-    own = Tabulated((0, 500, 1000), (2, 2, 1))
-    target = EmulatedDecay(600.0, 1000.0, "linear", own)
-    s = np.array([600.0, 700.0, 800.0, 999.999])
-    rate = np.interp(s, own.times, own.values)
-    assert target.tail(s) * rate == pytest.approx(1.8 * (1 - (s - 600) / 400), abs=1e-9)
-    assert target.tail([500.0, 1000.0]).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform
+from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Uniform
 from posthoc_cli.reconstruction import (
     METHODS,
     MinimumVariance,
@@ -67,7 +67,6 @@ def expected_square(snapshots, coefficients, target, motion: Motion, rounding) -
 TARGETS = [
     PowerFunction.from_sigma_rel(0.1, T), ClassicalEMA(0.99, T, Clock.of_steps(), START),
     ClassicalEMA(0.5, T, Clock.of_steps(), START), StepWindow(150, T, Clock.of_steps()), Uniform(200.0, 620.0),
-    Tabulated((100.0, 400.0, 900.0), (0.0, 3.0, 1.0)),
 ]  # fmt: skip
 
 
@@ -78,8 +77,8 @@ def test_the_expected_error_is_the_integral(target, noise: float) -> None:  # ty
     motion, rounding = uneven_motion(noise), np.linspace(0, 1e-3, 8)
     result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, rounding), t=T)
     c = result.coefficients[:, 0]
-    if type(target) in (StepWindow, Uniform, Tabulated):
-        start = {StepWindow: (850.0,), Uniform: (200.0, 620.0), Tabulated: (100.0, 400.0, 900.0)}[type(target)]
+    if type(target) in (StepWindow, Uniform):
+        start = {StepWindow: (850.0,), Uniform: (200.0, 620.0)}[type(target)]
         motion_edges = sorted({*motion.edges, *start})
         pieces = motion.on(np.array(motion_edges))
         motion = Motion(np.array(motion_edges), *pieces)

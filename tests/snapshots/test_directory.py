@@ -113,28 +113,13 @@ def test_snapshots_that_do_not_belong_together_never_mix(
 @pytest.mark.parametrize(
     "fields",
     [
-        {}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)}, {"segment": 1}, {"segment": 1, "sigma_rels": (0.05,)},
-        {"segment": 1, "values": {"v": torch.ones(2)}}, {"segment": 1, "values": {"w": torch.ones(3)}},
+        {}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)},
     ],
 )  # fmt: skip
 def test_these_belong_together(tmp_path: Path, fields: dict[str, Any]) -> None:
     write_times(tmp_path, [20, 30])
     write_snapshot(tmp_path, 40, **{"sigma_rel": 0.05, "run_id": RUN_ID, "values": W, **fields})
     assert times_in(tmp_path) == [20, 30, 40]
-
-
-@pytest.mark.parametrize(
-    ("segments", "wrong"),
-    [((0, 0, 1, 1, 2), []), ((1, 0), [(0, 1)]), ((0, 0, 1, 1, 0, 1, 2), [(3, 4)]), ((0, 1, 0, 1), [(1, 2)])],
-)
-def test_segments_follow_each_other_in_time(
-    tmp_path: Path, segments: tuple[int, ...], wrong: list[tuple[int, int]]
-) -> None:
-    paths = [write_snapshot(tmp_path, t, 0.05, RUN_ID, W, segment=segment) for t, segment in enumerate(segments, 1)]
-    problems = inspect_directory(tmp_path).problems
-    assert all("do not follow each other in time" in error.reason for error in problems)
-    assert {f"{paths[i]} and {paths[j]}" for i, j in wrong} <= {error.subject for error in problems}
-    assert bool(problems) == bool(wrong)
 
 
 def test_a_profile_is_missing_at_the_newest_time_unless_the_run_went_on_without_it(tmp_path: Path) -> None:

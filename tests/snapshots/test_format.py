@@ -190,7 +190,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
         measurements = Measurements(sums[0], sums[1], distances, sums[3] if known else None)
     alias, *stored = tensor_names
     optional = {"clock": ((step // 2, t * early), (step, t)), "updates": step // 2, "inherited": early}
-    optional |= {"off_schedule": True, "segment": 3}
+    optional |= {"off_schedule": True}
     info = make_info(
         {name: torch.zeros(1) for name in stored}, t, sigma_rel, OTHER_RUN_ID, step=step, t_first=t * early,
         max_interval=t * interval, t_unit=unit, aliases={alias: stored[0]}, left_out=tuple(tensor_names),

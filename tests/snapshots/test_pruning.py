@@ -148,18 +148,6 @@ def test_as_many_of_each_are_left_where_several_go_at_a_time() -> None:
     assert [sum(p.gamma == snapshots[k].gamma for p in left) for k in (0, -1)] == [60, 60]
 
 
-def test_what_an_earlier_segment_takes_counts_and_stays(tmp_path: Path) -> None:
-    for t in range(10, 110, 10):
-        values = {"w": torch.full((40,), float(t))}
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, values, sigma_rels=(0.05,), segment=int(t > 30))
-    snapshots = read_directory(tmp_path)
-    sizes = {snapshot.info.t: snapshot.header.file_bytes for snapshot in snapshots}
-    limit = sum(sizes[t] for t in (10, 20, 30, 100)) + max(sizes.values())
-    pruning = plan_pruning(snapshots, max_bytes=limit)
-    kept = [snapshot.info.t for snapshot in pruning.kept]
-    assert (kept[:3], len(kept), kept[-1]) == ([10, 20, 30], 5, 100)
-
-
 @pytest.mark.parametrize(
     ("wish", "told"),
     [

@@ -40,7 +40,7 @@ model, state = groups.spread(groups.Net(), kind), folder / "state"
 (folder / f"durable-{{rank}}").write_text("0")
 with PostHocEMA.from_model(
     model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most),
-    resume=None if saves else "auto", shard_averages=kind == "replicas"
+    resume=None if saves else "auto"
 ) as ema:
     if saves and state.exists():
         ema.load_state(state)
@@ -172,7 +172,7 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
     while tally.tried < times:
         place, most, every = folder / "killed", chance.choice((None, 3)), chance.choice((3, 5))
         for attempt in range(1_000):
-            kind, ranks = chance.choice((*SPREAD, ("replicas", 3), ("fsdp", 1)))
+            kind, ranks = chance.choice((*SPREAD, ("fsdp", 1)))
             where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}, attempt {attempt}"
             saved = saved_step(place / "state")
             if saved is None:  # training begins again

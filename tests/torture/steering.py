@@ -52,8 +52,6 @@ class Stage:
         synthesize(self.run, self.output)
         made_of = json.dumps([{"file": self.name, "coefficient": 1.0}])
         forge(self.output, {"ema.profile": self.name, "ema.method": self.name, "ema.snapshots": made_of})
-        (self.home / f"{self.name}.csv").write_text("0,1\n10,1\n")
-        (self.home / f"{self.name}bad.csv").write_text(f"0,1\n{self.name},{self.name},\n")
 
     def commands(self) -> Iterator[tuple[object, ...]]:
         """What is run on it."""
@@ -65,8 +63,8 @@ class Stage:
         yield "synthesize", run, *SIGMA_REL, "--dry-run", "--verbose"
         yield from [("synthesize", run, *SIGMA_REL, "--out", f"{new}.safetensors")] * 2
         yield "synthesize", run, "--sigma-rel", "0.1,0.2", "--out", f"{new} folder", "--verbose"
-        yield "synthesize", run, "--profile", home / f"{self.name}.csv", "--verbose", "--out", f"{new} profile"
-        yield "synthesize", run, "--profile", home / f"{self.name}bad.csv", "--out", f"{new} bad"
+        yield "synthesize", run, "--target", "beta:0.9", "--verbose", "--out", f"{new} beta"
+        yield "synthesize", run, "--target", f"decay:{self.name}", "--out", f"{new} bad"
         yield "synthesize", run, *SIGMA_REL, "--out", f"{new}.pt", "--dtype", self.name
         yield "synthesize", run, "--sigma-rel", self.name, "--out", f"{new}.pt"
         yield "synthesize", home / "harmed", *SIGMA_REL, "--out", f"{new}.pt"
@@ -76,7 +74,7 @@ class Stage:
         yield "export", self.output, "--out", f"{new}-2.pt", "--strip-prefix", f"{self.name}zz"
         yield "export", home / "broken" / "0000000000000010-0.05.safetensors", "--out", f"{new}-3.pt"
         yield "error-plot", run, "--out", f"{new}.svg", "--csv", f"{new}.csv", "--draw", "0.1"
-        yield "error-plot", run, "--profile", home / f"{self.name}.csv", "--out", f"{new}.png"
+        yield "error-plot", run, "--target", "window:5", "--out", f"{new}.png"
         quick = ("--sigma-rels", "0.05,0.28", "--dtype", "float16")
         task = ("--steps", "1000", "--params", "10", "--max-size", "1MB", *quick)
         yield "plan", *task, "--like", run, "--out", f"{new}.pdf"

@@ -70,7 +70,6 @@ def make_template(home: Path) -> Path:
     tracker.update_(model)
     tracker.save_state(home / "state.safetensors")
     tracker.close()
-    (home / "profile.csv").write_text("0,1\n20,1\n")
     (home / "out").mkdir()
     (home / "outside").mkdir()
     (home / "outside" / "secret").write_bytes(SECRET)
@@ -167,10 +166,6 @@ LOCKS = (".ema.lock", ".ema.lock.holder", "superseded")
 PLACES: dict[str, Sequence[Use]] = {
     "x": TO_ANY,
     "x.pt": [("export", "MADE", "--base", "X", "--out", "OUT")],
-    "x.csv": [
-        ("synthesize", "RUN", "--profile", "X", "-q", "--out", "OUT"),
-        ("error-plot", "RUN", "--profile", "X", "--csv", "OUT"),
-    ],
     **dict.fromkeys((SNAPSHOT, "run/stray.safetensors", "run/stray.pt", "run/.ema-0123456789abcdef.tmp"), TO_A_RUN),
     **dict.fromkeys((f"run/{name}" for name in (*LOCKS, "quarantine")), (TO_A_RUN[2], TO_A_RUN[0])),
     **dict.fromkeys((SHARD, f"sharded/{INDEX_NAME}"), TO_SHARDS),

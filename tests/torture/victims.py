@@ -140,7 +140,7 @@ def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) 
     measured = Measurements(7.25, 1e-7, (Distance(5.0, 0.05, 0.25, 1e-8),))
     path = write_snapshot(
         folder / "run", 10, 0.05, RUN_ID, values or VALUES, sigma_rels=(0.05, 0.28), aliases={"tied": "a"},
-        left_out=("frozen",), measurements=measured, clock=((10, 10.0),), segment=1,
+        left_out=("frozen",), measurements=measured, clock=((10, 10.0),),
     )  # fmt: skip
     out = folder / "out.safetensors"
     return Victim("snapshot", path, lambda: synthesize(folder / "run", out), out, str(path))

@@ -297,6 +297,14 @@ def rename(model: Scalar) -> None:
     del model.weight
 
 
+def freeze(model: Scalar) -> None:
+    model.weight.requires_grad_(False)
+
+
+def thaw(model: Scalar) -> None:
+    model.frozen.requires_grad_(True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -306,12 +314,18 @@ def rename(model: Scalar) -> None:
         ),
         (lambda m: setattr(m, "extra", parameter(1)), "'extra': is in the model, but was not"),
         (rename, "'weight': is tracked, but the model has no such tensor"),
-        (Scalar.half, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*on_change='follow'"),
+        (Scalar.half, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*a new directory"),
+        (
+            freeze,
+            "'weight': is tracked, but does not require gradients any more.*only_trainable=False.*a new directory",
+        ),
+        (thaw, "'frozen': requires gradients now, but was left out .*only_trainable=False.*a new directory"),
         (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is in the model, but was not"),
     ],
 )
 def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
     model = Scalar()
+    model.other_weight, model.frozen = parameter(2), parameter(2).requires_grad_(False)
     with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=2) as tracker:
         tracker.update_(model)
         change(model)
@@ -320,6 +334,17 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, cha
         tracker.flush()
         assert tracker.step == 2
         assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_with_frozen_parameters_tracked_too_they_may_be_frozen_and_unfrozen(tmp_path: Path) -> None:
+    model, values = Scalar(), walk(6)
+    options = {"update_every": 1, "checkpoint_every": 2, "only_trainable": False}
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), **options) as tracker:
+        for step, value in enumerate(values):
+            model.weight.requires_grad_(step not in (2, 3))
+            model.set(value)
+            tracker.update_(model)
+        np.testing.assert_allclose(tracked(tracker, 0.28), exact_average(values, 0.28, range(1, 7)), atol=1e-13)
 
 
 class Single(torch.nn.Module):
