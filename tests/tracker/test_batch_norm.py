@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import bench_batch_norm
@@ -17,7 +18,6 @@ from posthoc_cli import PostHocEMA, Run, disk_sources, export_file, plan_synthes
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.report import render
 from posthoc_cli.sweep import sweep
-from posthoc_cli.targets import Coefficients
 
 COPIES = "*.running_*"
 STATISTICS = ("norm.running_mean", "norm.running_var")
@@ -127,8 +127,10 @@ def test_a_variance_stays_positive_where_coefficients_extrapolate(tmp_path: Path
             values["norm.running_mean"] = torch.full((6,), 2.0) if early else small.clone()
 
         rewrite_snapshot(path, change)
-    (tmp_path / "c.csv").write_text(f"{paths[0].name},-0.3\n{paths[-1].name},1.3\n")
-    plan = plan_synthesis(disk_sources(tmp_path), [Coefficients(tmp_path / "c.csv"), 0.1])
+    plan, wanted = plan_synthesis(disk_sources(tmp_path), [0.1]), {paths[0].name: -0.3, paths[-1].name: 1.3}
+    chosen = np.array([[wanted.get(source.name, 0.0)] for source in plan.sources])
+    assert chosen.sum() == pytest.approx(1)
+    plan = replace(plan, reconstruction=replace(plan.reconstruction, coefficients=chosen))
     made = {name: values[0] for name, values in synthesize(plan)}
     np.testing.assert_allclose(made["norm.running_mean"], 1.3 * small - 0.6, rtol=1e-6)  # negative: a mean may be
     expected = torch.maximum(1.3 * small - 0.6, torch.minimum(small, torch.tensor(2.0)) / 2)
