@@ -163,6 +163,19 @@ def test_the_command_counts_averages_and_names_the_log_of_a_failed_trial(ema: Em
     assert Path(line.rpartition("see ")[2]).exists()
 
 
+def test_json_is_the_result_alone_and_the_trials_go_to_stderr(ema: Ema, run: Run, tmp_path: Path) -> None:
+    command = "sh -c 'echo $1; [ $1 != 0.2 ]' sh {sigma_rel} {weights}"
+    options = ["--sigma-rel", "0.05,0.1,0.15,0.2", "--minimize", "--out", tmp_path / "out", "--json"]
+    done = ema("sweep", run.directory, "--run", command, *options)
+    assert done.json == json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [line.partition(",")[0] for line in done.err.splitlines()] == [
+        f"{warning}sigma_rel {x}" for warning, x in (("", 0.05), ("", 0.1), ("", 0.15), ("ema: warning: ", 0.2))
+    ]
+    quiet = ema("sweep", run.directory, "--run", command, *options, "--quiet")
+    assert quiet.json == done.json | {"again": quiet.json["again"], "trials": quiet.json["trials"]}
+    assert [line.partition(",")[0] for line in quiet.err.splitlines()] == ["ema: warning: sigma_rel 0.2"]
+
+
 def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Path) -> None:
     report = swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=Axis("sigma_rel", 0.05, 0.25))
     assert len(report.trials) == 6
@@ -270,7 +283,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
     go, out = tmp_path / "go", tmp_path / "out"
     late = f'while [ ! -e {go} ]; do sleep 0.01; done; echo 9; echo "{{\\"x\\": 9}}" > $4/m.json'
     first = f"if [ ! -e {tmp_path}/pid ]; then echo $$ > {tmp_path}/pid; {late}; exit; fi"
-    last = f'touch {go}; sleep 0.2; echo $2; echo "{{\\"x\\": $2}}" > $4/m.json'
+    last = f'echo $2; echo "{{\\"x\\": $2}}" > $4/m.json; touch {go}; sleep 0.2'
     command = shell(f"{first}; {last}")
     script = (
         "import sys; from posthoc_cli import Run; from posthoc_cli.sweep import Axis, Sweep\n"
