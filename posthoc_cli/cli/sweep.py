@@ -32,13 +32,13 @@ def sweep(
         None,
         metavar="TIME",
         help="The averages as they stood at this training time. [default: the last]",
-        rich_help_panel=values.WHICH,
+        rich_help_panel=values.PANEL_RUN,
     ),
     guide: Path | None = Option(
         None,
         metavar="DIR",
         help="Snapshots of a second network, whose average is {weights:guide}; or DIR again, for a second length.",
-        rich_help_panel=values.WHICH,
+        rich_help_panel=values.PANEL_RUN,
     ),
     run: str = Option(
         ...,
@@ -46,74 +46,82 @@ def sweep(
         metavar="COMMAND",
         help="The evaluation, run without a shell. {weights} becomes the file of an average; {sigma_rel}, {seed}, and "
         "{dir}, a folder that is removed afterwards, are filled in too; with --guide {weights:guide}.",
-        rich_help_panel=values.HOW,
+        rich_help_panel=values.PANEL_HOW,
     ),
     metric: str | None = Option(
         None,
         metavar="KEY|FILE.json:KEY",
         help="The metric: loss in the last JSON object or number of standard output, or results.json:results.acc in "
         "the newest such file in {dir}. A line that is a number needs none.",
-        rich_help_panel=values.HOW,
+        rich_help_panel=values.PANEL_HOW,
     ),
     minimize: bool | None = Option(
-        None, "--minimize/--maximize", help="Whether lower or higher is better.", rich_help_panel=values.HOW
+        None, "--minimize/--maximize", help="Whether lower or higher is better.", rich_help_panel=values.PANEL_HOW
     ),
     repeats: int = Option(
-        1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ...", rich_help_panel=values.HOW
+        1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ...", rich_help_panel=values.PANEL_HOW
     ),
     budget: int = Option(
-        20, metavar="COUNT", help="Lengths to measure at most, in each search.", rich_help_panel=values.HOW
+        20, metavar="COUNT", help="Lengths to measure at most, in each search.", rich_help_panel=values.PANEL_HOW
     ),
     jobs: int = Option(
-        1, metavar="COUNT", help="Trials at a time; they share out CUDA_VISIBLE_DEVICES.", rich_help_panel=values.HOW
+        1,
+        metavar="COUNT",
+        help="Trials at a time; they share out CUDA_VISIBLE_DEVICES.",
+        rich_help_panel=values.PANEL_HOW,
     ),
     timeout: float | None = Option(
-        None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed.", rich_help_panel=values.HOW
+        None,
+        metavar="SECONDS",
+        help="A trial that takes longer is ended, and has failed.",
+        rich_help_panel=values.PANEL_HOW,
     ),
     disk: str | None = Option(
         None,
         metavar="SIZE",
         help="Bound of the averages on the disk: 50GB. [default: a round]",
-        rich_help_panel=values.HOW,
+        rich_help_panel=values.PANEL_HOW,
     ),
     raw: Path | None = Option(
-        None, metavar="FILE", help="Raw weights, measured for comparison.", rich_help_panel=values.HOW
+        None, metavar="FILE", help="Raw weights, measured for comparison.", rich_help_panel=values.PANEL_HOW
     ),
     sigma_rel: str | None = Option(
         None,
         help="A range to search, 0.02:0.28, or a list to measure. [default: what is exact within 1 %]",
-        rich_help_panel=values.TARGETS,
+        rich_help_panel=values.PANEL_TARGETS,
     ),
     beta: str | None = Option(
-        None, help="Search classical averages instead: 0.99:0.9999, or a list.", rich_help_panel=values.TARGETS
+        None, help="Search classical averages instead: 0.99:0.9999, or a list.", rich_help_panel=values.PANEL_TARGETS
     ),
     window: str | None = Option(
-        None, help="Search means of the last steps instead: 1000:50000, or a list.", rich_help_panel=values.TARGETS
+        None,
+        help="Search means of the last steps instead: 1000:50000, or a list.",
+        rich_help_panel=values.PANEL_TARGETS,
     ),
     decay: str | None = Option(
         None,
         metavar="1-sqrt|linear|cosine",
         autocompletion=values.one_of(*SHAPES),
         help="Search decays of the learning rate that were not run instead, by their part of training (--over).",
-        rich_help_panel=values.TARGETS,
+        rich_help_panel=values.PANEL_TARGETS,
     ),
     over: str | None = Option(
         None,
         help="For --decay: the parts of training, a range or a list. [default: 5%:50%]",
         show_default=False,
-        rich_help_panel=values.TARGETS,
+        rich_help_panel=values.PANEL_TARGETS,
     ),
     guide_sigma_rel: str | None = Option(
         None,
         help="The length of --guide: a range to search, a list, or a number. [default: what is exact within 1 %]",
-        rich_help_panel=values.TARGETS,
+        rich_help_panel=values.PANEL_TARGETS,
     ),
     out: Path = Option(
         "sweep",
         "--out",
         "-o",
         help="Folder for trials, logs and the best average: new, or a sweep's.",
-        rich_help_panel=values.OUTPUT,
+        rich_help_panel=values.PANEL_OUTPUT,
     ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
@@ -121,14 +129,14 @@ def sweep(
         None,
         metavar="MODEL_FOLDER",
         help="{weights} becomes a folder like this one of transformers, diffusers or PEFT, with averaged weights.",
-        rich_help_panel=values.OUTPUT,
+        rich_help_panel=values.PANEL_OUTPUT,
     ),
     component: str | None = values.COMPONENT,
     keep_weights: bool = Option(
         False,
         "--keep-weights",
         help="Leave all averages in OUT/weights, where another metric uses them again.",
-        rich_help_panel=values.OUTPUT,
+        rich_help_panel=values.PANEL_OUTPUT,
     ),
     as_json: bool = values.JSON,
     quiet: bool = values.QUIET,
@@ -151,9 +159,9 @@ def sweep(
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
     out = files.expanded(out)
+    stored = values.open_run(directory, checkpoints, origin)
     report = Sweep(
-        values.open_run(directory, checkpoints, origin), run,
-        Metric() if metric is None else Metric.parse(metric), out,
+        stored, run, Metric() if metric is None else Metric.parse(metric), out,
         axis=_length(sigma_rel, beta, window, decay, over), minimize=minimize, repeats=repeats, budget=budget,
         jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
         raw=None if raw is None else files.expanded(raw), t=t,
