@@ -11,7 +11,6 @@ from typing import Any
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import SHAPES
 from posthoc_cli.run import Run
-from posthoc_cli.sweep import search
 from posthoc_cli.targets import Beta, Decay, SigmaRel, Target, Window
 
 GOOD_ERROR = 0.01
@@ -77,10 +76,14 @@ class Axis:
         width = math.log(self.scaled(self.high) / self.scaled(self.low))
         digits = max(3, 2 - math.floor(math.log10(width or 1)))
         if self.kind == "beta":
-            value = round(1 - search.rounded(1 / x, digits), 12)
+            value = round(1 - _rounded(1 / x, digits), 12)
         else:
-            value = round(x) if self.kind == "window" else search.rounded(x, digits)
+            value = round(x) if self.kind == "window" else _rounded(x, digits)
         return min(max(value, self.low), self.high)
+
+
+def _rounded(x: float, digits: int) -> float:
+    return float(f"{x:.{digits}g}")
 
 
 _KINDS: dict[str, Callable[[Any], Target]] = {

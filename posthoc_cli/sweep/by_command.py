@@ -22,7 +22,7 @@ from posthoc_cli.snapshots.lock import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.axes import Axis
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.networks import Network
-from posthoc_cli.sweep.processes import Command, Outcome, run_all
+from posthoc_cli.sweep.processes import Command, run_all
 from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, SecondLength, SweepReport
 from posthoc_cli.sweep.rounds import Search, check_counts
 from posthoc_cli.sweep.search import NEXT
@@ -174,15 +174,8 @@ class Sweep:
                 _remove(scratch)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A trial to make: of which average, and what the placeholders become."""
-
-    title: str
-    value: float
-    seed: int
-    filled: dict[str, Any]
-    predicted_error: float | None = None
+_Wanted = tuple[Record, dict[str, Any]]
+"""A trial to make, as far as it is known, and what the placeholders become."""
 
 
 class _Job:
@@ -278,7 +271,7 @@ class _Job:
         records = Records(self._asked.out, self._settings | {"raw": str(raw.resolve())})
         known = {trial.seed: trial for trial in records.read() if trial.value is not None}
         seeds = [seed for seed in range(self._asked.repeats) if seed not in known]
-        wanted = [_Trial(RAW, 0.0, seed, {"weights": raw, "sigma_rel": 0.0}) for seed in seeds]
+        wanted = [(Record(RAW, 0.0, seed), {"weights": raw, "sigma_rel": 0.0}) for seed in seeds]
         self._trials += [*known.values(), *self._evaluate(wanted, records)]
 
     def _measure(self, network: Network, wanted: Sequence[tuple[float, int]], records: Records) -> list[Record]:
@@ -289,11 +282,12 @@ class _Job:
             size = 1 + (self._asked.disk - sum(one.nbytes for one in self._networks.values())) // network.nbytes
         for begin in range(0, len(values), size):
             made = self._make(network, values[begin : begin + size])
-            done += self._evaluate([replace(made[v], seed=seed) for v, seed in wanted if v in made], records)
+            some = [(value, seed) for value, seed in wanted if value in made]
+            done += self._evaluate([(replace(made[v][0], seed=seed), made[v][1]) for v, seed in some], records)
             _remove(self._scratch)
         return done
 
-    def _make(self, network: Network, values: Sequence[float]) -> dict[float, _Trial]:
+    def _make(self, network: Network, values: Sequence[float]) -> dict[float, _Wanted]:
         """The averages of some values of a length, each as a trial with seed 0."""
         folder = self._asked.out / _KEPT if self._asked.keep else self._scratch
         with files.reported_as_write_error(folder):
@@ -304,30 +298,26 @@ class _Job:
         for point, averages in zip(points, zip(*made, strict=True), strict=True):
             filled = {name: text for words, _ in averages for name, text in words.items()}
             value, (_, error) = point[network.name], averages[0]
-            trials[value] = _Trial(self._title(network, point), value, 0, filled, error)
+            trials[value] = Record(self._title(network, point), value, 0, predicted_error=error), filled
         return trials
 
-    def _evaluate(self, wanted: Sequence[_Trial], records: Records) -> list[Record]:
+    def _evaluate(self, wanted: Sequence[_Wanted], records: Records) -> list[Record]:
         """Run the command for each, and write the outcomes down."""
         asked, commands, done = self._asked, list[Command](), list[Record]()
         with files.reported_as_write_error(self._scratch):
             files.make_directory(self._scratch)
-            for trial in wanted:
-                name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{trial.title}-seed-{trial.seed}")
+            for trial, averages in wanted:
+                name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{trial.target}-seed-{trial.seed}")
                 # A new name: a trial of a killed sweep may still write to its own.
                 folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._scratch))
-                filled = {"weights:guide": "", "sigma_rel:guide": "", **trial.filled, "seed": trial.seed, "dir": folder}
+                filled = {"weights:guide": "", "sigma_rel:guide": "", **averages, "seed": trial.seed, "dir": folder}
                 # Absolute paths, since the command may change the directory.
                 texts = {key: str(one.absolute() if isinstance(one, Path) else one) for key, one in filled.items()}
                 words = [_PLACEHOLDER.sub(lambda found: texts[found[1]], word) for word in self._words]  # noqa: B023
-                commands.append(Command(words, folder, asked.out / _LOGS / name))
+                logged = replace(trial, log=f"{_LOGS}/{name}")
+                commands.append(Command(logged, words, folder, asked.out / logged.log))
 
-        def tell(index: int, outcome: Outcome) -> None:
-            trial, command = wanted[index], commands[index]
-            record = Record(
-                trial.title, trial.value, trial.seed, outcome.value, outcome.standard_error, trial.predicted_error,
-                outcome.seconds, outcome.error, f"{_LOGS}/{command.log.name}",
-            )  # fmt: skip
+        def tell(command: Command, record: Record) -> None:
             records.append(record)
             done.append(record)
             _remove(command.folder)

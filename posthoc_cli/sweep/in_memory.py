@@ -94,7 +94,7 @@ def sweep(
         wrong = None if math.isfinite(measured) else f"its metric is {measured}"
         seconds = time.perf_counter() - started
         valid = None if wrong else measured
-        return Record(axis.target(value).title, value, seed, valid, error, predicted, seconds, wrong, "")
+        return Record(axis.title(value), value, seed, valid, error, predicted, seconds, wrong)
 
     search = Search(axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1).run(measure)
     newest = stored.sources[-1].info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -10,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 
 from posthoc_cli import files
 from posthoc_cli.errors import printable
 from posthoc_cli.sweep.metrics import Metric, NoMetricError, read_tail
+from posthoc_cli.sweep.results import Record
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 _GRACE = 0.5
@@ -31,11 +33,13 @@ class Command:
     """The user's command for one trial.
 
     Attributes:
+        trial: what is known of it before.
         words: all placeholders filled in.
         folder: of the trial; exists.
         log: where standard output and error go, with the endings .out and .err.
     """
 
+    trial: Record
     words: Sequence[str]
     folder: Path
     log: Path
@@ -47,24 +51,14 @@ class Command:
         return out, err
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a trial has given: a value, or an error."""
-
-    value: float | None
-    standard_error: float | None
-    seconds: float
-    error: str | None
-
-
 def run_all(
     commands: Sequence[Command],
     metric: Metric,
-    told: Callable[[int, Outcome], None],
+    told: Callable[[Command, Record], None],
     jobs: int = 1,
     timeout: float | None = None,
 ) -> None:
-    """Run commands, up to `jobs` at a time, and tell the index and outcome of each as it ends.
+    """Run commands, up to `jobs` at a time, and tell what has come of each as it ends: a value, or an error.
 
     Whatever ends this ends the processes. Those that run side by side share out CUDA_VISIBLE_DEVICES.
     """
@@ -74,7 +68,7 @@ def run_all(
         slots.put(slot)
     stop = threading.Event()
 
-    def run(command: Command) -> Outcome:
+    def run(command: Command) -> Record:
         slot = slots.get()
         try:
             own = devices[slot % len(devices) :: jobs] if devices else []
@@ -83,10 +77,10 @@ def run_all(
             slots.put(slot)
 
     # Ctrl-C interrupts the main thread only, never a thread that is just starting or ending a process.
-    pool, trials = ThreadPoolExecutor(jobs), dict[Future[Outcome], int]()
+    pool, trials = ThreadPoolExecutor(jobs), dict[Future[Record], Command]()
     try:
-        for index, command in enumerate(commands):
-            trials[pool.submit(run, command)] = index
+        for command in commands:
+            trials[pool.submit(run, command)] = command
         for trial in as_completed(trials):
             told(trials[trial], trial.result())
     finally:
@@ -100,24 +94,24 @@ def run_all(
 
 def _run(
     command: Command, metric: Metric, devices: Sequence[str], timeout: float | None, stop: threading.Event
-) -> Outcome:
+) -> Record:
     started, out, err = time.monotonic(), *command.logs
     error, value, standard_error = "", None, None
     for path in (out, err):
         files.unlink_if_there(path)  # a trial of a killed sweep may still write to the old one
-    try:
-        with out.open("wb") as stdout, err.open("wb") as stderr:
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        try:
             process = subprocess.Popen(
                 list(command.words), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
                 env=os.environ | ({_DEVICES: ",".join(devices)} if devices else {}),
             )  # fmt: skip
-    except OSError as refused:
-        error = f"cannot be started: {refused.strerror or refused}"
-    else:
+        except OSError as refused:
+            error = f"cannot be started: {refused.strerror or refused}"
+    if not error:
+        until = math.inf if timeout is None else started + timeout
         while process.poll() is None and not stop.is_set() and not error:
+            error = f"took more than {timeout:g} s" if time.monotonic() > until else ""
             time.sleep(_TICK)
-            if timeout is not None and time.monotonic() > started + timeout:
-                error = f"took more than {timeout:g} s"
         code = _end(process)
         if not error and code:
             error = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -131,7 +125,9 @@ def _run(
     for path in (out, err):
         if path.stat().st_size > _LONGEST_LOG:
             files.write_whole(path, read_tail(path, _LONGEST_LOG).encode(), overwrite=True)
-    return Outcome(value, standard_error, seconds, error or None)
+    return replace(
+        command.trial, value=value, standard_error=standard_error, seconds=seconds, error=error or None
+    )  # fmt: skip
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

@@ -39,12 +39,12 @@ class Record:
     target: str
     x: float
     seed: int
-    value: float | None
-    standard_error: float | None
-    predicted_error: float | None
-    seconds: float
-    error: str | None
-    log: str
+    value: float | None = None
+    standard_error: float | None = None
+    predicted_error: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    log: str = ""
 
 
 class Records:

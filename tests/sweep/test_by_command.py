@@ -121,7 +121,7 @@ def test_a_command_may_work_in_another_directory(run: Run, tmp_path: Path, monke
 
 def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
     records = Records(tmp_path, {"run": "r", "t": 1})
-    trials = [Record("sigma_rel 0.1", 0.1, seed, 0.5, None, None, 1.0, None, "logs/x") for seed in range(3)]
+    trials = [Record("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
     for trial in trials[:2]:
         records.append(trial)
     path = tmp_path / "trials.jsonl"

@@ -111,7 +111,7 @@ def test_a_far_best_value_is_confirmed_or_named() -> None:
     def explored(axis: Axis, metric: Callable[[float], float]) -> tuple[int, Estimate, str]:
         def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
             for x, seed in wanted:
-                yield Record(axis.title(x), x, seed, metric(x), None, None, 0.0, None, "")
+                yield Record(axis.title(x), x, seed, metric(x))
 
         search = Search(axis, minimize=False, budget=20).run(measure)
         return len(search.trials), search.found, search.stopped
