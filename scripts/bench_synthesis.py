@@ -45,10 +45,10 @@ from synthesis_cases import (
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.run import Run
-from posthoc_cli.sweep.candidates import Candidates
+from posthoc_cli.sweep import Axis
+from posthoc_cli.sweep.networks import Network
 from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.targets import SigmaRel
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
 
@@ -189,8 +189,8 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
 
 def measure_round(report: Report, folder: Path, one: Plan, clear: Callable[[], None]) -> None:
     """12 candidates of a sweep, as it makes them in one pass."""
-    scratch = folder / "round"
-    candidates, plain = Candidates(Run(folder / "run"), one), [folder / f"{width}.safetensors" for width in MANY[:12]]
+    scratch, plain = folder / "round", [folder / f"{width}.safetensors" for width in MANY[:12]]
+    network = Network(Run(folder / "run"), Axis.of_values("sigma_rel", MANY[:12]), one, {})
 
     def begin() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -199,9 +199,9 @@ def measure_round(report: Report, folder: Path, one: Plan, clear: Callable[[], N
 
     single, writing, all_of_them = report.times(
         {
-            "one candidate": lambda: candidates.make(scratch, [(SigmaRel(0.15), one.t)]),
+            "one candidate": lambda: network.make(scratch, [0.15]),
             "writing and fsyncing 12 files, plainly": lambda: write_plainly(plain, one.nbytes),
-            "12 candidates": lambda: candidates.make(scratch, [(SigmaRel(width), one.t) for width in MANY[:12]]),
+            "12 candidates": lambda: network.make(scratch, MANY[:12]),
         },
         before=begin,
     )

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from posthoc_cli import plots
 from posthoc_cli.demo import training
-from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, Folder, compare
 from posthoc_cli.demo.training import DirectAverage, Settings, train
+from posthoc_cli.demo.walkthrough import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, Folder, compare
 from posthoc_cli.errors import OutputExistsError
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it

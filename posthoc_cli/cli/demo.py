@@ -14,7 +14,7 @@ from posthoc_cli.cli.output import print_line
 
 if TYPE_CHECKING:
     from posthoc_cli.demo import Result
-    from posthoc_cli.demo.job import Measured
+    from posthoc_cli.demo.walkthrough import Measured
 
 EPILOG = "Example:  ema demo --out ema-demo"
 

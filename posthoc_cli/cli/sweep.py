@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,82 +29,117 @@ EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric 
 def sweep(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
     checkpoints: str | None = values.CHECKPOINTS,
+    t: float | None = Option(
+        None,
+        metavar="TIME",
+        help="The averages as they stood at this training time. [default: the last]",
+        rich_help_panel=values.PANEL_RUN,
+    ),
+    guide: Path | None = Option(
+        None,
+        metavar="DIR",
+        help="Snapshots of a second network, whose average is {weights:guide}; or DIR again, for a second length.",
+        rich_help_panel=values.PANEL_RUN,
+    ),
     run: str = Option(
         ...,
         "--run",
         metavar="COMMAND",
         help="The evaluation, run without a shell. {weights} becomes the file of an average; {sigma_rel}, {seed}, and "
         "{dir}, a folder that is removed afterwards, are filled in too; with --guide {weights:guide}.",
+        rich_help_panel=values.PANEL_HOW,
     ),
     metric: str | None = Option(
         None,
-        metavar="NAME",
-        help="Of the metric in a JSON line of standard output; a line that is a number needs none.",
+        metavar="KEY|FILE.json:KEY",
+        help="The metric: loss in the last JSON object or number of standard output, or results.json:results.acc in "
+        "the newest such file in {dir}. A line that is a number needs none.",
+        rich_help_panel=values.PANEL_HOW,
     ),
-    json_path: str | None = Option(
-        None, "--json", metavar="PATH", help="Path of the metric in the newest JSON file in {dir}: results.acc."
+    minimize: bool | None = Option(
+        None, "--minimize/--maximize", help="Whether lower or higher is better.", rich_help_panel=values.PANEL_HOW
     ),
-    csv_column: str | None = Option(
+    repeats: int = Option(
+        1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ...", rich_help_panel=values.PANEL_HOW
+    ),
+    budget: int = Option(
+        20, metavar="COUNT", help="Lengths to measure at most, in each search.", rich_help_panel=values.PANEL_HOW
+    ),
+    jobs: int = Option(
+        1,
+        metavar="COUNT",
+        help="Trials at a time; they share out CUDA_VISIBLE_DEVICES.",
+        rich_help_panel=values.PANEL_HOW,
+    ),
+    timeout: float | None = Option(
         None,
-        "--csv",
-        metavar="COLUMN",
-        help="Column of the metric in the newest CSV file in {dir}; its last row counts.",
+        metavar="SECONDS",
+        help="A trial that takes longer is ended, and has failed.",
+        rich_help_panel=values.PANEL_HOW,
     ),
-    minimize: bool | None = Option(None, "--minimize/--maximize", help="Whether lower or higher is better."),
+    disk: str | None = Option(
+        None,
+        metavar="SIZE",
+        help="Bound of the averages on the disk: 50GB. [default: a round]",
+        rich_help_panel=values.PANEL_HOW,
+    ),
+    raw: Path | None = Option(
+        None, metavar="FILE", help="Raw weights, measured for comparison.", rich_help_panel=values.PANEL_HOW
+    ),
     sigma_rel: str | None = Option(
-        None, help="A range to search, 0.02:0.28, or a list to measure. [default: what is exact within 1 %]"
+        None,
+        help="A range to search, 0.02:0.28, or a list to measure. [default: what is exact within 1 %]",
+        rich_help_panel=values.PANEL_TARGETS,
     ),
-    beta: str | None = Option(None, help="Search classical averages instead: 0.99:0.9999, or a list."),
-    window: str | None = Option(None, help="Search means of the last steps instead: 1000:50000, or a list."),
+    beta: str | None = Option(
+        None, help="Search classical averages instead: 0.99:0.9999, or a list.", rich_help_panel=values.PANEL_TARGETS
+    ),
+    window: str | None = Option(
+        None,
+        help="Search means of the last steps instead: 1000:50000, or a list.",
+        rich_help_panel=values.PANEL_TARGETS,
+    ),
     decay: str | None = Option(
         None,
         metavar="1-sqrt|linear|cosine",
         autocompletion=values.one_of(*SHAPES),
         help="Search decays of the learning rate that were not run instead, by their part of training (--over).",
+        rich_help_panel=values.PANEL_TARGETS,
     ),
     over: str | None = Option(
-        None, help="For --decay: the parts of training, a range or a list. [default: 5%:50%]", show_default=False
-    ),
-    t: str | None = Option(
         None,
-        metavar="TIME",
-        help="The averages as they stood at this training time. A range 20000:50000 to search when the length is "
-        "found, or a list. [default: the last]",
-    ),
-    guide: Path | None = Option(
-        None,
-        metavar="DIR",
-        help="Snapshots of a second network, whose average is {weights:guide}; or DIR again, for a second length.",
+        help="For --decay: the parts of training, a range or a list. [default: 5%:50%]",
+        show_default=False,
+        rich_help_panel=values.PANEL_TARGETS,
     ),
     guide_sigma_rel: str | None = Option(
-        None, help="Its length: a range to search, a list, or a number. [default: what is exact within 1 %]"
-    ),
-    out: Path = Option("sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or a sweep's."),
-    repeats: int = Option(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
-    budget: int = Option(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
-    jobs: int | None = Option(None, metavar="COUNT", help="Trials at a time. [default: one a device]"),
-    devices: str | None = Option(None, help="CUDA_VISIBLE_DEVICES of the trials, in turn: 0,1."),
-    timeout: float | None = Option(None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."),
-    disk: str | None = Option(None, metavar="SIZE", help="Bound of the averages on the disk: 50GB. [default: a round]"),
-    raw: Path | None = Option(None, metavar="FILE", help="Raw weights, measured for comparison."),
-    groups: str | None = Option(
         None,
-        metavar="GLOBS",
-        help="Then search the lengths of groups of tensors, one after another: 'encoder.*,decoder.*'.",
+        help="The length of --guide: a range to search, a list, or a number. [default: what is exact within 1 %]",
+        rich_help_panel=values.PANEL_TARGETS,
     ),
-    step: str | None = values.STEP,
+    out: Path = Option(
+        "sweep",
+        "--out",
+        "-o",
+        help="Folder for trials, logs and the best average: new, or a sweep's.",
+        rich_help_panel=values.PANEL_OUTPUT,
+    ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
     like: Path | None = Option(
         None,
         metavar="MODEL_FOLDER",
         help="{weights} becomes a folder like this one of transformers, diffusers or PEFT, with averaged weights.",
+        rich_help_panel=values.PANEL_OUTPUT,
     ),
     component: str | None = values.COMPONENT,
     keep_weights: bool = Option(
-        False, "--keep-weights", help="Leave all averages in OUT/weights, where another metric uses them again."
+        False,
+        "--keep-weights",
+        help="Leave all averages in OUT/weights, where another metric uses them again.",
+        rich_help_panel=values.PANEL_OUTPUT,
     ),
-    method: str | None = values.METHOD,
+    as_json: bool = values.JSON,
     quiet: bool = values.QUIET,
     *,
     origin: Origin,
@@ -123,29 +159,23 @@ def sweep(
     output.log_to_stderr(False)
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
-    places = {"--metric": metric, "--json": json_path, "--csv": csv_column}
-    given = [option for option, place in places.items() if place is not None]
-    if len(given) > 1:
-        raise InvalidValueError(" and ".join(given), "give one of them")
     out = files.expanded(out)
-    names = tuple(name.strip() for name in (devices or "").split(",") if name.strip())
     stored = values.open_run(directory, checkpoints, origin)
     output.warn_of_statistics(stored.sources[-1].info.copies)
     report = Sweep(
-        stored, run, Metric(metric, json_path, csv_column), out,
+        stored, run, Metric() if metric is None else Metric.parse(metric), out,
         axis=_length(sigma_rel, beta, window, decay, over), minimize=minimize, repeats=repeats, budget=budget,
-        jobs=(len(names) or 1) if jobs is None else jobs, devices=names, timeout=timeout,
-        disk=values.optional(files.parse_bytes, disk, "--disk"), raw=None if raw is None else files.expanded(raw),
-        groups=tuple(glob.strip() for glob in (groups or "").split(",") if glob.strip()),
-        times=None if t is None else _axis("--t", "t", t),
+        jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
+        raw=None if raw is None else files.expanded(raw), t=t,
         guide=None if guide is None else Run(values.existing_run(guide)),
         guide_axis=None if guide_sigma_rel is None else _axis("--guide-sigma-rel", "sigma_rel", guide_sigma_rel),
-        step=values.optional(values.parse_count, step, "--step"), method=method, dtype=dtype, layout=layout,
-        like=None if like is None else files.expanded(like), component=component, keep=keep_weights,
-        again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
-        say=(lambda _: None) if quiet else functools.partial(_print_trial, out),
+        dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
+        keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
+        say=functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet),
     ).run_all()  # fmt: skip
-    if not quiet:
+    if as_json:
+        output.print_json(report.to_dict())
+    elif not quiet:
         _print(report)
 
 
@@ -180,18 +210,18 @@ def _axis(option: str, kind: str, text: str) -> Axis:
     try:
         low, high = map(float, ends)
     except ValueError:
-        example = {"--t": "20000:50000", "--window": "1000:50000", "--beta": "0.99:0.9999", "--over": "5%:50%"}
+        example = {"--window": "1000:50000", "--beta": "0.99:0.9999", "--over": "5%:50%"}
         raise values.bad(option, text, f"a range is LOW:HIGH, such as {example.get(option, '0.02:0.28')}") from None
     return Axis(kind, low, high)
 
 
-def _print_trial(out: Path, trial: Record) -> None:
+def _print_trial(out: Path, print_line: Callable[[str], None], quiet: bool, trial: Record) -> None:
     what = f"{trial.target}, seed {trial.seed}"
     if trial.value is None:
         output.print_note(f"ema: warning: {what}: {trial.error}; see {out / trial.log}.err")
-    else:
+    elif not quiet:
         error = "" if trial.standard_error is None else f" ± {trial.standard_error:.2g}"
-        output.print_line(f"{what}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
+        print_line(f"{what}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
 
 
 def _print(report: SweepReport) -> None:
@@ -205,11 +235,9 @@ def _print(report: SweepReport) -> None:
         ("best", f"{report.title}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
         ("equal within the noise", f"{low} to {high}"),
     ]
-    for one in report.refinements:
-        kind = "t" if one.name == "t" else "sigma_rel"
-        known = f"{one.low:.12g} to {one.high:.12g} are equal within the noise"
-        gain = "" if one.gains or one.name == "guide" else ", no gain beyond the noise"
-        rows.append((one.name, f"{kind} {one.value:.12g}{gain}; {known}"))
+    if report.second is not None:
+        known = f"{report.second.low:.12g} to {report.second.high:.12g} are equal within the noise"
+        rows.append(("guide", f"sigma_rel {report.second.value:.12g}; {known}"))
     if report.raw is not None:
         rows.append(("raw weights", f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
+PANEL_RUN, PANEL_TARGETS, PANEL_HOW, PANEL_OUTPUT = "Which run", "Targets", "How", "Output"
+"""Parts of a command's help."""
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
@@ -56,13 +58,17 @@ LAYOUT = Option(
     autocompletion=one_of("safetensors", "sharded", "pt", "dcp"),
     help="safetensors, sharded (a folder), pt, or dcp (a folder of torch.distributed.checkpoint). [default: from the "
     "output's name]",
+    rich_help_panel=PANEL_OUTPUT,
 )
 DTYPE = Option(
     "keep",
     autocompletion=one_of("keep", "float32", "float16", "bfloat16", "float64"),
     help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
+    rich_help_panel=PANEL_OUTPUT,
 )
-COMPONENT = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet.")
+COMPONENT = Option(
+    None, metavar="NAME", help="The part of a pipeline with the weights: unet.", rich_help_panel=PANEL_OUTPUT
+)
 STEP = Option(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
 MAX_SHARD_SIZE = Option(None, help="Of a sharded output. [default: 5GB]")
 LIKE = Option(
@@ -73,17 +79,22 @@ LIKE = Option(
 SIGMA_RANGE = Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
 DIRECTORY_OR_CHECKPOINTS = Argument(
-    None, metavar="DIR", help="The directory that the tracker wrote, or of checkpoints.", show_default=False
+    None,
+    metavar="DIR",
+    help="The directory that the tracker wrote, or of checkpoints.",
+    show_default=False,
+    rich_help_panel=PANEL_RUN,
 )
 PICTURE = Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
 FORCE = Option(False, "--force", help="Replace existing outputs.")
-QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
-JSON = Option(False, "--json", help="Print one JSON object.")
+QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.", rich_help_panel=PANEL_OUTPUT)
+JSON = Option(False, "--json", help="Print one JSON object.", rich_help_panel=PANEL_OUTPUT)
 YES = Option(False, "--yes", "-y", help="Do not ask.")
 CHECKPOINTS = Option(
     None,
     metavar="DIR|GLOB",
     help="Checkpoints of the training, such as 'out/step*.safetensors': in place of DIR, or beside its snapshots.",
+    rich_help_panel=PANEL_RUN,
 )
 _ORIGIN: dict[str, tuple[Any, Any]] = {
     "kind": (

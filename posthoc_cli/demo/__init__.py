@@ -1,5 +1,5 @@
 """The training of `ema demo`, and its use of the snapshots. Printing is up to functions that the caller passes."""
 
-from posthoc_cli.demo.job import Result, run
+from posthoc_cli.demo.walkthrough import Result, run
 
 __all__ = ["Result", "run"]

@@ -182,7 +182,7 @@ def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
     points = [
         (shown(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
         for trial in found["trials"]
-        # Of no group, and not raw; and with all else as in the last search.
+        # Not raw, and with the other network's length as in the last search.
         if trial["value"] is not None
         and trial["target"].startswith(f"{found['axis']} ")
         and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
@@ -244,12 +244,9 @@ def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
     best, kind = found["best"], found["length"]
     # "decay linear over" is two options.
     option = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
-    lengths = [word for glob, width in found["lengths"].items() for word in ("--group", f"{glob}={width:.12g}")]
-    lengths = lengths or [*option, f"{best[kind]:.12g}"]
     settings = found["settings"]
-    t = best.get("t", settings["t"])
-    how = _how(settings, None if t == run.t else t, "model")
-    commands = [["ema", "synthesize", *source, *lengths, *how]]
+    how = _how(settings, None if settings["t"] == run.t else settings["t"], "model")
+    commands = [["ema", "synthesize", *source, *option, f"{best[kind]:.12g}", *how]]
     if found["guide"] is not None:
         width, other = f"{best['guide']:.12g}", settings["guide"]
         how = _how(other, other["t"], "guide")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.format import statistics_notice
+from posthoc_cli.sweep.axes import Axis, good_range
 from posthoc_cli.sweep.results import Record, SweepReport
-from posthoc_cli.sweep.rounds import Axis, check_counts, explore, good_range
+from posthoc_cli.sweep.rounds import Search, check_counts
 from posthoc_cli.targets import SigmaRel
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def sweep(
             raise InvalidValueError("values", "name two lengths or more", value=list(values))
         axis = Axis.of_values("sigma_rel", values)
     else:
-        ends = good_range(stored) if low is None or high is None else (low, high)
-        axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
+        good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
+        axis = Axis("sigma_rel", good.low if low is None else low, good.high if high is None else high)
     check_counts(repeats, budget, [axis])
     newest, warned = stored.sources[-1].info, False
     if model is None and (notice := statistics_notice(newest.copies)):
@@ -101,12 +102,12 @@ def sweep(
         wrong = None if math.isfinite(measured) else f"its metric is {measured}"
         seconds = time.perf_counter() - started
         valid = None if wrong else measured
-        return Record(axis.target(value).title, value, seed, valid, error, predicted, seconds, wrong, "")
+        return Record(axis.title(value), value, seed, valid, error, predicted, seconds, wrong)
 
-    trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
+    search = Search(axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1).run(measure)
     settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
-    best = axis.value(found.best)
+    best = axis.value(search.found.best)
     return SweepReport(
-        name, minimize, axis, axis.kind, tuple(trials), found, why, SigmaRel(best), axis.title(best), {axis.kind: best},
-        settings=settings,
+        name, minimize, axis, axis.kind, tuple(search.trials), search.found, search.stopped, SigmaRel(best),
+        axis.title(best), {axis.kind: best}, settings=settings,
     )  # fmt: skip

@@ -1,29 +1,28 @@
-"""What an evaluation says: its metric, on standard output or in a JSON or CSV file of its folder."""
+"""What a trial says: its metric, on standard output or in a JSON file of its folder."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import shown
+from posthoc_cli.errors import InvalidValueError, shown
 
-_TAIL = 1_000_000
+_TAIL = 10_000_000
 """Bytes at the end of standard output that are looked at."""
-_MOST_FILES = 1_000
 _MOST_BYTES = 100_000_000
+"""Of a file."""
 _NAMED = 5
 """Names that a message lists."""
+_REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 
 
 class NoMetricError(Exception):
-    """The evaluation does not say its metric; the text says what was looked for, and what is there."""
+    """The trial does not say its metric; the text says what was looked for, and what is there."""
 
 
 @dataclass(frozen=True)
@@ -31,47 +30,80 @@ class Metric:
     """Where the metric is.
 
     Attributes:
-        name: of a member of a JSON object on a line of standard output. A line that is a number needs no name.
-        json: path of a member in a JSON file of the trial's folder, such as `results.hellaswag.acc_norm,none`.
-        csv: a column of a CSV file of the trial's folder, whose last row counts.
+        key: of a member of a JSON object, with dots between the keys of nested objects: `results.acc`. Standard output
+            may also end with a line that is a number, which needs none.
+        file: name of a JSON file in the trial's folder or below, also a pattern: `*.json`; the newest counts. None for
+            standard output, whose last number or JSON object with the key counts.
     """
 
-    name: str | None = None
-    json: str | None = None
-    csv: str | None = None
+    key: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Metric:
+        """From `KEY` or `FILE.json:KEY`; an InvalidValueError."""
+        file, key = re.fullmatch(r"(?:(.*?\.json):)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        if not key:
+            reason = "must be a key such as loss, or a file and a key such as results.json:results.acc"
+            raise InvalidValueError("metric", reason, value=text or "(empty)")
+        return cls(key, file)
 
     @property
     def label(self) -> str:
         """For tables and axes."""
-        return self.json or self.csv or self.name or "metric"
+        return self.key or "metric"
 
     def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
         """The metric and its standard error, None where there is none; a NoMetricError."""
-        if self.json is not None:
-            path = self.json
-            return _from_files(folder, ".json", f"member {shown(path)}", lambda text: _member(json.loads(text), path))
-        if self.csv is not None:
-            column = self.csv
-            return _from_files(folder, ".csv", f"column {shown(column)}", lambda text: _column(text, column))
-        return self._printed(read_tail(stdout, _TAIL))
+        if self.file is None or self.key is None:
+            return self._printed(read_tail(stdout, _TAIL))
+        try:
+            return self._stored(folder, self.file, self.key)
+        except OSError as error:
+            raise NoMetricError(f"{self.file} cannot be read: {error.strerror or error}") from error
 
     def _printed(self, text: str) -> tuple[float, float | None]:
-        """The last line that is a number, or a JSON object with the name."""
-        names: dict[str, None] = {}
-        for line in reversed(text.splitlines()):
-            with_number = _number(line.strip())
-            if with_number is not None:
-                return _finite(with_number), None
-            if self.name is not None and line.lstrip().startswith("{"):
+        """The last line that is a number, or JSON object with the key, which may take several lines."""
+        found: float | tuple[dict[str, Any], str] | None = None
+        names: list[str] = []
+        begin = end = 0
+        for line in text.splitlines(keepends=True):
+            start, begin = begin, begin + len(line)
+            if start < end:
+                continue  # within a JSON value
+            number = _number(line.strip())
+            if number is not None:
+                found = number
+                continue
+            value, end = _json_at(text, start + len(line) - len(line.lstrip()))
+            if self.key is not None and isinstance(value, dict):
                 try:
-                    found = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if self.name in found:
-                    return _pair(found, self.name)
-                names |= dict.fromkeys(found)
-        wanted = "a number" if self.name is None else f"a number or a JSON object with {shown(self.name)}"
+                    found = _holder(value, self.key)
+                except KeyError as error:
+                    names += error.args[0]
+        if isinstance(found, tuple):
+            return _pair(*found)
+        if found is not None:
+            return _finite(found), None
+        wanted = "a number" if self.key is None else f"a number or a JSON object with {shown(self.key)}"
         raise NoMetricError(f"no line of its output is {wanted}{_there(names)}")
+
+    @staticmethod
+    def _stored(folder: Path, pattern: str, key: str) -> tuple[float, float | None]:
+        """From the newest file of the pattern that has it; the error is that of the newest."""
+        paths = [path for path in folder.rglob("*") if path.relative_to(folder).match(pattern) and path.is_file()]
+        reasons = []
+        for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True):
+            try:
+                if path.stat().st_size > _MOST_BYTES:
+                    raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+                return _pair(*_holder(json.loads(path.read_text(encoding="utf-8-sig")), key))
+            except KeyError as error:
+                reasons.append(f"{path.name} has no member {shown(key)}{_there(error.args[0])}")
+            except (ValueError, RecursionError) as error:
+                reasons.append(f"{path.name} cannot be read: {error}")
+        there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        raise NoMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_there(there)}"))
 
 
 def read_tail(path: Path, count: int) -> str:
@@ -81,50 +113,35 @@ def read_tail(path: Path, count: int) -> str:
         return file.read().decode(errors="replace")
 
 
-def _from_files(
-    folder: Path, suffix: str, wanted: str, read: Callable[[str], tuple[float, float | None]]
-) -> tuple[float, float | None]:
-    """What `read` finds in the newest file that has it."""
-    reason = f"there is no {suffix} file in its folder"
-    for path in _newest(folder, suffix):
-        try:
-            return read(path.read_text(encoding="utf-8-sig"))  # whatever the terminal's is, and as Excel writes it
-        except KeyError as error:
-            reason = f"{path.name} has no {wanted}{_there(dict.fromkeys(error.args[0]))}"
-        except (ValueError, RecursionError, OSError, csv.Error) as error:
-            reason = f"{path.name} cannot be read: {error}"
-    raise NoMetricError(reason)
+def _json_at(text: str, start: int) -> tuple[Any, int]:
+    """The JSON object or list that begins there and ends a line, and where it ends; None and 0 where there is none."""
+    if text[start : start + 1] not in ("{", "["):
+        return None, 0
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None, 0
+    return (value, end) if _REST_OF_LINE.match(text, end) else (None, 0)
 
 
-def _newest(folder: Path, suffix: str) -> list[Path]:
-    found = [path for path in folder.rglob(f"*{suffix}") if path.is_file() and path.stat().st_size <= _MOST_BYTES]
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True)[:_MOST_FILES]
+def _holder(value: Any, key: str) -> tuple[dict[str, Any], str]:
+    """The object that has the member of a dotted key, and its name in it; names may themselves have dots in them.
 
-
-def _member(value: Any, path: str) -> tuple[float, float | None]:
-    """Names may themselves have dots in them."""
+    Raises:
+        KeyError: there is none; with the list of names of the nearest object.
+    """
     if not isinstance(value, dict):
         raise KeyError([])
-    if path in value:
-        return _pair(value, path)
+    if key in value:
+        return value, key
     missing = KeyError(list(value))
     for name in value:
-        if path.startswith(f"{name}."):
+        if key.startswith(f"{name}."):
             try:
-                return _member(value[name], path[len(name) + 1 :])
+                return _holder(value[name], key[len(name) + 1 :])
             except KeyError as error:
                 missing = error
     raise missing
-
-
-def _column(text: str, column: str) -> tuple[float, float | None]:
-    rows = csv.DictReader(io.StringIO(text))
-    last: dict[str, Any] = {}
-    for last in rows:  # noqa: B007 - the last one counts
-        pass
-    if column not in last:
-        raise KeyError(rows.fieldnames or [])
-    return _pair(last, column)
 
 
 def _pair(values: dict[str, Any], name: str) -> tuple[float, float | None]:
@@ -152,6 +169,7 @@ def _finite(value: float) -> float:
     return value
 
 
-def _there(names: dict[str, None]) -> str:
-    listed = ", ".join(map(shown, list(names)[:_NAMED]))
-    return f"; there are {listed}{', ...' * (len(names) > _NAMED)}" if names else ""
+def _there(names: list[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    listed = ", ".join(map(shown, unique[:_NAMED]))
+    return f"; there are {listed}{', ...' * (len(unique) > _NAMED)}" if names else ""

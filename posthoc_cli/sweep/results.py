@@ -7,15 +7,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.sweep import search
+from posthoc_cli.sweep.axes import Axis
 from posthoc_cli.targets import Target
-
-if TYPE_CHECKING:
-    from posthoc_cli.sweep.rounds import Axis
 
 TRIALS, RESULT = "trials.jsonl", "sweep.json"
 RAW = "raw"
@@ -31,9 +29,9 @@ class Record:
         x: the searched parameter; 0 for raw weights.
         seed: given to the command.
         value: the metric; None for a failed trial.
-        standard_error: of the value, where the evaluation states one.
+        standard_error: of the value, where the trial states one.
         predicted_error: of the weights, None where it is not known.
-        seconds: how long the evaluation took.
+        seconds: how long it took.
         error: why it failed.
         log: path of its log without the endings .out and .err, relative to the folder of the sweep.
     """
@@ -41,12 +39,12 @@ class Record:
     target: str
     x: float
     seed: int
-    value: float | None
-    standard_error: float | None
-    predicted_error: float | None
-    seconds: float
-    error: str | None
-    log: str
+    value: float | None = None
+    standard_error: float | None = None
+    predicted_error: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    log: str = ""
 
 
 class Records:
@@ -98,24 +96,20 @@ class Records:
 
 
 @dataclass(frozen=True)
-class Refinement:
-    """What a further search has found, of something beside the first, which was as found before.
+class SecondLength:
+    """The length of the second network's average, where both were searched.
 
     Attributes:
-        name: "t"; "guide", the length of the second network's average; or "group GLOB", that of a group of tensors.
-        value: what it is given: the best, or of a time or a group the one before, where the gain is lost in the noise.
-        low, high: ends of the range that is equal to the best within the noise.
+        value: the best sigma_rel.
+        low, high: ends of the range that is equal to it within the noise.
         mean, standard_error: the metric at the best.
-        gains: whether the value before is not in that range.
     """
 
-    name: str
     value: float
     low: float
     high: float
     mean: float
     standard_error: float
-    gains: bool
 
 
 @dataclass(frozen=True)
@@ -126,19 +120,18 @@ class SweepReport:
         metric: its name.
         minimize: whether lower is better.
         axis: the values of what was searched first.
-        searched: what that was: the kind of a length, "t" or "guide".
+        searched: what that was: the kind of a length, or "guide", the length of the second network's average.
         trials: all measured ones, failed ones with their error.
         found: the estimate; `value_of` gives its `best`, `low` and `high` as a user writes them.
         stopped: why no more was measured.
         best: the average whose metric is estimated to be best, which was written.
-        title: what it is, for people; with its time or a second network's average, where these were searched.
-        chosen: the value of all that was searched, and of the length: by "t", "guide", "sigma_rel" or another kind.
+        title: what it is, for people; with the second network's average, where there is one.
+        chosen: the value of the length, by its kind, and with a second network of its length, by "guide".
         kind: of the length.
-        beside: what the titles of the trials of `found` end in: the values of all else.
+        beside: what the titles of the trials of `found` end in: the length of the other network.
         outputs: files that stay.
         settings: what makes the trials comparable.
-        refinements: what further searches have found.
-        lengths: sigma_rel by glob of what was written, where a group has one of its own; else empty.
+        second: the length of the second network's average, where both were searched.
         guide: directory of the second network.
         again: the command line that does it again.
     """
@@ -157,8 +150,7 @@ class SweepReport:
     beside: str = ""
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    refinements: tuple[Refinement, ...] = ()
-    lengths: dict[str, float] = field(default_factory=dict)
+    second: SecondLength | None = None
     guide: Path | None = None
     again: str = ""
 
@@ -204,8 +196,7 @@ class SweepReport:
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": self.axis.unscaled(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
             "beside": self.beside,
-            "refinements": [vars(one) for one in self.refinements],
-            "lengths": self.lengths,
+            "second": None if self.second is None else vars(self.second),
             "guide": None if self.guide is None else str(self.guide),
             "again": self.again,
             "outputs": list(map(str, self.outputs)),

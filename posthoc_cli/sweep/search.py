@@ -187,11 +187,6 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     return list(dict.fromkeys(wanted))
 
 
-def rounded(x: float, digits: int) -> float:
-    """A parameter with so many digits, for names and tables."""
-    return float(f"{x:.{digits}g}")
-
-
 def _without_outliers(values: FloatArray) -> FloatArray:
     """Values far from the others as near as they may be; one that is best is far if no second one confirms it.
 

@@ -24,7 +24,7 @@ from torture.commands import run_ema
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli import output
-from posthoc_cli.demo.job import Folder
+from posthoc_cli.demo.walkthrough import Folder
 from posthoc_cli.errors import DirectoryError, OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock

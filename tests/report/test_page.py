@@ -200,7 +200,7 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     ("options", "words"),
     [
         ({}, "--out model.safetensors"),
-        ({"step": 12, "method": "paper"}, "--t 12 --method paper --out model.safetensors"),
+        ({"t": 12}, "--t 12 --out model.safetensors"),
         ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --format pt --out model.pt"),
         ({"layout": "safetensors"}, "--format safetensors --out model.safetensors"),
     ],

@@ -1,4 +1,4 @@
-"""What an evaluation says: standard output, JSON and CSV files, and standard errors beside them."""
+"""What a trial says: standard output, JSON files, and standard errors beside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from checking import refused
 
 from posthoc_cli.sweep.metrics import Metric, NoMetricError
 
@@ -54,32 +55,75 @@ def test_what_is_no_metric_is_told(tmp_path: Path, text: str, name: str | None, 
         printed(text, tmp_path, name)
 
 
-def test_the_newest_json_file_counts_and_lm_evals_standard_error_is_found(tmp_path: Path) -> None:
-    """As lm-eval writes it: names with dots and commas, in a folder of the model's name."""
-    path = tmp_path / "my__model" / "results_2026.json"
-    path.parent.mkdir()
+def test_an_object_over_several_lines_counts_and_its_numbers_alone_do_not(tmp_path: Path) -> None:
+    """As `json.dumps(..., indent=2)` prints them: a number of a list may stand alone on a line."""
+    inner = {"loss": 0.5, "tasks": [{"loss": 0.9}, [1.0, 2.0]], "deep": {"acc,none": 1, "acc_stderr,none": 0.25}}
+    text = f"0.75\n{json.dumps(inner, indent=2)}\ndone\n"
+    assert printed(text, tmp_path, "loss") == (0.5, None)
+    assert printed(text, tmp_path, "deep.acc,none") == (1.0, 0.25)
+    assert printed(text, tmp_path) == (0.75, None)
+    assert printed(f"{text}[\n  3.0,\n  4.0\n]\n", tmp_path, "loss") == (0.5, None)
+    assert printed(f"[INFO] it works\n{text}0.25", tmp_path, "loss") == (0.25, None)
+    megabytes = json.dumps({"loss": 0.5, "all": list(range(300_000))}, indent=2)
+    assert len(megabytes) > 3_000_000
+    assert printed(megabytes, tmp_path, "loss") == (0.5, None)
+    with pytest.raises(NoMetricError, match="no line of its output is a number"):
+        printed('{"loss": 0.5} of 3\n', tmp_path, "loss")
+
+
+@pytest.mark.parametrize(
+    ("text", "metric"),
+    [
+        ("loss", Metric("loss")),
+        ("eval:loss", Metric("eval:loss")),
+        ("results.json:results.acc", Metric("results.acc", "results.json")),
+        ("*.json:a:b.json:c", Metric("a:b.json:c", "*.json")),
+    ],
+)
+def test_a_metric_is_a_key_or_a_file_and_a_key(text: str, metric: Metric) -> None:
+    assert Metric.parse(text) == metric
+
+
+@pytest.mark.parametrize("text", ["", "results.json:"])
+def test_a_metric_without_a_key_is_refused(text: str) -> None:
+    with refused("metric", "must be a key such as loss, or a file and a key"):
+        Metric.parse(text)
+
+
+def test_the_newest_file_of_the_name_counts_and_lm_evals_standard_error_is_found(tmp_path: Path) -> None:
+    """As lm-eval writes it: names with dots and commas, in a folder of the model's name, and in a link to it."""
+
+    def read(key: str, file: str = "*.json") -> tuple[float, float | None]:
+        return Metric(key, file).read(tmp_path, folder)
+
+    folder = tmp_path / "trial"
+    path = folder / "my__model" / "results_2026.json"
+    path.parent.mkdir(parents=True)
     scores = {"alias": "x", "acc_norm,none": 0.61, "acc_norm_stderr,none": 0.02, "a": {"x": 1}, "a.b": {"c": 3}}
-    path.write_text(json.dumps({"results": {"hellaswag": scores}}))
-    (tmp_path / "old.json").write_text(json.dumps({"results": {"hellaswag": {"acc_norm,none": 0.1}}}))
-    os.utime(tmp_path / "old.json", (1, 1))
-    assert Metric(json="results.hellaswag.acc_norm,none").read(tmp_path, tmp_path) == (0.61, 0.02)
-    assert Metric(json="results.hellaswag.a.b.c").read(tmp_path, tmp_path) == (3, None)
+    (tmp_path / "elsewhere").write_text(json.dumps({"results": {"hellaswag": scores}}), encoding="utf-8-sig")
+    path.symlink_to(tmp_path / "elsewhere")
+    (folder / "old.json").write_text(json.dumps({"results": {"hellaswag": {"acc_norm,none": 0.1}}, "old": 5}))
+    (folder / "nowhere.json").symlink_to(tmp_path / "nothing")
+    os.utime(folder / "old.json", (1, 1))
+    assert read("results.hellaswag.acc_norm,none") == (0.61, 0.02)
+    assert read("results.hellaswag.acc_norm,none", "old.json") == (0.1, None)
+    assert read("results.hellaswag.a.b.c", "my__model/results_*.json") == (3, None)
+    assert read("old") == (5, None)
     with pytest.raises(NoMetricError, match=r"has no member 'results.hellaswag.nothing'; there are 'alias', 'acc_norm"):
-        os.utime(tmp_path / "old.json", (1, 1))
-        (tmp_path / "old.json").unlink()
-        Metric(json="results.hellaswag.nothing").read(tmp_path, tmp_path)
+        read("results.hellaswag.nothing")
+    with pytest.raises(NoMetricError, match=r"no results.json in its folder; there are 'my__model/results_2026.json'"):
+        read("loss", "results.json")
+    for inside in ("../elsewhere.json", str(tmp_path / "old.json")):
+        with pytest.raises(NoMetricError, match="in its folder"):
+            read("old", inside)
 
 
-def test_the_last_row_of_a_csv_file_counts(tmp_path: Path) -> None:
-    with pytest.raises(NoMetricError, match=r"no \.csv file"):
-        Metric(csv="fid").read(tmp_path, tmp_path)
-    (tmp_path / "m.csv").write_text("step,fid,fid_se\n1,5.5,1\n2,4.5,0.5\n")
-    assert Metric(csv="fid").read(tmp_path, tmp_path) == (4.5, 0.5)
-    (tmp_path / "m.csv").write_text("step,fid,fid_se\n1,5.5,1\n2,4.5,0.5\n", encoding="utf-8-sig")  # as Excel does
-    assert Metric(csv="step").read(tmp_path, tmp_path) == (2, None)
-    with pytest.raises(NoMetricError, match="has no column 'is'; there are 'step', 'fid', 'fid_se'"):
-        Metric(csv="is").read(tmp_path, tmp_path)
-    for content in (bytes(range(256)), b"fid,text\n1," + 200_000 * b"x"):
-        (tmp_path / "m.csv").write_bytes(content)
-        with pytest.raises(NoMetricError, match=r"m.csv cannot be read"):
-            Metric(csv="fid").read(tmp_path, tmp_path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "cannot be read"), ('{"loss": 0.', "cannot be read"), (100_000 * "[", "cannot be read"), ("[1]", "no member"),
+     ('{"loss": NaN}', "its metric is nan"), ('{"loss": [1]}', "no number")],
+)  # fmt: skip
+def test_a_file_that_is_not_whole_or_holds_no_number_is_told(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "m.json").write_text(content)
+    with pytest.raises(NoMetricError, match=message):
+        Metric("loss", "m.json").read(tmp_path, tmp_path)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
+from posthoc_cli.sweep import Axis
 from posthoc_cli.sweep.results import Record
-from posthoc_cli.sweep.rounds import Axis, explore
+from posthoc_cli.sweep.rounds import Search
 from posthoc_cli.sweep.search import NEXT, POINTS, Estimate, Trial, estimate, first_batch, next_batch
 
 LOW, HIGH = 0.02, 0.28
@@ -110,10 +111,10 @@ def test_a_far_best_value_is_confirmed_or_named() -> None:
     def explored(axis: Axis, metric: Callable[[float], float]) -> tuple[int, Estimate, str]:
         def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
             for x, seed in wanted:
-                yield Record(axis.title(x), x, seed, metric(x), None, None, 0.0, None, "")
+                yield Record(axis.title(x), x, seed, metric(x))
 
-        trials, found, why = explore(axis, measure, (), False, 20, 1, again=False)
-        return len(trials), found, why
+        search = Search(axis, minimize=False, budget=20).run(measure)
+        return len(search.trials), search.found, search.stopped
 
     def square(x: float) -> float:
         return (x - 0.1) ** 2

@@ -247,7 +247,7 @@ def test_checkpoints_of_other_programs_have_copies(tmp_path: Path, ema: Ema) -> 
         model = Network()
         torch.save(model.state_dict(), tmp_path / f"model-{step}00.pt")
     assert NOTICE in ema("info", tmp_path).out
-    made = ema("synthesize", tmp_path, "--mean", "last:3", "--out", tmp_path.parent / "mean.safetensors")
+    made = ema("synthesize", tmp_path, "--target", "last:3", "--out", tmp_path.parent / "mean.safetensors")
     assert (made.code, made.err.count(NOTICE)) == (0, 1)
 
 

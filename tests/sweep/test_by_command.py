@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from checking import assert_same_tensors, refused
-from ema_command import Ema
+from ema_command import Ema, unmeasured_environment
 from factories import write_run
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
+from posthoc_cli.cli import app
 from posthoc_cli.errors import LockedError, OutputExistsError, PostHocError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -28,6 +31,7 @@ from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.results import Record, Records
 
+ORIGIN = {"kind", "step_from", "prefix", "include", "exclude", "sigma_rels", "update_every", "update_after_step"}
 LENGTHS = (0.05, 0.1, 0.2)
 PRINTED = Metric()
 GRID = Axis.of_values("sigma_rel", LENGTHS)
@@ -76,7 +80,9 @@ def test_metrics_from_files_and_raw_weights_to_compare_with(run: Run, tmp_path: 
     command = shell('printf "{\\"r\\": {\\"acc,none\\": $2, \\"acc_stderr,none\\": 0.01}}" > $4/results.json')
     raw = tmp_path / "raw.safetensors"
     raw.touch()
-    report = swept(run, tmp_path / "out", command, Metric(json="r.acc,none"), axis=GRID, minimize=False, raw=raw)
+    report = swept(
+        run, tmp_path / "out", command, Metric("r.acc,none", "results.json"), axis=GRID, minimize=False, raw=raw
+    )
     assert report.best.sigma_rel == pytest.approx(0.2, rel=0.1)
     assert [trial.standard_error for trial in report.trials] == [0.01] * 4
     assert report.raw == 0.0
@@ -101,7 +107,7 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     more = swept(run, out, command, axis=Axis.of_values("sigma_rel", [*LENGTHS, 0.25]), minimize=False)
     assert calls.read_text().split()[3:] == ["0.25"]
     assert len(more.trials) == 4
-    swept(run, out, command, axis=GRID, method="paper")
+    swept(run, out, command, axis=GRID, t=15)
     assert len(calls.read_text().split()) == 7
 
 
@@ -115,7 +121,7 @@ def test_a_command_may_work_in_another_directory(run: Run, tmp_path: Path, monke
 
 def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
     records = Records(tmp_path, {"run": "r", "t": 1})
-    trials = [Record("sigma_rel 0.1", 0.1, seed, 0.5, None, None, 1.0, None, "logs/x") for seed in range(3)]
+    trials = [Record("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
     for trial in trials[:2]:
         records.append(trial)
     path = tmp_path / "trials.jsonl"
@@ -160,6 +166,25 @@ def test_the_command_counts_averages_and_names_the_log_of_a_failed_trial(ema: Em
     assert Path(line.rpartition("see ")[2]).exists()
 
 
+def test_json_is_the_result_alone_and_the_trials_go_to_stderr(ema: Ema, run: Run, tmp_path: Path) -> None:
+    command = "sh -c 'echo $1; [ $1 != 0.2 ]' sh {sigma_rel} {weights}"
+    options = ["--sigma-rel", "0.05,0.1,0.15,0.2", "--minimize", "--out", tmp_path / "out", "--json"]
+    done = ema("sweep", run.directory, "--run", command, *options)
+    assert done.json == json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [line.partition(",")[0] for line in done.err.splitlines()] == [
+        f"{warning}sigma_rel {x}" for warning, x in (("", 0.05), ("", 0.1), ("", 0.15), ("ema: warning: ", 0.2))
+    ]
+    quiet = ema("sweep", run.directory, "--run", command, *options, "--quiet")
+    assert quiet.json == done.json | {"again": quiet.json["again"], "trials": quiet.json["trials"]}
+    assert [line.partition(",")[0] for line in quiet.err.splitlines()] == ["ema: warning: sigma_rel 0.2"]
+
+
+def test_every_option_is_in_a_panel_of_the_help() -> None:
+    command = typer.main.get_command(app).commands["sweep"]  # type: ignore[attr-defined]
+    own = [option for option in command.params if option.name not in ORIGIN]
+    assert {option.rich_help_panel for option in own} == {"Which run", "Targets", "How", "Output"}
+
+
 def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Path) -> None:
     report = swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=Axis("sigma_rel", 0.05, 0.25))
     assert len(report.trials) == 6
@@ -197,44 +222,92 @@ def alive(path: Path) -> bool:
 
 
 def test_children_of_a_trial_end_with_it_and_only_they(run: Run, tmp_path: Path) -> None:
-    """Also one that has left its group; and not one that another command has started in the same moment."""
-    command = shell(f"sleep 60 & echo $! > {tmp_path}/child; setsid sleep 60 & echo $! > {tmp_path}/escaped; echo $2")
+    """Not one that another command has started in the same moment, nor what has left the group."""
+    script = f"(sleep 60 & echo $! > {tmp_path}/grandchild) & sleep 60 & echo $! > {tmp_path}/child;"
+    command = shell(f'trap "" TERM; {script} setsid sleep 60 & echo $! > {tmp_path}/escaped; sleep 0.1; echo $2')
     other = os.posix_spawnp("sleep", ["sleep", "60"], os.environ)
     try:
-        swept(run, tmp_path / "out", command, axis=GRID)
+        swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", LENGTHS[:2]))
         assert not alive(tmp_path / "child")
-        assert not alive(tmp_path / "escaped")
+        assert not alive(tmp_path / "grandchild")
+        assert alive(tmp_path / "escaped")
         os.kill(other, 0)
     finally:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
+        os.kill(int((tmp_path / "escaped").read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("stubborn", [False, True])
-def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Path, stubborn: bool) -> None:
-    out, trap = tmp_path / "out", 'trap "" TERM; ' * stubborn
+@pytest.mark.parametrize(("trap", "times"), [("", 1), ('trap "" TERM; ', 1), ('trap "" TERM; ', 2)])
+def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Path, trap: str, times: int) -> None:
+    """Also of a trial that ignores SIGTERM, and when the user loses patience."""
+    out = tmp_path / "out"
     # The second trial hangs.
-    command = shell(f"{trap}if [ $2 = 0.1 ]; then echo $$ > {tmp_path}/hangs; sleep 60; fi; echo $2")
+    hang = f"sleep 60 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/hangs; wait"
+    command = shell(f"{trap}if [ $2 = 0.1 ]; then {hang}; fi; echo $2")
     stopped: list[float] = []
 
     def stop() -> None:
         while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
             time.sleep(0.01)
         stopped.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
 
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
-    threading.Thread(target=stop).start()
+    thread = threading.Thread(target=stop)
+    thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             swept(run, out, command, axis=GRID)
     finally:
+        thread.join()
         signal.signal(signal.SIGINT, usual)
     assert time.monotonic() - stopped[0] < 5  # within 1 s where nothing else runs
     assert not alive(tmp_path / "hangs")
+    assert not alive(tmp_path / "child")
     assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
     (line,) = (out / "trials.jsonl").read_text().splitlines()
     assert json.loads(line)["trial"]["x"] == 0.05
+
+
+def test_a_command_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: Path) -> None:
+    """As `timeout` and batch systems end it."""
+    command = shell(f"echo $$ > {tmp_path}/hangs; sleep 60")
+    options = ["--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "out"]
+    words = [sys.executable, "-m", "posthoc_cli", "sweep", run.directory, "--run", command, *options]
+    with subprocess.Popen([*map(str, words)], env=unmeasured_environment(), stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not alive(tmp_path / "hangs")
+    assert names(tmp_path / "out") == {"logs", ".ema.lock"}
+
+
+def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_path: Path) -> None:
+    """Which then writes to its own folder and log, and not to those of the same trial made anew."""
+    go, out = tmp_path / "go", tmp_path / "out"
+    late = f'while [ ! -e {go} ]; do sleep 0.01; done; echo 9; echo "{{\\"x\\": 9}}" > $4/m.json'
+    first = f"if [ ! -e {tmp_path}/pid ]; then echo $$ > {tmp_path}/pid; {late}; exit; fi"
+    last = f'echo $2; echo "{{\\"x\\": $2}}" > $4/m.json; touch {go}; sleep 0.2'
+    command = shell(f"{first}; {last}")
+    script = (
+        "import sys; from posthoc_cli import Run; from posthoc_cli.sweep import Axis, Sweep\n"
+        "from posthoc_cli.sweep.metrics import Metric; from pathlib import Path\n"
+        "Sweep(Run(sys.argv[1]), sys.argv[2], Metric('x', 'm.json'), Path(sys.argv[3]),"
+        " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(run.directory), command, str(out)]) as process:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    report = swept(run, out, command, Metric("x", "m.json"), axis=GRID)
+    assert [trial.value for trial in report.trials] == list(LENGTHS)
+    assert (out / f"{report.trials[0].log}.out").read_text() == "0.05\n"
 
 
 def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) -> None:
@@ -248,14 +321,19 @@ def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) 
         swept(run, tmp_path / "small", disk=size - 1)
 
 
-def test_jobs_run_side_by_side_on_the_devices(run: Run, tmp_path: Path) -> None:
-    """Each waits for the other to begin; alone one would never end."""
-    both = f"[ -e {tmp_path}/7 ] && [ -e {tmp_path}/3 ]"
-    wait = f"touch {tmp_path}/$CUDA_VISIBLE_DEVICES; until {both}; do sleep 0.01; done"
-    report = swept(
-        run, tmp_path / "out", shell(f"{wait}; echo $CUDA_VISIBLE_DEVICES"), axis=GRID, jobs=2, devices=("3", "7")
-    )
-    assert {trial.value for trial in report.trials} == {3, 7}
+@pytest.mark.parametrize(
+    ("devices", "jobs", "given"),
+    [("3,7", 2, {"3", "7"}), ("3", 2, {"3"}), ("0,1,GPU-a,3", 2, {"0,GPU-a", "1,3"}), ("0,1", 1, {"0,1"})],
+)
+def test_jobs_run_side_by_side_and_share_out_the_devices(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str, jobs: int, given: set[str]
+) -> None:
+    """As many begin before the first ends: each waits for another."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    wait = f"touch {tmp_path}/began-$2; until [ $(ls {tmp_path} | grep -c began) -ge {jobs} ]; do sleep 0.01; done"
+    command = shell(f"{wait}; echo $CUDA_VISIBLE_DEVICES >> {tmp_path}/given; echo $2")
+    swept(run, tmp_path / "out", command, axis=GRID, jobs=jobs)
+    assert set((tmp_path / "given").read_text().split()) == given
 
 
 def test_long_logs_keep_their_end_and_large_folders_go(run: Run, tmp_path: Path) -> None:
@@ -279,16 +357,6 @@ def test_a_folder_of_others_is_refused_before_anything_in_it_is_replaced(run: Ru
     with refused(str(tmp_path), "is not empty, and no sweep made it", kind=OutputExistsError):
         swept(run, tmp_path, axis=GRID)
     assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"precious"}
-
-
-def test_what_a_killed_sweep_has_left_is_ended_and_removed(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / ".scratch" / "trial-x").mkdir(parents=True)
-    (out / ".scratch" / "old.safetensors").touch()
-    left = os.posix_spawnp("sleep", ["sleep", "60"], os.environ | {"EMA_TRIAL": f"{out}/.scratch/trial-x/"})
-    swept(run, out, axis=GRID)
-    assert os.waitstatus_to_exitcode(os.waitpid(left, 0)[1]) == -signal.SIGKILL
-    assert not (out / ".scratch").exists()
 
 
 @pytest.mark.parametrize(
@@ -346,39 +414,6 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder)
 
 
-@pytest.mark.parametrize("in_folder", [False, True])
-def test_lengths_of_groups_are_searched_after_that_of_all(steady: Run, tmp_path: Path, in_folder: bool) -> None:
-    wanted = [float(steady.average(width)["a"][0]) for width in (0.06, 0.2)]
-    (tmp_path / "read.py").write_text(
-        f"{FIRST}a, b = (first(sys.argv[1], name) for name in 'ab')\n"
-        f"print((a - {wanted[0]}) ** 2 + (b - {wanted[1]}) ** 2)"
-    )
-    file = "/model.safetensors" if in_folder else ""
-    command = f"{sys.executable} -S {tmp_path}/read.py {{weights}}{file}"
-    axis, out, like = Axis("sigma_rel", 0.03, 0.28), tmp_path / "out", tmp_path / "model" if in_folder else None
-    if like is not None:
-        like.mkdir()
-        save_file(dict(steady.average(0.1)), like / "model.safetensors")
-    report = swept(steady, out, command, axis=axis, groups=("a", "b"), like=like)
-    assert 0.06 < report.value_of(report.found.best) < 0.2
-    assert [group.value for group in report.refinements] == [pytest.approx(0.06, rel=0.1), pytest.approx(0.2, rel=0.1)]
-    assert all(group.gains for group in report.refinements)
-    best = load_file(out / "best/model.safetensors" if in_folder else out / "best.safetensors")
-    for name, group in zip("ab", report.refinements, strict=True):
-        assert torch.equal(best[name], steady.average(group.value)[name])
-    evaluations = (out / "trials.jsonl").read_text().count("\n")
-    assert swept(steady, out, command, axis=axis, groups=("a", "b"), like=like).to_dict() == report.to_dict()
-    assert (out / "trials.jsonl").read_text().count("\n") == evaluations
-    page = render(steady, out, tmp_path / "page.html")
-    assert "Tensors a: sigma_rel" in page
-
-
-def test_a_group_whose_length_makes_no_difference_keeps_that_of_all(run: Run, tmp_path: Path) -> None:
-    report = swept(run, tmp_path / "out", "sh -c 'echo 1' {weights}", axis=GRID, groups=("b" + "*" * 300,))
-    assert not report.refinements[0].gains
-    assert_same_tensors(load_file(tmp_path / "out/best.safetensors"), run.average(report.value_of(report.found.best)))
-
-
 def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path: Path) -> None:
     """A metric whose valley is oblique: each length's best depends on the other's."""
     wanted = [float(steady.average(width)["a"][0]) for width in (0.06, 0.2)]
@@ -389,9 +424,8 @@ def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path:
     command = f"{sys.executable} -S {tmp_path}/read.py {{weights}} {{weights:guide}} {{sigma_rel}} {{sigma_rel:guide}}"
     axis, out = Axis("sigma_rel", 0.03, 0.28), tmp_path / "out"
     report = swept(steady, out, command, axis=axis, guide=steady, guide_axis=axis, disk=steady.plan(0.1).nbytes * 3)
-    (guide,) = report.refinements
+    guide = report.second
     assert report.best.sigma_rel == pytest.approx(0.06, rel=0.15)
-    assert guide.name == "guide"
     assert guide.value == pytest.approx(0.2, rel=0.15)
     assert_same_tensors(load_file(out / "best.safetensors"), steady.average(report.best))
     assert_same_tensors(load_file(out / "best-guide.safetensors"), steady.average(guide.value))
@@ -401,25 +435,6 @@ def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path:
     page = render(steady, out, tmp_path / "page.html")
     assert f"The second network: sigma_rel {guide.value:g}." in page
     assert f"ema synthesize {steady.directory} --sigma-rel {guide.value:g} --t 20 --out guide.safetensors" in page
-
-
-def test_the_time_is_searched_when_the_length_is_found(steady: Run, tmp_path: Path) -> None:
-    """The metric wants the value that the weights had near time 12, whatever the length."""
-    (tmp_path / "read.py").write_text(f"{FIRST}print((first(sys.argv[1]) - 1.1) ** 2)")
-    command = f"{sys.executable} -S {tmp_path}/read.py {{weights}}"
-    length, times = Axis.of_values("sigma_rel", [0.1]), Axis("t", 5, 20)
-    report = swept(steady, tmp_path / "out", command, axis=length, times=times)
-    t = report.chosen["t"]
-    assert float(steady.average(0.1, t=t)["a"][0]) == pytest.approx(1.1, abs=0.03)
-    assert_same_tensors(load_file(tmp_path / "out/best.safetensors"), steady.average(0.1, t=t))
-    assert [trial.target for trial in report.trials[:2]] == ["t 5, sigma_rel 0.1", "t 6.6, sigma_rel 0.1"]
-    assert f"--sigma-rel 0.1 --t {t:g} --out" in render(steady, tmp_path / "out", tmp_path / "page.html")
-    lengths = Axis.of_values("sigma_rel", [0.05, 0.1, 0.15])
-    both = swept(steady, tmp_path / "both", command, axis=lengths, times=Axis.of_values("t", [8, 12, 16, 20]))
-    (time,) = both.refinements
-    assert (time.name, time.gains) == ("t", True)
-    assert 10 < time.value < 16
-    assert_same_tensors(load_file(tmp_path / "both/best.safetensors"), steady.average(both.best, t=time.value))
 
 
 def test_a_trial_gets_a_folder_like_a_model(run: Run, tmp_path: Path) -> None:

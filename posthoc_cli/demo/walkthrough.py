@@ -1,4 +1,4 @@
-"""The demo: train, synthesize, measure, export, draw, compare."""
+"""The demo from end to end: train, synthesize, measure, export, draw, compare."""
 
 from __future__ import annotations
 

@@ -1,0 +1,108 @@
+"""What is searched: the parameter of a kind of target, and its range."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import SHAPES
+from posthoc_cli.run import Run
+from posthoc_cli.targets import Beta, Decay, SigmaRel, Target, Window
+
+GOOD_ERROR = 0.01
+"""Predicted error of the lengths that are searched unless others are named."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is searched: a kind of target with one parameter.
+
+    Attributes:
+        kind: "sigma_rel", "beta" or "window"; "decay 1-sqrt over", "decay linear over" or "decay cosine over", whose
+            values are parts of training.
+        low, high: ends of the range.
+        values: measure exactly these; None for a search. One alone is given, and not searched.
+    """
+
+    kind: str
+    low: float
+    high: float
+    values: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise InvalidValueError("axis", f"must be one of {', '.join(_KINDS)}", value=self.kind)
+        for end in (self.low, self.high, *(self.values or ())):
+            self.target(end)  # checks it
+        if not self.low < self.high and not self.is_given:
+            ends = f"{self.low:g}:{self.high:g}"
+            raise InvalidValueError(self.kind, "the first must be below the second", value=ends)
+
+    @classmethod
+    def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
+        """A grid."""
+        return cls(kind, min(values), max(values), tuple(sorted(set(values))))
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is nothing to search."""
+        return self.values is not None and len(self.values) == 1
+
+    def target(self, value: float) -> Target:
+        """The target of a value, as a user writes it."""
+        return _KINDS[self.kind](value)
+
+    def title(self, value: float) -> str:
+        """For people: `sigma_rel 0.15`."""
+        return self.target(value).title
+
+    def scaled(self, value: float) -> float:
+        """The parameter whose logarithm is searched: of a decay its horizon in steps, else the value itself."""
+        return 1 / (1 - value) if self.kind == "beta" else value
+
+    def unscaled(self, x: float) -> float:
+        """The value of a parameter, exactly."""
+        return 1 - 1 / x if self.kind == "beta" else x
+
+    def value(self, x: float) -> float:
+        """The value of a parameter: one that was named, or with three digits, or as many as a narrow range needs."""
+        for named in self.values or ():
+            if math.isclose(self.scaled(named), x):
+                return named
+        width = math.log(self.scaled(self.high) / self.scaled(self.low))
+        digits = max(3, 2 - math.floor(math.log10(width or 1)))
+        if self.kind == "beta":
+            value = round(1 - _rounded(1 / x, digits), 12)
+        else:
+            value = round(x) if self.kind == "window" else _rounded(x, digits)
+        return min(max(value, self.low), self.high)
+
+
+def _rounded(x: float, digits: int) -> float:
+    return float(f"{x:.{digits}g}")
+
+
+_KINDS: dict[str, Callable[[Any], Target]] = {
+    "sigma_rel": SigmaRel,
+    "beta": Beta,
+    "window": Window,
+    **{f"decay {shape} over": functools.partial(Decay, shape) for shape in SHAPES},
+}
+
+
+def good_range(run: Run, t: float | None = None) -> Axis:
+    """The widest range of sigma_rel whose predicted error is below GOOD_ERROR.
+
+    Raises:
+        InvalidValueError: there is none.
+    """
+    ranges = run.error_curve(t=t).ranges_below(GOOD_ERROR)
+    if not ranges:
+        reason = f"no length has a predicted error below {100 * GOOD_ERROR:g} %"
+        raise InvalidValueError("sigma_rel", reason, "name a range, such as 0.05:0.25")
+    low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
+    return Axis("sigma_rel", math.ceil(low * 1e4) / 1e4, math.floor(high * 1e4) / 1e4)

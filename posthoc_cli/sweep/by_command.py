@@ -1,0 +1,346 @@
+"""A sweep by a user's command: each candidate is measured by a process of its own."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posthoc_cli import files
+from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
+from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.run import Run
+from posthoc_cli.snapshots.lock import HOLDER_NAME, LOCK_NAME, DirectoryLock
+from posthoc_cli.sweep.axes import Axis
+from posthoc_cli.sweep.metrics import Metric
+from posthoc_cli.sweep.networks import Network
+from posthoc_cli.sweep.processes import Command, run_all
+from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, SecondLength, SweepReport
+from posthoc_cli.sweep.rounds import Search, check_counts
+from posthoc_cli.sweep.search import NEXT
+
+if TYPE_CHECKING:
+    import torch
+
+GUIDE = "guide"
+"""The name of the second network; the first has none."""
+_PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|weights:guide|sigma_rel:guide|seed|dir)\}")
+_SCRATCH, _LOGS, _KEPT = ".scratch", "logs", "weights"
+_TURNS = 3
+"""Searches of one length at most, each with the other as it was found before."""
+
+Say = Callable[[Record], None]
+"""Told of every trial as it ends."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A request for the best length by a user's command.
+
+    Attributes:
+        run: the snapshots.
+        command: with `{weights}`, and if wanted `{sigma_rel}`, `{seed}`, `{dir}`; with a guide `{weights:guide}`.
+        metric: where the command says it.
+        out: folder for the records, logs and the best average.
+        axis: the length; by default sigma_rel where the predicted error is below 1 %.
+        minimize: whether lower is better.
+        repeats: trials of each length, with the seeds 0, 1, ...
+        budget: lengths to measure at most, in each search.
+        jobs: trials at a time, which share out CUDA_VISIBLE_DEVICES.
+        timeout: seconds that a trial may take.
+        disk: bytes of averages at a time, None for all of a round.
+        raw: a file of raw weights to compare with.
+        t: the time of the averages; by default that of the newest snapshot.
+        guide: snapshots of a second network, or the same ones for a second length.
+        guide_axis: its length, a sigma_rel; by default where the predicted error is below 1 %.
+        dtype, layout, like, component: as in `Run.write`.
+        keep: leave the averages in the folder `weights`, for other metrics.
+        again: the command line that asks for this.
+        progress: opens a progress bar.
+        say: called with every trial.
+    """
+
+    run: Run
+    command: str
+    metric: Metric
+    out: Path
+    axis: Axis | None = None
+    minimize: bool = True
+    repeats: int = 1
+    budget: int = 20
+    jobs: int = 1
+    timeout: float | None = None
+    disk: int | None = None
+    raw: Path | None = None
+    t: float | None = None
+    guide: Run | None = None
+    guide_axis: Axis | None = None
+    dtype: torch.dtype | str | None = None
+    layout: str | None = None
+    like: Path | None = None
+    component: str | None = None
+    keep: bool = False
+    again: str = ""
+    progress: ProgressBar = no_bar
+    say: Say = lambda _: None
+
+    def run_all(self) -> SweepReport:
+        """Do it. A call that was stopped is continued by the next one like it.
+
+        Raises:
+            InvalidValueError: an argument cannot be used.
+            LockedError: another sweep works in this folder.
+            PostHocError: too few trials have succeeded.
+        """
+        words = self._checked_words()
+        options = {name: getattr(self, name) for name in ("dtype", "layout", "like", "component")}
+        networks = [Network.of(self.run, self.axis, self.t, options, "", self.progress)]
+        if self.guide is not None:
+            networks.append(Network.of(self.guide, self.guide_axis, None, options, GUIDE, self.progress))
+        axes = [network.axis for network in networks]
+        if all(axis.is_given for axis in axes):
+            raise InvalidValueError(axes[0].kind, "name two lengths or more", value=f"{axes[0].low:g}")
+        check_counts(self.repeats, self.budget, axes)
+        needed = sum(network.nbytes for network in networks)
+        if self.disk is not None and self.disk < needed:
+            reason = f"one trial takes {needed:,} bytes of averages"
+            raise InvalidValueError("disk", f"must have room for one; {reason}", value=f"{self.disk:,} bytes")
+        if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
+            reason = "its first word is neither a program on the PATH nor an executable file"
+            raise InvalidValueError("run", reason, "a script may need its interpreter first: python3", value=words[0])
+        with self._folder():
+            return _Job(self, words, networks).run()
+
+    def _checked_words(self) -> list[str]:
+        try:
+            words = shlex.split(self.command)
+        except ValueError as error:
+            raise InvalidValueError("run", f"cannot be split into words: {error}", value=self.command) from error
+        places = ["{weights}"] if self.guide is None else ["{weights}", "{weights:guide}"]
+        for place in places:
+            if not any(place in word for word in words):
+                reason = f"must have {place} where the file goes"
+                raise InvalidValueError("run", reason, value=self.command or "(empty)")
+        if self.guide is None and (self.guide_axis is not None or "{weights:guide}" in self.command):
+            raise InvalidValueError("guide", "is missing: the snapshots of the second network, or the same for both")
+        if self.metric.file is not None and "{dir}" not in self.command:
+            reason = "must have {dir}, the folder in which the file with the metric is looked for"
+            raise InvalidValueError("run", reason, value=self.command)
+        if self.jobs < 1:
+            raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
+        if self.raw is not None and self.guide is not None:
+            raise InvalidValueError("raw and guide", "give one of them", "evaluate the two networks' raw weights apart")
+        if self.keep and self.disk is not None:
+            raise InvalidValueError("keep_weights and disk", "give one of them")
+        if self.timeout is not None and not self.timeout > 0:
+            raise InvalidValueError("timeout", "must be above 0 seconds", value=f"{self.timeout:g}")
+        if self.out.exists() and not self.out.is_dir():
+            raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
+        if self.raw is not None and not self.raw.exists():
+            raise InvalidValueError("raw", "no such file or directory", value=self.raw)
+        return words
+
+    @contextmanager
+    def _folder(self) -> Iterator[None]:
+        """The folder of the sweep, locked; the averages that a killed one has left are removed."""
+        if not self.out.parent.is_dir():
+            raise InvalidValueError("out", "its parent folder does not exist", value=self.out)
+        there = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
+        if there - {LOCK_NAME, HOLDER_NAME, _LOGS, _SCRATCH, _KEPT} and not there & {TRIALS, RESULT}:
+            # Something in it may be named as what a sweep replaces or removes.
+            raise OutputExistsError(self.out, "is not empty, and no sweep made it", "name another folder")
+        scratch, kept = self.out / _SCRATCH, self.out / _KEPT
+        with files.reported_as_write_error(self.out):
+            for folder in (self.out, self.out / _LOGS):
+                files.make_directory(folder)
+        try:
+            lock = DirectoryLock(self.out)
+        except LockedError as error:
+            raise LockedError(self.out, error.reason, "wait for that sweep, or take another folder") from error
+        with lock:
+            for left in (scratch, *(files.leftovers(kept) if kept.is_dir() else ())):
+                _remove(left)
+            try:
+                yield
+            finally:
+                _remove(scratch)
+
+
+_Wanted = tuple[Record, dict[str, Any]]
+"""A trial to make, as far as it is known, and what the placeholders become."""
+
+
+class _Job:
+    """The searches of a sweep: of one length, or of two in turn, each with the other as it was found before."""
+
+    def __init__(self, asked: Sweep, words: list[str], networks: list[Network]) -> None:
+        self._asked, self._words = asked, words
+        self._networks = {network.name: network for network in networks}
+        self._searched = [network for network in networks if not network.axis.is_given]
+        self._lengths = {network.name: network.axis.high for network in networks}
+        self._settings = networks[0].settings | {"command": asked.command, "metric": vars(asked.metric)}
+        for other in networks[1:]:
+            self._lengths[other.name] = other.axis.value(math.sqrt(other.axis.low * other.axis.high))
+            self._settings |= {other.name: other.settings}
+        self._scratch = asked.out / _SCRATCH
+        self._trials: list[Record] = []
+        self._found: dict[str, Search] = {}
+        self._beside = ""
+
+    def run(self) -> SweepReport:
+        """Search all, measure the raw weights, and write the best."""
+        if self._asked.raw is not None:
+            self._measure_raw(self._asked.raw)
+        waiting, turns = list(self._searched), Counter[str]()
+        while waiting:
+            network = waiting.pop(0)
+            moved = self._search(network)
+            turns[network.name] += 1
+            others = [other for other in self._searched if other not in (network, *waiting)]
+            waiting += [other for other in others if moved and turns[other.name] < _TURNS]
+        return self._written(self._report(self._lengths, self._trials))
+
+    def _search(self, network: Network) -> bool:
+        """Find a length; whether that moves it by more than the noise."""
+        asked, name, axis = self._asked, network.name, network.axis
+        records = Records(asked.out, self._question(network))
+        if network is self._searched[0]:
+            # Only the trials of the last search of it are of its curve.
+            self._beside = "".join(self._title(network, self._lengths).partition(", ")[1:])
+        search = self._found[name] = Search(
+            axis, _known(records, axis), minimize=asked.minimize, budget=asked.budget, repeats=asked.repeats,
+            again=asked.repeats > 1 or "{seed}" in asked.command, batch=max(NEXT, asked.jobs),
+        )  # fmt: skip
+        lengths, moved = self._lengths, False
+        for found in search.rounds(lambda wanted: self._measure(network, wanted, records)):
+            low, best, high = map(axis.value, (found.low, found.best, found.high))
+            lengths, moved = self._lengths | {name: best}, not low <= self._lengths[name] <= high
+            self._report(lengths, [*self._trials, *search.trials]).write(asked.out)
+        self._lengths, self._trials = lengths, [*self._trials, *search.trials]
+        return moved
+
+    def _report(self, lengths: dict[str, float], trials: Sequence[Record]) -> SweepReport:
+        """What was found up to now."""
+        asked, first, main = self._asked, self._searched[0], self._networks[""]
+        searched, second = self._found[first.name], None
+        for other in self._searched[1:]:
+            if other.name in self._found:
+                found = self._found[other.name].found
+                low, high = map(other.axis.value, (found.low, found.high))
+                second = SecondLength(lengths[other.name], low, high, found.mean, found.standard_error)
+        return SweepReport(
+            metric=asked.metric.label, minimize=asked.minimize, axis=first.axis, searched=first.name or first.axis.kind,
+            trials=tuple(trials), found=searched.found, stopped=searched.stopped, best=main.axis.target(lengths[""]),
+            title=self._title(first, lengths), chosen={name or main.axis.kind: lengths[name] for name in lengths},
+            kind=main.axis.kind, beside=self._beside, settings=self._question(first), second=second,
+            guide=None if asked.guide is None else asked.guide.directory, again=asked.again,
+        )  # fmt: skip
+
+    def _written(self, report: SweepReport) -> SweepReport:
+        """Write the best averages and the report."""
+        out, outputs = self._asked.out, []
+        for name, network in self._networks.items():
+            best = f"best-{name}".rstrip("-")
+            if self._asked.like is not None:  # which is made anew only
+                _remove(out / best)
+            outputs.append(network.write(out, best, self._lengths[name]))
+        report = replace(report, outputs=tuple(outputs))
+        report.write(out)
+        return report
+
+    def _question(self, network: Network) -> dict[str, Any]:
+        """What makes the trials of a search comparable: all but the value that is searched."""
+        others = [other.title(self._lengths[name]) for name, other in self._networks.items() if other is not network]
+        return self._settings | {"searched": f"{network.name} {network.axis.kind}".lstrip(), "others": others}
+
+    def _title(self, network: Network, lengths: dict[str, float]) -> str:
+        """Of a trial: the value that is searched, then the other."""
+        others = [other for other in self._networks.values() if other is not network]
+        return ", ".join(one.title(lengths[one.name]) for one in (network, *others))
+
+    def _measure_raw(self, raw: Path) -> None:
+        """With all seeds that were not measured before."""
+        records = Records(self._asked.out, self._settings | {"raw": str(raw.resolve())})
+        known = {trial.seed: trial for trial in records.read() if trial.value is not None}
+        seeds = [seed for seed in range(self._asked.repeats) if seed not in known]
+        wanted = [(Record(RAW, 0.0, seed), {"weights": raw, "sigma_rel": 0.0}) for seed in seeds]
+        self._trials += [*known.values(), *self._evaluate(wanted, records)]
+
+    def _measure(self, network: Network, wanted: Sequence[tuple[float, int]], records: Records) -> list[Record]:
+        """Synthesize values in one pass, as many as the disk may hold, and run the command for each."""
+        values = list(dict.fromkeys(value for value, _ in wanted))
+        size, done = len(values) or 1, list[Record]()
+        if self._asked.disk is not None:
+            size = 1 + (self._asked.disk - sum(one.nbytes for one in self._networks.values())) // network.nbytes
+        for begin in range(0, len(values), size):
+            made = self._make(network, values[begin : begin + size])
+            some = [(value, seed) for value, seed in wanted if value in made]
+            done += self._evaluate([(replace(made[v][0], seed=seed), made[v][1]) for v, seed in some], records)
+            _remove(self._scratch)
+        return done
+
+    def _make(self, network: Network, values: Sequence[float]) -> dict[float, _Wanted]:
+        """The averages of some values of a length, each as a trial with seed 0."""
+        folder = self._asked.out / _KEPT if self._asked.keep else self._scratch
+        with files.reported_as_write_error(folder):
+            files.make_directory(folder)
+        points = [self._lengths | {network.name: value} for value in values]
+        made = [one.make(folder, [point[name] for point in points]) for name, one in self._networks.items()]
+        trials = {}
+        for point, averages in zip(points, zip(*made, strict=True), strict=True):
+            filled = {name: text for words, _ in averages for name, text in words.items()}
+            value, (_, error) = point[network.name], averages[0]
+            trials[value] = Record(self._title(network, point), value, 0, predicted_error=error), filled
+        return trials
+
+    def _evaluate(self, wanted: Sequence[_Wanted], records: Records) -> list[Record]:
+        """Run the command for each, and write the outcomes down."""
+        asked, commands, done = self._asked, list[Command](), list[Record]()
+        with files.reported_as_write_error(self._scratch):
+            files.make_directory(self._scratch)
+            for trial, averages in wanted:
+                name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{trial.target}-seed-{trial.seed}")
+                # A new name: a trial of a killed sweep may still write to its own.
+                folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._scratch))
+                filled = {"weights:guide": "", "sigma_rel:guide": "", **averages, "seed": trial.seed, "dir": folder}
+                # Absolute paths, since the command may change the directory.
+                texts = {key: str(one.absolute() if isinstance(one, Path) else one) for key, one in filled.items()}
+                words = [_PLACEHOLDER.sub(lambda found: texts[found[1]], word) for word in self._words]  # noqa: B023
+                logged = replace(trial, log=f"{_LOGS}/{name}")
+                commands.append(Command(logged, words, folder, asked.out / logged.log))
+
+        def tell(command: Command, record: Record) -> None:
+            records.append(record)
+            done.append(record)
+            _remove(command.folder)
+            asked.say(record)
+
+        run_all(commands, asked.metric, tell, asked.jobs, asked.timeout)
+        return done
+
+
+def _known(records: Records, axis: Axis) -> list[Record]:
+    """What was measured before and belongs to the search; of a trial that was made twice the last one."""
+
+    def within(trial: Record) -> bool:
+        return trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high
+
+    trials = {(trial.x, trial.seed): trial for trial in records.read()}
+    return [trial for trial in trials.values() if trial.value is not None and within(trial)]
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, where there is one; a WriteError."""
+    with files.reported_as_write_error(path, "removed"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            files.unlink_if_there(path)
