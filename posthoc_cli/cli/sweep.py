@@ -14,12 +14,10 @@ from typer import Option
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import SHAPES
-from posthoc_cli.targets import parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
-    from posthoc_cli.sweep import Axis, SweepReport
+    from posthoc_cli.sweep import SweepReport
     from posthoc_cli.sweep.results import Record
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
@@ -91,25 +89,11 @@ def sweep(
         help="A range to search, 0.02:0.28, or a list to measure. [default: what is exact within 1 %]",
         rich_help_panel=values.PANEL_TARGETS,
     ),
-    beta: str | None = Option(
-        None, help="Search classical averages instead: 0.99:0.9999, or a list.", rich_help_panel=values.PANEL_TARGETS
-    ),
-    window: str | None = Option(
+    target: str | None = Option(
         None,
-        help="Search means of the last steps instead: 1000:50000, or a list.",
-        rich_help_panel=values.PANEL_TARGETS,
-    ),
-    decay: str | None = Option(
-        None,
-        metavar="1-sqrt|linear|cosine",
-        autocompletion=values.one_of(*SHAPES),
-        help="Search decays of the learning rate that were not run instead, by their part of training (--over).",
-        rich_help_panel=values.PANEL_TARGETS,
-    ),
-    over: str | None = Option(
-        None,
-        help="For --decay: the parts of training, a range or a list. [default: 5%:50%]",
-        show_default=False,
+        metavar="KIND:LOW:HIGH",
+        help="Search averages of another kind instead: beta:0.99:0.9999, half-life:100:10000, window:1000:50000 or "
+        "decay:linear:5%:50%, or a list to measure.",
         rich_help_panel=values.PANEL_TARGETS,
     ),
     guide_sigma_rel: str | None = Option(
@@ -153,22 +137,28 @@ def sweep(
     The same call goes on where an earlier one has stopped. All is in OUT: trials.jsonl, sweep.json, logs, best.
     """
     from posthoc_cli.run import Run
-    from posthoc_cli.sweep import Sweep
+    from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.metrics import Metric
 
     output.log_to_stderr(False)
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
+    if sigma_rel is not None and target is not None:
+        raise InvalidValueError("--sigma-rel and --target", "give one of them")
+    length = None if sigma_rel is None else Axis.of_kind("sigma_rel", sigma_rel, "--sigma-rel")
+    axis = values.optional(Axis.parse, target, "--target") or length
+    width = "--guide-sigma-rel"
+    second = None if guide_sigma_rel is None else Axis.of_kind("sigma_rel", guide_sigma_rel, width)
     out = files.expanded(out)
     stored = values.open_run(directory, checkpoints, origin)
     output.warn_of_statistics(stored.sources[-1].info.copies)
     report = Sweep(
         stored, run, Metric() if metric is None else Metric.parse(metric), out,
-        axis=_length(sigma_rel, beta, window, decay, over), minimize=minimize, repeats=repeats, budget=budget,
+        axis=axis, minimize=minimize, repeats=repeats, budget=budget,
         jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
         raw=None if raw is None else files.expanded(raw), t=t,
         guide=None if guide is None else Run(values.existing_run(guide)),
-        guide_axis=None if guide_sigma_rel is None else _axis("--guide-sigma-rel", "sigma_rel", guide_sigma_rel),
+        guide_axis=second,
         dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
         keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
         say=functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet),
@@ -177,42 +167,6 @@ def sweep(
         output.print_json(report.to_dict())
     elif not quiet:
         _print(report)
-
-
-def _length(
-    sigma_rel: str | None, beta: str | None, window: str | None, decay: str | None, over: str | None
-) -> Axis | None:
-    if decay is not None and decay not in SHAPES:
-        raise values.bad("--decay", decay, f"must be one of {', '.join(SHAPES)}")
-    if over is not None and decay is None:
-        raise InvalidValueError("--over", "is for --decay", value=over)
-    kinds = {
-        "--sigma-rel": ("sigma_rel", sigma_rel), "--beta": ("beta", beta), "--window": ("window", window),
-        "--decay": (f"decay {decay} over", None if decay is None else over or "5%:50%"),
-    }  # fmt: skip
-    given = [(option, kind, text) for option, (kind, text) in kinds.items() if text is not None]
-    if not given:
-        return None
-    if len(given) > 1:
-        raise InvalidValueError(f"{given[0][0]} and {given[1][0]}", "give one of them")
-    option, kind, text = given[0]
-    return _axis("--over" if option == "--decay" else option, kind, text)
-
-
-def _axis(option: str, kind: str, text: str) -> Axis:
-    """A range to search, a list to measure, or one value."""
-    from posthoc_cli.sweep import Axis
-
-    parts = text.replace("%", "e-2")
-    ends = parts.split(":")
-    if len(ends) != 2:
-        return Axis.of_values(kind, parse_numbers(parts, option))
-    try:
-        low, high = map(float, ends)
-    except ValueError:
-        example = {"--window": "1000:50000", "--beta": "0.99:0.9999", "--over": "5%:50%"}
-        raise values.bad(option, text, f"a range is LOW:HIGH, such as {example.get(option, '0.02:0.28')}") from None
-    return Axis(kind, low, high)
 
 
 def _print_trial(out: Path, print_line: Callable[[str], None], quiet: bool, trial: Record) -> None:

@@ -184,7 +184,7 @@ def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
         for trial in found["trials"]
         # Not raw, and with the other network's length as in the last search.
         if trial["value"] is not None
-        and trial["target"].startswith(f"{found['axis']} ")
+        and trial["target"].startswith((f"{found['axis']} ", f"{found['axis']}:"))
         and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
     ]
     flat = tuple(map(shown, found["equal_within_noise"]))
@@ -242,11 +242,11 @@ def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return [shlex.join(["ema", "synthesize", *source, "--sigma-rel", "0.1", *_OUT])]
     best, kind = found["best"], found["length"]
-    # "decay linear over" is two options.
-    option = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
+    value = f"{best[kind]:.12g}"
+    target = ("--sigma-rel", value) if kind == "sigma_rel" else ("--target", f"{kind}:{value}")
     settings = found["settings"]
     how = _how(settings, None if settings["t"] == run.t else settings["t"], "model")
-    commands = [["ema", "synthesize", *source, *option, f"{best[kind]:.12g}", *how]]
+    commands = [["ema", "synthesize", *source, *target, *how]]
     if found["guide"] is not None:
         width, other = f"{best['guide']:.12g}", settings["guide"]
         how = _how(other, other["t"], "guide")

@@ -11,7 +11,7 @@ from typing import Any
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import SHAPES
 from posthoc_cli.run import Run
-from posthoc_cli.targets import Beta, Decay, SigmaRel, Target, Window
+from posthoc_cli.targets import Beta, Decay, HalfLife, SigmaRel, Target, Window, parse_numbers
 
 GOOD_ERROR = 0.01
 """Predicted error of the lengths that are searched unless others are named."""
@@ -22,7 +22,7 @@ class Axis:
     """What is searched: a kind of target with one parameter.
 
     Attributes:
-        kind: "sigma_rel", "beta" or "window"; "decay 1-sqrt over", "decay linear over" or "decay cosine over", whose
+        kind: "sigma_rel", "beta", "half-life" or "window"; "decay:1-sqrt", "decay:linear" or "decay:cosine", whose
             values are parts of training.
         low, high: ends of the range.
         values: measure exactly these; None for a search. One alone is given, and not searched.
@@ -46,6 +46,27 @@ class Axis:
     def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
         """A grid."""
         return cls(kind, min(values), max(values), tuple(sorted(set(values))))
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Axis:
+        """KIND:LOW:HIGH to search, KIND:LIST to measure; an InvalidValueError about `name` says what is accepted."""
+        kind, _, rest = text.partition(":")
+        if kind == "decay":
+            shape, _, rest = rest.partition(":")
+            kind = f"decay:{shape}"
+        if kind not in _KINDS:
+            raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}", value=text)
+        return cls.of_kind(kind, rest, name)
+
+    @classmethod
+    def of_kind(cls, kind: str, text: str, name: str) -> Axis:
+        """LOW:HIGH to search, or a list or LOW:HIGH:STEP to measure."""
+        numbers, ends = text.replace("%", "e-2"), text.split(":")
+        form = f"a range LOW:HIGH, such as {_RANGES.get(kind, '5%:50%')}, or a list"
+        if len(ends) != 2:
+            return cls.of_values(kind, parse_numbers(numbers, name, form, text))
+        low, high = (parse_numbers(end, name, form, text)[0] for end in numbers.split(":"))
+        return cls(kind, low, high)
 
     @property
     def is_given(self) -> bool:
@@ -89,9 +110,13 @@ def _rounded(x: float, digits: int) -> float:
 _KINDS: dict[str, Callable[[Any], Target]] = {
     "sigma_rel": SigmaRel,
     "beta": Beta,
+    "half-life": HalfLife,
     "window": Window,
-    **{f"decay {shape} over": functools.partial(Decay, shape) for shape in SHAPES},
+    **{f"decay:{shape}": functools.partial(Decay, shape) for shape in SHAPES},
 }
+_RANGES = {
+    "sigma_rel": "0.02:0.28", "beta": "0.99:0.9999", "half-life": "100:10000", "window": "1000:50000",
+}  # fmt: skip
 
 
 def good_range(run: Run, t: float | None = None) -> Axis:

@@ -61,7 +61,7 @@ def place(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         save_file({"w": np.ones(3, np.float32)}, place / f"{model}.safetensors")
     (place / "m.pt").write_bytes(pickle.dumps({"w": 1}))
     (place / "broken.safetensors").write_bytes(b"no header")
-    for name in ("text", "there.safetensors", "there.png", "there.csv"):
+    for name in ("text", "there.safetensors", "there.png", "there.csv", "other/notes.txt"):
         (place / name).write_text("precious")
     return place
 

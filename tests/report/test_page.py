@@ -189,11 +189,11 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     page = render(run, tmp_path / "out", tmp_path / "page.html")
     assert "Best: beta" in page
     assert "1 / (1 - beta)" in page
-    axis = Axis.of_values("decay linear over", [0.1, 0.2, 0.4])
+    axis = Axis.of_values("decay:linear", [0.1, 0.2, 0.4])
     Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "decays", axis).run_all()
     page = render(run, tmp_path / "decays", tmp_path / "page.html")
-    assert "Best: decay linear over" in page
-    assert re.search(r"ema synthesize \S+ --decay linear --over 0\.\d+ --out", page)
+    assert "Best: decay:linear:" in page
+    assert re.search(r"ema synthesize \S+ --target decay:linear:0\.\d+ --out", page)
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,8 @@ def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, na
     [
         (Axis("beta", 0.5, 0.95), "log((1 - {sigma_rel}) / 0.2)", 0.8),
         (Axis("window", 2, 20), "log({sigma_rel} / 7)", 7),
-        (Axis("decay linear over", 0.05, 0.5), "log({sigma_rel} / 0.2)", 0.2),
+        (Axis("decay:linear", 0.05, 0.5), "log({sigma_rel} / 0.2)", 0.2),
+        (Axis("half-life", 2, 20), "log({sigma_rel} / 5)", 5),
     ],
 )
 def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
