@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -16,7 +17,9 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteE
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
+from posthoc_cli.snapshots.path import encode_sample, index_within, places
 from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.tracker.averages import Sampler, on_host_in_order
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 from posthoc_cli.tracker.sharding import Members, Shares, is_sharded, local_part, local_tensors, reshard
 
@@ -95,7 +98,8 @@ def _within(names: frozenset[str], values: Mapping[str, Value]) -> dict[str, Val
 class TrackedModel:
     """What a run tracks of a model: the entries of a snapshot's header that must not change within a segment.
 
-    In a process that has met others to track one model, `members`, it is what that process owns.
+    In a process that has met others to track one model, `members`, it is what that process owns; `everywhere` are the
+    shapes of all averages then, complete.
     """
 
     tensors: dict[str, TrackedTensor]
@@ -106,6 +110,7 @@ class TrackedModel:
     segment: int = 0
     chunks: dict[str, Chunk] = field(default_factory=dict)
     members: Members | None = None
+    everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_model(cls, found: ModelTensors, members: Members | None = None) -> TrackedModel:
@@ -133,6 +138,27 @@ class TrackedModel:
     def box(self, name: str) -> Box:
         """The elements of a tensor that are here."""
         return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.whole(self.shapes[name])
+
+    @property
+    def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all averages, those of other processes, too."""
+        return self.everywhere or {name: self.shapes[name] for name in self.dtypes("average")}
+
+    @cached_property
+    def sampled(self) -> list[tuple[str, int]]:
+        """The elements of a snapshot's sample that are here: name, and row-major index in what is here of the tensor."""
+        return [*self.numbered_sample.values()]
+
+    @cached_property
+    def numbered_sample(self) -> dict[int, tuple[str, int]]:
+        """The same by their place in the sample."""
+        own = ((number, name, index) for number, (name, index) in enumerate(places(self.complete_shapes)))
+        found = (
+            (number, name, index_within(self.box(name), self.complete_shape(name), index))
+            for number, name, index in own
+            if name in self.tensors
+        )
+        return {number: (name, index) for number, name, index in found if index is not None}
 
     def boxes(self) -> dict[str, Box] | None:
         """What is here of each tensor, in a process that has met others."""
@@ -166,6 +192,7 @@ class TrackedModel:
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
+        tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
             fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:
@@ -416,6 +443,14 @@ class ModelWatch:
         """Raise a ModelMismatchError unless the model is the tracked one; it may be frozen, to be filled only."""
         if not self._follows_changes:
             self.change(self._collect(model, tracked, frozen_too=True), tracked)
+
+    def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float] | None:
+        """The part of a snapshot's sample that is here, of the model; None where a tensor is not as it was tracked."""
+        found = self._collect(model, tracked, frozen_too=True).averaged
+        if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
+            return None
+        values = on_host_in_order(Sampler(found, tracked.sampled).take())
+        return dict(zip(tracked.numbered_sample, values.tolist(), strict=True))
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
