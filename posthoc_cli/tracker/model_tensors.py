@@ -146,7 +146,7 @@ class TrackedModel:
 
     @cached_property
     def sampled(self) -> list[tuple[str, int]]:
-        """The elements of a snapshot's sample that are here: name, and row-major index in what is here of the tensor."""
+        """The elements of a snapshot's sample that are here: name, and row-major index in what is here of it."""
         return [*self.numbered_sample.values()]
 
     @cached_property

@@ -807,10 +807,10 @@ class PostHocEMA:
             )  # fmt: skip
 
     def _is_near(self, sample: Mapping[int, float]) -> bool:
-        """Whether the model is about where it was when this tracker was made."""
+        """Whether the model is about where it was when this tracker was made: the first step may be a large one."""
         before, reach = self._seen or ({}, 0.0)
         moved = sum((value - before[number]) ** 2 for number, value in sample.items())
-        return moved <= reach**2 * sum(value**2 for value in sample.values())
+        return moved <= (3 * reach) ** 2 * sum(value**2 for value in sample.values())
 
     def _become_writer(self) -> None:
         """At the first call: become the directory's writer and, in a resumed run, load its averages."""

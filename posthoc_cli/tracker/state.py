@@ -397,8 +397,10 @@ def find_place(
     if not steps or steps[-1] not in {moment.step for moment in path} or len(sample) != len(path[0].weights):
         return None
     found = find(np.array([sample[number] for number in sorted(sample)], np.float32), path)
-    if found is None or found.step is None:
-        return found and (found, steps[-1])
+    if found is None:
+        return None
+    if found.step is None:
+        return found, steps[-1]
     before = max((step for step in steps if step <= found.step), default=None)
     return replace(found, step=before, is_before=before is None), steps[-1]
 
