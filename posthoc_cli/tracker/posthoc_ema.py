@@ -175,7 +175,10 @@ class PostHocEMA:
             keep_state: keep the exact averages beside the snapshots, in `state.safetensors`: `from_path` and `resume`
                 then go on without rounding. 12 bytes an element and profile (16 for float64) on disk and in memory.
             resume: "auto" to go on, as `from_path` does but with these arguments, where the directory holds a run of
-                this model. A number to go on from the snapshots of that call of `update_`. None for a new run only.
+                this model: from the newest snapshots at or before the place of the model's weights on the run's path.
+                Restore its checkpoint before; a model that is not on the path by the first `update_` is an error there.
+                A number to go on from the snapshots of that call of `update_`, whatever the weights. None for a new
+                run only.
             schedule: a plan, whose `sigma_rels`, `checkpoint_every` and `max_checkpoints` replace these arguments.
             shard_averages: of replicas in a group of processes, such as those of DDP, let each keep and write about the
                 same share of the averages. All of them make the tracker. Without a group, or for a model that is
@@ -226,16 +229,17 @@ class PostHocEMA:
     ) -> PostHocEMA:  # fmt: skip
         """The run in a directory: to synthesize from, and to go on tracking.
 
-        Tracking goes on at the first `update_` from the newest snapshots: from their values, rounded to their storage
-        dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To go on exactly
-        without one, `load_state_dict`. Due snapshots of other trackers of this process are waited for.
+        Tracking goes on at the first `update_`, from the newest snapshots at or before the place of the model's weights
+        on the run's path; weights that are not on it are an error then. It goes on from the snapshots' values, rounded
+        to their storage dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To
+        go on exactly without one, `load_state_dict`. Due snapshots of other trackers of this process are waited for.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
-            model: the model to go on with; checked against the snapshots here and now.
+            model: the model to go on with, or to be filled; its tensors are checked against the snapshots here and now.
             sigma_rels: the tracked profiles to go on with; the others' snapshots stay in use.
-            step: go on from the snapshots of this call of `update_`; later ones are set aside in the folder
-                `superseded` when tracking begins.
+            step: go on from the snapshots of this call of `update_`, whatever the model's weights; later ones are set
+                aside in the folder `superseded` when tracking begins.
             others: as in `from_model`; the default is the stored value, for `keep_state` whether there is a state.
 
         Raises:
@@ -307,8 +311,9 @@ class PostHocEMA:
                 the next call.
             WriteError: an earlier snapshot could not be written; raised once, this call has done its work.
             NotReadyError: the tracker is closed, attached, in use or another process's; or the weights are averaged.
-            LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: the directory has another
-                writer or run, is damaged, or lacks a profile to go on from. Nothing of the call has been done.
+            LockedError, MismatchError, ModelMismatchError, DirectoryError, FileFormatError: at the first call: the
+                directory has another writer or run, or is damaged or lacks a profile to go on from; or the model is not
+                on the path of the run that is to go on. Nothing of the call has been done.
         """
         check_model(model)
         if self._attachment is not None:
