@@ -67,6 +67,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for parameter in model.parameters() if step % 500 == 499 else ():
                 parameter += 1e-3 * torch.randn(parameter.shape)
             ema.update_(model)
+    torch.save(model.state_dict(), directory.parent / "model.pt")
     return directory
 
 
@@ -88,7 +89,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
     """What a page's commands find: a finished run, an evaluation, a model, an average of a part of it."""
-    shutil.copytree(finished_run, tmp_path / "run/ema")
+    shutil.copytree(finished_run.parent, tmp_path / "run")
     (tmp_path / "eval.py").write_text(EVALUATION)
     weights = names["model"].state_dict()
     save_file(weights, tmp_path / "full.safetensors")

@@ -59,13 +59,14 @@ def _state_names(number: int) -> tuple[str, str]:
 
 
 def make_tracker(
-    model: torch.nn.Module, checkpoint_dir: str | Path, is_first: bool, options: dict[str, Any]
+    model: torch.nn.Module, checkpoint_dir: str | Path, is_first: bool, options: dict[str, Any], has_state: bool = False
 ) -> PostHocEMA:
     """A tracker of a model; of replicas in several processes the first one keeps the averages.
 
     An earlier one of this process in the directory is closed: where an exception ends a training, not all frameworks
-    tell.
+    tell. Where a checkpoint `has_state` for it, that says where to go on, and `resume` nothing.
     """
+    options = {name: value for name, value in options.items() if not (has_state and name == "resume")}
     directory = Path(checkpoint_dir).absolute()
     if (earlier := _made.get(directory)) is not None and not earlier.closed:
         log.warning("%s: an earlier tracker of this directory is closed; each model needs its own", directory)

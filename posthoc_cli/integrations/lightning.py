@@ -85,19 +85,24 @@ class PostHocWeightAveraging(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the tracker, and continue from the checkpoint that was loaded."""
+        """Make the tracker, and continue from the checkpoint that was loaded. A `fast_dev_run` has none."""
+        if trainer.fast_dev_run:  # it leaves neither checkpoints nor logs either
+            return
         saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
         if is_sharded(pl_module) and not saves_folders:
             reason = "saves a checkpoint to one file, and processes of a sharded model save theirs to a folder"
             raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
-        self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options)
+        # A tuner loads a checkpoint of its own, before there are averages.
+        was_loaded = self._state is None and self._resumed and trainer.ckpt_path is not None
+        stored = find_state(trainer.ckpt_path) if was_loaded else None
+        has_state = self._state is not None or stored is not None
+        self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options, has_state)
         if self._state is not None:
             ema.load_state_dict(self._state)
-        elif self._resumed and trainer.ckpt_path is not None:  # a tuner loads one of its own, before there are averages
-            if (stored := find_state(trainer.ckpt_path)) is not None:
-                ema.load_state(stored)
-            else:
-                log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
+        elif stored is not None:
+            ema.load_state(stored)
+        elif was_loaded and not ema.step:
+            log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
         self._state, self._resumed = None, False
         self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's own time goes on
         if self.validate is not None and any(

@@ -139,7 +139,10 @@ class PostHocCallback(TrainerCallback, ExportableState):
         stored = state.stateful_callbacks.get(name)
         ema, tracked = self.ema, self._model and self._model()
         if ema is None or ema.closed or not args.auto_find_batch_size or tracked is not model:
-            self.ema = ema = make_tracker(model, self.checkpoint_dir, state.is_world_process_zero, self.options)
+            has_state = folder is not None and stored is not None
+            self.ema = ema = make_tracker(
+                model, self.checkpoint_dir, state.is_world_process_zero, self.options, has_state
+            )
             self._model = ref(model)
             # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
             ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self.evaluate)))

@@ -28,6 +28,7 @@ from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
+from posthoc_cli.snapshots.path import index_within, joined_sample, places
 from posthoc_cli.snapshots.sources import Part, Snapshot
 from posthoc_cli.snapshots.tensor_file import read_header
 
@@ -333,7 +334,7 @@ def _is_replaced(parts: Sequence[Snapshot]) -> bool:
     return len({part.info.off_schedule for part in parts}) > 1
 
 
-_OWN = ("tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "part", "chunks", "mesh")
+_OWN = ("tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "sample", "part", "chunks", "mesh")
 """Metadata in which parts may differ."""
 
 
@@ -365,19 +366,22 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
         parts[0].info, tensors=joined.tensors, aliases=joined.aliases,
         inherited=sum(part.info.inherited for part in parts),
         measurements=sum_of_parts([part.info.measurements for part in parts]),
-        motion=next((part.info.motion for part in parts if part.info.motion is not None), None), part=None, chunks={},
+        motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
+        sample=joined_sample([(part.info.sample, own) for part, own in zip(parts, joined.sampled, strict=True)]),
+        part=None, chunks={},
     )  # fmt: skip
     made = (Part(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
     return Snapshot(folder, header, info, tuple(made))
 
 
 class _Joined(NamedTuple):
-    """The tensors of a snapshot, and the place of each part's."""
+    """The tensors of a snapshot, the place of each part's, and which elements of its sample each part has."""
 
     tensors: dict[str, fmt.TrackedTensor]
     entries: dict[str, fmt.TensorEntry]
     aliases: dict[str, str]
     boxes: list[dict[str, Box]]
+    sampled: list[list[int]]
 
 
 def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
@@ -393,7 +397,13 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
     for alias in aliases.keys() & tensors.keys():
         raise FileFormatError(folder, f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
     entries, boxes = join_chunks(folder, [(part.path, part.header, part.info.chunks) for part in parts])
-    return _Joined({name: tensor for name, (_, tensor) in tensors.items()}, entries, aliases, boxes)
+    shapes = {name: entries[name].shape for name, (_, tensor) in tensors.items() if tensor.role == "average"}
+    sampled: list[list[int]] = [[] for _ in parts]
+    for number, (name, index) in enumerate(places(shapes)):
+        for own, held in zip(sampled, boxes, strict=True):
+            if name in held and index_within(held[name], shapes[name], index) is not None:
+                own.append(number)
+    return _Joined({name: tensor for name, (_, tensor) in tensors.items()}, entries, aliases, boxes, sampled)
 
 
 def join_chunks(

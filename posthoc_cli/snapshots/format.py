@@ -41,6 +41,8 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.measurements  JSON object: norm, rounding, weights, arithmetic, distances; see below. May be missing
     ema.motion        JSON object: edges, walk, noise: the motion of the network up to `t`, from the measurements of
                       all snapshots so far, also of those deleted since; see below. May be missing
+    ema.sample        base64 of little-endian float32 values: of some elements of the averaged tensors the network's at
+                      the time of the last update, then as many of the exact average; see below. May be missing
     ema.part          "3/8" in the third of eight parts of a snapshot; see below. May be missing, as the next two
     ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the first element in it},
                       for each tensor of a part
@@ -71,6 +73,10 @@ since. No number is negative.
 The motion is constant on intervals of training: `edges` are their ends, growing, from above 0 to at most ema.t, of at
 most MAX_PIECES intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times a
 step, summed over all elements, one number an interval each, none negative.
+
+The elements of a sample: of the names of averaged tensors with elements, sorted and counted from 0, number n of N has
+for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name") modulo its number of elements, each
+index once; in the order of names, then indices. A part has those that are in it, by the complete tensors of all parts.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -341,6 +347,7 @@ class SnapshotInfo:
     off_schedule: bool = False
     measurements: Measurements | None = None
     motion: Motion | None = None
+    sample: str = ""
     part: tuple[int, int] | None = None
     chunks: dict[str, Chunk] = field(default_factory=dict)
     mesh: dict[str, Any] = field(default_factory=dict)
@@ -399,7 +406,7 @@ class OutputInfo:
 
 
 OPTIONAL = (
-    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "part", "chunks",
+    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "sample", "part", "chunks",
     "mesh", "session",
 )  # fmt: skip
 """Metadata that a snapshot may lack."""

@@ -29,6 +29,7 @@ from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection
+from posthoc_cli.snapshots.path import decode_sample
 
 T = TypeVar("T")
 
@@ -565,6 +566,11 @@ def _motion(raw: dict[str, Any], values: Values) -> Motion | None:
     return Motion(**{name: np.array(raw[name], dtype=np.float64) for name in raw}) if usable else None
 
 
+def _sample(text: str, _: Values) -> str:
+    decode_sample(text)
+    return text
+
+
 def _pair(step: int, t: float) -> str:
     return f"step {shown(step)} at t = {t:,.12g}"
 
@@ -605,6 +611,7 @@ _ENTRIES = {
     "clock": replace(LIST, convert=_clock, optional=True),
     "measurements": replace(OBJECT, convert=_measurements, optional=True),
     "motion": replace(OBJECT, convert=_motion, optional=True),
+    "sample": replace(TEXT, convert=_sample, optional=True),
     "part": PART,
     "chunks": replace(OBJECT, optional=True),
     "mesh": Entry("an object of shape and names", _is_mesh, optional=True),

@@ -32,6 +32,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
@@ -112,12 +113,14 @@ class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
 
     There are no accumulators before the first update. A copy is as its tensor was at the last, never changed in place.
+    `sample` is of the model's values then, where known.
     """
 
     sigma_rels: tuple[float, ...]
     standing: Standing
     accumulators: Accumulators | None = None
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sample: Sample = ()
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
@@ -218,6 +221,37 @@ class RunningAverages:
 
 
 # --- memory: layouts, flat buffers, blocks ---
+
+
+Sample = tuple[tuple[list[int], torch.Tensor], ...]
+"""Elements of tensors: a few at a time, with the places that they have among all."""
+
+
+class Sampler:
+    """Reads elements of tensors, given by name and row-major index, as often as wanted. Holds views of the tensors."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], elements: Sequence[tuple[str, int]]) -> None:
+        found: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
+        for number, (name, index) in enumerate(elements):
+            tensor = tensors[name].detach()
+            one = tensor[tuple(int(at) for at in np.unravel_index(index, tuple(tensor.shape)))].reshape(1)
+            numbers, views = found.setdefault((tensor.device, tensor.dtype), ([], []))
+            numbers.append(number)
+            views.append(one)
+        self._found = [*found.values()]
+
+    @torch.no_grad()
+    def take(self) -> Sample:
+        """A copy of them as they are now, on their devices."""
+        return tuple((numbers, torch.cat(views)) for numbers, views in self._found)
+
+
+def on_host_in_order(sample: Sample) -> npt.NDArray[np.float32]:
+    """The values of a sample; waits until they are there."""
+    values = np.empty(sum(len(numbers) for numbers, _ in sample), np.float32)
+    for numbers, taken in sample:
+        values[numbers] = taken.float().cpu().numpy()
+    return values
 
 
 @dataclass(frozen=True)

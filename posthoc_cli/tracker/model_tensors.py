@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -16,7 +17,9 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.format import Selection, TrackedTensor, running_statistics
+from posthoc_cli.snapshots.path import encode_sample, index_within, places
 from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.tracker.averages import Sampler, on_host_in_order
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 from posthoc_cli.tracker.sharding import Members, is_sharded, local_part, local_tensors, reshard
 
@@ -82,7 +85,8 @@ def _within(names: frozenset[str], values: Mapping[str, Value]) -> dict[str, Val
 class TrackedModel:
     """What a run tracks of a model: the entries of a snapshot's header that must not change in a run.
 
-    In a process that has met others to track one model, `members`, it is what that process owns.
+    In a process that has met others to track one model, `members`, it is what that process owns; `everywhere` are the
+    shapes of all averages then, complete.
     """
 
     tensors: dict[str, TrackedTensor]
@@ -92,6 +96,7 @@ class TrackedModel:
     frozen: frozenset[str] = frozenset()
     chunks: dict[str, Chunk] = field(default_factory=dict)
     members: Members | None = None
+    everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_model(cls, found: ModelTensors, members: Members | None = None) -> TrackedModel:
@@ -121,6 +126,29 @@ class TrackedModel:
         """The elements of a tensor that are here."""
         return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.whole(self.shapes[name])
 
+    @property
+    def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all averages, those of other processes, too."""
+        return self.everywhere or {
+            name: self.shapes[name] for name, own in self.tensors.items() if own.role == "average"
+        }
+
+    @cached_property
+    def sampled(self) -> list[tuple[str, int]]:
+        """The elements of a snapshot's sample that are here: name, and row-major index in what is here of it."""
+        return [*self.numbered_sample.values()]
+
+    @cached_property
+    def numbered_sample(self) -> dict[int, tuple[str, int]]:
+        """The same by their place in the sample."""
+        own = ((number, name, index) for number, (name, index) in enumerate(places(self.complete_shapes)))
+        found = (
+            (number, name, index_within(self.box(name), self.complete_shape(name), index))
+            for number, name, index in own
+            if name in self.tensors
+        )
+        return {number: (name, index) for number, name, index in found if index is not None}
+
     def boxes(self) -> dict[str, Box] | None:
         """What is here of each tensor, in a process that has met others."""
         return None if self.members is None else {name: self.box(name) for name in self.tensors}
@@ -145,6 +173,7 @@ class TrackedModel:
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
+        tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
             fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:
@@ -386,6 +415,14 @@ class ModelWatch:
     def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> None:
         """Raise a ModelMismatchError unless the model is the tracked one; it may be frozen, to be filled only."""
         self.check(self._collect(model, tracked, frozen_too=True), tracked)
+
+    def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float] | None:
+        """The part of a snapshot's sample that is here, of the model; None where a tensor is not as it was tracked."""
+        found = self._collect(model, tracked, frozen_too=True).averaged
+        if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
+            return None
+        values = on_host_in_order(Sampler(found, tracked.sampled).take())
+        return dict(zip(tracked.numbered_sample, values.tolist(), strict=True))
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()

@@ -34,13 +34,15 @@ from posthoc_cli.tracker.averages import (
     Layout,
     Marks,
     RunningAverages,
+    Sample,
+    Sampler,
     Staged,
     Stager,
     Streams,
     lay_out,
     on_host,
 )
-from posthoc_cli.tracker.model_tensors import ModelTensors, nonfinite_name
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.snapshotter import Snapshotter
@@ -88,6 +90,7 @@ class Pipeline:
         self._read: ModelTensors | None = None
         self._rooms: deque[Accumulators] = deque(maxlen=1)
         self._exact_rooms: deque[Accumulators] = deque(maxlen=1)
+        self._samplers: deque[tuple[Mapping[str, torch.Tensor], object, Sampler]] = deque(maxlen=2)
         _at_work.add(self)
 
     @property
@@ -270,7 +273,7 @@ class Pipeline:
 
     def _fill(self, room: Accumulators | None, known: Tracking) -> Tracking | None:
         """The same with averages in `room`; None where the room does not fit them."""
-        averages, copies = known.averages, {}
+        averages, copies, sample = known.averages, {}, known.averages.sample
         kept = averages.accumulators if averages.exist else None
         if kept is None:
             room = None
@@ -283,7 +286,8 @@ class Pipeline:
                 else:
                     averages.read(room.recent, self._crew_for(kept.layout))
                 copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        return replace(known, averages=RunningAverages(averages.sigma_rels, averages.standing, room, copies))
+                sample = tuple((numbers, values.to("cpu")) for numbers, values in averages.sample)
+        return replace(known, averages=RunningAverages(averages.sigma_rels, averages.standing, room, copies, sample))
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
@@ -353,11 +357,21 @@ class Pipeline:
         name = None if reader.surely_finite(crew) else nonfinite_name(values)
         if name is None:
             averages.update_(reader, update.copies, progress.t, progress.step, crew)
+            averages.sample = self._sample_of(values, now.tracked)
         self.now = replace(now, progress=progress, averages=averages)
         if name is None:
             return None
         reason = f"holds nan or infinity at step {progress.step}; no average has taken it in"
         return NonFiniteError(f"parameter {name!r}", reason)
+
+    def _sample_of(self, values: Mapping[str, torch.Tensor], tracked: TrackedModel) -> Sample:
+        """A sample of values in this place: the model itself, or one of two buffers that hold copies of it in turn."""
+        for known, elements, sampler in self._samplers:
+            if known is values and elements is tracked.sampled:
+                return sampler.take()
+        sampler = Sampler(values, tracked.sampled)
+        self._samplers.append((values, tracked.sampled, sampler))
+        return sampler.take()
 
     def _have_written(
         self, known: Tracking, network: Staged | None, room: Accumulators | None, is_due: bool = True

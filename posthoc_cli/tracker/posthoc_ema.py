@@ -29,9 +29,9 @@ from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights
 from posthoc_cli.snapshots import states
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection
-from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
+from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to, source_prior
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
@@ -109,6 +109,7 @@ class PostHocEMA:
     def _begin(
         self, directory: Path, settings: Settings, tracking: Tracking, model: torch.nn.Module | None,
         device: str | None, writer: bool | None, step: int | None, knows_selection: bool = True,
+        stored: Sequence[Snapshot] = (),
     ) -> None:  # fmt: skip
         """Begin with checked arguments; the `step` to go on from is 0 for a new beginning of a run."""
         self.checkpoint_dir, self.settings = directory, settings
@@ -128,6 +129,8 @@ class PostHocEMA:
         self._writer = choose_writer(writer, model) if members is None else members.part is not None
         self._callers = None if members is None else members.callers
         self._from_step, self._resumed_at = step, -1
+        self._is_told, self._stored = step is not None, stored
+        self._seen: tuple[Mapping[int, float], float] | None = None
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[PostHocEMA], None]] = []
         self._reported = 0
@@ -176,7 +179,10 @@ class PostHocEMA:
             keep_state: keep the exact averages beside the snapshots, in `state.safetensors`: `from_path` and `resume`
                 then go on without rounding. 12 bytes an element and profile (16 for float64) on disk and in memory.
             resume: "auto" to go on, as `from_path` does but with these arguments, where the directory holds a run of
-                this model. A number to go on from the snapshots of that call of `update_`. None for a new run only.
+                this model: from the newest snapshots at or before the place of the model's weights on the run's path.
+                Restore its checkpoint before; a model that is not on the path by the first `update_` is an error there.
+                A number to go on from the snapshots of that call of `update_`, whatever the weights. None for a new
+                run only.
             schedule: a plan, whose `sigma_rels`, `checkpoint_every` and `max_checkpoints` replace these arguments.
 
         Raises:
@@ -200,14 +206,18 @@ class PostHocEMA:
         tracked.check_header()
         directory = check_path("checkpoint_dir", checkpoint_dir)
         tracking, step = Tracking.new(secrets.token_hex(16), tracked, profiles), None
+        stored: Sequence[Snapshot] = ()
         if resume is not None:
             wait_for_writers(directory, last_too=True)
-            tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
+            stored = state.stored_to_resume(directory, resume)
+            tracking, step = state.find_run(directory, stored, settings, tracked, resume) or (tracking, None)
             settings = replace(settings, selection=selection.going_on(tracking.tracked.dtypes(copied=True)))
             found = collect_tensors(model, settings.selection)
         tracking = _joined(tracking, model, found, settings, directory, writer)
         made = cls.__new__(cls)
-        made._begin(directory, settings, tracking, model, device, writer, step)
+        made._begin(directory, settings, tracking, model, device, writer, step, stored=stored)
+        if resume == "auto" and tracking.resumes:
+            made._choose_start(model, is_first_call=False)
         return made
 
     @classmethod
@@ -222,16 +232,17 @@ class PostHocEMA:
     ) -> PostHocEMA:  # fmt: skip
         """The run in a directory: to synthesize from, and to go on tracking.
 
-        Tracking goes on at the first `update_` from the newest snapshots: from their values, rounded to their storage
-        dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To go on exactly
-        without one, `load_state_dict`. Due snapshots of other trackers of this process are waited for.
+        Tracking goes on at the first `update_`, from the newest snapshots at or before the place of the model's weights
+        on the run's path; weights that are not on it are an error then. It goes on from the snapshots' values, rounded
+        to their storage dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To
+        go on exactly without one, `load_state_dict`. Due snapshots of other trackers of this process are waited for.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
-            model: the model to go on with; checked against the snapshots here and now.
+            model: the model to go on with, or to be filled; its tensors are checked against the snapshots here and now.
             sigma_rels: the tracked profiles to go on with; the others' snapshots stay in use.
-            step: go on from the snapshots of this call of `update_`; later ones are set aside in the folder
-                `superseded` when tracking begins.
+            step: go on from the snapshots of this call of `update_`, whatever the model's weights; later ones are set
+                aside in the folder `superseded` when tracking begins.
             others: as in `from_model`; the default is the stored value, for `keep_state` whether there is a state.
 
         Raises:
@@ -257,7 +268,7 @@ class PostHocEMA:
             found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
             tracking = _joined(tracking, model, found, settings, directory, writer)
         made = cls.__new__(cls)
-        made._begin(directory, settings, tracking, model, device, writer, step, knows_selection)
+        made._begin(directory, settings, tracking, model, device, writer, step, knows_selection, stored)
         return made
 
     @property
@@ -304,8 +315,9 @@ class PostHocEMA:
                 the next call.
             WriteError: an earlier snapshot could not be written; raised once, this call has done its work.
             NotReadyError: the tracker is closed, attached, in use or another process's; or the weights are averaged.
-            LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: the directory has another
-                writer or run, is damaged, or lacks a profile to go on from. Nothing of the call has been done.
+            LockedError, MismatchError, ModelMismatchError, DirectoryError, FileFormatError: at the first call: the
+                directory has another writer or run, or is damaged or lacks a profile to go on from; or the model is not
+                on the path of the run that is to go on. Nothing of the call has been done.
         """
         check_model(model)
         if self._attachment is not None:
@@ -687,6 +699,8 @@ class PostHocEMA:
         # Errors of work beside the training since the last call; they stay if this call fails itself.
         self._pending = self._take_error()
         pipeline, settings = self._pipeline, self.settings
+        if pipeline.now.resumes:
+            self._choose_start(model, is_first_call=True)
         if not self._is_writer(model):
             progress = self._after(t)
             if self._members is None and settings.update_is_due(progress.step):
@@ -746,6 +760,70 @@ class PostHocEMA:
                 raise
             hint = "the averages go on from there; for an earlier checkpoint there is from_path(..., step=N)"
             raise error.with_hint(hint) from error
+
+    def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
+        """Go on from the newest snapshots at or before the model's place on the run's path.
+
+        The first call of `update_` decides, for all processes alike: a model may be restored after its tracker was
+        made. When that is made, a place on the path is taken, so that `step` is right, and any other one waits.
+
+        Raises:
+            ModelMismatchError: at the first call, if the model is not on the path, and no step was named.
+        """
+        if self._from_step == 0:
+            return
+        group, tracked = self._chunk_holders("update_" if is_first_call else "from_model"), self._pipeline.now.tracked
+        parts = group.from_all(self._watch.sample(model, tracked))
+        own = {number: value for part in parts if part is not None for number, value in part.items()}
+        if self._seen is not None and self._is_near(own):
+            return
+        wants, log_it = self.settings.sigma_rels, group.leads and self._writer is not False
+        # One that only counts must not see what the writer sets aside meanwhile.
+        stored = self._stored if self._writer is False else find_snapshots(self.checkpoint_dir)
+        place = group.from_first(lambda: None if None in parts else state.find_place(stored, wants, own))
+        if place is None:
+            if is_first_call and log_it:
+                unknown = (
+                    "%s: whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
+                )
+                log.warning(unknown, self.checkpoint_dir)
+            return
+        found, newest = place
+        if self._is_told:
+            if log_it and found.step != self._from_step:
+                where = (
+                    "not on the run's path"
+                    if found.step is None
+                    else f"those of step {found.step:,}, or a little later"
+                )
+                text = "%s: the averages go on from step %d, as told; the model's weights are %s"
+                log.warning(text, self.checkpoint_dir, self._from_step, where)
+            return
+        if found.step is None:
+            error = state.off_path(self.checkpoint_dir, found, newest)
+            if is_first_call:
+                raise error
+            if log_it:
+                log.info("%s", error)
+            return
+        step = None if found.step == newest else found.step
+        if step is not None or self._from_step is not None:
+            until = state.snapshots_until(stored, wants, step)
+            progress = state.resumed_tracking(self.checkpoint_dir, until, wants).progress
+            self._pipeline.set(replace(self._pipeline.now, progress=progress))
+        self._from_step, self._seen = step, (own, found.reach)
+        if log_it:
+            log.log(
+                logging.INFO if step is None else logging.WARNING,
+                "%s: continuing at step %d, where the model's weights are%s", self.checkpoint_dir, found.step,
+                "" if step is None else f"; later snapshots, up to step {newest:,}, will be set aside",
+            )  # fmt: skip
+
+    def _is_near(self, sample: Mapping[int, float]) -> bool:
+        """Whether the model is about where it was when this tracker was made: the first step may be a large one."""
+        before, reach = self._seen or ({}, 0.0)
+        moved = sum((value - before[number]) ** 2 for number, value in sample.items())
+        return moved <= (3 * reach) ** 2 * sum(value**2 for value in sample.values())
 
     def _become_writer(self) -> None:
         """At the first call: become the directory's writer and, in a resumed run, load its averages."""
@@ -922,5 +1000,6 @@ def _joined(
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
     tensors = found.averaged | found.copied
     members = meet(tensors, found.chunks, options, tracking.run_id, mesh_of(model))
-    own = TrackedModel.of_model(found.of(members), members)
+    everywhere = TrackedModel.of_model(found).complete_shapes
+    own = replace(TrackedModel.of_model(found.of(members), members), everywhere=everywhere)
     return replace(tracking, run_id=members.run_id, tracked=own)

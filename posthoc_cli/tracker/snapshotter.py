@@ -42,13 +42,14 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.path import encode_sample
 from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
-from posthoc_cli.tracker.averages import Accumulators, RunningAverages, on_host
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Sampler, on_host, on_host_in_order
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
-from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, ways_on, write_state
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class Snapshotter:
         """Raise a MismatchError where the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
-            hint = "continue that run with from_model(..., resume='auto') or from_path, or use another directory"
+            hint = f"{ways_on(self._stored[-1].info.step)}; for a new run name another directory"
             raise MismatchError(self.directory, reason, hint)
 
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
@@ -296,7 +297,8 @@ class Snapshotter:
         if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             try:
-                self.write(live_sources(self._settings, reading, off_schedule), network)
+                sources = [_with_sample(one, reading) for one in live_sources(self._settings, reading, off_schedule)]
+                self.write(sources, network)
                 self._thin()
             except PostHocError as error:
                 if self._members is not None:
@@ -449,6 +451,15 @@ def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
         dtype, nbytes = spec.dtype, nbytes + spec.nbytes
     if batch:
         yield batch
+
+
+def _with_sample(source: LiveSource, reading: Tracking) -> LiveSource:
+    """The same source with a sample of the network at its time, where that is known, and of itself."""
+    elements, taken = reading.tracked.sampled, reading.averages.sample
+    if not taken:
+        return source
+    values = on_host_in_order(Sampler(source.averages, elements).take())
+    return replace(source, info=replace(source.info, sample=encode_sample(on_host_in_order(taken), values)))
 
 
 # --- measurements ---

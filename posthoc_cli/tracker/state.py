@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from posthoc_cli.dtypes import stored_name, torch_dtype
@@ -26,6 +27,7 @@ from posthoc_cli.errors import (
     ModelMismatchError,
     NonFiniteError,
     OutputExistsError,
+    percent,
     shown,
 )
 from posthoc_cli.profiles import ClockRecorder
@@ -35,6 +37,7 @@ from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.path import Found, find, path_of
 from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
 from posthoc_cli.snapshots.states import StateInfo, StatePart, decode_state, recent_prefix, total_prefix
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
@@ -349,14 +352,18 @@ def read_tensor(file: OpenSnapshot, name: str) -> torch.Tensor:
 # --- a directory ---
 
 
-def find_run(
-    directory: Path, settings: Settings, tracked: TrackedModel, resume: str | int
-) -> tuple[Tracking, int | None] | None:
-    """What a directory holds to go on with, and the call to go on from; None if it holds nothing, and may."""
+def stored_to_resume(directory: Path, resume: str | int) -> list[Snapshot]:
+    """The snapshots that a directory holds to go on with; none where it holds nothing, and may."""
     if isinstance(resume, bool | str) and resume != "auto":
         reason = "must be 'auto', a call of update_ that has snapshots, or None"
         raise InvalidValueError("resume", reason, value=f"{resume!r}")
-    stored = find_snapshots(directory) if resume == "auto" else read_directory(directory)
+    return find_snapshots(directory) if resume == "auto" else read_directory(directory)
+
+
+def find_run(
+    directory: Path, stored: Sequence[Snapshot], settings: Settings, tracked: TrackedModel, resume: str | int
+) -> tuple[Tracking, int | None] | None:
+    """What a directory with these snapshots has to go on with, and the call to go on from; None if it has nothing."""
     if not stored:
         return None
     newest, schedule, sigma_rels = stored[-1].info, settings.schedule, settings.sigma_rels
@@ -370,6 +377,43 @@ def find_run(
         return Tracking.new(newest.run_id, tracked, sigma_rels, resumes=True), 0
     step = None if isinstance(resume, str) else resume
     return resumed_tracking(directory, snapshots_until(stored, sigma_rels, step, "resume"), sigma_rels), step
+
+
+def find_place(
+    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], sample: Mapping[int, float]
+) -> tuple[Found, int] | None:
+    """Where on a run's path a model is, and the newest call to go on from; None where that cannot be told.
+
+    That is where headers hold no sample, as earlier releases wrote them, or where they show no motion yet.
+    """
+    path, complete = path_of(snapshots), _complete(snapshots, sigma_rels)
+    steps = [found[0].info.step for found in complete]
+    if not steps or steps[-1] not in {moment.step for moment in path} or len(sample) != len(path[0].weights):
+        return None
+    found = find(np.array([sample[number] for number in sorted(sample)], np.float32), path)
+    if found is None:
+        return None
+    if found.step is None:
+        return found, steps[-1]
+    before = max((step for step in steps if step <= found.step), default=None)
+    return replace(found, step=before, is_before=before is None), steps[-1]
+
+
+def off_path(directory: Path, found: Found, newest: int) -> ModelMismatchError:
+    """The error for a model that is not on the path of the run in a directory."""
+    where = f"its weights are not on the path of the run in {directory}"
+    if found.is_before:
+        reason = f"{where}: they are of before its first snapshot, or of another training"
+    else:
+        away, reach = percent(found.away), percent(found.reach)
+        reason = f"{where}: the nearest, of step {found.nearest:,}, are {away} away, where {reach} would be expected"
+    return ModelMismatchError("model", reason, f"{ways_on(newest)}; for a new run name another directory")
+
+
+def ways_on(step: int) -> str:
+    """How to go on with a run, for errors."""
+    restored = "restore the model's checkpoint first, and go on with from_model(..., resume='auto') or from_path"
+    return f"{restored}; or go on from a step whatever the weights, with resume={step} or from_path(..., step={step})"
 
 
 def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:

@@ -22,7 +22,7 @@ from integrations.gloo import use_fsdp_on_the_cpu
 from integrations.programs import heavy, start
 from integrations.truth import assert_exact, distance, exact, live, recorded
 
-from posthoc_cli.errors import InvalidValueError, MismatchError
+from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError
 from posthoc_cli.integrations import PARTS_NAME, STATE_NAME, find_state
 from posthoc_cli.integrations.accelerate import prepare
 
@@ -35,8 +35,11 @@ X = torch.randn(60, 4, generator=torch.manual_seed(5))
 class Training:
     """Fifteen batches, a step after every third one; saves after the second step, and can be killed after one."""
 
-    def __init__(self, folder: Path, before: bool = False, sharded: bool = False, **arguments: Any) -> None:
+    def __init__(
+        self, folder: Path, before: bool = False, sharded: bool = False, resume: str | None = None, **arguments: Any
+    ) -> None:
         torch.manual_seed(0)
+        every = EVERY | {"resume": resume}
         if sharded:
             use_fsdp_on_the_cpu()
             arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
@@ -44,10 +47,10 @@ class Training:
         self.folder, bare = folder, torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
         plain = torch.optim.Adam(bare.parameters(), lr=0.05)
         if before:
-            self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **EVERY)
+            self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **every)
         self.model, self.optimizer = self.accelerator.prepare(bare, plain)
         if not before:
-            self.ema = prepare(self.accelerator, self.model, folder / "ema", self.optimizer, **EVERY)
+            self.ema = prepare(self.accelerator, self.model, folder / "ema", self.optimizer, **every)
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def run(self, first: int = 0, killed_at: int = 0) -> None:
@@ -107,6 +110,25 @@ def test_a_killed_training_resumes_exactly_from_files_without_pickles(tmp_path: 
     resumed.run(first=6)
     assert distance(resumed.weights[-1], whole.weights[-1]) == 0
     assert_exact(resumed.ema, resumed.model, whole.weights)
+
+
+def test_a_state_is_loaded_whatever_the_weights_were_before(tmp_path: Path) -> None:
+    """With the option `resume`, too: the tracker is prepared before the model is restored. Without a state, weights
+    that the run has not had are refused."""
+    training = Training(tmp_path)
+    training.run()
+    training.ema.close()
+    weights = training.weights[:2]
+    for loads in (False, True):
+        _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+        again = Training(tmp_path, resume="auto")
+        if not loads:
+            with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
+                again.run()
+            continue
+        again.accelerator.load_state(str(tmp_path / "saved"))
+        again.run(first=6)
+        assert_exact(again.ema, again.model, weights + again.weights)
 
 
 def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:

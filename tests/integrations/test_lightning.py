@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 from posthoc_cli.snapshots.directory import read_directory
 
@@ -250,6 +250,32 @@ def test_the_directory_says_where_to_go_on_and_weights_alone_are_raw(
     assert (callback.ema.step, callback.ema.t) == (12, 12)
     assert distance(live(callback.ema, module, 0.2), exact(recorder.weights, 0.2)) < 1e-6
     assert "saves raw weights" in caplog.text
+
+
+def test_a_training_from_the_beginning_does_not_go_on_with_the_averages(tmp_path: Path) -> None:
+    options = EVERY | {"resume": "auto"}
+    fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", **options))
+    before = [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")]
+    with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
+        fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", **options))
+    assert [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")] == before
+    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()
+    fit(tmp_path, callback, recorder, ckpt_path=tmp_path / "out/step=8.ckpt")
+    assert callback.ema is not None
+    assert callback.ema.t == callback.ema.step == 8 + len(recorder.weights)
+
+
+def test_a_fast_dev_run_leaves_nothing_and_a_short_training_is_one(tmp_path: Path) -> None:
+    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY | {"resume": "auto"})
+    fit(tmp_path, callback, fast_dev_run=3)
+    assert callback.ema is None
+    assert not (tmp_path / "ema").exists()
+    short = PostHocWeightAveraging(tmp_path / "short", **EVERY)
+    fit(tmp_path, short, limit_train_batches=2, max_epochs=1)
+    assert {one.info.t for one in read_directory(tmp_path / "short")} == {2}
+    module, recorder = Regression(), Recorder()
+    fit(tmp_path, callback, recorder, module=module)
+    assert_exact(callback.ema, module, recorder.weights)
 
 
 def test_buffers_are_averaged_where_asked(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from integrations.truth import assert_exact, distance, exact
 from transformers import LlamaForCausalLM, Trainer
 
 from posthoc_cli import Run, Schedule
-from posthoc_cli.errors import InvalidValueError, MismatchError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError, NotReadyError
 from posthoc_cli.integrations.transformers import PostHocCallback
 from posthoc_cli.snapshots.directory import read_directory
 
@@ -70,6 +70,39 @@ def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path
     second = trainer(tmp_path, again)
     second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8"))
     assert_exact(again.ema, second.model, whole)
+
+
+@pytest.mark.parametrize("way", ["killed", "a second trainer"])
+def test_a_training_from_the_beginning_does_not_go_on_with_the_averages(tmp_path: Path, way: str) -> None:
+    """Rerun without `resume_from_checkpoint`, or trained again in one process; the snapshots stay as they are."""
+    options: dict[str, Any] = EVERY | {"resume": "auto"}
+    if way == "killed":
+        assert start("-m", "integrations.llama", tmp_path, 7).wait(250) == -signal.SIGKILL
+    else:
+        trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options)).train()
+    before = [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")]
+    callback = PostHocCallback(tmp_path / "ema", **options)
+    with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
+        trainer(tmp_path, callback).train()
+    assert [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")] == before
+
+
+def test_a_checkpoint_and_the_option_resume_go_together(tmp_path: Path, whole: list[Any]) -> None:
+    """Its exact state says where to go on; without one, its weights do."""
+    options: dict[str, Any] = EVERY | {"resume": "auto", "checkpoint_dtype": None}
+    recorder = Recorder(fails_at=9)
+    with pytest.raises(KeyError, match="the training fails here"):
+        trainer(tmp_path, PostHocCallback(tmp_path / "ema", **options), recorder, save_steps=3).train()
+    exactly = PostHocCallback(tmp_path / "ema", **options)
+    resumed = trainer(tmp_path, exactly)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-6"))
+    assert_exact(exactly.ema, resumed.model, whole)
+    weights_only = network()
+    weights_only.load_state_dict({name: value.float() for name, value in whole[5].items()}, strict=False)
+    by_weights, recorder = PostHocCallback(tmp_path / "ema", **options), Recorder()
+    other = trainer(tmp_path, by_weights, recorder, model=weights_only, max_steps=3)
+    other.train()
+    assert_exact(by_weights.ema, other.model, whole[:4] + recorder.weights)
 
 
 def test_the_state_is_in_the_checkpoint_before_it_is_complete_and_goes_with_it(

@@ -75,7 +75,7 @@ def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
     break_some(run, which)
     repair(planned(run))
     walk = Walk()
-    with PostHocEMA.from_path(run, walk.model) as tracker:
+    with PostHocEMA.from_path(run, walk.model, step=PostHocEMA.from_path(run).step) as tracker:
         walk.train(tracker, 20)
     found = verify(list_contents(run))
     assert found.is_fine, found

@@ -288,7 +288,7 @@ def _wrong_run(run: Path, model: Equal, truth: Truth) -> list[str]:
         weights = PostHocEMA.from_path(run).state_dict(snapshot.info.sigma_rel, t=snapshot.info.t)
         exact = truth.at(repr(snapshot.info.sigma_rel), snapshot.info.step)
         wrong += [f"{snapshot.path.name}: {line}" for line in away(weights, exact, 2 * TOLERANCE)]
-    with PostHocEMA.from_path(run, model) as again:
+    with PostHocEMA.from_path(run, model, step=PostHocEMA.from_path(run).step) as again:  # values jump about
         model.go_to(again.step + 1)
         again.update_(model)
     return wrong

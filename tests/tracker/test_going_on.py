@@ -144,7 +144,7 @@ def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> No
     message = r"t 1344: .* at the last call, 1,920 images; .* from_path\(\.\.\., step=N"
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         with pytest.raises(InvalidValueError, match=message):
-            walk(model, tracker, 21, 21, t=64.0)
+            tracker.update_(model, t=64.0 * 21)
         walk(model, tracker, 31, 32, t=64.0)
     with PostHocEMA.from_path(tmp_path, model, step=20) as tracker:
         walk(model, tracker, 21, 30, t=64.0)

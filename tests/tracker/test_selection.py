@@ -76,7 +76,7 @@ def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Pat
     info = read_directory(tmp_path)[-1].info
     assert set(info.tensors) == taken
     assert set(info.left_out) == ALL - taken
-    with PostHocEMA.from_path(tmp_path, network()) as run:  # what was chosen is in the header
+    with PostHocEMA.from_path(tmp_path, network(), step=info.step) as run:  # what was chosen is in the header
         run.update_(network())
 
 

@@ -291,7 +291,7 @@ import shutil
 from posthoc_cli.snapshots.directory import inspect_directory
 model = spread(Net(), "fsdp")
 late = [f"0000000000000008-{sigma_rel}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume=4 if int(arguments[0]) else None) as ema:
     for step in range(ema.step + 1, 9):
         move(model, step if step <= 4 else step + int(arguments[0]))
         if step == 8 and int(arguments[0]) and rank == 1:
