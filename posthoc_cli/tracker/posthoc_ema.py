@@ -387,6 +387,8 @@ class PostHocEMA:
             RankError: another process that keeps a part of the averages has failed.
         """
         self._calls.check_process()
+        if self._attachment is not None:
+            self._attachment.check_steps()
         self._pipeline.flush()
         self._pending = self._take_error()
         self._raise_pending()
@@ -415,6 +417,8 @@ class PostHocEMA:
         If averages were updated since the newest snapshot, a last one is written, as by `snapshot`, except with
         `final_snapshot=False`. The end of a `with` block or of the process does the same.
         """
+        if self._attachment is not None:
+            self._attachment.check_steps()
         self.detach()
         self._calls.closed = True
         if self._calls.is_forked:
