@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import save_fsdp_model
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
@@ -29,6 +31,8 @@ from posthoc_cli.tracker import PostHocEMA
 log = logging.getLogger(__name__)
 
 FOLDER = "ema"  # the averaged model within a checkpoint
+
+_installed: WeakSet[Trainer] = WeakSet()
 
 
 class PostHocCallback(TrainerCallback, ExportableState):
@@ -67,28 +71,35 @@ class PostHocCallback(TrainerCallback, ExportableState):
 
         Each evaluation runs a second time with averaged weights, whose metrics have the prefix `eval_ema`. With one of
         them as `metric_for_best_model`, checkpoints hold the averaged model, and `load_best_model_at_end` loads it.
-        Before the first update the weights are evaluated and saved as they are.
+        Before the first update the weights are evaluated and saved as they are. Other callbacks see one evaluation with
+        the metrics of both. Nothing happens the second time.
 
         Raises:
-            InvalidValueError: the callback was made without `evaluate`.
+            InvalidValueError: the callback was made without `evaluate`, or the trainer has another one.
         """
         if self.evaluate is None:
             raise InvalidValueError("install", "needs the length of the average", "PostHocCallback(..., evaluate=0.15)")
-        if self not in trainer.callback_handler.callbacks:
+        present = trainer.callback_handler.callbacks
+        if self not in present:
+            _check_alone([*present, self])
             trainer.add_callback(self)
+        if trainer in _installed:
+            return self
+        _installed.add(trainer)
         evaluate, load_best = trainer.evaluate, trainer._load_best_model
 
         def evaluate_both(
             eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **others: Any
         ) -> dict[str, float]:
             callback = _callback_of(trainer)
-            if callback._is_nested:  # with several sets, `evaluate` calls itself for each
+            ema, sigma_rel = callback.ema, callback.evaluate
+            # With several sets, `evaluate` calls itself for each.
+            if callback._is_nested or ema is None or sigma_rel is None:
                 return evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others)  # type: ignore[no-any-return]
             callback._is_nested = True
             try:
-                metrics = dict(evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others))
-                ema, sigma_rel = callback.ema, callback.evaluate
-                if ema is not None and sigma_rel is not None:
+                with _told_once(trainer) as metrics:
+                    metrics |= evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others)
                     with averaged(ema, trainer.model, sigma_rel):
                         metrics |= evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema", **others)
                 return metrics
@@ -129,10 +140,8 @@ class PostHocCallback(TrainerCallback, ExportableState):
         """Make the tracker, and continue from a checkpoint. The folder is in no argument, but in the caller's frame."""
         loop = "_inner_training_loop"
         trainer, folder = (local_of(loop, name) for name in ("self", "resume_from_checkpoint"))
-        if _callback_of(trainer) is not self:
-            reason = "hold two of PostHocCallback, and a checkpoint has room for the state of one"
-            raise InvalidValueError("callbacks", reason, "leave one out; its snapshots give averages of all lengths")
-        if self.evaluate is not None and trainer.evaluate.__name__ != "evaluate_both":
+        _check_alone(trainer.callback_handler.callbacks)
+        if self.evaluate is not None and trainer not in _installed:
             hint = f"PostHocCallback(..., evaluate={self.evaluate:g}).install(trainer), in place of callbacks=[...]"
             raise NotReadyError("evaluate", "this callback was not installed", hint)
         name = type(self).__name__
@@ -193,6 +202,39 @@ class PostHocCallback(TrainerCallback, ExportableState):
 def _callback_of(trainer: Trainer) -> PostHocCallback:
     """The trainer's callback, which `restore_callback_states_from_checkpoint` may have made anew."""
     return next(one for one in trainer.callback_handler.callbacks if isinstance(one, PostHocCallback))
+
+
+def _check_alone(callbacks: Iterable[TrainerCallback]) -> None:
+    """Raise an InvalidValueError for two of ours, or one twice, which would count each step twice."""
+    if sum(isinstance(one, PostHocCallback) for one in callbacks) > 1:
+        reason = "hold PostHocCallback twice, and a checkpoint has room for the state of one"
+        hint = "leave one out, or trainer.remove_callback(PostHocCallback); its snapshots give averages of all lengths"
+        raise InvalidValueError("callbacks", reason, hint)
+
+
+@contextmanager
+def _told_once(trainer: Trainer) -> Iterator[dict[str, float]]:
+    """Callbacks are told of all evaluations in the block by one `on_evaluate`, with the metrics that the block fills.
+
+    Early stopping counts the calls, and would miss its metric in one of them.
+    """
+    handler, metrics = trainer.callback_handler, dict[str, float]()
+    tell, told = handler.on_evaluate, []
+
+    def note(args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any) -> TrainerControl:
+        told.append(metrics)
+        for one in handler.callbacks:
+            if isinstance(one, ProgressCallback):  # each evaluation has a bar of its own
+                one.on_evaluate(args, state, control)
+        return control
+
+    handler.on_evaluate = note
+    try:
+        yield metrics
+    finally:
+        handler.on_evaluate = tell
+    if told:
+        trainer.control = tell(trainer.args, trainer.state, trainer.control, dict(metrics))  # one changes what it gets
 
 
 def _chooses_average(args: TrainingArguments) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 from pathlib import Path
@@ -19,7 +20,7 @@ import transformers
 from integrations.llama import DATA, EVERY, Recorder, network, trainer
 from integrations.programs import exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact
-from transformers import LlamaForCausalLM, Trainer
+from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
 from posthoc_cli import Run, Schedule
 from posthoc_cli.errors import InvalidValueError, MismatchError, NotReadyError
@@ -328,6 +329,81 @@ def test_the_trainer_may_make_its_callbacks_anew(tmp_path: Path, whole: list[Any
     assert_exact(made.ema, two.model, whole)
     assert {one.info.schedule.checkpoint_dtype for one in read_directory(tmp_path / "ema")} == {"BF16"}
     assert any("eval_ema_loss" in entry for entry in two.state.log_history)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_early_stopping_on_the_averages_metric(
+    tmp_path: Path, first: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts its calls, and says that it is disabled where one lacks the metric; wherever it stands."""
+    seen: list[dict[str, float]] = []
+
+    class Watching(EarlyStoppingCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **others: Any) -> None:
+            seen.append(metrics)
+            super().on_evaluate(args, state, control, metrics, **others)
+
+    stopping = Watching(early_stopping_patience=2)
+    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    one = trainer(
+        tmp_path, *[stopping] * first, learning_rate=10.0, eval_steps=1, save_steps=1, disable_tqdm=False, **arguments
+    )
+    PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(one)
+    if not first:
+        one.add_callback(stopping)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    one.train()
+    assert "disabled" not in caplog.text
+    logged = [entry["eval_ema_loss"] for entry in one.state.log_history if "eval_ema_loss" in entry]
+    assert [metrics["eval_ema_loss"] for metrics in seen] == logged
+    assert all("eval_loss" in metrics for metrics in seen)
+    bests = [min(logged[: number + 1]) for number in range(len(logged))]
+    worse = [value >= best for value, best in zip(logged[1:], bests, strict=False)]
+    assert worse == [False] * (len(worse) - 2) + [True] * 2  # such steps only make it worse, and the second one ends it
+    assert one.state.global_step == len(seen) < 10
+    assert one.evaluate().keys() == {*seen[-1], "epoch"}
+    assert len(seen) == one.state.global_step + 1
+
+
+def test_evaluations_that_fail_leave_the_trainer_as_it_was(tmp_path: Path) -> None:
+    one = trainer(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2, save_strategy="no")
+    callback, handler = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(one), one.callback_handler
+    one.train()
+    tell, rows = handler.on_evaluate, one.eval_dataset
+    one.eval_dataset = [*rows, {}]
+    with pytest.raises((KeyError, ValueError)):
+        one.evaluate()
+    assert handler.on_evaluate == tell
+    one.eval_dataset = rows
+    assert {"eval_loss", "eval_ema_loss"} <= one.evaluate().keys()
+    assert callback.ema is not None
+    assert callback.ema.step == 2
+
+
+def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
+    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), Recorder()
+    one = trainer(tmp_path, callback, callback, recorder, learning_rate=10.0, **arguments)
+    with pytest.raises(InvalidValueError, match=r"twice.*trainer\.remove_callback\(PostHocCallback\)"):
+        one.train()
+    one.remove_callback(PostHocCallback)  # the way out
+    for _ in range(2):
+        assert callback.install(one) is callback
+    with pytest.raises(InvalidValueError, match="twice"):
+        PostHocCallback(tmp_path / "other", evaluate=0.2).install(one)
+    stock = one.evaluate
+    one.evaluate = lambda *given, **others: stock(*given, **others)  # a wrapper after ours
+    one.train()
+    best = int(one.state.best_model_checkpoint.split("-")[-1])
+    assert distance(dict(one.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
+    assert callback.ema is not None
+    assert callback.ema.step == 10
+    again = PostHocCallback(tmp_path / "again", evaluate=0.1, **EVERY)
+    one.remove_callback(PostHocCallback)
+    again.install(one).ema = callback.ema
+    with callback.ema.model(one.model, 0.1):
+        wanted = one.evaluate()["eval_loss"]
+    assert one.evaluate()["eval_ema_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
 @heavy
