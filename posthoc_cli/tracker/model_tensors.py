@@ -38,6 +38,10 @@ _OTHER_DTYPE = (
     "convert the model before the hook is made; or compute in half precision with torch.autocast, which does not "
     "change parameters; or make the hook with on_change='follow', which starts a new average"
 )
+_NEW_SHAPE = (
+    "where a module gives its buffers their shape at the first batch, as fake quantization does, run one batch through "
+    "the model before the tracker is made, or leave these buffers out with exclude={!r}"
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,8 @@ class TrackedModel:
             what, was, hint = "", "", ""
             if shape != expected:
                 what, was = f"has the shape {shape}", f"had {expected}"
+                if tensor.role == own.role == "copy":
+                    hint = _NEW_SHAPE.format(_glob_of_module(name))
             elif tensor.role != own.role:
                 what, was = f"is {kept[tensor.role]} now", f"was {kept[own.role]}"
             elif tensor.dtype != own.dtype:
@@ -204,6 +210,12 @@ class TrackedModel:
             reason = "requires gradients now, but was left out when tracking began, since it did not then"
             return reason, f"{follow}with it"
         return "is in the model, but was not when tracking began", f"{follow}with it"
+
+
+def _glob_of_module(name: str) -> str:
+    """A glob for what modules of that name hold; the tensor's own name where the module has only a number."""
+    module = name.split(".")[-2:-1]
+    return f"*{module[0]}.*" if module and not module[0].isdigit() else name
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
