@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
@@ -86,6 +86,10 @@ class PostHocWeightAveraging(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, and continue from the checkpoint that was loaded."""
+        kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
+        if len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
+            reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
+            raise InvalidValueError("callbacks", reason, "leave one; its snapshots give averages of all lengths")
         saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
         if shares_averages(pl_module, self.options) and not saves_folders:
             reason = "saves a checkpoint to one file, and processes that share averages save theirs to a folder"
