@@ -84,12 +84,15 @@ class PostHocWeightAveraging(Callback):
             and self._epoch >= (self.update_starting_at_epoch or 0)
         )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the tracker, and continue from the checkpoint that was loaded."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second callback of this kind: checkpoints have room for the average of one."""
         kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
         if len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
             reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
             raise InvalidValueError("callbacks", reason, "leave one; its snapshots give averages of all lengths")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the tracker, and continue from the checkpoint that was loaded."""
         saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
         if shares_averages(pl_module, self.options) and not saves_folders:
             reason = "saves a checkpoint to one file, and processes that share averages save theirs to a folder"
