@@ -87,7 +87,7 @@ class PostHocWeightAveraging(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second callback of this kind: checkpoints have room for the average of one."""
         kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
-        if len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
+        if stage == "fit" and len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
             reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
             raise InvalidValueError("callbacks", reason, "leave one; its snapshots give averages of all lengths")
 
