@@ -6,6 +6,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
@@ -17,7 +18,6 @@ from posthoc_cli.integrations import (
     figures,
     find_state,
     has_average,
-    local_of,
     make_tracker,
     new_state,
     shares_averages,
@@ -85,11 +85,16 @@ class PostHocWeightAveraging(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second callback of this kind: checkpoints have room for the average of one."""
+        """Refuse a second callback of this kind: checkpoints have room for the average of one.
+
+        And have `save_checkpoint` tell where it saves, which callbacks are not told.
+        """
         kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
         if stage == "fit" and len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
             reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
             raise InvalidValueError("callbacks", reason, "leave one; its snapshots give averages of all lengths")
+        if trainer not in _saving:
+            _watch_saving(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, and continue from the checkpoint that was loaded."""
@@ -175,7 +180,7 @@ class PostHocWeightAveraging(Callback):
         if ema is None:
             return
         if shares_averages(pl_module, self.options):
-            folder = trainer.strategy.broadcast(local_of("save_checkpoint", "filepath"))
+            folder = trainer.strategy.broadcast(_saving[trainer])
             ema.save_state(new_state(folder, pl_module, self.options))
             return
         checkpoint["averaging_state"] = ema.state_dict()
@@ -201,3 +206,18 @@ class PostHocWeightAveraging(Callback):
         self._handles.close()
         if self.ema is not None:
             self.ema.close()
+
+
+_saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()
+"""The path of the last checkpoint that each trainer has begun to save."""
+
+
+def _watch_saving(trainer: Trainer) -> None:
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(filepath: Any, *given: Any, **others: Any) -> None:
+        _saving[trainer] = filepath
+        save(filepath, *given, **others)
+
+    _saving[trainer] = None
+    trainer.save_checkpoint = save_checkpoint

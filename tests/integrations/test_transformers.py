@@ -295,14 +295,12 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptur
         PostHocCallback(tmp_path / "ema", folders=True)
     with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
         PostHocCallback(tmp_path / "ema", evaluate=0.4)
-    two = trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two"))
     with pytest.raises(InvalidValueError, match="leave one out"):
-        two.train()
-    one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.1, **EVERY))
-    with pytest.raises(NotReadyError, match="install"):
+        trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two"))
+    one = trainer(tmp_path)
+    one.add_callback(PostHocCallback(tmp_path / "ema"))
+    with pytest.raises(NotReadyError, match=r"install\(trainer\), in place of callbacks"):
         one.train()
-    with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
-        PostHocCallback(tmp_path / "ema").install(one)
     trainer(tmp_path, max_steps=4).train()  # a checkpoint without the callback
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     trainer(tmp_path, callback).train(resume_from_checkpoint=True)
@@ -383,7 +381,8 @@ def test_evaluations_that_fail_leave_the_trainer_as_it_was(tmp_path: Path) -> No
 def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
     arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), Recorder()
-    one = trainer(tmp_path, callback, callback, recorder, learning_rate=10.0, **arguments)
+    one = trainer(tmp_path, callback, recorder, learning_rate=10.0, **arguments)
+    one.add_callback(callback)
     with pytest.raises(InvalidValueError, match=r"twice.*trainer\.remove_callback\(PostHocCallback\)"):
         one.train()
     one.remove_callback(PostHocCallback)  # the way out
@@ -406,6 +405,25 @@ def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
     assert one.evaluate()["eval_ema_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
+def test_a_release_that_has_changed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda self, model, trial: None)  # by other methods
+    trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), max_steps=4).train()
+    assert "the checkpoint of step 4 lacks the state of the averages" in caplog.text
+    monkeypatch.delattr(Trainer, "_load_best_model")
+    with pytest.raises(NotReadyError, match=r"found no Trainer\._load_best_model in transformers"):
+        trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
+
+
+def test_without_the_callback_the_trainer_is_as_before(tmp_path: Path) -> None:
+    one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), max_steps=4)
+    one.remove_callback(PostHocCallback)
+    one.train()
+    assert not any("ema" in name for name in one.evaluate())
+    assert not (tmp_path / "out/checkpoint-4/posthoc_ema.safetensors").exists()
+
+
 @heavy
 def test_a_trainer_of_trl(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed: make integrations installs it")
@@ -420,9 +438,8 @@ def test_a_trainer_of_trl(tmp_path: Path) -> None:
     args = trl.SFTConfig(
         str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
     )
-    one = trl.SFTTrainer(
-        network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback, recorder]
-    )
+    one = trl.SFTTrainer(network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[recorder])
+    callback.install(one)
     one.train()
     assert_exact(callback.ema, one.model, recorder.weights)
     kinds = {"ema/t" in entry: "mean_token_accuracy" in entry for entry in one.state.log_history if "epoch" in entry}
