@@ -120,8 +120,11 @@ def run_transformers(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -
         str(folder / "out"), per_device_train_batch_size=size.batch, max_steps=LAST, save_strategy="no", report_to=[],
         use_cpu=True, disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
-    callbacks = [PostHocCallback(folder / "ema", update_every=EVERY, final_snapshot=False)] if tracks else []
-    Trainer(network(size), args, train_dataset=data, callbacks=[*callbacks, Watching()]).train()
+    trainer = Trainer(network(size), args, train_dataset=data)
+    if tracks:
+        PostHocCallback(folder / "ema", update_every=EVERY, final_snapshot=False).install(trainer)
+    trainer.add_callback(Watching())
+    trainer.train()
 
 
 def run_lightning(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -> None:

@@ -6,10 +6,8 @@ Only the public tracker is used here.
 from __future__ import annotations
 
 import logging
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -94,14 +92,6 @@ def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step that ends now has changed nothing: a GradScaler calls fused optimizers also on infinities."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
-
-
-def local_of(function: str, name: str) -> Any:
-    """A local variable of the framework's function that has called, for what it hands to no hook; None elsewhere."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get(name)
 
 
 def figures(ema: PostHocEMA, sigma_rel: float | None) -> dict[str, float]:

@@ -6,9 +6,10 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
@@ -18,7 +19,6 @@ from posthoc_cli.integrations import (
     find_state,
     has_average,
     is_sharded,
-    local_of,
     make_tracker,
     new_state,
     was_left_out,
@@ -83,6 +83,18 @@ class PostHocWeightAveraging(Callback):
             and step_idx >= (self.update_starting_at_step or 0)
             and self._epoch >= (self.update_starting_at_epoch or 0)
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second callback of this kind: checkpoints have room for the average of one.
+
+        And have `save_checkpoint` tell where it saves, which callbacks are not told.
+        """
+        kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
+        if stage == "fit" and len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
+            reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
+            raise InvalidValueError("callbacks", reason, "leave one; its snapshots give averages of all lengths")
+        if trainer not in _saving:
+            _watch_saving(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, and continue from the checkpoint that was loaded. A `fast_dev_run` has none."""
@@ -173,7 +185,7 @@ class PostHocWeightAveraging(Callback):
         if ema is None:
             return
         if is_sharded(pl_module):
-            folder = trainer.strategy.broadcast(local_of("save_checkpoint", "filepath"))
+            folder = trainer.strategy.broadcast(_saving[trainer])
             ema.save_state(new_state(folder, pl_module))
             return
         checkpoint["averaging_state"] = ema.state_dict()
@@ -199,3 +211,18 @@ class PostHocWeightAveraging(Callback):
         self._handles.close()
         if self.ema is not None:
             self.ema.close()
+
+
+_saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()
+"""The path of the last checkpoint that each trainer has begun to save."""
+
+
+def _watch_saving(trainer: Trainer) -> None:
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(filepath: Any, *given: Any, **others: Any) -> None:
+        _saving[trainer] = filepath
+        save(filepath, *given, **others)
+
+    _saving[trainer] = None
+    trainer.save_checkpoint = save_checkpoint

@@ -42,6 +42,10 @@ _OTHER_DTYPE = (
     "convert the model before the hook is made; or compute in half precision with torch.autocast, which does not "
     "change parameters"
 )
+_NEW_SHAPE = (
+    "where a module gives its buffers their shape at the first batch, as fake quantization does, run one batch through "
+    "the model before the tracker is made, or leave these buffers out with exclude={!r}"
+)
 
 
 @dataclass(frozen=True)
@@ -188,30 +192,38 @@ class TrackedModel:
         kept = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}
         for name, tensor in found.tensors.items():
             own, shape, expected = self.tensors[name], list(found.shapes[name]), list(self.shapes[name])
-            what, was, hint = "", "", _CHANGED
+            what, was, hint = "", "", ""
             if shape != expected:
                 what, was = f"has the shape {shape}", f"had {expected}"
+                if tensor.role == own.role == "copy":
+                    hint = _NEW_SHAPE.format(_glob_of_module(name))
             elif tensor.role != own.role:
                 what, was = f"is {kept[tensor.role]} now", f"was {kept[own.role]}"
             elif tensor.dtype != own.dtype:
                 what, was = f"is {torch_dtype(tensor.dtype)}", f"was {torch_dtype(own.dtype)}"
-                hint = f"{_OTHER_DTYPE}; or {_CHANGED}"
+                hint = _OTHER_DTYPE
             if what:
                 raise ModelMismatchError(f"tensor {name!r}", f"{what}, and {was} when tracking began", hint)
         for alias in self.aliases.keys() | found.aliases.keys():
             if self.aliases.get(alias) != found.aliases.get(alias):
-                raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to", _CHANGED)
+                raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to")
 
     def _why_missing_or_new(self, name: str, found: TrackedModel) -> tuple[str, str]:
         frozen_too = "make the tracker with only_trainable=False, which tracks frozen parameters, too"
         if name in found.frozen:
-            return "is tracked, but does not require gradients any more", f"{frozen_too}; or {_CHANGED}"
+            return "is tracked, but does not require gradients any more", frozen_too
         if name in self.tensors:
-            return "is tracked, but the model has no such tensor to track", _CHANGED
+            return "is tracked, but the model has no such tensor to track", ""
         if name in self.left_out:
             reason = "requires gradients now, but was left out when tracking began, since it did not then"
-            return reason, f"{frozen_too}; or {_CHANGED}"
-        return "is in the model, but was not when tracking began", _CHANGED
+            return reason, frozen_too
+        return "is in the model, but was not when tracking began", ""
+
+
+def _glob_of_module(name: str) -> str:
+    """A glob for what modules of that name hold; the tensor's own name where the module has only a number."""
+    module = name.split(".")[-2:-1]
+    return f"*{module[0]}.*" if module and not module[0].isdigit() else name
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -409,12 +421,15 @@ class ModelWatch:
     def check(self, tensors: ModelTensors, tracked: TrackedModel) -> None:
         """Raise a ModelMismatchError unless these are the tracked tensors."""
         if self._checked is None or self._checked[0] is not tensors or self._checked[1] is not tracked:
-            tracked.check(TrackedModel.of_model(tensors, self._members))
+            try:
+                tracked.check(TrackedModel.of_model(tensors, self._members))
+            except ModelMismatchError as error:
+                raise error.with_hint(_CHANGED) from None
             self._checked = tensors, tracked
 
     def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> None:
         """Raise a ModelMismatchError unless the model is the tracked one; it may be frozen, to be filled only."""
-        self.check(self._collect(model, tracked, frozen_too=True), tracked)
+        tracked.check(TrackedModel.of_model(self._collect(model, tracked, frozen_too=True), self._members))
 
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float] | None:
         """The part of a snapshot's sample that is here, of the model; None where a tensor is not as it was tracked."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.names import unwrapped
@@ -27,6 +30,9 @@ class Attachment:
     optimizer's state for a checkpoint; and once however often it calls its closure, or `step` of a base class. An error
     of the update leaves `optimizer.step()` after the parameters have been changed.
 
+    Steps that other optimizers make with the same parameters instead are counted, too, for a warning: an optimizer that
+    was replaced would stop the tracker in silence. Several optimizers that step in turns are no reason for one.
+
     The model is held weakly; `t` gives the training time, None for steps.
     """
 
@@ -42,16 +48,20 @@ class Attachment:
         self._model = model
         self._t = t
         self._is_updating = False
+        self._has_stepped, self._warned = False, False
+        self._missed, self._usually_missed = 0, 0  # steps of others since the last own one, and most before one
         # Where the step is compiled, files and counters must not be traced.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handles = [optimizer.register_step_post_hook(hook)]
-        _attachments.setdefault(optimizer, weakref.WeakSet()).add(self)
+        _attachments.add(self)
+        _watch_all_steps()
 
     def remove(self) -> None:
         """Detach. Nothing happens the second time."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _attachments.discard(self)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -60,6 +70,7 @@ class Attachment:
 
     def check_caller(self) -> None:
         """Raise a NotReadyError if the user calls `update_` himself: each step would be counted twice."""
+        self._missed = 0  # also where the user goes on by hand
         if self.optimizer is not None and not self._is_updating:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
             raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
@@ -69,6 +80,38 @@ class Attachment:
         own, other = self._model(), model()
         return bool(self._handles) and own is not None and other is not None and unwrapped(own) is unwrapped(other)
 
+    def check_steps(self) -> None:
+        """Warn, once, if other optimizers have gone on with the training without the one that this is attached to."""
+        own = self.optimizer
+        # In the middle of an iteration, or of the first one, others may have made some steps more.
+        if not self._handles or self._warned or self._missed <= 2 * self._usually_missed + 1:
+            return
+        self._warned = True
+        what = "is gone" if own is None else "stands still" if self._has_stepped else "has not stepped since"
+        log.warning(
+            "posthoc_cli: %s: the averages stand at step %d: the optimizer that the tracker is attached to %s, and %d "
+            "later steps of another one were not counted; when an optimizer is replaced, say "
+            "%sema.attach(new_optimizer), or call ema.update_(model) after each step",
+            self.tracker.checkpoint_dir, self.tracker.step, what, self._missed, "" if own is None else "ema.detach(), ",
+        )  # fmt: skip
+
+    def is_passed_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of `optimizer` is one that the attached one should have made: with the same parameters.
+
+        Until that has stepped, and when it is gone, any parameter of the model will do.
+        """
+        own, model = self.optimizer, self._model()
+        if optimizer is own or model is None:
+            return False
+        trained = _parameters(own) if own is not None and self._has_stepped else {*map(id, model.parameters())}
+        return not trained.isdisjoint(_parameters(optimizer))
+
+    def count_missed(self) -> None:
+        """Count a step that has passed by; of an optimizer that is gone there is no need to wait for a query."""
+        self._missed += 1
+        if self.optimizer is None:
+            self.check_steps()
+
     def _after_step(self, optimizer: torch.optim.Optimizer, _: object, keywords: Mapping[str, Any]) -> None:
         if _is_nested(optimizer):
             return
@@ -77,6 +120,7 @@ class Attachment:
                 model = self._model()
                 if model is None:
                     raise NotReadyError("attach", "the model that this tracker was made with is gone")
+                self._has_stepped, self._usually_missed = True, max(self._usually_missed, self._missed)
                 self._is_updating = True
                 self.tracker.update_(model, None if self._t is None else self._t())
         except BaseException:
@@ -86,8 +130,34 @@ class Attachment:
             self._is_updating = False
 
 
-_attachments: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Attachment]]
-_attachments = weakref.WeakKeyDictionary()
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+@cache
+def _watch_all_steps() -> None:
+    """From the first attachment on: a hook that came and went would change torch's hooks while torch calls them."""
+    register_optimizer_step_post_hook(_after_any_step)
+    atexit.register(_check_all)
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, _: object, keywords: Mapping[str, Any]) -> None:
+    if torch.compiler.is_compiling():  # nothing of this must be traced
+        return
+    for one in [*_attachments]:
+        if one.is_passed_by(optimizer) and not (
+            _is_nested(optimizer) or _was_skipped(optimizer, keywords) or _only_made_state(optimizer)
+        ):
+            one.count_missed()
+
+
+def _check_all() -> None:
+    """Warn at the end of the process, too, where nobody has closed the tracker."""
+    for one in [*_attachments]:
+        one.check_steps()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def attach(
@@ -112,8 +182,8 @@ def attach(
         reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
         hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
         raise InvalidValueError("attach", reason, hint)
-    for other in [*_attachments.get(stepping, ())]:
-        if other.tracker is not tracker and other.is_of(model):
+    for other in [*_attachments]:
+        if other.optimizer is stepping and other.tracker is not tracker and other.is_of(model):
             log.warning(
                 "attach: the tracker of %s was attached to this optimizer for the same model; it is closed, and "
                 "the one of %s replaces it",

@@ -120,7 +120,7 @@ class PostHocEMA:
                 self._watch.check_model(model, tracking.tracked)
             except ModelMismatchError as error:
                 hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
-                raise error.with_hint(hint) from None
+                raise error if error.hint else error.with_hint(hint) from None
         self._model = None if model is None else weakref.ref(model)
         self._pipeline = Pipeline(settings, tracking, device)
         # Also where nobody closes it. It must not wait for a thread: that may be collecting the garbage.
@@ -403,6 +403,8 @@ class PostHocEMA:
             RankError: another process that keeps a part of the averages has failed.
         """
         self._calls.check_process()
+        if self._attachment is not None:
+            self._attachment.check_steps()
         self._pipeline.flush()
         self._pending = self._take_error()
         self._raise_pending()
@@ -431,6 +433,8 @@ class PostHocEMA:
         If averages were updated since the newest snapshot, a last one is written, as by `snapshot`, except with
         `final_snapshot=False`. The end of a `with` block or of the process does the same.
         """
+        if self._attachment is not None:
+            self._attachment.check_steps()
         self.detach()
         self._calls.closed = True
         if self._calls.is_forked:

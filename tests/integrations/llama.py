@@ -49,7 +49,10 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **argu
     }  # fmt: skip
     args = TrainingArguments(str(folder / "out"), **(settings | arguments))
     model = network() if model is None else model
-    return Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=list(callbacks))
+    made = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4])
+    for one in callbacks:
+        one.install(made) if isinstance(one, PostHocCallback) else made.add_callback(one)
+    return made
 
 
 if __name__ == "__main__":

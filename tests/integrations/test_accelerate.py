@@ -22,6 +22,7 @@ from integrations.gloo import use_fsdp_on_the_cpu
 from integrations.programs import heavy, start
 from integrations.truth import assert_exact, distance, exact, live, recorded
 
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError
 from posthoc_cli.integrations import PARTS_NAME, STATE_NAME, find_state
 from posthoc_cli.integrations.accelerate import prepare
@@ -175,6 +176,78 @@ def test_a_tracker_that_replaces_another_has_its_place_in_checkpoints(
         prepare(training.accelerator, [training.model], tmp_path / "list")
     prepare(training.accelerator, torch.nn.Linear(4, 4), tmp_path / "new")
     assert "an earlier tracker of this directory is closed" in caplog.text
+
+
+def test_the_second_of_several_models_keeps_its_place(tmp_path: Path) -> None:
+    accelerator, made = generator_and_critic(tmp_path)
+    made[0][2].close()
+    new = prepare(accelerator, made[1][0], tmp_path / "critic", made[1][1], **EVERY)
+    assert made[1][2].closed
+    accelerator.save_state(str(tmp_path / "saved"))
+    names = sorted(path.name for path in (tmp_path / "saved").glob("posthoc*"))
+    assert names == [STATE_NAME, "posthoc_ema_1.safetensors"]
+    states = {name: (tmp_path / "saved" / name).read_bytes() for name in names}
+    assert new.run_id.encode() in states[names[1]]
+    assert made[0][2].run_id.encode() in states[names[0]]
+    again = prepare(accelerator, made[0][0], tmp_path / "generator", made[0][1], **EVERY)
+    accelerator.load_state(str(tmp_path / "saved"))
+    assert (again.run_id, new.closed) == (made[0][2].run_id, False)
+
+
+@pytest.mark.parametrize("found", ["update_", "load_state"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_tracker_that_could_not_begin_is_replaced_and_in_the_way_of_no_checkpoint(
+    tmp_path: Path, found: str, attached: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its directory has another run; the traceback keeps it alive in a notebook."""
+
+    def run(folder: str, saves: bool, steps: int = 3) -> tuple[Accelerator, PostHocEMA, list[Any]]:
+        _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+        torch.manual_seed(0)
+        accelerator, bare, weights = Accelerator(cpu=True), torch.nn.Linear(4, 4), []
+        model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
+        given = {"optimizer": optimizer} if attached else {}
+
+        def step(ema: PostHocEMA) -> None:
+            accelerator.backward(model(X[:4]).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            if not attached:
+                ema.update_(model)
+            weights.append(recorded(bare))
+
+        failed = prepare(accelerator, bare, tmp_path / folder, **given, **EVERY)
+        ema = failed
+        if folder == "taken":
+            with pytest.raises(MismatchError, match="another directory"):
+                step(failed) if found == "update_" else accelerator.load_state(str(tmp_path / "saved"))
+            ema = prepare(accelerator, model, tmp_path / "new", **given, **EVERY)
+            assert failed.closed
+            weights.clear()
+        if not saves:
+            accelerator.load_state(str(tmp_path / "saved"))
+            assert ema.step == 3
+        for _ in range(steps):
+            step(ema)
+        if saves:
+            accelerator.save_state(str(tmp_path / "saved"))
+        return accelerator, ema, weights
+
+    with PostHocEMA.from_model(other := torch.nn.Linear(4, 4), tmp_path / "taken", **EVERY) as another:
+        another.update_(other)
+    if found == "load_state":
+        run("first", saves=True)[1].close()
+        _, ema, weights = run("taken", saves=False)
+        assert (ema.step, len(weights)) == (6, 3)
+        return
+    accelerator, ema, weights = run("taken", saves=True)
+    assert [path.name for path in (tmp_path / "saved").glob("posthoc*")] == [STATE_NAME]
+    assert_exact(ema, accelerator._models[0], weights)
+    accelerator.load_state(str(tmp_path / "saved"))
+    assert ema.step == 3
+    ema.close()
+    _, again, _ = run("again", saves=False, steps=0)  # a new process, with one tracker from the beginning
+    assert again.step == 3
 
 
 class Logger(GeneralTracker):

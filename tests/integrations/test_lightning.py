@@ -16,7 +16,7 @@ from integrations import programs
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, trainer
 from integrations.programs import heavy
 from integrations.truth import assert_exact, distance, exact, live
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, callbacks
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 
@@ -198,6 +198,20 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
         PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True)
     with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
         PostHocWeightAveraging(tmp_path / "ema", validate=0.4)
+
+
+def test_one_callback_of_a_training_averages(tmp_path: Path) -> None:
+    """Checkpoints have room for one: of two, each would take the average of the other for the raw weights."""
+    ours = [PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), AtEpochEnds(tmp_path / "other", **EVERY)]
+    theirs = [kind() for kind in [getattr(callbacks, "WeightAveraging", None)] if kind]
+    for others in ([ours[1]], *([one] for one in theirs)):
+        with pytest.raises(InvalidValueError, match="several that average weights, or one twice"):
+            fit(tmp_path, ours[0], *others)
+    one = trainer(tmp_path, ours[0])
+    one.callbacks.append(ours[0])  # Lightning refuses this itself where the trainer is made
+    with pytest.raises(InvalidValueError, match="or one twice"):
+        one.fit(Regression(), loader())
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 class Adaptable(Regression):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 from pathlib import Path
@@ -19,7 +20,7 @@ import transformers
 from integrations.llama import DATA, EVERY, Recorder, network, trainer
 from integrations.programs import exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact
-from transformers import LlamaForCausalLM, Trainer
+from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
 from posthoc_cli import Run, Schedule
 from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError, NotReadyError
@@ -327,14 +328,12 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptur
         PostHocCallback(tmp_path / "ema", folders=True)
     with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
         PostHocCallback(tmp_path / "ema", evaluate=0.4)
-    two = trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two"))
     with pytest.raises(InvalidValueError, match="leave one out"):
-        two.train()
-    one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.1, **EVERY))
-    with pytest.raises(NotReadyError, match="install"):
+        trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two"))
+    one = trainer(tmp_path)
+    one.add_callback(PostHocCallback(tmp_path / "ema"))
+    with pytest.raises(NotReadyError, match=r"install\(trainer\), in place of callbacks"):
         one.train()
-    with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
-        PostHocCallback(tmp_path / "ema").install(one)
     trainer(tmp_path, max_steps=4).train()  # a checkpoint without the callback
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     trainer(tmp_path, callback).train(resume_from_checkpoint=True)
@@ -363,6 +362,101 @@ def test_the_trainer_may_make_its_callbacks_anew(tmp_path: Path, whole: list[Any
     assert any("eval_ema_loss" in entry for entry in two.state.log_history)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_early_stopping_on_the_averages_metric(
+    tmp_path: Path, first: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts its calls, and says that it is disabled where one lacks the metric; wherever it stands."""
+    seen: list[dict[str, float]] = []
+
+    class Watching(EarlyStoppingCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **others: Any) -> None:
+            seen.append(metrics)
+            super().on_evaluate(args, state, control, metrics, **others)
+
+    stopping = Watching(early_stopping_patience=2)
+    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    one = trainer(
+        tmp_path, *[stopping] * first, learning_rate=10.0, eval_steps=1, save_steps=1, disable_tqdm=False, **arguments
+    )
+    PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(one)
+    if not first:
+        one.add_callback(stopping)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    one.train()
+    assert "disabled" not in caplog.text
+    logged = [entry["eval_ema_loss"] for entry in one.state.log_history if "eval_ema_loss" in entry]
+    assert [metrics["eval_ema_loss"] for metrics in seen] == logged
+    assert all("eval_loss" in metrics for metrics in seen)
+    bests = [min(logged[: number + 1]) for number in range(len(logged))]
+    worse = [value >= best for value, best in zip(logged[1:], bests, strict=False)]
+    assert worse == [False] * (len(worse) - 2) + [True] * 2  # such steps only make it worse, and the second one ends it
+    assert one.state.global_step == len(seen) < 10
+    assert one.evaluate().keys() == {*seen[-1], "epoch"}
+    assert len(seen) == one.state.global_step + 1
+
+
+def test_evaluations_that_fail_leave_the_trainer_as_it_was(tmp_path: Path) -> None:
+    one = trainer(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2, save_strategy="no")
+    callback, handler = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(one), one.callback_handler
+    one.train()
+    tell, rows = handler.on_evaluate, one.eval_dataset
+    one.eval_dataset = [*rows, {}]
+    with pytest.raises((KeyError, ValueError)):
+        one.evaluate()
+    assert handler.on_evaluate == tell
+    one.eval_dataset = rows
+    assert {"eval_loss", "eval_ema_loss"} <= one.evaluate().keys()
+    assert callback.ema is not None
+    assert callback.ema.step == 2
+
+
+def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
+    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), Recorder()
+    one = trainer(tmp_path, callback, recorder, learning_rate=10.0, **arguments)
+    one.add_callback(callback)
+    with pytest.raises(InvalidValueError, match=r"twice.*trainer\.remove_callback\(PostHocCallback\)"):
+        one.train()
+    one.remove_callback(PostHocCallback)  # the way out
+    for _ in range(2):
+        assert callback.install(one) is callback
+    with pytest.raises(InvalidValueError, match="twice"):
+        PostHocCallback(tmp_path / "other", evaluate=0.2).install(one)
+    stock = one.evaluate
+    one.evaluate = lambda *given, **others: stock(*given, **others)  # a wrapper after ours
+    one.train()
+    best = int(one.state.best_model_checkpoint.split("-")[-1])
+    assert distance(dict(one.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
+    assert callback.ema is not None
+    assert callback.ema.step == 10
+    again = PostHocCallback(tmp_path / "again", evaluate=0.1, **EVERY)
+    one.remove_callback(PostHocCallback)
+    again.install(one).ema = callback.ema
+    with callback.ema.model(one.model, 0.1):
+        wanted = one.evaluate()["eval_loss"]
+    assert one.evaluate()["eval_ema_loss"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_release_that_has_changed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda self, model, trial: None)  # by other methods
+    trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), max_steps=4).train()
+    assert "the checkpoint of step 4 lacks the state of the averages" in caplog.text
+    monkeypatch.delattr(Trainer, "_load_best_model")
+    with pytest.raises(NotReadyError, match=r"found no Trainer\._load_best_model in transformers"):
+        trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
+
+
+def test_without_the_callback_the_trainer_is_as_before(tmp_path: Path) -> None:
+    one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), max_steps=4)
+    one.remove_callback(PostHocCallback)
+    one.train()
+    assert not any("ema" in name for name in one.evaluate())
+    assert not (tmp_path / "out/checkpoint-4/posthoc_ema.safetensors").exists()
+
+
 @heavy
 def test_a_trainer_of_trl(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed: make integrations installs it")
@@ -377,9 +471,8 @@ def test_a_trainer_of_trl(tmp_path: Path) -> None:
     args = trl.SFTConfig(
         str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
     )
-    one = trl.SFTTrainer(
-        network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback, recorder]
-    )
+    one = trl.SFTTrainer(network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[recorder])
+    callback.install(one)
     one.train()
     assert_exact(callback.ema, one.model, recorder.weights)
     kinds = {"ema/t" in entry: "mean_token_accuracy" in entry for entry in one.state.log_history if "epoch" in entry}

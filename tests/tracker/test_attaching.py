@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -413,3 +417,221 @@ def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypat
         train(tracker, model, optimizer)
         assert tracker.step == 4
     assert torch.equal(model.weight, plain.weight)
+
+
+# --- another optimizer takes over ---
+
+GONE = (
+    r"posthoc_cli: .*the averages stand at step 10: .* is gone, and 2 later steps .* say ema\.attach\(new_optimizer\)"
+)
+STILL = r"posthoc_cli: .*stand at step 10: .* stands still, and 50 later steps .* ema\.detach\(\), ema\.attach\("
+NEVER = (
+    r"posthoc_cli: .*stand at step 0: .* has not stepped since, and 60 later steps .* ema\.detach\(\), ema\.attach\("
+)
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for text in caplog.messages if text.startswith("posthoc_cli: ")]
+
+
+def use(tracker: PostHocEMA, model: torch.nn.Module, kind: str) -> None:
+    """A call that ends with averages of a training."""
+    if kind == "model":
+        with tracker.model(model, 0.15):
+            pass
+    elif kind == "load_into":
+        tracker.load_into(network(), 0.15)
+    else:
+        {"close": tracker.close, "weights": lambda: tracker.state_dict(0.15), "state": tracker.state_dict}[kind]()
+
+
+@pytest.mark.parametrize("kind", ["close", "model", "weights", "state", "load_into"])
+def test_an_optimizer_that_another_one_replaces_is_told_once(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After 60 steps t would be 10 without a word."""
+    model, optimizer = sgd()
+    tracker = attached(model, tmp_path, optimizer)
+    for _ in range(10):
+        step(model, optimizer)
+    old, optimizer = optimizer, torch.optim.Adam(model.parameters())  # a list, a scheduler or a frame keeps the old one
+    for _ in range(50):
+        step(model, optimizer)
+    assert not warned(caplog)  # the old one might go on, as after a search for a learning rate
+    use(tracker, model, kind)
+    tracker.close()
+    (text,) = warned(caplog)
+    assert re.search(STILL, text)
+    assert (tracker.step, len(old.param_groups)) == (10, 1)
+
+
+def test_an_optimizer_that_is_gone_is_told_while_there_is_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = sgd()
+    with attached(model, tmp_path, optimizer) as tracker:
+        for _ in range(10):
+            step(model, optimizer)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gc.collect()
+        step(model, optimizer)
+        assert not warned(caplog)
+        for _ in range(3):
+            step(model, optimizer)
+        (text,) = warned(caplog)
+        assert re.search(GONE, text)
+        tracker.attach(optimizer)  # what the message says
+        step(model, optimizer)
+        assert tracker.step == 11
+        optimizer = torch.optim.SGD([model.bias], lr=0.1)  # any of the model's parameters
+        gc.collect()
+        for _ in range(2):
+            step(model, optimizer)
+    assert len(warned(caplog)) == 2
+
+
+def test_an_optimizer_that_never_steps_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where a wrapper copies it, or makes its steps by another one."""
+    model, optimizer = sgd()
+    with attached(model, tmp_path, optimizer):
+        copied = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(60):
+            step(model, copied)
+    (text,) = warned(caplog)
+    assert re.search(NEVER, text)
+
+
+def test_a_process_that_closes_no_tracker_is_told_at_its_end(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from pathlib import Path; from tracker.test_attaching import attached, sgd, step\n"
+        "model, first = sgd(); tracker = attached(model, Path(sys.argv[1]), first); step(model, first)\n"
+        "second = torch.optim.Adam(model.parameters())\nfor _ in range(4): step(model, second)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = [sys.executable, "-c", program, str(tmp_path)]
+    told = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stderr
+    assert told.count("posthoc_cli: ") == 1
+    assert "stand at step 1: the optimizer that the tracker is attached to stands still, and 4 later steps" in told
+
+
+def of_two_models(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    other = network()
+    theirs = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(9):
+        step(other, theirs)
+
+
+def in_turns(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Each of several optimizers of the same parameters, one of them more often; stopped within an iteration."""
+    others = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(3)]
+    for number in range(4):
+        for one in [*others, others[0]]:
+            step(model, one)
+        if number < 3:
+            step(model, optimizer)
+
+
+def on_parts(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As Muon for the matrices and Adam for the rest, or a generator and its critic in phases."""
+    assert isinstance(model, torch.nn.Linear)
+    optimizer.param_groups[0]["params"] = [model.weight]
+    step(model, optimizer)
+    rest = torch.optim.SGD([model.bias], lr=0.1)
+    for _ in range(9):
+        step(model, rest)
+
+
+def by_hand(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tracker: PostHocEMA | None = None) -> None:
+    tracker.detach()  # type: ignore[union-attr]
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(9):
+        step(model, other)
+        tracker.update_(model)  # type: ignore[union-attr]
+
+
+def searched(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A search for a learning rate, with an optimizer of its own and the weights put back."""
+    before, trial = {name: one.clone() for name, one in model.state_dict().items()}, torch.optim.SGD(model.parameters())
+    for _ in range(20):
+        step(model, trial)
+    model.load_state_dict(before)
+    step(model, optimizer)
+
+
+def skipped(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Infinite gradients: a scaler leaves out the steps of another one, which is called all the same."""
+    other = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for _ in range(9):
+        other.zero_grad()
+        scaler.scale((model(X) - Y).square().mean() * float("inf")).backward()
+        scaler.step(other)
+        scaler.update()
+
+
+def reloaded(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Other weights without a step: a checkpoint, a reset, clipped weights."""
+    model.load_state_dict(torch.nn.Linear(3, 2).state_dict())
+    torch.nn.init.zeros_(model.weight)
+
+
+def made_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(4):
+        get_optimizer_state_dict(model, torch.optim.Adam(model.parameters()))
+
+
+class Averaging(torch.optim.SGD):
+    """Steps by an inner optimizer of the same parameters, as sharpness-aware ones do."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups[0]["params"], lr=0.1)
+        self.inner = inner
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for _ in range(5):
+            self.inner.step(closure)
+
+
+ORDINARY = [of_two_models, in_turns, on_parts, by_hand, searched, skipped, reloaded, made_state]
+
+
+@pytest.mark.parametrize("do", ORDINARY)
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
+def test_ordinary_trainings_are_told_nothing(tmp_path: Path, do: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = sgd()
+    with attached(model, tmp_path, optimizer) as tracker:
+        step(model, optimizer)
+        do(model, optimizer, tracker) if do is by_hand else do(model, optimizer)
+        with tracker.model(model, 0.15):
+            pass
+        del optimizer
+        gc.collect()
+    assert not warned(caplog)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_an_optimizer_within_another_one_is_no_other(
+    tmp_path: Path, outer: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inner = sgd()
+    wrapper = Averaging(inner)
+    with attached(model, tmp_path, wrapper if outer else inner) as tracker:
+        for _ in range(4):
+            step(model, wrapper)
+        assert tracker.step == (4 if outer else 20)
+    assert not warned(caplog)
+
+
+def test_going_on_by_hand_after_an_optimizer_that_is_gone_is_told_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = sgd()
+    with attached(model, tmp_path, optimizer) as tracker:
+        step(model, optimizer)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gc.collect()
+        for _ in range(5):
+            step(model, optimizer)
+            tracker.update_(model)
+        assert tracker.step == 6
+    assert not warned(caplog)

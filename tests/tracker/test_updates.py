@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -345,6 +346,51 @@ def test_with_frozen_parameters_tracked_too_they_may_be_frozen_and_unfrozen(tmp_
             model.set(value)
             tracker.update_(model)
         np.testing.assert_allclose(tracked(tracker, 0.28), exact_average(values, 0.28, range(1, 7)), atol=1e-13)
+
+
+def quantized() -> torch.nn.Module:
+    """For training with quantized weights: scales have one element a channel after the first batch."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2)).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    return torch.ao.quantization.prepare_qat(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, as torch.ao is deprecated
+def test_buffers_that_get_their_shape_at_the_first_batch_are_named_with_ways_out_that_work(tmp_path: Path) -> None:
+    x = torch.randn(5, 3, generator=torch.manual_seed(0))
+
+    def train(model: torch.nn.Module, folder: str, **options: object) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with PostHocEMA.from_model(model, tmp_path / folder, update_every=1, checkpoint_every=2, **options) as tracker:
+            for _ in range(3):
+                model(x).square().mean().backward()
+                optimizer.step()
+                tracker.update_(model)
+            with tracker.model(model, 0.15):
+                model(x)
+
+    with pytest.raises(ModelMismatchError, match="run one batch through the model before the tracker is made") as said:
+        train(quantized(), "0")
+    (glob,) = re.findall(r"exclude='(.*?)'", str(said.value))
+    assert glob == "*weight_fake_quant.*"
+    train(quantized(), "1", exclude=glob)
+    model = quantized()
+    model(x)
+    train(model, "2")
+    with pytest.raises(ModelMismatchError, match="run one batch"):  # a training that goes on begins with the same
+        PostHocEMA.from_path(tmp_path / "2", quantized())
+    again = quantized()
+    again(x)
+    with PostHocEMA.from_path(tmp_path / "2", again, step=2) as tracker:  # whatever the weights
+        tracker.update_(again)
+        assert tracker.step == 3
+    plain = Scalar()
+    plain.register_buffer("seen", torch.zeros(1))
+    with PostHocEMA.from_model(plain, tmp_path / "3", update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(plain)
+        plain.seen = torch.zeros(2)
+        with pytest.raises(ModelMismatchError, match=r"exclude='seen'"):
+            tracker.update_(plain)
 
 
 class Single(torch.nn.Module):
