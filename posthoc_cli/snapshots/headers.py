@@ -520,10 +520,11 @@ def _measurements(raw: dict[str, Any], values: Values) -> Measurements | None:
         _check_partner(distance, values, tracked)
     if len({(d.t, d.sigma_rel) for d in distances}) < len(distances):
         raise ValueError("distances name the same t and sigma_rel twice")
-    own = {key: value for key, value in raw.items() if key != "distances" and (key, value) != ("weights", None)}
-    names = ["norm", "rounding", *(name for name in ("weights", "arithmetic") if name in own)]
+    left_out = ("distances", "arithmetic")  # the latter was written until release 0.2
+    own = {key: value for key, value in raw.items() if key not in left_out and (key, value) != ("weights", None)}
+    names = ["norm", "rounding", *(["weights"] if "weights" in own else [])]
     measured = Measurements(**_amounts(own, names), distances=distances)
-    squares = [measured.norm, measured.rounding, measured.weights, measured.arithmetic]
+    squares = [measured.norm, measured.rounding, measured.weights]
     squares += [square for distance in distances for square in (distance.squared, distance.rounding)]
     return measured if _usable(squares) else None
 

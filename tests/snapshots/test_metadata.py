@@ -225,6 +225,9 @@ def test_a_missing_checksum_is_told_and_forging_alone_changes_nothing(small: Sma
 def test_what_may_be_missing_or_too_large_to_use_is_read_as_none(small: Small) -> None:
     path = small("snapshot")
     assert read_snapshot(forge(path, {"ema.motion": motion(walk=[1e200, 1])})).info.motion is None
+    before = read_snapshot(forge(path, {"ema.measurements": measured()})).info.measurements
+    older = read_snapshot(forge(path, {"ema.measurements": measured(arithmetic=1e-9)})).info.measurements  # until 0.2
+    assert (older, before is None) == (before, False)
     info = read_snapshot(forge(path, {"ema.measurements": None, "ema.clock": None, "ema.motion": None})).info
     assert (info.measurements, info.clock, info.motion, info.selection) == (None, (), None, None)
     assert (info.updates, info.inherited, info.off_schedule) == (None, 0.0, False)
