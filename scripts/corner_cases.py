@@ -110,13 +110,6 @@ def reinit() -> Iterator[Study]:
         yield Study(run, trackings, [*_targets(*USEFUL), *later])
 
 
-def subnormal() -> Iterator[Study]:
-    """Weights that float32 holds with few digits, or whose squares it does not hold."""
-    trackings = [Tracking(tracked, dtype, 100) for tracked in (TWO, ONE) for dtype in ("float32", "float16")]
-    for rate, scale in product(("constant", "cosine"), (1e-41, 1e-40, 1e-39, 1e-30)):
-        yield Study(walks.scaled(walks.walk(rate, 2000), scale / walks.SCALE), trackings, _targets(*USEFUL))
-
-
 def alternating() -> Iterator[Study]:
     """The rate changes a thousandfold every quarter or eighth of training; targets up to the uniform average."""
     trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, CLOSE, ONE) for dtype in ("float32", "float16")]
@@ -354,7 +347,6 @@ STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
     "every-update": every_update,
     "pause": pause,
     "reinit": reinit,
-    "subnormal": subnormal,
     "alternating": alternating,
     "tiny": tiny,
 }

@@ -129,12 +129,6 @@ def adam_blocks(rate: Rate, steps: int, parameters: int, seed: int) -> Iterator[
 # --- changes to a path -----------------------------------------------------------------------------
 
 
-def scaled(run: Trajectory, scale: float) -> Trajectory:
-    """The same path times `scale`, by way of float64 into whatever float32 makes of it."""
-    weights = (run.weights.astype(np.float64) * scale).astype(np.float32)
-    return Trajectory(f"{run.name}, {scale:g}", weights, run.shapes, run.times)
-
-
 def paused(run: Trajectory, after: int, pause: float) -> Trajectory:
     """The same steps, on a clock that runs on by `pause` between step `after` and the next."""
     times = run.times + pause * (np.arange(run.steps) >= after)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,8 +47,7 @@ class DifferentiableEMA(torch.nn.Module):
     "carried" averages the derivative, too: J_t = decay J_{t-1} + (1 - decay) dx_t/dw(w_t) with J_1 = dx_1/dw, and
     `backward` adds g^T J_t (first derivatives only). Pass the leaves with every value, `ema(x, leaves=[w])`; no other
     tensor gets a gradient. An update takes a backward pass per element of the average, and memory of (elements of the
-    average) x (elements of the leaves). With a fixed `cotangent` c only c^T J is carried: one pass, the memory of the
-    leaves, and `backward` accepts gradients that are a multiple of c.
+    average) x (elements of the leaves).
 
     Detach a value that is built from an earlier result: it brings that graph along in every mode but "carried". Eval
     mode returns the average without a graph and takes no value in. A state dict and a copy hold the average and the
@@ -62,7 +60,6 @@ class DifferentiableEMA(torch.nn.Module):
             update: `ema.decay = torch.sigmoid(logit)` keeps a learned decay in range.
         mode: "truncated", "window", "carried" or "full".
         window: number of values kept in mode "window".
-        cotangent: in mode "carried", the only direction of gradients, of shape `shape`.
         device, dtype: of the average; float32 or float64, as the values are.
 
     Attributes:
@@ -96,7 +93,6 @@ class DifferentiableEMA(torch.nn.Module):
         decay: Decay,
         mode: str = "truncated",
         window: int | None = None,
-        cotangent: torch.Tensor | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -105,10 +101,9 @@ class DifferentiableEMA(torch.nn.Module):
         if dtype not in _ACCUMULATORS:
             raise InvalidValueError("dtype", f"must be torch.float32 or torch.float64, not {dtype}")
         _check_decay(decay)
-        _check_mode(mode, window, cotangent)
+        _check_mode(mode, window)
         size = _check_shape(shape)
         self.decay, self.mode, self._window = decay, mode, window
-        self._cotangent = None if cotangent is None else _direction(cotangent, size)
         self.register_buffer("average", torch.zeros(size, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
         self._start_anew()
@@ -194,7 +189,7 @@ class DifferentiableEMA(torch.nn.Module):
     def _new_history(self) -> _Window | _Carried | None:
         """What this mode keeps between updates in addition to the average."""
         if self.mode == "carried":
-            return _Carried(self._cotangent)
+            return _Carried()
         return None if self.mode == "truncated" else _Window(self._window)
 
 
@@ -227,11 +222,10 @@ class _Window:
 class _Carried:
     """The derivatives J of the average with respect to the leaves, see `DifferentiableEMA`.
 
-    J of a leaf has the shape [elements of the average, *leaf], or [1, *leaf] along a cotangent, which has length 1.
+    J of a leaf has the shape [elements of the average, *leaf].
     """
 
-    def __init__(self, cotangent: torch.Tensor | None) -> None:
-        self._cotangent = cotangent
+    def __init__(self) -> None:
         self._leaves: tuple[torch.Tensor, ...] = ()
         self._jacobians: list[torch.Tensor] = []
 
@@ -243,8 +237,7 @@ class _Carried:
             raise InvalidValueError("decay", "gets no gradients in mode 'carried'", "use 'window'")
         if not value.requires_grad:
             raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
-        cotangent = None if self._cotangent is None else self._cotangent.to(value)
-        jacobians, unreached = _jacobians(value, found, cotangent)
+        jacobians, unreached = _jacobians(value, found)
         if unreached and not self._jacobians:  # a module that is skipped at a later update is no mistake
             listed = ", ".join(f"leaves[{index}] of the shape {list(found[index].shape)}" for index in unreached[:5])
             more = f" and {len(unreached) - 5} more" if len(unreached) > 5 else ""
@@ -258,7 +251,7 @@ class _Carried:
                 jacobian.add_(self._jacobians[index].to(jacobian), alpha=kept)
         self._leaves, self._jacobians = found, jacobians
         result = _next(average, value.detach(), decay)
-        return cast(torch.Tensor, _Attached.apply(result, cotangent, len(found), *jacobians, *found))  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, _Attached.apply(result, len(found), *jacobians, *found))  # type: ignore[no-untyped-call]
 
     def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
         if leaves is None or isinstance(leaves, torch.Tensor):
@@ -283,21 +276,17 @@ def _next(average: torch.Tensor | None, value: torch.Tensor, decay: Decay) -> to
     return average.to(value) * decay + value * (1 - decay)
 
 
-def _jacobians(
-    value: torch.Tensor, leaves: tuple[torch.Tensor, ...], cotangent: torch.Tensor | None
-) -> tuple[list[torch.Tensor], list[int]]:
+def _jacobians(value: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], list[int]]:
     """d value / d leaf for each leaf, in float32 at least, and the indices of leaves that the value ignores."""
-    rows = value.numel() if cotangent is None else 1
+    rows = value.numel()
     jacobians = [
         torch.zeros(rows, *leaf.shape, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
         for leaf in leaves
     ]
     unreached = set(range(len(leaves)))
     for row in range(rows):
-        direction = cotangent
-        if direction is None:
-            direction = torch.zeros_like(value, memory_format=torch.contiguous_format)
-            direction.view(-1)[row] = 1
+        direction = torch.zeros_like(value, memory_format=torch.contiguous_format)
+        direction.view(-1)[row] = 1
         # The caller may want gradients of the value itself, from the same graph.
         gradients = torch.autograd.grad(value, leaves, direction, retain_graph=True, allow_unused=True)
         for index, gradient in enumerate(gradients):
@@ -311,9 +300,8 @@ class _Attached(torch.autograd.Function):
     """A tensor, unchanged, with a given derivative with respect to leaves."""
 
     @staticmethod
-    def forward(ctx: Any, result: torch.Tensor, cotangent: torch.Tensor | None, count: int, *tensors: Any) -> Any:
+    def forward(ctx: Any, result: torch.Tensor, count: int, *tensors: Any) -> Any:
         """`tensors` are `count` Jacobians, then the `count` leaves that they belong to."""
-        ctx.cotangent = cotangent
         ctx.save_for_backward(*tensors[:count])
         ctx.dtypes = [leaf.dtype for leaf in tensors[count:]]
         return result.clone()
@@ -322,24 +310,11 @@ class _Attached(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """g^T J for each leaf."""
-        share = gradient.flatten() if ctx.cotangent is None else _along(gradient, ctx.cotangent).reshape(1)
         pulled = [
-            torch.tensordot(share.to(jacobian), jacobian, dims=1).to(dtype)
+            torch.tensordot(gradient.flatten().to(jacobian), jacobian, dims=1).to(dtype)
             for jacobian, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (None, None, None, *[None] * len(pulled), *pulled)
-
-
-def _along(gradient: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-    """The factor s in gradient = s cotangent; an InvalidValueError if the gradient has another direction."""
-    scale = (gradient * cotangent).sum()
-    across, size = float((gradient - scale * cotangent).norm()), float(gradient.norm())
-    # A non-finite gradient passes, since a GradScaler looks for it later.
-    if across > torch.finfo(gradient.dtype).eps ** 0.5 * size:
-        reason = f"the gradient of the average does not point along it; {100 * across / size:.2g} % of it is across"
-        hint = "use the loss that the cotangent was made for, or no cotangent"
-        raise InvalidValueError("cotangent", reason, hint)
-    return scale
+        return (None, None, *[None] * len(pulled), *pulled)
 
 
 def _check_shape(shape: int | Sequence[int]) -> torch.Size:
@@ -359,19 +334,19 @@ def _check_decay(decay: Decay) -> None:
     check_number("decay", decay, lambda d: 0 <= d < 1, "lie in [0, 1); 0.99 averages over about 100 values")
 
 
-def _check_mode(mode: str, window: int | None, cotangent: torch.Tensor | None) -> None:
+def _check_mode(mode: str, window: int | None) -> None:
     if mode not in MODES:
         raise InvalidValueError("mode", f"must be one of {', '.join(MODES)}", value=f"{mode!r}")
     if (window is not None) != (mode == "window"):
         raise InvalidValueError("window", "the number of values to keep, must be given in mode 'window' and only there")
-    if cotangent is not None and mode != "carried":
-        raise InvalidValueError("cotangent", "is for mode 'carried'; the other modes take any gradient")
     if window is not None:
         check_count("window", window, 1)
 
 
 def _check_value(value: torch.Tensor, average: torch.Tensor) -> None:
-    _check_tensor("value", value, average.shape)
+    if not isinstance(value, torch.Tensor) or value.shape != average.shape:
+        given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise InvalidValueError("value", f"must be a tensor of the average's shape {list(average.shape)}, not {given}")
     if average.dtype not in _ACCUMULATORS:
         raise InvalidValueError("average", f"is {average.dtype}", "keep it in torch.float32 with ema.float()")
     for found, own, where, hint in (
@@ -380,19 +355,3 @@ def _check_value(value: torch.Tensor, average: torch.Tensor) -> None:
     ):
         if found != own:
             raise InvalidValueError("value", f"is {where}{found}, the average {where}{own}", hint)
-
-
-def _check_tensor(name: str, tensor: object, shape: torch.Size) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
-        found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise InvalidValueError(name, f"must be a tensor of the average's shape {list(shape)}, not {found}")
-
-
-def _direction(cotangent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The cotangent scaled to length 1, in float64, since only its direction matters."""
-    _check_tensor("cotangent", cotangent, shape)
-    wide = cotangent.detach().double()
-    length = float(wide.norm())
-    if not math.isfinite(length) or length == 0:
-        raise InvalidValueError("cotangent", "must be finite, and not all zero")
-    return wide / length

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from posthoc_cli.averages.pairing import WideBuffers, check_number, is_narrow
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.settings import check_count
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 _STATISTICS = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
@@ -40,11 +36,7 @@ class EMAStats(WideBuffers):
     Arguments:
         dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
         momentum: share of the newest batch, in (0, 1].
-        eps: variance added where `correlation` and `canonical_correlations` divide; at least 0.
-        process_group: take the rows of all processes of this group as one batch, such as
-            `torch.distributed.group.WORLD`. Every process must call `forward` equally often, with at least one row,
-            and take part in every backward pass; gradients are those of the sum of all processes' losses. Copies share
-            the group; pickling drops it, with a warning.
+        eps: variance added where `correlation` divides; at least 0.
 
     Attributes:
         mean_x, mean_y: [dim_x], [dim_y]; 0 before the first batch.
@@ -82,7 +74,6 @@ class EMAStats(WideBuffers):
         momentum: float = 0.1,
         eps: float = 1e-6,
         center_with_running_mean: bool = True,
-        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.dim_x = check_count("dim_x", dim_x, 1)
@@ -90,7 +81,6 @@ class EMAStats(WideBuffers):
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m <= 1, "lie in (0, 1]")
         self.eps = check_number("eps", eps, lambda e: 0 <= e < math.inf, "be finite and at least 0")
         self.center_with_running_mean = center_with_running_mean
-        self.process_group = process_group
         self._y_may_be_x = dim_y is None
         default = torch.get_default_dtype()
         for name, value in self._initial(torch.float32 if is_narrow(default) else default, None).items():
@@ -120,21 +110,6 @@ class EMAStats(WideBuffers):
         scale_x, scale_y = ((cov.diagonal() + self.eps).rsqrt() for cov in (self.cov_xx, self.cov_yy))
         return self.cov_xy * torch.outer(scale_x, scale_y)
 
-    def canonical_correlations(self) -> torch.Tensor:
-        """Canonical correlations of x and y (Hotelling, 1936), [min(dim_x, dim_y)], the largest first.
-
-        They are the singular values of (cov_xx + eps I)^(-1/2) cov_xy (cov_yy + eps I)^(-1/2). Solved in float64 where
-        the device has it, and differentiable like the statistics.
-        """
-        self._check_ready("canonical_correlations")
-        dtype = self.cov_xy.dtype if self.cov_xy.device.type == "mps" else torch.float64
-        with _without_autocast(self.cov_xy.device.type):
-            # With cov = L L^T, the singular values of L_x^-1 cov_xy L_y^-T are those of the symmetric roots.
-            left = torch.linalg.solve_triangular(self._root("cov_xx", dtype), self.cov_xy.to(dtype), upper=False)
-            both = torch.linalg.solve_triangular(self._root("cov_yy", dtype), left.mT, upper=False)
-            values: torch.Tensor = torch.linalg.svdvals(both)
-        return values.to(self.cov_xy.dtype)
-
     def reset(self) -> None:
         """Forget all batches."""
         for name, value in self._initial(self.cov_xx.dtype, self.cov_xx.device).items():
@@ -155,25 +130,14 @@ class EMAStats(WideBuffers):
 
     def _batch_statistics(self, x: torch.Tensor, y: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The batch's own statistics, in the order of `_STATISTICS`."""
-        rows, sum_x, sum_y = self._over_group(x.new_full((), x.shape[0]), x.sum(dim=0), y.sum(dim=0))
-        mean_x, mean_y = sum_x / rows, sum_y / rows
+        mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
         center_x, center_y = mean_x, mean_y
         if self.center_with_running_mean:
             center_x = torch.where(first, mean_x, self.mean_x.detach())
             center_y = torch.where(first, mean_y, self.mean_y.detach())
         x, y = x - center_x, y - center_y
-        degrees = (rows - 1).clamp(min=1)
-        scatters = self._over_group(x.mT @ x, y.mT @ y, x.mT @ y)
-        return mean_x, mean_y, *(scatter / degrees for scatter in scatters)
-
-    def _over_group(self, *terms: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Sums over the processes of the group, in one message."""
-        if self.process_group is None:
-            return terms
-        flat = torch.cat([term.reshape(-1) for term in terms])
-        total: torch.Tensor = _GroupSum.apply(flat, self.process_group)  # type: ignore[no-untyped-call]
-        sums = torch.split(total, [term.numel() for term in terms])
-        return tuple(flat.view_as(term) for flat, term in zip(sums, terms, strict=True))
+        degrees = max(1, x.shape[0] - 1)
+        return mean_x, mean_y, *(scatter / degrees for scatter in (x.mT @ x, y.mT @ y, x.mT @ y))
 
     def _initial(self, dtype: torch.dtype, device: torch.device | None) -> dict[str, torch.Tensor]:
         x, y = self.dim_x, self.dim_y
@@ -198,35 +162,19 @@ class EMAStats(WideBuffers):
         if int(self.num_batches_tracked) == 0:
             raise NotReadyError(what, "no batch was tracked yet", "call the module in train mode first")
 
-    def _root(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        covariance: torch.Tensor = getattr(self, name)
-        size = covariance.shape[0]
-        ridged = covariance.to(dtype) + self.eps * torch.eye(size, dtype=dtype, device=covariance.device)
-        factor: torch.Tensor
-        factor, info = torch.linalg.cholesky_ex(ridged)
-        # The pivots of a singular matrix are rounding errors of its variances.
-        lost = factor.diagonal().square() <= size * torch.finfo(covariance.dtype).eps * ridged.diagonal()
-        if int(info) != 0 or bool(lost.any()):
-            raise InvalidValueError("eps", f"too small for {name}, which lacks full rank", value=f"{self.eps:g}")
-        return factor
-
     def _without_graph(self) -> dict[str, Any]:
         buffers = {name: None if value is None else value.detach() for name, value in self._buffers.items()}
         return {**self.__dict__, "_buffers": buffers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EMAStats:
-        """A copy that shares the process group and has no graph, since torch refuses to copy graphs."""
+        """A copy without a graph, since torch refuses to copy graphs."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        memo[id(self.process_group)] = self.process_group
         copied.__dict__.update(copy.deepcopy(self._without_graph(), memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.process_group is not None:
-            text = "process_group: cannot be saved with the module; set it again on the loaded one"
-            warnings.warn(text, stacklevel=2)
-        return {**self._without_graph(), "process_group": None}
+        return self._without_graph()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in _STATISTICS:
@@ -236,23 +184,6 @@ class EMAStats(WideBuffers):
         for name, value in self._buffers.items():
             self._buffers[name] = None if value is None else value.detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-class _GroupSum(torch.autograd.Function):
-    """The sum over processes; its gradient is the sum of the gradients of all processes."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        total = values.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

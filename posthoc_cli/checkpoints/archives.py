@@ -3,6 +3,11 @@
 A tensor in a pickle is a call that names a storage, an offset, a shape and strides. A storage is a range of bytes of
 the file: an uncompressed member of the archive, a part of the stream behind the pickles, or a string of bytes within a
 pickle that holds such a stream itself, as plain `pickle.dump` of a tensor makes it.
+
+Pickles are read by Python's own unpickler, with each name that they could import replaced: by functions of ours that
+describe tensors, all others by a `Name` whose call makes an inert `Node`. It is the unpickler in Python, since of that
+in C strings of bytes cannot be left in the file, nor keys of dicts refused whose hash takes forever. For the same
+reasons `torch.load` is not used, and since it maps files: one that shrinks would end the process.
 """
 
 from __future__ import annotations
@@ -10,19 +15,26 @@ from __future__ import annotations
 import io
 import math
 import os
+import pickle
 import struct
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, ClassVar
 
-from posthoc_cli.checkpoints.pickles import Call, Extent, Name, PickleError, pickled_value
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
+from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.chunks import row_major
+from posthoc_cli.snapshots.headers import is_sizes
 from posthoc_cli.snapshots.tensor_file import OpenedFile
 
-ZIP = b"PK\x03\x04"
+_ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024
 """Bytes of a tensor whose elements are stored once for several places, as `expand` makes it."""
+_LONGEST_LINE = 4096
+_MOST_ARGUMENTS = 16
+"""Of a call; a pickle may give a million to each of a million calls."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -33,15 +45,6 @@ _STORAGES = {
     "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
 }  # fmt: skip
 """Names of torch's storages of one dtype, without `Storage`."""
-
-
-@dataclass(eq=False)
-class Storage:
-    """A range of the file: `begin` is known once the stream behind the pickles was seen; no dtype if it is untyped."""
-
-    dtype: str | None
-    nbytes: int
-    begin: int = -1
 
 
 @dataclass(frozen=True)
@@ -68,102 +71,145 @@ class FoundTensor:
         )
 
 
-@dataclass(frozen=True)
-class View:
-    """A tensor in a pickle, with its place in a storage."""
+class Node(dict[Any, Any]):
+    """An object that the pickle would have made by a call: `name` says of what, `state` would be its attributes.
 
-    storage: Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    What it was filled with like a dict are its items; those of a list are passed over.
+    """
 
-    def found(self) -> FoundTensor:
-        """The tensor, once its storage has its place; a PickleError if it reaches beyond that."""
-        item = ITEM_BYTES[self.dtype]
-        reach = 0
-        if math.prod(self.shape):
-            reach = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
-        if self.storage.begin < 0 or (self.offset + reach) * item > self.storage.nbytes:
-            raise PickleError("a tensor reaches beyond its storage")
-        if math.prod(self.shape) * item > max(self.storage.nbytes, _MOST_REPEATED):
-            raise PickleError(f"a tensor of shape {list(self.shape)} that repeats {self.storage.nbytes:,} bytes")
-        begin = self.storage.begin + self.offset * item
-        return FoundTensor(self.dtype, self.shape, self.strides, begin, begin + reach * item)
+    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a Node may be the key of a dict
+    __eq__ = object.__eq__
+
+    def __call__(self, *arguments: Any) -> Node:
+        """What is made by a call of it, as of a `functools.partial`."""
+        return Node("", arguments)
+
+    def extend(self, _: object) -> None:
+        """Pass over the items of a list."""
+
+    append = extend
 
 
 def read_archive(file: OpenedFile, begin: int, end: int) -> Any:
-    """The object in a range of a file: written by torch.save of any release, or by pickle; tensors are `View`s."""
-    if file.read_at(4, begin) == ZIP:
-        return _read_zip(file, begin, end)
-    return _read_stream(file, begin, end, _calls(file))
+    """The object in a range of a file, written by torch.save of any release, or by pickle.
+
+    It is made of plain values, lists, tuples and dicts, a `FoundTensor` for each tensor, and `Node`s for all else. A
+    FileFormatError names the file and says what is wrong.
+    """
+    try:
+        if file.read_at(4, begin) == _ZIP:
+            return _read_zip(file, begin, end)
+        return _read_stream(file, begin, end, _calls(file))
+    except _PickleError as error:
+        raise FileFormatError(file.path, f"cannot be read as tensors: {error}") from error
 
 
-def _read_stream(file: OpenedFile, begin: int, end: int, calls: dict[str, Call]) -> Any:
+class _PickleError(ValueError):
+    """What is wrong with a pickle, in words that follow the file's name."""
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A global name in a pickle, `module.attribute`."""
+
+    text: str
+
+    def __call__(self, *arguments: Any) -> Node:
+        return Node(self.text, arguments[:_MOST_ARGUMENTS])
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes of the file: a string of them in a pickle, or a storage, which may have a dtype."""
+
+    begin: int
+    nbytes: int
+    dtype: str | None = None
+
+
+_Call = Callable[..., Any]
+"""A function for calls of one name; gets the call's arguments, and raises a PickleError or TypeError."""
+_Locate = Callable[[str, int], int]
+"""Where a storage of a key, and of so many bytes, begins."""
+
+
+# --- archives and streams
+
+
+def _read_stream(file: OpenedFile, begin: int, end: int, calls: Mapping[str, _Call]) -> Any:
     """A pickle, or the five pickles and the storages that torch.save wrote before it made archives."""
-    storages: dict[str, Storage] = {}
-    value, position = pickled_value(file, begin, end, calls, _persistent(storages))
+    value, start = _unpickled(file, begin, end, calls)
     if value != _LEGACY_MAGIC:
-        if storages:
-            raise PickleError("refers to storages outside the file")
         return value
-    protocol, position = pickled_value(file, position, end, calls)
-    system, position = pickled_value(file, position, end, calls)
+    protocol, start = _unpickled(file, start, end, calls)
+    system, start = _unpickled(file, start, end, calls)
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise PickleError("is of an unknown release of torch.save, or of a big-endian machine")
-    value, position = pickled_value(file, position, end, calls, _persistent(storages))
-    keys, position = pickled_value(file, position, end, calls)
+        raise _PickleError("is of an unknown release of torch.save, or of a big-endian machine")
+    sizes: dict[str, int] = {}
+    begins: dict[str, int] = {}
+
+    def locate(key: str, nbytes: int) -> int:
+        if sizes.setdefault(key, nbytes) != nbytes:
+            raise _PickleError("a damaged file: a storage of two sizes")
+        return begins.get(key, 0)
+
+    # The order of the storages is behind the pickle that refers to them, so that it is read twice.
+    _, behind = _unpickled(file, start, end, calls, locate)
+    keys, position = _unpickled(file, behind, end, calls)
     for key in keys if isinstance(keys, list) else ():
-        storage = storages.get(key)
-        if storage is None or storage.begin >= 0:
-            raise PickleError("a damaged file: its storages are not those of its tensors")
-        storage.begin = position + 8
-        position += 8 + storage.nbytes
-    if position > end or any(storage.begin < 0 for storage in storages.values()):
-        raise PickleError("truncated: it ends within a tensor")
-    return value
+        if not isinstance(key, str) or key not in sizes or key in begins:
+            raise _PickleError("a damaged file: its storages are not those of its tensors")
+        begins[key] = position + 8
+        position += 8 + sizes[key]
+    if position > end or begins.keys() != sizes.keys():
+        raise _PickleError("truncated: it ends within a tensor")
+    return _unpickled(file, start, end, calls, locate)[0]
 
 
 def _read_zip(file: OpenedFile, begin: int, end: int) -> Any:
     try:
-        archive = zipfile.ZipFile(_Window(file, begin, end))
+        archive = zipfile.ZipFile(_Range(file, begin, end))
         members = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
-        raise PickleError(f"a damaged or truncated archive: {error}") from error
+        raise _PickleError(f"a damaged or truncated archive: {error}") from error
     if len(members) != len(archive.infolist()):
-        raise PickleError("a damaged archive: two members of one name")
+        raise _PickleError("a damaged archive: two members of one name")
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
     if root is None:
-        raise PickleError("is an archive, but not of torch.save: it has no data.pkl")
+        raise _PickleError("is an archive, but not of torch.save: it has no data.pkl")
 
-    def place(name: str) -> Extent:
+    def place(name: str) -> _Bytes:
         info = members.get(root + name)
         if info is None:
-            raise PickleError(f"a damaged archive: it has no {name!r}")
+            raise _PickleError(f"a damaged archive: it has no {name!r}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise PickleError("is a compressed or encrypted archive, which torch.save never makes")
+            raise _PickleError("is a compressed or encrypted archive, which torch.save never makes")
         head = file.read_at(_LOCAL_HEADER.size, begin + info.header_offset)
-        if len(head) < _LOCAL_HEADER.size or not head.startswith(ZIP):
-            raise PickleError("a damaged archive: a member is not where it should be")
+        if len(head) < _LOCAL_HEADER.size or not head.startswith(_ZIP):
+            raise _PickleError("a damaged archive: a member is not where it should be")
         _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head)
         at = begin + info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
         if at + info.file_size > end:
-            raise PickleError("truncated: the archive ends within a tensor")
-        return Extent(at, at + info.file_size)
+            raise _PickleError("truncated: the archive ends within a tensor")
+        return _Bytes(at, info.file_size)
+
+    def locate(key: str, nbytes: int) -> int:
+        held = place(f"data/{key}")
+        if held.nbytes < nbytes:
+            raise _PickleError(f"a damaged archive: data/{key} is too short")
+        return held.begin
 
     if f"{root}byteorder" in members:
         order = place("byteorder")
-        if file.read_at(min(16, order.end - order.begin), order.begin) != b"little":
-            raise PickleError("is of a big-endian machine")
-    storages: dict[str, Storage] = {}
+        if file.read_at(min(16, order.nbytes), order.begin) != b"little":
+            raise _PickleError("is of a big-endian machine")
     data = place("data.pkl")
-    value, _ = pickled_value(file, data.begin, data.end, _calls(file), _persistent(storages))
-    for key, storage in storages.items():
-        held = place(f"data/{key}")
-        if held.end - held.begin < storage.nbytes:
-            raise PickleError(f"a damaged archive: data/{key} is too short")
-        storage.begin = held.begin
-    return value
+    return _unpickled(file, data.begin, data.begin + data.nbytes, _calls(file), locate)[0]
 
 
 class _Window(io.RawIOBase):
@@ -178,97 +224,247 @@ class _Window(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position - self._begin
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: self._begin, os.SEEK_CUR: self._position, os.SEEK_END: self._end}[whence]
         if start + offset < self._begin:
             raise OSError("before the start")
         self._position = start + offset
-        return self.tell()
+        return self._position - self._begin
 
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._end - self._position)
-        data = self._file.read_at(left if size < 0 else min(size, left), self._position)
+    def readinto(self, view: Any) -> int:
+        data = self._file.read_at(min(len(view), max(0, self._end - self._position)), self._position)
+        view[: len(data)] = data
         self._position += len(data)
-        return data
+        return len(data)
+
+
+class _Range(io.BufferedReader):
+    """The same, buffered."""
+
+    def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
+        super().__init__(_Window(file, begin, end))
+        self._begin, self._end = begin, end
+
+    @property
+    def position(self) -> int:
+        """Where the next byte is in the file."""
+        return self._begin + self.tell()
+
+    def readline(self, size: int | None = _LONGEST_LINE) -> bytes:
+        line = super().readline(size)
+        if len(line) == _LONGEST_LINE:
+            raise _PickleError("a damaged pickle: a line without an end")
+        return line
+
+    def skip(self, count: int) -> _Bytes:
+        """Pass over bytes."""
+        begin = self.position
+        if begin + count > self._end:
+            raise _PickleError("the pickle is truncated")
+        self.seek(count, os.SEEK_CUR)
+        return _Bytes(begin, count)
+
+
+# --- pickles
+
+
+def _unpickled(
+    file: OpenedFile, begin: int, end: int, calls: Mapping[str, _Call], locate: _Locate | None = None
+) -> tuple[Any, int]:
+    """The value of the pickle that begins at `begin`, and where it ends.
+
+    Arguments:
+        end: where the file or the part of it with the pickle ends.
+        calls: what to do for calls of a name; other calls make nodes.
+        locate: places the storages that it refers to.
+    """
+    stream = _Range(file, begin, end)
+    try:
+        return _Unpickler(stream, calls, locate).load(), stream.position
+    except _PickleError:
+        raise
+    except (
+        pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError, OverflowError,
+        struct.error, RecursionError, MemoryError,
+    ) as error:  # fmt: skip
+        raise _PickleError(f"a damaged pickle, near byte {stream.position:,}") from error
+
+
+class _Unpickler(pickle._Unpickler):
+    """Imports nothing, and calls only `calls` and names."""
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, stream: _Range, calls: Mapping[str, _Call], locate: _Locate | None) -> None:
+        super().__init__(stream, encoding="latin-1")
+        self._stream, self._calls, self._locate = stream, calls, locate
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The function for a name, or the name itself."""
+        return self._calls.get(f"{module}.{name}") or _Name(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """The storage of ("storage", type, key, location, number of elements, ...)."""
+        known = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
+        if self._locate is None or not known:
+            raise _PickleError("refers to objects outside the file")
+        dtype, count = _storage_dtype(pid[1]), pid[4]
+        if not is_sizes((count,)):
+            raise _PickleError("a tensor with a malformed size")
+        nbytes = count * (ITEM_BYTES[dtype] if dtype else 1)
+        return _Bytes(self._locate(pid[2], nbytes), nbytes, dtype)
+
+    def call(self) -> None:
+        """A call, or an object made without `__init__`, which is the same here."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.append(function(*arguments[:_MOST_ARGUMENTS]))
+
+    def build(self) -> None:
+        """Give the last object its state."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Node):
+            self.stack[-1].state = state
+
+    def make_with_keywords(self) -> None:
+        """A call with arguments by name, whose names do not matter."""
+        keywords = self.stack.pop()
+        self.stack[-1] = (*self.stack[-1][:_MOST_ARGUMENTS], *islice(keywords.values(), _MOST_ARGUMENTS))
+        self.call()
+
+    def fill(self, items: list[Any]) -> None:
+        """Put keys and values into the last object."""
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise _PickleError("a damaged pickle: items of what is no dict")
+        target.update(_checked_pairs(zip(items[::2], items[1::2], strict=True)))
+
+    def make_dict(self) -> None:
+        """A dict of the values since the last mark."""
+        items = self.pop_mark()
+        self.append({})
+        self.fill(items)
+
+    def pass_over(self, layout: str) -> None:
+        """Leave a string of bytes in the file."""
+        (count,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
+        self.append(self._stream.skip(count))
+
+    # Frames are passed through, so that places in the file are known. Sets become lists: a set would hash what is put
+    # into it. Nothing comes from the registry of extensions, whose entries may be real functions.
+    dispatch |= {
+        pickle.FRAME[0]: lambda self: self.read(8),
+        pickle.SHORT_BINBYTES[0]: lambda self: self.pass_over("<B"),
+        pickle.BINBYTES[0]: lambda self: self.pass_over("<I"),
+        pickle.BINBYTES8[0]: lambda self: self.pass_over("<Q"),
+        pickle.BYTEARRAY8[0]: lambda self: self.pass_over("<Q"),
+        pickle.EMPTY_SET[0]: dispatch[pickle.EMPTY_LIST[0]],
+        pickle.ADDITEMS[0]: dispatch[pickle.APPENDS[0]],
+        pickle.FROZENSET[0]: dispatch[pickle.LIST[0]],
+        pickle.REDUCE[0]: call,
+        pickle.NEWOBJ[0]: call,
+        pickle.NEWOBJ_EX[0]: make_with_keywords,
+        pickle.BUILD[0]: build,
+        pickle.SETITEM[0]: lambda self: self.fill([self.stack.pop(), self.stack.pop()][::-1]),
+        pickle.SETITEMS[0]: lambda self: self.fill(self.pop_mark()),
+        pickle.DICT[0]: make_dict,
+    }
+    for _extension in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del dispatch[_extension[0]]
+
+
+def _checked_pairs(pairs: Any) -> dict[Any, Any]:
+    """A dict whose keys are texts, numbers, nodes, or tuples of them; the hash of a nested tuple may take forever."""
+    made = {}
+    for key, value in pairs:
+        for part in key if isinstance(key, tuple) else (key,):
+            if not isinstance(part, str | int | float | Node | _Name | None):
+                raise _PickleError(f"a key of a dict is a {type(part).__name__}")
+            if isinstance(part, int) and abs(part) >= 2**63:  # as text it may take forever, too
+                raise _PickleError("a key of a dict is an int of many digits")
+        made[key] = value
+    return made
 
 
 # --- the calls of a pickle that make tensors
 
 
-def _persistent(storages: dict[str, Storage]) -> Call:
-    """Storages by their keys, as a pickle refers to them: ("storage", type, key, location, number of elements, ...)."""
-
-    def load(key: Any) -> Any:
-        if not (isinstance(key, tuple) and len(key) >= 5 and key[0] == "storage" and isinstance(key[2], str)):
-            raise PickleError("refers to objects outside the file")
-        dtype, count = _storage_dtype(key[1]), _size(key[4])
-        storage = Storage(dtype, count * (ITEM_BYTES[dtype] if dtype else 1))
-        return storages.setdefault(key[2], storage)
-
-    return load
-
-
 def _storage_dtype(kind: Any) -> str | None:
     """The dtype of a storage's type; None for one of bytes."""
-    name = kind.text.rpartition(".")[2] if isinstance(kind, Name) else ""
+    name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
     if name == "UntypedStorage":
         return None
     dtype = _STORAGES.get(name.removesuffix("Storage"))
     if dtype is None:
-        raise PickleError(f"a tensor of {name or 'an unknown kind'}, which is not read")
+        raise _PickleError(f"a tensor of {name or 'an unknown kind'}, which is not read")
     return dtype
 
 
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**60:
-        raise PickleError("a tensor with a malformed size")
-    return value
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> FoundTensor:
+    if not isinstance(storage, _Bytes):
+        raise _PickleError("a tensor without a storage")
+    own, fits = dtype or storage.dtype, is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
+    if own is None or not fits or not len(shape) == len(strides) <= 64 or math.prod(s or 1 for s in shape) >= 2**60:
+        raise _PickleError("a tensor with a malformed shape")
+    item, count, reach = ITEM_BYTES[own], math.prod(shape), 0
+    if count:
+        reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    if (offset + reach) * item > storage.nbytes:
+        raise _PickleError("a tensor reaches beyond its storage")
+    if count * item > max(storage.nbytes, _MOST_REPEATED):
+        raise _PickleError(f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
+    begin = storage.begin + offset * item
+    return FoundTensor(own, tuple(shape), tuple(strides), begin, begin + reach * item)
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple | list) or len(values) > 64:
-        raise PickleError("a tensor with a malformed shape")
-    return tuple(map(_size, values))
-
-
-def _view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> View:
-    if not isinstance(storage, Storage):
-        raise PickleError("a tensor without a storage")
-    own, sizes, steps = dtype or storage.dtype, _sizes(shape), _sizes(strides)
-    if own is None or len(sizes) != len(steps) or math.prod(size or 1 for size in sizes) >= 2**60:
-        raise PickleError("a tensor with a malformed shape")
-    return View(storage, own, _size(offset), sizes, steps)
-
-
-def _view_of_dtype(storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any) -> View:
-    name = dtype.text.removeprefix("torch.") if isinstance(dtype, Name) else ""
+def _tensor_of_dtype(
+    storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any
+) -> FoundTensor:
+    name = dtype.text.removeprefix("torch.") if isinstance(dtype, _Name) else ""
     if name not in _BY_TORCH_NAME:
-        raise PickleError(f"a tensor of dtype {name or 'unknown'}, which is not read")
-    return _view(storage, offset, shape, strides, _BY_TORCH_NAME[name])
+        raise _PickleError(f"a tensor of dtype {name or 'unknown'}, which is not read")
+    return _tensor(storage, offset, shape, strides, _BY_TORCH_NAME[name])
 
 
-def _calls(file: OpenedFile) -> dict[str, Call]:
-    within = _TENSOR_CALLS
-    known: dict[Extent, Any] = {}
+def _ordered(*arguments: Any) -> dict[Any, Any]:
+    """An OrderedDict, as old and new pickles make it."""
+    pairs = arguments[0] if arguments else []
+    if isinstance(pairs, dict):
+        return pairs
+    made = _checked_pairs(pairs)
+    pairs.clear()  # so that a million calls with a million pairs are soon over
+    return made
+
+
+_CALLS: dict[str, _Call] = {
+    "collections.OrderedDict": _ordered,
+    "builtins.set": lambda values=(): values,
+    "__builtin__.set": lambda values=(): values,
+    "torch.Size": lambda sizes=(): sizes,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": lambda *values: _tensor(*values[:4]),
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    # A tensor with attributes, or of a subclass.
+    "torch._tensor._rebuild_from_type_v2": lambda function, _, arguments, __: function(*arguments),
+}
+"""The names that are known, and what is done in place of calls of them."""
+
+
+def _calls(file: OpenedFile) -> dict[str, _Call]:
+    """The same for a whole file, whose strings of bytes may hold storages."""
+    known: dict[_Bytes, Any] = {}
 
     def from_bytes(data: Any) -> Any:
         """A storage that was written into a string of bytes; such a string within another is not read."""
-        if not isinstance(data, Extent):
-            raise PickleError("a tensor without a storage")
+        if not isinstance(data, _Bytes):
+            raise _PickleError("a tensor without a storage")
         if data not in known:
-            known[data] = _read_stream(file, data.begin, data.end, within)
+            known[data] = _read_stream(file, data.begin, data.begin + data.nbytes, _CALLS)
         return known[data]
 
-    return within | {"torch.storage._load_from_bytes": from_bytes}
-
-
-_TENSOR_CALLS: dict[str, Call] = {
-    "torch._utils._rebuild_tensor": _view,
-    "torch._utils._rebuild_tensor_v2": lambda *values: _view(*values[:4]),
-    "torch._utils._rebuild_tensor_v3": _view_of_dtype,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-}
+    return _CALLS | {"torch.storage._load_from_bytes": from_bytes}

@@ -17,15 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.archives import FoundTensor
-from posthoc_cli.checkpoints.pickles import Node
-from posthoc_cli.checkpoints.tensor_files import (
-    ENDINGS,
-    index_file,
-    names_in,
-    read_range,
-    sampled_identity,
-)
+from posthoc_cli.checkpoints.archives import FoundTensor, Node, read_archive
+from posthoc_cli.checkpoints.tensor_files import ENDINGS, index_file, names_in, sampled_identity
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
@@ -248,7 +241,7 @@ def _of_distributed(metadata: Path) -> Contents:
     with OpenedFile(metadata) as file:
         if file.size > _MOST_METADATA:
             raise FileFormatError(metadata, f"has {file.size:,} bytes; at most {_MOST_METADATA:,} are allowed")
-        state = _state(read_range(file, 0, file.size))
+        state = _state(read_archive(file, 0, file.size))
     listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
@@ -335,4 +328,4 @@ class _ChunkFiles:
                 self._identities[path] = sampled_identity(file)
             if begin + length > file.size:
                 raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
-            return path, read_range(file, begin, begin + length)
+            return path, read_archive(file, begin, begin + length)

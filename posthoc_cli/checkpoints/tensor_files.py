@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ import numpy.typing as npt
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from posthoc_cli.checkpoints.archives import FoundTensor, View, read_archive
-from posthoc_cli.checkpoints.pickles import Node, PickleError
+from posthoc_cli.checkpoints.archives import FoundTensor, Node, read_archive
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
@@ -69,27 +67,11 @@ def index_file(path: Path, any_kind: bool = True) -> IndexedFile:
         }
         with OpenedFile(path) as file:
             return IndexedFile(found, header.metadata, sampled_identity(file))
-    with OpenedFile(path) as file, _named(path):
-        return IndexedFile(leaves(read_archive(file, 0, file.size)), {}, sampled_identity(file))
+    with OpenedFile(path) as file:
+        return IndexedFile(_leaves(path, read_archive(file, 0, file.size)), {}, sampled_identity(file))
 
 
-def read_range(file: OpenedFile, begin: int, end: int) -> Any:
-    """The object of a pickle or archive in a range of a file: a tensor, or something else with `View`s in it."""
-    with _named(file.path):
-        found = read_archive(file, begin, end)
-        return found.found() if isinstance(found, View) else found
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turn a PickleError of the block into a FileFormatError that names the file."""
-    try:
-        yield
-    except PickleError as error:
-        raise FileFormatError(path, f"cannot be read as tensors: {error}") from error
-
-
-def leaves(value: Any) -> dict[tuple[str, ...], Any]:
+def _leaves(path: Path, value: Any) -> dict[tuple[str, ...], Any]:
     """The tensors, numbers and texts within dicts, by the keys that lead to each.
 
     A tensor of a kind that is not read (sparse, quantized, spread over processes) stays a node. The names of modules
@@ -97,26 +79,23 @@ def leaves(value: Any) -> dict[tuple[str, ...], Any]:
     """
     found: dict[tuple[str, ...], Any] = {}
     left: list[tuple[tuple[str, ...], Any, int, bool]] = [((), value, 0, False)]
-    for _ in range(_MOST_VALUES):
-        if not left:
-            return found
-        path, one, depth, within = left.pop()
-        is_module = False
-        if isinstance(one, Node) and one.name.startswith("torch._utils._rebuild"):
-            found[path] = one
-        elif isinstance(one, Node):
-            held = _module_tensors(one)
-            is_module, one = held is not None, held or one.items
-        if isinstance(one, dict) and depth < _DEEPEST:
-            for key in reversed(one):
+    count = 0
+    while left:
+        keys, one, depth, within = left.pop()
+        if not isinstance(one, dict) or (isinstance(one, Node) and one.name.startswith("torch._utils._rebuild")):
+            if isinstance(one, Node | FoundTensor | int | float | str):
+                found[keys] = one
+        elif depth < _DEEPEST:
+            module = _module_tensors(one) if isinstance(one, Node) else None
+            is_module, held = module is not None, module or one
+            count += len(held)
+            if count > _MOST_VALUES:
+                raise FileFormatError(path, f"cannot be read as tensors: holds more than {_MOST_VALUES:,} values")
+            for key in reversed(held):
                 if isinstance(key, str | int):
-                    inner = (*path[:-1], f"{path[-1]}.{key}") if is_module and within else (*path, str(key))
-                    left.append((inner, one[key], depth + 1, is_module))
-        elif isinstance(one, View):
-            found[path] = one.found()
-        elif isinstance(one, int | float | str):
-            found[path] = one
-    raise PickleError("holds too many values")
+                    name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and within else (*keys, str(key))
+                    left.append((name, held[key], depth + 1, is_module))
+    return found
 
 
 def _module_tensors(node: Node) -> dict[Any, Any] | None:
@@ -125,13 +104,13 @@ def _module_tensors(node: Node) -> dict[Any, Any] | None:
     Its attributes are its state, or are among what it is made of, also one level further down under `state`.
     """
     for value in (node.state, *node.arguments):
-        found = value.items if isinstance(value, Node) else value
-        for state in (found, found.get("state")) if isinstance(found, dict) else ():
+        for state in (value, value.get("state")) if isinstance(value, dict) else ():
             if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
                 own = [state[key] for key in ("_parameters", "_buffers", "_modules")]
                 held = {key: value for part in own if isinstance(part, dict) for key, value in part.items()}
                 unsaved = state.get("_non_persistent_buffers_set")
-                return {key: held[key] for key in held if not (isinstance(unsaved, list) and key in unsaved)}
+                names = {key for key in unsaved if isinstance(key, str)} if isinstance(unsaved, list) else set()
+                return {key: held[key] for key in held if key not in names}
     return None
 
 

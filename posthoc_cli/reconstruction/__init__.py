@@ -21,7 +21,6 @@ from posthoc_cli.reconstruction.prior import (
     error_after_rounding,
     measured_prior,
     misfit,
-    roundings,
 )  # fmt: skip
 from posthoc_cli.reconstruction.solving import (
     LATER,
@@ -41,5 +40,5 @@ __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "LATER", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
     "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
-    "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "roundings", "thinned_subset",
+    "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "thinned_subset",
 ]  # fmt: skip

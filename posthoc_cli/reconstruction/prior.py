@@ -75,15 +75,12 @@ class Measurements:
         rounding: squared norm of the difference between the stored copy and the exact average.
         distances: to the other profiles of the same time, and to the newest earlier snapshots of each profile.
         weights: squared distance between the exact average and the network's weights at its time; None if unknown.
-        arithmetic: expected squared error of the average beyond that of numbers of full precision: float32 has few
-            digits near 0, and each update rounds again.
     """
 
     norm: float
     rounding: float
     distances: tuple[Distance, ...] = ()
     weights: float | None = None
-    arithmetic: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -201,8 +198,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
         return assumed_prior([average.pure for average in averages])
     norm = np.array([measurements.norm for measurements in known])
     counts = np.array([average.roundings for average in averages])
-    relative = np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
-    arithmetic = norm * relative + np.array([measurements.arithmetic for measurements in known])
+    arithmetic = norm * np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
     inherited = np.array([average.inherited for average in averages])
     profiles = [average.pure for average in averages]
     in_order = sorted(range(len(averages)), key=lambda i: order_of(profiles[i]))

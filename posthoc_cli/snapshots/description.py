@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
@@ -63,6 +64,8 @@ def describe_model(path: Path) -> Description:
     for file, names in models.model_files(path).items():
         headers[file] = read_header(file)
         check_indexed(file, headers[file], names)
+    if not headers:
+        raise FileFormatError(path, "is an index that names no file")
     first, header = next(iter(headers.items()))
     is_sharded, kinds = models.index_of(path) is not None, {file_kind(one) for one in headers.values()}
     path = path if is_sharded else first

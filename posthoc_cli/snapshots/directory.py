@@ -455,7 +455,6 @@ def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
         sum(part.rounding for part in known),
         tuple(distances),
         sum(weights) if len(weights) == len(known) else None,
-        sum(part.arithmetic for part in known),
     )
 
 

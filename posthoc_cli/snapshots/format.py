@@ -38,7 +38,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.selection     JSON object: the fields of `Selection`; copy_only only where it has globs. May be missing
     ema.off_schedule  "true" where it was written between the times of the schedule: at the end of training, or on
                       request; else missing. Later snapshots on the schedule do not depend on it
-    ema.measurements  JSON object: norm, rounding, weights, arithmetic, distances; see below. May be missing
+    ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
     ema.motion        JSON object: edges, walk, noise: the motion of the network up to `t`, from the measurements of
                       all snapshots so far, also of those deleted since; see below. May be missing
     ema.sample        base64 of little-endian float32 values: of some elements of the averaged tensors the network's at
@@ -62,13 +62,12 @@ equally long, up to a small tolerance: within half a step where 256 knots are en
 
 Measurements are sums over the elements of all averages in the file (no statistics, no copies), taken in float64,
 and taken from the exact average: `norm` its squares, `rounding` the squares of (stored - exact), `weights` those of
-(exact - the network's weights at that time; null or missing if unknown), `arithmetic` the expected squares of what the
-updates lost where float32 has few digits, near 0 (missing for 0), and `distances` a list of {"t", "sigma_rel",
-"squared", "rounding"}, each the squares of (this exact average - another one): those of the run's other profiles at the
-same time, exact (rounding 0), and the two newest earlier snapshots of each profile as they were stored (rounding: their
-own). So it has at most 3 P - 1 entries in a run of P profiles. Each names its partner's t, in [ema.t_first, ema.t], and
-sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot itself. A partner may have been deleted
-since. No number is negative.
+(exact - the network's weights at that time; null or missing if unknown), and `distances` a list of {"t",
+"sigma_rel", "squared", "rounding"}, each the squares of (this exact average - another one): those of the run's other
+profiles at the same time, exact (rounding 0), and the two newest earlier snapshots of each profile as they were stored
+(rounding: their own). So it has at most 3 P - 1 entries in a run of P profiles. Each names its partner's t, in
+[ema.t_first, ema.t], and sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot itself. A partner
+may have been deleted since. No number is negative.
 
 The motion is constant on intervals of training: `edges` are their ends, growing, from above 0 to at most ema.t, of at
 most MAX_PIECES intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times a
@@ -470,8 +469,6 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     values = {key: value for key, value in vars(info).items() if key not in OPTIONAL or value}
     if info.selection is not None and not info.selection.copy_only:  # for readers that do not know it
         values["selection"] = {key: value for key, value in vars(info.selection).items() if key != "copy_only"}
-    if info.measurements is not None and not info.measurements.arithmetic:  # likewise
-        values["measurements"] = {k: value for k, value in vars(info.measurements).items() if k != "arithmetic"}
     if info.part is None:
         return encode_metadata("snapshot", values)
     values["part"] = "{}/{}".format(*info.part)

@@ -10,11 +10,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +22,6 @@ import xxhash
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
-from posthoc_cli.planning import check_sigma_range
-from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
@@ -182,20 +179,20 @@ def file_kind(header: fmt.FileHeader) -> str | None:
 class Entry:
     """What a value of the metadata must be: in words, and as a test of its JSON, or of the text itself where `is_text`.
 
-    `convert` makes the result from it and the results of earlier entries, or raises a ValueError if they do not fit.
+    `convert` makes the result from it, or raises a ValueError.
     """
 
     words: str
     accepts: Callable[[Any], bool]
-    convert: Callable[[Any, Mapping[str, Any]], Any] | None = None
+    convert: Callable[[Any], Any] | None = None
     is_text: bool = False
     optional: bool = False
 
-    def result(self, value: Any, earlier: Mapping[str, Any]) -> Any:
+    def result(self, value: Any) -> Any:
         """The checked value; a ValueError says what is wrong."""
         if not self.accepts(value):
             raise ValueError(f"must be {self.words}, not {shown(value)}")
-        return value if self.convert is None else self.convert(value, earlier)
+        return value if self.convert is None else self.convert(value)
 
 
 def is_number(value: Any) -> bool:
@@ -222,21 +219,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _listed(value: Any, _: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(value)
-
-
 TEXT = Entry("a string", _is_text, is_text=True)
 UNIT = Entry("a printable name of what t counts", lambda v: _is_text(v) and v != "" and v.isprintable(), is_text=True)
 RUN_ID = Entry(
     "32 hexadecimal digits", lambda v: _is_text(v) and re.fullmatch("[0-9a-f]{32}", v) is not None, is_text=True
 )
-NUMBER = Entry("a finite number", is_number, lambda value, _: float(value))
-AMOUNT = Entry("a finite number, at least 0", is_amount, lambda value, _: float(value))
+NUMBER = Entry("a finite number", is_number, float)
+AMOUNT = Entry("a finite number, at least 0", is_amount, float)
 TIME = replace(NUMBER, words="a time of training", accepts=lambda v: is_number(v) and fmt.EARLIEST <= v <= fmt.LATEST)
-AMOUNTS = Entry("a list of finite numbers, at least 0", lambda v: is_list_of(v, is_amount), _listed)
+AMOUNTS = Entry("a list of finite numbers, at least 0", lambda v: is_list_of(v, is_amount), tuple)
 WHOLE = Entry("a whole number, at least 0", is_whole)
-TEXTS = Entry("a list of strings", lambda v: is_list_of(v, _is_text), _listed)
+TEXTS = Entry("a list of strings", lambda v: is_list_of(v, _is_text), tuple)
 LIST = Entry("a list", lambda v: isinstance(v, list))
 OBJECT = Entry("a JSON object", lambda v: isinstance(v, dict))
 
@@ -246,7 +239,7 @@ def or_null(entry: Entry) -> Entry:
     return replace(
         entry,
         accepts=lambda value: value is None or entry.accepts(value),
-        convert=lambda value, _: None if value is None else float(value),
+        convert=lambda value: None if value is None else float(value),
     )
 
 
@@ -271,7 +264,7 @@ def decode_metadata(
         if text is not None:
             raw = text if entry.is_text else cache.once(key, text, partial(parse_json, path, text, key))
             try:
-                values[name] = entry.result(raw, values)
+                values[name] = entry.result(raw)
             except ValueError as error:
                 raise FileFormatError(path, f"{key}: {error}") from error
         elif not entry.optional:
@@ -334,7 +327,7 @@ def _check_text(value: Any) -> None:
             raise ValueError(f"{shown(key)}: {shown(one)} is not Unicode text, or has a zero byte")
 
 
-# --- the metadata of a snapshot, checked against itself and against the tensors
+# --- the metadata of a snapshot: its form, and whether it is of the tensors in the file
 
 _LEAST_SQUARE = 1e-120
 """Squares below this, or above its inverse, are not used: products and ratios of them overflow."""
@@ -354,9 +347,6 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
         if "part" in values:
             places = values.get("chunks", {})
             chunks = cache.once("chunks", (places, header.tensors), lambda: decode_chunks(places, header.tensors))
-            for key, text in cache.once("dcp", chunks, lambda: fmt.dcp_metadata(chunks)).items():
-                if header.metadata.get(key) != text:
-                    raise ValueError(f"{key}: is not {shown(text)}, which follows from ema.chunks")
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
@@ -405,7 +395,7 @@ def _is_mesh(value: Any) -> bool:
     return is_sizes(value["shape"]) and (value["names"] is None or TEXTS.accepts(value["names"]))
 
 
-def _part(text: str, _: Values) -> tuple[int, int]:
+def _part(text: str) -> tuple[int, int]:
     match = re.fullmatch("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
     if match is None or int(match[1]) > int(match[2]):
         raise ValueError(f"must be two numbers such as 3/8, not {shown(text)}")
@@ -424,15 +414,12 @@ def _one_of(value: Any, name: str, accepted: Collection[str], prefix: str = "") 
     return found
 
 
-def _schedule(raw: dict[str, Any], _: Values) -> fmt.TrackingSchedule:
+def _schedule(raw: dict[str, Any]) -> fmt.TrackingSchedule:
     values: dict[str, Any] = {field.name: raw.get(field.name) for field in fields(fmt.TrackingSchedule)}
     for name, value in values.items():
         if name not in raw or not _SETTINGS.get(name, _is_count)(value):
             raise ValueError(f"{name} is {shown(value)}")
-    schedule = fmt.TrackingSchedule(**(values | {"sigma_range": check_sigma_range(raw["sigma_range"])}))
-    if schedule.checkpoint_every % schedule.update_every:
-        raise ValueError("checkpoint_every is no multiple of update_every")
-    return schedule
+    return fmt.TrackingSchedule(**(values | {"sigma_range": tuple(raw["sigma_range"])}))
 
 
 def _is_count(value: Any) -> bool:
@@ -448,7 +435,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
 """What a schedule accepts; of the others whole numbers above 0."""
 
 
-def _selection(raw: dict[str, Any], _: Values) -> Selection:
+def _selection(raw: dict[str, Any]) -> Selection:
     given: dict[str, Any] = {"copy_only": [], **raw}
     names = [field.name for field in fields(Selection)]
     if set(given) != set(names) or not isinstance(given["only_trainable"], bool):
@@ -459,72 +446,26 @@ def _selection(raw: dict[str, Any], _: Values) -> Selection:
     return Selection(**(given | {what: tuple(given[what]) for what in GLOBS}))
 
 
-def _sigma_rels(raw: list[float], values: Values) -> tuple[float, ...]:
-    sigma_rels = tuple(map(check_sigma_rel, raw))
-    if not _grow(sigma_rels):
-        raise ValueError("must grow, each profile once")
-    if values["sigma_rel"] not in sigma_rels:
-        raise ValueError(f"{_widths(sigma_rels)} must include the snapshot's own {values['sigma_rel']:g}")
-    return sigma_rels
-
-
-def _gamma(raw: float, values: Values) -> float:
-    gamma = gamma_from_sigma_rel(values["sigma_rel"])
-    if abs(raw - gamma) > 1e-9 * (gamma + 1):
-        raise ValueError(f"{raw!r} is not that of sigma_rel {values['sigma_rel']!r} ({gamma!r})")
-    return float(raw)
-
-
-def _t(raw: float, values: Values) -> float:
-    if not fmt.EARLIEST <= values["t_first"] <= raw <= fmt.LATEST or values["step"] < 1:
-        where = f"{raw:g}, first update {values['t_first']:g}, step {values['step']}"
-        raise ValueError(f"{where}: not a time of training")
-    return float(raw)
-
-
-def _from_to(least: int, key: str) -> Callable[[Any, Values], Any]:
-    """Converts nothing; refuses a value below `least`, or above that of an earlier entry."""
-
-    def check(raw: float, values: Values) -> float:
-        if not least <= raw <= values[key]:
-            raise ValueError(f"{raw:g} must lie in [{least}, {values[key]:g}]")
-        return raw
-
-    return check
-
-
-def _clock(pairs: list[Any], values: Values) -> tuple[tuple[int, float], ...]:
+def _clock(pairs: list[Any]) -> tuple[tuple[int, float], ...]:
     if len(pairs) > fmt.MAX_KNOTS:
         raise ValueError(f"has {len(pairs):,} pairs; at most {fmt.MAX_KNOTS:,} are allowed")
     for pair in pairs:
-        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and is_number(pair[1])):
+        if not (isinstance(pair, list) and len(pair) == 2 and is_whole(pair[0]) and is_number(pair[1])):
             raise ValueError(f"must be a list of pairs of a whole step and its time, not {shown(pair)}")
-    knots = tuple((step, float(t)) for step, t in pairs)
-    for (step, t), (next_step, next_t) in pairwise(((0, 0.0), *knots)):
-        if not (step < next_step and t < next_t):
-            where = f"{_pair(next_step, next_t)} comes after {_pair(step, t)}"
-            raise ValueError(f"steps and times must grow from above 0: {where}")
-    if not knots or knots[-1] != (values["step"], values["t"]):
-        raise ValueError(f"must end with the snapshot's own pair, {_pair(values['step'], values['t'])}")
-    return knots
+    return tuple((step, float(t)) for step, t in pairs)
 
 
-def _measurements(raw: dict[str, Any], values: Values) -> Measurements | None:
+def _measurements(raw: dict[str, Any]) -> Measurements | None:
     """None also for measurements that cannot be used: those of absurd weights."""
-    items, sigma_rels = raw.get("distances"), values["sigma_rels"]
-    most = 3 * len(sigma_rels) - 1
-    if not isinstance(items, list) or len(items) > most:
-        raise ValueError(f"distances must be a list of at most {most} for {len(sigma_rels)} profiles")
+    items = raw.get("distances")
+    if not isinstance(items, list):
+        raise ValueError("distances must be a list")
     distances = tuple(Distance(**_amounts(item, ["t", "sigma_rel", "squared", "rounding"])) for item in items)
-    tracked = frozenset(sigma_rels)  # there may be as many of each as a header can hold
-    for distance in distances:
-        _check_partner(distance, values, tracked)
-    if len({(d.t, d.sigma_rel) for d in distances}) < len(distances):
-        raise ValueError("distances name the same t and sigma_rel twice")
-    own = {key: value for key, value in raw.items() if key != "distances" and (key, value) != ("weights", None)}
-    names = ["norm", "rounding", *(name for name in ("weights", "arithmetic") if name in own)]
+    left_out = ("distances", "arithmetic")  # the latter was written until release 0.2
+    own = {key: value for key, value in raw.items() if key not in left_out and (key, value) != ("weights", None)}
+    names = ["norm", "rounding", *(["weights"] if "weights" in own else [])]
     measured = Measurements(**_amounts(own, names), distances=distances)
-    squares = [measured.norm, measured.rounding, measured.weights, measured.arithmetic]
+    squares = [measured.norm, measured.rounding, measured.weights]
     squares += [square for distance in distances for square in (distance.squared, distance.rounding)]
     return measured if _usable(squares) else None
 
@@ -538,53 +479,28 @@ def _amounts(item: Any, names: list[str]) -> dict[str, float]:
     return {name: float(value) for name, value in item.items()}
 
 
-def _check_partner(distance: Distance, values: Values, tracked: frozenset[float]) -> None:
-    t, own = values["t"], values["sigma_rel"]
-    if not values["t_first"] <= distance.t <= t:
-        raise ValueError(f"a distance to t {distance.t:g}: must lie in [{values['t_first']:g}, {t:g}]")
-    if distance.sigma_rel not in tracked:
-        listed = _widths(values["sigma_rels"])
-        raise ValueError(f"a distance to sigma_rel {distance.sigma_rel:g}, none of the tracked {listed}")
-    if (distance.t, distance.sigma_rel) == (t, own):
-        raise ValueError(f"a distance to the snapshot itself, sigma_rel {own:g} at t = {t:,.12g}")
-
-
-def _motion(raw: dict[str, Any], values: Values) -> Motion | None:
+def _motion(raw: dict[str, Any]) -> Motion | None:
     """None also for a motion that cannot be used."""
     if set(raw) != {"edges", "walk", "noise"}:
         raise ValueError("must have edges, walk, noise, and nothing else")
     for name, listed in raw.items():
         if not is_list_of(listed, is_amount):
             raise ValueError(f"{name} must be a list of finite numbers, at least 0")
-    edges, count = raw["edges"], len(raw["walk"])
-    if not 1 <= count <= fmt.MAX_PIECES or len(raw["noise"]) != count or len(edges) != count + 1:
+    count = len(raw["walk"])
+    if not 1 <= count <= fmt.MAX_PIECES or len(raw["noise"]) != count or len(raw["edges"]) != count + 1:
         most = f"1 to {fmt.MAX_PIECES:,}"
         raise ValueError(f"must have {most} values of walk, as many of noise, and one more of edges")
-    if not (edges[0] > 0 and edges[-1] <= values["t"] and _grow(edges)):
-        raise ValueError(f"edges must grow from above 0 to at most {values['t']:,.12g}, the snapshot's own time")
     usable = _usable([*raw["walk"], *raw["noise"]])
     return Motion(**{name: np.array(raw[name], dtype=np.float64) for name in raw}) if usable else None
 
 
-def _sample(text: str, _: Values) -> str:
+def _sample(text: str) -> str:
     decode_sample(text)
     return text
 
 
-def _pair(step: int, t: float) -> str:
-    return f"step {shown(step)} at t = {t:,.12g}"
-
-
 def _usable(squares: Iterable[float | None]) -> bool:
     return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
-
-
-def _grow(values: Iterable[float]) -> bool:
-    return all(a < b for a, b in pairwise(values))
-
-
-def _widths(sigma_rels: Sequence[float]) -> str:
-    return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels[:8]) + ", ..." * (len(sigma_rels) > 8)
 
 
 SCHEDULE = replace(OBJECT, convert=_schedule)
@@ -594,20 +510,20 @@ _ENTRIES = {
     "run_id": RUN_ID,
     "t_unit": UNIT,
     "sigma_rel": NUMBER,
-    "sigma_rels": Entry("a list of numbers", lambda v: is_list_of(v, is_number) and len(v) > 0, _sigma_rels),
-    "gamma": replace(NUMBER, convert=_gamma),
+    "sigma_rels": Entry("a list of numbers", lambda v: is_list_of(v, is_number) and len(v) > 0, tuple),
+    "gamma": NUMBER,
     "step": WHOLE,
-    "t_first": NUMBER,
-    "t": replace(NUMBER, convert=_t),
-    "max_interval": replace(NUMBER, convert=_from_to(0, "t")),
+    "t_first": TIME,
+    "t": TIME,
+    "max_interval": AMOUNT,
     "schedule": SCHEDULE,
     "tensors": OBJECT,
     "aliases": OBJECT,
     "left_out": TEXTS,
     "selection": replace(OBJECT, convert=_selection, optional=True),
-    "updates": replace(WHOLE, convert=_from_to(1, "step"), optional=True),
+    "updates": replace(WHOLE, optional=True),
     "inherited": replace(AMOUNT, optional=True),
-    "off_schedule": Entry("true", lambda value: value == "true", lambda *_: True, is_text=True, optional=True),
+    "off_schedule": Entry("true", lambda value: value == "true", bool, is_text=True, optional=True),
     "clock": replace(LIST, convert=_clock, optional=True),
     "measurements": replace(OBJECT, convert=_measurements, optional=True),
     "motion": replace(OBJECT, convert=_motion, optional=True),
@@ -617,4 +533,5 @@ _ENTRIES = {
     "mesh": Entry("an object of shape and names", _is_mesh, optional=True),
     "session": replace(WHOLE, optional=True),
 }
-"""What the metadata of a snapshot must be, in an order in which later values are checked against earlier ones."""
+"""What the metadata of a snapshot must be. What a right checksum stands under is of that form and of these tensors; its
+meaning is not doubted: checksums are there for accidents, and are no signatures."""

@@ -74,7 +74,7 @@ def _is_source(item: Any) -> bool:
     return isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))
 
 
-def _sources(listed: list[dict[str, Any]], _: object) -> tuple[tuple[str, float], ...]:
+def _sources(listed: list[dict[str, Any]]) -> tuple[tuple[str, float], ...]:
     return tuple((item["file"], float(item["coefficient"])) for item in listed)
 
 

@@ -244,7 +244,7 @@ def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> Sta
         if key not in values:
             raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
         try:
-            checked[key] = entry.result(values[key], checked)
+            checked[key] = entry.result(values[key])
         except ValueError as error:
             raise InvalidValueError("state", f"{key}: {error}") from error
     info = StateInfo(**checked, schedule=schedule)

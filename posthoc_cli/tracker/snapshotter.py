@@ -23,7 +23,7 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import MEASURED, Distance, Measurements, Motion, measured_prior, roundings
+from posthoc_cli.reconstruction import MEASURED, Distance, Measurements, Motion, measured_prior
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import (
     ON_ONE_FILE_SYSTEM,
@@ -57,14 +57,13 @@ CPU_CHUNK, DEVICE_CHUNK = 30_000, 2**24
 """Elements at a time. On the CPU a chunk stays in the cache, and has fewer than torch splits over threads (32,768),
 whose barriers would wait for seconds; on an accelerator starting a kernel costs more than leaving the cache."""
 
-_SMALL, _SPACING = 2.0**-120, 2.0**-149  # below it float32 has few digits; the distance between its smallest values
 _SAME = 1e-12  # relative difference of one norm, summed twice in float64 in different orders
 _FITTED = 24  # snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers
 
 Averages = Sequence[Mapping[str, torch.Tensor]]  # of one time, one a profile: equal names, shapes and devices
 Key = tuple[str, int, int]
-"""What a sum is of: "norm", "rounding" or "arithmetic" of the average (i, i), its distance from the "network" (i, i),
-the "live" distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the snapshot j."""
+"""What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
+distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the snapshot j."""
 
 
 # --- sources of a synthesis ---
@@ -506,8 +505,6 @@ def measure(
             found = _sums_of(exact, wanted, others.read(name, exact[0].device), own)
             for i in wanted:
                 storage[i][name] = _widened(exact[i], wanted[i], i, found)
-            for i, info in enumerate(infos):
-                found["arithmetic", i, i] += _lost_below_normal(exact[i], info, found["norm", i, i])
             for key, value in found.items():
                 sums[key] += value
         return [_measurements(sums, infos, index, others.readable()) for index in range(len(infos))], storage
@@ -535,8 +532,8 @@ def _measurements(
     # The difference of two large numbers may overflow where neither does.
     finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
     network = sums.get(("network", index, index), math.inf)
-    rounding, arithmetic = (sums.get((kind, index, index), 0.0) for kind in ("rounding", "arithmetic"))
-    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None, arithmetic)
+    rounding = sums.get(("rounding", index, index), 0.0)
+    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None)
 
 
 def _sums_of(
@@ -601,16 +598,6 @@ def _widened(average: torch.Tensor, wanted: torch.dtype, index: int, sums: dict[
             return dtype
     sums[rounding] = 0.0
     return average.dtype
-
-
-def _lost_below_normal(average: torch.Tensor, info: SnapshotInfo, norm: float) -> float:
-    """Expected squared error of a float32 average whose values lie among float32's subnormal numbers; else 0.
-
-    These have one spacing, whatever their size. A product is rounded at every update; sums of multiples are exact.
-    """
-    if average.dtype != torch.float32 or not 0 < norm < average.numel() * _SMALL**2:
-        return 0.0
-    return average.numel() * _SPACING**2 / 12 * roundings(info.gamma, info.updates or info.step)
 
 
 class _EarlierFiles(ExitStack):

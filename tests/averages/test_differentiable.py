@@ -157,33 +157,6 @@ def test_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> No
     np.testing.assert_allclose(training.gradients, expected, rtol=0, atol=rounding())
 
 
-def test_a_fixed_cotangent_carries_the_same_gradient_along_its_direction() -> None:
-    problem = Problem()
-    direction = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    gradients = []
-    for cotangent in (None, direction):
-        ema, weight = make("carried", cotangent=cotangent), problem.leaf()
-        for step in range(STEPS):
-            average = ema(problem.value(step, weight), leaves=[weight])
-            with torch.no_grad():
-                weight += 0.1
-        (-3 * average @ direction).backward()
-        gradients.append(gradient_of(weight))
-    np.testing.assert_allclose(gradients[1], gradients[0], rtol=0, atol=10 * rounding())
-
-
-def test_a_gradient_across_the_cotangent_is_refused() -> None:
-    problem = Problem()
-    weight = problem.leaf()
-    ema = make("carried", cotangent=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
-    average = ema(problem.value(0, weight), leaves=[weight])
-    with refused("cotangent", "point along"):
-        average.sum().backward(retain_graph=True)
-    (0 * average.sum()).backward(retain_graph=True)
-    average[0].backward()
-    np.testing.assert_allclose(gradient_of(weight), problem.derivatives([problem.start])[0, 0], atol=rounding(1))
-
-
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
     one, two, other = (torch.nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64)) for _ in range(3))
     ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
@@ -199,7 +172,7 @@ def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
 
 def test_many_leaves_out_of_reach_are_named_once_and_a_part_that_is_skipped_later_is_not() -> None:
     used, *others = (torch.nn.Parameter(torch.ones(n)) for n in range(1, 9))
-    ema = DifferentiableEMA((), 0.5, "carried", cotangent=torch.tensor(1.0))
+    ema = DifferentiableEMA((), 0.5, "carried")
     with pytest.warns(RuntimeWarning, match=r"leaves\[5\] of the shape \[6\] and 2 more"):
         ema(used.sum(), leaves=[used, *others])
     ema(others[0].sum(), leaves=[used, *others])
@@ -448,8 +421,6 @@ BAD: list[tuple[str, list[dict[str, Any]]]] = [
     ("mode", [{"mode": "half"}]),
     ("window", [{"mode": "window"}, {"mode": "full", "window": 3}, {"mode": "window", "window": 0}]),
     ("dtype", [{"dtype": torch.float16}]),
-    ("cotangent", [{"cotangent": torch.ones(2)}]),
-    ("cotangent", [{"mode": "carried", "cotangent": c} for c in (torch.ones(3), 1.0, torch.zeros(2))]),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torture.strangers import Bomb
 
 from posthoc_cli import Run, errors
+from posthoc_cli.checkpoints import archives
 
 Write = Callable[[str], Path]
 
@@ -65,6 +67,9 @@ def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
     assert bool(message) == (place in wanted)
 
 
+_MANY_CALLS = b"%sq\x00%sq\x0100]q\x02(" + b"h\x00h\x01R" * 100_000 + b"e."
+"""Calls of one name with the same arguments."""
+
 OPCODES = {
     "long text": b"\x80\x04\x8d" + (2**60).to_bytes(8, "little") + b"x",
     "long bytes": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",
@@ -85,6 +90,21 @@ OPCODES = {
     "doubled dicts": b"\x80\x04}" + b"".join(
         b"q\x00}(\x8c\x01ah\x00\x8c\x01bh\x00u" for _ in range(60)
     ) + b".",
+    "doubled key of a call": b"\x80\x02ccollections\nOrderedDict\n])" + b"2\x86" * 5_000 + b"N\x86a\x85R.",
+    "doubled in a set": b"\x80\x04\x8f()" + b"2\x86" * 5_000 + b"\x90.",
+    "doubled in a frozenset": b"\x80\x04()" + b"2\x86" * 5_000 + b"\x91.",
+    "doubled in an old dict": b"()" + b"2\x86" * 5_000 + b"Nd.",
+    "key of many digits": b"\x80\x04}\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b"Ns.",
+    "many arguments": b"\x80\x04" + _MANY_CALLS % (b"cx\ny\n", b"(" + b"N" * 100_000 + b"t"),
+    "many pairs": b"\x80\x04" + _MANY_CALLS % (
+        b"ccollections\nOrderedDict\n", b"](" + b"".join(b"M%c\x00K\x01\x86" % i for i in range(256)) * 200 + b"e\x85"
+    ),
+    "many members of a set": b"\x80\x04" + _MANY_CALLS % (b"cbuiltins\nset\n", b"](" + b"N" * 100_000 + b"e\x85"),
+    "far memo": b"\x80\x04Nr\xff\xff\xff\xff.",
+    "calls itself": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00N](h\x00Nh\x01Neq\x01NtR.".replace(
+        b"N](h\x00Nh\x01Neq\x01N", b"(h\x00N]q\x01(h\x00Nh\x01NeN"
+    ),
+    "lone surrogate": b"\x80\x04}\x8c\x01w\x8c\x03\xed\xa0\x80s.",
     "persistent": b"\x80\x04\x8c\x01xQ.",
     "attributes of a name": b"\x80\x04cos\nsystem\n}(\x8c\x01xNub.",
     "call of a text": b"\x80\x04\x8c\x01x)R.",
@@ -99,6 +119,20 @@ def test_a_pickle_that_is_none_is_one_line_at_once(what: str, tmp_path: Path) ->
     (tmp_path / "step1.pt").write_bytes(OPCODES[what])
     assert read(tmp_path).startswith(f"{tmp_path / 'step1.pt'}: ")
     assert time.process_time() - started < 5
+
+
+def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
+    """Functions in the registry of extensions, and attributes of the functions that stand for those of torch."""
+    copyreg.add_extension("os", "getpid", 0x7FFF1234)
+    extension = b"\x84" + (0x7FFF1234).to_bytes(4, "little")
+    assert pickle.loads(b"\x80\x02" + extension + b")R.") == os.getpid()  # and from now on it is known
+    (tmp_path / "step1.pt").write_bytes(b"\x80\x02}(X\x01\x00\x00\x00w" + extension + b")Ru.")
+    assert "damaged pickle" in read(tmp_path)
+    attributes = b"N}X\x0c\x00\x00\x00__defaults__)s\x86b"
+    rebuild = b"ctorch._utils\n_rebuild_tensor\n"
+    (tmp_path / "step1.pt").write_bytes(b"\x80\x02" + rebuild + attributes + b".")
+    assert "holds no tensors" in read(tmp_path)
+    assert archives._tensor.__defaults__ == (None,)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

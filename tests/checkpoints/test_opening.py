@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -232,6 +236,40 @@ def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> 
     for folder in folders[2:]:
         assert Run(folder).average(0.2, t=1)["w"].tolist() == [1, 1, 1]
         assert set(Run(folder).tensors) == {"w"}
+
+
+class Keyed:
+    """Is made with arguments by name, in old pickles by a call of what a call has made."""
+
+    def __new__(cls, *_: int, **__: int) -> Keyed:
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[int, ...], dict[str, int]]:
+        return (1,), {"k": 2}
+
+
+class Listed(list[int]):
+    """A list of a class of its own."""
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+@pytest.mark.parametrize("protocol", range(1, pickle.HIGHEST_PROTOCOL + 1))
+def test_objects_of_any_class_stand_beside_the_weights(protocol: int, tmp_path: Path) -> None:
+    """With frames (protocol 4) and with bytes outside of them (over 64 KiB)."""
+    objects = [
+        Keyed(), Listed([1, 2]), Pair(1, Keyed()), deque([1]), defaultdict(int, {1: 2}), OrderedDict(a=1),
+        Counter("aab"), {1, 2}, frozenset([3]), datetime.now(), Path("x"), np.arange(3), np.float64(2), bytearray(3),
+        b"x" * 99, 10**30, range(3), complex(1, 2), torch.float16, torch.device("cpu"), torch.Size([2]), print, Keyed,
+        "\u20ac\n", None, b"x" * 100_000, np.arange(50_000), "\u20ac" * 50_000,
+    ]  # fmt: skip
+    for zipped in (True, False):
+        content = {"args": objects, "step": 7, "state_dict": {"w": torch.arange(5.0), "v": torch.ones(2, 2)[1]}}
+        torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        run = Run(tmp_path / "x.pt")
+        assert run.step == 7
+        assert {name: value.tolist() for name, value in run.average(0.2).items()} == {"w": [*range(5)], "v": [1, 1]}
 
 
 def test_two_models_never_mix(tmp_path: Path) -> None:

@@ -215,13 +215,13 @@ def test_measurements_are_added(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(4)})
     folder = split_snapshot(path, 2)
     numbers = [
-        Measurements(2.0, 0.5, (Distance(10.0, 0.1, 3.0, 0.0), Distance(5.0, 0.05, 1.0, 0.25)), 7.0, 0.125),
-        Measurements(4.0, 0.25, (Distance(5.0, 0.05, 2.0, 0.5),), 1.0, 0.0),
+        Measurements(2.0, 0.5, (Distance(10.0, 0.1, 3.0, 0.0), Distance(5.0, 0.05, 1.0, 0.25)), 7.0),
+        Measurements(4.0, 0.25, (Distance(5.0, 0.05, 2.0, 0.5),), 1.0),
     ]
     for part, measured in zip(parts_of(folder), numbers, strict=True):
         rewrite_snapshot(part, measurements=measured, inherited=1.5)
     (snapshot,) = read_directory(tmp_path)
-    assert snapshot.info.measurements == Measurements(6.0, 0.75, (Distance(5.0, 0.05, 3.0, 0.75),), 8.0, 0.125)
+    assert snapshot.info.measurements == Measurements(6.0, 0.75, (Distance(5.0, 0.05, 3.0, 0.75),), 8.0)
     assert snapshot.info.inherited == 3
     rewrite_snapshot(parts_of(folder)[1], measurements=replace(numbers[1], weights=None))
     assert read_directory(tmp_path)[0].info.measurements == replace(snapshot.info.measurements, weights=None)

@@ -29,7 +29,8 @@ MALFORMED: dict[str, dict[str, Sequence[str]]] = {
         **dict.fromkeys(("ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_first", "ema.inherited"), NUMBERS),
         **dict.fromkeys(("ema.step", "ema.updates"), WHOLE),
         **dict.fromkeys(("ema.schedule", "ema.tensors", "ema.aliases", "ema.measurements", "ema.motion"), OBJECTS),
-        **dict.fromkeys(("ema.left_out", "ema.sigma_rels", "ema.clock"), LISTS),
+        **dict.fromkeys(("ema.left_out", "ema.clock"), LISTS),
+        "ema.sigma_rels": [text for text in LISTS if text != "[1]"],
         "ema.t_unit": ["", "\x1b[31m", "a\nb", "\u202e"],
         "ema.off_schedule": ["yes"],
         "ema.checksums": ["{}", "[]", '{"a":1,"b":1}', '"\ud800"', f'{{"a":"{"0" * 32}","b":"{"0" * 16}"}}'],
@@ -72,30 +73,23 @@ def selection(**changes: Any) -> str:
 
 
 FEW = "must have 1 to 1,000 values"
-LAST = "must end with the snapshot's own pair, step 10 at t = 10"
 GLOBS = "include, exclude, copy_only must be lists of globs"
 FIELDS = "must have only_trainable, include, exclude, buffers, copy_only, and nothing else"
 SNAPSHOT = {
     "ema.version": [("2", "")],
     "ema.run_id": [("short", ""), ("\x1b[31m" + "0" * 27, "")],
-    "ema.sigma_rel": [("0.2887", ""), ("-0.1", ""), ("1e-320", "")],
-    "ema.gamma": [("16.9", "")],
-    # The first update is at 1; with a time this small nothing can be reckoned.
-    "ema.t": [("-10", ""), ("0.5", ""), ("-1.0", "-1, first update 1, step 10: not a time of training")],
-    "ema.t_first": [("0", "first update 0, step 10: not a time"), ("5e-324", "not a time of training")],
-    "ema.step": [("0", "first update 1, step 0: not a time of training")],
-    "ema.max_interval": [("-1", ""), ("10.5", "")],
-    "ema.updates": [("0", "0 must lie in [1, 10]"), ("11", "11 must lie in [1, 10]")],
+    # With a time this small nothing can be reckoned.
+    "ema.t": [("-10", ""), ("-1.0", "must be a time of training, not -1.0"), ("1e300", "not 1e+300")],
+    "ema.t_first": [("0", "must be a time of training, not 0"), ("5e-324", "must be a time of training")],
+    "ema.max_interval": [("-1", "")],
     "ema.inherited": [("-0.5", "at least 0, not -0.5")],
     "ema.schedule": [
         ('{"update_every":1}', ""), (schedule(update_every=True), ""), (schedule(update_every=None), ""),
         (schedule(max_checkpoints=1.0), ""), (schedule(checkpoint_dtype="F13"), ""),
         (schedule(checkpoint_dtype=["F16"]), ""), (schedule(max_checkpoints=...), "max_checkpoints is None"),
         (schedule(checkpoint_dtype=...), "checkpoint_dtype is None"),
-        (schedule(update_every=7), "no multiple of update_every"),
         (schedule(update_after_step=10**400), "update_after_step is an int of many digits"),
-        (schedule(sigma_range=[0.05, 1.5]), "must lie in"), (schedule(sigma_range=[0.05]), "sigma_range is a list"),
-        (schedule(sigma_range=[0.28, 0.05]), "the first must be below the second"),
+        (schedule(sigma_range=[0.05]), "sigma_range is a list"),
     ],
     "ema.tensors": [
         ("{}", ""), (roles(a={"role": "sum", "dtype": "F32"}), ""), (roles(a={"role": "average", "dtype": "F13"}), ""),
@@ -120,14 +114,9 @@ SNAPSHOT = {
         (measured(norm=1).replace("1,", "1e999,", 1), "norm inf"), (measured(norm=float("nan")), "NaN is not JSON"),
         (measured({"squared": -1e-300}), "squared -1e-300"),
         (measured({"rounding": float("inf")}), "Infinity is not JSON"),
-        (measured({"t": 10.5}), "t 10.5: must lie in [1, 10]"), (measured({"t": 0}), "t 0: must lie in [1, 10]"),
         (measured({"t": -1}), "t -1"), (measured({"t": [1]}), "t a list"),
-        (measured({"sigma_rel": 0.1}), "sigma_rel 0.1, none of the tracked 0.05, 0.28"),
-        (measured({"sigma_rel": 0.05}), "the snapshot itself, sigma_rel 0.05 at t = 10"),
         (measured({"extra": 1}), "must have t, sigma_rel, squared, rounding, and nothing else"),
         (measured(extra=1), "must have norm, rounding, and nothing else"),
-        (measured(distances=[DISTANCE, DISTANCE]), "the same t and sigma_rel twice"),
-        (measured(distances=[DISTANCE | {"t": t} for t in range(1, 7)]), "a list of at most 5 for 2 profiles"),
         (measured(distances={}), "distances must be a list"), (measured(distances=[1]), "must have t, sigma_rel"),
         ('{"norm":1,"rounding":0}', "distances must be a list"),
         ('{"rounding":0,"distances":[]}', "must have norm, rounding"),
@@ -140,28 +129,16 @@ SNAPSHOT = {
         (motion(walk=[1]), f"{FEW} of walk, as many of noise, and one more"), (motion(noise=[1, 1, 1]), FEW),
         (motion(edges=[1, 10]), FEW), (motion(edges=[1], walk=[], noise=[]), FEW),
         (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), FEW),
-        (motion(edges=[0, 5, 10]), "must grow from above 0 to at most 10"), (motion(edges=[1, 1, 10]), "must grow"),
-        (motion(edges=[1, 5, 11]), "must grow from above 0 to at most 10"),
         (motion(walk=[float("nan"), 1]), "NaN is not JSON"),
     ],
     "ema.sigma_rels": [
         ("[]", "must be a list of numbers"), ("[true]", "must be a list of numbers"),
-        ("[0.28,0.05]", "must grow, each profile once"), ("[0.05,0.05,0.28]", "must grow, each profile once"),
-        ("[0.05,0.3]", "sigma_rel 0.3: must lie in (0, 0.2887)"),
-        ("[0.1,0.28]", "0.1, 0.28 must include the snapshot's own 0.05"),
-        ("[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17]", "0.16, 0.17 must include the snapshot's own 0.05"),
-        ("[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17,0.18]", "0.16, 0.17, ... must include the snapshot's own 0.05"),
     ],
     "ema.clock": [
-        *((text, LAST) for text in ("[]", "[[4,4.5]]", "[[10,10.5]]", "[[4,4.5],[10,10],[11,11]]")),
         ("[4,10]", "a whole step and its time, not 4"), ("[[4,4.5,1],[10,10]]", "step and its time, not a list"),
         *((f"[[{pair}],[10,10]]", "a whole step")
-          for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "4,1" + "0" * 400)),
+          for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "4,1" + "0" * 400, "-1,0.5", f"1{'0' * 400},4.5")),
         ("[[4,NaN],[10,10]]", "NaN is not JSON"),
-        ("[[0,0.5],[10,10]]", "must grow from above 0: step 0 at t = 0.5 comes after step 0 at t = 0"),
-        *((f"[[{pair}],[10,10]]", "must grow from above 0") for pair in ("-1,0.5", "1,0", "1,-1", f"1{'0' * 400},4.5")),
-        ("[[4,4.5],[4,5],[10,10]]", "step 4 at t = 5 comes after step 4 at t = 4.5"),
-        ("[[4,4.5],[5,4.5],[10,10]]", "step 5 at t = 4.5 comes after step 4 at t = 4.5"),
         (json.dumps([[k, k] for k in range(1, 1002)]), "has 1,001 pairs; at most 1,000 are allowed"),
     ],
     "ema.checksums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
@@ -225,6 +202,9 @@ def test_a_missing_checksum_is_told_and_forging_alone_changes_nothing(small: Sma
 def test_what_may_be_missing_or_too_large_to_use_is_read_as_none(small: Small) -> None:
     path = small("snapshot")
     assert read_snapshot(forge(path, {"ema.motion": motion(walk=[1e200, 1])})).info.motion is None
+    before = read_snapshot(forge(path, {"ema.measurements": measured()})).info.measurements
+    older = read_snapshot(forge(path, {"ema.measurements": measured(arithmetic=1e-9)})).info.measurements  # until 0.2
+    assert (older, before is None) == (before, False)
     info = read_snapshot(forge(path, {"ema.measurements": None, "ema.clock": None, "ema.motion": None})).info
     assert (info.measurements, info.clock, info.motion, info.selection) == (None, (), None, None)
     assert (info.updates, info.inherited, info.off_schedule) == (None, 0.0, False)

@@ -96,6 +96,12 @@ def test_each_kind_says_what_and_where_it_is(tmp_path: Path) -> None:
     assert describe(tmp_path / "run")["profiles"][0]["times"] == [10]
 
 
+def test_an_index_of_nothing_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).write_bytes(encode_index({}, 0))
+    with pytest.raises(FileFormatError, match="names no file"):
+        describe(tmp_path / INDEX_NAME)
+
+
 def test_a_damaged_snapshot_is_a_problem_of_its_directory(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, VALUES)
     write_snapshot(tmp_path, 20, 0.05, RUN_ID, VALUES)

@@ -1,27 +1,21 @@
-"""Headers changed at random and rightly sealed: one error of the package, or a file that everything can work with."""
+"""Headers changed at random and rightly sealed: one error of the package, or a file that can be described."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import PostHocError
-from posthoc_cli.export.convert import export_file
-from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
 from torture.forging import Inner, Pairs, Raw, places, replaced, take_apart, written
 from torture.tally import Experiment, Tally
-from torture.victims import Tiny, Victim, all_victims, examine
+from torture.victims import Victim, all_victims, examine
 
 EXAMPLES = 4_000
 """Of each kind of file, for a share of 1."""
@@ -77,7 +71,7 @@ def _fuzz_one(victim: Victim, tally: Tally, examples: int, chance: int) -> None:
             tally.tried += 1
             with warnings.catch_warnings():
                 warnings.simplefilter("error", RuntimeWarning)
-                victim.attempt(tally, f"{victim.kind}, {name}, of {content!r}", use, str(_home(victim)))
+                victim.attempt(tally, f"{victim.kind}, {name}, of {content!r}", use, str(victim.path.parent))
         if time.monotonic() - started > SLOWEST:
             tally.missed.append(f"{victim.kind}: took {time.monotonic() - started:.0f} s: {content!r}"[:2000])
 
@@ -103,66 +97,12 @@ def _mutations(draw: Callable[[Any], Any], tree: Any) -> Any:
     return replaced(tree, at, draw(ODD))
 
 
-# --- what is done with a file
-
-
 def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
-    uses: dict[str, Callable[[], object]] = {"examined": lambda: examine(victim.path)}
-    if victim.kind == "state":
-        return uses | {"info": lambda: _info(victim.path), "loaded": lambda: _load(victim.path)}
-    if victim.kind not in ("snapshot", "part"):
-        whole = victim.path if victim.kind == "output" else victim.path.parent
-        return uses | {"info": lambda: _info(whole), "exported": lambda: export_file(victim.path, victim.out)}
-    run = _home(victim)
-    return uses | {
-        "info": lambda: _info(victim.path), "info of all": lambda: _info(run), "synthesized": victim.use,
-        "error curve": lambda: Run(run).error_curve((0.05, 0.28)), "resumed": lambda: _resume(run),
-    }  # fmt: skip
-
-
-def _home(victim: Victim) -> Path:
-    """The directory that a victim belongs to."""
-    return victim.path.parents[1] if victim.kind == "part" else victim.path.parent
+    return {"examined": lambda: examine(victim.path), "info": lambda: _info(victim.path)}
 
 
 def _info(path: Path) -> None:
     json.dumps(describe(path), allow_nan=False).encode()
-
-
-def _load(path: Path) -> None:
-    """Go on from a state, in a directory of its own."""
-    home, model = path.with_name("fresh"), Tiny()
-    try:
-        with PostHocEMA.from_model(model, home, update_every=1, checkpoint_every=1) as tracker:
-            tracker.load_state(path)
-            with _told_of(path):  # what is wrong is told of the training, which has taken the state
-                tracker.update_(model, t=None if tracker.settings.t_unit == "steps" else tracker.t + 1)
-                tracker.flush()
-                tracker.state_dict()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-
-
-@contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """An error of the block names this file."""
-    try:
-        yield
-    except PostHocError as error:
-        raise type(error)(path, str(error)) from error
-
-
-def _resume(run: Path) -> None:
-    """Go on from snapshots, and put everything back."""
-    copy = run.with_name("copy")
-    shutil.copytree(run, copy)
-    try:
-        with _told_of(run):
-            tracker = PostHocEMA.from_path(copy)
-            tracker.state_dict(0.05)
-            tracker.state_dict()
-    finally:
-        shutil.rmtree(copy)
 
 
 EXPERIMENTS = [Experiment("random headers with correct checksums", fuzz, 0.01)]
