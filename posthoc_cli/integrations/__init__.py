@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from posthoc_cli import files
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.tracker import PostHocEMA
 
@@ -72,7 +73,7 @@ def make_tracker(
     An earlier one of this process in the directory is closed: where an exception ends a training, not all frameworks
     tell.
     """
-    directory = Path(checkpoint_dir).absolute()
+    directory = files.given_path("checkpoint_dir", checkpoint_dir).absolute()
     if (earlier := _made.get(directory)) is not None and not earlier.closed:
         log.warning("%s: an earlier tracker of this directory is closed; each model needs its own", directory)
         earlier.close()
