@@ -240,6 +240,8 @@ def _of_chunks(folder: Path) -> Contents:
 
 def tensor_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
     """The shape of the tensor that all its pieces make."""
+    if len(pieces) == 1:
+        return pieces[0].box.end
     return tuple(map(max, zip(*(piece.box.end for piece in pieces), strict=True))) if pieces[0].box.shape else ()
 
 
