@@ -7,6 +7,7 @@ content, else from its name; never from the order or the age of files.
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +21,11 @@ from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model
 from posthoc_cli.checkpoints.imported import KIND, read_imported
 from posthoc_cli.checkpoints.steps import Reading, read_name, read_number
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
+    DEFAULT_UPDATE_AFTER_STEP,
     TORCHTITAN_GAMMA,
     ema_pytorch_profile,
     posthoc_ema_profile,
@@ -361,17 +364,36 @@ def _karras(path: Path, origin: Origin, _: str) -> list[Checkpoint]:
         raise InvalidValueError("sigma_rels", reason, value=given)
     gamma = gamma_from_sigma_rel(origin.sigma_rels[index])
     library = "ema-pytorch" if inner else "posthoc-ema"
+    if library == "posthoc-ema":
+        _check_update_after_step(path, contents, step, origin.update_after_step)
     profile = _tracked_profile(library, gamma, step, origin, origin.update_every)
     found = _selected(contents.model_tensors(origin.prefix or inner), origin, _COUNTERS)
     return [replace(make_checkpoint(path, found, profile, step, sigma_rel=origin.sigma_rels[index]), library=library)]
+
+
+def _check_update_after_step(path: Path, contents: Contents, step: int, given: int | None) -> None:
+    """Compare the setting with what a file of `pytorch-posthoc-ema` has counted: calls from that of this number on."""
+    value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
+    counted = contents.value("step")
+    if counted is None or not math.isfinite(counted[0]):  # above the range of float16
+        return
+    found, dtype = counted
+    due = step - max(value, 1) + 1
+    if abs(found - due) <= found * EPS.get(dtype, 0.0) / 2:
+        return
+    about = "about " * (found * EPS.get(dtype, 0.0) >= 1)
+    told = f"{path.name} has counted {found:,.12g} of {step:,} calls, as {about}{step - found + 1:,.12g} makes it"
+    if given is None:
+        raise InvalidValueError("update_after_step", f"must be given: it is not {value}, the default; {told}")
+    raise InvalidValueError("update_after_step", f"does not fit the files: {told}", value=value)
 
 
 def _tracked_profile(library: str, gamma: float, step: int, origin: Origin, update_every: int) -> Discrete:
     """What one of these libraries really tracks."""
     if library == "ema-pytorch":
         return ema_pytorch_profile(gamma, step, update_every)
-    later = {} if origin.update_after_step is None else {"update_after_step": origin.update_after_step}
-    return posthoc_ema_profile(gamma, step, update_every, **later)
+    later = DEFAULT_UPDATE_AFTER_STEP if origin.update_after_step is None else origin.update_after_step
+    return posthoc_ema_profile(gamma, step, update_every, later)
 
 
 def check_claims(sources: Sequence[object], origin: Origin) -> dict[int, float]:
