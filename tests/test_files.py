@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.integrations import make_tracker
 
 NEW, OLD = b"new content", b"what was there before"
 STEPS_OF_A_NEW_FILE = ("open_new", "write", "fsync", "link", "unlink", "fsync_directory")
@@ -258,6 +259,7 @@ def test_a_url_is_no_path(
     for wanted, call in (
         (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_model(model, path)),
         (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_path(path)),
+        (f"checkpoint_dir {shown}", lambda: make_tracker(model, path, True, {})),  # of all integrations
         (f"path {shown}", lambda: PostHocEMA.from_model(model, tmp_path / "new").save_state(path)),
         (f"directory {shown}", lambda: Run(path)),
         (f"also {shown}", lambda: Run(tmp_path, also=path)),

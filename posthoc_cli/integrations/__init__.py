@@ -16,7 +16,6 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from posthoc_cli import files
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.tracker import PostHocEMA
 
@@ -73,12 +72,12 @@ def make_tracker(
     An earlier one of this process in the directory is closed: where an exception ends a training, not all frameworks
     tell.
     """
-    directory = files.given_path("checkpoint_dir", checkpoint_dir).absolute()
+    directory = Path(checkpoint_dir).absolute()
     if (earlier := _made.get(directory)) is not None and not earlier.closed:
         log.warning("%s: an earlier tracker of this directory is closed; each model needs its own", directory)
         earlier.close()
     writer = None if shares_averages(model, options) else is_first
-    _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
+    _made[directory] = made = PostHocEMA.from_model(model, checkpoint_dir, **{"writer": writer} | options)
     return made
 
 

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations import (
     averaged,
@@ -61,8 +60,7 @@ class PostHocWeightAveraging(Callback):
             raise InvalidValueError("copy_at_end", "needs the length of the average", "say validate=0.15")
         if validate is not None:
             validate = check_sigma_rel(validate)
-        self.checkpoint_dir = files.given_path("checkpoint_dir", checkpoint_dir)
-        self.validate, self.copy_at_end = validate, copy_at_end
+        self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
         self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
         buffers = "average" if use_buffers else "copy"
         self.options = {"update_every": update_every_n_steps, "buffers": buffers, "device": device, **options}

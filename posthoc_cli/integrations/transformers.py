@@ -13,7 +13,6 @@ from transformers.trainer import save_fsdp_model
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.integrations import (
     averaged,
@@ -58,8 +57,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
         schedule = options.pop("schedule", None)
         if schedule is not None:  # a checkpoint lists arguments as JSON
             options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
-        self.checkpoint_dir = str(files.given_path("checkpoint_dir", checkpoint_dir))
-        self.evaluate, self.folders, self.options = evaluate, folders, options
+        self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
         self._model: ref[torch.nn.Module] | None = None
         self._is_nested, self._is_left_out = False, False

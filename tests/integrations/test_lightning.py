@@ -291,8 +291,3 @@ def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) ->
 def test_averages_in_parts_need_checkpoints_that_are_folders(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="save_distributed_checkpoint=True"):
         fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", shard_averages=True, **EVERY))
-
-
-def test_a_url_is_refused_at_once() -> None:
-    with pytest.raises(InvalidValueError, match="checkpoint_dir s3://bucket/run: is a URL"):
-        PostHocWeightAveraging("s3://bucket/run")

@@ -351,8 +351,3 @@ def test_a_trainer_of_trl(tmp_path: Path) -> None:
     assert_exact(callback.ema, one.model, recorder.weights)
     kinds = {"ema/t" in entry: "mean_token_accuracy" in entry for entry in one.state.log_history if "epoch" in entry}
     assert kinds == {True: False, False: True}  # its own figures are not taken away by ours
-
-
-def test_a_url_is_refused_at_once() -> None:
-    with pytest.raises(InvalidValueError, match="checkpoint_dir s3://bucket/run: is a URL"):
-        PostHocCallback("s3://bucket/run")
