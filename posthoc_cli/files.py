@@ -110,19 +110,31 @@ system = FileSystem()
 EMPTY = "is empty; the working directory is '.'"
 """What is wrong with an empty path, which would mean that directory."""
 
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
+"""As a path it would mean a folder named `s3:`. Of two slashes a Path keeps one; a single letter is a drive."""
+
 
 def given_path(name: str, path: str | Path) -> Path:
-    """An argument as a path, or an InvalidValueError, also for an empty one: it would mean the working directory."""
+    """An argument as a path, or an InvalidValueError for a URL, and for an empty one: the working directory is "."."""
     if path == "":
         raise InvalidValueError(name, EMPTY)
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise InvalidValueError(name, "must be a path", value=shown(path))
-    return Path(path)
+    return _local(path, name)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
+    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user. A URL is an error."""
+    return Path(os.path.expanduser(_local(path)))  # noqa: PTH111 - pathlib raises for an unknown user
+
+
+def _local(path: str | Path, name: str = "") -> Path:
+    """The path, or an InvalidValueError for a URL, about the argument of that `name` if there is one."""
+    if _URL.match(text := str(path)):
+        url = text if "://" in text else text.replace(":/", "://", 1)
+        reason = "is a URL; must be a path on a file system of this machine"
+        raise InvalidValueError(name or url, reason, value=url if name else "")
+    return Path(path)
 
 
 def is_gone(path: Path) -> bool:

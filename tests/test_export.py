@@ -27,7 +27,7 @@ from factories import (
 )
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import files
+from posthoc_cli import Run, files
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import (
     FileFormatError,
@@ -558,3 +558,110 @@ def test_no_target_appears_where_one_of_the_outputs_is_there_already(tmp_path: P
     with pytest.raises(OutputExistsError, match=r"b\.pt"):
         write_synthesis(plan, [tmp_path / "a.safetensors", tmp_path / "b.pt", tmp_path / "c"])
     assert tree(tmp_path) == before
+
+
+# --- files of a model folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Two checkpoints of one tensor."""
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, tmp_path / f"run/step{step}.safetensors")
+    return Run(tmp_path / "run")
+
+
+def make_folder(folder: Path) -> Path:
+    """A model folder as libraries write it, with a folder in it."""
+    (folder / "assets").mkdir(parents=True)
+    save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "assets/merges.txt", ".gitattributes"):
+        (folder / name).write_text(f'"{name}"')
+    return folder
+
+
+def as_in_cache(folder: Path, repository: Path) -> Path:
+    """The same folder as the Hub's cache has it: links to blobs."""
+    revision = repository / "snapshots" / ("0" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(one for one in folder.rglob("*") if one.is_file())):
+        link = revision / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blob := repository / "blobs" / f"{number:064x}")
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return revision
+
+
+def texts(folder: Path) -> dict[str, str]:
+    found = (path for path in folder.rglob("*") if path.suffix in (".json", ".txt"))
+    return {str(path.relative_to(folder)): path.read_text() for path in found}
+
+
+def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path: Path, run: Run) -> None:
+    """Also a folder with links to files within it, and one that is a link itself."""
+    wanted = texts(make_folder(tmp_path / "plain"))
+    like = as_in_cache(make_folder(tmp_path / "made"), tmp_path / "hub" / "models--a--b")
+    (tmp_path / "plain/vocab.json").symlink_to("tokenizer.json")
+    (tmp_path / "link").symlink_to("plain")
+    for name, source, more in (("a", like, {}), ("b", tmp_path / "link", {"vocab.json": '"tokenizer.json"'})):
+        run.write(0.2, tmp_path / name, like=source)
+        assert texts(tmp_path / name) == wanted | more
+        assert not any(path.is_symlink() for path in (tmp_path / name).rglob("*"))
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["w"], run.average(0.2)["w"])
+
+
+def spoil(folder: Path, kind: str) -> str:
+    """Put something else into a model folder; its name."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "secret.json").write_text("a token")
+    save_file({"w": torch.zeros(3)}, outside / "model.safetensors")
+    if kind == "fifo":
+        os.mkfifo(folder / "pipe.json")
+        return "pipe.json is no regular file"
+    if kind == "weights":
+        (folder / "model.safetensors").unlink()
+    targets = {
+        "secret": "../outside/secret.json", "absolute": str(outside / "secret.json"), "endless": "/dev/zero",
+        "terminal": "/dev/tty", "nowhere": "nowhere", "loop": "extra.json", "folder": "../outside", "inner": "assets",
+        "weights": "../outside/model.safetensors", "config": "/dev/zero",
+    }  # fmt: skip
+    name = {"weights": "model.safetensors", "config": "config.json", "nested": "assets/a.json"}.get(kind, "extra.json")
+    if kind == "nested":
+        (folder / "more.json").symlink_to(outside / "secret.json")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(targets.get(kind, "../more.json"))
+    return f"{name} is a link to "
+
+
+KINDS = [
+    "secret", "absolute", "endless", "terminal", "nowhere", "loop", "folder", "inner", "weights", "config", "nested",
+    "fifo",
+]  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cached", [False, True])
+def test_nothing_that_a_link_leads_to_elsewhere_is_copied(tmp_path: Path, run: Run, kind: str, cached: bool) -> None:
+    """A secret would end in a folder that is uploaded, a device fill the disk or hang."""
+    like = make_folder(tmp_path / "like")
+    if cached:
+        like = as_in_cache(like, tmp_path / "models--a--b")
+    told = spoil(like, kind)
+    with pytest.raises(InvalidValueError, match=f"like {like}: {told}|like {like}: more.json is a link to ") as error:
+        run.write(0.2, tmp_path / "new", like=like)
+    assert "only its own files are copied" in str(error.value)
+    assert not (tmp_path / "new").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_hidden_and_weights_that_are_replaced_may_be_links(tmp_path: Path, run: Run) -> None:
+    like = make_folder(tmp_path / "like")
+    (like / ".git").mkdir()
+    for name in (".git/config", "pytorch_model.bin"):
+        (like / name).symlink_to("/dev/zero")
+    run.write(0.2, tmp_path / "new", like=like)
+    assert not (tmp_path / "new/.git").exists()
+    assert not (tmp_path / "new/pytorch_model.bin").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from posthoc_cli import files
-from posthoc_cli.errors import OutputExistsError, WriteError
+from posthoc_cli import PostHocEMA, Run, files
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.integrations import make_tracker
 
 NEW, OLD = b"new content", b"what was there before"
 STEPS_OF_A_NEW_FILE = ("open_new", "write", "fsync", "link", "unlink", "fsync_directory")
@@ -238,3 +242,39 @@ def test_a_discard_that_was_interrupted_is_finished(
     assert len(list(tmp_path.iterdir())) == 1
     pending.discard() if finish == "discard" else files.remove_unfinished()
     assert list(tmp_path.iterdir()) == []
+
+
+URLS = ["s3://bucket/run", "gs://bucket", "file:///tmp/run", "hf://user/model", "https://host/run", "az+v2.1://a"]
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_path(
+    url: str, kind: Callable[[str], str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a path it would be a folder `s3:` of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    model, path, run = torch.nn.Linear(2, 2), kind(url), Run(tmp_path)
+    shown = url if kind is str else url.replace("///", "//")
+    for wanted, call in (
+        (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_model(model, path)),
+        (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_path(path)),
+        (f"checkpoint_dir {shown}", lambda: make_tracker(model, path, True, {})),  # of all integrations
+        (f"path {shown}", lambda: PostHocEMA.from_model(model, tmp_path / "new").save_state(path)),
+        (f"directory {shown}", lambda: Run(path)),
+        (f"also {shown}", lambda: Run(tmp_path, also=path)),
+        (shown, lambda: files.expanded(path)),
+    ):  # fmt: skip
+        with pytest.raises(InvalidValueError, match=f"^{re.escape(wanted)}: is a URL; must be a path on a file system"):
+            call()
+    save_file({"w": torch.ones(2)}, tmp_path / "step1.safetensors")
+    for options in ({"out": path}, {"out": "average", "like": path}):
+        with pytest.raises(InvalidValueError, match="is a URL"):
+            run.write(0.2, **options)
+    assert names(tmp_path) == ["step1.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["a:b", "s3:", "1:/x", "./s3:/x", "C:/x", "a b:/c", "/s3://x", "~/s3:/"])
+def test_a_path_with_a_colon_is_no_url(name: str) -> None:
+    assert files.given_path("x", name) == Path(name)
+    assert files.expanded(name).name == Path(name).name

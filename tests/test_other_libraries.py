@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from ema_pytorch import PostHocEMA as LucidrainsEMA
 from posthoc_ema import PostHocEMA as NextmlEMA
 
+from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.profiles.discrete import Discrete
@@ -18,6 +20,7 @@ from posthoc_cli.profiles.other_libraries import (
     posthoc_ema_profile,
     torchtitan_profile,
 )
+from posthoc_cli.snapshots.measurements import with_sampled_measurements
 
 WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 1000, 250
@@ -143,3 +146,76 @@ def test_wrong_settings_are_named() -> None:
         ema_pytorch_profile(1.0, 100, 0)
     with pytest.raises(InvalidValueError, match="at least update_after_step, 100"):
         posthoc_ema_profile(1.0, 99)
+
+
+# --- the motion that stored averages tell
+
+
+def drifting_walk(elements: int = 1000) -> torch.Tensor:
+    """Weights of norm about 1 whose steps fall to a tenth, and for a part go one way: shape [steps, elements]."""
+    generator = torch.Generator().manual_seed(1)
+    moves = torch.randn(STEPS, elements, generator=generator, dtype=torch.float64)
+    moves += 0.2 * torch.randn(elements, generator=generator, dtype=torch.float64)
+    path = (moves * torch.logspace(0, -1, STEPS, dtype=torch.float64)[:, None]).cumsum(0)
+    begin = torch.randn(elements, generator=generator, dtype=torch.float64) / elements**0.5
+    return begin + 0.3 * path / path[-1].norm()
+
+
+def stored_run(library: str, folder: Path, path: torch.Tensor, update_every: int, dtype: torch.dtype) -> Run:
+    """What a library has stored every 50 steps of a path."""
+    network = torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
+    settings: dict[str, Any] = {"sigma_rels": WIDTHS, "update_every": update_every, "checkpoint_dtype": dtype}
+    if library == "ema-pytorch":
+        folders = {"checkpoint_every_num_steps": 50, "checkpoint_folder": str(folder)}
+        ema: Any = LucidrainsEMA(network, **settings, **folders)
+        run(lambda _: ema.update(), network, path)
+    else:
+        ema = NextmlEMA.from_model(
+            network, folder, checkpoint_every=50, update_after_step=1, max_checkpoints=99, **settings
+        )
+        run(ema.update_, network, path)
+    more = {} if library == "ema-pytorch" else {"update_after_step": 1}
+    return Run(folder, kind=library, sigma_rels=WIDTHS, update_every=update_every, **more)
+
+
+@pytest.mark.parametrize("library", ["ema-pytorch", "posthoc-ema"])
+@pytest.mark.parametrize("update_every", [1, 10])
+def test_recent_motion_is_told_by_three_successive_averages(tmp_path: Path, library: str, update_every: int) -> None:
+    """What a distance is from has the values of its profile, and none of the motion before the last two intervals."""
+    path = drifting_walk(elements=50)
+    sources = stored_run(library, tmp_path, path, update_every, torch.float64).sources
+    measured = dict(
+        zip(((one.info.t, one.info.sigma_rel) for one in sources), with_sampled_measurements(sources), strict=True)
+    )
+    early = path.clone()
+    early[:400] += torch.randn(400, path.shape[1], generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for source in sources:
+        info = measured[source.info.t, source.info.sigma_rel]
+        assert info.measurements is not None
+        if source.info.t < 150:  # without two earlier ones
+            assert len(info.measurements.distances) == source.info.t // 50 * 2 - 1
+            continue
+        (distance,) = info.measurements.distances
+        assert isinstance(distance.other, Discrete)
+        assert isinstance(source.profile, Discrete)
+        for values in (path, early) if source.info.t > 500 else (path,):
+            apart = averaged(source.profile, values) - averaged(distance.other, values)
+            assert float(apart.square().sum()) == pytest.approx(distance.squared, rel=1e-6)
+        assert distance.other.t == source.info.t - 50
+
+
+@pytest.mark.parametrize("library", ["ema-pytorch", "posthoc-ema"])
+@pytest.mark.parametrize(("update_every", "dtype"), [(10, torch.float16), (10, torch.float32)])
+def test_predicted_errors_of_repaired_averages_hold(
+    tmp_path: Path, library: str, update_every: int, dtype: torch.dtype
+) -> None:
+    """By distances of long averages from earlier ones alone, late motion, and with it errors, seemed much larger."""
+    path = drifting_walk()
+    stored = stored_run(library, tmp_path, path, update_every, dtype)
+    ends = np.arange(STEPS + 1) / STEPS
+    for width in (0.07, 0.1, 0.15, 0.2, 0.25):
+        true = torch.from_numpy(np.diff(ends ** (gamma_from_sigma_rel(width) + 1))) @ path
+        made = stored.average(width, dtype="float64")
+        error = float((made["weight"][0] - true).norm() / true.norm())
+        assert made.predicted_error is not None
+        assert 0.5 < error / made.predicted_error < 2, width

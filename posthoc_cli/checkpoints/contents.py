@@ -72,13 +72,19 @@ class Contents:
         """The step that the content tells; None if it does not."""
         for name in _STEP_NAMES:
             value = self.values.get(name)
-            if value is None and (keys := tuple(name.split("."))) in self.tensors:
-                value = _scalar(self.tensors[keys]())
+            if value is None and (found := self.value(name)) is not None:
+                value = found[0]
             if isinstance(value, str):
                 value = int(value) if value.isdecimal() and len(value) < 20 else None
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 return value
         return None
+
+    def value(self, name: str) -> tuple[float, str] | None:
+        """The value of a tensor of one real number, and its dtype; None if there is no such tensor."""
+        pieces = self.tensors[keys]() if (keys := tuple(name.split("."))) in self.tensors else []
+        value = _scalar(pieces) if pieces else None
+        return None if value is None else (value, pieces[0].tensor.dtype)
 
     def groups(self, outer: Keys = ()) -> list[str]:
         """The keys, behind those of `outer`, under which there are tensors by further keys."""
@@ -233,6 +239,8 @@ def _of_chunks(folder: Path) -> Contents:
 
 def tensor_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
     """The shape of the tensor that all its pieces make."""
+    if len(pieces) == 1:
+        return pieces[0].box.end
     return tuple(map(max, zip(*(piece.box.end for piece in pieces), strict=True))) if pieces[0].box.shape else ()
 
 

@@ -7,6 +7,7 @@ content, else from its name; never from the order or the age of files.
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,13 @@ from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots, checked_run, make_checkpoint
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
 from posthoc_cli.checkpoints.imported import KIND, read_imported
+from posthoc_cli.checkpoints.steps import Reading, read_name, read_number
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
+    DEFAULT_UPDATE_AFTER_STEP,
     TORCHTITAN_GAMMA,
     ema_pytorch_profile,
     posthoc_ema_profile,
@@ -35,7 +39,6 @@ from posthoc_cli.snapshots.measurements import check_update_every
 from posthoc_cli.snapshots.sources import FileSource, Source
 from posthoc_cli.snapshots.tensor_file import read_small_file
 
-_STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
 _INDEXED = re.compile(r"(\d{1,20})[._](\d{1,20})\.(?:pt|safetensors)")
 _EDM2 = re.compile(r"network-snapshot-(\d{1,20})-(\d*\.\d+)\.pkl")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
@@ -53,7 +56,7 @@ class Origin:
 
     Attributes:
         kind: one of `KINDS`; None to find it.
-        step_from: a regular expression whose group is the step, searched in a path.
+        step_from: a regular expression whose group is the step, searched in a path; it may be 1_500 or 1.5k, too.
         prefix: what names of the model's tensors begin with; it is left out of the names.
         include, exclude: globs on the names that remain.
         sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
@@ -124,7 +127,8 @@ def open_checkpoints(place: str | Path, origin: Origin = UNSPECIFIED) -> list[Ch
     """
     paths = _places(place)
     kind = origin.kind or _kind_of(paths)
-    made = [one for path in paths for one in _READERS.get(kind, _points)(path, origin)]
+    by_word = next((path.name for path in paths if _named_step(path).by_word), "")
+    made = [one for path in paths for one in _READERS.get(kind, _points)(path, origin, by_word)]
     if not made:
         raise DirectoryError(place, f"holds no {kind}" if origin.kind else "holds no checkpoints")
     if not any(one.library for one in made):
@@ -230,8 +234,11 @@ def _kind_of(paths: Sequence[Path]) -> str:
 # --- ordinary checkpoints
 
 
-def _points(path: Path, origin: Origin) -> list[Checkpoint]:
-    """A checkpoint, and the average in it if torchtitan stored one; nothing of an output of this package."""
+def _points(path: Path, origin: Origin, by_word: str) -> list[Checkpoint]:
+    """A checkpoint, and the average in it if torchtitan stored one; nothing of an output of this package.
+
+    `by_word` is a name of another one in which a word such as step tells its step, see `read_name`; empty for none.
+    """
     contents = read_contents(path)
     kind = contents.values.get("ema.format")
     if kind == "output":
@@ -241,7 +248,7 @@ def _points(path: Path, origin: Origin) -> list[Checkpoint]:
         chosen = _chosen(one.info.tensors, origin)
         tensors = {name: tensor for name, tensor in one.info.tensors.items() if name in chosen}
         return [replace(one, info=replace(one.info, tensors=tensors))]
-    step = _step(path, contents, origin)
+    step = _step(path, contents, origin, by_word)
     averaged = {
         match[1]: find
         for keys, find in contents.tensors.items()
@@ -274,20 +281,27 @@ def _chosen(names: Collection[str], origin: Origin) -> set[str]:
     return chosen
 
 
-def _step(path: Path, contents: Contents, origin: Origin) -> int:
+def _step(path: Path, contents: Contents, origin: Origin, by_word: str) -> int:
     """The step of a checkpoint; an InvalidValueError asks for a pattern if it does not tell."""
+    hint = r"give step_from, a pattern such as 'step(\d+)'"
     if origin.step_from is not None:
         match = re.search(origin.step_from, str(path))
-        if match is None or not (match[1] or "").isdigit():
+        number = None if match is None else read_number(match[1] or "")
+        if number is None:
             reason = f"finds no number in {path}"
             raise InvalidValueError("step_from", reason, value=origin.step_from)
-        step: float | None = int(match[1])
-    else:
-        step = _trainer_step(path) or contents.step
-        step = _step_in_name(path) if step is None else step
+        return _checked_step(path, number, "leave it out, or give another pattern")
+    step = _trainer_step(path) or contents.step
     if step is None:
-        example = r"give step_from, a pattern such as 'step(\d+)'"
-        raise InvalidValueError(path, "neither its content nor its name tells its step", example)
+        named = _named_step(path)
+        if named.doubt:
+            raise InvalidValueError(path, f"neither its content nor its name tells its step: {named.doubt}", hint)
+        if named.step is None:
+            raise InvalidValueError(path, "neither its content nor its name tells its step", hint)
+        if by_word and not named.by_word:
+            reason = f"its name has no word such as step at its number, as {shown(by_word)} has"
+            raise InvalidValueError(path, reason, f"leave it out, or {hint}")
+        step = named.step
     return _checked_step(path, step, "leave it out, or give step_from")
 
 
@@ -310,7 +324,7 @@ def _trainer_step(path: Path) -> float | None:
     return step
 
 
-def _step_in_name(path: Path) -> int | None:
+def _named_step(path: Path) -> Reading:
     """The step in the name of a file or folder, else of the folder that it is in, if that is named as checkpoints are.
 
     Other numbers in that name, such as of an experiment or a date, are no steps.
@@ -318,20 +332,19 @@ def _step_in_name(path: Path) -> int | None:
     stem = path.name
     for ending in ENDINGS:
         stem = stem.removesuffix(ending)
-    numbers = _STEP.findall(stem) or re.findall(r"\d+", stem) or _STEP.findall(path.parent.name)
-    return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 20 else None
+    return read_name(stem) if re.search("[0-9]", stem) else read_name(path.parent.name, words_only=True)
 
 
 # --- averages of other libraries
 
 
-def _distributed(path: Path, origin: Origin) -> list[Checkpoint]:
+def _distributed(path: Path, origin: Origin, by_word: str) -> list[Checkpoint]:
     if not path.is_dir():
         raise FileFormatError(path, "is no folder of torch.distributed.checkpoint")
-    return _points(path, origin)
+    return _points(path, origin, by_word)
 
 
-def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
+def _karras(path: Path, origin: Origin, _: str) -> list[Checkpoint]:
     """A file of `ema-pytorch` or `pytorch-posthoc-ema`: a number of the average, and a step."""
     match = _INDEXED.fullmatch(path.name)
     if match is None:
@@ -351,17 +364,36 @@ def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
         raise InvalidValueError("sigma_rels", reason, value=given)
     gamma = gamma_from_sigma_rel(origin.sigma_rels[index])
     library = "ema-pytorch" if inner else "posthoc-ema"
+    if library == "posthoc-ema":
+        _check_update_after_step(path, contents, step, origin.update_after_step)
     profile = _tracked_profile(library, gamma, step, origin, origin.update_every)
     found = _selected(contents.model_tensors(origin.prefix or inner), origin, _COUNTERS)
     return [replace(make_checkpoint(path, found, profile, step, sigma_rel=origin.sigma_rels[index]), library=library)]
+
+
+def _check_update_after_step(path: Path, contents: Contents, step: int, given: int | None) -> None:
+    """Compare the setting with what a file of `pytorch-posthoc-ema` has counted: calls from that of this number on."""
+    value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
+    counted = contents.value("step")
+    if counted is None or not math.isfinite(counted[0]):  # above the range of float16
+        return
+    found, dtype = counted
+    due = step - max(value, 1) + 1
+    if abs(found - due) <= found * EPS.get(dtype, 0.0) / 2:
+        return
+    about = "about " * (found * EPS.get(dtype, 0.0) >= 1)
+    told = f"{path.name} has counted {found:,.12g} of {step:,} calls, as {about}{step - found + 1:,.12g} makes it"
+    if given is None:
+        raise InvalidValueError("update_after_step", f"must be given: it is not {value}, the default; {told}")
+    raise InvalidValueError("update_after_step", f"does not fit the files: {told}", value=value)
 
 
 def _tracked_profile(library: str, gamma: float, step: int, origin: Origin, update_every: int) -> Discrete:
     """What one of these libraries really tracks."""
     if library == "ema-pytorch":
         return ema_pytorch_profile(gamma, step, update_every)
-    later = {} if origin.update_after_step is None else {"update_after_step": origin.update_after_step}
-    return posthoc_ema_profile(gamma, step, update_every, **later)
+    later = DEFAULT_UPDATE_AFTER_STEP if origin.update_after_step is None else origin.update_after_step
+    return posthoc_ema_profile(gamma, step, update_every, later)
 
 
 def check_claims(sources: Sequence[object], origin: Origin) -> dict[int, float]:
@@ -385,7 +417,7 @@ def check_claims(sources: Sequence[object], origin: Origin) -> dict[int, float]:
     return check_update_every(said, origin.update_every, profile)
 
 
-def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:
+def _edm2(path: Path, origin: Origin, _: str) -> list[Checkpoint]:
     """A pickle of EDM2's training: thousands of images, and a width, in its name."""
     match = _EDM2.fullmatch(path.name)
     if match is None:

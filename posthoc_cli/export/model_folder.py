@@ -1,8 +1,9 @@
 """A copy of a model folder with averaged weights in the place of its own.
 
 The folder says how its library lays weights out: names, files, dtypes, and under which of its names a tied tensor is.
-All other files are copied. Where the library's names on disk differ from those in memory, as those of
-mixture-of-experts models in transformers do, the library itself loads the folder and saves the filled model.
+All other files are copied, but nothing that a link leads to elsewhere: an output may be uploaded. Where the library's
+names on disk differ from those in memory, as those of mixture-of-experts models in transformers do, the library itself
+loads the folder and saves the filled model.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class ModelFolder:
         """The folder, and of a pipeline the component that is named, or the only one with some of these tensors.
 
         Raises:
-            InvalidValueError: not a folder with weights in safetensors files, or no or several components would do.
+            InvalidValueError: not a folder with weights in safetensors files, or no or several components would do; or
+                something in it is neither a file nor a link to one of its own.
         """
         if not path.is_dir():
             raise InvalidValueError("like", "is not a folder", value=path)
@@ -62,13 +64,15 @@ class ModelFolder:
             if _weights_at(found.place) is None:
                 names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
                 raise InvalidValueError("like", f"has no weights: {names}, or their index", value=found.place)
-            return found
-        known = set(tensors)
-        fitting = [name for name in there if known & cls(path, name).entries.keys()]
-        if len(fitting) != 1:
-            reason = f"has weights in: {', '.join(there)}; with names of the run's in {len(fitting)}"
-            raise InvalidValueError("like", reason, "name the part: component", value=path)
-        return cls(path, fitting[0])
+        else:
+            known = set(tensors)
+            fitting = [name for name in there if known & cls(path, name).entries.keys()]
+            if len(fitting) != 1:
+                reason = f"has weights in: {', '.join(there)}; with names of the run's in {len(fitting)}"
+                raise InvalidValueError("like", reason, "name the part: component", value=path)
+            found = cls(path, fitting[0])
+        found._check_files()
+        return found
 
     @property
     def place(self) -> Path:
@@ -85,6 +89,30 @@ class ModelFolder:
         except VanishedError as error:  # else it would pass for a snapshot that was thinned away meanwhile
             raise FileFormatError(error.subject, error.reason) from error
         return {name: (file, one) for file, header in headers.items() for name, one in header.tensors.items()}
+
+    @cached_property
+    def others(self) -> list[Path]:
+        """What is copied, relative to the folder: all but the weights that are replaced, and what is hidden."""
+        found = []
+        for base, folders, names in os.walk(self.path):
+            within = Path(base).relative_to(self.path)
+            links = [name for name in folders if (Path(base) / name).is_symlink()]
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
+            replaced = within == Path(self.component)
+            found += [within / name for name in (*links, *names) if not (replaced and _is_weights(Path(name)))]
+        return found
+
+    def _check_files(self) -> None:
+        """Raise an InvalidValueError for anything in the folder that is no file of its own."""
+        for name in self.others:  # before anything is read
+            self._check_file(name)
+        for file in {file for file, _ in self.entries.values()}:
+            self._check_file(file.relative_to(self.path))
+
+    def _check_file(self, name: Path) -> None:
+        if reason := _foreign(self.path / name, self.path):
+            hint = "remove it, or put a copy of the file in its place"
+            raise InvalidValueError("like", f"{name} {reason}; only its own files are copied", hint, value=self.path)
 
     @property
     def dtype(self) -> str | None:
@@ -120,7 +148,8 @@ class ModelFolder:
         if "quantization_config" in self.config:
             reason = "its config.json has a quantization_config: such weights cannot hold an average"
             raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
-        check_space(dict.fromkeys(outs, sum(entry.nbytes for _, entry in self.entries.values())))
+        copied = sum((self.path / name).stat().st_size for name in self.others)
+        check_space(dict.fromkeys(outs, copied + sum(entry.nbytes for _, entry in self.entries.values())))
         absent = [name for name in plan.names if not self._has(plan, name) and plan.tensors[name].role == "average"]
         temporary = [files.temporary_path(out.parent) for out in outs]
         try:
@@ -230,24 +259,36 @@ class ModelFolder:
 
     def _copy_others(self, folder: Path) -> None:
         """Copy all files but the weights, over what a library has saved."""
-        for base, _, names in os.walk(self.path):
-            within = Path(base).relative_to(self.path)
-            if any(part.startswith(".") for part in within.parts):
+        for name in self.others:
+            source, target = self.path / name, folder / name
+            if target.exists() and target.name.endswith(INDEX_SUFFIX):
                 continue
-            for name in names:
-                source, target = Path(base) / name, folder / within / name
-                replaced = within == Path(self.component) and _is_weights(source)
-                if replaced or (target.exists() and name.endswith(INDEX_SUFFIX)):
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with files.reported_as_write_error(source, "copied"):
-                    shutil.copyfile(source, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with files.reported_as_write_error(source, "copied"):
+                shutil.copyfile(source, target)
 
 
 def _weights_at(place: Path) -> Path | None:
     """The index or the file of the weights in a folder."""
     names = [f"{stem}{ending}" for stem in _STEMS for ending in (INDEX_SUFFIX, SUFFIX)]
     return next((place / name for name in names if (place / name).is_file()), None)
+
+
+def _foreign(path: Path, folder: Path) -> str:
+    """Why a path in a folder is no file of the folder; empty for one that is.
+
+    In the cache of the Hub files are links to the blobs of their repository: snapshots/<revision>/<name> ->
+    ../../blobs/<hash>.
+    """
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    cache = next((one.parent for one in root.parents if one.name == "snapshots"), None)
+    if not (real.is_relative_to(root) or (cache is not None and real.parent == cache / "blobs")):
+        return f"is a link to {real}, outside of it"
+    if real.is_file():
+        return ""
+    if path.is_symlink():
+        return f"is a link to {real}, which is {'a folder' if real.is_dir() else 'no file'}"
+    return "is no regular file"
 
 
 def _is_weights(path: Path) -> bool:

@@ -70,7 +70,7 @@ def make_tracker(
         log.warning("%s: an earlier tracker of this directory is closed; each model needs its own", directory)
         earlier.close()
     writer = None if is_sharded(model) else is_first
-    _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
+    _made[directory] = made = PostHocEMA.from_model(model, checkpoint_dir, **{"writer": writer} | options)
     return made
 
 

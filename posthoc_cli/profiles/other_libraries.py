@@ -50,9 +50,14 @@ def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int
     return _product(calls + started, (gamma + 1) * np.log1p(-1 / (calls + 1)), update_every, step + started)
 
 
+DEFAULT_UPDATE_AFTER_STEP = 100
+"""Of `pytorch-posthoc-ema`."""
+
+
 def posthoc_ema_profile(
-    gamma: float, step: int, update_every: int = 10, update_after_step: int = 100, started: int = 0
-) -> Discrete:
+    gamma: float, step: int, update_every: int = 10, update_after_step: int = DEFAULT_UPDATE_AFTER_STEP,
+    started: int = 0,
+) -> Discrete:  # fmt: skip
     """What `pytorch-posthoc-ema` stores at its call `step` of `update_`; its first update is at `update_after_step`.
 
     Arguments, errors and clock as in `ema_pytorch_profile`; the defaults are those of the package.

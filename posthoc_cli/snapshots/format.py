@@ -7,7 +7,8 @@ A snapshot holds one average of one run at one time. It is a safetensors file, w
     the rest    the payload: tensors in the order of their offsets, little-endian, row-major, without gaps
 
 The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end]} (offsets count from the
-start of the payload), and `__metadata__` to an object of strings. N is at most 100,000,000.
+start of the payload), and `__metadata__` to an object of strings. N is at most 100,000,000; a file has at most 200,000
+tensors.
 
 Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; JSON values are compact.
 
@@ -229,6 +230,8 @@ STATE_VERSION = "2"
 """Of states."""
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 200_000
+"""Of one file: twice as many as the largest models have. A header of many empty ones would keep a reader busy."""
 MAX_KNOTS = 1_000
 MAX_PIECES = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
@@ -432,6 +435,8 @@ def encode_header(
     entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], checksums: Mapping[str, str]
 ) -> bytes:
     """The file's first bytes, up to the payload. Their number depends on the checksums' lengths only."""
+    if len(entries) > MAX_TENSORS:
+        raise InvalidValueError("header", f"would name {len(entries):,} tensors; at most {MAX_TENSORS:,} are allowed")
     sums = {"ema.checksums": compact(checksums), "ema.checksum": "0" * CHECKSUM_DIGITS}
     header: dict[str, Any] = {"__metadata__": {**metadata, **sums}}
     for name, entry in entries.items():

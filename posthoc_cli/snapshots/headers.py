@@ -69,6 +69,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
     tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
     """
     cache = cache or DecodeCache()
+    _check_count(path, start.count(b'"dtype"'))  # before all of them are parsed
     with _named_on_error(path, "header"):
         text = start[8:].decode("utf-8")
         metadata, rest = _split(text)
@@ -112,6 +113,7 @@ def _decode_entries(path: Path, raw: Any) -> dict[str, fmt.TensorEntry]:
         raise FileFormatError(path, "the header is not a JSON object; not a safetensors file")
     if "__metadata__" in raw:  # was taken out before
         raise FileFormatError(path, "damaged header: the same key twice")
+    _check_count(path, len(raw))  # their keys may be escaped
     tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
@@ -119,6 +121,11 @@ def _decode_entries(path: Path, raw: Any) -> dict[str, fmt.TensorEntry]:
             raise FileFormatError(path, f"tensor {shown(name)}: begins at {entry.begin:,} where {position:,} was due")
         position += entry.nbytes
     return tensors
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > fmt.MAX_TENSORS:
+        raise FileFormatError(path, f"its header names {count:,} tensors; at most {fmt.MAX_TENSORS:,} are read")
 
 
 def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:

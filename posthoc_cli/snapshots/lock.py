@@ -42,7 +42,7 @@ class DirectoryLock:
         import filelock  # takes a tenth of a second, which a look at a run need not wait for
 
         self._holder = directory / HOLDER_NAME
-        self._forget: Callable[[], object] = lambda: None
+        self._clear_note: Callable[[], object] = lambda: None
         with files.reported_as_write_error(directory):
             # Not filelock's substitute, a file that exists or not: it would survive a crash.
             path = directory / LOCK_NAME
@@ -60,11 +60,11 @@ class DirectoryLock:
                 why = (error.strerror or str(error)).lower()
                 log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
             try:
-                if self._holder.exists():
+                if self._holder.exists() and self._holder.stat().st_size:
                     log.warning("%s: %s", directory, self._left_behind())
                 self._note_holder()
                 # Also without a call of `release`: at the end of the process, or of all references.
-                self._forget = weakref.finalize(self, _forget, self._holder, os.getpid())
+                self._clear_note = weakref.finalize(self, _clear, self._holder, os.getpid())
             except BaseException:
                 self.release()
                 raise
@@ -72,7 +72,9 @@ class DirectoryLock:
     def release(self) -> None:
         """Release the lock."""
         try:
-            self._forget()
+            if self._clear_note():
+                with suppress(OSError):
+                    files.unlink_if_there(self._holder)
         finally:
             if self._lock.is_locked:
                 self._lock.release()
@@ -125,8 +127,13 @@ class DirectoryLock:
         return f"process {process} on {printable(host[:80])} (lock taken {age})"
 
 
-def _forget(holder: Path, process: int) -> None:
-    """Remove the note of a holder; not in a child that was forked from it."""
-    if os.getpid() == process:
+def _clear(holder: Path, process: int) -> bool:
+    """Empty the note of a holder; not in a child that was forked from it. Returns whether it was this process's.
+
+    A forgotten lock is cleared whenever the garbage collector runs, also while the directory is being deleted: that
+    fails if a name in it goes away meanwhile, so the name stays.
+    """
+    if is_own := os.getpid() == process:
         with suppress(OSError):
-            files.unlink_if_there(holder)
+            os.truncate(holder, 0)
+    return is_own

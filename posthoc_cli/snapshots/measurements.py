@@ -62,11 +62,14 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int], object]
 
 
-def sample_measurements(snapshots: Sequence[FileSource]) -> list[Measurements]:
+def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) -> list[Measurements]:
     """Estimate the measurements of the snapshots of one run, in their order; all of stored copies.
 
     `Distance.rounding` is the expected one of both copies, see `expected_rounding`. A FileFormatError or NonFiniteError
     names the file; an OverflowError if values are too large to be squared.
+
+    With `local`, another library's average has one distance in place of all, which only recent motion makes, if it is
+    well above its rounding at a time: see `_recent_motion`.
     """
     found: dict[int, Measurements] = {}
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
@@ -75,8 +78,15 @@ def sample_measurements(snapshots: Sequence[FileSource]) -> list[Measurements]:
     for _, group in groupby(by_time, key=lambda i: snapshots[i].info.t):
         now = {index: _read(snapshots[index], ranges) for index in group}
         earlier = [other for kind in sorted(newest) for others in newest[kind] for other in others]
+        recent: dict[int, DistanceTo] = {}
+        for index, sample in now.items() if local else ():
+            if (motion := _recent_motion(sample, newest[_kind(sample.snapshot)])) is not None:
+                recent[index] = motion
+        is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in recent.values())
         for index, sample in now.items():
-            found[index] = _measure(sample, [other for other in now.values() if other is not sample] + earlier)
+            partners = [other for other in now.values() if other is not sample] + earlier
+            own = [recent[index]] if index in recent else []
+            found[index] = _measure(sample, [] if own and is_clear else partners, own)
         for kind, alike in groupby(now.values(), key=lambda sample: _kind(sample.snapshot)):
             newest[kind] = [*newest[kind], list(alike)][-2:]
     return [found[index] for index in range(len(snapshots))]
@@ -88,7 +98,7 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotI
     Without measurements if values are too large to be squared.
     """
     try:
-        sampled: Sequence[Measurements | None] = sample_measurements(snapshots)
+        sampled: Sequence[Measurements | None] = sample_measurements(snapshots, local=True)
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
@@ -178,8 +188,8 @@ def _read(snapshot: FileSource, ranges: Sequence[_Range]) -> _Sample:
     return _Sample(snapshot, values, scale, rounding * scale)
 
 
-def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
-    distances = []
+def _measure(sample: _Sample, partners: Sequence[_Sample], more: Sequence[Distance] = ()) -> Measurements:
+    distances = [*more]
     for partner in partners:
         info, squared = partner.snapshot.info, _squares(sample, sample.values - partner.values)
         distance = Distance(info.t, info.sigma_rel, squared, sample.rounding + partner.rounding)
@@ -187,6 +197,51 @@ def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
         is_foreign = isinstance(other, Point | Discrete)
         distances.append(DistanceTo(**vars(distance), profile=other) if is_foreign else distance)
     return Measurements(_squares(sample, sample.values), sample.rounding, tuple(distances))
+
+
+_LIKE = 1e-3
+"""Largest difference of the tails of two averages up to a time, one of which goes on from the other."""
+
+_NONE = 1e-9
+"""A share of mass below this is none."""
+
+_CLEAR = 2.0
+"""A squared distance above so many times its expected rounding tells the motion."""
+
+
+def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> DistanceTo | None:
+    """How far an average is from what it would be if the weights had not moved on between its last two intervals.
+
+    Of three successive averages a, b, c of one kind a share k of c is b, and the rest is the mean of the weights since,
+    m_c = (c - k b) / (1 - k). b and a make m_b. With that in the place of m_c, c would be k b + (1 - k) m_b, an average
+    of known profile as well. Its distance from c is (1 - k) |m_c - m_b|, which only the motion in two intervals makes.
+    The distance of a long average from b is made by the motion of all training: where that slows down, or goes one way
+    for long, the motion of late intervals came out up to five times too large.
+
+    None with fewer earlier ones, for power functions, and where c does not go on from b, or b from a.
+    """
+    found = [one[0] for one in before]
+    if len(found) < 2:
+        return None
+    a, b, c = (one.snapshot.profile for one in (*found, sample))
+    if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
+        return None
+    shares = []
+    for earlier, later in ((a, b), (b, c)):
+        share = 1 - float(later.tail(earlier.t))
+        if not _NONE < share < 1 - _NONE:
+            return None
+        apart = (later.tail(earlier.times) - later.tail(earlier.t)) / share - earlier.tail(earlier.times)
+        if np.abs(apart).max() > _LIKE:
+            return None
+        shares.append(share)
+    of_b = shares[1] + (1 - shares[1]) / (1 - shares[0])
+    made = of_b * found[1].values + (1 - of_b) * found[0].values
+    rounding = sample.rounding + of_b**2 * found[1].rounding + (1 - of_b) ** 2 * found[0].rounding
+    after = of_b * b.tail(b.times) + (1 - of_b) * a.tail(b.times)
+    masses = np.maximum(-np.diff(after, prepend=1.0), 0.0)
+    info, squared = found[1].snapshot.info, _squares(sample, sample.values - made)
+    return DistanceTo(info.t, info.sigma_rel, squared, rounding, Discrete(b.times, masses / masses.sum(), b.t))
 
 
 def _squares(sample: _Sample, values: FloatArray) -> float:

@@ -171,7 +171,8 @@ class TrackedModel:
         """Raise an InvalidValueError for too many tensors for a snapshot's header: now, not when one is due."""
         names = [*self.tensors, *self.aliases, *self.left_out]
         # A header has a tensor's name three times, with at most 300 bytes more.
-        if 3 * sum(map(len, names)) + 300 * len(names) < fmt.MAX_HEADER_BYTES // 4:
+        size = 3 * sum(map(len, names)) + 300 * len(names)
+        if size < fmt.MAX_HEADER_BYTES // 4 and len(names) <= fmt.MAX_TENSORS:
             return
         specs = [fmt.TensorSpec(name, own.dtype, self.shapes[name]) for name, own in self.tensors.items()]
         entries = fmt.lay_out(specs)

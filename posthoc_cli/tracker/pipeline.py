@@ -444,8 +444,10 @@ def _same_place(one: Path, other: Path) -> bool:
 
 @atexit.register
 def finish() -> None:
-    """Finish the work of every tracker, and the threads, when the process ends."""
+    """Finish the work of every tracker, release its directory, and end the threads, when the process ends."""
     for pipeline in list(_at_work):
         pipeline.end()
         pipeline.flush()
+        if pipeline.snapshotter is not None:
+            pipeline.snapshotter.close()
     end_threads()

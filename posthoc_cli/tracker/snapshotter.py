@@ -6,6 +6,7 @@ cache. Differences of float32 values are taken in float32, their squares and sum
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
@@ -21,7 +22,14 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    MismatchError,
+    NonFiniteError,
+    PostHocError,
+    WriteError,
+)
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MEASURED, Distance, Measurements, Motion, measured_prior
 from posthoc_cli.snapshots.chunks import Box
@@ -275,7 +283,7 @@ class Snapshotter:
         # Calls may have been counted since that brought no update.
         kept_behind = settings.keep_state and self._kept_step != tracking.progress.step
         behind = standing.t > 0 and (kept_behind or not holds) and (not at_end or settings.final_snapshot or holds)
-        if at_end and not behind and not self._stored:
+        if at_end and not behind and not self._stored and not files.is_gone(self.directory):
             log.warning(
                 "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d, "
                 "checkpoint_every=%d, final_snapshot=%s",
@@ -296,6 +304,9 @@ class Snapshotter:
         if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             try:
+                if files.is_gone(self.directory):
+                    reason = f"was deleted: the averages of step {standing.step} are lost"
+                    raise WriteError(self.directory, reason, errno=errno.ENOENT)
                 sources = [_with_sample(one, reading) for one in live_sources(self._settings, reading, off_schedule)]
                 self.write(sources, network)
                 self._thin()

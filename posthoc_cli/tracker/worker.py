@@ -8,6 +8,7 @@ takes a job.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -25,7 +26,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import NotReadyError, WriteError
 from posthoc_cli.synthesis.engine import worker_count
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,9 @@ class Job(Generic[Result]):
         self._work = None  # it may hold a model
         self._finished = True
         self._gate.release()
-        if self._errors is not None and self._error is not None:
+        # Of a directory that was deleted nobody wants to hear at the end of the process; the next call raises it.
+        is_gone = isinstance(self._error, WriteError) and self._error.errno == errno.ENOENT
+        if self._errors is not None and self._error is not None and not is_gone:
             log.error("beside the training: %s", self._error)
 
     def wait(self) -> None:

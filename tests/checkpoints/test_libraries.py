@@ -140,6 +140,32 @@ def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
     assert distance(run.average(0.1), history, 0.1) < 0.03
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("true", "wrong"), [(150, 30), (30, None), (0, 40), (100, 150)])
+def test_a_wrong_update_after_step_is_named(
+    tmp_path: Path, true: int, wrong: int | None, dtype: torch.dtype | None
+) -> None:
+    """The files have counted the calls since then, in their own dtype; taken as right, averages were 8 % off."""
+    library = pytest.importorskip("posthoc_ema")
+    settings = {"update_every": 5, "update_after_step": true, "checkpoint_dtype": dtype}
+
+    def start(model: torch.nn.Module) -> Update:
+        return library.PostHocEMA.from_model(
+            model, str(tmp_path / "x"), sigma_rels=WIDTHS, max_checkpoints=50, checkpoint_every=20, **settings
+        ).update_
+
+    history = train(start)
+    first = min(path.name for path in (tmp_path / "x").iterdir())
+    run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=true)
+    assert distance(run.average(0.1), history, 0.1) < 0.03
+    told = "must be given: it is not 100, the default;" if wrong is None else "does not fit the files:"
+    with pytest.raises(errors.InvalidValueError, match=f"update_after_step.*: {told} {first} has counted") as error:
+        _ = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=wrong).sources
+    assert f" {max(true, 1)} makes it" in str(error.value)
+    if true == 100:
+        Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5).average(0.1)
+
+
 def test_pickles_of_edm2(tmp_path: Path) -> None:
     torch.manual_seed(0)
     states = {}

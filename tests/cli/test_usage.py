@@ -51,6 +51,18 @@ REFUSED = {
     "synthesize run --sigma-rel 1e400 --out x":
     "--sigma-rel 1e400: must be a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05",
     "plan --steps 1e30 --params 1e6 --max-size 1GB": "--steps 1e30: must be at most 9,223,372,036,854,775,807",
+    "info s3://b/run":
+    "s3://b/run: is a URL; must be a path on a file system of this machine",
+    "synthesize run --sigma-rel 0.1 --out s3://b/run":
+    "s3://b/run: is a URL; must be a path on a file system of this machine",
+    "report run --out s3://b/run":
+    "s3://b/run: is a URL; must be a path on a file system of this machine",
+    "demo --out s3://b/run":
+    "s3://b/run: is a URL; must be a path on a file system of this machine",
+    "sweep run --run 'eval {weights}' --minimize --out s3://b/run":
+    "s3://b/run: is a URL; must be a path on a file system of this machine",
+    "verify s3://b/run":
+    "s3://b/run: is a URL; must be a path on a file system of this machine",
     "plan --steps 1e3 --params 1e6 --max-size 1e9TB": "--max-size '1e9TB': must be at most 9,223,372 TB",
 }  # fmt: skip
 """Command lines, and what they are answered."""

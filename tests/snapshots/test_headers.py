@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +13,20 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from ema_command import Ema
 from factories import RUN_ID, flip_bit, make_info, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torture.victims import examine
 
-from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.headers import decode_header
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
-from posthoc_cli.snapshots.tensor_file import TensorFile, read_header, tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_from_bytes
 
 
 def craft(path: Path, header: bytes | Any, payload: int = 0, length: int | None = None) -> Path:
@@ -89,6 +93,29 @@ def test_a_header_length_that_cannot_be_is_refused_before_anything_is_allocated(
         os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
     with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
         read_header(path)
+
+
+@pytest.mark.parametrize("key", [b'"dtype"', b'"d\\u0074ype"'])
+def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, key: bytes, ema: Ema) -> None:
+    """700,000 empty ones took minutes; keys may be escaped."""
+    text = b",".join(b'"%d":{%b:"F32","shape":[0],"data_offsets":[0,0]}' % (n, key) for n in range(200_001))
+    path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
+    told = f"{path}: its header names 200,001 tensors; at most 200,000 are read"
+    with pytest.raises(FileFormatError, match=re.escape(told)):
+        read_header(path)
+    done = ema("info", path)
+    assert (done.code, done.error) == (1, told)
+
+
+def test_no_file_is_written_that_could_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [fmt.TensorSpec(str(number), "F32", (0,)) for number in range(200_001)]
+    with pytest.raises(InvalidValueError, match="header: would name 200,001 tensors; at most 200,000 are allowed"):
+        TensorFileWriter(tmp_path / "a.safetensors", specs, {})
+    monkeypatch.setattr(fmt, "MAX_TENSORS", 199)
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(200)])
+    with pytest.raises(InvalidValueError, match="model: with 200 tensors a snapshot's header would name 200 tensors"):
+        PostHocEMA.from_model(model, tmp_path / "run")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(sys, "set_int_max_str_digits"), reason="this Python has no such limit")

@@ -402,3 +402,42 @@ def test_a_model_that_stays_the_same_is_looked_through_once(tmp_path: Path, monk
         monkeypatch.setattr(model_tensors, "collect_tensors", lambda *a, **k: looked.append(a[0]) or real(*a, **k))
         train(model, tracker, 1, 20)
         assert looked == [model]
+
+
+# --- directories that are deleted
+
+FORGETFUL = """
+import gc, shutil, sys, torch
+from pathlib import Path
+from posthoc_cli import PostHocEMA
+kind, path = sys.argv[1], Path(sys.argv[2])
+model = torch.nn.Linear(4, 4)
+every = 100 if kind == "no update" else 1
+tracker = PostHocEMA.from_model(model, path, update_every=every, checkpoint_every=10 * every)
+for number in range(9 if kind == "none written" else 15):
+    tracker.update_(model)
+tracker.flush()
+shutil.rmtree(path)
+if kind == "collected":
+    del tracker
+    gc.collect()
+if kind == "closed":
+    try:
+        tracker.close()
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["none written", "some written", "no update", "collected"])
+def test_a_tracker_whose_directory_was_deleted_ends_in_silence(tmp_path: Path, kind: str) -> None:
+    """As tests of others leave it: nobody closes it, and its last averages have no place any more."""
+    ended = forked.check(FORGETFUL, kind, tmp_path / "run")
+    assert (ended.out, ended.err) == ("", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_closing_a_tracker_whose_directory_was_deleted_says_what_is_lost(tmp_path: Path) -> None:
+    ended = forked.check(FORGETFUL, "closed", tmp_path / "run")
+    assert ended.out == f"{tmp_path / 'run'}: was deleted: the averages of step 15 are lost\n"
+    assert ended.err == ""

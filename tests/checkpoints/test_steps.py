@@ -1,0 +1,86 @@
+"""Steps in names are read as people write numbers, or refused; never read as something else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from posthoc_cli import Run, errors
+
+READ = {
+    "checkpoint-500": 500, "global_step1000": 1000, "iter_0005000": 5000, "s400": 400, "epoch=3-step=1500": 1500,
+    "epoch=3-step=1500-v1": 1500, "step_1000_loss_0.25": 1000, "model-7b-step-1000": 1000, "ckpt_5": 5,
+    "ddpm-timesteps-1000-ckpt-500": 500, "checkpoint-5-step-1000": 1000, "step=1_000": 1000, "step=1_000_000": 10**6,
+    "step-1,000": 1000, "1,000": 1000, "step=001_000": 1000, "model-1M-steps": 10**6, "600k": 600_000,
+    "2m-steps": 2 * 10**6, "step-1.5k": 1500, "1.5M": 1_500_000, "500K_images": 500_000, "step_1e5": 100_000,
+    "step2B": 2 * 10**9, "STEP-5K": 5000, "step-20240105": 20240105, "run-2024-01-05-step-7": 7, "step100ema": 100,
+}  # fmt: skip
+"""Names that tell a step."""
+
+REFUSED = {
+    "step_1_000": "'1_000' may be one number or several", "checkpoint_10_256": "'10_256' may be one number or several",
+    "v1.5": "'v1.5' is no step", "model-fp16": "'fp16' is no step", "3d-unet": "'3d' has another unit than k, M or B",
+    "100kimg": "'100kimg' has another unit than k, M or B", "step10kimg": "'10kimg' has another unit",
+    "step1k5": "'1k5' is no number", "step-1,00": "'1,0' is no number", "step_1e400": "'1e' has another unit",
+    "llama-7B": "'7B' may be the size of the model", "checkpoint-7b": "'7b' may be the size of the model",
+    "20240105": "'20240105' may be a date", "checkpoint-20240105": "'20240105' may be a date",
+    "checkpoint-2024-01-05": "'2024-01-05' may be a date", "2024-01-05": "tells its step",
+    "llama-1B-600k": "tells its step", "00010-of-00020": "tells its step", "step²": "tells its step",
+    "step-1.5": "its step is 1.5; must be a whole number",
+}  # fmt: skip
+"""Names that may mean something else, and what is said of them."""
+
+
+def save(folder: Path, *names: str) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        save_file({"w": torch.full((3,), float(number))}, folder / f"{name}.safetensors")
+    return Run(folder)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_name_tells_its_step(tmp_path: Path, name: str) -> None:
+    assert save(tmp_path / "files", name).step == READ[name]
+    save(tmp_path / "folders" / name, "model")
+    assert Run(tmp_path / "folders").step == READ[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_name_that_may_mean_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(errors.InvalidValueError, match=f"{name}.safetensors: .*{REFUSED[name]}.*; .*give step_from"):
+        _ = save(tmp_path, name).step
+
+
+def test_names_of_one_set_are_read_alike(tmp_path: Path) -> None:
+    run = save(tmp_path / "a", "step-600k", "step-1M", "step-1_500k")
+    with pytest.raises(errors.InvalidValueError, match="'1_500' may be one number or several"):
+        _ = run.sources
+    (tmp_path / "a/step-1_500k.safetensors").unlink()
+    assert [source.info.step for source in run.sources] == [600_000, 1_000_000]  # the newest weights are last
+    run = save(tmp_path / "b", "model-1M-steps", "600k")
+    told = "600k.safetensors: its name has no word such as step at its number, as 'model-1M-steps.safetensors' has"
+    with pytest.raises(errors.InvalidValueError, match=re.escape(told)):
+        _ = run.sources
+    run = save(tmp_path / "c", "step100", "step200", "best-2")
+    with pytest.raises(errors.InvalidValueError, match=r"best-2\.safetensors: its name has no word"):
+        _ = run.sources
+
+
+def test_a_pattern_finds_numbers_as_people_write_them(tmp_path: Path) -> None:
+    """The way out for every name that is refused."""
+    save(tmp_path, "step_1_000", "step_2_000", "step_3.5k", "step_4,000")
+    run = Run(tmp_path, step_from=r"step_([\d._,k]+)\.")
+    assert [source.info.step for source in run.sources] == [1000, 2000, 3500, 4000]
+    for pattern in (r"step(_1_000)", r"(st)ep"):
+        with pytest.raises(errors.InvalidValueError, match="finds no number in"):
+            _ = Run(tmp_path, step_from=pattern).sources
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-1.5k", "step=1_500"])
+def test_the_folder_of_a_file_tells_its_step_as_well(tmp_path: Path, folder: str) -> None:
+    save(tmp_path / folder, "ema")
+    assert Run(tmp_path / folder / "ema.safetensors").step == 1500
