@@ -235,11 +235,10 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
-        accumulate: torch.dtype | str | None = None,
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
         wanted = as_targets(targets)
-        return plan_synthesis(self._checked_sources(), wanted, t, step, method, max_error, dtype, accumulate)
+        return plan_synthesis(self._checked_sources(), wanted, t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -276,14 +275,13 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
-        accumulate: torch.dtype | str | None = None,
         progress: ProgressBar = no_bar,
         **options: Any,
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each appears complete or not at all.
 
         Arguments:
-            targets, t, step, method, max_error, dtype, accumulate: as in `plan_synthesis`.
+            targets, t, step, method, max_error, dtype: as in `plan_synthesis`.
             out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
             progress: opens a progress bar.
             options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
@@ -297,14 +295,12 @@ class Run:
         from posthoc_cli.export.job import Synthesis
         from posthoc_cli.export.layouts import OutputOptions
 
-        plain = ("t", "step", "method", "max_error", "dtype", "accumulate", "progress")
+        plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
         wanted, asked = as_targets(targets), OutputOptions(**options)
 
         def planned(dtype: torch.dtype | str | None) -> Plan:
-            return self.plan(
-                wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype, accumulate=accumulate
-            )
+            return self.plan(wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
 
         path = None if out is None else str(out)
         return Synthesis(planned, lambda: self.tensors, wanted, path, dtype, asked, progress).run()

@@ -122,7 +122,7 @@ COMMANDS = {
     "one": "synthesize thinned --sigma-rel 0.15 -o one.safetensors --json",
     "several": "synthesize thinned --sigma-rel 0.06,0.1,0.2 --beta 0.9 --window 40 --dtype float32 -o several/ --json",
     "paper": "synthesize images --sigma-rel 0.12 --method paper --t 2000 --dtype float64 -o paper.safetensors --json",
-    "between": "synthesize images --between 600:2400 -o between.safetensors --accumulate float32 --json",
+    "between": "synthesize images --between 600:2400 -o between.safetensors --json",
     "narrow": "synthesize narrow --sigma-rel 0.07 --step 80 -o narrow.safetensors --json",
     "sharded": "synthesize images --sigma-rel 0.2 --format sharded --max-shard-size 200 -o sharded/ --json",
     "first": "synthesize images --sigma-rel 0.2 --shard 1/2 -o parts/ --json",

@@ -66,9 +66,6 @@ def synthesize(
     layout: str | None = values.LAYOUT,
     max_shard_size: str | None = values.MAX_SHARD_SIZE,
     device: str = Option("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
-    accumulate: str | None = Option(
-        None, help="dtype of the sums: float32 or float64. [default: float64 for averages in float32 or float64]"
-    ),
     method: str | None = values.METHOD,
     shard: str | None = Option(
         None,
@@ -84,11 +81,6 @@ def synthesize(
         "names, files and dtypes, and copies of all other files.",
     ),
     component: str | None = values.COMPONENT,
-    through_library: bool = Option(
-        False,
-        "--through-library",
-        help="Have transformers load and save the model of --like; by itself where its names on disk are others.",
-    ),
     overwrite: bool = values.FORCE,
     skip_existing: bool = Option(False, "--skip-existing", help="Keep existing outputs of the same plan, verified."),
     dry_run: bool = Option(
@@ -134,10 +126,10 @@ def synthesize(
     report = run.write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
         max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
-        max_shard_size=max_shard_size, device=device, accumulate=accumulate, overwrite=overwrite,
+        max_shard_size=max_shard_size, device=device, overwrite=overwrite,
         skip_existing=skip_existing, dry_run=dry_run, shard=shard, finish=finish,
         distributed=shard is None and not finish and is_rank(), like=like, component=component,
-        through_library=through_library, progress=output.progress_bar(quiet, verbose),
+        progress=output.progress_bar(quiet, verbose),
     )  # fmt: skip
     if report is not None and as_json:
         output.print_json(report.to_dict())

@@ -136,8 +136,8 @@ class Synthesis:
         if self.out is None and (asked.finish or not asked.dry_run):
             reason = "is missing" if asked.finish else "is missing; only a dry run needs no output"
             raise InvalidValueError("out", reason)
-        if asked.like is None and (asked.component is not None or asked.through_library):
-            raise InvalidValueError("like", "is missing; component and through_library are about a model folder")
+        if asked.like is None and asked.component is not None:
+            raise InvalidValueError("like", "is missing; component is about a model folder")
         others = (self._in_parts, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(self.dtype))
         if asked.like is not None and any(others):
             reason = "says all about the output: no layout, dtype, overwrite, skip_existing or parts beside it"

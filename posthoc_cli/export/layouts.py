@@ -77,8 +77,6 @@ class OutputOptions(Options):
         like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
             the same names, files and dtypes, and copies of all other files. What the run does not have is the folder's.
         component: the part of a pipeline's folder with the weights, such as "unet"; by default the one that fits.
-        through_library: have transformers load and save the model, as is done by itself where names on disk differ from
-            those in memory.
     """
 
     device: torch.device | str = "auto"
@@ -92,7 +90,6 @@ class OutputOptions(Options):
     distributed: bool = False
     like: str | Path | None = None
     component: str | None = None
-    through_library: bool = False
 
     @property
     def shard_bytes(self) -> int:

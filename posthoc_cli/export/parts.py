@@ -298,7 +298,7 @@ def plan_digest(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
         checksums.append(source.header.metadata["ema.checksum"])
     facts = [
         fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
-        plan.accumulate, checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
+        checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
     ]  # fmt: skip
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode())
 
