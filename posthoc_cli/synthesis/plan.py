@@ -77,7 +77,7 @@ class Plan:
         if self.solved == self.there:
             return None
         counts = counted(self.sources, self.solved, self.there)
-        return f"{counts} up to t = {self.t:,.12g}, spread as thinning would leave them"
+        return f"{counts} up to t = {self.t:,.12g}, the newest and ever fewer of the earlier ones"
 
     @cached_property
     def newest(self) -> Source:
