@@ -143,12 +143,14 @@ def test_a_synthesis_works_with_the_choice_up_to_its_time(run: Path, t: float, m
 
 
 @pytest.mark.usefixtures("_twenty")
-def test_the_choice_does_not_depend_on_the_targets_and_nor_do_their_bits(run: Path) -> None:
+def test_the_choice_does_not_depend_on_the_targets(run: Path) -> None:
     sources = disk_sources(run)
     alone = plan_synthesis(sources, [0.15], 143.0)
     company = plan_synthesis(sources[::-1], [0.02, 0.15, Window(30)], 143.0)
     assert company.solved == 20
-    assert torch.equal(dict(synthesize(alone))["weight"][0], dict(synthesize(company))["weight"][1])
+    assert [source.name for source in alone.sources] == [source.name for source in company.sources]
+    one, other = dict(synthesize(alone))["weight"][0], dict(synthesize(company))["weight"][1]
+    torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.usefixtures("_twenty")

@@ -46,7 +46,6 @@ class Plan:
             group.
         dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
-        places: index of each source among those that were solved with, by time; its index here if empty.
         aside: number of sources not used because the model had other tensors then.
         solved: number of sources, all at or before `t`, that the coefficients were solved for.
         there: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
@@ -63,7 +62,6 @@ class Plan:
     reconstruction: Reconstruction
     dtype: str | None = None
     output_rounding: float = 0.0
-    places: tuple[int, ...] = ()
     aside: int = 0
     solved: int = 0
     there: int = 0
@@ -268,7 +266,7 @@ def plan_synthesis(
     used = _used(usable, result)
     plan = Plan(
         sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
-        reconstruction=result.of(snapshots=used), dtype=output_dtype, places=tuple(used),
+        reconstruction=result.of(snapshots=used), dtype=output_dtype,
         aside=len(sources) - len(alike), solved=len(usable), there=sum(source.info.t <= time for source in alike),
         last=max(source.info.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
