@@ -41,11 +41,10 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
+from posthoc_cli.snapshots.check import Verification, list_contents, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
-from posthoc_cli.snapshots.measurements import deep_bytes
 from posthoc_cli.snapshots.sources import (
     EarlierRun,
     FileSource,
@@ -357,9 +356,9 @@ class Run:
 
     # --- care
 
-    def check(self, deep: bool = False, progress: ProgressBar = no_bar) -> Verification:
+    def check(self, progress: ProgressBar = no_bar) -> Verification:
         """Verify every byte, and compare the snapshots with each other; see `check_path`."""
-        return check_path(self.directory, deep, progress)
+        return check_path(self.directory, progress)
 
     def prune(
         self,
@@ -494,12 +493,11 @@ def _draw(
     files.write_whole(picture, plots.as_file(draw, picture.suffix), overwrite)
 
 
-def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -> Verification:
+def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
     """Verify every byte of a directory or of a file, as `ema verify` does.
 
     Arguments:
         path: snapshots, outputs, states, parts or shards; or one such file.
-        deep: also compare the values of snapshots with what was measured when they were written.
         progress: opens a progress bar.
 
     Raises:
@@ -513,11 +511,7 @@ def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -
         reason = "holds checkpoints of other programs, which have no checksums"
         raise DirectoryError(path, reason, "an import writes copies that have") from error
     with progress("verifying", contents.listed_bytes) as advance:
-        found = verify(contents, advance)
-    if not deep:
-        return found
-    with progress("measuring", deep_bytes(found.snapshots)) as advance:
-        return verify_measurements(found, advance)
+        return verify(contents, advance)
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

@@ -136,7 +136,7 @@ COMMANDS = {
     "info-output": "info one.safetensors --json",
     "info-state": "info narrow/state.safetensors --json",
     "info-model": "info sharded --json",
-    "verify": "verify thinned --deep --json",
+    "verify": "verify thinned --json",
     "verify-output": "verify several --json",
     "prune": "prune images --keep 4 --dry-run --json",
     "prune-error": "prune images --max-error 0.05 --dry-run --json",

@@ -337,6 +337,9 @@ def make_sink(
         raise InvalidValueError("out", "its folder does not exist", value=path)
     if options.overwrite:
         check_no_snapshot(path)
+    for folder in (path.parent, path):
+        if folder.is_dir():
+            files.remove_leftovers(folder)
     if layout == "pt":
         return _TorchSink(path, specs, options.overwrite)
     if layout == "dcp":
