@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
-    from posthoc_cli.export.job import SynthesisReport
+    from posthoc_cli.export.writing import SynthesisReport
 
 Wanted = float | Target | Profile
 """An average: a sigma_rel, a target such as Beta(0.9999), or any object with `density` and `tail`."""
@@ -289,10 +289,10 @@ class Run:
             What was made; None in every process of a torchrun job but the first.
 
         Raises:
-            InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, NotReadyError, RankError.
+            InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
-        from posthoc_cli.export.job import Synthesis
         from posthoc_cli.export.layouts import OutputOptions
+        from posthoc_cli.export.writing import Synthesis
 
         plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)

@@ -14,6 +14,7 @@ from ema_command import Asked, Ema
 from factories import contents, flip_bit, snapshot_files
 from safetensors.torch import save_file
 
+from posthoc_cli import Run
 from posthoc_cli.cli import output
 from posthoc_cli.snapshots.lock import DirectoryLock
 
@@ -112,15 +113,20 @@ def test_of_several_paths_each_has_a_heading(ema: Ema, run: Path, tmp_path: Path
 
 
 def test_parts_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
-    command = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q", "--out", tmp_path / "m")
-    for number in (1, 2):
-        assert ema(*command, "--shard", f"{number}/2").code == 0
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        Run(run).write(0.15, tmp_path / "m", distributed=True, max_shard_size=100)
+    finally:
+        torch.distributed.destroy_process_group()
+    index, count = tmp_path / "m" / "model.safetensors.index.json", len(list((tmp_path / "m").glob("*.safetensors")))
+    kept = index.read_bytes()
+    index.unlink()
     result = ema("verify", tmp_path / "m")
     assert result.code == 0
-    assert "part 2/2 of output sigma_rel 0.15 at t = 2,000" in result.out
-    assert ema(*command, "--finish").code == 0
-    assert "index of part 1/2" not in ema("verify", tmp_path / "m").out
-    assert len(ema("verify", tmp_path / "m", "--json").json["files"]) == 3
+    assert f"part 2/{count} of output sigma_rel 0.15 at t = 2,000" in result.out
+    index.write_bytes(kept)
+    assert "index of part" not in ema("verify", tmp_path / "m").out
+    assert len(ema("verify", tmp_path / "m", "--json").json["files"]) == count + 1
 
 
 def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

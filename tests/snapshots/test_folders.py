@@ -91,20 +91,6 @@ def test_without_measurements_the_same_sample_is_read(run: Path, whole: Path) ->
     assert errors[0] == errors[1] is not None
 
 
-def test_parts_of_a_synthesis_read_the_parts_of_snapshots(run: Path, whole: Path, tmp_path: Path) -> None:
-    split_all(run, "grid")
-    Run(whole).write(0.15, tmp_path / "one.safetensors")
-    for shard in ("1/2", "2/2"):
-        Run(run).write(0.15, tmp_path / "many", shard=shard)
-    Run(run).write(0.15, tmp_path / "many", finish=True)
-    made: dict[str, torch.Tensor] = {}
-    for path in sorted((tmp_path / "many").glob("*.safetensors")):
-        made |= load_file(path)
-    wanted = load_file(tmp_path / "one.safetensors")
-    assert made.keys() == wanted.keys()
-    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
-
-
 def test_a_snapshot_of_parts_is_exported_and_described_as_a_file_is(run: Path, tmp_path: Path) -> None:
     path = snapshot_files(run)[-1]
     export_file(path, tmp_path / "one.safetensors")

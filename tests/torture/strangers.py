@@ -178,7 +178,7 @@ PLACES: dict[str, Sequence[Use]] = {
     "out/x.pt": [("export", "MADE", "--out", "X")],
     "out/x.png": [("error-plot", "RUN", "--out", "X")],
     "out/x.csv": [("error-plot", "RUN", "--csv", "X")],
-    **dict.fromkeys((f"out/folder{name}" for name in IN_FOLDERS), (IN_A_FOLDER, (*IN_A_FOLDER, "--shard", "1/1"))),
+    **dict.fromkeys((f"out/folder{name}" for name in IN_FOLDERS), (IN_A_FOLDER,)),
     "state2.safetensors": [_load_state, _save_state],
     **dict.fromkeys((f"fresh/{name}" for name in LOCKS), (_track,)),
 }  # fmt: skip
