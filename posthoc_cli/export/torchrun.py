@@ -263,7 +263,7 @@ class Ranks:
         try:
             dist.all_gather_object(told, failure and str(failure), self._group)
         except RuntimeError as error:
-            raise failure or RankError("another process of this job", "has died; nothing was finished") from error
+            raise failure or RankError("another process of this job", "failed or died; nothing was finished") from error
         if failure is not None:
             raise failure
         for rank, said in enumerate(told):

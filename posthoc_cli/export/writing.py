@@ -191,7 +191,7 @@ class Synthesis:
             workers = max(1, worker_count() // local_rank()[1])
             shards = Shards(plan, paths, wanted, replace(options, workers=workers), container)
             ranks.together(lambda: None if ranks.rank else shards.begin())
-            own = range(ranks.rank, wanted, ranks.world)
+            own = [first + ranks.rank for first in range(0, len(shards.parts), ranks.world)]
             bar = no_bar if ranks.rank else self.progress
             with bar("synthesizing", sum(shards.read_bytes(part) for part in own)) as advance:
                 for part in own:

@@ -31,7 +31,7 @@ from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 # --- sums
 #
 # One target is summed by additions, several by matrix products, of which a library may sum the terms in any order; so
-# another target in the same pass may change the last bits. Neither tiles nor the number of threads change one: both take
+# another target in the same pass may change the last bits. Neither tiles nor the number of threads do: both ways take
 # whole columns, so that every element goes through the same instructions wherever a chunk ends.
 
 GROUP = 64

@@ -97,7 +97,7 @@ def test_when_a_rank_is_killed_the_others_end_and_leave_no_model(run: Path, tmp_
     processes[victim].wait()
     for process in (*processes[:victim], *processes[victim + 1 :]):
         (line,) = process.communicate(timeout=60)[1].splitlines()
-        assert line == "ema: error: another process of this job: has died; nothing was finished"
+        assert line == "ema: error: another process of this job: failed or died; nothing was finished"
         assert process.returncode == 1
     assert not (out / INDEX).exists()
     again = ended("", *arguments(run, out))
