@@ -16,16 +16,21 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import re
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError, shown
+
+log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".ema-"
 TEMPORARY_SUFFIX = ".tmp"
@@ -204,6 +209,25 @@ def discard(paths: Collection[Path]) -> None:
 def leftovers(directory: Path) -> list[Path]:
     """Temporaries in a directory, sorted: of writes in progress, or of processes that were killed."""
     return sorted(path for path in system.list(directory) if is_temporary(path.name))
+
+
+STILL_SECONDS = 3600.0
+"""Temporaries that have not changed for so long are of processes that were killed."""
+
+
+def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
+    """Remove temporaries, also folders, that have not changed for so many seconds; a refusal is logged."""
+    before = time.time() - still
+    for path in leftovers(directory):
+        try:
+            is_folder = stat.S_ISDIR(path.lstat().st_mode)
+            inside = path.rglob("*") if is_folder else ()
+            if max(one.lstat().st_mtime for one in (path, *inside)) < before:
+                shutil.rmtree(path) if is_folder else system.unlink(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("%s: left by an interrupted write, and cannot be removed: %s", path, error.strerror or error)
 
 
 def is_temporary(name: str) -> bool:

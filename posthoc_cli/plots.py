@@ -224,23 +224,6 @@ def frame(figure: Figure) -> dict[str, object]:
     }
 
 
-def difference_figure(names: Sequence[str], relative: Sequence[float | None], title: str) -> Figure:
-    """Relative distances of groups of tensors, at least 0, the first one on top; None is drawn as no bar."""
-    figure = _figure(_WIDTH, 1.2 + 0.22 * len(names))
-    axes = figure.subplots()
-    places = np.arange(len(names))[::-1]
-    values = [value or 0.0 for value in relative]
-    axes.barh(places, values, color=COLOURS[0])
-    axes.set_yticks(places, [_plain(name) for name in names], fontsize=8)
-    axes.set_xlabel("relative distance")
-    if max(values, default=0.0) > 0:
-        axes.set_xscale("symlog", linthresh=min(value for value in values if value > 0))
-    axes.set_title(_wrapped(_plain(title), 0.9 * _WIDTH, 10), fontsize=10)
-    axes.grid(True, axis="x", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure
-
-
 def _figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
     left, bottom = _MARGIN / width, _MARGIN / height

@@ -41,11 +41,10 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
+from posthoc_cli.snapshots.check import Verification, list_contents, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.measurements import deep_bytes
 from posthoc_cli.snapshots.sources import (
     EarlierRun,
     FileSource,
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
-    from posthoc_cli.export.job import SynthesisReport
+    from posthoc_cli.export.writing import SynthesisReport
 
 Wanted = float | Target | Profile
 """An average: a sigma_rel, a target such as Beta(0.9999), or any object with `density` and `tail`."""
@@ -235,11 +234,10 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
-        accumulate: torch.dtype | str | None = None,
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
         wanted = as_targets(targets)
-        return plan_synthesis(self._checked_sources(), wanted, t, step, method, max_error, dtype, accumulate)
+        return plan_synthesis(self._checked_sources(), wanted, t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -276,14 +274,13 @@ class Run:
         method: str | None = None,
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
-        accumulate: torch.dtype | str | None = None,
         progress: ProgressBar = no_bar,
         **options: Any,
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each appears complete or not at all.
 
         Arguments:
-            targets, t, step, method, max_error, dtype, accumulate: as in `plan_synthesis`.
+            targets, t, step, method, max_error, dtype: as in `plan_synthesis`.
             out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
             progress: opens a progress bar.
             options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
@@ -292,19 +289,17 @@ class Run:
             What was made; None in every process of a torchrun job but the first.
 
         Raises:
-            InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, NotReadyError, RankError.
+            InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
-        from posthoc_cli.export.job import Synthesis
         from posthoc_cli.export.layouts import OutputOptions
+        from posthoc_cli.export.writing import Synthesis
 
-        plain = ("t", "step", "method", "max_error", "dtype", "accumulate", "progress")
+        plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
         wanted, asked = as_targets(targets), OutputOptions(**options)
 
         def planned(dtype: torch.dtype | str | None) -> Plan:
-            return self.plan(
-                wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype, accumulate=accumulate
-            )
+            return self.plan(wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
 
         path = None if out is None else str(out)
         return Synthesis(planned, lambda: self.tensors, wanted, path, dtype, asked, progress).run()
@@ -361,9 +356,9 @@ class Run:
 
     # --- care
 
-    def check(self, deep: bool = False, progress: ProgressBar = no_bar) -> Verification:
+    def check(self, progress: ProgressBar = no_bar) -> Verification:
         """Verify every byte, and compare the snapshots with each other; see `check_path`."""
-        return check_path(self.directory, deep, progress)
+        return check_path(self.directory, progress)
 
     def prune(
         self,
@@ -498,12 +493,11 @@ def _draw(
     files.write_whole(picture, plots.as_file(draw, picture.suffix), overwrite)
 
 
-def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -> Verification:
+def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
     """Verify every byte of a directory or of a file, as `ema verify` does.
 
     Arguments:
         path: snapshots, outputs, states, parts or shards; or one such file.
-        deep: also compare the values of snapshots with what was measured when they were written.
         progress: opens a progress bar.
 
     Raises:
@@ -517,11 +511,7 @@ def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -
         reason = "holds checkpoints of other programs, which have no checksums"
         raise DirectoryError(path, reason, "an import writes copies that have") from error
     with progress("verifying", contents.listed_bytes) as advance:
-        found = verify(contents, advance)
-    if not deep:
-        return found
-    with progress("measuring", deep_bytes(found.snapshots)) as advance:
-        return verify_measurements(found, advance)
+        return verify(contents, advance)
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

@@ -1,6 +1,6 @@
 """What a synthesis of a model too large for any test takes, on paper: bytes, time on one machine and on several.
 
-    seconds of a part = bytes read / min(read rate, rate of the sums) + bytes written / write rate
+    seconds of a process = bytes read / min(read rate, rate of the sums) + bytes written / write rate
 
 Reading overlaps with the sums, so that the slower one counts; writing and fsync are counted as if they came after
 it. The rates are those that `scripts/bench_synthesis.py` measures on the machine in question.
@@ -27,7 +27,7 @@ def main() -> None:
     asked = parser.parse_args()
     model = asked.parameters * asked.item_bytes / GB
     read, written = model * asked.snapshots, model * asked.targets
-    print("| | one machine |", f"{asked.machines} machines, {asked.machines} parts |")
+    print("| | one machine |", f"{asked.machines} machines |")
     print("| --- | ---: | ---: |")
     rows = [("GB read, each", read), ("GB written, each", written)]
     writing = written / asked.disk_write
@@ -35,7 +35,6 @@ def main() -> None:
     rows.append((f"s from memory at {asked.cores:g} GB/s", read / asked.cores + writing))
     for name, value in rows:
         print(f"| {name} | {value:,.4g} | {value / asked.machines:,.4g} |")
-    print(f"| s of --finish at {asked.disk:g} GB/s | - | {written / asked.disk:,.4g} |")
 
 
 if __name__ == "__main__":

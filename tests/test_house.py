@@ -23,7 +23,7 @@ ROOMS = (
     "report", "demo", "cli",
 )  # fmt: skip
 COMMANDS = {
-    "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "diff",
+    "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify",
     "import", "demo", "guide", "help",
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ def test_what_there_is(run: Run) -> None:
 def test_a_look_needs_neither_torch_nor_scipy(run: Run) -> None:
     code = (
         f"from posthoc_cli import Run; run = Run({str(run.directory)!r}); print(run, run.tensors, run.info(), "
-        "run.plan(0.15), run.error_curve().to_dict(), run.check(deep=True), run.prune(keep=5, dry_run=True)); "
+        "run.plan(0.15), run.error_curve().to_dict(), run.check(), run.prune(keep=5, dry_run=True)); "
         "import sys; assert not {'torch', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -146,7 +146,7 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_pa
 
 
 def test_damage_is_found_and_the_rest_is_described(run: Run) -> None:
-    assert run.check(deep=True).is_fine
+    assert run.check().is_fine
     flip_bit(snapshot_files(run.directory)[3])
     assert [path.name for path in run.check().broken] == [snapshot_files(run.directory)[3].name]
     with pytest.raises(FileFormatError):

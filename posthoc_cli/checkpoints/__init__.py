@@ -3,7 +3,7 @@
 A file is read once for its index: where in it the bytes of each tensor are. A synthesis then streams these bytes, as it
 does those of snapshots. `archives` finds the tensors of pickled files, `tensor_files` those of any file,
 `contents` those of a model in one file or several; `opening` knows how libraries name files, steps and tensors, and
-makes a run of `checkpoint`s. `imported` and `comparing` are what `ema import` and `ema diff` do.
+makes a run of `checkpoint`s. `imported` is what `ema import` does.
 """
 
 KINDS = ("snapshots", "checkpoints", "dcp", "torchtitan", "ema-pytorch", "posthoc-ema", "edm2")

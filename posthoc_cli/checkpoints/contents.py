@@ -136,19 +136,16 @@ def _scalar(pieces: Sequence[Piece]) -> float | None:
         return float(decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0])
 
 
-def read_contents(path: Path, any_kind: bool = False) -> Contents:
-    """What the checkpoint at a path holds. A FileFormatError names the file and says what is wrong.
-
-    With `any_kind` it may also be a snapshot, or a state, of this package.
-    """
+def read_contents(path: Path) -> Contents:
+    """What the checkpoint at a path holds. A FileFormatError names the file and says what is wrong."""
     if not path.is_dir():
-        return _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path, any_kind)
+        return _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
     model = model_in(path)
     if model is None:
         raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
     if model.name == DCP_METADATA:
         return _of_distributed(model)
-    return _of_chunks(path) if model == path else read_contents(model, any_kind)
+    return _of_chunks(path) if model == path else read_contents(model)
 
 
 def model_in(folder: Path) -> Path | None:
@@ -184,8 +181,8 @@ def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[Piece]:
     return [Piece(path, identity, tensor, Box.whole(tensor.shape))]
 
 
-def _of_file(path: Path, any_kind: bool = True) -> Contents:
-    file = index_file(path, any_kind)
+def _of_file(path: Path) -> Contents:
+    file = index_file(path)
     tensors: dict[Keys, Callable[[], list[Piece]]] = {
         keys: functools.partial(_whole, path, file.identity, tensor)
         for keys, tensor in file.content.items()

@@ -63,6 +63,7 @@ def import_checkpoints(checkpoints: Sequence[Checkpoint], out: Path, progress: P
     named = [snapshot_path(out, one.info.t, one.info.sigma_rel) for one in checkpoints]
     paths = [path.with_name(path.name.replace("-0.0.safe", "-weights.safe")) for path in named]
     total = sum(entry.nbytes for one in checkpoints for entry in one.stored.values())
+    files.remove_leftovers(out.parent)
     made = files.temporary_path(out.parent)
     with files.reported_as_write_error(out), progress("importing", total) as advance:
         files.make_directory(made)

@@ -51,14 +51,11 @@ class IndexedFile:
     identity: str
 
 
-def index_file(path: Path, any_kind: bool = True) -> IndexedFile:
-    """Find the tensors of a file. A FileFormatError names it and says what is wrong.
-
-    Without `any_kind` snapshots and states of this package are errors.
-    """
+def index_file(path: Path) -> IndexedFile:
+    """Find the tensors of a file that is no snapshot or state. A FileFormatError names it and says what is wrong."""
     if path.suffix == fmt.SUFFIX:
         header = read_header(path)
-        if file_kind(header) in ("snapshot", "state") and not any_kind:
+        if file_kind(header) in ("snapshot", "state"):
             raise FileFormatError(path, f"is a {file_kind(header)} of this package, no checkpoint")
         found: dict[tuple[str, ...], Any] = {
             (name,): FoundTensor(entry.dtype, entry.shape, row_major(entry.shape), begin, begin + entry.nbytes)

@@ -27,7 +27,6 @@ import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.cli import (
     demo,
-    diff,
     error_plot,
     export,
     guide,
@@ -111,10 +110,6 @@ _OPTIONS = {
     "give step_from": "give --step-from",
     "name one by prefix": "name one by --prefix",
     "by include, exclude or prefix": "by --include, --exclude or --prefix",
-    "choose tensors by prefix": "choose tensors by --prefix",
-    "make all parts first": "make all parts first, by --shard 1/N to --shard N/N",
-    "make the other shards, then finish the model": "make the others by `ema synthesize --shard`, then run --finish",
-    "finish the model": "run `ema synthesize --finish` with the same target",
     "make an average of them": "make an average by `ema synthesize`",
     "an export makes": "ema export makes",
     "an import writes": "`ema import` writes",
@@ -162,7 +157,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (
-    synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, diff, import_, demo, guide,
+    synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, import_, demo, guide,
 ):  # fmt: skip
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])

@@ -14,7 +14,7 @@ from posthoc_cli.targets import Groups, separate
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
-    from posthoc_cli.export.job import SynthesisReport
+    from posthoc_cli.export.writing import SynthesisReport
     from posthoc_cli.synthesis.plan import Plan
 
 EPILOG = (
@@ -53,17 +53,7 @@ def synthesize(
     layout: str | None = values.LAYOUT,
     max_shard_size: str | None = values.MAX_SHARD_SIZE,
     device: str = Option("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
-    accumulate: str | None = Option(
-        None, help="dtype of the sums: float32 or float64. [default: float64 for averages in float32 or float64]"
-    ),
     method: str | None = values.METHOD,
-    shard: str | None = Option(
-        None,
-        metavar="K/N",
-        help="Make part K of N only, a shard in the folder --out; other processes make the others, in any order. An "
-        "existing part of the same plan is kept.",
-    ),
-    finish: bool = Option(False, "--finish", help="Verify the parts that --shard has made, and write their index."),
     like: Path | None = Option(
         None,
         metavar="MODEL_FOLDER",
@@ -71,11 +61,6 @@ def synthesize(
         "names, files and dtypes, and copies of all other files.",
     ),
     component: str | None = values.COMPONENT,
-    through_library: bool = Option(
-        False,
-        "--through-library",
-        help="Have transformers load and save the model of --like; by itself where its names on disk are others.",
-    ),
     overwrite: bool = values.FORCE,
     skip_existing: bool = Option(False, "--skip-existing", help="Keep existing outputs of the same plan, verified."),
     dry_run: bool = Option(
@@ -100,10 +85,10 @@ def synthesize(
 
     DIR may also hold checkpoints, or averages of other libraries; ema guide checkpoints says more.
 
-    One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
-    the processes do both by themselves. The output is then a folder of shards.
+    One large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of shards, some of them in
+    each process. A job that was killed is run again, and keeps the shards that are there.
     """
-    from posthoc_cli.export.job import is_rank
+    from posthoc_cli.export.writing import is_rank
 
     output.log_to_stderr(verbose)
     targets = values.parse_targets(sigma_rel, target)
@@ -115,10 +100,9 @@ def synthesize(
     report = run.write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
         max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
-        max_shard_size=max_shard_size, device=device, accumulate=accumulate, overwrite=overwrite,
-        skip_existing=skip_existing, dry_run=dry_run, shard=shard, finish=finish,
-        distributed=shard is None and not finish and is_rank(), like=like, component=component,
-        through_library=through_library, progress=output.progress_bar(quiet, verbose),
+        max_shard_size=max_shard_size, device=device, overwrite=overwrite,
+        skip_existing=skip_existing, dry_run=dry_run, distributed=is_rank(), like=like, component=component,
+        progress=output.progress_bar(quiet, verbose),
     )  # fmt: skip
     if report is not None:
         output.warn_of_statistics(report.plan.newest.info.copies)
@@ -130,11 +114,6 @@ def synthesize(
 
 def _print(report: SynthesisReport, verbose: bool) -> None:
     plan = report.plan
-    if report.parts is not None:
-        if verbose:
-            _print_coefficients(plan, verbose)
-        output.print_line(_parts_text(report))
-        return
     if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
     made = [index for index in range(len(plan.targets)) if index not in report.existing]
@@ -222,34 +201,3 @@ def _note_left_out(plan: Plan, path: Path) -> None:
     command = f"{how}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
     reason = f"are not in the output, since the run does not track them ({shown})"
     output.print_note(f"{len(left_out)} of the model's tensors {reason}; to add them from a full model: {command}")
-
-
-def _parts_text(report: SynthesisReport) -> str:
-    """One line about a synthesis in parts."""
-    from posthoc_cli.export.job import Shares
-    from posthoc_cli.export.parts import MadePart
-    from posthoc_cli.snapshots.sources import counted
-
-    plan, parts, dry_run = report.plan, report.parts, not report.outputs
-    which = plan.targets[0].title if len(plan.targets) == 1 else f"{len(plan.targets)} averages"
-    what = f"{which} at t = {plan.t:,.12g} from {counted(plan.sources)}"
-    if isinstance(parts, Shares):
-        read = output.size_text(sum(part.read_bytes for part in parts.own))
-        size = output.size_text(sum(part.nbytes for part in parts.own))
-        split = f"in {parts.parts} parts, {len(parts.own)} in each of {parts.processes} processes"
-        return f"would make {what} {split}; the first would read {read} and write {size}; nothing was written"
-    if isinstance(parts, MadePart):
-        what = f"part {parts.part} of {what}"
-        count, read = output.counted(parts.tensors, "tensor"), output.size_text(parts.read_bytes)
-        size = output.size_text(parts.nbytes)
-        if dry_run:
-            return f"would make {what}: {count}, {read} to read, {size} to write; nothing was written"
-        if len(parts.there) == len(parts.paths):
-            return f"{what} is there already, of this plan: {parts.paths[0]}"
-        return f"made {what}: {count}, {read} read, {size}: {parts.paths[0]}"
-    assert parts is not None
-    text = f"{what}: {output.counted(parts.parts, 'part')}, {output.size_text(parts.nbytes)}, all there and of one plan"
-    if dry_run:
-        return f"{text}; nothing was written"
-    was_there = len(parts.there) == len(parts.indexes)
-    return f"{text}; {'the index is there already' if was_there else 'wrote the index'}: {parts.indexes[0]}"

@@ -13,7 +13,7 @@ from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.check import Verification
-    from posthoc_cli.snapshots.repair import Cleaning, Repair
+    from posthoc_cli.snapshots.repair import Repair
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
@@ -22,11 +22,9 @@ def verify(
     paths: list[Path] = Argument(
         ..., metavar="DIR|FILE...", help="Snapshots, outputs, states, parts or shards; or such files."
     ),
-    deep: bool = Option(False, "--deep", help="Also compare the values with what was measured when they were written."),
-    repair: bool = Option(False, "--repair", help="Move what is broken in a snapshot directory to DIR/quarantine."),
-    clean: bool = Option(False, "--clean", help="Delete temporaries and incomplete snapshots of interrupted writes."),
+    repair: bool = Option(False, "--repair", help="Move what is broken in a snapshot directory to DIR/damaged."),
     yes: bool = values.YES,
-    dry_run: bool = Option(False, "--dry-run", help="Show what --repair or --clean would do; change nothing."),
+    dry_run: bool = Option(False, "--dry-run", help="Show what --repair would do; change nothing."),
     verbose: bool = Option(False, "--verbose", "-v", help="A line for each file, also those with nothing wrong."),
     as_json: bool = values.JSON,
 ) -> None:
@@ -36,22 +34,21 @@ def verify(
     one run. Exit code 1 if anything is wrong. Gaps in the schedule are only noted, since deleting is allowed. Of
     safetensors files of other programs, which have no checksums, the structure is checked.
 
-    --repair moves broken files of a snapshot directory to DIR/quarantine, deletes nothing, and
-    shows how the predicted error changes. --clean deletes leftovers that have been unchanged for a minute; for
-    an hour where a folder has no snapshots. Both only while no tracker writes to the directory; both ask.
+    --repair moves broken files of a snapshot directory to DIR/damaged, deletes nothing, and shows how the predicted
+    error changes. It asks first, and works only while no tracker writes to the directory.
     """
     from posthoc_cli.run import check_path
     from posthoc_cli.snapshots.repair import plan_repair
 
-    if (yes or dry_run) and not (repair or clean):
-        raise InvalidValueError("--yes" if yes else "--dry-run", "goes with --repair or --clean")
-    if repair or clean:
+    if (yes or dry_run) and not repair:
+        raise InvalidValueError("--yes" if yes else "--dry-run", "goes with --repair")
+    if repair:
         values.check_confirmation(yes, dry_run, as_json)
     reports: list[dict[str, Any]] = []
     fine = True
     # All paths are checked first, since reading takes long.
     for path in [values.existing(path) for path in paths]:
-        found = check_path(path, deep, output.progress_bar())
+        found = check_path(path, output.progress_bar())
         report, broken = found.to_dict(), bool(found.broken)
         plan = plan_repair(found) if repair else None
         if not as_json:
@@ -64,8 +61,6 @@ def verify(
             plan = _repair(plan, yes, dry_run, as_json)
             report["repair"] = plan.to_dict()
             broken = bool(plan.staying) if plan.done or not plan.gone else broken
-        if clean:
-            report["clean"] = _clean(found, yes, dry_run, as_json).to_dict()
         reports.append(report)
         fine = fine and not (found.problems or broken)
     if as_json:
@@ -77,7 +72,7 @@ def verify(
 def _repair(plan: Repair, yes: bool, dry_run: bool, as_json: bool) -> Repair:
     from posthoc_cli.snapshots import repair
 
-    what = f"{output.counted(len(plan.gone), 'file')} aside in {plan.directory / 'quarantine'}"
+    what = f"{output.counted(len(plan.gone), 'file')} aside in {plan.directory / 'damaged'}"
     if plan.gone and not as_json:
         _print_loss(plan)
     # Asked without the lock, so that an open question does not stop a training.
@@ -89,21 +84,6 @@ def _repair(plan: Repair, yes: bool, dry_run: bool, as_json: bool) -> Repair:
             names = ", ".join(report.path.name for report in plan.staying[:3]) + ", ..." * (len(plan.staying) > 3)
             output.print_line(f"{names}: left where {'it is' if len(plan.staying) == 1 else 'they are'}; see above")
     return plan
-
-
-def _clean(found: Verification, yes: bool, dry_run: bool, as_json: bool) -> Cleaning:
-    from posthoc_cli.snapshots import repair
-
-    what = output.counted(len(found.leftovers), "leftover")
-    cleaning = repair.Cleaning()
-    if found.leftovers and not dry_run and (yes or typer.confirm(f"delete {what} for good?", err=True)):
-        cleaning = repair.clean(found)
-    if not as_json:
-        for path, why in cleaning.left:
-            output.print_line(f"{found.name(path)}: left, since it {why}")
-        did = f"deleted {output.counted(len(cleaning.removed), 'leftover')}"
-        output.print_outcome(found.leftovers, cleaning.done, dry_run, f"delete {what}", did, "deleted")
-    return cleaning
 
 
 def _print(found: Verification, verbose: bool, offer: bool) -> None:
@@ -126,8 +106,6 @@ def _print(found: Verification, verbose: bool, offer: bool) -> None:
         output.print_line(f"note: {note}")
     for problem in found.problems:
         output.print_line(f"problem: {problem}")
-    if found.leftovers and offer:
-        output.print_line(f"note: `ema verify {found.path} --clean` deletes what interrupted writes have left")
     output.print_line(_summary(found, offer))
 
 

@@ -71,14 +71,11 @@ class OutputOptions(Options):
         overwrite: replace outputs that are there.
         skip_existing: leave outputs of the same plan as they are.
         dry_run: plan only.
-        shard: "K/N": make part K of N, a shard in a folder.
-        finish: verify the parts that are there, and write the index.
-        distributed: this is one of the processes of a torchrun job, all of which are asked the same.
+        distributed: this is one of the processes of a torchrun job, all of which are asked the same: each writes some
+            of the shards in a folder. Shards of the same plan that are there are kept.
         like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
             the same names, files and dtypes, and copies of all other files. What the run does not have is the folder's.
         component: the part of a pipeline's folder with the weights, such as "unet"; by default the one that fits.
-        through_library: have transformers load and save the model, as is done by itself where names on disk differ from
-            those in memory.
     """
 
     device: torch.device | str = "auto"
@@ -87,12 +84,9 @@ class OutputOptions(Options):
     overwrite: bool = False
     skip_existing: bool = False
     dry_run: bool = False
-    shard: str | None = None
-    finish: bool = False
     distributed: bool = False
     like: str | Path | None = None
     component: str | None = None
-    through_library: bool = False
 
     @property
     def shard_bytes(self) -> int:
@@ -340,6 +334,9 @@ def make_sink(
         raise InvalidValueError("out", "its folder does not exist", value=path)
     if options.overwrite:
         check_no_snapshot(path)
+    for folder in (path.parent, path):
+        if folder.is_dir():
+            files.remove_leftovers(folder)
     if layout == "pt":
         return _TorchSink(path, specs, options.overwrite)
     if layout == "dcp":
@@ -448,7 +445,7 @@ class _ShardedSink(_FileSink):
         self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
     ) -> None:
         check_free_folder(folder, options.overwrite)
-        for path in _model_files(folder):
+        for path in model_files_in(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
         self._folder, self._overwrite = folder, options.overwrite
@@ -481,7 +478,7 @@ class _ShardedSink(_FileSink):
 
     def commit(self) -> None:
         with files.reported_as_write_error(self._folder):
-            for path in _model_files(self._folder) if self._overwrite else ():
+            for path in model_files_in(self._folder) if self._overwrite else ():
                 self._keep(path)
         for file, writer in self._writers.items():
             writer.commit()
@@ -521,7 +518,8 @@ class _ShardedSink(_FileSink):
         return files.system.rename(path, self._old[path])
 
 
-def _model_files(folder: Path) -> list[Path]:
+def model_files_in(folder: Path) -> list[Path]:
+    """The files of models in a folder, and their index, by name."""
     found = files.system.list(folder) if folder.is_dir() else []
     return sorted(path for path in found if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
 

@@ -156,7 +156,7 @@ class ModelFolder:
             with files.reported_as_write_error(outs[0]):
                 for folder in temporary:
                     (folder / self.component).mkdir(parents=True)
-                if absent or options.through_library:
+                if absent:
                     taken = self._write_through_library(plan, temporary, options, absent)
                 else:
                     taken = self._write_files(plan, temporary, options)
@@ -218,7 +218,7 @@ class ModelFolder:
         self, plan: Plan, folders: Sequence[Path], options: Options, absent: Sequence[str]
     ) -> tuple[str, ...]:
         """Have transformers load the folder, fill the model, and have it saved."""
-        where = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}; " if absent else ""
+        where = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}; "
         kinds = self.config.get("architectures")
         try:
             import transformers

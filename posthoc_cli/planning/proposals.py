@@ -29,7 +29,7 @@ from posthoc_cli.planning.schedule import (
 )
 from posthoc_cli.planning.thinning import USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, LATER, MinimumVariance, Motion, assumed_prior, one_blas_thread
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, MinimumVariance, Motion, assumed_prior, one_blas_thread
 
 MOST_KEPT = 64
 """Default limit of the snapshots a profile: more gain little, and slow synthesis down."""
@@ -37,6 +37,9 @@ MOST_KEPT = 64
 GOOD_ERROR = 5e-4
 """Default of a worst predicted error that is good enough: rounding a result once to float16 costs 2e-4, to bfloat16
 1.5e-3."""
+
+LATER = 1.5
+"""Thinning leaves snapshots at about 1 - (1 - x)**LATER of training, x evenly spaced."""
 
 
 @dataclass(frozen=True)

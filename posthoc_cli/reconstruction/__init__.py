@@ -23,7 +23,6 @@ from posthoc_cli.reconstruction.prior import (
     misfit,
 )  # fmt: skip
 from posthoc_cli.reconstruction.solving import (
-    LATER,
     METHODS,
     MOST_SOLVED,
     Losses,
@@ -37,7 +36,7 @@ from posthoc_cli.reconstruction.solving import (
 )
 
 __all__ = [
-    "ASSUMED", "ASSUMED_STRETCH", "LATER", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
+    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
     "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
     "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "thinned_subset",

@@ -545,58 +545,33 @@ class _Problem:
 
 # --- very many snapshots
 #
-# A solve is cubic in the number of snapshots, with little gain beyond a thousand. Thinning leaves them with about the
-# density of a simple law, so that a choice by their times alone is close to one by their worth.
+# A solve is cubic in the number of snapshots, with little gain beyond a thousand. Late ones matter more for most
+# averages, so that those in use are the newest, and earlier ones ever further apart.
 
 MOST_SOLVED = 1024
 """Limit of the snapshots in one reconstruction."""
 
-LATER = 1.5
-"""Thinning leaves snapshots at about 1 - (1 - x)**LATER of training, x evenly spaced."""
-
 
 def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """A subset of at most `most` snapshots, spread as thinning would leave them: growing indices.
+    """A subset of at most `most` snapshots, the newest and a logarithmic spread: growing indices.
 
-    It has the newest snapshot of each power function; these, and all other profiles together, get equal shares, of at
-    least `keep` each.
+    Each power function, and all other profiles together, get equal shares, of at least `keep` each.
     """
     if len(snapshots) <= most:
         return list(range(len(snapshots)))
     groups: dict[float, list[int]] = {}
-    for index in sorted(range(len(snapshots)), key=lambda i: snapshots[i].t):
+    for index in sorted(range(len(snapshots)), key=lambda i: -snapshots[i].t):
         groups.setdefault(getattr(snapshots[index], "gamma", np.inf), []).append(index)
-    end = max(snapshot.t for snapshot in snapshots)
     subset: list[int] = []
     room = most
     for done, group in enumerate(sorted(groups.values(), key=len)):
         count = min(len(group), max(keep, room // (len(groups) - done)))
         room = max(0, room - count)
-        places = _spread(np.array([snapshots[index].t for index in group]) / end, count)
-        subset += [group[place] for place in places.tolist()]
+        age = 1
+        for left in range(count - 1, -1, -1):  # to the oldest one, each older by the same factor where that is a step
+            subset.append(group[age - 1])
+            age = max(age + 1, int(age * (len(group) / age) ** (1 / max(1, left)) + 1e-6))
     return sorted(subset)
-
-
-def _spread(times: FloatArray, count: int) -> npt.NDArray[np.intp]:
-    """Indices of `count` of the times (growing fractions of training), the last one included.
-
-    In the coordinate in which thinning leaves even spacing, each time represents the gap before it. Gaps are scaled to
-    a sum of `count`, none above 1; a time is taken where the running sum passes a whole number.
-    """
-    if count >= times.size:
-        return np.arange(times.size)
-    evenly = 1 - (1 - times) ** (1 / LATER)
-    gaps = np.maximum(np.diff(evenly, prepend=0.0), np.finfo(np.float64).eps)
-    certain = np.zeros(times.size, dtype=bool)
-    while True:
-        shares = np.where(certain, 1.0, gaps * (count - certain.sum()) / gaps[~certain].sum())
-        if not (shares > 1).any():
-            break
-        certain |= shares >= 1
-    whole = np.floor(np.cumsum(shares) + 1e-6)  # the slack is for rounding
-    whole[:-1] = np.minimum(whole[:-1], count - 1)  # the last share may be less than the slack
-    whole[-1] = count
-    return np.flatnonzero(np.diff(whole, prepend=0.0))
 
 
 # --- threads

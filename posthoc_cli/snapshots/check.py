@@ -1,7 +1,4 @@
-"""Verify a path: list its files, read each against its checksums, compare the snapshots of a run with each other.
-
-`verify` reads every byte; `verify_measurements` also compares values with what headers measured, see `measurements`.
-"""
+"""Verify a path: list its files, read each against its checksums, compare the snapshots of a run with each other."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -30,8 +27,8 @@ from posthoc_cli.errors import (
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
+    BROKEN,
     PICKLES,
-    QUARANTINE,
     SUPERSEDED,
     Listing,
     is_parts_folder,
@@ -44,7 +41,6 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
-from posthoc_cli.snapshots.measurements import Progress, compare_measurements
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import (
@@ -66,12 +62,13 @@ DAMAGED = "damaged"  # not as it was written, or never a file of this format
 MISSING = "missing"  # named by an index, and not there
 NONFINITE = "nonfinite"  # an average in it holds nan or infinity
 MISMATCHED = "mismatched"  # an index that does not match its shards, or shards of different models
-MISMEASURED = "mismeasured"  # its values contradict what was measured when they were written
 UNREADABLE = "unreadable"  # the system refused to read it, so that nothing is known of it
 UNSUPPORTED = "unsupported"  # of a kind or version that this release does not know
 
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 """Errors of opening or reading that are the file's fault: a bad disk, a broken link, no regular file."""
+
+Progress = Callable[[int], object]
 
 _UNITS_AT_A_TIME = 3
 """While the header of one is decoded, the payload of another is read."""
@@ -131,14 +128,14 @@ class Unit:
 class Contents:
     """What there is to verify. `leftovers` are temporaries of interrupted writes, or of writes in progress.
 
-    `quarantined` counts files set aside as broken; `notes` are unusual and not wrong.
+    `moved` counts broken files that a repair has moved to `damaged/`; `notes` are unusual and not wrong.
     """
 
     path: Path
     is_directory: bool
     units: tuple[Unit, ...]
     leftovers: tuple[Path, ...] = ()
-    quarantined: int = 0
+    moved: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -203,7 +200,7 @@ class Verification(Contents):
             "notes": list(self.notes),
             "leftovers": [self.name(path) for path in self.leftovers],
             "superseded": self.superseded,
-            "quarantined": self.quarantined,
+            "moved": self.moved,
             "bytes": self.nbytes,
             "seconds": self.seconds,
         }
@@ -224,7 +221,7 @@ def list_contents(path: Path) -> Contents:
 
 def _list_directory(directory: Path) -> Contents:
     listing, notes = list_directory(directory), []
-    sharded_in = [path for path in listing.entries if path.name not in (SUPERSEDED, QUARANTINE) and _has_index(path)]
+    sharded_in = [path for path in listing.entries if path.name not in (SUPERSEDED, BROKEN) and _has_index(path)]
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *sharded_in) if _has_index(folder)]
     sharded = {path for unit in units for path in unit.files}
     units += [Unit(path, {path: ()}) for path in listing.files if path not in sharded]
@@ -238,16 +235,16 @@ def _list_directory(directory: Path) -> Contents:
     units += [Unit(path, {path: ()}, superseded=True) for path in aside.files]
     units += [replace(_parts(path), superseded=True) for path in aside.folders]
     leftovers = sorted([*parted.incomplete, *(path for one in (listing, *inner, aside) for path in one.leftovers)])
-    quarantined = len(_readable(directory / QUARANTINE).entries)
+    moved = len(_readable(directory / BROKEN).entries)
     count = len(listing.pickles)
-    if not (units or leftovers or quarantined):
+    if not (units or leftovers or moved):
         what = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(count)
         raise DirectoryError(directory, what, ACCEPTED)
     if count:
         notes.append(f"{count:,} pickled files (.pt and the like) have no checksums and were not read")
-    if quarantined:
-        notes.append(f"{quarantined:,} set aside in {QUARANTINE}/ as broken; not read")
-    return Contents(directory, True, tuple(units), tuple(leftovers), quarantined, tuple(notes))
+    if moved:
+        notes.append(f"{moved:,} in {BROKEN}/, where a repair has moved them; not read")
+    return Contents(directory, True, tuple(units), tuple(leftovers), moved, tuple(notes))
 
 
 def _readable(folder: Path, notes: list[str] | None = None) -> Listing:
@@ -318,25 +315,6 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         snapshots=() if problems else tuple(own), lost=() if problems or not own else tuple(_lost(damaged, own)),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
-
-
-def verify_measurements(found: Verification, progress: Progress = lambda _: None) -> Verification:
-    """Compare the values of verified snapshots with what their headers measured, see `measurements`."""
-    started = time.perf_counter()
-    wrong, problems = compare_measurements(found.snapshots, progress)
-    return replace(
-        found,
-        files=tuple(
-            replace(report, state=MISMEASURED, detail=wrong[report.snapshot.path])
-            if report.snapshot is not None and report.snapshot.path in wrong
-            else report
-            for report in found.files
-        ),
-        problems=(*found.problems, *problems),
-        snapshots=tuple(snapshot for snapshot in found.snapshots if snapshot.path not in wrong),
-        lost=(*found.lost, *(snapshot for snapshot in found.snapshots if snapshot.path in wrong)),
-        seconds=found.seconds + time.perf_counter() - started,
-    )
 
 
 def _lost(damaged: Sequence[Snapshot], own: Sequence[Snapshot]) -> list[Snapshot]:

@@ -37,8 +37,11 @@ log = logging.getLogger(__name__)
 SUPERSEDED = "superseded"
 """The folder for snapshots later than the time that training went back to."""
 
-QUARANTINE = "quarantine"
-"""The folder for files that a repair has set aside."""
+BROKEN = "damaged"
+"""The folder for broken files, which a repair moves there."""
+
+STILL_SECONDS = 60.0
+"""Temporaries in a locked directory are removed if they are older: a synthesis into it takes no lock."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles, and are never opened."""
@@ -579,6 +582,13 @@ def remove_snapshot(path: Path) -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporaries of interrupted writes from a directory, and from the snapshots in it, while it is locked."""
+    for folder in (directory, *list_directory(directory).folders):
+        if folder.is_dir() and not folder.is_symlink():
+            files.remove_leftovers(folder, STILL_SECONDS)
 
 
 def thin(

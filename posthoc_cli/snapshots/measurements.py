@@ -1,4 +1,4 @@
-"""Measurements: estimated where headers lack them, and compared with the values in files.
+"""Measurements, estimated where headers lack them.
 
 Measurements are estimated from a sample: the averages of a snapshot, one after the other by name, form a long vector,
 which is cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in
@@ -8,17 +8,6 @@ estimates. Of a model of up to 1,000,000 elements all are read, and the sums are
 The sample is not verified: a checksum covers a block of 4 MiB, all of which would have to be read. It is used for
 estimates only, and a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
 snapshots of each profile, 8 MB a snapshot.
-
-`compare_measurements` looks for values that differ from what headers measured. The exact average was not kept, but it
-cannot be far from the stored copy: by the triangle inequality, with ||.|| over all averages, R the rounding that the
-header names, N the squared norm and D the squared distance to another average,
-
-    | ||stored|| - sqrt(N) |                    <=  sqrt(R)
-    | ||stored_i - stored_j|| - sqrt(D_ij) |    <=  sqrt(R_i) + sqrt(R_j)    j of the same time, measured exact to exact
-    | ||stored_i - stored_j|| - sqrt(D_ij) |    <=  sqrt(R_i)                j earlier, measured to the stored copy
-
-up to the arithmetic of both sides. A sum of n squares in float64, in any order, is wrong by at most n units of
-2^-53, relatively; the tracker took differences of float32 values in float32, each wrong by at most 2^-24 of itself.
 """
 
 from __future__ import annotations
@@ -28,38 +17,26 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from math import inf, sqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import InvalidValueError, NonFiniteError, VanishedError
+from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.profiles import Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import Distance, DistanceTo, Measurements, misfit
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.tensor_file import decode_values, in_order, worker_threads
+from posthoc_cli.snapshots.tensor_file import decode_values
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot
+    from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
 
-TILE = 2**14
-"""Elements of a tensor that a thread holds at a time, of each file of one time and its partners. Few, so that they stay
-in the cache, and that the allocator does not return memory to the system after each: that was six times slower."""
-
-_DIFFERENCE = 2.0**-23
-"""Relative error of a distance, or a rounding, from differences in float32; twice what was derived."""
-
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int], object]
 
 
 def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) -> list[Measurements]:
@@ -257,122 +234,6 @@ def read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatArr
     dtype = file.header.tensors[name].dtype
     item = DTYPES[dtype].nbytes
     return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
-
-
-# --- values against what was measured
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A distance from snapshot `i` to `j`; that of the stored copies differs from it by `rounding` at most."""
-
-    i: int
-    j: int
-    distance: Distance
-    rounding: float
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The measurements taken at one time, by snapshot, and their distances to each other and to earlier snapshots."""
-
-    own: dict[int, Measurements]
-    pairs: list[_Pair]
-
-    @property
-    def files(self) -> list[int]:
-        return sorted({*self.own, *(pair.j for pair in self.pairs)})
-
-
-def deep_bytes(snapshots: Sequence[Snapshot]) -> int:
-    """The number of bytes that `compare_measurements` reads."""
-    read = (snapshots[index] for group in _groups(snapshots) for index in group.files)
-    return sum(snapshot.header.tensors[name].nbytes for snapshot in read for name in snapshot.info.averages)
-
-
-def compare_measurements(
-    snapshots: Sequence[Snapshot], progress: Progress = lambda _: None
-) -> tuple[dict[Path, str], list[str]]:
-    """Find values that differ from what was measured.
-
-    Returns the snapshots with another norm, each with the reason, and a line for each pair of other snapshots with
-    another distance: either of the two may be wrong. `progress` gets numbers of bytes that were read.
-    """
-    norms: dict[Path, str] = {}
-    distances: list[tuple[set[Path], str]] = []
-    for group in _groups(snapshots):
-        try:
-            squares, count = _group_squares(group, snapshots, progress)
-        except VanishedError:
-            continue  # thinned away meanwhile
-        off = (count + 16) * 2.0**-53
-        for (i, own), squared in zip(group.own.items(), squares, strict=False):
-            if wrong := _differs(squared, own.norm, sqrt(own.rounding), off, off):
-                norms[snapshots[i].path] = f"its norm is {wrong}"
-        for pair, squared in zip(group.pairs, squares[len(group.own) :], strict=True):
-            if wrong := _differs(squared, pair.distance.squared, pair.rounding, off, _DIFFERENCE + off):
-                first, other = snapshots[pair.i].path, snapshots[pair.j].path
-                distances.append(({first, other}, f"the distance of {first.name} and {other.name} is {wrong}"))
-    return norms, [line for paths, line in distances if not paths & norms.keys()]
-
-
-def _differs(squared: float, measured: float, rounding: float, off: float, relative: float) -> str | None:
-    """A stored and a measured length in words, if they differ by more than rounding and arithmetic allow."""
-    stored, known = sqrt(squared), sqrt(measured)
-    allowed = rounding * (1 + _DIFFERENCE + off) + relative * (stored + known)
-    return None if abs(stored - known) <= allowed < inf else f"{stored:.9g}, and {known:.9g} as measured"
-
-
-def _groups(snapshots: Sequence[Snapshot]) -> Iterator[_Group]:
-    places = {(s.info.t, s.info.sigma_rel): index for index, s in enumerate(snapshots)}
-    by_time = sorted(range(len(snapshots)), key=lambda index: snapshots[index].info.t)
-    for t, group in groupby(by_time, lambda index: snapshots[index].info.t):
-        own: dict[int, Measurements] = {}
-        pairs: list[_Pair] = []
-        for i in group:
-            if (measured := snapshots[i].info.measurements) is None:
-                continue
-            own[i] = measured
-            for distance in measured.distances:
-                j = places.get((distance.t, distance.sigma_rel))
-                if j is None:
-                    continue
-                roundings = [measured] if distance.t < t else [measured, snapshots[j].info.measurements]
-                known = [sqrt(measurements.rounding) for measurements in roundings if measurements is not None]
-                if len(known) == len(roundings):  # else the distance says nothing about the stored copies
-                    pairs.append(_Pair(i, j, distance, sum(known)))
-        if own:
-            yield _Group(own, pairs)
-
-
-def _group_squares(group: _Group, snapshots: Sequence[Snapshot], progress: Progress) -> tuple[list[float], int]:
-    """Squared norms of the group's snapshots, then its squared distances, and the number of elements summed."""
-    totals, count = np.zeros(len(group.own) + len(group.pairs)), 0
-    with ExitStack() as stack, worker_threads() as pool:
-        read: dict[int, OpenSnapshot] = {}
-        for i in group.files:
-            read[i] = snapshots[i].open()
-            stack.callback(read[i].close)
-
-        def sums(tile: _Range) -> tuple[FloatArray, _Range]:
-            loaded = {index: read_values(file, *tile) for index, file in read.items()}
-            with np.errstate(over="ignore"):  # the difference of finite values may be infinite
-                vectors = [loaded[i] for i in group.own] + [loaded[pair.i] - loaded[pair.j] for pair in group.pairs]
-                return np.array([np.einsum("i,i->", vector, vector) for vector in vectors]), tile
-
-        for partial, tile in in_order(pool, sums, _tiles(snapshots[min(group.own)])):
-            totals += partial
-            count += tile.end - tile.begin
-            item_bytes = sum(ITEM_BYTES[file.header.tensors[tile.name].dtype] for file in read.values())
-            progress(item_bytes * (tile.end - tile.begin))
-    return totals.tolist(), count
-
-
-def _tiles(snapshot: Snapshot) -> Iterator[_Range]:
-    for name in snapshot.info.averages:
-        entry = snapshot.header.tensors[name]
-        count = entry.nbytes // ITEM_BYTES[entry.dtype]
-        yield from (_Range(name, begin, min(begin + TILE, count)) for begin in range(0, count, TILE))
 
 
 # --- a claim about other libraries' averages

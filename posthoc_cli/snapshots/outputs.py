@@ -175,8 +175,7 @@ def models_at(path: Path) -> list[Path]:
     if shards:
         count = int(shards[0][1])
         what = f"{len(shards)} of {count} shards of a model are there, and no index"
-        hint = "make the other shards, then finish the model" if len(shards) < count else "finish the model"
-        raise DirectoryError(path, what, hint)
+        raise DirectoryError(path, what, "run again the job that makes them")
     found = [
         entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry) or is_parts_folder(entry)
     ]

@@ -30,7 +30,7 @@ from posthoc_cli.planning import (
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
-from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
+from posthoc_cli.snapshots.directory import read_directory, remove_leftovers, remove_snapshot
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.sources import Snapshot, source_prior
 from posthoc_cli.snapshots.tensor_file import verify_payload
@@ -174,6 +174,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
         WriteError: the system refused a deletion. All survivors are there.
     """
     with DirectoryLock(directory):
+        remove_leftovers(directory)
         planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.gone)}
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")

@@ -1,52 +1,30 @@
-"""Set aside broken files of a snapshot directory, and delete what interrupted writes have left; only without a writer.
-
-Only temporaries, among them the folder of an import, and folders without all parts of a snapshot are deleted. A broken
-file keeps its name in the folder `quarantine`.
-"""
+"""Move broken files of a snapshot directory into its folder `damaged`, under their names; only without a writer."""
 
 from __future__ import annotations
 
 import math
-import stat
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
 from posthoc_cli.planning import forecast, forecast_at
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots import check
 from posthoc_cli.snapshots.check import FileReport, Verification
-from posthoc_cli.snapshots.directory import (
-    QUARANTINE,
-    Listing,
-    is_snapshot_name,
-    list_directory,
-    move_aside,
-    read_folder,
-    remove_snapshot,
-    time_order,
-)
+from posthoc_cli.snapshots.directory import BROKEN, move_aside, remove_leftovers, time_order
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.sources import Snapshot, chosen_up_to, source_prior
 
-MOVED = frozenset({check.DAMAGED, check.MISSING, check.NONFINITE, check.MISMATCHED, check.MISMEASURED})
+MOVED = frozenset({check.DAMAGED, check.MISSING, check.NONFINITE, check.MISMATCHED})
 """States of files that are set aside."""
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.28)
 """Where the errors before and after are compared."""
-
-STILL_SECONDS = 60.0
-"""Leftovers in a snapshot directory are deleted if they are older: a synthesis into it takes no lock."""
-
-STILL_SECONDS_UNLOCKED = 3600.0
-"""The same in any other folder, which has no lock."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +83,6 @@ class Repair:
         }
 
 
-@dataclass(frozen=True)
-class Cleaning:
-    """Leftovers that were removed, and those left, each with a reason."""
-
-    removed: tuple[Path, ...] = ()
-    left: tuple[tuple[Path, str], ...] = ()
-    done: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data for JSON."""
-        return {
-            "removed": [path.name for path in self.removed],
-            "left": [{"file": path.name, "why": why} for path, why in self.left],
-            "done": self.done,
-        }
-
-
 def is_snapshot_directory(found: Verification) -> bool:
     """Whether a tracker writes, or has written, to the directory."""
     if not found.is_directory:
@@ -158,50 +119,16 @@ def repair(plan: Repair) -> Repair:
 
     Raises:
         LockedError: a tracker is writing to the directory.
-        MismatchError, DirectoryError: a file has changed since, or `quarantine` is no folder; nothing was moved.
-        WriteError: the system refused. What was moved is in the folder `quarantine`, the rest where it was.
+        MismatchError, DirectoryError: a file has changed since, or `damaged` is no folder; nothing was moved.
+        WriteError: the system refused. What was moved is in the folder `damaged`, the rest where it was.
     """
     with DirectoryLock(plan.directory):
+        remove_leftovers(plan.directory)
         for path, known in zip(plan.gone, plan.stamps, strict=True):
             if _stamp(path) not in (known, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        moved = move_aside(plan.gone, plan.directory / QUARANTINE) if plan.gone else []
+        moved = move_aside(plan.gone, plan.directory / BROKEN) if plan.gone else []
     return replace(plan, moved=tuple(moved), done=True)
-
-
-def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning:
-    """Delete the leftovers of interrupted writes, if they are old enough that no write can be in progress.
-
-    In a snapshot directory only while it is locked: a LockedError if a tracker is writing there.
-    """
-    is_locked = is_snapshot_directory(found)
-    before = now() - (STILL_SECONDS if is_locked else STILL_SECONDS_UNLOCKED)
-    removed, left = [], []
-    with DirectoryLock(found.path) if is_locked else nullcontext():
-        for path in found.leftovers:
-            with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
-                known = path.lstat()
-                inside = list_directory(path) if stat.S_ISDIR(known.st_mode) else Listing(path, ())
-                if not is_snapshot_name(path) and set(inside.entries) - {*inside.files, *inside.leftovers}:
-                    left.append((path, "is a folder with other files than an interrupted import leaves"))
-                elif max(known.st_mtime, *(file.lstat().st_mtime for file in inside.entries), 0) > before:
-                    left.append((path, "was written to a moment ago; a write may be in progress"))
-                elif is_snapshot_name(path) and not isinstance(_read_again(path), str):
-                    left.append((path, "has changed meanwhile"))
-                else:
-                    remove_snapshot(path)
-                    removed.append(path)
-        for folder in sorted({path.parent for path in removed}):
-            with files.reported_as_write_error(folder):
-                files.system.fsync_directory(folder)
-    return Cleaning(tuple(removed), tuple(left), done=True)
-
-
-def _read_again(folder: Path) -> Snapshot | str | None:
-    """As `read_folder`; None where something is wrong there."""
-    with suppress(FileFormatError, MismatchError):
-        return read_folder(folder)
-    return None
 
 
 def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:

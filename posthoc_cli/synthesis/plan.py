@@ -45,15 +45,12 @@ class Plan:
         reconstruction: coefficients [sources, columns] and errors [columns]; a target has one column, `Groups` one a
             group.
         dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
-        accumulate: safetensors name of the dtype of all sums; None for F32, and F64 where parameters, or all stored
-            averages, are that exact: see `coarse`.
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
-        places: index of each source among those that were solved with, by time; its index here if empty.
         solved: number of sources, all at or before `t`, that the coefficients were solved for.
         there: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
-        coarse: tensors that some source stores in fewer bytes than float32. The others are summed in float64: large
-            coefficients of both signs would cost a float32 sum too many digits.
+        coarse: tensors that some source stores in fewer bytes than float32. Parameters in float64 and
+            the others are summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
         subset: the stored tensors to make; None for all.
     """
 
@@ -63,9 +60,7 @@ class Plan:
     method: str
     reconstruction: Reconstruction
     dtype: str | None = None
-    accumulate: str | None = None
     output_rounding: float = 0.0
-    places: tuple[int, ...] = ()
     solved: int = 0
     there: int = 0
     last: float = 0.0
@@ -78,7 +73,7 @@ class Plan:
         if self.solved == self.there:
             return None
         counts = counted(self.sources, self.solved, self.there)
-        return f"{counts} up to t = {self.t:,.12g}, spread as thinning would leave them"
+        return f"{counts} up to t = {self.t:,.12g}, the newest and ever fewer of the earlier ones"
 
     @cached_property
     def newest(self) -> Source:
@@ -236,7 +231,6 @@ def plan_synthesis(
     method: str | None = None,
     max_error: float | None = None,
     dtype: torch.dtype | str | None = None,
-    accumulate: torch.dtype | str | None = None,
 ) -> Plan:
     """Choose snapshots and coefficients. Reads no tensor, except a sample if headers have no measurements.
 
@@ -251,14 +245,12 @@ def plan_synthesis(
         method: the solver; the default one for None.
         max_error: the largest predicted error to accept.
         dtype: of the averages in the outputs; None for each parameter's own. Buffers keep their own.
-        accumulate: dtype of the sums, float32 or float64; None for float64 where parameters are in float64, or averages
-            are stored in float32 or better, and float32 for all others.
 
     Raises:
         InvalidValueError: naming the argument and what would be accepted.
         InexactError: the predicted error of a target exceeds `max_error`, or is not known.
     """
-    method, output_dtype, wide = check_method(method), parse_dtype(dtype), parse_accumulate(accumulate)
+    method, output_dtype = check_method(method), parse_dtype(dtype)
     if not targets:
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     check_max_error(max_error)
@@ -278,7 +270,7 @@ def plan_synthesis(
     used = _used(usable, result)
     plan = Plan(
         sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
-        reconstruction=result.of(snapshots=used), dtype=output_dtype, accumulate=wide, places=tuple(used),
+        reconstruction=result.of(snapshots=used), dtype=output_dtype,
         solved=len(usable), there=sum(source.info.t <= time for source in sources),
         last=max(source.info.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
@@ -290,18 +282,6 @@ def plan_synthesis(
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", snapshots, prior))
     return plan
-
-
-def parse_accumulate(accumulate: torch.dtype | str | None) -> str | None:
-    """The safetensors name of the dtype of sums; None for the default.
-
-    Raises:
-        InvalidValueError: neither float32 nor float64.
-    """
-    name = parse_dtype(accumulate, "accumulate")
-    if name not in (None, "F32", "F64"):
-        raise InvalidValueError("accumulate", "must be float32 or float64", value=accumulate)
-    return name
 
 
 def _solved_with(

@@ -83,11 +83,10 @@ def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dty
         plan: what will be made.
         chunk: elements that a thread has room for, a power of two up to 2**19; tensors up to that size are batched.
         tile_elements: wanted elements a tile, rounded to a number of blocks; one block for None.
-        wide_dtype: dtype of all sums in place of the plan's.
+        wide_dtype: of all sums, in place of float64 and float32.
     """
     tiles: list[Tile] = []
     batches: dict[tuple[str, str, str], _Batch] = {}
-    wide_dtype = plan.accumulate or wide_dtype
     for name, tensor in plan.tensors.items():
         made = plan.output_dtype(name)
         exact = tensor.dtype == "F64" or name not in plan.coarse

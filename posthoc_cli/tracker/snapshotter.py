@@ -37,11 +37,13 @@ from posthoc_cli.snapshots.directory import (
     ON_ONE_FILE_SYSTEM,
     StoredSnapshot,
     find_snapshots,
-    inspect_directory,
+    list_directory,
     list_folder,
     newest_before,
     on_schedule,
+    read_folders,
     read_snapshot,
+    remove_leftovers,
     remove_snapshot,
     set_aside,
     snapshot_path,
@@ -204,9 +206,10 @@ class Snapshotter:
         if not self._leads:
             _check_shared(directory)
         try:
-            if members is not None and self._leads:
+            if self._leads:
+                remove_leftovers(directory)
                 # Parts of a killed attempt and of this one could look like one snapshot.
-                for folder, there in inspect_directory(directory).incomplete.items():
+                for folder, there in read_folders(list_directory(directory)).incomplete.items():
                     log.warning("%s: has %s, left by an interrupted training, and is removed", folder, there)
                     remove_snapshot(folder)
             snapshots = find_snapshots(directory)

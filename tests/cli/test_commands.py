@@ -136,19 +136,18 @@ def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tm
         assert f"{folder / name}: cannot be opened" in ema(*command).error
 
 
-def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
-    average = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q")
+def test_shards_without_an_index_are_no_model_and_with_it_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
+    average = ("synthesize", run, "--sigma-rel", "0.15", "-q")
     whole, folder = tmp_path / "whole.safetensors", tmp_path / "m"
     assert ema(*average, "--out", whole).code == 0
-    for number in (1, 2, 3):
-        assert ema(*average, "--out", folder, "--shard", f"{number}/3").code == 0
+    assert ema(*average, "--out", folder, "--format", "sharded", "--max-shard-size", "100").code == 0
+    index, count = folder / "model.safetensors.index.json", len(list(folder.glob("*.safetensors")))
+    kept = index.read_bytes()
+    index.unlink()
     for command in (("info", folder), ("export", folder, "--out", tmp_path / "x.safetensors")):
-        assert "3 of 3 shards of a model are there, and no index" in ema(*command).error
-        assert ema(*command).error.endswith("; run `ema synthesize --finish` with the same target")
-    (folder / "model-00002-of-00003.safetensors").unlink()
-    assert "make the others by `ema synthesize --shard`, then run --finish" in ema("info", folder).error
-    assert ema(*average, "--out", folder, "--shard", "2/3").code == 0
-    assert ema(*average, "--out", folder, "--finish").code == 0
+        assert f"{count} of {count} shards of a model are there, and no index" in ema(*command).error
+        assert ema(*command).error.endswith("; run again the job that makes them")
+    index.write_bytes(kept)
     for name, source in (("a", folder), ("b", folder / "model.safetensors.index.json")):
         made = tmp_path / f"{name}.safetensors"
         result = ema("export", source, "--out", made)

@@ -124,7 +124,9 @@ def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path
     widths = ("synthesize", run, "--sigma-rel", "0.05,0.10,0.15", "--out", tmp_path / "some")
     report = ema(*widths, "--skip-existing", "--json").json
     assert [target["skipped"] for target in report["targets"]] == [True, False, True]
-    assert contents(tmp_path / "some") == contents(tmp_path / "all")
+    assert contents(tmp_path / "some").keys() == contents(tmp_path / "all").keys()
+    for path in (tmp_path / "some").iterdir():
+        torch.testing.assert_close(load_file(path), load_file(tmp_path / "all" / path.name), rtol=1e-6, atol=5e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ema_command import Asked, Ema
 from factories import contents, flip_bit, snapshot_files
 from safetensors.torch import save_file
 
+from posthoc_cli import Run
 from posthoc_cli.cli import output
 from posthoc_cli.snapshots.lock import DirectoryLock
 
@@ -25,16 +26,15 @@ def leave(run: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [(), ("--deep",)])
-def test_a_run_that_is_intact(ema: Ema, run: Path, options: tuple[str, ...]) -> None:
+def test_a_run_that_is_intact(ema: Ema, run: Path) -> None:
     before = contents(run)
-    result = ema("verify", run, *options)
+    result = ema("verify", run)
     assert (result.code, result.err) == (0, "")
     first, empty, last = result.out.splitlines()
     assert (first, empty) == ("40 files with nothing wrong; --verbose lists them", "")
     assert last.startswith("40 files, ")
     assert last.endswith(" s: all intact")
-    header, *lines, empty, _ = ema("verify", run, *options, "-v").out.splitlines()
+    header, *lines, empty, _ = ema("verify", run, "-v").out.splitlines()
     assert (header.split(), empty, len(lines)) == (["file", "what", "state"], "", 40)
     assert lines[0].split("  ")[0] == "0000000000000100-0.05.safetensors"
     assert {line.split()[-1] for line in lines} == {"intact"}
@@ -69,10 +69,10 @@ def test_of_many_files_only_what_is_wrong_has_a_line_and_the_report_has_all(ema:
     assert lines[1].endswith("its checksum does not match")
     assert lines[2] == ".ema-0123.tmp: left by an interrupted write, or by one in progress"
     assert len(lines) < 9
-    result = ema("verify", run, "--json", "--deep")
+    result = ema("verify", run, "--json")
     assert (result.code, result.err) == (1, "")
     report = result.json
-    assert {"kind": "directory", "path": str(run), "superseded": 0, "quarantined": 0}.items() <= report.items()
+    assert {"kind": "directory", "path": str(run), "superseded": 0, "moved": 0}.items() <= report.items()
     assert len(report["files"]) == 40
     (file,) = (file for file in report["files"] if file["state"] != "intact")
     assert file.keys() == {"path", "what", "state", "detail", "bytes"}
@@ -113,15 +113,20 @@ def test_of_several_paths_each_has_a_heading(ema: Ema, run: Path, tmp_path: Path
 
 
 def test_parts_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
-    command = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q", "--out", tmp_path / "m")
-    for number in (1, 2):
-        assert ema(*command, "--shard", f"{number}/2").code == 0
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        Run(run).write(0.15, tmp_path / "m", distributed=True, max_shard_size=100)
+    finally:
+        torch.distributed.destroy_process_group()
+    index, count = tmp_path / "m" / "model.safetensors.index.json", len(list((tmp_path / "m").glob("*.safetensors")))
+    kept = index.read_bytes()
+    index.unlink()
     result = ema("verify", tmp_path / "m")
     assert result.code == 0
-    assert "part 2/2 of output sigma_rel 0.15 at t = 2,000" in result.out
-    assert ema(*command, "--finish").code == 0
-    assert "index of part 1/2" not in ema("verify", tmp_path / "m").out
-    assert len(ema("verify", tmp_path / "m", "--json").json["files"]) == 3
+    assert f"part 2/{count} of output sigma_rel 0.15 at t = 2,000" in result.out
+    index.write_bytes(kept)
+    assert "index of part" not in ema("verify", tmp_path / "m").out
+    assert len(ema("verify", tmp_path / "m", "--json").json["files"]) == count + 1
 
 
 def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,49 +138,43 @@ def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch:
         yield told[what].append
 
     monkeypatch.setattr(output, "progress_bar", lambda: bar)
-    assert ema("verify", run, "--deep").code == 0
-    assert set(told) == {"verifying", "measuring"}
-    assert sum(told["measuring"][1:]) == told["measuring"][0]
+    assert ema("verify", run).code == 0
     total, *parts = told["verifying"]
     assert 0 < sum(parts) <= total
 
 
-def test_repair_and_clean(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_repair(ema: Ema, run: Path, tmp_path: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
-    command = ("verify", run, "--repair", "--clean", "--yes")
+    command = ("verify", run, "--repair", "--yes")
     shutil.copytree(run, tmp_path / "same")
     result = ema(*command)
     assert (result.code, result.err) == (0, "")
     table = result.out[result.out.index("sigma_rel  predicted error") :].splitlines()
     assert [line.split()[0] for line in table[1:8]] == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.28", "worst"]
-    assert table[8:11] == ["at t = 2,000", f"set 1 file aside in {run / 'quarantine'}", "deleted 1 leftover"]
+    assert table[8:11] == ["at t = 2,000", f"set 1 file aside in {run / 'damaged'}"]
     result = ema("verify", run)
     assert result.code == 0
-    assert "note: 1 set aside in quarantine/ as broken; not read" in result.out
-    assert ema(*command).out.splitlines()[-2:] == ["nothing has to be set aside", "nothing has to be deleted"]
+    assert "note: 1 in damaged/, where a repair has moved them; not read" in result.out
+    assert ema(*command).out.splitlines()[-1] == "nothing has to be set aside"
     report = ema("verify", tmp_path / "same", *command[2:], "--json").json
     name = "0000000000000200-0.05.safetensors"
     assert {key: report["repair"][key] for key in ("gone", "moved", "done")} == {
-        "gone": [name], "moved": [f"quarantine/{name}"], "done": True,
+        "gone": [name], "moved": [f"damaged/{name}"], "done": True,
     }  # fmt: skip
     for when in ("before", "after"):
         assert [point["sigma_rel"] for point in report["repair"][when]["errors"]] == [0.05, 0.1, 0.15, 0.2, 0.25, 0.28]
-    assert report["clean"] == {"removed": [".ema-0123.tmp"], "left": [], "done": True}
 
 
 def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
-    before, command = contents(run), ("verify", run, "--repair", "--clean", "--dry-run")
+    before, command = contents(run), ("verify", run, "--repair", "--dry-run")
     result = ema(*command)
     assert result.code == 1
-    assert result.out.splitlines()[-2:] == [
-        f"would set 1 file aside in {run / 'quarantine'}; nothing was set aside",
-        "would delete 1 leftover; nothing was deleted",
-    ]
+    assert result.out.splitlines()[-1] == f"would set 1 file aside in {run / 'damaged'}; nothing was set aside"
     report = ema(*command, "--json").json
-    assert (report["repair"]["done"], report["clean"]["done"]) == (False, False)
+    assert report["repair"]["done"] is False
     assert contents(run) == before
 
 
@@ -184,13 +183,12 @@ def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> N
     flip_bit(snapshot_files(run)[2])
     leave(run)
     before, questions = contents(run), asked(answer, run)
-    result = ema("verify", run, "--repair", "--clean")
+    result = ema("verify", run, "--repair")
     assert result.code == code
-    both = [f"set 1 file aside in {run / 'quarantine'}?", "delete 1 leftover for good?"]
-    assert questions == both[: 2 if answer else 1]
+    assert questions == [f"set 1 file aside in {run / 'damaged'}?"]
     changed = {name for name in before if contents(run).get(name) != before[name] and "lock" not in name}
     assert changed == ({"0000000000000200-0.05.safetensors", ".ema-0123.tmp"} if answer == "y" else set())
-    assert answer != "n" or result.out.splitlines()[-2:] == ["nothing was set aside", "nothing was deleted"]
+    assert answer != "n" or result.out.splitlines()[-1] == "nothing was set aside"
 
 
 def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
@@ -198,7 +196,7 @@ def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
     leave(run)
     before = {name: data for name, data in contents(run).items() if "lock" not in name}
     with DirectoryLock(run):
-        for command in (("verify", run, "--repair"), ("verify", run, "--clean"), ("prune", run, "--keep", "5")):
+        for command in (("verify", run, "--repair"), ("prune", run, "--keep", "5")):
             assert "is writing here" in ema(*command, "--yes").error
         assert ema("verify", run).code == 1
         assert ema("prune", run, "--keep", "5", "--dry-run").code == 0

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, random_walk, sna
 from safetensors.torch import load_file
 from snapshots.recorded import Walk, call_number, failing, new_tracker
 
-from posthoc_cli import PostHocEMA
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.checkpoints.imported import import_checkpoints
+from posthoc_cli.checkpoints.opening import disk_sources, open_checkpoints
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import PowerFunction
@@ -28,7 +30,7 @@ from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, clean, plan_repair, repair
+from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, plan_repair, repair
 from posthoc_cli.snapshots.sources import source_prior
 from posthoc_cli.synthesis.plan import plan_synthesis
 
@@ -167,7 +169,7 @@ def test_states_outputs_and_what_is_no_file_go_too_and_contradictions_stay(run: 
     (run / "copy.safetensors").unlink()
     (run / "stranger.safetensors").unlink()
     assert is_whole(run, 12)
-    assert verify(list_contents(run)).notes == ("4 set aside in quarantine/ as broken; not read",)
+    assert verify(list_contents(run)).notes == ("4 in damaged/, where a repair has moved them; not read",)
 
 
 def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
@@ -181,24 +183,24 @@ def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> 
     assert not elsewhere.is_symlink()
 
 
-def test_nothing_in_quarantine_is_replaced(run: Path) -> None:
+def test_nothing_in_damaged_is_replaced(run: Path) -> None:
     path = snapshot_files(run)[3]
     kept = path.read_bytes()
     for k in range(3):
         path.write_bytes(kept[: -1 - k])
         repair(planned(run))
-    assert {p.read_bytes() for p in (run / "quarantine").iterdir()} == {kept[: -1 - k] for k in range(3)}
+    assert {p.read_bytes() for p in (run / "damaged").iterdir()} == {kept[: -1 - k] for k in range(3)}
 
 
 @pytest.mark.parametrize("is_link", [True, False])
-def test_a_quarantine_that_leads_elsewhere_or_is_a_file_is_not_used(run: Path, tmp_path: Path, is_link: bool) -> None:
+def test_a_damaged_folder_that_leads_elsewhere_or_is_a_file_stays(run: Path, tmp_path: Path, is_link: bool) -> None:
     (tmp_path / "elsewhere").mkdir()
     if is_link:
-        (run / "quarantine").symlink_to(tmp_path / "elsewhere")
+        (run / "damaged").symlink_to(tmp_path / "elsewhere")
     else:
-        (run / "quarantine").write_text("mine")
+        (run / "damaged").write_text("mine")
     break_some(run, (0,))
-    told = "is a symbolic link" if is_link else r"quarantine: is not a directory; .* move it away"
+    told = "is a symbolic link" if is_link else r"damaged: is not a directory; .* move it away"
     with pytest.raises(DirectoryError, match=told):
         repair(planned(run))
     assert len(snapshot_files(run)) == 12
@@ -224,7 +226,7 @@ def test_a_superseded_one_is_set_aside_too(run: Path) -> None:
     (run / "superseded").mkdir()
     flip_bit(Path(shutil.copy(snapshot_files(run)[0], run / "superseded")))
     (moved,) = repair(planned(run)).moved
-    assert moved.parent == run / "quarantine"
+    assert moved.parent == run / "damaged"
     assert is_whole(run, 12)
 
 
@@ -248,7 +250,7 @@ def test_what_has_changed_since_is_not_moved_and_what_has_gone_passed_over(run: 
     second.write_bytes(kept)
     with pytest.raises(MismatchError, match="has changed since it was read; nothing was set aside; run again"):
         repair(plan)
-    assert not (run / "quarantine").exists()
+    assert not (run / "damaged").exists()
     second.unlink()
     assert repair(plan).moved == ()
 
@@ -258,22 +260,19 @@ def test_nothing_wrong_means_nothing_to_do(run: Path) -> None:
     assert (plan.gone, plan.staying, plan.unknown) == ((), (), 0)
     assert plan.before is plan.after
     assert repair(plan).moved == ()
-    assert not (run / "quarantine").exists()
+    assert not (run / "damaged").exists()
 
 
 def test_not_while_another_one_writes(run: Path) -> None:
     break_some(run, (0,))
     leftover = leave(run / ".ema-1.tmp", 7200)
-    found = verify(list_contents(run))
-    plan = plan_repair(found)
-    with DirectoryLock(run):
-        for change in (lambda: repair(plan), lambda: clean(found)):
-            with pytest.raises(LockedError, match="is writing here"):
-                change()
+    plan = planned(run)
+    with DirectoryLock(run), pytest.raises(LockedError, match="is writing here"):
+        repair(plan)
     assert len(snapshot_files(run)) == 12
     assert leftover.exists()
     assert len(repair(plan).moved) == 1
-    assert clean(found).removed == (leftover,)
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("operation", ["make_directory", "rename", "fsync_directory"])
@@ -286,7 +285,7 @@ def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(run: Path, opera
         try:
             repair(plan)
         except WriteError as error:
-            assert "quarantine" in str(error)
+            assert "damaged" in str(error)
     assert [data for data in sorted(contents(run).values()) if data] == [data for data in before if data]
     repair(planned(run))
     assert is_whole(run, 9)
@@ -302,41 +301,68 @@ def leave(path: Path, age: float) -> Path:
     return path
 
 
-def test_leftovers_that_are_still_are_removed(run: Path, tmp_path: Path) -> None:
+def goes_on(run: Path) -> None:
+    """A training that continues."""
+    walk = Walk()
+    with PostHocEMA.from_path(run, walk.model) as tracker:
+        walk.train(tracker, 10)
+
+
+def repaired(run: Path) -> None:
+    repair(planned(run))
+
+
+def pruned(run: Path) -> None:
+    Run(run).prune(keep=5)
+
+
+@pytest.mark.parametrize("writer", [goes_on, repaired, pruned])
+def test_the_next_writer_removes_leftovers_that_are_still(
+    run: Path, tmp_path: Path, writer: Callable[[Path], None]
+) -> None:
     old, young = leave(run / ".ema-1.tmp", 120), leave(run / ".ema-2.tmp", 5)
     ahead = leave(run / ".ema-3.tmp", -3600)  # by another host's clock
     (tmp_path / "precious").write_text("x")
     (run / ".ema-4.tmp").symlink_to(tmp_path / "precious")
-    folders = {name: run / f".ema-{name}.tmp" for name in ("5", "import", "others")}
+    folders = {name: run / f".ema-{name}.tmp" for name in ("5", "import", "growing")}
     for folder in folders.values():
         folder.mkdir()
-    (folders["others"] / "config.json").touch()
     leave(folders["import"] / "0000000000000020-weights.safetensors", 120)
-    leave(folders["import"] / ".ema-6.tmp", 120)
+    leave(folders["growing"] / ".ema-6.tmp", 5)
     for name in (".ema-4.tmp", *(folder.name for folder in folders.values())):
         os.utime(run / name, (0, 0), follow_symlinks=False)
     (run / ".ema-not-ours").write_text("x")
-    found = verify(list_contents(run))
-    assert found.is_fine
-    cleaning = clean(found)
-    assert set(cleaning.removed) == {old, run / ".ema-4.tmp", folders["5"], folders["import"]}
-    assert not folders["import"].exists()
-    left = dict(cleaning.left)
-    assert left.keys() == {young, ahead, folders["others"]}
-    assert left[folders["others"]] == "is a folder with other files than an interrupted import leaves"
-    assert left[young] == left[ahead] == "was written to a moment ago; a write may be in progress"
-    assert is_whole(run, 12)
+    assert len(verify(list_contents(run)).leftovers) == 7
+    writer(run)
+    assert set(verify(list_contents(run)).leftovers) == {young, ahead, folders["growing"]}
+    assert not any(os.path.lexists(path) for path in (old, run / ".ema-4.tmp", folders["5"], folders["import"]))
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
-    assert not old.exists()
 
 
-def test_without_a_lock_leftovers_must_be_an_hour_old(tmp_path: Path) -> None:
-    young, old = leave(tmp_path / ".ema-1.tmp", 3000), leave(tmp_path / ".ema-2.tmp", 4000)
-    found = verify(list_contents(tmp_path))
-    assert found.files == ()
-    assert clean(found).removed == (old,)
-    assert [path.name for path in tmp_path.iterdir()] == [young.name]  # nor was a lock made
+def test_outputs_and_imports_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None:
+    old, young = tmp_path / ".ema-1.tmp", leave(tmp_path / ".ema-2.tmp", 3000)
+    writers = (
+        lambda: Run(run).write(0.15, tmp_path / "m.safetensors"),
+        lambda: Run(run).write(0.15, tmp_path / "shards", layout="sharded"),
+        lambda: export_file(tmp_path / "m.safetensors", tmp_path / "m.pt"),
+        lambda: import_checkpoints(open_checkpoints(tmp_path / "ck"), tmp_path / "imported"),
+    )
+    (tmp_path / "ck").mkdir()
+    torch.save({"w": torch.ones(3)}, tmp_path / "ck" / "model-100.pt")
+    for write in writers:
+        leave(old, 4000)
+        write()
+        assert not old.exists()
+        assert young.exists()
+
+
+def test_leftovers_that_cannot_be_removed_stop_no_training(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    leftover = leave(run / ".ema-1.tmp", 120)
+    with failing("unlink", errno.EACCES, lambda path: path == leftover):
+        goes_on(run)
+    assert f"{leftover}: left by an interrupted write, and cannot be removed" in caplog.text
+    assert is_whole(run, 14)
 
 
 def test_nothing_of_another_directory_is_moved_or_deleted(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -353,25 +379,5 @@ def test_nothing_of_another_directory_is_moved_or_deleted(ema: Ema, run: Path, t
     found = verify(list_contents(run))
     assert (found.leftovers, found.superseded) == ((), 0)
     assert "superseded/ is a symbolic link; not read" in found.notes
-    assert repair(plan_repair(found)).moved == (run / "quarantine" / "linked",)  # the link itself
-    assert clean(found).removed == ()
+    assert repair(plan_repair(found)).moved == (run / "damaged" / "linked",)  # the link itself
     assert (contents(other), contents(shards)) == before
-
-
-def test_a_leftover_that_goes_meanwhile_is_passed_over(run: Path) -> None:
-    first, second = leave(run / ".ema-1.tmp", 120), leave(run / ".ema-2.tmp", 120)
-    found = verify(list_contents(run))
-    first.unlink()
-    cleaning = clean(found)
-    assert (cleaning.removed, cleaning.left) == ((second,), ())
-
-
-@pytest.mark.parametrize("operation", ["unlink", "fsync_directory"])
-def test_what_cannot_be_removed_is_named(run: Path, operation: str) -> None:
-    leftover = leave(run / ".ema-1.tmp", 120)
-    found, named = verify(list_contents(run)), leftover if operation == "unlink" else run
-    with failing(operation, errno.EACCES, lambda path: path == named), pytest.raises(WriteError) as refused:
-        clean(found)
-    told = "removed: permission denied" if named == leftover else "written: permission denied; nothing partial is left"
-    assert str(refused.value) == f"{named}: cannot be {told}"
-    DirectoryLock(run).release()  # it was given back

@@ -454,7 +454,7 @@ def test_a_file_that_may_not_be_read_is_said_so_and_the_others_go_on(run: Path, 
 
 
 def test_folders_that_cannot_be_read_are_noted_or_passed_over(run: Path) -> None:
-    for name in ("closed", "superseded", "quarantine"):
+    for name in ("closed", "superseded", "damaged"):
         (run / name).mkdir()
     with failing("list", PermissionError(errno.EACCES, "Permission denied"), lambda path: path.parent == run):
         assert notes(run) == ("superseded/ cannot be read",)

@@ -26,8 +26,7 @@ COMMANDS = (
     "synthesize RUN --sigma-rel 0.15 --out OUT/one.safetensors",
     "synthesize RUN --sigma-rel 0.05,0.1,0.2 --out OUT/many", "synthesize RUN --sigma-rel 0.15 --out OUT/one.pt",
     "synthesize RUN --sigma-rel 0.15 --out OUT/shards --format sharded --max-shard-size 100KB",
-    "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 1/2 --force",
-    "synthesize RUN --sigma-rel 0.15 --out PARTS --finish --force", "synthesize RUN --sigma-rel 0.15 --dry-run --json",
+    "synthesize RUN --sigma-rel 0.15 --dry-run --json",
     "export OLD --out OUT/exported.safetensors --dtype float16",
     "export OLD --out SHARDS --max-shard-size 90KB --force", "error-plot RUN --out OUT/error.png", "info RUN",
     "report RUN --out OUT/report.html",
@@ -37,8 +36,6 @@ COMMANDS = (
 PREPARED = (
     "synthesize RUN --sigma-rel 0.1 --out OLD",
     "export OLD --out SHARDS --max-shard-size 60KB",
-    "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 1/2",
-    "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 2/2",
 )
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 ENDS = {signal.SIGINT: {0, 130}, signal.SIGTERM: {0, 143, -signal.SIGTERM}, signal.SIGKILL: {0, -signal.SIGKILL}}
@@ -85,7 +82,7 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
 
 def _run(command: str, work: Path) -> None:
     (work / "out").mkdir(exist_ok=True)
-    places = {"RUN": "run", "OUT": "out", "PARTS": "parts", "OLD": "old.safetensors", "SHARDS": "shards"}
+    places = {"RUN": "run", "OUT": "out", "OLD": "old.safetensors", "SHARDS": "shards"}
     words = []
     for word in command.split():
         head, slash, tail = word.partition("/")

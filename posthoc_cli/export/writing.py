@@ -1,7 +1,8 @@
-"""Averages of a run as files: in one process, in parts, or by the processes of a torchrun job."""
+"""Averages of a run as files: in one process, or by the processes of a torchrun job."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -20,8 +21,6 @@ from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.export.layouts import OutputOptions, existing_outputs, layout_of, output_paths, write_synthesis
 from posthoc_cli.export.model_folder import ModelFolder
-from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
-from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.synthesis.engine import AUTO_REASON, parse_device, worker_count
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
@@ -34,13 +33,9 @@ def is_rank() -> bool:
     return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
 
 
-@dataclass(frozen=True)
-class Shares:
-    """How the processes of a job would share a synthesis: the number of parts, those of this process, the processes."""
-
-    parts: int
-    own: tuple[MadePart, ...]
-    processes: int
+def local_rank() -> tuple[int, int]:
+    """The number of this process among those on this machine, and how many they are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,6 @@ class SynthesisReport:
         plan: of all targets.
         outputs: one a target; empty in a dry run.
         existing: the targets, by index, whose output was there already.
-        parts: of a synthesis in parts: the part that was made, what was finished, or the shares of a dry run.
         taken: tensors of the model folder that the run does not have.
         device: where the sums were made.
         reason: why there.
@@ -59,9 +53,8 @@ class SynthesisReport:
     """
 
     plan: Plan
-    outputs: tuple[Path, ...]
-    existing: frozenset[int]
-    parts: MadePart | Finished | Shares | None
+    outputs: tuple[Path, ...] = ()
+    existing: frozenset[int] = frozenset()
     taken: tuple[str, ...] = ()
     device: str = "cpu"
     reason: str = ""
@@ -77,14 +70,6 @@ class SynthesisReport:
         report |= {"device": self.device, "reason": self.reason}
         if self.taken:
             report["from_model_folder"] = list(self.taken)
-        made = self.parts
-        if isinstance(made, MadePart):
-            counts = {"bytes": made.nbytes, "read_bytes": made.read_bytes, "tensors": made.tensors}
-            report["shard"] = {"part": made.part.number, "of": made.part.of, **counts}
-        elif isinstance(made, Finished):
-            report["finished"] = {"parts": made.parts, "bytes": made.nbytes}
-        elif made is not None:
-            report["parts"] = made.parts
         return report
 
 
@@ -110,53 +95,35 @@ class Synthesis:
     def run(self) -> SynthesisReport | None:
         """Do it; None in every process of a torchrun job but the first."""
         started, asked = time.perf_counter(), self.asked
-        part = self._checked_part()
+        self._check()
         for path in self._outputs[0] if self._outputs[1] is None else [self._outputs[1]]:
             if not asked.dry_run and not path.parent.is_dir():
                 raise InvalidValueError("out", "its folder does not exist", value=path)
         for path in self._outputs[0] if asked.like is None else ():
             asked.check_layout(layout_of(path, self._options.layout))
         device = str(self._options.device)  # options are checked before anything is read
-        if part is not None:
-            report: SynthesisReport | None = self._make_part(part)
-        elif asked.finish:
-            report = self._finish()
-        else:
-            report = self._share() if asked.distributed else self._make()
+        report = self._share() if asked.distributed else self._make()
         reason, seconds = AUTO_REASON if asked.device == "auto" else "asked for", time.perf_counter() - started
         return None if report is None else replace(report, device=device, reason=reason, seconds=seconds)
 
-    def _checked_part(self) -> Part | None:
-        """The part to make, of a synthesis in parts, after a check of the options that say so."""
+    def _check(self) -> None:
+        """Check options that contradict each other."""
         asked = self.asked
         if asked.overwrite and asked.skip_existing:
             raise InvalidValueError("overwrite and skip_existing", "give one of them")
-        if asked.shard is not None and asked.finish:
-            raise InvalidValueError("shard and finish", "give one of them; finish when all parts are made")
-        if self.out is None and (asked.finish or not asked.dry_run):
-            reason = "is missing" if asked.finish else "is missing; only a dry run needs no output"
-            raise InvalidValueError("out", reason)
-        if asked.like is None and (asked.component is not None or asked.through_library):
-            raise InvalidValueError("like", "is missing; component and through_library are about a model folder")
-        others = (self._in_parts, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(self.dtype))
+        if self.out is None and not asked.dry_run:
+            raise InvalidValueError("out", "is missing; only a dry run needs no output")
+        if asked.like is None and asked.component is not None:
+            raise InvalidValueError("like", "is missing; component is about a model folder")
+        others = (asked.distributed, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(self.dtype))
         if asked.like is not None and any(others):
-            reason = "says all about the output: no layout, dtype, overwrite, skip_existing or parts beside it"
+            reason = "says all about the output: no layout, dtype, overwrite, skip_existing or torchrun beside it"
             raise InvalidValueError("like", reason)
-        if asked.skip_existing and self._in_parts:
-            raise InvalidValueError(
-                "skip_existing", "existing parts of the same plan are kept in any case", "leave it out"
-            )
-        part = None if asked.shard is None else Part.parse(asked.shard)
         is_file = self.out is not None and re.search(r"\.(safetensors|pt|pth|bin)$", self.out) is not None
-        if self._in_parts and (is_file if asked.layout is None else asked.layout != "sharded"):
+        if asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
             name, value = ("out", self.out) if asked.layout is None else ("layout", asked.layout)
-            reason = "a synthesis in parts makes a folder of shards; name a folder"
+            reason = "a job of several processes makes a folder of shards; name a folder"
             raise InvalidValueError(name, reason, "an export makes one file of it", value=value)
-        return part
-
-    @property
-    def _in_parts(self) -> bool:
-        return self.asked.finish or self.asked.distributed or self.asked.shard is not None
 
     @cached_property
     def _options(self) -> OutputOptions:
@@ -165,7 +132,7 @@ class Synthesis:
         if asked.distributed and device == "cuda":  # each rank of a machine takes one of its own
             device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
         device = "cpu" if asked.dry_run and device == "auto" else parse_device(device)
-        in_folder = self._in_parts or asked.like is not None
+        in_folder = asked.distributed or asked.like is not None
         layout = "sharded" if in_folder else asked.layout
         return replace(asked, device=device, layout=layout, max_shard_size=asked.shard_bytes)
 
@@ -207,61 +174,27 @@ class Synthesis:
             return plan
 
         plan = with_consistent_plan(self._plan, write)
-        return replace(self._report(plan, paths, existing), taken=taken)
-
-    def _make_part(self, part: Part) -> SynthesisReport:
-        parted = self._parted(self._plan(), part.of)
-        made = parted.describe(part)
-        if not self.asked.dry_run:
-            with self.progress("synthesizing", made.read_bytes) as advance:
-                made = parted.make(part, advance)
-        return self._report(parted.plan, made.paths, made.there, made)
-
-    def _finish(self) -> SynthesisReport:
-        plan, (paths, _) = self._plan(), self._outputs
-        parted = self._parted(plan, parts_to_finish(paths, lambda count: self._parted(plan, count).plan_ids))
-        with self.progress("verifying", len(plan.targets) * plan.nbytes) as advance:
-            done = finish(parted, True, advance, write=not self.asked.dry_run)
-        return self._report(plan, paths, done.there, done)
+        return SynthesisReport(plan, tuple(paths), frozenset(existing), taken)
 
     def _share(self) -> SynthesisReport | None:
-        """The parts of this process in a torchrun job; None in all but the first."""
-        done: list[Finished] = []
-        with join_ranks() as ranks:
+        """The shards of this process in a torchrun job; None in all but the first."""
+        from posthoc_cli.export.torchrun import Ranks, Shards  # torch.distributed takes time to import
+
+        options, (paths, container) = self._options, self._outputs
+        with Ranks() as ranks:
             if ranks.rank:  # the first one logs for all
                 logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
-            plan = self._plan()
-            count = parts_for(plan.nbytes, self._options.shard_bytes, ranks.world)
-            parted = self._parted(plan, count, max(1, worker_count() // local_rank()[1]))
-            own = parted.parts[ranks.rank :: ranks.world]
-            described = tuple(map(parted.describe, own))
+            plan = ranks.together(self._plan)
             if self.asked.dry_run:
-                return None if ranks.rank else self._report(plan, parts=Shares(count, described, ranks.world))
-            ranks.begin(parted.check_space)  # for all parts, before any is made
+                return None if ranks.rank else SynthesisReport(plan)
+            wanted = ranks.world * max(1, -(-plan.nbytes // (options.shard_bytes * ranks.world)))
+            workers = max(1, worker_count() // local_rank()[1])
+            shards = Shards(plan, paths, wanted, replace(options, workers=workers), container)
+            ranks.together(lambda: None if ranks.rank else shards.begin())
+            own = [first + ranks.rank for first in range(0, len(shards.parts), ranks.world)]
             bar = no_bar if ranks.rank else self.progress
-            with bar("synthesizing", sum(part.read_bytes for part in described)) as advance:
-
-                def progress(nbytes: int) -> None:
-                    ranks.check()
-                    advance(nbytes)
-
+            with bar("synthesizing", sum(shards.read_bytes(part) for part in own)) as advance:
                 for part in own:
-                    parted.make(part, progress)
-            ranks.finish(lambda: done.append(finish(parted, verify=False)))
-        return self._report(plan, self._outputs[0], done[0].there, done[0]) if done else None
-
-    def _parted(self, plan: Plan, parts: int, workers: int | None = None) -> PartedSynthesis:
-        paths, folder = self._outputs
-        folders = paths or [Path("(no output)")] * len(plan.targets)
-        return PartedSynthesis(plan, folders, parts, replace(self._options, workers=workers), folder)
-
-    def _report(
-        self,
-        plan: Plan,
-        outputs: Iterable[Path] = (),
-        existing: Iterable[int] = (),
-        parts: MadePart | Finished | Shares | None = None,
-    ) -> SynthesisReport:
-        if self.asked.dry_run:
-            outputs = existing = ()
-        return SynthesisReport(plan, tuple(outputs), frozenset(existing), parts)
+                    ranks.together(functools.partial(shards.make, part, advance))
+            ranks.together(lambda: None if ranks.rank else shards.finish())
+        return None if ranks.rank else SynthesisReport(plan, tuple(paths))
