@@ -503,9 +503,9 @@ _WIDENING = 1.3
 """Each unit of doubt beyond makes errors from motion e**1.3 times larger than the motion says (measured: oscillations
 in step with the snapshots were up to 80 times off). More would hold more often, and be too high more often."""
 
-_CLEARLY_NEARER = 0.1
+_NEARER, _CLEARLY_NEARER = 0.6, 0.1
 """Expected square of the nearest tracked average's error, relative to that of the published coefficients, up to which
-it is taken in their place: these may amplify what is alike in all snapshots."""
+it is taken in their place; the second one where the motion is in doubt."""
 
 
 class _Problem:
@@ -560,13 +560,13 @@ class _Problem:
     def _nearer(self, columns: FloatArray, goals: Goals) -> FloatArray:
         """The same coefficients, or those of a newest snapshot alone where that is expected to be clearly nearer."""
         squares = self._variance.expected_squares(columns, goals)
-        columns = columns.copy()
+        columns, most = columns.copy(), _CLEARLY_NEARER if self._variance.doubt else _NEARER
         for snapshot, row in self._snapshots.items():
             if snapshot.t == self._last:
                 alone = np.repeat(np.eye(columns.shape[0])[:, [row]], columns.shape[1], axis=1)
                 found = self._variance.expected_squares(alone, goals)
-                nearer = found < _CLEARLY_NEARER * squares
-                columns[:, nearer], squares = alone[:, nearer], np.where(nearer, found / _CLEARLY_NEARER, squares)
+                nearer = found < most * squares
+                columns[:, nearer], squares = alone[:, nearer], np.where(nearer, found / most, squares)
         return columns
 
     def error_of(self, made: Combination) -> float:
