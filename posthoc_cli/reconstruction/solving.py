@@ -23,7 +23,15 @@ from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, are_powers, gammas_and_times, order_of
+from posthoc_cli.reconstruction.basis import (
+    Densities,
+    StoredFunctions,
+    Tails,
+    are_powers,
+    gammas_and_times,
+    gammas_of,
+    order_of,
+)
 from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, inherited_factor, rounding_factor
 
@@ -485,11 +493,12 @@ def expected_errors(
     return _Problem(snapshots, prior, t).solve(targets, METHODS[0], at_once=True)[1:]
 
 
-_GAIN_OF_MANY, _GAIN_OF_FEW = (0.8, 0.95), (0.4, 0.6)
+_GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_ONE = (0.8, 0.95), (0.6, 0.75), (0.4, 0.6)
 """Predicted error of minimum variance, relative to that of the published coefficients, up to which it is used alone,
 and from which the published ones are: an imperfect fit of the motion costs more than so small a gain (measured: with
 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The motion is less certain with few
-snapshots (measured: with 0.6 and 0.75 up to 1.8 times the published error)."""
+snapshots (measured: up to 1.6 times the published error), and least so with few of one profile (with 0.6 and 0.75 up to
+1.8)."""
 
 _FEW_TIMES = 6
 
@@ -520,7 +529,8 @@ class _Problem:
         self._densities = Densities(snapshots, edges)
         self._factor = self._densities.of_stored(snapshots).reshape(-1, len(snapshots))
         self._may_blend = are_powers(snapshots)
-        self._gains = _GAIN_OF_FEW if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
+        few = _GAIN_OF_FEW if gammas_of(snapshots).size > 1 else _GAIN_OF_ONE
+        self._gains = few if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
 
     def solve(
         self, targets: Sequence[Profile], method: str, at_once: bool = False
