@@ -57,7 +57,7 @@ coverage: $(READY)
 bench: $(READY)
 	$(BIN)/python scripts/compare_peers.py
 	$(BIN)/python scripts/bench_fidelity.py
-	$(BIN)/python scripts/bench_fidelity.py --corners
+	$(BIN)/python scripts/bench_fidelity.py --hard
 	$(BIN)/python scripts/bench_synthesis.py
 	$(BIN)/python scripts/bench_averages.py
 	$(BIN)/python scripts/bench_differentiable.py

@@ -2,7 +2,7 @@
 
     python scripts/bench_fidelity.py [--cache FOLDER] [--markdown] [--worst] [--json FILE] [--figure FILE.png]
                                      [--runs a,b] [--steps 9600] [--processes 2]
-    python scripts/bench_fidelity.py --corners [--case a,b] [--long] [--cache FOLDER] [--markdown] [--worst]
+    python scripts/bench_fidelity.py --hard [--case a,b] [--long] [--cache FOLDER] [--markdown] [--worst]
                                      [--json FILE] [--processes 2]
     python scripts/bench_fidelity.py --checkpoints [--steps 9600] [--cache FOLDER] [--markdown] [--processes 2]
 
@@ -25,9 +25,10 @@ For each of these cells:
 Half of the runs are held out: no constant of the method was chosen by them. The numbers are the same at every call on
 one machine.
 
-`--corners` measures unusual runs, schedules and questions instead (`corner_cases`), each against a truth of the same
-kind. For each case: the error relative to the published method's, and to that of the nearest tracked average as it is
-stored at the end, which costs nothing to take; and the error relative to the predicted one.
+`--hard` measures unusual runs, schedules and questions instead, and an independent set of ordinary and of pathological
+motion (`corner_cases`), each against a truth of the same kind. For each case: the share of the errors that are within 2
+and 3 times the predicted ones, and more than 3 times above; and the error relative to the published method's, and to
+that of the nearest tracked average as it is stored at the end, which costs nothing to take.
 
 `--checkpoints` measures averages of the weights of 8, 20 and 64 steps, evenly spaced and at random, and averages that
 `ema_pytorch` and `posthoc_ema` stored with an update every 1, 10 and 100 steps (`checkpoint_fidelity`).
@@ -76,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cells, print the tables and the goals."""
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
-    if options.corners:
-        _corners(options)
+    if options.hard:
+        _hard(options)
     elif options.checkpoints:
         _checkpoints(options)
     else:
@@ -104,8 +105,8 @@ def _recorded(options: argparse.Namespace) -> None:
         print(f"\n{report.worst_cells(cells)}")
 
 
-def _corners(options: argparse.Namespace) -> None:
-    """The corner cases."""
+def _hard(options: argparse.Namespace) -> None:
+    """The hard cases."""
     work = partial(corner_cases.measure, long=options.long, cache=options.cache)
     found = _in_processes(options.case, work, options.processes)
     cells = [cell for case in options.case for cell in found[case]]
@@ -137,10 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_steps, default=runs.STEPS, help="length of the runs (9600)")
     parser.add_argument("--runs", type=_jobs, default=runs.JOBS, help="some of the runs, separated by commas")
     parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
-    parser.add_argument("--corners", action="store_true", help="the corner cases instead of the recorded runs")
+    parser.add_argument("--hard", action="store_true", help="the hard cases instead of the recorded runs")
     parser.add_argument("--checkpoints", action="store_true", help="checkpoints and other libraries' averages instead")
     parser.add_argument("--case", type=_cases, default=corner_cases.CASES, help="some of them, separated by commas")
-    parser.add_argument("--long", action="store_true", help="the corner cases' run of a million updates, too")
+    parser.add_argument("--long", action="store_true", help="the hard cases' run of a million updates, too")
     parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")
     parser.add_argument("--markdown", action="store_true", help="the compact table and the goals in Markdown")
     parser.add_argument("--worst", action="store_true", help="also the worst cells of each kind")

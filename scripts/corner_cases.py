@@ -1,4 +1,5 @@
-"""Corner cases of the fidelity benchmark: runs, schedules and questions that are unusual, and all of them allowed.
+"""Hard cases of the fidelity benchmark: runs, schedules and questions that are unusual, and all of them allowed; and an
+independent set of ordinary and of pathological motion.
 
 Each case makes small synthetic runs (`corner_walks`), or takes recorded ones, feeds them through the hook and compares
 what comes with the truth (`corner_runs`).
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
@@ -23,7 +24,7 @@ from corner_runs import Cell, Options, Tracking, cells_of, compare, feed, flat, 
 from fidelity_runs import FloatArray
 from trajectories import Replay, Trajectory, record
 
-from posthoc_cli import Between, PostHocEMA, Schedule
+from posthoc_cli import Between, Decay, PostHocEMA, Schedule, Window
 from posthoc_cli.errors import InexactError
 from posthoc_cli.planning import USEFUL_RANGE, evaluate, forecast, snapshots_to_drop
 from posthoc_cli.planning.proposals import Task, relative_rounding
@@ -128,6 +129,59 @@ def tiny() -> Iterator[Study]:
             for dtype in ("float32", "float16")
         ]
         yield Study(walks.walk(rate, 5 * every, seed=seed), trackings, _targets(*USEFUL))
+
+
+# --- the independent set ---------------------------------------------------------------------------
+
+_STEPS, _EVERY, _SIZE = 3840, 6, 400
+"""Steps, steps between updates, and parameters. 20 and 64 snapshots are due every 192 and 60 steps."""
+
+
+def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
+    """Runs that are all tracked in the same ways; targets of every kind."""
+    kept = {1: (192, 1), 2: (192, 2), 3: (192, 3), 5: (192, 5), 20: (192, None), 64: (60, None)}
+    choices = [
+        *product((TWO,), ("float32", "float16", "bfloat16"), kept),
+        *product((ONE,), ("float16",), kept), *product((ONE,), ("float32",), (1, 3, 20)),
+        *product((CLOSE,), ("float32",), (2, 20)),
+    ]  # fmt: skip
+    trackings = [Tracking(tracked, dtype, kept[n][0], _EVERY, kept[n][1]) for tracked, dtype, n in choices]
+    others = [Window(800), Between(960, 1920), Decay("1-sqrt", 0.2)]
+    wanted = [*_targets(0.02, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.2886), *others]
+    return (Study(run, trackings, wanted) for run in made)
+
+
+def ordinary() -> Iterator[Study]:
+    """Motion as of trainings: walks, Adam, SGD, a restart, a freeze, a jump, wandering about one place."""
+    named = zip(walks.RATES, range(11, 15), strict=True)
+    yield from _alike(walks.walk(rate, _STEPS, _SIZE, seed) for rate, seed in named)
+    yield from _alike(
+        [
+            walks.reinitialised(walks.walk("constant", _STEPS, _SIZE, 15), 2207, 5),
+            walks.adam("constant", _STEPS, _SIZE, 16),
+            walks.adam("cosine", _STEPS, _SIZE, 17),
+            walks.descent(walks.cuts, _STEPS, _SIZE, 18, "cuts"),
+            walks.descent("constant", _STEPS, _SIZE, 19),
+            walks.wandering(_STEPS, _SIZE, 20),
+        ]
+    )
+
+
+def pathological() -> Iterator[Study]:
+    """Motion that no walk and no noise resembles, in one direction only; and a standstill."""
+    courses = {
+        "slow wave": walks.wave(2.5, 0.5),
+        "fast wave": walks.wave(_STEPS / 47, 0.5),
+        "wave in step with 20": walks.wave(20, 1.0),
+        "small wave in step with 20": walks.wave(20, 0.1),
+        "wave in step with 64": walks.wave(64, 0.3),
+        "two updates a wave": walks.wave(_STEPS / (2 * _EVERY), 0.3),
+        "drift": lambda fraction: 0.5 * fraction,
+    }
+    for seed, (label, course) in enumerate(courses.items(), 21):
+        yield from _alike([walks.course(label, course, _STEPS, _SIZE, seed)])
+    decay = walks.course("decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0)
+    yield from _alike([decay, walks.walk(walks.early, _STEPS, _SIZE, 29, label="standstill")])
 
 
 # --- live averages ---------------------------------------------------------------------------------
@@ -349,6 +403,8 @@ STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
     "reinit": reinit,
     "alternating": alternating,
     "tiny": tiny,
+    "ordinary": ordinary,
+    "pathological": pathological,
 }
 OTHERS: dict[str, Callable[[Options], Iterator[Cell]]] = {
     "live": live,

@@ -10,6 +10,7 @@ The same arguments give the same weights. Everything is computed in float64; onl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,16 @@ def frozen(fraction: FloatArray) -> FloatArray:
 def restarts(fraction: FloatArray) -> FloatArray:
     """Four cosine waves, one after another."""
     return cosine(4 * fraction % 1)
+
+
+def cuts(fraction: FloatArray) -> FloatArray:
+    """A tenth after 60 % of training, a hundredth after 85 %."""
+    return np.where(fraction < 0.6, 1.0, np.where(fraction < 0.85, 0.1, 0.01))
+
+
+def early(fraction: FloatArray) -> FloatArray:
+    """Nothing moves after the first twentieth."""
+    return np.where(fraction < 0.05, 1.0, 0.0)
 
 
 def alternating(blocks: int, slow_first: bool = False) -> Rate:
@@ -124,6 +135,37 @@ def adam_blocks(rate: Rate, steps: int, parameters: int, seed: int) -> Iterator[
             weights = weights - now * highest / (1 - 0.9**step) * first / scale
             row[:] = weights
         yield path
+
+
+def adam(rate: str, steps: int, parameters: int = 1000, seed: int = 0) -> Trajectory:
+    """Adam on a quadratic loss."""
+    return _trajectory(f"adam, {rate}", adam_blocks(_rate(rate), steps, parameters, seed))
+
+
+def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> Trajectory:
+    """About one place, a tenth of the norm away, forgetting within `memory` of training (Ornstein-Uhlenbeck)."""
+    random = np.random.default_rng(seed)
+    place, kept = SCALE * random.standard_normal(parameters), np.exp(-1 / (memory * steps))
+    moves = np.sqrt(1 - kept**2) * random.standard_normal((steps, parameters))
+    moves[0] = random.standard_normal(parameters)
+    for before, row in pairwise(moves):
+        row += kept * before
+    return _trajectory("wandering", iter([place + 0.1 * SCALE * moves]))
+
+
+def course(label: str, course_of: Rate, steps: int, parameters: int, seed: int, away: float = 1.0) -> Trajectory:
+    """From one place, in one direction, as far as `course_of` says at each fraction of training, in norms.
+
+    `away` is the size of the place itself: with 0 all of the weights follow the course.
+    """
+    place, direction = SCALE * np.random.default_rng(seed).standard_normal((2, parameters))
+    path = away * place + course_of(np.arange(1, steps + 1) / steps)[:, None] * direction
+    return _trajectory(label, iter([path]))
+
+
+def wave(periods: float, amplitude: float) -> Rate:
+    """A course of so many periods in training."""
+    return lambda fraction: amplitude * np.sin(2 * np.pi * periods * fraction + 1)
 
 
 # --- changes to a path -----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from trajectories import HELD_OUT, NAMES, RECIPES, Replay, Trajectory, record
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.targets import Beta, Between, Target, Window, as_target
+from posthoc_cli.targets import Beta, Between, Decay, Target, Window, as_target
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -161,6 +161,9 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
         return np.clip((seen - (run.steps - target.steps)) / target.steps, 0.0, 1.0)
     if isinstance(target, Between):
         return np.clip((run.times[seen - 1] - target.start) / (target.end - target.start), 0.0, 1.0)
+    if isinstance(target, Decay) and target.shape == "1-sqrt" and not isinstance(target.over, tuple):
+        x = (run.times[seen - 1] / run.times[-1] - 1 + target.over) / target.over
+        return np.sqrt(np.clip(x, 0.0, 1.0))
     if target.sigma_rel is None:
         raise ValueError(f"{target.title}: no definition of it here")
     return np.asarray((run.times[seen - 1] / run.times[-1]) ** (gamma_of(target.sigma_rel) + 1))

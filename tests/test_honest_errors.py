@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from factories import exact_weights
+from safetensors.torch import load_file
 
-from posthoc_cli import Between, PostHocEMA, disk_sources, plan_synthesis, synthesize
+from posthoc_cli import Between, Decay, PostHocEMA, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.profiles import Profile
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning, prune
@@ -41,6 +42,17 @@ def walk(rate: str, steps: int = STEPS, seed: int = 0) -> npt.NDArray[np.float32
     moves = generator.normal(size=(steps, SIZE)) * speed[:, None]
     moves *= 0.25 / np.sqrt(SIZE * np.sum(speed**2))
     return (generator.normal(size=SIZE) / SIZE**0.5 + np.cumsum(moves, axis=0)).astype(np.float32)
+
+
+def course(of: Callable[[Floats], Floats], steps: int = STEPS) -> npt.NDArray[np.float32]:
+    """Weights of norm about 1 that move in one direction, as far as `of` says at each fraction of training."""
+    place, direction = np.random.default_rng(0).normal(size=(2, SIZE)) / SIZE**0.5
+    return (place + of(np.arange(1, steps + 1) / steps)[:, None] * direction).astype(np.float32)
+
+
+def wave(periods: float, amplitude: float, phase: float = 1.0, steps: int = STEPS) -> npt.NDArray[np.float32]:
+    """Weights that oscillate in one direction."""
+    return course(lambda x: amplitude * np.sin(2 * np.pi * periods * x + phase), steps)
 
 
 def track(
@@ -125,8 +137,70 @@ def test_pruning_to_an_error_leaves_that_error(
     wanted = [index for index, width in enumerate(WIDTHS) if width <= widest]
     found, predicted = made(tmp_path, [WIDTHS[index] for index in wanted], "minvar")
     actual = errors(found, true(path)[wanted])
-    assert actual.max() < 1.5 * bound
+    assert actual.max() <= bound
     assert np.all(actual < 3 * predicted)
+
+
+@pytest.mark.parametrize("bound", [0.003, 0.01])
+@pytest.mark.parametrize(("kind", "tracked"), [("wave", (0.05, 0.28)), ("wave", (0.05, 0.10)), ("fall", (0.05, 0.10))])
+def test_pruning_to_an_error_holds_it_where_the_path_is_smooth(
+    tmp_path: Path, kind: str, tracked: tuple[float, ...], bound: float
+) -> None:
+    """What was left was up to 7 times further off than the bound."""
+    path = wave(2.5, 0.5, 0.0, 2000) if kind == "wave" else course(lambda x: np.exp(-5 * x), 2000)
+    track(tmp_path, path, sigma_rels=tracked, checkpoint_every=50, checkpoint_dtype="float32")
+    widest = min(max(tracked) * 1.5, 0.28)
+    pruning = plan_pruning(read_directory(tmp_path), max_error=bound, sigma_range=(0.05, widest))
+    assert pruning.gone
+    prune(tmp_path, pruning)
+    wanted = [index for index, width in enumerate(WIDTHS) if width <= widest + 1e-9]
+    found, _ = made(tmp_path, [WIDTHS[index] for index in wanted], "minvar")
+    assert errors(found, true(path)[wanted]).max() <= bound
+
+
+@pytest.mark.parametrize(("amplitude", "phase"), [(1.0, 0.0), (1.0, 1.0), (1.0, 2.0), (0.1, 1.0)])
+def test_an_oscillation_in_step_with_the_snapshots_leaves_tracked_lengths_as_stored(
+    tmp_path: Path, amplitude: float, phase: float
+) -> None:
+    """It looks like a standstill from one snapshot to the next. The tracked 0.28, stored to 2e-4, was 32 times further
+    off, 47 times the predicted error; others were up to 10 times further off than the published method's.
+    """
+    path = wave(20, amplitude, phase)
+    track(tmp_path, path, checkpoint_dtype="float16")
+    actual, theirs, predicted = judged(tmp_path, path)
+    assert np.all(actual <= 1.05 * theirs)
+    tracked = [WIDTHS.index(0.05), WIDTHS.index(0.28)]
+    assert np.all(actual[tracked] < 1.2 * predicted[tracked])
+    assert np.all(actual < 12 * predicted)
+    if phase != 1.0:  # there what all snapshots have in common is in the published coefficients' average, too
+        newest = sorted(tmp_path.glob("*.safetensors"))[-2:]
+        stored = np.array([load_file(file)["weight"][0].double().numpy() for file in newest])
+        assert np.all(actual <= 1.05 * np.min([errors(one, true(path)) for one in stored], axis=0))
+
+
+@pytest.mark.parametrize(
+    ("periods", "tracked", "kept"),
+    [(2.5, (0.05, 0.28), None), (2.5, (0.05, 0.28), 3), (2.5, (0.05, 0.10), None), (200, (0.05, 0.28), None)],
+)
+def test_smooth_paths_are_no_worse_than_the_published_answer(
+    tmp_path: Path, periods: float, tracked: tuple[float, ...], kept: int | None
+) -> None:
+    """As if it were a walk, an oscillation, slow or of two updates, was up to 110 times the published error off."""
+    path = wave(periods, 0.5, 1.0)
+    track(tmp_path, path, sigma_rels=tracked, max_checkpoints=kept, checkpoint_dtype="float32")
+    assert_honest(*judged(tmp_path, path))
+
+
+@pytest.mark.parametrize("every", [100, 200])
+def test_the_error_of_a_decay_that_begins_steeply_is_not_overestimated(tmp_path: Path, every: int) -> None:
+    """A 1-sqrt decay's density grows without bound at its start; its predicted error was 2 to 3 times too large."""
+    path = walk("constant")
+    track(tmp_path, path, checkpoint_every=every, checkpoint_dtype="float32")
+    found, predicted = made(tmp_path, [Decay("1-sqrt", 0.2)], "minvar")
+    seen = np.arange(STRIDE, STEPS + 1, STRIDE)
+    until = np.sqrt(np.clip((seen / STEPS - 0.8) / 0.2, 0, 1))
+    truth = np.diff(until, prepend=0.0)[None, :] @ path[seen - 1].astype(np.float64)
+    assert 0.5 < errors(found, truth)[0] / predicted[0] < 2
 
 
 @pytest.mark.parametrize("every", [10, 20])

@@ -221,7 +221,7 @@ def test_bench_fidelity_of_corner_cases(
     assert exact.error == exact.nearest < 12 * 2**-24  # twelve updates round once each
     assert made.error < 0.1 * made.nearest
     assert 2**-13 < rounded.error < 2**-11  # one rounding to float16, between no and half a spacing of values
-    options, file = ["--corners", "--processes", "1", "--case", "tiny"], tmp_path / "cells.json"
+    options, file = ["--hard", "--processes", "1", "--case", "tiny"], tmp_path / "cells.json"
     bench_fidelity.main([*options, "--worst", "--json", str(file)])
     text = capsys.readouterr().out
     assert "goals, tiny:" in text

@@ -86,8 +86,8 @@ class StoredFunctions(ABC):
         """The function of a profile with mass at points, constant on each interval: shape [K]."""
 
     @abstractmethod
-    def _values(self, profile: Profile, s: FloatArray) -> FloatArray:
-        """The function of any profile."""
+    def _values(self, profile: Profile, s: FloatArray, interval: npt.NDArray[np.intp]) -> FloatArray:
+        """The function of any profile, at times within these intervals."""
 
     def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
         """Shape [K, G, n]."""
@@ -139,7 +139,8 @@ class StoredFunctions(ABC):
     def _by_quadrature(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """The projection of the target, [K, G], and the integrals of its square, [K]."""
         nodes = resolving_nodes(target, self._edges)
-        values, index = self._values(target, nodes.points), nodes.interval
+        index = nodes.interval
+        values = self._values(target, nodes.points, index)
         powers = (nodes.points / self._ends[index])[:, None] ** self._exponents / self._norms[index]
         overlap, squares = np.zeros((self._ends.size, self._exponents.size)), np.zeros(self._ends.size)
         np.add.at(overlap, index, powers * (values * nodes.weights)[:, None])
@@ -160,14 +161,20 @@ class Tails(StoredFunctions):
     def _constant(self, profile: Profile) -> FloatArray:
         return profile.tail((self._edges[1:] + self._edges[:-1]) / 2)
 
-    def _values(self, profile: Profile, s: FloatArray) -> FloatArray:
+    def _values(self, profile: Profile, s: FloatArray, interval: npt.NDArray[np.intp]) -> FloatArray:  # noqa: ARG002
         return profile.tail(s)
 
 
 class Densities(StoredFunctions):
-    """Densities: of power functions (gamma + 1) s**gamma / t**(gamma + 1); points of mass spread over an interval."""
+    """Densities: of power functions (gamma + 1) s**gamma / t**(gamma + 1); points of mass spread over an interval.
 
-    def __init__(self, profiles: Sequence[StoredProfile], edges: FloatArray) -> None:
+    With `updates`, the time between updates within each interval, [K], a target's density is nowhere above the mass
+    within such a time on both sides, divided by it: the square of one that grows without bound, as at the start of a
+    1-sqrt decay, has no integral, while an update's mass is finite.
+    """
+
+    def __init__(self, profiles: Sequence[StoredProfile], edges: FloatArray, updates: FloatArray | None = None) -> None:
+        self._updates = np.zeros(edges.size - 1) if updates is None else updates
         gammas = gammas_of(profiles)
         super().__init__(gammas if are_powers(profiles) else np.union1d([0.0], gammas), edges)
 
@@ -178,8 +185,10 @@ class Densities(StoredFunctions):
     def _constant(self, profile: Profile) -> FloatArray:
         return np.asarray(-np.diff(profile.tail(self._edges)) / np.diff(self._edges), dtype=np.float64)
 
-    def _values(self, profile: Profile, s: FloatArray) -> FloatArray:
-        return profile.density(s)
+    def _values(self, profile: Profile, s: FloatArray, interval: npt.NDArray[np.intp]) -> FloatArray:
+        density, apart = profile.density(s), self._updates[interval]
+        mass = profile.tail(s - apart) - profile.tail(s + apart)
+        return np.where(density * apart > mass, mass / np.where(apart > 0, apart, 1.0), density)
 
 
 # --- Quadrature, for targets that are no power functions --------------------------------------------

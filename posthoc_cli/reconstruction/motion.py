@@ -210,7 +210,7 @@ MOST_SEGMENTS = 64
 """Segments of training; more snapshot times share segments."""
 
 _SMOOTHING = 0.1
-"""Weight of relative jumps between neighbouring segments, relative to a measurement's relative error."""
+"""Weight of jumps, as logarithms, between neighbouring segments, relative to a measurement's relative error."""
 
 _DISTANCES_FOR_NOISE = 1.5
 """Distances a segment from which noise is fitted, too: one profile with its last two snapshots has nearly 2."""
@@ -254,8 +254,8 @@ def fit_motion(
 
     Least squares on relative residuals, with light relative smoothing between neighbouring segments. A residual is
     relative to the geometric mean of the measured and the fitted distance, so that too much and too little weigh the
-    same, and the distances of a pause do not outweigh all others; a jump is relative to the geometric mean of its
-    sides, so that a learning rate may fall a hundredfold.
+    same, and the distances of a pause do not outweigh all others. A jump is the logarithm of the ratio of its sides, so
+    that training may stand still in one segment, with distances of almost nothing, and say little of the next one.
 
     Arguments:
         start: time of the first update.
@@ -316,10 +316,10 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, seg
         x = np.exp(u)
         model = influence @ x + rounding  # each measured distance is 1
         jump, off = u[left + 1] - u[left], u[anchored] - anchor
-        value = np.sum(model + 1 / model) + 2 * _SMOOTHING**2 * np.sum(np.cosh(jump)) + 2 * hold @ np.cosh(off)
+        value = np.sum(model + 1 / model) + _SMOOTHING**2 * np.sum(jump**2) + 2 * hold @ np.cosh(off)
         slope, each = x * (influence.T @ (1 - model**-2)), influence * x
         curvature = each.T @ (2 * model[:, None] ** -3 * each) + np.diag(slope)
-        pull, stiffness = 2 * _SMOOTHING**2 * np.sinh(jump), 2 * _SMOOTHING**2 * np.cosh(jump)
+        pull, stiffness = 2 * _SMOOTHING**2 * jump, 2 * _SMOOTHING**2
         for one, sign in ((left, -1), (left + 1, 1)):
             slope[one] += sign * pull
             curvature[one, one] += stiffness

@@ -143,6 +143,7 @@ class Prior:
         source: "measured" while training, "sampled" from the files, or "assumed".
         steps: of the run; None if unknown.
         inherited: variance of each average from rounded snapshots that the run resumed from; None for none.
+        doubt: how badly the motion explains the measured distances, see `_doubt`.
     """
 
     motion: Motion
@@ -152,6 +153,7 @@ class Prior:
     source: str
     steps: Steps | None = None
     inherited: FloatArray | None = None
+    doubt: float = 0.0
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
@@ -218,7 +220,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     return Prior(
         motion, np.array([measurements.rounding for measurements in known]), arithmetic, norm,
         MEASURED if distances or earlier is not None or still else ASSUMED, steps,
-        inherited if inherited.any() else None,
+        inherited if inherited.any() else None, _doubt(motion, distances, steps) if distances else 0.0,
     )  # fmt: skip
 
 
@@ -237,6 +239,22 @@ def misfit(averages: Sequence[StoredAverage]) -> float:
         return math.inf  # profiles that are equal have no distance, whatever the motion
     motion = fit_motion(start, times, distances, steps)
     return float(np.sqrt(np.mean(np.log(expected_distances(motion, distances, steps)) ** 2)))
+
+
+_NEGLIGIBLE = 1e-4
+"""Squared distance, relative to the largest, below which it hardly matters how large exactly."""
+
+
+def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> float:
+    """How badly the motion explains the measured distances: the root mean square of log(measured / expected).
+
+    A walk with noise, of any course, explains those of ordinary training within a few per cent. Of a path that
+    oscillates, or is smooth between snapshots, some are many times larger than expected, and others smaller.
+    """
+    measured = np.array([distance.squared for distance in distances])
+    least = _NEGLIGIBLE * measured.max()
+    expected = measured * expected_distances(motion, distances, steps)
+    return float(np.sqrt(np.mean(np.log((expected + least) / (measured + least)) ** 2))) / 2
 
 
 WINDOW = 32

@@ -23,7 +23,15 @@ from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, are_powers, gammas_and_times, order_of
+from posthoc_cli.reconstruction.basis import (
+    Densities,
+    StoredFunctions,
+    Tails,
+    are_powers,
+    gammas_and_times,
+    gammas_of,
+    order_of,
+)
 from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, inherited_factor, rounding_factor
 
@@ -259,10 +267,19 @@ class MinimumVariance:
         return self._as_given(solution)
 
     def expected_squares(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """E |error|^2 of each target with its own column of coefficients, any with sum 1: shape [targets]."""
+        """E |error|^2 of each target with its own column of coefficients, any with sum 1: shape [targets].
+
+        What comes from motion is widened where the motion is in doubt; what comes from rounding was measured.
+        """
         ordered = coefficients[self._order]
         missed = np.sum((self._rows @ ordered - goals.columns) ** 2, axis=0)
-        return np.asarray(goals.unreachable + missed + np.sum((self._rounding @ ordered) ** 2, axis=0))
+        widened = (goals.unreachable + missed) * np.exp(2 * _WIDENING * self.doubt)
+        return np.asarray(widened + np.sum((self._rounding @ ordered) ** 2, axis=0))
+
+    @property
+    def doubt(self) -> float:
+        """That of the motion, beyond what is usual."""
+        return max(0.0, self._prior.doubt - _SURE)
 
     def expected_errors(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
         """The roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
@@ -368,7 +385,8 @@ def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[
         terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
-        terms.append(_Integral(Densities(stored, cells.edges), np.sqrt(noise * cells.duration), most))
+        densities = Densities(stored, cells.edges, cells.stride * cells.duration)
+        terms.append(_Integral(densities, np.sqrt(noise * cells.duration), most))
         if few.size:
             terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
     return terms
@@ -475,13 +493,28 @@ def expected_errors(
     return _Problem(snapshots, prior, t).solve(targets, METHODS[0], at_once=True)[1:]
 
 
-_GAIN_OF_MANY, _GAIN_OF_FEW = (0.8, 0.95), (0.6, 0.75)
+_GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_ONE = (0.8, 0.95), (0.6, 0.75), (0.4, 0.6)
 """Predicted error of minimum variance, relative to that of the published coefficients, up to which it is used alone,
 and from which the published ones are: an imperfect fit of the motion costs more than so small a gain (measured: with
 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The motion is less certain with few
-snapshots (measured: up to 1.6 times the published error)."""
+snapshots (measured: up to 1.6 times the published error), and least so with few of one profile (with 0.6 and 0.75 up to
+1.8)."""
 
 _FEW_TIMES = 6
+
+_SURE = 0.25
+"""Doubt up to which the motion is trusted. Of recorded runs it is 0.05 to 0.29; of oscillations 0.6 to 3."""
+
+_CAUTION = 6.0
+"""Each unit of doubt beyond makes a gain e**6 times less certain."""
+
+_WIDENING = 1.3
+"""Each unit of doubt beyond makes errors from motion e**1.3 times larger than the motion says (measured: oscillations
+in step with the snapshots were up to 80 times off). More would hold more often, and be too high more often."""
+
+_NEARER, _CLEARLY_NEARER = 0.6, 0.1
+"""Expected square of the nearest tracked average's error, relative to that of the published coefficients, up to which
+it is taken in their place; the second one where the motion is in doubt."""
 
 
 class _Problem:
@@ -491,11 +524,13 @@ class _Problem:
         self._snapshots = {snapshot: row for row, snapshot in enumerate(snapshots)}
         self._variance = MinimumVariance(snapshots, prior, t)
         times = [snapshot.t for snapshot in snapshots]
+        self._last = max(times)
         edges = with_points(np.unique(np.concatenate(([0.0], times, [t]))), snapshots, prior.steps)
         self._densities = Densities(snapshots, edges)
         self._factor = self._densities.of_stored(snapshots).reshape(-1, len(snapshots))
         self._may_blend = are_powers(snapshots)
-        self._gains = _GAIN_OF_FEW if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
+        few = _GAIN_OF_FEW if gammas_of(snapshots).size > 1 else _GAIN_OF_ONE
+        self._gains = few if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
 
     def solve(
         self, targets: Sequence[Profile], method: str, at_once: bool = False
@@ -515,8 +550,10 @@ class _Problem:
         if method == METHODS[0]:
             own = self._variance.solve(goals, at_once)
             columns = np.where(np.isnan(columns) | (not self._may_blend), own, columns)
+            columns = self._nearer(columns, goals)
             best, there = (self._variance.expected_squares(found, goals) for found in (own, columns))
             gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
+            gain *= np.exp(_CAUTION * self._variance.doubt)
             sure, none = self._gains
             columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (columns - own)
         elif np.isnan(columns).any():
@@ -529,6 +566,18 @@ class _Problem:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
         return columns, self._variance.expected_errors(columns, goals), errors
+
+    def _nearer(self, columns: FloatArray, goals: Goals) -> FloatArray:
+        """The same coefficients, or those of a newest snapshot alone where that is expected to be clearly nearer."""
+        squares = self._variance.expected_squares(columns, goals)
+        columns, most = columns.copy(), _CLEARLY_NEARER if self._variance.doubt else _NEARER
+        for snapshot, row in self._snapshots.items():
+            if snapshot.t == self._last:
+                alone = np.repeat(np.eye(columns.shape[0])[:, [row]], columns.shape[1], axis=1)
+                found = self._variance.expected_squares(alone, goals)
+                nearer = found < most * squares
+                columns[:, nearer], squares = alone[:, nearer], np.where(nearer, found / most, squares)
+        return columns
 
     def error_of(self, made: Combination) -> float:
         """The predicted error of exactly these coefficients: that of the stored copies."""

@@ -39,6 +39,11 @@ _ONE_BY_ONE = 128
 """Up to this number one snapshot goes between two solves; of more, several: single ones hardly matter."""
 
 
+_MARGIN = 2.0
+"""A bound on the error is kept by this factor, since an error may be above the expected one (measured: what was left in
+5 of 42 cases missed its bound without, by up to 1.45, and with 1.5 one of 54, by 1.22)."""
+
+
 @dataclass(frozen=True)
 class Pruning:
     """A plan of what to delete: `kept` by time, then sigma_rel, `gone` in the order to delete.
@@ -96,7 +101,8 @@ def plan_pruning(
         snapshots: all of one directory.
         keep: the number to keep of each profile; or
         max_bytes: keep as many as take at most this; or
-        max_error: keep as few as have at most this worst predicted error over `sigma_range`. Exactly one of the three.
+        max_error: keep as few as have at most this worst error over `sigma_range`, with a margin for the prediction.
+            Exactly one of the three.
 
     Raises:
         InvalidValueError: `keep` is more than there are, or `max_bytes` less than the newest ones take.
@@ -141,12 +147,13 @@ def plan_pruning(
         count = _enough_bytes(snapshots, order, max_bytes)
     if max_error is not None:
         # The errors grow with what goes.
-        count = bisect_left(range(1, count + 1), True, key=lambda n: errors_without(order[:n]).worst > max_error)
+        most = max_error / _MARGIN
+        count = bisect_left(range(1, count + 1), True, key=lambda n: errors_without(order[:n]).worst > most)
     gone = order[:count]
     if len(solved) == len(profiles):
         left = sorted(set(range(len(profiles))) - set(gone))
         better = exchanged(profiles, prior, left, gone, needed, sigma_range)
-        if max_error is None or errors_without(better).worst <= max_error:
+        if max_error is None or errors_without(better).worst <= max_error / _MARGIN:
             gone = better
     leaving = set(gone)
     kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]

@@ -218,3 +218,25 @@ def test_named_coefficients_are_taken_as_they_are(method: str) -> None:
     found = reconstruct(stored, targets, method, prior, float(STEPS))
     assert found.coefficients[:, 1].tolist() == wanted.tolist()
     assert (found.predicted_error[1], found.profile_error[1]) == (0, 0)
+
+
+@pytest.mark.parametrize("count", [8, 20])
+@pytest.mark.parametrize("kind", ["even", "noisy"])
+@pytest.mark.parametrize("still", ["copy", "middle", "last fifth", "second half"])
+def test_a_standstill_says_nothing_of_motion_elsewhere(kind: str, still: str, count: int) -> None:
+    """Of two equal checkpoints, or weights that stood still for a while, errors were up to 200 times the predicted."""
+    base, steps, stored = walk(kind), STEPS, points(count)
+    stops = {"middle": STEPS // 2, "last fifth": STEPS * 4 // 5, "second half": STEPS // 2}
+    if still == "copy":
+        base, steps = np.concatenate((base, base[-1:])), STEPS + 1
+        stored = [*stored, Point(steps)]
+    else:
+        stop = stops[still]
+        goes_on = base[stop:] if still == "middle" else base[:0]
+        base = np.concatenate((base[:stop], np.repeat(base[stop - 1 : stop], steps - stop, axis=0)))
+        if still == "middle":
+            base[stop + STEPS // 4 :] = goes_on[: STEPS // 4]
+    targets = [PowerFunction.from_sigma_rel(width, steps) for width in WIDTHS]
+    found, profiles, values = solved([stored], base, targets)
+    ratios = errors(found, profiles, values, base, targets) / found.predicted_error
+    assert np.all((ratios > 0.5) & (ratios < 2))

@@ -93,11 +93,11 @@ def test_max_size_leaves_as_many_as_fit(run: Path) -> None:
 def test_max_error_leaves_as_few_as_hold_it(run: Path) -> None:
     snapshots = read_directory(run)
     pruning = plan_pruning(snapshots, max_error=2e-3)
-    assert pruning.before.worst <= pruning.after.worst <= 2e-3
+    assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.info.t < 240.0 for s in pruning.kept)
     order = removal_order(profiles_of(snapshots), source_prior(snapshots), 1, (0.05, 0.28))
     one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.gone) + 1]]
-    assert errors_of(one_less).worst > 2e-3
+    assert errors_of(one_less).worst > 1e-3  # half of it: a prediction may be too low by a factor of 2
 
 
 def test_the_range_that_is_wanted_decides_what_stays(run: Path) -> None:
