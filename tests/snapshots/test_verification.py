@@ -17,7 +17,7 @@ import pytest
 import torch
 from factories import OTHER_RUN_ID, RUN_ID, flip_bit, read_snapshot, rewrite_snapshot, snapshot_files, write_snapshot
 from safetensors.torch import load_file, save_file
-from snapshots.recorded import failing
+from snapshots.recorded import failing, record
 from torture.forging import forge
 
 from posthoc_cli.checkpoints.opening import disk_sources
@@ -250,8 +250,9 @@ def write_anew(path: Path, values: dict[str, torch.Tensor]) -> None:
         writer.commit()
 
 
-def test_nan_in_an_output_and_in_a_state_is_named_and_in_copies_noted(run: Path, output: Path) -> None:
-    for path, name in ((output, "0.weight"), (run / "state.safetensors", "0.05/0.weight")):
+def test_nan_in_an_output_and_in_a_state_is_named_and_in_copies_noted(tmp_path: Path) -> None:
+    run = record(tmp_path / "copies", copy_only="*.running_*", keep_state=True)
+    for path, name in ((synthesize(run, 0.1, tmp_path / "output.safetensors"), "0.weight"), (run / "state.safetensors", "0.05/0.weight")):
         values = load_file(path)
         first, second = sorted(name for name in values if "running" in name)
         values[first][2] = values[second][3] = np.nan
