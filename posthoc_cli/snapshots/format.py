@@ -156,7 +156,7 @@ from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, 
 from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 
-BUFFERS = ("copy", "average", "skip")
+BUFFERS = ("copy", "average")
 """Treatments of buffers."""
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 GLOBS = ("include", "exclude", "copy_only")

@@ -449,7 +449,7 @@ def _selection(raw: dict[str, Any]) -> Selection:
         raise ValueError(f"must have {', '.join(names)}, and nothing else")
     if not all(isinstance(given[what], list) and TEXTS.accepts(given[what]) for what in GLOBS):
         raise ValueError(f"{', '.join(GLOBS)} must be lists of globs")
-    _one_of(given, "buffers", BUFFERS)
+    _one_of(given, "buffers", (*BUFFERS, "skip"))  # left out, by releases before 0.3
     return Selection(**(given | {what: tuple(given[what]) for what in GLOBS}))
 
 

@@ -289,7 +289,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         is_copied = id(tensor) in copy_only
         if not found.in_state:
             continue
-        if not selection.names(name) or (not found.is_parameter and selection.buffers == "skip"):
+        if not selection.names(name):
             left_out.append(name)
             continue
         wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in also

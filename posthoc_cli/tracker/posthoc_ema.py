@@ -147,7 +147,7 @@ class PostHocEMA:
         include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None,
         copy_only: str | Sequence[str] | None = None, buffers: str = "copy",
         device: str | None = None, writer: bool | None = None, final_snapshot: bool = True, keep_state: bool = False,
-        resume: str | int | None = None, schedule: Schedule | None = None,
+        resume: str | int | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
@@ -161,14 +161,14 @@ class PostHocEMA:
             checkpoint_dtype: that averages are stored in, float32 where values do not fit; None for each parameter's.
             t_unit: the unit of `t`, if you pass a clock of your own to `update_`.
             only_trainable: leave out parameters that do not require gradients.
-            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, "skip" the update, or also "warn".
+            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn.
             sigma_range: the range of sigma_rel that `max_checkpoints` keeps snapshots for.
             include, exclude: globs on names, such as "decoder.*": tensors that match none of the first, or one of the
                 second, are left out.
             copy_only: globs on names of tensors to be copied, as buffers are, and not averaged, whether they require
                 gradients or not. Every average holds the newest copy at its time.
-            buffers: "copy" them, except that BatchNorm's running statistics are averaged; "average" floating-point ones
-                as if they were parameters; or "skip" them.
+            buffers: "copy" them, except that BatchNorm's running statistics are averaged; or "average" floating-point
+                ones as if they were parameters.
             device: "model" for averages beside the parameters, updated by the training's own thread; "cpu" for averages
                 on the host, updated by a thread of their own, with the same bits; None for "cpu" where a parameter is
                 on an accelerator, else "model".
@@ -183,19 +183,10 @@ class PostHocEMA:
                 Restore its checkpoint before; a model that is not on the path by the first `update_` is an error there.
                 A number to go on from the snapshots of that call of `update_`, whatever the weights. None for a new
                 run only.
-            schedule: a plan, whose `sigma_rels`, `checkpoint_every` and `max_checkpoints` replace these arguments.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
         """
-        if schedule is not None:
-            if not isinstance(schedule, Schedule):
-                raise InvalidValueError("schedule", "must be a posthoc_cli.Schedule", value=shown(schedule))
-            if (sigma_rels, checkpoint_every, max_checkpoints) != ((0.05, 0.28), 1000, 20):
-                reason = "sets sigma_rels, checkpoint_every and max_checkpoints"
-                raise InvalidValueError("schedule", reason, "leave these arguments out")
-            sigma_rels, checkpoint_every = schedule.sigma_rels, schedule.checkpoint_every
-            max_checkpoints = schedule.max_checkpoints
         selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
         given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
         profiles, timing = check_sigma_rels(sigma_rels), make_schedule(given)

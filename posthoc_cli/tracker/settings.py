@@ -42,8 +42,8 @@ class Settings:
         if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():
             reason = "must name what t counts, such as 'steps' or 'images'"
             raise InvalidValueError("t_unit", reason, value=f"{self.t_unit!r}")
-        if self.on_nonfinite not in ("raise", "skip", "warn"):
-            reason = "must be one of raise, skip, warn"
+        if self.on_nonfinite not in ("raise", "skip"):
+            reason = "must be 'raise' or 'skip'"
             raise InvalidValueError("on_nonfinite", reason, value=f"{self.on_nonfinite!r}")
 
     def tracked_index(self, tracked: float) -> int:
@@ -69,12 +69,10 @@ class Settings:
         return step % self.schedule.checkpoint_every == 0
 
     def skip_update(self, error: NonFiniteError, stacklevel: int) -> None:
-        """Leave out an update as `on_nonfinite` says: raise the error, warn, or only log it."""
+        """Leave out an update as `on_nonfinite` says: raise the error, or warn."""
         if self.on_nonfinite == "raise":
             raise error
-        if self.on_nonfinite == "warn":
-            warnings.warn(str(error), RuntimeWarning, stacklevel=stacklevel + 1)
-        log.info("update skipped: %s", error)
+        warnings.warn(f"posthoc_cli: update skipped: {error}", RuntimeWarning, stacklevel=stacklevel + 1)
 
 
 @dataclass(frozen=True)
