@@ -113,11 +113,11 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
     write_run(tmp_path, random_walk(80, {"weight": (3,)}), range(10, 81, 10))
     real, removed = measurements.sample_measurements, []
 
-    def sample(snapshots: Sequence[Snapshot]) -> list[Measurements]:
+    def sample(snapshots: Sequence[Snapshot], local: bool = False) -> list[Measurements]:
         if not removed:
             removed.append(snapshots[3].path)
             snapshots[3].path.unlink()
-        return real(snapshots)
+        return real(snapshots, local)
 
     monkeypatch.setattr("posthoc_cli.snapshots.measurements.sample_measurements", sample)
     found = average(tmp_path)

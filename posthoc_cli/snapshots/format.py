@@ -139,6 +139,7 @@ digits, the same in all parts of a plan) and ema.release (the release that wrote
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -147,6 +148,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
@@ -510,3 +512,25 @@ def compact(value: object) -> str:
 
 def _plain(value: Any) -> object:
     return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+
+
+# --- the sample of the network
+
+Floats = npt.NDArray[np.float32]
+
+PLACES = 512
+"""Elements of a sample; of small models fewer."""
+
+
+def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
+    """A sample as a header has it: float32 values of the network, then of the average, little-endian, in base64."""
+    return base64.b64encode(np.concatenate([weights, average]).astype("<f4").tobytes()).decode()
+
+
+def decode_sample(text: str) -> tuple[Floats, Floats]:
+    """The values of the network and of the average; a ValueError if it is no sample."""
+    data = base64.b64decode(text, validate=True)
+    if len(data) % 8 or len(data) > 8 * PLACES:
+        raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
+    values = np.frombuffer(data, "<f4").astype(np.float32)
+    return values[: len(values) // 2], values[len(values) // 2 :]

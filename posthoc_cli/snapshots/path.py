@@ -22,7 +22,6 @@ initial ones.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,15 +34,12 @@ import xxhash
 
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.format import PLACES, Floats, decode_sample, encode_sample
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.sources import Snapshot
 
-Floats = npt.NDArray[np.float32]
 Place = tuple[str, int]
-
-PLACES = 512
-"""Elements of a sample; of small models fewer."""
 
 _BETWEEN, _AFTER = 4.0, 3.0  # most of d(i) + d(i + 1) in D(i), and of what comes after the newest in what it may be
 _MARGIN = 0.1  # by which the component of a model that has passed a snapshot may be below what is expected, or more,
@@ -72,20 +68,6 @@ def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
     if not all(begin <= one < end for begin, one, end in zip(box.offset, at, box.end, strict=True)):
         return None
     return box.span(Box(tuple(at), (1,) * len(at)))[0]
-
-
-def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
-    """A sample as a header has it: float32 values of the network, then of the average, little-endian, in base64."""
-    return base64.b64encode(np.concatenate([weights, average]).astype("<f4").tobytes()).decode()
-
-
-def decode_sample(text: str) -> tuple[Floats, Floats]:
-    """The values of the network and of the average; a ValueError if it is no sample."""
-    data = base64.b64decode(text, validate=True)
-    if len(data) % 8 or len(data) > 8 * PLACES:
-        raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
-    values = np.frombuffer(data, "<f4").astype(np.float32)
-    return values[: len(values) // 2], values[len(values) // 2 :]
 
 
 def joined_sample(parts: Sequence[tuple[str, Sequence[int]]]) -> str:

@@ -49,10 +49,9 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
+from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, encode_sample, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.path import encode_sample
 from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Sampler, on_host, on_host_in_order

@@ -96,7 +96,7 @@ def test_when_a_rank_is_killed_the_others_end_and_leave_no_model(run: Path, tmp_
     processes[victim].kill()
     processes[victim].wait()
     for process in (*processes[:victim], *processes[victim + 1 :]):
-        (line,) = process.communicate(timeout=60)[1].splitlines()
+        *_, line = process.communicate(timeout=60)[1].splitlines()  # after a warning of the predicted error
         assert line == "ema: error: another process of this job: failed or died; nothing was finished"
         assert process.returncode == 1
     assert not (out / INDEX).exists()

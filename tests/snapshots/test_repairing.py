@@ -304,7 +304,7 @@ def leave(path: Path, age: float) -> Path:
 def goes_on(run: Path) -> None:
     """A training that continues."""
     walk = Walk()
-    with PostHocEMA.from_path(run, walk.model) as tracker:
+    with PostHocEMA.from_path(run, walk.model, step=60) as tracker:
         walk.train(tracker, 10)
 
 

@@ -102,7 +102,7 @@ def test_what_a_snapshot_measures_is_of_weights_alone(tmp_path: Path) -> None:
     assert measured.sigma_rel == 0.05
     assert sizes["statistics"] > 1000 * sizes["weights"]
     assert measured.measurements.norm == pytest.approx(sizes["weights"], rel=1e-6)
-    assert tracker.run.check(deep=True).is_fine
+    assert tracker.run.check().is_fine
     tracker.close()
     for path in tmp_path.glob("*.safetensors"):
         rewrite_snapshot(path, measurements=None)

@@ -21,7 +21,8 @@ from tracker.runs import contents, times
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, MismatchError, ModelMismatchError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.path import Moment, decode_sample, find
+from posthoc_cli.snapshots.format import decode_sample
+from posthoc_cli.snapshots.path import Moment, find
 
 SETTINGS: dict[str, Any] = {"update_every": 1, "checkpoint_every": 40, "checkpoint_dtype": None}
 OFF = (

@@ -335,6 +335,7 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
         tracker.update_(model)
     with PostHocEMA.from_path(tmp_path, model) as other:
         train(model, other, 11, 20)
+        other.flush()
         before = contents(tmp_path)
         with pytest.raises(NotReadyError, match="was closed"):
             tracker.load_state_dict(state)
