@@ -791,7 +791,7 @@ class PostHocEMA:
                     if found.step is None
                     else f"those of step {found.step:,}, or a little later"
                 )
-                text = "%s: the averages go on from step %d, as told; the model's weights are %s"
+                text = "%s: the averages go on from step %d, as asked; the model's weights are %s"
                 log.warning(text, self.checkpoint_dir, self._from_step, where)
             return
         if found.step is None:

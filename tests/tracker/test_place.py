@@ -199,8 +199,8 @@ def test_a_step_that_is_named_holds_whatever_the_weights(tmp_path: Path, caplog:
         with PostHocEMA.from_path(tmp_path, training.model, step=named, final_snapshot=False) as ema:
             training.run(1, 1, ema)
             assert ema.step == named + 1
-        told = [text for text in caplog.messages if "as told" in text]
-        expected = f"{tmp_path}: the averages go on from step {named}, as told; the model's weights are {where}"
+        told = [text for text in caplog.messages if "as asked" in text]
+        expected = f"{tmp_path}: the averages go on from step {named}, as asked; the model's weights are {where}"
         assert told == ([] if where is None else [expected])
 
 
