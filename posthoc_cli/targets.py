@@ -491,7 +491,7 @@ def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS, typed: str | N
         elif ":" in item:
             ends = item.split(":")
             if len(ends) != 3:
-                raise _bad(name, whole, "a range is START:STOP:STEP, such as 0.05:0.25:0.05")
+                raise _bad(name, whole, f"a range is START:STOP:STEP; must be {form}")
             start, stop, step = (_decimal(end, name, form, typed) for end in ends)
             found += _steps(start, stop, step, name, whole)
         else:

@@ -145,10 +145,8 @@ def sweep(
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
     if sigma_rel is not None and target is not None:
         raise InvalidValueError("--sigma-rel and --target", "give one of them")
-    length = None if sigma_rel is None else Axis.of_kind("sigma_rel", sigma_rel, "--sigma-rel")
+    length = values.optional(Axis.of_kind, sigma_rel, "--sigma-rel")
     axis = values.optional(Axis.parse, target, "--target") or length
-    width = "--guide-sigma-rel"
-    second = None if guide_sigma_rel is None else Axis.of_kind("sigma_rel", guide_sigma_rel, width)
     out = files.expanded(out)
     stored = values.open_run(directory, checkpoints, origin)
     output.warn_of_statistics(stored.sources[-1].info.copies)
@@ -158,7 +156,7 @@ def sweep(
         jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
         raw=None if raw is None else files.expanded(raw), t=t,
         guide=None if guide is None else Run(values.existing_run(guide)),
-        guide_axis=second,
+        guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),
         dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
         keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
         say=functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet),

@@ -56,10 +56,10 @@ class Axis:
             kind = f"decay:{shape}"
         if kind not in _KINDS:
             raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}", value=text)
-        return cls.of_kind(kind, rest, name)
+        return cls.of_kind(rest, name, kind)
 
     @classmethod
-    def of_kind(cls, kind: str, text: str, name: str) -> Axis:
+    def of_kind(cls, text: str, name: str, kind: str = "sigma_rel") -> Axis:
         """LOW:HIGH to search, or a list or LOW:HIGH:STEP to measure."""
         numbers, ends = text.replace("%", "e-2"), text.split(":")
         form = f"a range LOW:HIGH, such as {_RANGES.get(kind, '5%:50%')}, or a list"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,8 +21,6 @@ from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker.averages import Sampler, on_host_in_order
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 from posthoc_cli.tracker.sharding import Members, is_sharded, local_part, local_tensors, reshard
-
-log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 

@@ -129,7 +129,7 @@ class PostHocEMA:
         self._writer = choose_writer(writer, model) if members is None else members.part is not None
         self._callers = None if members is None else members.callers
         self._from_step, self._resumed_at = step, -1
-        self._is_told, self._stored = step is not None, stored
+        self._step_is_given, self._stored = step is not None, stored
         self._seen: tuple[Mapping[int, float], float] | None = None
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[PostHocEMA], None]] = []
@@ -784,7 +784,7 @@ class PostHocEMA:
                 log.warning(unknown, self.checkpoint_dir)
             return
         found, newest = place
-        if self._is_told:
+        if self._step_is_given:
             if log_it and found.step != self._from_step:
                 where = (
                     "not on the run's path"
