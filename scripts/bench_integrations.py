@@ -1,26 +1,22 @@
-"""What the callbacks for training frameworks cost: a step with each beside the same framework's bare one.
+"""What the callbacks for training frameworks cost: the share of a step that the tracker's calls take.
 
     python scripts/bench_integrations.py [--repeats 5] [--quick]
 
 A language model of 10 M parameters trains on the CPU in each framework that is installed, with torch's own number of
 threads and two averages at update_every=10. What counts are the steps 16 to 35, as a callback of the framework's own
 sees them, with two updates in their midst: neither the first update, which makes the averages, nor snapshots, nor what
-comes before and after the training. The goal is for the share of that time that the tracker's calls take. The
-difference of runs with and without, which take turns, is printed, too; it varies more than the goal.
-See `quiet_timing`.
+comes before and after the training. Medians of several trainings.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +24,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from quiet_timing import Report, load_text
 
 from posthoc_cli import PostHocEMA
 
@@ -51,38 +46,34 @@ QUICK = Size(16, 1, 2, 4)
 
 @dataclass
 class Stopwatch:
-    """The seconds from one step's end to another's, and those of them in calls of the tracker."""
+    """The shares of the time from one step's end to another's that calls of the tracker take."""
 
-    step: int = 0
-    seconds: list[float] = field(default_factory=list)
-    called: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    _step: int = 0
     _within: float = 0.0
     _started: float = 0.0
 
     def tick(self) -> None:
         """Count a step of the current run."""
-        self.step += 1
-        if self.step == FIRST:
+        self._step += 1
+        if self._step == FIRST:
             self._started, self._within = time.perf_counter(), 0.0
-        elif self.step == LAST:
-            self.seconds.append(time.perf_counter() - self._started)
-            self.called.append(self._within)
-            self.step = 0
+        elif self._step == LAST:
+            self.shares.append(self._within / (time.perf_counter() - self._started))
+            self._step = 0
 
-    @contextmanager
-    def timing_calls(self) -> Iterator[None]:
-        """Time the calls of `update_` within the block."""
-        update = PostHocEMA.update_
+    def timed(self) -> Callable[..., None]:
+        """`update_`, which adds the time that it takes."""
 
-        def timed(tracker: PostHocEMA, *arguments: Any, **options: Any) -> None:
+        def update_(tracker: PostHocEMA, *arguments: Any, **options: Any) -> None:
             started = time.perf_counter()
-            try:
-                update(tracker, *arguments, **options)
-            finally:
-                self._within += time.perf_counter() - started
+            UPDATE(tracker, *arguments, **options)
+            self._within += time.perf_counter() - started
 
-        with mock.patch.object(PostHocEMA, "update_", timed):
-            yield
+        return update_
+
+
+UPDATE = PostHocEMA.update_
 
 
 def network(size: Size) -> Any:
@@ -105,7 +96,7 @@ def batches(size: Size) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def run_transformers(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -> None:
+def run_transformers(size: Size, watch: Stopwatch, folder: Path) -> None:
     """The Trainer."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -121,13 +112,12 @@ def run_transformers(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -
         use_cpu=True, disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     trainer = Trainer(network(size), args, train_dataset=data)
-    if tracks:
-        PostHocCallback(folder / "ema", update_every=EVERY, final_snapshot=False).install(trainer)
+    PostHocCallback(folder / "ema", update_every=EVERY, final_snapshot=False).install(trainer)
     trainer.add_callback(Watching())
     trainer.train()
 
 
-def run_lightning(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -> None:
+def run_lightning(size: Size, watch: Stopwatch, folder: Path) -> None:
     """Lightning's Trainer."""
     from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -148,15 +138,15 @@ def run_lightning(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -> N
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters())
 
-    callbacks = [PostHocWeightAveraging(folder / "ema", update_every_n_steps=EVERY, final_snapshot=False)]
+    averaging = PostHocWeightAveraging(folder / "ema", update_every_n_steps=EVERY, final_snapshot=False)
     trainer = Trainer(
         max_steps=LAST, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False, callbacks=[*(callbacks if tracks else []), Watching()], default_root_dir=folder,
+        enable_model_summary=False, callbacks=[averaging, Watching()], default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(batches(size), batch_size=None))  # type: ignore[arg-type]
 
 
-def run_accelerate(size: Size, watch: Stopwatch, folder: Path, tracks: bool, diffusers: bool = False) -> None:
+def run_accelerate(size: Size, watch: Stopwatch, folder: Path, diffusers: bool = False) -> None:
     """A loop with accelerate; with `diffusers` its EMAModel's stand-in."""
     from accelerate import Accelerator
 
@@ -166,21 +156,22 @@ def run_accelerate(size: Size, watch: Stopwatch, folder: Path, tracks: bool, dif
     accelerator, bare = Accelerator(cpu=True), network(size)
     model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters()))
     options: dict[str, Any] = {"update_every": EVERY, "final_snapshot": False}
-    stand_in = PostHocEMAModel(bare, folder / "ema", **options) if tracks and diffusers else None
-    ema = prepare(accelerator, model, folder / "ema", optimizer, **options) if tracks and not diffusers else None
+    ema: Any = (
+        PostHocEMAModel(bare, folder / "ema", **options)
+        if diffusers
+        else prepare(accelerator, model, folder / "ema", optimizer, **options)
+    )
     for batch in batches(size):
         accelerator.backward(model(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-        if stand_in is not None:
-            stand_in.step(model.parameters())
+        if diffusers:
+            ema.step(model.parameters())
         watch.tick()
-    for made in (stand_in, ema):
-        if made is not None:
-            made.close()
+    ema.close()
 
 
-RUNS: dict[str, Callable[[Size, Stopwatch, Path, bool], None]] = {
+RUNS: dict[str, Callable[[Size, Stopwatch, Path], None]] = {
     "transformers": run_transformers,
     "lightning": run_lightning,
     "accelerate": run_accelerate,
@@ -189,42 +180,22 @@ RUNS: dict[str, Callable[[Size, Stopwatch, Path, bool], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure everything and print the table and the goals."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5, help="trainings")
     parser.add_argument("--quick", action="store_true", help="tiny, once: whether it runs")
     options = parser.parse_args(arguments)
-    size, report = (QUICK, Report(1)) if options.quick else (Size(), Report(options.repeats))
+    size, repeats = (QUICK, 1) if options.quick else (Size(), options.repeats)
     warnings.simplefilter("ignore")
-    parameters = sum(one.numel() for one in network(size).parameters())
-    print(
-        f"{parameters:,} parameters, batches of {size.batch} x {size.tokens}, torch {torch.__version__}, {load_text()}"
-    )
     for name, run in RUNS.items():
         if importlib.util.find_spec(name) is None:
             print(f"{name}: not installed")
             continue
-        watches = Stopwatch(), Stopwatch()
-
-        def one(tracks: bool, run: Any = run, watches: Any = watches) -> None:
-            folder = Path(tempfile.mkdtemp())
-            try:
-                with watches[tracks].timing_calls():
-                    run(size, watches[tracks], folder, tracks)
-            finally:
-                shutil.rmtree(folder)
-
-        print(f"{name}, whole runs:")
-        times = report.times({"bare": partial(one, False), "with averages": partial(one, True)})
-        bare, tracking = (watch.seconds for watch in watches)
-        difference = 100 * statistics.median(ours / theirs - 1 for ours, theirs in zip(tracking, bare, strict=True))
-        calls = zip(watches[True].called, tracking, strict=True)
-        share = 100 * statistics.median(within / seconds for within, seconds in calls)
-        step = 1000 * statistics.median(bare) / (LAST - FIRST)
-        print(f"  a step takes {step:.1f} ms, with averages {difference:+.1f} %; in the tracker's calls {share:.2f} %")
-        report.goal(f"{name}: % of a step", share, 1, times)
-    print("\nGoals:")
-    print("\n".join(report.goals))
+        watch = Stopwatch()
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory() as folder, mock.patch.object(PostHocEMA, "update_", watch.timed()):
+                run(size, watch, Path(folder))
+        print(f"{name}: {100 * statistics.median(watch.shares):.2f} % of a step", flush=True)
 
 
 if __name__ == "__main__":

@@ -287,7 +287,7 @@ class Diffusion(Task):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             random = torch.Generator().manual_seed(0)
-            model = nn.Sequential(nn.Unflatten(1, (1, SIDE, SIDE)), *network(0.1))
+            model = nn.Sequential(nn.Unflatten(1, (1, SIDE, SIDE)), *network())
             optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
             with torch.enable_grad():
                 for _ in range(min(600, self.steps)):
@@ -347,7 +347,7 @@ class Classifier(Task):
 
     def model(self) -> nn.Module:
         """14,458 parameters."""
-        return network(0.1)
+        return network()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The usual one."""
