@@ -203,7 +203,9 @@ def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 def _error(values: Any) -> Any:
     """The standard error of the mean, over the first axis; 0 of a single value."""
-    return np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(np.shape(values)[1:])
+    return (
+        np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(np.shape(values)[1:])
+    )
 
 
 def _markdown(lines: Iterable[Sequence[str]]) -> str:
@@ -245,13 +247,15 @@ def _language(found: dict[str, Any]) -> Figure:
     for axes, (schedule, title) in zip(panels, SCHEDULES.items(), strict=True):
         runs = [one["rows"] for one in _of(found, "language", schedule)]
         ours = [[rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for length in LENGTHS] for rows in runs]
-        means = [[rows["mean-5"]["loss"] - rows["last"]["loss"]] * len(LENGTHS) for rows in runs]
+        others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
+        mean, error = np.mean(others), _error(others)
         _curve(axes, 0, ours, "ours")
-        _curve(axes, 1, means, ROWS["mean-5"])
+        axes.axhline(mean, color=plots.COLOURS[1], linestyle=plots.STYLES[1], label=ROWS["mean-5"])
+        axes.axhspan(mean - error, mean + error, color=plots.COLOURS[1], alpha=0.2, linewidth=0)
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set_title(title, fontsize=9)
-    panels[0].set_ylabel("test loss less the last weights', nats a token")
-    panels[0].legend(fontsize=7)
+    panels[0].set_ylabel("loss less the last weights', nats a token", fontsize=9)
+    panels[1].legend(fontsize=7, loc="upper left")
     return figure
 
 
