@@ -55,30 +55,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             subprocess.run(words, check=True, env=os.environ | ONE_THREAD)
         for run, *words in (
             ["kept", "info", "DIR"],
-            ["kept", "error-plot", "DIR", "--out", str(folder / "error.png"), "--force"],
-            ["kept", "synthesize", "DIR", "--sigma-rel", "0.15", "--out", str(folder / "m.safetensors"), "--force"],
+            ["kept", "error-plot", "DIR", "--out", "NEW.png"],
+            ["kept", "synthesize", "DIR", "--sigma-rel", "0.15", "--out", "NEW.safetensors"],
             ["kept", "prune", "DIR", "--keep", "20", "--dry-run"],
-            ["tensors", "synthesize", "DIR", "--sigma-rel", "0.15", "--out", str(folder / "t.safetensors"), "--force"],
+            ["tensors", "synthesize", "DIR", "--sigma-rel", "0.15", "--out", "NEW.safetensors"],
             ["thinned", "prune", "DIR", "--keep", "2", "--dry-run"],
             ["thinned", "plan", "--steps", "400000", "--params", "1.2e9", "--max-size", "60GB"],
         ):
-            called = [str(folder / run) if word == "DIR" else word for word in words]
             label = f"`ema {words[0]}`, {len(read_directory(folder / run)):,} snapshots of `{run}`"
-            print(f"| {label} | {command(called, repeats)} | |", flush=True)
+            print(f"| {label} | {command(words, folder / run, repeats)} | |", flush=True)
     compare_choices(solved)
 
 
-def command(words: Sequence[str], repeats: int) -> str:
-    """Least processor time of a command, and its peak memory, as cells."""
+def command(words: Sequence[str], directory: Path, repeats: int) -> str:
+    """Least processor time of a command, and its peak memory, as cells; DIR is the directory, NEW a new file."""
     code = (
         "import json, resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
         "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
-    call = [sys.executable, "-c", code, sys.executable, "-m", "posthoc_cli", *words]
-    runs = [subprocess.check_output(call, env=os.environ | ONE_THREAD) for _ in range(repeats)]
-    seconds, memory = zip(*map(json.loads, runs), strict=True)
-    return f"{min(seconds):.1f} s | {max(memory) / 1000:.0f} MB"
+    call, found = [sys.executable, "-c", code, sys.executable, "-m", "posthoc_cli"], []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+            told = [word.replace("DIR", str(directory)).replace("NEW", f"{scratch}/new") for word in words]
+            found.append(json.loads(subprocess.check_output([*call, *told], env=os.environ | ONE_THREAD)))
+    return f"{min(seconds for seconds, _ in found):.1f} s | {max(memory for _, memory in found) / 1000:.0f} MB"
 
 
 # --- jobs, in processes of their own ---------------------------------------------------------------

@@ -23,17 +23,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from quiet_timing import Report
+from compare_peers import ema_pytorch, posthoc_ema
+from quiet_timing import Report, take_turns
 from synthesis_cases import (
     CHECKPOINTS,
+    Layers,
     Shapes,
     drop_from_cache,
-    ema_pytorch_synthesis,
     large_tensors,
     peak_memory,
-    posthoc_ema_synthesis,
     read_plainly,
     small_tensors,
+    without_noise,
     write_checkpoints,
     write_snapshots,
     write_sparse_snapshots,
@@ -84,11 +85,16 @@ def measure_model(report: Report, folder: Path, parameters: int, device: str) ->
     report.times(runs, one.read_bytes)
     cold = {"all cores, dropped, cold": runs["all cores, dropped"]}
     report.times(cold, one.read_bytes, lambda: drop_from_cache(run))
-    for name, prepare in (("posthoc_ema", posthoc_ema_synthesis), ("ema_pytorch", ema_pytorch_synthesis)):
-        with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
-            peer = prepare(Path(checkpoints), large_tensors(parameters))
+    for start, others in ((posthoc_ema, {"update_after_step": 0}), (ema_pytorch, {})):
+        with tempfile.TemporaryDirectory(dir=folder) as checkpoints, without_noise():
+            update, average = start(Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others)
+            for _ in range(10):
+                update()
             os.sync()  # what is still being written would be a neighbour
-            report.times({"ours, kept": lambda: dict(synthesize(one, options)), f"{name}, 20 of its own": peer})
+            peer = partial(average, 0.15)
+            found = take_turns([lambda: dict(synthesize(one, options)), peer], report.repeats)
+        for label, seconds in zip(("ours, kept", f"{start.__name__}, 20 of its own"), found, strict=True):
+            print(f"  {label:<44}{seconds}", flush=True)
     print(f"{len(MANY)} targets")
     engine = {"nowhere": lambda: exhaust(nowhere(many, device)), "dropped": lambda: exhaust(synthesize(many, options))}
     report.times(engine)

@@ -102,39 +102,43 @@ Average = Callable[[float], Iterable[torch.Tensor]]
 """Gives the average of a sigma_rel at the end, in the order of the parameters."""
 
 
-def ours(replay: Replay, folder: Path, stride: int, interval: int) -> tuple[Callable[[], object], Average]:
+def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> tuple[Callable[[], object], Average]:
     """This package: what to call after each step, and its averages, from the directory alone as after training."""
     options = {"update_every": stride, "checkpoint_every": interval, "checkpoint_dtype": torch.float32}
-    tracker = PostHocEMA.from_model(replay, folder, sigma_rels=TRACKED, **options)
+    tracker = PostHocEMA.from_model(model, folder, sigma_rels=TRACKED, **options)
 
     def average(sigma_rel: float) -> Iterable[torch.Tensor]:
         tracker.close()
         return PostHocEMA.from_path(folder).state_dict(sigma_rel=sigma_rel).values()
 
-    return lambda: tracker.update_(replay), average
+    return lambda: tracker.update_(model), average
 
 
-def ema_pytorch(replay: Replay, folder: Path, stride: int, interval: int) -> tuple[Callable[[], object], Average]:
+def ema_pytorch(
+    model: torch.nn.Module, folder: Path, stride: int, interval: int, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], object], Average]:
     """`ema_pytorch.PostHocEMA`, which holds the model itself and gives a module."""
     from ema_pytorch import PostHocEMA as Tracker
 
-    options = {"update_every": stride, "checkpoint_every_num_steps": interval, "checkpoint_dtype": torch.float32}
-    tracker = Tracker(replay, sigma_rels=TRACKED, checkpoint_folder=str(folder), **options)
+    options = {"update_every": stride, "checkpoint_every_num_steps": interval, "checkpoint_dtype": dtype}
+    tracker = Tracker(model, sigma_rels=TRACKED, checkpoint_folder=str(folder), **options)
     return tracker.update, lambda sigma_rel: tracker.synthesize_ema_model(sigma_rel=sigma_rel).ema_model.parameters()
 
 
-def posthoc_ema(replay: Replay, folder: Path, stride: int, interval: int) -> tuple[Callable[[], object], Average]:
+def posthoc_ema(
+    model: torch.nn.Module, folder: Path, stride: int, interval: int, dtype: torch.dtype = torch.float32, **others: int
+) -> tuple[Callable[[], object], Average]:
     """`posthoc_ema.PostHocEMA`, from pytorch-posthoc-ema, which gives a state dict for a `with` block."""
     from posthoc_ema import PostHocEMA as Tracker
 
-    options = {"update_every": stride, "checkpoint_every": interval, "checkpoint_dtype": torch.float32}
-    tracker = Tracker.from_model(replay, folder, max_checkpoints=SNAPSHOTS, sigma_rels=TRACKED, **options)
+    options = {"update_every": stride, "checkpoint_every": interval, "checkpoint_dtype": dtype, **others}
+    tracker = Tracker.from_model(model, folder, max_checkpoints=SNAPSHOTS, sigma_rels=TRACKED, **options)
 
     def average(sigma_rel: float) -> Iterable[torch.Tensor]:
         with tracker.state_dict(sigma_rel=sigma_rel) as state:
             return list(state.values())
 
-    return lambda: tracker.update_(replay), average
+    return lambda: tracker.update_(model), average
 
 
 LIBRARIES = {"posthoc-cli": ours, "ema-pytorch": ema_pytorch, "pytorch-posthoc-ema": posthoc_ema}
