@@ -506,8 +506,8 @@ def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
 def _check_import(manifest: Manifest) -> Verification:
     """Whether the files that an import refers to are those that were imported."""
     reports = []
-    for path, (nbytes, _) in manifest.files.items():
-        report = FileReport(path, path, "checkpoint", state=UNCHECKED, nbytes=nbytes)
+    for path in manifest.files:
+        report = FileReport(path, path, "checkpoint", state=UNCHECKED)
         try:
             manifest.check_file(path)
         except FileFormatError as error:

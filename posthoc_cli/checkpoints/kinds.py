@@ -154,7 +154,7 @@ def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
         raise InvalidValueError(missing[0], reason)
     if missing:
         reason = f"is of {found}, whose files do not hold {' and '.join(missing)}"
-        raise InvalidValueError(path, reason, f"import with {' and '.join(missing)}")
+        raise InvalidValueError(path, reason, "give them to an import")
     return found
 
 

@@ -67,9 +67,9 @@ class Manifest:
                     raise FileFormatError(path, reason, _AGAIN)
                 if sampled_identity(file) != identity:
                     raise FileFormatError(path, f"was replaced since {self.folder} was imported", _AGAIN)
-        except VanishedError as error:
+        except VanishedError as error:  # it does not help to look again, as in a directory that a tracker writes
             reason = f"is not there, and {self.folder} refers to it"
-            raise VanishedError(path, reason, f"move both together, or {_AGAIN}") from error
+            raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from error
 
     def read(self) -> list[Checkpoint]:
         """The checkpoints; a FileFormatError if a file is not the one that was imported."""

@@ -11,7 +11,6 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import edm2_layout
 import pytest
@@ -27,10 +26,10 @@ from posthoc_cli.checkpoints import pickles
 Write = Callable[[str], Path]
 
 
-def read(run: Path, **fields: Any) -> str:
+def read(run: Path) -> str:
     """The message of the error that reading a run ends with; empty without one."""
     try:
-        Run(run, **fields).average(0.2)
+        Run(run).average(0.2)
     except errors.PostHocError as error:
         text = str(error)
         assert "\n" not in text
