@@ -36,8 +36,10 @@ def are_copied(checkpoints: Sequence[Checkpoint], out: Path) -> bool:
     """Whether a folder holds copies of these checkpoints, and nothing else."""
     wanted = {copy_path(out, one.info): _metadata(one) for one in checkpoints}
     with suppress(FileFormatError):
-        return out.is_dir() and wanted.keys() == set(out.iterdir()) and all(
-            metadata.items() <= read_header(path).metadata.items() for path, metadata in wanted.items()
+        return (
+            out.is_dir()
+            and wanted.keys() == set(out.iterdir())
+            and all(metadata.items() <= read_header(path).metadata.items() for path, metadata in wanted.items())
         )
     return False
 

@@ -24,7 +24,7 @@ from posthoc_cli.checkpoints.manifest import (
 from posthoc_cli.checkpoints.opening import open_checkpoints
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.directory import inspect_directory
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,8 @@ def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
     again = DirectoryError(origin, "is an import", "import the files that it was made of")
     if is_import(origin):
         raise again
-    if origin.is_dir():
-        with suppress(DirectoryError):
-            read_directory(origin)
-            raise InvalidValueError(origin, "holds snapshots of a tracker, which need no import")
+    if origin.is_dir() and inspect_directory(origin).snapshots:
+        raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
     found = open_checkpoints(origin, settings)
     if not all(one.kind for one in found):
         raise again

@@ -126,28 +126,29 @@ class Kind:
     takes: tuple[str, ...] = ()
     check: Callable[[Sequence[Checkpoint], Settings], str] | None = None
 
-    def fits(self, path: Path) -> bool:
-        """Whether a path is named as this kind is."""
-        return self.name is None or self.name.fullmatch(path.name) is not None
-
     def step(self, path: Path, indexed: IndexedCheckpoint, settings: Settings, by_word: str) -> int:
         """The step of a checkpoint; 0 before the training. Arguments and errors as in `steps.step_of`."""
-        if self.name is None:
-            return step_of(path, indexed, settings.step_from, by_word)
-        match = self.name.fullmatch(path.name)
+        match = self.name and self.name.fullmatch(path.name)
         if match is None:
-            raise FileFormatError(path, f"is not named as such files are: {self.form}")
+            return step_of(path, indexed, settings.step_from, by_word)
         number = self.of_name * int(match["step"])
         return checked_step(path, number) if number else 0
+
+    def is_named(self, path: Path) -> bool:
+        """Whether a file has a name of this form."""
+        return self.name is None or self.name.fullmatch(path.name) is not None
 
 
 def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
     """The kind of a checkpoint: the first of `TABLE` whose names and contents fit, unless one is given.
 
     Raises:
+        FileFormatError: it is not named as those of the kind that was given.
         InvalidValueError: a setting that its files do not hold is missing.
     """
-    found = settings.kind or next(name for name, kind in TABLE.items() if kind.fits(path) and kind.is_in(indexed))
+    found = settings.kind or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(indexed))
+    if not TABLE[found].is_named(path):
+        raise FileFormatError(path, f"is not named as files of {found} are: {TABLE[found].form}")
     missing = [name for name in TABLE[found].needs if not getattr(settings, name)]
     if missing and settings.given:
         reason = f"must be given: files of {found}, such as {path.name}, do not hold it"

@@ -21,7 +21,7 @@ from posthoc_cli.snapshots.tensor_file import read_small_file
 _TRAINER_STATE = "trainer_state.json"
 _MOST_STATE = 1_000_000_000
 _MOST_STEPS = 10**15
-_HINT = r"leave it out, or import with step_from, a pattern such as 'step(\d+)'"
+_HINT = r"import with step_from, a pattern such as 'step(\d+)'"
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _MOST_DIGITS = 19
@@ -79,7 +79,7 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None = None
             raise InvalidValueError(path, f"neither its content nor its name tells its step{doubt}", _HINT)
         if by_word and not named.by_word:
             reason = f"its name has no word such as step at its number, as {shown(by_word)} has"
-            raise InvalidValueError(path, reason, _HINT)
+            raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
         step = named.step
     return checked_step(path, step)
 
@@ -88,7 +88,7 @@ def checked_step(path: Path, step: float) -> int:
     """A step as a whole number; an InvalidValueError if it can be none."""
     if not 0 < step <= _MOST_STEPS or step != int(step):
         reason = f"its step is {shown(step)}; must be a whole number from 1 to {_MOST_STEPS:.0e}"
-        raise InvalidValueError(path, reason, _HINT)
+        raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
     return int(step)
 
 

@@ -194,7 +194,7 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
         torch.testing.assert_close(value, torch.stack(terms).sum(0), rtol=1e-5, atol=1e-6)
     other = tmp_path / "other.pkl"
     other.write_bytes((tmp_path / "network-snapshot-0001024-0.050.pkl").read_bytes())
-    with pytest.raises(errors.FileFormatError, match=r"other.pkl: is not named as such files are: network-snapshot-<"):
+    with pytest.raises(errors.FileFormatError, match=r"other.pkl: is not named as files of edm2 are: network-"):
         import_checkpoints(other, None, dry_run=True, kind="edm2")
 
 
