@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe_tensors
-from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot, run_clock
+from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot, by_time, run_clock
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
@@ -95,9 +96,9 @@ class CheckpointInfo:
         """What its tensors are of, for people."""
         if isinstance(self.profile, Point):
             return "weights"
-        if isinstance(self.profile, PowerFunction):
-            return f"average of sigma_rel {self.sigma_rel:g}"
-        return f"average tracked as sigma_rel {self.sigma_rel:g}, of its own profile"
+        tracked = f" tracked as sigma_rel {self.sigma_rel:g}," * bool(self.sigma_rel)
+        is_power = isinstance(self.profile, PowerFunction)
+        return f"average of sigma_rel {self.sigma_rel:g}" if is_power else f"average{tracked} of its own profile"
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,11 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     Raises:
         MismatchError: two of them are of different models, or of one time; both are named.
     """
-    ordered = sorted(checkpoints, key=lambda one: (one.info.t, one.info.sigma_rel))
-    seen: dict[tuple[float, float], Checkpoint] = {}
-    for one in ordered:
-        other = seen.setdefault((one.info.t, one.info.sigma_rel), one)
-        if other is not one:
+    ordered = by_time(checkpoints)
+    for one, other in pairwise(ordered):
+        if (one.info.t, one.info.holds) == (other.info.t, other.info.holds):
             reason = f"are both of step {one.info.t:,.12g}"
-            raise MismatchError(f"{other.path} and {one.path}", reason, "name those of one run, by a glob")
+            raise MismatchError(f"{one.path} and {other.path}", reason, "name those of one run, by a glob")
     ordered = _named(ordered)
     first = ordered[0]
     for one in ordered[1:]:

@@ -29,7 +29,8 @@ KIND = "checkpoint"
 def copy_path(folder: Path, info: CheckpointInfo) -> Path:
     """The file of a copy."""
     path = snapshot_path(folder, info.t, info.sigma_rel)
-    return path if info.sigma_rel else path.with_name(path.name.replace("-0.0.safe", "-weights.safe"))
+    what = "weights" if isinstance(info.profile, Point) else "average"
+    return path if info.sigma_rel else path.with_name(path.name.replace("-0.0.safe", f"-{what}.safe"))
 
 
 def are_copied(checkpoints: Sequence[Checkpoint], out: Path) -> bool:

@@ -59,8 +59,10 @@ class Settings:
     update_after_step: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in TABLE:
+        if self.kind is not None and self.kind not in [*TABLE]:
             raise InvalidValueError("kind", f"must be one of {', '.join(TABLE)}", value=f"{self.kind!r}")
+        if not isinstance(self.sigma_rels, Iterable):
+            raise InvalidValueError("sigma_rels", "must be a list of widths", value=f"{self.sigma_rels!r}")
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel)
         for name, least in (("update_every", 1), ("update_after_step", 0)):
@@ -77,9 +79,10 @@ class Settings:
         if groups != 1:
             reason = r"must have one group, for the step, such as 'step(\d+)'"
             raise InvalidValueError("step_from", reason, value=self.step_from or "")
-        for name in ("include", "exclude"):
-            object.__setattr__(self, name, getattr(self.selection, name))
-        object.__setattr__(self, "sigma_rels", tuple(map(float, self.sigma_rels)))
+        selection = fmt.make_selection(False, self.include, self.exclude, "copy")
+        plain = {"include": selection.include, "exclude": selection.exclude, "sigma_rels": tuple(self.sigma_rels)}
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -87,15 +90,11 @@ class Settings:
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return {name: value for name, value in values.items() if value not in (None, "", [])}
 
-    @property
-    def selection(self) -> fmt.Selection:
-        """The choice of tensors by their names."""
-        return fmt.make_selection(False, self.include, self.exclude, "copy")
-
     def chosen(self, found: Tensors, but: Collection[str] = ()) -> Tensors:
         """The tensors that `include` and `exclude` leave, without those named in `but`."""
-        fmt.check_globs(self.selection, found)
-        chosen = {name: find for name, find in found.items() if self.selection.names(name) and name not in but}
+        selection = fmt.make_selection(False, self.include, self.exclude, "copy")
+        fmt.check_globs(selection, found)
+        chosen = {name: find for name, find in found.items() if selection.names(name) and name not in but}
         if not chosen:
             raise InvalidValueError("include and exclude", "leave no tensor of the model")
         return chosen

@@ -23,7 +23,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.sources import Source, by_time
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
@@ -90,7 +90,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None) -> list[
             raise InvalidValueError("checkpoints", reason, value=also)
         return [*open_checkpoints(directory)]
     others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also))
-    return sorted([*snapshots, *others], key=lambda one: (one.info.t, one.info.sigma_rel)) if others else [*snapshots]
+    return by_time([*snapshots, *others])
 
 
 def is_glob(place: str | Path) -> bool:

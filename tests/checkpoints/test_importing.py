@@ -191,6 +191,21 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
         import_checkpoints(folder, tmp_path / "two", update_evry=3)
 
 
+WRONG: dict[str, Any] = {
+    "kind": [], "step_from": 5, "prefix": 5, "include": [5], "exclude": "", "sigma_rels": 0.1, "update_every": True,
+    "update_after_step": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_setting_that_cannot_be_used_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ck").mkdir()
+    torch.save({"w": torch.ones(3)}, tmp_path / "ck" / "step1.pt")
+    with pytest.raises(errors.InvalidValueError, match=f"^{name}"):
+        import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: WRONG[name]})
+    assert not (tmp_path / "new").exists()
+
+
 # --- hostile manifests
 
 
