@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
+from posthoc_cli.checkpoints.manifest import Manifest, is_import, read_manifest
 from posthoc_cli.checkpoints.opening import (
-    UNSPECIFIED,
-    Origin,
-    check_claims,
     describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
     open_checkpoints,
 )
-from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -41,7 +39,7 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import Verification, list_contents, verify
+from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, list_contents, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
@@ -117,25 +115,18 @@ class Run:
 
     Arguments:
         directory: where the tracker writes its snapshots; it need not exist yet. Or a directory, a file or a glob of
-            checkpoints, or of averages of other libraries.
+            checkpoints, or of averages of other libraries; or the run that `import_checkpoints` made of them.
         also: where checkpoints of the same training are, which are combined with the snapshots.
-        origin: what checkpoints do not say themselves; see `Origin`, whose fields are also taken as keywords:
-            `Run("old", kind="ema-pytorch", sigma_rels=(0.05, 0.28), update_every=10)`.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: there is no directory, or no snapshot in it.
         FileFormatError, MismatchError: a snapshot is damaged, or does not belong to the run.
-        InvalidValueError: something that checkpoints do not say must be given.
+        InvalidValueError: checkpoints do not say all that must be known, and need an import.
     """
 
-    def __init__(
-        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = UNSPECIFIED, **fields: Any
-    ) -> None:
+    def __init__(self, directory: str | Path, *, also: str | Path | None = None) -> None:
         self.directory = files.expanded(files.given_path("directory", directory))
         self.also = None if also is None else files.given_path("also", also)
-        _check_names("Run", ("also", "origin"), fields, Origin)
-        self.origin = replace(origin, **fields)
-        self._is_checked = False
 
     def __repr__(self) -> str:
         try:
@@ -151,15 +142,7 @@ class Run:
     @property
     def sources(self) -> list[Source]:
         """The snapshots and checkpoints that averages are made of, by time."""
-        return disk_sources(self.directory, self.origin, self.also)
-
-    def _checked_sources(self) -> list[Source]:
-        """The sources, after a check of what the user says about them, made once."""
-        sources = self.sources
-        if not self._is_checked:
-            check_claims(sources, self.origin)
-            self._is_checked = True
-        return sources
+        return disk_sources(self.directory, self.also)
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -195,28 +178,30 @@ class Run:
         """A description of the directory and its problems, from headers: see `describe`.
 
         Of checkpoints see `describe_checkpoints`, and `describe_file` of one whose step is not known; those beside
-        snapshots are under "checkpoints", and outputs beside checkpoints under "outputs".
+        snapshots are under "checkpoints", and outputs beside checkpoints under "outputs". Of an import also where the
+        files are that it refers to, and its settings: "refers_to", "files", "settings".
         """
         if self.also is not None:
             beside = [one for one in self.sources if isinstance(one, Checkpoint)]
             return describe(self.directory) | {"checkpoints": list_checkpoints(beside)}
+        if is_import(self.directory):
+            described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
+            return described | read_manifest(self.directory).describe()
         found = None
         is_foreign = is_glob(self.directory) or (self.directory.suffix in PICKLES and self.directory.is_file())
-        if self.origin.kind in (None, "snapshots") and not is_foreign:
+        if not is_foreign:
             try:
                 found = describe(self.directory)
-                if found["kind"] == "directory":
-                    self.origin.refuse_for_snapshots()
             except DirectoryError:
                 if not holds_checkpoints(self.directory):
                     raise
             if found and found["kind"] not in ("outputs", "safetensors"):
                 return found
         try:
-            described = describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
+            described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
         except PostHocError as error:
             if found is None and isinstance(error, InvalidValueError) and error.subject == str(self.directory):
-                return describe_file(self.directory, self.origin)  # only its step is not known
+                return describe_file(self.directory)  # only its step is not known
             if found is None:
                 raise
             return found  # outputs, or models of others that are no checkpoints of one run
@@ -237,7 +222,7 @@ class Run:
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
         wanted = as_targets(targets)
-        return plan_synthesis(self._checked_sources(), wanted, t, step, method, max_error, dtype)
+        return plan_synthesis(self.sources, wanted, t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -312,7 +297,7 @@ class Run:
         If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
         """
-        sources = self._checked_sources()
+        sources = self.sources
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
         usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))
@@ -352,7 +337,7 @@ class Run:
 
     def scaled_to(self, steps: int) -> EarlierRun:
         """The motion of the network and the rounding of its stored averages, scaled to a run of `steps` steps."""
-        return scaled_run([one for one in self._checked_sources() if isinstance(one, FileSource)], steps)
+        return scaled_run([one for one in self.sources if isinstance(one, FileSource)], steps)
 
     # --- care
 
@@ -382,6 +367,8 @@ class Run:
             LockedError: a tracker is writing to the directory.
             MismatchError: the directory has changed meanwhile; nothing was deleted.
         """
+        if is_import(self.directory):
+            raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
         planned = pruning.plan_pruning(self.snapshots, keep, max_bytes, max_error, sigma_range)
         if dry_run or not planned.gone or not agree(planned):
             return planned
@@ -503,15 +490,31 @@ def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
     Raises:
         DirectoryError: there is nothing to verify.
     """
+    if is_import(path):
+        return _check_import(read_manifest(path))
     try:
         contents = list_contents(path)
     except DirectoryError as error:
         if not holds_checkpoints(path):
             raise
         reason = "holds checkpoints of other programs, which have no checksums"
-        raise DirectoryError(path, reason, "an import writes copies that have") from error
+        raise DirectoryError(path, reason, "an import with copies has some") from error
     with progress("verifying", contents.listed_bytes) as advance:
         return verify(contents, advance)
+
+
+def _check_import(manifest: Manifest) -> Verification:
+    """Whether the files that an import refers to are those that were imported."""
+    reports = []
+    for path in manifest.files:
+        report = FileReport(path, path, "checkpoint", state=UNCHECKED)
+        try:
+            manifest.check_file(path)
+        except FileFormatError as error:
+            report = replace(report, state=DAMAGED, detail=f"{error.reason}; {error.hint}")
+        reports.append(report)
+    note = "of other programs' files, which have no checksums, only the size and a sample of the content were compared"
+    return Verification(manifest.folder, False, (), notes=(note,), files=tuple(reports))
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

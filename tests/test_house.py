@@ -39,8 +39,8 @@ def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
         "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
         "Run", "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
-        "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize",
-        "update_bn",
+        "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
+        "synthesize", "update_bn",
     ]  # fmt: skip
     for name in posthoc_cli.__all__:
         assert getattr(posthoc_cli, name).__name__.removeprefix("posthoc_cli.") == name
@@ -165,7 +165,7 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     """What is imported by name is of the table of public names."""
     found = {name.split(".")[0] for name in imported(path)} & PICKLING
     text = path.read_text()
-    if path == PACKAGE / "checkpoints" / "archives.py":  # what it does with names is tested in `checkpoints`
+    if path == PACKAGE / "checkpoints" / "pickles.py":  # what it does with names is tested in `checkpoints`
         used = {ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
         named = {name for name in used if re.fullmatch(r"pickle\.\w*[a-z]\w*", name)}  # others are opcodes
         assert named == {"pickle._Unpickler", "pickle.UnpicklingError"}

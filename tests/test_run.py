@@ -112,7 +112,6 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
     ("call", "subject", "words"),
     [
         (lambda run: run.write(0.1, "a.safetensors", force=True), "write(...)", "'force'; must be one of t, step,"),
-        (lambda run: Run(run.directory, foo=1), "Run(...)", "'foo'; must be one of also, origin, kind,"),
         (lambda _: Run(None), "directory", "None: must be a path"),
         (lambda run: Run(run.directory, also=5), "also", "5: must be a path"),
         (lambda run: run.average(0.1, device=99), "device", "'99': cannot be used: "),

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from posthoc_cli.checkpoints.archives import FoundTensor, Node, read_archive
+from posthoc_cli.checkpoints.pickles import FoundTensor, Node, read_pickled
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
@@ -65,7 +65,7 @@ def index_file(path: Path) -> IndexedFile:
         with OpenedFile(path) as file:
             return IndexedFile(found, header.metadata, sampled_identity(file))
     with OpenedFile(path) as file:
-        return IndexedFile(_leaves(path, read_archive(file, 0, file.size)), {}, sampled_identity(file))
+        return IndexedFile(_leaves(path, read_pickled(file, 0, file.size)), {}, sampled_identity(file))
 
 
 def _leaves(path: Path, value: Any) -> dict[tuple[str, ...], Any]:
@@ -193,8 +193,7 @@ def make_part(path: Path, identity: str, tensors: Mapping[str, FoundTensor], box
         else:
             entries[name] = fmt.TensorEntry(found.dtype, found.shape, apart, found.nbytes)
             strided[name], apart = found, apart + found.nbytes + 1
-    header = fmt.FileHeader({"ema.checksum": identity}, entries, 0)
-    return ForeignPart(path, header, dict(boxes), identity, strided)
+    return ForeignPart(path, fmt.FileHeader({}, entries, 0), dict(boxes), identity, strided)
 
 
 def names_in(names: Sequence[str]) -> str:

@@ -107,9 +107,6 @@ _OPTIONS = {
     "force=True": "--force",
     "prefix and strip_prefix": "--prefix and --strip-prefix",
     "give the layout": "give --format",
-    "give step_from": "give --step-from",
-    "name one by prefix": "name one by --prefix",
-    "by include, exclude or prefix": "by --include, --exclude or --prefix",
     "make an average of them": "make an average by `ema synthesize`",
     "an export makes": "ema export makes",
     "an import writes": "`ema import` writes",
@@ -129,7 +126,7 @@ def _translated(error: PostHocError, context: Any) -> PostHocError:
         # A subject is an argument, or several: "t", "t and step", "beta 0.3".
         subject = r"(^|, | and )(\w+)(?=[, ]|$)"
         changed.subject = re.sub(subject, lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject)
-    is_ours = context.params.get("kind") in (None, "snapshots") and Path(error.subject).suffix in ("", ".safetensors")
+    is_ours = Path(error.subject).suffix in ("", ".safetensors")
     if isinstance(error, FileFormatError | MismatchError) and is_ours and not isinstance(error, VanishedError):
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
             path = None if directory is None else files.expanded(Path(directory))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer import Argument, Option
 
-from posthoc_cli.checkpoints import NUMBERED
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.planning import ErrorReport, Schedule
 
 EPILOG = (
@@ -23,7 +20,6 @@ EPILOG = (
 )
 
 
-@values.with_origin
 def error_plot(
     directories: list[Path] = Argument(
         [], metavar="[DIR]...", help="Directories that trackers wrote, or of checkpoints; or globs of those."
@@ -32,8 +28,7 @@ def error_plot(
     out: Path | None = values.PICTURE,
     sigma_rels: list[str] = Option(
         [],
-        help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule. With "
-        "--from ema-pytorch or posthoc-ema: the widths of these averages.",
+        help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule.",
     ),
     steps: list[str] = Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
     checkpoint_every: list[str] = Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
@@ -53,8 +48,6 @@ def error_plot(
     overwrite: bool = values.FORCE,
     verbose: bool = Option(False, "--verbose", "-v", help="Show the profile error too."),
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
 ) -> None:
     """Draw how exact averages of any length will be.
 
@@ -81,9 +74,6 @@ def error_plot(
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
-    if origin.kind in NUMBERED and sigma_rels:
-        widths = values.parse_sigma_rels(",".join(sigma_rels), "--sigma-rels")
-        origin, sigma_rels = replace(origin, sigma_rels=tuple(widths)), []
     schedules = _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints)
     if checkpoints is not None and len(directories) > 1:
         raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
@@ -92,8 +82,8 @@ def error_plot(
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
     profile_error = verbose or method == "paper"
-    runs = [values.open_run(place, checkpoints, origin) for place in places]
-    earlier = None if like is None else values.open_run(like, None, origin)
+    runs = [values.open_run(place, checkpoints) for place in places]
+    earlier = None if like is None else values.open_run(like, None)
     report = error_report(
         runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=earlier,
         draw=targets, picture=out, profile_error=profile_error, table=csv_out, overwrite=overwrite,

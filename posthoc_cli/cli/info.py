@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer import Argument, Option
 
 from posthoc_cli.cli import output, values
 
-if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
-
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 _LONGEST_TEXT = 200
 
 
-@values.with_origin
 def info(
     path: Path | None = Argument(
         None,
@@ -29,15 +25,13 @@ def info(
     checkpoints: str | None = values.CHECKPOINTS,
     verbose: bool = Option(False, "--verbose", "-v", help="All coefficients of an output, and its profile error."),
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
 ) -> None:
     """Show what a directory or a file holds.
 
     Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
     checks every byte.
     """
-    report = values.open_run(path, checkpoints, origin, directory=False).info()
+    report = values.open_run(path, checkpoints, directory=False).info()
     output.print_json(report) if as_json else _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer import Option
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints import NUMBERED
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.planning import PlanReport
 
 EPILOG = (
@@ -23,7 +19,6 @@ EPILOG = (
 )
 
 
-@values.with_origin
 def plan(
     steps: str = Option(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
     params: str = Option(..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."),
@@ -36,8 +31,7 @@ def plan(
     checkpoints: str | None = values.CHECKPOINTS,
     sigma_rels: str | None = Option(
         None,
-        help="Track these widths, such as 0.05,0.28. With --from ema-pytorch or posthoc-ema: the widths of these "
-        "averages. [default: the best]",
+        help="Track these widths, such as 0.05,0.28. [default: the best]",
     ),
     dtype: str | None = Option(
         None, autocompletion=values.STORED, help="float16, bfloat16 or float32. [default: the best]"
@@ -49,8 +43,6 @@ def plan(
     out: Path | None = values.PICTURE,
     overwrite: bool = values.FORCE,
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
 ) -> None:
     """Propose what to track and store before training.
 
@@ -64,16 +56,11 @@ def plan(
     its stored averages. Disk is the size of all averages while the last ones are written: one more of each profile
     than is kept. Headers and buffers are not counted.
     """
-    from posthoc_cli.checkpoints.opening import UNSPECIFIED
     from posthoc_cli.planning import Task
     from posthoc_cli.run import plan_training
 
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
-    if like is None and checkpoints is None and origin != UNSPECIFIED:
-        raise InvalidValueError("--like", "is missing; --from, --prefix and their kind say what it holds")
     widths = None if sigma_rels is None else tuple(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))
-    if origin.kind in NUMBERED and widths:
-        origin, widths = replace(origin, sigma_rels=widths), None
     task = Task(
         steps=values.parse_count(steps, "--steps"),
         parameters=values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
@@ -85,7 +72,7 @@ def plan(
         checkpoint_every=values.optional(values.parse_count, checkpoint_every, "--checkpoint-every"),
         max_checkpoints=values.optional(values.parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )
-    earlier = None if like is None and checkpoints is None else values.open_run(like, checkpoints, origin)
+    earlier = None if like is None and checkpoints is None else values.open_run(like, checkpoints)
     with output.working("looking for the best schedules"):
         report = plan_training(task, earlier, out, overwrite)
     if as_json:

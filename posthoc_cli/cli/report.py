@@ -14,13 +14,11 @@ from posthoc_cli.cli import output, values
 from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.run import Run
 
 EPILOG = "Example:  ema report run/ema --sweep sweep --out report.html"
 
 
-@values.with_origin
 def report(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
     checkpoints: str | None = values.CHECKPOINTS,
@@ -32,8 +30,6 @@ def report(
         help="Make the page again when snapshots or trials appear, until Ctrl-C. It reloads by itself meanwhile.",
     ),
     overwrite: bool = values.FORCE,
-    *,
-    origin: Origin,
 ) -> None:
     """Make a page about a run and its best length.
 
@@ -44,7 +40,7 @@ def report(
 
     page = values.new_file(out, "--out", (".html",), overwrite)
     assert page is not None
-    run = values.open_run(directory, checkpoints, origin)
+    run = values.open_run(directory, checkpoints)
     folder = None if sweep is None else values.existing(sweep)
     if folder is not None and not folder.is_dir():
         raise InvalidValueError("--sweep", "is a file", "name the folder of a sweep", value=folder)

@@ -16,14 +16,12 @@ from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.sweep import SweepReport
     from posthoc_cli.sweep.results import Record
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
 
-@values.with_origin
 def sweep(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
     checkpoints: str | None = values.CHECKPOINTS,
@@ -125,8 +123,6 @@ def sweep(
     ),
     as_json: bool = values.JSON,
     quiet: bool = values.QUIET,
-    *,
-    origin: Origin,
 ) -> None:
     """Find the best length by your own metric.
 
@@ -148,7 +144,7 @@ def sweep(
     length = values.optional(Axis.of_kind, sigma_rel, "--sigma-rel")
     axis = values.optional(Axis.parse, target, "--target") or length
     out = files.expanded(out)
-    stored = values.open_run(directory, checkpoints, origin)
+    stored = values.open_run(directory, checkpoints)
     output.warn_of_statistics(stored.sources[-1].info.copies)
     report = Sweep(
         stored, run, Metric() if metric is None else Metric.parse(metric), out,

@@ -13,7 +13,6 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.targets import Groups, separate
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.export.writing import SynthesisReport
     from posthoc_cli.synthesis.plan import Plan
 
@@ -23,7 +22,6 @@ EPILOG = (
 )
 
 
-@values.with_origin
 def synthesize(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = Option(
@@ -72,8 +70,6 @@ def synthesize(
     quiet: bool = values.QUIET,
     verbose: bool = Option(False, "--verbose", "-v", help="Print coefficients and profile errors."),
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
 ) -> None:
     """Make the average of any length from snapshots.
 
@@ -93,7 +89,7 @@ def synthesize(
     output.log_to_stderr(verbose)
     targets = values.parse_targets(sigma_rel, target)
     targets += [Groups(values.parse_groups(group))] if group else []
-    run = values.open_run(directory, checkpoints, origin)
+    run = values.open_run(directory, checkpoints)
     if not targets:
         kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema help targets` lists the kinds) or --group '*=0.1'"
         raise InvalidValueError("no target", f"name one or several by {kinds}")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import stat
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, TypeVar
 
 from typer import Argument, Option
 
 from posthoc_cli import files, targets
-from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.targets import FORMS, SigmaRel, Target, parse_numbers
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
@@ -96,68 +92,6 @@ CHECKPOINTS = Option(
     help="Checkpoints of the training, such as 'out/step*.safetensors': in place of DIR, or beside its snapshots.",
     rich_help_panel=PANEL_RUN,
 )
-_ORIGIN: dict[str, tuple[Any, Any]] = {
-    "kind": (
-        str | None,
-        Option(
-            None,
-            "--from",
-            metavar="KIND",
-            autocompletion=one_of(*KINDS),
-            help=f"What DIR holds: {', '.join(KINDS)}. [default: found by names and contents]",
-        ),
-    ),
-    "step_from": (
-        str | None,
-        Option(
-            None,
-            metavar="PATTERN",
-            help=r"Of checkpoints: a regular expression of their steps: 'step(\d+)'. [default: content or name]",
-        ),
-    ),
-    "prefix": (str, Option("", help="Of checkpoints: take tensors whose names begin so, such as model., without it.")),
-    "include": (list[str], Option([], metavar="GLOB", help="Of checkpoints: take tensors of these names only.")),
-    "exclude": (list[str], Option([], metavar="GLOB", help="Of checkpoints: leave tensors of these names out.")),
-    "sigma_rels": (
-        str | None,
-        Option(None, help="Of averages of other libraries: their widths, in the order of their numbers: 0.05,0.28."),
-    ),
-    "update_every": (int | None, Option(None, help="Of averages of other libraries: calls between updates.")),
-    "update_after_step": (
-        int | None,
-        Option(None, help="Of averages of other libraries: calls before the first update. [default: theirs]"),
-    ),
-}
-"""Options that say what checkpoints do not: type and default of each."""
-
-
-def with_origin(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options about checkpoints, which it gets as `origin`; one that it has itself stays its."""
-    own = dict(inspect.signature(command).parameters)
-    types = get_type_hints(command, localns={"Origin": object})
-    del own["origin"], types["origin"]
-    added = {name: option for name, option in _ORIGIN.items() if name not in own}
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        from posthoc_cli.checkpoints.opening import Origin
-
-        fields = {name: given.pop(name) for name in added}
-        widths = fields.pop("sigma_rels", None)
-        for name, least in (("update_every", 1), ("update_after_step", 0)):
-            if fields[name] is not None and fields[name] < least:
-                raise bad(f"--{name.replace('_', '-')}", str(fields[name]), f"must be a whole number, at least {least}")
-        known = {name: value for name, value in fields.items() if value not in (None, [], "")}
-        tracked = () if widths is None else parse_sigma_rels(widths, "--sigma-rels")
-        command(**given, origin=Origin(**known, sigma_rels=tuple(tracked)))
-
-    kind = inspect.Parameter.KEYWORD_ONLY
-    new = [inspect.Parameter(name, kind, default=default, annotation=hint) for name, (hint, default) in added.items()]
-    *first, last = own.values()
-    both = [parameter.replace(kind=kind) for parameter in (*first, *new, last)]
-    run.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
-    run.__annotations__ = types | {name: hint for name, (hint, _) in added.items()}
-    return run
 
 
 def bad(option: str, text: str, reason: str) -> InvalidValueError:
@@ -260,7 +194,7 @@ def existing_run(place: str | Path, directory: bool = True) -> Path:
     return path if is_glob(place) else existing(path, directory, pickles=not directory)
 
 
-def open_run(place: Path | None, checkpoints: str | None, origin: Origin, directory: bool = True) -> Run:
+def open_run(place: Path | None, checkpoints: str | None, directory: bool = True) -> Run:
     """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
     from posthoc_cli.run import Run
 
@@ -268,10 +202,10 @@ def open_run(place: Path | None, checkpoints: str | None, origin: Origin, direct
         raise InvalidValueError("--checkpoints", files.EMPTY)
     if place is not None:
         also = None if checkpoints is None else existing_run(checkpoints, directory=False)
-        return Run(existing_run(place, directory), also=also, origin=origin)
+        return Run(existing_run(place, directory), also=also)
     if checkpoints is None:
         raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(existing_run(checkpoints, directory), origin=origin)
+    return Run(existing_run(checkpoints, directory))
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:

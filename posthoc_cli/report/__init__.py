@@ -238,7 +238,6 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture],
 
 def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
     source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
-    source += [word for option, value in run.origin.options() for word in (option, value)]
     if found is None:
         return [shlex.join(["ema", "synthesize", *source, "--sigma-rel", "0.1", *_OUT])]
     best, kind = found["best"], found["length"]

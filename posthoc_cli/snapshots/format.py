@@ -125,13 +125,14 @@ each a state of its own tensors with ema.part and ema.chunks as in a part of a s
 grows from each save to the folder to the next. All other entries but the checksums are equal. The state is that of the
 last save of which all parts are there.
 
-A *checkpoint* (what `ema import` makes of weights, or of an average, that another program stored) has ema.format
+A *checkpoint* (what `ema import --copy` makes of weights, or of an average, that another program stored) has ema.format
 "checkpoint", and ema.version, run_id, t, t_unit, step, tensors, aliases, checksums and checksum as a snapshot, and
 
     ema.sigma_rel        width of the average as that program was asked for it; 0 for the weights at `t` themselves
     ema.gamma            its exponent, or 0
     ema.masses           JSON object: {"times", "masses"}, lists: where the average is no power function, the times of
                          its values, growing, up to `t`, and their shares in it, with sum 1. Else missing
+    ema.source           what tells the content that was copied from other content. May be missing
 
 A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal
 digits, the same in all parts of a plan) and ema.release (the release that wrote it).

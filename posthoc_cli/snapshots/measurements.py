@@ -26,8 +26,7 @@ import numpy as np
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.profiles import Discrete, FloatArray, Point, StoredProfile
-from posthoc_cli.reconstruction import Distance, DistanceTo, Measurements, misfit
-from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.reconstruction import Distance, DistanceTo, Measurements, StoredAverage, misfit
 from posthoc_cli.snapshots.tensor_file import decode_values
 
 if TYPE_CHECKING:
@@ -69,8 +68,8 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     return [found[index] for index in range(len(snapshots))]
 
 
-def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotInfo]:
-    """Their headers, all with measurements of one sample of elements, since distances need both sides.
+def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAverage]:
+    """What reconstruction uses of them, all with measurements of one sample, since distances need both sides.
 
     Without measurements if values are too large to be squared.
     """
@@ -79,7 +78,7 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotI
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
-        replace(snapshot.info, measurements=measurements, motion=None)
+        replace(snapshot.info.average(snapshot.profile), measurements=measurements, motion=None)
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 

@@ -22,7 +22,15 @@ from numpy.lib.stride_tricks import as_strided
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.profiles import Clock, Point, PowerFunction, StoredProfile
-from posthoc_cli.reconstruction import ASSUMED, Motion, Prior, measured_prior, thinned_subset
+from posthoc_cli.reconstruction import (
+    ASSUMED,
+    Measurements,
+    Motion,
+    Prior,
+    StoredAverage,
+    measured_prior,
+    thinned_subset,
+)
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, copy_range, row_major
 from posthoc_cli.snapshots.measurements import with_sampled_measurements
@@ -37,6 +45,65 @@ _SKIPPED = 256 * 1024
 _Info = TypeVar("_Info")
 
 
+class SourceInfo(Protocol):
+    """What is known of a stored average beside its tensors; of a snapshot its header has it."""
+
+    @property
+    def run_id(self) -> str:
+        """32 hexadecimal digits, the same for all sources of a run."""
+
+    @property
+    def t(self) -> float:
+        """Training time of the average."""
+
+    @property
+    def t_unit(self) -> str:
+        """What `t` counts."""
+
+    @property
+    def step(self) -> int:
+        """Steps of the training up to `t`."""
+
+    @property
+    def t_first(self) -> float:
+        """The earliest time that has mass in averages of the run, as far as this source tells."""
+
+    @property
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """Known pairs of step and time, growing."""
+
+    @property
+    def sigma_rel(self) -> float:
+        """The width that the average was tracked for; 0 without one."""
+
+    @property
+    def tensors(self) -> dict[str, fmt.TrackedTensor]:
+        """Role and own dtype of each stored tensor."""
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of tensors, each with the name that it is stored under."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the model's state that were not tracked."""
+
+    @property
+    def copies(self) -> list[str]:
+        """Names of the copied tensors."""
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averaged weights."""
+
+    @property
+    def measurements(self) -> Measurements | None:
+        """What was measured of it; None where it must be estimated."""
+
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """What reconstruction uses of it, with this profile where that is no power function."""
+
+
 class Source(Protocol):
     """A stored average: a snapshot or a checkpoint on disk, or a current average in memory."""
 
@@ -45,8 +112,8 @@ class Source(Protocol):
         """The file's name, or a description of an average in memory."""
 
     @property
-    def info(self) -> fmt.SnapshotInfo:
-        """The snapshot's header, or what it would be."""
+    def info(self) -> SourceInfo:
+        """What is known of it beside its tensors."""
 
     @property
     def profile(self) -> StoredProfile:
@@ -91,7 +158,7 @@ class Stored(Generic[_Info]):
 
 
 @dataclass(frozen=True)
-class FileSource(Stored[fmt.SnapshotInfo]):
+class FileSource(Stored[SourceInfo]):
     """A snapshot on disk, or another program's checkpoint."""
 
     @property
@@ -102,7 +169,12 @@ class FileSource(Stored[fmt.SnapshotInfo]):
     @property
     def profile(self) -> StoredProfile:
         """What its averages are of."""
-        return self.info.profile.pure
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that tell it from others: the checksum of its header."""
+        return self.header.metadata["ema.checksum"]
 
     @property
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
@@ -117,6 +189,8 @@ class FileSource(Stored[fmt.SnapshotInfo]):
 
 class Snapshot(FileSource):
     """A snapshot on disk."""
+
+    info: fmt.SnapshotInfo
 
     @property
     def profile(self) -> PowerFunction:
@@ -153,7 +227,7 @@ def _order(source: Source) -> tuple[float, float, bool]:
     return source.info.t, source.info.sigma_rel, isinstance(source.profile, Point)
 
 
-def run_clock(infos: Sequence[fmt.SnapshotInfo]) -> Clock:
+def run_clock(infos: Sequence[SourceInfo]) -> Clock:
     """The run's steps over its time, from all its snapshots' clocks; a MismatchError if two contradict each other."""
     pairs = sorted({pair for info in infos for pair in info.clock_pairs})
     for (step, t), (next_step, next_t) in pairwise(pairs):
@@ -172,10 +246,10 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     """
     on_disk = [source for source in sources if isinstance(source, FileSource)]
     ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
-    infos = [source.info for source in ordered]
+    averages = [source.info.average(source.profile) for source in ordered]
     if sampled := any(source.info.measurements is None for source in on_disk):
-        infos[: len(on_disk)] = with_sampled_measurements(on_disk)
-    prior = measured_prior([info.average(source.profile) for info, source in zip(infos, ordered, strict=True)])
+        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
+    prior = measured_prior(averages)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
 

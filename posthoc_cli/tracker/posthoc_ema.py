@@ -678,7 +678,7 @@ class PostHocEMA:
             chosen, _ = chosen_up_to(sources, last)
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
-            profiles = [source.info.profile.pure for source in chosen]
+            profiles = [source.profile for source in chosen]
             return Candidate(label, profiles, source_prior(chosen), self.settings.t_unit)
         schedule = self.settings.schedule
         every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20

@@ -37,10 +37,6 @@ REFUSED = {
     "--max-shard-size 1KB: is for a sharded output, and this layout is safetensors",
     "export model.safetensors --max-shard-size 1KB --out x.pt":
     "--max-shard-size 1KB: is for a sharded output, and this layout is pt",
-    "info run --prefix x": "--prefix x: is for checkpoints, and these are snapshots of a tracker",
-    "info run --sigma-rels 0.1": "--sigma-rels: is for checkpoints, and these are snapshots of a tracker",
-    "info run --update-every 0": "--update-every 0: must be a whole number, at least 1",
-    "info run --update-after-step -1": "--update-after-step -1: must be a whole number, at least 0",
     "report run --sweep run": "--sweep run: holds no sweep.json; name the folder of a sweep",
     "report run --sweep model.safetensors": "--sweep model.safetensors: is a file; name the folder of a sweep",
     "sweep run --run 'eval {weights}' --minimize --out model.safetensors":

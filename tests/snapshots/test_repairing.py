@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from snapshots.recorded import Walk, call_number, failing, new_tracker
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.checkpoints.imported import import_checkpoints
-from posthoc_cli.checkpoints.opening import disk_sources, open_checkpoints
+from posthoc_cli.checkpoints.importing import import_checkpoints
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import PowerFunction
@@ -346,7 +346,7 @@ def test_outputs_and_imports_remove_leftovers_an_hour_old(run: Path, tmp_path: P
         lambda: Run(run).write(0.15, tmp_path / "m.safetensors"),
         lambda: Run(run).write(0.15, tmp_path / "shards", layout="sharded"),
         lambda: export_file(tmp_path / "m.safetensors", tmp_path / "m.pt"),
-        lambda: import_checkpoints(open_checkpoints(tmp_path / "ck"), tmp_path / "imported"),
+        lambda: import_checkpoints(tmp_path / "ck", tmp_path / "imported", copy=True),
     )
     (tmp_path / "ck").mkdir()
     torch.save({"w": torch.ones(3)}, tmp_path / "ck" / "model-100.pt")
