@@ -32,7 +32,8 @@ from posthoc_cli.planning import relative_rounding
 from posthoc_cli.reconstruction import MOST_SOLVED, Prior, assumed_prior, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter
+from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter
 
 EVERY = 10
 """Updates from one snapshot to the next."""
@@ -143,7 +144,7 @@ def without_measurements(source: Path, target: Path) -> None:
         specs = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in snapshot.header.tensors.items()]
         metadata = snapshot_metadata(replace(snapshot.info, measurements=None))
         with (
-            TensorFile(snapshot.path) as file,
+            open_file(snapshot.path) as file,
             TensorFileWriter(target / snapshot.path.name, specs, metadata) as writer,
         ):
             for spec in specs:

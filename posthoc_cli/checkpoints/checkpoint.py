@@ -18,9 +18,8 @@ from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe_tensors
-from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot, run_clock
+from posthoc_cli.snapshots.sources import FileSource, Snapshot, run_clock
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
@@ -63,12 +62,6 @@ class Checkpoint(FileSource):
         if isinstance(self.profile, PowerFunction):
             return f"average of sigma_rel {self.info.sigma_rel:g}"
         return f"average tracked as sigma_rel {self.info.sigma_rel:g}, of its own profile"
-
-    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
-        """Open it; a FileFormatError if a file has changed since it was indexed."""
-        first = self.parts[0].boxes
-        is_whole = all(name in first and first[name].shape == entry.shape for name, entry in self.stored.items())
-        return self.parts[0].open() if boxes is None and is_whole else super().open(boxes)
 
 
 def make_checkpoint(

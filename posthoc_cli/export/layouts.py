@@ -44,7 +44,8 @@ from posthoc_cli.snapshots.outputs import (
     read_index,
     same_coefficients,
 )
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, verify_payload
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, TensorTile, TileWriter, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile

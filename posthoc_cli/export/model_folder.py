@@ -30,7 +30,8 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.layouts import OutputOptions, check_shape, check_space, converted
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
@@ -197,7 +198,7 @@ class ModelFolder:
                     writers[-1][file] = stack.enter_context(TensorFileWriter(path, specs, metadata))
             taken = tuple(name for name in entries if name not in known)
             for file, names in by_file.items():
-                with TensorFile(file) as source:
+                with open_file(file) as source:
                     for name in names:
                         if name not in known:
                             data = source.read(name).tobytes()

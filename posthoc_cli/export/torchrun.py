@@ -52,8 +52,9 @@ from posthoc_cli.snapshots.outputs import (
     output_difference,
     same_coefficients,
 )
+from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import read_header, read_small_file, verify_payload
+from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 from posthoc_cli.synthesis.engine import Progress
 from posthoc_cli.synthesis.plan import Plan
 

@@ -42,6 +42,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
+from posthoc_cli.snapshots.reading import in_order, open_file, worker_threads
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import (
     COPY,
@@ -51,7 +52,7 @@ from posthoc_cli.snapshots.states import (
     read_state,
     tensors_with,
 )
-from posthoc_cli.snapshots.tensor_file import TensorFile, check_payload, in_order, read_header, worker_threads
+from posthoc_cli.snapshots.tensor_file import read_header
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -362,7 +363,7 @@ def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
     damaged: dict[str, FileFormatError] = {}
     nonfinite: dict[str, None] = {}
     try:
-        with TensorFile(path) as file, closing(check_payload(file)) as found:
+        with open_file(path) as file, closing(file.check_payload()) as found:
             report = _described(FileReport(path, unit), file.header)
             for checked in found:
                 if checked.error is not None:

@@ -29,7 +29,8 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
-from posthoc_cli.snapshots.sources import Part, Snapshot
+from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_header
 
 log = logging.getLogger(__name__)

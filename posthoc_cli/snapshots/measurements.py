@@ -1,4 +1,4 @@
-"""Measurements, estimated where headers lack them.
+"""The prior of a reconstruction by the measurements of several sources, estimated where headers lack them.
 
 Measurements are estimated from a sample: the averages of a snapshot, one after the other by name, form a long vector,
 which is cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in
@@ -19,24 +19,74 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.profiles import Discrete, FloatArray, Point, StoredProfile
-from posthoc_cli.reconstruction import Distance, DistanceTo, Measurements, misfit
+from posthoc_cli.reconstruction import (
+    ASSUMED,
+    Distance,
+    DistanceTo,
+    Measurements,
+    Motion,
+    Prior,
+    measured_prior,
+    misfit,
+)
 from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import FileSource, Source, chosen_up_to
 from posthoc_cli.snapshots.tensor_file import decode_values
-
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
 
 log = logging.getLogger(__name__)
+
+
+def source_prior(sources: Sequence[Source]) -> Prior:
+    """The motion of the network and the rounding of each source, in their order.
+
+    If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
+    """
+    on_disk = [source for source in sources if isinstance(source, FileSource)]
+    ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
+    infos = [source.info for source in ordered]
+    if sampled := any(source.info.measurements is None for source in on_disk):
+        infos[: len(on_disk)] = with_sampled_measurements(on_disk)
+    prior = measured_prior([info.average(source.profile) for info, source in zip(infos, ordered, strict=True)])
+    place = {id(source): index for index, source in enumerate(ordered)}
+    return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """An earlier run scaled to another length, relative to its norm: the motion, None if too little is known.
+
+    `rounding` is the root mean square error of its stored averages by dtype, relative to their norm.
+    """
+
+    motion: Motion | None
+    rounding: dict[str, float]
+
+
+def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
+    """The snapshots of one run, scaled to a run of `steps`. Reads a sample if headers lack measurements."""
+    snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
+    prior = source_prior(snapshots)
+    times = np.array([snapshot.info.t for snapshot in snapshots])
+    norm = float(prior.norm[times == times.max()].mean())
+    known = prior.source != ASSUMED and norm > 0
+    motion = prior.stretched(steps, float(times.max()), norm) if known else None
+    found = defaultdict(list)
+    for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
+        stored = {snapshot.stored[name].dtype for name in snapshot.info.averages}
+        if prior.source != ASSUMED and len(stored) == 1 and rounding > 0 and squared > 0:
+            found[DTYPES[stored.pop()].torch_name].append(float(rounding / squared))
+    return EarlierRun(motion, {name: math.sqrt(float(np.mean(values))) for name, values in found.items()})
 
 
 def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) -> list[Measurements]:
@@ -229,11 +279,11 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
     return total
 
 
-def read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatArray:
+def read_values(file: TensorReader, name: str, begin: int, end: int) -> FloatArray:
     """The elements `begin` to `end` of a tensor as `decode_values` gives them, unverified: for estimates only."""
     dtype = file.header.tensors[name].dtype
     item = DTYPES[dtype].nbytes
-    return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
+    return decode_values(file.read_sample(name, begin * item, end * item), dtype)
 
 
 # --- a claim about other libraries' averages

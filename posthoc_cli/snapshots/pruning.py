@@ -32,8 +32,9 @@ from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory, remove_leftovers, remove_snapshot
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.sources import Snapshot, source_prior
-from posthoc_cli.snapshots.tensor_file import verify_payload
+from posthoc_cli.snapshots.measurements import source_prior
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.sources import Snapshot
 
 _ONE_BY_ONE = 128
 """Up to this number one snapshot goes between two solves; of more, several: single ones hardly matter."""

@@ -20,7 +20,8 @@ import torch
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.synthesis.plan import Plan
 
 MAX_BATCH = 1024
@@ -127,7 +128,7 @@ class _Batch:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def open_tile(source: OpenSnapshot | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
+def open_tile(source: TensorReader | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
     """Start reading a tile of an open source."""
     if isinstance(source, Mapping):
         return _MemoryTile(source, tile)
@@ -183,7 +184,7 @@ class _Room:
 
 
 class _FileRange:
-    def __init__(self, file: OpenSnapshot, piece: Piece) -> None:
+    def __init__(self, file: TensorReader, piece: Piece) -> None:
         self._dtype = file.header.tensors[piece.name].dtype
         self._size = ITEM_BYTES[self._dtype]
         self._range = file.read_range(piece.name, piece.begin * self._size, piece.end * self._size)
@@ -197,7 +198,7 @@ class _FileRange:
 class _FileBatch:
     """Small tensors of a file: those of one dtype are read and converted together, each is verified alone."""
 
-    def __init__(self, file: OpenSnapshot, tile: Tile) -> None:
+    def __init__(self, file: TensorReader, tile: Tile) -> None:
         self._file, self._tile = file, tile
         self._entries = [file.header.tensors[name] for name in tile.names]
 

@@ -29,9 +29,9 @@ from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, plan_repair, repair
-from posthoc_cli.snapshots.sources import source_prior
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 

@@ -28,8 +28,8 @@ from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.headers import decode_checksums
+from posthoc_cli.snapshots.reading import Part, open_file
 from posthoc_cli.snapshots.tensor_file import (
-    TensorFile,
     TensorFileWriter,
     read_header,
     read_small_file,
@@ -45,7 +45,7 @@ Small = Callable[[str], Path]
 
 def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(small: Small) -> None:
     path = small("snapshot")
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(FileFormatError, match=r"'b': the file became shorter"):
             file.read("b")
@@ -61,7 +61,7 @@ def test_a_file_that_shrinks_while_its_header_is_read_is_an_error(
 
 
 def read_tensor(path: Path) -> object:
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         return file.read("a")
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
     """One of the same size, whose header may carry the checksum of the other, wrongly."""
     path = small(kind)
     header = read_header(path)
-    TensorFile(path, header).close()
+    Part(path, header).open().close()
     start = path.read_bytes()
     other = bytearray(start.replace(b'"ema.t":"10.0"', b'"ema.t":"11.0"'))
     assert other != start
@@ -115,7 +115,7 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
     path.write_bytes(other)
     told = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
     with pytest.raises(FileFormatError, match=told):
-        TensorFile(path, header)
+        Part(path, header).open()
 
 
 def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> 
     path = write_pieces(tmp_path / "x.safetensors", size)
     digits = "".join(xxhash.xxh3_64_hexdigest(DATA[begin : begin + BLOCK]) for begin in range(0, SIZE, BLOCK))
     assert decode_checksums(path, read_header(path))["x"] == digits
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         assert [file.read(name).tobytes() for name in ("before", "x", "after")] == [b"abc", DATA, b"de"]
-        assert file.read_unverified("x", 4, 8).tobytes() == DATA[4:8]
-        assert file.read_unverified("x", 1, 1).size == 0
+        assert file.read_sample("x", 4, 8).tobytes() == DATA[4:8]
+        assert file.read_sample("x", 1, 1).size == 0
 
 
 @PIECES
@@ -191,7 +191,7 @@ def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begi
     path = write_pieces(tmp_path / "x.safetensors", 1000)
 
     def read() -> bytes:
-        with TensorFile(path) as file:
+        with open_file(path) as file:
             reader, found = file.read_range("x", begin, end), bytearray(end - begin)
             for piece in range(0, len(found), size):
                 reader.read_into(memoryview(found)[piece : piece + size])
@@ -249,7 +249,7 @@ def test_tensors_may_come_in_any_order(tmp_path: Path) -> None:
         writer.write("b", bytes(4))
         writer.write("a", bytearray(b"abcd"))
         writer.commit()
-    with TensorFile(tmp_path / "y") as file:
+    with open_file(tmp_path / "y") as file:
         assert file.read("a").tobytes() == b"abcd"
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
@@ -257,7 +257,7 @@ def test_tensors_may_come_in_any_order(tmp_path: Path) -> None:
 def test_a_model_without_tensors_is_a_file(tmp_path: Path) -> None:
     with TensorFileWriter(tmp_path / "x", [], {}) as writer:
         writer.commit()
-    with TensorFile(tmp_path / "x") as file:
+    with open_file(tmp_path / "x") as file:
         assert file.header.tensors == {}
 
 
@@ -333,7 +333,7 @@ def test_a_snapshot_is_never_replaced(tmp_path: Path) -> None:
 def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_path: Path) -> None:
     write(tmp_path / "x")
     before = (tmp_path / "x").stat().st_ino
-    with TensorFile(tmp_path / "x") as reader:
+    with open_file(tmp_path / "x") as reader:
         write(tmp_path / "x", overwrite=True)
         assert reader.read("a").tobytes() == b"abcd"
     assert (tmp_path / "x").stat().st_ino != before

@@ -30,15 +30,13 @@ from posthoc_cli.snapshots.check import Verification, list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule
 from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.reading import open_file, verify_payload
 from posthoc_cli.snapshots.tensor_file import (
-    TensorFile,
     TensorFileWriter,
-    check_payload,
     decode_values,
     holds_nonfinite,
     read_header,
     tensor_bytes,
-    verify_payload,
 )
 from posthoc_cli.synthesis.plan import plan_synthesis
 
@@ -145,17 +143,17 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     harm(path, harmed)
     with pytest.raises(FileFormatError, match=r"is damaged: its checksum"):
         verify_payload(path, read_header(path))
-    with TensorFile(path) as file:
-        assert {name for found in check_payload(file) for name in found.damaged} == set(harmed)
+    with open_file(path) as file:
+        assert {name for found in file.check_payload() for name in found.damaged} == set(harmed)
     assert "(and 3 tensors more)" in only_wrong(path)[1]
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_damaged_from_there_on(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1_000_000) for name in "abc"})
     header = read_header(path)
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         os.truncate(path, header.payload_start + header.tensors["b"].begin + 8)
-        found = list(check_payload(file))
+        found = list(file.check_payload())
     assert sum(checked.nbytes for checked in found) == 12_000_000
     assert {name for checked in found for name in checked.damaged} == {"b", "c"}
     assert all(checked.error.subject == str(path) if checked.error else not checked.damaged for checked in found)

@@ -19,8 +19,8 @@ from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
+from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.states import decode_state
-from posthoc_cli.snapshots.tensor_file import TensorFile
 from posthoc_cli.synthesis.plan import plan_synthesis
 from torture.tally import Tally
 
@@ -51,7 +51,7 @@ def examine(path: Path) -> Content:
 
 def _content(path: Path) -> Content:
     decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         kind = file_kind(file.header)
         if kind not in decoders:
             raise FileFormatError(path, f"its ema.format is {str(kind)[:40]!r}")
