@@ -283,17 +283,23 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
         from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.writing import Synthesis
+        from posthoc_cli.export.writing import Outputs
 
         plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
-        wanted, asked = as_targets(targets), OutputOptions(**options)
+        wanted = as_targets(targets)
+        outputs = Outputs.asked(wanted, None if out is None else str(out), dtype, OutputOptions(**options))
+        if outputs.options.like is not None:
+            outputs = outputs.like_folder(self.tensors)
+        plan = functools.partial(
+            self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype
+        )
+        if outputs.options.distributed:
+            from posthoc_cli.export.torchrun import Ranks
 
-        def planned(dtype: torch.dtype | str | None) -> Plan:
-            return self.plan(wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
-
-        path = None if out is None else str(out)
-        return Synthesis(planned, lambda: self.tensors, wanted, path, dtype, asked, progress).run()
+            with Ranks() as ranks:
+                return outputs.write_shards(ranks, ranks.together(plan), progress)
+        return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
 
     # --- errors
 

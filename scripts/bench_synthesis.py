@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from quiet_timing import Report
@@ -268,7 +269,8 @@ def planned(run: Path, targets: Sequence[float]) -> Plan:
 
 def nowhere(plan: Plan, device: str, workers: int | None = None) -> Iterable[object]:
     """The engine alone."""
-    return synthesize_into(plan, lambda _: [TileWriter()] * len(plan.targets), Options(device, workers))
+    nowhere = SimpleNamespace(open_tile=lambda _: TileWriter())
+    return synthesize_into(plan, [nowhere] * len(plan.targets), Options(device, workers))
 
 
 def exhaust(items: Iterable[object]) -> None:

@@ -18,7 +18,7 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "files", "progress", "dtypes", "profiles", "targets", "reconstruction", "planning",
+    "errors", "files", "resources", "progress", "dtypes", "profiles", "targets", "reconstruction", "planning",
     "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker", "averages", "integrations", "sweep",
     "report", "demo", "cli",
 )  # fmt: skip

@@ -31,11 +31,11 @@ from posthoc_cli.profiles.other_libraries import (
     posthoc_ema_profile,
     torchtitan_profile,
 )
-from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.measurements import check_update_every
+from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource, Source
 from posthoc_cli.snapshots.tensor_file import read_small_file
 
@@ -109,9 +109,9 @@ class Origin:
         self.refuse(names, "is for checkpoints, and these are snapshots of a tracker")
 
     @property
-    def selection(self) -> fmt.Selection:
+    def selection(self) -> Selection:
         """The choice of tensors by their names."""
-        return fmt.make_selection(False, self.include, self.exclude, "copy")
+        return make_selection(False, self.include, self.exclude, "copy")
 
 
 UNSPECIFIED = Origin()
@@ -274,7 +274,7 @@ def _selected(
 def _chosen(names: Collection[str], origin: Origin) -> set[str]:
     """Those names that `include` and `exclude` leave."""
     selection = origin.selection
-    fmt.check_globs(selection, names)
+    check_globs(selection, names)
     chosen = set(filter(selection.names, names))
     if not chosen:
         raise InvalidValueError("include and exclude", "leave no tensor of the model")

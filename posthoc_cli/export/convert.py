@@ -41,11 +41,11 @@ from posthoc_cli.snapshots.format import (
     SnapshotInfo,
     TensorSpec,
     output_metadata,
-    running_statistics,
 )
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
 from posthoc_cli.snapshots.reading import TensorReader, open_file
+from posthoc_cli.snapshots.selection import running_statistics
 from posthoc_cli.snapshots.tensor_file import read_header, tensor_from_bytes
 
 

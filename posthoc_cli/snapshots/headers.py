@@ -25,7 +25,8 @@ from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection, decode_sample
+from posthoc_cli.snapshots.format import decode_sample
+from posthoc_cli.snapshots.selection import BUFFERS, GLOBS, Selection
 
 T = TypeVar("T")
 

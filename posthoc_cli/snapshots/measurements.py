@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import numpy as np
 
@@ -37,7 +36,7 @@ from posthoc_cli.reconstruction import (
     misfit,
 )
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.reading import ElementRange, TensorReader
 from posthoc_cli.snapshots.sources import FileSource, Source, chosen_up_to
 from posthoc_cli.snapshots.tensor_file import decode_values
 
@@ -155,12 +154,6 @@ def _kind(snapshot: FileSource) -> tuple[float, bool]:
     return snapshot.info.sigma_rel, isinstance(snapshot.profile, Point)
 
 
-class _Range(NamedTuple):
-    name: str
-    begin: int
-    end: int
-
-
 @dataclass(frozen=True)
 class _Sample:
     """Values of the chosen elements of a snapshot, shape [elements]; `scale` is all elements / these."""
@@ -176,29 +169,29 @@ def _averaged(snapshot: FileSource) -> dict[str, int]:
     return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.info.averages)}
 
 
-def _sampled_ranges(snapshot: FileSource) -> list[_Range]:
+def _sampled_ranges(snapshot: FileSource) -> list[ElementRange]:
     """The elements to read in every snapshot of the run."""
     elements = _averaged(snapshot)
     total = sum(elements.values())
     if total <= MOST_ELEMENTS:
-        return [_Range(name, 0, count) for name, count in elements.items() if count]
+        return [ElementRange(name, 0, count) for name, count in elements.items() if count]
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
     chosen = np.sort(np.random.default_rng(int(snapshot.info.run_id, 16)).choice(runs, wanted, replace=False))
     names, ends = list(elements), list(accumulate(elements.values()))
     return [one for run in chosen for one in _ranges(names, ends, int(run) * RUN_ELEMENTS)]
 
 
-def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_Range]:
+def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[ElementRange]:
     """The run that begins at an element of the long vector, cut at the `ends` of tensors."""
     end, index = min(begin + RUN_ELEMENTS, ends[-1]), bisect_right(ends, begin)
     while begin < end:
         start, stop = ends[index - 1] if index else 0, min(end, ends[index])
         if begin < stop:
-            yield _Range(names[index], begin - start, stop - start)
+            yield ElementRange(names[index], begin - start, stop - start)
         begin, index = stop, index + 1
 
 
-def _read(snapshot: FileSource, ranges: Sequence[_Range]) -> _Sample:
+def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
     rounded = not isinstance(snapshot.profile, Point)  # a checkpoint is what the network was
     with snapshot.open() as file:

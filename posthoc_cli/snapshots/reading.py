@@ -70,6 +70,14 @@ class Part:
         return file
 
 
+class ElementRange(NamedTuple):
+    """The elements `begin` to `end` of a tensor, row-major."""
+
+    name: str
+    begin: int
+    end: int
+
+
 def open_file(path: Path) -> TensorReader:
     """A reader of the tensors of one file."""
     header = read_header(path)

@@ -40,18 +40,17 @@ from posthoc_cli.snapshots.directory import (
     list_directory,
     list_folder,
     newest_before,
-    on_schedule,
     read_folders,
     read_snapshot,
     remove_leftovers,
     remove_snapshot,
     set_aside,
     snapshot_path,
-    thin,
 )
 from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, encode_sample, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.pruning import on_schedule, thin
 from posthoc_cli.snapshots.reading import TensorReader, open_file
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes

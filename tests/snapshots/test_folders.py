@@ -32,8 +32,9 @@ from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe
-from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot, thin
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import BLOCK_BYTES
+from posthoc_cli.snapshots.pruning import thin
 from posthoc_cli.snapshots.repair import plan_repair, repair
 from posthoc_cli.synthesis.engine import Options, synthesize
 

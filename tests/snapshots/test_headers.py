@@ -23,10 +23,11 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
-from posthoc_cli.snapshots.format import Selection, TrackedTensor
+from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.headers import decode_header
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_from_bytes
 
 
