@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
@@ -22,7 +23,7 @@ from posthoc_cli.checkpoints.opening import (
     is_glob,
     open_checkpoints,
 )
-from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError, VanishedError
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -47,7 +48,7 @@ from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.measurements import EarlierRun, scaled_run, source_prior
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source, chosen_up_to, counted, run_clock
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from posthoc_cli.export.writing import SynthesisReport
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Planned = TypeVar("_Planned")
 
 Wanted = float | Target | Profile
 """An average: a sigma_rel, a target such as Beta(0.9999), or any object with `density` and `tail`."""
@@ -93,6 +99,28 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
     return weights
+
+
+ATTEMPTS = 100
+"""Plans at most; a training does not remove a snapshot between every two of them."""
+
+
+def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
+    """`use(make())`, repeated while snapshots of the plan vanish before they are open.
+
+    Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
+    removed, and all are opened before they are used.
+
+    Arguments:
+        make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
+        use: opens the snapshots of the plan; must leave nothing behind when it raises.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return use(make())
+        except VanishedError as error:
+            log.warning("%s; planning again with what is there", error)
+    return use(make())
 
 
 def _check_names(call: str, own: Sequence[str], given: Mapping[str, object], others: type[DataclassInstance]) -> None:

@@ -21,10 +21,11 @@ from posthoc_cli import run as run_module
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.synthesis import plan
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import evaluation
 
 

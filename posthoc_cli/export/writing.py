@@ -104,9 +104,10 @@ class Outputs:
     ) -> Outputs:
         """The outputs that a caller of `Run.write` asks for; an InvalidValueError says what cannot be."""
         _check(out, dtype, asked)
-        device = str(asked.device)
+        shard_bytes, device = asked.shard_bytes, str(asked.device)
         if asked.distributed and device == "cuda":  # each rank of a machine takes one of its own
             device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
+        device = "cpu" if asked.dry_run and device == "auto" else parse_device(device)
         layout = "sharded" if asked.distributed or asked.like is not None else asked.layout
         paths, container = ([], None) if out is None else output_paths(targets, out, layout)
         for path in paths if container is None else [container]:
@@ -114,8 +115,7 @@ class Outputs:
                 raise InvalidValueError("out", "its folder does not exist", value=path)
         for path in paths if asked.like is None else ():
             asked.check_layout(layout_of(path, layout))
-        device = "cpu" if asked.dry_run and device == "auto" else parse_device(device)
-        options = replace(asked, device=device, layout=layout, max_shard_size=asked.shard_bytes)
+        options = replace(asked, device=device, layout=layout, max_shard_size=shard_bytes)
         reason = AUTO_REASON if asked.device == "auto" else "asked for"
         if asked.dry_run:
             paths, container = [], None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -127,7 +128,7 @@ class TensorReader:
             reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
         return data
 
-    def read_range(self, name: str, begin: int, end: int) -> TensorRange:
+    def read_range(self, name: str, begin: int, end: int) -> FileRange | TensorRange:
         """The bytes `begin` to `end` of a tensor, complete elements, read in order; each block is verified."""
         return self._range(name, begin, end, is_verified=True)
 
@@ -159,12 +160,17 @@ class TensorReader:
             chunk = _as_dtype(np.frombuffer(rooms[name], np.uint8), stored, entry.dtype)
             copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [(file.box(name), _part_of(chunk))])
 
-    def _range(self, name: str, begin: int, end: int, is_verified: bool) -> TensorRange:
+    def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
         entry = self.header.tensors[name]
+        if self._is_single:
+            return FileRange(self._files[0], name, begin, is_verified)
         box = Box.whole(entry.shape) if self._boxes is None else self._boxes[name]
-        held = [(file.box(name), file) for file in self._files if file.holds(name)]
-        cursors = [(own, _Cursor(file, name, entry.dtype, is_verified)) for own, file in held if own.meet(box).size]
-        return TensorRange(box, entry.dtype, begin, end, cursors)
+        chunks = [(file.box(name), FileRange(file, name, 0, is_verified)) for file in self._files if file.holds(name)]
+        chunks = [(own, stored) for own, stored in chunks if own.meet(box).size]
+        if len(chunks) == 1 and chunks[0][0] == box and chunks[0][1].dtype == entry.dtype:
+            chunks[0][1].go_to(begin)
+            return chunks[0][1]
+        return TensorRange(box, entry.dtype, begin, end, chunks)
 
     def check_payload(self) -> Generator[Checked, None, None]:
         """Check every byte of one file, from the first to the last, on all cores; continue after damage."""
@@ -187,24 +193,20 @@ class TensorRange:
     What is read of a file is verified in the same pass, from the block that it begins in to the end of its last one.
     """
 
-    def __init__(self, box: Box, dtype: str, begin: int, end: int, chunks: Sequence[tuple[Box, _Cursor]]) -> None:
-        self._box, self._dtype, self._position, self._end, self._chunks = box, _items(dtype), begin, end, chunks
-        self._direct: _Cursor | None = None  # where bytes go to their place as they are stored
-        if len(chunks) == 1 and chunks[0][0] == box and chunks[0][1].stored == dtype:
-            self._direct = chunks[0][1]
-            self._direct.go_to(begin)
+    def __init__(self, box: Box, dtype: str, begin: int, end: int, chunks: Sequence[tuple[Box, FileRange]]) -> None:
+        self._box, self._dtype, self._position, self._end = box, _items(dtype), begin, end
+        self._stored = [stored for _, stored in chunks]
+        self._chunks = [(held, partial(stored.elements, dtype)) for held, stored in chunks]
 
     def read_into(self, view: memoryview) -> None:
         """Fill `view` with the bytes that come next."""
-        if self._direct is not None:
-            self._direct.read_into(view)
-        elif view:
-            chunks = [(held, cursor.elements) for held, cursor in self._chunks]
-            copy_range(np.frombuffer(view, self._dtype), self._box, self._position // self._dtype.itemsize, chunks)
+        if view:
+            first = self._position // self._dtype.itemsize
+            copy_range(np.frombuffer(view, self._dtype), self._box, first, self._chunks)
         self._position += len(view)
         if self._position == self._end:
-            for _, cursor in self._chunks:
-                cursor.finish()
+            for stored in self._stored:
+                stored.finish()
 
 
 class _File:
@@ -264,13 +266,13 @@ class _File:
         return FileFormatError(self._file.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
 
-class _Cursor:
-    """The bytes of one tensor in a file, read forwards; each block that is entered is read to its end and verified."""
+class FileRange:
+    """The bytes of one tensor in a file from `begin` on, read forwards; each block that is read is verified."""
 
-    def __init__(self, file: _File, name: str, wanted: str, is_verified: bool) -> None:
+    def __init__(self, file: _File, name: str, begin: int, is_verified: bool) -> None:
         entry = file.header.tensors[name]
-        self.stored, self._wanted, self._nbytes = entry.dtype, wanted, entry.nbytes
-        self._file, self._name, self._position = file, name, 0
+        self.dtype, self._nbytes = entry.dtype, entry.nbytes
+        self._file, self._name, self._position = file, name, begin
         self._is_verified = is_verified and file.checksum(name, 0) is not None
         self._hash = xxhash.xxh3_64()
 
@@ -307,13 +309,13 @@ class _Cursor:
         if self._is_verified:
             self._skip_to(min(self._nbytes, -(-self._position // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES))
 
-    def elements(self, begin: int, end: int) -> npt.NDArray[Any]:
-        """Elements of the tensor, in the dtype that is wanted; see `chunks.ForwardReader`."""
-        item = DTYPES[self.stored].nbytes
+    def elements(self, wanted: str, begin: int, end: int) -> npt.NDArray[Any]:
+        """Elements of the tensor in a dtype that holds them exactly; see `chunks.ForwardReader`."""
+        item = DTYPES[self.dtype].nbytes
         self.go_to(begin * item)
         data = np.empty((end - begin) * item, dtype=np.uint8)
         self.read_into(data.data)
-        return _as_dtype(data, self.stored, self._wanted)
+        return _as_dtype(data, self.dtype, wanted)
 
     def _skip_to(self, end: int) -> None:
         while self._position < end:
