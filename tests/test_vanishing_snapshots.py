@@ -24,7 +24,6 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.synthesis import plan
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import evaluation
 
@@ -68,7 +67,7 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
         assert with_consistent_plan(make, use) is plans[2]
     assert [len(plan.sources) for plan in plans] == [20, 19, 18]
     assert sum("planning again" in record.getMessage() for record in caplog.records) == 2
-    monkeypatch.setattr(plan, "ATTEMPTS", 5)
+    monkeypatch.setattr(run_module, "ATTEMPTS", 5)
     with pytest.raises(VanishedError, match="no such file"):
         with_consistent_plan(make, use)
 

@@ -17,6 +17,7 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots, checked_run, make_checkpoint
+from posthoc_cli.checkpoints.claims import check_update_every
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
 from posthoc_cli.checkpoints.imported import KIND, read_imported
 from posthoc_cli.checkpoints.steps import Reading, read_name, read_number
@@ -34,7 +35,6 @@ from posthoc_cli.profiles.other_libraries import (
 from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.headers import parse_json
-from posthoc_cli.snapshots.measurements import check_update_every
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource, Source
 from posthoc_cli.snapshots.tensor_file import read_small_file
