@@ -42,7 +42,7 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import Verification, list_contents, verify
+from posthoc_cli.snapshots.check import Verification, take_inventory, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
@@ -529,14 +529,14 @@ def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
         DirectoryError: there is nothing to verify.
     """
     try:
-        contents = list_contents(path)
+        inventory = take_inventory(path)
     except DirectoryError as error:
         if not holds_checkpoints(path):
             raise
         reason = "holds checkpoints of other programs, which have no checksums"
         raise DirectoryError(path, reason, "an import writes copies that have") from error
-    with progress("verifying", contents.listed_bytes) as advance:
-        return verify(contents, advance)
+    with progress("verifying", inventory.listed_bytes) as advance:
+        return verify(inventory, advance)
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

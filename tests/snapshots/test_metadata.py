@@ -126,7 +126,7 @@ SNAPSHOT = {
         ("[]", "must be a list of numbers"), ("[true]", "must be a list of numbers"),
     ],
     "ema.clock": [
-        ("[4,10]", "must be a list of pairs of a step and its time"), ("[[4,4.5,1],[10,10]]", "must be a list of pairs"),
+        ("[4,10]", "must be a list of pairs of a step and its time"), ("[[4,4.5,1],[10,10]]", "must be a list"),
         *((f"[[{pair}],[10,10]]", "ema.clock")
           for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "4,1" + "0" * 400, "-1,0.5", f"1{'0' * 400},4.5")),
         ("[[4,NaN],[10,10]]", "NaN is not JSON"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000"),

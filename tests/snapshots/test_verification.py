@@ -26,7 +26,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.check import Verification, list_contents, verify
+from posthoc_cli.snapshots.check import Verification, take_inventory, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule
 from posthoc_cli.snapshots.outputs import INDEX_NAME
@@ -63,7 +63,7 @@ def synthesize(run: Path, sigma_rel: float, out: Path) -> Path:
 
 def verified(path: Path) -> Verification:
     told: list[int] = []
-    found = verify(list_contents(path), told.append)
+    found = verify(take_inventory(path), told.append)
     assert sum(told) == found.nbytes
     return found
 
@@ -485,7 +485,7 @@ def test_links_to_snapshots_elsewhere_are_read_and_folders_of_others_passed_over
 
 
 def test_what_a_training_thins_away_meanwhile_is_no_error(run: Path) -> None:
-    listed, gone = list_contents(run), snapshot_files(run)[0]
+    listed, gone = take_inventory(run), snapshot_files(run)[0]
     gone.unlink()
     found = verify(listed)
     assert found.is_fine
@@ -516,9 +516,9 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path, suffix: str) -> None:
     path.parent.mkdir()
     path.write_bytes(b"\x80\x04cposix\nsystem\n")
     with pytest.raises(InvalidValueError, match=r"has no checksums, and no pickle is opened here; name a snapshot dir"):
-        list_contents(path)
+        take_inventory(path)
     with pytest.raises(DirectoryError, match="no pickle is opened here"):
-        list_contents(path.parent)
+        take_inventory(path.parent)
     shutil.copy(path, run)
     assert "1 pickled files (.pt and the like)" in notes(run)[0]
 
@@ -527,7 +527,7 @@ def test_nothing_to_verify(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, told in (("empty", "holds no snapshots, outputs or states; name"), ("absent", "no such file or dir")):
         with pytest.raises(DirectoryError, match=told):
-            list_contents(tmp_path / name)
+            take_inventory(tmp_path / name)
     (tmp_path / "text").write_text("hello")
     assert only_wrong(tmp_path / "text")[0] == "damaged"
 
