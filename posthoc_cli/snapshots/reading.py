@@ -135,7 +135,10 @@ class TensorReader:
     def read_sample(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin]."""
         data = np.empty(end - begin, dtype=np.uint8)
-        self._range(name, begin, end, is_verified=False).read_into(data.data)
+        if self._is_single:
+            self._files[0].fill(name, data.data, begin)
+        else:
+            self._range(name, begin, end, is_verified=False).read_into(data.data)
         return data
 
     def read_small(self, names: Sequence[str], views: Sequence[memoryview], room: memoryview | None = None) -> None:
