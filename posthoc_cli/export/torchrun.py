@@ -25,7 +25,6 @@ import xxhash
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -54,7 +53,7 @@ from posthoc_cli.snapshots.outputs import (
     same_coefficients,
 )
 from posthoc_cli.snapshots.reading import verify_payload
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 from posthoc_cli.synthesis.engine import Progress
 from posthoc_cli.synthesis.plan import Plan
@@ -199,9 +198,9 @@ def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
     info, checksums = plan.output_info(target), []
     for source in (source for source, row in zip(plan.sources, columns, strict=True) if row.any()):
-        if not isinstance(source, Snapshot | Checkpoint):
+        if not isinstance(source, FileSource):
             raise InvalidValueError("distributed", f"{source.name} is in memory; shards are made from files")
-        checksums.append(source.header.metadata["ema.checksum"])
+        checksums.append(source.identity)
     facts = [
         fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
         checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,

@@ -72,7 +72,7 @@ class StoredSnapshot:
     @classmethod
     def of(cls, snapshot: Snapshot) -> StoredSnapshot:
         """The same of a snapshot that was read."""
-        return cls(snapshot.path, snapshot.info, snapshot.header.metadata["ema.checksum"])
+        return cls(snapshot.path, snapshot.info, snapshot.identity)
 
 
 # --- listing and reading a directory

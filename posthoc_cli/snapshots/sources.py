@@ -85,6 +85,11 @@ class FileSource(Stored[fmt.SnapshotInfo]):
         """Dtype, shape and place of each stored tensor."""
         return self.header.tensors
 
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits by which it differs from others of the same time."""
+        return self.header.metadata["ema.checksum"]
+
     def cells(self, name: str) -> int:
         """The number of chunks that rows of a tensor go through; 0 where it is in one file."""
         boxes = [part.boxes[name] for part in self.parts if name in part.boxes and part.boxes[name].size]

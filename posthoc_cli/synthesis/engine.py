@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import FileSource, Snapshot
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
@@ -415,7 +415,7 @@ class Maker:
         A snapshot has none: its tracker refused it.
         """
         for source, opened in zip(self.plan.sources, self._opened, strict=True):
-            if not isinstance(source, Checkpoint):
+            if isinstance(source, Snapshot) or not isinstance(source, FileSource):
                 continue
             reader = open_tile(opened, tile)
             for begin, end in tile.steps(self._chunk):

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.snapshots.format import BLOCK_BYTES
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.synthesis.plan import Plan
 
 MAX_BATCH = 1024
@@ -91,9 +90,7 @@ def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dty
         count, stored = math.prod(plan.newest.stored[name].shape), sum(sizes)
         if count > chunk:
             block = BLOCK_BYTES // min(ITEM_BYTES[made], *sizes)
-            cells = max(
-                source.cells(name) if isinstance(source, Snapshot | Checkpoint) else 0 for source in plan.sources
-            )
+            cells = max(source.cells(name) if isinstance(source, FileSource) else 0 for source in plan.sources)
             step = block * max(1, round((tile_elements or block) / block), PARTED_BLOCKS * cells)
             for begin in range(0, count, step):
                 end = min(begin + step, count)
