@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby, islice, pairwise
+from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -129,7 +129,7 @@ class TensorReader:
         return data
 
     def read_range(self, name: str, begin: int, end: int) -> FileRange | TensorRange:
-        """The bytes `begin` to `end` of a tensor, complete elements, read in order; each block is verified."""
+        """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order; each block is verified."""
         return self._range(name, begin, end, is_verified=True)
 
     def read_sample(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
@@ -155,12 +155,14 @@ class TensorReader:
 
     def _read_chunks(self, file: _File, views: Mapping[str, memoryview]) -> None:
         """Read the chunks that a part holds, and copy their elements to their places in complete tensors."""
-        sizes = {name: file.header.tensors[name].nbytes for name in views}
-        rooms = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
-        file.read_small(list(views), list(rooms.values()))
-        for name, view in views.items():
+        edges = [0, *accumulate(file.header.tensors[name].nbytes for name in views)]
+        room = np.empty(edges[-1], np.uint8)
+        parts = [room[begin:end] for begin, end in pairwise(edges)]
+        if views:
+            file.read_small(list(views), [part.data for part in parts], room.data)
+        for (name, view), part in zip(views.items(), parts, strict=True):
             entry, stored = self.header.tensors[name], file.header.tensors[name].dtype
-            chunk = _as_dtype(np.frombuffer(rooms[name], np.uint8), stored, entry.dtype)
+            chunk = _as_dtype(part, stored, entry.dtype)
             copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [(file.box(name), _part_of(chunk))])
 
     def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
