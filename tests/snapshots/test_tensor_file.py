@@ -9,8 +9,9 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.headers import decode_checksums
-from posthoc_cli.snapshots.reading import Part, open_file
+from posthoc_cli.snapshots.reading import Part, TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import (
     TensorFileWriter,
     read_header,
@@ -209,6 +210,33 @@ def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begi
         else:
             assert read() == DATA[begin:end]
         whole[start + position] ^= 1
+
+
+class Elsewhere(Part):
+    """A file that is not on this machine, and is read by ranges of bytes."""
+
+    def open(self) -> Any:
+        data = self.path.read_bytes()
+
+        def read_into(view: memoryview, offset: int) -> int:
+            found = data[offset : offset + len(view)]
+            view[: len(found)] = found
+            return len(found)
+
+        return nullcontext(SimpleNamespace(path=self.path, read_into=read_into))
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_a_reader_asks_for_ranges_of_bytes_alone(tmp_path: Path) -> None:
+    path = write_pieces(tmp_path / "x.safetensors", 1000)
+    header = read_header(path)
+    with TensorReader(path, header, (Elsewhere(path, header),)) as file:
+        assert file.read("x").tobytes() == DATA
+    path.write_bytes(path.read_bytes()[:-3])
+    with TensorReader(path, header, (Elsewhere(path, header),)) as file:
+        assert file.read("before").tobytes() == b"abc"
+        with pytest.raises(FileFormatError, match="'x': the file became shorter"):
+            file.read("x")
 
 
 # --- writing
