@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
@@ -20,7 +21,7 @@ from posthoc_cli.checkpoints.opening import (
     is_glob,
     open_checkpoints,
 )
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -39,22 +40,13 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, list_contents, verify
+from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, take_inventory, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.sources import (
-    EarlierRun,
-    FileSource,
-    Snapshot,
-    Source,
-    chosen_up_to,
-    counted,
-    run_clock,
-    scaled_run,
-    source_prior,
-)
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.snapshots.measurements import EarlierRun, scaled_run, source_prior
+from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source, chosen_up_to, counted, run_clock
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -63,6 +55,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from posthoc_cli.export.writing import SynthesisReport
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Planned = TypeVar("_Planned")
 
 Wanted = float | Target | Profile
 """An average: a sigma_rel, a target such as Beta(0.9999), or any object with `density` and `tail`."""
@@ -100,6 +97,28 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
     return weights
+
+
+ATTEMPTS = 100
+"""Plans at most; a training does not remove a snapshot between every two of them."""
+
+
+def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
+    """`use(make())`, repeated while snapshots of the plan vanish before they are open.
+
+    Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
+    removed, and all are opened before they are used.
+
+    Arguments:
+        make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
+        use: opens the snapshots of the plan; must leave nothing behind when it raises.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return use(make())
+        except VanishedError as error:
+            log.warning("%s; planning again with what is there", error)
+    return use(make())
 
 
 def _check_names(call: str, own: Sequence[str], given: Mapping[str, object], others: type[DataclassInstance]) -> None:
@@ -277,17 +296,23 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
         from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.writing import Synthesis
+        from posthoc_cli.export.writing import Outputs
 
         plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
-        wanted, asked = as_targets(targets), OutputOptions(**options)
+        wanted = as_targets(targets)
+        outputs = Outputs.asked(wanted, None if out is None else str(out), dtype, OutputOptions(**options))
+        if outputs.options.like is not None:
+            outputs = outputs.like_folder(self.tensors)
+        plan = functools.partial(
+            self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype
+        )
+        if outputs.options.distributed:
+            from posthoc_cli.export.torchrun import Ranks
 
-        def planned(dtype: torch.dtype | str | None) -> Plan:
-            return self.plan(wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
-
-        path = None if out is None else str(out)
-        return Synthesis(planned, lambda: self.tensors, wanted, path, dtype, asked, progress).run()
+            with Ranks() as ranks:
+                return outputs.write_shards(ranks, ranks.together(plan), progress)
+        return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
 
     # --- errors
 
@@ -493,14 +518,14 @@ def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
     if is_import(path):
         return _check_import(read_manifest(path))
     try:
-        contents = list_contents(path)
+        inventory = take_inventory(path)
     except DirectoryError as error:
         if not holds_checkpoints(path):
             raise
         reason = "holds checkpoints of other programs, which have no checksums"
         raise DirectoryError(path, reason, "an import with copies has some") from error
-    with progress("verifying", contents.listed_bytes) as advance:
-        return verify(contents, advance)
+    with progress("verifying", inventory.listed_bytes) as advance:
+        return verify(inventory, advance)
 
 
 def _check_import(manifest: Manifest) -> Verification:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from compare_peers import ema_pytorch, posthoc_ema
@@ -150,7 +151,8 @@ def planned(run: Path, targets: Sequence[float]) -> Plan:
 
 def nowhere(plan: Plan, device: str, workers: int | None = None) -> Iterable[object]:
     """The engine alone."""
-    return synthesize_into(plan, lambda _: [TileWriter()] * len(plan.targets), Options(device, workers))
+    nowhere = SimpleNamespace(open_tile=lambda _: TileWriter())
+    return synthesize_into(plan, [nowhere] * len(plan.targets), Options(device, workers))
 
 
 def exhaust(items: Iterable[object]) -> None:

@@ -27,9 +27,8 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe_tensors
-from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot, by_time, run_clock
+from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
@@ -133,12 +132,6 @@ class Checkpoint(FileSource):
             return super().identity
         identities = {part.path: part.identity for part in self.parts if isinstance(part, ForeignPart)}
         return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
-
-    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
-        """Open it; a FileFormatError if a file has changed since it was indexed."""
-        first = self.parts[0].boxes
-        is_whole = all(name in first and first[name].shape == entry.shape for name, entry in self.stored.items())
-        return self.parts[0].open() if boxes is None and is_whole else super().open(boxes)
 
 
 def make_checkpoint(

@@ -19,7 +19,7 @@ from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.sources import Part
+from posthoc_cli.snapshots.reading import Part
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, holds_nonfinite, read_header
 
 KIND = "checkpoint"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, make_checkpoint
+from posthoc_cli.checkpoints.claims import check_update_every
 from posthoc_cli.checkpoints.layouts import FoundChunk, IndexedCheckpoint
 from posthoc_cli.checkpoints.steps import checked_step, step_of
 from posthoc_cli.checkpoints.tensor_files import names_in
@@ -29,8 +30,7 @@ from posthoc_cli.profiles.other_libraries import (
     posthoc_ema_profile,
     torchtitan_profile,
 )
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.measurements import check_update_every
+from posthoc_cli.snapshots.selection import check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource
 
 Tensors = Mapping[str, Callable[[], list[FoundChunk]]]
@@ -79,7 +79,7 @@ class Settings:
         if groups != 1:
             reason = r"must have one group, for the step, such as 'step(\d+)'"
             raise InvalidValueError("step_from", reason, value=self.step_from or "")
-        selection = fmt.make_selection(False, self.include, self.exclude, "copy")
+        selection = make_selection(False, self.include, self.exclude, "copy")
         plain = {"include": selection.include, "exclude": selection.exclude, "sigma_rels": tuple(self.sigma_rels)}
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -92,8 +92,8 @@ class Settings:
 
     def chosen(self, found: Tensors, but: Collection[str] = ()) -> Tensors:
         """The tensors that `include` and `exclude` leave, without those named in `but`."""
-        selection = fmt.make_selection(False, self.include, self.exclude, "copy")
-        fmt.check_globs(selection, found)
+        selection = make_selection(False, self.include, self.exclude, "copy")
+        check_globs(selection, found)
         chosen = {name: find for name, find in found.items() if selection.names(name) and name not in but}
         if not chosen:
             raise InvalidValueError("include and exclude", "leave no tensor of the model")

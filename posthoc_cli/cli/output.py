@@ -101,7 +101,7 @@ def print_note(text: str) -> None:
 
 def warn_of_statistics(copies: Iterable[str]) -> None:
     """Say on stderr what to do about the running statistics among the names of copies."""
-    from posthoc_cli.snapshots.format import statistics_notice
+    from posthoc_cli.snapshots.selection import statistics_notice
 
     if notice := statistics_notice(copies):
         print_note(f"ema: warning: {notice}")

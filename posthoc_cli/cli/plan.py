@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from typer import Option
 
-from posthoc_cli import files
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def plan(
     task = Task(
         steps=values.parse_count(steps, "--steps"),
         parameters=values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
-        max_bytes=files.parse_bytes(max_size, "--max-size"),
+        max_bytes=resources.parse_bytes(max_size, "--max-size"),
         sigma_range=values.parse_sigma_range(sigma_range),
         max_error=values.parse_max_error(max_error),
         sigma_rels=None if widths is None else tuple(sorted(widths)),

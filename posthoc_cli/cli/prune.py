@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from typer import Option
 
-from posthoc_cli import files
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
@@ -42,7 +42,7 @@ def prune(
     if [keep, max_size, max_error].count(None) != 2:
         raise InvalidValueError("--keep, --max-size and --max-error", "give one of them")
     count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
-    max_bytes = values.optional(files.parse_bytes, max_size, "--max-size")
+    max_bytes = values.optional(resources.parse_bytes, max_size, "--max-size")
     error = values.optional(values.parse_max_error, max_error)
     wanted = values.parse_sigma_range(sigma_range)
     directory = values.existing(directory, directory=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from typer import Option
 
-from posthoc_cli import files
+from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
@@ -149,7 +149,7 @@ def sweep(
     report = Sweep(
         stored, run, Metric() if metric is None else Metric.parse(metric), out,
         axis=axis, minimize=minimize, repeats=repeats, budget=budget,
-        jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
+        jobs=jobs, timeout=timeout, disk=values.optional(resources.parse_bytes, disk, "--disk"),
         raw=None if raw is None else files.expanded(raw), t=t,
         guide=None if guide is None else Run(values.existing_run(guide)),
         guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),

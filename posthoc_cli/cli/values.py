@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from typer import Argument, Option
 
-from posthoc_cli import files, targets
+from posthoc_cli import files, resources, targets
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.targets import FORMS, SigmaRel, Target, parse_numbers
 
@@ -104,11 +104,11 @@ _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
     """A whole number from 1.2e9, 1.2B, 350M or 350,000,000."""
-    value = files.parse_amount(text, _COUNTS)
+    value = resources.parse_amount(text, _COUNTS)
     if value is None or value != value.to_integral_value():
         raise bad(option, text, f"must be a whole number, at least 1, such as {example}")
-    if value > files.MOST:
-        raise bad(option, text, f"must be at most {files.MOST:,}")
+    if value > resources.MOST:
+        raise bad(option, text, f"must be at most {resources.MOST:,}")
     return int(value)
 
 

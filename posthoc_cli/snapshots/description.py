@@ -15,9 +15,10 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, statistics_notice
+from posthoc_cli.snapshots.format import FileHeader
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
+from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
 from posthoc_cli.snapshots.states import StoredState, decode_state, is_state_folder, read_state
 from posthoc_cli.snapshots.tensor_file import read_header

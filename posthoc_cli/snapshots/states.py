@@ -33,7 +33,8 @@ from posthoc_cli.snapshots.headers import (
     is_number,
     is_whole,
 )
-from posthoc_cli.snapshots.sources import Part, Stored
+from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.sources import Stored
 from posthoc_cli.snapshots.tensor_file import read_header
 
 COPY = "copy"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.format import statistics_notice
+from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.sweep.axes import Axis, good_range
 from posthoc_cli.sweep.results import Record, SweepReport
 from posthoc_cli.sweep.rounds import Search, check_counts

@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError, percent, shown
+from posthoc_cli.errors import InexactError, InvalidValueError, percent, shown
 from posthoc_cli.planning import Candidate, check_max_error, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, running_statistics
-from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
+from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor
+from posthoc_cli.snapshots.measurements import source_prior
+from posthoc_cli.snapshots.selection import running_statistics
+from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock
 from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:
@@ -383,28 +385,3 @@ def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
         f", if {candidate.assumption}" if candidate.assumption else "",
         f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",
     )
-
-
-ATTEMPTS = 100
-"""Plans at most; a training does not remove a snapshot between every two of them."""
-
-_T = TypeVar("_T")
-_Planned = TypeVar("_Planned")
-
-
-def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
-    """`use(make())`, repeated while snapshots of the plan vanish before they are open.
-
-    Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
-    removed, and all are opened before they are used.
-
-    Arguments:
-        make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
-        use: opens the snapshots of the plan; must leave nothing behind when it raises.
-    """
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return use(make())
-        except VanishedError as error:
-            log.warning("%s; planning again with what is there", error)
-    return use(make())

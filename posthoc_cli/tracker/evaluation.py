@@ -22,13 +22,14 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.errors import FileFormatError, ModelMismatchError, NotReadyError, VanishedError
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.run import Wanted, Weights, make_weights
+from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.synthesis.engine import synthesize
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
 from posthoc_cli.tracker.model_weights import check_weights
@@ -343,7 +344,7 @@ class _Boxes:
         entries = self.snapshot.stored
         return {name: TensorSpec(name, entries[name].dtype, box.shape) for name, box in self.boxes.items()}
 
-    def open(self) -> AbstractContextManager[OpenSnapshot]:
+    def open(self) -> AbstractContextManager[TensorReader]:
         return self.snapshot.open(self.boxes)
 
 

@@ -15,8 +15,9 @@ from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
-from posthoc_cli.snapshots.format import Selection, TrackedTensor, encode_sample, running_statistics
+from posthoc_cli.snapshots.format import TrackedTensor, encode_sample
 from posthoc_cli.snapshots.path import index_within, places
+from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker.averages import Sampler, on_host_in_order
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child

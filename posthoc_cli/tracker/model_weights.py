@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from itertools import chain, islice, pairwise
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from posthoc_cli.dtypes import DTYPES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
-from posthoc_cli.snapshots.format import running_statistics, statistics_notice
+from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
@@ -259,7 +259,7 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
     room = check_device(device)
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
-    for _ in synthesize_into(plan, lambda tile: [_Fitting(tile, dtypes, plan.names)]):
+    for _ in synthesize_into(plan, [_Fits(dtypes)]):
         pass
     made = synthesize(plan)
     with torch.inference_mode(False):
@@ -287,20 +287,28 @@ def fill(
         )
 
 
-class _Fitting(TileWriter):
-    """Drops results after a check that the model's tensors can hold them."""
+class _Fits:
+    """Drops results after a check that the model's tensors, of these dtypes if there are any, can hold them."""
 
-    def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype], names: Mapping[str, Sequence[str]]) -> None:
-        self._pieces = [
+    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._dtypes = dtypes
+
+    def open_tile(self, tile: Tile) -> TileWriter:
+        return _Fitting(tile, self._dtypes)
+
+
+class _Fitting(TileWriter):
+    def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._ranges = [
             (name, dtypes[name], start, end)
-            for piece, (start, end) in zip(tile.pieces, pairwise(tile.bounds), strict=True)
-            for name in names[piece.name]
+            for own, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True)
+            for name in tile.aliases[own]
             if dtypes and dtypes[name] != torch_dtype(tile.dtype)
         ]
 
     def write(self, begin: int, values: torch.Tensor) -> None:
         """Check the values instead of writing them."""
-        for name, dtype, start, end in self._pieces:
+        for name, dtype, start, end in self._ranges:
             check_fits(name, values[max(0, start - begin) : max(0, end - begin)], dtype)
 
 

@@ -27,14 +27,15 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Run, Wanted, Weights
+from posthoc_cli.run import Run, Wanted, Weights, with_consistent_plan
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
-from posthoc_cli.snapshots.format import Selection, check_globs, make_selection
-from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to, source_prior
+from posthoc_cli.snapshots.measurements import source_prior
+from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
+from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered

@@ -20,7 +20,8 @@ from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import Selection, TrackingSchedule
+from posthoc_cli.snapshots.format import TrackingSchedule
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.tracker.names import is_fsdp, named_modules, wrapped_child
 
 log = logging.getLogger(__name__)

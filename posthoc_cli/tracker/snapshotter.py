@@ -40,20 +40,20 @@ from posthoc_cli.snapshots.directory import (
     list_directory,
     list_folder,
     newest_before,
-    on_schedule,
     read_folders,
     read_snapshot,
     remove_leftovers,
     remove_snapshot,
     set_aside,
     snapshot_path,
-    thin,
 )
 from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, encode_sample, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
+from posthoc_cli.snapshots.pruning import on_schedule, thin
+from posthoc_cli.snapshots.reading import TensorReader, open_file
+from posthoc_cli.snapshots.sources import Snapshot, Source
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Sampler, on_host, on_host_in_order
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
@@ -622,7 +622,7 @@ class _EarlierFiles(ExitStack):
     def __init__(self, snapshots: Sequence[StoredSnapshot], boxes: Mapping[str, Box]) -> None:
         super().__init__()
         self._snapshots, self._boxes = snapshots, boxes
-        self._files: dict[int, OpenSnapshot] = {}
+        self._files: dict[int, TensorReader] = {}
 
     def __enter__(self) -> _EarlierFiles:
         for index, snapshot in enumerate(self._snapshots):
@@ -631,9 +631,9 @@ class _EarlierFiles(ExitStack):
                 self.callback(file.close)
         return self
 
-    def _opened(self, snapshot: StoredSnapshot) -> OpenSnapshot:
+    def _opened(self, snapshot: StoredSnapshot) -> TensorReader:
         if snapshot.info.part is not None or not (self._boxes or snapshot.path.is_dir()):
-            file: OpenSnapshot = TensorFile(snapshot.path)
+            file = open_file(snapshot.path)
             checksum = file.header.metadata.get("ema.checksum")
         else:
             found = read_snapshot(snapshot.path)

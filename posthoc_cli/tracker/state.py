@@ -38,7 +38,8 @@ from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.path import Found, find, path_of
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.states import StateInfo, StatePart, decode_state, recent_prefix, total_prefix
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import (
@@ -330,7 +331,7 @@ def open_state(path: Path, tracked: TrackedModel | None = None) -> Iterator[dict
 class _StoredTensors(Mapping[str, torch.Tensor]):
     """Tensors of one kind in a state, by the model's names; each is read and verified when it is used."""
 
-    def __init__(self, file: OpenSnapshot, names: Mapping[str, str]) -> None:
+    def __init__(self, file: TensorReader, names: Mapping[str, str]) -> None:
         self._file, self._names = file, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -343,7 +344,7 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def read_tensor(file: OpenSnapshot, name: str) -> torch.Tensor:
+def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
     """A tensor of a file, verified."""
     entry = file.header.tensors[name]
     return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)

@@ -27,9 +27,9 @@ from posthoc_cli.snapshots.directory import (
     read_directory,
     set_aside,
     snapshot_path,
-    thin,
 )
 from posthoc_cli.snapshots.measurements import with_sampled_measurements
+from posthoc_cli.snapshots.pruning import thin
 
 W = {"w": torch.ones(2, 3)}
 

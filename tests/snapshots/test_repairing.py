@@ -26,22 +26,22 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct, thinned_subset
 from posthoc_cli.snapshots import sources
-from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.check import take_inventory, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, plan_repair, repair
-from posthoc_cli.snapshots.sources import source_prior
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 
 def planned(run: Path) -> Repair:
-    return plan_repair(verify(list_contents(run)))
+    return plan_repair(verify(take_inventory(run)))
 
 
 def is_whole(run: Path, snapshots: int) -> bool:
     """Whether everything is fine, with so many snapshots."""
-    found = verify(list_contents(run))
+    found = verify(take_inventory(run))
     return found.is_fine and len(found.snapshots) == snapshots
 
 
@@ -79,7 +79,7 @@ def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model, step=PostHocEMA.from_path(run).step) as tracker:
         walk.train(tracker, 20)
-    found = verify(list_contents(run))
+    found = verify(take_inventory(run))
     assert found.is_fine, found
     assert max(s.info.t for s in found.snapshots) >= 70
 
@@ -169,7 +169,7 @@ def test_states_outputs_and_what_is_no_file_go_too_and_contradictions_stay(run: 
     (run / "copy.safetensors").unlink()
     (run / "stranger.safetensors").unlink()
     assert is_whole(run, 12)
-    assert verify(list_contents(run)).notes == ("4 in damaged/, where a repair has moved them; not read",)
+    assert verify(take_inventory(run)).notes == ("4 in damaged/, where a repair has moved them; not read",)
 
 
 def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
@@ -332,9 +332,9 @@ def test_the_next_writer_removes_leftovers_that_are_still(
     for name in (".ema-4.tmp", *(folder.name for folder in folders.values())):
         os.utime(run / name, (0, 0), follow_symlinks=False)
     (run / ".ema-not-ours").write_text("x")
-    assert len(verify(list_contents(run)).leftovers) == 7
+    assert len(verify(take_inventory(run)).leftovers) == 7
     writer(run)
-    assert set(verify(list_contents(run)).leftovers) == {young, ahead, folders["growing"]}
+    assert set(verify(take_inventory(run)).leftovers) == {young, ahead, folders["growing"]}
     assert not any(os.path.lexists(path) for path in (old, run / ".ema-4.tmp", folders["5"], folders["import"]))
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
@@ -376,7 +376,7 @@ def test_nothing_of_another_directory_is_moved_or_deleted(ema: Ema, run: Path, t
     before = contents(other), contents(shards)
     (run / "superseded").symlink_to(other)
     (run / "linked").symlink_to(shards)
-    found = verify(list_contents(run))
+    found = verify(take_inventory(run))
     assert (found.leftovers, found.superseded) == ((), 0)
     assert "superseded/ is a symbolic link; not read" in found.notes
     assert repair(plan_repair(found)).moved == (run / "damaged" / "linked",)  # the link itself

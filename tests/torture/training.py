@@ -18,7 +18,8 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory, snapshot_path
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.tensor_file import read_header, verify_payload
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.tensor_file import read_header
 
 SIGMA_RELS = (0.05, 0.28)
 STATE = "state.safetensors"

@@ -16,11 +16,11 @@ from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.check import take_inventory, verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
+from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.states import decode_state
-from posthoc_cli.snapshots.tensor_file import TensorFile
 from posthoc_cli.synthesis.plan import plan_synthesis
 from torture.tally import Tally
 
@@ -38,7 +38,7 @@ def examine(path: Path) -> Content:
     Raises:
         PostHocError: naming the file.
     """
-    for report in verify(list_contents(path)).files:
+    for report in verify(take_inventory(path)).files:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
     if path.name != INDEX_NAME:
@@ -51,7 +51,7 @@ def examine(path: Path) -> Content:
 
 def _content(path: Path) -> Content:
     decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         kind = file_kind(file.header)
         if kind not in decoders:
             raise FileFormatError(path, f"its ema.format is {str(kind)[:40]!r}")

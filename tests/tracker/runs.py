@@ -8,7 +8,7 @@ import torch
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.tensor_file import TensorFile
+from posthoc_cli.snapshots.reading import open_file
 
 STEPS = 50
 VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, dict[str, bytes]]:
     """Tensors of the snapshots on the schedule."""
     result = {}
     for snapshot in (one for one in read_directory(folder) if not one.info.off_schedule):
-        with TensorFile(snapshot.path) as file:
+        with open_file(snapshot.path) as file:
             result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
     return result
 

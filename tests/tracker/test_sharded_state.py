@@ -10,7 +10,7 @@ import torch
 from groups import alone, check_group, truth
 
 from posthoc_cli import Run
-from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.check import take_inventory, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.states import read_state
@@ -151,12 +151,12 @@ ema.close()
         assert "/notes: is there already, and is no folder of a tracker's state" in lines[4]
         assert "/run: is there already, and is no folder of a tracker's state" in lines[5]
         assert len(lines) == 6
-    told, found = describe(tmp_path / "state"), verify(list_contents(tmp_path / "state"))
+    told, found = describe(tmp_path / "state"), verify(take_inventory(tmp_path / "state"))
     assert (told["kind"], told["parts"], told["t"], told["tensors"]) == ("state", 2, 5, 22)
     assert found.is_fine
     assert [report.what for report in found.files] == ["part 1/2 of state at t = 5", "part 2/2 of state at t = 5"]
     assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "state").iterdir())
-    (report,) = verify(list_contents(tmp_path / "incomplete")).files
+    (report,) = verify(take_inventory(tmp_path / "incomplete")).files
     assert report.detail == "is no complete state: it has 1 of 2 parts"
 
 

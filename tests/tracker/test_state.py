@@ -33,7 +33,8 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
 
 SETTINGS: dict = {
     "sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None,
@@ -111,11 +112,11 @@ def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) 
 
 def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(tmp_path / "run", 4)
-    read, write = TensorFile.read, TensorFileWriter.write
+    read, write = TensorReader.read, TensorFileWriter.write
     alive: list[weakref.ref[np.ndarray]] = []
     sizes = []
 
-    def watched_read(self: TensorFile, name: str) -> np.ndarray:
+    def watched_read(self: TensorReader, name: str) -> np.ndarray:
         assert sum(ref() is not None for ref in alive) <= 1
         data = read(self, name)
         alive.append(weakref.ref(data))
@@ -125,7 +126,7 @@ def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch:
         sizes.append(data.nbytes)
         write(self, name, data)
 
-    monkeypatch.setattr(TensorFile, "read", watched_read)
+    monkeypatch.setattr(TensorReader, "read", watched_read)
     monkeypatch.setattr(TensorFileWriter, "write", watched_write)
     run.tracker.save_state(tmp_path / "state")
     run.tracker.load_state(tmp_path / "state")
