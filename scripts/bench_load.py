@@ -85,14 +85,14 @@ def measure(sizes: Sizes, folder: Path) -> None:
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     for what in (
         ["info", "DIR"],
-        ["error-plot", "DIR", "--out", str(folder / "error.png"), "--force"],
+        ["error-plot", "DIR", "--out", str(folder / "error.png"), "--overwrite"],
         ["synthesize", "DIR", "--sigma-rel", "0.15", "--dry-run"],
-        ["synthesize", "DIR", "--sigma-rel", "0.15", "--out", str(folder / "m.safetensors"), "--force"],
+        ["synthesize", "DIR", "--sigma-rel", "0.15", "--out", str(folder / "m.safetensors"), "--overwrite"],
         ["synthesize", "DIR", "--sigma-rel", "0.15", "--method", "paper", "--dry-run"],
         ["prune", "DIR", "--keep", "20", "--dry-run"],
     ):
         cells = [cell for run in ("kept", "plain") for cell in command(what, folder / run, sizes.repeats)]
-        shown = [word for word in what if word != "DIR" and word != "--force"]
+        shown = [word for word in what if word != "DIR" and word != "--overwrite"]
         print(f"| `ema {' '.join(Path(word).name for word in shown)}` | {' | '.join(cells)} |", flush=True)
     snapshots = read_directory(folder / "layers")
     said = f"`ema info` on {len(snapshots):,} snapshots of {len(snapshots[0].header.tensors)} tensors"
@@ -101,9 +101,9 @@ def measure(sizes: Sizes, folder: Path) -> None:
     print("| --- | ---: | ---: |", flush=True)
     run_job("tensors", sizes.tensors, folder / "tensors")
     for what in (["info", "DIR"], ["synthesize", "DIR", "--sigma-rel", "0.15", "--out", str(folder / "t.safetensors")]):
-        cells = command([*what, *["--force"] * (what[0] == "synthesize")], folder / "tensors", sizes.repeats)
+        cells = command([*what, *["--overwrite"] * (what[0] == "synthesize")], folder / "tensors", sizes.repeats)
         print(f"| `ema {what[0]}`, {len(read_directory(folder / 'tensors'))} snapshots | {' | '.join(cells)} |")
-    cells = command(["export", str(folder / "t.safetensors"), "--out", str(folder / "t.pt"), "--force"], folder, 1)
+    cells = command(["export", str(folder / "t.safetensors"), "--out", str(folder / "t.pt"), "--overwrite"], folder, 1)
     print(f"| `ema export` to a `.pt` | {' | '.join(cells)} |")
     compare_choices(sizes.solved)
 

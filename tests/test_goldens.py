@@ -125,7 +125,7 @@ COMMANDS = {
     "paper": "synthesize images --sigma-rel 0.12 --method paper --t 2000 --dtype float64 -o paper.safetensors --json",
     "between": "synthesize images --target between:600:2400 -o between.safetensors --json",
     "narrow": "synthesize narrow --sigma-rel 0.07 --step 80 -o narrow.safetensors --json",
-    "sharded": "synthesize images --sigma-rel 0.2 --format sharded --max-shard-size 200 -o sharded/ --json",
+    "sharded": "synthesize images --sigma-rel 0.2 --layout sharded --max-shard-size 200 -o sharded/ --json",
     "dry": "synthesize thinned --sigma-rel 0.1 --dry-run --json",
     "export": "export sharded --dtype bfloat16 -o exported.safetensors --json",
     "export-snapshot": "export {snapshot} -o snapshot.safetensors --json",

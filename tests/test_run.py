@@ -88,7 +88,7 @@ def written(run: Run, *arguments: Any, **options: Any) -> Any:
 def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp_path: Path) -> None:
     report = written(run, [0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
     assert [path.name for path in report.outputs] == ["sigma_rel-0.1.safetensors", "beta-0.9.safetensors"]
-    arguments = ("--sigma-rel", "0.1", "--target", "beta:0.9", "--out", tmp_path / "new", "--force", "--json")
+    arguments = ("--sigma-rel", "0.1", "--target", "beta:0.9", "--out", tmp_path / "new", "--overwrite", "--json")
     printed = ema("synthesize", run.directory, *arguments)
     found, expected = printed.json, json.loads(json.dumps(report.to_dict()))
     for target in (*found["targets"], *expected["targets"]):

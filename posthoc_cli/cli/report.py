@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from typer import Option
-
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError
@@ -23,15 +21,18 @@ EPILOG = "Example:  ema report run/ema --sweep sweep --out report.html"
 @values.with_origin
 def report(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
+    sweep: Path | None = values.RUN(
+        None, metavar="DIR", help="The folder of a sweep of this run, as ema sweep wrote it."
+    ),
     checkpoints: str | None = values.CHECKPOINTS,
-    sweep: Path | None = Option(None, metavar="DIR", help="The folder of a sweep of this run, as ema sweep wrote it."),
-    out: Path = Option("report.html", "--out", "-o", help="The page."),
-    watch: bool = Option(
-        False,
+    out: Path = values.OUTPUT("report.html", "--out", "-o", help="The page."),
+    watch: bool = values.flag(
+        values.OUTPUT,
         "--watch",
         help="Make the page again when snapshots or trials appear, until Ctrl-C. It reloads by itself meanwhile.",
     ),
-    overwrite: bool = values.FORCE,
+    overwrite: bool = values.OVERWRITE,
+    as_json: bool = values.JSON,
     *,
     origin: Origin,
 ) -> None:

@@ -264,7 +264,7 @@ def _how(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
         "--t": None if t is None else f"{t:.12g}",
         "--method": None if settings.get("method") == "minvar" else settings.get("method"),
         "--dtype": None if like or dtype is None else DTYPES[dtype].torch_name,
-        "--format": layout,
+        "--layout": layout,
         "--like": like,
         "--component": settings.get("component"),
         "--out": name if like or layout in ("sharded", "dcp") else f"{name}.{layout or 'safetensors'}",

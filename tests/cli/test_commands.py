@@ -90,7 +90,7 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     verbose = ema("info", out, "-v").out
     assert verbose.count(".safetensors  ") == 40
     assert re.search(r"^profile error +\d", verbose, re.MULTILINE)
-    ema("synthesize", run, "--target", "beta:0.99", "--out", out, "--force")
+    ema("synthesize", run, "--target", "beta:0.99", "--out", out, "--overwrite")
     report = ema("info", out, "--json").json
     assert (report["profile"], report["sigma_rel"], report["gamma"]) == ("beta:0.99", None, None)
     assert not re.search(r"^sigma_rel", ema("info", out).out, re.MULTILINE)
@@ -102,7 +102,7 @@ def make_averages(ema: Ema, run: Path, folder: Path, *options: str) -> None:
 
 def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_averages(ema, run, tmp_path / "averages")
-    make_averages(ema, run, tmp_path / "shards", "--format", "sharded", "--max-shard-size", "50")
+    make_averages(ema, run, tmp_path / "shards", "--layout", "sharded", "--max-shard-size", "50")
     alone = ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").json
     folder = tmp_path / "shards" / "sigma_rel-0.15"
     shards = list(folder.glob("*.safetensors"))
@@ -120,7 +120,7 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
 
 
 def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tmp_path: Path) -> None:
-    make_averages(ema, run, tmp_path / "shards", "--format", "sharded", "--max-shard-size", "50")
+    make_averages(ema, run, tmp_path / "shards", "--layout", "sharded", "--max-shard-size", "50")
     folder, other = (tmp_path / "shards" / name for name in ("sigma_rel-0.15", "sigma_rel-0.2"))
     name = sorted(path.name for path in folder.glob("*.safetensors"))[1]
     (folder / name).write_bytes((other / name).read_bytes())
@@ -140,7 +140,7 @@ def test_shards_without_an_index_are_no_model_and_with_it_become_one_file(ema: E
     average = ("synthesize", run, "--sigma-rel", "0.15", "-q")
     whole, folder = tmp_path / "whole.safetensors", tmp_path / "m"
     assert ema(*average, "--out", whole).code == 0
-    assert ema(*average, "--out", folder, "--format", "sharded", "--max-shard-size", "100").code == 0
+    assert ema(*average, "--out", folder, "--layout", "sharded", "--max-shard-size", "100").code == 0
     index, count = folder / "model.safetensors.index.json", len(list(folder.glob("*.safetensors")))
     kept = index.read_bytes()
     index.unlink()
@@ -162,7 +162,7 @@ def test_a_folder_of_outputs_is_exported_into_a_folder(
     ema: Ema, run: Path, tmp_path: Path, layout: str | None, ending: str
 ) -> None:
     make_averages(ema, run, tmp_path / "averages")
-    chosen = ("--format", layout) if layout else ()
+    chosen = ("--layout", layout) if layout else ()
     options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16", *chosen)
     result = ema(*options)
     assert result.code == 0
@@ -176,13 +176,13 @@ def test_a_folder_of_outputs_is_exported_into_a_folder(
     expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
     assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
     assert "is there already" in ema(*options).error
-    assert ema(*options, "--force").code == 0
+    assert ema(*options, "--overwrite").code == 0
     assert "3 models need a folder" in ema("export", tmp_path / "averages", "--out", tmp_path / "x.pt").error
 
 
 @pytest.mark.parametrize("name", ["m.pt", "the model.safetensors", "m"])
 def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
-    layout = ("--format", "sharded") if name == "m" else ()
+    layout = ("--layout", "sharded") if name == "m" else ()
     made = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, *layout)
     (note,) = (line for line in made.err.splitlines() if "not in the output" in line)
     assert "(2.bias)" in note

@@ -41,7 +41,7 @@ def test_pictures_for_screen_and_print(ema: Ema, run: Path, tmp_path: Path, name
 
 @pytest.mark.parametrize("more", [("--verbose",), ("--method", "paper")])
 def test_the_profile_error_is_for_those_who_ask(ema: Ema, run: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
-    arguments = ["error-plot", run, "--target", "window:500", "--out", tmp_path / "e.svg", "--force"]
+    arguments = ["error-plot", run, "--target", "window:500", "--out", tmp_path / "e.svg", "--overwrite"]
     assert "profile error" not in ema(*arguments).out
     assert "profile error" in ema(*arguments, *more).out
     assert "relative L2 error of the profile" in (tmp_path / "e.svg").read_text()
@@ -77,7 +77,7 @@ def test_a_schedule_takes_the_movement_of_an_earlier_run(ema: Ema, run: Path) ->
 
 
 def test_a_schedule_beside_a_run_leaves_the_runs_curve_as_it_is(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = ("--out", tmp_path / "e.svg", "--force")
+    out = ("--out", tmp_path / "e.svg", "--overwrite")
     alone = ema("error-plot", run, *out).out.splitlines()
     both = ema("error-plot", run, "--sigma-rels", "0.05,0.28", *SCHEDULE, *out).out.splitlines()
     assert both[:3] == alone[:3]

@@ -78,7 +78,7 @@ def test_of_one_snapshot_no_error_is_predicted(ema: Ema, tmp_path: Path) -> None
     arguments = ["synthesize", tmp_path / "one", "--sigma-rel", "0.051", "--out"]
     made = ema(*arguments, out)
     assert re.search(r"^made .* from 1 snapshot, .*, predicted error unknown, 60 B", made.out, re.MULTILINE)
-    report = ema(*arguments, out, "--force", "--json").json
+    report = ema(*arguments, out, "--overwrite", "--json").json
     assert report["targets"][0]["predicted_error"] is None
     assert report["movement"]["source"] == "assumed"
     assert "cannot be predicted" in ema(*arguments, tmp_path / "other.safetensors", "--max-error", "0.5").error
@@ -97,7 +97,7 @@ def test_what_would_be_too_inexact_is_not_made_and_no_tensor_is_read(
     for path in run.glob("*.safetensors"):
         flip_bit(path)
     before = contents(tmp_path)
-    result = ema(*arguments, "--force", "--max-error", text)
+    result = ema(*arguments, "--overwrite", "--max-error", text)
     assert (result.code, result.out) == (1, "")
     assert re.match(r"sigma_rel 0\.(03|15): the predicted error is ", result.error)
     assert "0.01 %" in result.error

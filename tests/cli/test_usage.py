@@ -25,14 +25,14 @@ from posthoc_cli.reconstruction import METHODS
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
 REFUSED = {
-    "synthesize run --sigma-rel 0.1 --out x.pt --format safetensors":
-    "--format 'safetensors': the output's name, x.pt, must end in .safetensors",
-    "synthesize run --sigma-rel 0.1 --out x.safetensors --format pt":
-    "--format 'pt': the output's name, x.safetensors, must end in .pt, .pth, .bin",
-    "synthesize run --sigma-rel 0.1 --out x.safetensors --format sharded":
-    "--format 'sharded': the output's name, x.safetensors, must be that of a folder",
-    "export model.safetensors --out x.safetensors --format dcp":
-    "--format 'dcp': the output's name, x.safetensors, must be that of a folder",
+    "synthesize run --sigma-rel 0.1 --out x.pt --layout safetensors":
+    "--layout 'safetensors': the output's name, x.pt, must end in .safetensors",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --layout pt":
+    "--layout 'pt': the output's name, x.safetensors, must end in .pt, .pth, .bin",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --layout sharded":
+    "--layout 'sharded': the output's name, x.safetensors, must be that of a folder",
+    "export model.safetensors --out x.safetensors --layout dcp":
+    "--layout 'dcp': the output's name, x.safetensors, must be that of a folder",
     "synthesize run --sigma-rel 0.1 --max-shard-size 1KB --out x.safetensors":
     "--max-shard-size 1KB: is for a sharded output, and this layout is safetensors",
     "export model.safetensors --max-shard-size 1KB --out x.pt":
@@ -214,10 +214,10 @@ DTYPES = ["keep", "float32", "float16", "bfloat16", "float64"]
     [
         (("synthesize", "run", "--dtype", ""), DTYPES),
         (("synthesize", "run", "--dtype", "float"), ["float32", "float16", "float64"]),
-        (("synthesize", "run", "--method", ""), list(METHODS)), (("synthesize", "run", "--format", ""), list(LAYOUTS)),
+        (("synthesize", "run", "--method", ""), list(METHODS)), (("synthesize", "run", "--layout", ""), list(LAYOUTS)),
         (("error-plot", "run", "--method", "p"), ["paper"]),
         (("export", "m.safetensors", "--dtype", "b"), ["bfloat16"]),
-        (("export", "m.safetensors", "--format", "s"), ["safetensors", "sharded"]),
+        (("export", "m.safetensors", "--layout", "s"), ["safetensors", "sharded"]),
         (("plan", "--dtype", ""), ["float16", "bfloat16", "float32"]), (("help", "pr"), ["prune", "profile"]),
         (("guide", "d"), ["development", "distributed", "durability"]),
     ],

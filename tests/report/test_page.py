@@ -201,8 +201,8 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     [
         ({}, "--out model.safetensors"),
         ({"t": 12}, "--t 12 --out model.safetensors"),
-        ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --format pt --out model.pt"),
-        ({"layout": "safetensors"}, "--format safetensors --out model.safetensors"),
+        ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --layout pt --out model.pt"),
+        ({"layout": "safetensors"}, "--layout safetensors --out model.safetensors"),
     ],
 )
 def test_the_command_of_a_page_makes_the_same_average(
