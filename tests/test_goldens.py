@@ -138,7 +138,7 @@ COMMANDS = {
     "verify-output": "verify several --json",
     "prune": "prune images --keep 4 --dry-run --json",
     "prune-error": "prune images --max-error 0.05 --dry-run --json",
-    "errors": "error-plot images --json --csv errors.csv -o errors.png",
+    "errors": "error-plot images --json -o errors.png",
     "errors-planned": "error-plot --sigma-rels 0.05,0.28 --steps 4000 --checkpoint-every 200 --json -o planned.png",
     "plan": "plan --steps 3000 --params 100K --max-size 100MB --json",
     "plan-one": "plan --steps 40000 --params 1M --max-size 300MB --sigma-rels 0.05,0.28 --json",

@@ -38,7 +38,7 @@ def profile(
         raise InvalidValueError("--sigma-rel and --beta", "give one of them")
     if beta is not None and steps is None:
         reason = "is missing: a decay has another sigma_rel for each length of training"
-        raise InvalidValueError("--steps", reason, f"such as --beta {beta} --steps 100000")
+        raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = values.parse_count(steps or "1000", "--steps")
     widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if beta is None else []
     betas = [] if beta is None else parse_numbers(beta, "--beta", NUMBER_FORMS["beta"])

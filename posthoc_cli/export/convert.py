@@ -244,7 +244,7 @@ def _read_base(
                 check_shape(file.path, name, entry.shape, own[name].shape)
     if not seen & own.keys():
         names = f"its names look like {min(seen, default='')!r}, theirs like {min(own, default='')!r}"
-        hint = "rename them by prefix and strip_prefix"
+        hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
     return tensors
 

@@ -46,8 +46,7 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_by_force(
 ) -> None:
     out = tmp_path / name
     out.symlink_to(precious)
-    option = "--csv" if name.endswith("csv") else "--out"
-    plot = ("error-plot", run, option, out)
+    plot = ("error-plot", run, "--out", out)
     command = plot if name.endswith(("png", "csv")) else ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
     assert "is there already" in ema(*command).error
     assert out.is_symlink()
@@ -197,8 +196,9 @@ def test_a_run_that_says_its_norm_is_0_has_a_picture(ema: Ema, run: Path, tmp_pa
         measured = read_snapshot(path).info.measurements
         rewrite_snapshot(path, measurements=replace(measured, norm=0.0))  # type: ignore[type-var]
     plot, table = tmp_path / "$\\undefined{$.png", tmp_path / "e.csv"
-    told = ema("error-plot", run, "--target", "beta:0.99", "--out", plot, "--csv", table, "--json")
-    assert told.code == 0, told.err
+    for out in (plot, table):
+        told = ema("error-plot", run, "--target", "beta:0.99", "--out", out, "--json")
+        assert told.code == 0, told.err
     (curve,) = told.json["curves"]
     # Nothing but 0 can be made of averages that are all 0.
     assert (max(curve["predicted_error"]) == 0) == (which == slice(None))
@@ -232,7 +232,7 @@ tracker.close()
 for line in (
     "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",
     "synthesize run --sigma-rel 0.1 --layout sharded --max-shard-size 20 --out shards",
-    "export a.safetensors --out c.safetensors", "error-plot run --out a.png --csv a.csv", "error-plot run --out a.svg",
+    "export a.safetensors --out c.safetensors", "error-plot run --out a.png", "error-plot run --out a.csv", "error-plot run --out a.svg",
     "plan --steps 1000 --params 10 --max-size 1MB --like run --sigma-rels 0.05,0.28 --dtype float16 "
     "--max-checkpoints 4 --checkpoint-every 100 --out a.pdf",
 ):

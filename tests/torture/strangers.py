@@ -154,7 +154,7 @@ TO_ANY: Sequence[Use] = (
 )  # fmt: skip
 TO_A_RUN: Sequence[Use] = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
-    ("error-plot", "RUN", "--csv", "OUT"),
+    ("error-plot", "RUN", "--out", "OUT"),
 )  # fmt: skip
 TO_SHARDS: Sequence[Use] = (
     ("info", "HOME/sharded"), lambda scene, _: export_file(scene.home / "sharded", scene.out),
@@ -172,7 +172,7 @@ PLACES: dict[str, Sequence[Use]] = {
     "out/x.safetensors": [("synthesize", "RUN", *SIGMA_REL, "--out", "X")],
     "out/x.pt": [("export", "MADE", "--out", "X")],
     "out/x.png": [("error-plot", "RUN", "--out", "X")],
-    "out/x.csv": [("error-plot", "RUN", "--csv", "X")],
+    "out/x.csv": [("error-plot", "RUN", "--out", "X")],
     **dict.fromkeys((f"out/folder{name}" for name in IN_FOLDERS), (IN_A_FOLDER,)),
     "state2.safetensors": [_load_state, _save_state],
     **dict.fromkeys((f"fresh/{name}" for name in LOCKS), (_track,)),
