@@ -7,6 +7,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from posthoc_cli.checkpoints.opening import (
     is_glob,
     open_checkpoints,
 )
-from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError, percent
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -82,6 +83,10 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
     predicted_error: float | None = None
     profile_error: float = 0.0
+
+    def __repr__(self) -> str:
+        error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
+        return f"Weights({len(self)} tensors, predicted error {error})"
 
     def __enter__(self) -> Weights:
         return self
@@ -145,6 +150,16 @@ class Run:
         widths, last = self.profiles, sources[-1].info
         what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
         return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
+
+    def _repr_html_(self) -> str:
+        """What `info` says, in a notebook."""
+        try:
+            facts = self.info()
+        except PostHocError:
+            return f"<pre>{escape(repr(self))}</pre>"
+        counts = {name: f"{len(fact):,}" if isinstance(fact, list) else str(fact) for name, fact in facts.items()}
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text[:200])}</td></tr>" for name, text in counts.items())
+        return f"<table>{''.join(rows)}</table>"
 
     # --- what is there
 

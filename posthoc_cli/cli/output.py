@@ -192,9 +192,21 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def standing(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal's stderr, and the function that says what is done, and how many of how many are."""
+    columns = live.TextColumn("{task.description}"), live.BarColumn(bar_width=20), live.TimeRemainingColumn()
+    with _live(*columns, hidden=quiet) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what, done, most: progress.update(task, description=what, completed=done, total=most)
+
+
 def _live(*columns: Any, hidden: bool = False) -> live.Progress:
     console = Console(stderr=True)
-    return live.Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)
+    return live.Progress(
+        *columns, console=console, transient=True, disable=hidden or not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
+    )  # fmt: skip
 
 
 class ProgressLines:

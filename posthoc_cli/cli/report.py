@@ -49,12 +49,18 @@ def report(
     folder = None if sweep is None else values.existing(sweep)
     if folder is not None and not folder.is_dir():
         raise InvalidValueError("--sweep", "is a file", "name the folder of a sweep", value=folder)
+    if watch and as_json:
+        raise InvalidValueError("--watch and --json", "give one of them")
     if watch and not run.directory.is_dir():
         raise InvalidValueError("--watch", "needs a directory, and not a file or a pattern", value=run.directory)
     if watch:
         _watch(run, folder, page)
-    files.write_whole(page, render(run, folder, page).encode(), overwrite)
-    output.print_line(f"wrote {page}")
+    text = render(run, folder, page).encode()
+    files.write_whole(page, text, overwrite)
+    if as_json:
+        output.print_json({"output": str(page), "bytes": len(text)})
+    else:
+        output.print_line(f"wrote {page}")
 
 
 _TICK = 2

@@ -40,7 +40,7 @@ def sweep(
         show_default="what is exact within 1 %",
         help="The length of --guide: a range to search, a list, or a number.",
     ),
-    run: str = values.HOW(
+    command: str = values.HOW(
         ...,
         "--run",
         metavar="COMMAND",
@@ -113,17 +113,18 @@ def sweep(
     out = files.expanded(out)
     stored = values.open_run(directory, checkpoints, origin)
     output.warn_of_statistics(stored.sources[-1].info.copies)
-    report = Sweep(
-        stored, run, Metric() if metric is None else Metric.parse(metric), out,
-        axis=axis, minimize=minimize, repeats=repeats, budget=budget,
-        jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
-        raw=None if raw is None else files.expanded(raw), t=t,
-        guide=None if guide is None else Run(values.existing_run(guide)),
-        guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),
-        dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
-        keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
-        say=functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet),
-    ).run_all()  # fmt: skip
+    say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet)
+    with output.standing(quiet) as watch:
+        report = Sweep(
+            stored, command, Metric() if metric is None else Metric.parse(metric), out,
+            axis=axis, minimize=minimize, repeats=repeats, budget=budget,
+            jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
+            raw=None if raw is None else files.expanded(raw), t=t,
+            guide=None if guide is None else Run(values.existing_run(guide)),
+            guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),
+            dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
+            keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
+        ).run_all()  # fmt: skip
     if as_json:
         output.print_json(report.to_dict())
     elif not quiet:
@@ -143,18 +144,20 @@ def _print(report: SweepReport) -> None:
     from posthoc_cli.sweep.results import RAW
 
     found = report.found
+    raw = "not measured, since the run does not hold them; --raw FILE measures a file"
     low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))
     measured = len({one.target for one in report.trials if one.value is not None and one.target != RAW})
     output.print_line()
     rows = [
-        ("best", f"{report.title}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
+        ("best", report.title),
+        (f"estimate of {report.metric}", f"{found.mean:.6g} ± {found.standard_error:.2g}"),
         ("equal within the noise", f"{low} to {high}"),
     ]
     if report.second is not None:
         known = f"{report.second.low:.12g} to {report.second.high:.12g} are equal within the noise"
         rows.append(("guide", f"sigma_rel {report.second.value:.12g}; {known}"))
-    if report.raw is not None:
-        rows.append(("raw weights", f"{report.raw:.6g}"))
+    if report.second is None:
+        rows.append(("raw weights", raw if report.raw is None else f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")
     failed = f", {len(report.failed)} of which failed" if report.failed else ""
     rows.append(("measured", f"{output.counted(measured, 'average')} in {trials}{failed}; {report.stopped}"))

@@ -67,7 +67,10 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
-        reports = [{"output": str(path), **vars(one)} for path, one in self.made.items()]
+        reports = [
+            {"output": str(path), "tensors": one.tensors, "from_base": one.from_base, "bytes": one.nbytes}
+            for path, one in self.made.items()
+        ]
         return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
 
 

@@ -90,9 +90,12 @@ class Stored(Generic[_Info]):
         return PartedFile(self, boxes) if self.parts or boxes is not None else TensorFile(self.path, self.header)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FileSource(Stored[fmt.SnapshotInfo]):
     """A snapshot on disk, or another program's checkpoint."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}: {len(self.stored)} tensors at t = {self.info.t:,.12g})"
 
     @property
     def name(self) -> str:

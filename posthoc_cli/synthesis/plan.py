@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from html import escape
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_BARS = 16
 POOR_ERROR = 0.01
 """Predicted error above which a plan is made with a warning."""
 
@@ -66,6 +68,27 @@ class Plan:
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None
+
+    def __repr__(self) -> str:
+        errors = map(self.predicted_error, range(len(self.targets)))
+        each = [
+            f"{target.title} (predicted error {'unknown' if error is None else percent(error)})"
+            for target, error in zip(self.targets, errors, strict=True)
+        ]
+        more = f" and {len(each) - 5} more" if len(each) > 5 else ""
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each[:5])}{more})"
+
+    def _repr_html_(self) -> str:
+        """The coefficients of the first target as bars, in a notebook: of the largest ones if there are many."""
+        column = self.reconstruction.coefficients[:, 0]
+        most = float(np.abs(column).max()) or 1.0
+        shown_rows = sorted(np.argsort(-np.abs(column))[:_MOST_BARS].tolist())
+        rows = "".join(
+            f"<tr><td>{escape(self.sources[i].name)}</td><td>{column[i]:+.4f}</td><td><div style='height:0.8em;"
+            f"background:{'#0072B2' if column[i] >= 0 else '#D55E00'};width:{10 * abs(column[i]) / most:.3f}em'></div></td></tr>"
+            for i in shown_rows
+        )
+        return f"<p>{escape(repr(self))}</p><table><tr><th>snapshot</th><th>coefficient</th><th></th></tr>{rows}</table>"
 
     @property
     def choice(self) -> str | None:
@@ -213,7 +236,8 @@ class Plan:
                 "pieces": int(prior.motion.walk.size),
                 "noise": bool(prior.motion.noise.any()),
             },
-            "snapshots": {"solved_with": self.solved, "of": self.there},
+            "solved_with": self.solved,
+            "available": self.there,
             "targets": [
                 {"target": info.profile}
                 | {name: getattr(info, name) for name in same}

@@ -107,7 +107,7 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
     folder = tmp_path / "shards" / "sigma_rel-0.15"
     shards = list(folder.glob("*.safetensors"))
     assert len(shards) > 1
-    own = {"files": len(shards), "bytes": sum(shard.stat().st_size for shard in shards)}
+    own = {"shards": len(shards), "bytes": sum(shard.stat().st_size for shard in shards)}
     for path in (folder, folder / "model.safetensors.index.json"):
         assert ema("info", path, "--json").json == {**alone, **own, "path": str(path)}
         assert re.search(r"^profile +sigma_rel 0\.15$", ema("info", path).out, re.MULTILINE)

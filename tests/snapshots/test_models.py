@@ -107,7 +107,7 @@ def test_a_damaged_snapshot_is_a_problem_of_its_directory(tmp_path: Path) -> Non
     write_snapshot(tmp_path, 20, 0.05, RUN_ID, VALUES)
     flip_bit(path, 30)
     found = describe(tmp_path)
-    assert found["snapshots"] == 1
+    assert len(found["snapshots"]) == 1
     assert [problem.startswith(f"{path}: damaged header") for problem in found["problems"]] == [True]
     path.unlink()
     (tmp_path / "empty").mkdir()
