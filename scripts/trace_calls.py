@@ -77,7 +77,7 @@ def measure(folder: Path) -> dict[str, set[tuple[str, str]]]:
 
         found = {"update_ with a snapshot": tracer.of(update)}
     for name, words in {
-        "ema synthesize": f"synthesize {run} --sigma-rel 0.15 --quiet --overwrite --out {folder / 'average.safetensors'}",
+        "ema synthesize": f"synthesize {run} --sigma-rel 0.15 -q --overwrite --out {folder / 'average.safetensors'}",
         "ema error-plot": f"error-plot {run} --overwrite --out {folder / 'error.png'}",
     }.items():
         ema(words)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from factories import random_walk, write_run
@@ -62,5 +61,11 @@ def test_what_a_notebook_shows_is_closed_and_names_do_nothing(run: Run, name: st
     parser.feed(text)
     assert open_tags == []
     assert text.count("<tr>") <= 40
-    kinds = {"run": "<th>snapshots</th><td>120</td>", "no run": "no such", "plan": "coefficient", "sweep": "<svg", "figure": "<svg"}
+    kinds = {
+        "run": "<th>snapshots</th><td>120</td>",
+        "no run": "no such",
+        "plan": "coefficient",
+        "sweep": "<svg",
+        "figure": "<svg",
+    }
     assert kinds[name] in text

@@ -84,7 +84,9 @@ class _Command(typer.core.TyperCommand):
 def _with_options(error: PostHocError, context: Any) -> PostHocError:
     """A copy of a library's error: arguments are options, and a broken snapshot leads to `ema verify`."""
     changed = copy.copy(error)
-    options = {option.name: option.opts[0] for option in context.command.params if option.opts[0][:2] == "--"}
+    options: dict[str, str] = {
+        option.name: option.opts[0] for option in context.command.params if option.opts[0][:2] == "--"
+    }
     if isinstance(error, InvalidValueError) or error.value:
         changed.subject = _ARGUMENT.sub(lambda found: options.get(found[1], found[1]), error.subject)
     changed.hint = _ADVICE.sub(lambda found: options.get(found[1] or found[2], found[0]), error.hint)
@@ -158,7 +160,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = Option(False, "--version", "-V", callback=_print_version, is_eager=True, metavar="", help="Print the version."),
+    version: bool = Option(
+        False, "--version", "-V", callback=_print_version, is_eager=True, metavar="", help="Print the version."
+    ),
     debug: bool = Option(False, _DEBUG, metavar="", help="Show a traceback when something goes wrong."),
 ) -> None:
     """Choose the length of a model's weight average after training."""

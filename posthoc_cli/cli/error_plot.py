@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Argument, Option
+from typer import Argument
 
 from posthoc_cli.checkpoints import NUMBERED
 from posthoc_cli.cli import output, values
@@ -22,8 +21,6 @@ EPILOG = (
     "Example:  ema error-plot run/ema --out error.png   or, before training,   "
     "ema error-plot --sigma-rels 0.05,0.28 --steps 100000 --checkpoint-every 1000 --max-checkpoints 20 --out plan.png"
 )
-
-SCHEDULE = partial(Option, rich_help_panel="A schedule not yet run")
 
 
 @values.with_origin
@@ -46,15 +43,13 @@ def error_plot(
     checkpoints: str | None = values.CHECKPOINTS,
     t: float | None = values.TIME,
     method: str | None = values.METHOD,
-    sigma_rels: list[str] = SCHEDULE(
+    sigma_rels: list[str] = values.SCHEDULE(
         [], help="Tracked widths, such as 0.05,0.28. Give it again for another schedule."
     ),
-    steps: list[str] = SCHEDULE([], metavar="COUNT", help="Length of training, such as 100K."),
-    checkpoint_every: list[str] = SCHEDULE([], metavar="COUNT", help="Steps between snapshots."),
-    max_checkpoints: list[str] = SCHEDULE(
-        [], metavar="COUNT", show_default="all", help="Snapshots a profile."
-    ),
-    dtype: str = SCHEDULE("float16", autocompletion=values.STORED, help="float16, bfloat16 or float32."),
+    steps: list[str] = values.SCHEDULE([], metavar="COUNT", help="Length of training, such as 100K."),
+    checkpoint_every: list[str] = values.SCHEDULE([], metavar="COUNT", help="Steps between snapshots."),
+    max_checkpoints: list[str] = values.SCHEDULE([], metavar="COUNT", show_default="all", help="Snapshots a profile."),
+    dtype: str = values.SCHEDULE("float16", autocompletion=values.STORED, help="float16, bfloat16 or float32."),
     like: Path | None = values.LIKE,
     *,
     origin: Origin,

@@ -63,7 +63,7 @@ def _print(report: dict[str, Any], verbose: bool) -> None:
 def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     rows = []
     for profile in profiles:
-        times, ends = profile["times"], profile["relative_rounding"]
+        times, ends = profile["times"], profile["relative_rounding_range"]
         numbers = f"{profile['sigma_rel']:g}", str(len(times))
         rounding = " to ".join(dict.fromkeys(map(output.percent, ends or [None])))
         span = f"{times[0]:,.12g}", f"{times[-1]:,.12g}"

@@ -37,9 +37,7 @@ def plan(
     max_error: str = values.TARGETS(
         "0.05%", metavar="ERROR", help="The accepted worst predicted error; of schedules below it the cheapest is best."
     ),
-    sigma_rels: str | None = values.HOW(
-        None, show_default="the best", help="Track these widths, such as 0.05,0.28."
-    ),
+    sigma_rels: str | None = values.HOW(None, show_default="the best", help="Track these widths, such as 0.05,0.28."),
     dtype: str | None = values.HOW(
         None, autocompletion=values.STORED, show_default="the best", help="float16, bfloat16 or float32."
     ),

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
-TARGETS, OUTPUT, RUN, HOW = (partial(Option, rich_help_panel=name) for name in ("Targets", "Output", "Which run", "How"))
+_PANELS = "Targets", "Output", "Which run", "How", "A schedule not yet run"
+TARGETS, OUTPUT, RUN, HOW, SCHEDULE = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
 """Options in the parts of a command's help; what everyone needs first comes first there."""
 
 
@@ -33,7 +34,7 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
-def flag(option: Callable[..., Any], *names: str, help: str) -> Any:  # noqa: A002
+def flag(option: Callable[..., Any], *names: str, help: str) -> Any:
     """An option without a value."""
     return option(False, *names, metavar="", help=help)
 
@@ -246,7 +247,20 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
     if path.suffix in PICKLES and not (is_directory or pickles):
         reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
         raise InvalidValueError(path, reason)
+    if not (is_directory or path.suffix in (".safetensors", *PICKLES) or _may_hold_weights(path)):
+        raise InvalidValueError(path, "is neither a safetensors file nor one of torch")
     return path
+
+
+def _may_hold_weights(path: Path) -> bool:
+    """Whether a file begins as safetensors, JSON, an archive or a pickle does; also one that cannot be read, which is
+    told later."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return True
+    return head[8:] == b"{" or head[:1] in (b"{", b"\x80") or head[:2] == b"PK"
 
 
 def existing_run(place: str | Path, directory: bool = True) -> Path:

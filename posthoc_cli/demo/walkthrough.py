@@ -267,7 +267,9 @@ class Folder:
             if not marker.is_file():
                 raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
             if not overwrite:
-                raise OutputExistsError(self.root, "holds an earlier demo", "name another folder, or overwrite=True to replace it")
+                raise OutputExistsError(
+                    self.root, "holds an earlier demo", "name another folder, or overwrite=True to replace it"
+                )
         for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
             if folder.is_symlink():
                 raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")

@@ -171,7 +171,9 @@ class Proposal:
 
     def __repr__(self) -> str:
         schedule, worst = self.schedule, percent(self.errors.worst)
-        return f"Proposal({self.label}, every {schedule.checkpoint_every:,}, {self.nbytes:,} bytes, worst error {worst})"
+        return (
+            f"Proposal({self.label}, every {schedule.checkpoint_every:,}, {self.nbytes:,} bytes, worst error {worst})"
+        )
 
     @property
     def update_every(self) -> int:

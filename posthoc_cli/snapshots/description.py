@@ -129,7 +129,7 @@ def _describe_profile(group: Sequence[Snapshot]) -> Description:
         "times": [snapshot.info.t for snapshot in group],
         "t_first": group[-1].info.t_first,
         "max_interval": group[-1].info.max_interval,
-        "relative_rounding": [min(known), max(known)] if known else None,
+        "relative_rounding_range": [min(known), max(known)] if known else None,
         "bytes": sum(snapshot.header.file_bytes for snapshot in group),
     }
 

@@ -117,7 +117,9 @@ class Sweep:
             raise InvalidValueError("disk", f"must have room for one; {reason}", value=f"{self.disk:,} bytes")
         if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
             reason = "its first word is neither a program on the PATH nor an executable file"
-            raise InvalidValueError("command", reason, "a script may need its interpreter first: python3", value=words[0])
+            raise InvalidValueError(
+                "command", reason, "a script may need its interpreter first: python3", value=words[0]
+            )
         with self._folder():
             return _Job(self, words, networks).run()
 
@@ -188,7 +190,7 @@ class _Job:
         self._networks = {network.name: network for network in networks}
         self._searched = [network for network in networks if not network.axis.is_given]
         self._lengths = {network.name: network.axis.high for network in networks}
-        self._settings = networks[0].settings | {"command": asked.command, "metric": vars(asked.metric)}
+        self._settings = networks[0].settings | {"command": asked.command, "metric": asked.metric.text}
         for other in networks[1:]:
             self._lengths[other.name] = other.axis.value(math.sqrt(other.axis.low * other.axis.high))
             self._settings |= {other.name: other.settings}
@@ -244,8 +246,9 @@ class _Job:
                 low, high = map(self._found[other.name].axis.value, (found.low, found.high))
                 second = SecondLength(lengths[other.name], low, high, found.mean, found.standard_error)
         return SweepReport(
-            metric=asked.metric.label, minimize=asked.minimize, axis=searched.axis, searched=first.name or first.axis.kind,
-            trials=tuple(trials), found=searched.found, stopped=searched.stopped, best=main.axis.target(lengths[""]),
+            metric=asked.metric.label, minimize=asked.minimize, axis=searched.axis,
+            searched=first.name or first.axis.kind, trials=tuple(trials), found=searched.found,
+            stopped=searched.stopped, best=main.axis.target(lengths[""]),
             title=self._title(first, lengths), chosen={name or main.axis.kind: lengths[name] for name in lengths},
             kind=main.axis.kind, beside=self._beside, settings=self._question(first), second=second,
             guide=None if asked.guide is None else asked.guide.directory, again=asked.again,

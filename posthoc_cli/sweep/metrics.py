@@ -61,6 +61,11 @@ class Metric:
         return cls(key, file)
 
     @property
+    def text(self) -> str:
+        """As `parse` takes it; empty for a line that is a number."""
+        return ":".join(filter(None, (self.file, self.key)))
+
+    @property
     def label(self) -> str:
         """For tables and axes."""
         return self.key or "metric"

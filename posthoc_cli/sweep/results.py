@@ -225,7 +225,9 @@ def draw(found: dict[str, Any]) -> Figure:
     from posthoc_cli import plots
 
     curve = found["curve"]
-    xs, estimates, errors = (np.array([point[key] for point in curve], float) for key in ("x", "estimate", "standard_error"))
+    xs, estimates, errors = (
+        np.array([point[key] for point in curve], float) for key in ("x", "estimate", "standard_error")
+    )
     points = [
         (shown_at(found, trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
         for trial in found["trials"]

@@ -98,7 +98,7 @@ class Search:
         return self._budget - sum(spent)
 
     def _widen(self) -> list[float]:
-        """Go on beyond an end that is best, and give the values to measure there; none where there is nothing beyond."""
+        """Go on beyond an end that is best, and give the values to measure there; none if there is nothing."""
         axis, edge = self.axis, self.found.edge
         if edge is None or axis.values is not None or self._left <= 0 or self.found.doubted:
             return []

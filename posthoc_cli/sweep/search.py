@@ -102,7 +102,8 @@ class Estimate:
     draws: FloatArray
 
     def __repr__(self) -> str:
-        return f"Estimate(best {self.best:.6g} in {self.low:.6g} to {self.high:.6g}: {self.mean:.6g} ± {self.standard_error:.2g})"
+        where = f"best {self.best:.6g} in {self.low:.6g} to {self.high:.6g}"
+        return f"Estimate({where}: {self.mean:.6g} ± {self.standard_error:.2g})"
 
     @property
     def settled(self) -> bool:

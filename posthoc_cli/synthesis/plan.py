@@ -82,13 +82,13 @@ class Plan:
         """The coefficients of the first target as bars, in a notebook: of the largest ones if there are many."""
         column = self.reconstruction.coefficients[:, 0]
         most = float(np.abs(column).max()) or 1.0
-        shown_rows = sorted(np.argsort(-np.abs(column))[:_MOST_BARS].tolist())
-        rows = "".join(
-            f"<tr><td>{escape(self.sources[i].name)}</td><td>{column[i]:+.4f}</td><td><div style='height:0.8em;"
-            f"background:{'#0072B2' if column[i] >= 0 else '#D55E00'};width:{10 * abs(column[i]) / most:.3f}em'></div></td></tr>"
-            for i in shown_rows
-        )
-        return f"<p>{escape(repr(self))}</p><table><tr><th>snapshot</th><th>coefficient</th><th></th></tr>{rows}</table>"
+        rows = [
+            f"<tr><td>{escape(self.sources[index].name)}</td><td>{column[index]:+.4f}</td>"
+            f"<td><div style='height: 0.8em; width: {10 * abs(column[index]) / most:.3f}em; "
+            f"background: {'#0072B2' if column[index] >= 0 else '#D55E00'}'></div></td></tr>"
+            for index in sorted(np.argsort(-np.abs(column))[:_MOST_BARS].tolist())
+        ]
+        return f"<p>{escape(repr(self))}</p><table>{''.join(rows)}</table>"
 
     @property
     def choice(self) -> str | None:
@@ -234,7 +234,7 @@ class Plan:
             "movement": {
                 "source": prior.source,
                 "pieces": int(prior.motion.walk.size),
-                "noise": bool(prior.motion.noise.any()),
+                "has_noise": bool(prior.motion.noise.any()),
             },
             "solved_with": self.solved,
             "available": self.there,

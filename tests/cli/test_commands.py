@@ -35,7 +35,7 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     assert report["bytes"] == sum(p.stat().st_size for p in run.glob("*.safetensors"))
     assert (report["problems"], report["leftovers"], report["superseded"]) == ([], [".ema-0123.tmp"], 1)
     assert (report["measured"], report["t"], report["step"]) == (40, 2000, 2000)
-    low, high = report["profiles"][0]["relative_rounding"]
+    low, high = report["profiles"][0]["relative_rounding_range"]
     assert 2**-13 < low <= high < 2**-11
 
 
@@ -45,7 +45,10 @@ def test_info_says_where_nothing_was_measured(ema: Ema, unmeasured_run: Path) ->
     assert re.search(r"^measured +none of them: errors are predicted from a sample$", result.out, re.MULTILINE)
     assert result.out.count("unknown") == 2
     report = ema("info", unmeasured_run, "--json").json
-    assert (report["measured"], [profile["relative_rounding"] for profile in report["profiles"]]) == (0, [None, None])
+    assert (report["measured"], [profile["relative_rounding_range"] for profile in report["profiles"]]) == (
+        0,
+        [None, None],
+    )
     assert ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").json["measurements"] is None
 
 

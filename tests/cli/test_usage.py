@@ -192,7 +192,9 @@ def test_the_help_of_every_command_has_panels(ema: Ema, name: str) -> None:
     shown = re.findall(r"^╭─ (.*?) ─+╮$", ema(name, "--help").out, re.MULTILINE)
     assert [panel for panel in shown if panel not in ("Arguments", "Options")] == panels
     first = [option.opts[0] for option in options if option.rich_help_panel == panels[0]] if panels else []
-    assert first[:1] == {"synthesize": ["--sigma-rel"], "sweep": ["--sigma-rel"], "plan": ["--steps"]}.get(name, first[:1])
+    assert first[:1] == {"synthesize": ["--sigma-rel"], "sweep": ["--sigma-rel"], "plan": ["--steps"]}.get(
+        name, first[:1]
+    )
     names = [option.opts[0] for option in options]
     assert "--step" not in names or names.index("--step") == names.index("--t") + 1
 

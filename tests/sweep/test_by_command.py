@@ -248,7 +248,9 @@ def test_raw_weights_that_the_run_holds_are_measured(ema: Ema, run: Run, tmp_pat
     assert report.raw == 7.0
     assert [trial.target for trial in report.trials][:1] == ["raw"]
     options = ("--run", command, "--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "without")
-    assert re.search("raw weights +not measured, since the run does not hold", ema("sweep", run.directory, *options).out)
+    assert re.search(
+        "raw weights +not measured, since the run does not hold", ema("sweep", run.directory, *options).out
+    )
 
 
 def test_what_is_going_on_is_told_for_a_bar(run: Run, tmp_path: Path) -> None:
@@ -382,7 +384,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
 
 def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) -> None:
     size = run.plan(0.1).nbytes
-    command = shell(f"ls {tmp_path}/out/.scratch/*.safetensors | wc -l | tr \"\\n\" .; echo $2 | cut -c3-")
+    command = shell(f'ls {tmp_path}/out/.scratch/*.safetensors | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     report = swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [0.05, 0.1, 0.15, 0.2, 0.25]))
     assert [math.floor(trial.value) for trial in report.trials] == [5] * 5
     bound = swept(run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.axis, disk=2 * size + 1)
@@ -514,7 +516,7 @@ def test_a_trial_gets_a_folder_like_a_model(run: Run, tmp_path: Path) -> None:
     model.mkdir()
     save_file({name: torch.zeros_like(value) for name, value in run.average(0.1).items()}, model / "model.safetensors")
     (model / "config.json").write_text("{}")
-    command = shell("ls $1 | wc -l | tr \"\\n\" .; echo $2 | cut -c3-")
+    command = shell('ls $1 | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     for _ in range(2):
         report = swept(run, tmp_path / "out", command, axis=GRID, like=model)
         assert [math.floor(trial.value) for trial in report.trials] == [2] * 3
