@@ -14,7 +14,7 @@ from typing import Any
 from rich import progress as live
 from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from posthoc_cli import errors
@@ -195,7 +195,9 @@ def working(what: str) -> Iterator[None]:
 @contextmanager
 def standing(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal's stderr, and the function that says what is done, and how many of how many are."""
-    columns = live.TextColumn("{task.description}"), live.BarColumn(bar_width=20), live.TimeRemainingColumn()
+    words = live.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    left = live.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
+    columns = live.BarColumn(bar_width=10, table_column=Column(min_width=10)), left, words
     with _live(*columns, hidden=quiet) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, most: progress.update(task, description=what, completed=done, total=most)

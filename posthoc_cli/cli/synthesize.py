@@ -169,9 +169,9 @@ def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[
     which = plan.targets[0].title if single else output.counted(len(made), "average")
     size = output.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
     count = counted(plan.sources)
-    newest = f"training time of the newest {kind_of(plan.newest)}: {plan.last:,.12g}"
+    later = "" if plan.last == plan.t else f" (the newest {kind_of(plan.newest)} is of {plan.last:,.12g})"
     worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]
-    what = f"{which} at t = {plan.t:,.12g} from {count}, {newest}, {', '.join(worst)}, {size}"
+    what = f"{which} at t = {plan.t:,.12g} from {count}{later}, {', '.join(worst)}, {size}"
     if not paths:
         return f"would make {what}; would read {output.size_text(plan.read_bytes)}; nothing was written"
     where = str(paths[0] if single else paths[0].parent)

@@ -99,7 +99,7 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     said = [ema("synthesize", *source, "--sigma-rel", "0.1", "--dry-run").out for source in sources]
     for which, count, made in zip(("snapshots", "checkpoints", "snapshots and checkpoints"), counts, said, strict=True):
         assert re.fullmatch(rf"\d+ {which} up to", count)
-        assert re.search(rf" from \d+ {which}, training time of the newest (snap|check)", made)
+        assert re.search(rf" from \d+ {which}, predicted error", made)
     assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
     assert "40 x weights" in (tmp_path / "page.html").read_text()
     assert "one DIR at most" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error

@@ -271,3 +271,16 @@ def test_sizes_and_errors_for_people() -> None:
     errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "> 1,000 %"}
     assert {error: percent(error) for error in errors} == errors
     assert percent(None) == "unknown"
+
+
+def test_a_guide_goes_through_the_pager_on_a_terminal_and_is_markdown_in_a_pipe(
+    ema: Ema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paged: list[str] = []
+    monkeypatch.setattr("pydoc.pager", paged.append)
+    assert ema("guide", "sweep").out.startswith("# Sweep: ")
+    assert paged == []
+    on_terminal(monkeypatch, 80)
+    assert ema("guide", "sweep").out == ""
+    assert "By a command" in paged[0]
+    assert "## By a command" not in paged[0]

@@ -93,7 +93,8 @@ EXIT_CODES = {
     0: ["info run", "verify run", "synthesize run --sigma-rel 0.1 --dry-run", "profile", "guide", "--version"],
     1: [
         "verify flipped-payload", "verify truncated", "info other-run", "info empty", "info broken.safetensors",
-        "synthesize run --sigma-rel 0.1 --out there.safetensors", "synthesize flipped-payload --sigma-rel 0.1 --out x.pt",
+        "synthesize run --sigma-rel 0.1 --out there.safetensors",
+        "synthesize flipped-payload --sigma-rel 0.1 --out x.pt",
         "synthesize run --sigma-rel 0.1 --max-error 1e-9 --dry-run", "prune run --max-error 1e-9 --yes",
         "sweep run --run 'false {weights}' --minimize --sigma-rel 0.1,0.2 --out swept",
     ],
@@ -116,11 +117,14 @@ def test_exit_codes_are_those_of_the_guide(
     assert {line: ema(*shlex.split(line)).code for line in EXIT_CODES[code]} == dict.fromkeys(EXIT_CODES[code], code)
 
 
-def test_a_folder_of_runs_names_them(ema: Ema, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    for command in (["synthesize", ".", "--sigma-rel", "0.1", "--out", "x.pt"], ["error-plot", ".", "--json"]):
-        assert "no snapshots here, but in flipped-header, " in ema(*command).error
-        assert ema(*command).error.endswith(", run, truncated; name one of these folders")
+def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(place / "run", tmp_path / "runs" / name)
+    (tmp_path / "runs" / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for command in (["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"], ["error-plot", "runs", "--json"]):
+        said = "runs: no snapshots here, but in first, second; name one of these folders"
+        assert ema(*command).error == said
 
 
 def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
