@@ -48,18 +48,22 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
     lines = [[*map(printable, line)] for line in (columns, *rows)]
     widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
     fits = sum(widths) + 2 * (len(widths) - 1) <= _terminal_width()
-    table = Table(box=None, padding=(0, 2 if fits else 1, 0, 0), pad_edge=False, header_style="bold")
+    gap = 2 if fits else 1
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    total = gap * (len(widths) - 1)
     for column, *cells in zip(*lines, strict=True):
         title = column if fits else column.replace(" ", "\n")
         if column in left:
             longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
-            table.add_column(title, overflow="fold", min_width=min(longest, _LONGEST_WORD))
+            least = min(longest, _LONGEST_WORD)
+            table.add_column(title, overflow="fold", min_width=least)
         else:
             least = max(map(cell_len, [*cells, *title.split("\n")]))
             table.add_column(title, justify="right", no_wrap=True, min_width=least)
+        total += least
     for line in lines[1:]:
         table.add_row(*map(Text, line))
-    _print(table)
+    _print(table, total)
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
@@ -72,9 +76,9 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     _print(table)
 
 
-def _print(table: Table) -> None:
-    """On stdout, without spaces at the ends of lines."""
-    console = Console(width=_terminal_width(), highlight=False)
+def _print(table: Table, least: int = 0) -> None:
+    """On stdout, without spaces at the ends of lines; `least` columns wide, since rich drops what has no room."""
+    console = Console(width=max(least, _terminal_width()), highlight=False)
     with console.capture() as captured:
         console.print(table, crop=False)
     for line in captured.get().splitlines():

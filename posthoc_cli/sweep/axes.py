@@ -111,8 +111,9 @@ class Axis:
         x = self.scaled(self.high if upwards else self.low)
         for stride in _STRIDES:
             value = self._rounded(x * stride if upwards else x / stride, 3)
-            if self.low <= value <= self.high:  # there is no whole number in between
-                continue
+            is_part = self.kind not in ("beta", "half-life", "window")
+            if self.low <= value <= self.high or (is_part and value * run.step < 1):
+                continue  # there is no whole number in between; or it is less than a step
             try:
                 (point,) = run.error_curve((0.1, 0.2), t=t, others=[self.target(value)]).others
             except InvalidValueError:  # there is no such average, or the run is too short for it

@@ -80,7 +80,7 @@ def test_the_json_is_the_contract(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert len(target["snapshots"]) == 40
     assert sum(s["coefficient"] for s in target["snapshots"]) == pytest.approx(1)
     assert report["movement"]["pieces"] >= 20
-    assert {"source": "measured", "noise": True}.items() <= report["movement"].items()
+    assert {"source": "measured", "has_noise": True}.items() <= report["movement"].items()
 
 
 def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) -> None:
