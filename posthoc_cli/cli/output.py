@@ -56,10 +56,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
         if column in left:
             longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
             least = min(longest, _LONGEST_WORD)
-            table.add_column(title, overflow="fold", min_width=least)
+            table.add_column(Text(title), overflow="fold", min_width=least)
         else:
             least = max(map(cell_len, [*cells, *title.split("\n")]))
-            table.add_column(title, justify="right", no_wrap=True, min_width=least)
+            table.add_column(Text(title), justify="right", no_wrap=True, min_width=least)
         total += least
     for line in lines[1:]:
         table.add_row(*map(Text, line))

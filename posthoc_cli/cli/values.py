@@ -8,6 +8,7 @@ import math
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -244,12 +245,27 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
         raise InvalidValueError(path, what, hint) from None
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
+    if directory and (runs := _runs_in(path)):
+        raise InvalidValueError(path, f"holds runs, and no snapshots itself: {', '.join(runs)}", "name one of them")
     if path.suffix in PICKLES and not (is_directory or pickles):
         reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
         raise InvalidValueError(path, reason)
     if not (is_directory or path.suffix in (".safetensors", *PICKLES) or _may_hold_weights(path)):
         raise InvalidValueError(path, "is neither a safetensors file nor one of torch")
     return path
+
+
+def _runs_in(directory: Path) -> list[str]:
+    """The names of the folders in it, if all hold snapshots and no other weights are beside them."""
+    from posthoc_cli.snapshots.directory import PICKLES, is_snapshot_name
+
+    with suppress(OSError):
+        there = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+        folders = [path for path in there if path.is_dir() and path.name != "damaged"]
+        weights = any(path.suffix in (".safetensors", *PICKLES) for path in there)
+        if not weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
+            return [folder.name for folder in folders]
+    return []
 
 
 def _may_hold_weights(path: Path) -> bool:

@@ -217,11 +217,6 @@ def read_directory(directory: Path) -> list[Snapshot]:
         raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
     if is_parts_folder(directory):
         raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
-    runs = sorted({path.parent.name for path in directory.glob("*/*-*") if is_snapshot_name(path)})
-    if runs:
-        raise DirectoryError(
-            directory, f"no snapshots here, but in {', '.join(runs[:10])}", "name one of these folders"
-        )
     others = [path.name for path in found.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     what = f"; {others[0]} is not a snapshot of this package" if others else ""
     raise DirectoryError(directory, f"no snapshots here{what}", WANTED)

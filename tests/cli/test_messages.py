@@ -120,10 +120,10 @@ def test_exit_codes_are_those_of_the_guide(
 def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("first", "second"):
         shutil.copytree(place / "run", tmp_path / "runs" / name)
-    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
     for command in (["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"], ["error-plot", "runs", "--json"]):
-        said = "runs: no snapshots here, but in first, second; name one of these folders"
+        said = "runs: holds runs, and no snapshots itself: first, second; name one of them"
         assert ema(*command).error == said
 
 
