@@ -92,7 +92,7 @@ def test_each_kind_says_what_and_where_it_is(tmp_path: Path) -> None:
     ):
         found = describe(path)
         assert (found["kind"], found["path"]) == (kind, str(where)), path
-    assert describe(shards)["files"] == 2
+    assert describe(shards)["shards"] == 2
     assert describe(tmp_path / "run")["profiles"][0]["times"] == [10]
 
 
