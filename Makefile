@@ -35,7 +35,7 @@ $(READY): pyproject.toml Makefile
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/ema demo --out ema-demo --force
+	$(BIN)/ema demo --out ema-demo --overwrite
 
 test: lint types unit
 

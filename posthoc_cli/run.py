@@ -8,6 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +22,7 @@ from posthoc_cli.checkpoints.opening import (
     is_glob,
     open_checkpoints,
 )
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError, percent
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -77,6 +78,10 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
     predicted_error: float | None = None
     profile_error: float = 0.0
+
+    def __repr__(self) -> str:
+        error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
+        return f"Weights({len(self)} tensors, predicted error {error})"
 
     def __enter__(self) -> Weights:
         return self
@@ -155,6 +160,16 @@ class Run:
         widths, last = self.profiles, sources[-1].info
         what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
         return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
+
+    def _repr_html_(self) -> str:
+        """What `info` says, in a notebook."""
+        try:
+            facts = self.info()
+        except PostHocError:
+            return f"<pre>{escape(repr(self))}</pre>"
+        counts = {name: f"{len(fact):,}" if isinstance(fact, list) else str(fact) for name, fact in facts.items()}
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text[:200])}</td></tr>" for name, text in counts.items())
+        return f"<table>{''.join(rows)}</table>"
 
     # --- what is there
 
@@ -415,9 +430,7 @@ def error_report(
     dtype: str = "float16",
     like: Run | None = None,
     draw: Wanted | Sequence[Wanted] = (),
-    picture: Path | None = None,
-    profile_error: bool = False,
-    table: Path | None = None,
+    out: Path | None = None,
     overwrite: bool = False,
 ) -> ErrorReport:
     """Error curves of runs and of schedules, as `ema error-plot` draws them.
@@ -431,18 +444,18 @@ def error_report(
         dtype: that the snapshots of schedules are stored in.
         like: an earlier run that the network will move like in the schedules; by default it moves evenly.
         draw: targets to draw over training time, with coefficients; those that are no power functions are points, too.
-        picture: a .png, .svg or .pdf file to draw; with `profile_error` the profile errors, too.
-        table: a .csv file to write.
-        overwrite: replace these files.
+        out: a .png, .svg or .pdf file to draw, with the method "paper" of the profile errors, too; or a .csv file.
+        overwrite: replace it.
 
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
     """
     targets = as_targets(draw)
     drawings = len(targets) * (len(runs) + len(schedules))
-    if picture is not None and drawings > MOST_DRAWINGS:
+    is_table = out is not None and out.suffix == ".csv"
+    if out is not None and not is_table and drawings > MOST_DRAWINGS:
         reason = f"{drawings} drawings over training time; at most {MOST_DRAWINGS} fit"
-        raise InvalidValueError("out", reason, value=picture)
+        raise InvalidValueError("out", reason, value=out)
     candidates = [run.candidate(t) for run in runs]
     for schedule in schedules:
         earlier, assumption = _earlier_run(like, schedule.steps)
@@ -451,11 +464,11 @@ def error_report(
     others = [target for target in targets if target.sigma_rel is None]
     curves = [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
     report = ErrorReport(tuple(curves))
-    if picture is not None:
+    if out is not None and is_table:
+        files.write_whole(out, report.to_csv().encode(), overwrite)
+    elif out is not None:
         fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
-        _draw(picture, curves, fits, profile_error, overwrite)
-    if table is not None:
-        files.write_whole(table, report.to_csv().encode(), overwrite)
+        _draw(out, curves, fits, method == "paper", overwrite)
     return report
 
 

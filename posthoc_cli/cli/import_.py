@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Argument, Option
+from typer import Argument
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.cli import output, values
@@ -18,28 +18,33 @@ EPILOG = "Example:  ema import old --sigma-rels 0.05,0.28 --update-every 10 --ou
 
 def import_(
     directory: Path = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."),
-    out: Path | None = Option(None, "--out", "-o", metavar="RUN", help="The run to make: a folder."),
-    kind: str | None = Option(
+    out: Path | None = values.OUTPUT(None, "--out", "-o", metavar="RUN", help="The run to make: a folder."),
+    kind: str | None = values.RUN(
         None,
         "--from",
         metavar="KIND",
         autocompletion=values.one_of(*KINDS),
-        help=f"What DIR holds: {', '.join(KINDS)}. [default: found by names and contents]",
+        show_default="found by names and contents",
+        help=f"What DIR holds: {', '.join(KINDS)}.",
     ),
-    step_from: str | None = Option(
-        None, metavar="PATTERN", help=r"A regular expression of the steps: 'step(\d+)'. [default: content or name]"
+    step_from: str | None = values.RUN(
+        None, metavar="PATTERN", show_default="content or name", help=r"A regular expression of the steps: 'step(\d+)'."
     ),
-    prefix: str = Option("", help="Take tensors whose names begin so, such as model., without it."),
-    include: list[str] = Option([], metavar="GLOB", help="Take tensors of these names only."),
-    exclude: list[str] = Option([], metavar="GLOB", help="Leave tensors of these names out."),
-    sigma_rels: str | None = Option(None, help="The averages' widths, in the order of their numbers: 0.05,0.28."),
-    update_every: int | None = Option(None, help="Of averages: calls between updates."),
-    update_after_step: int | None = Option(
-        None, help="Of averages: calls before the first update. [default: the library's]"
+    prefix: str = values.RUN("", help="Take tensors whose names begin so, such as model., without it."),
+    include: list[str] = values.RUN([], metavar="GLOB", help="Take tensors of these names only."),
+    exclude: list[str] = values.RUN([], metavar="GLOB", help="Leave tensors of these names out."),
+    sigma_rels: str | None = values.RUN(None, help="The averages' widths, in the order of their numbers: 0.05,0.28."),
+    update_every: int | None = values.RUN(None, help="Of averages: calls between updates."),
+    update_after_step: int | None = values.RUN(
+        None, show_default="the library's", help="Of averages: calls before the first update."
     ),
-    copy: bool = Option(False, "--copy", help="Write copies with checksums, in place of referring to the files."),
-    overwrite: bool = Option(False, "--force", help="Replace an import of something else, or with other settings."),
-    dry_run: bool = Option(False, "--dry-run", help="Show what was found; write nothing."),
+    copy: bool = values.flag(
+        values.OUTPUT, "--copy", help="Write copies with checksums, in place of referring to the files."
+    ),
+    overwrite: bool = values.flag(
+        values.OUTPUT, "--overwrite", help="Replace an import of something else, or with other settings."
+    ),
+    dry_run: bool = values.flag(values.OUTPUT, "--dry-run", help="Show what was found; write nothing."),
     quiet: bool = values.QUIET,
     as_json: bool = values.JSON,
 ) -> None:

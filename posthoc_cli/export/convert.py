@@ -74,7 +74,10 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
-        reports = [{"output": str(path), **vars(one)} for path, one in self.made.items()]
+        reports = [
+            {"output": str(path), "tensors": one.tensors, "from_base": one.from_base, "bytes": one.nbytes}
+            for path, one in self.made.items()
+        ]
         return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
 
 
@@ -251,7 +254,7 @@ def _read_base(
                 check_shape(file.path, name, entry.shape, own[name].shape)
     if not seen & own.keys():
         names = f"its names look like {min(seen, default='')!r}, theirs like {min(own, default='')!r}"
-        hint = "rename them by prefix and strip_prefix"
+        hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
     return tensors
 

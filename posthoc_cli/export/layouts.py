@@ -166,11 +166,11 @@ def layout_of(path: Path, layout: str | None) -> str:
     """
     if layout is not None:
         if layout not in LAYOUTS:
-            raise InvalidValueError("format", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+            raise InvalidValueError("layout", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
         accepted = _ENDINGS.get(layout, ())
         if path.suffix in (fmt.SUFFIX, *PICKLES) and path.suffix not in accepted and not path.is_dir():
             wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
-            raise InvalidValueError("format", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
+            raise InvalidValueError("layout", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
         return layout
     if path.suffix == fmt.SUFFIX:
         return "safetensors"
@@ -178,7 +178,7 @@ def layout_of(path: Path, layout: str | None) -> str:
         return "pt"
     if path.suffix == "" or path.is_dir():
         return "sharded"
-    hint = "name a .safetensors or .pt file, or a folder for shards; or give the layout"
+    hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
     raise InvalidValueError(path, "its ending names no layout", hint)
 
 

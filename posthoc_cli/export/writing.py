@@ -61,6 +61,9 @@ class SynthesisReport:
     reason: str = ""
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        return f"SynthesisReport({len(self.outputs)} outputs in {self.seconds:.1f} s: {self.plan!r})"
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
         report = self.plan.to_dict()

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range
+from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
     Forecast,
@@ -169,6 +169,12 @@ class Proposal:
     nbytes: int
     errors: Forecast
 
+    def __repr__(self) -> str:
+        schedule, worst = self.schedule, percent(self.errors.worst)
+        return (
+            f"Proposal({self.label}, every {schedule.checkpoint_every:,}, {self.nbytes:,} bytes, worst error {worst})"
+        )
+
     @property
     def update_every(self) -> int:
         """Steps between updates: 10, or fewer where averages are short, and a divisor of `checkpoint_every`."""
@@ -219,7 +225,7 @@ class Proposal:
         return {
             "sigma_rels": list(self.schedule.sigma_rels),
             "dtype": self.dtype,
-            "snapshots": self.schedule.kept,
+            "snapshots_each": self.schedule.kept,
             "update_every": self.update_every,
             "checkpoint_every": self.schedule.checkpoint_every,
             "max_checkpoints": self.schedule.max_checkpoints,
@@ -245,6 +251,9 @@ class PlanReport:
     proposals: tuple[Proposal, ...]
     assumption: str = EVENLY
     like: str | None = None
+
+    def __repr__(self) -> str:
+        return f"PlanReport({several(self.proposals)})"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data for JSON, with the call that makes a tracker of the first proposal."""

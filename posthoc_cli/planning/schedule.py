@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, percent
 from posthoc_cli.planning.thinning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import ASSUMED_STRETCH, ROUNDING, Motion, Prior, assumed_prior, expected_errors
@@ -158,6 +158,11 @@ class Forecast:
     sigma_rels: FloatArray
     predicted_error: FloatArray
     profile_error: FloatArray
+
+    def __repr__(self) -> str:
+        low, high = self.sigma_rels[0], self.sigma_rels[-1]
+        errors = f"worst error {percent(self.worst)}, median error {percent(self.median)}"
+        return f"Forecast(sigma_rel {low:g} to {high:g}: {errors})"
 
     @property
     def worst(self) -> float:

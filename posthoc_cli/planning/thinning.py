@@ -1,4 +1,4 @@
-"""Which snapshots are kept: those whose loss would raise the predicted error most."""
+"""Which snapshots are kept: those without which the predicted error would be largest."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def snapshots_to_drop(
 ) -> list[int]:
     """Which snapshots to drop so that `keep` of each profile remain: indices, in the order to drop.
 
-    Drops the one whose loss least raises the predicted error over `sigma_range` at the time of the last snapshot, and
-    so on; of equal ones (where nothing moved) the one whose neighbours are closest together. Then exchanges improve
+    Drops the one without which the predicted error over `sigma_range`, at the time of the last snapshot, stays lowest,
+    and so on; of equal ones (where nothing moved) the one whose neighbours are closest together. Then exchanges improve
     the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside of a
     subset (`thinned_subset`) go first.
 

@@ -164,6 +164,10 @@ class Verification(Inventory):
     lost: tuple[Snapshot, ...] = ()
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        wrong = len(self.broken) + len(self.problems)
+        return f"Verification({self.path}: {len(self.files)} files, {self.nbytes:,} bytes, {wrong} problems)"
+
     @property
     def superseded(self) -> int:
         """How many were set aside as superseded."""

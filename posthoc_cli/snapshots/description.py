@@ -110,7 +110,10 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         "step": newest.step,
         "schedule": vars(newest.schedule),
         **describe_tensors(snapshots[-1]),
-        "snapshots": len(snapshots),
+        "snapshots": [
+            {"file": one.path.name, "t": one.info.t, "step": one.info.step, "sigma_rel": one.info.sigma_rel}
+            for one in snapshots
+        ],
         **_describe_parts(snapshots[-1]),
         "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
         "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
@@ -127,7 +130,7 @@ def _describe_profile(group: Sequence[Snapshot]) -> Description:
         "times": [snapshot.info.t for snapshot in group],
         "t_first": group[-1].info.t_first,
         "max_interval": group[-1].info.max_interval,
-        "relative_rounding": [min(known), max(known)] if known else None,
+        "relative_rounding_range": [min(known), max(known)] if known else None,
         "bytes": sum(snapshot.header.file_bytes for snapshot in group),
     }
 
@@ -195,7 +198,7 @@ def _counts(headers: Collection[FileHeader]) -> Description:
     for entry in (entry for header in headers for entry in header.tensors.values()):
         dtypes[entry.dtype] += math.prod(entry.shape)
     return {
-        **({"files": len(headers)} if len(headers) > 1 else {}),
+        **({"shards": len(headers)} if len(headers) > 1 else {}),
         "tensors": sum(len(header.tensors) for header in headers),
         "parameters": sum(dtypes.values()),
         "dtypes": dict(sorted(dtypes.items())),

@@ -64,6 +64,10 @@ class Pruning:
     source: str
     deleted: bool = False
 
+    def __repr__(self) -> str:
+        count, left = len(self.kept) + len(self.gone), len(self.kept)
+        return f"Pruning({left} of {count} snapshots stay: {self.after!r}, before {self.before!r})"
+
     @property
     def read_bytes(self) -> int:
         """Bytes to read for verifying the survivors."""
@@ -76,7 +80,8 @@ class Pruning:
             "run": self.kept[0].info.run_id,
             "kept": [snapshot.path.name for snapshot in self.kept],
             "gone": [dict(zip(("file", "t", "sigma_rel", "bytes"), one, strict=True)) for one in gone],
-            "bytes": {"kept": file_bytes(self.kept), "gone": file_bytes(self.gone)},
+            "bytes": file_bytes(self.kept),
+            "gone_bytes": file_bytes(self.gone),
             "before": {"worst_error": self.before.worst, "median_error": self.before.median},
             "after": {"worst_error": self.after.worst, "median_error": self.after.median},
             "prior": self.source,

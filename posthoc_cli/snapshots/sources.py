@@ -125,9 +125,12 @@ class Stored(Generic[_Info]):
         return TensorReader(self.path, self.header, parts, boxes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FileSource(Stored[SourceInfo]):
     """A snapshot on disk, or another program's checkpoint."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}: {len(self.stored)} tensors at t = {self.info.t:,.12g})"
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from html import escape
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_BARS = 16
 POOR_ERROR = 0.01
 """Predicted error above which a plan is made with a warning."""
 
@@ -68,6 +70,27 @@ class Plan:
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None
+
+    def __repr__(self) -> str:
+        errors = map(self.predicted_error, range(len(self.targets)))
+        each = [
+            f"{target.title} (predicted error {'unknown' if error is None else percent(error)})"
+            for target, error in zip(self.targets, errors, strict=True)
+        ]
+        more = f" and {len(each) - 5} more" if len(each) > 5 else ""
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each[:5])}{more})"
+
+    def _repr_html_(self) -> str:
+        """The coefficients of the first target as bars, in a notebook: of the largest ones if there are many."""
+        column = self.reconstruction.coefficients[:, 0]
+        most = float(np.abs(column).max()) or 1.0
+        rows = [
+            f"<tr><td>{escape(self.sources[index].name)}</td><td>{column[index]:+.4f}</td>"
+            f"<td><div style='height: 0.8em; width: {10 * abs(column[index]) / most:.3f}em; "
+            f"background: {'#0072B2' if column[index] >= 0 else '#D55E00'}'></div></td></tr>"
+            for index in sorted(np.argsort(-np.abs(column))[:_MOST_BARS].tolist())
+        ]
+        return f"<p>{escape(repr(self))}</p><table>{''.join(rows)}</table>"
 
     @property
     def choice(self) -> str | None:
@@ -213,9 +236,10 @@ class Plan:
             "movement": {
                 "source": prior.source,
                 "pieces": int(prior.motion.walk.size),
-                "noise": bool(prior.motion.noise.any()),
+                "has_noise": bool(prior.motion.noise.any()),
             },
-            "snapshots": {"solved_with": self.solved, "of": self.there},
+            "solved_with": self.solved,
+            "available": self.there,
             "targets": [
                 {"target": info.profile}
                 | {name: getattr(info, name) for name in same}

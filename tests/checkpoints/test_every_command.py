@@ -98,7 +98,7 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     said = [ema("synthesize", *source, "--sigma-rel", "0.1", "--dry-run").out for source in sources]
     for which, count, made in zip(("snapshots", "checkpoints", "snapshots and checkpoints"), counts, said, strict=True):
         assert re.fullmatch(rf"\d+ {which} up to", count)
-        assert re.search(rf" from \d+ {which}, training time of the newest (snap|check)", made)
+        assert re.search(rf" from \d+ {which}, predicted error", made)
     alone, beside, both = (ema("info", *source, "--json").json for source in sources)
     assert both["checkpoints"] == beside["checkpoints"]
     assert len(both["checkpoints"]) == 40

@@ -101,7 +101,7 @@ def test_a_file_that_is_not_the_one_imported_is_named(change: str, tmp_path: Pat
     assert [one["path"] for one in verified.json["files"] if one["state"] == "damaged"] == [str(path)]
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     _replace(path)
-    assert "wrote a run that refers" in ema("import", tmp_path / "ck", "--out", new).out  # without --force
+    assert "wrote a run that refers" in ema("import", tmp_path / "ck", "--out", new).out  # without --overwrite
     assert Run(new).average("last:1", t=2)["w"].tolist() == [-1.0] * 3000
 
 
@@ -126,13 +126,13 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert (again["written"], len(again["checkpoints"])) == (False, len(STEPS))
     assert contents(new) == before
     other = ema("import", folder, "--out", new)
-    assert other.error == f"{new}: has other settings; choose another name, or --force to replace it"
+    assert other.error == f"{new}: has other settings; choose another name, or --overwrite to replace it"
     (tmp_path / "else").mkdir()
     shutil.copy(folder / "step20.safetensors", tmp_path / "else")
     other = ema("import", tmp_path / "else", "--exclude", "*.bias", "--out", new)
     assert f"{new}: is an import of {folder}; choose another name" in other.error
     assert contents(new) == before
-    assert ema("import", folder, "--out", new, "--force").code == 0
+    assert ema("import", folder, "--out", new, "--overwrite").code == 0
     assert any(name.endswith("bias") for name in Run(new).tensors)
     shutil.copy(folder / "step20.safetensors", folder / "step300.safetensors")
     assert ema("import", folder, "--out", new).code == 0  # has taken in the new one
@@ -141,8 +141,8 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert ema("import", folder, "--out", new).code == 0
     assert Run(new).step == 300
     for place, reason in ((folder, "holds something else"), (folder / "step20.safetensors", "holds something else")):
-        assert reason in ema("import", folder, "--out", place, "--force").error
-        assert reason in ema("import", folder, "--out", place, "--force", "--copy").error
+        assert reason in ema("import", folder, "--out", place, "--overwrite").error
+        assert reason in ema("import", folder, "--out", place, "--overwrite", "--copy").error
     assert "its folder does not exist" in ema("import", folder, "--out", tmp_path / "x" / "y").error
 
 

@@ -279,10 +279,10 @@ def test_copies_say_the_same(tmp_path: Path, imported: Imported, ema: Ema) -> No
     again = ("import", old, *options, "--copy", "--out", new)
     assert "is this import already" in ema(*again).out
     shorter = ("import", old / "*.100.pt", *options, "--copy", "--out", new)
-    assert ema(*shorter).error.endswith("is there already; choose another name, or --force to replace it")
-    assert ema(*shorter, "--force").code == 0
+    assert ema(*shorter).error.endswith("is there already; choose another name, or --overwrite to replace it")
+    assert ema(*shorter, "--overwrite").code == 0
     assert len(Run(new).sources) == 2
-    assert ema(*again, "--force").code == 0
+    assert ema(*again, "--overwrite").code == 0
     assert len(Run(new).sources) == 6
     path = new / "0000000000000100-0.05.safetensors"
     flip_bit(path, path.stat().st_size - 1)

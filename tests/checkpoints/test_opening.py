@@ -404,20 +404,20 @@ def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -
     for step in (1, 2, 3):
         save_file({"w": torch.full((4,), float(step)), "n": torch.tensor(step)}, tmp_path / f"step{step}.safetensors")
     out = tmp_path / "out"
-    assert ema("synthesize", tmp_path, "--sigma-rel", "0.2", "--format", "dcp", "--out", out).code == 0
+    assert ema("synthesize", tmp_path, "--sigma-rel", "0.2", "--layout", "dcp", "--out", out).code == 0
     found = {"w": torch.zeros(4), "n": torch.tensor(0)}
     dcp.load(found, checkpoint_id=str(out), no_dist=True)
     average = Run(tmp_path / "step*.safetensors").average(0.2)
     assert torch.equal(found["w"], average["w"])
     assert found["n"] == 3
-    again = ("synthesize", tmp_path / "step*.safetensors", "--sigma-rel", "0.1", "--format", "dcp", "--out", out)
+    again = ("synthesize", tmp_path / "step*.safetensors", "--sigma-rel", "0.1", "--layout", "dcp", "--out", out)
     assert "holds a model already" in ema(*again).error
     assert "does not say which average it holds" in ema(*again, "--skip-existing").error
-    assert ema(*again, "--force").code == 0
+    assert ema(*again, "--overwrite").code == 0
     dcp.load(found, checkpoint_id=str(out), no_dist=True)
     assert not torch.equal(found["w"], average["w"])
     (out / "notes.txt").write_text("mine")
-    assert "holds something else" in ema(*again, "--force").error
+    assert "holds something else" in ema(*again, "--overwrite").error
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 

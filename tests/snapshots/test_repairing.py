@@ -207,7 +207,7 @@ def test_a_damaged_folder_that_leads_elsewhere_or_is_a_file_stays(run: Path, tmp
 
 
 def synthesize_shards(ema: Ema, run: Path, out: Path) -> None:
-    options = ("--sigma-rel", "0.15", "--format", "sharded", "--max-shard-size", "1KB")
+    options = ("--sigma-rel", "0.15", "--layout", "sharded", "--max-shard-size", "1KB")
     result = ema("synthesize", run, "--out", out, *options)
     assert result.code == 0, result.err
 

@@ -48,10 +48,10 @@ class Run:
         if not (self.directory / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        out = ["--out", self.root / "out", "--force"]
+        out = ["--out", self.root / "out", "--overwrite"]
         self._twice(lambda: self._ema("synthesize", self.directory, "--sigma-rel", "0.1,0.2", *out))
         self.note("output", *(path.relative_to(self.root).as_posix() for path in self.outputs))
-        shards = ["--out", self.shards, "--max-shard-size", "40", "--force"]
+        shards = ["--out", self.shards, "--max-shard-size", "40", "--overwrite"]
         self._twice(lambda: self._ema("export", self.outputs[0], *shards))
         self.note("output", "shards")
         self._twice(lambda: self._ema("prune", self.directory, "--keep", 2, "--yes"))

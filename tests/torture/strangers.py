@@ -154,13 +154,13 @@ TO_ANY: Sequence[Use] = (
 )  # fmt: skip
 TO_A_RUN: Sequence[Use] = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
-    ("error-plot", "RUN", "--csv", "OUT"),
+    ("error-plot", "RUN", "--out", "OUT"),
 )  # fmt: skip
 TO_SHARDS: Sequence[Use] = (
     ("info", "HOME/sharded"), lambda scene, _: export_file(scene.home / "sharded", scene.out),
     lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded"),
 )  # fmt: skip
-IN_A_FOLDER = ("synthesize", "RUN", *SIGMA_REL, "--format", "sharded", "--out", "HOME/out/folder")
+IN_A_FOLDER = ("synthesize", "RUN", *SIGMA_REL, "--layout", "sharded", "--out", "HOME/out/folder")
 IN_FOLDERS = ("", "/model.safetensors", f"/{INDEX_NAME}", "/model-00001-of-00001.safetensors")
 LOCKS = (".ema.lock", ".ema.lock.holder", "superseded")
 PLACES: dict[str, Sequence[Use]] = {
@@ -172,7 +172,7 @@ PLACES: dict[str, Sequence[Use]] = {
     "out/x.safetensors": [("synthesize", "RUN", *SIGMA_REL, "--out", "X")],
     "out/x.pt": [("export", "MADE", "--out", "X")],
     "out/x.png": [("error-plot", "RUN", "--out", "X")],
-    "out/x.csv": [("error-plot", "RUN", "--csv", "X")],
+    "out/x.csv": [("error-plot", "RUN", "--out", "X")],
     **dict.fromkeys((f"out/folder{name}" for name in IN_FOLDERS), (IN_A_FOLDER,)),
     "state2.safetensors": [_load_state, _save_state],
     **dict.fromkeys((f"fresh/{name}" for name in LOCKS), (_track,)),
@@ -180,10 +180,10 @@ PLACES: dict[str, Sequence[Use]] = {
 
 
 def _meetings() -> Iterator[tuple[str, str, Use]]:
-    """Every thing at every place, and who meets it there; what writes below "out" also with --force."""
+    """Every thing at every place, and who meets it there; what writes below "out" also with --overwrite."""
     for place, uses in PLACES.items():
         for use in uses:
-            forced: list[Use] = [(*use, "--force")] if place.startswith("out/") and isinstance(use, tuple) else []
+            forced: list[Use] = [(*use, "--overwrite")] if place.startswith("out/") and isinstance(use, tuple) else []
             for one in (use, *forced):
                 yield from ((place, thing, one) for thing in THINGS)
 
