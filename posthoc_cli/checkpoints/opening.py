@@ -111,7 +111,7 @@ class Origin:
     @property
     def selection(self) -> fmt.Selection:
         """The choice of tensors by their names."""
-        return fmt.make_selection(False, self.include, self.exclude, "copy")
+        return fmt.make_selection(self.include, self.exclude, "copy")
 
 
 UNSPECIFIED = Origin()
