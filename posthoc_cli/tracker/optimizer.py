@@ -29,11 +29,14 @@ class Tracker(Protocol):
     settings: Settings
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """Calls of `update_` so far."""
 
-    def update_(self, model: torch.nn.Module, t: float | None = None) -> None: ...
+    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
+        """Count a training step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish."""
 
 
 class Attachment:

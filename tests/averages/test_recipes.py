@@ -198,14 +198,6 @@ def test_nothing_is_switched_before_there_is_an_average(tmp_path: Path) -> None:
     assert path.switched == [False] * 11 + [True]
 
 
-def test_a_process_that_keeps_no_averages_does_not_train_on_from_its_own_weights(tmp_path: Path) -> None:
-    """The writer's model would be switched, and this one's not."""
-    model = Quadratic()
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=2, checkpoint_every=2, writer=False)
-    with refused("average", "writer=True"):
-        SwitchEMA(tracker, switch_every=2, sigma_rel=SIGMA_REL).update(model)
-
-
 def test_a_tracker_that_is_attached_is_only_switched(tmp_path: Path) -> None:
     model = Quadratic()
     optimizer = sgd(model)

@@ -23,7 +23,7 @@ from posthoc_cli.targets import Beta, Target, Window
 STEPS = 2000
 SETTINGS: dict = {
     "sigma_rels": (0.03, 0.05, 0.10, 0.15, 0.20, 0.28), "update_every": 1, "checkpoint_every": 250,
-    "checkpoint_dtype": None, "t_unit": "images", "final_snapshot": False,
+    "checkpoint_dtype": None, "t_unit": "images",
 }  # fmt: skip
 
 
