@@ -161,14 +161,14 @@ def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str,
     """
     model, last, state = begun(tmp_path / "whole", STEPS, checkpoint_dtype="float16", device=device), 0, None
     settings = SETTINGS | {"checkpoint_dtype": "float16", "device": device}
-    by_file = {"resume": "auto", "keep_state": True} if way == "file" else {}
+    by_file = {"resume": "auto"} | ({"keep_state": True} if way == "file" else {})
     for step in (7, 10, 11, 13, 20, 33, 45, STEPS):
         with PostHocEMA.from_model(model, tmp_path / "run", **settings, **by_file) as tracker:
             if state is not None:
                 tracker.load_state_dict(state)
             assert tracker.step == last
             walk(model, tracker, last + 1, step)
-            last, state = step, None if by_file else tracker.state_dict()
+            last, state = step, None if way == "file" else tracker.state_dict()
     assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
     assert not (tmp_path / "run" / "superseded").exists()
 
@@ -352,14 +352,14 @@ def test_snapshots_in_between_go_first(tmp_path: Path) -> None:
 def test_a_last_snapshot_of_another_attempt_is_set_aside(tmp_path: Path) -> None:
     model, states = matrix(), []
     for scale in (1.0, 1.001):
-        with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
             if states:
                 tracker.load_state_dict(states[0])
             walk(model, tracker, tracker.step + 1, 12, scale)
             states.append(tracker.state_dict())
             walk(model, tracker, 13, 15, scale)
             states.append(tracker.state_dict())
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
         tracker.load_state_dict(states[1])  # of the first attempt at step 15; what lies there is the second one's
         assert written(tmp_path) == [(10, False)]
         walk(model, tracker, 16, 17)

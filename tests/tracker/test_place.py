@@ -178,6 +178,20 @@ def test_a_checkpoint_in_half_precision_goes_on(tmp_path: Path, dtype: torch.dty
     assert PostHocEMA.from_model(again.model, tmp_path, **SETTINGS, resume="auto").step == step // 40 * 40
 
 
+@pytest.mark.parametrize("way", ["from_model", "from_path"])
+def test_a_large_first_step_goes_on_where_the_model_was_on_the_path_when_the_tracker_was_made(
+    tmp_path: Path, way: str
+) -> None:
+    """Snapshots of every fourth step say little about how far a step may go."""
+    first, _ = finished(tmp_path, 40, checkpoint_every=4, kind="sgd")
+    ema = trackers(first.model, tmp_path, way)
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            parameter.add_(0.1 * parameter.square().mean().sqrt() * torch.randn_like(parameter))
+    ema.update_(first.model)
+    assert ema.step == 41
+
+
 def test_weights_that_stand_still_go_on_from_the_newest(tmp_path: Path) -> None:
     still = Training()
     for last in (80, 160):

@@ -48,6 +48,7 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {f"{kind}/{name}": tensor for kind, own in found.items() for name, tensor in own.items()}
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path: Path) -> None:
     """From one process to FSDP, HSDP, tensor parallel and back."""
     for kind, ranks, before, after in (

@@ -394,4 +394,4 @@ def test_names_where_a_part_is_compiled_or_the_model_is_one_of_several_or_has_se
     assert {"text.base_model.model.middle.lora_A.weight", "image.weight"} < names(both)
     model.add_adapter("second", CONFIGS["dora"])
     each = {f"base_model.model.middle.lora_A.{name}.weight" for name in ("default", "second")}
-    assert each < names(model, include="*")
+    assert each < names(model, only_trainable=False)
