@@ -122,7 +122,7 @@ def run_transformers(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -
     )  # fmt: skip
     trainer = Trainer(network(size), args, train_dataset=data)
     if tracks:
-        PostHocCallback(folder / "ema", update_every=EVERY, final_snapshot=False).install(trainer)
+        PostHocCallback(folder / "ema", update_every=EVERY).install(trainer)
     trainer.add_callback(Watching())
     trainer.train()
 
@@ -148,7 +148,7 @@ def run_lightning(size: Size, watch: Stopwatch, folder: Path, tracks: bool) -> N
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters())
 
-    callbacks = [PostHocWeightAveraging(folder / "ema", update_every_n_steps=EVERY, final_snapshot=False)]
+    callbacks = [PostHocWeightAveraging(folder / "ema", update_every_n_steps=EVERY)]
     trainer = Trainer(
         max_steps=LAST, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, callbacks=[*(callbacks if tracks else []), Watching()], default_root_dir=folder,
@@ -165,7 +165,7 @@ def run_accelerate(size: Size, watch: Stopwatch, folder: Path, tracks: bool, dif
 
     accelerator, bare = Accelerator(cpu=True), network(size)
     model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters()))
-    options: dict[str, Any] = {"update_every": EVERY, "final_snapshot": False}
+    options: dict[str, Any] = {"update_every": EVERY}
     stand_in = PostHocEMAModel(bare, folder / "ema", **options) if tracks and diffusers else None
     ema = prepare(accelerator, model, folder / "ema", optimizer, **options) if tracks and not diffusers else None
     for batch in batches(size):
