@@ -172,7 +172,11 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     assert not found
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
     assert not calls & EXECUTING
-    assert {call for call in calls if call.split(".")[-1] in LOADING} <= HARMLESS
+    loading = {call for call in calls if call.split(".")[-1] in LOADING}
+    if path == PACKAGE / "integrations" / "__init__.py":  # the tracker's state in the framework's own checkpoint
+        assert "weights_only=True" in text
+        loading -= {"torch.load", "load"}
+    assert loading <= HARMLESS
     assert "allow_pickle" not in ast.unparse(ast.parse(text))
     assert "load_file" not in calls or "from safetensors.torch import load_file" in text
     assert "import_module" not in text or path == PACKAGE / "__init__.py"

@@ -108,7 +108,6 @@ class SwitchEMA(_CopiedBack):
 
     Raises:
         InvalidValueError: (a ValueError) names the argument and what would be accepted.
-        NotReadyError: (in `switch`) there is no average yet.
         ModelMismatchError: (in `update` and `switch`) the model lacks a tensor, or has another shape; it is unchanged.
 
     Example:
