@@ -982,7 +982,8 @@ def _joined(
     if tracking.resumes:
         tracking.tracked.check(TrackedModel.of_model(found))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
-    options = {name: str(value) for name, value in values.items() if name not in ("schedule", "selection")}
+    left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
+    options = {name: str(value) for name, value in values.items() if name not in left_out}
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
     tensors = found.averaged | found.copied

@@ -72,3 +72,5 @@ def test_an_error_of_a_callback_leaves_the_call_that_has_done_its_work(tmp_path:
             walk(model, ema, 6, 6)
         walk(model, ema, 7, 8)
         assert ema.step == 8
+        with pytest.raises(KeyError, match="logger"):
+            ema.close()
