@@ -231,8 +231,7 @@ def test_a_url_is_no_path(
     for wanted, call in (
         (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_model(model, path)),
         (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_path(path)),
-        (f"checkpoint_dir {shown}", lambda: make_tracker(model, path, True, {})),  # of all integrations
-        (f"path {shown}", lambda: PostHocEMA.from_model(model, tmp_path / "new").save_state(path)),
+        (f"checkpoint_dir {shown}", lambda: make_tracker(model, path, {})),  # of all integrations
         (f"directory {shown}", lambda: Run(path)),
         (f"also {shown}", lambda: Run(tmp_path, also=path)),
         (shown, lambda: files.expanded(path)),

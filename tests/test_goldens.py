@@ -109,7 +109,7 @@ def narrow(directory: Path) -> None:
     network = model(torch.bfloat16)
     network[0].tied = network[0].weight
     with PostHocEMA.from_model(
-        network, directory, update_every=1, checkpoint_every=20, exclude="1.*", copy_only="0.bias", keep_state=True
+        network, directory, update_every=1, checkpoint_every=20, exclude="1.*", keep_state=True
     ) as tracker:
         for _ in walk(network, 100):
             tracker.update_(network)

@@ -86,9 +86,7 @@ def test_imports_point_towards_errors(path: Path) -> None:
     assert rooms & set(ROOMS) <= allowed
 
 
-STILL_IN_CIRCLES = [
-    {"posthoc_cli.tracker.optimizer", "posthoc_cli.tracker.posthoc_ema"},
-]
+STILL_IN_CIRCLES = []
 """To be opened."""
 
 
@@ -172,7 +170,11 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     assert not found
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
     assert not calls & EXECUTING
-    assert {call for call in calls if call.split(".")[-1] in LOADING} <= HARMLESS
+    loading = {call for call in calls if call.split(".")[-1] in LOADING}
+    if path == PACKAGE / "integrations" / "__init__.py":  # the tracker's state in the framework's own checkpoint
+        assert "weights_only=True" in text
+        loading -= {"torch.load", "load"}
+    assert loading <= HARMLESS
     assert "allow_pickle" not in ast.unparse(ast.parse(text))
     assert "load_file" not in calls or "from safetensors.torch import load_file" in text
     assert "import_module" not in text or path == PACKAGE / "__init__.py"

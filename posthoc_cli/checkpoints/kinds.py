@@ -79,7 +79,7 @@ class Settings:
         if groups != 1:
             reason = r"must have one group, for the step, such as 'step(\d+)'"
             raise InvalidValueError("step_from", reason, value=self.step_from or "")
-        selection = make_selection(False, self.include, self.exclude, "copy")
+        selection = make_selection(self.include, self.exclude, "copy")
         plain = {"include": selection.include, "exclude": selection.exclude, "sigma_rels": tuple(self.sigma_rels)}
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -92,7 +92,7 @@ class Settings:
 
     def chosen(self, found: Tensors, but: Collection[str] = ()) -> Tensors:
         """The tensors that `include` and `exclude` leave, without those named in `but`."""
-        selection = make_selection(False, self.include, self.exclude, "copy")
+        selection = make_selection(self.include, self.exclude, "copy")
         check_globs(selection, found)
         chosen = {name: find for name, find in found.items() if selection.names(name) and name not in but}
         if not chosen:

@@ -107,5 +107,5 @@ def _print(report: PlanReport) -> None:
     if best.last_step < report.task.steps:
         output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {report.task.steps:,}")
     output.print_line()
-    for line in best.call(report.task.sigma_range).splitlines():
+    for line in best.call().splitlines():
         output.print_line(line)

@@ -210,14 +210,14 @@ class Proposal:
         errors = self.errors.sigma_rels, self.errors.profile_error, self.errors.predicted_error
         return ErrorCurve(self.label, self.last_step, *errors, self.schedule.sigma_rels)
 
-    def call(self, sigma_range: tuple[float, float]) -> str:
+    def call(self) -> str:
         """The Python call that makes a tracker of this kind."""
         rels = ", ".join(f"{s!r}" for s in self.schedule.sigma_rels) + "," * (len(self.schedule.sigma_rels) == 1)
         return f"""ema = PostHocEMA.from_model(
     model, "run/ema",
     sigma_rels=({rels}), update_every={self.update_every},
     checkpoint_every={self.schedule.checkpoint_every}, max_checkpoints={self.schedule.max_checkpoints},
-    checkpoint_dtype="{self.dtype}", sigma_range={sigma_range},
+    checkpoint_dtype="{self.dtype}",
 )"""
 
     def to_dict(self) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class PlanReport:
             "max_error": task.max_error,
             "motion": "assumed" if task.motion is None else "like",
             "proposals": [proposal.to_dict() for proposal in self.proposals],
-            "call": self.proposals[0].call(task.sigma_range),
+            "call": self.proposals[0].call(),
             "like": self.like,
         }
 
@@ -302,7 +302,7 @@ def propose(task: Task) -> list[Proposal]:
 def evaluate(task: Task, schedule: Schedule, dtype: str) -> Proposal:
     """The proposal of a schedule."""
     motion = task.expected_motion
-    snapshots = schedule.snapshots(motion, task.sigma_range)
+    snapshots = schedule.snapshots(motion)
     errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), task.sigma_range, 81)
     return Proposal(schedule, dtype, _fullest(schedule) * task.snapshot_bytes(dtype), errors)
 

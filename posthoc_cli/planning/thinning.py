@@ -14,6 +14,12 @@ from posthoc_cli.reconstruction import MOST_SOLVED, Losses, MinimumVariance, Pri
 USEFUL_RANGE = (0.05, 0.28)
 """The default range of sigma_rel that snapshots are kept for."""
 
+
+def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
+    """The range that snapshots of these profiles are kept for: theirs, or the default one where it is a single one."""
+    return (min(sigma_rels), max(sigma_rels)) if len(sigma_rels) > 1 else USEFUL_RANGE
+
+
 _SIMULATED = 8
 """Of very many snapshots, thinning is simulated from so many times those kept; more make little difference."""
 

@@ -48,8 +48,6 @@ from posthoc_cli.snapshots.states import (
     COPY,
     check_state_tensors,
     decode_state,
-    is_state_folder,
-    read_state,
     tensors_with,
 )
 from posthoc_cli.snapshots.tensor_file import read_header
@@ -213,7 +211,7 @@ class Verification(Inventory):
 
 def take_inventory(path: Path) -> Inventory:
     """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
-    if is_parts_folder(path) or is_state_folder(path):
+    if is_parts_folder(path):
         return Inventory(path, True, (_parts(path),), tuple(list_directory(path).leftovers))
     if path.is_dir():
         return _list_directory(path)
@@ -464,7 +462,7 @@ def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:
     place = next((index for index, report in enumerate(there) if not report.is_fine), 0)
     reports = list(there)
     try:
-        found = read_state(unit.path) if is_state_folder(unit.path) else read_folder(unit.path)
+        found = read_folder(unit.path)
     except PostHocError as error:
         if reports[place].is_fine:  # else the cause has a line of its own
             detail = str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")

@@ -20,7 +20,7 @@ from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
-from posthoc_cli.snapshots.states import StoredState, decode_state, is_state_folder, read_state
+from posthoc_cli.snapshots.states import StoredState, decode_state
 from posthoc_cli.snapshots.tensor_file import read_header
 
 Description = dict[str, Any]
@@ -38,10 +38,6 @@ def describe(path: Path) -> Description:
         return describe_model(path)
     if is_parts_folder(path):
         return _describe_snapshot(read_snapshot(path))
-    if is_state_folder(path):
-        state = read_state(path)
-        nbytes = sum(part.header.file_bytes for part in state.parts)
-        return _describe_state(state) | {"parts": len(state.parts), "bytes": nbytes}
     found = inspect_directory(path)
     if found.snapshots or found.problems or found.incomplete:
         return {

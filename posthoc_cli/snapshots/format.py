@@ -304,6 +304,11 @@ class SnapshotInfo:
         """Names of the averaged weights."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """How each tensor is treated, by name."""
+        return {name: tensor.role for name, tensor in self.tensors.items()}
+
 
 @dataclass(frozen=True)
 class OutputInfo:

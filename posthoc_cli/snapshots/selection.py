@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from posthoc_cli.errors import InvalidValueError
 
-BUFFERS = ("copy", "average")
+BUFFERS = ("statistics", "copy", "average")
 """Treatments of buffers."""
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 GLOBS = ("include", "exclude", "copy_only")
@@ -22,7 +22,7 @@ class Selection:
     only_trainable: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    buffers: str = "copy"
+    buffers: str = "statistics"
     copy_only: tuple[str, ...] = ()
 
     def names(self, name: str) -> bool:
@@ -33,28 +33,28 @@ class Selection:
         """Whether a glob of `copy_only` matches a name."""
         return _matches(name, self.copy_only)
 
-    def going_on(self, copies: Iterable[str]) -> Selection:
-        """The same for a run that has these copies: running statistics among them, of earlier releases, stay so."""
-        kept = tuple(sorted(name for name in running_statistics(copies) if not self.copies(name)))
-        return replace(self, copy_only=self.copy_only + kept)
+    def going_on(self, roles: Mapping[str, str]) -> Selection:
+        """The same for a run of tensors of these roles, which an earlier release may have begun.
+
+        Running statistics that were copied stay copies; "copy" left them averaged then.
+        """
+        if self.buffers == "copy" and "statistic" in roles.values():
+            return replace(self, buffers="statistics").going_on(roles)
+        copies = running_statistics(name for name, role in roles.items() if role == "copy")
+        kept = tuple(sorted(name for name in copies if not self.copies(name)))
+        return replace(self, copy_only=self.copy_only + kept) if self.buffers == "statistics" else self
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def make_selection(
-    only_trainable: bool,
-    include: str | Iterable[str] | None,
-    exclude: str | Iterable[str] | None,
-    buffers: str,
-    copy_only: str | Iterable[str] | None = None,
-) -> Selection:
+def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str) -> Selection:
     """A selection from a user's arguments; an InvalidValueError names the argument and what would be accepted."""
     if buffers not in BUFFERS:
         raise InvalidValueError("buffers", f"must be one of {', '.join(BUFFERS)}", value=f"{buffers!r}")
-    given = zip(GLOBS, (include, exclude, copy_only), strict=True)
-    return Selection(bool(only_trainable), buffers=buffers, **{what: _globs(what, globs) for what, globs in given})
+    named = _globs("include", include)
+    return Selection(not named, named, _globs("exclude", exclude), buffers)
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:

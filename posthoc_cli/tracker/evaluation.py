@@ -231,7 +231,7 @@ class Evaluation:
     def _check_keeps(self) -> None:
         if not self.keeps:
             raise NotReadyError(
-                "this process keeps no averages, the first one of its group does, or one made with writer=True",
+                "this process keeps no averages, the first one of its group does",
                 "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
                 "new PostHocEMA.from_path(directory), before any update_ of it",
             )

@@ -14,13 +14,14 @@ from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from posthoc_cli.dtypes import DTYPES, torch_dtype
+from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
+from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
-from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
+from posthoc_cli.tracker.model_tensors import ON_META, ModelTensors, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
 from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
 
@@ -99,6 +100,22 @@ def check_weights(
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     return targets
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def copied_weights(tensors: ModelTensors, dtype: torch.dtype | str | None) -> Weights:
+    """Copies of a model's tensors on the host, the averaged ones in a `dtype`, under all of their names."""
+    given = parse_dtype(dtype)
+    wanted = None if given is None else torch_dtype(given)
+    made = Weights()
+    for name, value in tensors.averaged.items():
+        made[name] = value.to("cpu", wanted, copy=True)
+    for name, value in tensors.copied.items():
+        made[name] = value.to("cpu", copy=True)
+    for alias, name in tensors.aliases.items():
+        made[alias] = made[name]
+    return made
 
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:

@@ -8,7 +8,8 @@ change with the averages, see `Tracking`.
 from __future__ import annotations
 
 import atexit
-import gc
+import logging
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -42,12 +43,14 @@ from posthoc_cli.tracker.averages import (
     lay_out,
     on_host,
 )
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
-from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error, nonfinite_name
+from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads, take_one_thread
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Pipeline:
         self._beside: bool | None = None  # whether averages are updated by their own thread; known at the first update
         self._counted = tracking.progress
         self._refusal: NotReadyError | None = None
-        self._ended = False
+        self._ended, self._process = False, os.getpid()
         self._stager, self._streams = Stager(), DeviceStreams()
         self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots")
         self._crew = Crew.like_torch()
@@ -215,6 +218,15 @@ class Pipeline:
                 self._have_written(known, None, None, is_due=False)
 
         self._updates.submit(work)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that has made the tracker, and not one that was forked from it."""
+        return self._process == os.getpid()
+
+    def writes_to(self, directory: Path) -> bool:
+        """Whether the tracker is, or was, the writer of a directory."""
+        return self.snapshotter is not None and _same_place(self.snapshotter.directory, directory)
 
     def end(self) -> None:
         """Have the last snapshots written, once. Nobody waits."""
@@ -359,10 +371,7 @@ class Pipeline:
             averages.update_(reader, update.copies, progress.t, progress.step, crew)
             averages.sample = self._sample_of(values, now.tracked)
         self.now = replace(now, progress=progress, averages=averages)
-        if name is None:
-            return None
-        reason = f"holds nan or infinity at step {progress.step}; no average has taken it in"
-        return NonFiniteError(f"parameter {name!r}", reason)
+        return None if name is None else nonfinite_error(name, update.tensors, progress.step)
 
     def _sample_of(self, values: Mapping[str, torch.Tensor], tracked: TrackedModel) -> Sample:
         """A sample of values in this place: the model itself, or one of two buffers that hold copies of it in turn."""
@@ -410,18 +419,23 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members | No
         try:
             return Snapshotter(directory, settings, members)
         except LockedError:
-            # The holder may be garbage, such as the tracker of a notebook cell that was run again: one that is
-            # attached to an optimizer with a scheduler stays until the collector runs.
-            gc.collect()
-            wait_for_writers(directory)
+            if not _make_way(directory):
+                raise
             return Snapshotter(directory, settings, members)
     except WriteError as error:  # a WriteError of `update_` would say that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
-    except LockedError as error:
-        if members is not None or not is_in_group():
-            raise
-        hint = "in a group of processes one writes: from_model(..., writer=rank == 0), and the same for from_path"
-        raise error.with_hint(hint) from error
+
+
+def _make_way(directory: Path) -> bool:
+    """Close an earlier tracker of this process that writes in a directory, such as that of a notebook's cell."""
+    found = [one for one in list(_at_work) if one.is_here and one.writes_to(directory)]
+    for pipeline in found:
+        log.warning("%s: an earlier tracker of this process is closed: this one goes on in its place", directory)
+        hint = "go on with that one, or give each tracker a directory of its own"
+        pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
+        pipeline.end()
+        pipeline.close()
+    return bool(found)
 
 
 def wait_for_writers(directory: Path, last_too: bool = False) -> None:
@@ -430,7 +444,7 @@ def wait_for_writers(directory: Path, last_too: bool = False) -> None:
     With `last_too` also what they would write at the end: another tracker is to go on from there.
     """
     for pipeline in list(_at_work):
-        if pipeline.snapshotter is not None and _same_place(pipeline.snapshotter.directory, directory):
+        if pipeline.writes_to(directory):
             if last_too and not pipeline._ended:
                 pipeline.write_missing(at_end=True)
             pipeline.flush()

@@ -196,10 +196,6 @@ class Snapshotter:
         self._settings, self._members = settings, members
         self._leads = members is None or members.rank == 0
         with files.reported_as_write_error(directory):
-            for place in (directory, *directory.parents):
-                if (place.exists() or place.is_symlink()) and not place.is_dir():
-                    reason = f"is not a directory; snapshots are written to the directory {directory}"
-                    raise DirectoryError(place, reason, "name another one, or move the file away")
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
         if not self._leads:
@@ -284,13 +280,11 @@ class Snapshotter:
         holds = self._holds(standing.t)
         # Calls may have been counted since that brought no update.
         kept_behind = settings.keep_state and self._kept_step != tracking.progress.step
-        behind = standing.t > 0 and (kept_behind or not holds) and (not at_end or settings.final_snapshot or holds)
+        behind = standing.t > 0 and (kept_behind or not holds)
         if at_end and not behind and not self._stored and not files.is_gone(self.directory):
             log.warning(
-                "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d, "
-                "checkpoint_every=%d, final_snapshot=%s",
+                "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d",
                 self.directory, standing.updates, schedule.update_every, schedule.update_after_step,
-                schedule.checkpoint_every, settings.final_snapshot,
             )  # fmt: skip
         return behind
 

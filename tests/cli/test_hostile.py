@@ -227,7 +227,6 @@ model = torch.nn.Linear(3, 3)
 tracker = PostHocEMA.from_model(model, "run", update_every=1, checkpoint_every=1)
 for _ in range(3):
     tracker.update_(model)
-tracker.save_state("state.safetensors")
 tracker.close()
 for line in (
     "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",

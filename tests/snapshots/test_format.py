@@ -18,7 +18,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
-from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, make_info, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, load_state, make_info, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -258,8 +258,8 @@ def test_an_output_and_a_state_of_the_first_format_stay_readable(tmp_path: Path)
     model.b = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     model.register_buffer("count", torch.zeros((), dtype=torch.int64))
     with PostHocEMA.from_model(
-        model, tmp_path / "files/run", sigma_rels=(0.05, 0.28), update_every=2, checkpoint_every=20
+        model, tmp_path / "files/run", sigma_rels=(0.05, 0.28), update_every=2, checkpoint_every=20, resume="auto"
     ) as ema:
-        ema.load_state(tmp_path / "files/state.safetensors")
+        load_state(ema, tmp_path / "files/state.safetensors")
         assert ema.step == 40
         np.testing.assert_allclose(ema.state_dict(0.28)["w"], output["w"], atol=2**-11)

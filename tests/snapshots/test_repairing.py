@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
-from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, random_walk, snapshot_files, write_run, write_snapshot
+from factories import (
+    OTHER_RUN_ID,
+    RUN_ID,
+    contents,
+    flip_bit,
+    load_state,
+    random_walk,
+    snapshot_files,
+    write_run,
+    write_snapshot,
+)
 from safetensors.torch import load_file
 from snapshots.recorded import Walk, call_number, failing, new_tracker
 
@@ -91,8 +101,8 @@ def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path
     repair(planned(run))
     for folder in (run, whole):
         walk = Walk()
-        with new_tracker(walk, folder) as tracker:
-            tracker.load_state(folder / "state.safetensors")
+        with new_tracker(walk, folder, resume="auto") as tracker:
+            load_state(tracker, folder / "state.safetensors")
             walk.train(tracker, 20)
     names = {path.name for path in snapshot_files(whole)}
     assert is_whole(run, len(names) - len(lost))

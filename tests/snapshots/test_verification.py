@@ -249,7 +249,7 @@ def write_anew(path: Path, values: dict[str, torch.Tensor]) -> None:
 
 
 def test_nan_in_an_output_and_in_a_state_is_named_and_in_copies_noted(tmp_path: Path) -> None:
-    run = record(tmp_path / "copies", copy_only="*.running_*", keep_state=True)
+    run = record(tmp_path / "copies", buffers="copy", keep_state=True)
     output = synthesize(run, 0.1, tmp_path / "output.safetensors")
     for path, name in ((output, "0.weight"), (run / "state.safetensors", "0.05/0.weight")):
         values = load_file(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from factories import FloatArray, exact_gamma, exact_weights
+from factories import FloatArray, exact_gamma, exact_weights, load_state, save_state
 from safetensors.numpy import load_file
 
 from posthoc_cli import PostHocEMA
@@ -79,10 +79,10 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
     state = directory / STATE
     if not state.exists() and {snapshot.info.sigma_rel for snapshot in find_snapshots(directory)} == set(SIGMA_RELS):
         return PostHocEMA.from_path(directory, network)
-    settings = {"update_every": 1, "checkpoint_dtype": torch.float32, **settings}
+    settings = {"update_every": 1, "checkpoint_dtype": torch.float32, "resume": "auto", **settings}
     tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)  # type: ignore[arg-type]
     if state.exists():
-        tracker.load_state(state)
+        load_state(tracker, state)
     return tracker
 
 
@@ -119,7 +119,7 @@ def train(
             except WriteError as error:
                 errors.append(str(error))
             if step in save_at:
-                tracker.save_state(directory / STATE)
+                save_state(tracker, directory / STATE)
                 note_durable()
     finally:
         tracker.close()

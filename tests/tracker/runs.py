@@ -61,3 +61,10 @@ def contents(folder: Path) -> dict[str, dict[str, bytes]]:
 def scheduled(folder: Path) -> dict[str, bytes]:
     """Complete files of the snapshots on the schedule."""
     return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
+
+
+def as_if_killed(folder: Path) -> None:
+    """Remove what the end of a training has written: the snapshots off the schedule."""
+    for snapshot in read_directory(folder):
+        if snapshot.info.off_schedule:
+            snapshot.path.unlink()

@@ -151,7 +151,7 @@ def test_a_tensor_that_is_kept_in_float32_counts_as_it_is_stored(tmp_path: Path,
     with torch.no_grad():
         model.weight.fill_(scale)
     model.weight.requires_grad_(False)  # stays as it is, and tracked
-    watched_run(model, tmp_path, 10, only_trainable=False).check_all(tmp_path)
+    watched_run(model, tmp_path, 10, include="*").check_all(tmp_path)
     for snapshot in read_directory(tmp_path):
         found = {name: entry.dtype for name, entry in snapshot.header.tensors.items()}
         assert found == {"weight": "F32", "bias": "F16"}
@@ -291,7 +291,7 @@ def test_live_averages_are_measured_as_snapshots_are_and_without_rounding(tmp_pa
 
 def test_an_average_that_overflows_is_refused_by_name_and_not_written(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=40, final_snapshot=False)
+    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=40)
     with pytest.raises(NonFiniteError, match=r"average of 'bias': holds nan or infinity"):
         for step in range(40):
             torch.nn.init.constant_(model.bias, 3e38 * (-1) ** step)  # the difference of two is infinite in float32
