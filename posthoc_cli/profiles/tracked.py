@@ -116,6 +116,35 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
 
 
+WINDOW = 32
+"""Updates in a mean at most: its own roundings, and steps that it is too coarse to take, must not count."""
+
+UNEVEN = 1 / 120
+"""How much profiles may differ in the weights, relative to each other, that they give within a mean that they share."""
+
+LONGEST = 1 / 2000
+"""The time that a shared mean may cover, relative to all of training so far."""
+
+ROUNDED = 4
+"""Updates of a mean below which all profiles but the longest take it in with a rounding: these means are many."""
+
+
+def reach(gammas: Sequence[float]) -> float:
+    """The time that a mean of these profiles may cover, relative to training so far; that of one alone has no limit."""
+    spread = max(gammas) - min(gammas)
+    return min(LONGEST, UNEVEN / spread) if spread else math.inf
+
+
+def window_ends(gammas: Sequence[float], window: int, begin: float, t_prev: float, t: float) -> bool:
+    """Whether averages take in the mean of the last `window` values, those after `begin`, at the update at time `t`.
+
+    They do at the first update, which begins them, and else where the next update, after as long a time as since
+    `t_prev`, would make the mean cover too much. One of two values is exact in any case, see `tracker.averages`.
+    """
+    following = t + (t - t_prev)
+    return begin == 0 or window >= WINDOW or (window > 1 and following - begin > reach(gammas) * following)
+
+
 @dataclass(frozen=True)
 class PowerFunction:
     """The power-function profile of an average taken at time `t` > 0, with exponent `gamma` >= 0."""

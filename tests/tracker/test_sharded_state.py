@@ -49,8 +49,8 @@ other.close()
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     with open_state(path) as state:
-        found: dict[str, Mapping[str, torch.Tensor]] = {"copies": state["copies"]}
-        for kind in ("totals", "recent"):
+        found: dict[str, Mapping[str, torch.Tensor]] = {"copies": state["copies"], "mean": state["mean"]}
+        for kind in ("high", "low"):
             found |= {f"{kind}/{key}": own for key, own in state[kind].items()}
         return {f"{kind}/{name}": own[name].clone() for kind, own in found.items() for name in own}
 
@@ -71,7 +71,7 @@ def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         found, own = tensors_of(tmp_path / end), read_state(tmp_path / end).info
         assert found.keys() == expected.keys()
         assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
-        assert (own.step, own.t, own.updates, own.masses, own.clock) == (12, 12.0, 6, info.masses, info.clock)
+        assert (own.step, own.t, own.updates, own.folded_t, own.clock) == (12, 12.0, 6, info.folded_t, info.clock)
         assert own.inherited == (0.0, 0.0)
     whole = {(s.info.t, s.info.sigma_rel): s for s in read_directory(tmp_path / "single")}
     # Each stage of `run` has ended with a snapshot off the schedule, of the very averages that the next goes on from.
@@ -195,8 +195,8 @@ ema.load_state_dict(own)
 complete = torch.load(folder / "state.pt") | {key: own[key] for key in ("run_id", "snapshots")}
 ema.load_state_dict(complete)
 again = ema.state_dict()
-assert again["totals"].keys() == {"0.1", "0.2"}
-for kind in ("totals", "recent"):
+assert again["high"].keys() == {"0.1", "0.2"}
+for kind in ("high", "low"):
     for name, tensor in again[kind]["0.2"].items():
         parameter = dict(model.named_parameters())[name]
         assert isinstance(tensor, DTensor) and tensor.placements == parameter.placements
@@ -204,13 +204,13 @@ for kind in ("totals", "recent"):
         assert torch.equal(tensor.to_local(), groups.local(tensor, complete[kind]["0.2"][name]))
 assert (again["copies"].keys() == {"mean", "count"}) == (rank == 0)
 changed = copy.deepcopy(complete)
-changed["totals"]["0.1"]["more.weight"] = torch.zeros(2)
+changed["high"]["0.1"]["more.weight"] = torch.zeros(2)
 refused(lambda: ema.load_state_dict(changed))
 changed = copy.deepcopy(complete)
-changed["recent"]["0.2"]["odd"] = torch.zeros(7, 3)
+changed["high"]["0.2"]["odd"] = torch.zeros(7, 3)
 refused(lambda: ema.load_state_dict(changed))
 changed = copy.deepcopy(complete)
-changed["recent"]["0.2"]["odd"] = distribute_tensor(torch.zeros(5, 3), model.odd.device_mesh, [Shard(1)])
+changed["high"]["0.2"]["odd"] = distribute_tensor(torch.zeros(5, 3), model.odd.device_mesh, [Shard(1)])
 refused(lambda: ema.load_state_dict(changed))
 refused(lambda: ema.load_state_dict({}) if rank else ema.load_state_dict(complete))
 move(model, 6)
