@@ -53,7 +53,7 @@ CPU_BLOCK, DEVICE_BLOCK = 524_288, 2**24
 """Elements of a block on the CPU, which one thread works on, and on an accelerator, where starting a kernel costs more
 than leaving the cache."""
 
-FOLD_BLOCK, FOLD_DEVICE_BLOCK = 65_536, 2**22  # the same for folds, of which each has six buffers in the cache
+FOLD_BLOCK, FOLD_DEVICE_BLOCK = 131_072, 2**22  # the same for folds, of which each has six buffers in the cache
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # whose sums of ordinary values stay finite
 
 
@@ -222,7 +222,7 @@ class RunningAverages:
             if taken.dtype == torch.float64:
                 return  # these averages have it already
             high = kept.high[profile].flats[at][where]
-            if window < ROUNDED and profile < len(masses) - 1:
+            if window < ROUNDED:
                 torch.lerp(high, taken, mass, out=high)
                 continue
             stored = kept.low[profile].flats[at][where]
