@@ -135,14 +135,12 @@ def reach(gammas: Sequence[float]) -> float:
     return min(LONGEST, UNEVEN / spread) if spread else math.inf
 
 
-def window_ends(gammas: Sequence[float], window: int, begin: float, t_prev: float, t: float) -> bool:
-    """Whether averages take in the mean of the last `window` values, those after `begin`, at the update at time `t`.
+def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) -> bool:
+    """Whether averages take in the mean of `window` values, those after `begin`, at the update at time `t`.
 
-    They do at the first update, which begins them, and else where the next update, after as long a time as since
-    `t_prev`, would make the mean cover too much. One of two values is exact in any case, see `tracker.averages`.
+    They do at the first update, which begins them. A mean of two values is exact, see `tracker.averages`.
     """
-    following = t + (t - t_prev)
-    return begin == 0 or window >= WINDOW or (window > 1 and following - begin > reach(gammas) * following)
+    return begin == 0 or window >= WINDOW or (window > 1 and t - begin > reach(gammas) * t)
 
 
 def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:

@@ -180,7 +180,7 @@ class RunningAverages:
         after = before.after(shares, t, step)
         masses = after.masses(self.gammas)
         factors = [share / mass for share, mass in zip(shares, masses, strict=True)]
-        folds = window_ends(self.gammas, after.window, before.folded_t, before.t, t)
+        folds = window_ends(self.gammas, after.window, before.folded_t, t)
 
         def work(block: Block, thread: int) -> None:
             own, mean = values.values(block, thread), kept.mean.flats[block.group][block.where]
@@ -275,7 +275,8 @@ class RunningAverages:
         key = (thread, group.device, group.wide)
         if key not in self._scratch or self._scratch[key][0].numel() < elements:
             size = max(elements, group.fold_block)
-            one, other = (torch.empty(size, dtype=group.wide, device=group.device) for _ in range(2))
+            with torch.inference_mode(False):  # else later calls could not write to it
+                one, other = (torch.empty(size, dtype=group.wide, device=group.device) for _ in range(2))
             self._scratch[key] = one, other
         one, other = self._scratch[key]
         return one[:elements], other[:elements]
