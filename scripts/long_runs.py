@@ -35,7 +35,7 @@ def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
         hidden = np.tanh(x @ layers[0])
         miss = (hidden @ layers[1] - np.tanh(x @ teacher[0]) @ teacher[1] - 0.1 * rng.standard_normal((16, 4))) / 16
         gradients = (x.T @ (miss @ layers[1].T * (1 - hidden**2)), hidden.T @ miss)
-        rate = 0.01 * _cosine(step, steps) * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        rate = 0.002 * _cosine(step, steps) * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
         for layer, gradient, m, v in zip(layers, gradients, first, second, strict=True):
             m += 0.1 * (gradient - m)
             v += 0.001 * (gradient**2 - v)
@@ -93,7 +93,9 @@ def main() -> None:
         print(f"{nbytes:g} bytes a parameter of {dtype}, {len(asked.sigma_rels)} profiles")
     print(f"update_every={asked.update_every}; errors for sigma_rel {' / '.join(f'{s:g}' for s in asked.sigma_rels)}")
     for name, case in CASES.items():
-        print(f"| {name} | " + " | ".join(measure(case(asked.steps, np.random.default_rng(0)), asked)) + " |", flush=True)
+        print(
+            f"| {name} | " + " | ".join(measure(case(asked.steps, np.random.default_rng(0)), asked)) + " |", flush=True
+        )
 
 
 def measure(path: Iterator[Weights], asked: argparse.Namespace) -> list[str]:
