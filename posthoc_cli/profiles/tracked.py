@@ -143,6 +143,15 @@ def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) ->
     return begin == 0 or window >= WINDOW or (window > 1 and t - begin > reach(gammas) * t)
 
 
+def unevenness(gamma: float, updates: int, gammas: Sequence[float]) -> float:
+    """How much the weights within a mean differ in the end from those of this profile, which has not the largest gamma.
+
+    Relative, from the first to the last value; 0 while means are of two values.
+    """
+    length = min(reach(gammas), WINDOW / updates)
+    return (max(gammas) - gamma) * length if updates * length > 2 else 0.0
+
+
 def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
     """The number of independent roundings, of its own size, that so many updates left in a float32 average.
 
