@@ -18,7 +18,7 @@ the same bytes for everyone, in the dtype of their averages: parameters once, av
 **Plain float32 lerp** is the arithmetic of float32 averages that each update changes in place, in the same blocks and
 with the same check for nan. Such averages stop moving in long runs: see `tracker/averages.py`. There ours updates one
 mean for all profiles, which goes into the averages at each 32nd update: so all runs are of multiples of 32 updates, and
-"at worst" is the longest single one. At the beginning of a run it does at each second. The rows with t = 1,000,000 are
+"at worst" is the longest single one. At the beginning of a run it does at each. The rows with t = 1,000,000 are
 of a long run; goals are for them where nothing else is said.
 
 **bfloat16 parameters.** Ours keeps float32 averages. Most others keep theirs in the parameters' dtype: half the

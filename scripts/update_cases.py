@@ -18,7 +18,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.averages import BlockReader, FlatTensors, lay_out
 
 LATE = 1e6
-"""Time in a long run, when averages take in means of many updates; at the beginning these are means of two."""
+"""Time in a long run, when averages take in means of many updates; at the beginning these are of one."""
 
 NEVER = 10**9
 """A checkpoint interval that is never reached."""

@@ -17,7 +17,7 @@ grown by a thousandth: the mean has the largest gamma's weights, those of anothe
 relative length L by (gamma - gamma') L. Noise of variance w leaves ((gamma - gamma') L)^2 / 12 of its share in the
 average, drift (gamma - gamma') L^2 / 12 of the path: 1.4e-6 of pure noise of 3 %. See `profiles.window_ends`; a profile
 alone has its own weights, in windows of any length. The newest value goes into each profile's mean with its own share,
-so that windows of two values are exact, and are the shortest.
+so that windows of one value or two are exact.
 
 Folds in the first thousands of updates are so many that they would cost more than all else. There `low` rests, and the
 fold is high <- high + m (mean - high), with a rounding: of N such folds of weight growing as k^(gamma + 1) about

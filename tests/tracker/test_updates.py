@@ -107,7 +107,7 @@ def test_averages_keep_moving_after_a_million_updates(
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
 ) -> None:
-    """From windows of two updates to those of 32, with the mean in all states, after a pause and in other units."""
+    """From windows of one update to those of 32, with the mean in all states, after a pause and in other units."""
     model, path, times = Scalar(torch.float32), [], []
     model.weight.data = torch.zeros(2000)
     generator, t = torch.Generator().manual_seed(0), float(begin)
@@ -176,16 +176,16 @@ def test_a_fold_shows_every_block_of_the_mean_once(dtype: torch.dtype, monkeypat
     running = RunningAverages.none_yet(SIGMA_RELS)
     running.on_fold = lambda block, mean, _: seen.append((block.begin, block.end, mean.clone()))
     path = []
-    for k, t in enumerate((10.0, 11.0, 12.0, 13.0)):  # folds at 10 and at 12
+    for k, t in enumerate((1500.0, 1501.0, 1502.0, 1503.0)):  # folds at 1500 and at 1502
         path.append(torch.randn(1000, generator=generator, dtype=dtype))
         weights.copy_(path[-1])
         begin = running.standing.folded_t
         running.update_(reader, {}, t, k)
-        if t in (11.0, 13.0):
+        if t in (1501.0, 1503.0):
             assert (seen, running.standing.folded_t) == ([], begin)
             continue
         assert [ends for *ends, _ in seen] == [[0, 300], [300, 600], [600, 700], [700, 1000]]
-        shares = [1.0] if t == 10 else np.diff([(s / 12) ** (gamma + 1) for s in (10, 11, 12)])
+        shares = [1.0] if t == 1500 else np.diff([(s / 1502) ** (gamma + 1) for s in (1500, 1501, 1502)])
         mean = sum(s * one for s, one in zip(shares / np.sum(shares), path[-len(shares) :], strict=True))
         assert torch.allclose(torch.cat([part for *_, part in seen]), mean, rtol=2e-6, atol=1e-6)
         seen.clear()
