@@ -272,11 +272,15 @@ def tiny_model(seed: int = 0) -> TinyModel:
 
 
 def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """The averages of a tracker's own state, by sigma_rel and name, in float64: total + mass (recent - total)."""
-    found = {}
-    for key, mass in zip(state["totals"], state["masses"], strict=True):
-        recent = state["recent"][key]
-        found[key] = {name: t + mass * (recent[name].double() - t) for name, t in state["totals"][key].items()}
+    """The averages of a tracker's own state, by sigma_rel and name, in float64, as `snapshots.format` defines them."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, high in state["high"].items():
+        low, mean = state["low"][key], state["mean"]
+        mass = 1 - (state["folded_t"] / (state["averages_t"] or 1.0)) ** (exact_gamma(float(key)) + 1)
+        found[key] = {}
+        for name, one in high.items():
+            total = one.double() + low[name].double() if name in low else one
+            found[key][name] = total + mass * (mean[name].double() - total) if name in low else one
     return found
 
 

@@ -24,6 +24,7 @@ from posthoc_cli.profiles.others import (
     try_profile,
 )  # fmt: skip
 from posthoc_cli.profiles.tracked import (
+    ROUNDED,
     UNIFORM_SIGMA_REL,
     Clock,
     ClockRecorder,
@@ -35,13 +36,17 @@ from posthoc_cli.profiles.tracked import (
     check_sigma_rel,
     gamma_from_sigma_rel,
     new_value_share,
+    roundings,
     sigma_rel_from_gamma,
+    unevenness,
+    window_ends,
 )  # fmt: skip
 
 __all__ = [
-    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination", "Conversion", "Discrete",
-    "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow",
-    "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
-    "gamma_from_sigma_rel", "mean_age", "new_value_share", "sigma_rel_from_classical_beta",
-    "sigma_rel_from_gamma", "try_profile",
+    "ROUNDED", "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination",
+    "Conversion", "Discrete", "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile",
+    "RecordedPowerFunction", "StepWindow", "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
+    "gamma_from_sigma_rel", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",
+    "sigma_rel_from_gamma", "try_profile", "unevenness",
+    "window_ends",
 ]  # fmt: skip

@@ -106,15 +106,16 @@ t, t_unit, checksums and checksum as above, and
 
 A *state* (from which a tracker continues exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
 sigma_rels, schedule, t_first, max_interval, checksums and checksum as a snapshot; t and step are those of
-the last call, t_first is 0 before the first update. Its version is "2". An average is kept in two tensors: a total in
-F64, named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels, and the mean of the values since that was
-last added to, named `recent-<sigma_rel>/<name>`; with a mass m of the latter it is total + m (recent - total). The
-copies are named `copy/<name>`. There are no tensors before the first update. And
+the last call, t_first is 0 before the first update. Its version is "3". An average is kept in three tensors: one
+named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels; what its rounding to F32 took away, in BF16, named
+`low-<sigma_rel>/<name>` (not of F64); and, for all profiles, the mean of the values after ema.folded_t, named
+`mean/<name>`. With m = 1 - (ema.folded_t / ema.averages_t)^(gamma + 1) the average is high + low + m (mean - high -
+low), of F64 high alone. The copies are named `copy/<name>`. There are no tensors before the first update. And
 
     ema.averages_t, ema.averages_step  time and calls at the last update; 0 before
     ema.updates          number of updates; "null" if unknown
-    ema.window           number of updates in the recent means
-    ema.masses           JSON list: the mass of each profile's recent mean, in [0, 1]
+    ema.window           number of updates in the mean
+    ema.folded_t         time of the update at which a mean was last taken into the averages
     ema.inherited        JSON list: ema.inherited of each profile
     ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
                          then the step and time of each knot, the last one those of the last call
@@ -154,14 +155,14 @@ import xxhash
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile
+from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
 """Of snapshots and outputs."""
-STATE_VERSION = "2"
+STATE_VERSION = "3"
 """Of states."""
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
@@ -292,6 +293,7 @@ class SnapshotInfo:
             self.updates or max(self.step // schedule.update_every - before, 1),
             EPS["F64" if own == {"F64"} else "F32"], self.measurements, (last_t - t) / (last_step - step),
             Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
+            tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
         )  # fmt: skip
 
     @property

@@ -31,21 +31,25 @@ COPY = "copy"
 """The prefix of copied tensors, before the slash."""
 
 
-def total_prefix(sigma_rel: float) -> str:
-    """The prefix of a profile's totals."""
+MEAN = "mean"
+"""The prefix of the mean of the last values, before the slash."""
+
+
+def high_prefix(sigma_rel: float) -> str:
+    """The prefix of a profile's averages, rounded."""
     return repr(sigma_rel)
 
 
-def recent_prefix(sigma_rel: float) -> str:
-    """The prefix of a profile's recent means."""
-    return f"recent-{sigma_rel!r}"
+def low_prefix(sigma_rel: float) -> str:
+    """The prefix of what rounding has taken from them."""
+    return f"low-{sigma_rel!r}"
 
 
 @dataclass(frozen=True)
 class StateInfo:
     """All of a tracker's state that is no tensor: of the last call, and with `averages_` of the last update.
 
-    Zeros before the first update; `updates` is None if unknown. `window`, `masses` and `inherited` are as in
+    Zeros before the first update; `updates` is None if unknown. `window`, `folded_t` and `inherited` are as in
     `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are header checksums of those on
     disk.
     """
@@ -61,7 +65,7 @@ class StateInfo:
     max_interval: float
     updates: int | None
     window: int
-    masses: tuple[float, ...]
+    folded_t: float
     inherited: tuple[float, ...]
     schedule: fmt.TrackingSchedule
     clock: tuple[float, ...]
@@ -79,7 +83,7 @@ _ENTRIES = {
     "run_id": headers.RUN_ID,
     "step": WHOLE, "t": AMOUNT, "t_unit": headers.TEXT, "sigma_rels": AMOUNTS, "averages_t": AMOUNT,
     "averages_step": WHOLE, "t_first": AMOUNT, "max_interval": AMOUNT, "updates": _COUNT, "window": WHOLE,
-    "masses": AMOUNTS, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS,
+    "folded_t": AMOUNT, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS,
 }  # fmt: skip
 """What each entry of a state must be, of a file as of a tracker's `state_dict()`."""
 
@@ -116,19 +120,20 @@ def read_state(path: Path) -> StoredState:
 
 def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:
     """Raise a FileFormatError unless all profiles of a state have the same averages, and other tensors are copies."""
-    totals = [total_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
-    recent = [recent_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
-    named = {prefix: tensors_with(prefix, header) for prefix in (*totals, *recent, COPY)}
+    high, low = ([prefix(one) for one in state.sigma_rels] for prefix in (high_prefix, low_prefix))
+    named = {prefix: tensors_with(prefix, header) for prefix in (MEAN, *high, *low, COPY)}
     unknown = header.tensors.keys() - {full for names in named.values() for full in names.values()}
     if unknown:
         raise FileFormatError(path, f"tensor {shown(min(unknown))} is of no profile of the state")
     found = {p: {name: header.tensors[full] for name, full in names.items()} for p, names in named.items()}
-    for first, others in ((totals[0], totals), (recent[0], recent), (totals[0], recent[:1])):
-        for other in others:  # totals have another dtype than recent means
-            a, b = ({n: (e.shape, first in others and e.dtype) for n, e in found[p].items()} for p in (first, other))
-            if a != b:
-                name = min(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
-                raise FileFormatError(path, f"tensor {shown(name)} is not the same in {first} and {other}")
+    double = {name for name, entry in found[MEAN].items() if entry.dtype == "F64"}  # without low part
+    for other in (*high, *low):
+        is_low = other in low
+        a = {n: (e.shape, is_low or e.dtype) for n, e in found[MEAN].items() if not (is_low and n in double)}
+        b = {n: (e.shape, e.dtype == "BF16" if is_low else e.dtype) for n, e in found[other].items()}
+        if a != b:
+            name = min(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+            raise FileFormatError(path, f"tensor {shown(name)} is not the same in {MEAN} and {other}")
 
 
 def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:
@@ -162,17 +167,16 @@ def _check_times(info: StateInfo) -> None:
 
 
 def _check_window(info: StateInfo) -> None:
-    """Check how averages are made up of totals and recent means."""
-    counted, masses, inherited = info.updates, info.masses, info.inherited
-    if counted is None:
-        counted = info.averages_step
-    in_order = (info.averages_step > 0) == (counted > 0) and info.window <= counted <= info.averages_step
-    fits = len(masses) == len(inherited) == len(info.sigma_rels)
-    if not (in_order and fits and all((0 < mass <= 1) if info.window else mass == 0 for mass in masses)):
+    """Check how averages are made up of what was folded and the mean of the values since."""
+    counted = info.averages_step if info.updates is None else info.updates
+    # The first update is folded at once.
+    in_order = info.window + (info.averages_step > 0) <= counted <= info.averages_step
+    folded = 0 < info.folded_t < info.averages_t if info.window else info.folded_t == info.averages_t
+    if not (in_order and folded and len(info.inherited) == len(info.sigma_rels)):
         raise InvalidValueError(
             "updates",
             f"not those of {len(info.sigma_rels)} averages at step {info.averages_step}",
-            value=f"{info.updates}, window {info.window}, masses {list(masses)}, inherited {list(inherited)}",
+            value=f"{info.updates}, window {info.window} since {info.folded_t!r}, inherited {list(info.inherited)}",
         )
 
 

@@ -200,7 +200,7 @@ class Pipeline:
             averages = self.now.averages
             kept = averages.accumulators
             with torch.inference_mode(False):  # memory of the caller's own: making it must not hold up updates
-                room = None if kept is None else Accumulators(on_host(kept.layout), len(kept.recent), exact)
+                room = None if kept is None else Accumulators(on_host(kept.layout), len(kept.high), exact)
             if averages.exist or not self._updates.is_idle():
                 found = self._updates.call(lambda: self._fill(room, self._known()))  # noqa: B023  # done by then
             else:
@@ -293,10 +293,10 @@ class Pipeline:
             return None
         else:
             with self._streams.beside_training():
-                if room.totals:
+                if room.exact:
                     averages.copy_to(room)
                 else:
-                    averages.read(room.recent, self._crew_for(kept.layout))
+                    averages.read(room.high, self._crew_for(kept.layout))
                 copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
                 sample = tuple((numbers, values.to("cpu")) for numbers, values in averages.sample)
         return replace(known, averages=RunningAverages(averages.sigma_rels, averages.standing, room, copies, sample))
@@ -313,7 +313,7 @@ class Pipeline:
         wanted, profiles = on_host(layout), len(self.now.averages.sigma_rels)
         with suppress(IndexError):
             room = (self._exact_rooms if exact else self._rooms).pop()
-            if room.layout == wanted and len(room.recent) == profiles:
+            if room.layout == wanted and len(room.high) == profiles:
                 return room
         pinned = not exact and any(group.device.type == "cuda" for group in layout)
         return Accumulators(wanted, profiles, exact, pinned)

@@ -178,7 +178,7 @@ class PostHocEMA:
                 on the host, updated by a thread of their own, with the same bits; None for "cpu" where a parameter is
                 on an accelerator, else "model".
             keep_state: keep the exact averages beside the snapshots, in `state.safetensors`: `from_path` and `resume`
-                then go on without rounding. 12 bytes an element and profile (16 for float64) on disk and in memory.
+                then go on without rounding. 4 bytes an element and 6 for each profile (float64: 8 and 8), also on disk.
             resume: "auto" to go on where the directory holds a run of this model: from the newest snapshots at or
                 before the place of the model's weights on the run's path. Restore its checkpoint before; a model that
                 is not on the path by the first `update_`, or `load_state_dict`, is an error there. A number to go on

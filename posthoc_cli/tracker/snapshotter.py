@@ -118,7 +118,7 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
         return []
     knots, members = reading.progress.clock.knots_until(standing.step, standing.t), tracked.members
     sources = []
-    for index, values in enumerate(averages.accumulators.recent):
+    for index, values in enumerate(averages.accumulators.high):
         info = SnapshotInfo(
             run_id=reading.run_id, sigma_rel=averages.sigma_rels[index], gamma=averages.gammas[index],
             sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
@@ -477,11 +477,11 @@ def squared_norms(state: Tracking) -> dict[float, float]:
     kept = averages.accumulators
     if kept is None:
         return {}
-    room = Accumulators(on_host(kept.layout), len(kept.recent), exact=False)
-    averages.read(room.recent)
+    room = Accumulators(on_host(kept.layout), len(kept.high), exact=False)
+    averages.read(room.high)
     return {
         sigma_rel: sum(float(_square(value)) for name, value in own.views.items() if tensors[name].role == "average")
-        for sigma_rel, own in zip(averages.sigma_rels, room.recent, strict=True)
+        for sigma_rel, own in zip(averages.sigma_rels, room.high, strict=True)
     }
 
 

@@ -37,7 +37,7 @@ from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.path import Found, find, path_of
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.states import StateInfo, decode_state, recent_prefix, total_prefix
+from posthoc_cli.snapshots.states import StateInfo, decode_state, high_prefix, low_prefix
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import (
     HOST,
@@ -113,8 +113,9 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         return as_dtensor(value, spread[name]) if spread else value
 
     return _plain(info) | {
-        "totals": {key: packed(own.views) for key, own in zip(keys, kept.totals, strict=True)},
-        "recent": {key: packed(own.views) for key, own in zip(keys, kept.recent, strict=True)},
+        "mean": packed(kept.mean.views),
+        "high": {key: packed(own.views) for key, own in zip(keys, kept.high, strict=True)},
+        "low": {key: packed(own.views) for key, own in zip(keys, kept.low, strict=True)},
         "copies": packed({name: value.clone() for name, value in copies.items()}),
     }
 
@@ -142,17 +143,18 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if info.averages_t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, wanted)
         places = [info.sigma_rels.index(sigma_rel) for sigma_rel in wanted]
-        masses, inherited = (tuple(values[i] for i in places) for values in (info.masses, info.inherited))
-        if not tracked.leads:
-            inherited = (0.0,) * len(wanted)
-        counts = (info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window)
-        standing = Standing(*counts, masses, inherited)
+        inherited = tuple(info.inherited[place] if tracked.leads else 0.0 for place in places)
+        standing = Standing(
+            info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window,
+            info.folded_t, inherited,
+        )  # fmt: skip
         kept = Accumulators(_host_layout(tracked), len(wanted))
-        for kind, rooms in (("totals", kept.totals), ("recent", kept.recent)):
-            for sigma_rel, room in zip(wanted, rooms, strict=True):
-                tensors = _check_names(_mapping(_mapping(state, kind), repr(sigma_rel)), room.views, tracked)
-                for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
-                    own.copy_(_own_part(name, tensors, tracked, own.dtype))
+        kinds = [(_mapping(state, kind), getattr(kept, kind)) for kind in ("high", "low")]
+        sets = [(_mapping(of, repr(key)), own) for of, rooms in kinds for key, own in zip(wanted, rooms, strict=True)]
+        for stored, room in [(_mapping(state, "mean"), kept.mean), *sets]:
+            tensors = _check_names(stored, room.views, tracked)
+            for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
+                own.copy_(_own_part(name, tensors, tracked, own.dtype))
         dtypes = tracked.dtypes(copied=True)
         tensors = _check_names(_mapping(state, "copies"), dtypes, tracked)
         copies = {name: _own_part(name, tensors, tracked, dtype).clone() for name, dtype in dtypes.items()}
@@ -169,7 +171,7 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         run_id=state.run_id, step=progress.step, t=progress.t, t_unit=settings.t_unit,
         sigma_rels=averages.sigma_rels, averages_t=standing.t, averages_step=standing.step,
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
-        window=standing.window, masses=standing.masses, inherited=standing.inherited,
+        window=standing.window, folded_t=standing.folded_t, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
         snapshots=tuple(sorted(state.snapshots)),
     )  # fmt: skip
@@ -268,8 +270,9 @@ def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
     averages, kept = state.averages, state.averages.accumulators
     sets: dict[str, Mapping[str, torch.Tensor]] = {}
     if kept is not None:  # else before the first update
-        for sigma_rel, total, recent in zip(averages.sigma_rels, kept.totals, kept.recent, strict=True):
-            sets |= {total_prefix(sigma_rel): total.views, recent_prefix(sigma_rel): recent.views}
+        sets[states.MEAN] = kept.mean.views
+        for sigma_rel, high, low in zip(averages.sigma_rels, kept.high, kept.low, strict=True):
+            sets |= {high_prefix(sigma_rel): high.views, low_prefix(sigma_rel): low.views}
     sets[states.COPY] = averages.copies
     tensors = {states.tensor_name(prefix, name): one for prefix, own in sets.items() for name, one in own.items()}
     specs = [fmt.TensorSpec(name, stored_name(one.dtype, name), tuple(one.shape)) for name, one in tensors.items()]
@@ -284,14 +287,14 @@ def open_state(path: Path) -> Iterator[dict[str, Any]]:
     """A state as `pack_state` gives it, except that each tensor is read when it is used; errors name the path."""
     stored = states.read_state(path)
     info, header = stored.info, stored.header
-    prefixes = [*map(total_prefix, info.sigma_rels), *map(recent_prefix, info.sigma_rels), states.COPY]
+    prefixes = [states.MEAN, *map(high_prefix, info.sigma_rels), *map(low_prefix, info.sigma_rels), states.COPY]
     names = {prefix: states.tensors_with(prefix, header) for prefix in prefixes}
     try:
         with stored.open() as file:
             found = {prefix: _StoredTensors(file, own) for prefix, own in names.items()}
-            totals = {repr(sigma_rel): found[total_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-            recent = {repr(sigma_rel): found[recent_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-            yield _plain(info) | {"totals": totals, "recent": recent, "copies": found[states.COPY]}
+            high = {repr(sigma_rel): found[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+            low = {repr(sigma_rel): found[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+            yield _plain(info) | {"mean": found[states.MEAN], "high": high, "low": low, "copies": found[states.COPY]}
     except (InvalidValueError, ModelMismatchError, NonFiniteError) as error:
         raise type(error)(path, str(error)) from error
 
@@ -491,26 +494,25 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     last = chosen[0].info
     held = TrackedModel.of_snapshot(chosen[0]) if tracked.members is None else tracked
     kept = Accumulators(_host_layout(held), len(chosen))
-    inherited = tuple(_read_total(snapshot, total, held) for snapshot, total in zip(chosen, kept.totals, strict=True))
+    inherited = tuple(_read_average(snapshot, own, held) for snapshot, own in zip(chosen, kept.high, strict=True))
     with chosen[0].open(held.boxes()) as file:
         copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}
-    masses = (0.0,) * len(chosen)
-    standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, masses, inherited)
+    standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, inherited)
     averages = RunningAverages(tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies)
     progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     return Tracking(last.run_id, progress, tracked, averages)
 
 
-def _read_total(snapshot: Snapshot, total: FlatTensors, tracked: TrackedModel) -> float:
-    """Fill a total with a snapshot; returns the expected squared norm of the error of that."""
+def _read_average(snapshot: Snapshot, room: FlatTensors, tracked: TrackedModel) -> float:
+    """Fill room for an average with a snapshot; returns the expected squared norm of the error of that."""
     expected = norm = 0.0
     with snapshot.open(tracked.boxes()) as file:
-        for name, own in total.views.items():
+        for name, own in room.views.items():
             value = read_tensor(file, name)
             own.copy_(value)
             if tracked.tensors[name].role == "statistic":
                 continue  # what snapshots measure is of weights
-            square = float(torch.linalg.vector_norm(own)) ** 2
+            square = float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
             norm += square
             if value.element_size() < own.element_size():
                 expected += (ROUNDING * torch.finfo(value.dtype).eps) ** 2 * square

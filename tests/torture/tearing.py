@@ -104,8 +104,8 @@ def wrong_state(state: Mapping[str, Any], truth: Truth) -> list[str]:
 def wrong_file(path: Path, truth: Truth) -> list[str]:
     """The same of a file."""
     with open_state(path) as state:
-        parts = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in ("totals", "recent")}
-        return wrong_state(state | parts, truth)
+        parts = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in ("high", "low")}
+        return wrong_state(state | parts | {"mean": dict(state["mean"])}, truth)
 
 
 def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:

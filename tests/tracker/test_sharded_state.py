@@ -42,8 +42,8 @@ dcp.save({"ema": ema}, checkpoint_id=folder / f"closed-{after}")
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    found = {"copies": state["copies"]}
-    for kind in ("totals", "recent"):
+    found = {"copies": state["copies"], "mean": state["mean"]}
+    for kind in ("high", "low"):
         found |= {f"{kind}/{key}": own for key, own in state[kind].items()}
     return {f"{kind}/{name}": tensor for kind, own in found.items() for name, tensor in own.items()}
 
@@ -67,7 +67,7 @@ def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert mine.keys() == theirs.keys()
         assert [name for name, tensor in theirs.items() if not torch.equal(mine[name], tensor)] == []
         known = [
-            {key: state[key] for key in ("step", "t", "updates", "masses", "clock")} for state in (found, expected)
+            {key: state[key] for key in ("step", "t", "updates", "folded_t", "clock")} for state in (found, expected)
         ]
         assert known[0] == known[1]
         assert found["inherited"] == [0.0, 0.0]
@@ -117,8 +117,8 @@ ema.load_state_dict(own)
 complete = torch.load(folder / "state.pt") | {key: own[key] for key in ("run_id", "snapshots")}
 ema.load_state_dict(complete)
 again = ema.state_dict()
-assert again["totals"].keys() == {"0.1", "0.2"}
-for kind in ("totals", "recent"):
+assert again["high"].keys() == {"0.1", "0.2"}
+for kind in ("high", "low"):
     for name, tensor in again[kind]["0.2"].items():
         parameter = dict(model.named_parameters())[name]
         assert isinstance(tensor, DTensor) and tensor.placements == parameter.placements
@@ -126,13 +126,13 @@ for kind in ("totals", "recent"):
         assert torch.equal(tensor.to_local(), groups.local(tensor, complete[kind]["0.2"][name]))
 assert (again["copies"].keys() == {"mean", "count"}) == (rank == 0)
 changed = copy.deepcopy(complete)
-changed["totals"]["0.1"]["more.weight"] = torch.zeros(2)
+changed["high"]["0.1"]["more.weight"] = torch.zeros(2)
 refused(lambda: ema.load_state_dict(changed))
 changed = copy.deepcopy(complete)
-changed["recent"]["0.2"]["odd"] = torch.zeros(7, 3)
+changed["high"]["0.2"]["odd"] = torch.zeros(7, 3)
 refused(lambda: ema.load_state_dict(changed))
 changed = copy.deepcopy(complete)
-changed["recent"]["0.2"]["odd"] = distribute_tensor(torch.zeros(5, 3), model.odd.device_mesh, [Shard(1)])
+changed["high"]["0.2"]["odd"] = distribute_tensor(torch.zeros(5, 3), model.odd.device_mesh, [Shard(1)])
 refused(lambda: ema.load_state_dict(changed))
 refused(lambda: ema.load_state_dict({}) if rank else ema.load_state_dict(complete))
 move(model, 6)

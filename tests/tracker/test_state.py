@@ -92,7 +92,7 @@ def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) 
     assert ema("info", tmp_path).code == 0
     found = json.loads(ema("info", path, "--json").out)
     expected = {"kind": "state", "run": run.tracker.run_id, "step": 23, "t": 23.0, "averages_t": 22.0, "t_first": 2.0}
-    expected |= {"sigma_rels": [0.05, 0.28], "known_snapshots": 6, "tensors": 25}
+    expected |= {"sigma_rels": [0.05, 0.28], "known_snapshots": 6, "tensors": 31}
     assert found.items() >= expected.items()
     assert re.search(r"kind +state(.|\n)*sigma_rels +0\.05, 0\.28", ema("info", path).out)
     refused = ema("export", path, "--out", tmp_path / "out.pt")
@@ -139,7 +139,7 @@ def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path, s
     dcp.load({"ema": fewer}, checkpoint_id=tmp_path / "dcp")
     found = fewer.state_dict()
     assert found["sigma_rels"] == [sigma_rel]
-    for kind in ("totals", "recent"):
+    for kind in ("high", "low"):
         assert same(found[kind], {repr(sigma_rel): expected[kind][repr(sigma_rel)]})
 
 
@@ -243,10 +243,10 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 1}, r"state: has version 1; this release reads 2"),
+        ({"version": 2}, r"state: has version 2; this release reads 3"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
         ({"t_unit": 3}, r"state: t_unit: must be a string, not 3"),
-        ({"sigma_rels": [0.1], "masses": [1.0], "inherited": [0.0]}, r"0\.05 is none of the tracked ones, 0\.1"),
+        ({"sigma_rels": [0.1], "inherited": [0.0]}, r"0\.05 is none of the tracked ones, 0\.1"),
         ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list of finite numbers"),
         ({"step": "zz"}, r"state: step: must be a whole number, at least 0, not 'zz'"),
         ({"step": True}, r"state: step: must be a whole number, at least 0, not True"),
@@ -262,16 +262,16 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
         ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
         ({"schedule": 5}, r"state: schedule: must be a dict, not 5"),
-        ({"updates": 1}, NOT_THE_AVERAGES),
+        ({"updates": 0}, NOT_THE_AVERAGES),
         ({"window": 3}, NOT_THE_AVERAGES),
-        ({"masses": [1.0]}, NOT_THE_AVERAGES),
-        ({"masses": [1.0, 0.0]}, NOT_THE_AVERAGES),
-        ({"masses": [1.0, 1.5]}, NOT_THE_AVERAGES),
+        ({"folded_t": 0.0}, NOT_THE_AVERAGES),
+        ({"folded_t": 5.0}, NOT_THE_AVERAGES),
         ({"inherited": [0.0]}, NOT_THE_AVERAGES),
-        ({"totals": []}, r"state: totals: must be a dict, not a list"),
-        ({"totals": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
-        ({"totals": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
-        ({"recent": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
+        ({"high": []}, r"state: high: must be a dict, not a list"),
+        ({"high": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
+        ({"high": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
+        ({"low": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
+        ({"mean": {}}, r"tensor '0\.bias': " + PLACES),
         ({"copies": {5: torch.zeros(1)}}, PLACES),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_state_that_was_tampered_with_is_refused(tmp_path: Path, state: dict, 
 def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, state: dict, tensor, error, message: str) -> None:  # type: ignore[no-untyped-def]
     tracker = trained(tmp_path, 3).tracker
     before, changed = tracker.state_dict(), copy.deepcopy(state)
-    changed["recent"]["0.28"]["0.weight"] = tensor
+    changed["high"]["0.28"]["0.weight"] = tensor
     with pytest.raises(error, match=rf"tensor '0\.weight': .*{message}"):
         tracker.load_state_dict(changed)
     assert same(tracker.state_dict(), before)
@@ -308,7 +308,7 @@ def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, state: dict, t
 
 def test_an_entry_that_is_missing_is_named(tmp_path: Path, state: dict) -> None:
     tracker = Run(tmp_path).tracker
-    assert len(state) == 20
+    assert len(state) == 21
     for key in state:
         without = {name: value for name, value in state.items() if name != key}
         with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
@@ -327,7 +327,7 @@ def test_what_the_tracker_goes_on_with_is_its_own(tmp_path: Path) -> None:
     run.train(5, 8)
     assert same(state, kept)
     live = run.live(0.28)
-    for kind in ("totals", "recent"):
+    for kind in ("high", "low"):
         for tensor in state[kind]["0.28"].values():
             tensor.zero_()
     assert np.array_equal(run.live(0.28), live)
