@@ -7,7 +7,7 @@ order, their clock, and the prior of a reconstruction.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -56,10 +56,11 @@ class Source(Protocol):
     def stored(self) -> Mapping[str, fmt.TensorEntry | fmt.TensorSpec]:
         """Dtype, shape and bytes of each stored tensor."""
 
-    def open(self) -> AbstractContextManager[OpenSnapshot | Mapping[str, torch.Tensor]]:
+    def open(self) -> AbstractContextManager[OpenSnapshot | ReadRanges]:
         """Open it for reading, by any number of threads.
 
-        Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.
+        Of an average in memory it is a function that gives ranges (`name`, `begin`, `end`) of its tensors, flat and on
+        the host.
         """
 
 
@@ -333,6 +334,7 @@ class PartedFile:
         self.close()
 
 
+ReadRanges = Callable[[Sequence[Any]], Sequence["torch.Tensor"]]
 OpenSnapshot = TensorFile | PartedFile
 """A snapshot opened for its tensors: a context manager; any number of threads may read at once."""
 

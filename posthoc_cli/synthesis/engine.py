@@ -10,7 +10,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import torch
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.snapshots.sources import OpenSnapshot
+from posthoc_cli.snapshots.sources import OpenSnapshot, ReadRanges
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
@@ -336,7 +336,7 @@ class Maker:
     """Makes tiles in one thread, in buffers of its own."""
 
     def __init__(
-        self, plan: Plan, opened: Sequence[OpenSnapshot | Mapping[str, torch.Tensor]], device: torch.device, chunk: int
+        self, plan: Plan, opened: Sequence[OpenSnapshot | ReadRanges], device: torch.device, chunk: int
     ) -> None:
         self.plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
         self._scratch = Scratch(chunk * max(ITEM_BYTES.values()), device)

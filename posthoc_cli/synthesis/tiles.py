@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -20,7 +20,7 @@ import torch
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.sources import OpenSnapshot, ReadRanges, Snapshot
 from posthoc_cli.synthesis.plan import Plan
 
 MAX_BATCH = 1024
@@ -127,10 +127,10 @@ class _Batch:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def open_tile(source: OpenSnapshot | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
+def open_tile(source: OpenSnapshot | ReadRanges, tile: Tile) -> TileReader:
     """Start reading a tile of an open source."""
-    if isinstance(source, Mapping):
-        return _MemoryTile(source, tile)
+    if callable(source):
+        return _MemoryTile(source(tile.pieces), tile)
     return _FileRange(source, tile.pieces[0]) if len(tile.pieces) == 1 else _FileBatch(source, tile)
 
 
@@ -212,8 +212,8 @@ class _FileBatch:
 
 
 class _MemoryTile:
-    def __init__(self, tensors: Mapping[str, torch.Tensor], tile: Tile) -> None:
-        self._pieces = [tensors[piece.name].detach().reshape(-1)[piece.begin : piece.end] for piece in tile.pieces]
+    def __init__(self, pieces: Sequence[torch.Tensor], tile: Tile) -> None:
+        self._pieces = pieces
         self._bounds = tile.bounds
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002

@@ -434,7 +434,7 @@ class ModelWatch:
         found = self._collect(model, tracked, frozen_too=True).averaged
         if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
             return None
-        values = on_host_in_order(Sampler(found, tracked.sampled).take())
+        values = on_host_in_order(Sampler((found[name], index) for name, index in tracked.sampled).take())
         return dict(zip(tracked.numbered_sample, values.tolist(), strict=True))
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:

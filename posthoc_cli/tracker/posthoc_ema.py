@@ -34,10 +34,11 @@ from posthoc_cli.snapshots.format import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to, source_prior
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered
+from posthoc_cli.tracker.measuring import StorageLayout, squared_norms
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -76,7 +77,7 @@ from posthoc_cli.tracker.sharding import (
     meet,
     mesh_of,
 )
-from posthoc_cli.tracker.snapshotter import run_snapshots, squared_norms
+from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
 
@@ -371,9 +372,10 @@ class PostHocEMA:
             sigma_rels: lengths, or one, whose predicted errors are wanted; headers of the snapshots on disk are read.
 
         Returns:
-            `step` and `t`. When snapshots were written, of the last ones: `distance_0.05`, ..., how far each tracked
-            average was from the weights, relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing
-            took beside the training; `snapshot_waited`, the seconds that the training waited before it. And
+            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. When snapshots
+            were written, of the last ones: `distance_0.05`, ..., how far each tracked average was from the weights,
+            relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing took beside the training;
+            `snapshot_waited`, the seconds that the training waited before it. And
             `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot.
         """
         wanted = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
@@ -651,7 +653,7 @@ class PostHocEMA:
         query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
         evaluation = self._evaluation(model, alone, f"load_into({query})")
         if evaluation.group.is_alone and self._members is None:
-            with_consistent_plan(partial(evaluation.plan, query), lambda plan: fill_model(model, plan, device))
+            evaluation.planned(query, lambda plan: fill_model(model, plan, device))
             return
         weights = evaluation.weights(model, query)
         evaluation.check(model, weights, own_dtypes, accept_meta=self._members is None)
@@ -881,7 +883,7 @@ class PostHocEMA:
         self.flush()
         if self._pipeline.now.resumes:
             return self._stored_state()
-        reading = self._pipeline.read(exact=True)
+        reading = self._pipeline.read_exactly()
         self._pipeline.flush()  # the snapshots of that time are on disk now
         return reading
 
@@ -963,10 +965,16 @@ class PostHocEMA:
 def _norms(group: Group, state: Tracking) -> Callable[[], Mapping[float, float]]:
     """Gives the squared norms of averages; of several processes these add theirs now."""
     if group.is_alone:
-        return partial(squared_norms, state)
-    every = group.from_all(squared_norms(state))
+        return partial(_own_norms, state)
+    every = group.from_all(_own_norms(state))
     total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in state.averages.sigma_rels}
     return lambda: total
+
+
+def _own_norms(state: Tracking) -> dict[float, float]:
+    """Those of what is here."""
+    kept = state.averages.accumulators
+    return {} if kept is None else squared_norms(state.averages, StorageLayout(kept.layout, state.tracked, None))
 
 
 def _joined(

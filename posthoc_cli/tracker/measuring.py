@@ -1,0 +1,585 @@
+"""What is measured of averages, and the averages as they are stored.
+
+Measurements are norms, rounding errors and distances, see `reconstruction.Measurements`. `stage` takes all that needs
+the exact averages in the one pass that rounds them to their storage dtype, block by block, while they stand still:
+nothing else of them is kept. Distances to earlier snapshots are taken later, beside the training, from what is stored
+now and then. With s what is stored of the average a, r = a - s, and e the earlier snapshot:
+
+    |a - e|^2 = |s - e|^2 + 2 <r, s - e> + |r|^2
+
+r is kept of all elements of a small model and of about `RESIDUES` of a larger one, evenly spaced, which the product is
+estimated from: its standard error is |r| |s - e| / RESIDUES^(1/2) or less where no few elements dominate, so that of a
+distance as small as the rounding is 0.2 %, and that of ten times the rounding 0.02 %.
+
+Differences of float32 values are taken in float32, their squares and sums in float64, in an order that depends on the
+tensors only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, combinations, pairwise, product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
+from posthoc_cli.errors import FileFormatError, PostHocError
+from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
+from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.sources import OpenSnapshot
+from posthoc_cli.snapshots.tensor_file import TensorFile, tensor_from_bytes
+from posthoc_cli.tracker.averages import Block, Group, Layout, RunningAverages, on_host
+from posthoc_cli.tracker.model_tensors import TrackedModel
+from posthoc_cli.tracker.staging import HostTensors, Range, chunk_bounds, elements, nonfinite_part
+from posthoc_cli.tracker.worker import ALONE, Crew
+
+log = logging.getLogger(__name__)
+
+RESIDUES = 2**20
+"""Elements whose rounding error is kept, at least; twice as many at most."""
+
+CHUNK = 131_072
+"""Elements that are compared with earlier snapshots at a time: a chunk stays in the cache."""
+
+Read = Callable[[int, Sequence[Range]], list[torch.Tensor]]
+"""Gives ranges of the average of an index, flat."""
+
+
+# --- what is stored
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of tensors that are stored alike, end to end: a block of the averages, and where it goes in a copy.
+
+    Attributes:
+        block: in the averages.
+        room, chunk, begin: group, chunk and first element of the copy.
+        offset: the first element in the group of the copy.
+        tensors, sizes: numbers of the tensors, and elements of each.
+        ranges: the same by name.
+        sampled: numbers in the sample, and places in the piece, of the elements of a snapshot's sample that are here.
+    """
+
+    block: Block
+    room: int
+    chunk: int
+    begin: int
+    offset: int
+    tensors: tuple[int, ...]
+    sizes: tuple[int, ...]
+    ranges: tuple[Range, ...]
+    sampled: tuple[list[int], list[int]]
+
+
+class StorageLayout:
+    """How averages of a layout are stored, and the pieces that they are measured in.
+
+    For each of its groups there is one of weights, in the storage dtype, and then for each one of running statistics,
+    which are neither rounded nor measured.
+
+    Attributes:
+        rooms: the groups of a copy.
+        weights: the number of elements of the measured tensors, by name.
+        stride: from one element whose rounding error is kept to the next.
+    """
+
+    def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
+        self.layout, self.tracked = layout, tracked
+        self.names = [name for group in layout for name in group.names]
+        self.shapes = {name: shape for group in layout for name, shape in zip(group.names, group.shapes, strict=True)}
+        self.weights = {
+            name: math.prod(shape) for name, shape in self.shapes.items() if tracked.tensors[name].role == "average"
+        }
+        hosts = on_host(layout)
+        weights = [_some_of(group, self.weights, torch_dtype(dtype) if dtype else group.dtype) for group in hosts]
+        others = self.shapes.keys() - self.weights.keys()
+        self.rooms: Layout = (*weights, *(_some_of(group, others, group.wide) for group in hosts))
+        self.places = {
+            name: (room, begin)
+            for room, group in enumerate(self.rooms)
+            for name, begin in zip(group.names, group.bounds, strict=False)
+        }
+        self.stride = max(1, sum(self.weights.values()) // RESIDUES)
+        self.pieces = [*self._cut()]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That a tensor is to be stored in."""
+        return self.rooms[self.places[name][0]].dtype
+
+    def is_rounded(self, room: int) -> bool:
+        """Whether a group loses digits when it is stored."""
+        own, wide = self.rooms[room].dtype, self.layout[room % len(self.layout)].wide
+        return torch.promote_types(own, wide) != own if own.itemsize > 1 else True
+
+    def residues(self) -> list[torch.Tensor]:
+        """Room for the rounding errors that are kept of an average, one a group of weights."""
+        return [
+            torch.zeros(-(-self.rooms[room].bounds[-1] // self.stride) * self.is_rounded(room), dtype=group.wide)
+            for room, group in enumerate(self.layout)
+        ]
+
+    def sampled(self, offset: int, count: int) -> tuple[slice, slice]:
+        """Of `count` elements from one of a group on: which rounding errors are kept, and where among those kept."""
+        first = -offset % self.stride
+        begin = (offset + first) // self.stride
+        return slice(first, count, self.stride), slice(begin, begin + len(range(first, count, self.stride)))
+
+    def _cut(self) -> Iterator[Piece]:
+        bounds = [chunk_bounds(group.bounds[-1], group.dtype.itemsize) for group in self.rooms]
+        numbers = {name: number for number, name in enumerate(self.names)}
+        sample: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for number, (name, index) in enumerate(self.tracked.sampled):
+            sample[name].append((number, index))
+
+        def piece(group: int, begin: int, ranges: Sequence[Range]) -> Piece:
+            room, offset = self.places[ranges[0].name]
+            offset += ranges[0].begin
+            chunk = bisect_right(bounds[room], offset) - 1
+            sizes = tuple(one.end - one.begin for one in ranges)
+            here = [
+                (number, at + index - one.begin)
+                for one, at in zip(ranges, accumulate(sizes, initial=0), strict=False)
+                for number, index in sample.get(one.name, ())
+                if one.begin <= index < one.end
+            ]
+            return Piece(
+                Block(group, begin, begin + sum(sizes), ()), room, chunk, offset - bounds[room][chunk], offset,
+                tuple(numbers[one.name] for one in ranges), sizes, tuple(ranges),
+                ([number for number, _ in here], [at for _, at in here]),
+            )  # fmt: skip
+
+        for index, group in enumerate(self.layout):
+            first, kind, ranges = 0, (-1, -1), list[Range]()
+            for name, (begin, end) in zip(group.names, pairwise(group.bounds), strict=True):
+                room, offset = self.places[name]
+                at = begin
+                while at < end:
+                    chunk = bisect_right(bounds[room], offset + at - begin) - 1
+                    last = min(end, at + group.exact_block, begin + bounds[room][chunk + 1] - offset)
+                    if ranges and (kind != (room, chunk) or last - first > group.exact_block):
+                        yield piece(index, first, ranges)
+                        ranges = []
+                    if not ranges:
+                        first, kind = at, (room, chunk)
+                    ranges.append(Range(name, at - begin, last - begin))
+                    at = last
+            if ranges:
+                yield piece(index, first, ranges)
+
+
+def _some_of(group: Group, names: Mapping[str, object] | set[str], dtype: torch.dtype) -> Group:
+    """Some tensors of a group, in another dtype."""
+    own = {n: shape for n, shape in zip(group.names, group.shapes, strict=True) if n in names}
+    bounds = (0, *accumulate(math.prod(shape) for shape in own.values()))
+    return Group(group.device, dtype, tuple(own), tuple(own.values()), bounds)
+
+
+@dataclass(frozen=True, eq=False)
+class StagedAverages:
+    """The averages of one update as they are stored, and sums of exact values; one of each a profile.
+
+    Attributes:
+        copies: the values; those of tensors that their dtype cannot hold are in `wider`.
+        norms, roundings: squared norms of the averages and of their rounding errors.
+        networks: squared distances to the network's values, where known.
+        between: squared distances to each other.
+        residues: rounding errors, of every `stride`th element of each group.
+        samples: values of the elements of a snapshot's sample.
+    """
+
+    layout: StorageLayout
+    copies: Sequence[HostTensors]
+    wider: Sequence[dict[str, torch.Tensor]]
+    norms: list[float]
+    roundings: list[float]
+    networks: list[float] | None
+    between: dict[tuple[int, int], float]
+    residues: Sequence[Sequence[torch.Tensor]]
+    samples: Sequence[npt.NDArray[np.float32]]
+
+    def parts(self, index: int, name: str) -> list[torch.Tensor]:
+        """A tensor as it is stored, in flat parts."""
+        wider = self.wider[index]
+        return [wider[name].view(-1)] if name in wider else self.copies[index].parts[name]
+
+    def tensors(self, index: int) -> dict[str, list[torch.Tensor]]:
+        """All of them, in the model's order."""
+        return {name: self.parts(index, name) for name in self.layout.names}
+
+    def nonfinite_name(self, index: int) -> str | None:
+        """The first tensor that holds a nan or an infinity."""
+        return nonfinite_part(self.tensors(index))
+
+    def read(self, index: int, ranges: Sequence[Range]) -> list[torch.Tensor]:
+        """Ranges of it as they are stored, in a dtype with arithmetic."""
+        return [_with_arithmetic(elements(self.parts(index, one.name), one.begin, one.end)) for one in ranges]
+
+    def products(self, index: int, ranges: Sequence[Range], differences: Sequence[torch.Tensor]) -> float:
+        """Estimated sums of products of rounding errors and these values."""
+        total = 0.0
+        for one, values in zip(ranges, differences, strict=True):
+            room, offset = self.layout.places[one.name]
+            if self.layout.is_rounded(room):
+                own, kept = self.layout.sampled(offset + one.begin, one.end - one.begin)
+                total += float(torch.dot(self.residues[index][room][kept].double(), values[own].double()))
+        return total * self.layout.stride
+
+
+@torch.no_grad()
+def stage(
+    layout: StorageLayout, averages: RunningAverages, copies: Sequence[HostTensors],
+    network: Mapping[str, Sequence[torch.Tensor]] | None = None, crew: Crew = ALONE,
+) -> StagedAverages:  # fmt: skip
+    """The averages as they are now, in `copies`, which may be pinned and not there before their stream is done.
+
+    Arguments:
+        network: the model's values then, each in parts that lie end to end, on the averages' devices.
+        crew: who does it; the results do not depend on their number.
+    """
+    profiles = range(len(averages.sigma_rels))
+    residues = [layout.residues() for _ in profiles]
+    sums: list[list[torch.Tensor]] = [[] for _ in layout.pieces]
+    samples: list[list[torch.Tensor]] = [[] for _ in layout.pieces]
+    scratch: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def room(thread: int, number: int, values: torch.Tensor, group: Group) -> torch.Tensor:
+        key = (thread, number, values.device, values.dtype)
+        if key not in scratch:
+            scratch[key] = torch.empty(group.exact_block, dtype=values.dtype, device=values.device)
+        return scratch[key][: values.numel()]
+
+    def work(number: int, thread: int) -> None:
+        piece = layout.pieces[number]
+        group, size = layout.layout[piece.block.group], sum(piece.sizes)
+        is_weights, rounds = piece.room < len(layout.layout), layout.is_rounded(piece.room)
+        own = None
+        if network is not None and is_weights:
+            found = [elements(network[one.name], one.begin, one.end) for one in piece.ranges]
+            own = _with_float64(found[0] if len(found) == 1 else torch.cat(found))
+        before: list[torch.Tensor] = []
+        for index in profiles:
+            exact = _with_float64(averages.values(piece.block, index, thread))
+            place = copies[index].chunks[piece.room][piece.chunk][piece.begin : piece.begin + size]
+            if exact.device.type == "cpu":
+                narrow = place.copy_(exact)
+            else:
+                narrow = exact.to(place.dtype)
+                place.copy_(narrow, non_blocking=True)
+            if not is_weights:
+                continue
+            spare = room(thread, -1, exact, group)
+            sums[number] += _norms(exact, piece.sizes)
+            if rounds:
+                error = torch.sub(exact, spare.copy_(narrow), out=spare)
+                sums[number] += _norms(error, piece.sizes)
+                from_, to = layout.sampled(piece.offset, size)
+                residues[index][piece.room][to].copy_(error[from_])
+            if piece.sampled[1]:
+                samples[number].append(exact[torch.tensor(piece.sampled[1], device=exact.device)])
+            for other in before if own is None else (*before, own):
+                sums[number] += _norms(torch.sub(exact, other, out=spare), (size,))
+            if index + 1 < len(profiles):
+                before.append(room(thread, index, exact, group).copy_(exact))
+
+    crew.each(work, range(len(layout.pieces)))
+    norms = np.zeros((len(profiles), len(layout.names)))
+    errors, networks = np.zeros_like(norms), [0.0] * len(profiles)
+    between: dict[tuple[int, int], float] = dict.fromkeys(combinations(profiles, 2), 0.0)
+    for piece, own_sums in zip(layout.pieces, sums, strict=True):
+        squares = iter(torch.stack(own_sums).square().tolist() if own_sums else ())
+        for index in profiles if own_sums else ():
+            for found in (norms, errors) if layout.is_rounded(piece.room) else (norms,):
+                for number in piece.tensors:
+                    found[index, number] += next(squares)
+            for other in range(index):
+                between[other, index] += next(squares)
+            if network is not None:
+                networks[index] += next(squares)
+    values = [np.zeros(len(layout.tracked.sampled), np.float32) for _ in profiles]
+    for piece, taken in zip(layout.pieces, samples, strict=True):
+        for array, one in zip(values, taken, strict=False):
+            array[piece.sampled[0]] = one.float().cpu().numpy()
+    wider: list[dict[str, torch.Tensor]] = [{} for _ in profiles]
+    for index, number in product(profiles, range(len(layout.names))):
+        name = layout.names[number]
+        if name in layout.weights and not _is_held(norms[index, number], errors[index, number], layout.dtype(name)):
+            wider[index][name], errors[index, number] = _wider(layout, averages, residues[index], index, name)
+    roundings = errors.sum(1).tolist()
+    known = None if network is None else networks
+    return StagedAverages(layout, copies, wider, norms.sum(1).tolist(), roundings, known, between, residues, values)
+
+
+def _is_held(norm: float, rounding: float, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds a tensor with these sums.
+
+    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more where a value becomes
+    infinite, or all are about as small as the subnormal numbers.
+    """
+    return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
+
+
+def _wider(
+    layout: StorageLayout, averages: RunningAverages, residues: Sequence[torch.Tensor], index: int, name: str
+) -> tuple[torch.Tensor, float]:
+    """A tensor of an average in float32 where that holds it, else in float64; and the squared rounding of that."""
+    room, offset = layout.places[name]
+    group, count = layout.layout[room], layout.weights[name]
+    begin = group.bounds[group.names.index(name)]
+    exact = torch.empty(layout.shapes[name], dtype=group.wide)
+    for first in range(0, count, group.exact_block):
+        last = min(first + group.exact_block, count)
+        exact.view(-1)[first:last] = averages.values(Block(room, begin + first, begin + last, ()), index)
+    stored = exact.float()
+    rounding = squared(exact - stored)
+    if stored.dtype == exact.dtype or not _is_held(squared(exact), rounding, stored.dtype):
+        stored, rounding = exact, 0.0
+    if layout.is_rounded(room):
+        own, kept = layout.sampled(offset, count)
+        residues[room][kept] = (exact - stored).view(-1)[own]
+    return stored, rounding
+
+
+@torch.no_grad()
+def read_ranges(
+    averages: RunningAverages, index: int, ranges: Sequence[Range], crew: Crew = ALONE
+) -> list[torch.Tensor]:
+    """Ranges of the average of that index, rounded once, on the host."""
+    kept = averages.accumulators
+    assert kept is not None
+    places = {
+        name: (number, begin)
+        for number, group in enumerate(kept.layout)
+        for name, begin in zip(group.names, group.bounds, strict=False)
+    }
+    made = []
+    items: list[tuple[Block, list[torch.Tensor]]] = []
+    for one in ranges:
+        number, begin = places[one.name]
+        group = kept.layout[number]
+        made.append(torch.empty(one.end - one.begin, dtype=group.wide))
+        at = begin + one.begin
+        for room in torch.split(made[-1], group.exact_block) if made[-1].numel() else ():
+            last, rooms = items[-1] if items else (Block(-1, 0, 0, ()), [])
+            if (last.group, last.end) == (number, at) and at + room.numel() - last.begin <= group.exact_block:
+                items[-1] = Block(number, last.begin, at + room.numel(), ()), [*rooms, room]
+            else:
+                items.append((Block(number, at, at + room.numel(), ()), [room]))
+            at += room.numel()
+
+    def work(item: tuple[Block, list[torch.Tensor]], thread: int) -> None:
+        block, rooms = item
+        values = torch.split(averages.values(block, index, thread), [room.numel() for room in rooms])
+        torch._foreach_copy_(rooms, [*values])
+
+    crew.each(work, items)
+    return made
+
+
+def squared(values: torch.Tensor) -> float:
+    """The squared norm, float64."""
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return float(norm) ** 2
+
+
+def squared_norms(averages: RunningAverages, layout: StorageLayout) -> dict[float, float]:
+    """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
+    own = [piece.block for piece in layout.pieces if piece.room < len(layout.layout)]
+    return {
+        sigma_rel: sum(squared(averages.values(block, index)) for block in own)
+        for index, sigma_rel in enumerate(averages.sigma_rels)
+    }
+
+
+def _norms(values: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The norm of each of the vectors that lie end to end, float64."""
+    return [*torch._foreach_norm(torch.split(values, [*sizes]), 2, dtype=torch.float64)]
+
+
+def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in float32 or float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _with_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The same on a device that has float64: not on Apple's GPUs."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+# --- measurements
+
+
+def measurements(
+    infos: Sequence[SnapshotInfo], staged: StagedAverages, earlier: Sequence[StoredSnapshot]
+) -> list[Measurements | None]:
+    """Of averages that are to be stored; None where a value is not finite, or the squares are too large for float64.
+
+    The `earlier` snapshots are read from disk and verified, chunk by chunk; one that is gone or damaged is left out,
+    with a warning.
+    """
+    apart: dict[tuple[int, int], float] = defaultdict(float)
+    with _EarlierFiles(earlier, _boxes(infos[0], staged.layout.shapes)) as files:
+        for ranges in chunks_of(staged.layout.weights) if earlier else ():
+            others = files.read(ranges)
+            for index in range(len(infos)):
+                own = staged.read(index, ranges)
+                for j, other in others.items():
+                    differences = [one - value for one, value in zip(own, other, strict=True)]
+                    crossed = staged.products(index, ranges, differences)
+                    apart[index, j] += sum(map(squared, differences)) + 2 * crossed
+        found = files.readable()
+    # An estimated product may be a little too small where an average has hardly moved.
+    away = {key: max(value + staged.roundings[key[0]], 0.0) for key, value in apart.items() if key[1] in found}
+    return [
+        _measurements(
+            infos, index, staged.norms[index], staged.roundings[index], staged.between, away, found,
+            None if staged.networks is None else staged.networks[index],
+        )
+        for index in range(len(infos))
+    ]  # fmt: skip
+
+
+def live_measurements(
+    infos: Sequence[SnapshotInfo], read: Read, shapes: Mapping[str, tuple[int, ...]], earlier: Sequence[StoredSnapshot]
+) -> list[Measurements | None]:
+    """The same of averages of tensors of these shapes that are not stored, which `read` gives."""
+    norms = [0.0] * len(infos)
+    between: dict[tuple[int, int], float] = defaultdict(float)
+    apart: dict[tuple[int, int], float] = defaultdict(float)
+    with _EarlierFiles(earlier, _boxes(infos[0], shapes)) as files:
+        for ranges in chunks_of({name: math.prod(shape) for name, shape in shapes.items()}):
+            others = files.read(ranges)
+            own = [read(index, ranges) for index in range(len(infos))]
+            for index, values in enumerate(own):
+                norms[index] += sum(map(squared, values))
+                for j, other in others.items():
+                    apart[index, j] += _squared_distance(values, other)
+                for j in range(index):
+                    between[j, index] += _squared_distance(values, own[j])
+        found = files.readable()
+    return [_measurements(infos, index, norms[index], 0.0, between, apart, found, None) for index in range(len(infos))]
+
+
+def _squared_distance(values: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    return sum(squared(value - other) for value, other in zip(values, others, strict=True))
+
+
+def _measurements(
+    infos: Sequence[SnapshotInfo], index: int, norm: float, rounding: float,
+    between: Mapping[tuple[int, int], float], apart: Mapping[tuple[int, int], float],
+    earlier: Mapping[int, StoredSnapshot], network: float | None,
+) -> Measurements | None:  # fmt: skip
+    """The measurements of the average of that index, from its sums over all tensors."""
+    if not math.isfinite(norm):
+        return None
+    found = [
+        (info.t, info.sigma_rel, between.get((min(index, j), max(index, j)), 0.0), 0.0)
+        for j, info in enumerate(infos)
+        if j != index
+    ]
+    part = infos[index].part
+    for j, snapshot in earlier.items():
+        if snapshot.info.measurements is not None:
+            # Readers add the parts'. Of a complete snapshot the first part tells it alone.
+            counts = snapshot.info.part == part or part is None or part[0] == 1
+            its_rounding = snapshot.info.measurements.rounding if counts else 0.0
+            found.append((snapshot.t, snapshot.sigma_rel, apart.get((index, j), 0.0), its_rounding))
+    # The difference of two large numbers may overflow where neither does.
+    finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
+    return Measurements(norm, rounding, finite, network if network is not None and math.isfinite(network) else None)
+
+
+def chunks_of(counts: Mapping[str, int]) -> Iterator[list[Range]]:
+    """Ranges of tensors of these numbers of elements, about `CHUNK` at a time: several tensors, or a part of one."""
+    ranges: list[Range] = []
+    size = 0
+    for name, count in counts.items():
+        for begin in range(0, count, CHUNK):
+            end = min(begin + CHUNK, count)
+            if size + end - begin > CHUNK:
+                yield ranges
+                ranges, size = [], 0
+            ranges.append(Range(name, begin, end))
+            size += end - begin
+    if ranges:
+        yield ranges
+
+
+def _boxes(info: SnapshotInfo, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Box]:
+    """What is here of tensors of which others have parts."""
+    return {name: chunk.box(shapes[name]) for name, chunk in info.chunks.items() if name in shapes}
+
+
+class _EarlierFiles(ExitStack):
+    """Snapshots that are read beside the averages, or `boxes` of their tensors, if any.
+
+    One that cannot be read is left out, with a warning.
+    """
+
+    def __init__(self, snapshots: Sequence[StoredSnapshot], boxes: Mapping[str, Box]) -> None:
+        super().__init__()
+        self._snapshots, self._boxes = snapshots, boxes
+        self._files: dict[int, OpenSnapshot] = {}
+        self._readers: dict[int, Any] = {}
+
+    def __enter__(self) -> _EarlierFiles:
+        for index, snapshot in enumerate(self._snapshots):
+            with self._left_out_on_error(index):
+                self._files[index] = file = self._opened(snapshot)
+                self.callback(file.close)
+        return self
+
+    def _opened(self, snapshot: StoredSnapshot) -> OpenSnapshot:
+        if snapshot.info.part is not None or not (self._boxes or snapshot.path.is_dir()):
+            file: OpenSnapshot = TensorFile(snapshot.path)
+            checksum = file.header.metadata.get("ema.checksum")
+        else:
+            found = read_snapshot(snapshot.path)
+            file, checksum = found.open(self._boxes or None), found.header.metadata["ema.checksum"]
+        if checksum != snapshot.checksum:
+            file.close()
+            raise FileFormatError(snapshot.path, "was replaced by another one")
+        return file
+
+    def readable(self) -> dict[int, StoredSnapshot]:
+        """Those that have been read without an error so far, by index."""
+        return {index: self._snapshots[index] for index in self._files}
+
+    def read(self, ranges: Sequence[Range]) -> dict[int, list[torch.Tensor]]:
+        """Ranges of each that is readable, flat, by index. Those of one tensor are read in order, from its beginning.
+
+        A block is verified when its last bytes are read: what was read of a damaged one must not be used then.
+        """
+        found = {}
+        for index, file in list(self._files.items()):
+            with self._left_out_on_error(index):
+                found[index] = [self._read(index, file, one) for one in ranges]
+        return found
+
+    def _read(self, index: int, file: OpenSnapshot, one: Range) -> torch.Tensor:
+        entry = file.header.tensors[one.name]
+        if one.begin == 0:
+            self._readers[index] = file.read_range(one.name, 0, entry.nbytes)
+        count = one.end - one.begin
+        data = np.empty(count * ITEM_BYTES[entry.dtype], np.uint8)
+        self._readers[index].read_into(data.data)
+        return _with_arithmetic(tensor_from_bytes(data, entry.dtype, (count,)))
+
+    @contextmanager
+    def _left_out_on_error(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except PostHocError as error:
+            log.warning("%s; new snapshots are written without their distance to it", error)
+            self._files.pop(index, None)
