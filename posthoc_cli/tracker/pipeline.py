@@ -229,7 +229,7 @@ class Pipeline:
             ]
             names = [one.name for one in whole]
             values = [
-                dict(zip(names, self._read(averages.standing, index, whole), strict=True))
+                dict(zip(names, self._values(averages, index, whole), strict=True))
                 for index in range(len(averages.sigma_rels))
             ]
             return Reading(self._outline(known), layout, lambda index, ranges: ranges_of(values[index], ranges))
@@ -338,14 +338,19 @@ class Pipeline:
         """Ranges of the average of that index, on the host, if it is still the one of this standing."""
 
         def work() -> list[torch.Tensor]:
-            averages = self.now.averages
-            if averages.standing is not standing or averages.accumulators is None:
+            if self.now.averages.standing is not standing:
                 reason = "were updated while they were read"
                 raise AveragesMovedError("the averages", reason, "make the call in the thread that trains")
-            with self._streams.beside_training():
-                return read_ranges(averages, index, ranges, self._crew_for(averages.accumulators.layout))
+            return self._values(self.now.averages, index, ranges)
 
         return self._updates.call(work)
+
+    def _values(self, averages: RunningAverages, index: int, ranges: Sequence[Range]) -> list[torch.Tensor]:
+        """Ranges of the average of that index, on the host."""
+        kept = averages.accumulators
+        assert kept is not None
+        with self._streams.beside_training():
+            return read_ranges(averages, index, ranges, self._crew_for(kept.layout))
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
