@@ -39,7 +39,7 @@ from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.sources import OpenSnapshot
 from posthoc_cli.snapshots.tensor_file import TensorFile, tensor_from_bytes
-from posthoc_cli.tracker.averages import Block, Group, Layout, RunningAverages, on_host
+from posthoc_cli.tracker.averages import HOST, Block, Group, Layout, RunningAverages, on_host
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.staging import HostTensors, Range, chunk_bounds, elements, nonfinite_part
 from posthoc_cli.tracker.worker import ALONE, Crew
@@ -223,18 +223,54 @@ class StagedAverages:
         return nonfinite_part(self.tensors(index))
 
     def read(self, index: int, ranges: Sequence[Range]) -> list[torch.Tensor]:
-        """Ranges of it as they are stored, in a dtype with arithmetic."""
-        return [_with_arithmetic(elements(self.parts(index, one.name), one.begin, one.end)) for one in ranges]
+        """Ranges of it as they are stored."""
+        return [elements(self.parts(index, one.name), one.begin, one.end) for one in ranges]
 
-    def products(self, index: int, ranges: Sequence[Range], differences: Sequence[torch.Tensor]) -> float:
-        """Estimated sums of products of rounding errors and these values."""
+    def product(self, index: int, ranges: Sequence[Range], values: torch.Tensor) -> float:
+        """Estimated sum of the products of the rounding errors of ranges and of values that lie end to end."""
         total = 0.0
-        for one, values in zip(ranges, differences, strict=True):
+        for one, part in zip(ranges, torch.split(values, [one.end - one.begin for one in ranges]), strict=True):
             room, offset = self.layout.places[one.name]
             if self.layout.is_rounded(room):
                 own, kept = self.layout.sampled(offset + one.begin, one.end - one.begin)
-                total += float(torch.dot(self.residues[index][room][kept].double(), values[own].double()))
+                total += float(torch.dot(self.residues[index][room][kept].double(), part[own].double()))
         return total * self.layout.stride
+
+
+class Scratch:
+    """Vectors of threads, used again: what is allocated for every block is neither in the cache nor given back."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def room(self, count: int, dtype: torch.dtype, device: torch.device, *key: object) -> torch.Tensor:
+        """One of these; each key has one at a time."""
+        own = (dtype, device, *key)
+        if own not in self._rooms or self._rooms[own].numel() < count:
+            self._rooms[own] = torch.empty(count, dtype=dtype, device=device)
+        return self._rooms[own][:count]
+
+    def like(self, values: torch.Tensor, *key: object) -> torch.Tensor:
+        """One like a vector."""
+        return self.room(values.numel(), values.dtype, values.device, *key)
+
+    def joined(self, parts: Sequence[torch.Tensor], *key: object) -> torch.Tensor:
+        """Vectors of one dtype end to end."""
+        if len(parts) == 1:
+            return parts[0]
+        count = sum(part.numel() for part in parts)
+        return torch.cat([*parts], out=self.room(count, parts[0].dtype, parts[0].device, *key))
+
+    def norms(self, values: torch.Tensor, sizes: Sequence[int], *key: object) -> list[torch.Tensor]:
+        """The norm of each of the vectors of these sizes that lie end to end, float64."""
+        wide = values
+        if values.dtype != torch.float64:
+            wide = self.room(values.numel(), torch.float64, values.device, "float64", *key).copy_(values)
+        return [*torch._foreach_norm(torch.split(wide, [*sizes]), 2)]
+
+    def squared(self, values: torch.Tensor) -> float:
+        """The squared norm."""
+        return float(self.norms(values, (values.numel(),))[0]) ** 2
 
 
 @torch.no_grad()
@@ -250,25 +286,19 @@ def stage(
     """
     profiles = range(len(averages.sigma_rels))
     residues = [layout.residues() for _ in profiles]
-    sums: list[list[torch.Tensor]] = [[] for _ in layout.pieces]
+    sums: list[torch.Tensor | None] = [None] * len(layout.pieces)
     samples: list[list[torch.Tensor]] = [[] for _ in layout.pieces]
-    scratch: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
-
-    def room(thread: int, number: int, values: torch.Tensor, group: Group) -> torch.Tensor:
-        key = (thread, number, values.device, values.dtype)
-        if key not in scratch:
-            scratch[key] = torch.empty(group.exact_block, dtype=values.dtype, device=values.device)
-        return scratch[key][: values.numel()]
+    scratch = Scratch()
 
     def work(number: int, thread: int) -> None:
         piece = layout.pieces[number]
-        group, size = layout.layout[piece.block.group], sum(piece.sizes)
-        is_weights, rounds = piece.room < len(layout.layout), layout.is_rounded(piece.room)
+        size, is_weights, rounds = sum(piece.sizes), piece.room < len(layout.layout), layout.is_rounded(piece.room)
         own = None
         if network is not None and is_weights:
             found = [elements(network[one.name], one.begin, one.end) for one in piece.ranges]
-            own = _with_float64(found[0] if len(found) == 1 else torch.cat(found))
+            own = _with_float64(scratch.joined(found, thread, "network"))
         before: list[torch.Tensor] = []
+        norms: list[torch.Tensor] = []
         for index in profiles:
             exact = _with_float64(averages.values(piece.block, index, thread))
             place = copies[index].chunks[piece.room][piece.chunk][piece.begin : piece.begin + size]
@@ -279,27 +309,28 @@ def stage(
                 place.copy_(narrow, non_blocking=True)
             if not is_weights:
                 continue
-            spare = room(thread, -1, exact, group)
-            sums[number] += _norms(exact, piece.sizes)
+            spare = scratch.like(exact, thread, "difference")
+            norms += scratch.norms(exact, piece.sizes, thread)
             if rounds:
                 error = torch.sub(exact, spare.copy_(narrow), out=spare)
-                sums[number] += _norms(error, piece.sizes)
+                norms += scratch.norms(error, piece.sizes, thread)
                 from_, to = layout.sampled(piece.offset, size)
                 residues[index][piece.room][to].copy_(error[from_])
             if piece.sampled[1]:
                 samples[number].append(exact[torch.tensor(piece.sampled[1], device=exact.device)])
             for other in before if own is None else (*before, own):
-                sums[number] += _norms(torch.sub(exact, other, out=spare), (size,))
+                norms += scratch.norms(torch.sub(exact, other, out=spare), (size,), thread)
             if index + 1 < len(profiles):
-                before.append(room(thread, index, exact, group).copy_(exact))
+                before.append(scratch.like(exact, thread, index).copy_(exact))
+        sums[number] = torch.stack(norms).square() if norms else None
 
     crew.each(work, range(len(layout.pieces)))
     norms = np.zeros((len(profiles), len(layout.names)))
     errors, networks = np.zeros_like(norms), [0.0] * len(profiles)
     between: dict[tuple[int, int], float] = dict.fromkeys(combinations(profiles, 2), 0.0)
     for piece, own_sums in zip(layout.pieces, sums, strict=True):
-        squares = iter(torch.stack(own_sums).square().tolist() if own_sums else ())
-        for index in profiles if own_sums else ():
+        squares = iter(() if own_sums is None else own_sums.tolist())
+        for index in () if own_sums is None else profiles:
             for found in (norms, errors) if layout.is_rounded(piece.room) else (norms,):
                 for number in piece.tensors:
                     found[index, number] += next(squares)
@@ -402,16 +433,6 @@ def squared_norms(averages: RunningAverages, layout: StorageLayout) -> dict[floa
     }
 
 
-def _norms(values: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The norm of each of the vectors that lie end to end, float64."""
-    return [*torch._foreach_norm(torch.split(values, [*sizes]), 2, dtype=torch.float64)]
-
-
-def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in float32 or float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _with_float64(tensor: torch.Tensor) -> torch.Tensor:
     """The same on a device that has float64: not on Apple's GPUs."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
@@ -429,15 +450,15 @@ def measurements(
     with a warning.
     """
     apart: dict[tuple[int, int], float] = defaultdict(float)
+    scratch = Scratch()
     with _EarlierFiles(earlier, _boxes(infos[0], staged.layout.shapes)) as files:
         for ranges in chunks_of(staged.layout.weights) if earlier else ():
-            others = files.read(ranges)
+            others = files.read(ranges, scratch)
             for index in range(len(infos)):
-                own = staged.read(index, ranges)
+                own = _joined(staged.read(index, ranges), scratch, "own")
                 for j, other in others.items():
-                    differences = [one - value for one, value in zip(own, other, strict=True)]
-                    crossed = staged.products(index, ranges, differences)
-                    apart[index, j] += sum(map(squared, differences)) + 2 * crossed
+                    difference = torch.sub(own, other, out=scratch.like(own, "difference"))
+                    apart[index, j] += scratch.squared(difference) + 2 * staged.product(index, ranges, difference)
         found = files.readable()
     # An estimated product may be a little too small where an average has hardly moved.
     away = {key: max(value + staged.roundings[key[0]], 0.0) for key, value in apart.items() if key[1] in found}
@@ -457,22 +478,33 @@ def live_measurements(
     norms = [0.0] * len(infos)
     between: dict[tuple[int, int], float] = defaultdict(float)
     apart: dict[tuple[int, int], float] = defaultdict(float)
+    scratch = Scratch()
+
+    def squared_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return scratch.squared(torch.sub(one, other, out=scratch.like(one, "difference")))
+
     with _EarlierFiles(earlier, _boxes(infos[0], shapes)) as files:
         for ranges in chunks_of({name: math.prod(shape) for name, shape in shapes.items()}):
-            others = files.read(ranges)
-            own = [read(index, ranges) for index in range(len(infos))]
+            others = files.read(ranges, scratch)
+            own = [_joined(read(index, ranges), scratch, "own", index) for index in range(len(infos))]
             for index, values in enumerate(own):
-                norms[index] += sum(map(squared, values))
+                norms[index] += scratch.squared(values)
                 for j, other in others.items():
-                    apart[index, j] += _squared_distance(values, other)
+                    apart[index, j] += squared_distance(values, other)
                 for j in range(index):
-                    between[j, index] += _squared_distance(values, own[j])
+                    between[j, index] += squared_distance(values, own[j])
         found = files.readable()
     return [_measurements(infos, index, norms[index], 0.0, between, apart, found, None) for index in range(len(infos))]
 
 
-def _squared_distance(values: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
-    return sum(squared(value - other) for value, other in zip(values, others, strict=True))
+def _joined(parts: Sequence[torch.Tensor], scratch: Scratch, *key: object) -> torch.Tensor:
+    """Vectors end to end in float32, or in float64 where one needs that."""
+    count = sum(part.numel() for part in parts)
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    made = scratch.room(count, wide, HOST, *key)
+    for room, part in zip(torch.split(made, [part.numel() for part in parts]), parts, strict=True):
+        room.copy_(part)
+    return made
 
 
 def _measurements(
@@ -556,15 +588,15 @@ class _EarlierFiles(ExitStack):
         """Those that have been read without an error so far, by index."""
         return {index: self._snapshots[index] for index in self._files}
 
-    def read(self, ranges: Sequence[Range]) -> dict[int, list[torch.Tensor]]:
-        """Ranges of each that is readable, flat, by index. Those of one tensor are read in order, from its beginning.
+    def read(self, ranges: Sequence[Range], scratch: Scratch) -> dict[int, torch.Tensor]:
+        """Ranges of each that is readable, end to end, by index; those of one tensor in order, from its beginning.
 
         A block is verified when its last bytes are read: what was read of a damaged one must not be used then.
         """
         found = {}
         for index, file in list(self._files.items()):
             with self._left_out_on_error(index):
-                found[index] = [self._read(index, file, one) for one in ranges]
+                found[index] = _joined([self._read(index, file, one) for one in ranges], scratch, "file", index)
         return found
 
     def _read(self, index: int, file: OpenSnapshot, one: Range) -> torch.Tensor:
@@ -574,7 +606,7 @@ class _EarlierFiles(ExitStack):
         count = one.end - one.begin
         data = np.empty(count * ITEM_BYTES[entry.dtype], np.uint8)
         self._readers[index].read_into(data.data)
-        return _with_arithmetic(tensor_from_bytes(data, entry.dtype, (count,)))
+        return tensor_from_bytes(data, entry.dtype, (count,))
 
     @contextmanager
     def _left_out_on_error(self, index: int) -> Iterator[None]:
