@@ -1,15 +1,16 @@
 """What is measured of averages, and the averages as they are stored.
 
-Measurements are norms, rounding errors and distances, see `reconstruction.Measurements`. `stage` takes all that needs
-the exact averages in the one pass that rounds them to their storage dtype, block by block, while they stand still:
-nothing else of them is kept. Distances to earlier snapshots are taken later, beside the training, from what is stored
-now and then. With s what is stored of the average a, r = a - s, and e the earlier snapshot:
+Measurements are norms, rounding errors and distances, see `reconstruction.Measurements`. `stage` rounds averages
+to their storage dtype, block by block, while they stand still, and sums norms and rounding errors in the same pass.
+Distances are taken later, beside the training, from what is stored now and then: nothing else is kept of the averages.
+With s what is stored of the average a, r = a - s, and e an earlier snapshot:
 
     |a - e|^2 = |s - e|^2 + 2 <r, s - e> + |r|^2
 
-r is kept of all elements of a small model and of about `RESIDUES` of a larger one, evenly spaced, which the product is
-estimated from: its standard error is |r| |s - e| / RESIDUES^(1/2) or less where no few elements dominate, so that of a
-distance as small as the rounding is 0.2 %, and that of ten times the rounding 0.02 %.
+and likewise between the averages of one time, with the difference of two r. r and the network's values are kept of all
+elements of a small model, and of about `SAMPLED` of a larger one, evenly spaced, from which the products and the
+distance to the network are estimated. The standard error of a product is its factors' norms / SAMPLED^(1/2), or less,
+where no few elements dominate: of a distance as small as the rounding 0.2 %, of ten times the rounding 0.02 %.
 
 Differences of float32 values are taken in float32, their squares and sums in float64, in an order that depends on the
 tensors only.
@@ -24,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, combinations, pairwise, product
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ from posthoc_cli.tracker.worker import ALONE, Crew
 
 log = logging.getLogger(__name__)
 
-RESIDUES = 2**20
+SAMPLED = 2**20
 """Elements whose rounding error is kept, at least; twice as many at most."""
 
 CHUNK = 131_072
@@ -111,7 +112,7 @@ class StorageLayout:
             for room, group in enumerate(self.rooms)
             for name, begin in zip(group.names, group.bounds, strict=False)
         }
-        self.stride = max(1, sum(self.weights.values()) // RESIDUES)
+        self.stride = max(1, sum(self.weights.values()) // SAMPLED)
         self.pieces = [*self._cut()]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -123,12 +124,17 @@ class StorageLayout:
         own, wide = self.rooms[room].dtype, self.layout[room % len(self.layout)].wide
         return torch.promote_types(own, wide) != own if own.itemsize > 1 else True
 
-    def residues(self) -> list[torch.Tensor]:
-        """Room for the rounding errors that are kept of an average, one a group of weights."""
+    def sample(self) -> list[torch.Tensor]:
+        """Room for the values of the elements that are kept, one a group of weights."""
         return [
-            torch.zeros(-(-self.rooms[room].bounds[-1] // self.stride) * self.is_rounded(room), dtype=group.wide)
+            torch.zeros(-(-self.rooms[room].bounds[-1] // self.stride), dtype=group.wide)
             for room, group in enumerate(self.layout)
         ]
+
+    def scale(self, room: int) -> float:
+        """All elements of a group of weights / those that are kept."""
+        count = self.rooms[room].bounds[-1]
+        return count / max(1, -(-count // self.stride))
 
     def sampled(self, offset: int, count: int) -> tuple[slice, slice]:
         """Of `count` elements from one of a group on: which rounding errors are kept, and where among those kept."""
@@ -193,9 +199,8 @@ class StagedAverages:
     Attributes:
         copies: the values; those of tensors that their dtype cannot hold are in `wider`.
         norms, roundings: squared norms of the averages and of their rounding errors.
-        networks: squared distances to the network's values, where known.
-        between: squared distances to each other.
-        residues: rounding errors, of every `stride`th element of each group.
+        residues: rounding errors, of every `stride`th element of each group of weights.
+        network: the network's values of these elements, where known.
         samples: values of the elements of a snapshot's sample.
     """
 
@@ -204,9 +209,8 @@ class StagedAverages:
     wider: Sequence[dict[str, torch.Tensor]]
     norms: list[float]
     roundings: list[float]
-    networks: list[float] | None
-    between: dict[tuple[int, int], float]
     residues: Sequence[Sequence[torch.Tensor]]
+    network: Sequence[torch.Tensor] | None
     samples: Sequence[npt.NDArray[np.float32]]
 
     def parts(self, index: int, name: str) -> list[torch.Tensor]:
@@ -226,15 +230,40 @@ class StagedAverages:
         """Ranges of it as they are stored."""
         return [elements(self.parts(index, one.name), one.begin, one.end) for one in ranges]
 
-    def product(self, index: int, ranges: Sequence[Range], values: torch.Tensor) -> float:
-        """Estimated sum of the products of the rounding errors of ranges and of values that lie end to end."""
-        total = 0.0
+    def kept(self, ranges: Sequence[Range], values: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Of values of ranges that lie end to end, those of elements that are kept: group, places there, values."""
         for one, part in zip(ranges, torch.split(values, [one.end - one.begin for one in ranges]), strict=True):
             room, offset = self.layout.places[one.name]
-            if self.layout.is_rounded(room):
-                own, kept = self.layout.sampled(offset + one.begin, one.end - one.begin)
-                total += float(torch.dot(self.residues[index][room][kept].double(), part[own].double()))
-        return total * self.layout.stride
+            own, kept = self.layout.sampled(offset + one.begin, one.end - one.begin)
+            if kept.start < kept.stop:
+                yield room, kept, part[own]
+
+    def product(self, index: int, ranges: Sequence[Range], values: torch.Tensor) -> float:
+        """Estimated sum of the products of an average's rounding errors and of values of ranges."""
+        return sum(
+            self.layout.scale(room) * _dot(self.residues[index][room][kept], found)
+            for room, kept, found in self.kept(ranges, values)
+            if self.layout.is_rounded(room)
+        )
+
+    def correlation(self, index: int, other: int) -> float:
+        """Estimated sum of the products of two averages' rounding errors."""
+        pairs = enumerate(zip(self.residues[index], self.residues[other], strict=True))
+        return sum(self.layout.scale(room) * _dot(one, its) for room, (one, its) in pairs)
+
+    def away(self, index: int, ranges: Sequence[Range], stored: torch.Tensor) -> float:
+        """Estimated squared distance of ranges, as they are `stored` and before, to the network's values."""
+        if self.network is None:
+            return 0.0
+        total = 0.0
+        for room, kept, found in self.kept(ranges, stored):
+            difference = found + self.residues[index][room][kept] - self.network[room][kept]
+            total += self.layout.scale(room) * _dot(difference, difference)
+        return total
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.dot(one.double(), other.double()))
 
 
 class Scratch:
@@ -285,7 +314,7 @@ def stage(
         crew: who does it; the results do not depend on their number.
     """
     profiles = range(len(averages.sigma_rels))
-    residues = [layout.residues() for _ in profiles]
+    residues, kept_network = [layout.sample() for _ in profiles], layout.sample()
     sums: list[torch.Tensor | None] = [None] * len(layout.pieces)
     samples: list[list[torch.Tensor]] = [[] for _ in layout.pieces]
     scratch = Scratch()
@@ -293,11 +322,10 @@ def stage(
     def work(number: int, thread: int) -> None:
         piece = layout.pieces[number]
         size, is_weights, rounds = sum(piece.sizes), piece.room < len(layout.layout), layout.is_rounded(piece.room)
-        own = None
+        kept, there = layout.sampled(piece.offset, size)
         if network is not None and is_weights:
             found = [elements(network[one.name], one.begin, one.end) for one in piece.ranges]
-            own = _with_float64(scratch.joined(found, thread, "network"))
-        before: list[torch.Tensor] = []
+            kept_network[piece.room][there].copy_(scratch.joined(found, thread, "network")[kept])
         norms: list[torch.Tensor] = []
         for index in profiles:
             exact = _with_float64(averages.values(piece.block, index, thread))
@@ -309,35 +337,25 @@ def stage(
                 place.copy_(narrow, non_blocking=True)
             if not is_weights:
                 continue
-            spare = scratch.like(exact, thread, "difference")
             norms += scratch.norms(exact, piece.sizes, thread)
             if rounds:
+                spare = scratch.like(exact, thread, "error")
                 error = torch.sub(exact, spare.copy_(narrow), out=spare)
                 norms += scratch.norms(error, piece.sizes, thread)
-                from_, to = layout.sampled(piece.offset, size)
-                residues[index][piece.room][to].copy_(error[from_])
+                residues[index][piece.room][there].copy_(error[kept])
             if piece.sampled[1]:
                 samples[number].append(exact[torch.tensor(piece.sampled[1], device=exact.device)])
-            for other in before if own is None else (*before, own):
-                norms += scratch.norms(torch.sub(exact, other, out=spare), (size,), thread)
-            if index + 1 < len(profiles):
-                before.append(scratch.like(exact, thread, index).copy_(exact))
         sums[number] = torch.stack(norms).square() if norms else None
 
     crew.each(work, range(len(layout.pieces)))
     norms = np.zeros((len(profiles), len(layout.names)))
-    errors, networks = np.zeros_like(norms), [0.0] * len(profiles)
-    between: dict[tuple[int, int], float] = dict.fromkeys(combinations(profiles, 2), 0.0)
+    errors = np.zeros_like(norms)
     for piece, own_sums in zip(layout.pieces, sums, strict=True):
-        squares = iter(() if own_sums is None else own_sums.tolist())
-        for index in () if own_sums is None else profiles:
-            for found in (norms, errors) if layout.is_rounded(piece.room) else (norms,):
-                for number in piece.tensors:
-                    found[index, number] += next(squares)
-            for other in range(index):
-                between[other, index] += next(squares)
-            if network is not None:
-                networks[index] += next(squares)
+        if own_sums is not None:
+            kinds = [norms, errors] if layout.is_rounded(piece.room) else [norms]
+            squares = own_sums.cpu().numpy().reshape(len(profiles), len(kinds), -1)
+            for kind, its in zip(kinds, squares.swapaxes(0, 1), strict=True):
+                kind[:, piece.tensors] += its
     values = [np.zeros(len(layout.tracked.sampled), np.float32) for _ in profiles]
     for piece, taken in zip(layout.pieces, samples, strict=True):
         for array, one in zip(values, taken, strict=False):
@@ -347,9 +365,9 @@ def stage(
         name = layout.names[number]
         if name in layout.weights and not _is_held(norms[index, number], errors[index, number], layout.dtype(name)):
             wider[index][name], errors[index, number] = _wider(layout, averages, residues[index], index, name)
-    roundings = errors.sum(1).tolist()
-    known = None if network is None else networks
-    return StagedAverages(layout, copies, wider, norms.sum(1).tolist(), roundings, known, between, residues, values)
+    known = None if network is None else kept_network
+    sums_of = norms.sum(1).tolist(), errors.sum(1).tolist()
+    return StagedAverages(layout, copies, wider, *sums_of, residues, known, values)
 
 
 def _is_held(norm: float, rounding: float, dtype: torch.dtype) -> bool:
@@ -450,22 +468,33 @@ def measurements(
     with a warning.
     """
     apart: dict[tuple[int, int], float] = defaultdict(float)
-    scratch = Scratch()
+    between: dict[tuple[int, int], float] = defaultdict(float)
+    networks = [0.0] * len(infos)
+    scratch, roundings = Scratch(), staged.roundings
     with _EarlierFiles(earlier, _boxes(infos[0], staged.layout.shapes)) as files:
-        for ranges in chunks_of(staged.layout.weights) if earlier else ():
+        for ranges in chunks_of(staged.layout.weights):
             others = files.read(ranges, scratch)
-            for index in range(len(infos)):
-                own = _joined(staged.read(index, ranges), scratch, "own")
+            own = [_joined(staged.read(index, ranges), scratch, "own", index) for index in range(len(infos))]
+            for index, stored in enumerate(own):
+                networks[index] += staged.away(index, ranges, stored)
                 for j, other in others.items():
-                    difference = torch.sub(own, other, out=scratch.like(own, "difference"))
+                    difference = torch.sub(stored, other, out=scratch.like(stored, "difference"))
                     apart[index, j] += scratch.squared(difference) + 2 * staged.product(index, ranges, difference)
+                for j in range(index):
+                    difference = torch.sub(stored, own[j], out=scratch.like(stored, "difference"))
+                    products = staged.product(index, ranges, difference) - staged.product(j, ranges, difference)
+                    between[j, index] += scratch.squared(difference) + 2 * products
         found = files.readable()
-    # An estimated product may be a little too small where an average has hardly moved.
-    away = {key: max(value + staged.roundings[key[0]], 0.0) for key, value in apart.items() if key[1] in found}
+    # An estimated product may be a little too small where two have hardly moved apart.
+    for index, j in apart:
+        apart[index, j] = max(apart[index, j] + roundings[index], 0.0)
+    for j, index in between:
+        errors = roundings[index] + roundings[j] - 2 * staged.correlation(index, j)
+        between[j, index] = max(between[j, index] + errors, 0.0)
     return [
         _measurements(
-            infos, index, staged.norms[index], staged.roundings[index], staged.between, away, found,
-            None if staged.networks is None else staged.networks[index],
+            infos, index, staged.norms[index], roundings[index], between, apart, found,
+            None if staged.network is None else networks[index],
         )
         for index in range(len(infos))
     ]  # fmt: skip
