@@ -67,7 +67,7 @@ class Piece:
     Attributes:
         block: in the averages.
         room, chunk, begin: group, chunk and first element of the copy.
-        offset: the first element in the group of the copy.
+        kept, there: places of the elements whose rounding is kept, and where among those of the group.
         tensors, sizes: numbers of the tensors, and elements of each.
         ranges: the same by name.
         sampled: numbers in the sample, and places in the piece, of the elements of a snapshot's sample that are here.
@@ -77,7 +77,8 @@ class Piece:
     room: int
     chunk: int
     begin: int
-    offset: int
+    kept: slice | torch.Tensor
+    there: slice
     tensors: tuple[int, ...]
     sizes: tuple[int, ...]
     ranges: tuple[Range, ...]
@@ -93,7 +94,6 @@ class StorageLayout:
     Attributes:
         rooms: the groups of a copy.
         weights: the number of elements of the measured tensors, by name.
-        stride: from one element whose rounding error is kept to the next.
     """
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
@@ -112,7 +112,7 @@ class StorageLayout:
             for room, group in enumerate(self.rooms)
             for name, begin in zip(group.names, group.bounds, strict=False)
         }
-        self.stride = max(1, sum(self.weights.values()) // SAMPLED)
+        self._strides = self._sampling()
         self.pieces = [*self._cut()]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -126,21 +126,49 @@ class StorageLayout:
 
     def sample(self) -> list[torch.Tensor]:
         """Room for the values of the elements that are kept, one a group of weights."""
-        return [
-            torch.zeros(-(-self.rooms[room].bounds[-1] // self.stride), dtype=group.wide)
-            for room, group in enumerate(self.layout)
-        ]
+        counts = [0] * len(self.layout)
+        for name in self.weights:
+            counts[self.places[name][0]] += self._kept(name)
+        return [torch.zeros(count, dtype=group.wide) for count, group in zip(counts, self.layout, strict=True)]
 
-    def scale(self, room: int) -> float:
-        """All elements of a group of weights / those that are kept."""
-        count = self.rooms[room].bounds[-1]
-        return count / max(1, -(-count // self.stride))
+    def scale(self, name: str) -> float:
+        """All elements of a tensor / those that are kept."""
+        return self.weights[name] / self._kept(name)
 
-    def sampled(self, offset: int, count: int) -> tuple[slice, slice]:
-        """Of `count` elements from one of a group on: which rounding errors are kept, and where among those kept."""
-        first = -offset % self.stride
-        begin = (offset + first) // self.stride
-        return slice(first, count, self.stride), slice(begin, begin + len(range(first, count, self.stride)))
+    def sampled(self, one: Range) -> tuple[slice, slice]:
+        """Of a range of a tensor, which elements are kept, and where among those of its group."""
+        stride, offset = self._strides[one.name]
+        first = -one.begin % stride
+        begin, count = offset + (one.begin + first) // stride, len(range(one.begin + first, one.end, stride))
+        return slice(first, one.end - one.begin, stride), slice(begin, begin + count)
+
+    def _kept(self, name: str) -> int:
+        return -(-self.weights[name] // self._strides[name][0])
+
+    def _sampling(self) -> dict[str, tuple[int, int]]:
+        """From one element that is kept to the next, and those of the group before, by tensor.
+
+        Elements are kept evenly over all, or a tensor's even share of `SAMPLED` where that is more of it: few elements
+        of small tensors, such as the gains of normalization, may be as large as many others.
+        """
+        stride, share = max(1, sum(self.weights.values()) // SAMPLED), max(1, SAMPLED // max(1, len(self.weights)))
+        before, found = [0] * len(self.layout), {}
+        for name in (name for group in self.rooms for name in group.names if name in self.weights):
+            own = max(1, min(stride, self.weights[name] // share))
+            room = self.places[name][0]
+            found[name] = own, before[room]
+            before[room] += -(-self.weights[name] // own)
+        return found
+
+    def _kept_of(self, ranges: Sequence[Range], sizes: Sequence[int]) -> tuple[slice | torch.Tensor, slice]:
+        """Places of the elements that are kept of ranges that lie end to end, and where among those of the group."""
+        found = [self.sampled(one) for one in ranges]
+        there = slice(found[0][1].start, found[-1][1].stop)
+        if len(found) == 1:
+            return found[0][0], there
+        starts = accumulate(sizes, initial=0)
+        own = [torch.arange(o.start, o.stop, o.step) + at for (o, _), at in zip(found, starts, strict=False)]
+        return torch.cat(own), there
 
     def _cut(self) -> Iterator[Piece]:
         bounds = [chunk_bounds(group.bounds[-1], group.dtype.itemsize) for group in self.rooms]
@@ -160,8 +188,9 @@ class StorageLayout:
                 for number, index in sample.get(one.name, ())
                 if one.begin <= index < one.end
             ]
+            kept, there = self._kept_of(ranges, sizes) if room < len(self.layout) else (slice(0), slice(0))
             return Piece(
-                Block(group, begin, begin + sum(sizes), ()), room, chunk, offset - bounds[room][chunk], offset,
+                Block(group, begin, begin + sum(sizes), ()), room, chunk, offset - bounds[room][chunk], kept, there,
                 tuple(numbers[one.name] for one in ranges), sizes, tuple(ranges),
                 ([number for number, _ in here], [at for _, at in here]),
             )  # fmt: skip
@@ -199,7 +228,7 @@ class StagedAverages:
     Attributes:
         copies: the values; those of tensors that their dtype cannot hold are in `wider`.
         norms, roundings: squared norms of the averages and of their rounding errors.
-        residues: rounding errors, of every `stride`th element of each group of weights.
+        residues: rounding errors of the elements that are kept of each group of weights.
         network: the network's values of these elements, where known.
         samples: values of the elements of a snapshot's sample.
     """
@@ -230,35 +259,39 @@ class StagedAverages:
         """Ranges of it as they are stored."""
         return [elements(self.parts(index, one.name), one.begin, one.end) for one in ranges]
 
-    def kept(self, ranges: Sequence[Range], values: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """Of values of ranges that lie end to end, those of elements that are kept: group, places there, values."""
+    def kept(self, ranges: Sequence[Range], values: torch.Tensor) -> Iterator[tuple[str, slice, torch.Tensor]]:
+        """Of values of ranges that lie end to end, those of elements that are kept: name, places, values."""
         for one, part in zip(ranges, torch.split(values, [one.end - one.begin for one in ranges]), strict=True):
-            room, offset = self.layout.places[one.name]
-            own, kept = self.layout.sampled(offset + one.begin, one.end - one.begin)
+            own, kept = self.layout.sampled(one)
             if kept.start < kept.stop:
-                yield room, kept, part[own]
+                yield one.name, kept, part[own]
 
     def product(self, index: int, ranges: Sequence[Range], values: torch.Tensor) -> float:
         """Estimated sum of the products of an average's rounding errors and of values of ranges."""
         return sum(
-            self.layout.scale(room) * _dot(self.residues[index][room][kept], found)
-            for room, kept, found in self.kept(ranges, values)
-            if self.layout.is_rounded(room)
+            self.layout.scale(name) * _dot(self.residues[index][self.layout.places[name][0]][kept], found)
+            for name, kept, found in self.kept(ranges, values)
         )
 
     def correlation(self, index: int, other: int) -> float:
         """Estimated sum of the products of two averages' rounding errors."""
-        pairs = enumerate(zip(self.residues[index], self.residues[other], strict=True))
-        return sum(self.layout.scale(room) * _dot(one, its) for room, (one, its) in pairs)
+        total = 0.0
+        for name, count in self.layout.weights.items():
+            room, (_, kept) = self.layout.places[name][0], self.layout.sampled(Range(name, 0, count))
+            if count:
+                product = _dot(self.residues[index][room][kept], self.residues[other][room][kept])
+                total += self.layout.scale(name) * product
+        return total
 
     def away(self, index: int, ranges: Sequence[Range], stored: torch.Tensor) -> float:
         """Estimated squared distance of ranges, as they are `stored` and before, to the network's values."""
         if self.network is None:
             return 0.0
         total = 0.0
-        for room, kept, found in self.kept(ranges, stored):
+        for name, kept, found in self.kept(ranges, stored):
+            room = self.layout.places[name][0]
             difference = found + self.residues[index][room][kept] - self.network[room][kept]
-            total += self.layout.scale(room) * _dot(difference, difference)
+            total += self.layout.scale(name) * _dot(difference, difference)
         return total
 
 
@@ -322,7 +355,7 @@ def stage(
     def work(number: int, thread: int) -> None:
         piece = layout.pieces[number]
         size, is_weights, rounds = sum(piece.sizes), piece.room < len(layout.layout), layout.is_rounded(piece.room)
-        kept, there = layout.sampled(piece.offset, size)
+        kept, there = piece.kept, piece.there
         if network is not None and is_weights:
             found = [elements(network[one.name], one.begin, one.end) for one in piece.ranges]
             kept_network[piece.room][there].copy_(scratch.joined(found, thread, "network")[kept])
@@ -383,7 +416,7 @@ def _wider(
     layout: StorageLayout, averages: RunningAverages, residues: Sequence[torch.Tensor], index: int, name: str
 ) -> tuple[torch.Tensor, float]:
     """A tensor of an average in float32 where that holds it, else in float64; and the squared rounding of that."""
-    room, offset = layout.places[name]
+    room = layout.places[name][0]
     group, count = layout.layout[room], layout.weights[name]
     begin = group.bounds[group.names.index(name)]
     exact = torch.empty(layout.shapes[name], dtype=group.wide)
@@ -394,9 +427,8 @@ def _wider(
     rounding = squared(exact - stored)
     if stored.dtype == exact.dtype or not _is_held(squared(exact), rounding, stored.dtype):
         stored, rounding = exact, 0.0
-    if layout.is_rounded(room):
-        own, kept = layout.sampled(offset, count)
-        residues[room][kept] = (exact - stored).view(-1)[own]
+    own, kept = layout.sampled(Range(name, 0, count))
+    residues[room][kept] = (exact - stored).view(-1)[own]
     return stored, rounding
 
 
