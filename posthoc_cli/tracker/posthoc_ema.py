@@ -152,6 +152,9 @@ class PostHocEMA:
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
+        Of two profiles of float32 or bfloat16 parameters it holds 24 bytes a parameter, 4 more from the first float16
+        snapshots on, and with averages on the host the model once more; `metrics()["bytes"]` tells what it holds.
+
         Arguments:
             model: to be tracked, wrapped or bare: names are those of the bare model.
             checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
