@@ -5,7 +5,7 @@ What is known of several sources together is here, too: their order and their cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +17,7 @@ from posthoc_cli.profiles import Clock, Point, PowerFunction, StoredProfile
 from posthoc_cli.reconstruction import Measurements, StoredAverage, thinned_subset
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.reading import Part, TensorReader
+from posthoc_cli.snapshots.reading import ElementRange, Part, TensorReader
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,10 @@ class SourceInfo(Protocol):
         """What reconstruction uses of it, with this profile where that is no power function."""
 
 
+ReadRanges = Callable[[Sequence["ElementRange"]], Sequence["torch.Tensor"]]
+"""Reads ranges of tensors in memory."""
+
+
 class Source(Protocol):
     """A stored average: a snapshot or a checkpoint on disk, or a current average in memory."""
 
@@ -103,10 +107,11 @@ class Source(Protocol):
     def stored(self) -> Mapping[str, fmt.TensorEntry | fmt.TensorSpec]:
         """Dtype, shape and bytes of each stored tensor."""
 
-    def open(self) -> AbstractContextManager[TensorReader | Mapping[str, torch.Tensor]]:
+    def open(self) -> AbstractContextManager[TensorReader | ReadRanges]:
         """Open it for reading, by any number of threads.
 
-        Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.
+        Of an average in memory it is a function that gives ranges (`name`, `begin`, `end`) of its tensors, flat and on
+        the host.
         """
 
 

@@ -24,7 +24,7 @@ from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import FileSource, Snapshot
+from posthoc_cli.snapshots.sources import FileSource, ReadRanges, Snapshot
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
@@ -341,7 +341,7 @@ class Maker:
     """Makes tiles in one thread, in buffers of its own."""
 
     def __init__(
-        self, plan: Plan, opened: Sequence[TensorReader | Mapping[str, torch.Tensor]], device: torch.device, chunk: int
+        self, plan: Plan, opened: Sequence[TensorReader | ReadRanges], device: torch.device, chunk: int
     ) -> None:
         self.plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
         self._scratch = Scratch(chunk * max(ITEM_BYTES.values()), device)

@@ -20,7 +20,7 @@ import torch
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.snapshots.format import BLOCK_BYTES
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import FileSource, ReadRanges
 from posthoc_cli.synthesis.plan import Plan
 
 MAX_BATCH = 1024
@@ -119,10 +119,10 @@ class _Batch:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def open_tile(source: TensorReader | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
+def open_tile(source: TensorReader | ReadRanges, tile: Tile) -> TileReader:
     """Start reading a tile of an open source."""
-    if isinstance(source, Mapping):
-        return _MemoryTile(source, tile)
+    if callable(source):
+        return _MemoryTile(source(tile.ranges), tile)
     return _FileRange(source, tile.ranges[0]) if len(tile.ranges) == 1 else _FileBatch(source, tile)
 
 
@@ -204,8 +204,8 @@ class _FileBatch:
 
 
 class _MemoryTile:
-    def __init__(self, tensors: Mapping[str, torch.Tensor], tile: Tile) -> None:
-        self._values = [tensors[name].detach().reshape(-1)[begin:end] for name, begin, end in tile.ranges]
+    def __init__(self, values: Sequence[torch.Tensor], tile: Tile) -> None:
+        self._values = values
         self._bounds = tile.bounds
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002

@@ -327,12 +327,12 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def nonfinite_error(name: str | None, tensors: ModelTensors | None, step: int) -> NonFiniteError:
+def nonfinite_error(name: str | None, tracked: Mapping[str, TrackedTensor], step: int) -> NonFiniteError:
     """The error for a tensor that holds nan or infinity; None for one in another process."""
     reason = f"holds nan or infinity at step {step}; no average has taken it in"
     if name is None:
         return NonFiniteError("a parameter in another process", reason)
-    if tensors is not None and name in tensors.statistics:
+    if name in tracked and tracked[name].role == "statistic":
         hint = (
             "buffers='copy' copies running statistics; or recompute them, and let on_nonfinite='skip' leave these out"
         )
@@ -445,7 +445,7 @@ class ModelWatch:
         found = self._collect(model, tracked, frozen_too=True).averaged
         if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
             return None
-        values = on_host_in_order(Sampler(found, tracked.sampled).take())
+        values = on_host_in_order(Sampler((found[name], index) for name, index in tracked.sampled).take())
         return dict(zip(tracked.numbered_sample, values.tolist(), strict=True))
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:

@@ -27,7 +27,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Run, Wanted, Weights, with_consistent_plan
+from posthoc_cli.run import Run, Wanted, Weights
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.path import Found
@@ -39,6 +39,7 @@ from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered
+from posthoc_cli.tracker.measuring import StorageLayout, squared_norms
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -80,7 +81,7 @@ from posthoc_cli.tracker.sharding import (
     meet,
     mesh_of,
 )
-from posthoc_cli.tracker.snapshotter import run_snapshots, squared_norms
+from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
 
@@ -153,10 +154,11 @@ class PostHocEMA:
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
-        Two profiles take 24 bytes of memory a parameter (32 for float64), and 4 more for the snapshots that are being
-        written; see the guide `training`. In a group of processes that train one model the first one of its
-        DistributedDataParallel, or of all processes where it is not wrapped, keeps the averages and writes; the others
-        only count. Of a model that is sharded over processes each keeps and writes its part.
+        Of two profiles of float32 or bfloat16 parameters it holds 16 bytes a parameter, 4 more from the first float16
+        snapshots on, and with averages on the host the model once more; `metrics()["bytes"]` tells what it holds. In a
+        group of processes that train one model the first one of its DistributedDataParallel, or of all processes where
+        it is not wrapped, keeps the averages and writes; the others only count. Of a model that is sharded over
+        processes each keeps and writes its part.
 
         Arguments:
             model: to be tracked, wrapped or bare: names are those of the bare model.
@@ -374,9 +376,10 @@ class PostHocEMA:
             sigma_rels: lengths, or one, whose predicted errors are wanted; headers of the snapshots on disk are read.
 
         Returns:
-            `step` and `t`. When snapshots were written, of the last ones: `distance_0.05`, ..., how far each tracked
-            average was from the weights, relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing
-            took beside the training; `snapshot_waited`, the seconds that the training waited before it. And
+            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. When snapshots
+            were written, of the last ones: `distance_0.05`, ..., how far each tracked average was from the weights,
+            relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing took beside the training;
+            `snapshot_waited`, the seconds that the training waited before it. And
             `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot.
         """
         wanted = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
@@ -611,7 +614,7 @@ class PostHocEMA:
         query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
         evaluation = self._evaluation(model, alone, f"load_into({query})")
         if evaluation.group.is_alone and self._members is None and self.has_average:
-            with_consistent_plan(partial(evaluation.plan, query), lambda plan: fill_model(model, plan, device))
+            evaluation.planned(query, lambda plan: fill_model(model, plan, device))
             return
         weights = self._raw(evaluation, model, dtype, 3) or evaluation.weights(model, query)
         evaluation.check(model, weights, own_dtypes, accept_meta=self._members is None)
@@ -717,7 +720,7 @@ class PostHocEMA:
         name = None if tensors is None else nonfinite_name(tensors.averaged)
         if not self._members.any(name is not None):
             return None
-        return nonfinite_error(name, tensors, progress.step)
+        return nonfinite_error(name, self._pipeline.now.tracked.tensors, progress.step)
 
     def _after(self, t: float | None) -> Progress:
         """The progress after one more call."""
@@ -863,7 +866,7 @@ class PostHocEMA:
         self.flush()
         if self._pipeline.now.resumes:
             return self._stored_state()
-        reading = self._pipeline.read(exact=True)
+        reading = self._pipeline.read_exactly()
         self._pipeline.flush()  # the snapshots of that time are on disk now
         return reading
 
@@ -965,10 +968,16 @@ class PostHocEMA:
 def _norms(group: Group, state: Tracking) -> Callable[[], Mapping[float, float]]:
     """Gives the squared norms of averages; of several processes these add theirs now."""
     if group.is_alone:
-        return partial(squared_norms, state)
-    every = group.from_all(squared_norms(state))
+        return partial(_own_norms, state)
+    every = group.from_all(_own_norms(state))
     total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in state.averages.sigma_rels}
     return lambda: total
+
+
+def _own_norms(state: Tracking) -> dict[float, float]:
+    """Those of what is here."""
+    kept = state.averages.accumulators
+    return {} if kept is None else squared_norms(state.averages, StorageLayout(kept.layout, state.tracked, None))
 
 
 def _joined(

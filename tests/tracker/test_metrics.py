@@ -25,7 +25,7 @@ def average(sigma_rel: float, last: int) -> torch.Tensor:
 def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp_path: Path) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10) as ema:
-        assert ema.metrics((0.15,)) == {"step": 0, "t": 0}
+        assert ema.metrics((0.15,)) == {"step": 0, "t": 0, "bytes": 0}
         walk(model, ema, 1, 35)
         ema.flush()
         found = ema.metrics((0.15, 0.2))

@@ -113,7 +113,7 @@ def test_float32_averages_are_right_wherever_windows_end(
     model.weight.data = torch.zeros(2000)
     generator, t = torch.Generator().manual_seed(0), float(begin)
     value = torch.randn(2000, generator=generator)
-    options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images", "final_snapshot": False}
+    options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images"}
     with PostHocEMA.from_model(model, tmp_path, sigma_rels, **options) as tracker:
         for k in range(1, 151):
             t += every * (50 if k == 70 else 1)
