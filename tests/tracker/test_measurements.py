@@ -141,7 +141,7 @@ def test_a_tensor_of_many_chunks_is_measured_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """Chunks of memory end elsewhere than blocks in the cache, and than what is read of a file at a time."""
-    monkeypatch.setattr(averages, "EXACT_BLOCK", 1_000)
+    monkeypatch.setattr(averages, "FOLD_BLOCK", 1_000)
     monkeypatch.setattr(staging, "CHUNK_BYTES", 2**12)
     monkeypatch.setattr(staging, "REST_BYTES", 2**6)
     monkeypatch.setattr(measuring, "CHUNK", 777)
@@ -216,7 +216,7 @@ def test_a_run_goes_on_without_a_profile_whose_snapshots_were_deleted_only_when_
     watched_run(model, tmp_path, 10)
     for path in tmp_path.glob("*-0.28.safetensors"):
         path.unlink()
-    message = r"every profile \(0\.05, 0\.28\) .* go on without some \(the newest are of 0\.05\) with .*sigma_rels="
+    message = r"every profile \(0\.05, 0\.28\) .* go on without some \(the newest are of 0\.05\) : .*sigma_rels="
     with PostHocEMA.from_path(tmp_path, model) as tracker, pytest.raises(DirectoryError, match=message):
         tracker.update_(model)
     with PostHocEMA.from_path(tmp_path, model, sigma_rels=(0.05,)) as tracker:
@@ -311,7 +311,7 @@ def test_an_average_that_overflows_is_refused_by_name_and_not_written(tmp_path: 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averages, "EXACT_DEVICE_BLOCK", 1_000)
+    monkeypatch.setattr(averages, "FOLD_DEVICE_BLOCK", 1_000)
     model = torch.nn.Linear(123, 45).cuda()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         watched = Watched(tracker)
