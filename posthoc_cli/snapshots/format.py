@@ -44,6 +44,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
                       all snapshots so far, also of those deleted since; see below. May be missing
     ema.sample        base64 of little-endian float32 values: of some elements of the averaged tensors the network's at
                       the time of the last update, then as many of the exact average; see below. May be missing
+    ema.sketch        base64 of random projections of the network's path up to `t`; see below. May be missing
     ema.part          "3/8" in the third of eight parts of a snapshot; see below. May be missing, as the next two
     ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the first element in it},
                       for each tensor of a part
@@ -77,6 +78,14 @@ step, summed over all elements, one number an interval each, none negative.
 The elements of a sample: of the names of averaged tensors with elements, sorted and counted from 0, number n of N has
 for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name") modulo its number of elements, each
 index once; in the order of names, then indices. A part has those that are in it, by the complete tensors of all parts.
+
+A sketch is of the weights' means over K windows of updates, from the first to the one at `t`, each projected to D
+numbers: first little-endian 8-byte whole numbers: K, D, and what tells one projection from others; then float64: the
+time of the first update, the time of the last one in each window, the updates in each, and the mean squared distance of
+its weights from their mean, summed over all elements; then the numbers of each window, in the order of time: with a
+size of 4 as float32 (of a state), of 2 as float16, a float64 factor, and the float32 numbers of the first window before
+them, and of each other one its numbers less those of the one before it, divided by the factor. Between K and D stands
+that size. The projection of an element is `tracker.sketching`'s. Of parts the numbers and the squares add up.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -353,6 +362,7 @@ class SnapshotInfo:
     measurements: Measurements | None = None
     motion: Motion | None = None
     sample: str = ""
+    sketch: str = ""
     part: tuple[int, int] | None = None
     chunks: dict[str, Chunk] = field(default_factory=dict)
     mesh: dict[str, Any] = field(default_factory=dict)
@@ -411,8 +421,8 @@ class OutputInfo:
 
 
 OPTIONAL = (
-    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "sample", "part", "chunks",
-    "mesh", "session",
+    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part",
+    "chunks", "mesh", "session",
 )  # fmt: skip
 """Metadata that a snapshot may lack."""
 

@@ -21,7 +21,7 @@ profile of the smallest gamma, in which roundings fade last, uses its low part; 
 Measured against sums in float64 (scripts/long_runs.py; relative L2 error, sigma_rel 0.05 / 0.28, at its largest):
 @TABLE@
 
-Averages of float64 parameters are float64, and take in every value at once; their mean is for `on_fold` only.
+Averages of float64 parameters are float64, and take in every value at once; their mean is for `sketcher` only.
 
 Tensors of one device and dtype form a group and lie end to end in one flat buffer. A block is a range of such a buffer
 that stays in the cache while it is worked on: thousands of small tensors cost no more calls than a few large ones.
@@ -34,11 +34,11 @@ import mmap
 import os
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,9 @@ import torch
 
 from posthoc_cli.profiles import ROUNDED, gamma_from_sigma_rel, new_value_share, window_ends
 from posthoc_cli.tracker.worker import ALONE, Crew
+
+if TYPE_CHECKING:
+    from posthoc_cli.tracker.sketching import Path, Sketcher
 
 HOST = torch.device("cpu")
 
@@ -132,9 +135,8 @@ class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
 
     There are no accumulators before the first update. A copy is as its tensor was at the last, never changed in place.
-    `sample` is of the model's values then, where known. In each fold, `on_fold` is called for each block of the
-    window's mean, as the first profile weights it, before any average has it: with the block, its values (valid
-    during the call), and the number of the thread. The window is from `standing.folded_t` to the time of the update.
+    `sample` is of the model's values then, where known. In each fold, `sketcher` gets each block of the window's mean,
+    as the first profile weights it.
     """
 
     sigma_rels: tuple[float, ...]
@@ -142,7 +144,7 @@ class RunningAverages:
     accumulators: Accumulators | None = None
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sample = ()
-    on_fold: Callable[[Range, torch.Tensor, int], None] | None = None
+    sketcher: Sketcher | None = None
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
@@ -198,6 +200,8 @@ class RunningAverages:
                     self._fold(kept, part, newest, after.window, factors, masses, thread)
 
         crew.each(work, values.blocks)
+        if folds and self.sketcher is not None:
+            self.sketcher.end_window(t, after.window)
         self.copies = copies
         self.standing = replace(after, window=0, folded_t=t) if folds else after
 
@@ -217,8 +221,8 @@ class RunningAverages:
         for profile, (share, mass) in enumerate(zip(shares, masses, strict=True)):
             low, rest = scratch
             taken = newest if window == 1 else torch.lerp(mean, newest, share, out=rest)
-            if profile == 0 and self.on_fold is not None:
-                self.on_fold(block, taken, thread)
+            if profile == 0 and self.sketcher is not None:
+                self.sketcher.take(block, taken, newest)
             if taken.dtype == torch.float64:
                 return  # these averages have it already
             high = kept.high[profile].flats[at][where]
@@ -249,6 +253,21 @@ class RunningAverages:
             torch.sub(kept.mean.flats[at][where], high, out=rest)
             torch.lerp(found, rest, self.standing.masses(self.gammas)[profile], out=found)
         return found.add_(high)
+
+    @torch.no_grad()
+    def path(self, crew: Crew = ALONE) -> Path | None:
+        """The path of the weights up to the last update, the values since the last fold as one window."""
+        kept, sketcher, standing = self.accumulators, self.sketcher, self.standing
+        if kept is None or sketcher is None:
+            return None
+        if standing.window:
+
+            def work(block: Range, _: int) -> None:
+                mean = kept.mean.flats[block.group][block.where]
+                sketcher.take(block, mean, mean)
+
+            crew.each(work, blocks_of(kept.layout))
+        return sketcher.path(standing.t, standing.window)
 
     @torch.no_grad()
     def read(self, room: Sequence[FlatTensors], crew: Crew = ALONE) -> None:

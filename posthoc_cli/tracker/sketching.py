@@ -1,0 +1,178 @@
+"""The path of the network's weights, projected to a few numbers at every fold: see `reconstruction.sketch`.
+
+All averaged weights of a group lie in a flat buffer; of statistics there is no path. Each element is multiplied by a
+random sign, and those at places that are equal modulo `NUMBERS` are added up. That is linear, and depends on the places
+of elements alone: not on threads, blocks or devices. Signs repeat after so many places that those in the cache serve
+for all, and then belong to other sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+
+from posthoc_cli.reconstruction import Sketch
+from posthoc_cli.tracker.averages import FOLD_BLOCK, Layout, Range
+
+NUMBERS = 64
+"""D of a projection: squared lengths are right within 1 +- sqrt(2 / D), 0.18."""
+
+PERIOD = 262_147
+"""Places after which signs repeat: a prime, so that a motion that is alike in all rows of a matrix meets others in
+each, and 3 modulo `NUMBERS`."""
+
+SAMPLED = 8
+"""One of so many blocks tells how far the newest values are from their window's mean."""
+
+MOST_WINDOWS = 512
+"""Windows of a sketch; where there are more, each two become one."""
+
+_PENDING = 64
+"""Windows whose numbers may still be on an accelerator: to fetch them, one waits for it."""
+
+
+class Path(NamedTuple):
+    """A sketch, and what tells its projection from others: of which tensors it is, and by which signs."""
+
+    projection: int
+    sketch: Sketch
+
+
+class Sketcher:
+    """Projects the weights' means over windows; from any of a crew's threads, one window at a time."""
+
+    def __init__(self, layout: Layout, averaged: Collection[str], part: int = 0, known: Path | None = None) -> None:
+        """Go on from a `known` path where it is of this projection; else without a path, if there was one.
+
+        Arguments:
+            layout: where the values lie.
+            averaged: the tensors that have a path.
+            part: the layout's number of a model's parts, whose signs are independent.
+        """
+        self.layout = layout
+        names = [(group.names, group.shapes, str(group.wide), set(group.names) <= set(averaged)) for group in layout]
+        self._projection = xxhash.xxh3_64_intdigest(repr((part, names)).encode()) >> 1
+        self._sketch = None if known is None else known.sketch
+        self._is_lost = known is not None and known.projection != self._projection
+        self._spans, self._signs = [], []
+        for index, group in enumerate(layout):
+            spans = zip(group.names, pairwise(group.bounds), strict=True)
+            self._spans.append([*_joined(span for name, span in spans if name in averaged)])
+            signs = _signs((part << 8) + index).to(group.device, group.wide)
+            self._signs.append(torch.cat((signs, signs.repeat(-(-group.fold_block // PERIOD))[: group.fold_block])))
+        self._sums: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._pending: list[tuple[float, int, list[torch.Tensor], float]] = []
+
+    def take(self, block: Range, mean: torch.Tensor, newest: torch.Tensor) -> None:
+        """Take in a block of a window's mean, and of its newest values."""
+        sums = self._project(block, mean)
+        if newest is mean or block.begin // FOLD_BLOCK % SAMPLED:
+            self._sums[block.group, block.begin] = (sums,)
+        else:
+            self._sums[block.group, block.begin] = (sums, self._project(block, newest) - sums)
+
+    def end_window(self, t: float, updates: int) -> None:
+        """All blocks have been taken in of a window of so many updates, the last one at time `t`."""
+        self._pending.append((t, updates, *self._taken()))
+        if len(self._pending) >= _PENDING:
+            self._fetch()
+
+    def path(self, t: float, updates: int) -> Path | None:
+        """The path so far; blocks taken in since the last window ended are one, which ends at `t`. None for none."""
+        self._fetch()
+        last = [(t, updates, *self._taken())] if self._sums else []
+        found = self._sketch
+        for window in last:
+            found = _appended(found, *window)
+        return None if found is None or self._is_lost else Path(self._projection, found)
+
+    def _taken(self) -> tuple[list[torch.Tensor], float]:
+        """Sums over all blocks of each group, in a fixed order, and what the sampled ones are to be scaled by."""
+        places = sorted(self._sums)
+        found, sampled = [], 0
+        for group in sorted({group for group, _ in places}):
+            own = [self._sums[at] for at in places if at[0] == group]
+            apart = [sums[1] for sums in own if len(sums) > 1]
+            sampled += len(apart)
+            each = [torch.stack([sums[0] for sums in own]), *([torch.stack(apart)] if apart else [])]
+            found.append(torch.stack([sums.sum(dim=0) for sums in each]))
+        self._sums.clear()
+        return found, len(places) / max(sampled, 1)
+
+    def _fetch(self) -> None:
+        for window in self._pending:
+            self._sketch = _appended(self._sketch, *window)
+        self._pending.clear()
+
+    def _project(self, block: Range, values: torch.Tensor) -> torch.Tensor:
+        """Shape [NUMBERS], float64; float32 on Apple's GPUs, which have none."""
+        total = values.new_zeros(NUMBERS, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+        for first, last in self._spans[block.group]:
+            begin, end = max(first, block.begin), min(last, block.end)
+            if begin < end:
+                signs = self._signs[block.group][begin % PERIOD :][: end - begin]
+                signed = torch.nn.functional.pad(
+                    values[begin - block.begin : end - block.begin] * signs, (0, (begin - end) % NUMBERS)
+                )
+                total += signed.view(-1, NUMBERS).sum(dim=0).roll(begin % NUMBERS)
+        return total
+
+
+def _appended(sketch: Sketch | None, t: float, updates: int, sums: list[torch.Tensor], scale: float) -> Sketch:
+    """A path with one more window, whose spread is that of steady motion, or of noise where it has two updates."""
+    groups = [own.cpu().numpy().astype(np.float64) for own in sums]
+    mean = np.sum([own[0] for own in groups], axis=0).astype(np.float32)
+    apart = np.sum([own[1] for own in groups if len(own) > 1] or [np.zeros(NUMBERS)], axis=0)
+    spread = scale * float(apart @ apart) * (updates + 1) / (3 * max(updates - 1, 1))
+    if sketch is None:
+        return Sketch(np.array([t, t]), np.array([float(updates)]), mean[None], np.array([spread]))
+    made = Sketch(
+        np.append(sketch.edges, t), np.append(sketch.updates, float(updates)),
+        np.vstack((sketch.means, mean)), np.append(sketch.spread, spread),
+    )  # fmt: skip
+    return made if len(made.updates) <= MOST_WINDOWS else _halved(made)
+
+
+def _halved(sketch: Sketch) -> Sketch:
+    """Each two windows as one; an odd last one stays."""
+    end = len(sketch.updates) // 2 * 2
+    first, second = (
+        [values[start:end:2] for values in (sketch.updates, sketch.means.astype(np.float64), sketch.spread)]
+        for start in (0, 1)
+    )
+    updates, apart = first[0] + second[0], second[1] - first[1]
+    share = second[0] / updates
+    spread = first[2] + share * (second[2] - first[2]) + share * (1 - share) * np.sum(apart**2, axis=1)
+    means = (first[1] + share[:, None] * apart).astype(np.float32)
+    return Sketch(
+        np.append(sketch.edges[: end + 1 : 2], sketch.edges[end + 1 :]), np.append(updates, sketch.updates[end:]),
+        np.vstack((means, sketch.means[end:])), np.append(spread, sketch.spread[end:]),
+    )  # fmt: skip
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbours as one."""
+    begin = end = 0
+    for first, last in spans:
+        if first > end:
+            if end > begin:
+                yield begin, end
+            begin = first
+        end = last
+    if end > begin:
+        yield begin, end
+
+
+def _signs(seed: int) -> torch.Tensor:
+    """Signs that never change: the top bits of a mixing of 64 bits (splitmix64)."""
+    mixed = np.arange(PERIOD, dtype=np.uint64) + (np.uint64(seed) << np.uint64(32))
+    with np.errstate(over="ignore"):
+        mixed *= np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(np.where(mixed >> np.uint64(63), np.float32(1), np.float32(-1)))
