@@ -26,7 +26,6 @@ from posthoc_cli.profiles.others import (
 from posthoc_cli.profiles.tracked import (
     ROUNDED,
     UNIFORM_SIGMA_REL,
-    WINDOW,
     Clock,
     ClockRecorder,
     FloatArray,
@@ -37,15 +36,15 @@ from posthoc_cli.profiles.tracked import (
     check_sigma_rel,
     gamma_from_sigma_rel,
     new_value_share,
-    reach,
+    roundings,
     sigma_rel_from_gamma,
     window_ends,
 )  # fmt: skip
 
 __all__ = [
-    "ROUNDED", "SHAPES", "UNIFORM_SIGMA_REL", "WINDOW", "ClassicalEMA", "Clock", "ClockRecorder", "Combination",
+    "ROUNDED", "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination",
     "Conversion", "Discrete", "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile",
     "RecordedPowerFunction", "StepWindow", "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
-    "gamma_from_sigma_rel", "mean_age", "new_value_share", "reach", "sigma_rel_from_classical_beta",
+    "gamma_from_sigma_rel", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",
     "sigma_rel_from_gamma", "try_profile", "window_ends",
 ]  # fmt: skip

@@ -119,30 +119,47 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
 WINDOW = 32
 """Updates in a mean at most: its own roundings, and steps that it is too coarse to take, must not count."""
 
-UNEVEN = 1 / 120
+UNEVEN = 1 / 60
 """How much profiles may differ in the weights, relative to each other, that they give within a mean that they share."""
 
-LONGEST = 1 / 2000
+LONGEST = 1 / 1000
 """The time that a shared mean may cover, relative to all of training so far."""
 
-ROUNDED = 4
-"""Updates of a mean below which all profiles but the longest take it in with a rounding: these means are many."""
+ROUNDED = 6
+"""Updates of a mean below which averages take it in with a rounding to float32, a fraction of the work."""
 
 
 def reach(gammas: Sequence[float]) -> float:
-    """The time that a mean of these profiles may cover, relative to training so far; that of one alone has no limit."""
+    """The time that a mean of these profiles may cover, relative to training so far."""
     spread = max(gammas) - min(gammas)
-    return min(LONGEST, UNEVEN / spread) if spread else math.inf
+    return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
 
-def window_ends(gammas: Sequence[float], window: int, begin: float, t_prev: float, t: float) -> bool:
-    """Whether averages take in the mean of the last `window` values, those after `begin`, at the update at time `t`.
+def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) -> bool:
+    """Whether averages take in the mean of `window` values, those after `begin`, at the update at time `t`.
 
-    They do at the first update, which begins them, and else where the next update, after as long a time as since
-    `t_prev`, would make the mean cover too much. One of two values is exact in any case, see `tracker.averages`.
+    They do at the first update, which begins them. A mean of two values is exact, see `tracker.averages`.
     """
-    following = t + (t - t_prev)
-    return begin == 0 or window >= WINDOW or (window > 1 and following - begin > reach(gammas) * following)
+    return begin == 0 or window >= WINDOW or (window > 1 and t - begin > reach(gammas) * t)
+
+
+def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
+    """The number of independent roundings, of its own size, that so many updates left in a float32 average.
+
+    `gammas` are of all profiles that share the mean. Reading rounds once. A mean of n updates is rounded at each, which
+    fades as k / n to n / 3 roundings, in the first one as (k / n)^(gamma + 1). Over means it averages out: with masses
+    p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
+    Taking in a mean of less than `ROUNDED` updates, most of which are two, rounds the average itself. From update k on
+    that fades as (k / updates)^(gamma + 1), of which the square sums up to updates / 2 / (2 gamma + 3).
+    """
+    share = reach(gammas)
+    n = min(WINDOW, max(1.0, updates * share))
+    means = n / 3 * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+    if updates <= n:
+        means = updates / (2 * gamma + 3)
+    until = min(updates, ROUNDED / share)
+    faded = math.exp((2 * gamma + 2) * math.log(until / updates)) if until else 0.0
+    return 1 + means + until / 2 / (2 * gamma + 3) * faded
 
 
 @dataclass(frozen=True)

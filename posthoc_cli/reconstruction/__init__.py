@@ -11,7 +11,6 @@ from posthoc_cli.reconstruction.prior import (
     ASSUMED_STRETCH,
     MEASURED,
     ROUNDING,
-    WINDOW,
     Distance,
     DistanceTo,
     Measurements,
@@ -37,7 +36,7 @@ from posthoc_cli.reconstruction.solving import (
 )
 
 __all__ = [
-    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
+    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "Distance",
     "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Sketch", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
     "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "thinned_subset",

@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.profiles import Discrete, FloatArray, Point, PowerFunction, RecordedPowerFunction, StoredProfile
+from posthoc_cli.profiles import (
+    Discrete,
+    FloatArray,
+    Point,
+    PowerFunction,
+    RecordedPowerFunction,
+    StoredProfile,
+    roundings,
+)
 from posthoc_cli.reconstruction.basis import order_of
 from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, expected_distances, fit_motion
 from posthoc_cli.reconstruction.sketch import Sketch
@@ -97,6 +105,7 @@ class StoredAverage:
         steps: of the run until then; None if unknown.
         motion: of the network until then, as known then.
         inherited: expected squared error left from rounded snapshots that the run resumed from.
+        gammas: of all profiles that its tracker had; empty for its own.
     """
 
     profile: RecordedPowerFunction | Point | Discrete
@@ -107,6 +116,7 @@ class StoredAverage:
     steps: Steps | None = None
     motion: Motion | None = None
     inherited: float = 0.0
+    gammas: tuple[float, ...] = ()
 
     @property
     def pure(self) -> StoredProfile:
@@ -125,7 +135,7 @@ class StoredAverage:
     def roundings(self) -> float:
         """The number of independent roundings, of an average's size, that its updates left in it."""
         if isinstance(self.profile, RecordedPowerFunction):
-            return roundings(self.profile.gamma, self.updates)
+            return roundings(self.profile.gamma, self.updates, self.gammas or (self.profile.gamma,))
         if isinstance(self.profile, Point):
             return 0.0
         # Each update rounds, and its error is kept as the values up to then are.
@@ -258,23 +268,6 @@ def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | Non
     least = _NEGLIGIBLE * measured.max()
     expected = measured * expected_distances(motion, distances, steps)
     return float(np.sqrt(np.mean(np.log((expected + least) / (measured + least)) ** 2))) / 2
-
-
-WINDOW = 32
-"""Updates in the recent mean of a tracked average, see `tracker.averages`: a compromise between the cost of adding it
-to the total and its own roundings."""
-
-
-def roundings(gamma: float, updates: int) -> float:
-    """The number of independent roundings, of an average's size, that its updates add to it.
-
-    Reading rounds once. The mean of a window of n updates is rounded at each; within the window that fades as k / n to
-    n / 3 roundings, in the first window as (k / n)^(gamma + 1). Over windows it averages out: with masses p(s) n dt the
-    sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
-    """
-    if updates <= WINDOW:
-        return 1 + updates / (2 * gamma + 3)
-    return 1 + WINDOW / 3 * min(1.0, WINDOW / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
 
 
 def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:

@@ -164,7 +164,7 @@ import xxhash
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile
+from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 
@@ -390,6 +390,7 @@ class SnapshotInfo:
             self.updates or max(self.step // schedule.update_every - before, 1),
             EPS["F64" if own == {"F64"} else "F32"], self.measurements, (last_t - t) / (last_step - step),
             Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
+            tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
         )  # fmt: skip
 
     @property

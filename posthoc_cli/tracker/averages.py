@@ -56,7 +56,7 @@ CPU_BLOCK, DEVICE_BLOCK = 524_288, 2**24
 """Elements of a block on the CPU, which one thread works on, and on an accelerator, where starting a kernel costs more
 than leaving the cache."""
 
-FOLD_BLOCK, FOLD_DEVICE_BLOCK = 65_536, 2**22  # the same for folds, of which each has six buffers in the cache
+FOLD_BLOCK, FOLD_DEVICE_BLOCK = 131_072, 2**22  # the same for folds, of which each has six buffers in the cache
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # whose sums of ordinary values stay finite
 
 
@@ -182,7 +182,7 @@ class RunningAverages:
         after = before.after(shares, t, step)
         masses = after.masses(self.gammas)
         factors = [share / mass for share, mass in zip(shares, masses, strict=True)]
-        folds = window_ends(self.gammas, after.window, before.folded_t, before.t, t)
+        folds = window_ends(self.gammas, after.window, before.folded_t, t)
 
         def work(block: Block, thread: int) -> None:
             own, mean = values.values(block, thread), kept.mean.flats[block.group][block.where]
@@ -226,7 +226,7 @@ class RunningAverages:
             if taken.dtype == torch.float64:
                 return  # these averages have it already
             high = kept.high[profile].flats[at][where]
-            if window < ROUNDED and profile < len(masses) - 1:
+            if window < ROUNDED:
                 torch.lerp(high, taken, mass, out=high)
                 continue
             stored = kept.low[profile].flats[at][where]
@@ -294,7 +294,8 @@ class RunningAverages:
         key = (thread, group.device, group.wide)
         if key not in self._scratch or self._scratch[key][0].numel() < elements:
             size = max(elements, group.fold_block)
-            one, other = (torch.empty(size, dtype=group.wide, device=group.device) for _ in range(2))
+            with torch.inference_mode(False):  # else later calls could not write to it
+                one, other = (torch.empty(size, dtype=group.wide, device=group.device) for _ in range(2))
             self._scratch[key] = one, other
         one, other = self._scratch[key]
         return one[:elements], other[:elements]

@@ -324,28 +324,27 @@ def test_the_weights_count_where_they_are_much_shorter_than_the_average(
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
 @pytest.mark.parametrize("steps", [8, 32, 200, 3000])
-def test_the_rounding_of_updates_is_that_of_float32_means_in_a_float64_total(steps: int, sigma_rel: float) -> None:
-    """As a tracker keeps an average, written a second time in NumPy, against the sum over all updates."""
+def test_the_rounding_of_updates_is_that_of_float32_averages_of_shared_means(steps: int, sigma_rel: float) -> None:
+    """As a tracker keeps two averages so early: each second update rounds both; against the sum over all updates."""
     size = 20_000
     generator = np.random.default_rng(0)
     path = np.cumsum(generator.normal(size=(steps, size)).astype(np.float32) * np.float32(0.01), axis=0)
     path += generator.normal(size=size).astype(np.float32)
     gamma = exact_gamma(sigma_rel)
-    total, recent, mass, exact = np.zeros(size), np.zeros(size, np.float32), 0.0, np.zeros(size)
+    found = path[0].copy()
+    for k in range(2, steps + 1, 2):
+        kept, newest = ((k - 1) / (k + 1)) ** (gamma + 1), 1 - (k / (k + 1)) ** (gamma + 1)
+        pair = path[k - 1 : k + 1]
+        mean = pair[0] if len(pair) == 1 else pair[0] + np.float32(newest / (1 - kept)) * (pair[1] - pair[0])
+        mass = 1 - ((k - 1) / k) ** (gamma + 1) if len(pair) == 1 else 1 - kept
+        found += np.float32(mass) * (mean - found)
     weights = exact_weights(sigma_rel, np.arange(1, steps + 1))
-    for k, (value, weight) in enumerate(zip(path, weights, strict=True), start=1):
-        exact += weight * value
-        share = 1 - ((k - 1) / k) ** (gamma + 1)
-        mass += share * (1 - mass)
-        recent = value.copy() if k % 32 == 1 else recent + np.float32(share / mass) * (value - recent)
-        if k % 32 == 0:
-            total, mass = total + mass * (recent - total), 0.0
-    found = (total + mass * (recent - total)).astype(np.float32)
-    stored = StoredAverage(
-        RecordedPowerFunction(gamma, float(steps), 1.0, 1.0), steps, 2.0**-23, Measurements(float(exact @ exact), 0.0)
-    )
+    exact = weights @ path
+    profile, measured = RecordedPowerFunction(gamma, float(steps), 1.0, 1.0), Measurements(float(exact @ exact), 0.0)
+    both = (exact_gamma(0.05), exact_gamma(0.28))
+    stored = StoredAverage(profile, steps, 2.0**-23, measured, gammas=both)
     error = np.sum((found - exact) ** 2) / measured_prior([stored]).arithmetic[0]
-    assert 0.25 < error < 2  # the first windows' steps are large, and their roundings fade sooner than k / n
+    assert 0.25 < error < 2
 
 
 def test_without_motion_or_without_distances_something_is_assumed() -> None:

@@ -130,7 +130,7 @@ def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch:
     run.tracker.save_state(tmp_path / "state")
     run.tracker.load_state(tmp_path / "state")
     assert len(alive) == len(sizes) == 31
-    assert max(sizes) == 8 * 12
+    assert max(sizes) == 4 * 12
 
 
 def test_a_state_is_replaced_when_durable_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

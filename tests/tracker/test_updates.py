@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import averages
+from posthoc_cli.tracker.averages import BlockReader, RunningAverages, lay_out
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -92,12 +94,81 @@ def test_averages_keep_moving_after_a_million_updates(
         found = tracker.state_dict(sigma_rel=sigma_rel, dtype="float64")["weight"].double()
     kept = math.exp((gamma + 1) * math.log1p(-updates / (begin + updates)))
     exact = kept * base.double() + (1 - kept) * later.double()
-    # The first window's mean moves by its own roundings, 2^-24 each of up to 31; the average is rounded once.
+    # A mean moves by its own roundings, 2^-24 each of up to 31; the average is rounded once.
     moved = float((exact - base.double()).norm())
     assert float((found - exact).norm()) < 1e-6 * float(exact.norm())
     if moved > 1e-6 * float(exact.norm()):
         assert float((found - exact).norm()) < 0.1 * moved
     assert float((plain.double() - exact).norm()) > 0.9 * moved
+
+
+@pytest.mark.parametrize("sigma_rels", [(0.05,), (0.05, 0.28), (0.01, 0.1, 0.2886)])
+@pytest.mark.parametrize(("begin", "every"), [(0, 1), (2500, 1), (40_000, 10), (1_000_000, 64)])
+def test_float32_averages_are_right_wherever_windows_end(
+    tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
+) -> None:
+    """From windows of two updates to those of 32, with the mean in all states, after a pause and in other units."""
+    model, path, times = Scalar(torch.float32), [], []
+    model.weight.data = torch.zeros(2000)
+    generator, t = torch.Generator().manual_seed(0), float(begin)
+    value = torch.randn(2000, generator=generator)
+    options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images", "final_snapshot": False}
+    with PostHocEMA.from_model(model, tmp_path, sigma_rels, **options) as tracker:
+        for k in range(1, 151):
+            t += every * (50 if k == 70 else 1)
+            value = value + 0.01 * torch.randn(2000, generator=generator)
+            model.weight.data.copy_(value)
+            tracker.update_(model, t=t)
+            path.append(value.double().numpy())
+            times.append(t)
+            if k not in (1, 2, 3, 35, 69, 70, 71, 149, 150):
+                continue
+            for sigma_rel in sigma_rels:
+                exact = exact_average(path, sigma_rel, times)
+                away = np.linalg.norm(tracked(tracker, sigma_rel) - exact) / np.linalg.norm(exact)
+                # One rounding is 0.2 * 2^-23 of the norm. Each update leaves one at most, in the mean or the average,
+                # which fade, and reading leaves one; windows weight what moves in them, 0.01 an update, by 1/60 off.
+                assert away < 0.2 * 2**-23 * math.sqrt(1 + k) + 0.01 / 60 * min(1, every * k / t) ** 1.5 / 4
+
+
+@pytest.mark.parametrize(("profiles", "nbytes"), [(1, 10), (2, 16), (3, 22)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_averages_take_six_bytes_a_parameter_and_profile_and_four_for_all(
+    tmp_path: Path, profiles: int, nbytes: int, dtype: torch.dtype
+) -> None:
+    model = Scalar(dtype)
+    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28)[:profiles], update_every=1) as tracker:
+        for _ in range(3):
+            tracker.update_(model)
+        state = tracker.state_dict()
+    sets = [state["mean"], *state["high"].values(), *state["low"].values()]
+    assert sum(tensor.nbytes for tensors in sets for tensor in tensors.values()) == 3 * nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fold_shows_every_block_of_the_mean_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averages, "CPU_BLOCK", 700)
+    monkeypatch.setattr(averages, "FOLD_BLOCK", 300)
+    generator, gamma = torch.Generator().manual_seed(0), exact_gamma(0.05)
+    weights = torch.zeros(1000, dtype=dtype)
+    reader = BlockReader.of_tensors(lay_out({"w": weights}), {"w": weights})
+    seen: list[tuple[int, int, torch.Tensor]] = []
+    running = RunningAverages.none_yet(SIGMA_RELS)
+    running.on_fold = lambda block, mean, _: seen.append((block.begin, block.end, mean.clone()))
+    path = []
+    for k, t in enumerate((10.0, 11.0, 12.0, 13.0)):  # folds at 10 and at 12
+        path.append(torch.randn(1000, generator=generator, dtype=dtype))
+        weights.copy_(path[-1])
+        begin = running.standing.folded_t
+        running.update_(reader, {}, t, k)
+        if t in (11.0, 13.0):
+            assert (seen, running.standing.folded_t) == ([], begin)
+            continue
+        assert [ends for *ends, _ in seen] == [[0, 300], [300, 600], [600, 700], [700, 1000]]
+        shares = [1.0] if t == 10 else np.diff([(s / 12) ** (gamma + 1) for s in (10, 11, 12)])
+        mean = sum(s * one for s, one in zip(shares / np.sum(shares), path[-len(shares) :], strict=True))
+        assert torch.allclose(torch.cat([part for *_, part in seen]), mean, rtol=2e-6, atol=1e-6)
+        seen.clear()
 
 
 def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:

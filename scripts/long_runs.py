@@ -1,0 +1,144 @@
+"""How far the tracked averages are from sums in float64, by the number of updates, and the bytes that they take.
+
+    python scripts/long_runs.py [--steps 1000000] [--update-every 1] [--sigma-rels 0.05,0.28]
+
+Cases: Adam on a small regression, its rate a cosine to 0; a random walk whose steps follow such a cosine; noise of 3 %
+that fades with it, around such a walk; noise of 3 % that stays; a drift on sines. All have some hundred weights. Errors
+are relative L2 distances; the truth is the recursion of the average in float64. A million steps take some minutes a
+case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from posthoc_cli.profiles import new_value_share
+from posthoc_cli.tracker.averages import BlockReader, FlatTensors, RunningAverages, lay_out
+
+Weights = npt.NDArray[np.float64]
+SIZE = 400
+
+
+def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
+    """A network of two layers that learns another one's outputs, batches of 16."""
+    shapes = ((8, 32), (32, 4))
+    teacher, layers = ([rng.standard_normal(shape) / math.sqrt(shape[0]) for shape in shapes] for _ in range(2))
+    first, second = ([np.zeros(shape) for shape in shapes] for _ in range(2))
+    for step in range(1, steps + 1):
+        x = rng.standard_normal((16, 8))
+        hidden = np.tanh(x @ layers[0])
+        miss = (hidden @ layers[1] - np.tanh(x @ teacher[0]) @ teacher[1] - 0.1 * rng.standard_normal((16, 4))) / 16
+        gradients = (x.T @ (miss @ layers[1].T * (1 - hidden**2)), hidden.T @ miss)
+        rate = 0.01 * _cosine(step, steps) * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        for layer, gradient, m, v in zip(layers, gradients, first, second, strict=True):
+            m += 0.1 * (gradient - m)
+            v += 0.001 * (gradient**2 - v)
+            layer -= rate * m / (np.sqrt(v) + 1e-8)
+        yield np.concatenate([layer.ravel() for layer in layers])
+
+
+def walk(steps: int, rng: np.random.Generator, noise: float = 0.0) -> Iterator[Weights]:
+    """A walk with steps that follow a cosine to 0, and with noise that does, too."""
+    weights = rng.standard_normal(SIZE)
+    for step in range(1, steps + 1):
+        rate = _cosine(step, steps)
+        weights += rate * 0.5 / math.sqrt(steps) * rng.standard_normal(SIZE)
+        yield weights + noise * rate * rng.standard_normal(SIZE) if noise else weights
+
+
+def still(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
+    """Noise of 3 % around one point."""
+    weights = rng.standard_normal(SIZE)
+    for _ in range(steps):
+        yield weights + 0.03 * rng.standard_normal(SIZE)
+
+
+def drift(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
+    """Each weight on a slow sine of its own."""
+    weights, phase = rng.standard_normal(SIZE), rng.uniform(0, 2 * math.pi, SIZE)
+    for step in range(steps):
+        yield weights * (1 + 0.5 * np.sin(3 * step / steps + phase))
+
+
+CASES = {
+    "Adam, cosine to 0": adam,
+    "walk, cosine to 0": walk,
+    "noise of 3 %, cosine to 0": lambda steps, rng: walk(steps, rng, 0.03),
+    "noise of 3 %": still,
+    "drift": drift,
+}
+
+
+def _cosine(step: int, steps: int) -> float:
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--update-every", type=int, default=1)
+    parser.add_argument("--sigma-rels", type=lambda text: tuple(map(float, text.split(","))), default=(0.05, 0.28))
+    asked = parser.parse_args()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        averages, _ = _started(torch.zeros(1_000_000, dtype=dtype), asked.sigma_rels)
+        assert averages.accumulators is not None
+        nbytes = sum(flat.nbytes for part in averages.accumulators.parts for flat in part.flats) / 1_000_000
+        print(f"{nbytes:g} bytes a parameter of {dtype}, {len(asked.sigma_rels)} profiles")
+    print(f"update_every={asked.update_every}; errors for sigma_rel {' / '.join(f'{s:g}' for s in asked.sigma_rels)}")
+    for name, case in CASES.items():
+        print(f"| {name} | " + " | ".join(measure(case(asked.steps, np.random.default_rng(0)), asked)) + " |", flush=True)
+
+
+def measure(path: Iterator[Weights], asked: argparse.Namespace) -> list[str]:
+    """Numbers of updates and errors there; and the largest errors of all, looked for 20 times in each factor of 10."""
+    truth: list[Weights] = []
+    cells, worst, looked = [], np.zeros(len(asked.sigma_rels)), 1.0
+    model = torch.zeros(0)
+    for step, weights in enumerate(path, start=1):
+        if step % asked.update_every:
+            continue
+        if not truth:
+            model = torch.zeros(len(weights))
+            averages, reader = _started(model, asked.sigma_rels)
+            room = [FlatTensors(reader.layout, [torch.float32]) for _ in asked.sigma_rels]
+        before = averages.standing.t
+        model.copy_(torch.from_numpy(weights))
+        value = model.double().numpy()
+        truth = truth or [value.copy() for _ in asked.sigma_rels]
+        for gamma, exact in zip(averages.gammas, truth, strict=True):
+            exact += new_value_share(gamma, before, step) * (value - exact)
+        averages.update_(reader, {}, float(step), step)
+        updates = step // asked.update_every
+        if updates < looked and step < asked.steps:
+            continue
+        looked = updates * 10**0.05
+        averages.read(room)
+        found = [own.flats[0].double().numpy() for own in room]
+        errors = [np.linalg.norm(f - e) / np.linalg.norm(e) for f, e in zip(found, truth, strict=True)]
+        worst = np.maximum(worst, errors)
+        if step == asked.steps:
+            cells += [f"{updates:,}: {_shown(errors)}", f"largest: {_shown(worst)}"]
+    return cells
+
+
+def _shown(errors: npt.ArrayLike) -> str:
+    return " / ".join(f"{error:.1e}" for error in np.asarray(errors))
+
+
+def _started(model: torch.Tensor, sigma_rels: tuple[float, ...]) -> tuple[RunningAverages, BlockReader]:
+    tensors = {"weights": model}
+    averages, reader = RunningAverages.none_yet(sigma_rels), BlockReader.of_tensors(lay_out(tensors), tensors)
+    if model.numel() > SIZE:
+        averages.update_(reader, {}, 1.0, 1)
+    return averages, reader
+
+
+if __name__ == "__main__":
+    main()
