@@ -80,12 +80,11 @@ for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name")
 index once; in the order of names, then indices. A part has those that are in it, by the complete tensors of all parts.
 
 A sketch is of the weights' means over K windows of updates, from the first to the one at `t`, each projected to D
-numbers: first little-endian 8-byte whole numbers: K, D, and what tells one projection from others; then float64: the
-time of the first update, the time of the last one in each window, the updates in each, and the mean squared distance of
-its weights from their mean, summed over all elements; then the numbers of each window, in the order of time: with a
-size of 4 as float32 (of a state), of 2 as float16, a float64 factor, and the float32 numbers of the first window before
-them, and of each other one its numbers less those of the one before it, divided by the factor. Between K and D stands
-that size. The projection of an element is `tracker.sketching`'s. Of parts the numbers and the squares add up.
+numbers (see `tracker.sketching`). Little-endian: four 8-byte whole numbers, K, D, 2 or 4, and what tells a projection
+from others; in float64 the time of the first update, the time of the last one in each window, the updates in each, and
+in each the mean squared distance of the weights from their mean, and a factor; in float32 D numbers for each window,
+or, with the 2, for the first one only, and in float16 for each other one its numbers less those of the one before,
+divided by the factor. Of parts the numbers and the squares add up.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -126,6 +125,7 @@ low), of F64 high alone. The copies are named `copy/<name>`. There are no tensor
     ema.window           number of updates in the mean
     ema.folded_t         time of the update at which a mean was last taken into the averages
     ema.inherited        JSON list: ema.inherited of each profile
+    ema.sketch           as of a snapshot, exact, up to ema.folded_t; empty where there is none
     ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
@@ -155,7 +155,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -165,7 +165,7 @@ from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
+from posthoc_cli.reconstruction import Measurements, Motion, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 
 BUFFERS = ("copy", "average")
@@ -546,3 +546,68 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
         raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
     values = np.frombuffer(data, "<f4").astype(np.float32)
     return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+# --- the sketch of the path
+
+MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
+_LARGEST = 2.0**14
+"""Of differences in float16, which leaves 28 binary orders below with all their digits."""
+
+
+class Path(NamedTuple):
+    """A sketch, and what tells its projection from others: of which tensors it is, and by which signs."""
+
+    projection: int
+    sketch: Sketch
+
+
+def encode_path(path: Path, exact: bool = False) -> str:
+    """A sketch as a header has it, or `exact`, as a state does; nothing where a number is not finite."""
+    sketch, means = path.sketch, path.sketch.means.astype("<f4")
+    steps = np.diff(means.astype(np.float64), axis=0)
+    factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
+    counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
+    known = np.concatenate((sketch.edges, sketch.updates, sketch.spread, [factor])).astype("<f8")
+    if not (np.isfinite(known).all() and np.isfinite(means).all()):
+        return ""
+    parts = (counts, known, means) if exact else (counts, known, means[:1], (steps / factor).astype("<f2"))
+    return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
+
+
+def decode_path(text: str) -> Path:
+    """The same; a ValueError if it is no sketch."""
+    data = base64.b64decode(text, validate=True)
+    windows, numbers, size, projection = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
+    if not (0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)):
+        raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
+    first = 32 + 8 * (3 * windows + 2)
+    rest = first + 4 * numbers * (windows if size == 4 else 1)
+    if len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
+        raise ValueError(f"has {len(data):,} bytes, which are not {windows:,} windows of {numbers:,} numbers")
+    edges, updates, spread, factor = np.split(
+        np.frombuffer(data[32:first], "<f8"), np.cumsum([windows + 1, windows, windows])
+    )
+    means = np.frombuffer(data[first:rest], "<f4").reshape(-1, numbers).astype(np.float64)
+    if size == 2:
+        steps = np.frombuffer(data[rest:], "<f2").reshape(-1, numbers) * factor
+        means = np.concatenate((means, means + np.cumsum(steps, axis=0)))
+    numbers_of = np.concatenate((edges, updates, spread, means.ravel()))
+    in_order = np.all(np.diff(edges[1:]) > 0) and 0 < edges[0] <= edges[1] and np.all(updates >= 1)
+    if not (np.isfinite(numbers_of).all() and in_order and np.all(spread >= 0)):
+        raise ValueError("its times must grow, and its numbers be finite")
+    return Path(projection, Sketch(edges, updates, means, spread))
+
+
+def joined_path(texts: Sequence[str]) -> str:
+    """The sketch of a snapshot, from those of its parts; nothing unless all have one of the same windows."""
+    if not all(texts):
+        return ""
+    paths = [decode_path(text) for text in texts]
+    first = paths[0].sketch
+    if any(
+        one.means.shape != first.means.shape or not np.array_equal(one.edges, first.edges) for _, one in paths[1:]
+    ):
+        return ""
+    means, spread = sum(path.sketch.means for path in paths), sum(path.sketch.spread for path in paths)
+    return encode_path(Path(0, Sketch(first.edges, first.updates, np.asarray(means), np.asarray(spread))), exact=True)

@@ -25,7 +25,7 @@ from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection, decode_sample
+from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection, decode_path, decode_sample
 
 T = TypeVar("T")
 
@@ -505,12 +505,19 @@ def _sample(text: str) -> str:
     return text
 
 
+def _sketch(text: str) -> str:
+    if text:
+        decode_path(text)
+    return text
+
+
 def _usable(squares: Iterable[float | None]) -> bool:
     return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
 
 
 SCHEDULE = replace(OBJECT, convert=_schedule)
 PART = replace(TEXT, convert=_part, optional=True)
+SKETCH = replace(TEXT, convert=_sketch)
 
 _ENTRIES = {
     "run_id": RUN_ID,
@@ -534,6 +541,7 @@ _ENTRIES = {
     "measurements": replace(OBJECT, convert=_measurements, optional=True),
     "motion": replace(OBJECT, convert=_motion, optional=True),
     "sample": replace(TEXT, convert=_sample, optional=True),
+    "sketch": replace(SKETCH, optional=True),
     "part": PART,
     "chunks": replace(OBJECT, optional=True),
     "mesh": Entry("an object of shape and names", _is_mesh, optional=True),

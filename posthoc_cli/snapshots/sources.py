@@ -175,7 +175,9 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     infos = [source.info for source in ordered]
     if sampled := any(source.info.measurements is None for source in on_disk):
         infos[: len(on_disk)] = with_sampled_measurements(on_disk)
-    prior = measured_prior([info.average(source.profile) for info, source in zip(infos, ordered, strict=True)])
+    newest = max(infos, key=lambda info: (bool(info.sketch), info.t), default=None)
+    sketch = fmt.decode_path(newest.sketch).sketch if newest is not None and newest.sketch else None
+    prior = measured_prior([info.average(source.profile) for info, source in zip(infos, ordered, strict=True)], sketch)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
 

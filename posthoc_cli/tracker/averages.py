@@ -48,7 +48,8 @@ from posthoc_cli.profiles import ROUNDED, gamma_from_sigma_rel, new_value_share,
 from posthoc_cli.tracker.worker import ALONE, Crew
 
 if TYPE_CHECKING:
-    from posthoc_cli.tracker.sketching import Path, Sketcher
+    from posthoc_cli.snapshots.format import Path
+    from posthoc_cli.tracker.sketching import Sketcher
 
 HOST = torch.device("cpu")
 
@@ -136,7 +137,7 @@ class RunningAverages:
 
     There are no accumulators before the first update. A copy is as its tensor was at the last, never changed in place.
     `sample` is of the model's values then, where known. In each fold, `sketcher` gets each block of the window's mean,
-    as the first profile weights it.
+    as the first profile weights it; `known_path` is what it goes on from, or of a reading what it gave.
     """
 
     sigma_rels: tuple[float, ...]
@@ -145,6 +146,7 @@ class RunningAverages:
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sample = ()
     sketcher: Sketcher | None = None
+    known_path: Path | None = None
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
@@ -255,12 +257,12 @@ class RunningAverages:
         return found.add_(high)
 
     @torch.no_grad()
-    def path(self, crew: Crew = ALONE) -> Path | None:
-        """The path of the weights up to the last update, the values since the last fold as one window."""
+    def path(self, crew: Crew = ALONE, exact: bool = False) -> Path | None:
+        """The path of the weights up to the last update, values since the last fold as one window unless `exact`."""
         kept, sketcher, standing = self.accumulators, self.sketcher, self.standing
         if kept is None or sketcher is None:
             return None
-        if standing.window:
+        if standing.window and not exact:
 
             def work(block: Range, _: int) -> None:
                 mean = kept.mean.flats[block.group][block.where]

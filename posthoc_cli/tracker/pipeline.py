@@ -45,6 +45,7 @@ from posthoc_cli.tracker.averages import (
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
 from posthoc_cli.tracker.sharding import Members
+from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads, take_one_thread
@@ -273,7 +274,7 @@ class Pipeline:
 
     def _fill(self, room: Accumulators | None, known: Tracking) -> Tracking | None:
         """The same with averages in `room`; None where the room does not fit them."""
-        averages, copies, sample = known.averages, {}, known.averages.sample
+        averages, copies, sample, path = known.averages, {}, known.averages.sample, known.averages.known_path
         kept = averages.accumulators if averages.exist else None
         if kept is None:
             room = None
@@ -285,9 +286,12 @@ class Pipeline:
                     averages.copy_to(room)
                 else:
                     averages.read(room.high, self._crew_for(kept.layout))
+                if averages.sketcher is not None:
+                    path = averages.path(self._crew_for(kept.layout), exact=room.exact)
                 copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
                 sample = tuple((numbers, values.to("cpu")) for numbers, values in averages.sample)
-        return replace(known, averages=RunningAverages(averages.sigma_rels, averages.standing, room, copies, sample))
+        read = RunningAverages(averages.sigma_rels, averages.standing, room, copies, sample, known_path=path)
+        return replace(known, averages=read)
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
@@ -356,6 +360,7 @@ class Pipeline:
         crew = self._crew_for(reader.layout)
         name = None if reader.surely_finite(crew) else nonfinite_name(values)
         if name is None:
+            self._sketch(averages, reader.layout, now.tracked)
             averages.update_(reader, update.copies, progress.t, progress.step, crew)
             averages.sample = self._sample_of(values, now.tracked)
         self.now = replace(now, progress=progress, averages=averages)
@@ -363,6 +368,17 @@ class Pipeline:
             return None
         reason = f"holds nan or infinity at step {progress.step}; no average has taken it in"
         return NonFiniteError(f"parameter {name!r}", reason)
+
+    def _sketch(self, averages: RunningAverages, layout: Layout, tracked: TrackedModel) -> None:
+        """Have the path sketched from the first update on, or from where it is known."""
+        sketcher = averages.sketcher
+        if sketcher is None and averages.exist and averages.known_path is None:
+            return
+        if sketcher is None or sketcher.layout != layout:
+            averaged = frozenset(name for name, own in tracked.tensors.items() if own.role == "average")
+            rank = 0 if tracked.members is None else tracked.members.rank
+            before = averages.known_path if sketcher is None else averages.path()
+            averages.sketcher = Sketcher(layout, averaged, rank, before)
 
     def _sample_of(self, values: Mapping[str, torch.Tensor], tracked: TrackedModel) -> Sample:
         """A sample of values in this place: the model itself, or one of two buffers that hold copies of it in turn."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
 from posthoc_cli.reconstruction import Sketch
+from posthoc_cli.snapshots.format import Path
 from posthoc_cli.tracker.averages import FOLD_BLOCK, Layout, Range
 
 NUMBERS = 64
@@ -34,13 +34,6 @@ MOST_WINDOWS = 512
 
 _PENDING = 64
 """Windows whose numbers may still be on an accelerator: to fetch them, one waits for it."""
-
-
-class Path(NamedTuple):
-    """A sketch, and what tells its projection from others: of which tensors it is, and by which signs."""
-
-    projection: int
-    sketch: Sketch
 
 
 class Sketcher:

@@ -49,7 +49,7 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, encode_sample, snapshot_metadata
+from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, encode_path, encode_sample, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
@@ -117,6 +117,7 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
     if averages.accumulators is None:
         return []
     knots, members = reading.progress.clock.knots_until(standing.step, standing.t), tracked.members
+    sketch = "" if averages.known_path is None else encode_path(averages.known_path)
     sources = []
     for index, values in enumerate(averages.accumulators.high):
         info = SnapshotInfo(
@@ -125,7 +126,7 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
             selection=settings.selection, updates=standing.updates,
-            inherited=standing.inherited[index], off_schedule=off_schedule, chunks=tracked.chunks,
+            inherited=standing.inherited[index], off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
             part=members.part if members else None, mesh=members.mesh if members else {},
             session=members.session if members else 0,
         )  # fmt: skip
