@@ -93,7 +93,9 @@ def main() -> None:
         print(f"{nbytes:g} bytes a parameter of {dtype}, {len(asked.sigma_rels)} profiles")
     print(f"update_every={asked.update_every}; errors for sigma_rel {' / '.join(f'{s:g}' for s in asked.sigma_rels)}")
     for name, case in CASES.items():
-        print(f"| {name} | " + " | ".join(measure(case(asked.steps, np.random.default_rng(0)), asked)) + " |", flush=True)
+        print(
+            f"| {name} | " + " | ".join(measure(case(asked.steps, np.random.default_rng(0)), asked)) + " |", flush=True
+        )
 
 
 def measure(path: Iterator[Weights], asked: argparse.Namespace) -> list[str]:

@@ -48,7 +48,9 @@ class Sketch:
         Averages are relative to the weights of the first window.
         """
         tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
-        within = np.stack([profile.tail(self._within).reshape(-1, _POINTS).mean(axis=1) for profile in profiles], axis=1)
+        within = np.stack(
+            [profile.tail(self._within).reshape(-1, _POINTS).mean(axis=1) for profile in profiles], axis=1
+        )
         bend = within - (tails[1:] + tails[:-1]) / 2
         seen = np.diff(self.means, axis=0).T @ tails[1:-1] + self._steady.T @ bend
         # Noise may be alike in all windows, as of weights that alternate: its parts may add up.
@@ -98,4 +100,5 @@ class Sketch:
     def _noise(self) -> FloatArray:
         """The same of noise: of n updates with the variance s each, s / n 12 b^2."""
         steady = self._inner * np.sum(self._across**2, axis=1) / 12
-        return np.sqrt(12 * np.maximum(self.spread - steady, 0.0) / np.maximum(self.updates - 1, 1))
+        found = np.sqrt(12 * np.maximum(self.spread - steady, 0.0) / np.maximum(self.updates - 1, 1))
+        return np.asarray(found, dtype=np.float64)

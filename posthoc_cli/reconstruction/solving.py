@@ -250,14 +250,13 @@ class MinimumVariance:
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
         cells = cells_between(with_points(edges, self._stored, prior.steps), prior.steps)
         self._terms = _terms(prior, cells, self._stored)
-        if prior.sketch is not None:
-            self._terms = [*(_Shared(term) for term in self._terms), _Shared(_Sketched(prior.sketch))]
-        self._rows = np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
+        self._root = np.sqrt(0.5) if self.is_measured else 1.0  # of the share of each kind of rows
+        self._rows = self._root * np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """What the other methods ask for."""
         columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
-        return Goals(targets, np.vstack(columns), np.sum(norms, axis=0))
+        return Goals(targets, self._root * np.vstack(columns), self._root**2 * np.sum(norms, axis=0))
 
     def made_of(self, coefficients: FloatArray) -> Goals:
         """The averages with these coefficients, as goals."""
@@ -293,7 +292,7 @@ class MinimumVariance:
             motion = (goals.unreachable + np.sum(missed**2, axis=0)) * np.exp(2 * _WIDENING * self.doubt)
         else:
             measured = missed[self._measured] / (self._left_out[:, None] if solved else 1.0)
-            motion = 2 * np.sum(measured**2, axis=0)
+            motion = np.sum(measured**2, axis=0) / self._root**2
         return np.asarray(motion + np.sum((self._rounding @ ordered) ** 2, axis=0))
 
     @property
@@ -303,7 +302,7 @@ class MinimumVariance:
 
     @cached_property
     def _measured(self) -> slice:
-        """The rows of measured errors, at half their squares."""
+        """The rows of measured errors."""
         numbers = 0 if self._prior.sketch is None else sum(self._prior.sketch.means.shape) + 1
         return slice(self._rows.shape[0] - numbers, self._rows.shape[0])
 
@@ -341,9 +340,12 @@ class MinimumVariance:
         weight = (apart.min(axis=0) / apart) ** 2
         norms = self._prior.norm[:, None]
         if (sketch := self._prior.sketch) is not None:
-            first, numbers = sketch.means[:1].T, slice(self._measured.start, self._measured.start + sketch.means.shape[1])
+            first, numbers = (
+                sketch.means[:1].T,
+                slice(self._measured.start, self._measured.start + sketch.means.shape[1]),
+            )
             own, wanted = (
-                np.sum((first + np.sqrt(2) * rows[numbers]) ** 2, axis=0) for rows in (self._rows, goals.columns)
+                np.sum((first + rows[numbers] / self._root) ** 2, axis=0) for rows in (self._rows, goals.columns)
             )
             norms = np.maximum(norms + wanted - own[:, None], np.minimum(norms, wanted) / 2)
         return np.asarray(np.sqrt(np.sum(norms * weight, axis=0) / weight.sum(axis=0)))
@@ -433,24 +435,10 @@ class _Sketched:
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """Half of the squares of a term."""
-
-    term: _Integral | _Sum | _Sketched
-
-    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        return self.term.of_stored(profiles) * np.sqrt(0.5)
-
-    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        columns, squares = self.term.of_targets(targets)
-        return columns * np.sqrt(0.5), squares / 2
-
-
-def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum]:
+def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum | _Sketched]:
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
-    terms: list[_Integral | _Sum] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Integral | _Sum | _Sketched] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
     if few.size:
         terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
     if noise.any():
@@ -459,6 +447,8 @@ def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[
         terms.append(_Integral(densities, np.sqrt(noise * cells.duration), most))
         if few.size:
             terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
+    if prior.sketch is not None:
+        terms.append(_Sketched(prior.sketch))
     return terms
 
 

@@ -605,9 +605,7 @@ def joined_path(texts: Sequence[str]) -> str:
         return ""
     paths = [decode_path(text) for text in texts]
     first = paths[0].sketch
-    if any(
-        one.means.shape != first.means.shape or not np.array_equal(one.edges, first.edges) for _, one in paths[1:]
-    ):
+    if any(one.means.shape != first.means.shape or not np.array_equal(one.edges, first.edges) for _, one in paths[1:]):
         return ""
     means, spread = sum(path.sketch.means for path in paths), sum(path.sketch.spread for path in paths)
     return encode_path(Path(0, Sketch(first.edges, first.updates, np.asarray(means), np.asarray(spread))), exact=True)

@@ -49,7 +49,14 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, encode_path, encode_sample, snapshot_metadata
+from posthoc_cli.snapshots.format import (
+    BLOCK_BYTES,
+    SnapshotInfo,
+    TensorSpec,
+    encode_path,
+    encode_sample,
+    snapshot_metadata,
+)
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source

@@ -327,7 +327,8 @@ def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
     for motion, expected in ((Motion.even(T, 0.0), 0.0), (uneven_motion(), np.nan)):
         solver = MinimumVariance(snapshots, Prior(motion, zeros, zeros, zeros, "measured"), T)
         goals = solver.goals([target])
-        np.testing.assert_equal(solver.expected_errors(solver.solve(goals), goals), [expected])
+        squares = solver.expected_squares(solver.solve(goals), goals)
+        np.testing.assert_equal(solver.expected_errors(squares, goals), [expected])
 
 
 @given(problems(), st.randoms(use_true_random=False))
