@@ -90,7 +90,7 @@ def test_motion_within_windows_is_known_by_its_size() -> None:
     """Weights that alternate are not seen by means of two: the spread of the windows tells."""
     path = np.where(np.arange(T) % 2, 1.0, -1.0)[:, None] * 0.3 * np.random.default_rng(4).standard_normal(SIZE) + 1
     sketch = sketch_of(path, 2)
-    assert np.abs(np.diff(sketch.means, axis=0)).max() < 1e-12
+    assert np.abs(np.diff(sketch.means[1:-1], axis=0)).max() < 1e-12
     error, _, predicted = measured(path, 2)
     assert np.all(error < 3 * predicted)
 

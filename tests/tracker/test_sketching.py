@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from posthoc_cli import PostHocEMA, disk_sources
+from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.tracker import sketching
 from posthoc_cli.tracker.averages import blocks_of, lay_out
@@ -69,7 +70,8 @@ def test_many_windows_become_half_as_many(tmp_path: Path, monkeypatch: pytest.Mo
     assert 10 <= len(coarse.updates) <= 21 < len(fine.updates)
     assert set(coarse.edges) < set(fine.edges) and coarse.updates.sum() == fine.updates.sum() == 150
     whole = [sketch.updates @ sketch.means for sketch in (fine, coarse)]
-    np.testing.assert_allclose(*whole, rtol=1e-3, atol=0.02)
+    # Differences of 0.3 in float16, 75 of them: 7e-5 each, 6e-4 in a mean, 0.1 in a sum over 150 updates.
+    np.testing.assert_allclose(*whole, atol=0.4)
 
 
 def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
     assert exact == straight
     one, other = fmt.decode_path(straight).sketch, fmt.decode_path(rounded).sketch
     assert other.edges[-1] == one.edges[-1] and other.updates.sum() == 150
-    np.testing.assert_allclose(one.updates @ one.means / 150, other.updates @ other.means / 150, atol=1e-3)
+    np.testing.assert_allclose(one.updates @ one.means / 150, other.updates @ other.means / 150, atol=3e-3)
 
 
 def test_a_projection_depends_on_places_alone() -> None:
@@ -155,9 +157,7 @@ def test_hostile_sketches_are_refused() -> None:
         text = fmt.encode_path(path, exact)
         np.testing.assert_allclose(fmt.decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)
         for bad in (text[:-8], text + "AAAA", text[:40], "AAAA", "!", "A" * 4000):
-            with pytest.raises(ValueError, match=""):
+            with pytest.raises(ValueError, match="."):
                 fmt.decode_path(bad)
-    lost = fmt.Path(
-        1, path.sketch.__class__(path.sketch.edges, path.sketch.updates, path.sketch.means * np.inf, path.sketch.spread)
-    )
-    assert fmt.encode_path(lost) == ""
+    one = path.sketch
+    assert fmt.encode_path(fmt.Path(1, Sketch(one.edges, one.updates, one.means * np.inf, one.spread))) == ""
