@@ -565,12 +565,12 @@ class Path(NamedTuple):
 def encode_path(path: Path, exact: bool = False) -> str:
     """A sketch as a header has it, or `exact`, as a state does; nothing where a number is not finite."""
     sketch, means = path.sketch, path.sketch.means.astype("<f4")
+    if not (np.isfinite(means).all() and np.isfinite(sketch.spread).all()):
+        return ""
     steps = np.diff(means.astype(np.float64), axis=0)
     factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
     counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
     known = np.concatenate((sketch.edges, sketch.updates, sketch.spread, [factor])).astype("<f8")
-    if not (np.isfinite(known).all() and np.isfinite(means).all()):
-        return ""
     parts = (counts, known, means) if exact else (counts, known, means[:1], (steps / factor).astype("<f2"))
     return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
+from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.tracker.averages import FOLD_BLOCK, Layout, Range
@@ -118,7 +119,11 @@ class Sketcher:
 
 def _appended(sketch: Sketch | None, t: float, updates: int, sums: list[torch.Tensor], scale: float) -> Sketch:
     """A path with one more window, whose spread is that of steady motion, or of noise where it has two updates."""
-    groups = [own.cpu().numpy().astype(np.float64) for own in sums]
+    with np.errstate(over="ignore", invalid="ignore"):  # of weights near the largest numbers: none is written then
+        return _with_window(sketch, t, updates, [own.cpu().numpy().astype(np.float64) for own in sums], scale)
+
+
+def _with_window(sketch: Sketch | None, t: float, updates: int, groups: list[FloatArray], scale: float) -> Sketch:
     mean = np.sum([own[0] for own in groups], axis=0).astype(np.float32)
     apart = np.sum([own[1] for own in groups if len(own) > 1] or [np.zeros(NUMBERS)], axis=0)
     spread = scale * float(apart @ apart) * (updates + 1) / (3 * max(updates - 1, 1))

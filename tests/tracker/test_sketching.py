@@ -157,7 +157,7 @@ def test_hostile_sketches_are_refused() -> None:
         text = fmt.encode_path(path, exact)
         np.testing.assert_allclose(fmt.decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)
         for bad in (text[:-8], text + "AAAA", text[:40], "AAAA", "!", "A" * 4000):
-            with pytest.raises(ValueError, match="."):
+            with pytest.raises(ValueError):  # noqa: PT011  # of base64, or ours
                 fmt.decode_path(bad)
     one = path.sketch
-    assert fmt.encode_path(fmt.Path(1, Sketch(one.edges, one.updates, one.means * np.inf, one.spread))) == ""
+    assert fmt.encode_path(fmt.Path(1, Sketch(one.edges, one.updates, one.means + np.inf, one.spread))) == ""
