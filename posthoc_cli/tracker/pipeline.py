@@ -371,14 +371,15 @@ class Pipeline:
 
     def _sketch(self, averages: RunningAverages, layout: Layout, tracked: TrackedModel) -> None:
         """Have the path sketched from the first update on, or from where it is known."""
-        sketcher = averages.sketcher
-        if sketcher is None and averages.exist and averages.known_path is None:
-            return
-        if sketcher is None or sketcher.layout != layout:
+        before, sketcher = averages.known_path, averages.sketcher
+        if sketcher is not None and sketcher.layout != layout:
+            before, sketcher = averages.path(), None
+        if sketcher is None and (before is not None or not averages.exist):
             averaged = frozenset(name for name, own in tracked.tensors.items() if own.role == "average")
-            rank = 0 if tracked.members is None else tracked.members.rank
-            before = averages.known_path if sketcher is None else averages.path()
-            averages.sketcher = Sketcher(layout, averaged, rank, before)
+            sketcher = Sketcher(layout, averaged, 0 if tracked.members is None else tracked.members.rank)
+            if before is not None and not sketcher.goes_on(before):  # of a model in other parts
+                sketcher = None
+        averages.sketcher, averages.known_path = sketcher, None
 
     def _sample_of(self, values: Mapping[str, torch.Tensor], tracked: TrackedModel) -> Sample:
         """A sample of values in this place: the model itself, or one of two buffers that hold copies of it in turn."""

@@ -40,8 +40,8 @@ _PENDING = 64
 class Sketcher:
     """Projects the weights' means over windows; from any of a crew's threads, one window at a time."""
 
-    def __init__(self, layout: Layout, averaged: Collection[str], part: int = 0, known: Path | None = None) -> None:
-        """Go on from a `known` path where it is of this projection; else without a path, if there was one.
+    def __init__(self, layout: Layout, averaged: Collection[str], part: int = 0) -> None:
+        """Begin a path.
 
         Arguments:
             layout: where the values lie.
@@ -51,8 +51,7 @@ class Sketcher:
         self.layout = layout
         names = [(group.names, group.shapes, str(group.wide), set(group.names) <= set(averaged)) for group in layout]
         self._projection = xxhash.xxh3_64_intdigest(repr((part, names)).encode()) >> 1
-        self._sketch = None if known is None else known.sketch
-        self._is_lost = known is not None and known.projection != self._projection
+        self._sketch: Sketch | None = None
         self._spans, self._signs = [], []
         for index, group in enumerate(layout):
             spans = zip(group.names, pairwise(group.bounds), strict=True)
@@ -61,6 +60,13 @@ class Sketcher:
             self._signs.append(torch.cat((signs, signs.repeat(-(-group.fold_block // PERIOD))[: group.fold_block])))
         self._sums: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self._pending: list[tuple[float, int, list[torch.Tensor], float]] = []
+
+    def goes_on(self, path: Path) -> bool:
+        """Go on from a path, if it is of the same projection."""
+        is_own = path.projection == self._projection
+        if is_own:
+            self._sketch = path.sketch
+        return is_own
 
     def take(self, block: Range, mean: torch.Tensor, newest: torch.Tensor) -> None:
         """Take in a block of a window's mean, and of its newest values."""
@@ -83,7 +89,7 @@ class Sketcher:
         found = self._sketch
         for window in last:
             found = _appended(found, *window)
-        return None if found is None or self._is_lost else Path(self._projection, found)
+        return None if found is None else Path(self._projection, found)
 
     def _taken(self) -> tuple[list[torch.Tensor], float]:
         """Sums over all blocks of each group, in a fixed order, and what the sampled ones are to be scaled by."""
