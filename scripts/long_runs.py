@@ -35,7 +35,7 @@ def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
         hidden = np.tanh(x @ layers[0])
         miss = (hidden @ layers[1] - np.tanh(x @ teacher[0]) @ teacher[1] - 0.1 * rng.standard_normal((16, 4))) / 16
         gradients = (x.T @ (miss @ layers[1].T * (1 - hidden**2)), hidden.T @ miss)
-        rate = 0.01 * _cosine(step, steps) * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        rate = 0.002 * _cosine(step, steps) * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
         for layer, gradient, m, v in zip(layers, gradients, first, second, strict=True):
             m += 0.1 * (gradient - m)
             v += 0.001 * (gradient**2 - v)

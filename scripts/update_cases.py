@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from synthesis_cases import TRACKED, without_noise
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.averages import BlockReader, FlatTensors, lay_out
+
+LATE = 1e6
+"""Time in a long run, when averages take in means of many updates; at the beginning these are of one."""
 
 NEVER = 10**9
 """A checkpoint interval that is never reached."""
@@ -64,7 +68,9 @@ def contenders(dtype: torch.dtype, device: str) -> list[Contender]:
     """All who are compared on a model of `dtype` on `device`; ours first."""
     full = torch.float32
     field = [
-        Contender(our_label(where), partial(_start_ours, where=where), full, "ours") for where in our_places(device)
+        Contender(our_label(where, begin), partial(_start_ours, where=where, begin=begin), full, "ours")
+        for begin in (0.0, LATE)
+        for where in our_places(device)
     ]
     field += [
         Contender("ema_pytorch", start_ema_pytorch, role="PyPI peer", module="ema_pytorch"),
@@ -99,9 +105,10 @@ def our_places(device: str) -> list[str | None]:
     return ["cpu", "model"] if knows_places and device != "cpu" else [None]
 
 
-def our_label(where: str | None) -> str:
+def our_label(where: str | None, begin: float = 0.0) -> str:
     """How a table calls ours."""
-    return "ours" if where is None else f"ours, averages on device={where!r}"
+    place = "ours" if where is None else f"ours, averages on device={where!r}"
+    return f"{place}, t = {begin:,.0f}" if begin else place
 
 
 def start_tracker(model: torch.nn.Module, folder: Path, where: str | None, every: int, checkpoint: int) -> PostHocEMA:
@@ -129,9 +136,13 @@ def device_of(model: torch.nn.Module) -> str:
     return str(next(model.parameters()).device)
 
 
-def _start_ours(model: torch.nn.Module, folder: Path, where: str | None) -> Updates:
-    tracker = start_tracker(model, folder, where, 1, NEVER)
-    return Updates(lambda: tracker.update_(model), partial(settle, tracker, device_of(model)), tracker.close)
+def _start_ours(model: torch.nn.Module, folder: Path, where: str | None, begin: float) -> Updates:
+    tracker, calls = start_tracker(model, folder, where, 1, NEVER), count(1)
+    return Updates(
+        lambda: tracker.update_(model, t=begin + next(calls)),
+        partial(settle, tracker, device_of(model)),
+        tracker.close,
+    )
 
 
 # --- the others ------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_bench_update(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     bench_update.main(["--quick", "--device", "cuda", "--folder", str(tmp_path)])
     out = capsys.readouterr().out
     assert "accelerators: not run" in out
-    assert len(goals(out)) == 4 * 2 + 2
+    assert len(goals(out)) == 5 * 2 + 2
     assert not list(tmp_path.iterdir())
 
 

@@ -138,9 +138,18 @@ def reach(gammas: Sequence[float]) -> float:
 def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) -> bool:
     """Whether averages take in the mean of `window` values, those after `begin`, at the update at time `t`.
 
-    They do at the first update, which begins them. A mean of two values is exact, see `tracker.averages`.
+    They do at the first update, which begins them.
     """
-    return begin == 0 or window >= WINDOW or (window > 1 and t - begin > reach(gammas) * t)
+    return begin == 0 or window >= WINDOW or t - begin > reach(gammas) * t
+
+
+def unevenness(gamma: float, updates: int, gammas: Sequence[float]) -> float:
+    """How much the weights within a mean differ in the end from those of this profile, which has not the largest gamma.
+
+    Relative, from the first to the last value; 0 while means are of two values.
+    """
+    length = min(reach(gammas), WINDOW / updates)
+    return (max(gammas) - gamma) * length if updates * length > 2 else 0.0
 
 
 def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
@@ -149,8 +158,8 @@ def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
     `gammas` are of all profiles that share the mean. Reading rounds once. A mean of n updates is rounded at each, which
     fades as k / n to n / 3 roundings, in the first one as (k / n)^(gamma + 1). Over means it averages out: with masses
     p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
-    Taking in a mean of less than `ROUNDED` updates, most of which are two, rounds the average itself. From update k on
-    that fades as (k / updates)^(gamma + 1), of which the square sums up to updates / 2 / (2 gamma + 3).
+    Taking in a mean of less than `ROUNDED` updates, mostly of one or two, rounds the average itself. From update k on
+    that fades as (k / updates)^(gamma + 1), of which the square sums up to updates / (2 gamma + 3).
     """
     share = reach(gammas)
     n = min(WINDOW, max(1.0, updates * share))
@@ -159,7 +168,7 @@ def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
         means = updates / (2 * gamma + 3)
     until = min(updates, ROUNDED / share)
     faded = math.exp((2 * gamma + 2) * math.log(until / updates)) if until else 0.0
-    return 1 + means + until / 2 / (2 * gamma + 3) * faded
+    return 1 + means + until / min(2.0, max(1.0, until * share)) / (2 * gamma + 3) * faded
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from posthoc_cli.profiles import (
     RecordedPowerFunction,
     StoredProfile,
     roundings,
+    unevenness,
 )
 from posthoc_cli.reconstruction.basis import order_of
 from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, expected_distances, fit_motion
@@ -228,6 +229,7 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     else:
         assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
         motion = assumed if earlier is None else earlier
+    arithmetic = arithmetic + np.array([_of_shared_means(average, motion) for average in averages])
     # Weights that are all 0 have distances, but none above 0.
     still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
@@ -268,6 +270,20 @@ def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | Non
     least = _NEGLIGIBLE * measured.max()
     expected = measured * expected_distances(motion, distances, steps)
     return float(np.sqrt(np.mean(np.log((expected + least) / (measured + least)) ** 2))) / 2
+
+
+def _of_shared_means(average: StoredAverage, motion: Motion) -> float:
+    """Expected squared error of an average from means in which values have another profile's weights, off by a slope.
+
+    A slope of u adds u^2 / 12 of what noise leaves in the average, integral w p^2 dn, and less of slower motion.
+    """
+    profile = average.profile
+    if not isinstance(profile, RecordedPowerFunction) or not average.gammas:
+        return 0.0
+    slope, power = unevenness(profile.gamma, average.updates, average.gammas), 2 * profile.gamma + 1
+    reached = np.diff(np.minimum(motion.edges / profile.t, 1.0) ** power)
+    left = average.step_length * (profile.gamma + 1) ** 2 / power / profile.t * float(motion.noise @ reached)
+    return slope**2 / 12 * left
 
 
 def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:

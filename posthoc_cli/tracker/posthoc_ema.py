@@ -177,7 +177,7 @@ class PostHocEMA:
                 is not wrapped (yet), of all processes.
             final_snapshot: write a last snapshot at `close`, at the end of a `with` block or of the process.
             keep_state: keep the exact averages beside the snapshots, in `state.safetensors`: `from_path` and `resume`
-                then go on without rounding. 12 bytes an element and profile (16 for float64) on disk and in memory.
+                then go on without rounding. 4 bytes an element and 6 for each profile (float64: 8 and 8), also on disk.
             resume: "auto" to go on, as `from_path` does but with these arguments, where the directory holds a run of
                 this model: from the newest snapshots at or before the place of the model's weights on the run's path.
                 Restore its checkpoint before; a model that is not on the path by the first `update_` is an error there.

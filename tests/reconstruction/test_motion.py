@@ -323,21 +323,17 @@ def test_the_weights_count_where_they_are_much_shorter_than_the_average(
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
-@pytest.mark.parametrize("steps", [8, 32, 200, 3000])
+@pytest.mark.parametrize("steps", [8, 32, 200, 1000])
 def test_the_rounding_of_updates_is_that_of_float32_averages_of_shared_means(steps: int, sigma_rel: float) -> None:
-    """As a tracker keeps two averages so early: each second update rounds both; against the sum over all updates."""
+    """As a tracker keeps two averages so early: each update rounds both; against the sum over all updates."""
     size = 20_000
     generator = np.random.default_rng(0)
     path = np.cumsum(generator.normal(size=(steps, size)).astype(np.float32) * np.float32(0.01), axis=0)
     path += generator.normal(size=size).astype(np.float32)
     gamma = exact_gamma(sigma_rel)
     found = path[0].copy()
-    for k in range(2, steps + 1, 2):
-        kept, newest = ((k - 1) / (k + 1)) ** (gamma + 1), 1 - (k / (k + 1)) ** (gamma + 1)
-        pair = path[k - 1 : k + 1]
-        mean = pair[0] if len(pair) == 1 else pair[0] + np.float32(newest / (1 - kept)) * (pair[1] - pair[0])
-        mass = 1 - ((k - 1) / k) ** (gamma + 1) if len(pair) == 1 else 1 - kept
-        found += np.float32(mass) * (mean - found)
+    for k in range(2, steps + 1):
+        found += np.float32(1 - ((k - 1) / k) ** (gamma + 1)) * (path[k - 1] - found)
     weights = exact_weights(sigma_rel, np.arange(1, steps + 1))
     exact = weights @ path
     profile, measured = RecordedPowerFunction(gamma, float(steps), 1.0, 1.0), Measurements(float(exact @ exact), 0.0)

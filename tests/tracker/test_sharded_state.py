@@ -152,7 +152,7 @@ ema.close()
         assert "/run: is there already, and is no folder of a tracker's state" in lines[5]
         assert len(lines) == 6
     told, found = describe(tmp_path / "state"), verify(list_contents(tmp_path / "state"))
-    assert (told["kind"], told["parts"], told["t"], told["tensors"]) == ("state", 2, 5, 22)
+    assert (told["kind"], told["parts"], told["t"], told["tensors"]) == ("state", 2, 5, 27)
     assert found.is_fine
     assert [report.what for report in found.files] == ["part 1/2 of state at t = 5", "part 2/2 of state at t = 5"]
     assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "state").iterdir())

@@ -51,7 +51,7 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
         values = {name: torch.empty(shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
         model = torch.nn.ParameterDict({name: torch.nn.Parameter(value) for name, value in values.items()})
         with PostHocEMA.from_model(model, tmp_path / str(threads), update_every=1, checkpoint_every=100) as tracker:
-            for k in range(1, 81):  # folds of two updates, which round, and of 32, which are exact; 2 are left over
+            for k in range(1, 81):  # folds of one update, which round, and of 32, which are exact; one is left
                 for parameter in model.values():
                     parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
                 tracker.update_(model, t=float(k if k < 15 else 10**6 + k))
