@@ -32,13 +32,13 @@ class Sketch:
 
     Attributes:
         edges: the time of the first update, then that of the last update in each window: shape [K + 1].
-        updates: in each window: shape [K].
+        folds: of which each window is made: shape [K].
         means: of the windows, projected: shape [K, D].
-        spread: mean squared distance of a window's weights from their mean: shape [K].
+        spread: mean squared distance of the folds' weights from their window's mean: shape [K].
     """
 
     edges: FloatArray
-    updates: FloatArray
+    folds: FloatArray
     means: FloatArray
     spread: FloatArray
 
@@ -64,8 +64,8 @@ class Sketch:
 
     @cached_property
     def _inner(self) -> FloatArray:
-        """The share of a window's motion that is within it, and not at its ends: none of a single update's."""
-        return np.asarray(1 - 1 / self.updates**2)
+        """The share of a window's motion that is within it, and not at its ends: none of a single fold's."""
+        return np.asarray(1 - 1 / self.folds**2)
 
     @cached_property
     def _middle(self) -> FloatArray:
@@ -98,7 +98,7 @@ class Sketch:
 
     @cached_property
     def _noise(self) -> FloatArray:
-        """The same of noise: of n updates with the variance s each, s / n 12 b^2."""
+        """The same of noise: of n folds with the variance s each, s / n 12 b^2."""
         steady = self._inner * np.sum(self._across**2, axis=1) / 12
-        found = np.sqrt(12 * np.maximum(self.spread - steady, 0.0) / np.maximum(self.updates - 1, 1))
+        found = np.sqrt(12 * np.maximum(self.spread - steady, 0.0) / np.maximum(self.folds - 1, 1))
         return np.asarray(found, dtype=np.float64)

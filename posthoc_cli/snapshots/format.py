@@ -79,12 +79,12 @@ The elements of a sample: of the names of averaged tensors with elements, sorted
 for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name") modulo its number of elements, each
 index once; in the order of names, then indices. A part has those that are in it, by the complete tensors of all parts.
 
-A sketch is of the weights' means over K windows of updates, from the first to the one at `t`, each projected to D
-numbers (see `tracker.sketching`). Little-endian: four 8-byte whole numbers, K, D, 2 or 4, and what tells a projection
-from others; in float64 the time of the first update, the time of the last one in each window, the updates in each, and
-in each the mean squared distance of the weights from their mean, and a factor; in float32 D numbers for each window,
-or, with the 2, for the first one only, and in float16 for each other one its numbers less those of the one before,
-divided by the factor. Of parts the numbers and the squares add up.
+A sketch is of the weights' means over K windows, from the first update to the one at `t`, each projected to D numbers
+(see `tracker.sketching`). Little-endian: four 8-byte whole numbers, K, D, 2 or 4, and what tells a projection from
+others; in float64 the time of the first update and of the last one in each window, the folds that each is made of, the
+mean squared distance of their weights from the window's mean, and a factor; in float32 D numbers for each window, or,
+with the 2, for the first one only, and in float16 for each other one its numbers less those of the one before, divided
+by the factor. Of parts the numbers and the squares add up.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -164,7 +164,15 @@ import xxhash
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile, gamma_from_sigma_rel
+from posthoc_cli.profiles import (
+    Clock,
+    Discrete,
+    FloatArray,
+    Point,
+    RecordedPowerFunction,
+    StoredProfile,
+    gamma_from_sigma_rel,
+)
 from posthoc_cli.reconstruction import Measurements, Motion, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 
@@ -555,6 +563,10 @@ _LARGEST = 2.0**14
 """Of differences in float16, which leaves 28 binary orders below with all their digits."""
 
 
+_MOST = 1e60
+"""Larger numbers are not used: products of them overflow."""
+
+
 class Path(NamedTuple):
     """A sketch, and what tells its projection from others: of which tensors it is, and by which signs."""
 
@@ -565,38 +577,52 @@ class Path(NamedTuple):
 def encode_path(path: Path, exact: bool = False) -> str:
     """A sketch as a header has it, or `exact`, as a state does; nothing where a number is not finite."""
     sketch, means = path.sketch, path.sketch.means.astype("<f4")
-    if not (np.isfinite(means).all() and np.isfinite(sketch.spread).all()):
+    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
     steps = np.diff(means.astype(np.float64), axis=0)
     factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
     counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
-    known = np.concatenate((sketch.edges, sketch.updates, sketch.spread, [factor])).astype("<f8")
+    known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor])).astype("<f8")
     parts = (counts, known, means) if exact else (counts, known, means[:1], (steps / factor).astype("<f2"))
     return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
 
 
 def decode_path(text: str) -> Path:
     """The same; a ValueError if it is no sketch."""
+    (windows, _, size, projection), (*known, factor), means, steps = _path_arrays(text)
+    edges, folds, spread = np.split(np.array(known), [windows + 1, 2 * windows + 1])
+    if size == 2:
+        means = np.concatenate((means, means + np.cumsum(steps * factor, axis=0)))
+    return Path(projection, Sketch(edges, folds, means, spread))
+
+
+def check_path(text: str) -> str:
+    """The same text, or a ValueError."""
+    if text:
+        _path_arrays(text)
+    return text
+
+
+def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArray]:
+    """The four whole numbers, what is known of the windows and the factor, and the numbers in float32 and float16."""
     data = base64.b64decode(text, validate=True)
-    windows, numbers, size, projection = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
+    counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
+    windows, numbers, size, _ = counts
     if not (0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)):
         raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
     first = 32 + 8 * (3 * windows + 2)
     rest = first + 4 * numbers * (windows if size == 4 else 1)
     if len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
         raise ValueError(f"has {len(data):,} bytes, which are not {windows:,} windows of {numbers:,} numbers")
-    edges, updates, spread, factor = np.split(
-        np.frombuffer(data[32:first], "<f8"), np.cumsum([windows + 1, windows, windows])
-    )
-    means = np.frombuffer(data[first:rest], "<f4").reshape(-1, numbers).astype(np.float64)
-    if size == 2:
-        steps = np.frombuffer(data[rest:], "<f2").reshape(-1, numbers) * factor
-        means = np.concatenate((means, means + np.cumsum(steps, axis=0)))
-    numbers_of = np.concatenate((edges, updates, spread, means.ravel()))
-    in_order = np.all(np.diff(edges[1:]) > 0) and 0 < edges[0] <= edges[1] and np.all(updates >= 1)
-    if not (np.isfinite(numbers_of).all() and in_order and np.all(spread >= 0)):
-        raise ValueError("its times must grow, and its numbers be finite")
-    return Path(projection, Sketch(edges, updates, means, spread))
+    pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
+    known, means, steps = (np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces)
+    times = known[: windows + 1]
+    in_order = 0 < times[0] <= times[1] and np.all(np.diff(times[1:]) > 0)
+    if not (in_order and np.all(known >= 0) and np.all(known[windows + 1 : 2 * windows + 1] >= 1)):
+        raise ValueError("its times must grow, and no number be negative")
+    if not all(np.abs(part).max(initial=0.0) < _MOST for part in (known, means, steps)):
+        raise ValueError(f"its numbers must be below {_MOST:g}")
+    return counts, known, means.reshape(-1, numbers), steps.reshape(-1, numbers)
 
 
 def joined_path(texts: Sequence[str]) -> str:
@@ -608,4 +634,4 @@ def joined_path(texts: Sequence[str]) -> str:
     if any(one.means.shape != first.means.shape or not np.array_equal(one.edges, first.edges) for _, one in paths[1:]):
         return ""
     means, spread = sum(path.sketch.means for path in paths), sum(path.sketch.spread for path in paths)
-    return encode_path(Path(0, Sketch(first.edges, first.updates, np.asarray(means), np.asarray(spread))), exact=True)
+    return encode_path(Path(0, Sketch(first.edges, first.folds, np.asarray(means), np.asarray(spread))), exact=True)

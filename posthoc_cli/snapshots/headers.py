@@ -25,7 +25,7 @@ from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection, decode_path, decode_sample
+from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection, check_path, decode_sample
 
 T = TypeVar("T")
 
@@ -505,19 +505,13 @@ def _sample(text: str) -> str:
     return text
 
 
-def _sketch(text: str) -> str:
-    if text:
-        decode_path(text)
-    return text
-
-
 def _usable(squares: Iterable[float | None]) -> bool:
     return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
 
 
 SCHEDULE = replace(OBJECT, convert=_schedule)
 PART = replace(TEXT, convert=_part, optional=True)
-SKETCH = replace(TEXT, convert=_sketch)
+SKETCH = replace(TEXT, convert=check_path)
 
 _ENTRIES = {
     "run_id": RUN_ID,

@@ -215,7 +215,7 @@ class RunningAverages:
 
         crew.each(work, values.blocks)
         if folds and self.sketcher is not None:
-            self.sketcher.end_window(t, after.window)
+            self.sketcher.end_window(t)
         self.copies = copies
         self.standing = replace(after, window=0, folded_t=t) if folds else after
 
@@ -236,7 +236,7 @@ class RunningAverages:
             low, rest = scratch
             taken = newest if window == 1 else torch.lerp(mean, newest, share, out=rest)
             if profile == 0 and self.sketcher is not None:
-                self.sketcher.take(block, taken, newest)
+                self.sketcher.take(block, taken)
             if taken.dtype == torch.float64:
                 return  # these averages have it already
             high = kept.high[profile].flats[at][where]
@@ -278,10 +278,10 @@ class RunningAverages:
 
             def work(block: Range, _: int) -> None:
                 mean = kept.mean.flats[block.group][block.where]
-                sketcher.take(block, mean, mean)
+                sketcher.take(block, mean)
 
             crew.each(work, blocks_of(kept.layout))
-        return sketcher.path(standing.t, standing.window)
+        return sketcher.path(standing.t)
 
     @torch.no_grad()
     def read(self, room: Sequence[FlatTensors], crew: Crew = ALONE) -> None:

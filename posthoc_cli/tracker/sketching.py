@@ -15,10 +15,9 @@ import numpy as np
 import torch
 import xxhash
 
-from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots.format import Path
-from posthoc_cli.tracker.averages import FOLD_BLOCK, Layout, Range
+from posthoc_cli.tracker.averages import Layout, Range
 
 NUMBERS = 64
 """D of a projection: squared lengths are right within 1 +- sqrt(2 / D), 0.18."""
@@ -27,10 +26,7 @@ PERIOD = 262_147
 """Places after which signs repeat: a prime, so that a motion that is alike in all rows of a matrix meets others in
 each, and 3 modulo `NUMBERS`."""
 
-SAMPLED = 8
-"""One of so many blocks tells how far the newest values are from their window's mean."""
-
-MOST_WINDOWS = 512
+MOST_WINDOWS = 1024
 """Windows of a sketch; where there are more, each two become one."""
 
 _PENDING = 64
@@ -58,8 +54,8 @@ class Sketcher:
             self._spans.append([*_joined(span for name, span in spans if name in averaged)])
             signs = _signs((part << 8) + index).to(group.device, group.wide)
             self._signs.append(torch.cat((signs, signs.repeat(-(-group.fold_block // PERIOD))[: group.fold_block])))
-        self._sums: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
-        self._pending: list[tuple[float, int, list[torch.Tensor], float]] = []
+        self._sums: dict[tuple[int, int], torch.Tensor] = {}
+        self._pending: list[tuple[float, list[torch.Tensor]]] = []
 
     def goes_on(self, path: Path) -> bool:
         """Go on from a path, if it is of the same projection."""
@@ -68,41 +64,29 @@ class Sketcher:
             self._sketch = path.sketch
         return is_own
 
-    def take(self, block: Range, mean: torch.Tensor, newest: torch.Tensor) -> None:
-        """Take in a block of a window's mean, and of its newest values."""
-        sums = self._project(block, mean)
-        if newest is mean or block.begin // FOLD_BLOCK % SAMPLED:
-            self._sums[block.group, block.begin] = (sums,)
-        else:
-            self._sums[block.group, block.begin] = (sums, self._project(block, newest) - sums)
+    def take(self, block: Range, mean: torch.Tensor) -> None:
+        """Take in a block of a window's mean."""
+        self._sums[block.group, block.begin] = self._project(block, mean)
 
-    def end_window(self, t: float, updates: int) -> None:
-        """All blocks have been taken in of a window of so many updates, the last one at time `t`."""
-        self._pending.append((t, updates, *self._taken()))
+    def end_window(self, t: float) -> None:
+        """All blocks of a window have been taken in, whose last update was at time `t`."""
+        self._pending.append((t, self._taken()))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
-    def path(self, t: float, updates: int) -> Path | None:
+    def path(self, t: float) -> Path | None:
         """The path so far; blocks taken in since the last window ended are one, which ends at `t`. None for none."""
         self._fetch()
-        last = [(t, updates, *self._taken())] if self._sums else []
-        found = self._sketch
-        for window in last:
-            found = _appended(found, *window)
+        found = _appended(self._sketch, t, self._taken()) if self._sums else self._sketch
         return None if found is None else Path(self._projection, found)
 
-    def _taken(self) -> tuple[list[torch.Tensor], float]:
-        """Sums over all blocks of each group, in a fixed order, and what the sampled ones are to be scaled by."""
+    def _taken(self) -> list[torch.Tensor]:
+        """The sums over all blocks of each group, in a fixed order."""
         places = sorted(self._sums)
-        found, sampled = [], 0
-        for group in sorted({group for group, _ in places}):
-            own = [self._sums[at] for at in places if at[0] == group]
-            apart = [sums[1] for sums in own if len(sums) > 1]
-            sampled += len(apart)
-            each = [torch.stack([sums[0] for sums in own]), *([torch.stack(apart)] if apart else [])]
-            found.append(torch.stack([sums.sum(dim=0) for sums in each]))
+        groups = sorted({group for group, _ in places})
+        found = [torch.stack([self._sums[at] for at in places if at[0] == group]).sum(dim=0) for group in groups]
         self._sums.clear()
-        return found, len(places) / max(sampled, 1)
+        return found
 
     def _fetch(self) -> None:
         for window in self._pending:
@@ -123,40 +107,34 @@ class Sketcher:
         return total
 
 
-def _appended(sketch: Sketch | None, t: float, updates: int, sums: list[torch.Tensor], scale: float) -> Sketch:
-    """A path with one more window, whose spread is that of steady motion, or of noise where it has two updates."""
+def _appended(sketch: Sketch | None, t: float, sums: list[torch.Tensor]) -> Sketch:
+    """A path with one more fold, in a window of its own, or in the last one until this has as many as the others."""
     with np.errstate(over="ignore", invalid="ignore"):  # of weights near the largest numbers: none is written then
-        return _with_window(sketch, t, updates, [own.cpu().numpy().astype(np.float64) for own in sums], scale)
+        mean = np.stack([own.cpu().numpy() for own in sums]).sum(axis=0, dtype=np.float64, keepdims=True)
+        mean = mean.astype(np.float32).astype(np.float64)  # as states hold it
+        if sketch is None:
+            return Sketch(np.array([t, t]), np.ones(1), mean, np.zeros(1))
+        made = Sketch(
+            np.append(sketch.edges, t), np.append(sketch.folds, 1.0),
+            np.vstack((sketch.means, mean)), np.append(sketch.spread, 0.0),
+        )  # fmt: skip
+        if sketch.folds[-1] < sketch.folds.max():
+            return _halved(made, len(sketch.folds) - 1)
+        return made if len(made.folds) <= MOST_WINDOWS else _halved(made)
 
 
-def _with_window(sketch: Sketch | None, t: float, updates: int, groups: list[FloatArray], scale: float) -> Sketch:
-    mean = np.sum([own[0] for own in groups], axis=0).astype(np.float32)
-    apart = np.sum([own[1] for own in groups if len(own) > 1] or [np.zeros(NUMBERS)], axis=0)
-    spread = scale * float(apart @ apart) * (updates + 1) / (3 * max(updates - 1, 1))
-    if sketch is None:
-        return Sketch(np.array([t, t]), np.array([float(updates)]), mean[None], np.array([spread]))
-    made = Sketch(
-        np.append(sketch.edges, t), np.append(sketch.updates, float(updates)),
-        np.vstack((sketch.means, mean)), np.append(sketch.spread, spread),
-    )  # fmt: skip
-    return made if len(made.updates) <= MOST_WINDOWS else _halved(made)
-
-
-def _halved(sketch: Sketch) -> Sketch:
-    """Each two windows as one; an odd last one stays."""
-    end = len(sketch.updates) // 2 * 2
-    first, second = (
-        [values[start:end:2] for values in (sketch.updates, sketch.means.astype(np.float64), sketch.spread)]
-        for start in (0, 1)
-    )
-    updates, apart = first[0] + second[0], second[1] - first[1]
-    share = second[0] / updates
+def _halved(sketch: Sketch, begin: int = 0) -> Sketch:
+    """Each two windows as one, from the one of this index on; an odd last one stays."""
+    end = begin + (len(sketch.folds) - begin) // 2 * 2
+    values = sketch.folds, sketch.means, sketch.spread
+    first, second = ([one[start:end:2] for one in values] for start in (begin, begin + 1))
+    folds, apart = first[0] + second[0], second[1] - first[1]
+    share = second[0] / folds
     spread = first[2] + share * (second[2] - first[2]) + share * (1 - share) * np.sum(apart**2, axis=1)
-    means = (first[1] + share[:, None] * apart).astype(np.float32)
-    return Sketch(
-        np.append(sketch.edges[: end + 1 : 2], sketch.edges[end + 1 :]), np.append(updates, sketch.updates[end:]),
-        np.vstack((means, sketch.means[end:])), np.append(spread, sketch.spread[end:]),
-    )  # fmt: skip
+    means = (first[1] + share[:, None] * apart).astype(np.float32).astype(np.float64)
+    edges = (sketch.edges[:begin], sketch.edges[begin : end + 1 : 2], sketch.edges[end + 1 :])
+    joined = [np.concatenate((a[:begin], b, a[end:])) for a, b in zip(values, (folds, means, spread), strict=True)]
+    return Sketch(np.concatenate(edges), *joined)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
