@@ -175,8 +175,9 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     infos = [source.info for source in ordered]
     if sampled := any(source.info.measurements is None for source in on_disk):
         infos[: len(on_disk)] = with_sampled_measurements(on_disk)
-    newest = max(infos, key=lambda info: (bool(info.sketch), info.t), default=None)
-    sketch = fmt.decode_path(newest.sketch).sketch if newest is not None and newest.sketch else None
+    last = max((info.t for info in infos), default=0.0)  # what an earlier one shows of the path ends too soon
+    text = next((info.sketch for info in infos if info.t == last and info.sketch), "")
+    sketch = fmt.decode_path(text).sketch if text else None
     prior = measured_prior([info.average(source.profile) for info, source in zip(infos, ordered, strict=True)], sketch)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
