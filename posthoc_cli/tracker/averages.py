@@ -50,18 +50,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from posthoc_cli.profiles import ROUNDED, gamma_from_sigma_rel, new_value_share, window_ends
+from posthoc_cli.snapshots.format import Path
 from posthoc_cli.tracker.worker import ALONE, Crew
-
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.format import Path
-    from posthoc_cli.tracker.sketching import Sketcher
 
 HOST = torch.device("cpu")
 
@@ -143,6 +140,21 @@ class Accumulators:
         return made
 
 
+class PathRecorder(Protocol):
+    """What has the path of the weights: `tracker.sketching.Sketcher`."""
+
+    layout: Layout
+
+    def take(self, block: Range, mean: torch.Tensor) -> None:
+        """Take in a block of a window's mean."""
+
+    def end_window(self, t: float) -> None:
+        """All blocks of a window have been taken in."""
+
+    def path(self, t: float) -> Path | None:
+        """The path so far, and blocks taken in since."""
+
+
 @dataclass
 class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
@@ -157,7 +169,7 @@ class RunningAverages:
     accumulators: Accumulators | None = None
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sample = ()
-    sketcher: Sketcher | None = None
+    sketcher: PathRecorder | None = None
     known_path: Path | None = None
 
     def __post_init__(self) -> None:
