@@ -1,9 +1,9 @@
 """The path of the network's weights, projected to a few numbers at every fold: see `reconstruction.sketch`.
 
-All averaged weights of a group lie in a flat buffer; of statistics there is no path. Each element is multiplied by a
-random sign, and those at places that are equal modulo `NUMBERS` are added up. That is linear, and depends on the places
-of elements alone: not on threads, blocks or devices. Signs repeat after so many places that those in the cache serve
-for all, and then belong to other sums.
+All averaged weights of a group lie in a flat buffer; of statistics there is no path. Of rows of elements the first
+`NUMBERS` of each are multiplied by random signs, and added up. Rows of small groups are that long; of large ones one
+element in eight is taken, and a number of elements that divides no layer's, so that all columns of a matrix are met. It
+is linear, and depends on the places of elements alone: not on threads, blocks or devices.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from posthoc_cli.tracker.averages import Layout, Range
 NUMBERS = 64
 """D of a projection: squared lengths are right within 1 +- sqrt(2 / D), 0.18."""
 
-PERIOD = 262_147
-"""Places after which signs repeat: a prime, so that a motion that is alike in all rows of a matrix meets others in
-each, and 3 modulo `NUMBERS`."""
+SPARSE, LARGE = 521, 2**22
+"""The length of rows in groups of more elements than the second one."""
+
+SIGNS = 16_381
+"""Rows after which signs repeat, all with or all against those before. They stay in the cache."""
 
 MOST_WINDOWS = 1024
 """Windows of a sketch; where there are more, each two become one."""
@@ -48,12 +50,15 @@ class Sketcher:
         names = [(group.names, group.shapes, str(group.wide), set(group.names) <= set(averaged)) for group in layout]
         self._projection = xxhash.xxh3_64_intdigest(repr((part, names)).encode()) >> 1
         self._sketch: Sketch | None = None
-        self._spans, self._signs = [], []
+        self._spans, self._rows, self._signs, self._turns = [], [], [], []
         for index, group in enumerate(layout):
             spans = zip(group.names, pairwise(group.bounds), strict=True)
             self._spans.append([*_joined(span for name, span in spans if name in averaged)])
-            signs = _signs((part << 8) + index).to(group.device, group.wide)
-            self._signs.append(torch.cat((signs, signs.repeat(-(-group.fold_block // PERIOD))[: group.fold_block])))
+            self._rows.append(SPARSE if group.bounds[-1] > LARGE else NUMBERS)
+            signs = _signs(NUMBERS * SIGNS, 2 * ((part << 8) + index)).view(SIGNS, NUMBERS)
+            self._signs.append(signs.to(group.device, group.wide) * (self._rows[-1] / NUMBERS) ** 0.5)
+            repeats = group.bounds[-1] // (SIGNS * self._rows[-1]) + 1
+            self._turns.append(_signs(repeats, 2 * ((part << 8) + index) + 1).tolist())
         self._sums: dict[tuple[int, int], torch.Tensor] = {}
         self._pending: list[tuple[float, list[torch.Tensor]]] = []
 
@@ -95,15 +100,30 @@ class Sketcher:
 
     def _project(self, block: Range, values: torch.Tensor) -> torch.Tensor:
         """Shape [NUMBERS], float64; float32 on Apple's GPUs, which have none."""
-        total = values.new_zeros(NUMBERS, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+        length, exact = self._rows[block.group], torch.float32 if values.device.type == "mps" else torch.float64
+        total = values.new_zeros(NUMBERS, dtype=exact)
         for first, last in self._spans[block.group]:
             begin, end = max(first, block.begin), min(last, block.end)
-            if begin < end:
-                signs = self._signs[block.group][begin % PERIOD :][: end - begin]
-                signed = torch.nn.functional.pad(
-                    values[begin - block.begin : end - block.begin] * signs, (0, (begin - end) % NUMBERS)
-                )
-                total += signed.view(-1, NUMBERS).sum(dim=0).roll(begin % NUMBERS)
+            while begin < end:
+                row, column = divmod(begin, length)
+                turn, row = divmod(row, SIGNS)
+                signs, at = self._signs[block.group], begin - block.begin
+                rows = 0 if column else min((end - begin + length - NUMBERS) // length, SIGNS - row)
+                if rows:  # complete ones, but for elements between them
+                    part = values.as_strided((rows, NUMBERS), (length, 1), values.storage_offset() + at)
+                    sums = (part * signs[row : row + rows]).sum(dim=0)
+                    begin += rows * length
+                else:  # one that begins or ends in the middle
+                    part = values[at : at + min(end - begin, max(NUMBERS - column, 0))]
+                    sums = (
+                        torch.nn.functional.pad(
+                            part * signs[row, column : column + part.numel()], (column, NUMBERS - column - part.numel())
+                        )
+                        if part.numel()
+                        else 0.0
+                    )
+                    begin += length - column
+                total.add_(sums, alpha=self._turns[block.group][turn])
         return total
 
 
@@ -150,9 +170,9 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _signs(seed: int) -> torch.Tensor:
+def _signs(count: int, seed: int) -> torch.Tensor:
     """Signs that never change: the top bits of a mixing of 64 bits (splitmix64)."""
-    mixed = np.arange(PERIOD, dtype=np.uint64) + (np.uint64(seed) << np.uint64(32))
+    mixed = np.arange(count, dtype=np.uint64) + (np.uint64(seed) << np.uint64(32))
     with np.errstate(over="ignore"):
         mixed *= np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
