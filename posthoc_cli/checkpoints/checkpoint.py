@@ -61,6 +61,7 @@ class CheckpointInfo:
     run_id: str = ""
     left_out: tuple[str, ...] = ()
     measurements: None = None
+    sketch: str = ""
 
     @property
     def t(self) -> float:

@@ -130,9 +130,9 @@ ROUNDED = 6
 
 
 def reach(gammas: Sequence[float]) -> float:
-    """The time that a mean of these profiles may cover, relative to training so far; that of one alone has no limit."""
+    """The time that a mean of these profiles may cover, relative to training so far."""
     spread = max(gammas) - min(gammas)
-    return min(LONGEST, UNEVEN / spread) if spread else math.inf
+    return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
 
 def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) -> bool:

@@ -21,6 +21,7 @@ from posthoc_cli.reconstruction.prior import (
     measured_prior,
     misfit,
 )  # fmt: skip
+from posthoc_cli.reconstruction.sketch import Sketch
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,
@@ -36,7 +37,7 @@ from posthoc_cli.reconstruction.solving import (
 
 __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "Distance",
-    "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps",
+    "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Sketch", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
     "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "thinned_subset",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction.basis import order_of
 from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, expected_distances, fit_motion
+from posthoc_cli.reconstruction.sketch import Sketch
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
@@ -155,6 +156,7 @@ class Prior:
         steps: of the run; None if unknown.
         inherited: variance of each average from rounded snapshots that the run resumed from; None for none.
         doubt: how badly the motion explains the measured distances, see `_doubt`.
+        sketch: of the path of the weights; None if the hook took none.
     """
 
     motion: Motion
@@ -165,6 +167,7 @@ class Prior:
     steps: Steps | None = None
     inherited: FloatArray | None = None
     doubt: float = 0.0
+    sketch: Sketch | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
@@ -201,10 +204,10 @@ def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, mot
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
 
 
-def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
+def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
     """The prior from the measurements of a run's averages; `assumed_prior` without them.
 
-    The order of the averages changes only that of the arrays.
+    The order of the averages changes only that of the arrays. A `sketch` is of the path up to the last one.
     """
     known = [average.measurements for average in averages if average.measurements is not None]
     if not known or len(known) < len(averages):
@@ -231,8 +234,8 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
         motion, np.array([measurements.rounding for measurements in known]), arithmetic, norm,
-        MEASURED if distances or earlier is not None or still else ASSUMED, steps,
-        inherited if inherited.any() else None, _doubt(motion, distances, steps) if distances else 0.0,
+        MEASURED if distances or earlier is not None or still or sketch is not None else ASSUMED, steps,
+        inherited if inherited.any() else None, _doubt(motion, distances, steps) if distances else 0.0, sketch,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from posthoc_cli.reconstruction.basis import (
 )
 from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, inherited_factor, rounding_factor
+from posthoc_cli.reconstruction.sketch import Sketch
 
 # --- least squares
 
@@ -62,6 +63,11 @@ class LeastSquares:
     def solve(self, goals: FloatArray) -> FloatArray:
         """Shape [columns, goals]."""
         return self._spread(self._q_transposed @ goals)
+
+    @property
+    def leverage(self) -> FloatArray:
+        """How much of a change in each row of a goal the solution takes up, in [0, 1]: shape [rows]."""
+        return np.asarray(np.sum(self._q_transposed**2, axis=0))
 
     def inverse_factor(self) -> FloatArray:
         """W with W W^T = (factor^T factor)^-1 on the independent columns: shape [columns, rank]."""
@@ -187,6 +193,9 @@ class Losses:
 # --- minimum variance
 
 
+_LEAST_LEFT = 0.1
+"""Lower limit of what is left of a residual after a solution."""
+
 _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, far below that of any dtype."""
 
@@ -224,6 +233,10 @@ class MinimumVariance:
     Minimising it over c is a least-squares problem, whose residual is the expected squared error; the last coefficient
     is eliminated by the constraint. The second term is the published method; most networks are closer to a walk.
 
+    Where the path of the weights was sketched, the error of any coefficients is measured (see `sketch`), and that is
+    the error bar. What is minimised is the mean of the measured and the expected error: the projections are fewer than
+    the directions in which the weights move, and coefficients that suit them alone suit the others less.
+
     The profiles are at or before `t`, with their mass before the first update on it, in the order of the prior.
     """
 
@@ -237,12 +250,13 @@ class MinimumVariance:
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
         cells = cells_between(with_points(edges, self._stored, prior.steps), prior.steps)
         self._terms = _terms(prior, cells, self._stored)
-        self._rows = np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
+        self._root = np.sqrt(0.5) if self.is_measured else 1.0  # of the share of each kind of rows
+        self._rows = self._root * np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """What the other methods ask for."""
         columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
-        return Goals(targets, np.vstack(columns), np.sum(norms, axis=0))
+        return Goals(targets, self._root * np.vstack(columns), self._root**2 * np.sum(norms, axis=0))
 
     def made_of(self, coefficients: FloatArray) -> Goals:
         """The averages with these coefficients, as goals."""
@@ -266,26 +280,45 @@ class MinimumVariance:
                 solution[:, column] = np.arange(len(self._stored)) == exact[target]
         return self._as_given(solution)
 
-    def expected_squares(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+    def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
         """E |error|^2 of each target with its own column of coefficients, any with sum 1: shape [targets].
 
-        What comes from motion is widened where the motion is in doubt; what comes from rounding was measured.
+        What comes from motion is measured, or else widened where the motion is in doubt; what comes from rounding was
+        measured. Of coefficients that were `solved` for, each measured number is as if it had been left out.
         """
         ordered = coefficients[self._order]
-        missed = np.sum((self._rows @ ordered - goals.columns) ** 2, axis=0)
-        widened = (goals.unreachable + missed) * np.exp(2 * _WIDENING * self.doubt)
-        return np.asarray(widened + np.sum((self._rounding @ ordered) ** 2, axis=0))
+        missed = self._rows @ ordered - goals.columns
+        if not self.is_measured:
+            motion = (goals.unreachable + np.sum(missed**2, axis=0)) * np.exp(2 * _WIDENING * self.doubt)
+        else:
+            measured = missed[self._measured] / (self._left_out[:, None] if solved else 1.0)
+            motion = np.sum(measured**2, axis=0) / self._root**2
+        return np.asarray(motion + np.sum((self._rounding @ ordered) ** 2, axis=0))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the errors of any coefficients are measured, see `sketch`."""
+        return self._prior.sketch is not None
+
+    @cached_property
+    def _measured(self) -> slice:
+        """The rows of measured errors."""
+        numbers = 0 if self._prior.sketch is None else sum(self._prior.sketch.means.shape) + 1
+        return slice(self._rows.shape[0] - numbers, self._rows.shape[0])
+
+    @cached_property
+    def _left_out(self) -> FloatArray:
+        """What a residual of each of these rows is, relative to what it would be had it not been solved for."""
+        return np.maximum(1 - self._problem.leverage[self._measured], _LEAST_LEFT)
 
     @property
     def doubt(self) -> float:
         """That of the motion, beyond what is usual."""
         return max(0.0, self._prior.doubt - _SURE)
 
-    def expected_errors(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+    def expected_errors(self, squares: FloatArray, goals: Goals) -> FloatArray:
         """The roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
-        apart = np.sum(self._rows**2, axis=0)[:, None] - 2 * self._rows.T @ goals.columns + goals.squares
-        norms = self._norms(np.maximum(apart, 0.0))
-        errors = np.sqrt(self.expected_squares(coefficients, goals))
+        norms, errors = self._norms(goals), np.sqrt(squares)
         found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
         return np.where((norms > 0) | (errors > 0), found, 0.0)
 
@@ -295,16 +328,27 @@ class MinimumVariance:
         columns = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.norms.size))))
         return Losses(self._as_given(self._stacked.T).T, columns, goals.unreachable)
 
-    def _norms(self, apart: FloatArray) -> FloatArray:
-        """Probable norms of targets, by the averages' squared distances from them: shape [n, targets] to [targets].
+    def _norms(self, goals: Goals) -> FloatArray:
+        """Probable norms of targets: shape [targets].
 
         The root mean square of the averages' norms, weighted by nearness; the norm of the nearest alone would jump by
         up to a tenth between lengths. Weights fall with the fourth power of the distance, so that many far averages do
-        not outweigh the nearest.
+        not outweigh the nearest. What a sketch says of the difference of two norms is added.
         """
+        apart = np.sum(self._rows**2, axis=0)[:, None] - 2 * self._rows.T @ goals.columns + goals.squares
         apart = np.maximum(apart, np.finfo(np.float64).tiny)  # 0 if the target is stored
         weight = (apart.min(axis=0) / apart) ** 2
-        return np.asarray(np.sqrt(self._prior.norm @ weight / weight.sum(axis=0)))
+        norms = self._prior.norm[:, None]
+        if (sketch := self._prior.sketch) is not None:
+            first, numbers = (
+                sketch.means[:1].T,
+                slice(self._measured.start, self._measured.start + sketch.means.shape[1]),
+            )
+            own, wanted = (
+                np.sum((first + rows[numbers] / self._root) ** 2, axis=0) for rows in (self._rows, goals.columns)
+            )
+            norms = np.maximum(norms + wanted - own[:, None], np.minimum(norms, wanted) / 2)
+        return np.asarray(np.sqrt(np.sum(norms * weight, axis=0) / weight.sum(axis=0)))
 
     @cached_property
     def _rounding(self) -> FloatArray:
@@ -377,10 +421,24 @@ class _Sum:
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum]:
+@dataclass(frozen=True)
+class _Sketched:
+    """The errors that were measured: of projections, and unseen ones."""
+
+    sketch: Sketch
+
+    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
+        return self.of_targets(profiles)[0]
+
+    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        columns = np.vstack(self.sketch.measured(targets))
+        return columns, np.asarray(np.sum(columns**2, axis=0))
+
+
+def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum | _Sketched]:
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
-    terms: list[_Integral | _Sum] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Integral | _Sum | _Sketched] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
     if few.size:
         terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
     if noise.any():
@@ -389,6 +447,8 @@ def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[
         terms.append(_Integral(densities, np.sqrt(noise * cells.duration), most))
         if few.size:
             terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
+    if prior.sketch is not None:
+        terms.append(_Sketched(prior.sketch))
     return terms
 
 
@@ -550,39 +610,61 @@ class _Problem:
         if method == METHODS[0]:
             own = self._variance.solve(goals, at_once)
             columns = np.where(np.isnan(columns) | (not self._may_blend), own, columns)
-            columns = self._nearer(columns, goals)
-            best, there = (self._variance.expected_squares(found, goals) for found in (own, columns))
-            gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
-            gain *= np.exp(_CAUTION * self._variance.doubt)
-            sure, none = self._gains
-            columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (columns - own)
+            blend = self._measured if self._variance.is_measured else self._blended
+            columns, expected = blend(own, columns, goals)
         elif np.isnan(columns).any():
             reason = "none of its mass lies before the last snapshot in use"
             raise InvalidValueError("target", reason, "use the time of a snapshot")
+        else:
+            expected = self._variance.expected_squares(columns, goals)
         # || sum_i c_i p_i - p || / || p ||, outside and inside of the span of the basis.
         unreachable = np.maximum(norms - np.sum(profiles**2, axis=0), 0.0)
         errors = np.sqrt((unreachable + np.sum((self._factor @ columns - profiles) ** 2, axis=0)) / norms)
         for column, row in stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
-        return columns, self._variance.expected_errors(columns, goals), errors
+        return columns, self._variance.expected_errors(expected, goals), errors
+
+    def _measured(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
+        """Of these coefficients and those of the newest snapshots alone, the ones of least error, and its square."""
+        columns, squares = own.copy(), self._variance.expected_squares(own, goals, solved=True)
+        for others in (published, *self._newest(goals)):
+            found = self._variance.expected_squares(others, goals)
+            columns = np.where(found < squares, others, columns)
+            squares = np.minimum(found, squares)
+        return columns, squares
+
+    def _blended(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
+        """Coefficients between both, the nearer to the published ones, the smaller the gain, and the error's square."""
+        columns = self._nearer(published, goals)
+        best, there = (self._variance.expected_squares(found, goals) for found in (own, columns))
+        gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
+        gain *= np.exp(_CAUTION * self._variance.doubt)
+        sure, none = self._gains
+        columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (columns - own)
+        return columns, self._variance.expected_squares(columns, goals)
 
     def _nearer(self, columns: FloatArray, goals: Goals) -> FloatArray:
         """The same coefficients, or those of a newest snapshot alone where that is expected to be clearly nearer."""
         squares = self._variance.expected_squares(columns, goals)
         columns, most = columns.copy(), _CLEARLY_NEARER if self._variance.doubt else _NEARER
+        for alone in self._newest(goals):
+            found = self._variance.expected_squares(alone, goals)
+            nearer = found < most * squares
+            columns[:, nearer], squares = alone[:, nearer], np.where(nearer, found / most, squares)
+        return columns
+
+    def _newest(self, goals: Goals) -> Iterator[FloatArray]:
+        """The coefficients of each newest snapshot alone, for all targets."""
         for snapshot, row in self._snapshots.items():
             if snapshot.t == self._last:
-                alone = np.repeat(np.eye(columns.shape[0])[:, [row]], columns.shape[1], axis=1)
-                found = self._variance.expected_squares(alone, goals)
-                nearer = found < most * squares
-                columns[:, nearer], squares = alone[:, nearer], np.where(nearer, found / most, squares)
-        return columns
+                yield np.repeat(np.eye(len(self._snapshots))[:, [row]], goals.norms.size, axis=1)
 
     def error_of(self, made: Combination) -> float:
         """The predicted error of exactly these coefficients: that of the stored copies."""
         column = made.coefficients[:, None]
-        return float(self._variance.expected_errors(column, self._variance.made_of(column))[0])
+        goals = self._variance.made_of(column)
+        return float(self._variance.expected_errors(self._variance.expected_squares(column, goals), goals)[0])
 
     @cached_property
     def _published(self) -> LeastSquares:

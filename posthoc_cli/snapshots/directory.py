@@ -334,7 +334,10 @@ def _is_replaced(parts: Sequence[Snapshot]) -> bool:
     return len({part.info.off_schedule for part in parts}) > 1
 
 
-_OWN = ("tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "sample", "part", "chunks", "mesh")
+_OWN = (
+    "tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part", "chunks",
+    "mesh",
+)  # fmt: skip
 """Metadata in which parts may differ."""
 
 
@@ -368,6 +371,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
         measurements=sum_of_parts([part.info.measurements for part in parts]),
         motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
         sample=joined_sample([(part.info.sample, own) for part, own in zip(parts, joined.sampled, strict=True)]),
+        sketch=fmt.joined_path([part.info.sketch for part in parts]),
         part=None, chunks={},
     )  # fmt: skip
     made = (Part(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))

@@ -44,6 +44,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
                       all snapshots so far, also of those deleted since; see below. May be missing
     ema.sample        base64 of little-endian float32 values: of some elements of the averaged tensors the network's at
                       the time of the last update, then as many of the exact average; see below. May be missing
+    ema.sketch        base64 of random projections of the network's path up to `t`; see below. May be missing
     ema.part          "3/8" in the third of eight parts of a snapshot; see below. May be missing, as the next two
     ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the first element in it},
                       for each tensor of a part
@@ -77,6 +78,13 @@ step, summed over all elements, one number an interval each, none negative.
 The elements of a sample: of the names of averaged tensors with elements, sorted and counted from 0, number n of N has
 for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name") modulo its number of elements, each
 index once; in the order of names, then indices. A part has those that are in it, by the complete tensors of all parts.
+
+A sketch is of the weights' means over K windows, from the first update to the one at `t`, each projected to D numbers
+(see `tracker.sketching`). Little-endian: four 8-byte whole numbers, K, D, 2 or 4, and what tells a projection from
+others; in float64 the time of the first update and of the last one in each window, the folds that each is made of, the
+mean squared distance of their weights from the window's mean, and a factor; in float32 D numbers for each window, or,
+with the 2, for the first one only, and in float16 for each other one its numbers less those of the one before, divided
+by the factor. Of parts the numbers and the squares add up.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -117,6 +125,7 @@ low), of F64 high alone. The copies are named `copy/<name>`. There are no tensor
     ema.window           number of updates in the mean
     ema.folded_t         time of the update at which a mean was last taken into the averages
     ema.inherited        JSON list: ema.inherited of each profile
+    ema.sketch           as of a snapshot, exact, up to ema.folded_t; empty where there is none
     ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
@@ -146,7 +155,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -155,8 +164,16 @@ import xxhash
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import Clock, Discrete, Point, RecordedPowerFunction, StoredProfile, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import Measurements, Motion, Steps, StoredAverage
+from posthoc_cli.profiles import (
+    Clock,
+    Discrete,
+    FloatArray,
+    Point,
+    RecordedPowerFunction,
+    StoredProfile,
+    gamma_from_sigma_rel,
+)
+from posthoc_cli.reconstruction import Measurements, Motion, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.selection import Selection
 
@@ -266,6 +283,7 @@ class SnapshotInfo:
     measurements: Measurements | None = None
     motion: Motion | None = None
     sample: str = ""
+    sketch: str = ""
     part: tuple[int, int] | None = None
     chunks: dict[str, Chunk] = field(default_factory=dict)
     mesh: dict[str, Any] = field(default_factory=dict)
@@ -330,8 +348,8 @@ class OutputInfo:
 
 
 OPTIONAL = (
-    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "sample", "part", "chunks",
-    "mesh", "session",
+    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part",
+    "chunks", "mesh", "session",
 )  # fmt: skip
 """Metadata that a snapshot may lack."""
 
@@ -454,3 +472,84 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
         raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
     values = np.frombuffer(data, "<f4").astype(np.float32)
     return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+# --- the sketch of the path
+
+MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
+_LARGEST = 2.0**14
+"""Of differences in float16, which leaves 28 binary orders below with all their digits."""
+
+
+_MOST = 1e60
+"""Larger numbers are not used: products of them overflow."""
+
+
+class Path(NamedTuple):
+    """A sketch, and what tells its projection from others: of which tensors it is, and by which signs."""
+
+    projection: int
+    sketch: Sketch
+
+
+def encode_path(path: Path, exact: bool = False) -> str:
+    """A sketch as a header has it, or `exact`, as a state does; nothing where a number is not finite."""
+    sketch, means = path.sketch, path.sketch.means.astype("<f4")
+    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
+        return ""
+    steps = np.diff(means.astype(np.float64), axis=0)
+    factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
+    counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
+    known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor])).astype("<f8")
+    parts = (counts, known, means) if exact else (counts, known, means[:1], (steps / factor).astype("<f2"))
+    return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
+
+
+def decode_path(text: str) -> Path:
+    """The same; a ValueError if it is no sketch."""
+    (windows, _, size, projection), (*known, factor), means, steps = _path_arrays(text)
+    edges, folds, spread = np.split(np.array(known), [windows + 1, 2 * windows + 1])
+    if size == 2:
+        means = np.concatenate((means, means + np.cumsum(steps * factor, axis=0)))
+    return Path(projection, Sketch(edges, folds, means, spread))
+
+
+def check_path(text: str) -> str:
+    """The same text, or a ValueError."""
+    if text:
+        _path_arrays(text)
+    return text
+
+
+def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArray]:
+    """The four whole numbers, what is known of the windows and the factor, and the numbers in float32 and float16."""
+    data = base64.b64decode(text, validate=True)
+    counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
+    windows, numbers, size, _ = counts
+    if not (0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)):
+        raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
+    first = 32 + 8 * (3 * windows + 2)
+    rest = first + 4 * numbers * (windows if size == 4 else 1)
+    if len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
+        raise ValueError(f"has {len(data):,} bytes, which are not {windows:,} windows of {numbers:,} numbers")
+    pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
+    known, means, steps = (np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces)
+    times = known[: windows + 1]
+    in_order = 0 < times[0] <= times[1] and np.all(np.diff(times[1:]) > 0)
+    if not (in_order and np.all(known >= 0) and np.all(known[windows + 1 : 2 * windows + 1] >= 1)):
+        raise ValueError("its times must grow, and no number be negative")
+    if not all(np.abs(part).max(initial=0.0) < _MOST for part in (known, means, steps)):
+        raise ValueError(f"its numbers must be below {_MOST:g}")
+    return counts, known, means.reshape(-1, numbers), steps.reshape(-1, numbers)
+
+
+def joined_path(texts: Sequence[str]) -> str:
+    """The sketch of a snapshot, from those of its parts; nothing unless all have one of the same windows."""
+    if not all(texts):
+        return ""
+    paths = [decode_path(text) for text in texts]
+    first = paths[0].sketch
+    if any(one.means.shape != first.means.shape or not np.array_equal(one.edges, first.edges) for _, one in paths[1:]):
+        return ""
+    means, spread = sum(path.sketch.means for path in paths), sum(path.sketch.spread for path in paths)
+    return encode_path(Path(0, Sketch(first.edges, first.folds, np.asarray(means), np.asarray(spread))), exact=True)

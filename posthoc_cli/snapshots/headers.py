@@ -25,7 +25,7 @@ from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.format import decode_sample
+from posthoc_cli.snapshots.format import check_path, decode_sample
 from posthoc_cli.snapshots.selection import GLOBS, Selection
 
 T = TypeVar("T")
@@ -497,6 +497,7 @@ _TRACKED: dict[str, Callable[[Any], bool]] = {
 
 SCHEDULE = replace(OBJECT, convert=_schedule)
 PART = replace(TEXT, convert=_part, optional=True)
+SKETCH = replace(TEXT, convert=check_path)
 
 _ENTRIES = {
     "run_id": RUN_ID,
@@ -520,6 +521,7 @@ _ENTRIES = {
     "measurements": replace(OBJECT, convert=_measurements, optional=True),
     "motion": replace(OBJECT, convert=_motion, optional=True),
     "sample": replace(TEXT, convert=_sample, optional=True),
+    "sketch": replace(SKETCH, optional=True),
     "part": PART,
     "chunks": replace(OBJECT, optional=True),
     "mesh": Entry("an object of shape and names", _is_mesh, optional=True),

@@ -34,6 +34,7 @@ from posthoc_cli.reconstruction import (
     StoredAverage,
     measured_prior,
 )
+from posthoc_cli.snapshots.format import decode_path
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader
 from posthoc_cli.snapshots.sources import FileSource, Source, chosen_up_to
 from posthoc_cli.snapshots.tensor_file import decode_values
@@ -52,7 +53,11 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     averages = [source.info.average(source.profile) for source in ordered]
     if sampled := any(source.info.measurements is None for source in on_disk):
         averages[: len(on_disk)] = with_sampled_measurements(on_disk)
-    prior = measured_prior(averages)
+    last = max(
+        (source.info.t for source in ordered), default=0.0
+    )  # what an earlier one shows of the path ends too soon
+    text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
+    prior = measured_prior(averages, decode_path(text).sketch if text else None)
     place = {id(source): index for index, source in enumerate(ordered)}
     return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
 

@@ -80,6 +80,10 @@ class SourceInfo(Protocol):
     def measurements(self) -> Measurements | None:
         """What was measured of it; None where it must be estimated."""
 
+    @property
+    def sketch(self) -> str:
+        """The weights' path up to its time, see `format.encode_path`; empty where it is unknown."""
+
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """What reconstruction uses of it, with this profile where that is no power function."""
 

@@ -69,6 +69,7 @@ class StateInfo:
     inherited: tuple[float, ...]
     schedule: fmt.TrackingSchedule
     clock: tuple[float, ...]
+    sketch: str
     snapshots: tuple[str, ...]
 
 
@@ -84,6 +85,7 @@ _ENTRIES = {
     "step": WHOLE, "t": AMOUNT, "t_unit": headers.TEXT, "sigma_rels": AMOUNTS, "averages_t": AMOUNT,
     "averages_step": WHOLE, "t_first": AMOUNT, "max_interval": AMOUNT, "updates": _COUNT, "window": WHOLE,
     "folded_t": AMOUNT, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS,
+    "sketch": headers.SKETCH,
 }  # fmt: skip
 """What each entry of a state must be, of a file as of a tracker's `state_dict()`."""
 

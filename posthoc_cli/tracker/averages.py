@@ -33,7 +33,7 @@ Relative L2 error against sums in float64, sigma_rel 0.05 / 0.28, the largest at
 
 Reading rounds to float32, which is 2.3e-8 of this.
 
-Averages of float64 parameters are float64, and take in every value at once; their mean is for `on_fold` only.
+Averages of float64 parameters are float64, and take in every value at once; their mean is for `sketcher` only.
 
 Tensors of one device and dtype form a group and lie end to end in one flat buffer. A block is a range of such a buffer
 that stays in the cache while it is worked on: thousands of small tensors cost no more calls than a few large ones.
@@ -43,15 +43,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from posthoc_cli.profiles import ROUNDED, gamma_from_sigma_rel, new_value_share, window_ends
+from posthoc_cli.snapshots.format import Path
 from posthoc_cli.tracker.worker import ALONE, Crew
 
 HOST = torch.device("cpu")
@@ -139,14 +141,28 @@ class Accumulators:
         return made
 
 
+class PathRecorder(Protocol):
+    """What has the path of the weights: `tracker.sketching.Sketcher`."""
+
+    layout: Layout
+
+    def take(self, block: Range, mean: torch.Tensor) -> None:
+        """Take in a block of a window's mean."""
+
+    def end_window(self, t: float) -> None:
+        """All blocks of a window have been taken in."""
+
+    def path(self, t: float) -> Path | None:
+        """The path so far, and blocks taken in since."""
+
+
 @dataclass
 class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
 
     There are no accumulators before the first update. A copy is as its tensor was at the last, never changed in place.
-    `sample` is of the model's values then, where known. In each fold, `on_fold` is called for each block of the
-    window's mean, as the first profile weights it, before any average has it: with the block, its values (valid
-    during the call), and the number of the thread. The window is from `standing.folded_t` to the time of the update.
+    `sample` is of the model's values then, where known. In each fold, `sketcher` gets each block of the window's mean,
+    as the first profile weights it; `known_path` is what it goes on from, or of a reading what it gave.
     """
 
     sigma_rels: tuple[float, ...]
@@ -154,7 +170,8 @@ class RunningAverages:
     accumulators: Accumulators | None = None
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sample = ()
-    on_fold: Callable[[Range, torch.Tensor, int], None] | None = None
+    sketcher: PathRecorder | None = None
+    known_path: Path | None = None
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
@@ -210,6 +227,8 @@ class RunningAverages:
                     self._fold(kept, part, newest, after.window, factors, masses, thread)
 
         crew.each(work, values.blocks)
+        if folds and self.sketcher is not None:
+            self.sketcher.end_window(t)
         self.copies = copies
         self.standing = replace(after, window=0, folded_t=t) if folds else after
 
@@ -229,8 +248,8 @@ class RunningAverages:
         for profile, (share, mass) in enumerate(zip(shares, masses, strict=True)):
             low, rest = scratch
             taken = newest if window == 1 else torch.lerp(mean, newest, share, out=rest)
-            if profile == 0 and self.on_fold is not None:
-                self.on_fold(block, taken, thread)
+            if profile == 0 and self.sketcher is not None:
+                self.sketcher.take(block, taken)
             if taken.dtype == torch.float64:
                 return  # these averages have it already
             high = kept.high[profile].flats[at][where]
@@ -261,6 +280,21 @@ class RunningAverages:
             torch.sub(kept.mean.flats[at][where], high, out=rest)
             torch.lerp(found, rest, self.standing.masses(self.gammas)[profile], out=found)
         return found.add_(high)
+
+    @torch.no_grad()
+    def path(self, crew: Crew = ALONE, exact: bool = False) -> Path | None:
+        """The path of the weights up to the last update, values since the last fold as one window unless `exact`."""
+        kept, sketcher, standing = self.accumulators, self.sketcher, self.standing
+        if kept is None or sketcher is None:
+            return None
+        if standing.window and not exact:
+
+            def work(block: Range, _: int) -> None:
+                mean = kept.mean.flats[block.group][block.where]
+                sketcher.take(block, mean)
+
+            crew.each(work, blocks_of(kept.layout))
+        return sketcher.path(standing.t)
 
     def copy_to(self, room: Accumulators) -> None:
         """Copy all that the averages are kept in; `room` fits them."""

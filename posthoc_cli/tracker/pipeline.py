@@ -45,6 +45,7 @@ from posthoc_cli.tracker.measuring import StorageLayout, read_ranges, stage
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
+from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import Reading, Snapshotter
 from posthoc_cli.tracker.staging import (
     DeviceStreams,
@@ -326,20 +327,23 @@ class Pipeline:
         if self._refusal is not None:
             raise self._refusal
 
-    def _outline(self, known: Tracking) -> Tracking:
-        """The same with copies on the host, and without averages."""
-        averages = known.averages
+    def _outline(self, known: Tracking, exact: bool = False) -> Tracking:
+        """The same with copies on the host, and without averages; the path's sketch is as it would be stored."""
+        averages, path = known.averages, known.averages.known_path
         with self._streams.beside_training():
+            if averages.sketcher is not None and averages.accumulators is not None:
+                path = averages.path(self._crew_for(averages.accumulators.layout), exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
             sample = tuple((numbers, values.to("cpu")) for numbers, values in averages.sample)
-        return replace(known, averages=RunningAverages(averages.sigma_rels, averages.standing, None, copies, sample))
+        read = RunningAverages(averages.sigma_rels, averages.standing, None, copies, sample, known_path=path)
+        return replace(known, averages=read)
 
     def _exact_copy(self, known: Tracking, room: Accumulators | None) -> Tracking | None:
         """The same with averages in `room`; None where it does not fit them."""
         kept = known.averages.accumulators if known.averages.exist else None
         if kept is not None and not (room is not None and room.fits(kept)):
             return None
-        made = self._outline(known)
+        made = self._outline(known, exact=True)
         if kept is not None and room is not None:
             with self._streams.beside_training():
                 known.averages.copy_to(room)
@@ -433,10 +437,23 @@ class Pipeline:
             self._make_room(reader.layout)  # before anything is changed: memory may be short
         name = None if reader.surely_finite(crew) else nonfinite_part(update.parts)
         if name is None:
+            self._sketch(averages, reader.layout, now.tracked)
             averages.update_(reader, update.copies, progress.t, progress.step, crew)
             averages.sample = self._sample_of(update.parts, now.tracked)
         self.now = replace(now, progress=progress, averages=averages)
         return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
+
+    def _sketch(self, averages: RunningAverages, layout: Layout, tracked: TrackedModel) -> None:
+        """Have the path sketched from the first update on, or from where it is known."""
+        before, sketcher = averages.known_path, averages.sketcher
+        if sketcher is not None and sketcher.layout != layout:
+            before, sketcher = averages.path(), None
+        if sketcher is None and (before is not None or not averages.exist):
+            averaged = frozenset(name for name, own in tracked.tensors.items() if own.role == "average")
+            sketcher = Sketcher(layout, averaged, 0 if tracked.members is None else tracked.members.rank)
+            if before is not None and not sketcher.goes_on(before):  # of a model in other parts
+                sketcher = None
+        averages.sketcher, averages.known_path = sketcher, None
 
     def _sample_of(self, parts: Mapping[str, Sequence[torch.Tensor]], tracked: TrackedModel) -> Sample:
         """A sample of values in this place: the model itself, or the memory that holds copies of it."""

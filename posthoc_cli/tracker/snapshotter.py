@@ -40,7 +40,14 @@ from posthoc_cli.snapshots.directory import (
     set_aside,
     snapshot_path,
 )
-from posthoc_cli.snapshots.format import BLOCK_BYTES, SnapshotInfo, TensorSpec, encode_sample, snapshot_metadata
+from posthoc_cli.snapshots.format import (
+    BLOCK_BYTES,
+    SnapshotInfo,
+    TensorSpec,
+    encode_path,
+    encode_sample,
+    snapshot_metadata,
+)
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.pruning import on_schedule, thin
@@ -114,6 +121,7 @@ def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> 
     """What snapshots of a state's averages would say of themselves, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
     knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
+    sketch = "" if averages.known_path is None else encode_path(averages.known_path)
     return [
         SnapshotInfo(
             run_id=state.run_id, sigma_rel=sigma_rel, gamma=gamma,
@@ -121,7 +129,7 @@ def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> 
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
             selection=settings.selection, updates=standing.updates,
-            inherited=inherited, off_schedule=off_schedule, chunks=tracked.chunks,
+            inherited=inherited, off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
             part=members.part if members else None, mesh=members.mesh if members else {},
             session=members.session if members else 0,
         )

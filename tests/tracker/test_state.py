@@ -308,7 +308,7 @@ def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, state: dict, t
 
 def test_an_entry_that_is_missing_is_named(tmp_path: Path, state: dict) -> None:
     tracker = Run(tmp_path).tracker
-    assert len(state) == 21
+    assert len(state) == 22
     for key in state:
         without = {name: value for name, value in state.items() if name != key}
         with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):

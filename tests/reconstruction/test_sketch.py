@@ -1,0 +1,104 @@
+"""Errors measured by a sketch of the weights' path, against paths whose averages the test itself sums in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Motion, Prior, Sketch, reconstruct
+
+T, SIZE = 600, 40
+FloatArray = np.ndarray
+
+
+def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
+    """Of the weights after each step: shape [profiles, SIZE]."""
+    steps = np.arange(1, T + 1)
+    until = [np.minimum(steps / profile.t, 1.0) ** (profile.gamma + 1) for profile in profiles]
+    return np.diff(np.array(until), axis=1, prepend=0.0) @ path
+
+
+def sketch_of(path: FloatArray, length: int) -> Sketch:
+    """The first step alone, then means of `length` steps each, as the hook makes them; not projected at all."""
+    ends = np.unique([1, *range(1 + length, T, length), T])
+    windows = np.split(path, ends[:-1])
+    means = np.array([window.mean(axis=0) for window in windows])
+    spread = [np.sum((window - mean) ** 2, axis=1).mean() for window, mean in zip(windows, means, strict=True)]
+    return Sketch(np.append(1.0, ends), np.diff(ends, prepend=0).astype(float), means, np.array(spread))
+
+
+def wave(periods: float, amplitude: float) -> FloatArray:
+    """About one place, in one direction."""
+    place, direction = np.random.default_rng(1).standard_normal((2, SIZE))
+    return place + amplitude * np.sin(2 * np.pi * periods * np.arange(1, T + 1) / T + 1)[:, None] * direction
+
+
+def walk() -> FloatArray:
+    """Independent steps."""
+    random = np.random.default_rng(2)
+    return random.standard_normal(SIZE) + np.cumsum(0.02 * random.standard_normal((T, SIZE)), axis=0)
+
+
+SNAPSHOTS = [PowerFunction.from_sigma_rel(s, float(t)) for s in (0.05, 0.28) for t in range(30, T + 1, 30)]
+TARGETS = [PowerFunction.from_sigma_rel(s, float(T)) for s in (0.03, 0.08, 0.15, 0.28)]
+
+
+def measured(path: FloatArray, length: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Actual, published and predicted errors of what comes from snapshots stored in float16."""
+    stored = averages(path, SNAPSHOTS)
+    rounding = stored.astype(np.float16) - stored
+    norm = np.sum(stored**2, axis=1)
+    # As the distances of successive snapshots show it where a wave is in step with them: almost none.
+    still = Motion(np.array([1.0, T]), np.array([1e-9]), np.zeros(1))
+    prior = Prior(still, np.sum(rounding**2, axis=1), 0 * norm, norm, "measured", sketch=sketch_of(path, length))
+    truth = averages(path, TARGETS)
+    size = np.linalg.norm(truth, axis=1)
+
+    def errors(method: str) -> FloatArray:
+        made = reconstruct(SNAPSHOTS, TARGETS, method, prior, float(T))
+        return np.linalg.norm(made.coefficients.T @ (stored + rounding) - truth, axis=1) / size
+
+    predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
+    return errors("minvar"), errors("paper"), predicted
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize(
+    "path", [wave(20, 1.0), wave(20, 0.1), wave(2.5, 0.5), walk()], ids=["in step", "small", "slow", "walk"]
+)
+def test_errors_are_bounded_and_predicted_whatever_the_motion(path: FloatArray, length: int) -> None:
+    """The motion that distances of snapshots tell is wrong by orders of magnitude here."""
+    error, paper, predicted = measured(path, length)
+    assert np.all(error <= 1.05 * paper)
+    assert np.all(error < 2 * predicted)
+    assert length > 1 or np.all(predicted < 2 * error)
+
+
+def test_the_error_of_single_updates_is_measured_exactly() -> None:
+    path = wave(7, 0.3)
+    sketch = sketch_of(path, 1)
+    stored, wanted = SNAPSHOTS[:3], TARGETS[:1]
+    seen, unseen = sketch.measured([*stored, *wanted])
+    exact = averages(path, [*stored, *wanted]) - path[0]
+    # Power functions hold their mass before the first update on it, as the sums here do.
+    np.testing.assert_allclose(seen.T, exact, atol=1e-12)
+    assert not unseen.any()
+
+
+def test_motion_within_windows_is_known_by_its_size() -> None:
+    """Weights that alternate are not seen by means of two: the spread of the windows tells."""
+    path = np.where(np.arange(T) % 2, 1.0, -1.0)[:, None] * 0.3 * np.random.default_rng(4).standard_normal(SIZE) + 1
+    sketch = sketch_of(path, 2)
+    assert np.abs(np.diff(sketch.means[1:-1], axis=0)).max() < 1e-12
+    error, _, predicted = measured(path, 2)
+    assert np.all(error < 3 * predicted)
+
+
+def test_a_path_of_one_window_or_two_has_an_error_too() -> None:
+    """That of a run with few updates."""
+    for count in (1, 2):
+        means = np.arange(count * SIZE, dtype=float).reshape(count, SIZE)
+        sketch = Sketch(np.arange(count + 1.0) + 1, np.full(count, 2.0), means, np.ones(count))
+        for rows in sketch.measured(TARGETS):
+            assert np.isfinite(rows).all()

@@ -1,0 +1,163 @@
+"""The sketch of the weights' path that the hook takes at folds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from posthoc_cli import PostHocEMA, disk_sources
+from posthoc_cli.reconstruction import Sketch
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.tracker import sketching
+from posthoc_cli.tracker.averages import blocks_of, lay_out
+
+
+def trained(tracker: PostHocEMA, model: torch.nn.Module, first: int, last: int) -> None:
+    """A step that depends on its number alone, and on the weights."""
+    for step in range(first, last + 1):
+        random = torch.Generator().manual_seed(step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=random))
+        tracker.update_(model)
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(70, 50), torch.nn.BatchNorm1d(50), torch.nn.Linear(50, 3))
+
+
+def tracker_of(net: torch.nn.Module, folder: Path, **options: object) -> PostHocEMA:
+    return PostHocEMA.from_model(net, folder, update_every=1, checkpoint_every=50, sigma_rels=(0.05, 0.28), **options)  # type: ignore[arg-type]
+
+
+def sketches(folder: Path) -> dict[int, str]:
+    """The text of each snapshot's, by step."""
+    return {source.info.step: source.info.sketch for source in disk_sources(folder)}
+
+
+def test_snapshots_tell_the_length_of_the_path(tmp_path: Path) -> None:
+    """Of 64 numbers and 199 steps within 0.2. Statistics, which move far here, are no part of it."""
+    net = model()
+    with tracker_of(net, tmp_path) as tracker:
+        for step in range(200):
+            net[1].running_mean.fill_(1000.0 * step)  # type: ignore[union-attr, operator]
+            trained(tracker, net, step + 1, step + 1)
+    path = fmt.decode_path(sketches(tmp_path)[200])
+    assert path.sketch.edges[0] == 1 and path.sketch.edges[-1] == 200 and path.sketch.folds.sum() == 200
+    squared = np.sum(np.diff(path.sketch.means, axis=0) ** 2, axis=1)
+    expected = 0.02**2 * sum(p.numel() for p in net.parameters())
+    assert squared.mean() == pytest.approx(expected, rel=0.2)
+
+
+def test_many_windows_become_half_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for most in (512, 20):
+        monkeypatch.setattr(sketching, "MOST_WINDOWS", most)
+        net = model()
+        with tracker_of(net, tmp_path / str(most)) as tracker:
+            trained(tracker, net, 1, 150)
+        found[most] = fmt.decode_path(sketches(tmp_path / str(most))[150]).sketch
+    fine, coarse = found[512], found[20]
+    assert 10 <= len(coarse.folds) <= 21 < len(fine.folds)
+    assert set(coarse.edges) < set(fine.edges) and coarse.folds.sum() == fine.folds.sum() == 150
+    whole = [sketch.folds @ sketch.means for sketch in (fine, coarse)]
+    # Differences of 0.3 in float16, 150 of them: 7e-5 each, 9e-4 in a mean, 0.13 in a sum over 150 folds.
+    np.testing.assert_allclose(*whole, atol=0.5)
+    steps = np.diff(fine.means, axis=0)
+    # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
+    n = coarse.folds[1]
+    assert coarse.spread[1:-1].mean() == pytest.approx(np.sum(steps**2, axis=1).mean() * (n - 1 / n) / 6, rel=0.3)
+
+
+def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
+    """From an exact state to the last bit; from snapshots it goes on, by what they hold of it."""
+    net = model()
+    with tracker_of(net, tmp_path / "straight") as tracker:
+        trained(tracker, net, 1, 150)
+    for name in ("exact", "snapshots"):
+        net = model()
+        with tracker_of(net, tmp_path / name, keep_state=name == "exact") as tracker:
+            trained(tracker, net, 1, 100)
+        with PostHocEMA.from_path(tmp_path / name, net) as tracker:
+            trained(tracker, net, 101, 150)
+    straight, exact, rounded = (sketches(tmp_path / name)[150] for name in ("straight", "exact", "snapshots"))
+    assert exact == straight
+    one, other = fmt.decode_path(straight).sketch, fmt.decode_path(rounded).sketch
+    assert other.edges[-1] == one.edges[-1] and other.folds.sum() == 150
+    np.testing.assert_allclose(one.folds @ one.means / 150, other.folds @ other.means / 150, atol=3e-3)
+
+
+def test_a_projection_depends_on_places_alone() -> None:
+    """Not on the blocks in which they come; and it is linear."""
+    layout = lay_out({"a": torch.empty(150_001), "b": torch.empty(333, 7)})
+    size = layout[0].bounds[-1]
+    values, other = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
+
+    def numbers(flat: torch.Tensor, length: int) -> np.ndarray:
+        sketcher = sketching.Sketcher(layout, {"a", "b"})
+        for block in (part for whole in blocks_of(layout) for part in whole.cut(length)):
+            sketcher.take(block, flat[block.where])
+        sketcher.end_window(1.0)
+        path = sketcher.path(1.0)
+        assert path is not None
+        return np.asarray(path.sketch.means[0], np.float64)
+
+    whole = numbers(values, 10**6)
+    for length in (65_536, 10_000, 777):
+        np.testing.assert_allclose(numbers(values, length), whole, atol=1e-4 * np.abs(whole).max())
+    np.testing.assert_allclose(numbers(values - other, 10**6), whole - numbers(other, 10**6), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["alike", "one rank", "one layer"])
+def test_lengths_are_kept_whatever_the_direction(kind: str) -> None:
+    layout = lay_out({"a": torch.empty(1024, 1024)})
+    random = torch.Generator().manual_seed(1)
+    values = torch.zeros(1024, 1024)
+    if kind == "alike":
+        values[:] = 1.0
+    elif kind == "one rank":
+        values[:] = torch.randn(1024, 1, generator=random) * torch.randn(1, 1024, generator=random)
+    else:
+        values[7, :300] = torch.randn(300, generator=random)
+    sketcher = sketching.Sketcher(layout, {"a"})
+    for block in blocks_of(layout):
+        sketcher.take(block, values.view(-1)[block.where])
+    path = sketcher.path(1.0)
+    assert path is not None
+    ratio = float(np.sum(path.sketch.means.astype(np.float64) ** 2)) / float(values.double().square().sum())
+    assert abs(ratio - 1) < 3 * np.sqrt(2 / sketching.NUMBERS)
+
+
+def test_another_model_has_no_path_of_this_one(tmp_path: Path) -> None:
+    """A sketch of other tensors cannot be gone on with: none is written from then on."""
+    layout, other = lay_out({"a": torch.empty(10)}), lay_out({"a": torch.empty(11)})
+    first = sketching.Sketcher(layout, {"a"})
+    (block,) = blocks_of(layout)
+    first.take(block, torch.ones(10))
+    first.end_window(1.0)
+    known = first.path(1.0)
+    assert known is not None
+    assert sketching.Sketcher(layout, {"a"}).goes_on(known)
+    for changed in (sketching.Sketcher(other, {"a"}), sketching.Sketcher(layout, {"a"}, 1)):
+        assert not changed.goes_on(known)
+
+
+def test_hostile_sketches_are_refused() -> None:
+    sketcher = sketching.Sketcher(layout := lay_out({"a": torch.empty(10)}), {"a"})
+    for t in (1.0, 2.0):
+        sketcher.take(blocks_of(layout)[0], torch.ones(10) * t)
+        sketcher.end_window(t)
+    path = sketcher.path(2.0)
+    assert path is not None
+    for exact in (False, True):
+        text = fmt.encode_path(path, exact)
+        np.testing.assert_allclose(fmt.decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)
+        for bad in (text[:-8], text + "AAAA", text[:40], "AAAA", "!", "A" * 4000):
+            with pytest.raises(ValueError):  # of base64, or ours
+                fmt.decode_path(bad)
+    one = path.sketch
+    assert fmt.encode_path(fmt.Path(1, Sketch(one.edges, one.folds, one.means + np.inf, one.spread))) == ""
