@@ -53,9 +53,7 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     averages = [source.info.average(source.profile) for source in ordered]
     if sampled := any(source.info.measurements is None for source in on_disk):
         averages[: len(on_disk)] = with_sampled_measurements(on_disk)
-    last = max(
-        (source.info.t for source in ordered), default=0.0
-    )  # what an earlier one shows of the path ends too soon
+    last = max((source.info.t for source in ordered), default=0.0)  # an earlier one shows a part of the path
     text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
     prior = measured_prior(averages, decode_path(text).sketch if text else None)
     place = {id(source): index for index, source in enumerate(ordered)}

@@ -219,7 +219,7 @@ def test_a_run_goes_on_without_a_profile_whose_snapshots_were_deleted_only_when_
     message = r"every profile \(0\.05, 0\.28\) .* go on without some \(the newest are of 0\.05\): .*sigma_rels="
     with PostHocEMA.from_path(tmp_path, model) as tracker, pytest.raises(DirectoryError, match=message):
         tracker.update_(model)
-    with PostHocEMA.from_path(tmp_path, model, sigma_rels=(0.05,)) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, (0.05,), **SETTINGS, resume="auto") as tracker:
         Watched(tracker).train(model, 11, 15)
         assert set(tracker.state_dict(sigma_rel=0.05)) == set(model.state_dict()) - {"frozen"}
     last = read_directory(tmp_path)[-1].info
