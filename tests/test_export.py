@@ -156,7 +156,7 @@ def test_the_name_says_the_layout_unless_it_is_given(
     ("name", "layout"), [("x.pt", "safetensors"), ("x.safetensors", "pt"), ("x.bin", "sharded"), ("x.pt", "dcp")]
 )
 def test_a_name_with_the_ending_of_another_layout_is_refused(tmp_path: Path, name: str, layout: str) -> None:
-    with refused("format", name):
+    with refused("layout", name):
         export_file(write_output(tmp_path / "in.safetensors"), tmp_path / name, layout)
     assert not (tmp_path / name).exists()
     (tmp_path / name).mkdir()

@@ -30,9 +30,12 @@ PAGES = pytest.mark.parametrize("page", [README, *GUIDES], ids=lambda page: page
 
 
 EVALUATION = """
-import json, os, sys
-size = os.path.getsize(sys.argv[sys.argv.index("--weights") + 1])
-print(json.dumps({"loss": size, "loss_stderr": 1.0}))
+import array, json, sys
+loss = 0.0
+for path in sys.argv[2::2]:  # --weights FILE, and --guide FILE
+    with open(path, "rb") as file:
+        loss += sum(weight**2 for weight in array.array("f", file.read()[-64:]))
+print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
 """
 """Instead of one that loads a model, which takes a while."""
 

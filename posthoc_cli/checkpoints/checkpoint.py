@@ -262,7 +262,7 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
                 raise MismatchError(
                     pair,
                     f"are of different models: {one.name} has no {shown(name)}",
-                    "import with include, exclude or prefix",
+                    "import with `include`, `exclude` or `prefix`",
                 )
             if found.shape != newest.stored[name].shape:
                 reason = f"have shapes {list(newest.stored[name].shape)} and {list(found.shape)}"
@@ -287,7 +287,7 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
         only = first if differing[0] in names[0] else other
         reason = f"are of different models: only {only.name} has {names_in(differing[:1])}"
         reason += f", and {len(differing) - 1} more differ" * (len(differing) > 1)
-        raise MismatchError(pair, reason, "import with include, exclude or prefix")
+        raise MismatchError(pair, reason, "import with `include`, `exclude` or `prefix`")
     if first.info.aliases != other.info.aliases:
         tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
         raise MismatchError(pair, f"differ in what {shown(tied[0])} is tied to")

@@ -73,7 +73,7 @@ def check_update_every(
     if not found:  # nothing moved
         return {}
     best = min(found, key=lambda value: found[value])
-    hint = "check the widths, update_after_step, and that one session of the training wrote all files"
+    hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
     if found[claimed] > max(_WORSE * found[best], found[best] + _MUCH_WORSE):
         other, hint = (f"those of {best} do", "") if found[best] < _POOR else ("no other value fits them either", hint)
         reason = f"the distances between the averages do not fit it; {other}"

@@ -124,7 +124,7 @@ class IndexedCheckpoint:
             there = names_in([".".join(keys) for keys in self.tensors])
             raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
         reason = f"the model cannot be told from the rest: it has tensors under {names_in(groups)}"
-        raise FileFormatError(self.path, reason, "import with prefix, such as 'model.'")
+        raise FileFormatError(self.path, reason, "import with `prefix`, such as 'model.'")
 
 
 def _scalar(chunks: Sequence[FoundChunk]) -> float | None:

@@ -21,7 +21,7 @@ from posthoc_cli.snapshots.tensor_file import read_small_file
 _TRAINER_STATE = "trainer_state.json"
 _MOST_STATE = 1_000_000_000
 _MOST_STEPS = 10**15
-_HINT = r"import with step_from, a pattern such as 'step(\d+)'"
+_HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _MOST_DIGITS = 19

@@ -81,14 +81,19 @@ class _Command(typer.core.TyperCommand):
             raise _with_options(error, ctx).with_traceback(error.__traceback__) from error.__cause__
 
 
+def _options(command: Any) -> dict[str, str]:
+    """The options of a command by the names of its function's arguments."""
+    return {option.name: option.opts[0] for option in command.params if option.opts[0][:2] == "--"}
+
+
 def _with_options(error: PostHocError, context: Any) -> PostHocError:
     """A copy of a library's error: arguments are options, and a broken snapshot leads to `ema verify`."""
     changed = copy.copy(error)
-    options: dict[str, str] = {
-        option.name: option.opts[0] for option in context.command.params if option.opts[0][:2] == "--"
-    }
+    options = _options(context.command)
     if isinstance(error, InvalidValueError) or error.value:
         changed.subject = _ARGUMENT.sub(lambda found: options.get(found[1], found[1]), error.subject)
+    if "import with" in error.hint:
+        options = _options(context.find_root().command.commands["import"])
     changed.hint = _ADVICE.sub(lambda found: options.get(found[1] or found[2], found[0]), error.hint)
     is_ours = Path(error.subject).suffix in ("", ".safetensors")
     if isinstance(error, FileFormatError | MismatchError) and is_ours and not isinstance(error, VanishedError):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from posthoc_cli.tracker.names import unwrapped
 from posthoc_cli.tracker.settings import Settings
 
 log = logging.getLogger(__name__)
+_BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
 
 
 class Tracker(Protocol):
@@ -43,8 +44,8 @@ class Attachment:
     """A tracker's attachment to one optimizer, until `remove`.
 
     A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that only makes the
-    optimizer's state for a checkpoint; and once however often it calls its closure, or `step` of a base class. An error
-    of the update leaves `optimizer.step()` after the parameters have been changed.
+    optimizer's state for a checkpoint; and once however often it calls its closure. An error of the update leaves
+    `optimizer.step()` after the parameters have been changed.
 
     Steps that other optimizers make with the same parameters instead are counted, too, for a warning: an optimizer that
     was replaced would stop the tracker in silence. Several optimizers that step in turns are no reason for one.
@@ -129,8 +130,6 @@ class Attachment:
             self.check_steps()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _: object, keywords: Mapping[str, Any]) -> None:
-        if _is_nested(optimizer):
-            return
         try:
             if not (_was_skipped(optimizer, keywords) or _only_made_state(optimizer)):
                 model = self._model()
@@ -160,9 +159,7 @@ def _after_any_step(optimizer: torch.optim.Optimizer, _: object, keywords: Mappi
     if torch.compiler.is_compiling():  # nothing of this must be traced
         return
     for one in [*_attachments]:
-        if one.is_passed_by(optimizer) and not (
-            _is_nested(optimizer) or _was_skipped(optimizer, keywords) or _only_made_state(optimizer)
-        ):
+        if one.is_passed_by(optimizer) and not (_was_skipped(optimizer, keywords) or _only_made_state(optimizer)):
             one.count_missed()
 
 
@@ -220,33 +217,18 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     kind = type(optimizer).__name__
     # Not `hasattr`: wrappers may hand on the attributes of what they wrap.
     if isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer):
+        # Of a class that torch has put its hooks around, `unwrap` gives the step as it was written.
+        steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
+        if len(steps) > 2:  # with that of torch.optim.Optimizer
+            reason = f"{kind} overrides a step, and torch calls the hooks of both where one calls the other"
+            raise InvalidValueError("attach", reason, _BY_HAND)
         return optimizer
     if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
         raise InvalidValueError("attach", f"{kind} is a scheduler of learning rates", "attach to its optimizer")
     if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         reason = f"{kind} is a wrapper around an optimizer, which may make other steps than the training"
-        hint = "leave attach out, and call ema.update_(model) after each step that was taken"
-        raise InvalidValueError("attach", reason, hint)
+        raise InvalidValueError("attach", reason, _BY_HAND)
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
-
-
-# torch's code around `step` of every optimizer, which calls its hooks.
-_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
-
-
-def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step that has just ended was called by another one of the same optimizer.
-
-    A `step` that calls the one it overrides has its hooks called at the end of both, and torch does not tell which.
-    The stack does; a count of steps begun and ended would be wrong for good after the first step that raises.
-    """
-    calls = 0
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and calls < 2:
-        if frame.f_code is _HOOKED_STEP and any(one is optimizer for one in frame.f_locals.get("args", ())):
-            calls += 1
-        frame = frame.f_back
-    return calls > 1
 
 
 def _was_skipped(optimizer: torch.optim.Optimizer, keywords: Mapping[str, Any]) -> bool:

@@ -99,13 +99,10 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     for which, count, made in zip(("snapshots", "checkpoints", "snapshots and checkpoints"), counts, said, strict=True):
         assert re.fullmatch(rf"\d+ {which} up to", count)
         assert re.search(rf" from \d+ {which}, predicted error", made)
-    alone, beside, both = (ema("info", *source, "--json").json for source in sources)
-    assert both["checkpoints"] == beside["checkpoints"]
-    assert len(both["checkpoints"]) == 40
-    assert {name: value for name, value in both.items() if name != "checkpoints"} == alone
+    beside = ema("info", run / "own", "--json").json
+    assert len(beside["checkpoints"]) == 40
     assert (beside["refers_to"], beside["files"]) == (str(run / "ck"), 40)
     assert beside["settings"] == SETTINGS | {"exclude": [SETTINGS["exclude"]]}
-    assert "2 more" not in ema("info", run / "ema", *also).out
     assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
     assert "40 x weights" in (tmp_path / "page.html").read_text()
     assert "one DIR at most" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error

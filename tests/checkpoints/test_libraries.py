@@ -119,7 +119,7 @@ def test_files_of_two_sessions_are_doubted(
     history = train(start)
     options: dict[str, Any] = {"kind": "posthoc-ema", "sigma_rels": WIDTHS, "update_every": 5}
     imported(tmp_path / "x", **options)
-    assert "fit no update_every; check the widths, update_after_step, and that one session" in caplog.text
+    assert "fit no update_every; check `sigma_rels`, `update_after_step`, and that one session" in caplog.text
     caplog.clear()
     second = imported(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # by a glob, on a clock of its own
     assert "fit no update_every" not in caplog.text

@@ -87,7 +87,7 @@ def test_steps_come_from_what_is_there(tmp_path: Path, imported: Imported) -> No
     save_file({"w": torch.ones(3)}, tmp_path / "lora-000001.safetensors", {"ss_steps": "55", "ss_epoch": "1"})
     assert steps() == [9, 10, 55, 100]  # as trainers of LoRA write it
     save_file({"w": torch.ones(3)}, tmp_path / "v2-of-3.safetensors")
-    with pytest.raises(errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* import with step_from"):
+    with pytest.raises(errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* import with `step_from`"):
         steps()
     with pytest.raises(errors.InvalidValueError, match=r"finds no number in .*lora"):
         steps(step_from=r"\b(?:a|of)-(\d+)")
@@ -117,7 +117,7 @@ def test_a_number_of_another_folder_is_no_step(folder: str, tmp_path: Path) -> N
     (tmp_path / folder).mkdir()
     for name in ("step100", "step200", "best"):
         save_file({"w": torch.ones(3)}, tmp_path / folder / f"{name}.safetensors")
-    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* import with step_from"):
+    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* import with `step_from`"):
         _ = Run(tmp_path / folder).sources
     (tmp_path / folder).rename(tmp_path / "checkpoint-500")
     assert Run(tmp_path / "*500" / "best.safetensors").step == 500

@@ -51,7 +51,8 @@ def test_a_name_tells_its_step(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_name_that_may_mean_something_else_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(errors.InvalidValueError, match=f"{name}.safetensors: .*{REFUSED[name]}.*import with step_from"):
+    reason = f"{name}.safetensors: .*{REFUSED[name]}.*import with `step_from`"
+    with pytest.raises(errors.InvalidValueError, match=reason):
         _ = save(tmp_path, name).step
 
 
