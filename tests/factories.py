@@ -22,6 +22,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import Profile
 from posthoc_cli.reconstruction import Measurements, MinimumVariance
+from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
@@ -133,13 +134,19 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
     nothing = measured and Measurements(
         0.0, 0.0, tuple(replace(one, squared=0.0, rounding=0.0) for one in measured.distances), measured.weights and 0.0
     )
+    known = fmt.decode_path(info.sketch).sketch if info.sketch else None
+    no_path = (
+        ""
+        if known is None
+        else fmt.encode_path(fmt.Path(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
+    )
     for number, own in enumerate(held, 1):
         first = number == 1
         part = replace(
             info, tensors={name: info.tensors[name] for name in own},
             aliases={alias: name for alias, name in info.aliases.items() if name in own},
             inherited=info.inherited if first else 0.0, measurements=measured if first else nothing,
-            motion=info.motion if first else None, part=(number, parts),
+            motion=info.motion if first else None, part=(number, parts), sketch=info.sketch if first else no_path,
             chunks={name: chunk for name, (_, chunk) in own.items()}, mesh={"shape": [parts], "names": None},
         )  # fmt: skip
         file = snapshot_path(path.parent, info.t, info.sigma_rel, (number, parts))

@@ -371,7 +371,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
         measurements=sum_of_parts([part.info.measurements for part in parts]),
         motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
         sample=joined_sample([(part.info.sample, own) for part, own in zip(parts, joined.sampled, strict=True)]),
-        sketch=fmt.joined_path([part.info.sketch for part in parts]),
+        sketch=fmt.joined_paths([part.info.sketch for part in parts]),
         part=None, chunks={},
     )  # fmt: skip
     made = (Part(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))

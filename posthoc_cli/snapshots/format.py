@@ -481,6 +481,9 @@ _LARGEST = 2.0**14
 """Of differences in float16, which leaves 28 binary orders below with all their digits."""
 
 
+_AND = "|"
+"""Between the sketches of parts, in memory only."""
+
 _MOST = 1e60
 """Larger numbers are not used: products of them overflow."""
 
@@ -506,7 +509,17 @@ def encode_path(path: Path, exact: bool = False) -> str:
 
 
 def decode_path(text: str) -> Path:
-    """The same; a ValueError if it is no sketch."""
+    """The same; a ValueError if it is no sketch. Those of parts add up, see `joined_paths`."""
+    first, *others = (_decoded(part) for part in text.split(_AND))
+    for _, other in others:
+        first = Path(
+            first.projection,
+            replace(first.sketch, means=first.sketch.means + other.means, spread=first.sketch.spread + other.spread),
+        )
+    return first
+
+
+def _decoded(text: str) -> Path:
     (windows, _, size, projection), (*known, factor), means, steps = _path_arrays(text)
     edges, folds, spread = np.split(np.array(known), [windows + 1, 2 * windows + 1])
     if size == 2:
@@ -543,13 +556,11 @@ def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArr
     return counts, known, means.reshape(-1, numbers), steps.reshape(-1, numbers)
 
 
-def joined_path(texts: Sequence[str]) -> str:
-    """The sketch of a snapshot, from those of its parts; nothing unless all have one of the same windows."""
+def joined_paths(texts: Sequence[str]) -> str:
+    """The sketches of a snapshot's parts as one; nothing unless all have one of the same windows."""
     if not all(texts):
         return ""
-    paths = [decode_path(text) for text in texts]
-    first = paths[0].sketch
-    if any(one.means.shape != first.means.shape or not np.array_equal(one.edges, first.edges) for _, one in paths[1:]):
-        return ""
-    means, spread = sum(path.sketch.means for path in paths), sum(path.sketch.spread for path in paths)
-    return encode_path(Path(0, Sketch(first.edges, first.folds, np.asarray(means), np.asarray(spread))), exact=True)
+    first, *others = (_path_arrays(text) for text in texts)
+    windows = 2 * first[0][0] + 1
+    alike = all(first[0][:2] == one[0][:2] and np.array_equal(first[1][:windows], one[1][:windows]) for one in others)
+    return _AND.join(texts) if alike else ""

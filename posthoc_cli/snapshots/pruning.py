@@ -163,7 +163,9 @@ def plan_pruning(
     if len(solved) == len(profiles):
         left = sorted(set(range(len(profiles))) - set(gone))
         better = exchanged(profiles, prior, left, gone, needed, sigma_range)
-        if max_error is None or errors_without(better).worst <= max_error / _MARGIN:
+        stay = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(better)]
+        fits = max_bytes is None or file_bytes(stay) <= max_bytes  # later ones have longer headers
+        if fits and (max_error is None or errors_without(better).worst <= max_error / _MARGIN):
             gone = better
     leaving = set(gone)
     kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]

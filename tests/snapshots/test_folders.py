@@ -87,7 +87,7 @@ def test_all_that_is_made_of_parts_equals_what_is_made_of_files(run: Path, whole
 
 def test_without_measurements_the_same_sample_is_read(run: Path, whole: Path) -> None:
     for path in (*snapshot_files(run), *snapshot_files(whole)):
-        rewrite_snapshot(path, measurements=None, motion=None)
+        rewrite_snapshot(path, measurements=None, motion=None, sketch="")
     split_all(run, "grid")
     errors = [Run(each).average(0.15).predicted_error for each in (run, whole)]
     assert errors[0] == errors[1] is not None
