@@ -88,7 +88,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     info = checkpoint.info
-    keys = ("run_id", "t", "t_unit", "step", "sigma_rel", "gamma", "tensors", "aliases")
+    keys = ("run_id", "t", "t_unit", "step", "sigma_rel", "gamma", "decay", "tensors", "aliases")
     values: dict[str, object] = {key: getattr(info, key) for key in keys} | {"source": checkpoint.identity}
     if isinstance(info.profile, Discrete):
         values["masses"] = {"times": info.profile.times, "masses": info.profile.masses}
@@ -143,6 +143,7 @@ _ENTRIES = {
     "step": replace(headers.WHOLE, words="a whole number above 0", accepts=lambda v: headers.is_whole(v) and v > 0),
     "sigma_rel": headers.AMOUNT,
     "gamma": headers.AMOUNT,
+    "decay": replace(headers.AMOUNT, optional=True),
     "tensors": headers.OBJECT,
     "aliases": headers.OBJECT,
     "masses": replace(headers.OBJECT, optional=True),

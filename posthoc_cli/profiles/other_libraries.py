@@ -17,6 +17,7 @@ changed. Since k counts updates, that is nearly the power function of the expone
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -106,3 +107,89 @@ def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Disc
     later = np.add.reduceat(masses * (np.arange(times.size) % size), groups)
     means = times[groups] + interval * np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
     return Discrete(means, joined, t)
+
+
+# --- ordinary EMAs: one decay, perhaps with a warm-up
+
+WARM_UPS = ("ratio", "power")
+
+_FINEST, _STEPS_FINEST = 128, 512
+"""Times of an ordinary EMA: so many in each of its time constants, and in each doubling of the steps."""
+
+_FORGOTTEN = 30.0
+"""What was updated so many time constants ago counts less than 1e-13."""
+
+
+@dataclass(frozen=True)
+class Decay:
+    """The decays of an ordinary EMA, of its n-th update.
+
+    Attributes:
+        decay: the constant one, or the largest.
+        warm_up: "" for none, "ratio" of (1 + n) / (10 + n), or "power" of 1 - (1 + n / inv_gamma)**-power, with n
+            counted from 1 for the first update that is no copy.
+        copies: so many first updates copy the weights.
+        stride: what the numbers of updates grow by, for libraries that count calls.
+        inv_gamma, power, least: of the warm-up.
+    """
+
+    decay: float
+    warm_up: str = ""
+    copies: int = 0
+    stride: int = 1
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.decay, float) and 0 < self.decay < 1):
+            raise InvalidValueError("ema_decay", "must lie in (0, 1)", value=self.decay)
+
+    def at(self, updates: FloatArray) -> FloatArray:
+        """The share of the average before that the updates of these numbers, from 1, keep."""
+        numbers = 1 + (updates - 1) * self.stride
+        n = np.maximum(numbers - self.copies, 0.0)
+        if self.warm_up == "ratio":
+            kept = np.minimum((1 + n) / (10 + n), self.decay)
+        elif self.warm_up == "power":
+            kept = np.minimum(-np.expm1(-self.power * np.log1p(n / self.inv_gamma)), self.decay)
+        else:
+            kept = np.full(n.size, self.decay)
+        return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
+
+    def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> Discrete:
+        """The profile at a step of the training.
+
+        Arguments:
+            step: of the training, the time of the average.
+            updates: so far.
+            every: steps between updates.
+            first: the step of the first update; 0 for the last `updates` multiples of `every`. Before it the average is
+                the weights of the update before it would be, at the earliest those of half a step.
+        """
+        if updates > MOST_UPDATES:
+            raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
+        begun = first or step // every * every - (updates - 1) * every
+        times = begun + every * np.arange(float(updates))
+        start = max(begun - every, 0.5)
+        if updates == 0:
+            return Discrete([start], [1.0], step)
+        kept = self.at(np.arange(1.0, updates + 1))
+        with np.errstate(divide="ignore"):
+            logs = np.log(kept)
+        after = np.append(np.cumsum(logs[:0:-1])[::-1], 0.0)
+        masses = np.exp(after) * (1 - kept)
+        # Groups by the number of the update alone, so that averages of different times have the same ones.
+        level = np.floor(np.cumsum(np.minimum(-logs, 1.0)) * _FINEST)
+        size = np.exp2(np.maximum(np.floor(np.log2(np.arange(1, updates + 1) / _STEPS_FINEST)), 0))
+        place = np.floor(np.arange(updates) / size) * size
+        used = after > -_FORGOTTEN
+        groups = np.flatnonzero(used & np.append(True, (np.diff(level) > 0) | (np.diff(place) > 0) | (~used[:-1])))
+        joined = np.add.reduceat(masses, groups)
+        earlier = 1 - float(joined.sum())
+        means = np.add.reduceat(masses * times, groups) / np.where(joined > 0, joined, 1.0)
+        means = np.clip(means, times[groups], np.append(times[groups[1:] - 1], times[-1]))
+        if groups[0] == 0:
+            return Discrete(np.append(start, means), np.append(max(earlier, 0.0), joined), step)
+        joined[0] = max(joined[0] + earlier, 0.0)
+        return Discrete(means, joined, step)
