@@ -16,10 +16,13 @@ changed. Since k counts updates, that is nearly the power function of the expone
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.discrete import Discrete
@@ -119,6 +122,9 @@ _FINEST, _STEPS_FINEST = 128, 512
 _FORGOTTEN = 30.0
 """What was updated so many time constants ago counts less than 1e-13."""
 
+_COPY = -1e3
+"""The logarithm that stands for that of 0."""
+
 
 @dataclass(frozen=True)
 class Decay:
@@ -157,7 +163,7 @@ class Decay:
             kept = np.full(n.size, self.decay)
         return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
 
-    def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> Discrete:
+    def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
         """The profile at a step of the training.
 
         Arguments:
@@ -165,31 +171,58 @@ class Decay:
             updates: so far.
             every: steps between updates.
             first: the step of the first update; 0 for the last `updates` multiples of `every`. Before it the average is
-                the weights of the update before it would be, at the earliest those of half a step.
+                the weights of when the update before would have been, at the earliest those of half a step.
         """
         if updates > MOST_UPDATES:
             raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
-        begun = first or step // every * every - (updates - 1) * every
-        times = begun + every * np.arange(float(updates))
-        start = max(begun - every, 0.5)
-        if updates == 0:
-            return Discrete([start], [1.0], step)
-        kept = self.at(np.arange(1.0, updates + 1))
-        with np.errstate(divide="ignore"):
-            logs = np.log(kept)
-        after = np.append(np.cumsum(logs[:0:-1])[::-1], 0.0)
-        masses = np.exp(after) * (1 - kept)
+        return OrdinaryEMA(self, step, updates, every, first or step // every * every - (updates - 1) * every)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_logs(decay: Decay, most: int) -> FloatArray:
+    """The logarithm of what updates 1 to k keep together, for k from 0 to `most`; a copy keeps nothing."""
+    with np.errstate(divide="ignore"):
+        logs = np.log(decay.at(np.arange(1.0, most + 1)))
+    return np.append(0.0, np.cumsum(np.maximum(logs, _COPY)))
+
+
+class OrdinaryEMA(Discrete):
+    """An ordinary EMA at a step: the product of its own decays, at its own updates.
+
+    `times` joins updates where that moves little mass, and leaves out what is forgotten: they are where the intervals
+    of a solver end. Tails are exact at any time, so that of two averages one after the other the old part cancels.
+    """
+
+    def __init__(self, decay: Decay, step: int, updates: int, every: int, first: int) -> None:
+        logs = _kept_logs(decay, 1 << max(10, updates.bit_length()))[: updates + 1]
+        start = max(float(first - every), 0.5)
+        settings = vars(decay) | {"updates": updates, "every": every, "first": first}
+        for name, value in (("settings", settings), ("_logs", logs), ("_start", start)):
+            object.__setattr__(self, name, value)
+        numbers = np.arange(1, updates + 1)
         # Groups by the number of the update alone, so that averages of different times have the same ones.
-        level = np.floor(np.cumsum(np.minimum(-logs, 1.0)) * _FINEST)
-        size = np.exp2(np.maximum(np.floor(np.log2(np.arange(1, updates + 1) / _STEPS_FINEST)), 0))
-        place = np.floor(np.arange(updates) / size) * size
-        used = after > -_FORGOTTEN
-        groups = np.flatnonzero(used & np.append(True, (np.diff(level) > 0) | (np.diff(place) > 0) | (~used[:-1])))
-        joined = np.add.reduceat(masses, groups)
-        earlier = 1 - float(joined.sum())
-        means = np.add.reduceat(masses * times, groups) / np.where(joined > 0, joined, 1.0)
-        means = np.clip(means, times[groups], np.append(times[groups[1:] - 1], times[-1]))
-        if groups[0] == 0:
-            return Discrete(np.append(start, means), np.append(max(earlier, 0.0), joined), step)
-        joined[0] = max(joined[0] + earlier, 0.0)
-        return Discrete(means, joined, step)
+        level = np.floor(np.maximum(np.cumsum(np.maximum(np.diff(logs), -1.0)), _COPY) * -_FINEST)
+        size = np.exp2(np.maximum(np.floor(np.log2(numbers / _STEPS_FINEST)), 0))
+        place = np.floor((numbers - 1) / size) * size
+        is_end = np.append((np.diff(level) > 0) | (np.diff(place) > 0), np.ones(min(1, updates), bool))
+        ends = numbers[is_end & (logs[1:] - logs[-1] < _FORGOTTEN)]
+        times = np.append(start, first + every * (ends - 1.0))
+        masses = np.diff(np.exp(logs[-1] - logs[np.append(0, ends)]), prepend=0.0)
+        super().__init__(times, masses, step)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`."""
+        at, logs = np.asarray(s, dtype=np.float64), self._logs
+        done = np.clip(np.floor((at - self.settings["first"]) / self.settings["every"]) + 1, 0, logs.size - 1).astype(
+            np.intp
+        )
+        return np.where(at < self._start, 1.0, -np.expm1(logs[-1] - logs[done]))
+
+    @classmethod
+    def of(cls, step: int, updates: int, every: int, first: int, **decay: Any) -> OrdinaryEMA:
+        """The average with these `settings`, plain values for JSON."""
+        return cls(Decay(**decay), step, updates, every, first)
+
+    settings: dict[str, Any]
+    _logs: FloatArray
+    _start: float
