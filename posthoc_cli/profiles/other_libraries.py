@@ -163,6 +163,10 @@ class Decay:
             kept = np.full(n.size, self.decay)
         return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
 
+    def kept_logs(self, updates: int) -> FloatArray:
+        """The logarithm of what the updates 1 to k keep together, for k from 0 to `updates`; a copy keeps nothing."""
+        return _kept_logs(self, 1 << max(10, updates.bit_length()))[: updates + 1]
+
     def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
         """The profile at a step of the training.
 
@@ -180,7 +184,6 @@ class Decay:
 
 @functools.lru_cache(maxsize=4)
 def _kept_logs(decay: Decay, most: int) -> FloatArray:
-    """The logarithm of what updates 1 to k keep together, for k from 0 to `most`; a copy keeps nothing."""
     with np.errstate(divide="ignore"):
         logs = np.log(decay.at(np.arange(1.0, most + 1)))
     return np.append(0.0, np.cumsum(np.maximum(logs, _COPY)))
@@ -194,7 +197,7 @@ class OrdinaryEMA(Discrete):
     """
 
     def __init__(self, decay: Decay, step: int, updates: int, every: int, first: int) -> None:
-        logs = _kept_logs(decay, 1 << max(10, updates.bit_length()))[: updates + 1]
+        logs = decay.kept_logs(updates)
         start = max(float(first - every), 0.5)
         settings = vars(decay) | {"updates": updates, "every": every, "first": first}
         for name, value in (("settings", settings), ("_logs", logs), ("_start", start)):
