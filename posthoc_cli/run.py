@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
 from posthoc_cli.checkpoints.manifest import Manifest, is_import, read_manifest
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
+    from posthoc_cli.checkpoints.audit import Audit
     from posthoc_cli.export.writing import SynthesisReport
 
 Wanted = float | Target | Profile
@@ -345,6 +348,31 @@ class Run:
         """Verify every byte, and compare the snapshots with each other; see `check_path`."""
         return check_path(self.directory, progress)
 
+    def audit(
+        self, claimed: float | None = None, *, picture: Path | None = None, overwrite: bool = False
+    ) -> list[Audit]:
+        """Find which decay, or sigma_rel, the averages really have; see `checkpoints.audit`.
+
+        Arguments:
+            claimed: the decay that they should have, in (0, 1); by default what the files or an import say.
+            picture: a .png, .svg or .pdf file for the first one.
+            overwrite: replace it.
+
+        Returns:
+            One for each average of the run; `is_bad` where it is not what it claims to be.
+
+        Raises:
+            InvalidValueError: there are no two times with an average and the weights; OutputExistsError, WriteError.
+        """
+        from posthoc_cli.checkpoints.audit import audit_sources
+
+        audits = audit_sources(self.sources, claimed)
+        if picture is not None and audits[0].intervals:
+            from posthoc_cli import plots
+
+            files.write_whole(picture, plots.as_file(lambda: _audit_figure(audits[0]), picture.suffix), overwrite)
+        return audits
+
     def prune(
         self,
         *,
@@ -478,6 +506,18 @@ def _draw(
 
     draw = functools.partial(plots.error_figure, curves, fits, profile_error)
     files.write_whole(picture, plots.as_file(draw, picture.suffix), overwrite)
+
+
+def _audit_figure(audit: Audit) -> Figure:
+    from posthoc_cli import plots
+
+    spans, found, rest = (
+        np.array([value(one) for one in audit.intervals])
+        for value in (lambda one: (one.begin, one.end), lambda one: abs(one.found), lambda one: one.unexplained)
+    )
+    word = "time constant (steps)" if audit.what == "decay" else "sigma_rel"
+    title = f"{audit.name}: " * bool(audit.name) + audit.verdict
+    return plots.audit_figure(title, spans, found, audit.intervals[0].claimed, rest, word)
 
 
 def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:

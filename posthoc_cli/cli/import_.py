@@ -37,6 +37,15 @@ def import_(
     update_after_step: int | None = Option(
         None, help="Of averages: calls before the first update. [default: the library's]"
     ),
+    ema_decay: float | None = Option(
+        None, metavar="DECAY", help="Of ordinary EMAs: 0.9999. [default: the files', else found by comparing]"
+    ),
+    ema_warmup: str | None = Option(
+        None,
+        metavar="ratio|power",
+        autocompletion=values.one_of("ratio", "power"),
+        help="Of ordinary EMAs: (1 + n) / (10 + n), or 1 - (1 + n)^-2/3, up to the decay. [default: the files', or none]",
+    ),
     copy: bool = Option(False, "--copy", help="Write copies with checksums, in place of referring to the files."),
     overwrite: bool = Option(False, "--force", help="Replace an import of something else, or with other settings."),
     dry_run: bool = Option(False, "--dry-run", help="Show what was found; write nothing."),
@@ -58,6 +67,7 @@ def import_(
         progress=output.progress_bar(quiet), kind=kind, step_from=step_from, prefix=prefix, include=include,
         exclude=exclude, sigma_rels=values.optional(values.parse_sigma_rels, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
+        ema_decay=ema_decay, ema_warmup=ema_warmup,
     )  # fmt: skip
     if as_json:
         output.print_json(done.to_dict())
