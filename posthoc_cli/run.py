@@ -16,11 +16,13 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
 from posthoc_cli.checkpoints.manifest import Manifest, is_import, read_manifest
 from posthoc_cli.checkpoints.opening import (
+    decay_is_missing,
     describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
     open_checkpoints,
+    open_unclaimed,
 )
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError
 from posthoc_cli.planning import (
@@ -38,7 +40,7 @@ from posthoc_cli.planning import (
     propose,
     relative_rounding,
 )
-from posthoc_cli.profiles import PowerFunction, Profile
+from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, list_contents, verify
@@ -366,7 +368,10 @@ class Run:
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
-        audits = audit_sources(self.sources, claimed)
+        sources = self.sources
+        if all(isinstance(one.profile, Point) for one in sources) and decay_is_missing(self.directory):
+            sources = [*open_unclaimed(self.directory)]
+        audits = audit_sources(sources, claimed)
         if picture is not None and audits[0].intervals:
             from posthoc_cli import plots
 

@@ -23,7 +23,7 @@ from posthoc_cli.checkpoints.manifest import (
     make_manifest,
     read_manifest,
 )
-from posthoc_cli.checkpoints.opening import decay_is_missing, holds_checkpoints, open_checkpoints
+from posthoc_cli.checkpoints.opening import decay_is_missing, holds_checkpoints, open_checkpoints, open_unclaimed
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
@@ -132,17 +132,11 @@ def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
     return found
 
 
-_TRIAL = 0.999
-
-
 def _with_decay(origin: Path, given: Settings) -> Settings:
     """The settings, with the decay that ordinary EMAs show if neither they nor the settings say it."""
     if is_import(origin) or not holds_checkpoints(origin) or not decay_is_missing(origin, given):
         return given
-    sources = [
-        replace(one, info=replace(one.info, decay=0.0)) if one.info.decay == _TRIAL else one
-        for one in open_checkpoints(origin, replace(given, ema_decay=_TRIAL))
-    ]
+    sources = open_unclaimed(origin, given)
     hint = "say which decay the EMAs have"
     try:
         (audit, *_) = audit_sources(sources, every=given.update_every or 1)

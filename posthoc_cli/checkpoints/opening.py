@@ -54,13 +54,19 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
     return checked_run(made)
 
 
-def decay_is_missing(place: str | Path, settings: Settings) -> bool:
+def decay_is_missing(place: str | Path, settings: Settings = UNSPECIFIED) -> bool:
     """Whether there are ordinary EMAs whose files do not hold their decay, and it was not given."""
     if settings.ema_decay is not None or is_import(place):
         return False
     indexes = ((path, index_checkpoint(path)) for path in _places(place))
     return any(lacks_decay(indexed, kind_of(path, indexed, settings)) for path, indexed in indexes
                if not is_copy(indexed.values))  # fmt: skip
+
+
+def open_unclaimed(place: str | Path, settings: Settings = UNSPECIFIED) -> list[Checkpoint]:
+    """The checkpoints, with ordinary EMAs of any decay, to find which it is: their profiles are not to be used."""
+    found = open_checkpoints(place, replace(settings, ema_decay=0.999))
+    return [replace(one, info=replace(one.info, decay=0.0)) for one in found]
 
 
 def _read(path: Path, settings: Settings, by_word: str) -> list[Checkpoint]:

@@ -44,7 +44,7 @@ def import_(
         None,
         metavar="ratio|power",
         autocompletion=values.one_of("ratio", "power"),
-        help="Of ordinary EMAs: (1 + n) / (10 + n), or 1 - (1 + n)^-2/3, up to the decay. [default: the files', or none]",
+        help="Of ordinary EMAs: (1 + n) / (10 + n), or 1 - (1 + n)^-2/3, up to the decay. [default: as the files say]",
     ),
     copy: bool = Option(False, "--copy", help="Write copies with checksums, in place of referring to the files."),
     overwrite: bool = Option(False, "--force", help="Replace an import of something else, or with other settings."),
