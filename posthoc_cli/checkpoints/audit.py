@@ -483,23 +483,16 @@ def _restarts(fit: _Fit, usable: Sequence[int], claim: Claim) -> dict[int, float
     kept = np.array([claim.factors(value, one.begin, one.end)[0] for one in fit.products])
     if kept.max() < 0.1:
         return found
-    shares = np.array([_share(one, row) for one, row in zip(fit.products, fit.weights, strict=True)]) / kept
-    usual = float(np.median(np.abs(shares - 1)))
+    off = np.log(np.maximum(alone, 1e-300) / value) if value > 0 else np.zeros(len(alone))
+    usual = float(np.median(np.abs(off)))
     for place, (index, one) in enumerate(zip(usable, fit.products, strict=True)):
-        if shares[place] > 0.5 or 1 - shares[place] < 5 * usual or alone[place] < 1.5 * value:
+        if off[place] < max(0.4, 8 * usual) or all(off[: place + 1] > 0.2):  # the latter is a warm-up
             continue
         fractions = np.linspace(0, 0.98, 50)
         passed = [f + (1 - f) * claim.factors(value, one.end - (1 - f) * one.length, one.end)[1] for f in fractions]
         rests = [float(_rest(one.gram, 0.0, s) @ fit.weights[place]) for s in passed]
         found[index] = one.begin + float(fractions[int(np.argmin(rests))]) * one.length
     return found
-
-
-def _share(one: Products, weights: FloatArray) -> float:
-    """The coefficient of d in the regression of y on d and v."""
-    gram = np.einsum("p,pij->ij", weights, one.gram)
-    determinant = gram[1, 1] * gram[2, 2] - gram[1, 2] ** 2
-    return float((gram[0, 1] * gram[2, 2] - gram[0, 2] * gram[1, 2]) / max(determinant, 1e-300))
 
 
 def _is_swapped(fit: _Fit, claim: Claim) -> bool:

@@ -67,9 +67,9 @@ def test_a_bfloat16_copy_of_a_healthy_average_is_as_claimed(tmp_path: Path) -> N
 BROKEN: dict[str, tuple[Average, str, str]] = {
     "sign": (lambda _, e, x: e + (1 - DECAY) / 10 * (e - x), "moves away", "the sign of its update is wrong"),
     "stuck": (stay, "does not move", "is its update called"),
-    "microbatch": (lambda _, e, x: DECAY**8 * e + (1 - DECAY**8) * x, "too short", r"as if updated [5-8]\.?\d* times a step: once a microbatch"),
+    "microbatch": (lambda _, e, x: DECAY**8 * e + (1 - DECAY**8) * x, "too short", "updated [5-8].* once a microbatch"),
     "every tenth": (when(lambda step: step % 10 == 0, averaged(DECAY), stay), "too long", "k = 9|k = 10"),
-    "reset": (when(lambda step: step == 850, restart, averaged(DECAY)), "began again", "near step 8[345]"),
+    "reset": (when(lambda step: step == 850, restart, averaged(DECAY)), "began again", "near step 8[3-7]"),
     "lost": (when(lambda step: step > STEPS // 2, stay, averaged(DECAY)), "was not updated", "from 800 to 1,500"),
     "bfloat16": (rounded(averaged(0.999)), "stalls", "keep it in float32"),
     "copy": (restart, "is the weights", "copied"),
