@@ -84,9 +84,10 @@ class IndexedCheckpoint:
                 return value
         return None
 
-    def value(self, name: str) -> tuple[float, str] | None:
+    def value(self, name: str | Keys) -> tuple[float, str] | None:
         """The value of a tensor of one real number, and its dtype; None if there is no such tensor."""
-        chunks = self.tensors[keys]() if (keys := tuple(name.split("."))) in self.tensors else []
+        keys = tuple(name.split(".")) if isinstance(name, str) else name
+        chunks = self.tensors[keys]() if keys in self.tensors else []
         value = _scalar(chunks) if chunks else None
         return None if value is None else (value, chunks[0].tensor.dtype)
 

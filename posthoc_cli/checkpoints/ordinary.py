@@ -67,10 +67,10 @@ def _behind(tensors: Tensors, prefix: str) -> dict[str, Callable[[], list[FoundC
     return {name.removeprefix(prefix): find for name, find in tensors.items() if name.startswith(prefix)}
 
 
-def _number(indexed: IndexedCheckpoint, name: str) -> Any:
+def _number(indexed: IndexedCheckpoint, *keys: str) -> Any:
     """A number of the content, be it a value or a tensor; None if it is not there."""
-    value = indexed.values.get(name)
-    found = None if value is not None else indexed.value(name)
+    value = indexed.values.get(".".join(keys))
+    found = None if value is not None else indexed.value(keys)
     return value if found is None else found[0]
 
 
@@ -105,14 +105,14 @@ def _timm(indexed: IndexedCheckpoint) -> FoundEMA | None:
 
 def _lightning(indexed: IndexedCheckpoint) -> FoundEMA | None:
     weights, averaged = _group(indexed, ("current_model_state",)), _group(indexed, ("state_dict",))
-    updates = _whole(_number(indexed, "averaging_state.n_averaged"))
+    updates = _whole(_number(indexed, "averaging_state", "n_averaged"))
     return FoundEMA(averaged, weights, {"copies": 1}, updates, 1, True) if weights and averaged and updates else None
 
 
 def _averaged_model(indexed: IndexedCheckpoint) -> FoundEMA | None:
     for place in _places(indexed, "n_averaged"):
         averaged = _behind(_group(indexed, place), "module.")
-        if averaged and (updates := _whole(_number(indexed, ".".join((*place, "n_averaged"))))):
+        if averaged and (updates := _whole(_number(indexed, *place, "n_averaged"))):
             return FoundEMA(averaged, _model(indexed, ".".join(place)), {"copies": 1}, updates, 1, True)
     return None
 
@@ -121,7 +121,7 @@ def _ema_pytorch(indexed: IndexedCheckpoint) -> FoundEMA | None:
     for place in _places(indexed, "initted"):
         group = _group(indexed, place)
         averaged, weights = _behind(group, "ema_model."), _behind(group, "online_model.")
-        calls = _whole(_number(indexed, ".".join((*place, "step"))))
+        calls = _whole(_number(indexed, *place, "step"))
         if averaged and calls:
             rule = {"decay": 0.9999, "warm_up": "power", "copies": 101}
             return FoundEMA(averaged, weights or _model(indexed, ".".join(place)), rule, calls, 10, True)
@@ -143,9 +143,7 @@ def _lit_ema(indexed: IndexedCheckpoint) -> FoundEMA | None:
             if stored.keys() <= plain.keys():
                 averaged = {plain[name]: find for name, find in stored.items()}
                 weights = {name: others[name] for name in others if name.startswith(prefix)}
-                value, count = (
-                    _number(indexed, ".".join((*place, f"model_ema.{n}"))) for n in ("decay", "num_updates")
-                )
+                value, count = (_number(indexed, *place, f"model_ema.{n}") for n in ("decay", "num_updates"))
                 rule = {"decay": round(float(value), 7), "warm_up": "ratio" if count >= 0 else ""}
                 return FoundEMA(averaged, weights, rule, _whole(count))
         raise FileFormatError(indexed.path, f"holds an EMA of {shown(next(iter(stored)))}, and no such weights")
@@ -167,15 +165,15 @@ def _torch_ema(indexed: IndexedCheckpoint) -> FoundEMA | None:
                 reason = "holds an EMA without names, and not the weights that it is of in the same order"
                 raise FileFormatError(indexed.path, reason)
             averaged[name] = find
-        updates = _whole(_number(indexed, ".".join((*place, "num_updates"))))
-        rule = {"decay": float(_number(indexed, ".".join((*place, "decay")))), "warm_up": "ratio" if updates else ""}
+        updates = _whole(_number(indexed, *place, "num_updates"))
+        rule = {"decay": float(_number(indexed, *place, "decay")), "warm_up": "ratio" if updates else ""}
         return FoundEMA(averaged, weights, rule, updates)
     return None
 
 
 def _mmengine(indexed: IndexedCheckpoint) -> FoundEMA | None:
     weights, averaged = _behind(_group(indexed, ("ema_state_dict",)), "module."), _group(indexed, ("state_dict",))
-    updates = _whole(_number(indexed, "ema_state_dict.steps"))
+    updates = _whole(_number(indexed, "ema_state_dict", "steps"))
     return FoundEMA(averaged, weights, {"copies": 1}, updates, 1, True) if weights and averaged else None
 
 
