@@ -183,6 +183,35 @@ def sweep_figure(
     return figure
 
 
+def audit_figure(
+    title: str, spans: FloatArray, found: FloatArray, claimed: float | None, unexplained: FloatArray, word: str
+) -> Figure:
+    """The length of an average over training, with what is claimed as a line; below it what remains unexplained.
+
+    Arguments:
+        title: the verdict.
+        spans: begin and end of each interval, [intervals, 2].
+        found, unexplained: of each, [intervals].
+        claimed: the length.
+        word: what the length is.
+    """
+    figure = _figure(_WIDTH, 5.6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    middle = spans.mean(axis=1)
+    upper.hlines(found, spans[:, 0], spans[:, 1], color="C0")
+    upper.fill_between(middle, found * (1 - unexplained), found * (1 + unexplained), color="C0", alpha=0.2, lw=0)
+    upper.plot(middle, found, "o", color="C0", markersize=4, label="found")
+    if claimed is not None:
+        upper.axhline(claimed, color="C1", label="claimed")
+    upper.set_yscale("log")
+    upper.set_ylabel(word)
+    lower.bar(middle, 100 * unexplained, width=0.8 * np.diff(spans, axis=1)[:, 0], color="C0")
+    lower.set_ylabel("unexplained (%)")
+    lower.set_xlabel("training time")
+    _finish(upper, title)
+    return figure
+
+
 def times_figure(lines: dict[str, tuple[FloatArray, FloatArray]], words: tuple[str, str]) -> Figure:
     """Values over training time, each line with its own times; nan is a gap. One time more than values: stairs."""
     figure = _figure(_WIDTH, 3.2)

@@ -12,15 +12,19 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
 from posthoc_cli.checkpoints.manifest import Manifest, is_import, read_manifest
 from posthoc_cli.checkpoints.opening import (
+    decay_is_missing,
     describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
     open_checkpoints,
+    open_unclaimed,
 )
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError, percent
 from posthoc_cli.planning import (
@@ -38,7 +42,7 @@ from posthoc_cli.planning import (
     propose,
     relative_rounding,
 )
-from posthoc_cli.profiles import PowerFunction, Profile
+from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, take_inventory, verify
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
+    from posthoc_cli.checkpoints.audit import Audit
     from posthoc_cli.export.writing import SynthesisReport
 
 log = logging.getLogger(__name__)
@@ -385,6 +390,34 @@ class Run:
         """Verify every byte, and compare the snapshots with each other; see `check_path`."""
         return check_path(self.directory, progress)
 
+    def audit(
+        self, claimed: float | None = None, *, picture: Path | None = None, overwrite: bool = False
+    ) -> list[Audit]:
+        """Find which decay, or sigma_rel, the averages really have; see `checkpoints.audit`.
+
+        Arguments:
+            claimed: the decay that they should have, in (0, 1); by default what the files or an import say.
+            picture: a .png, .svg or .pdf file for the first one.
+            overwrite: replace it.
+
+        Returns:
+            One for each average of the run; `is_bad` where it is not what it claims to be.
+
+        Raises:
+            InvalidValueError: there are no two times with an average and the weights; OutputExistsError, WriteError.
+        """
+        from posthoc_cli.checkpoints.audit import audit_sources
+
+        sources = self.sources
+        if all(isinstance(one.profile, Point) for one in sources) and decay_is_missing(self.directory):
+            sources = [*open_unclaimed(self.directory)]
+        audits = audit_sources(sources, claimed)
+        if picture is not None and audits[0].intervals:
+            from posthoc_cli import plots
+
+            files.write_whole(picture, plots.as_file(lambda: _audit_figure(audits[0]), picture.suffix), overwrite)
+        return audits
+
     def prune(
         self,
         *,
@@ -516,6 +549,18 @@ def _draw(
 
     draw = functools.partial(plots.error_figure, curves, fits, profile_error)
     files.write_whole(picture, plots.as_file(draw, picture.suffix), overwrite)
+
+
+def _audit_figure(audit: Audit) -> Figure:
+    from posthoc_cli import plots
+
+    spans, found, rest = (
+        np.array([value(one) for one in audit.intervals])
+        for value in (lambda one: (one.begin, one.end), lambda one: abs(one.found), lambda one: one.unexplained)
+    )
+    word = "time constant (steps)" if audit.what == "decay" else "sigma_rel"
+    title = f"{audit.name}: " * bool(audit.name) + audit.verdict
+    return plots.audit_figure(title, spans, found, audit.intervals[0].claimed, rest, word)
 
 
 def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:

@@ -24,7 +24,7 @@ ROOMS = (
 )  # fmt: skip
 COMMANDS = {
     "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify",
-    "import", "demo", "guide", "help",
+    "import", "audit", "demo", "guide", "help",
 }  # fmt: skip
 
 

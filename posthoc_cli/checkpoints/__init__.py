@@ -7,5 +7,8 @@ of a model in one file or several, `steps` when it was saved. `kinds` knows what
 to the files and holds the settings that they lack, or `copies`.
 """
 
-KINDS = ("edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "checkpoints")
+KINDS = (
+    "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "timm", "lightning-ema", "averaged-model",
+    "ema-pytorch-ema", "lit-ema", "torch-ema", "mmengine", "ema", "checkpoints",
+)  # fmt: skip
 """The kinds of `kinds.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series."""

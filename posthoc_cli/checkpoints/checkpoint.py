@@ -46,6 +46,7 @@ class CheckpointInfo:
         tensors: role and dtype of each.
         aliases: further names of tensors.
         sigma_rel, gamma: the power function that an average was asked for; 0 for others.
+        decay: that of an ordinary EMA, without its warm-up; 0 for others.
         run_id: made of names, shapes and content; empty until checkpoints were compared with each other.
         left_out: names of the model's state that are not used.
     """
@@ -58,6 +59,7 @@ class CheckpointInfo:
     aliases: dict[str, str]
     sigma_rel: float = 0.0
     gamma: float = 0.0
+    decay: float = 0.0
     run_id: str = ""
     left_out: tuple[str, ...] = ()
     measurements: None = None
@@ -96,6 +98,8 @@ class CheckpointInfo:
         """What its tensors are of, for people."""
         if isinstance(self.profile, Point):
             return "weights"
+        if self.decay:
+            return f"EMA of decay {self.decay:.12g}"
         tracked = f" tracked as sigma_rel {self.sigma_rel:g}," * bool(self.sigma_rel)
         is_power = isinstance(self.profile, PowerFunction)
         return f"average of sigma_rel {self.sigma_rel:g}" if is_power else f"average{tracked} of its own profile"
@@ -143,8 +147,11 @@ def make_checkpoint(
     kind: str = "checkpoints",
     t_unit: str = "steps",
     sigma_rel: float = 0.0,
+    decay: float = 0.0,
 ) -> Checkpoint:
     """A checkpoint of these tensors; of a power function, or what was meant as one, with its `sigma_rel`.
+
+    One of an ordinary EMA has its `decay`.
 
     Raises:
         FileFormatError: a tensor has no name that a model's could have, or a dtype that is not read.
@@ -185,7 +192,7 @@ def make_checkpoint(
     info = CheckpointInfo(
         profile, step, t_unit, first_time(profile),
         {name: _tracked(name, entry.dtype) for name, entry in entries.items()}, aliases,
-        sigma_rel, gamma_from_sigma_rel(sigma_rel) if sigma_rel else 0.0,
+        sigma_rel, gamma_from_sigma_rel(sigma_rel) if sigma_rel else 0.0, decay,
     )  # fmt: skip
     return Checkpoint(path, fmt.FileHeader({}, dict(stored), 0), info, parts, kind)
 

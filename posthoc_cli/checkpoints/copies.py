@@ -13,6 +13,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, CheckpointInfo, first_time
 from posthoc_cli.errors import FileFormatError, NonFiniteError, OutputExistsError
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile
+from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
@@ -88,9 +89,11 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     info = checkpoint.info
-    keys = ("run_id", "t", "t_unit", "step", "sigma_rel", "gamma", "tensors", "aliases")
+    keys = ("run_id", "t", "t_unit", "step", "sigma_rel", "gamma", "decay", "tensors", "aliases")
     values: dict[str, object] = {key: getattr(info, key) for key in keys} | {"source": checkpoint.identity}
-    if isinstance(info.profile, Discrete):
+    if isinstance(info.profile, OrdinaryEMA):
+        values["ordinary"] = info.profile.settings
+    elif isinstance(info.profile, Discrete):
         values["masses"] = {"times": info.profile.times, "masses": info.profile.masses}
     return fmt.encode_metadata(KIND, values)
 
@@ -123,11 +126,14 @@ def read_copy(path: Path) -> Checkpoint:
     header = read_header(path)
     values = headers.decode_metadata(path, header, KIND, _ENTRIES)
     masses, t, _ = values.pop("masses", None), values.pop("t"), values.pop("source", None)
+    ordinary = values.pop("ordinary", None)
     try:
         profile: StoredProfile = PowerFunction(values["gamma"], t) if values["sigma_rel"] else Point(t)
         tensors = headers.decode_tensors(values.pop("tensors"), header.tensors)
         headers.check_aliases(values["aliases"], tensors)
-        if masses is not None:
+        if ordinary is not None:
+            profile = OrdinaryEMA.of(values["step"], **ordinary)
+        elif masses is not None:
             profile = Discrete(masses.get("times", ()), masses.get("masses", ()), t)
     except (ValueError, TypeError) as error:
         raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
@@ -143,9 +149,11 @@ _ENTRIES = {
     "step": replace(headers.WHOLE, words="a whole number above 0", accepts=lambda v: headers.is_whole(v) and v > 0),
     "sigma_rel": headers.AMOUNT,
     "gamma": headers.AMOUNT,
+    "decay": replace(headers.AMOUNT, optional=True),
     "tensors": headers.OBJECT,
     "aliases": headers.OBJECT,
     "masses": replace(headers.OBJECT, optional=True),
+    "ordinary": replace(headers.OBJECT, optional=True),
     "source": replace(headers.TEXT, optional=True),
 }
 """What the metadata of such a file must be."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.audit import audit_sources
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.checkpoints.copies import are_copied, copy_path, write_copies
 from posthoc_cli.checkpoints.kinds import TABLE, Settings
@@ -21,7 +23,7 @@ from posthoc_cli.checkpoints.manifest import (
     make_manifest,
     read_manifest,
 )
-from posthoc_cli.checkpoints.opening import open_checkpoints
+from posthoc_cli.checkpoints.opening import decay_is_missing, holds_checkpoints, open_checkpoints, open_unclaimed
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
@@ -101,8 +103,10 @@ def import_checkpoints(
     target = None if out is None else files.expanded(files.given_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
+    said = given.ema_decay is not None
+    given = _with_decay(origin, given)
     found = _found(origin, given)
-    checks = tuple(_checks(found, given))
+    checks = (*_checks(found, given), *_check_decay(found, said))
     paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
     written = False
     if target is not None and not dry_run:
@@ -126,6 +130,46 @@ def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
     if not all(one.kind for one in found):
         raise again
     return found
+
+
+def _with_decay(origin: Path, given: Settings) -> Settings:
+    """The settings, with the decay that ordinary EMAs show if neither they nor the settings say it."""
+    if is_import(origin) or not holds_checkpoints(origin) or not decay_is_missing(origin, given):
+        return given
+    sources = open_unclaimed(origin, given)
+    hint = "say which decay the EMAs have"
+    try:
+        (audit, *_) = audit_sources(sources, every=given.update_every or 1)
+    except InvalidValueError:
+        reason = "must be given: the files do not hold it, and it cannot be found without weights beside the averages"
+        raise InvalidValueError("ema_decay", reason) from None
+    if audit.verdict != "found" or audit.found is None:
+        raise InvalidValueError("ema_decay", f"must be given: {audit.text}", hint)
+    return replace(given, ema_decay=_shortest(audit.found, max(0.005, 2 * (audit.uncertainty or 0.0))))
+
+
+def _shortest(decay: float, uncertainty: float) -> float:
+    """The decay with the fewest digits whose time constant is within a relative uncertainty."""
+    for digits in range(1, 16):
+        rounded = round(decay, digits)
+        if 0 < rounded < 1 and abs(math.log((1 - rounded) / (1 - decay))) <= uncertainty:
+            return rounded
+    return decay
+
+
+def _check_decay(found: Sequence[Checkpoint], said: bool) -> Iterator[str]:
+    """Compare the decay of ordinary EMAs with what the files show."""
+    if not any(one.info.decay for one in found):
+        return
+    try:
+        audits = audit_sources(found)
+    except InvalidValueError:
+        yield "ema_decay is as given: without weights beside the averages it cannot be checked"
+        return
+    for audit in audits:
+        if audit.is_bad:
+            raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
+        yield f"{'given' if said else 'found'}: {audit.text}"
 
 
 def _checks(found: Sequence[Checkpoint], settings: Settings) -> Iterator[str]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.claims import check_update_every
-from posthoc_cli.checkpoints.layouts import FoundChunk, IndexedCheckpoint
+from posthoc_cli.checkpoints.layouts import IndexedCheckpoint
+from posthoc_cli.checkpoints.ordinary import FINDERS, FoundEMA, Tensors
 from posthoc_cli.checkpoints.steps import checked_step, step_of
 from posthoc_cli.checkpoints.tensor_files import names_in
 from posthoc_cli.dtypes import EPS
@@ -26,14 +27,14 @@ from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     DEFAULT_UPDATE_AFTER_STEP,
     TORCHTITAN_GAMMA,
+    WARM_UPS,
+    Decay,
     ema_pytorch_profile,
     posthoc_ema_profile,
     torchtitan_profile,
 )
 from posthoc_cli.snapshots.selection import check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource
-
-Tensors = Mapping[str, Callable[[], list[FoundChunk]]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Settings:
         include, exclude: globs on the names that remain.
         sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
         update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`.
+        ema_decay: of ordinary EMAs, in (0, 1); `update_every` is theirs, too.
+        ema_warmup: "ratio" of (1 + n) / (10 + n), or "power" of 1 - (1 + n)**(-2/3).
     """
 
     kind: str | None = None
@@ -57,6 +60,8 @@ class Settings:
     sigma_rels: Sequence[float] = ()
     update_every: int | None = None
     update_after_step: int | None = None
+    ema_decay: float | None = None
+    ema_warmup: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in [*TABLE]:
@@ -69,6 +74,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise InvalidValueError(name, f"must be a whole number, at least {least}", value=value)
+        if self.ema_decay is not None:
+            Decay(self.ema_decay)
+        if self.ema_warmup not in (None, *WARM_UPS):
+            raise InvalidValueError("ema_warmup", f"must be one of {', '.join(WARM_UPS)}", value=repr(self.ema_warmup))
         if not isinstance(self.prefix, str):
             raise InvalidValueError("prefix", "must be a text", value=repr(self.prefix))
         try:
@@ -109,6 +118,7 @@ class Kind:
         is_in: whether a checkpoint is of this kind, by what it holds; it is asked if the name fits.
         name: the form of its files' names, with a group for the step; None if they may have any.
         form: the same in words.
+        named_so: what must be in a name, unless this kind is given.
         of_name: steps that the number in the name counts.
         needs: settings that the files do not hold.
         takes: settings that may be given beside these and the choice of tensors.
@@ -120,6 +130,7 @@ class Kind:
     is_in: Callable[[IndexedCheckpoint], bool] = lambda _: True
     name: re.Pattern[str] | None = None
     form: str = ""
+    named_so: re.Pattern[str] | None = None
     of_name: int = 1
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
@@ -145,7 +156,11 @@ def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
         FileFormatError: it is not named as those of the kind that was given.
         InvalidValueError: a setting that its files do not hold is missing.
     """
-    found = settings.kind or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(indexed))
+    found = settings.kind or next(
+        name
+        for name, kind in TABLE.items()
+        if kind.is_named(path) and (not kind.named_so or kind.named_so.search(path.name)) and kind.is_in(indexed)
+    )
     if not TABLE[found].is_named(path):
         raise FileFormatError(path, f"is not named as files of {found} are: {TABLE[found].form}")
     missing = [name for name in TABLE[found].needs if not getattr(settings, name)]
@@ -281,6 +296,92 @@ def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
     )  # fmt: skip
 
 
+# --- ordinary EMAs
+
+_EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+"""In the name of a file or folder whose tensors are an ordinary EMA."""
+
+
+def _read_ema(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
+    """A file of an average alone; it is not used without a decay, so that weights beside it are."""
+    found = FoundEMA(indexed.model_tensors(settings.prefix))
+    return _ordinary(path, found, step, settings, "ema")
+
+
+def _read_library(
+    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings
+) -> list[Checkpoint]:
+    """The average and the weights that a library stored in one checkpoint."""
+    found = FINDERS[library](indexed)
+    if found is None:
+        raise FileFormatError(path, f"holds no EMA of {library}")
+    return _ordinary(path, found, step, settings, library)
+
+
+def _ordinary(path: Path, found: FoundEMA, step: int, settings: Settings, kind: str) -> list[Checkpoint]:
+    begin = settings.prefix if kind != "ema" else ""
+    parts = [
+        {name.removeprefix(begin): find for name, find in part.items() if name.startswith(begin)}
+        for part in (found.averaged, found.weights)
+    ]
+    averaged, weights = parts
+    if not averaged:
+        raise FileFormatError(path, f"no tensor's name begins with {begin!r}")
+    both = settings.chosen({name: averaged.get(name, find) for name, find in weights.items()} or averaged)
+    made = []
+    if weights:
+        made.append(make_checkpoint(path, {n: weights[n] for n in both}, Point(float(step)), step, kind))
+    rule = dict(found.rule)
+    if settings.ema_decay is not None:
+        rule["decay"] = settings.ema_decay
+    if settings.ema_warmup is not None:
+        rule["warm_up"] = settings.ema_warmup
+    if "decay" in rule:
+        decay, updates, every, first = _schedule(path, found, step, settings, rule)
+        profile = decay.profile(step, updates, every, first)
+        made.append(make_checkpoint(path, both, profile, step, kind, decay=decay.decay))
+    return made
+
+
+def _schedule(
+    path: Path, found: FoundEMA, step: int, settings: Settings, rule: dict[str, Any]
+) -> tuple[Decay, int, int, int]:
+    """The decays, the number of updates, the steps between them, and the first one."""
+    every = settings.update_every or found.every
+    later = settings.update_after_step or 0
+    counted = found.updates
+    if counted is None:
+        first = later + 1 if found.from_first else (later // every + 1) * every
+        return Decay(**rule), max(0, (step - first) // every + 1), every, first
+    if counted > step:
+        raise FileFormatError(path, f"has counted {counted:,} updates of its EMA, and is of step {step:,}")
+    if found.every > 1:  # calls are counted, of which the first is an update
+        if settings.update_after_step is not None:
+            rule["copies"] = settings.update_after_step + 1
+        return Decay(**rule, stride=every), (counted - 1) // every + 1, every, step - counted + 1
+    if settings.update_every is None and counted:
+        every = max(1, step // counted) if -(-step // max(1, step // counted)) - counted in (0, 1) else 1
+    last = (step - 1) // every * every + 1 if found.from_first else step // every * every
+    first = last - (counted - 1) * every
+    if counted and first < 1:
+        reason = f"cannot be: {path.name} has counted {counted:,} updates by step {step:,}"
+        raise InvalidValueError("update_every", reason, value=every)
+    return Decay(**rule), counted, every, first
+
+
+_EMA_TAKES = ("step_from", "ema_decay", "ema_warmup", "update_every", "update_after_step")
+
+
+def lacks_decay(indexed: IndexedCheckpoint, kind: str) -> bool:
+    """Whether a checkpoint holds an ordinary EMA, and not its decay."""
+    found = FINDERS[kind](indexed) if kind in FINDERS else None
+    return kind == "ema" or (found is not None and "decay" not in found.rule)
+
+
+def _is_of(library: str, indexed: IndexedCheckpoint) -> bool:
+    return FINDERS[library](indexed) is not None
+
+
 # --- EDM2: power functions, with images and width in the name
 
 _EDM2 = re.compile(r"network-snapshot-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
@@ -304,6 +405,11 @@ TABLE = {
         _read_torchtitan, lambda indexed: bool(_titan_averages(indexed)),
         takes=("step_from", "update_every", "update_after_step"),
     ),
+    **{
+        name: Kind(functools.partial(_read_library, name), functools.partial(_is_of, name), takes=_EMA_TAKES)
+        for name in FINDERS
+    },
+    "ema": Kind(_read_ema, named_so=_EMA_NAME, takes=_EMA_TAKES),
     "checkpoints": Kind(_read_weights, takes=("step_from",)),
 }  # fmt: skip
 """Every kind, in the order in which a file is asked whether it is one; `checkpoints` are weights."""

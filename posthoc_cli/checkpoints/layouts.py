@@ -25,12 +25,15 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.headers import is_sizes, parse_json
 from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error
+from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file
 
 Keys = tuple[str, ...]
 
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
+EMA_ENDING = "_ema"
+"""What the folder of an average that diffusers wrote ends with; its weights are in the one without it."""
+CONFIG = "config.json"
 NOT_WEIGHTS = (
     "optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args",
     "training-state",
@@ -42,6 +45,7 @@ first where `state_dict` is an average."""
 _OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
 _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "ss_steps")
 _MOST_METADATA = 1_000_000_000
+_MOST_CONFIG = 10_000_000
 
 
 class FoundChunk(NamedTuple):
@@ -80,9 +84,10 @@ class IndexedCheckpoint:
                 return value
         return None
 
-    def value(self, name: str) -> tuple[float, str] | None:
+    def value(self, name: str | Keys) -> tuple[float, str] | None:
         """The value of a tensor of one real number, and its dtype; None if there is no such tensor."""
-        chunks = self.tensors[keys]() if (keys := tuple(name.split("."))) in self.tensors else []
+        keys = tuple(name.split(".")) if isinstance(name, str) else name
+        chunks = self.tensors[keys]() if keys in self.tensors else []
         value = _scalar(chunks) if chunks else None
         return None if value is None else (value, chunks[0].tensor.dtype)
 
@@ -145,6 +150,8 @@ def index_checkpoint(path: Path) -> IndexedCheckpoint:
         raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
     if model.name == DCP_METADATA:
         return _of_distributed(model)
+    if model.name.endswith(EMA_ENDING) and model.is_dir() and model != path:
+        return _of_average(path, model)
     return _of_chunks(path) if model == path else index_checkpoint(model)
 
 
@@ -173,8 +180,25 @@ def model_in(folder: Path) -> Path | None:
             return folder
         if len(listed or own) > 1:
             raise FileFormatError(folder, f"holds several models: {names_in(listed or own)}", "name one by a glob")
+    averages = [name for name in names if name.endswith(EMA_ENDING) and (folder / name / CONFIG).is_file()]
+    if len(averages) > 1:
+        raise FileFormatError(folder, f"holds several averages: {names_in(averages)}", "move all but one elsewhere")
+    if averages:
+        return folder / averages[0]
     inner = [folder / name for name in names if name.startswith("pytorch_model_fsdp")]
     return inner[0] / DCP_METADATA if inner and (inner[0] / DCP_METADATA).is_file() else None
+
+
+def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
+    """An average of diffusers as the group "ema", with the weights in the folder beside it as the group "model"."""
+    config = average / CONFIG
+    settings = parse_json(config, read_small_file(config, _MOST_CONFIG), "configuration")
+    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    beside = folder / average.name.removesuffix(EMA_ENDING)
+    for group, place in (("model", beside), ("ema", average)):
+        if place.is_dir():
+            tensors |= {(group, *keys): find for keys, find in index_checkpoint(place).tensors.items()}
+    return IndexedCheckpoint(folder, tensors, {f"ema.{key}": value for key, value in settings.items()})
 
 
 def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[FoundChunk]:

@@ -29,7 +29,7 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.checkpoints.kinds import TABLE, Settings
-from posthoc_cli.checkpoints.layouts import index_checkpoint, model_in
+from posthoc_cli.checkpoints.layouts import CONFIG, EMA_ENDING, index_checkpoint, model_in
 from posthoc_cli.checkpoints.steps import checked_step
 from posthoc_cli.checkpoints.tensor_files import ForeignPart, sampled_identity
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
@@ -103,7 +103,11 @@ def make_manifest(folder: Path, origin: Path, settings: Settings, checkpoints: S
     listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
     paths = {part.path for one in checkpoints for part in foreign_parts(one)}
     # What says where the tensors are, in their files.
-    paths |= {model for path in listed if path.is_dir() and (model := model_in(path)) and model.is_file()}
+    for path in listed:
+        model = model_in(path) if path.is_dir() else None
+        if model and model.name.endswith(EMA_ENDING):
+            model /= CONFIG
+        paths |= {model} if model and model.is_file() else set()
     known = {}
     for path in sorted(paths):
         with OpenedFile(path) as file:

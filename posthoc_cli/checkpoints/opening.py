@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import glob
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots, checked_run, make_checkpoint
 from posthoc_cli.checkpoints.copies import is_copy, read_copy
-from posthoc_cli.checkpoints.kinds import TABLE, UNSPECIFIED, Settings, check_used, kind_of
+from posthoc_cli.checkpoints.kinds import TABLE, UNSPECIFIED, Settings, check_used, kind_of, lacks_decay
 from posthoc_cli.checkpoints.layouts import NOT_WEIGHTS, index_checkpoint, model_in
 from posthoc_cli.checkpoints.manifest import is_import, read_manifest
 from posthoc_cli.checkpoints.steps import named_step
@@ -42,10 +43,30 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
     paths = _places(place)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
     made = [one for path in paths for one in _read(path, settings, by_word)]
+    if settings.ema_decay is not None and settings.kind is None and {one.kind for one in made} == {"checkpoints"}:
+        return open_checkpoints(place, replace(settings, kind="ema"))  # all are averages, under any name
+    if not made and paths and decay_is_missing(place, settings):
+        reason = "holds EMAs, and neither their decay nor weights beside them"
+        raise InvalidValueError(place, reason, "give ema_decay to an import")
     if not made:
         raise DirectoryError(place, "holds no checkpoints")
     check_used(settings, {one.kind for one in made} - {""})
     return checked_run(made)
+
+
+def decay_is_missing(place: str | Path, settings: Settings = UNSPECIFIED) -> bool:
+    """Whether there are ordinary EMAs whose files do not hold their decay, and it was not given."""
+    if settings.ema_decay is not None or is_import(place):
+        return False
+    indexes = ((path, index_checkpoint(path)) for path in _places(place))
+    return any(lacks_decay(indexed, kind_of(path, indexed, settings)) for path, indexed in indexes
+               if not is_copy(indexed.values))  # fmt: skip
+
+
+def open_unclaimed(place: str | Path, settings: Settings = UNSPECIFIED) -> list[Checkpoint]:
+    """The checkpoints, with ordinary EMAs of any decay, to find which it is: their profiles are not to be used."""
+    found = open_checkpoints(place, replace(settings, ema_decay=0.999))
+    return [replace(one, info=replace(one.info, decay=0.0)) for one in found]
 
 
 def _read(path: Path, settings: Settings, by_word: str) -> list[Checkpoint]:

@@ -30,6 +30,8 @@ from posthoc_cli.snapshots.tensor_file import OpenedFile, read_header
 
 ENDINGS = (fmt.SUFFIX, *PICKLES)
 
+PARAMETERS = "shadow_params"
+"""Under which averages are a list, in the order of the model's parameters."""
 _SAMPLES, _SAMPLE = 16, 4096
 _MOST_VALUES = 1_000_000
 _DEEPEST = 100
@@ -71,7 +73,7 @@ def index_file(path: Path) -> IndexedFile:
 
 
 def _leaves(path: Path, value: Any) -> dict[tuple[str, ...], Any]:
-    """The tensors, numbers and texts within dicts, by the keys that lead to each.
+    """The tensors, numbers and texts within dicts, and those of averages in lists, by the keys that lead to each.
 
     A tensor of a kind that is not read (sparse, quantized, spread over processes) stays a node. The names of modules
     within a pickled module are one key, joined by dots, as in a state dict.
@@ -81,6 +83,8 @@ def _leaves(path: Path, value: Any) -> dict[tuple[str, ...], Any]:
     count = 0
     while left:
         keys, one, depth, within = left.pop()
+        if isinstance(one, list) and keys[-1:] == (PARAMETERS,):
+            one = dict(enumerate(one))
         if not isinstance(one, dict) or (isinstance(one, Node) and one.name.startswith("torch._utils._rebuild")):
             if isinstance(one, Node | FoundTensor | int | float | str):
                 found[keys] = one

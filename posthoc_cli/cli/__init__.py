@@ -26,6 +26,7 @@ from typer import Argument, Option
 import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.cli import (
+    audit,
     demo,
     error_plot,
     export,
@@ -122,7 +123,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (
-    synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, import_, demo, guide,
+    synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, import_, audit, demo, guide,
 ):  # fmt: skip
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])

@@ -38,6 +38,19 @@ def import_(
     update_after_step: int | None = values.RUN(
         None, show_default="the library's", help="Of averages: calls before the first update."
     ),
+    ema_decay: float | None = values.RUN(
+        None,
+        metavar="DECAY",
+        show_default="the files', else found by comparing",
+        help="Of ordinary EMAs: 0.9999.",
+    ),
+    ema_warmup: str | None = values.RUN(
+        None,
+        metavar="ratio|power",
+        autocompletion=values.one_of("ratio", "power"),
+        show_default="as the files say",
+        help="Of ordinary EMAs: (1 + n) / (10 + n), or 1 - (1 + n)^-2/3, up to the decay.",
+    ),
     copy: bool = values.flag(
         values.OUTPUT, "--copy", help="Write copies with checksums, in place of referring to the files."
     ),
@@ -63,6 +76,7 @@ def import_(
         progress=output.progress_bar(quiet), kind=kind, step_from=step_from, prefix=prefix, include=include,
         exclude=exclude, sigma_rels=values.optional(values.parse_sigma_rels, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
+        ema_decay=ema_decay, ema_warmup=ema_warmup,
     )  # fmt: skip
     if as_json:
         output.print_json(done.to_dict())

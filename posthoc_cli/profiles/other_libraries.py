@@ -16,9 +16,13 @@ changed. Since k counts updates, that is nearly the power function of the expone
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.discrete import Discrete
@@ -106,3 +110,122 @@ def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Disc
     later = np.add.reduceat(masses * (np.arange(times.size) % size), groups)
     means = times[groups] + interval * np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
     return Discrete(means, joined, t)
+
+
+# --- ordinary EMAs: one decay, perhaps with a warm-up
+
+WARM_UPS = ("ratio", "power")
+
+_FINEST, _STEPS_FINEST = 128, 512
+"""Times of an ordinary EMA: so many in each of its time constants, and in each doubling of the steps."""
+
+_FORGOTTEN = 30.0
+"""What was updated so many time constants ago counts less than 1e-13."""
+
+_COPY = -1e3
+"""The logarithm that stands for that of 0."""
+
+
+@dataclass(frozen=True)
+class Decay:
+    """The decays of an ordinary EMA, of its n-th update.
+
+    Attributes:
+        decay: the constant one, or the largest.
+        warm_up: "" for none, "ratio" of (1 + n) / (10 + n), or "power" of 1 - (1 + n / inv_gamma)**-power, with n
+            counted from 1 for the first update that is no copy.
+        copies: so many first updates copy the weights.
+        stride: what the numbers of updates grow by, for libraries that count calls.
+        inv_gamma, power, least: of the warm-up.
+    """
+
+    decay: float
+    warm_up: str = ""
+    copies: int = 0
+    stride: int = 1
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.decay, float) and 0 < self.decay < 1):
+            raise InvalidValueError("ema_decay", "must lie in (0, 1)", value=self.decay)
+
+    def at(self, updates: FloatArray) -> FloatArray:
+        """The share of the average before that the updates of these numbers, from 1, keep."""
+        numbers = 1 + (updates - 1) * self.stride
+        n = np.maximum(numbers - self.copies, 0.0)
+        if self.warm_up == "ratio":
+            kept = np.minimum((1 + n) / (10 + n), self.decay)
+        elif self.warm_up == "power":
+            kept = np.minimum(-np.expm1(-self.power * np.log1p(n / self.inv_gamma)), self.decay)
+        else:
+            kept = np.full(n.size, self.decay)
+        return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
+
+    def kept_logs(self, updates: int) -> FloatArray:
+        """The logarithm of what the updates 1 to k keep together, for k from 0 to `updates`; a copy keeps nothing."""
+        return _kept_logs(self, 1 << max(10, updates.bit_length()))[: updates + 1]
+
+    def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
+        """The profile at a step of the training.
+
+        Arguments:
+            step: of the training, the time of the average.
+            updates: so far.
+            every: steps between updates.
+            first: the step of the first update; 0 for the last `updates` multiples of `every`. Before it the average is
+                the weights of when the update before would have been, at the earliest those of half a step.
+        """
+        if updates > MOST_UPDATES:
+            raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
+        return OrdinaryEMA(self, step, updates, every, first or step // every * every - (updates - 1) * every)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_logs(decay: Decay, most: int) -> FloatArray:
+    with np.errstate(divide="ignore"):
+        logs = np.log(decay.at(np.arange(1.0, most + 1)))
+    return np.append(0.0, np.cumsum(np.maximum(logs, _COPY)))
+
+
+class OrdinaryEMA(Discrete):
+    """An ordinary EMA at a step: the product of its own decays, at its own updates.
+
+    `times` joins updates where that moves little mass, and leaves out what is forgotten: they are where the intervals
+    of a solver end. Tails are exact at any time, so that of two averages one after the other the old part cancels.
+    """
+
+    def __init__(self, decay: Decay, step: int, updates: int, every: int, first: int) -> None:
+        logs = decay.kept_logs(updates)
+        start = max(float(first - every), 0.5)
+        settings = vars(decay) | {"updates": updates, "every": every, "first": first}
+        for name, value in (("settings", settings), ("_logs", logs), ("_start", start)):
+            object.__setattr__(self, name, value)
+        numbers = np.arange(1, updates + 1)
+        # Groups by the number of the update alone, so that averages of different times have the same ones.
+        level = np.floor(np.maximum(np.cumsum(np.maximum(np.diff(logs), -1.0)), _COPY) * -_FINEST)
+        size = np.exp2(np.maximum(np.floor(np.log2(numbers / _STEPS_FINEST)), 0))
+        place = np.floor((numbers - 1) / size) * size
+        is_end = np.append((np.diff(level) > 0) | (np.diff(place) > 0), np.ones(min(1, updates), bool))
+        ends = numbers[is_end & (logs[1:] - logs[-1] < _FORGOTTEN)]
+        times = np.append(start, first + every * (ends - 1.0))
+        masses = np.diff(np.exp(logs[-1] - logs[np.append(0, ends)]), prepend=0.0)
+        super().__init__(times, masses, step)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`."""
+        at, logs = np.asarray(s, dtype=np.float64), self._logs
+        done = np.clip(np.floor((at - self.settings["first"]) / self.settings["every"]) + 1, 0, logs.size - 1).astype(
+            np.intp
+        )
+        return np.where(at < self._start, 1.0, -np.expm1(logs[-1] - logs[done]))
+
+    @classmethod
+    def of(cls, step: int, updates: int, every: int, first: int, **decay: Any) -> OrdinaryEMA:
+        """The average with these `settings`, plain values for JSON."""
+        return cls(Decay(**decay), step, updates, every, first)
+
+    settings: dict[str, Any]
+    _logs: FloatArray
+    _start: float

@@ -199,8 +199,8 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
 
 
 def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
-    with pytest.raises(errors.InvalidValueError, match="kind 'mmengine': must be one of edm2, ema-pytorch, "):
-        import_checkpoints(tmp_path, None, dry_run=True, kind="mmengine")
+    with pytest.raises(errors.InvalidValueError, match="kind 'nothing': must be one of edm2, ema-pytorch, "):
+        import_checkpoints(tmp_path, None, dry_run=True, kind="nothing")
 
 
 def test_an_import_that_is_killed_leaves_nothing_under_its_name(

@@ -1,0 +1,66 @@
+"""`ema audit`: which decay an average really has, against what it claims."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from typer import Argument
+
+from posthoc_cli.cli import output, values
+
+if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.audit import Audit
+
+EPILOG = "Example:  ema audit checkpoints --claimed 0.9999 --out audit.png"
+
+
+def audit(
+    directory: Path = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights, or snapshots."),
+    claimed: float | None = values.RUN(
+        None, metavar="DECAY", show_default="as the files or an import say", help="The decay that it should have."
+    ),
+    out: Path | None = values.PICTURE,
+    overwrite: bool = values.OVERWRITE,
+    as_json: bool = values.JSON,
+) -> None:
+    """Find which decay an average really has.
+
+    Compares averages with the weights beside them, between one checkpoint and the next, on a sample of a million
+    elements: the decay by interval, and what is wrong, such as a sign, an update once a microbatch, an average that
+    does not move or began again at a resume. Of a tracker's snapshots the found sigma_rel.
+
+    Exit code 1 if an average is not what it claims to be.
+    """
+    picture = values.new_file(out, "--out", values.PICTURES, overwrite)
+    run = values.open_run(values.existing_run(directory, directory=False), None, directory=False)
+    audits = run.audit(claimed, picture=picture, overwrite=overwrite)
+    if as_json:
+        output.print_json({"audits": [one.to_dict() for one in audits]})
+    else:
+        for one in audits:
+            _print(one)
+        if picture is not None:
+            output.print_line(f"wrote {picture}")
+    if any(one.is_bad for one in audits):
+        raise typer.Exit(1)
+
+
+def _print(audit: Audit) -> None:
+    is_decay = audit.what == "decay"
+    columns = ["from", "to", "found", *["claimed", "ratio"] * (audit.claimed is not None), "unexplained", "note"]
+    rows = []
+    for one in audit.intervals:
+        found = "-" if math.isnan(one.found) else f"{one.found:,.4g}"
+        claim = [] if one.claimed is None else [f"{one.claimed:,.4g}", f"{one.found / one.claimed:.3g}"]
+        rows.append(
+            [f"{one.begin:,.12g}", f"{one.end:,.12g}", found, *claim, output.percent(one.unexplained), one.note]
+        )
+    if rows:
+        of = f" of {audit.name}" * bool(audit.name)
+        output.print_line(f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}")
+        output.print_table(columns, rows, left=["note"])
+        output.print_line()
+    output.print_line(f"{audit.name}: " * bool(audit.name) + f"{audit.verdict}: {audit.text}")

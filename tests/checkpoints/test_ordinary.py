@@ -1,0 +1,263 @@
+"""Averages of any length from ordinary EMAs, as the libraries that are installed write them, else in their format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from safetensors.torch import save_file
+from trained import EVERY, STEPS, TIMES, ema, named, network, train, true_average, write
+
+from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli.profiles import Point
+from posthoc_cli.profiles.other_libraries import Decay
+
+DECAY = 0.995
+
+
+def error_of(run: Run, sigma_rel: float = 0.15) -> float:
+    """The relative distance of an average from the true one, over every step in float64."""
+    made = run.average(sigma_rel, dtype="float64")
+    vector = np.concatenate([made[name].numpy().ravel() for name, _ in network().named_parameters()])
+    truth = true_average(train(), sigma_rel)
+    return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth))
+
+
+def replay(update: Callable[[torch.nn.Module], None], save: Callable[[int, torch.nn.Module], None]) -> None:
+    """Go through the recorded training with a model."""
+    model = network()
+    for step, vector in enumerate(train(), 1):
+        model.load_state_dict(named(vector))
+        update(model)
+        if step in TIMES:
+            save(step, model)
+
+
+def ratio(n: float) -> float:
+    return (1 + n) / (10 + n)
+
+
+RULES = {
+    "constant": (Decay(0.99), lambda _: 0.99),
+    "first copies": (Decay(0.99, copies=1), lambda n: 0.99 if n > 1 else 0.0),
+    "ratio": (Decay(0.999, "ratio"), lambda n: min(0.999, ratio(n))),
+    "power": (Decay(0.99, "power", copies=3), lambda n: min(0.99, 1 - (1 + max(n - 3, 0)) ** (-2 / 3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "updates", "every"), [(700, 700, 1), (700, 70, 10), (705, 30, 10), (3, 3, 1)])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_profile_is_the_product_of_the_decays(rule: str, step: int, updates: int, every: int) -> None:
+    decay, at = RULES[rule]
+    first = step // every * every - (updates - 1) * every
+    times, masses = [max(first - every, 0.5)], [1.0]
+    for n in range(1, updates + 1):
+        masses = [mass * at(n) for mass in masses] + [1 - at(n)]
+        times.append(first + every * (n - 1))
+    profile = decay.profile(step, updates, every)
+    for s in np.linspace(0, step, 301):
+        assert profile.tail(s) == pytest.approx(sum(m for t, m in zip(times, masses, strict=True) if t > s), abs=1e-11)
+
+
+def test_long_averages_have_few_times() -> None:
+    """Files of a million updates: 20 of them are opened at once."""
+    for decay in (0.99, 0.9999, 0.99999):
+        assert Decay(decay).profile(10**6, 10**6).times.size < 10_000
+
+
+def timm(folder: Path) -> dict[str, Any]:
+    write(folder, train(), ema(DECAY))
+    return {"ema_decay": DECAY}
+
+
+def plain(folder: Path) -> dict[str, Any]:
+    write(folder, train(), ema(DECAY), torch.float16)
+    for path in folder.iterdir():
+        save_file(torch.load(path)["state_dict_ema"], path.with_suffix(".safetensors"))
+        path.unlink()
+    return {"ema_decay": DECAY}
+
+
+def two_files(folder: Path) -> dict[str, Any]:
+    write(folder, train(), ema(DECAY))
+    for path in folder.iterdir():
+        content = torch.load(path)
+        torch.save(content["state_dict_ema"], folder / f"ema-{path.name}")
+        torch.save(content["state_dict"], path)
+    return {"ema_decay": DECAY}
+
+
+def diffusers(folder: Path, **settings: Any) -> dict[str, Any]:
+    pytest.importorskip("diffusers")
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.training_utils import EMAModel
+
+    class Small(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+    model = Small()
+    average = EMAModel(model.parameters(), decay=DECAY, model_cls=Small, model_config=model.config, **settings)
+
+    def save(step: int, _: torch.nn.Module) -> None:
+        average.save_pretrained(folder / f"checkpoint-{step}" / "unet_ema")
+        model.save_pretrained(folder / f"checkpoint-{step}" / "unet")
+
+    def update(now: torch.nn.Module) -> None:
+        model.net.load_state_dict(now.state_dict())
+        average.step(model.parameters())
+
+    replay(update, save)
+    return {"prefix": "net."}
+
+
+def averaged_model(folder: Path) -> dict[str, Any]:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    average = AveragedModel(network(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    replay(
+        average.update_parameters,
+        lambda step, model: torch.save(
+            {"model": model.state_dict(), "ema": average.state_dict(), "step": step}, folder / f"{step}.pt"
+        ),
+    )
+    return {"ema_decay": DECAY}
+
+
+def lightning(folder: Path) -> dict[str, Any]:
+    """What `on_save_checkpoint` of the callback makes of the two states."""
+    average = torch.optim.swa_utils.AveragedModel(
+        network(), multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY)
+    )
+
+    def save(step: int, model: torch.nn.Module) -> None:
+        state = average.state_dict()
+        content = {
+            "global_step": step,
+            "current_model_state": model.state_dict(),
+            "state_dict": {name[7:]: value for name, value in state.items() if name.startswith("module.")},
+            "averaging_state": {name: value for name, value in state.items() if not name.startswith("module.")},
+        }
+        torch.save(content, folder / f"epoch=0-step={step}.ckpt")
+
+    replay(average.update_parameters, save)
+    return {"ema_decay": DECAY}
+
+
+def ema_pytorch(folder: Path) -> dict[str, Any]:
+    library = pytest.importorskip("ema_pytorch")
+    online = network()
+    average = library.EMA(online, beta=DECAY, update_every=5, update_after_step=20)
+
+    def update(model: torch.nn.Module) -> None:
+        online.load_state_dict(model.state_dict())
+        average.update()
+
+    replay(update, lambda step, _: torch.save(average.state_dict(), folder / f"step{step}.pt"))
+    return {"ema_decay": DECAY, "update_every": 5, "update_after_step": 20}
+
+
+def lit_ema(folder: Path) -> dict[str, Any]:
+    average = train()[0].copy()
+    for step, weights in enumerate(train(), 1):
+        decay = min(DECAY, ratio(step))
+        average = decay * average + (1 - decay) * weights
+        if step in TIMES:
+            state = {f"model.{name}": value for name, value in named(weights).items()}
+            state |= {f"model_ema.{name.replace('.', '')}": value for name, value in named(average).items()}
+            state |= {"model_ema.decay": torch.tensor(DECAY), "model_ema.num_updates": torch.tensor(step)}
+            torch.save({"state_dict": state, "global_step": step}, folder / f"step={step}.ckpt")
+    return {"prefix": "model."}
+
+
+def torch_ema(folder: Path) -> dict[str, Any]:
+    average = train()[0].copy()
+    for step, weights in enumerate(train(), 1):
+        decay = min(DECAY, ratio(step))
+        average = decay * average + (1 - decay) * weights
+        if step in TIMES:
+            state = {"decay": DECAY, "num_updates": step, "shadow_params": list(named(average).values())}
+            content = {"model": named(weights), "ema": state | {"collected_params": None}, "step": step}
+            torch.save(content, folder / f"{step}.pt")
+    return {}
+
+
+def mmengine(folder: Path) -> dict[str, Any]:
+    """Its hook stores the two under each other's names."""
+    average = train()[0].copy()
+    for step, weights in enumerate(train(), 1):
+        average = weights.copy() if step == 1 else DECAY * average + (1 - DECAY) * weights
+        if step in TIMES:
+            raw = {f"module.{name}": value for name, value in named(weights).items()}
+            content = {"state_dict": named(average), "ema_state_dict": raw | {"steps": torch.tensor(step)}}
+            torch.save(content, folder / f"iter_{step}.pth")
+    return {"ema_decay": DECAY}
+
+
+LIBRARIES = [timm, plain, two_files, diffusers, averaged_model, lightning, ema_pytorch, lit_ema, torch_ema, mmengine]
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
+def test_an_ordinary_ema_makes_other_lengths(library: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
+    """The error of 15 checkpoints of the weights alone is 1.3e-2; of their EMAs an eighth of it, also in float16."""
+    folder = tmp_path / "x"
+    if library not in (timm, plain, two_files):
+        folder.mkdir()
+    settings = library(folder)
+    done = import_checkpoints(folder, tmp_path / "run", **settings)
+    assert any(one.info.decay == DECAY for one in done.checkpoints)
+    run = Run(tmp_path / "run")
+    assert len([one for one in run.sources if not isinstance(one.profile, Point)]) == len(TIMES)
+    average = run.average(0.15)
+    assert average.predicted_error is not None
+    error = error_of(run)
+    assert error < 2e-3
+    assert 0.3 < error / average.predicted_error < 2.5
+    if library not in (plain,):
+        assert all("as claimed" in check for check in done.checks), done.checks
+
+
+def test_the_decay_is_found(tmp_path: Path, ema: Ema) -> None:
+    timm(tmp_path / "x")
+    assert len(Run(tmp_path / "x").sources) == len(TIMES)  # the weights alone
+    done = ema("import", tmp_path / "x", "--out", tmp_path / "run")
+    assert "found: decay 0.99" in done.out, done.err
+    (decay,) = {one.info.decay for one in Run(tmp_path / "run").sources if not isinstance(one.profile, Point)}
+    assert decay == pytest.approx(DECAY, abs=2e-4)
+    assert error_of(Run(tmp_path / "run")) < 2e-3
+    for wrong in (0.9, 0.9995):
+        done = ema("import", tmp_path / "x", "--out", tmp_path / "other", "--ema-decay", wrong)
+        assert done.code == 2
+        assert "times too" in done.error
+        assert "decay 0.99" in done.error
+    import_checkpoints(tmp_path / "x", tmp_path / "copy", copy=True, ema_decay=DECAY)
+    assert error_of(Run(tmp_path / "copy")) == pytest.approx(error_of(Run(tmp_path / "run")), rel=0.1)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    plain(tmp_path / "x")
+    with pytest.raises(errors.InvalidValueError, match=r"ema_decay 1\.5: must lie in \(0, 1\)"):
+        import_checkpoints(tmp_path / "x", tmp_path / "run", ema_decay=1.5)
+    with pytest.raises(errors.InvalidValueError, match="ema_warmup 'x': must be one of ratio, power"):
+        import_checkpoints(tmp_path / "x", tmp_path / "run", ema_warmup="x")
+    for path in (tmp_path / "x").iterdir():
+        path.rename(path.with_name(f"ema_{path.name}"))
+    with pytest.raises(errors.InvalidValueError, match="cannot be found without weights beside the averages"):
+        import_checkpoints(tmp_path / "x", tmp_path / "run")
+    with pytest.raises(errors.InvalidValueError, match="neither their decay nor weights beside them"):
+        _ = Run(tmp_path / "x").sources
+    (tmp_path / "y").mkdir()
+    torch_ema(tmp_path / "y")
+    content = torch.load(tmp_path / "y" / f"{EVERY}.pt")
+    content["ema"]["num_updates"] = STEPS
+    torch.save(content, tmp_path / "y" / f"{EVERY}.pt")
+    with pytest.raises(errors.FileFormatError, match="has counted 1,500 updates of its EMA, and is of step 100"):
+        _ = Run(tmp_path / "y").sources

@@ -1,0 +1,74 @@
+"""A small real training, all of its weights, and averages of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+STEPS, EVERY = 1500, 100
+TIMES = range(EVERY, STEPS + 1, EVERY)
+Average = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+"""What an average becomes at a step, from what it was and the weights after the step."""
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(20, 40), torch.nn.Tanh(), torch.nn.Linear(40, 30), torch.nn.Linear(30, 5)
+    return torch.nn.Sequential(*layers)
+
+
+@functools.cache
+def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam") -> np.ndarray:
+    """The weights after every step, float64: [STEPS, parameters]."""
+    model = network()
+    random = torch.Generator().manual_seed(1)
+    teacher = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5))
+    options = {"momentum": 0.9} if optimizer == "SGD" else {}
+    made = getattr(torch.optim, optimizer)(model.parameters(), rate, **options)
+    found = np.empty((STEPS, sum(p.numel() for p in model.parameters())))
+    for step in range(STEPS):
+        for group in made.param_groups:
+            group["lr"] = rate * (1 - step / STEPS if falls else 1)
+        x = torch.randn(16, 20, generator=random)
+        made.zero_grad()
+        (model(x) - teacher(x).detach()).square().mean().backward()
+        made.step()
+        found[step] = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
+    return found
+
+
+def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The tensors of the network."""
+    found, begin = {}, 0
+    for name, parameter in network().named_parameters():
+        part = torch.from_numpy(vector[begin : begin + parameter.numel()].copy())
+        found[name] = part.reshape(parameter.shape).to(dtype)
+        begin += parameter.numel()
+    return found
+
+
+def ema(decay: float) -> Average:
+    return lambda _, average, weights: decay * average + (1 - decay) * weights
+
+
+def write(folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32) -> Path:
+    """Checkpoints with the weights and the average."""
+    folder.mkdir()
+    average = weights[0].copy()
+    for step in range(1, STEPS + 1):
+        average = update(step, average, weights[step - 1])
+        if step in TIMES:
+            content = {"state_dict": named(weights[step - 1]), "state_dict_ema": named(average, dtype), "step": step}
+            torch.save(content, folder / f"step{step}.pt")
+    return folder
+
+
+def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
+    """The power function's sum over every step, in float64."""
+    roots = np.polynomial.Polynomial.fromroots([-2, -2, -3]) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
+    gamma = float(roots.roots().real.max())
+    return np.diff((np.arange(STEPS + 1) / STEPS) ** (gamma + 1)) @ weights
