@@ -72,7 +72,7 @@ class _Command(typer.core.TyperCommand):
         for argument in self.params:
             value = given.get(argument.name)
             if argument.param_type_name == "argument" and (value == "" or (isinstance(value, tuple) and "" in value)):
-                raise InvalidValueError((argument.metavar or str(argument.name).upper()).strip("[]."), files.EMPTY)
+                raise InvalidValueError(argument.metavar, files.EMPTY)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -143,7 +143,7 @@ def _names(incomplete: str) -> list[str]:
 @app.command("help", cls=_Command, epilog="Example:  ema help synthesize")
 def _help(
     context: typer.Context,
-    command: str | None = Argument(None, metavar="[COMMAND]", autocompletion=_names, help="A command, or targets."),
+    command: str | None = Argument(None, metavar="COMMAND", autocompletion=_names, help="A command, or targets."),
 ) -> None:
     """Show the help of a command, or of all.
 

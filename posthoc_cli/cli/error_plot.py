@@ -22,7 +22,7 @@ EPILOG = (
 
 def error_plot(
     directories: list[Path] = Argument(
-        [], metavar="[DIR]...", help="Directories that trackers wrote, or of checkpoints; or globs of those."
+        [], metavar="DIR", help="Directories that trackers wrote, or of checkpoints; or globs of those."
     ),
     out: Path | None = values.OUTPUT(
         None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf; or the curves as a table: .csv."

@@ -26,7 +26,7 @@ def _names(incomplete: str) -> list[str]:
 
 
 def guide(
-    name: str | None = Argument(None, metavar="[NAME]", autocompletion=_names, help="The guide; default: list all."),
+    name: str | None = Argument(None, metavar="NAME", autocompletion=_names, help="The guide; default: list all."),
     as_json: bool = values.JSON,
 ) -> None:
     """Show a guide, or list the guides.

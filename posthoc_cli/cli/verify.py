@@ -20,7 +20,7 @@ EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or  
 
 def verify(
     paths: list[Path] = Argument(
-        ..., metavar="DIR|FILE...", help="Snapshots, outputs, states, parts or shards; or such files."
+        ..., metavar="DIR|FILE", help="Snapshots, outputs, states, parts or shards; or such files."
     ),
     repair: bool = values.flag(
         values.HOW, "--repair", help="Move what is broken in a snapshot directory to DIR/damaged; asks first."
