@@ -103,6 +103,7 @@ def import_checkpoints(
     target = None if out is None else files.expanded(files.given_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
+    _check_foreign(origin)
     said = given.ema_decay is not None
     given = _with_decay(origin, given)
     found = _found(origin, given)
@@ -119,22 +120,29 @@ def import_checkpoints(
     return Import(tuple(found), target, paths, checks, written, dry_run)
 
 
-def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
-    """Other programs' files; a DirectoryError if they are our own."""
-    again = DirectoryError(origin, "is an import", "import the files that it was made of")
+def _check_foreign(origin: Path) -> None:
+    """A DirectoryError if it holds our own files."""
     if is_import(origin):
-        raise again
+        raise _is_again(origin)
     if origin.is_dir() and inspect_directory(origin).snapshots:
         raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
+
+
+def _is_again(origin: Path) -> DirectoryError:
+    return DirectoryError(origin, "is an import", "import the files that it was made of")
+
+
+def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
+    """Other programs' files."""
     found = open_checkpoints(origin, settings)
     if not all(one.kind for one in found):
-        raise again
+        raise _is_again(origin)
     return found
 
 
 def _with_decay(origin: Path, given: Settings) -> Settings:
     """The settings, with the decay that ordinary EMAs show if neither they nor the settings say it."""
-    if is_import(origin) or not holds_checkpoints(origin) or not decay_is_missing(origin, given):
+    if not holds_checkpoints(origin) or not decay_is_missing(origin, given):
         return given
     sources = open_unclaimed(origin, given)
     hint = "say which decay the EMAs have"
