@@ -35,7 +35,7 @@ $(READY): pyproject.toml Makefile
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/ema demo --out ema-demo --force
+	$(BIN)/ema demo --out ema-demo --overwrite
 
 test: lint types unit
 
@@ -60,10 +60,10 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_fidelity.py --hard
 	$(BIN)/python scripts/bench_synthesis.py
 	$(BIN)/python scripts/bench_averages.py
-	$(BIN)/python scripts/bench_differentiable.py
+	$(BIN)/python scripts/bench_recipes.py
+	$(BIN)/python scripts/bench_batch_norm.py
 	$(BIN)/python scripts/bench_update.py
 	$(BIN)/python scripts/bench_update.py --busy
-	$(BIN)/python scripts/bench_planning.py
 	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_sharded.py
 	$(BIN)/python scripts/bench_sweep.py

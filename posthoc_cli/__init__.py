@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from posthoc_cli import averages, errors, sweep
+    from posthoc_cli.checkpoints.importing import import_checkpoints
     from posthoc_cli.checkpoints.opening import disk_sources
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
     "Run", "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
-    "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize", "update_bn",
+    "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
+    "synthesize", "update_bn",
 ]  # fmt: skip
 
 _HOMES = {
@@ -38,8 +40,8 @@ _HOMES = {
     "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
     "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "checkpoints.opening",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
-    "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",
-    "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",
+    "import_checkpoints": "checkpoints.importing", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
+    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",
 }  # fmt: skip
 """The module of each name that is no module itself."""
 

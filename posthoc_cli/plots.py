@@ -28,6 +28,16 @@ from posthoc_cli.errors import printable
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorCurve, ProfileFit
 
+
+class _Figure(Figure):
+    """A figure that a notebook shows without pyplot, too."""
+
+    def _repr_html_(self) -> str:
+        file = io.StringIO()
+        self.savefig(file, format="svg", metadata=_METADATA[".svg"])
+        return file.getvalue().partition("?>")[2]
+
+
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".svg": {"Creator": None, "Date": None, "Format": None, "Type": None},
@@ -228,7 +238,7 @@ def _figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
     left, bottom = _MARGIN / width, _MARGIN / height
     layout = ConstrainedLayoutEngine(rect=(left, bottom, 1 - 2 * left, 1 - 2 * bottom))
-    return Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
+    return _Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
 
 
 # --- error curves

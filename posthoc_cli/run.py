@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
+from posthoc_cli.checkpoints.manifest import Manifest, is_import, read_manifest
 from posthoc_cli.checkpoints.opening import (
-    UNSPECIFIED,
-    Origin,
-    check_claims,
     describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
     open_checkpoints,
 )
-from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError, percent
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -41,22 +41,13 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import Verification, list_contents, verify
+from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, take_inventory, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.sources import (
-    EarlierRun,
-    FileSource,
-    Snapshot,
-    Source,
-    chosen_up_to,
-    counted,
-    run_clock,
-    scaled_run,
-    source_prior,
-)
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.snapshots.measurements import EarlierRun, scaled_run, source_prior
+from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source, chosen_up_to, counted, run_clock
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -65,6 +56,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from posthoc_cli.export.writing import SynthesisReport
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Planned = TypeVar("_Planned")
 
 Wanted = float | Target | Profile
 """An average: a sigma_rel, a target such as Beta(0.9999), or any object with `density` and `tail`."""
@@ -82,6 +78,10 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
     predicted_error: float | None = None
     profile_error: float = 0.0
+
+    def __repr__(self) -> str:
+        error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
+        return f"Weights({len(self)} tensors, predicted error {error})"
 
     def __enter__(self) -> Weights:
         return self
@@ -104,6 +104,28 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     return weights
 
 
+ATTEMPTS = 100
+"""Plans at most; a training does not remove a snapshot between every two of them."""
+
+
+def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
+    """`use(make())`, repeated while snapshots of the plan vanish before they are open.
+
+    Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
+    removed, and all are opened before they are used.
+
+    Arguments:
+        make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
+        use: opens the snapshots of the plan; must leave nothing behind when it raises.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return use(make())
+        except VanishedError as error:
+            log.warning("%s; planning again with what is there", error)
+    return use(make())
+
+
 def _check_names(call: str, own: Sequence[str], given: Mapping[str, object], others: type[DataclassInstance]) -> None:
     """An InvalidValueError for a keyword that is neither a call's own nor a field of the class of its others."""
     accepted = [*own, *(field.name for field in dataclasses.fields(others) if field.name not in own)]
@@ -117,25 +139,18 @@ class Run:
 
     Arguments:
         directory: where the tracker writes its snapshots; it need not exist yet. Or a directory, a file or a glob of
-            checkpoints, or of averages of other libraries.
+            checkpoints, or of averages of other libraries; or the run that `import_checkpoints` made of them.
         also: where checkpoints of the same training are, which are combined with the snapshots.
-        origin: what checkpoints do not say themselves; see `Origin`, whose fields are also taken as keywords:
-            `Run("old", kind="ema-pytorch", sigma_rels=(0.05, 0.28), update_every=10)`.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: there is no directory, or no snapshot in it.
         FileFormatError, MismatchError: a snapshot is damaged, or does not belong to the run.
-        InvalidValueError: something that checkpoints do not say must be given.
+        InvalidValueError: checkpoints do not say all that must be known, and need an import.
     """
 
-    def __init__(
-        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = UNSPECIFIED, **fields: Any
-    ) -> None:
+    def __init__(self, directory: str | Path, *, also: str | Path | None = None) -> None:
         self.directory = files.expanded(files.given_path("directory", directory))
         self.also = None if also is None else files.given_path("also", also)
-        _check_names("Run", ("also", "origin"), fields, Origin)
-        self.origin = replace(origin, **fields)
-        self._is_checked = False
 
     def __repr__(self) -> str:
         try:
@@ -146,20 +161,22 @@ class Run:
         what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
         return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
 
+    def _repr_html_(self) -> str:
+        """What `info` says, in a notebook."""
+        try:
+            facts = self.info()
+        except PostHocError:
+            return f"<pre>{escape(repr(self))}</pre>"
+        counts = {name: f"{len(fact):,}" if isinstance(fact, list) else str(fact) for name, fact in facts.items()}
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text[:200])}</td></tr>" for name, text in counts.items())
+        return f"<table>{''.join(rows)}</table>"
+
     # --- what is there
 
     @property
     def sources(self) -> list[Source]:
         """The snapshots and checkpoints that averages are made of, by time."""
-        return disk_sources(self.directory, self.origin, self.also)
-
-    def _checked_sources(self) -> list[Source]:
-        """The sources, after a check of what the user says about them, made once."""
-        sources = self.sources
-        if not self._is_checked:
-            check_claims(sources, self.origin)
-            self._is_checked = True
-        return sources
+        return disk_sources(self.directory, self.also)
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -195,28 +212,30 @@ class Run:
         """A description of the directory and its problems, from headers: see `describe`.
 
         Of checkpoints see `describe_checkpoints`, and `describe_file` of one whose step is not known; those beside
-        snapshots are under "checkpoints", and outputs beside checkpoints under "outputs".
+        snapshots are under "checkpoints", and outputs beside checkpoints under "outputs". Of an import also where the
+        files are that it refers to, and its settings: "refers_to", "files", "settings".
         """
         if self.also is not None:
             beside = [one for one in self.sources if isinstance(one, Checkpoint)]
             return describe(self.directory) | {"checkpoints": list_checkpoints(beside)}
+        if is_import(self.directory):
+            described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
+            return described | read_manifest(self.directory).describe()
         found = None
         is_foreign = is_glob(self.directory) or (self.directory.suffix in PICKLES and self.directory.is_file())
-        if self.origin.kind in (None, "snapshots") and not is_foreign:
+        if not is_foreign:
             try:
                 found = describe(self.directory)
-                if found["kind"] == "directory":
-                    self.origin.refuse_for_snapshots()
             except DirectoryError:
                 if not holds_checkpoints(self.directory):
                     raise
             if found and found["kind"] not in ("outputs", "safetensors"):
                 return found
         try:
-            described = describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
+            described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
         except PostHocError as error:
             if found is None and isinstance(error, InvalidValueError) and error.subject == str(self.directory):
-                return describe_file(self.directory, self.origin)  # only its step is not known
+                return describe_file(self.directory)  # only its step is not known
             if found is None:
                 raise
             return found  # outputs, or models of others that are no checkpoints of one run
@@ -237,7 +256,7 @@ class Run:
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
         wanted = as_targets(targets)
-        return plan_synthesis(self._checked_sources(), wanted, t, step, method, max_error, dtype)
+        return plan_synthesis(self.sources, wanted, t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -292,17 +311,23 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
         from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.writing import Synthesis
+        from posthoc_cli.export.writing import Outputs
 
         plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
-        wanted, asked = as_targets(targets), OutputOptions(**options)
+        wanted = as_targets(targets)
+        outputs = Outputs.asked(wanted, None if out is None else str(out), dtype, OutputOptions(**options))
+        if outputs.options.like is not None:
+            outputs = outputs.like_folder(self.tensors)
+        plan = functools.partial(
+            self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype
+        )
+        if outputs.options.distributed:
+            from posthoc_cli.export.torchrun import Ranks
 
-        def planned(dtype: torch.dtype | str | None) -> Plan:
-            return self.plan(wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
-
-        path = None if out is None else str(out)
-        return Synthesis(planned, lambda: self.tensors, wanted, path, dtype, asked, progress).run()
+            with Ranks() as ranks:
+                return outputs.write_shards(ranks, ranks.together(plan), progress)
+        return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
 
     # --- errors
 
@@ -312,7 +337,7 @@ class Run:
         If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
         """
-        sources = self._checked_sources()
+        sources = self.sources
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
         usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))
@@ -352,7 +377,7 @@ class Run:
 
     def scaled_to(self, steps: int) -> EarlierRun:
         """The motion of the network and the rounding of its stored averages, scaled to a run of `steps` steps."""
-        return scaled_run([one for one in self._checked_sources() if isinstance(one, FileSource)], steps)
+        return scaled_run([one for one in self.sources if isinstance(one, FileSource)], steps)
 
     # --- care
 
@@ -382,6 +407,8 @@ class Run:
             LockedError: a tracker is writing to the directory.
             MismatchError: the directory has changed meanwhile; nothing was deleted.
         """
+        if is_import(self.directory):
+            raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
         planned = pruning.plan_pruning(self.snapshots, keep, max_bytes, max_error, sigma_range)
         if dry_run or not planned.gone or not agree(planned):
             return planned
@@ -403,9 +430,7 @@ def error_report(
     dtype: str = "float16",
     like: Run | None = None,
     draw: Wanted | Sequence[Wanted] = (),
-    picture: Path | None = None,
-    profile_error: bool = False,
-    table: Path | None = None,
+    out: Path | None = None,
     overwrite: bool = False,
 ) -> ErrorReport:
     """Error curves of runs and of schedules, as `ema error-plot` draws them.
@@ -419,18 +444,18 @@ def error_report(
         dtype: that the snapshots of schedules are stored in.
         like: an earlier run that the network will move like in the schedules; by default it moves evenly.
         draw: targets to draw over training time, with coefficients; those that are no power functions are points, too.
-        picture: a .png, .svg or .pdf file to draw; with `profile_error` the profile errors, too.
-        table: a .csv file to write.
-        overwrite: replace these files.
+        out: a .png, .svg or .pdf file to draw, with the method "paper" of the profile errors, too; or a .csv file.
+        overwrite: replace it.
 
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
     """
     targets = as_targets(draw)
     drawings = len(targets) * (len(runs) + len(schedules))
-    if picture is not None and drawings > MOST_DRAWINGS:
+    is_table = out is not None and out.suffix == ".csv"
+    if out is not None and not is_table and drawings > MOST_DRAWINGS:
         reason = f"{drawings} drawings over training time; at most {MOST_DRAWINGS} fit"
-        raise InvalidValueError("out", reason, value=picture)
+        raise InvalidValueError("out", reason, value=out)
     candidates = [run.candidate(t) for run in runs]
     for schedule in schedules:
         earlier, assumption = _earlier_run(like, schedule.steps)
@@ -439,11 +464,11 @@ def error_report(
     others = [target for target in targets if target.sigma_rel is None]
     curves = [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
     report = ErrorReport(tuple(curves))
-    if picture is not None:
+    if out is not None and is_table:
+        files.write_whole(out, report.to_csv().encode(), overwrite)
+    elif out is not None:
         fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
-        _draw(picture, curves, fits, profile_error, overwrite)
-    if table is not None:
-        files.write_whole(table, report.to_csv().encode(), overwrite)
+        _draw(out, curves, fits, method == "paper", overwrite)
     return report
 
 
@@ -503,15 +528,31 @@ def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
     Raises:
         DirectoryError: there is nothing to verify.
     """
+    if is_import(path):
+        return _check_import(read_manifest(path))
     try:
-        contents = list_contents(path)
+        inventory = take_inventory(path)
     except DirectoryError as error:
         if not holds_checkpoints(path):
             raise
         reason = "holds checkpoints of other programs, which have no checksums"
-        raise DirectoryError(path, reason, "an import writes copies that have") from error
-    with progress("verifying", contents.listed_bytes) as advance:
-        return verify(contents, advance)
+        raise DirectoryError(path, reason, "an import with copies has some") from error
+    with progress("verifying", inventory.listed_bytes) as advance:
+        return verify(inventory, advance)
+
+
+def _check_import(manifest: Manifest) -> Verification:
+    """Whether the files that an import refers to are those that were imported."""
+    reports = []
+    for path in manifest.files:
+        report = FileReport(path, path, "checkpoint", state=UNCHECKED)
+        try:
+            manifest.check_file(path)
+        except FileFormatError as error:
+            report = replace(report, state=DAMAGED, detail=f"{error.reason}; {error.hint}")
+        reports.append(report)
+    note = "of other programs' files, which have no checksums, only the size and a sample of the content were compared"
+    return Verification(manifest.folder, False, (), notes=(note,), files=tuple(reports))
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

@@ -21,7 +21,7 @@ from fidelity_runs import FloatArray, quiet
 from safetensors.torch import save_file
 from trajectories import NAMES, Replay, Trajectory, record
 
-from posthoc_cli import Between, Decay, Run, synthesize
+from posthoc_cli import Between, Decay, Run, import_checkpoints, synthesize
 from posthoc_cli.targets import Target, as_target
 
 COUNTS = (8, 20, 64)
@@ -175,8 +175,10 @@ def repairs(steps: int, cache: Path | None = None) -> list[Repair]:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 own = distances(track(run, update_every, Path(folder)), truth)
                 more = {"update_after_step": WARM_UP} if library == "posthoc-ema" else {}
-                origin = {"kind": library, "sigma_rels": PEER_WIDTHS, "update_every": update_every, **more}
-                made, predicted = _made(Run(folder, **origin), targets)
+                settings = {"sigma_rels": PEER_WIDTHS, "update_every": update_every, **more}
+                imported = Path(folder) / "run"
+                import_checkpoints(folder, imported, kind=library, **settings)
+                made, predicted = _made(Run(imported), targets)
             rows = zip(WIDTHS, own, raw, distances(made, truth), predicted, strict=True)
             found += [Repair(library, update_every, *row) for row in rows]
     return found

@@ -31,8 +31,8 @@ from posthoc_cli.planning.proposals import Task, relative_rounding
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.pruning import plan_pruning
-from posthoc_cli.snapshots.sources import source_prior
 from posthoc_cli.targets import Target, as_target
 
 USEFUL = (0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)

@@ -10,8 +10,9 @@
 Each is trained with three seeds. What is compared averages the same training, so that differences are taken seed by
 seed; the length of ours is searched by the loss on validation data, and all are measured on test data.
 
-Trainings and measurements are kept in the folder `--out`, some 7 GB; a call that was stopped goes on with what is not
-there. About 40 minutes on two cores. `--record` keeps the result for the guide, `--tables` prints the kept one.
+Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes on with what is not
+there. About 40 minutes on two cores. `--record` keeps the result for the guide, `--tables` prints the kept one and
+draws its pictures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -29,8 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_runs import LENGTHS, MEANS, MEASURED, TRACKED, Training, measure, train
-from evidence_tasks import TASKS, Language, sources
+from evidence_runs import LENGTHS, MEASURED, Training, measure, train
+from evidence_tasks import TASKS, Language
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
@@ -39,21 +40,21 @@ SEEDS = 3
 RECORD = Path(__file__).with_name("evidence.json")
 PICTURES = Path(__file__).parent.parent / ".assets"
 
+CHAINS = {
+    "language": (("constant", "decayed"), ("cosine",)),
+    "diffusion": (("inverse-sqrt",),),
+    "classifier": (("constant",), ("cosine",)),
+}
+"""Trainings by task; those of a chain go on from the one before."""
+
 ROWS = {
     "last": "last weights",
-    **{f"mean-{count}": f"mean of the last {count} checkpoints" for count in MEANS},
-    "ema-pytorch": "`ema-pytorch`, its defaults",
+    "mean-5": "mean of the last 5 checkpoints",
     "0.999": "EMA of decay 0.999",
-    "0.9999": "EMA of decay 0.9999",
     "0.05": "ours, `sigma_rel` 0.05",
-    "0.1": "ours, `sigma_rel` 0.10",
-    "0.15": "ours, `sigma_rel` 0.15",
-    "0.25": "ours, `sigma_rel` 0.25",
     "best": "ours, best length by a sweep",
-    "best-copied": "the same with copied statistics",
-    "1-sqrt": 'ours, `Decay("1-sqrt", 0.2)`',
-    "linear": 'ours, `Decay("linear", 0.2)`',
 }
+SCHEDULES = {"constant": "constant rate", "decayed": "warm-up, stable, decay", "cosine": "cosine"}
 
 Measured = dict[str, Any]
 """The measurements of one training."""
@@ -61,24 +62,23 @@ Measured = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure, print."""
-    parser = argparse.ArgumentParser(description="What averaging gains in three trainings that people know.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder for all records (evidence)")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, a thread each (2)")
     parser.add_argument("--quick", action="store_true", help="tiny trainings of one seed: does everything run?")
     parser.add_argument("--record", action="store_true", help="keep the result and its pictures in the repository")
-    parser.add_argument("--tables", action="store_true", help="print the kept result, and train nothing")
+    parser.add_argument("--tables", action="store_true", help="print and draw the kept result, and train nothing")
     options = parser.parse_args(arguments)
     if options.tables:
-        print("\n\n".join(tables(json.loads(RECORD.read_text()))))
-        return
-    folder = options.out / "quick" if options.quick else options.out
-    found = run(folder, options.processes, options.quick)
-    content = json.dumps(_rounded(found))
-    (folder / RECORD.name).write_text(content)
-    draw(found, folder)
-    if options.record:
-        RECORD.write_text(content)
-        draw(found, PICTURES)
+        found, folders = json.loads(RECORD.read_text()), [PICTURES]
+    else:
+        folder = options.out / "quick" if options.quick else options.out
+        found = run(folder, options.processes, options.quick)
+        folders = [folder, PICTURES] if options.record else [folder]
+        for file in [folder / RECORD.name, *[RECORD] * options.record]:
+            file.write_text(json.dumps(_rounded(found)))
+    for folder in folders:
+        draw(found, folder)
     print("\n\n".join(tables(found)))
 
 
@@ -97,7 +97,7 @@ def _rounded(value: Any) -> Any:
 def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
     """Make what is missing in the folder `root`, and give all measurements."""
     root.mkdir(parents=True, exist_ok=True)
-    text = Language(root, quick).tokens  # once, before the processes want it
+    Language(root, quick)  # makes the text once, before the processes want it
     jobs = [
         (root, quick, name, schedules, seed)
         for seed in range(1 if quick else SEEDS)
@@ -112,22 +112,8 @@ def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
             for future in [pool.submit(_work, *job) for job in jobs]:
                 future.result()
     names = [Training(name, schedule, seed) for _, _, name, schedules, seed in jobs for schedule in schedules]
-    return {
-        "python": platform.python_version(),
-        "text": {
-            part: {"bytes": sum(path.stat().st_size for path in paths), "tokens": len(text[part])}
-            for part, paths in sources().items()
-        },
-        "trainings": [json.loads((training.folder(root) / MEASURED).read_text()) for training in names],
-    }
-
-
-CHAINS = {
-    "language": (("constant", "decayed"), ("cosine",)),
-    "diffusion": (("inverse-sqrt",),),
-    "classifier": (("constant",), ("cosine",)),
-}
-"""Trainings by task; those of a chain go on from the one before."""
+    trainings = [json.loads((training.folder(root) / MEASURED).read_text()) for training in names]
+    return {"python": platform.python_version(), "torch": torch.__version__, "trainings": trainings}
 
 
 def _work(root: Path, quick: bool, name: str, schedules: Sequence[str], seed: int) -> None:
@@ -140,43 +126,28 @@ def _work(root: Path, quick: bool, name: str, schedules: Sequence[str], seed: in
     torch.set_num_threads(threads)
 
 
+def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
+    return [one for one in found["trainings"] if (one["task"], one["schedule"]) == (task, schedule)]
+
+
 # --- tables ------------------------------------------------------------------------------------------
 
 
 def tables(found: dict[str, Any]) -> list[str]:
     """Markdown: of each task a table of its averages, of the language model one more of differences."""
-
-    def of(task: str, schedule: str) -> list[Measured]:
-        return [one for one in found["trainings"] if (one["task"], one["schedule"]) == (task, schedule)]
-
-    language = {
-        "constant rate": of("language", "constant"),
-        "warm-up, stable, decay": of("language", "decayed"),
-        "cosine": of("language", "cosine"),
-    }
+    language = {title: _of(found, "language", schedule) for schedule, title in SCHEDULES.items()}
     diffusion, constant, cosine = (
-        of("diffusion", "inverse-sqrt"),
-        of("classifier", "constant"),
-        of("classifier", "cosine"),
+        _of(found, *name)
+        for name in (("diffusion", "inverse-sqrt"), ("classifier", "constant"), ("classifier", "cosine"))
     )
     return [
         _table("test loss, nats a token", {title: (runs, "loss", 1, 3) for title, runs in language.items()}),
-        _differences(language),
+        _differences(*language.values()),
         _table(
             "denoiser",
             {"test loss, 1e-3": (diffusion, "loss", 1e3, 1), "Frechet distance": (diffusion, "frechet", 1, 3)},
         ),
-        _table(
-            "classifier",
-            {
-                "error %, constant": (constant, "error", 100, 2),
-                "calibration error %, constant": (constant, "ece", 100, 2),
-                "error %, cosine": (cosine, "error", 100, 2),
-                "calibration error %, cosine": (cosine, "ece", 100, 2),
-            },
-        ),
-        _over_time(diffusion),
-        _tracked(language["constant rate"]),
+        _table("error, %", {"constant rate": (constant, "error", 100, 2), "cosine": (cosine, "error", 100, 2)}),
     ]
 
 
@@ -188,73 +159,33 @@ def _table(corner: str, columns: dict[str, Column]) -> str:
     """Means with standard errors over seeds, and in parentheses the difference to the last weights, seed by seed."""
 
     def cell(row: str, runs: list[Measured], metric: str, scale: float, digits: int) -> str:
-        if row not in runs[0]["rows"]:
-            return ""
-        values = [scale * one["rows"][row][metric] for one in runs]
-        difference = "" if row == "last" else f" ({_paired(runs, row, runs, 'last', metric, scale, digits)})"
-        return _mean(values, digits) + difference
+        value = _mean([scale * one["rows"][row][metric] for one in runs], digits)
+        return value if row == "last" else f"{value} ({_paired(runs, row, runs, 'last', metric, scale, digits)})"
 
-    lines = [(corner, *columns), ["---"] * (1 + len(columns))]
-    for row, title in ROWS.items():
-        cells = [cell(row, *column) for column in columns.values()]
-        lines += [(title, *cells)] if any(cells) else []
+    lines = [(title, *(cell(row, *column) for column in columns.values())) for row, title in ROWS.items()]
     lengths = [" ".join(f"{one['best']:.3g}" for one in runs) for runs, *_ in columns.values()]
-    return _markdown([*lines, ("best length, by seed", *lengths)])
+    return _markdown([(corner, *columns), ["---"] * (1 + len(columns)), *lines, ("best length, by seed", *lengths)])
 
 
-def _differences(language: dict[str, list[Measured]]) -> str:
+def _differences(constant: list[Measured], decayed: list[Measured], cosine: list[Measured]) -> str:
     """What one loses or gains by choosing another average of the language model."""
 
-    def best_of(runs: list[Measured], rows: Iterable[str]) -> str:
-        return min(rows, key=lambda row: sum(one["rows"][row]["loss"] for one in runs))
+    def best_less(row: str) -> list[str]:
+        return [_paired(runs, "best", runs, row, "loss", 1, 4) for runs in (constant, decayed, cosine)]
 
-    def against(row: str, other: Callable[[list[Measured]], str]) -> list[str]:
-        return [f"{_paired(runs, row, runs, other(runs), 'loss', 1, 4)}" for runs in language.values()]
+    def less_decayed(row: str) -> str:
+        return _paired(constant, row, decayed, "last", "loss", 1, 4)
 
-    means, fixed = [f"mean-{count}" for count in MEANS], [f"{length:g}" for length in LENGTHS]
-    constant, decayed, _ = language.values()
-    lines = [
-        ("difference of test losses", *language),
-        ["---"] * 4,
-        ("best length less the best of the three means", *against("best", lambda runs: best_of(runs, means))),
-        ("best length less `ema-pytorch`", *against("best", lambda _: "ema-pytorch")),
-        ("best length less `sigma_rel` 0.05", *against("best", lambda _: "0.05")),
-        ("best length less `sigma_rel` 0.10", *against("best", lambda _: "0.1")),
-        ("best length less the best of seven fixed ones", *against("best", lambda runs: best_of(runs, fixed))),
-    ]
-    for row in ("best", "1-sqrt", "linear", "mean-10"):
-        title = f"constant rate, {ROWS[row]}, less the decayed run"
-        lines.append((title, _paired(constant, row, decayed, "last", "loss", 1, 4), "", ""))
-    return _markdown(lines)
-
-
-def _over_time(runs: list[Measured]) -> str:
-    """The best of LENGTHS by loss and by Frechet distance, seed by seed, at some times of training."""
-
-    def best(one: Measured, step: str, metric: str) -> str:
-        return min(one["over_time"][step], key=lambda length: one["over_time"][step][length][metric])
-
-    steps = list(runs[0]["over_time"])
-    rows = [
-        (f"best length by {title}", *(" ".join(best(one, step, metric) for one in runs) for step in steps))
-        for title, metric in (("test loss", "loss"), ("Frechet distance", "frechet"))
-    ]
-    return _markdown([("steps trained", *steps), ["---"] * (1 + len(steps)), *rows])
-
-
-def _tracked(runs: list[Measured]) -> str:
-    """The predicted errors of LENGTHS, and the test loss at the best length, for each pair of tracked ones."""
-    lengths = [f"{length:g}" for length in LENGTHS]
-    losses = {"ema": [one["rows"]["best"]["loss"] for one in runs], "ema-short": [one["short"]["loss"] for one in runs]}
-    rows = [
-        (
-            str(pair),
-            *(f"{np.mean([one['predicted_errors'][name][length] for one in runs]):.1e}" for length in lengths),
-            f"{np.mean(losses[name]):.4f}",
-        )
-        for name, pair in TRACKED.items()
-    ]
-    return _markdown([("tracked", *lengths, "test loss, best length"), ["---"] * (2 + len(lengths)), *rows])
+    return _markdown(
+        [
+            ("difference of test losses", *SCHEDULES.values()),
+            ["---"] * 4,
+            ("best length less the mean of 5 checkpoints", *best_less("mean-5")),
+            ("best length less `sigma_rel` 0.05", *best_less("0.05")),
+            ("best length less the decayed run", less_decayed("best"), "", ""),
+            ("`decay:linear:20%` less the decayed run", less_decayed("linear"), "", ""),
+        ]
+    )
 
 
 def _paired(
@@ -266,8 +197,15 @@ def _paired(
 
 def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
     """With the standard error of the mean."""
-    error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    error = f" ± {_error(values):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.{digits}f}{error}"
+
+
+def _error(values: Any) -> Any:
+    """The standard error of the mean, over the first axis; 0 of a single value."""
+    return (
+        np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(np.shape(values)[1:])
+    )
 
 
 def _markdown(lines: Iterable[Sequence[str]]) -> str:
@@ -280,12 +218,12 @@ def _markdown(lines: Iterable[Sequence[str]]) -> str:
 def draw(found: dict[str, Any], folder: Path) -> None:
     """Write the pictures."""
     for name, figure in (("gain-language.svg", _language), ("gain-time.svg", _time)):
-        (folder / name).write_bytes(plots.as_file(partial(figure, found["trainings"]), ".svg"))
+        (folder / name).write_bytes(plots.as_file(partial(figure, found), ".svg"))
 
 
-def _panels(count: int, same: bool) -> tuple[Figure, list[Any]]:
+def _panels(count: int) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
-    panels = list(figure.subplots(1, count, sharey=same))
+    panels = list(figure.subplots(1, count))
     for axes in panels:
         axes.set_xscale("log")
         axes.set_xticks(LENGTHS, [f"{length:g}" for length in LENGTHS], fontsize=6)
@@ -295,39 +233,41 @@ def _panels(count: int, same: bool) -> tuple[Figure, list[Any]]:
     return figure, panels
 
 
-def _language(trainings: list[Measured]) -> Figure:
-    """The loss against the length, with lines for what others do."""
-    figure, panels = _panels(3, same=True)
-    titles = {"constant": "constant rate", "decayed": "warm-up, stable, decay", "cosine": "cosine"}
-    for axes, (schedule, title) in zip(panels, titles.items(), strict=True):
-        runs = [one["rows"] for one in trainings if (one["task"], one["schedule"]) == ("language", schedule)]
+def _curve(axes: Any, index: int, values: Any, label: str) -> None:
+    """Means over seeds with their standard errors; values [seeds, lengths]."""
+    axes.errorbar(
+        LENGTHS, np.mean(values, axis=0), _error(values), color=plots.COLOURS[index], linestyle=plots.STYLES[index],
+        marker=plots.MARKERS[index], markersize=3.5, capsize=2, label=label,
+    )  # fmt: skip
 
-        def loss(row: str, runs: list[Any] = runs) -> float:
-            return float(np.mean([rows[row]["loss"] for rows in runs]))
 
-        curve = [loss(f"{length:g}") for length in LENGTHS]
-        axes.plot(LENGTHS, curve, color=plots.COLOURS[0], marker="o", markersize=3.5, label="ours")
-        for index, row in enumerate(("last", "mean-5", "ema-pytorch"), 1):
-            label = ROWS[row].replace("`", "")
-            axes.axhline(loss(row), color=plots.COLOURS[index], linestyle=plots.STYLES[index], label=label)
+def _language(found: dict[str, Any]) -> Figure:
+    """The loss less that of the last weights, seed by seed, against the length."""
+    figure, panels = _panels(3)
+    for axes, (schedule, title) in zip(panels, SCHEDULES.items(), strict=True):
+        runs = [one["rows"] for one in _of(found, "language", schedule)]
+        ours = [[rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for length in LENGTHS] for rows in runs]
+        others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
+        mean, error = np.mean(others), _error(others)
+        _curve(axes, 0, ours, "ours")
+        axes.axhline(mean, color=plots.COLOURS[1], linestyle=plots.STYLES[1], label=ROWS["mean-5"])
+        axes.axhspan(mean - error, mean + error, color=plots.COLOURS[1], alpha=0.2, linewidth=0)
+        axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set_title(title, fontsize=9)
-    panels[0].set_ylabel("test loss, nats a token")
-    panels[1].legend(fontsize=7)
+    panels[0].set_ylabel("loss less the last weights', nats a token", fontsize=9)
+    panels[1].legend(fontsize=7, loc="upper left")
     return figure
 
 
-def _time(trainings: list[Measured]) -> Figure:
+def _time(found: dict[str, Any]) -> Figure:
     """How much more than at the best length, against the length, for each time."""
-    figure, panels = _panels(2, same=False)
-    runs = [one["over_time"] for one in trainings if one["task"] == "diffusion"]
+    figure, panels = _panels(2)
+    runs = [one["over_time"] for one in _of(found, "diffusion", "inverse-sqrt")]
     for axes, (metric, title) in zip(panels, {"loss": "test loss", "frechet": "Frechet distance"}.items(), strict=True):
         for index, step in enumerate(runs[0]):
-            values = np.array([[run[step][f"{length:g}"][metric] for length in LENGTHS] for run in runs]).mean(axis=0)
-            style = plots.STYLES[index % len(plots.STYLES)]
-            axes.plot(
-                LENGTHS, 100 * (values / values.min() - 1), color=plots.COLOURS[index], linestyle=style,
-                marker=plots.MARKERS[index], markersize=3.5, label=f"{int(step):,} steps",
-            )  # fmt: skip
+            values = np.array([[run[step][f"{length:g}"][metric] for length in LENGTHS] for run in runs])
+            best = values[:, [values.mean(axis=0).argmin()]]
+            _curve(axes, index, 100 * (values / best - 1), f"{int(step):,} steps")
         axes.set_title(title, fontsize=9)
         axes.set_ylabel("above the best, %")
     panels[0].legend(fontsize=7)

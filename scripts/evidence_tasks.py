@@ -6,14 +6,11 @@ import itertools
 import math
 import sys
 import sysconfig
-import tempfile
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from bench_batch_norm import network
 from torch import nn
@@ -24,12 +21,12 @@ from posthoc_cli.demo import training as demo
 F = nn.functional
 
 
-class Task(ABC):
-    """A network, what it learns from, and how good it is.
+class Task:
+    """A network, what it learns from, and how good it is; made from a folder for what can be made once, and `quick`.
 
-    Arguments:
-        cache: a folder for what can be made once.
-        quick: whether to only try everything, in little time.
+    Each has `model()`, weights drawn from torch's global random numbers; `optimizer(model)`, at the highest learning
+    rate; `loss(model, random)`, on a batch that is drawn; and `measure(model, part)`: measures on the held-out part
+    "validation" or "test", each lower the better, of which `loss` is searched by.
 
     Attributes:
         steps: of one training.
@@ -41,22 +38,6 @@ class Task(ABC):
     schedules: tuple[str, ...]
     keep_all = False
     warm_up = 100
-
-    @abstractmethod
-    def model(self) -> nn.Module:
-        """The network, its weights drawn from torch's global random numbers."""
-
-    @abstractmethod
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """At the highest learning rate."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
-        """On a batch that is drawn."""
-
-    @abstractmethod
-    def measure(self, model: nn.Module, part: str) -> dict[str, float]:
-        """Measures on a held-out part, "validation" or "test", each lower the better; `loss` is searched by."""
 
     def batches(self) -> list[torch.Tensor]:
         """Inputs to measure the statistics of averaged weights' BatchNorm on; none where there is no BatchNorm."""
@@ -149,7 +130,7 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
     """The text by part, of so many modules; made once in the folder `cache`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # comes with peft
 
-    file = cache / f"tokens-{sys.version_info.major}.{sys.version_info.minor}-{vocabulary}.npz"
+    file = cache / f"tokens-{sys.version_info.major}.{sys.version_info.minor}-{vocabulary}.pt"
     if not file.exists():
         texts = {
             part: [path.read_text("utf-8", "replace") for path in paths[:most]] for part, paths in sources().items()
@@ -159,16 +140,14 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
         tokenizer.train_from_iterator(texts["training"], trainer)
-        arrays = {
-            part: np.concatenate([np.array(one.ids, np.int16) for one in tokenizer.encode_batch(text)])
+        found = {
+            part: torch.cat([torch.tensor(one.ids) for one in tokenizer.encode_batch(text)])
             for part, text in texts.items()
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
-            np.savez(temporary, **arrays)
-        Path(temporary.name).replace(file)
-    with np.load(file) as stored:
-        return {part: torch.tensor(stored[part], dtype=torch.int64) for part in stored.files}
+        torch.save(found, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").rename(file)
+    tokens: dict[str, torch.Tensor] = torch.load(file)
+    return tokens
 
 
 class Decoder(nn.Module):
@@ -287,7 +266,7 @@ class Diffusion(Task):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             random = torch.Generator().manual_seed(0)
-            model = nn.Sequential(nn.Unflatten(1, (1, SIDE, SIDE)), *network(0.1))
+            model = nn.Sequential(nn.Unflatten(1, (1, SIDE, SIDE)), *network())
             optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
             with torch.enable_grad():
                 for _ in range(min(600, self.steps)):
@@ -347,7 +326,7 @@ class Classifier(Task):
 
     def model(self) -> nn.Module:
         """14,458 parameters."""
-        return network(0.1)
+        return network()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The usual one."""
@@ -360,17 +339,12 @@ class Classifier(Task):
 
     @torch.no_grad()
     def measure(self, model: nn.Module, part: str) -> dict[str, float]:
-        """Cross-entropy, the share told wrong, and the expected calibration error over 15 equal bins."""
+        """Cross-entropy, and the share told wrong."""
         images, labels = self._drawn(part, None, torch.Generator().manual_seed(0))
-        model.eval()
-        logits = model(images).double()
+        logits = model.eval()(images).double()
         model.train()
-        sure, guesses = logits.softmax(dim=1).max(dim=1)
-        right = (guesses == labels).double()
-        bins = (sure * 15).long().clamp(max=14)
-        gaps = torch.zeros(15, dtype=torch.float64).index_add(0, bins, right - sure)
-        calibration = float(gaps.abs().sum()) / len(labels)
-        return {"loss": float(F.cross_entropy(logits, labels)), "error": 1 - float(right.mean()), "ece": calibration}
+        error = float((logits.argmax(dim=1) != labels).double().mean())
+        return {"loss": float(F.cross_entropy(logits, labels)), "error": error}
 
     def batches(self) -> list[torch.Tensor]:
         """As in training."""

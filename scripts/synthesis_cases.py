@@ -174,7 +174,7 @@ if len(sys.argv) > 1:
     from pathlib import Path
     from posthoc_cli.export.layouts import write_synthesis
     from posthoc_cli import disk_sources, plan_synthesis
-    plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15], dtype=sys.argv[3])
+    plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15], dtype="float32")
     write_synthesis(plan, [Path(sys.argv[2])])
 try:
     print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
@@ -184,14 +184,13 @@ except OSError:
 # Linux lets a process inherit ru_maxrss from its parent; VmHWM is the same quantity, counted from its own start.
 
 
-def peak_memory(folder: Path, out: Path, dtype: str = "float32") -> int:
+def peak_memory(folder: Path, out: Path) -> int:
     """Peak resident bytes of a process that makes one target into a file, above those of one that imports torch."""
-    return _peak(str(folder), str(out), dtype) - _peak()
-
-
-def _peak(*arguments: str) -> int:
-    done = subprocess.run([sys.executable, "-c", _PEAK, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout)
+    with_synthesis, without = (
+        int(subprocess.check_output([sys.executable, "-c", _PEAK, *arguments]))
+        for arguments in ([str(folder), str(out)], [])
+    )
+    return with_synthesis - without
 
 
 # --- the peers -------------------------------------------------------------------------------------
@@ -211,53 +210,3 @@ def without_noise() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-
-
-def ema_pytorch_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> Callable[[], object]:
-    """`ema_pytorch` with as many float16 checkpoints of its own; what makes one average from them."""
-    from ema_pytorch import PostHocEMA
-
-    with without_noise():
-        model = Layers(shapes)
-        tracker = PostHocEMA(
-            model,
-            sigma_rels=TRACKED,
-            update_every=1,
-            checkpoint_every_num_steps=1,
-            checkpoint_folder=str(folder),
-            checkpoint_dtype=torch.float16,
-        )
-        for _ in range(snapshots // 2):
-            tracker.update()
-
-    def synthesize() -> object:
-        with without_noise():
-            return tracker.synthesize_ema_model(sigma_rel=0.15)
-
-    return synthesize
-
-
-def posthoc_ema_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> Callable[[], object]:
-    """`posthoc_ema` with as many float16 checkpoints of its own; what makes one average from them."""
-    from posthoc_ema import PostHocEMA
-
-    with without_noise():
-        model = Layers(shapes)
-        tracker = PostHocEMA.from_model(
-            model,
-            str(folder),
-            max_checkpoints=snapshots // 2,
-            sigma_rels=TRACKED,
-            update_every=1,
-            checkpoint_every=1,
-            update_after_step=0,
-            checkpoint_dtype=torch.float16,
-        )
-        for _ in range(snapshots // 2):
-            tracker.update_(model)
-
-    def synthesize() -> object:
-        with without_noise(), tracker.state_dict(sigma_rel=0.15) as state:
-            return state
-
-    return synthesize

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
+from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import Profile
 from posthoc_cli.reconstruction import Measurements, MinimumVariance
@@ -29,6 +30,7 @@ from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.tracker.state import open_state, write_state
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -344,3 +346,15 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
     # The last coefficient is 1 minus the others.
     free, rest = rows[:, :-1] - rows[:, -1:], wanted - rows[:, -1]
     return float(np.linalg.norm(free @ np.linalg.lstsq(free, rest, rcond=None)[0] - rest))
+
+
+def save_state(tracker: PostHocEMA, path: Path) -> None:
+    """Write the exact state of a tracker as it keeps one beside its snapshots."""
+    _, own, info = tracker._state("save_state")
+    write_state(path, own, info)
+
+
+def load_state(tracker: PostHocEMA, path: Path) -> None:
+    """Continue from such a file."""
+    with open_state(path) as stored:
+        tracker.load_state_dict(stored)

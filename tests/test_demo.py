@@ -85,13 +85,13 @@ def test_synthesized_weights_are_the_tracked_averages_within_the_predicted_error
         assert re.search(rf"^ *{width:g} +{check.relative_error:.1e} +{check.raw_distance:.1e}$", printed, re.MULTILINE)
 
 
-def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_object(
+def test_overwrite_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_object(
     ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: forked.Forked(forked.EMA, *command[3:]))
     out = tmp_path / "my demo"
-    Folder(out).prepare(force=False)
+    Folder(out).prepare(overwrite=False)
     stale = out / "averages" / "sigma_rel-0.01.safetensors"
     for file in (stale, out / "loss.png", out / "notes.txt", out / "averages" / "mine.safetensors"):
         file.write_text("x")
@@ -100,7 +100,7 @@ def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_o
     assert found.code == 1
     assert "my demo: holds an earlier demo" in found.error
 
-    done = ema("demo", "--out", "my demo", "--steps", 100, "--force", "--json")
+    done = ema("demo", "--out", "my demo", "--steps", 100, "--overwrite", "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert report["best"] == min(report["averages"], key=lambda one: one["loss"])["sigma_rel"]
@@ -113,16 +113,16 @@ def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_o
 
 
 def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:
-    Folder(tmp_path).prepare(force=False)  # an empty one is taken
+    Folder(tmp_path).prepare(overwrite=False)  # an empty one is taken
     mine = tmp_path / "mine" / "snapshots" / "mine.safetensors"
     mine.parent.mkdir(parents=True)
     mine.write_text("x")
-    for force in (False, True):
+    for overwrite in (False, True):
         with refused(str(tmp_path / "mine"), "no earlier demo", kind=OutputExistsError):
-            Folder(tmp_path / "mine").prepare(force)
+            Folder(tmp_path / "mine").prepare(overwrite)
     assert list((tmp_path / "mine").rglob("*")) == [mine.parent, mine]
     with refused(str(mine), "is a file", kind=OutputExistsError):
-        Folder(mine).prepare(force=True)
+        Folder(mine).prepare(overwrite=True)
 
 
 def test_without_scikit_learn_one_line_says_what_to_install(

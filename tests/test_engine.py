@@ -97,13 +97,16 @@ class Kept:
     def __init__(self) -> None:
         self.found: dict[tuple[str, int, int], bytes] = {}
 
-    def open(self, tile: Tile) -> list[Any]:
-        first = tile.pieces[0]
+    def outputs(self) -> list[Any]:
+        return [SimpleNamespace(open_tile=partial(self.open, k)) for k in range(len(TARGETS))]
 
-        def write(target: int, begin: int, values: torch.Tensor) -> None:
+    def open(self, target: int, tile: Tile) -> Any:
+        first = tile.ranges[0]
+
+        def write(begin: int, values: torch.Tensor) -> None:
             self.found[first.name, first.begin + begin, target] = values.numpy().tobytes()
 
-        return [SimpleNamespace(write=partial(write, k), close=lambda: None) for k in range(len(TARGETS))]
+        return SimpleNamespace(write=write, close=lambda: None)
 
     def joined(self, name: str, target: int) -> bytes:
         return b"".join(self.found[key] for key in sorted(self.found) if key[0] == name and key[2] == target)
@@ -144,7 +147,7 @@ def test_tiles_chunks_and_threads_of_any_number_give_the_same_bytes(
 ) -> None:
     plan, kept, told = plan_of(mixed), Kept(), list[int]()
     reference = bits(plan, workers=1)
-    list(synthesize_into(plan, kept.open, Options(workers=workers, progress=told.append), chunk, tile))
+    list(synthesize_into(plan, kept.outputs(), Options(workers=workers, progress=told.append), chunk, tile))
     for name in ("large", "changing", "own", "counter"):
         for target in range(len(TARGETS)):
             assert kept.joined(name, target) == reference[name][target], name
@@ -365,10 +368,12 @@ def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, mon
 # --- streams of an accelerator ---------------------------------------------------------------------
 
 
-class Streams:
+class Streams(Kept):
     """A device whose streams only say what they are told: in place of those of `making`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.kept: list[Any] = []
         self.log: list[tuple[str, object]] = []
         make = engine.Maker.make
 
@@ -377,7 +382,7 @@ class Streams:
                 wait_event=lambda event: self.log.append(("wait", event)),
                 synchronize=lambda: self.log.append(("synchronize", threading.get_ident())),
             )
-            self.log.append(("make", id(arguments[1])))
+            self.log.append(("make", id(arguments[1][-1])))  # type: ignore[index]
             make(maker, *arguments)  # type: ignore[arg-type]
 
         def caller_event(_: torch.device) -> int:
@@ -389,11 +394,12 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open(self, tile: Tile) -> list[Any]:
-        writers = Kept().open(tile)
-        self.log.append(("open", id(writers)))
-        self.kept = [*getattr(self, "kept", []), writers]  # so that no id is given again
-        return writers
+    def open(self, target: int, tile: Tile) -> Any:
+        writer = super().open(target, tile)
+        if target == len(TARGETS) - 1:
+            self.log.append(("open", id(writer)))
+        self.kept.append(writer)  # so that no id is given again
+        return writer
 
 
 def test_a_tile_is_made_after_what_the_caller_did_up_to_its_opening(
@@ -401,7 +407,7 @@ def test_a_tile_is_made_after_what_the_caller_did_up_to_its_opening(
 ) -> None:
     """Its room may be of memory that the caller's stream still uses."""
     streams = Streams(monkeypatch)
-    tiles = list(synthesize_into(plan_of(mixed), streams.open, Options(workers=1)))
+    tiles = list(synthesize_into(plan_of(mixed), streams.outputs(), Options(workers=1)))
     log = streams.log
     opened = {what: log[index + 1] for index, (kind, what) in enumerate(log) if kind == "open"}
     made = [(what, log[index + 1 :]) for index, (kind, what) in enumerate(log) if kind == "make"]
@@ -420,7 +426,7 @@ def test_no_thread_leaves_work_under_way_when_an_error_stops_it(mixed: Path, mon
 
     monkeypatch.setattr(Sums, "result", fail)
     with pytest.raises(NonFiniteError, match="an error"):
-        list(synthesize_into(plan_of(mixed), streams.open, Options(workers=3)))
+        list(synthesize_into(plan_of(mixed), streams.outputs(), Options(workers=3)))
     failed = [(index, what) for index, (kind, what) in enumerate(streams.log) if kind == "fail"]
     assert failed
     for index, thread in failed:

@@ -27,7 +27,7 @@ from factories import (
 )
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, files
+from posthoc_cli import Run, files, resources
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import (
     FileFormatError,
@@ -173,7 +173,7 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES)
 def test_a_size_is_a_number_with_a_unit(size: str) -> None:
     with refused("max_shard_size") if SIZES[size] is None else nullcontext():
-        assert files.parse_bytes(size, "max_shard_size") == SIZES[size]
+        assert resources.parse_bytes(size, "max_shard_size") == SIZES[size]
 
 
 # --- dtypes ----------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -85,13 +84,6 @@ def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> Non
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
 
 
-def test_a_short_write_is_continued_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:3], offset))
-    files.write_whole(tmp_path / "a", NEW)
-    assert (tmp_path / "a").read_bytes() == NEW
-
-
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("operation", STEPS_OF_A_NEW_FILE)
 def test_a_refused_step_leaves_nothing_and_names_the_file_and_the_reason(
@@ -120,26 +112,6 @@ def test_a_refused_step_of_a_replacement_keeps_what_was_there(
         files.write_whole(tmp_path / "a", NEW, overwrite=True)
     assert names(tmp_path) == ["a"] * existing
     assert not existing or (tmp_path / "a").read_bytes() == (NEW if operation == "fsync_directory" else OLD)
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from posthoc_cli import files
-from posthoc_cli.errors import WriteError
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    files.write_whole(Path(sys.argv[1]), b"x" * 101, overwrite=True)
-except WriteError as error:
-    print(error.errno)
-"""
-
-
-def test_a_file_above_the_size_limit_of_the_process_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(OLD)
-    assert int(forked.check(LIMITED, tmp_path / "a").out) == errno.EFBIG
-    assert names(tmp_path) == ["a"]
-    assert (tmp_path / "a").read_bytes() == OLD
 
 
 @pytest.mark.parametrize("operation", ["fsync", "link", "unlink", "fsync_directory"])
@@ -259,8 +231,7 @@ def test_a_url_is_no_path(
     for wanted, call in (
         (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_model(model, path)),
         (f"checkpoint_dir {shown}", lambda: PostHocEMA.from_path(path)),
-        (f"checkpoint_dir {shown}", lambda: make_tracker(model, path, True, {})),  # of all integrations
-        (f"path {shown}", lambda: PostHocEMA.from_model(model, tmp_path / "new").save_state(path)),
+        (f"checkpoint_dir {shown}", lambda: make_tracker(model, path, {})),  # of all integrations
         (f"directory {shown}", lambda: Run(path)),
         (f"also {shown}", lambda: Run(tmp_path, also=path)),
         (shown, lambda: files.expanded(path)),

@@ -109,7 +109,7 @@ def narrow(directory: Path) -> None:
     network = model(torch.bfloat16)
     network[0].tied = network[0].weight
     with PostHocEMA.from_model(
-        network, directory, update_every=1, checkpoint_every=20, exclude="1.*", copy_only="0.bias", keep_state=True
+        network, directory, update_every=1, checkpoint_every=20, exclude="1.*", keep_state=True
     ) as tracker:
         for _ in walk(network, 100):
             tracker.update_(network)
@@ -125,7 +125,7 @@ COMMANDS = {
     "paper": "synthesize images --sigma-rel 0.12 --method paper --t 2000 --dtype float64 -o paper.safetensors --json",
     "between": "synthesize images --target between:600:2400 -o between.safetensors --json",
     "narrow": "synthesize narrow --sigma-rel 0.07 --step 80 -o narrow.safetensors --json",
-    "sharded": "synthesize images --sigma-rel 0.2 --format sharded --max-shard-size 200 -o sharded/ --json",
+    "sharded": "synthesize images --sigma-rel 0.2 --layout sharded --max-shard-size 200 -o sharded/ --json",
     "dry": "synthesize thinned --sigma-rel 0.1 --dry-run --json",
     "export": "export sharded --dtype bfloat16 -o exported.safetensors --json",
     "export-snapshot": "export {snapshot} -o snapshot.safetensors --json",
@@ -138,7 +138,7 @@ COMMANDS = {
     "verify-output": "verify several --json",
     "prune": "prune images --keep 4 --dry-run --json",
     "prune-error": "prune images --max-error 0.05 --dry-run --json",
-    "errors": "error-plot images --json --csv errors.csv -o errors.png",
+    "errors": "error-plot images --json -o errors.png",
     "errors-planned": "error-plot --sigma-rels 0.05,0.28 --steps 4000 --checkpoint-every 200 --json -o planned.png",
     "plan": "plan --steps 3000 --params 100K --max-size 100MB --json",
     "plan-one": "plan --steps 40000 --params 1M --max-size 300MB --sigma-rels 0.05,0.28 --json",

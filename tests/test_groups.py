@@ -54,7 +54,7 @@ def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema: Ema, r
     assert ema("verify", path).code == 0
     assert ema("info", path, "--json").json["profile"] == "sigma_rel 0.2 (up.*), 0.1 (*)"
     assert report["targets"][0]["target"] == "sigma_rel 0.2 (up.*), 0.1 (*)"
-    words = (*words, "--format", "sharded", "--max-shard-size", "100")
+    words = (*words, "--layout", "sharded", "--max-shard-size", "100")
     assert ema("synthesize", run.directory, *words, "--out", tmp_path / "parts").code == 0
     shards = [load_file(shard) for shard in sorted((tmp_path / "parts").glob("*.safetensors"))]
     assert len(shards) > 1

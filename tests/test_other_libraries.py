@@ -10,7 +10,7 @@ import torch
 from ema_pytorch import PostHocEMA as LucidrainsEMA
 from posthoc_ema import PostHocEMA as NextmlEMA
 
-from posthoc_cli import Run
+from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.profiles.discrete import Discrete
@@ -175,7 +175,8 @@ def stored_run(library: str, folder: Path, path: torch.Tensor, update_every: int
         )
         run(ema.update_, network, path)
     more = {} if library == "ema-pytorch" else {"update_after_step": 1}
-    return Run(folder, kind=library, sigma_rels=WIDTHS, update_every=update_every, **more)
+    out = import_checkpoints(folder, folder / "run", kind=library, sigma_rels=WIDTHS, update_every=update_every, **more)
+    return Run(out.out or "")
 
 
 @pytest.mark.parametrize("library", ["ema-pytorch", "posthoc-ema"])

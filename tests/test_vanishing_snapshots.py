@@ -21,11 +21,10 @@ from posthoc_cli import run as run_module
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import TensorFile
-from posthoc_cli.synthesis import plan
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import evaluation
 
 
@@ -68,7 +67,7 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
         assert with_consistent_plan(make, use) is plans[2]
     assert [len(plan.sources) for plan in plans] == [20, 19, 18]
     assert sum("planning again" in record.getMessage() for record in caplog.records) == 2
-    monkeypatch.setattr(plan, "ATTEMPTS", 5)
+    monkeypatch.setattr(run_module, "ATTEMPTS", 5)
     with pytest.raises(VanishedError, match="no such file"):
         with_consistent_plan(make, use)
 
@@ -131,22 +130,18 @@ def test_an_open_file_that_another_host_removes_has_gone_away_too(
     """On a local file system it would stay readable; a client of a network one gets ESTALE."""
     trained(tmp_path)
     expected = average(tmp_path)
-    real, refused = TensorFile.fill, []
+    real, refused = files.system.read, []
 
-    def stale(*_: object) -> int:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    def read(descriptor: int, view: memoryview, offset: int) -> int:
+        if offset > 8 and not refused:  # beyond the header
+            refused.append(descriptor)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(descriptor, view, offset)
 
-    def fill(self: TensorFile, *arguments: object) -> None:
-        with monkeypatch.context() as patch:
-            if not refused:
-                refused.append(self.path)
-                patch.setattr(files.system, "read", stale)
-            real(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(TensorFile, "fill", fill)
+    monkeypatch.setattr(files.system, "read", read)
     assert torch.equal(average(tmp_path), expected)
     (record,) = caplog.records
-    assert f"{refused[0]}: cannot be read: stale file handle; planning again" in record.getMessage()
+    assert ".safetensors: cannot be read: stale file handle; planning again" in record.getMessage()
 
 
 CROWDED = """

@@ -162,8 +162,8 @@ def test_the_choice_is_told(run: Path, ema: Ema, tmp_path: Path, caplog: pytest.
     text = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
     assert f"from {line}\n" in text.out
     report = ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run", "--json")
-    assert '"snapshots": {\n    "solved_with": 20,\n    "of": 80\n  }' in report.out
-    plot = ema("error-plot", run, "--csv", tmp_path / "e.csv")
+    assert '"solved_with": 20,\n  "available": 80,' in report.out
+    plot = ema("error-plot", run, "--out", tmp_path / "e.csv")
     assert f"{run}: 20 of 80 snapshots up to 200 steps" in plot.out
     assert "20 of 40 snapshots up to 100 steps" in ema("error-plot", run, "--t", "102", "--json").out
     assert "20 of 80 averages" in tracker.reconstruction_error().axes[0].get_legend().get_texts()[0].get_text()

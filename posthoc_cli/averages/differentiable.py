@@ -239,11 +239,10 @@ class _Carried:
             raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
         jacobians, unreached = _jacobians(value, found)
         if unreached and not self._jacobians:  # a module that is skipped at a later update is no mistake
-            listed = ", ".join(f"leaves[{index}] of the shape {list(found[index].shape)}" for index in unreached[:5])
-            more = f" and {len(unreached) - 5} more" if len(unreached) > 5 else ""
-            reason = "they get no gradient; leave them out, or look for a detach()"
-            text = f"the value does not depend on {listed}{more}: {reason}"
-            warnings.warn(text, RuntimeWarning, stacklevel=_CALLER)
+            first = f"leaves[{unreached[0]}] of the shape {list(found[unreached[0]].shape)}"
+            text = f"the value does not depend on {len(unreached)} of the leaves, such as {first}"
+            hint = "they get no gradient; leave them out, or look for a detach()"
+            warnings.warn(f"{text}: {hint}", RuntimeWarning, stacklevel=_CALLER)
         kept = 0.0 if average is None else float(decay)
         for index, jacobian in enumerate(jacobians):
             jacobian.mul_(1 - kept)

@@ -11,11 +11,11 @@ from typing import Protocol, cast
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.model_weights import load_weights
-from posthoc_cli.tracker.settings import check_count, is_in_group
+from posthoc_cli.tracker.settings import check_count
 
 
 class AveragedModule(Protocol):
@@ -50,19 +50,14 @@ class _CopiedBack:
         """
         if isinstance(self._average, PostHocEMA):
             self._average.update_(model)
-            if not self._average.keeps_averages and not is_in_group():
-                reason = "this process keeps none, so that its model would become another than the writer's"
-                hint = "give each process a tracker with writer=True and a directory of its own"
-                raise InvalidValueError("average", reason, hint)
         else:
             self._average.update_parameters(model)
         self.step += 1
         if self._every is None or self.step % self._every:
             return False
-        try:
-            self._copy_into(model)
-        except NotReadyError:
+        if isinstance(self._average, PostHocEMA) and not self._average.has_average:
             return False
+        self._copy_into(model)
         return True
 
     def state_dict(self) -> dict[str, int]:
@@ -113,7 +108,6 @@ class SwitchEMA(_CopiedBack):
 
     Raises:
         InvalidValueError: (a ValueError) names the argument and what would be accepted.
-        NotReadyError: (in `switch`) there is no average yet.
         ModelMismatchError: (in `update` and `switch`) the model lacks a tensor, or has another shape; it is unchanged.
 
     Example:

@@ -1,13 +1,11 @@
-"""Checkpoints and averages that other programs wrote, opened as sources of a synthesis. Nothing in a file is executed.
+"""Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file is executed.
 
 A file is read once for its index: where in it the bytes of each tensor are. A synthesis then streams these bytes, as it
-does those of snapshots. `archives` finds the tensors of pickled files, `tensor_files` those of any file,
-`contents` those of a model in one file or several; `opening` knows how libraries name files, steps and tensors, and
-makes a run of `checkpoint`s. `imported` is what `ema import` does.
+does those of snapshots. `pickles` finds the tensors of pickled files, `tensor_files` those of any file, `layouts` those
+of a model in one file or several, `steps` when it was saved. `kinds` knows what other programs store, and makes
+`checkpoint`s of it. `opening` makes a run of these. `importing` is what `ema import` does: a `manifest`, which refers
+to the files and holds the settings that they lack, or `copies`.
 """
 
-KINDS = ("snapshots", "checkpoints", "dcp", "torchtitan", "ema-pytorch", "posthoc-ema", "edm2")
-"""What may be opened; `checkpoints` are files or folders of weights, also of LoRA series."""
-
-NUMBERED = ("ema-pytorch", "posthoc-ema")
-"""Those whose files name an average by its number: its width and update_every must be given."""
+KINDS = ("edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "checkpoints")
+"""The kinds of `kinds.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series."""

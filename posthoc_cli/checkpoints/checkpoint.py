@@ -1,48 +1,119 @@
-"""A checkpoint as a source of a synthesis, and the checks that several belong together."""
+"""A checkpoint as a source of averages, and the checks that several belong together."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from posthoc_cli.checkpoints.archives import FoundTensor
-from posthoc_cli.checkpoints.contents import Piece, tensor_shape
-from posthoc_cli.checkpoints.tensor_files import make_part, names_in
+from posthoc_cli.checkpoints.layouts import FoundChunk, tensor_shape
+from posthoc_cli.checkpoints.pickles import FoundTensor
+from posthoc_cli.checkpoints.tensor_files import ForeignPart, make_part, names_in
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
-from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
+from posthoc_cli.profiles import (
+    Clock,
+    Point,
+    PowerFunction,
+    RecordedPowerFunction,
+    StoredProfile,
+    gamma_from_sigma_rel,
+)
+from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe_tensors
-from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot, Snapshot, run_clock
+from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
-UNKNOWN_RUN = "0" * 32
-"""The run of a checkpoint that was not yet compared with others."""
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What is known of a checkpoint beside its tensors: see `sources.SourceInfo`.
+
+    Attributes:
+        profile: what its tensors are of: the weights at one time (`Point`), or an average.
+        step: of the training; `t` is that of the profile.
+        t_unit: what `t` counts.
+        t_first: the earliest time that has mass in averages of this run.
+        tensors: role and dtype of each.
+        aliases: further names of tensors.
+        sigma_rel, gamma: the power function that an average was asked for; 0 for others.
+        run_id: made of names, shapes and content; empty until checkpoints were compared with each other.
+        left_out: names of the model's state that are not used.
+    """
+
+    profile: StoredProfile
+    step: int
+    t_unit: str
+    t_first: float
+    tensors: dict[str, fmt.TrackedTensor]
+    aliases: dict[str, str]
+    sigma_rel: float = 0.0
+    gamma: float = 0.0
+    run_id: str = ""
+    left_out: tuple[str, ...] = ()
+    measurements: None = None
+    sketch: str = ""
+
+    @property
+    def t(self) -> float:
+        """Its time."""
+        return self.profile.t
+
+    @property
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """Its step and time."""
+        return ((self.step, self.t),)
+
+    @property
+    def copies(self) -> list[str]:
+        """Names of the copied tensors."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averaged weights."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
+
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """What reconstruction uses of it, with another profile if one is given; as if updated at every step."""
+        own: Any = profile or self.profile
+        if isinstance(own, PowerFunction):
+            own = RecordedPowerFunction(own.gamma, own.t, self.t_first, 1.0)
+        eps = EPS["F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"]
+        return StoredAverage(own, self.step, eps, None, self.t / self.step, Steps(Clock([self.step], [self.t]), 1))
+
+    @property
+    def holds(self) -> str:
+        """What its tensors are of, for people."""
+        if isinstance(self.profile, Point):
+            return "weights"
+        tracked = f" tracked as sigma_rel {self.sigma_rel:g}," * bool(self.sigma_rel)
+        is_power = isinstance(self.profile, PowerFunction)
+        return f"average of sigma_rel {self.sigma_rel:g}" if is_power else f"average{tracked} of its own profile"
 
 
 @dataclass(frozen=True)
 class Checkpoint(FileSource):
-    """The tensors of a checkpoint, or of an average that another library stored, and what is known about them.
+    """The tensors of a checkpoint, or of an average that another program stored, and what is known about them.
 
-    Its `info` is what the header of a snapshot would say, its `header` that of all its tensors as if in one file.
+    Its `header` says what is where, as if all were in one file.
 
     Attributes:
-        of: what its tensors are of: the weights at `info.t` (`Point`), or an average.
-        library: "ema-pytorch" or "posthoc-ema", if its profile rests on what the user says of these.
+        kind: one of `kinds.TABLE`; empty of a copy that an import made.
         label: its name, where that of its file or folder is not enough.
     """
 
-    of: StoredProfile = field(kw_only=True)
-    library: str = ""
+    info: CheckpointInfo
+    kind: str = ""
     label: str = ""
 
     @property
@@ -53,94 +124,75 @@ class Checkpoint(FileSource):
     @property
     def profile(self) -> StoredProfile:
         """What its tensors are of."""
-        return self.of
+        return self.info.profile
 
     @property
-    def holds(self) -> str:
-        """What its tensors are of, for people."""
-        if isinstance(self.profile, Point):
-            return "weights"
-        if isinstance(self.profile, PowerFunction):
-            return f"average of sigma_rel {self.info.sigma_rel:g}"
-        return f"average tracked as sigma_rel {self.info.sigma_rel:g}, of its own profile"
-
-    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
-        """Open it; a FileFormatError if a file has changed since it was indexed."""
-        first = self.parts[0].boxes
-        is_whole = all(name in first and first[name].shape == entry.shape for name, entry in self.stored.items())
-        return self.parts[0].open() if boxes is None and is_whole else super().open(boxes)
+    def identity(self) -> str:
+        """16 hexadecimal digits of the content of its files."""
+        if self.header.metadata:
+            return super().identity
+        identities = {part.path: part.identity for part in self.parts if isinstance(part, ForeignPart)}
+        return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
 
 
 def make_checkpoint(
     path: Path,
-    found: Mapping[str, Callable[[], list[Piece]]],
+    found: Mapping[str, Callable[[], list[FoundChunk]]],
     profile: StoredProfile,
     step: int,
+    kind: str = "checkpoints",
     t_unit: str = "steps",
-    sigma_rel: float | None = None,
+    sigma_rel: float = 0.0,
 ) -> Checkpoint:
-    """A checkpoint of these tensors; of an average `sigma_rel` is the width that it was meant to have.
+    """A checkpoint of these tensors; of a power function, or what was meant as one, with its `sigma_rel`.
 
     Raises:
         FileFormatError: a tensor has no name that a model's could have, or a dtype that is not read.
     """
     entries: dict[str, fmt.TensorEntry] = {}
     aliases: dict[str, str] = {}
-    layers: dict[tuple[Path, int], dict[str, Piece]] = {}
+    layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
     identities: dict[Path, str] = {}
     known: dict[tuple[Path, FoundTensor], str] = {}
     for name, find in found.items():
         if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
             raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
-        pieces = find()
-        path_of, _, tensor, _ = pieces[0]
-        if len(pieces) == 1 and tensor.nbytes and (other := known.setdefault((path_of, tensor), name)) != name:
+        chunks = find()
+        path_of, _, tensor, _ = chunks[0]
+        if len(chunks) == 1 and tensor.nbytes and (other := known.setdefault((path_of, tensor), name)) != name:
             aliases[name] = other  # tied: both are the same bytes
             continue
-        dtypes = {piece.tensor.dtype for piece in pieces}
+        dtypes = {chunk.tensor.dtype for chunk in chunks}
         if len(dtypes) > 1:
             raise FileFormatError(path, f"tensor {shown(name)}: its chunks are of several dtypes")
-        spec = fmt.TensorSpec(name, dtypes.pop(), tensor_shape(pieces))
+        spec = fmt.TensorSpec(name, dtypes.pop(), tensor_shape(chunks))
         entries[name] = fmt.TensorEntry(spec.dtype, spec.shape, 0, spec.nbytes)
         counts: dict[Path, int] = {}
-        for piece in pieces:
-            layer = counts[piece.path] = counts.get(piece.path, -1) + 1
-            layers.setdefault((piece.path, layer), {})[name] = piece
-            identities[piece.path] = piece.identity
+        for chunk in chunks:
+            layer = counts[chunk.path] = counts.get(chunk.path, -1) + 1
+            layers.setdefault((chunk.path, layer), {})[name] = chunk
+            identities[chunk.path] = chunk.identity
     parts = tuple(
         make_part(
             file,
             identities[file],
-            {name: piece.tensor for name, piece in held.items()},
-            {name: piece.box for name, piece in held.items()},
+            {name: chunk.tensor for name, chunk in held.items()},
+            {name: chunk.box for name, chunk in held.items()},
         )
         for (file, _), held in layers.items()
     )
-    sums = xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
     stored = parts[0].header.tensors if len(parts) == 1 and len(parts[0].header.tensors) == len(entries) else entries
-    header = fmt.FileHeader({"ema.checksum": sums}, dict(stored), 0)
-    power = profile if isinstance(profile, PowerFunction) else None
-    if sigma_rel is not None:
-        power = PowerFunction.from_sigma_rel(sigma_rel, profile.t)
-    info = foreign_info(
-        profile,
-        run_id=UNKNOWN_RUN,
-        sigma_rel=0.0 if power is None else sigma_rel or power.sigma_rel,
-        gamma=0.0 if power is None else power.gamma,
-        t=profile.t,
-        t_unit=t_unit,
-        step=step,
-        tensors={name: _tracked(name, entry.dtype) for name, entry in entries.items()},
-        aliases=aliases,
-    )
-    return Checkpoint(path, header, info, parts, of=profile)
+    info = CheckpointInfo(
+        profile, step, t_unit, first_time(profile),
+        {name: _tracked(name, entry.dtype) for name, entry in entries.items()}, aliases,
+        sigma_rel, gamma_from_sigma_rel(sigma_rel) if sigma_rel else 0.0,
+    )  # fmt: skip
+    return Checkpoint(path, fmt.FileHeader({}, dict(stored), 0), info, parts, kind)
 
 
-def foreign_info(profile: StoredProfile, **known: Any) -> fmt.SnapshotInfo:
-    """What the header of a snapshot would say of a checkpoint, of which this is known."""
-    schedule = fmt.TrackingSchedule(update_every=1, max_checkpoints=None, checkpoint_dtype=None)
-    first = getattr(profile, "t_first", min(1.0, profile.t))
-    return fmt.SnapshotInfo(**known, sigma_rels=(), t_first=first, max_interval=1.0, schedule=schedule)
+def first_time(profile: StoredProfile) -> float:
+    """The earliest time that has mass in averages of a run with this profile, on a clock of steps or images."""
+    return float(getattr(profile, "t_first", min(1.0, profile.t)))
 
 
 def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:
@@ -155,13 +207,11 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     Raises:
         MismatchError: two of them are of different models, or of one time; both are named.
     """
-    ordered = sorted(checkpoints, key=lambda one: (one.info.t, one.info.sigma_rel))
-    seen: dict[tuple[float, float], Checkpoint] = {}
-    for one in ordered:
-        other = seen.setdefault((one.info.t, one.info.sigma_rel), one)
-        if other is not one:
+    ordered = by_time(checkpoints)
+    for one, other in pairwise(ordered):
+        if (one.info.t, one.info.holds) == (other.info.t, other.info.holds):
             reason = f"are both of step {one.info.t:,.12g}"
-            raise MismatchError(f"{other.path} and {one.path}", reason, "name those of one run, by a glob")
+            raise MismatchError(f"{one.path} and {other.path}", reason, "name those of one run, by a glob")
     ordered = _named(ordered)
     first = ordered[0]
     for one in ordered[1:]:
@@ -170,10 +220,10 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     if len(ids) > 1:
         other = next(one for one in ordered if one.info.run_id != first.info.run_id)
         raise MismatchError(f"{first.path} and {other.path}", "are of different runs", "name those of one, by a glob")
-    if ids != {UNKNOWN_RUN}:
+    if ids != {""}:
         return ordered
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
-    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.header.metadata)).encode())
+    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
 
 
@@ -212,7 +262,7 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
                 raise MismatchError(
                     pair,
                     f"are of different models: {one.name} has no {shown(name)}",
-                    "choose tensors by include, exclude or prefix",
+                    "import with include, exclude or prefix",
                 )
             if found.shape != newest.stored[name].shape:
                 reason = f"have shapes {list(newest.stored[name].shape)} and {list(found.shape)}"
@@ -222,10 +272,10 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
         t = float(clock.time_at(one.info.step))
         like = newest.info
         info = replace(
-            one.info, run_id=like.run_id, t=t, t_unit=like.t_unit, t_first=t,
+            one.info, profile=Point(t), run_id=like.run_id, t_unit=like.t_unit, t_first=t,
             tensors=like.tensors, aliases=like.aliases, left_out=like.left_out,
         )  # fmt: skip
-        made.append(replace(one, info=info, of=Point(t)))
+        made.append(replace(one, info=info))
     return made
 
 
@@ -237,7 +287,7 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
         only = first if differing[0] in names[0] else other
         reason = f"are of different models: only {only.name} has {names_in(differing[:1])}"
         reason += f", and {len(differing) - 1} more differ" * (len(differing) > 1)
-        raise MismatchError(pair, reason, "choose tensors by include, exclude or prefix")
+        raise MismatchError(pair, reason, "import with include, exclude or prefix")
     if first.info.aliases != other.info.aliases:
         tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
         raise MismatchError(pair, f"differ in what {shown(tied[0])} is tied to")
@@ -274,9 +324,9 @@ def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
         {
             "file": one.name,
             "t": one.info.t,
-            "holds": one.holds,
+            "holds": one.info.holds,
             "bytes": one.header.file_bytes,
-            "identity": one.header.metadata["ema.checksum"],
+            "identity": one.identity,
         }
         for one in checkpoints
     ]

@@ -1,15 +1,27 @@
-"""The step in the name of a checkpoint, or why the name does not tell it.
+"""The step of a checkpoint: by a pattern of the user's, its content, or its name; or why these do not tell it.
 
-A number counts with its digit groups, decimals, exponent and unit: `step=1_000`, `1,000`, `1.5k`, `1e5`, `2M-steps`.
-It is the step if a word says so, or if it is the only number. What could also mean something else is refused: a wrong
-step would put weights at a wrong time in silence.
+A number in a name counts with its digit groups, decimals, exponent and unit: `step=1_000`, `1,000`, `1.5k`, `1e5`,
+`2M-steps`. It is the step if a word says so, or if it is the only number. What could also mean something else is
+refused: a wrong step would put weights at a wrong time in silence.
 """
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
+from pathlib import Path
 from typing import NamedTuple
+
+from posthoc_cli.checkpoints.layouts import IndexedCheckpoint
+from posthoc_cli.checkpoints.tensor_files import ENDINGS
+from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
+from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.tensor_file import read_small_file
+
+_TRAINER_STATE = "trainer_state.json"
+_MOST_STATE = 1_000_000_000
+_MOST_STEPS = 10**15
+_HINT = r"import with step_from, a pattern such as 'step(\d+)'"
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _MOST_DIGITS = 19
@@ -38,6 +50,69 @@ class Reading(NamedTuple):
     step: float | None = None
     doubt: str = ""
     by_word: bool = False
+
+
+def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None = None, by_word: str = "") -> int:
+    """The step of a checkpoint.
+
+    Arguments:
+        path: of the file or folder.
+        indexed: what it holds.
+        step_from: a regular expression whose group is the step, searched in the path.
+        by_word: a name beside it in which a word such as step tells the step, so that this one must have it, too; empty
+            for none.
+
+    Raises:
+        InvalidValueError: nothing tells it.
+    """
+    if step_from is not None:
+        match = re.search(step_from, str(path))
+        number = None if match is None else read_number(match[1] or "")
+        if number is None:
+            raise InvalidValueError("step_from", f"finds no number in {path}", value=step_from)
+        return checked_step(path, number)
+    step = _trainer_step(path) or indexed.step
+    if step is None:
+        named = named_step(path)
+        if named.doubt or named.step is None:
+            doubt = f": {named.doubt}" * bool(named.doubt)
+            raise InvalidValueError(path, f"neither its content nor its name tells its step{doubt}", _HINT)
+        if by_word and not named.by_word:
+            reason = f"its name has no word such as step at its number, as {shown(by_word)} has"
+            raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
+        step = named.step
+    return checked_step(path, step)
+
+
+def checked_step(path: Path, step: float) -> int:
+    """A step as a whole number; an InvalidValueError if it can be none."""
+    if not 0 < step <= _MOST_STEPS or step != int(step):
+        reason = f"its step is {shown(step)}; must be a whole number from 1 to {_MOST_STEPS:.0e}"
+        raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
+    return int(step)
+
+
+def named_step(path: Path) -> Reading:
+    """The step in the name of a file or folder, else of the folder that it is in, if that is named as checkpoints are.
+
+    Other numbers in that name, such as of an experiment or a date, are no steps.
+    """
+    stem = path.name
+    for ending in ENDINGS:
+        stem = stem.removesuffix(ending)
+    return read_name(stem) if re.search("[0-9]", stem) else read_name(path.parent.name, words_only=True)
+
+
+def _trainer_step(path: Path) -> float | None:
+    """The step in the state of a transformers Trainer."""
+    state = path / _TRAINER_STATE
+    if not (path.is_dir() and state.is_file()):
+        return None
+    found = parse_json(state, read_small_file(state, _MOST_STATE), "state of a Trainer")
+    step = found.get("global_step") if isinstance(found, dict) else None
+    if type(step) is not int:
+        raise FileFormatError(state, "has no global_step")
+    return step
 
 
 def read_number(text: str) -> float | None:

@@ -18,21 +18,23 @@ import numpy.typing as npt
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from posthoc_cli.checkpoints.archives import FoundTensor, Node, read_archive
+from posthoc_cli.checkpoints.pickles import FoundTensor, Node, read_pickled
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, row_major
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.sources import Part
-from posthoc_cli.snapshots.tensor_file import OpenedFile, TensorFile, read_header
+from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.tensor_file import OpenedFile, read_header
 
 ENDINGS = (fmt.SUFFIX, *PICKLES)
 
 _SAMPLES, _SAMPLE = 16, 4096
 _MOST_VALUES = 1_000_000
 _DEEPEST = 100
+_APART = 1 << 62
+"""Where the places of tensors begin that must be gathered: nobody's neighbours."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def index_file(path: Path) -> IndexedFile:
         with OpenedFile(path) as file:
             return IndexedFile(found, header.metadata, sampled_identity(file))
     with OpenedFile(path) as file:
-        return IndexedFile(_leaves(path, read_archive(file, 0, file.size)), {}, sampled_identity(file))
+        return IndexedFile(_leaves(path, read_pickled(file, 0, file.size)), {}, sampled_identity(file))
 
 
 def _leaves(path: Path, value: Any) -> dict[tuple[str, ...], Any]:
@@ -135,13 +137,13 @@ class ForeignPart(Part):
         return ForeignFile(self)
 
 
-class ForeignFile(TensorFile):
-    """A file of a checkpoint opened for its tensors."""
+class ForeignFile(OpenedFile):
+    """A file of a checkpoint opened for its tensors; of those in `strided` the bytes are where `make_part` says."""
 
     def __init__(self, part: ForeignPart) -> None:
-        OpenedFile.__init__(self, part.path)
-        self.header, self._strided, self._checksums = part.header, part.strided, {}
-        self._cached: tuple[str, npt.NDArray[np.uint8]] | None = None
+        super().__init__(part.path)
+        self._strided = {part.header.tensors[name].begin: found for name, found in part.strided.items()}
+        self._cached: tuple[int, npt.NDArray[np.uint8]] | None = None
         self._lock = threading.Lock()
         try:
             self._opened = self._state()
@@ -155,23 +157,24 @@ class ForeignFile(TensorFile):
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
 
-    def fill(self, name: str, view: memoryview, begin: int) -> None:
-        """Fill `view` from byte `begin` of a tensor on, across the tensors that follow."""
-        if name in self._strided:
-            view[:] = self._gathered(name)[begin : begin + len(view)].data
-        else:
-            super().fill(name, view, begin)
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill `view` with the bytes from an offset on; returns how many, fewer only at the end of the file."""
+        if offset < _APART:
+            return super().read_into(view, offset)
+        start = max(begin for begin in self._strided if begin <= offset)
+        view[:] = self._gathered(start)[offset - start : offset - start + len(view)].data
+        return len(view)
 
-    def _gathered(self, name: str) -> npt.NDArray[np.uint8]:
+    def _gathered(self, start: int) -> npt.NDArray[np.uint8]:
         """All bytes of a tensor whose elements are not stored in their order; the last one is kept."""
         with self._lock:
-            if self._cached is None or self._cached[0] != name:
-                found = self._strided[name]
+            if self._cached is None or self._cached[0] != start:
+                found = self._strided[start]
                 item = ITEM_BYTES[found.dtype]
                 span = np.empty((found.end - found.begin) // item, dtype=f"u{item}")
-                self._fill_from(name, span.view(np.uint8).data, found.begin)
+                super().read_into(span.view(np.uint8).data, found.begin)
                 made = as_strided(span, found.shape, [item * step for step in found.strides])
-                self._cached = name, np.ascontiguousarray(made).reshape(-1).view(np.uint8)
+                self._cached = start, np.ascontiguousarray(made).reshape(-1).view(np.uint8)
             return self._cached[1]
 
     def __exit__(self, *exception: object) -> None:
@@ -186,15 +189,14 @@ def make_part(path: Path, identity: str, tensors: Mapping[str, FoundTensor], box
     """Those tensors of a file, under their names in the model, with the box of each."""
     entries: dict[str, fmt.TensorEntry] = {}
     strided: dict[str, FoundTensor] = {}
-    apart = 1 << 62  # so that a tensor that must be gathered is nobody's neighbour
+    apart = _APART
     for name, found in tensors.items():
         if found.is_contiguous:
             entries[name] = fmt.TensorEntry(found.dtype, found.shape, found.begin, found.nbytes)
         else:
             entries[name] = fmt.TensorEntry(found.dtype, found.shape, apart, found.nbytes)
             strided[name], apart = found, apart + found.nbytes + 1
-    header = fmt.FileHeader({"ema.checksum": identity}, entries, 0)
-    return ForeignPart(path, header, dict(boxes), identity, strided)
+    return ForeignPart(path, fmt.FileHeader({}, entries, 0), dict(boxes), identity, strided)
 
 
 def names_in(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ Nothing here loads torch or matplotlib before a command needs it, so that help i
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import os
 import re
@@ -14,7 +15,6 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -47,44 +47,23 @@ from posthoc_cli.targets import FORMS
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
-_CONTEXT: Any = typer.core.TyperCommand.context_class
 _DEBUG = "--debug"
 _LONGEST_LINE = 5_000
-_HYPHEN = "\u2011"  # the kind that text is not wrapped at
-
-
-class _Formatter(_CONTEXT.formatter_class):  # type: ignore[misc]
-    """Help that never breaks a line within --sigma-range or posthoc-cli."""
-
-    def write_text(self, text: str) -> None:
-        super().write_text(text.replace("-", _HYPHEN))
-
-    def write_dl(self, rows: Sequence[tuple[str, str]], *widths: int, **spacing: int) -> None:
-        super().write_dl([(term, text.replace("-", _HYPHEN)) for term, text in rows], *widths, **spacing)
-
-    def getvalue(self) -> str:
-        return str(super().getvalue()).replace(_HYPHEN, "-")
-
-
-class _Context(_CONTEXT):  # type: ignore[misc]
-    formatter_class = _Formatter
-
-
-class _Group(typer.core.TyperGroup):
-    context_class = _Context
+_ARGUMENT = re.compile(r"(?:^|(?<=, )|(?<= and ))(\w+)(?=[, ]|$)")
+"""In the subject of a library's error: "t", "t and step", "beta 0.3"."""
+_ADVICE = re.compile(r"`(\w+)`|\b(\w+)=True")
+"""In its hint: "give `layout`", "or overwrite=True"."""
 
 
 class _Command(typer.core.TyperCommand):
     """A command whose errors name its options, and the commands that help."""
 
-    context_class = _Context
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
-        """Each example on lines of its own, to be copied."""
-        formatter.write_paragraph()
-        with formatter.indentation():
-            for index, example in enumerate((self.epilog or "").removeprefix("Example:").split("   or   ")):
-                formatter.write_text(f"{'or:     ' if index else 'Example:'} {example.strip()}")
+    def get_help_option(self, ctx: Any) -> Any:
+        """Not listed: whoever sees the list knows it."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.hidden = True
+        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As of any command, but an empty argument is refused: as a path it would mean the working directory."""
@@ -99,37 +78,19 @@ class _Command(typer.core.TyperCommand):
         try:
             return super().invoke(ctx)
         except PostHocError as error:
-            raise _translated(error, ctx).with_traceback(error.__traceback__) from error.__cause__
+            raise _with_options(error, ctx).with_traceback(error.__traceback__) from error.__cause__
 
 
-_OPTIONS = {
-    "overwrite=True": "--force",
-    "force=True": "--force",
-    "prefix and strip_prefix": "--prefix and --strip-prefix",
-    "give the layout": "give --format",
-    "give step_from": "give --step-from",
-    "name one by prefix": "name one by --prefix",
-    "by include, exclude or prefix": "by --include, --exclude or --prefix",
-    "make an average of them": "make an average by `ema synthesize`",
-    "an export makes": "ema export makes",
-    "an import writes": "`ema import` writes",
-    "the error curve shows": "ema error-plot shows",
-}
-"""What hints of the library are called here."""
-
-
-def _translated(error: PostHocError, context: Any) -> PostHocError:
-    """A copy of a library's error: arguments become options, and a broken snapshot leads to `ema verify`."""
+def _with_options(error: PostHocError, context: Any) -> PostHocError:
+    """A copy of a library's error: arguments are options, and a broken snapshot leads to `ema verify`."""
     changed = copy.copy(error)
-    for words, here in _OPTIONS.items():
-        changed.hint = changed.hint.replace(words, here)
+    options: dict[str, str] = {
+        option.name: option.opts[0] for option in context.command.params if option.opts[0][:2] == "--"
+    }
     if isinstance(error, InvalidValueError) or error.value:
-        options = [(option.name, option.opts[0]) for option in context.command.params if option.opts[0][:2] == "--"]
-        names = {option[2:].replace("-", "_"): option for _, option in options} | dict(options)
-        # A subject is an argument, or several: "t", "t and step", "beta 0.3".
-        subject = r"(^|, | and )(\w+)(?=[, ]|$)"
-        changed.subject = re.sub(subject, lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject)
-    is_ours = context.params.get("kind") in (None, "snapshots") and Path(error.subject).suffix in ("", ".safetensors")
+        changed.subject = _ARGUMENT.sub(lambda found: options.get(found[1], found[1]), error.subject)
+    changed.hint = _ADVICE.sub(lambda found: options.get(found[1] or found[2], found[0]), error.hint)
+    is_ours = Path(error.subject).suffix in ("", ".safetensors")
     if isinstance(error, FileFormatError | MismatchError) and is_ours and not isinstance(error, VanishedError):
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
             path = None if directory is None else files.expanded(Path(directory))
@@ -149,11 +110,10 @@ def _is_run(directory: Path) -> bool:
 
 app = typer.Typer(
     name="ema",
-    cls=_Group,
     help="Choose the length of a model's weight average after training.",
     epilog="Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (
@@ -162,7 +122,10 @@ for _module in (
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
     _name = _function.__name__.strip("_").replace("_", "-")
-    app.command(_name, cls=_Command, epilog=_module.EPILOG)(_function)
+    # Each paragraph of its help in one line, which is wrapped to the terminal; each example in lines of its own.
+    _text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or ""))
+    _examples = _module.EPILOG.replace("   or   ", "\n\nor:       ")
+    app.command(_name, cls=_Command, help=_text, epilog=_examples)(_function)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -197,8 +160,10 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = Option(False, "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."),
-    debug: bool = Option(False, _DEBUG, help="Show a traceback when something goes wrong."),
+    version: bool = Option(
+        False, "--version", "-V", callback=_print_version, is_eager=True, metavar="", help="Print the version."
+    ),
+    debug: bool = Option(False, _DEBUG, metavar="", help="Show a traceback when something goes wrong."),
 ) -> None:
     """Choose the length of a model's weight average after training."""
 

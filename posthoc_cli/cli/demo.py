@@ -6,8 +6,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Option
-
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.cli.output import print_line
@@ -20,10 +18,14 @@ EPILOG = "Example:  ema demo --out ema-demo"
 
 
 def demo(
-    out: Path = Option("ema-demo", "--out", "-o", help="The folder for everything that the demo makes; new, or empty."),
-    steps: str = Option("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
-    force: bool = Option(False, "--force", help="Replace an earlier demo in that folder; other files stay."),
+    out: Path = values.OUTPUT(
+        "ema-demo", "--out", "-o", help="The folder for everything that the demo makes; new, or empty."
+    ),
+    overwrite: bool = values.flag(
+        values.OUTPUT, "--overwrite", help="Replace an earlier demo in that folder; other files stay."
+    ),
     as_json: bool = values.JSON,
+    steps: str = values.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
 ) -> None:
     """Train a small diffusion model and choose its average.
 
@@ -35,7 +37,7 @@ def demo(
 
     count = values.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else print_line
-    result = run(files.expanded(out), count, force, say, output.progress_bar(unit="steps"))
+    result = run(files.expanded(out), count, overwrite, say, output.progress_bar(unit="steps"))
     output.print_json(result.to_dict()) if as_json else _print(result)
 
 

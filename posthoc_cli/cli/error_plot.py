@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Argument, Option
+from typer import Argument
 
-from posthoc_cli.checkpoints import NUMBERED
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.planning import ErrorReport, Schedule
 
 EPILOG = (
@@ -23,38 +20,33 @@ EPILOG = (
 )
 
 
-@values.with_origin
 def error_plot(
     directories: list[Path] = Argument(
         [], metavar="[DIR]...", help="Directories that trackers wrote, or of checkpoints; or globs of those."
     ),
-    checkpoints: str | None = values.CHECKPOINTS,
-    out: Path | None = values.PICTURE,
-    sigma_rels: list[str] = Option(
-        [],
-        help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule. With "
-        "--from ema-pytorch or posthoc-ema: the widths of these averages.",
+    out: Path | None = values.OUTPUT(
+        None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf; or the curves as a table: .csv."
     ),
-    steps: list[str] = Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
-    checkpoint_every: list[str] = Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
-    max_checkpoints: list[str] = Option(
-        [], metavar="COUNT", help="Of the schedule: snapshots a profile. [default: all]"
-    ),
-    dtype: str = Option("float16", autocompletion=values.STORED, help="Of the schedule: float16, bfloat16 or float32."),
-    like: Path | None = values.LIKE,
-    draw: str | None = Option(
-        None, metavar="SIGMA_REL", help="Also draw these targets over training time, with coefficients: 0.15 or a list."
-    ),
-    target: list[str] = values.TARGETS,
-    sigma_range: str = Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
-    t: float | None = Option(None, help="Time of the targets. [default: the last snapshot's]"),
-    method: str | None = values.METHOD,
-    csv_out: Path | None = Option(None, "--csv", help="Write the curves as a table too."),
-    overwrite: bool = values.FORCE,
-    verbose: bool = Option(False, "--verbose", "-v", help="Show the profile error too."),
+    overwrite: bool = values.OVERWRITE,
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
+    target: list[str] = values.TARGETS(
+        [],
+        metavar="TARGET",
+        help="Also draw these over training time, with coefficients: sigma_rels such as 0.15, or other kinds such as "
+        "window:1000, which are points of the curve, too; `ema help targets` lists them. Give it again for more.",
+    ),
+    sigma_range: str = values.TARGETS("0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."),
+    checkpoints: str | None = values.CHECKPOINTS,
+    t: float | None = values.TIME,
+    method: str | None = values.METHOD,
+    sigma_rels: list[str] = values.SCHEDULE(
+        [], help="Tracked widths, such as 0.05,0.28. Give it again for another schedule."
+    ),
+    steps: list[str] = values.SCHEDULE([], metavar="COUNT", help="Length of training, such as 100K."),
+    checkpoint_every: list[str] = values.SCHEDULE([], metavar="COUNT", help="Steps between snapshots."),
+    max_checkpoints: list[str] = values.SCHEDULE([], metavar="COUNT", show_default="all", help="Snapshots a profile."),
+    dtype: str = values.SCHEDULE("float16", autocompletion=values.STORED, help="float16, bfloat16 or float32."),
+    like: Path | None = values.LIKE,
 ) -> None:
     """Draw how exact averages of any length will be.
 
@@ -62,28 +54,18 @@ def error_plot(
 
     The curve is the predicted error: the expected relative L2 distance of the weights from the true average. For a
     schedule the network is assumed to move evenly, or as in the run that --like names, as in ema plan. Tracked
-    profiles are marked; the range below 1 % is shaded and named in the title. --verbose and --method paper add the
-    profile error, the published measure: the relative L2 distance between the wanted profile and the one that the
-    snapshots make.
-
-    --target adds averages of other kinds: points at their own width (standard deviation / t), and drawings over
-    training time as with --draw.
+    profiles are marked; the range below 1 % is shaded and named in the title. --method paper adds the profile error,
+    the published measure: the relative L2 distance between the wanted profile and the one that the snapshots make.
     """
     from posthoc_cli.run import error_report
 
-    if out is None and csv_out is None and not as_json:
-        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or ask for --csv or --json")
-    if out is not None and out == csv_out:
-        raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
-    out = values.new_file(out, "--out", values.PICTURES, overwrite)
-    csv_out = values.new_file(csv_out, "--csv", (".csv",), overwrite)
-    targets = values.parse_targets(draw, target, "--draw")
+    if out is None and not as_json:
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or ask for --json")
+    out = values.new_file(out, "--out", (*values.PICTURES, ".csv"), overwrite)
+    targets = values.parse_targets(None, target)
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
-    if origin.kind in NUMBERED and sigma_rels:
-        widths = values.parse_sigma_rels(",".join(sigma_rels), "--sigma-rels")
-        origin, sigma_rels = replace(origin, sigma_rels=tuple(widths)), []
     schedules = _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints)
     if checkpoints is not None and len(directories) > 1:
         raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
@@ -91,17 +73,17 @@ def error_plot(
     if not places and not schedules:
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
-    profile_error = verbose or method == "paper"
-    runs = [values.open_run(place, checkpoints, origin) for place in places]
-    earlier = None if like is None else values.open_run(like, None, origin)
+    runs = [values.open_run(place, checkpoints) for place in places]
+    earlier = None if like is None else values.open_run(like, None)
     report = error_report(
         runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=earlier,
-        draw=targets, picture=out, profile_error=profile_error, table=csv_out, overwrite=overwrite,
+        draw=targets, out=out, overwrite=overwrite,
     )  # fmt: skip
     if as_json:
         output.print_json(report.to_dict())
     else:
-        _print(report, profile_error, [path for path in (out, csv_out) if path is not None])
+        _print(report, 2 if method == "paper" else 1)
+        output.print_line(f"wrote {out}")
 
 
 def _schedules(sigma_rels: list[str], steps: list[str], every: list[str], most: list[str]) -> list[Schedule]:
@@ -124,8 +106,8 @@ def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     return [values.parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 
-def _print(report: ErrorReport, profile_error: bool, written: list[Path]) -> None:
-    shown = 2 if profile_error else 1
+def _print(report: ErrorReport, shown: int) -> None:
+    """The curves in words; of the other targets the predicted error, and the profile error if two are `shown`."""
     for curve in report.curves:
         output.print_line(curve.label)
         tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
@@ -138,4 +120,3 @@ def _print(report: ErrorReport, profile_error: bool, written: list[Path]) -> Non
             rows.append([f"  {other.label}", f"{other.sigma_rel:.3g}", *errors])
         if rows:
             output.print_table(columns, rows, left=["  target"])
-    output.print_line(f"wrote {', '.join(map(str, written))}")

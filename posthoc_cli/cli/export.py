@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from typer import Argument, Option
+from typer import Argument
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
@@ -22,20 +22,20 @@ def export(
         help="An output of ema synthesize, a snapshot, or any safetensors file; shards, by their folder or their "
         "index; or a folder of several outputs.",
     ),
-    out: Path = Option(
-        ..., "--out", "-o", help="The output: .safetensors, .pt, or a folder, for shards or for several outputs."
+    out: Path = values.OUTPUT(
+        ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards or for several outputs."
     ),
-    layout: str | None = values.LAYOUT,
     dtype: str = values.DTYPE,
-    base: Path | None = Option(
-        None, help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."
-    ),
-    prefix: str = Option("", help="Put this in front of every name in FILE."),
-    strip_prefix: str = Option("", help="Remove this from the front of the names in FILE."),
+    layout: str | None = values.LAYOUT,
     max_shard_size: str | None = values.MAX_SHARD_SIZE,
-    overwrite: bool = values.FORCE,
+    overwrite: bool = values.OVERWRITE,
     quiet: bool = values.QUIET,
     as_json: bool = values.JSON,
+    base: Path | None = values.HOW(
+        None, help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."
+    ),
+    prefix: str = values.HOW("", help="Put this in front of every name in FILE."),
+    strip_prefix: str = values.HOW("", help="Remove this from the front of the names in FILE."),
 ) -> None:
     """Write averaged weights in another layout or dtype.
 

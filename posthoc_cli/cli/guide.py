@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.resources import files
 
 from typer import Argument
 
-from posthoc_cli.cli import output
+from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
 EPILOG = "Example:  ema guide training"
@@ -26,22 +27,30 @@ def _names(incomplete: str) -> list[str]:
 
 def guide(
     name: str | None = Argument(None, metavar="[NAME]", autocompletion=_names, help="The guide; default: list all."),
+    as_json: bool = values.JSON,
 ) -> None:
     """Show a guide, or list the guides.
 
-    On a terminal the page is rendered; in a pipe it is the Markdown source.
+    On a terminal the page is rendered, in the pager; in a pipe it is the Markdown source.
     """
     guides = _read_guides()
-    if name is None:
-        # Each begins with a line such as "# Training: record averages while a model trains".
-        rows = [[page, source.splitlines()[0].partition(": ")[2]] for page, source in guides.items()]
-        output.print_table(["guide", "about"], rows, left=["guide", "about"])
-    elif name not in guides:
+    if name is not None and name not in guides:
         raise InvalidValueError("guide", f"must be one of {', '.join(guides)}", value=name)
+    # Each begins with a line such as "# Training: record averages while a model trains".
+    about = {page: source.splitlines()[0].partition(": ")[2] for page, source in guides.items()}
+    if as_json:
+        chosen = guides if name is None else [name]
+        text = {} if name is None else {"text": guides[name]}
+        output.print_json({"guides": [{"guide": page, "about": about[page]} | text for page in chosen]})
+    elif name is None:
+        output.print_table(["guide", "about"], [*map(list, about.items())], left=["guide", "about"])
     elif not sys.stdout.isatty():
         output.write(guides[name])
     else:
         from rich.console import Console
         from rich.markdown import Markdown
 
-        Console(width=min(Console().width, WIDEST)).print(Markdown(guides[name], hyperlinks=False))
+        os.environ.setdefault("LESS", "-RFX")  # with colours, and no pager for what fits the screen
+        console = Console(width=min(Console().width, WIDEST))
+        with console.pager(styles=True):
+            console.print(Markdown(guides[name], hyperlinks=False))

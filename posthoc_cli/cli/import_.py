@@ -1,62 +1,82 @@
-"""`ema import`: checkpoints and averages of other programs, written in the format of this one."""
+"""`ema import`: a run of other programs' checkpoints and averages, with the settings that their files do not hold."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Argument, Option
+from typer import Argument
 
-from posthoc_cli import files
+from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import DirectoryError, InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
+    from posthoc_cli.checkpoints.importing import Import
 
-EPILOG = "Example:  ema import old --from ema-pytorch --sigma-rels 0.05,0.28 --update-every 10 --out new"
+EPILOG = "Example:  ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run"
 
 
-@values.with_origin
 def import_(
-    directory: Path = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, or a glob."),
-    out: Path | None = Option(None, "--out", "-o", metavar="NEW", help="The folder to make."),
-    dry_run: bool = Option(False, "--dry-run", help="Show what was found; write nothing."),
+    directory: Path = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."),
+    out: Path | None = values.OUTPUT(None, "--out", "-o", metavar="RUN", help="The run to make: a folder."),
+    kind: str | None = values.RUN(
+        None,
+        "--from",
+        metavar="KIND",
+        autocompletion=values.one_of(*KINDS),
+        show_default="found by names and contents",
+        help=f"What DIR holds: {', '.join(KINDS)}.",
+    ),
+    step_from: str | None = values.RUN(
+        None, metavar="PATTERN", show_default="content or name", help=r"A regular expression of the steps: 'step(\d+)'."
+    ),
+    prefix: str = values.RUN("", help="Take tensors whose names begin so, such as model., without it."),
+    include: list[str] = values.RUN([], metavar="GLOB", help="Take tensors of these names only."),
+    exclude: list[str] = values.RUN([], metavar="GLOB", help="Leave tensors of these names out."),
+    sigma_rels: str | None = values.RUN(None, help="The averages' widths, in the order of their numbers: 0.05,0.28."),
+    update_every: int | None = values.RUN(None, help="Of averages: calls between updates."),
+    update_after_step: int | None = values.RUN(
+        None, show_default="the library's", help="Of averages: calls before the first update."
+    ),
+    copy: bool = values.flag(
+        values.OUTPUT, "--copy", help="Write copies with checksums, in place of referring to the files."
+    ),
+    overwrite: bool = values.flag(
+        values.OUTPUT, "--overwrite", help="Replace an import of something else, or with other settings."
+    ),
+    dry_run: bool = values.flag(values.OUTPUT, "--dry-run", help="Show what was found; write nothing."),
     quiet: bool = values.QUIET,
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
 ) -> None:
-    """Write other programs' checkpoints with checksums.
+    """Make a run of other programs' checkpoints.
 
-    Needed for nothing: every command reads them where they are. NEW can be verified, and says by itself what each
-    file is. All files are written, or none.
+    For what their files do not say. Folders that describe themselves need no import.
+
+    RUN refers to the files where they are, by a manifest of a few kB with their sizes and identities; it and they can
+    be moved together. With --copy it holds copies with checksums, all or none. Every command takes it. The same call
+    again does nothing, or takes in what has changed in DIR.
     """
-    from posthoc_cli.checkpoints.checkpoint import Checkpoint
-    from posthoc_cli.checkpoints.imported import Import, import_checkpoints
-    from posthoc_cli.checkpoints.opening import check_claims, disk_sources
+    from posthoc_cli.checkpoints.importing import import_checkpoints
 
-    if out is None and not dry_run:
-        raise InvalidValueError("--out", "is missing; only a dry run needs no output")
-    sources = disk_sources(values.existing_run(directory), origin)
-    found = [one for one in sources if isinstance(one, Checkpoint)]
-    if not found:
-        raise DirectoryError(directory, "holds snapshots of a tracker, which need no import")
-    fits = check_claims(found, origin)
-    if out is None or dry_run:
-        done = Import(tuple(found), tuple(one.path for one in found))
-    else:
-        done = import_checkpoints(found, files.expanded(out), output.progress_bar(quiet))
+    done = import_checkpoints(
+        values.existing_run(directory, directory=False), out, copy=copy, overwrite=overwrite, dry_run=dry_run,
+        progress=output.progress_bar(quiet), kind=kind, step_from=step_from, prefix=prefix, include=include,
+        exclude=exclude, sigma_rels=values.optional(values.parse_sigma_rels, sigma_rels, "--sigma-rels") or (),
+        update_every=update_every, update_after_step=update_after_step,
+    )  # fmt: skip
     if as_json:
         output.print_json(done.to_dict())
     elif not quiet:
-        for what, count in done.counts.items():
-            output.print_line(f"{count:,} x {what}")
-        if fits:
-            others = ", ".join(f"{value}: {fit:.2g}" for value, fit in list(fits.items())[:3])
-            output.print_line(f"update_every {origin.update_every} fits the distances between them (misfits: {others})")
-        elif origin.update_every is not None:
-            output.print_line("update_every is as given: averages of one profile, or at one time, cannot tell it")
-        output.print_line(
-            "nothing was written" if out is None or dry_run else f"wrote {len(done.paths):,} files: {out}"
-        )
+        _print(done, copy)
+
+
+def _print(done: Import, copy: bool) -> None:
+    for what, count in done.counts.items():
+        output.print_line(f"{count:,} x {what}")
+    for check in done.checks:
+        output.print_line(check)
+    if done.written:
+        what = f"{len(done.paths):,} copies" if copy else "a run that refers to these files"
+        output.print_line(f"wrote {what}: {done.out}")
+    else:
+        output.print_line("nothing was written" + ("" if done.dry_run else f": {done.out} is this import already"))

@@ -4,40 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from posthoc_cli.cli import output, values
-
-if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 _LONGEST_TEXT = 200
 
 
-@values.with_origin
 def info(
-    path: Path | None = Argument(
-        None,
-        metavar="DIR|FILE",
-        help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file.",
-        show_default=False,
+    path: Path = Argument(
+        ..., metavar="DIR|FILE", help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file."
     ),
-    checkpoints: str | None = values.CHECKPOINTS,
-    verbose: bool = Option(False, "--verbose", "-v", help="All coefficients of an output, and its profile error."),
+    verbose: bool = values.flag(
+        values.OUTPUT, "--verbose", "-v", help="All coefficients of an output, and its profile error."
+    ),
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
 ) -> None:
     """Show what a directory or a file holds.
 
     Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
     checks every byte.
     """
-    report = values.open_run(path, checkpoints, origin, directory=False).info()
+    report = values.open_run(path, None, directory=False).info()
     output.print_json(report) if as_json else _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)
@@ -65,13 +57,14 @@ def _print(report: dict[str, Any], verbose: bool) -> None:
 def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     rows = []
     for profile in profiles:
-        times, ends = profile["times"], profile["relative_rounding"]
-        numbers = f"{profile['sigma_rel']:g}", f"{profile['gamma']:.4g}", str(len(times))
+        times, ends = profile["times"], profile["relative_rounding_range"]
+        numbers = f"{profile['sigma_rel']:g}", str(len(times))
         rounding = " to ".join(dict.fromkeys(map(output.percent, ends or [None])))
         span = f"{times[0]:,.12g}", f"{times[-1]:,.12g}"
         rows.append([*numbers, *span, rounding, output.size_text(profile["bytes"])])
     output.print_line()
-    output.print_table(["sigma_rel", "gamma", "snapshots", "first t", "last t", "rounding", "size"], rows)
+    columns = ["sigma_rel", "snapshots", "first t", "last t", "rounding", "size"]
+    output.print_table(columns, rows, left=["rounding"])
 
 
 def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:

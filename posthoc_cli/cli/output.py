@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
 from rich import progress as live
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from posthoc_cli import errors
 from posthoc_cli.errors import printable
@@ -26,8 +26,8 @@ MOST_ROWS = 10
 """Rows of a table that are shown without --verbose."""
 REPORT_SECONDS = 30.0
 """Between two lines of progress without a terminal."""
-_LEAST_TEXT = 12
-"""Columns that are left of a text in a table at least."""
+_LONGEST_WORD = 12
+"""Columns of a word that is not wrapped within, in a table that is too wide for the terminal."""
 
 
 def write(text: str, flush: bool = False) -> None:
@@ -43,45 +43,46 @@ def write(text: str, flush: bool = False) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
     """An aligned table without rules; columns named in `left` are text, the others numbers.
 
-    On a narrow terminal the longest texts lose their middles; nothing is wrapped.
+    On a narrow terminal texts and titles are wrapped; a number never is, and nothing is cut off.
     """
     lines = [[*map(printable, line)] for line in (columns, *rows)]
-    texts = [index for index, column in enumerate(columns) if column in left]
     widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
-    room = _terminal_width() - 2 * (len(columns) - 1)
-    while texts and sum(widths) > room:
-        widest = max(texts, key=widths.__getitem__)
-        if widths[widest] <= max(_LEAST_TEXT, cell_len(columns[widest])):
-            break
-        widths[widest] -= 1
-    on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    for number, line in enumerate(lines):
-        cells = [_aligned(cell, widths[index], index in texts) for index, cell in enumerate(line)]
-        text = "  ".join(cells).rstrip()
-        write(f"\x1b[1m{text}\x1b[0m\n" if number == 0 and on_terminal else f"{text}\n")
-
-
-def _aligned(text: str, width: int, left: bool) -> str:
-    """A text in so many columns; a longer one keeps its ends, in which names of files differ."""
-    if cell_len(text) <= width:
-        space = " " * (width - cell_len(text))
-        return text + space if left else space + text
-    head, tail = set_cell_size(text, (width - 3) // 3), text
-    while cell_len(head + tail) > width - 3:
-        tail = tail[1:]
-    return f"{head}...{tail}"
+    fits = sum(widths) + 2 * (len(widths) - 1) <= _terminal_width()
+    gap = 2 if fits else 1
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    total = gap * (len(widths) - 1)
+    for column, *cells in zip(*lines, strict=True):
+        title = column if fits else column.replace(" ", "\n")
+        if column in left:
+            longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+            least = min(longest, _LONGEST_WORD)
+            table.add_column(Text(title), overflow="fold", min_width=least)
+        else:
+            least = max(map(cell_len, [*cells, *title.split("\n")]))
+            table.add_column(Text(title), justify="right", no_wrap=True, min_width=least)
+        total += least
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
+    _print(table, total)
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Names and values, aligned; on a terminal long values are wrapped below their start."""
-    width = max(len(name) for name, _ in pairs)
-    indent = " " * (width + 2)
-    room = max(_terminal_width(), 2 * len(indent))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, min_width=max(cell_len(name) for name, _ in pairs))
+    table.add_column(overflow="fold")
     for name, value in pairs:
-        line = f"{name:<{width}}  {printable(value)}"
-        wrapped = textwrap.wrap(line, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        for row in wrapped if len(line) > room else [line]:
-            print_line(row)
+        table.add_row(Text(name), Text(printable(value)))
+    _print(table)
+
+
+def _print(table: Table, least: int = 0) -> None:
+    """On stdout, without spaces at the ends of lines; `least` columns wide, since rich drops what has no room."""
+    console = Console(width=max(least, _terminal_width()), highlight=False)
+    with console.capture() as captured:
+        console.print(table, crop=False)
+    for line in captured.get().splitlines():
+        write(f"{line.rstrip()}\n")
 
 
 def _terminal_width() -> int:
@@ -101,7 +102,7 @@ def print_note(text: str) -> None:
 
 def warn_of_statistics(copies: Iterable[str]) -> None:
     """Say on stderr what to do about the running statistics among the names of copies."""
-    from posthoc_cli.snapshots.format import statistics_notice
+    from posthoc_cli.snapshots.selection import statistics_notice
 
     if notice := statistics_notice(copies):
         print_note(f"ema: warning: {notice}")
@@ -195,9 +196,23 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def standing(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal's stderr, and the function that says what is done, and how many of how many are."""
+    words = live.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    left = live.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
+    columns = live.BarColumn(bar_width=10, table_column=Column(min_width=10)), left, words
+    with _live(*columns, hidden=quiet) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what, done, most: progress.update(task, description=what, completed=done, total=most)
+
+
 def _live(*columns: Any, hidden: bool = False) -> live.Progress:
     console = Console(stderr=True)
-    return live.Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)
+    return live.Progress(
+        *columns, console=console, transient=True, disable=hidden or not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
+    )  # fmt: skip
 
 
 class ProgressLines:

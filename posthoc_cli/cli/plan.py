@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Option
-
-from posthoc_cli import files
-from posthoc_cli.checkpoints import NUMBERED
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.planning import PlanReport
 
 EPILOG = (
@@ -23,34 +18,34 @@ EPILOG = (
 )
 
 
-@values.with_origin
 def plan(
-    steps: str = Option(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
-    params: str = Option(..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."),
-    max_size: str = Option(..., metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB."),
-    sigma_range: str = values.SIGMA_RANGE,
-    max_error: str = Option(
-        "0.05%", metavar="ERROR", help="The accepted worst predicted error; of schedules below it the cheapest is best."
+    steps: str | None = values.RUN(
+        None, metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K. Needed."
+    ),
+    params: str | None = values.RUN(
+        None, metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M. Needed."
+    ),
+    max_size: str | None = values.RUN(
+        None, metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB. Needed."
     ),
     like: Path | None = values.LIKE,
-    checkpoints: str | None = values.CHECKPOINTS,
-    sigma_rels: str | None = Option(
-        None,
-        help="Track these widths, such as 0.05,0.28. With --from ema-pytorch or posthoc-ema: the widths of these "
-        "averages. [default: the best]",
+    sigma_range: str = values.SIGMA_RANGE,
+    max_error: str = values.TARGETS(
+        "0.05%", metavar="ERROR", help="The accepted worst predicted error; of schedules below it the cheapest is best."
     ),
-    dtype: str | None = Option(
-        None, autocompletion=values.STORED, help="float16, bfloat16 or float32. [default: the best]"
+    sigma_rels: str | None = values.HOW(None, show_default="the best", help="Track these widths, such as 0.05,0.28."),
+    dtype: str | None = values.HOW(
+        None, autocompletion=values.STORED, show_default="the best", help="float16, bfloat16 or float32."
     ),
-    checkpoint_every: str | None = Option(None, metavar="COUNT", help="Steps between snapshots. [default: the best]"),
-    max_checkpoints: str | None = Option(
-        None, metavar="COUNT", help="Snapshots a profile. [default: the best, up to 64]"
+    checkpoint_every: str | None = values.HOW(
+        None, metavar="COUNT", show_default="the best", help="Steps between snapshots."
+    ),
+    max_checkpoints: str | None = values.HOW(
+        None, metavar="COUNT", show_default="the best, up to 64", help="Snapshots a profile."
     ),
     out: Path | None = values.PICTURE,
-    overwrite: bool = values.FORCE,
+    overwrite: bool = values.OVERWRITE,
     as_json: bool = values.JSON,
-    *,
-    origin: Origin,
 ) -> None:
     """Propose what to track and store before training.
 
@@ -64,20 +59,20 @@ def plan(
     its stored averages. Disk is the size of all averages while the last ones are written: one more of each profile
     than is kept. Headers and buffers are not counted.
     """
-    from posthoc_cli.checkpoints.opening import UNSPECIFIED
     from posthoc_cli.planning import Task
     from posthoc_cli.run import plan_training
 
+    needed = {"--steps 400K": steps, "--params 1.2B": params, "--max-size 60GB": max_size}
+    missing = [option for option, value in needed.items() if value is None]
+    if missing or steps is None or params is None or max_size is None:
+        names = [option.split()[0] for option in missing]
+        raise InvalidValueError(" and ".join(names), "must be given", f"such as {' '.join(missing)}")
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
-    if like is None and checkpoints is None and origin != UNSPECIFIED:
-        raise InvalidValueError("--like", "is missing; --from, --prefix and their kind say what it holds")
     widths = None if sigma_rels is None else tuple(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))
-    if origin.kind in NUMBERED and widths:
-        origin, widths = replace(origin, sigma_rels=widths), None
     task = Task(
         steps=values.parse_count(steps, "--steps"),
         parameters=values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
-        max_bytes=files.parse_bytes(max_size, "--max-size"),
+        max_bytes=resources.parse_bytes(max_size, "--max-size"),
         sigma_range=values.parse_sigma_range(sigma_range),
         max_error=values.parse_max_error(max_error),
         sigma_rels=None if widths is None else tuple(sorted(widths)),
@@ -85,7 +80,7 @@ def plan(
         checkpoint_every=values.optional(values.parse_count, checkpoint_every, "--checkpoint-every"),
         max_checkpoints=values.optional(values.parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )
-    earlier = None if like is None and checkpoints is None else values.open_run(like, checkpoints, origin)
+    earlier = None if like is None else values.open_run(like, None)
     with output.working("looking for the best schedules"):
         report = plan_training(task, earlier, out, overwrite)
     if as_json:
@@ -112,5 +107,5 @@ def _print(report: PlanReport) -> None:
     if best.last_step < report.task.steps:
         output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {report.task.steps:,}")
     output.print_line()
-    for line in best.call(report.task.sigma_range).splitlines():
+    for line in best.call().splitlines():
         output.print_line(line)

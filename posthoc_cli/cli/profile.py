@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typer import Option
-
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.targets import NUMBER_FORMS, parse_numbers
@@ -17,9 +15,13 @@ _COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g
 
 
 def profile(
-    sigma_rel: str | None = Option(None, help=f"Widths: a number, list or range. [default: {_DEFAULT}]"),
-    beta: str | None = Option(None, help="The other way: decays of a classical EMA, a number, list or range."),
-    steps: str = Option("1000", metavar="COUNT", help="Length of training, in steps: 100000, 1e5."),
+    sigma_rel: str | None = values.TARGETS(None, show_default=_DEFAULT, help="Widths: a number, list or range."),
+    beta: str | None = values.TARGETS(
+        None, help="The other way: decays of a classical EMA, a number, list or range; needs --steps."
+    ),
+    steps: str | None = values.HOW(
+        None, metavar="COUNT", show_default="1000", help="Length of training, in steps: 100000, 1e5."
+    ),
     as_json: bool = values.JSON,
 ) -> None:
     """Convert between sigma_rel and a classical beta.
@@ -32,7 +34,10 @@ def profile(
 
     if sigma_rel is not None and beta is not None:
         raise InvalidValueError("--sigma-rel and --beta", "give one of them")
-    count = values.parse_count(steps, "--steps")
+    if beta is not None and steps is None:
+        reason = "is missing: a decay has another sigma_rel for each length of training"
+        raise InvalidValueError("--steps", reason, "such as --steps 100000")
+    count = values.parse_count(steps or "1000", "--steps")
     widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if beta is None else []
     betas = [] if beta is None else parse_numbers(beta, "--beta", NUMBER_FORMS["beta"])
     rows = [row.to_dict() for row in convert(count, widths, betas)]

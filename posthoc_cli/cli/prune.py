@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from typer import Option
 
-from posthoc_cli import files
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
@@ -20,14 +19,14 @@ EPILOG = "Example:  ema prune run/ema --keep 20 --dry-run   or   ema prune run/e
 
 def prune(
     directory: Path = values.DIRECTORY,
-    keep: str | None = Option(None, metavar="COUNT", help="Keep this number of snapshots of each profile; or"),
-    max_size: str | None = Option(None, metavar="SIZE", help="as many as fit: 10GB, 500MiB; or"),
-    max_error: str | None = Option(
-        None, help="as few as keep the worst predicted error in the range within this: 1e-3."
+    keep: str | None = values.HOW(None, metavar="COUNT", help="Keep this number of snapshots of each profile; or"),
+    max_size: str | None = values.HOW(None, metavar="SIZE", help="as many as fit: 10GB, 500MiB; or"),
+    max_error: str | None = values.HOW(
+        None, metavar="ERROR", help="as few as keep the worst predicted error in the range within this: 1e-3."
     ),
-    sigma_range: str = values.SIGMA_RANGE,
     yes: bool = values.YES,
-    dry_run: bool = Option(False, "--dry-run", help="Show what would be deleted; delete nothing."),
+    dry_run: bool = values.flag(values.HOW, "--dry-run", help="Show what would be deleted; delete nothing."),
+    sigma_range: str = values.SIGMA_RANGE,
     as_json: bool = values.JSON,
 ) -> None:
     """Delete the snapshots that matter least.
@@ -42,11 +41,11 @@ def prune(
     if [keep, max_size, max_error].count(None) != 2:
         raise InvalidValueError("--keep, --max-size and --max-error", "give one of them")
     count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
-    max_bytes = values.optional(files.parse_bytes, max_size, "--max-size")
+    max_bytes = values.optional(resources.parse_bytes, max_size, "--max-size")
     error = values.optional(values.parse_max_error, max_error)
     wanted = values.parse_sigma_range(sigma_range)
     directory = values.existing(directory, directory=True)
-    values.check_confirmation(yes, dry_run, as_json)
+    values.check_confirmation(yes or dry_run, as_json, "; --dry-run shows what would be deleted")
 
     def agree(planned: Pruning) -> bool:
         if not as_json:

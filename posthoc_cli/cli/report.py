@@ -7,33 +7,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from typer import Option
-
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.run import Run
 
 EPILOG = "Example:  ema report run/ema --sweep sweep --out report.html"
 
 
-@values.with_origin
 def report(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
+    sweep: Path | None = values.RUN(
+        None, metavar="DIR", help="The folder of a sweep of this run, as ema sweep wrote it."
+    ),
     checkpoints: str | None = values.CHECKPOINTS,
-    sweep: Path | None = Option(None, metavar="DIR", help="The folder of a sweep of this run, as ema sweep wrote it."),
-    out: Path = Option("report.html", "--out", "-o", help="The page."),
-    watch: bool = Option(
-        False,
+    out: Path = values.OUTPUT("report.html", "--out", "-o", help="The page."),
+    watch: bool = values.flag(
+        values.OUTPUT,
         "--watch",
         help="Make the page again when snapshots or trials appear, until Ctrl-C. It reloads by itself meanwhile.",
     ),
-    overwrite: bool = values.FORCE,
-    *,
-    origin: Origin,
+    overwrite: bool = values.OVERWRITE,
+    as_json: bool = values.JSON,
 ) -> None:
     """Make a page about a run and its best length.
 
@@ -44,16 +41,22 @@ def report(
 
     page = values.new_file(out, "--out", (".html",), overwrite)
     assert page is not None
-    run = values.open_run(directory, checkpoints, origin)
+    run = values.open_run(directory, checkpoints)
     folder = None if sweep is None else values.existing(sweep)
     if folder is not None and not folder.is_dir():
         raise InvalidValueError("--sweep", "is a file", "name the folder of a sweep", value=folder)
+    if watch and as_json:
+        raise InvalidValueError("--watch and --json", "give one of them")
     if watch and not run.directory.is_dir():
         raise InvalidValueError("--watch", "needs a directory, and not a file or a pattern", value=run.directory)
     if watch:
         _watch(run, folder, page)
-    files.write_whole(page, render(run, folder, page).encode(), overwrite)
-    output.print_line(f"wrote {page}")
+    text = render(run, folder, page).encode()
+    files.write_whole(page, text, overwrite)
+    if as_json:
+        output.print_json({"output": str(page), "bytes": len(text)})
+    else:
+        output.print_line(f"wrote {page}")
 
 
 _TICK = 2

@@ -9,124 +9,83 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Option
-
-from posthoc_cli import files
+from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.sweep import SweepReport
     from posthoc_cli.sweep.results import Record
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
 
-@values.with_origin
 def sweep(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
-    checkpoints: str | None = values.CHECKPOINTS,
-    t: float | None = Option(
+    sigma_rel: str | None = values.TARGETS(
         None,
-        metavar="TIME",
-        help="The averages as they stood at this training time. [default: the last]",
-        rich_help_panel=values.PANEL_RUN,
+        show_default="what is exact within 1 %",
+        help="A range to search, 0.02:0.28, or a list to measure.",
     ),
-    guide: Path | None = Option(
+    target: str | None = values.TARGETS(
         None,
-        metavar="DIR",
-        help="Snapshots of a second network, whose average is {weights:guide}; or DIR again, for a second length.",
-        rich_help_panel=values.PANEL_RUN,
+        metavar="KIND:LOW:HIGH",
+        help="Search averages of another kind instead: beta:0.99:0.9999, half-life:100:10000, window:1000:50000 or "
+        "decay:linear:5%:50%, or a list to measure.",
     ),
-    run: str = Option(
+    guide_sigma_rel: str | None = values.TARGETS(
+        None,
+        show_default="what is exact within 1 %",
+        help="The length of --guide: a range to search, a list, or a number.",
+    ),
+    command: str = values.HOW(
         ...,
         "--run",
         metavar="COMMAND",
         help="The evaluation, run without a shell. {weights} becomes the file of an average; {sigma_rel}, {seed}, and "
         "{dir}, a folder that is removed afterwards, are filled in too; with --guide {weights:guide}.",
-        rich_help_panel=values.PANEL_HOW,
     ),
-    metric: str | None = Option(
+    metric: str | None = values.HOW(
         None,
         metavar="KEY|FILE.json:KEY",
-        help="The metric: loss in the last JSON object or number of standard output, or results.json:results.acc in "
-        "the newest such file in {dir}. A line that is a number needs none.",
-        rich_help_panel=values.PANEL_HOW,
+        show_default="the last line that is a number",
+        help="The metric: loss in the last JSON object of standard output, or results.json:results.acc in the newest "
+        "such file in {dir}.",
     ),
-    minimize: bool | None = Option(
-        None, "--minimize/--maximize", help="Whether lower or higher is better.", rich_help_panel=values.PANEL_HOW
+    minimize: bool | None = values.HOW(
+        None, "--minimize/--maximize", metavar="", help="Whether lower or higher is better."
     ),
-    repeats: int = Option(
-        1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ...", rich_help_panel=values.PANEL_HOW
+    repeats: int = values.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
+    budget: int = values.HOW(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
+    jobs: int = values.HOW(1, metavar="COUNT", help="Trials at a time; they share out CUDA_VISIBLE_DEVICES."),
+    timeout: float | None = values.HOW(
+        None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."
     ),
-    budget: int = Option(
-        20, metavar="COUNT", help="Lengths to measure at most, in each search.", rich_help_panel=values.PANEL_HOW
+    disk: str | None = values.HOW(
+        None, metavar="SIZE", show_default="a round", help="Bound of the averages on the disk: 50GB."
     ),
-    jobs: int = Option(
-        1,
-        metavar="COUNT",
-        help="Trials at a time; they share out CUDA_VISIBLE_DEVICES.",
-        rich_help_panel=values.PANEL_HOW,
+    raw: Path | None = values.HOW(
+        None, metavar="FILE", show_default="the newest checkpoint", help="Raw weights, measured for comparison."
     ),
-    timeout: float | None = Option(
-        None,
-        metavar="SECONDS",
-        help="A trial that takes longer is ended, and has failed.",
-        rich_help_panel=values.PANEL_HOW,
-    ),
-    disk: str | None = Option(
-        None,
-        metavar="SIZE",
-        help="Bound of the averages on the disk: 50GB. [default: a round]",
-        rich_help_panel=values.PANEL_HOW,
-    ),
-    raw: Path | None = Option(
-        None, metavar="FILE", help="Raw weights, measured for comparison.", rich_help_panel=values.PANEL_HOW
-    ),
-    sigma_rel: str | None = Option(
-        None,
-        help="A range to search, 0.02:0.28, or a list to measure. [default: what is exact within 1 %]",
-        rich_help_panel=values.PANEL_TARGETS,
-    ),
-    target: str | None = Option(
-        None,
-        metavar="KIND:LOW:HIGH",
-        help="Search averages of another kind instead: beta:0.99:0.9999, half-life:100:10000, window:1000:50000 or "
-        "decay:linear:5%:50%, or a list to measure.",
-        rich_help_panel=values.PANEL_TARGETS,
-    ),
-    guide_sigma_rel: str | None = Option(
-        None,
-        help="The length of --guide: a range to search, a list, or a number. [default: what is exact within 1 %]",
-        rich_help_panel=values.PANEL_TARGETS,
-    ),
-    out: Path = Option(
-        "sweep",
-        "--out",
-        "-o",
-        help="Folder for trials, logs and the best average: new, or a sweep's.",
-        rich_help_panel=values.PANEL_OUTPUT,
+    out: Path = values.OUTPUT(
+        "sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or a sweep's."
     ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
-    like: Path | None = Option(
-        None,
-        metavar="MODEL_FOLDER",
-        help="{weights} becomes a folder like this one of transformers, diffusers or PEFT, with averaged weights.",
-        rich_help_panel=values.PANEL_OUTPUT,
-    ),
+    like: Path | None = values.LIKE_MODEL,
     component: str | None = values.COMPONENT,
-    keep_weights: bool = Option(
-        False,
-        "--keep-weights",
-        help="Leave all averages in OUT/weights, where another metric uses them again.",
-        rich_help_panel=values.PANEL_OUTPUT,
+    keep_weights: bool = values.flag(
+        values.OUTPUT, "--keep-weights", help="Leave all averages in OUT/weights, where another metric uses them again."
     ),
     as_json: bool = values.JSON,
     quiet: bool = values.QUIET,
-    *,
-    origin: Origin,
+    checkpoints: str | None = values.CHECKPOINTS,
+    t: float | None = values.TIME,
+    guide: Path | None = values.RUN(
+        None,
+        metavar="DIR",
+        help="Snapshots of a second network, whose average is {weights:guide}; or DIR again, for a second length.",
+    ),
 ) -> None:
     """Find the best length by your own metric.
 
@@ -148,19 +107,20 @@ def sweep(
     length = values.optional(Axis.of_kind, sigma_rel, "--sigma-rel")
     axis = values.optional(Axis.parse, target, "--target") or length
     out = files.expanded(out)
-    stored = values.open_run(directory, checkpoints, origin)
+    stored = values.open_run(directory, checkpoints)
     output.warn_of_statistics(stored.sources[-1].info.copies)
-    report = Sweep(
-        stored, run, Metric() if metric is None else Metric.parse(metric), out,
-        axis=axis, minimize=minimize, repeats=repeats, budget=budget,
-        jobs=jobs, timeout=timeout, disk=values.optional(files.parse_bytes, disk, "--disk"),
-        raw=None if raw is None else files.expanded(raw), t=t,
-        guide=None if guide is None else Run(values.existing_run(guide)),
-        guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),
-        dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
-        keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
-        say=functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet),
-    ).run_all()  # fmt: skip
+    say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet)
+    with output.standing(quiet) as watch:
+        report = Sweep(
+            stored, command, Metric() if metric is None else Metric.parse(metric), out,
+            axis=axis, minimize=minimize, repeats=repeats, budget=budget,
+            jobs=jobs, timeout=timeout, disk=values.optional(resources.parse_bytes, disk, "--disk"),
+            raw=None if raw is None else files.expanded(raw), t=t,
+            guide=None if guide is None else Run(values.existing_run(guide)),
+            guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),
+            dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
+            keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
+        ).run_all()  # fmt: skip
     if as_json:
         output.print_json(report.to_dict())
     elif not quiet:
@@ -180,18 +140,20 @@ def _print(report: SweepReport) -> None:
     from posthoc_cli.sweep.results import RAW
 
     found = report.found
+    raw = "not measured, since the run does not hold them; --raw FILE measures a file"
     low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))
     measured = len({one.target for one in report.trials if one.value is not None and one.target != RAW})
     output.print_line()
     rows = [
-        ("best", f"{report.title}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
+        ("best", report.title),
+        (f"estimate of {report.metric}", f"{found.mean:.6g} ± {found.standard_error:.2g}"),
         ("equal within the noise", f"{low} to {high}"),
     ]
     if report.second is not None:
         known = f"{report.second.low:.12g} to {report.second.high:.12g} are equal within the noise"
         rows.append(("guide", f"sigma_rel {report.second.value:.12g}; {known}"))
-    if report.raw is not None:
-        rows.append(("raw weights", f"{report.raw:.6g}"))
+    if report.second is None:
+        rows.append(("raw weights", raw if report.raw is None else f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")
     failed = f", {len(report.failed)} of which failed" if report.failed else ""
     rows.append(("measured", f"{output.counted(measured, 'average')} in {trials}{failed}; {report.stopped}"))

@@ -6,14 +6,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typer import Option
-
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.targets import Groups, separate
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.export.writing import SynthesisReport
     from posthoc_cli.synthesis.plan import Plan
 
@@ -23,57 +20,51 @@ EPILOG = (
 )
 
 
-@values.with_origin
 def synthesize(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
-    sigma_rel: str | None = Option(
-        None, help="Length of the average: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
-    ),
-    target: list[str] = values.TARGETS,
-    checkpoints: str | None = values.CHECKPOINTS,
-    group: list[str] = Option(
+    sigma_rel: str | None = values.SIGMA_REL,
+    target: list[str] = values.TARGET,
+    group: list[str] = values.TARGETS(
         [],
         metavar="GLOB=SIGMA_REL",
         help="The length of some tensors, by a glob on their names; give it again for others: 'unet.up.*=0.12', then "
         "'*=0.08'. The first that matches counts.",
     ),
-    out: str | None = Option(
+    out: str | None = values.OUTPUT(
         None,
         "--out",
         "-o",
-        help="The output: a file; a folder, for one file per target; or a name with {sigma_rel} or {target} in it, "
-        "which each target fills in (sigma_rel-0.15, beta-0.9999, ...).",
-    ),
-    t: float | None = Option(None, help="The average as it stood at this training time. [default: the last]"),
-    step: str | None = values.STEP,
-    max_error: str | None = Option(
-        None, metavar="ERROR", help="Fail if a predicted error exceeds this: 0.01, or 1%. [default: warn at 1%]"
+        help="A file; a folder, for one file per target; or a name with {sigma_rel} or {target} in it, which each "
+        "target fills in (sigma_rel-0.15, beta-0.9999, ...).",
     ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
     max_shard_size: str | None = values.MAX_SHARD_SIZE,
-    device: str = Option("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
-    method: str | None = values.METHOD,
-    like: Path | None = Option(
-        None,
-        metavar="MODEL_FOLDER",
-        help="Make a new folder like this one of transformers, diffusers or PEFT, with averaged weights: the same "
-        "names, files and dtypes, and copies of all other files.",
-    ),
+    like: Path | None = values.LIKE_MODEL,
     component: str | None = values.COMPONENT,
-    overwrite: bool = values.FORCE,
-    skip_existing: bool = Option(False, "--skip-existing", help="Keep existing outputs of the same plan, verified."),
-    dry_run: bool = Option(
-        False,
+    overwrite: bool = values.OVERWRITE,
+    skip_existing: bool = values.flag(
+        values.OUTPUT, "--skip-existing", help="Keep existing outputs of the same plan, verified."
+    ),
+    quiet: bool = values.QUIET,
+    verbose: bool = values.flag(
+        values.OUTPUT, "--verbose", "-v", help="Print all coefficients, and the profile errors."
+    ),
+    as_json: bool = values.JSON,
+    checkpoints: str | None = values.CHECKPOINTS,
+    t: float | None = values.TIME,
+    step: str | None = values.STEP,
+    dry_run: bool = values.flag(
+        values.HOW,
         "--dry-run",
         help="Show coefficients, errors and sizes; read headers, and a sample where they hold no measurements; write "
         "nothing.",
     ),
-    quiet: bool = values.QUIET,
-    verbose: bool = Option(False, "--verbose", "-v", help="Print coefficients and profile errors."),
-    as_json: bool = values.JSON,
-    *,
-    origin: Origin,
+    max_error: str | None = values.HOW(
+        None, metavar="ERROR", show_default="warn at 1%", help="Fail if a predicted error exceeds this: 0.01, or 1%."
+    ),
+    method: str | None = values.METHOD,
+    device: str = values.HOW("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
 ) -> None:
     """Make the average of any length from snapshots.
 
@@ -93,7 +84,7 @@ def synthesize(
     output.log_to_stderr(verbose)
     targets = values.parse_targets(sigma_rel, target)
     targets += [Groups(values.parse_groups(group))] if group else []
-    run = values.open_run(directory, checkpoints, origin)
+    run = values.open_run(directory, checkpoints)
     if not targets:
         kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema help targets` lists the kinds) or --group '*=0.1'"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
@@ -174,9 +165,9 @@ def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[
     which = plan.targets[0].title if single else output.counted(len(made), "average")
     size = output.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
     count = counted(plan.sources)
-    newest = f"training time of the newest {kind_of(plan.newest)}: {plan.last:,.12g}"
+    later = "" if plan.last == plan.t else f" (the newest {kind_of(plan.newest)} is of {plan.last:,.12g})"
     worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]
-    what = f"{which} at t = {plan.t:,.12g} from {count}, {newest}, {', '.join(worst)}, {size}"
+    what = f"{which} at t = {plan.t:,.12g} from {count}{later}, {', '.join(worst)}, {size}"
     if not paths:
         return f"would make {what}; would read {output.size_text(plan.read_bytes)}; nothing was written"
     where = str(paths[0] if single else paths[0].parent)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import math
 import stat
 import sys
 from collections.abc import Callable, Sequence
-from decimal import Decimal, InvalidOperation
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from typer import Argument, Option
 
-from posthoc_cli import files, targets
-from posthoc_cli.checkpoints import KINDS
+from posthoc_cli import files, resources, targets
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.targets import FORMS, SigmaRel, Target, parse_numbers
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
-PANEL_RUN, PANEL_TARGETS, PANEL_HOW, PANEL_OUTPUT = "Which run", "Targets", "How", "Output"
-"""Parts of a command's help."""
+_PANELS = "Targets", "Output", "Which run", "How", "A schedule not yet run"
+TARGETS, OUTPUT, RUN, HOW, SCHEDULE = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
+"""Options in the parts of a command's help; what everyone needs first comes first there."""
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
@@ -32,132 +31,75 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
+def flag(option: Callable[..., Any], *names: str, help: str) -> Any:
+    """An option without a value."""
+    return option(False, *names, metavar="", help=help)
+
+
 PICTURES = (".png", ".svg", ".pdf")
 STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Short words for the dtypes of planned snapshots."""
 STORED = one_of(*STORED_DTYPES.values())
 
-TARGETS = Option(
+SIGMA_REL = TARGETS(
+    None, help="Lengths of averages: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
+)
+TARGET = TARGETS(
     [],
-    "--target",
     metavar="KIND:VALUE",
     autocompletion=one_of(*(f"{kind}:" for kind in FORMS)),
     help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%, each also as a list "
     "or a range; `ema help targets` lists them. Give it again for more.",
 )
-METHOD = Option(
+METHOD = HOW(
     None,
     autocompletion=one_of("minvar", "paper"),
     metavar="minvar|paper",
-    help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as published. "
-    "[default: minvar]",
+    show_default="minvar",
+    help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as published.",
 )
-LAYOUT = Option(
+LAYOUT = OUTPUT(
     None,
-    "--format",
     autocompletion=one_of("safetensors", "sharded", "pt", "dcp"),
-    help="safetensors, sharded (a folder), pt, or dcp (a folder of torch.distributed.checkpoint). [default: from the "
-    "output's name]",
-    rich_help_panel=PANEL_OUTPUT,
+    show_default="from the output's name",
+    help="safetensors, sharded (a folder), pt, or dcp (a folder of torch's DCP).",
 )
-DTYPE = Option(
+DTYPE = OUTPUT(
     "keep",
     autocompletion=one_of("keep", "float32", "float16", "bfloat16", "float64"),
     help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
-    rich_help_panel=PANEL_OUTPUT,
 )
-COMPONENT = Option(
-    None, metavar="NAME", help="The part of a pipeline with the weights: unet.", rich_help_panel=PANEL_OUTPUT
-)
-STEP = Option(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
-MAX_SHARD_SIZE = Option(None, help="Of a sharded output. [default: 5GB]")
-LIKE = Option(
+COMPONENT = OUTPUT(None, metavar="NAME", help="The part of a pipeline with the weights: unet.")
+LIKE_MODEL = OUTPUT(
     None,
-    metavar="DIR",
-    help="Snapshots or checkpoints of an earlier run that the network will move like. [default: evenly]",
+    metavar="MODEL_FOLDER",
+    help="A new folder like this one of transformers, diffusers or PEFT, with averaged weights: the same names, files "
+    "and dtypes, and copies of all other files.",
 )
-SIGMA_RANGE = Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
+TIME = RUN(None, metavar="TIME", show_default="the last", help="The averages as they stood at this training time.")
+STEP = RUN(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
+MAX_SHARD_SIZE = OUTPUT(None, metavar="SIZE", show_default="5GB", help="Of a sharded output.")
+LIKE = RUN(
+    None,
+    metavar="DIR|GLOB",
+    show_default="evenly",
+    help="Snapshots or checkpoints of an earlier run that the network will move like.",
+)
+SIGMA_RANGE = TARGETS("0.05:0.28", metavar="LOW:HIGH", help="The averages that you will want.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
 DIRECTORY_OR_CHECKPOINTS = Argument(
-    None,
-    metavar="DIR",
-    help="The directory that the tracker wrote, or of checkpoints.",
-    show_default=False,
-    rich_help_panel=PANEL_RUN,
+    None, metavar="DIR", help="The directory that the tracker wrote, or of checkpoints.", show_default=False
 )
-PICTURE = Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
-FORCE = Option(False, "--force", help="Replace existing outputs.")
-QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.", rich_help_panel=PANEL_OUTPUT)
-JSON = Option(False, "--json", help="Print one JSON object.", rich_help_panel=PANEL_OUTPUT)
-YES = Option(False, "--yes", "-y", help="Do not ask.")
-CHECKPOINTS = Option(
+PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
+OVERWRITE = flag(OUTPUT, "--overwrite", help="Replace existing outputs.")
+QUIET = flag(OUTPUT, "--quiet", "-q", help="Print nothing but errors and warnings.")
+JSON = flag(OUTPUT, "--json", help="Print one JSON object.")
+YES = flag(HOW, "--yes", "-y", help="Do not ask.")
+CHECKPOINTS = RUN(
     None,
     metavar="DIR|GLOB",
     help="Checkpoints of the training, such as 'out/step*.safetensors': in place of DIR, or beside its snapshots.",
-    rich_help_panel=PANEL_RUN,
 )
-_ORIGIN: dict[str, tuple[Any, Any]] = {
-    "kind": (
-        str | None,
-        Option(
-            None,
-            "--from",
-            metavar="KIND",
-            autocompletion=one_of(*KINDS),
-            help=f"What DIR holds: {', '.join(KINDS)}. [default: found by names and contents]",
-        ),
-    ),
-    "step_from": (
-        str | None,
-        Option(
-            None,
-            metavar="PATTERN",
-            help=r"Of checkpoints: a regular expression of their steps: 'step(\d+)'. [default: content or name]",
-        ),
-    ),
-    "prefix": (str, Option("", help="Of checkpoints: take tensors whose names begin so, such as model., without it.")),
-    "include": (list[str], Option([], metavar="GLOB", help="Of checkpoints: take tensors of these names only.")),
-    "exclude": (list[str], Option([], metavar="GLOB", help="Of checkpoints: leave tensors of these names out.")),
-    "sigma_rels": (
-        str | None,
-        Option(None, help="Of averages of other libraries: their widths, in the order of their numbers: 0.05,0.28."),
-    ),
-    "update_every": (int | None, Option(None, help="Of averages of other libraries: calls between updates.")),
-    "update_after_step": (
-        int | None,
-        Option(None, help="Of averages of other libraries: calls before the first update. [default: theirs]"),
-    ),
-}
-"""Options that say what checkpoints do not: type and default of each."""
-
-
-def with_origin(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options about checkpoints, which it gets as `origin`; one that it has itself stays its."""
-    own = dict(inspect.signature(command).parameters)
-    types = get_type_hints(command, localns={"Origin": object})
-    del own["origin"], types["origin"]
-    added = {name: option for name, option in _ORIGIN.items() if name not in own}
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        from posthoc_cli.checkpoints.opening import Origin
-
-        fields = {name: given.pop(name) for name in added}
-        widths = fields.pop("sigma_rels", None)
-        for name, least in (("update_every", 1), ("update_after_step", 0)):
-            if fields[name] is not None and fields[name] < least:
-                raise bad(f"--{name.replace('_', '-')}", str(fields[name]), f"must be a whole number, at least {least}")
-        known = {name: value for name, value in fields.items() if value not in (None, [], "")}
-        tracked = () if widths is None else parse_sigma_rels(widths, "--sigma-rels")
-        command(**given, origin=Origin(**known, sigma_rels=tuple(tracked)))
-
-    kind = inspect.Parameter.KEYWORD_ONLY
-    new = [inspect.Parameter(name, kind, default=default, annotation=hint) for name, (hint, default) in added.items()]
-    *first, last = own.values()
-    both = [parameter.replace(kind=kind) for parameter in (*first, *new, last)]
-    run.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
-    run.__annotations__ = types | {name: hint for name, (hint, _) in added.items()}
-    return run
 
 
 def bad(option: str, text: str, reason: str) -> InvalidValueError:
@@ -170,24 +112,12 @@ _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
     """A whole number from 1.2e9, 1.2B, 350M or 350,000,000."""
-    value = files.parse_amount(text, _COUNTS)
+    value = resources.parse_amount(text, _COUNTS)
     if value is None or value != value.to_integral_value():
         raise bad(option, text, f"must be a whole number, at least 1, such as {example}")
-    if value > files.MOST:
-        raise bad(option, text, f"must be at most {files.MOST:,}")
+    if value > resources.MOST:
+        raise bad(option, text, f"must be at most {resources.MOST:,}")
     return int(value)
-
-
-def _decimal(text: str) -> Decimal:
-    try:
-        return Decimal(text.strip())
-    except InvalidOperation:
-        return Decimal("nan")
-
-
-def _fraction(text: str) -> Decimal:
-    """0.01, or 1% for the same."""
-    return _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
 
 
 def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
@@ -214,18 +144,21 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
 
 def parse_max_error(text: str) -> float:
     """A relative error from `--max-error`: 0.01, or 1% for the same."""
-    value = _fraction(text)
-    if not (value.is_finite() and 0 < float(value) < 1):
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
         raise bad("--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%")
-    return float(value)
+    return value
 
 
-def check_confirmation(yes: bool, dry_run: bool, as_json: bool) -> None:
+def check_confirmation(agreed: bool, as_json: bool, otherwise: str = "") -> None:
     """Refuse a command that changes files and cannot ask for confirmation."""
-    if as_json and not (yes or dry_run):
-        raise InvalidValueError("--json", "shows what is changed only afterwards", "add --yes or --dry-run")
-    if not (yes or dry_run or sys.stdin.isatty()):
-        raise InvalidValueError("--yes", "is needed without a terminal; --dry-run shows what would be changed")
+    if as_json and not agreed:
+        raise InvalidValueError("--json", "shows what is changed only afterwards", f"add --yes{otherwise}")
+    if not (agreed or sys.stdin.isatty()):
+        raise InvalidValueError("--yes", f"is needed without a terminal{otherwise}")
 
 
 def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
@@ -246,10 +179,38 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
         raise InvalidValueError(path, what, hint) from None
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
+    if directory and (runs := _runs_in(path)):
+        raise InvalidValueError(path, f"holds runs, and no snapshots itself: {', '.join(runs)}", "name one of them")
     if path.suffix in PICKLES and not (is_directory or pickles):
         reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
         raise InvalidValueError(path, reason)
+    if not (is_directory or path.suffix in (".safetensors", *PICKLES) or _may_hold_weights(path)):
+        raise InvalidValueError(path, "is neither a safetensors file nor one of torch")
     return path
+
+
+def _runs_in(directory: Path) -> list[str]:
+    """The names of the folders in it, if all hold snapshots and no other weights are beside them."""
+    from posthoc_cli.snapshots.directory import PICKLES, is_snapshot_name
+
+    with suppress(OSError):
+        there = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+        folders = [path for path in there if path.is_dir() and path.name != "damaged"]
+        weights = any(path.suffix in (".safetensors", *PICKLES) for path in there)
+        if not weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
+            return [folder.name for folder in folders]
+    return []
+
+
+def _may_hold_weights(path: Path) -> bool:
+    """Whether a file begins as safetensors, JSON, an archive or a pickle does; also one that cannot be read, which is
+    told later."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return True
+    return head[8:] == b"{" or head[:1] in (b"{", b"\x80") or head[:2] == b"PK"
 
 
 def existing_run(place: str | Path, directory: bool = True) -> Path:
@@ -260,7 +221,7 @@ def existing_run(place: str | Path, directory: bool = True) -> Path:
     return path if is_glob(place) else existing(path, directory, pickles=not directory)
 
 
-def open_run(place: Path | None, checkpoints: str | None, origin: Origin, directory: bool = True) -> Run:
+def open_run(place: Path | None, checkpoints: str | None, directory: bool = True) -> Run:
     """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
     from posthoc_cli.run import Run
 
@@ -268,10 +229,10 @@ def open_run(place: Path | None, checkpoints: str | None, origin: Origin, direct
         raise InvalidValueError("--checkpoints", files.EMPTY)
     if place is not None:
         also = None if checkpoints is None else existing_run(checkpoints, directory=False)
-        return Run(existing_run(place, directory), also=also, origin=origin)
+        return Run(existing_run(place, directory), also=also)
     if checkpoints is None:
         raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(existing_run(checkpoints, directory), origin=origin)
+    return Run(existing_run(checkpoints, directory))
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
@@ -284,13 +245,13 @@ def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: 
     if not path.parent.is_dir():
         raise InvalidValueError(option, "its folder does not exist", value=path)
     if path.exists() and not overwrite:
-        raise OutputExistsError(path, "is there already", "choose another name, or --force to replace it")
+        raise OutputExistsError(path, "is there already", "choose another name, or --overwrite to replace it")
     return path
 
 
-def parse_targets(sigma_rel: str | None, others: Sequence[str], width_option: str = "--sigma-rel") -> list[Target]:
-    """Targets from --sigma-rel, or `width_option`, and --target, in this order, each once."""
-    found: list[Target] = [] if sigma_rel is None else [*map(SigmaRel, parse_sigma_rels(sigma_rel, width_option))]
+def parse_targets(sigma_rel: str | None, others: Sequence[str]) -> list[Target]:
+    """Targets from --sigma-rel and --target, in this order, each once."""
+    found: list[Target] = [] if sigma_rel is None else [*map(SigmaRel, parse_sigma_rels(sigma_rel))]
     for text in others:
         found += targets.parse_targets(text, "--target")
     return list(dict.fromkeys(found))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
@@ -22,10 +22,13 @@ def verify(
     paths: list[Path] = Argument(
         ..., metavar="DIR|FILE...", help="Snapshots, outputs, states, parts or shards; or such files."
     ),
-    repair: bool = Option(False, "--repair", help="Move what is broken in a snapshot directory to DIR/damaged."),
+    repair: bool = values.flag(
+        values.HOW, "--repair", help="Move what is broken in a snapshot directory to DIR/damaged; asks first."
+    ),
     yes: bool = values.YES,
-    dry_run: bool = Option(False, "--dry-run", help="Show what --repair would do; change nothing."),
-    verbose: bool = Option(False, "--verbose", "-v", help="A line for each file, also those with nothing wrong."),
+    verbose: bool = values.flag(
+        values.OUTPUT, "--verbose", "-v", help="A line for each file, also those with nothing wrong."
+    ),
     as_json: bool = values.JSON,
 ) -> None:
     """Check every byte of snapshots, outputs and states.
@@ -40,10 +43,10 @@ def verify(
     from posthoc_cli.run import check_path
     from posthoc_cli.snapshots.repair import plan_repair
 
-    if (yes or dry_run) and not repair:
-        raise InvalidValueError("--yes" if yes else "--dry-run", "goes with --repair")
+    if yes and not repair:
+        raise InvalidValueError("--yes", "goes with --repair")
     if repair:
-        values.check_confirmation(yes, dry_run, as_json)
+        values.check_confirmation(yes, as_json)
     reports: list[dict[str, Any]] = []
     fine = True
     # All paths are checked first, since reading takes long.
@@ -58,7 +61,7 @@ def verify(
                 output.print_line(f"{found.path}:")
             _print(found, verbose, offer=plan is None)
         if plan is not None:
-            plan = _repair(plan, yes, dry_run, as_json)
+            plan = _repair(plan, yes, as_json)
             report["repair"] = plan.to_dict()
             broken = bool(plan.staying) if plan.done or not plan.gone else broken
         reports.append(report)
@@ -69,17 +72,17 @@ def verify(
         raise typer.Exit(1)
 
 
-def _repair(plan: Repair, yes: bool, dry_run: bool, as_json: bool) -> Repair:
+def _repair(plan: Repair, yes: bool, as_json: bool) -> Repair:
     from posthoc_cli.snapshots import repair
 
     what = f"{output.counted(len(plan.gone), 'file')} aside in {plan.directory / 'damaged'}"
     if plan.gone and not as_json:
         _print_loss(plan)
     # Asked without the lock, so that an open question does not stop a training.
-    if plan.gone and not dry_run and (yes or typer.confirm(f"set {what}?", err=True)):
+    if plan.gone and (yes or typer.confirm(f"set {what}?", err=True)):
         plan = repair.repair(plan)
     if not as_json:
-        output.print_outcome(plan.gone, plan.done, dry_run, f"set {what}", f"set {what}", "set aside")
+        output.print_outcome(plan.gone, plan.done, False, "", f"set {what}", "set aside")
         if plan.staying:
             names = ", ".join(report.path.name for report in plan.staying[:3]) + ", ..." * (len(plan.staying) > 3)
             output.print_line(f"{names}: left where {'it is' if len(plan.staying) == 1 else 'they are'}; see above")

@@ -98,10 +98,10 @@ class Result:
         }
 
 
-def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Result:
+def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) -> Result:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
-    The results go to the folder `out`, with `force` in the place of an earlier demo; `steps` is a multiple of 100;
+    The results go to the folder `out`, with `overwrite` in the place of an earlier demo; `steps` is a multiple of 100;
     `watch` opens a progress bar, of the steps of training.
 
     Raises:
@@ -111,14 +111,14 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Res
     started, threads = time.perf_counter(), torch.get_num_threads()
     settings, folder, commands = Settings(steps), Folder(out), Commands(say)
     digits = load_digits(seed=0)
-    folder.prepare(force)
+    folder.prepare(overwrite)
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
         model = _train(settings, digits.training, folder, say, watch)
         listed = f"{SIGMA_RELS[0]:g},{SIGMA_RELS[1]:g},...,{SIGMA_RELS[-1]:g}"
         commands.run("info", folder.snapshots)
-        commands.run("error-plot", folder.snapshots, "--out", folder.error_picture, "--force")
-        commands.run("synthesize", folder.snapshots, "--sigma-rel", listed, "--out", folder.averages, "--force")
+        commands.run("error-plot", folder.snapshots, "--out", folder.error_picture, "--overwrite")
+        commands.run("synthesize", folder.snapshots, "--sigma-rel", listed, "--out", folder.averages, "--overwrite")
         say("")
         say(f"measuring the validation loss of {len(SIGMA_RELS)} averages and of the raw weights")
         weights = {sigma_rel: load_file(folder.average(sigma_rel)) for sigma_rel in SIGMA_RELS}
@@ -126,7 +126,7 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Res
         validation = Validation(digits.validation, seed=0)
         raw, averages = measure(validation, model, last, weights)
         best = min(averages, key=lambda measured: measured.loss)
-        commands.run("export", folder.average(best.sigma_rel), "--out", folder.best, "--force")
+        commands.run("export", folder.average(best.sigma_rel), "--out", folder.best, "--overwrite")
         widths, values, errors = np.array([(one.sigma_rel, one.loss, one.standard_error) for one in averages]).T
         figure = partial(plots.loss_figure, widths, values, errors, (raw.loss, raw.standard_error), "validation loss")
         files.write_whole(folder.loss_picture, plots.as_file(figure, ".png"))
@@ -138,7 +138,7 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Res
             high=SIGMA_RELS[-1], budget=10, name="validation loss",
         )  # fmt: skip
         swept.write(folder.sweep)
-        commands.run("report", folder.snapshots, "--sweep", folder.sweep, "--out", folder.page, "--force")
+        commands.run("report", folder.snapshots, "--sweep", folder.sweep, "--out", folder.page, "--overwrite")
     finally:
         torch.set_num_threads(threads)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -231,7 +231,7 @@ sweep/            what a search of the best length has measured
 report.html       a page about all of it
 *.png             pictures
 
-`ema demo --force` removes these files and makes them again. It leaves other files alone.
+`ema demo --overwrite` removes these files and makes them again. It leaves other files alone.
 """
 _MADE = (
     "snapshots/*.safetensors", "snapshots/.ema*", "averages/sigma_rel-*.safetensors", "tracked/sigma_rel-*.safetensors",
@@ -256,8 +256,8 @@ class Folder:
         """An average that was tracked directly."""
         return self.root / "tracked" / f"sigma_rel-{sigma_rel!r}.safetensors"
 
-    def prepare(self, force: bool) -> None:
-        """Make the folder, or with `force` delete the files of an earlier demo; else an OutputExistsError."""
+    def prepare(self, overwrite: bool) -> None:
+        """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
         if not self.root.parent.is_dir():
             raise InvalidValueError("out", "its parent folder does not exist", value=self.root)
         if self.root.exists() and not self.root.is_dir():
@@ -266,8 +266,10 @@ class Folder:
         if self.root.is_dir() and any(self.root.iterdir()):
             if not marker.is_file():
                 raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
-            if not force:
-                raise OutputExistsError(self.root, "holds an earlier demo", "name another folder, or force=True")
+            if not overwrite:
+                raise OutputExistsError(
+                    self.root, "holds an earlier demo", "name another folder, or overwrite=True to replace it"
+                )
         for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
             if folder.is_symlink():
                 raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")

@@ -35,11 +35,18 @@ from posthoc_cli.export.layouts import (
 )
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import SUFFIX, OutputInfo, TensorSpec, output_metadata, running_statistics
+from posthoc_cli.snapshots.format import (
+    SUFFIX,
+    OutputInfo,
+    SnapshotInfo,
+    TensorSpec,
+    output_metadata,
+)
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
-from posthoc_cli.snapshots.sources import OpenSnapshot, PartedFile
-from posthoc_cli.snapshots.tensor_file import TensorFile, read_header, tensor_from_bytes
+from posthoc_cli.snapshots.reading import TensorReader, open_file
+from posthoc_cli.snapshots.selection import running_statistics
+from posthoc_cli.snapshots.tensor_file import read_header, tensor_from_bytes
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,10 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
-        reports = [{"output": str(path), **vars(one)} for path, one in self.made.items()]
+        reports = [
+            {"output": str(path), "tensors": one.tensors, "from_base": one.from_base, "bytes": one.nbytes}
+            for path, one in self.made.items()
+        ]
         return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
 
 
@@ -149,7 +159,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
 class _PlannedTensor:
     """A tensor of an input, with the dtype that it will have; its role is one of `ROLES` or, if unknown, "other"."""
 
-    file: OpenSnapshot
+    file: TensorReader
     name: str
     dtype: str
     role: str
@@ -173,8 +183,8 @@ def _read_source(
     tensors: dict[str, _PlannedTensor] = {}
     found: list[tuple[Path, OutputInfo | None]] = []
     name = source.name if (index := index_of(source)) is None else index.parent.name
-    for file in _open_model(stack, source):
-        own, info = _read_file(file, name, dtype)
+    for file, snapshot in _open_model(stack, source):
+        own, info = _read_file(file, name, dtype, snapshot)
         found.append((file.path, info))
         check_alike(*found[0], *found[-1])
         twice = own.keys() & tensors.keys()
@@ -185,9 +195,9 @@ def _read_source(
 
 
 def _read_file(
-    file: OpenSnapshot, model: str, dtype: str | None
+    file: TensorReader, model: str, dtype: str | None, joined: SnapshotInfo | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """The tensors of one file, under all their names, and its metadata; `model` is the name of the source."""
+    """The tensors of a file or of joined parts, under all their names, and its metadata; `model` names the source."""
     kind, entries, info = file_kind(file.header), file.header.tensors, None
     if kind is None:
         found = [(name, name, entry.dtype, "other") for name, entry in entries.items()]
@@ -197,7 +207,7 @@ def _read_file(
         roles |= dict.fromkeys(info.copies, "copy")
         found = [(name, name, entry.dtype, roles[name]) for name, entry in entries.items()]
     elif kind == "snapshot":
-        snapshot = file.info if isinstance(file, PartedFile) else decode_snapshot(file.path, file.header)
+        snapshot = joined or decode_snapshot(file.path, file.header)
         if snapshot.part is not None:
             raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
         names = {name: name for name in snapshot.tensors} | snapshot.aliases
@@ -213,7 +223,7 @@ def _read_file(
     return {n: _planned(file, own, stored, role, dtype) for n, own, stored, role in found}, info
 
 
-def _planned(file: OpenSnapshot, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
+def _planned(file: TensorReader, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
     return _PlannedTensor(file, name, own if role in ("statistic", "copy") or own not in EPS else dtype or own, role)
 
 
@@ -235,7 +245,7 @@ def _read_base(
 ) -> dict[str, _PlannedTensor]:
     """The tensors that only the base has; those in both must have the same shape."""
     tensors, seen = {}, set()
-    for file in _open_model(stack, base):
+    for file, _ in _open_model(stack, base):
         for name, entry in file.header.tensors.items():
             seen.add(name)
             if name not in own:
@@ -244,20 +254,18 @@ def _read_base(
                 check_shape(file.path, name, entry.shape, own[name].shape)
     if not seen & own.keys():
         names = f"its names look like {min(seen, default='')!r}, theirs like {min(own, default='')!r}"
-        hint = "rename them by prefix and strip_prefix"
+        hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
     return tensors
 
 
-def _open_model(stack: ExitStack, path: Path) -> list[OpenSnapshot]:
-    """The files of a model, opened; each holds what the index says, if there is one."""
-    opened: list[OpenSnapshot] = []
+def _open_model(stack: ExitStack, path: Path) -> list[tuple[TensorReader, SnapshotInfo | None]]:
+    """The files of a model, opened; each holds what the index says. Joined parts are one, with what they say."""
     if is_parts_folder(path):
-        opened.append(read_snapshot(path).open())
-        stack.callback(opened[-1].close)
-        return opened
+        snapshot = read_snapshot(path)
+        return [(stack.enter_context(snapshot.open()), snapshot.info)]
+    opened: list[tuple[TensorReader, SnapshotInfo | None]] = []
     for file_path, names in model_files(path).items():
-        opened.append(TensorFile(file_path))
-        stack.callback(opened[-1].close)
-        check_indexed(file_path, opened[-1].header, names)
+        opened.append((stack.enter_context(open_file(file_path)), None))
+        check_indexed(file_path, opened[-1][0].header, names)
     return opened

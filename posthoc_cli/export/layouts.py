@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
+from posthoc_cli import files, resources
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -44,8 +44,9 @@ from posthoc_cli.snapshots.outputs import (
     read_index,
     same_coefficients,
 )
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, verify_payload
-from posthoc_cli.synthesis.engine import Options, TensorTile, TileWriter, synthesize_into
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
@@ -92,7 +93,7 @@ class OutputOptions(Options):
     def shard_bytes(self) -> int:
         """`max_shard_size` as a number."""
         size = DEFAULT_SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
-        return files.parse_bytes(str(size), "max_shard_size")
+        return resources.parse_bytes(str(size), "max_shard_size")
 
     def check_layout(self, layout: str) -> None:
         """Check that an output with this layout has shards, if their size was given; else an InvalidValueError."""
@@ -133,7 +134,7 @@ def fill_sinks(
     for path, metadata in outputs.items():
         sinks.append(make_sink(layout_of(path, options.layout), path, plan.specs(), metadata, options))
         stack.callback(sinks[-1].discard)
-    with closing(synthesize_into(plan, lambda tile: [s.open_tile(tile, plan.names) for s in sinks], options)) as made:
+    with closing(synthesize_into(plan, sinks, options)) as made:
         for _ in made:
             pass
     return sinks
@@ -165,11 +166,11 @@ def layout_of(path: Path, layout: str | None) -> str:
     """
     if layout is not None:
         if layout not in LAYOUTS:
-            raise InvalidValueError("format", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+            raise InvalidValueError("layout", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
         accepted = _ENDINGS.get(layout, ())
         if path.suffix in (fmt.SUFFIX, *PICKLES) and path.suffix not in accepted and not path.is_dir():
             wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
-            raise InvalidValueError("format", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
+            raise InvalidValueError("layout", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
         return layout
     if path.suffix == fmt.SUFFIX:
         return "safetensors"
@@ -177,7 +178,7 @@ def layout_of(path: Path, layout: str | None) -> str:
         return "pt"
     if path.suffix == "" or path.is_dir():
         return "sharded"
-    hint = "name a .safetensors or .pt file, or a folder for shards; or give the layout"
+    hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
     raise InvalidValueError(path, "its ending names no layout", hint)
 
 
@@ -389,8 +390,8 @@ class _FileSink:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self.writer_of(name).write(name, tensor_bytes(tensor))
 
-    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TileWriter:
-        return _FileTile(self, tile, names)
+    def open_tile(self, tile: Tile) -> TileWriter:
+        return _FileTile(self, tile)
 
     def commit(self) -> None:
         self._writer.commit()
@@ -402,12 +403,12 @@ class _FileSink:
 class _FileTile(TileWriter):
     """Writes a tile to files, under all names of its tensors."""
 
-    def __init__(self, sink: _FileSink, tile: Tile, names: Mapping[str, Sequence[str]]) -> None:
-        self._sink, self._names = sink, {name: names[name] for name in tile.names}
-        size, piece = ITEM_BYTES[tile.dtype], tile.pieces[0]
+    def __init__(self, sink: _FileSink, tile: Tile) -> None:
+        self._sink, self._names = sink, {name: tile.aliases[name] for name in tile.names}
+        size, first = ITEM_BYTES[tile.dtype], tile.ranges[0]
         self._bounds = [bound * size for bound in tile.bounds]
-        aliases = self._names[piece.name] if len(tile.pieces) == 1 else ()
-        self._ranges = [sink.writer_of(n).write_range(n, piece.begin * size) for n in aliases]
+        aliases = self._names[first.name] if len(tile.ranges) == 1 else ()
+        self._ranges = [sink.writer_of(n).write_range(n, first.begin * size) for n in aliases]
 
     def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
         view = tensor_bytes(values)
@@ -527,24 +528,20 @@ def model_files_in(folder: Path) -> list[Path]:
 # --- layouts that take all tensors at once -------------------------------------------------------------
 
 
-class _MemorySink:
+class _MemorySink(TensorOutput):
     """Collects the tensors in memory, for a library that writes a model in one call."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._specs = {spec.name: spec for spec in specs}
+        super().__init__({spec.name: spec.shape for spec in specs}, torch.device("cpu"))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        self._tensors[name] = tensor.cpu()
+        self.tensors[name] = tensor.cpu()
 
-    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TileWriter:
+    def open_tile(self, tile: Tile) -> TileWriter:
+        writer = super().open_tile(tile)
         for name in tile.names:
-            if name not in self._tensors:
-                spec = self._specs[name]
-                with torch.inference_mode(False):  # the caller may have set a mode, and a default device
-                    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu")
-                self._tensors |= dict.fromkeys(names[name], tensor)
-        return TensorTile([self._tensors[name] for name in tile.names], tile)
+            self.tensors |= dict.fromkeys(tile.aliases[name], self.tensors[name])
+        return writer
 
 
 class _TorchSink(_MemorySink):
@@ -557,7 +554,7 @@ class _TorchSink(_MemorySink):
     def commit(self) -> None:
         stream = _Stream(self._file)
         try:
-            torch.save(self._tensors, stream)  # type: ignore[arg-type]  # any object that writes
+            torch.save(self.tensors, stream)  # type: ignore[arg-type]  # any object that writes
         except RuntimeError as error:
             # torch's archive writer replaces the stream's error, and a Ctrl-C, by an error of its own.
             cause = stream.error or error.__context__
@@ -595,7 +592,7 @@ class _DcpSink(_MemorySink):
         with files.reported_as_write_error(self._folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is only one process
             try:
-                save(self._tensors, checkpoint_id=str(self._made), no_dist=True)
+                save(self.tensors, checkpoint_id=str(self._made), no_dist=True)
             except CheckpointException as error:
                 cause = next(iter(error.failures.values()))[0]
                 raise cause if isinstance(cause, OSError) else error from error
@@ -635,5 +632,5 @@ class _Stream(io.RawIOBase):
 
 
 Sink = _FileSink | _TorchSink | _DcpSink
-"""Takes the tensors of one target: complete (`write`), or in tiles, several at a time, in any threads (`open_tile`,
-given every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""
+"""Takes the tensors of one target: complete (`write`), or as an `Output` in tiles. They appear by `commit`; `discard`
+removes what was not committed."""

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,8 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.layouts import OutputOptions, check_shape, check_space, converted
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
@@ -129,8 +130,10 @@ class ModelFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def write(self, plan: Plan, outs: Sequence[Path], options: OutputOptions) -> tuple[str, ...]:
-        """Write a folder for each target of a plan; each appears complete or not at all.
+    def write(
+        self, plan: Plan, outs: Sequence[Path], options: OutputOptions, container: Path | None = None
+    ) -> tuple[str, ...]:
+        """Write a folder for each target of a plan, in a `container` to make; each appears complete or not at all.
 
         Returns:
             The names of the tensors that the run does not have, and that are those of the folder.
@@ -153,7 +156,10 @@ class ModelFolder:
         absent = [name for name in plan.names if not self._has(plan, name) and plan.tensors[name].role == "average"]
         temporary = [files.temporary_path(out.parent) for out in outs]
         try:
-            with files.reported_as_write_error(outs[0]):
+            with (
+                nullcontext() if container is None else files.new_directory(container),
+                files.reported_as_write_error(outs[0]),
+            ):
                 for folder in temporary:
                     (folder / self.component).mkdir(parents=True)
                 if absent:
@@ -197,7 +203,7 @@ class ModelFolder:
                     writers[-1][file] = stack.enter_context(TensorFileWriter(path, specs, metadata))
             taken = tuple(name for name in entries if name not in known)
             for file, names in by_file.items():
-                with TensorFile(file) as source:
+                with open_file(file) as source:
                     for name in names:
                         if name not in known:
                             data = source.read(name).tobytes()

@@ -11,6 +11,7 @@ has died is noticed by the launcher, which ends the others, or by those that wai
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -24,7 +25,6 @@ import xxhash
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -52,8 +52,9 @@ from posthoc_cli.snapshots.outputs import (
     output_difference,
     same_coefficients,
 )
-from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import read_header, read_small_file, verify_payload
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 from posthoc_cli.synthesis.engine import Progress
 from posthoc_cli.synthesis.plan import Plan
 
@@ -197,9 +198,9 @@ def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
     info, checksums = plan.output_info(target), []
     for source in (source for source, row in zip(plan.sources, columns, strict=True) if row.any()):
-        if not isinstance(source, Snapshot | Checkpoint):
+        if not isinstance(source, FileSource):
             raise InvalidValueError("distributed", f"{source.name} is in memory; shards are made from files")
-        checksums.append(source.header.metadata["ema.checksum"])
+        checksums.append(source.identity)
     facts = [
         fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
         checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
@@ -251,6 +252,8 @@ class Ranks:
             reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
             raise RankError("the processes of this job", reason) from error
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.rank:  # the first one logs for all
+            logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
 
     def together(self, work: Callable[[], _T]) -> _T:
         """The result of the work of this process, when all have done theirs; a RankError if one could not."""

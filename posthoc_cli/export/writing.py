@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,9 +19,13 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.export.layouts import OutputOptions, existing_outputs, layout_of, output_paths, write_synthesis
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.synthesis.engine import AUTO_REASON, parse_device, worker_count
-from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
+from posthoc_cli.resources import worker_count
+from posthoc_cli.synthesis.engine import AUTO_REASON, parse_device
+from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
+
+if TYPE_CHECKING:
+    from posthoc_cli.export.torchrun import Ranks
 
 
 def is_rank() -> bool:
@@ -60,6 +61,9 @@ class SynthesisReport:
     reason: str = ""
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        return f"SynthesisReport({len(self.outputs)} outputs in {self.seconds:.1f} s: {self.plan!r})"
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
         report = self.plan.to_dict()
@@ -74,127 +78,114 @@ class SynthesisReport:
 
 
 @dataclass(frozen=True)
-class Synthesis:
-    """A request for averages as files.
+class Outputs:
+    """Where averages go as files, and how: checked before anything is read.
 
     Attributes:
-        planned: plans the targets in a dtype, with the snapshots that are there now.
-        names: gives the names of the run's tensors.
-        targets, out, dtype, progress: as in `Run.write`.
-        asked: how, as the caller says it.
+        targets: what is made.
+        paths: one a target; none in a dry run.
+        container: a folder to make for them.
+        dtype: of the averages.
+        options: with the device and the layout that follow from what was asked for.
+        reason: why on this device.
+        like: the model folder that they are to be like.
+        started: when they were asked for.
     """
 
-    planned: Callable[[torch.dtype | str | None], Plan]
-    names: Callable[[], Iterable[str]]
     targets: tuple[Target, ...]
-    out: str | None
+    paths: tuple[Path, ...]
+    container: Path | None
     dtype: torch.dtype | str | None
-    asked: OutputOptions
-    progress: ProgressBar
+    options: OutputOptions
+    reason: str
+    like: ModelFolder | None = None
+    started: float = field(default_factory=time.perf_counter)
 
-    def run(self) -> SynthesisReport | None:
-        """Do it; None in every process of a torchrun job but the first."""
-        started, asked = time.perf_counter(), self.asked
-        self._check()
-        for path in self._outputs[0] if self._outputs[1] is None else [self._outputs[1]]:
-            if not asked.dry_run and not path.parent.is_dir():
-                raise InvalidValueError("out", "its folder does not exist", value=path)
-        for path in self._outputs[0] if asked.like is None else ():
-            asked.check_layout(layout_of(path, self._options.layout))
-        device = str(self._options.device)  # options are checked before anything is read
-        report = self._share() if asked.distributed else self._make()
-        reason, seconds = AUTO_REASON if asked.device == "auto" else "asked for", time.perf_counter() - started
-        return None if report is None else replace(report, device=device, reason=reason, seconds=seconds)
-
-    def _check(self) -> None:
-        """Check options that contradict each other."""
-        asked = self.asked
-        if asked.overwrite and asked.skip_existing:
-            raise InvalidValueError("overwrite and skip_existing", "give one of them")
-        if self.out is None and not asked.dry_run:
-            raise InvalidValueError("out", "is missing; only a dry run needs no output")
-        if asked.like is None and asked.component is not None:
-            raise InvalidValueError("like", "is missing; component is about a model folder")
-        others = (asked.distributed, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(self.dtype))
-        if asked.like is not None and any(others):
-            reason = "says all about the output: no layout, dtype, overwrite, skip_existing or torchrun beside it"
-            raise InvalidValueError("like", reason)
-        is_file = self.out is not None and re.search(r"\.(safetensors|pt|pth|bin)$", self.out) is not None
-        if asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
-            name, value = ("out", self.out) if asked.layout is None else ("layout", asked.layout)
-            reason = "a job of several processes makes a folder of shards; name a folder"
-            raise InvalidValueError(name, reason, "an export makes one file of it", value=value)
-
-    @cached_property
-    def _options(self) -> OutputOptions:
-        """What was asked for, with the device and the layout that follow from it."""
-        asked, device = self.asked, str(self.asked.device)
+    @classmethod
+    def asked(
+        cls, targets: tuple[Target, ...], out: str | None, dtype: torch.dtype | str | None, asked: OutputOptions
+    ) -> Outputs:
+        """The outputs that a caller of `Run.write` asks for; an InvalidValueError says what cannot be."""
+        _check(out, dtype, asked)
+        shard_bytes, device = asked.shard_bytes, str(asked.device)
         if asked.distributed and device == "cuda":  # each rank of a machine takes one of its own
             device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
         device = "cpu" if asked.dry_run and device == "auto" else parse_device(device)
-        in_folder = asked.distributed or asked.like is not None
-        layout = "sharded" if in_folder else asked.layout
-        return replace(asked, device=device, layout=layout, max_shard_size=asked.shard_bytes)
+        layout = "sharded" if asked.distributed or asked.like is not None else asked.layout
+        paths, container = ([], None) if out is None else output_paths(targets, out, layout)
+        for path in paths if container is None else [container]:
+            if not asked.dry_run and not path.parent.is_dir():
+                raise InvalidValueError("out", "its folder does not exist", value=path)
+        for path in paths if asked.like is None else ():
+            asked.check_layout(layout_of(path, layout))
+        options = replace(asked, device=device, layout=layout, max_shard_size=shard_bytes)
+        reason = AUTO_REASON if asked.device == "auto" else "asked for"
+        if asked.dry_run:
+            paths, container = [], None
+        return cls(targets, tuple(paths), container, dtype, options, reason)
 
-    @cached_property
-    def _outputs(self) -> tuple[list[Path], Path | None]:
-        """One a target, and their folder if it is to be made; none without a name."""
-        return ([], None) if self.out is None else output_paths(self.targets, self.out, self._options.layout)
+    def like_folder(self, tensors: Iterable[str]) -> Outputs:
+        """The same for a run with these tensors: like the model folder that was named, and in its dtype."""
+        assert self.options.like is not None, "asked for"
+        folder = ModelFolder.find(files.expanded(self.options.like), self.options.component, tensors)
+        return replace(self, like=folder, dtype=folder.dtype)
 
-    def _plan(self) -> Plan:
-        """The plan of the snapshots that are there now."""
-        return self.planned(self.dtype if self._model_folder is None else self._model_folder.dtype)
+    def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
+        """Make the targets of a plan, but those that are there and may be skipped.
 
-    @cached_property
-    def _model_folder(self) -> ModelFolder | None:
-        """The folder that outputs are to be like."""
-        like = self.asked.like
-        return None if like is None else ModelFolder.find(files.expanded(like), self.asked.component, self.names())
-
-    def _make(self) -> SynthesisReport:
-        asked, folder = self.asked, self._model_folder
-        paths, container = ([], None) if asked.dry_run else self._outputs
-        existing: set[int] = set()
+        Errors as `write_synthesis` and `ModelFolder.write`.
+        """
+        existing = existing_outputs(plan, self.paths, self.options.layout) if self.options.skip_existing else set()
+        wanted = [index for index in range(len(self.paths)) if index not in existing]
         taken: tuple[str, ...] = ()
-
-        def write(plan: Plan) -> Plan:
-            nonlocal taken
-            existing.update(existing_outputs(plan, paths, self._options.layout) if asked.skip_existing else ())
-            wanted = [index for index in range(len(paths)) if index not in existing]
-            if not wanted:
-                return plan
-            with self.progress("synthesizing", plan.read_bytes) as advance, ExitStack() as stack:
-                options = replace(self._options, progress=advance)
-                if folder is None:
-                    write_synthesis(plan.only(wanted), [paths[index] for index in wanted], options, container)
+        if wanted:
+            with progress("synthesizing", plan.read_bytes) as advance:
+                options = replace(self.options, progress=advance)
+                if self.like is None:
+                    paths = [self.paths[index] for index in wanted]
+                    write_synthesis(plan.only(wanted), paths, options, self.container)
                 else:
-                    if container is not None:
-                        stack.enter_context(files.new_directory(container))
-                    taken = folder.write(plan, paths, options)
-            return plan
+                    taken = self.like.write(plan, self.paths, options, self.container)
+        return self._report(plan, frozenset(existing), taken)
 
-        plan = with_consistent_plan(self._plan, write)
-        return SynthesisReport(plan, tuple(paths), frozenset(existing), taken)
+    def write_shards(self, ranks: Ranks, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport | None:
+        """Make the shards of this process in a torchrun job, whose others do the same; None in all but the first."""
+        from posthoc_cli.export.torchrun import Shards  # torch.distributed takes time to import
 
-    def _share(self) -> SynthesisReport | None:
-        """The shards of this process in a torchrun job; None in all but the first."""
-        from posthoc_cli.export.torchrun import Ranks, Shards  # torch.distributed takes time to import
-
-        options, (paths, container) = self._options, self._outputs
-        with Ranks() as ranks:
-            if ranks.rank:  # the first one logs for all
-                logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
-            plan = ranks.together(self._plan)
-            if self.asked.dry_run:
-                return None if ranks.rank else SynthesisReport(plan)
-            wanted = ranks.world * max(1, -(-plan.nbytes // (options.shard_bytes * ranks.world)))
-            workers = max(1, worker_count() // local_rank()[1])
-            shards = Shards(plan, paths, wanted, replace(options, workers=workers), container)
+        if self.paths:
+            wanted = ranks.world * max(1, -(-plan.nbytes // (self.options.shard_bytes * ranks.world)))
+            options = replace(self.options, workers=max(1, worker_count() // local_rank()[1]))
+            shards = Shards(plan, self.paths, wanted, options, self.container)
             ranks.together(lambda: None if ranks.rank else shards.begin())
             own = [first + ranks.rank for first in range(0, len(shards.parts), ranks.world)]
-            bar = no_bar if ranks.rank else self.progress
+            bar = no_bar if ranks.rank else progress
             with bar("synthesizing", sum(shards.read_bytes(part) for part in own)) as advance:
                 for part in own:
                     ranks.together(functools.partial(shards.make, part, advance))
             ranks.together(lambda: None if ranks.rank else shards.finish())
-        return None if ranks.rank else SynthesisReport(plan, tuple(paths))
+        return None if ranks.rank else self._report(plan)
+
+    def _report(
+        self, plan: Plan, existing: frozenset[int] = frozenset(), taken: tuple[str, ...] = ()
+    ) -> SynthesisReport:
+        seconds = time.perf_counter() - self.started
+        return SynthesisReport(plan, self.paths, existing, taken, str(self.options.device), self.reason, seconds)
+
+
+def _check(out: str | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
+    """Check options that contradict each other."""
+    if asked.overwrite and asked.skip_existing:
+        raise InvalidValueError("overwrite and skip_existing", "give one of them")
+    if out is None and not asked.dry_run:
+        raise InvalidValueError("out", "is missing; only a dry run needs no output")
+    if asked.like is None and asked.component is not None:
+        raise InvalidValueError("like", "is missing; component is about a model folder")
+    others = (asked.distributed, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(dtype))
+    if asked.like is not None and any(others):
+        reason = "says all about the output: no layout, dtype, overwrite, skip_existing or torchrun beside it"
+        raise InvalidValueError("like", reason)
+    is_file = out is not None and re.search(r"\.(safetensors|pt|pth|bin)$", out) is not None
+    if asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
+        name, value = ("out", out) if asked.layout is None else ("layout", asked.layout)
+        reason = "a job of several processes makes a folder of shards; name a folder"
+        raise InvalidValueError(name, reason, "an export makes one file of it", value=value)

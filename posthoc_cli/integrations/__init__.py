@@ -5,87 +5,80 @@ Only the public tracker is used here.
 
 from __future__ import annotations
 
-import logging
-from contextlib import AbstractContextManager, nullcontext
+import shutil
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.tracker import PostHocEMA
 
-log = logging.getLogger(__name__)
+STATE_NAME = "posthoc_ema"
+"""The tracker's own state in a framework's checkpoint: a folder of torch.distributed.checkpoint where processes share
+it, else this with the suffix of a file of `torch.save`."""
 
-PARTS_NAME = "posthoc_ema"  # the tracker's own state in a framework's checkpoint: a folder where processes share it,
-STATE_NAME = f"{PARTS_NAME}.safetensors"  # else a file
 
-
-_made: WeakValueDictionary[Path, PostHocEMA] = WeakValueDictionary()  # by directory, the last one
+def make_tracker(model: torch.nn.Module, checkpoint_dir: str | Path, options: dict[str, Any]) -> PostHocEMA:
+    """A tracker of a model, which goes on with the directory's run if the model, or a state, is of it."""
+    return PostHocEMA.from_model(model, checkpoint_dir, **{"resume": "auto"} | options)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether processes hold chunks of the model."""
-    # What is no model is refused when the tracker is made.
-    return isinstance(model, torch.nn.Module) and any(hasattr(one, "placements") for one in model.parameters())
+    return any(hasattr(one, "placements") for one in model.parameters())
 
 
-def new_state(folder: str | Path, model: torch.nn.Module, number: int = 0) -> Path:
-    """The path for the state of a tracker in a checkpoint, the first, second, ... of its training."""
-    return Path(folder) / _state_names(number)[is_sharded(model)]
+def save_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0) -> None:
+    """Write a tracker's own state into a checkpoint, complete or not at all; every process calls it.
+
+    Arguments:
+        folder: of the checkpoint.
+        model: the one that is tracked.
+        number: of the tracker, the first, second, ... of its training.
+    """
+    path = Path(folder) / _state_names(number)[is_sharded(model)]
+    state, temporary = ema.state_dict(), path.with_name(f".{path.name}.tmp")
+    if not is_sharded(model):
+        if state:  # else this process keeps no averages
+            torch.save(state, temporary)
+            temporary.replace(path)
+        return
+    save(state, checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    dist.barrier()
 
 
-def find_state(folder: str | Path, number: int = 0) -> Path | None:
-    """The path of that state in a checkpoint, which may be of another arrangement of processes.
+def load_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
+    """Continue from the state in a checkpoint, which may be of another arrangement of processes; False if it has none.
 
     Raises:
         MismatchError: both a file and a folder are there, from two saves to one checkpoint.
+        others: as `PostHocEMA.load_state_dict`.
     """
     found = [path for name in _state_names(number) if (path := Path(folder) / name).exists()]
     if len(found) > 1:
-        raise MismatchError(
-            f"{found[0]} and {found[1]}", "are the tracker's states of two saves", "remove the older one"
-        )
-    return found[0] if found else None
+        names = f"{found[0]} and {found[1]}"
+        raise MismatchError(names, "are the tracker's states of two saves", "remove the older one")
+    for path in found:
+        if path.is_dir():
+            state = ema.state_dict()
+            load(state, checkpoint_id=path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ema.load_state_dict(state)
+    return bool(found)
 
 
 def _state_names(number: int) -> tuple[str, str]:
     """As accelerate numbers models: the first one has none."""
-    mark = f"_{number}" if number else ""
-    return STATE_NAME.replace(".", f"{mark}."), f"{PARTS_NAME}{mark}"
-
-
-def make_tracker(
-    model: torch.nn.Module, checkpoint_dir: str | Path, is_first: bool, options: dict[str, Any], has_state: bool = False
-) -> PostHocEMA:
-    """A tracker of a model; of replicas in several processes the first one keeps the averages.
-
-    An earlier one of this process in the directory is closed: where an exception ends a training, not all frameworks
-    tell. Where a checkpoint `has_state` for it, that says where to go on, and `resume` nothing.
-    """
-    options = {name: value for name, value in options.items() if not (has_state and name == "resume")}
-    directory = Path(checkpoint_dir).absolute()
-    if (earlier := _made.get(directory)) is not None and not earlier.closed:
-        log.warning("%s: an earlier tracker of this directory is closed; each model needs its own", directory)
-        earlier.close()
-    writer = None if is_sharded(model) else is_first
-    _made[directory] = made = PostHocEMA.from_model(model, checkpoint_dir, **{"writer": writer} | options)
-    return made
-
-
-def has_average(ema: PostHocEMA) -> bool:
-    """Whether an update was due by now."""
-    schedule = ema.settings.schedule
-    first = (schedule.update_after_step // schedule.update_every + 1) * schedule.update_every
-    return ema.step >= first
-
-
-def averaged(
-    ema: PostHocEMA, model: torch.nn.Module, sigma_rel: float, alone: bool = False
-) -> AbstractContextManager[torch.nn.Module]:
-    """The model with averaged weights, as `PostHocEMA.model` gives it; before the first update with its own."""
-    return ema.model(model, sigma_rel, alone=alone) if has_average(ema) else nullcontext(model)
+    name = f"{STATE_NAME}_{number}" if number else STATE_NAME
+    return f"{name}.pt", name
 
 
 def was_left_out(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from accelerate import Accelerator
 
-from posthoc_cli.integrations import figures, find_state, make_tracker, new_state
+from posthoc_cli.integrations import figures, load_state, make_tracker, save_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, checkpoint_dir: str | Path, optimizer: Any = None, **options: Any
 ) -> PostHocEMA:
-    """A tracker whose exact state is in every checkpoint of the accelerator, in safetensors files and not as a pickle.
+    """A tracker whose exact state is in every checkpoint of the accelerator.
 
     Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards. Of several
     models each has its own directory, and the calls have the same order whenever the script runs. A second tracker of
@@ -32,12 +32,12 @@ def prepare(
         checkpoint_dir: the directory for the snapshots.
         optimizer: the one whose steps count, wrapped or bare: those that `accumulate` or a GradScaler leaves out do
             not. None: call `ema.update_(model)` after each step that was taken.
-        options: others of `PostHocEMA.from_model`.
+        options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Raises:
         InvalidValueError: an argument, as in `from_model` and `attach`.
     """
-    ema = make_tracker(model, checkpoint_dir, accelerator.is_main_process, options)
+    ema = make_tracker(model, checkpoint_dir, options)
     if optimizer is not None:
         ema.attach(optimizer)
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker, None), step=tracker.step))
@@ -45,12 +45,10 @@ def prepare(
     number = _free_place(accelerator, model)
 
     def save(models: object, weights: object, folder: str) -> None:
-        ema.save_state(new_state(folder, model, number))
+        save_state(ema, folder, model, number)
 
     def load(models: object, folder: str) -> None:
-        if (stored := find_state(folder, number)) is not None:
-            ema.load_state(stored)
-        elif accelerator.is_main_process:
+        if not load_state(ema, folder, number) and accelerator.is_main_process:
             log.warning("%s was saved without this tracker: its averages begin here", folder)
 
     hooks = ExitStack()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import STATE_NAME, averaged, is_sharded, make_tracker
+from posthoc_cli.integrations import STATE_NAME, is_sharded, load_state, make_tracker, save_state
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
-_FILE = "state_file"  # the key of a state that is a file still
+_FOLDER = "state_in"  # the key of a state that is in a folder still
 
 
 class PostHocEMAModel:
@@ -29,7 +29,7 @@ class PostHocEMAModel:
         checkpoint_dir: the directory for the snapshots.
         sigma_rel: length of the average that `copy_to` and `save_pretrained` give.
         model_cls, model_config: taken as `EMAModel` takes them; the model itself says what it is.
-        options: others of `PostHocEMA.from_model`.
+        options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
         ema: the tracker; None of what `from_pretrained` gives.
@@ -42,13 +42,11 @@ class PostHocEMAModel:
         if not isinstance(model, torch.nn.Module):
             raise InvalidValueError("model", "must be the model itself, not its parameters: snapshots have its names")
         self.sigma_rel = check_sigma_rel(sigma_rel)
-        group = torch.distributed
-        is_first = not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
         wrapper = torch.nn.parallel.DistributedDataParallel
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
-        self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, is_first, options)
+        self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, options)
         self._is_shared = is_sharded(model)
-        self._file: Path | None = None
+        self._folder: Path | None = None
         self._stored: list[torch.Tensor] | None = None
 
     @property
@@ -108,27 +106,26 @@ class PostHocEMAModel:
             return
         with self._averaged() as filled:
             filled.save_pretrained(path)
-        ema.save_state(Path(path) / STATE_NAME)
+        save_state(ema, path, self._tracking()[1])
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model_cls: Any = None, foreach: bool = False) -> PostHocEMAModel:
         """What `save_pretrained` saved, for `load_state_dict` of a tracking one."""
-        file = Path(path) / STATE_NAME
-        if not file.exists():
+        if not any(Path(path).glob(f"{STATE_NAME}*")):
             raise InvalidValueError("path", f"holds no {STATE_NAME}; not a folder of save_pretrained", value=path)
         loaded = cls.__new__(cls)
-        loaded._file, loaded.ema, loaded._model, loaded._stored = file, None, None, None
+        loaded._folder, loaded.ema, loaded._model, loaded._stored = Path(path), None, None, None
         return loaded
 
     def state_dict(self) -> dict[str, Any]:
         """The tracker's own state."""
-        return {_FILE: str(self._file)} if self.ema is None else self.ema.state_dict()
+        return {_FOLDER: str(self._folder)} if self.ema is None else self.ema.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly from a state."""
         ema, _ = self._tracking()
-        if _FILE in state_dict:
-            ema.load_state(state_dict[_FILE])
+        if _FOLDER in state_dict:
+            load_state(ema, state_dict[_FOLDER])
         else:
             ema.load_state_dict(state_dict)
 
@@ -148,7 +145,7 @@ class PostHocEMAModel:
         if not ema.keeps_averages:
             hint = f"copy them there; or in all processes: with ema_model.ema.model(unet, {self.sigma_rel:g})"
             raise NotReadyError("copy_to", "the main process keeps the averages, not this one", hint)
-        return averaged(ema, model, self.sigma_rel, alone=not self._is_shared)
+        return ema.model(model, self.sigma_rel, alone=not self._is_shared)
 
     def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
         if self.ema is None or self._model is None:

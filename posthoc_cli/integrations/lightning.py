@@ -13,16 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import (
-    averaged,
-    figures,
-    find_state,
-    has_average,
-    is_sharded,
-    make_tracker,
-    new_state,
-    was_left_out,
-)
+from posthoc_cli.integrations import figures, is_sharded, load_state, make_tracker, save_state, was_left_out
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
@@ -44,7 +35,7 @@ class PostHocWeightAveraging(Callback):
         update_starting_at_step, update_starting_at_epoch: no update before both.
         use_buffers: average all floating-point buffers; else BatchNorm's running statistics, and others are copied.
         device: "model" for averages beside the parameters, "cpu" on the host; None as `PostHocEMA.from_model` does.
-        options: others of `PostHocEMA.from_model`.
+        options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
         ema: the tracker, from the beginning of the training on; None before.
@@ -62,7 +53,7 @@ class PostHocWeightAveraging(Callback):
             validate = check_sigma_rel(validate)
         self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
         self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
-        buffers = "average" if use_buffers else "copy"
+        buffers = "average" if use_buffers else "statistics"
         self.options = {"update_every": update_every_n_steps, "buffers": buffers, "device": device, **options}
         self.ema: PostHocEMA | None = None
         self._steps, self._stepped = 0, False
@@ -104,16 +95,13 @@ class PostHocWeightAveraging(Callback):
         if is_sharded(pl_module) and not saves_folders:
             reason = "saves a checkpoint to one file, and processes of a sharded model save theirs to a folder"
             raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
-        # A tuner loads a checkpoint of its own, before there are averages.
-        was_loaded = self._state is None and self._resumed and trainer.ckpt_path is not None
-        stored = find_state(trainer.ckpt_path) if was_loaded else None
-        has_state = self._state is not None or stored is not None
-        self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options, has_state)
+        self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)
-        elif stored is not None:
-            ema.load_state(stored)
-        elif was_loaded and not ema.step:
+        # A tuner loads a checkpoint of its own, before there are averages.
+        elif (
+            self._resumed and trainer.ckpt_path is not None and not load_state(ema, trainer.ckpt_path) and not ema.step
+        ):
             log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
         self._state, self._resumed = None, False
         self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's own time goes on
@@ -149,7 +137,7 @@ class PostHocWeightAveraging(Callback):
         """Give the module averaged weights, within `fit` and except for sanity checking."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and self.ema is not None and self.validate is not None:
-            self._swapped.enter_context(averaged(self.ema, pl_module, self.validate))
+            self._swapped.enter_context(self.ema.model(pl_module, self.validate))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its own weights back."""
@@ -158,7 +146,7 @@ class PostHocWeightAveraging(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last snapshot, and copy the average into the module where asked."""
         self._finish()
-        if self.ema is not None and self.validate is not None and self.copy_at_end and has_average(self.ema):
+        if self.ema is not None and self.validate is not None and self.copy_at_end:
             self.ema.load_into(pl_module, self.validate)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -186,10 +174,11 @@ class PostHocWeightAveraging(Callback):
             return
         if is_sharded(pl_module):
             folder = trainer.strategy.broadcast(_saving[trainer])
-            ema.save_state(new_state(folder, pl_module))
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_state(ema, folder, pl_module)
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        if self.validate is not None and has_average(ema):
+        if self.validate is not None and ema.has_average:
             with ema.model(pl_module, self.validate):
                 averaged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             checkpoint["current_model_state"] = checkpoint["state_dict"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -17,14 +16,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import (
-    averaged,
-    figures,
-    find_state,
-    make_tracker,
-    new_state,
-    was_left_out,
-)
+from posthoc_cli.integrations import figures, load_state, make_tracker, save_state, was_left_out
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
@@ -49,7 +41,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
             checkpoints hold the averaged model, and `load_best_model_at_end` loads it. Before the first update the
             weights are evaluated and saved as they are. Other callbacks see one evaluation with the metrics of both.
         folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`.
-        options: others of `PostHocEMA.from_model`.
+        options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
         ema: the tracker, from the beginning of the training on; None before.
@@ -68,19 +60,20 @@ class PostHocCallback(TrainerCallback, ExportableState):
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
         self._model: ref[torch.nn.Module] | None = None
-        self._is_nested, self._is_left_out = False, False
-        self._saved = -1  # the last step whose checkpoint has the state
+        self._is_left_out = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
         """Add the callback to a trainer. Nothing happens the second time.
 
-        A callback alone is not told of checkpoints before they are pushed, nor where a training goes on from: this
-        trainer's methods `train`, `save_model` and `evaluate` tell it.
+        A callback alone is not told where a training goes on from: this trainer's method `train` tells it.
 
         Raises:
             InvalidValueError: the trainer has another one.
             NotReadyError: this release of transformers has changed.
         """
+        if not hasattr(trainer, "_load_best_model"):
+            reason = f"found no Trainer._load_best_model in transformers {transformers.__version__}"
+            raise NotReadyError("install", reason, "use a release that the guide `trainers` names")
         present = trainer.callback_handler.callbacks
         if self not in present:
             _check_alone([*present, self])
@@ -100,32 +93,23 @@ class PostHocCallback(TrainerCallback, ExportableState):
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Make the tracker, and continue from a checkpoint."""
-        trainer = next((one for one in [*_installed] if one.state is state), None)
-        if trainer is None:
-            hint = "say PostHocCallback(...).install(trainer), in place of callbacks=[...]"
-            raise NotReadyError("PostHocCallback", "was not installed", hint)
-        _check_alone(trainer.callback_handler.callbacks)
+        trainer = _trainer_of(state)
+        others = trainer.callback_handler.callbacks
+        _check_alone(others)
+        others.insert(0, others.pop(others.index(self)))  # others that are told of an evaluation see its metrics, too
         folder = _installed[trainer]
-        name = type(self).__name__
-        stored = state.stateful_callbacks.get(name)
         ema, tracked = self.ema, self._model and self._model()
         if ema is None or ema.closed or not args.auto_find_batch_size or tracked is not model:
-            has_state = folder is not None and stored is not None
-            self.ema = ema = make_tracker(
-                model, self.checkpoint_dir, state.is_world_process_zero, self.options, has_state
-            )
+            self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
             self._model = ref(model)
             # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
             ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self.evaluate)))
         else:  # memory was too short: the loop begins again, with the weights as they are
             log.warning("training begins again with smaller batches; its averages go on from step %d", ema.step)
-        if folder is not None:
-            if stored is None:
-                log.warning("%s was saved without this callback: its averages begin here", folder)
-            else:
-                ema.load_state(find_state(folder) or new_state(folder, model))
-        if stored is None:  # the trainer expects it when it saves
-            state.stateful_callbacks[name] = self.state()
+        if folder is not None and not load_state(ema, folder):
+            where = f"go on from the snapshots of step {ema.step}" if ema.step else "begin here"
+            log.warning("%s was saved without the state of this callback: its averages %s", folder, where)
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the trainer expects it when it saves
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(lambda one, *_: setattr(self, "_is_left_out", was_left_out(one)))
@@ -137,90 +121,82 @@ class PostHocCallback(TrainerCallback, ExportableState):
         """Count the step, unless a GradScaler has skipped it."""
         if self.ema is None or self._is_left_out or getattr(optimizer, "step_was_skipped", False):
             return
-        logs_too = control.should_log
         self.ema.update_(model)
-        control.should_log = logs_too  # `Trainer.log` has cleared it where figures were logged
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None,
+        eval_dataloader: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Evaluate the average on the same data, and add its metrics to those of the weights."""
+        if self.ema is None or self.evaluate is None:
+            return
+        trainer = _trainer_of(state)
+        for one in trainer.callback_handler.callbacks:
+            if isinstance(one, ProgressCallback):  # each evaluation has a bar of its own
+                one.on_evaluate(args, state, control)
+        named = (name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))
+        prefix = min(named, key=len, default="eval")  # "eval", or for one of several sets "eval_name"
+        own = prefix.replace("eval", "eval_ema", 1) if prefix.startswith("eval") else f"{prefix}_ema"
+        with self.ema.model(trainer.model, self.evaluate):
+            losses_only = True if trainer.compute_metrics is None else None
+            found = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
+        trainer.log(found.metrics)
+        metrics.update(found.metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Warn if the checkpoint was saved in another way than by the trainer's `save_model`."""
-        if self.ema is not None and self._saved != state.global_step:
-            log.warning("the checkpoint of step %d lacks the state of the averages", state.global_step)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write a last snapshot, and let others into the directory; averages can still be read."""
-        if self.ema is not None:
-            self.ema.close()
-
-    def _save(self, trainer: Trainer, folder: Path) -> None:
-        ema, sigma_rel = self.ema, self.evaluate
-        assert ema is not None
-        ema.save_state(new_state(folder, trainer.model))
-        if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)):
-            with averaged(ema, trainer.model, sigma_rel):
+        """Write the tracker's state into the checkpoint that was just saved, and the averaged model where asked."""
+        if self.ema is None:
+            return
+        if state.is_hyper_param_search:
+            log.warning(
+                "the checkpoint of step %d lacks the state of the averages: trials have none", state.global_step
+            )
+            return
+        trainer, folder = _trainer_of(state), Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        save_state(self.ema, folder, trainer.model)
+        if self.evaluate is not None and (self.folders or _chooses_average(args)):
+            with self.ema.model(trainer.model, self.evaluate):
                 trainer.save_model(str(folder / FOLDER), _internal_call=True)
                 if trainer.is_fsdp_enabled:  # as the trainer does itself, to load the best model
                     plugin = trainer.accelerator.state.fsdp_plugin
                     save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder / FOLDER))
-        self._saved = trainer.state.global_step
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write a last snapshot, and let others into the directory; load the best average where asked."""
+        if self.ema is None:
+            return
+        self.ema.close()
+        best = state.best_model_checkpoint
+        if self.evaluate is not None and best is not None and _chooses_average(args):
+            trainer = _trainer_of(state)
+            trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
+            try:
+                state.best_model_checkpoint = str(Path(best) / FOLDER)
+                trainer._load_best_model()
+            finally:
+                state.best_model_checkpoint = best
 
 
 def _watch(trainer: Trainer) -> None:
-    """Have a trainer's callback told of resumed checkpoints, of saved ones, and of evaluations."""
-    train, save_model, evaluate = trainer.train, trainer.save_model, trainer.evaluate
-    load_best = getattr(trainer, "_load_best_model", None)
-    if load_best is None:
-        reason = f"found no Trainer._load_best_model in transformers {transformers.__version__}"
-        raise NotReadyError("install", reason, "use a release that the guide `trainers` names")
+    """Note which checkpoint a trainer is told to go on from."""
+    train = trainer.train
 
     def train_on(resume_from_checkpoint: str | bool | None = None, *given: Any, **others: Any) -> Any:
         found = resume_from_checkpoint
         _installed[trainer] = get_last_checkpoint(trainer.args.output_dir) if found is True else found or None
         return train(resume_from_checkpoint, *given, **others)
 
-    def save_both(output_dir: str | None = None, *given: Any, **others: Any) -> None:
-        """Save the state, too, where this is the first part of a checkpoint."""
-        save_model(output_dir, *given, **others)
-        callback, name = _callback_of(trainer), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        if callback is not None and callback.ema is not None and output_dir and Path(output_dir).name == name:
-            callback._save(trainer, Path(output_dir))
-
-    def evaluate_both(
-        eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **others: Any
-    ) -> dict[str, float]:
-        callback = _callback_of(trainer)
-        # With several sets, `evaluate` calls itself for each.
-        if callback is None or callback._is_nested or callback.ema is None or callback.evaluate is None:
-            return evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others)  # type: ignore[no-any-return]
-        callback._is_nested = True
-        try:
-            with _told_once(trainer) as metrics:
-                metrics |= evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others)
-                with averaged(callback.ema, trainer.model, callback.evaluate):
-                    metrics |= evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema", **others)
-            return metrics
-        finally:
-            callback._is_nested = False
-
-    def load_best_average() -> None:
-        callback, best = _callback_of(trainer), trainer.state.best_model_checkpoint
-        if callback is None or callback.evaluate is None or not _chooses_average(trainer.args):
-            load_best()
-            return
-        trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
-        try:
-            trainer.state.best_model_checkpoint = str(Path(best) / FOLDER)
-            load_best()
-        finally:
-            trainer.state.best_model_checkpoint = best
-
-    trainer.train, trainer.save_model = train_on, save_both
-    trainer.evaluate, trainer._load_best_model = evaluate_both, load_best_average
+    trainer.train = train_on
     _installed[trainer] = None
 
 
-def _callback_of(trainer: Trainer) -> PostHocCallback | None:
-    """The trainer's callback, which `restore_callback_states_from_checkpoint` may have made anew; None if removed."""
-    return next((one for one in trainer.callback_handler.callbacks if isinstance(one, PostHocCallback)), None)
+def _trainer_of(state: TrainerState) -> Trainer:
+    """The trainer that tells its callbacks of this state."""
+    for trainer in [*_installed]:
+        if trainer.state is state:
+            return trainer
+    hint = "say PostHocCallback(...).install(trainer), in place of callbacks=[...]"
+    raise NotReadyError("PostHocCallback", "was not installed", hint)
 
 
 def _check_alone(callbacks: Iterable[TrainerCallback]) -> None:
@@ -229,31 +205,6 @@ def _check_alone(callbacks: Iterable[TrainerCallback]) -> None:
         reason = "hold PostHocCallback twice, and a checkpoint has room for the state of one"
         hint = "leave one out, or trainer.remove_callback(PostHocCallback); its snapshots give averages of all lengths"
         raise InvalidValueError("callbacks", reason, hint)
-
-
-@contextmanager
-def _told_once(trainer: Trainer) -> Iterator[dict[str, float]]:
-    """Callbacks are told of all evaluations in the block by one `on_evaluate`, with the metrics that the block fills.
-
-    Early stopping counts the calls, and would miss its metric in one of them.
-    """
-    handler, metrics = trainer.callback_handler, dict[str, float]()
-    tell, told = handler.on_evaluate, []
-
-    def note(args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any) -> TrainerControl:
-        told.append(metrics)
-        for one in handler.callbacks:
-            if isinstance(one, ProgressCallback):  # each evaluation has a bar of its own
-                one.on_evaluate(args, state, control)
-        return control
-
-    handler.on_evaluate = note
-    try:
-        yield metrics
-    finally:
-        handler.on_evaluate = tell
-    if told:
-        trainer.control = tell(trainer.args, trainer.state, trainer.control, dict(metrics))  # one changes what it gets
 
 
 def _chooses_average(args: TrainingArguments) -> bool:

@@ -22,6 +22,7 @@ from posthoc_cli.planning.thinning import (
     errors_after_each,
     exchanged,
     losses_of,
+    range_of,
     snapshots_to_drop,
 )  # fmt: skip
 
@@ -29,5 +30,5 @@ __all__ = [
     "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
     "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_max_error", "check_sigma_range", "error_curve",
     "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of", "profile_fit",
-    "propose", "relative_rounding", "snapshots_to_drop",
+    "propose", "range_of", "relative_rounding", "snapshots_to_drop",
 ]  # fmt: skip

@@ -88,6 +88,9 @@ class Candidate:
             raise InvalidValueError("t", reason, value=f"{t:.12g}")
         return t
 
+    def __repr__(self) -> str:
+        return f"Candidate({self.label})"
+
     def up_to(self, t: float) -> tuple[list[StoredProfile], Prior | None]:
         """The snapshots at or before `t`, and their prior."""
         usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
@@ -128,6 +131,9 @@ class ErrorCurve:
     others: tuple[ErrorPoint, ...] = ()
     assumption: str = ""
 
+    def __repr__(self) -> str:
+        return f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
+
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
         """The ranges of sigma_rel, of two points or more, in which the predicted error is below `threshold`."""
         below = np.flatnonzero(self.predicted_error < threshold)
@@ -161,6 +167,12 @@ class ErrorCurve:
     def ranges_text(self, threshold: float) -> str:
         """The same as text, "0.051 to 0.278", with each end rounded into its range."""
         return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
+
+
+def several(things: Sequence[object], most: int = 10) -> str:
+    """The first ones, a line each."""
+    more = [f"and {len(things) - most} more"] if len(things) > most else []
+    return "\n  ".join([*map(repr, things[:most]), *more])
 
 
 def finite(value: float) -> float | None:
@@ -227,6 +239,9 @@ class ErrorReport:
 
     curves: tuple[ErrorCurve, ...]
 
+    def __repr__(self) -> str:
+        return f"ErrorReport({several(self.curves)})"
+
     def to_dict(self) -> dict[str, Any]:
         """The curves as data for JSON."""
         return {"curves": [curve.to_dict() for curve in self.curves]}
@@ -268,6 +283,9 @@ class ProfileFit:
     reconstructed: FloatArray
     snapshot_times: dict[str, FloatArray]
     coefficients: dict[str, FloatArray]
+
+    def __repr__(self) -> str:
+        return f"ProfileFit({self.title})"
 
 
 def profile_fit(

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range
+from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
     Forecast,
@@ -169,6 +169,12 @@ class Proposal:
     nbytes: int
     errors: Forecast
 
+    def __repr__(self) -> str:
+        schedule, worst = self.schedule, percent(self.errors.worst)
+        return (
+            f"Proposal({self.label}, every {schedule.checkpoint_every:,}, {self.nbytes:,} bytes, worst error {worst})"
+        )
+
     @property
     def update_every(self) -> int:
         """Steps between updates: 10, or fewer where averages are short, and a divisor of `checkpoint_every`."""
@@ -204,14 +210,14 @@ class Proposal:
         errors = self.errors.sigma_rels, self.errors.profile_error, self.errors.predicted_error
         return ErrorCurve(self.label, self.last_step, *errors, self.schedule.sigma_rels)
 
-    def call(self, sigma_range: tuple[float, float]) -> str:
+    def call(self) -> str:
         """The Python call that makes a tracker of this kind."""
         rels = ", ".join(f"{s!r}" for s in self.schedule.sigma_rels) + "," * (len(self.schedule.sigma_rels) == 1)
         return f"""ema = PostHocEMA.from_model(
     model, "run/ema",
     sigma_rels=({rels}), update_every={self.update_every},
     checkpoint_every={self.schedule.checkpoint_every}, max_checkpoints={self.schedule.max_checkpoints},
-    checkpoint_dtype="{self.dtype}", sigma_range={sigma_range},
+    checkpoint_dtype="{self.dtype}",
 )"""
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,7 +225,7 @@ class Proposal:
         return {
             "sigma_rels": list(self.schedule.sigma_rels),
             "dtype": self.dtype,
-            "snapshots": self.schedule.kept,
+            "snapshots_each": self.schedule.kept,
             "update_every": self.update_every,
             "checkpoint_every": self.schedule.checkpoint_every,
             "max_checkpoints": self.schedule.max_checkpoints,
@@ -246,6 +252,9 @@ class PlanReport:
     assumption: str = EVENLY
     like: str | None = None
 
+    def __repr__(self) -> str:
+        return f"PlanReport({several(self.proposals)})"
+
     def to_dict(self) -> dict[str, Any]:
         """The report as data for JSON, with the call that makes a tracker of the first proposal."""
         task = self.task
@@ -257,7 +266,7 @@ class PlanReport:
             "max_error": task.max_error,
             "motion": "assumed" if task.motion is None else "like",
             "proposals": [proposal.to_dict() for proposal in self.proposals],
-            "call": self.proposals[0].call(task.sigma_range),
+            "call": self.proposals[0].call(),
             "like": self.like,
         }
 
@@ -293,7 +302,7 @@ def propose(task: Task) -> list[Proposal]:
 def evaluate(task: Task, schedule: Schedule, dtype: str) -> Proposal:
     """The proposal of a schedule."""
     motion = task.expected_motion
-    snapshots = schedule.snapshots(motion, task.sigma_range)
+    snapshots = schedule.snapshots(motion)
     errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), task.sigma_range, 81)
     return Proposal(schedule, dtype, _fullest(schedule) * task.snapshot_bytes(dtype), errors)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning.thinning import USEFUL_RANGE, snapshots_to_drop
+from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.planning.thinning import USEFUL_RANGE, range_of, snapshots_to_drop
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import ASSUMED_STRETCH, ROUNDING, Motion, Prior, assumed_prior, expected_errors
 
@@ -89,17 +89,15 @@ class Schedule:
         """The assumed motion of the network, relative to its norm, where nothing is known."""
         return Motion.even(self.steps, ASSUMED_STRETCH**2)
 
-    def snapshots(
-        self, motion: Motion | None = None, sigma_range: tuple[float, float] = USEFUL_RANGE
-    ) -> list[PowerFunction]:
-        """Profiles of the snapshots at the end, by time, kept for `sigma_range`; motion is even by default."""
+    def snapshots(self, motion: Motion | None = None) -> list[PowerFunction]:
+        """Profiles of the snapshots at the end, by time; motion is even by default."""
         motion = self.even_motion if motion is None else motion
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         if self.kept == self.taken:
             counts = range(1, self.taken + 1)
             return [PowerFunction(gamma, float(count * self.checkpoint_every)) for count in counts for gamma in gammas]
         if self.kept > _SIMULATED_SNAPSHOTS:
-            return self._spread_like(self._with_fewer().snapshots(motion, sigma_range))
+            return self._spread_like(self._with_fewer().snapshots(motion))
         stride = max(1, self.taken // (_SIMULATED_TIMES * self.kept))
         left: list[PowerFunction] = []
         # Starts where the last time is one of the strides.
@@ -107,7 +105,8 @@ class Schedule:
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
-                dropped = set(snapshots_to_drop(left, prior, self.max_checkpoints, sigma_range))
+                kept_for = range_of(self.sigma_rels)
+                dropped = set(snapshots_to_drop(left, prior, self.max_checkpoints, kept_for))
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
@@ -158,6 +157,11 @@ class Forecast:
     sigma_rels: FloatArray
     predicted_error: FloatArray
     profile_error: FloatArray
+
+    def __repr__(self) -> str:
+        low, high = self.sigma_rels[0], self.sigma_rels[-1]
+        errors = f"worst error {percent(self.worst)}, median error {percent(self.median)}"
+        return f"Forecast(sigma_rel {low:g} to {high:g}: {errors})"
 
     @property
     def worst(self) -> float:

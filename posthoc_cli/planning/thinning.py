@@ -1,4 +1,4 @@
-"""Which snapshots are kept: those whose loss would raise the predicted error most."""
+"""Which snapshots are kept: those without which the predicted error would be largest."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from posthoc_cli.reconstruction import MOST_SOLVED, Losses, MinimumVariance, Pri
 
 USEFUL_RANGE = (0.05, 0.28)
 """The default range of sigma_rel that snapshots are kept for."""
+
+
+def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
+    """The range that snapshots of these profiles are kept for: theirs, or the default one where it is a single one."""
+    return (min(sigma_rels), max(sigma_rels)) if len(sigma_rels) > 1 else USEFUL_RANGE
+
 
 _SIMULATED = 8
 """Of very many snapshots, thinning is simulated from so many times those kept; more make little difference."""
@@ -31,8 +37,8 @@ def snapshots_to_drop(
 ) -> list[int]:
     """Which snapshots to drop so that `keep` of each profile remain: indices, in the order to drop.
 
-    Drops the one whose loss least raises the predicted error over `sigma_range` at the time of the last snapshot, and
-    so on; of equal ones (where nothing moved) the one whose neighbours are closest together. Then exchanges improve
+    Drops the one without which the predicted error over `sigma_range`, at the time of the last snapshot, stays lowest,
+    and so on; of equal ones (where nothing moved) the one whose neighbours are closest together. Then exchanges improve
     the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside of a
     subset (`thinned_subset`) go first.
 

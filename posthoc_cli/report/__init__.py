@@ -33,7 +33,7 @@ from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_small_file
-from posthoc_cli.sweep.results import RESULT
+from posthoc_cli.sweep.results import RESULT, draw, shown_at
 
 _MOST_BYTES = 50_000_000
 _THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(--grid)", "#595959": "var(--muted)"}
@@ -116,10 +116,10 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
-    times = f"{info['t']:,.12g} {info['t_unit']}", f"{info['step']:,} steps"
+    steps = "" if info["t_unit"] == "steps" else f" in {info['step']:,} steps"
     facts = [
         ("run", str(info["run"])),
-        ("training time", ", ".join(dict.fromkeys(times))),
+        ("training time", f"{info['t']:,.12g} {info['t_unit']}{steps}"),
     ]
     if schedule := info.get("schedule"):
         every = f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
@@ -127,7 +127,7 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
         facts += [
             ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
             ("schedule", every + ("" if most is None else f", at most {most:,} of each average")),
-            ("snapshots", f"{info['snapshots']:,}, {_size(info['bytes'])}"),
+            ("snapshots", f"{len(info['snapshots']):,}, {_size(info['bytes'])}"),
         ]
     if checkpoints := info.get("checkpoints"):
         held = Counter(one["holds"] for one in checkpoints)
@@ -174,26 +174,8 @@ def _drawn(
 
 
 def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
-    def shown(value: float) -> float:
-        return 1 / (1 - value) if found["axis"] == "beta" else float(value)
-
-    xs = np.array([shown(point["x"]) for point in found["curve"]])
-    means, errors = (np.array([point[key] for point in found["curve"]], float) for key in ("mean", "standard_error"))
-    points = [
-        (shown(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
-        for trial in found["trials"]
-        # Not raw, and with the other network's length as in the last search.
-        if trial["value"] is not None
-        and trial["target"].startswith((f"{found['axis']} ", f"{found['axis']}:"))
-        and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
-    ]
-    flat = tuple(map(shown, found["equal_within_noise"]))
-    word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
-    draw = partial(
-        plots.sweep_figure, xs, means, errors, points, shown(found["best"][found["axis"]]), (flat[0], flat[1]),
-        found["raw"], (word, found["metric"]),
-    )  # fmt: skip
-    return _picture(draw, "sweep", xs.tolist(), means.tolist())
+    xs = [shown_at(found, point["x"]) for point in found["curve"]]
+    return _picture(partial(draw, found), "sweep", xs, [float(point["estimate"]) for point in found["curve"]])
 
 
 def _motion(motion: Motion, unit: str) -> tuple[list[_Picture], str] | None:
@@ -201,15 +183,16 @@ def _motion(motion: Motion, unit: str) -> tuple[list[_Picture], str] | None:
     edges, known = motion.edges, motion.walk > 0
     if np.count_nonzero(known) < 2:
         return None
-    lines = {"v: variance of the steps": (edges, np.where(known, motion.walk, np.nan))}
-    draw = partial(plots.times_figure, lines, (unit, "squared distance a step"))
+    lines = {"mean square of the random steps": (edges, np.where(known, motion.walk, np.nan))}
+    drawn = partial(plots.times_figure, lines, (unit, "squared distance a step"))
     walk = motion.walk[known]
-    picture = _picture(draw, "motion", ((edges[1:] + edges[:-1]) / 2)[known].tolist(), walk.tolist())
+    picture = _picture(drawn, "motion", ((edges[1:] + edges[:-1]) / 2)[known].tolist(), walk.tolist())
     ratio = walk[0] / walk[-1]
     if 0.5 < ratio < 2:
         return picture, "The network moved about as fast at the end as at the beginning."
     first, second = ("beginning", "end") if ratio > 1 else ("end", "beginning")
-    return picture, f"v is {max(ratio, 1 / ratio):,.2g} times as large at the {first} as at the {second}."
+    times = f"{max(ratio, 1 / ratio) ** 0.5:,.2g} times"
+    return picture, f"The network's random steps were {times} as long at the {first} of training as at the {second}."
 
 
 def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture], str] | None:
@@ -228,9 +211,9 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture],
     lines = {name: (times, values) for name, (times, values) in columns.items()}
     if all(np.count_nonzero(np.isfinite(values)) < 2 for _, values in lines.values()):
         return None
-    draw = partial(plots.times_figure, lines, (unit, "distance / norm"))
+    drawn = partial(plots.times_figure, lines, (unit, "distance / norm"))
     name, (times, values) = next(iter(lines.items()))
-    return _picture(draw, "distance", times.tolist(), [finite(value) for value in values.tolist()]), name
+    return _picture(drawn, "distance", times.tolist(), [finite(value) for value in values.tolist()]), name
 
 
 # --- text --------------------------------------------------------------------------------------------
@@ -238,7 +221,6 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture],
 
 def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
     source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
-    source += [word for option, value in run.origin.options() for word in (option, value)]
     if found is None:
         return [shlex.join(["ema", "synthesize", *source, "--sigma-rel", "0.1", *_OUT])]
     best, kind = found["best"], found["length"]
@@ -264,7 +246,7 @@ def _how(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
         "--t": None if t is None else f"{t:.12g}",
         "--method": None if settings.get("method") == "minvar" else settings.get("method"),
         "--dtype": None if like or dtype is None else DTYPES[dtype].torch_name,
-        "--format": layout,
+        "--layout": layout,
         "--like": like,
         "--component": settings.get("component"),
         "--out": name if like or layout in ("sharded", "dcp") else f"{name}.{layout or 'safetensors'}",

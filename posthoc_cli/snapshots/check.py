@@ -42,16 +42,15 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
+from posthoc_cli.snapshots.reading import in_order, open_file, worker_threads
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import (
     COPY,
     check_state_tensors,
     decode_state,
-    is_state_folder,
-    read_state,
     tensors_with,
 )
-from posthoc_cli.snapshots.tensor_file import TensorFile, check_payload, in_order, read_header, worker_threads
+from posthoc_cli.snapshots.tensor_file import read_header
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -125,7 +124,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Contents:
+class Inventory:
     """What there is to verify. `leftovers` are temporaries of interrupted writes, or of writes in progress.
 
     `moved` counts broken files that a repair has moved to `damaged/`; `notes` are unusual and not wrong.
@@ -149,7 +148,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Verification(Contents):
+class Verification(Inventory):
     """What was found in a path.
 
     `problems` are files that contradict each other, both named. `snapshots` are those without fault, by time, then
@@ -162,6 +161,10 @@ class Verification(Contents):
     snapshots: tuple[Snapshot, ...] = ()
     lost: tuple[Snapshot, ...] = ()
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        wrong = len(self.broken) + len(self.problems)
+        return f"Verification({self.path}: {len(self.files)} files, {self.nbytes:,} bytes, {wrong} problems)"
 
     @property
     def superseded(self) -> int:
@@ -206,20 +209,20 @@ class Verification(Contents):
         }
 
 
-def list_contents(path: Path) -> Contents:
+def take_inventory(path: Path) -> Inventory:
     """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
-    if is_parts_folder(path) or is_state_folder(path):
-        return Contents(path, True, (_parts(path),), tuple(list_directory(path).leftovers))
+    if is_parts_folder(path):
+        return Inventory(path, True, (_parts(path),), tuple(list_directory(path).leftovers))
     if path.is_dir():
         return _list_directory(path)
     if not os.path.lexists(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     if path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
-    return Contents(path, False, (_shards(path) if path.name.endswith(INDEX_SUFFIX) else Unit(path, {path: ()}),))
+    return Inventory(path, False, (_shards(path) if path.name.endswith(INDEX_SUFFIX) else Unit(path, {path: ()}),))
 
 
-def _list_directory(directory: Path) -> Contents:
+def _list_directory(directory: Path) -> Inventory:
     listing, notes = list_directory(directory), []
     sharded_in = [path for path in listing.entries if path.name not in (SUPERSEDED, BROKEN) and _has_index(path)]
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *sharded_in) if _has_index(folder)]
@@ -244,7 +247,7 @@ def _list_directory(directory: Path) -> Contents:
         notes.append(f"{count:,} pickled files (.pt and the like) have no checksums and were not read")
     if moved:
         notes.append(f"{moved:,} in {BROKEN}/, where a repair has moved them; not read")
-    return Contents(directory, True, tuple(units), tuple(leftovers), moved, tuple(notes))
+    return Inventory(directory, True, tuple(units), tuple(leftovers), moved, tuple(notes))
 
 
 def _readable(folder: Path, notes: list[str] | None = None) -> Listing:
@@ -282,7 +285,7 @@ def _shards(index: Path) -> Unit:
 # --- verifying
 
 
-def verify(contents: Contents, progress: Progress = lambda _: None) -> Verification:
+def verify(inventory: Inventory, progress: Progress = lambda _: None) -> Verification:
     """Read every byte, and compare: checksums, headers, values, the snapshots of the run with each other.
 
     Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read. `progress`
@@ -297,7 +300,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
 
     with worker_threads(_UNITS_AT_A_TIME) as pool:
         try:
-            read = in_order(pool, lambda unit: _read_unit(unit, advance), contents.units)
+            read = in_order(pool, lambda unit: _read_unit(unit, advance), inventory.units)
             reports = [report for of_unit in read for report in of_unit]
         finally:  # after an interrupt the threads do not read on
             stopped.set()
@@ -309,9 +312,9 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
             run_clock([snapshot.info for snapshot in own])
         except MismatchError as error:
             problems = [error]
-    notes = (*_notes_of_files(reports, own, contents), *(gaps(own) * contents.is_directory), *contents.notes)
+    notes = (*_notes_of_files(reports, own, inventory), *(gaps(own) * inventory.is_directory), *inventory.notes)
     return Verification(
-        **(vars(contents) | {"notes": notes}), files=tuple(reports), problems=tuple(map(str, problems)),
+        **(vars(inventory) | {"notes": notes}), files=tuple(reports), problems=tuple(map(str, problems)),
         snapshots=() if problems else tuple(own), lost=() if problems or not own else tuple(_lost(damaged, own)),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
@@ -325,8 +328,8 @@ def _lost(damaged: Sequence[Snapshot], own: Sequence[Snapshot]) -> list[Snapshot
     return [one for one, fitting in zip(damaged, fits, strict=True) if fitting and time_order(one)[:2] not in there]
 
 
-def _notes_of_files(reports: Sequence[FileReport], own: Sequence[Snapshot], contents: Contents) -> list[str]:
-    directory = contents.path if contents.is_directory else contents.path.parent
+def _notes_of_files(reports: Sequence[FileReport], own: Sequence[Snapshot], inventory: Inventory) -> list[str]:
+    directory = inventory.path if inventory.is_directory else inventory.path.parent
     notes = [f"{report.path.relative_to(directory)}: {note}" for report in reports for note in report.notes]
     run_id = own[0].info.run_id if own else ""
     others = {
@@ -362,7 +365,7 @@ def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
     damaged: dict[str, FileFormatError] = {}
     nonfinite: dict[str, None] = {}
     try:
-        with TensorFile(path) as file, closing(check_payload(file)) as found:
+        with open_file(path) as file, closing(file.check_payload()) as found:
             report = _described(FileReport(path, unit), file.header)
             for checked in found:
                 if checked.error is not None:
@@ -459,7 +462,7 @@ def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:
     place = next((index for index, report in enumerate(there) if not report.is_fine), 0)
     reports = list(there)
     try:
-        found = read_state(unit.path) if is_state_folder(unit.path) else read_folder(unit.path)
+        found = read_folder(unit.path)
     except PostHocError as error:
         if reports[place].is_fine:  # else the cause has a line of its own
             detail = str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")

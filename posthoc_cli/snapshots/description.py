@@ -15,11 +15,12 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, statistics_notice
+from posthoc_cli.snapshots.format import FileHeader
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
+from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.snapshots.sources import FileSource, Snapshot
-from posthoc_cli.snapshots.states import StoredState, decode_state, is_state_folder, read_state
+from posthoc_cli.snapshots.states import StoredState, decode_state
 from posthoc_cli.snapshots.tensor_file import read_header
 
 Description = dict[str, Any]
@@ -37,10 +38,6 @@ def describe(path: Path) -> Description:
         return describe_model(path)
     if is_parts_folder(path):
         return _describe_snapshot(read_snapshot(path))
-    if is_state_folder(path):
-        state = read_state(path)
-        nbytes = sum(part.header.file_bytes for part in state.parts)
-        return _describe_state(state) | {"parts": len(state.parts), "bytes": nbytes}
     found = inspect_directory(path)
     if found.snapshots or found.problems or found.incomplete:
         return {
@@ -109,7 +106,10 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         "step": newest.step,
         "schedule": vars(newest.schedule),
         **describe_tensors(snapshots[-1]),
-        "snapshots": len(snapshots),
+        "snapshots": [
+            {"file": one.path.name, "t": one.info.t, "step": one.info.step, "sigma_rel": one.info.sigma_rel}
+            for one in snapshots
+        ],
         **_describe_parts(snapshots[-1]),
         "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
         "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
@@ -126,7 +126,7 @@ def _describe_profile(group: Sequence[Snapshot]) -> Description:
         "times": [snapshot.info.t for snapshot in group],
         "t_first": group[-1].info.t_first,
         "max_interval": group[-1].info.max_interval,
-        "relative_rounding": [min(known), max(known)] if known else None,
+        "relative_rounding_range": [min(known), max(known)] if known else None,
         "bytes": sum(snapshot.header.file_bytes for snapshot in group),
     }
 
@@ -194,7 +194,7 @@ def _counts(headers: Collection[FileHeader]) -> Description:
     for entry in (entry for header in headers for entry in header.tensors.values()):
         dtypes[entry.dtype] += math.prod(entry.shape)
     return {
-        **({"files": len(headers)} if len(headers) > 1 else {}),
+        **({"shards": len(headers)} if len(headers) > 1 else {}),
         "tensors": sum(len(header.tensors) for header in headers),
         "parameters": sum(dtypes.values()),
         "dtypes": dict(sorted(dtypes.items())),

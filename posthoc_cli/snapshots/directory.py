@@ -6,10 +6,9 @@ Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,16 +22,14 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, shown
-from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
-from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
+from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
-from posthoc_cli.snapshots.sources import Part, Snapshot
+from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_header
-
-log = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
 """The folder for snapshots later than the time that training went back to."""
@@ -75,7 +72,7 @@ class StoredSnapshot:
     @classmethod
     def of(cls, snapshot: Snapshot) -> StoredSnapshot:
         """The same of a snapshot that was read."""
-        return cls(snapshot.path, snapshot.info, snapshot.header.metadata["ema.checksum"])
+        return cls(snapshot.path, snapshot.info, snapshot.identity)
 
 
 # --- listing and reading a directory
@@ -560,11 +557,6 @@ def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> l
     return [snapshot for found in newest.values() for snapshot in found]
 
 
-def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
-    """Those that every run of this schedule has, wherever it was stopped in between."""
-    return [snapshot for snapshot in stored if not snapshot.info.off_schedule]
-
-
 # --- removing from a directory
 
 
@@ -593,45 +585,6 @@ def remove_leftovers(directory: Path) -> None:
     for folder in (directory, *list_directory(directory).folders):
         if folder.is_dir() and not folder.is_symlink():
             files.remove_leftovers(folder, STILL_SECONDS)
-
-
-def thin(
-    stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
-) -> list[StoredSnapshot]:
-    """Keep `max_checkpoints` snapshots a profile, those that reconstruction needs most; delete the others.
-
-    Those on the schedule are chosen as if there were no others, so that a training which was stopped in between keeps
-    the same ones. Of those off the schedule the latest stay if there is room, and the newest of all snapshots always.
-    Returns what is left, in order of time.
-    """
-    if max_checkpoints is None:
-        return list(stored)
-    gone = _surplus(stored, max_checkpoints, sigma_range)
-    for snapshot in gone:
-        log.debug("thinning: removing %s", snapshot.path)
-        remove_snapshot(snapshot.path)
-    return [snapshot for snapshot in stored if snapshot not in gone]
-
-
-def _surplus(
-    stored: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
-) -> list[StoredSnapshot]:
-    """The snapshots to delete."""
-    if max(Counter(snapshot.sigma_rel for snapshot in stored).values(), default=0) <= max_checkpoints:
-        return []
-    scheduled = on_schedule(stored)
-    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
-    gone: list[StoredSnapshot] = []
-    if max(counts.values(), default=0) > max_checkpoints:
-        averages = [snapshot.info.average() for snapshot in scheduled]
-        profiles = [snapshot.info.profile.pure for snapshot in scheduled]
-        dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
-        gone += [scheduled[index] for index in dropped]
-    for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
-        others = [s for s in stored if s.info.off_schedule and s.sigma_rel == sigma_rel]
-        room = max(max_checkpoints - counts[sigma_rel], 0)
-        gone += [snapshot for snapshot in others[: max(len(others) - room, 0)] if snapshot.t < stored[-1].t]
-    return gone
 
 
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:

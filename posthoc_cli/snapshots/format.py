@@ -135,13 +135,14 @@ each a state of its own tensors with ema.part and ema.chunks as in a part of a s
 grows from each save to the folder to the next. All other entries but the checksums are equal. The state is that of the
 last save of which all parts are there.
 
-A *checkpoint* (what `ema import` makes of weights, or of an average, that another program stored) has ema.format
+A *checkpoint* (what `ema import --copy` makes of weights, or of an average, that another program stored) has ema.format
 "checkpoint", and ema.version, run_id, t, t_unit, step, tensors, aliases, checksums and checksum as a snapshot, and
 
     ema.sigma_rel        width of the average as that program was asked for it; 0 for the weights at `t` themselves
     ema.gamma            its exponent, or 0
     ema.masses           JSON object: {"times", "masses"}, lists: where the average is no power function, the times of
                          its values, growing, up to `t`, and their shares in it, with sum 1. Else missing
+    ema.source           what tells the content that was copied from other content. May be missing
 
 A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal
 digits, the same in all parts of a plan) and ema.release (the release that wrote it).
@@ -152,9 +153,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,74 +175,7 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction import Measurements, Motion, Sketch, Steps, StoredAverage
 from posthoc_cli.snapshots.chunks import Chunk
-
-BUFFERS = ("copy", "average")
-"""Treatments of buffers."""
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-GLOBS = ("include", "exclude", "copy_only")
-"""Fields of a selection that are globs on names."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The choice of tensors, by globs on their names; see `PostHocEMA.from_model`."""
-
-    only_trainable: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    buffers: str = "copy"
-    copy_only: tuple[str, ...] = ()
-
-    def names(self, name: str) -> bool:
-        """Whether the globs select a name. `*` matches any characters, dots too."""
-        return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
-
-    def copies(self, name: str) -> bool:
-        """Whether a glob of `copy_only` matches a name."""
-        return _matches(name, self.copy_only)
-
-    def going_on(self, copies: Iterable[str]) -> Selection:
-        """The same for a run that has these copies: running statistics among them, of earlier releases, stay so."""
-        kept = tuple(sorted(name for name in running_statistics(copies) if not self.copies(name)))
-        return replace(self, copy_only=self.copy_only + kept)
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def make_selection(
-    only_trainable: bool,
-    include: str | Iterable[str] | None,
-    exclude: str | Iterable[str] | None,
-    buffers: str,
-    copy_only: str | Iterable[str] | None = None,
-) -> Selection:
-    """A selection from a user's arguments; an InvalidValueError names the argument and what would be accepted."""
-    if buffers not in BUFFERS:
-        raise InvalidValueError("buffers", f"must be one of {', '.join(BUFFERS)}", value=f"{buffers!r}")
-    given = zip(GLOBS, (include, exclude, copy_only), strict=True)
-    return Selection(bool(only_trainable), buffers=buffers, **{what: _globs(what, globs) for what, globs in given})
-
-
-def check_globs(selection: Selection, names: Iterable[str]) -> None:
-    """Raise an InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
-    names = list(names)
-    for what in GLOBS:
-        for glob in getattr(selection, what):
-            if not any(fnmatchcase(name, glob) for name in names):
-                some = ", ".join(map(repr, names[:3])) or "none"
-                reason = f"matches no tensor of the model; it has names such as {some}"
-                raise InvalidValueError(what, reason, value=repr(glob))
-
-
-def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
-    given = () if globs is None else (globs,) if isinstance(globs, str) or not isinstance(globs, Iterable) else globs
-    listed = tuple(given)
-    if not all(isinstance(glob, str) and glob for glob in listed):
-        raise InvalidValueError(what, "must be a glob on names, such as 'decoder.*', or a list", value=repr(globs))
-    return listed
-
+from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
 """Of snapshots and outputs."""
@@ -311,26 +244,6 @@ class TrackedTensor:
 
     role: str
     dtype: str
-
-
-def running_statistics(names: Iterable[str]) -> frozenset[str]:
-    """The running means and variances among the names of a model's tensors: a count of batches is beside them."""
-    known = frozenset(names)
-    layers = {name.removesuffix(_STATISTICS[0]) for name in known if name.split(".")[-1] == _STATISTICS[0]}
-    complete = [layer for layer in layers if all(layer + part in known for part in _STATISTICS)]
-    return frozenset(layer + part for layer in complete for part in _STATISTICS[:2])
-
-
-def statistics_notice(copies: Iterable[str]) -> str | None:
-    """What to do about the running statistics among the names of copies, in one line; None where there are none."""
-    layers = len(running_statistics(copies)) // 2
-    if not layers:
-        return None
-    of = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
-    return (
-        f"the running statistics of {of} are copies, which belong to the raw weights: recompute them with "
-        "posthoc_cli.update_bn(model, loader) before you measure or use an average"
-    )
 
 
 @dataclass(frozen=True)
@@ -410,6 +323,11 @@ class SnapshotInfo:
     def averages(self) -> list[str]:
         """Names of the averaged weights."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """How each tensor is treated, by name."""
+        return {name: tensor.role for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,8 @@ from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection, check_path, decode_sample
+from posthoc_cli.snapshots.format import check_path, decode_sample
+from posthoc_cli.snapshots.selection import GLOBS, Selection
 
 T = TypeVar("T")
 
@@ -367,7 +368,10 @@ def check_aliases(aliases: Values, tensors: Mapping[str, object]) -> None:
 
 def decode_tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fmt.TrackedTensor]:
     """The content of ema.tensors; a ValueError if it does not fit the tensors that are stored."""
-    tensors = {name: fmt.TrackedTensor(*_role_and_dtype(value)) for name, value in raw.items()}
+    try:
+        tensors = {name: fmt.TrackedTensor(**_picked(value, _TRACKED)) for name, value in raw.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"ema.tensors: {error}") from error
     for name in sorted(tensors.keys() | stored.keys()):
         if name not in tensors or name not in stored:
             raise ValueError(f"ema.tensors: tensor {shown(name)} is in the payload or here, but not in both")
@@ -408,96 +412,47 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _role_and_dtype(value: Any) -> tuple[str, str]:
-    role = _one_of(value, "role", fmt.ROLES, "ema.tensors: ")
-    return role, _one_of(value, "dtype", ITEM_BYTES, "ema.tensors: ")
-
-
-def _one_of(value: Any, name: str, accepted: Collection[str], prefix: str = "") -> str:
-    found = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(found, str) or found not in accepted:
-        raise ValueError(f"{prefix}{name} {shown(found)} is none of {', '.join(accepted)}")
-    return found
+def _picked(value: dict[str, Any], form: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """The values of these keys; a ValueError if one is missing or cannot be. Further keys are of later releases."""
+    for key, accepts in form.items():
+        if key not in value or not accepts(value[key]):
+            raise ValueError(f"{key} is {shown(value.get(key))}")
+    return {key: value[key] for key in form}
 
 
 def _schedule(raw: dict[str, Any]) -> fmt.TrackingSchedule:
-    values: dict[str, Any] = {field.name: raw.get(field.name) for field in fields(fmt.TrackingSchedule)}
-    for name, value in values.items():
-        if name not in raw or not _SETTINGS.get(name, _is_count)(value):
-            raise ValueError(f"{name} is {shown(value)}")
-    return fmt.TrackingSchedule(**(values | {"sigma_range": tuple(raw["sigma_range"])}))
-
-
-def _is_count(value: Any) -> bool:
-    return is_whole(value) and value >= 1
-
-
-_SETTINGS: dict[str, Callable[[Any], bool]] = {
-    "update_after_step": is_whole,
-    "max_checkpoints": lambda v: v is None or _is_count(v),
-    "checkpoint_dtype": lambda v: v is None or str(v) in ITEM_BYTES,
-    "sigma_range": lambda v: is_list_of(v, is_number) and len(v) == 2,
-}
-"""What a schedule accepts; of the others whole numbers above 0."""
+    found = _picked(raw, _SCHEDULE)
+    return fmt.TrackingSchedule(**(found | {"sigma_range": tuple(found["sigma_range"])}))
 
 
 def _selection(raw: dict[str, Any]) -> Selection:
-    given: dict[str, Any] = {"copy_only": [], **raw}
-    names = [field.name for field in fields(Selection)]
-    if set(given) != set(names) or not isinstance(given["only_trainable"], bool):
-        raise ValueError(f"must have {', '.join(names)}, and nothing else")
-    if not all(isinstance(given[what], list) and TEXTS.accepts(given[what]) for what in GLOBS):
-        raise ValueError(f"{', '.join(GLOBS)} must be lists of globs")
-    _one_of(given, "buffers", (*BUFFERS, "skip"))  # left out, by releases before 0.3
-    return Selection(**(given | {what: tuple(given[what]) for what in GLOBS}))
+    found = _picked({"copy_only": [], **raw}, _SELECTION)
+    return Selection(**(found | {what: tuple(found[what]) for what in GLOBS}))
 
 
 def _clock(pairs: list[Any]) -> tuple[tuple[int, float], ...]:
-    if len(pairs) > fmt.MAX_KNOTS:
-        raise ValueError(f"has {len(pairs):,} pairs; at most {fmt.MAX_KNOTS:,} are allowed")
-    for pair in pairs:
-        if not (isinstance(pair, list) and len(pair) == 2 and is_whole(pair[0]) and is_number(pair[1])):
-            raise ValueError(f"must be a list of pairs of a whole step and its time, not {shown(pair)}")
+    if len(pairs) > fmt.MAX_KNOTS or not all(is_list_of(pair, is_number) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"must be a list of pairs of a step and its time, at most {fmt.MAX_KNOTS:,}")
+    if not all(is_whole(step) for step, _ in pairs):
+        raise ValueError("a step must be a whole number")
     return tuple((step, float(t)) for step, t in pairs)
 
 
 def _measurements(raw: dict[str, Any]) -> Measurements | None:
     """None also for measurements that cannot be used: those of absurd weights."""
-    items = raw.get("distances")
-    if not isinstance(items, list):
-        raise ValueError("distances must be a list")
-    distances = tuple(Distance(**_amounts(item, ["t", "sigma_rel", "squared", "rounding"])) for item in items)
-    left_out = ("distances", "arithmetic")  # the latter was written until release 0.2
-    own = {key: value for key, value in raw.items() if key not in left_out and (key, value) != ("weights", None)}
-    names = ["norm", "rounding", *(["weights"] if "weights" in own else [])]
-    measured = Measurements(**_amounts(own, names), distances=distances)
-    squares = [measured.norm, measured.rounding, measured.weights]
-    squares += [square for distance in distances for square in (distance.squared, distance.rounding)]
-    return measured if _usable(squares) else None
-
-
-def _amounts(item: Any, names: list[str]) -> dict[str, float]:
-    if not isinstance(item, dict) or set(item) != set(names):
-        raise ValueError(f"must have {', '.join(names)}, and nothing else")
-    for name, value in item.items():
-        if not is_amount(value):
-            raise ValueError(f"{name} {shown(value)} must be a finite number, at least 0")
-    return {name: float(value) for name, value in item.items()}
+    found = _picked({"weights": None, **raw}, _MEASURED)
+    listed = [_picked(one, _DISTANCE) for one in found.pop("distances")]
+    squares = [*found.values(), *(one[key] for one in listed for key in ("squared", "rounding"))]
+    return Measurements(**found, distances=tuple(Distance(**one) for one in listed)) if _usable(squares) else None
 
 
 def _motion(raw: dict[str, Any]) -> Motion | None:
     """None also for a motion that cannot be used."""
-    if set(raw) != {"edges", "walk", "noise"}:
-        raise ValueError("must have edges, walk, noise, and nothing else")
-    for name, listed in raw.items():
-        if not is_list_of(listed, is_amount):
-            raise ValueError(f"{name} must be a list of finite numbers, at least 0")
-    count = len(raw["walk"])
-    if not 1 <= count <= fmt.MAX_PIECES or len(raw["noise"]) != count or len(raw["edges"]) != count + 1:
-        most = f"1 to {fmt.MAX_PIECES:,}"
-        raise ValueError(f"must have {most} values of walk, as many of noise, and one more of edges")
-    usable = _usable([*raw["walk"], *raw["noise"]])
-    return Motion(**{name: np.array(raw[name], dtype=np.float64) for name in raw}) if usable else None
+    found = _picked(raw, dict.fromkeys(("edges", "walk", "noise"), AMOUNTS.accepts))
+    edges, walk, noise = (np.array(found[name], dtype=np.float64) for name in found)
+    if not 1 <= len(walk) <= fmt.MAX_PIECES or len(noise) != len(walk) or len(edges) != len(walk) + 1:
+        raise ValueError(f"must have 1 to {fmt.MAX_PIECES:,} values of walk, as many of noise, and one more of edges")
+    return Motion(edges, walk, noise) if _usable([*walk, *noise]) else None
 
 
 def _sample(text: str) -> str:
@@ -508,6 +463,37 @@ def _sample(text: str) -> str:
 def _usable(squares: Iterable[float | None]) -> bool:
     return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
 
+
+def _is_count(value: Any) -> bool:
+    return is_whole(value) and value >= 1
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and value in ITEM_BYTES
+
+
+def _or_none(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or accepts(value)
+
+
+_SCHEDULE: dict[str, Callable[[Any], bool]] = {
+    "update_every": _is_count, "checkpoint_every": _is_count, "update_after_step": is_whole,
+    "max_checkpoints": _or_none(_is_count), "checkpoint_dtype": _or_none(_is_dtype),
+    "sigma_range": lambda value: is_list_of(value, is_number) and len(value) == 2,
+}  # fmt: skip
+_SELECTION: dict[str, Callable[[Any], bool]] = {
+    "only_trainable": lambda value: isinstance(value, bool),
+    "buffers": lambda value: isinstance(value, str),  # "skip" by releases before 0.3
+    **dict.fromkeys(GLOBS, TEXTS.accepts),
+}
+_MEASURED: dict[str, Callable[[Any], bool]] = {
+    "norm": is_amount, "rounding": is_amount, "weights": _or_none(is_amount),
+    "distances": lambda value: is_list_of(value, OBJECT.accepts),
+}  # fmt: skip
+_DISTANCE = dict.fromkeys(("t", "sigma_rel", "squared", "rounding"), is_amount)
+_TRACKED: dict[str, Callable[[Any], bool]] = {
+    "role": lambda value: isinstance(value, str) and value in fmt.ROLES, "dtype": _is_dtype,
+}  # fmt: skip
 
 SCHEDULE = replace(OBJECT, convert=_schedule)
 PART = replace(TEXT, convert=_part, optional=True)

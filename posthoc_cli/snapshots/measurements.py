@@ -1,4 +1,4 @@
-"""Measurements, estimated where headers lack them.
+"""The prior of a reconstruction by the measurements of several sources, estimated where headers lack them.
 
 Measurements are estimated from a sample: the averages of a snapshot, one after the other by name, form a long vector,
 which is cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in
@@ -12,31 +12,79 @@ snapshots of each profile, 8 MB a snapshot.
 
 from __future__ import annotations
 
-import logging
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.profiles import Discrete, FloatArray, Point, StoredProfile
-from posthoc_cli.reconstruction import Distance, DistanceTo, Measurements, misfit
-from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.errors import NonFiniteError
+from posthoc_cli.profiles import Discrete, FloatArray, Point
+from posthoc_cli.reconstruction import (
+    ASSUMED,
+    Distance,
+    DistanceTo,
+    Measurements,
+    Motion,
+    Prior,
+    StoredAverage,
+    measured_prior,
+)
+from posthoc_cli.snapshots.format import decode_path
+from posthoc_cli.snapshots.reading import ElementRange, TensorReader
+from posthoc_cli.snapshots.sources import FileSource, Source, chosen_up_to
 from posthoc_cli.snapshots.tensor_file import decode_values
-
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.sources import FileSource, OpenSnapshot
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
 
-log = logging.getLogger(__name__)
+
+def source_prior(sources: Sequence[Source]) -> Prior:
+    """The motion of the network and the rounding of each source, in their order.
+
+    If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
+    """
+    on_disk = [source for source in sources if isinstance(source, FileSource)]
+    ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
+    averages = [source.info.average(source.profile) for source in ordered]
+    if sampled := any(source.info.measurements is None for source in on_disk):
+        averages[: len(on_disk)] = with_sampled_measurements(on_disk)
+    last = max((source.info.t for source in ordered), default=0.0)  # an earlier one shows a part of the path
+    text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
+    prior = measured_prior(averages, decode_path(text).sketch if text else None)
+    place = {id(source): index for index, source in enumerate(ordered)}
+    return (prior.sampled() if sampled else prior).of([place[id(source)] for source in sources])
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """An earlier run scaled to another length, relative to its norm: the motion, None if too little is known.
+
+    `rounding` is the root mean square error of its stored averages by dtype, relative to their norm.
+    """
+
+    motion: Motion | None
+    rounding: dict[str, float]
+
+
+def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
+    """The snapshots of one run, scaled to a run of `steps`. Reads a sample if headers lack measurements."""
+    snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
+    prior = source_prior(snapshots)
+    times = np.array([snapshot.info.t for snapshot in snapshots])
+    norm = float(prior.norm[times == times.max()].mean())
+    known = prior.source != ASSUMED and norm > 0
+    motion = prior.stretched(steps, float(times.max()), norm) if known else None
+    found = defaultdict(list)
+    for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
+        stored = {snapshot.stored[name].dtype for name in snapshot.info.averages}
+        if prior.source != ASSUMED and len(stored) == 1 and rounding > 0 and squared > 0:
+            found[DTYPES[stored.pop()].torch_name].append(float(rounding / squared))
+    return EarlierRun(motion, {name: math.sqrt(float(np.mean(values))) for name, values in found.items()})
 
 
 def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) -> list[Measurements]:
@@ -69,8 +117,8 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     return [found[index] for index in range(len(snapshots))]
 
 
-def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotInfo]:
-    """Their headers, all with measurements of one sample of elements, since distances need both sides.
+def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAverage]:
+    """What reconstruction uses of them, all with measurements of one sample, since distances need both sides.
 
     Without measurements if values are too large to be squared.
     """
@@ -79,7 +127,7 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotI
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
-        replace(snapshot.info, measurements=measurements, motion=None)
+        replace(snapshot.info.average(snapshot.profile), measurements=measurements, motion=None)
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 
@@ -105,12 +153,6 @@ def _kind(snapshot: FileSource) -> tuple[float, bool]:
     return snapshot.info.sigma_rel, isinstance(snapshot.profile, Point)
 
 
-class _Range(NamedTuple):
-    name: str
-    begin: int
-    end: int
-
-
 @dataclass(frozen=True)
 class _Sample:
     """Values of the chosen elements of a snapshot, shape [elements]; `scale` is all elements / these."""
@@ -126,29 +168,29 @@ def _averaged(snapshot: FileSource) -> dict[str, int]:
     return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.info.averages)}
 
 
-def _sampled_ranges(snapshot: FileSource) -> list[_Range]:
+def _sampled_ranges(snapshot: FileSource) -> list[ElementRange]:
     """The elements to read in every snapshot of the run."""
     elements = _averaged(snapshot)
     total = sum(elements.values())
     if total <= MOST_ELEMENTS:
-        return [_Range(name, 0, count) for name, count in elements.items() if count]
+        return [ElementRange(name, 0, count) for name, count in elements.items() if count]
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
     chosen = np.sort(np.random.default_rng(int(snapshot.info.run_id, 16)).choice(runs, wanted, replace=False))
     names, ends = list(elements), list(accumulate(elements.values()))
     return [one for run in chosen for one in _ranges(names, ends, int(run) * RUN_ELEMENTS)]
 
 
-def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_Range]:
+def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[ElementRange]:
     """The run that begins at an element of the long vector, cut at the `ends` of tensors."""
     end, index = min(begin + RUN_ELEMENTS, ends[-1]), bisect_right(ends, begin)
     while begin < end:
         start, stop = ends[index - 1] if index else 0, min(end, ends[index])
         if begin < stop:
-            yield _Range(names[index], begin - start, stop - start)
+            yield ElementRange(names[index], begin - start, stop - start)
         begin, index = stop, index + 1
 
 
-def _read(snapshot: FileSource, ranges: Sequence[_Range]) -> _Sample:
+def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
     rounded = not isinstance(snapshot.profile, Point)  # a checkpoint is what the network was
     with snapshot.open() as file:
@@ -229,82 +271,8 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
     return total
 
 
-def read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatArray:
+def read_values(file: TensorReader, name: str, begin: int, end: int) -> FloatArray:
     """The elements `begin` to `end` of a tensor as `decode_values` gives them, unverified: for estimates only."""
     dtype = file.header.tensors[name].dtype
     item = DTYPES[dtype].nbytes
-    return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
-
-
-# --- a claim about other libraries' averages
-
-_EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 1000)
-"""Values of update_every that a claim is compared with."""
-
-_TIMES = 24
-"""Newest times that a claim is checked at; with 8 of them values half as large as the true one often passed."""
-
-_WORSE, _MUCH_WORSE = 1.25, 0.1
-"""A claim is wrong if it fits worse than another value by more than this factor and this difference. In 18 runs (six
-recorded trainings, updates every 1, 10 and 100 steps) the true value was at most 1.06 times and 0.006 worse than the
-best one; values half or twice as large were refused, but for some at 100."""
-
-_POOR = 1.0
-"""A claim that fits worse than this is doubted, also if no other fits better. In recorded trainings the true value had
-at most 0.42; widths in the wrong order, and two sessions of which one has replaced files of the other, 1.2 or more."""
-
-
-def check_update_every(
-    sources: Sequence[FileSource], claimed: int, profile: Callable[[FileSource, int], Discrete]
-) -> dict[int, float]:
-    """Compare the distances between another library's averages with those that its update_every would make.
-
-    Averages of two profiles or more are needed: of one profile any value explains the distances.
-
-    Arguments:
-        sources: averages of one run.
-        claimed: the value that is claimed.
-        profile: the profile of a source if update_every had this value.
-
-    Returns:
-        For each value that was tried, how badly it fits (see `misfit`), the best one first; empty where the averages
-        cannot tell.
-
-    Raises:
-        InvalidValueError: another value fits much better; it is named.
-    """
-    # After the first update all averages are equal: any distance is a rounding error.
-    sources = [source for source in sources if profile(source, claimed).times.size > 1]
-    times = sorted({source.info.t for source in sources})[-_TIMES:]
-    sources = [source for source in sources if source.info.t in times]
-    if len(times) < 2 or len(sources) < 2 * len(times):
-        return {}
-    measured = sample_measurements(sources)
-    shortest = min(source.info.step for source in sources)
-    found = {}
-    for every in sorted({claimed, *(value for value in _EVERY if value <= shortest)}):
-        profiles = {source.profile: profile(source, every) for source in sources}
-        averages = [
-            replace(
-                source.info.average(profiles[source.profile]),
-                measurements=replace(own, distances=tuple(_claimed(one, profiles) for one in own.distances)),
-            )
-            for source, own in zip(sources, measured, strict=True)
-        ]
-        if not math.isnan(fit := misfit(averages)):
-            found[every] = fit
-    if not found:  # nothing moved
-        return {}
-    best = min(found, key=lambda value: found[value])
-    hint = "check the widths, update_after_step, and that one session of the training wrote all files"
-    if found[claimed] > max(_WORSE * found[best], found[best] + _MUCH_WORSE):
-        other, hint = (f"those of {best} do", "") if found[best] < _POOR else ("no other value fits them either", hint)
-        reason = f"the distances between the averages do not fit it; {other}"
-        raise InvalidValueError("update_every", reason, hint, value=claimed)
-    if found[claimed] > _POOR:
-        log.warning("the distances between the averages fit no update_every; %s", hint)
-    return dict(sorted(found.items(), key=lambda one: one[1]))
-
-
-def _claimed(distance: Distance, profiles: Mapping[StoredProfile, Discrete]) -> Distance:
-    return DistanceTo(**{**vars(distance), "profile": profiles[distance.other]})
+    return decode_values(file.read_sample(name, begin * item, end * item), dtype)

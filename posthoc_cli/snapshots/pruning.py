@@ -1,4 +1,4 @@
-"""Prune a directory: plan which snapshots can go, with the errors before and after, and delete them.
+"""Which snapshots can go: those that a schedule thins away, and those of a directory that is pruned, with the errors.
 
 Deleting is safe at any moment: only what was planned goes, only after every survivor was read and verified, and the
 least needed first, so that an interruption leaves a valid directory, and the best one of its size.
@@ -6,6 +6,7 @@ least needed first, so that an interruption leaves a valid directory, and the be
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,13 +28,17 @@ from posthoc_cli.planning import (
     exchanged,
     forecast,
     losses_of,
+    snapshots_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Prior, one_blas_thread, thinned_subset
-from posthoc_cli.snapshots.directory import read_directory, remove_leftovers, remove_snapshot
+from posthoc_cli.reconstruction import Prior, measured_prior, one_blas_thread, thinned_subset
+from posthoc_cli.snapshots.directory import StoredSnapshot, read_directory, remove_leftovers, remove_snapshot
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.sources import Snapshot, source_prior
-from posthoc_cli.snapshots.tensor_file import verify_payload
+from posthoc_cli.snapshots.measurements import source_prior
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.sources import Snapshot
+
+log = logging.getLogger(__name__)
 
 _ONE_BY_ONE = 128
 """Up to this number one snapshot goes between two solves; of more, several: single ones hardly matter."""
@@ -59,6 +64,10 @@ class Pruning:
     source: str
     deleted: bool = False
 
+    def __repr__(self) -> str:
+        count, left = len(self.kept) + len(self.gone), len(self.kept)
+        return f"Pruning({left} of {count} snapshots stay: {self.after!r}, before {self.before!r})"
+
     @property
     def read_bytes(self) -> int:
         """Bytes to read for verifying the survivors."""
@@ -71,7 +80,8 @@ class Pruning:
             "run": self.kept[0].info.run_id,
             "kept": [snapshot.path.name for snapshot in self.kept],
             "gone": [dict(zip(("file", "t", "sigma_rel", "bytes"), one, strict=True)) for one in gone],
-            "bytes": {"kept": file_bytes(self.kept), "gone": file_bytes(self.gone)},
+            "bytes": file_bytes(self.kept),
+            "gone_bytes": file_bytes(self.gone),
             "before": {"worst_error": self.before.worst, "median_error": self.before.median},
             "after": {"worst_error": self.after.worst, "median_error": self.after.median},
             "prior": self.source,
@@ -256,3 +266,50 @@ def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes
         reason = f"the newest snapshots of each profile, which stay, take {size - freed[-1]:,} bytes"
         raise InvalidValueError("max_size", reason, value=f"{max_bytes:,} bytes")
     return fitting
+
+
+# --- thinning while a training writes
+
+
+def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
+    """Those that every run of this schedule has, wherever it was stopped in between."""
+    return [snapshot for snapshot in stored if not snapshot.info.off_schedule]
+
+
+def thin(
+    stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
+) -> list[StoredSnapshot]:
+    """Keep `max_checkpoints` snapshots a profile, those that reconstruction needs most; delete the others.
+
+    Those on the schedule are chosen as if there were no others, so that a training which was stopped in between keeps
+    the same ones. Of those off the schedule the latest stay if there is room, and the newest of all snapshots always.
+    Returns what is left, in order of time.
+    """
+    if max_checkpoints is None:
+        return list(stored)
+    gone = _surplus(stored, max_checkpoints, sigma_range)
+    for snapshot in gone:
+        log.debug("thinning: removing %s", snapshot.path)
+        remove_snapshot(snapshot.path)
+    return [snapshot for snapshot in stored if snapshot not in gone]
+
+
+def _surplus(
+    stored: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
+) -> list[StoredSnapshot]:
+    """The snapshots to delete."""
+    if max(Counter(snapshot.sigma_rel for snapshot in stored).values(), default=0) <= max_checkpoints:
+        return []
+    scheduled = on_schedule(stored)
+    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
+    gone: list[StoredSnapshot] = []
+    if max(counts.values(), default=0) > max_checkpoints:
+        averages = [snapshot.info.average() for snapshot in scheduled]
+        profiles = [snapshot.info.profile.pure for snapshot in scheduled]
+        dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
+        gone += [scheduled[index] for index in dropped]
+    for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
+        others = [s for s in stored if s.info.off_schedule and s.sigma_rel == sigma_rel]
+        room = max(max_checkpoints - counts[sigma_rel], 0)
+        gone += [snapshot for snapshot in others[: max(len(others) - room, 0)] if snapshot.t < stored[-1].t]
+    return gone

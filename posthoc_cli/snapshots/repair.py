@@ -18,7 +18,8 @@ from posthoc_cli.snapshots import check
 from posthoc_cli.snapshots.check import FileReport, Verification
 from posthoc_cli.snapshots.directory import BROKEN, move_aside, remove_leftovers, time_order
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.sources import Snapshot, chosen_up_to, source_prior
+from posthoc_cli.snapshots.measurements import source_prior
+from posthoc_cli.snapshots.sources import Snapshot, chosen_up_to
 
 MOVED = frozenset({check.DAMAGED, check.MISSING, check.NONFINITE, check.MISMATCHED})
 """States of files that are set aside."""

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.directory import join_chunks, list_directory
 from posthoc_cli.snapshots.headers import (
     AMOUNT,
     AMOUNTS,
-    PART,
     SCHEDULE,
     TEXTS,
     WHOLE,
     Entry,
-    decode_chunks,
     is_list_of,
     is_number,
     is_whole,
 )
-from posthoc_cli.snapshots.sources import Part, Stored
+from posthoc_cli.snapshots.sources import Stored
 from posthoc_cli.snapshots.tensor_file import read_header
 
 COPY = "copy"
@@ -82,17 +73,8 @@ class StateInfo:
     snapshots: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class StatePart:
-    """Which part of a state a file is: its number and their count, where its tensors belong, which save wrote it."""
-
-    part: tuple[int, int]
-    chunks: Mapping[str, Chunk]
-    save: int
-
-
 class StoredState(Stored[StateInfo]):
-    """A state on disk."""
+    """The exact state that a tracker keeps beside its snapshots."""
 
 
 _COUNT = Entry("a whole number, at least 0, or None", lambda v: v is None or is_whole(v))
@@ -115,15 +97,11 @@ _IN_FILE = {key: entry for key, entry in _ENTRIES.items() if key != "clock"} | {
 }
 
 
-_OF_PART = {"part": replace(PART, optional=False), "chunks": headers.OBJECT, "save": WHOLE}
-
-
-def state_metadata(info: StateInfo, part: StatePart | None = None) -> dict[str, str]:
-    """The metadata of a state or of a part of one, without its checksums."""
+def state_metadata(info: StateInfo) -> dict[str, str]:
+    """The metadata of a state, without its checksums."""
     clock = [None if value == math.inf else value for value in info.clock]
     values = {key: value for key, value in vars(info).items() if key != "clock"}
-    own = {} if part is None else vars(part) | {"part": "{}/{}".format(*part.part)}
-    return fmt.encode_metadata("state", values | {"clock_state": clock} | own)
+    return fmt.encode_metadata("state", values | {"clock_state": clock})
 
 
 def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
@@ -137,93 +115,9 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
 
 
 def read_state(path: Path) -> StoredState:
-    """A state: a file, or in a folder the parts of the last save that is complete.
-
-    Raises:
-        DirectoryError, FileFormatError, MismatchError: there is none, or it is damaged.
-    """
-    if not path.is_dir():
-        header = read_header(path)
-        return StoredState(path, header, decode_state(path, header))
-    saves: dict[tuple[int, int], dict[int, tuple[Path, fmt.FileHeader, StatePart]]] = defaultdict(dict)
-    for file, header, part in _parts_in(path):
-        number, count = part.part
-        first = saves[part.save, count].setdefault(number, (file, header, part))
-        if first[0] != file:
-            raise MismatchError(f"{first[0]} and {file}", f"are both part {number} of {count}", "remove one")
-    complete = [save for save, parts in saves.items() if len(parts) == save[1]]
-    if not complete:
-        there = ", ".join(f"{len(parts)} of {count} parts" for (_, count), parts in sorted(saves.items()))
-        raise FileFormatError(path, f"is no complete state: it has {there or 'no parts'}")
-    found = [one for _, one in sorted(saves[max(complete)].items())]
-    (first_file, first_header, _), *others = found
-    info = decode_state(first_file, first_header)
-    for file, header, _ in others:
-        if decode_state(file, header) != info:
-            raise MismatchError(f"{first_file} and {file}", "are not parts of one state")
-    entries, boxes = join_chunks(path, [(file, header, part.chunks) for file, header, part in found])
-    parts = tuple(Part(file, header, own) for (file, header, _), own in zip(found, boxes, strict=True))
-    return StoredState(path, replace(first_header, tensors=entries), info, parts)
-
-
-_PART_NAME = re.compile(r"\d+-part-\d{5,}-of-\d{5,}\.safetensors")
-
-
-def is_state_folder(path: Path) -> bool:
-    """Whether a path is a folder of parts of a state, and of nothing else, by their names."""
-    names = [file.name for file in list_directory(path).files] if path.is_dir() else []
-    return bool(names) and all(map(_PART_NAME.fullmatch, names))
-
-
-def _parts_in(folder: Path) -> list[tuple[Path, fmt.FileHeader, StatePart]]:
-    found = []
-    for file in list_directory(folder).files:
-        header = read_header(file)
-        values = headers.decode_metadata(file, header, "state", _OF_PART)
-        try:
-            chunks = decode_chunks(values["chunks"], header.tensors)
-        except ValueError as error:
-            raise FileFormatError(file, str(error)) from error
-        found.append((file, header, StatePart(values["part"], chunks, values["save"])))
-    return found
-
-
-def begin_save(folder: Path) -> int:
-    """Make a folder for the parts of a state where it is missing; returns the number of the next save to it.
-
-    It is the time, so that no part of an earlier training that comes late can be one of this save.
-
-    Raises:
-        OutputExistsError, WriteError: something else is there, or the system refused.
-    """
-    if not os.path.lexists(folder):
-        with files.reported_as_write_error(folder):
-            files.make_directory(folder)
-        return time.time_ns()
-    reason, hint = "is there already, and is no folder of a tracker's state", "choose another name"
-    if not folder.is_dir():
-        raise OutputExistsError(folder, reason, hint)
-    listing = list_directory(folder)
-    if set(listing.entries) - {*listing.files, *listing.leftovers}:
-        raise OutputExistsError(folder, reason, hint)
-    try:
-        return max([time.time_ns(), *(1 + part.save for *_, part in _parts_in(folder))])
-    except FileFormatError as error:
-        raise OutputExistsError(folder, reason, hint) from error
-
-
-def remove_saves(folder: Path, chosen: Callable[[int], bool]) -> None:
-    """Remove the parts of some saves."""
-    for file, _, part in _parts_in(folder):
-        if chosen(part.save):
-            with files.reported_as_write_error(file, "removed"):
-                files.unlink_if_there(file)
-
-
-def part_path(folder: Path, part: StatePart) -> Path:
-    """The path of a part of a state."""
-    number, count = part.part
-    return folder / f"{part.save}-part-{number:05d}-of-{count:05d}{fmt.SUFFIX}"
+    """A state; a FileFormatError if it cannot be read, or is none."""
+    header = read_header(path)
+    return StoredState(path, header, decode_state(path, header))
 
 
 def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posthoc_cli.errors import InvalidValueError
@@ -14,7 +14,9 @@ from posthoc_cli.run import Run
 from posthoc_cli.targets import Beta, Decay, HalfLife, SigmaRel, Target, Window, parse_numbers
 
 GOOD_ERROR = 0.01
-"""Predicted error of the lengths that are searched unless others are named."""
+"""Predicted error of the lengths that are searched unless others are named, and beyond those."""
+_STRIDES = (2.0, 1.5, 1.2)
+"""Factors by which a range whose end is best is widened: the first that leads to an average that is exact."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,29 @@ class Axis:
                 return named
         width = math.log(self.scaled(self.high) / self.scaled(self.low))
         digits = max(3, 2 - math.floor(math.log10(width or 1)))
+        return min(max(self._rounded(x, digits), self.low), self.high)
+
+    def _rounded(self, x: float, digits: int) -> float:
+        """The value of a parameter with so many digits, of a beta in 1 - beta."""
         if self.kind == "beta":
-            value = round(1 - _rounded(1 / x, digits), 12)
-        else:
-            value = round(x) if self.kind == "window" else _rounded(x, digits)
-        return min(max(value, self.low), self.high)
+            return round(1 - float(f"{1 / x:.{digits}g}"), 12)
+        return round(x) if self.kind == "window" else float(f"{x:.{digits}g}")
 
-
-def _rounded(x: float, digits: int) -> float:
-    return float(f"{x:.{digits}g}")
+    def widened(self, upwards: bool, run: Run, t: float | None) -> Axis | None:
+        """The range with its upper end, or its lower one, further out; None where averages there are not exact."""
+        x = self.scaled(self.high if upwards else self.low)
+        for stride in _STRIDES:
+            value = self._rounded(x * stride if upwards else x / stride, 3)
+            is_part = self.kind not in ("beta", "half-life", "window")
+            if self.low <= value <= self.high or (is_part and value * run.step < 1):
+                continue  # there is no whole number in between; or it is less than a step
+            try:
+                (point,) = run.error_curve((0.1, 0.2), t=t, others=[self.target(value)]).others
+            except InvalidValueError:  # there is no such average, or the run is too short for it
+                continue
+            if point.predicted_error < GOOD_ERROR:
+                return replace(self, high=value) if upwards else replace(self, low=value)
+        return None
 
 
 _KINDS: dict[str, Callable[[Any], Target]] = {

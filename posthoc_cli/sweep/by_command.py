@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
-from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.lock import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.axes import Axis
@@ -26,6 +25,7 @@ from posthoc_cli.sweep.processes import Command, run_all
 from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, SecondLength, SweepReport
 from posthoc_cli.sweep.rounds import Search, check_counts
 from posthoc_cli.sweep.search import NEXT
+from posthoc_cli.targets import Mean
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,8 @@ _TURNS = 3
 
 Say = Callable[[Record], None]
 """Told of every trial as it ends."""
+Watch = Callable[[str, int, int], None]
+"""Told what is being done, in words, and how many trials of at most how many have ended."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,15 @@ class Sweep:
         jobs: trials at a time, which share out CUDA_VISIBLE_DEVICES.
         timeout: seconds that a trial may take.
         disk: bytes of averages at a time, None for all of a round.
-        raw: a file of raw weights to compare with.
+        raw: a file of raw weights to compare with; by default the run's own checkpoint of that time, where it has one.
         t: the time of the averages; by default that of the newest snapshot.
         guide: snapshots of a second network, or the same ones for a second length.
         guide_axis: its length, a sigma_rel; by default where the predicted error is below 1 %.
         dtype, layout, like, component: as in `Run.write`.
         keep: leave the averages in the folder `weights`, for other metrics.
         again: the command line that asks for this.
-        progress: opens a progress bar.
         say: called with every trial.
+        watch: called when something begins.
     """
 
     run: Run
@@ -89,8 +91,8 @@ class Sweep:
     component: str | None = None
     keep: bool = False
     again: str = ""
-    progress: ProgressBar = no_bar
     say: Say = lambda _: None
+    watch: Watch = lambda _what, _done, _most: None
 
     def run_all(self) -> SweepReport:
         """Do it. A call that was stopped is continued by the next one like it.
@@ -98,13 +100,13 @@ class Sweep:
         Raises:
             InvalidValueError: an argument cannot be used.
             LockedError: another sweep works in this folder.
-            PostHocError: too few trials have succeeded.
+            PostHocError: too few trials have succeeded, or all have the same metric.
         """
         words = self._checked_words()
         options = {name: getattr(self, name) for name in ("dtype", "layout", "like", "component")}
-        networks = [Network.of(self.run, self.axis, self.t, options, "", self.progress)]
+        networks = [Network.of(self.run, self.axis, self.t, options)]
         if self.guide is not None:
-            networks.append(Network.of(self.guide, self.guide_axis, None, options, GUIDE, self.progress))
+            networks.append(Network.of(self.guide, self.guide_axis, None, options, GUIDE))
         axes = [network.axis for network in networks]
         if all(axis.is_given for axis in axes):
             raise InvalidValueError(axes[0].kind, "name two lengths or more", value=f"{axes[0].low:g}")
@@ -115,7 +117,9 @@ class Sweep:
             raise InvalidValueError("disk", f"must have room for one; {reason}", value=f"{self.disk:,} bytes")
         if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
             reason = "its first word is neither a program on the PATH nor an executable file"
-            raise InvalidValueError("run", reason, "a script may need its interpreter first: python3", value=words[0])
+            raise InvalidValueError(
+                "command", reason, "a script may need its interpreter first: python3", value=words[0]
+            )
         with self._folder():
             return _Job(self, words, networks).run()
 
@@ -123,17 +127,17 @@ class Sweep:
         try:
             words = shlex.split(self.command)
         except ValueError as error:
-            raise InvalidValueError("run", f"cannot be split into words: {error}", value=self.command) from error
+            raise InvalidValueError("command", f"cannot be split into words: {error}", value=self.command) from error
         places = ["{weights}"] if self.guide is None else ["{weights}", "{weights:guide}"]
         for place in places:
             if not any(place in word for word in words):
                 reason = f"must have {place} where the file goes"
-                raise InvalidValueError("run", reason, value=self.command or "(empty)")
+                raise InvalidValueError("command", reason, value=self.command or "(empty)")
         if self.guide is None and (self.guide_axis is not None or "{weights:guide}" in self.command):
             raise InvalidValueError("guide", "is missing: the snapshots of the second network, or the same for both")
         if self.metric.file is not None and "{dir}" not in self.command:
             reason = "must have {dir}, the folder in which the file with the metric is looked for"
-            raise InvalidValueError("run", reason, value=self.command)
+            raise InvalidValueError("command", reason, value=self.command)
         if self.jobs < 1:
             raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
         if self.raw is not None and self.guide is not None:
@@ -186,7 +190,7 @@ class _Job:
         self._networks = {network.name: network for network in networks}
         self._searched = [network for network in networks if not network.axis.is_given]
         self._lengths = {network.name: network.axis.high for network in networks}
-        self._settings = networks[0].settings | {"command": asked.command, "metric": vars(asked.metric)}
+        self._settings = networks[0].settings | {"command": asked.command, "metric": asked.metric.text}
         for other in networks[1:]:
             self._lengths[other.name] = other.axis.value(math.sqrt(other.axis.low * other.axis.high))
             self._settings |= {other.name: other.settings}
@@ -194,11 +198,12 @@ class _Job:
         self._trials: list[Record] = []
         self._found: dict[str, Search] = {}
         self._beside = ""
+        self._best: Record | None = None
+        self._ended, self._most = 0, 0
 
     def run(self) -> SweepReport:
         """Search all, measure the raw weights, and write the best."""
-        if self._asked.raw is not None:
-            self._measure_raw(self._asked.raw)
+        self._measure_raw()
         waiting, turns = list(self._searched), Counter[str]()
         while waiting:
             network = waiting.pop(0)
@@ -216,12 +221,16 @@ class _Job:
             # Only the trials of the last search of it are of its curve.
             self._beside = "".join(self._title(network, self._lengths).partition(", ")[1:])
         search = self._found[name] = Search(
-            axis, _known(records, axis), minimize=asked.minimize, budget=asked.budget, repeats=asked.repeats,
+            axis, _known(records), minimize=asked.minimize, budget=asked.budget, repeats=asked.repeats,
             again=asked.repeats > 1 or "{seed}" in asked.command, batch=max(NEXT, asked.jobs),
+            beyond=lambda axis, upwards: axis.widened(upwards, network.run, network.plan.t),
         )  # fmt: skip
         lengths, moved = self._lengths, False
+        self._ended, self._most = len(search.trials), asked.repeats * len(axis.values or range(asked.budget))
+        for trial in search.trials:
+            self._note(trial)
         for found in search.rounds(lambda wanted: self._measure(network, wanted, records)):
-            low, best, high = map(axis.value, (found.low, found.best, found.high))
+            low, best, high = map(search.axis.value, (found.low, found.best, found.high))
             lengths, moved = self._lengths | {name: best}, not low <= self._lengths[name] <= high
             self._report(lengths, [*self._trials, *search.trials]).write(asked.out)
         self._lengths, self._trials = lengths, [*self._trials, *search.trials]
@@ -234,11 +243,12 @@ class _Job:
         for other in self._searched[1:]:
             if other.name in self._found:
                 found = self._found[other.name].found
-                low, high = map(other.axis.value, (found.low, found.high))
+                low, high = map(self._found[other.name].axis.value, (found.low, found.high))
                 second = SecondLength(lengths[other.name], low, high, found.mean, found.standard_error)
         return SweepReport(
-            metric=asked.metric.label, minimize=asked.minimize, axis=first.axis, searched=first.name or first.axis.kind,
-            trials=tuple(trials), found=searched.found, stopped=searched.stopped, best=main.axis.target(lengths[""]),
+            metric=asked.metric.label, minimize=asked.minimize, axis=searched.axis,
+            searched=first.name or first.axis.kind, trials=tuple(trials), found=searched.found,
+            stopped=searched.stopped, best=main.axis.target(lengths[""]),
             title=self._title(first, lengths), chosen={name or main.axis.kind: lengths[name] for name in lengths},
             kind=main.axis.kind, beside=self._beside, settings=self._question(first), second=second,
             guide=None if asked.guide is None else asked.guide.directory, again=asked.again,
@@ -251,7 +261,7 @@ class _Job:
             best = f"best-{name}".rstrip("-")
             if self._asked.like is not None:  # which is made anew only
                 _remove(out / best)
-            outputs.append(network.write(out, best, self._lengths[name]))
+            outputs.append(network.write(out, best, network.axis.target(self._lengths[name])))
         report = replace(report, outputs=tuple(outputs))
         report.write(out)
         return report
@@ -266,11 +276,18 @@ class _Job:
         others = [other for other in self._networks.values() if other is not network]
         return ", ".join(one.title(lengths[one.name]) for one in (network, *others))
 
-    def _measure_raw(self, raw: Path) -> None:
-        """With all seeds that were not measured before."""
-        records = Records(self._asked.out, self._settings | {"raw": str(raw.resolve())})
+    def _measure_raw(self) -> None:
+        """The file that is named, or the run's own, with all seeds that were not measured before."""
+        raw, network = self._asked.raw, self._networks[""]
+        if raw is None and (GUIDE in self._networks or not network.has_raw):
+            return
+        records = Records(self._asked.out, self._settings | {"raw": RAW if raw is None else str(raw.resolve())})
         known = {trial.seed: trial for trial in records.read() if trial.value is not None}
         seeds = [seed for seed in range(self._asked.repeats) if seed not in known]
+        if raw is None and seeds:
+            with files.reported_as_write_error(self._scratch):
+                files.make_directory(self._scratch)
+            raw = network.write(self._scratch, RAW, Mean(1))
         wanted = [(Record(RAW, 0.0, seed), {"weights": raw, "sigma_rel": 0.0}) for seed in seeds]
         self._trials += [*known.values(), *self._evaluate(wanted, records)]
 
@@ -290,6 +307,7 @@ class _Job:
     def _make(self, network: Network, values: Sequence[float]) -> dict[float, _Wanted]:
         """The averages of some values of a length, each as a trial with seed 0."""
         folder = self._asked.out / _KEPT if self._asked.keep else self._scratch
+        self._say(f"making {len(values)} averages")
         with files.reported_as_write_error(folder):
             files.make_directory(folder)
         points = [self._lengths | {network.name: value} for value in values]
@@ -317,24 +335,37 @@ class _Job:
                 logged = replace(trial, log=f"{_LOGS}/{name}")
                 commands.append(Command(logged, words, folder, asked.out / logged.log))
 
-        def tell(command: Command, record: Record) -> None:
+        def tell(command: Command, record: Record, is_missing: bool) -> None:
+            if is_missing and self._best is None:  # a wrong name, and no reason to try it with all others
+                raise InvalidValueError("metric", str(record.error), value=asked.metric.key or "")
             records.append(record)
             done.append(record)
             _remove(command.folder)
+            self._ended += 1
+            self._note(record)
             asked.say(record)
 
-        run_all(commands, asked.metric, tell, asked.jobs, asked.timeout)
+        def began(command: Command) -> None:
+            self._say(command.trial.target)
+
+        run_all(commands, asked.metric, tell, asked.jobs, asked.timeout, began)
         return done
 
+    def _note(self, trial: Record) -> None:
+        """Remember the best measurement."""
+        sign = 1 if self._asked.minimize else -1
+        if trial.value is not None and (self._best is None or sign * trial.value < sign * (self._best.value or 0.0)):
+            self._best = trial
 
-def _known(records: Records, axis: Axis) -> list[Record]:
-    """What was measured before and belongs to the search; of a trial that was made twice the last one."""
+    def _say(self, what: str) -> None:
+        best = "" if self._best is None else f"; best {self._best.value:.6g} at {self._best.target}"
+        self._asked.watch(f"trial {self._ended + 1}: {what}{best}", self._ended, max(self._most, self._ended + 1))
 
-    def within(trial: Record) -> bool:
-        return trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high
 
+def _known(records: Records) -> list[Record]:
+    """What was measured before; of a trial that was made twice the last one."""
     trials = {(trial.x, trial.seed): trial for trial in records.read()}
-    return [trial for trial in trials.values() if trial.value is not None and within(trial)]
+    return [trial for trial in trials.values() if trial.value is not None]
 
 
 def _remove(path: Path) -> None:

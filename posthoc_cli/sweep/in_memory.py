@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.format import statistics_notice
+from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.sweep.axes import Axis, good_range
 from posthoc_cli.sweep.results import Record, SweepReport
 from posthoc_cli.sweep.rounds import Search, check_counts
@@ -53,7 +53,7 @@ def sweep(
 
     Raises:
         InvalidValueError: an argument cannot be used.
-        PostHocError: too few trials have succeeded: the metric was not finite.
+        PostHocError: too few trials have succeeded: the metric was not finite; or it is the same for all.
     """
     from posthoc_cli.tracker import PostHocEMA
     from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
@@ -104,7 +104,11 @@ def sweep(
         valid = None if wrong else measured
         return Record(axis.title(value), value, seed, valid, error, predicted, seconds, wrong)
 
-    search = Search(axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1).run(measure)
+    search = Search(
+        axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1,
+        beyond=lambda axis, upwards: axis.widened(upwards, stored, None),
+    ).run(measure)  # fmt: skip
+    axis = search.axis
     settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
     best = axis.value(search.found.best)
     return SweepReport(

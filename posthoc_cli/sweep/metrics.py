@@ -22,7 +22,19 @@ _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 
 
 class NoMetricError(Exception):
-    """The trial does not say its metric; the text says what was looked for, and what is there."""
+    """The trial has no metric; the text says what was looked for, and what is there.
+
+    Attributes:
+        is_missing: whether there is none of this name, not even one that is no finite number.
+    """
+
+    is_missing = False
+
+
+class MissingMetricError(NoMetricError):
+    """Nothing of the metric's name is there."""
+
+    is_missing = True
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,11 @@ class Metric:
             reason = "must be a key such as loss, or a file and a key such as results.json:results.acc"
             raise InvalidValueError("metric", reason, value=text or "(empty)")
         return cls(key, file)
+
+    @property
+    def text(self) -> str:
+        """As `parse` takes it; empty for a line that is a number."""
+        return ":".join(filter(None, (self.file, self.key)))
 
     @property
     def label(self) -> str:
@@ -86,7 +103,7 @@ class Metric:
         if found is not None:
             return _finite(found), None
         wanted = "a number" if self.key is None else f"a number or a JSON object with {shown(self.key)}"
-        raise NoMetricError(f"no line of its output is {wanted}{_there(names)}")
+        raise MissingMetricError(f"no line of its output is {wanted}{_there(names)}")
 
     @staticmethod
     def _stored(folder: Path, pattern: str, key: str) -> tuple[float, float | None]:
@@ -103,7 +120,7 @@ class Metric:
             except (ValueError, RecursionError) as error:
                 reasons.append(f"{path.name} cannot be read: {error}")
         there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        raise NoMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_there(there)}"))
+        raise MissingMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_there(there)}"))
 
 
 def read_tail(path: Path, count: int) -> str:

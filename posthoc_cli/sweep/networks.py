@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.export.layouts import layout_of, output_exists, output_paths, suffix_of
-from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.profiles import Point
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.axes import Axis, good_range
 from posthoc_cli.synthesis.plan import Plan
@@ -27,7 +27,6 @@ class Network:
         plan: of any target; says which run it is, at which time, and how large an average.
         options: dtype, layout, like and component, as in `Run.write`.
         name: "guide" for a second network.
-        progress: opens a progress bar.
     """
 
     run: Run
@@ -35,15 +34,14 @@ class Network:
     plan: Plan
     options: dict[str, Any]
     name: str = ""
-    progress: ProgressBar = no_bar
 
     @classmethod
-    def of(cls, run: Run, axis: Axis | None, t: float | None, options: dict[str, Any], *others: Any) -> Network:
+    def of(cls, run: Run, axis: Axis | None, t: float | None, options: dict[str, Any], name: str = "") -> Network:
         """By default with all lengths whose predicted error is good, at the time of the newest snapshot."""
         target = SigmaRel(0.2) if axis is None else axis.target(axis.high)
         planned = run.write(target, None, t=t, dry_run=True, **options)
         assert planned is not None
-        return cls(run, axis or good_range(run, planned.plan.t), planned.plan, options, *others)
+        return cls(run, axis or good_range(run, planned.plan.t), planned.plan, options, name)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +57,11 @@ class Network:
         same = {"run": plan.newest.info.run_id, "t": plan.t, "method": plan.method, "dtype": plan.dtype}
         like = {"like": str(self._like.resolve()), "component": self.options.get("component")} if self._like else {}
         return same | {"layout": layout} | like
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether the weights themselves are there, of the averages' time."""
+        return any(isinstance(one.profile, Point) and one.info.t == self.plan.t for one in self.run.sources)
 
     def title(self, value: float) -> str:
         """Of a length, for people."""
@@ -84,10 +87,10 @@ class Network:
         names = [f"{one}:{self.name}".rstrip(":") for one in ("weights", "sigma_rel")]
         return [(dict(zip(names, (paths[value], value), strict=True)), errors[value]) for value in values]
 
-    def write(self, folder: Path, name: str, value: float) -> Path:
+    def write(self, folder: Path, name: str, target: Target) -> Path:
         """Write one average under a name, in place of what is there."""
         path = folder / f"{name}{self._suffix}"
-        self._write([self.axis.target(value)], str(path), overwrite=self._like is None)
+        self._write([target], str(path), overwrite=self._like is None)
         return path
 
     @property
@@ -105,7 +108,7 @@ class Network:
         return output_exists(path, layout_of(path, self.options.get("layout")))
 
     def _write(self, targets: Sequence[Target], out: str, overwrite: bool = False) -> Plan:
-        how = self.options | {"t": self.plan.t, "overwrite": overwrite, "progress": self.progress}
+        how = self.options | {"t": self.plan.t, "overwrite": overwrite}
         made = self.run.write(targets, out, **how)
         assert made is not None
         return made.plan

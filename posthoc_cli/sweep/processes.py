@@ -9,9 +9,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -54,13 +55,15 @@ class Command:
 def run_all(
     commands: Sequence[Command],
     metric: Metric,
-    told: Callable[[Command, Record], None],
+    told: Callable[[Command, Record, bool], None],
     jobs: int = 1,
     timeout: float | None = None,
+    began: Callable[[Command], None] = lambda _: None,
 ) -> None:
-    """Run commands, up to `jobs` at a time, and tell what has come of each as it ends: a value, or an error.
+    """Run commands, up to `jobs` at a time, and tell which one begins, and what has come of each as it ends.
 
-    Whatever ends this ends the processes. Those that run side by side share out CUDA_VISIBLE_DEVICES.
+    That is a record with a value or an error, and whether a command ended well that does not say its metric. Whatever
+    ends this ends the processes. Those that run side by side share out CUDA_VISIBLE_DEVICES.
     """
     devices = [name for name in os.environ.get(_DEVICES, "").split(",") if name]
     slots = SimpleQueue[int]()
@@ -68,35 +71,40 @@ def run_all(
         slots.put(slot)
     stop = threading.Event()
 
-    def run(command: Command) -> Record:
+    def run(command: Command) -> tuple[Record, bool]:
         slot = slots.get()
         try:
+            began(command)
             own = devices[slot % len(devices) :: jobs] if devices else []
             return _run(command, metric, own, timeout, stop)
         finally:
             slots.put(slot)
 
     # Ctrl-C interrupts the main thread only, never a thread that is just starting or ending a process.
-    pool, trials = ThreadPoolExecutor(jobs), dict[Future[Record], Command]()
+    pool, running = ThreadPoolExecutor(jobs), dict[Future[tuple[Record, bool]], Command]()
+    waiting = iter(commands)
     try:
-        for command in commands:
-            trials[pool.submit(run, command)] = command
-        for trial in as_completed(trials):
-            told(trials[trial], trial.result())
+        while True:
+            # None begins before what has come of the last one is told, which may be a reason to end.
+            for command in islice(waiting, jobs - len(running)):
+                running[pool.submit(run, command)] = command
+            if not running:
+                break
+            for trial in wait(running, return_when=FIRST_COMPLETED).done:
+                told(running.pop(trial), *trial.result())
     finally:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        ending = [trial for trial in trials if not trial.cancelled()]
+        pool.shutdown(wait=False)
         with suppress(KeyboardInterrupt):  # a second one; all is ended soon
-            wait(ending)
-        wait(ending)
+            wait(running)
+        wait(running)
 
 
 def _run(
     command: Command, metric: Metric, devices: Sequence[str], timeout: float | None, stop: threading.Event
-) -> Record:
+) -> tuple[Record, bool]:
     started, out, err = time.monotonic(), *command.logs
-    error, value, standard_error = "", None, None
+    error, value, standard_error, is_missing = "", None, None, False
     for path in (out, err):
         files.unlink_if_there(path)  # a trial of a killed sweep may still write to the old one
     with out.open("wb") as stdout, err.open("wb") as stderr:
@@ -119,15 +127,14 @@ def _run(
     if not error:
         try:
             value, standard_error = metric.read(out, command.folder)
-        except NoMetricError as missing:
-            error = str(missing)
+        except NoMetricError as wrong:
+            error, is_missing = str(wrong), wrong.is_missing
     error = error and f"{error}{_end_of_logs(err, out)}"
     for path in (out, err):
         if path.stat().st_size > _LONGEST_LOG:
             files.write_whole(path, read_tail(path, _LONGEST_LOG).encode(), overwrite=True)
-    return replace(
-        command.trial, value=value, standard_error=standard_error, seconds=seconds, error=error or None
-    )  # fmt: skip
+    trial = replace(command.trial, value=value, standard_error=standard_error, seconds=seconds, error=error or None)
+    return trial, is_missing
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

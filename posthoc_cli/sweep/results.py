@@ -6,14 +6,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.sweep import search
 from posthoc_cli.sweep.axes import Axis
 from posthoc_cli.targets import Target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRIALS, RESULT = "trials.jsonl", "sweep.json"
 RAW = "raw"
@@ -102,17 +108,17 @@ class SecondLength:
     Attributes:
         value: the best sigma_rel.
         low, high: ends of the range that is equal to it within the noise.
-        mean, standard_error: the metric at the best.
+        estimate, standard_error: the metric at the best.
     """
 
     value: float
     low: float
     high: float
-    mean: float
+    estimate: float
     standard_error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepReport:
     """What a sweep has found.
 
@@ -154,6 +160,16 @@ class SweepReport:
     guide: Path | None = None
     again: str = ""
 
+    def __repr__(self) -> str:
+        estimate = f"{self.metric} {self.found.mean:.6g} ± {self.found.standard_error:.2g} (estimate)"
+        return f"SweepReport({self.title}: {estimate}, {len(self.trials)} trials; {self.stopped})"
+
+    def _repr_html_(self) -> str:
+        """Its picture, in a notebook."""
+        from posthoc_cli import plots
+
+        return plots.as_file(partial(draw, self.to_dict()), ".svg").decode().partition("?>")[2]
+
     @property
     def failed(self) -> list[Record]:
         """Trials without a value."""
@@ -186,7 +202,7 @@ class SweepReport:
             "axis": self.searched,
             "length": self.kind,
             "best": {"target": self.title, **self.chosen},
-            "mean": found.mean,
+            "estimate": found.mean,
             "standard_error": found.standard_error,
             "equal_within_noise": [self.value_of(found.low), self.value_of(found.high)],
             "expected_regret": found.regret,
@@ -194,7 +210,7 @@ class SweepReport:
             "raw": self.raw,
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
-            "curve": [{"x": self.axis.unscaled(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
+            "curve": [{"x": self.axis.unscaled(x), "estimate": y, "standard_error": error} for x, y, error in curve],
             "beside": self.beside,
             "second": None if self.second is None else vars(self.second),
             "guide": None if self.guide is None else str(self.guide),
@@ -202,3 +218,31 @@ class SweepReport:
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
         }
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """The metric against the length, from a report's `to_dict`."""
+    from posthoc_cli import plots
+
+    curve = found["curve"]
+    xs, estimates, errors = (
+        np.array([point[key] for point in curve], float) for key in ("x", "estimate", "standard_error")
+    )
+    points = [
+        (shown_at(found, trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
+        for trial in found["trials"]
+        # Not raw, and with the other network's length as in the last search.
+        if trial["value"] is not None
+        and trial["target"].startswith((f"{found['axis']} ", f"{found['axis']}:"))
+        and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
+    ]
+    low, high = (shown_at(found, x) for x in found["equal_within_noise"])
+    word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
+    best = shown_at(found, found["best"][found["axis"]])
+    xs = np.array([shown_at(found, x) for x in xs.tolist()])
+    return plots.sweep_figure(xs, estimates, errors, points, best, (low, high), found["raw"], (word, found["metric"]))
+
+
+def shown_at(found: dict[str, Any], value: float) -> float:
+    """Where a searched value is drawn: a beta at its horizon in steps."""
+    return 1 / (1 - value) if found["axis"] == "beta" else float(value)

@@ -101,10 +101,21 @@ class Estimate:
     errors: FloatArray
     draws: FloatArray
 
+    def __repr__(self) -> str:
+        where = f"best {self.best:.6g} in {self.low:.6g} to {self.high:.6g}"
+        return f"Estimate({where}: {self.mean:.6g} ± {self.standard_error:.2g})"
+
     @property
     def settled(self) -> bool:
         """Whether more measurements would hardly lead to a better choice."""
         return self.regret <= max(self.noise / 4, 0.005 * float(np.ptp(self.curve)))
+
+    @property
+    def edge(self) -> float | None:
+        """The end of the range where the best is more likely than not to be, or to lie beyond."""
+        places, margin = self.draws.argmin(axis=1), _SAME * (POINTS - 1)
+        ends = {float(self.xs[0]): places <= margin, float(self.xs[-1]): places >= POINTS - 1 - margin}
+        return next((end for end, there in ends.items() if there.mean() > 0.5), None)
 
 
 def estimate(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from bisect import bisect_right
 from collections import deque
@@ -15,16 +14,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.snapshots.sources import OpenSnapshot
+from posthoc_cli.resources import worker_count
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import FileSource, ReadRanges, Snapshot
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
@@ -127,9 +127,6 @@ def has_full_precision() -> bool:
 Progress = Callable[[int], None]
 """Called with the number of bytes just read, in the thread that synthesizes."""
 
-MAX_WORKERS = 16
-"""Threads at most: beyond, the memory bus and Python's own lock are the limit."""
-
 ONE_TARGET_CHUNK = 524_288
 """Elements of a chunk for one target: smaller ones stay in the second-level cache, but two threads then wait for each
 other's short calls (measured on two cores: 65,536 elements 5.6 GB/s, 262,144 11.3, 524,288 12.6)."""
@@ -167,40 +164,31 @@ def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, 
         NonFiniteError: a result is not finite, or the plan's dtype cannot hold it, naming the tensor.
     """
     device = numbered_device(options.device)
-    pending: dict[str, list[torch.Tensor]] = {}  # each from its first tile to its last
-
-    def open_tiles(tile: Tile) -> list[TensorTile]:
-        with torch.inference_mode(False):
-            for name in tile.names:
-                if name not in pending:
-                    shape, dtype = plan.newest.stored[name].shape, torch_dtype(tile.dtype)
-                    pending[name] = [torch.empty(shape, dtype=dtype, device=device) for _ in plan.targets]
-        tensors = [pending[name] for name in tile.names]
-        return [TensorTile(own, tile) for own in zip(*tensors, strict=True)]
-
-    with closing(synthesize_into(plan, open_tiles, options)) as made:
+    shapes = {name: plan.newest.stored[name].shape for name in plan.tensors}
+    outputs = [TensorOutput(shapes, device) for _ in plan.targets]
+    with closing(synthesize_into(plan, outputs, options)) as made:
         for tile in made:
             for name in tile.names if tile.last else ():
-                values = pending.pop(name)
-                for alias in plan.names[name]:
+                values = [output.tensors.pop(name) for output in outputs]
+                for alias in tile.aliases[name]:
                     yield alias, list(values)
                 del values  # not held while the next tensor is made
 
 
 def synthesize_into(
     plan: Plan,
-    open_tiles: Callable[[Tile], Sequence[TileWriter]],
+    outputs: Sequence[Output],
     options: Options = Options(),
     chunk: int | None = None,
     tile_elements: int | None = None,
 ) -> Generator[Tile, None, None]:
-    """Synthesize into writers; yields the tiles as they are complete, in order.
+    """Synthesize into outputs; yields the tiles as they are complete, in order.
 
     No more than two tiles a thread are under way. Whatever ends the iteration, an error in a thread, Ctrl-C or a
     caller that stops iterating, first stops every thread, within a chunk.
 
     Arguments:
-        open_tiles: gives a tile's writers, one a target; called in the caller's thread, they are used in another.
+        outputs: one a target. Tiles are opened in the caller's thread, and written in another.
         chunk, tile_elements: elements a thread works on, or makes, at a time; measured values for None.
     """
     device = numbered_device(options.device)
@@ -224,7 +212,8 @@ def synthesize_into(
 
     def made() -> Iterator[Tile]:
         for one, tile in tiles:
-            waiting.append(pool.submit(work, one, tile, open_tiles(tile), caller_event(device)))
+            writers = [output.open_tile(tile) for output in outputs]
+            waiting.append(pool.submit(work, one, tile, writers, caller_event(device)))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -248,6 +237,13 @@ def synthesize_into(
             torch.set_num_threads(threads)  # also for threads that begin later
 
 
+class Output(Protocol):
+    """Takes the tiles of one target, several at a time, in any threads."""
+
+    def open_tile(self, tile: Tile) -> TileWriter:
+        """A writer for a tile."""
+
+
 class TileWriter:
     """Takes one tile of one target; one thread uses it. This one drops it: all is verified, and nothing changed."""
 
@@ -258,11 +254,28 @@ class TileWriter:
         """The tile is complete."""
 
 
+class TensorOutput:
+    """Makes tensors of these shapes, on a device: those that are begun or complete are in `tensors`."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        self._shapes, self._device = shapes, device
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def open_tile(self, tile: Tile) -> TileWriter:
+        """See `Output`."""
+        with torch.inference_mode(False):  # the caller may have set a mode
+            for name in tile.names:
+                if name not in self.tensors:
+                    dtype = torch_dtype(tile.dtype)
+                    self.tensors[name] = torch.empty(self._shapes[name], dtype=dtype, device=self._device)
+        return TensorTile([self.tensors[name] for name in tile.names], tile)
+
+
 class TensorTile(TileWriter):
-    """Writes a tile into tensors, one for each of its pieces."""
+    """Writes a tile into its tensors."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], tile: Tile) -> None:
-        self._begin = tile.pieces[0].begin
+        self._begin = tile.ranges[0].begin
         self._sizes = [end - begin for begin, end in pairwise(tile.bounds)]
         self._flat = [tensor.view(-1) for tensor in tensors]
 
@@ -315,14 +328,6 @@ def numbered_device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
-def worker_count(wanted: int | None = None) -> int:
-    """Threads to work with: as many as this process has cores, up to MAX_WORKERS."""
-    if wanted is not None:
-        return max(1, wanted)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
-
-
 def caller_event(device: torch.device) -> Any:
     """The event after which all work that the calling thread's stream has on a device is done; None for the CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
@@ -336,7 +341,7 @@ class Maker:
     """Makes tiles in one thread, in buffers of its own."""
 
     def __init__(
-        self, plan: Plan, opened: Sequence[OpenSnapshot | Mapping[str, torch.Tensor]], device: torch.device, chunk: int
+        self, plan: Plan, opened: Sequence[TensorReader | ReadRanges], device: torch.device, chunk: int
     ) -> None:
         self.plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
         self._scratch = Scratch(chunk * max(ITEM_BYTES.values()), device)
@@ -410,7 +415,7 @@ class Maker:
         A snapshot has none: its tracker refused it.
         """
         for source, opened in zip(self.plan.sources, self._opened, strict=True):
-            if not isinstance(source, Checkpoint):
+            if isinstance(source, Snapshot) or not isinstance(source, FileSource):
                 continue
             reader = open_tile(opened, tile)
             for begin, end in tile.steps(self._chunk):

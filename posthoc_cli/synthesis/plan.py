@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from html import escape
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError, percent, shown
+from posthoc_cli.errors import InexactError, InvalidValueError, percent, shown
 from posthoc_cli.planning import Candidate, check_max_error, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor, running_statistics
-from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
+from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor
+from posthoc_cli.snapshots.measurements import source_prior
+from posthoc_cli.snapshots.selection import running_statistics
+from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock
 from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_BARS = 16
 POOR_ERROR = 0.01
 """Predicted error above which a plan is made with a warning."""
 
@@ -66,6 +70,27 @@ class Plan:
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None
+
+    def __repr__(self) -> str:
+        errors = map(self.predicted_error, range(len(self.targets)))
+        each = [
+            f"{target.title} (predicted error {'unknown' if error is None else percent(error)})"
+            for target, error in zip(self.targets, errors, strict=True)
+        ]
+        more = f" and {len(each) - 5} more" if len(each) > 5 else ""
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each[:5])}{more})"
+
+    def _repr_html_(self) -> str:
+        """The coefficients of the first target as bars, in a notebook: of the largest ones if there are many."""
+        column = self.reconstruction.coefficients[:, 0]
+        most = float(np.abs(column).max()) or 1.0
+        rows = [
+            f"<tr><td>{escape(self.sources[index].name)}</td><td>{column[index]:+.4f}</td>"
+            f"<td><div style='height: 0.8em; width: {10 * abs(column[index]) / most:.3f}em; "
+            f"background: {'#0072B2' if column[index] >= 0 else '#D55E00'}'></div></td></tr>"
+            for index in sorted(np.argsort(-np.abs(column))[:_MOST_BARS].tolist())
+        ]
+        return f"<p>{escape(repr(self))}</p><table>{''.join(rows)}</table>"
 
     @property
     def choice(self) -> str | None:
@@ -211,9 +236,10 @@ class Plan:
             "movement": {
                 "source": prior.source,
                 "pieces": int(prior.motion.walk.size),
-                "noise": bool(prior.motion.noise.any()),
+                "has_noise": bool(prior.motion.noise.any()),
             },
-            "snapshots": {"solved_with": self.solved, "of": self.there},
+            "solved_with": self.solved,
+            "available": self.there,
             "targets": [
                 {"target": info.profile}
                 | {name: getattr(info, name) for name in same}
@@ -383,28 +409,3 @@ def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
         f", if {candidate.assumption}" if candidate.assumption else "",
         f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",
     )
-
-
-ATTEMPTS = 100
-"""Plans at most; a training does not remove a snapshot between every two of them."""
-
-_T = TypeVar("_T")
-_Planned = TypeVar("_Planned")
-
-
-def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
-    """`use(make())`, repeated while snapshots of the plan vanish before they are open.
-
-    Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
-    removed, and all are opened before they are used.
-
-    Arguments:
-        make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
-        use: opens the snapshots of the plan; must leave nothing behind when it raises.
-    """
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return use(make())
-        except VanishedError as error:
-            log.warning("%s; planning again with what is there", error)
-    return use(make())

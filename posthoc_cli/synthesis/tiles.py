@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.reading import ElementRange, TensorReader
+from posthoc_cli.snapshots.sources import FileSource, ReadRanges
 from posthoc_cli.synthesis.plan import Plan
 
 MAX_BATCH = 1024
@@ -32,43 +32,36 @@ PARTED_BLOCKS = 4
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The elements `begin` to `end` of a tensor, row-major."""
-
-    name: str
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
 class Tile:
-    """One piece of a large tensor, or several small tensors, end to end.
+    """Some elements of a large tensor, or several small tensors, end to end.
 
     Attributes:
-        pieces: what it consists of, in order.
-        role: "average", "copy" or "variance", an average that is kept positive; the same for all pieces.
-        dtype: the safetensors name of the output's dtype, the same for all pieces.
+        ranges: what it consists of, in order.
+        role: "average", "copy" or "variance", an average that is kept positive; the same for all tensors.
+        dtype: the safetensors name of the output's dtype, the same for all tensors.
         wide: that of the sums; for copies `dtype` itself.
+        aliases: every name of each tensor, its own first.
         stored_bytes: bytes to read for it, over all sources.
         last: whether its tensors are complete when it and those before it are.
     """
 
-    pieces: tuple[Piece, ...]
+    ranges: tuple[ElementRange, ...]
     role: str
     dtype: str
     wide: str
+    aliases: Mapping[str, Sequence[str]]
     stored_bytes: int
     last: bool = True
 
     @cached_property
     def bounds(self) -> list[int]:
-        """Where each piece begins, in elements of the tile, and where the last one ends."""
-        return [0, *accumulate(piece.end - piece.begin for piece in self.pieces)]
+        """Where each tensor begins, in elements of the tile, and where the last one ends."""
+        return [0, *accumulate(one.end - one.begin for one in self.ranges)]
 
     @cached_property
     def names(self) -> list[str]:
-        """The tensor of each piece."""
-        return [piece.name for piece in self.pieces]
+        """The tensors, in order."""
+        return [one.name for one in self.ranges]
 
     def steps(self, chunk: int) -> Iterator[tuple[int, int]]:
         """Element ranges of at most `chunk`, in order; a tile of several tensors, or of none, is one step."""
@@ -97,29 +90,28 @@ def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dty
         count, stored = math.prod(plan.newest.stored[name].shape), sum(sizes)
         if count > chunk:
             block = BLOCK_BYTES // min(ITEM_BYTES[made], *sizes)
-            cells = max(
-                source.cells(name) if isinstance(source, Snapshot | Checkpoint) else 0 for source in plan.sources
-            )
+            cells = max(source.cells(name) if isinstance(source, FileSource) else 0 for source in plan.sources)
             step = block * max(1, round((tile_elements or block) / block), PARTED_BLOCKS * cells)
             for begin in range(0, count, step):
                 end = min(begin + step, count)
-                tiles.append(Tile((Piece(name, begin, end),), *kind, stored * (end - begin), end == count))
+                own = (ElementRange(name, begin, end),)
+                tiles.append(Tile(own, *kind, plan.names, stored * (end - begin), end == count))
             continue
         batch = batches.setdefault(kind, _Batch())
-        if batch.elements + count > chunk or len(batch.pieces) == MAX_BATCH:
-            tiles.append(Tile(tuple(batch.pieces), *kind, batch.nbytes))
+        if batch.elements + count > chunk or len(batch.ranges) == MAX_BATCH:
+            tiles.append(Tile(tuple(batch.ranges), *kind, plan.names, batch.nbytes))
             batch = batches[kind] = _Batch()
-        batch.pieces.append(Piece(name, 0, count))
+        batch.ranges.append(ElementRange(name, 0, count))
         batch.elements += count
         batch.nbytes += stored * count
-    return tiles + [Tile(tuple(batch.pieces), *kind, batch.nbytes) for kind, batch in batches.items()]
+    return tiles + [Tile(tuple(batch.ranges), *kind, plan.names, batch.nbytes) for kind, batch in batches.items()]
 
 
 @dataclass
 class _Batch:
     """Small tensors of one kind that will be a tile."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    ranges: list[ElementRange] = field(default_factory=list)
     elements: int = 0
     nbytes: int = 0
 
@@ -127,11 +119,11 @@ class _Batch:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def open_tile(source: OpenSnapshot | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
+def open_tile(source: TensorReader | ReadRanges, tile: Tile) -> TileReader:
     """Start reading a tile of an open source."""
-    if isinstance(source, Mapping):
-        return _MemoryTile(source, tile)
-    return _FileRange(source, tile.pieces[0]) if len(tile.pieces) == 1 else _FileBatch(source, tile)
+    if callable(source):
+        return _MemoryTile(source(tile.ranges), tile)
+    return _FileRange(source, tile.ranges[0]) if len(tile.ranges) == 1 else _FileBatch(source, tile)
 
 
 class Scratch:
@@ -183,10 +175,10 @@ class _Room:
 
 
 class _FileRange:
-    def __init__(self, file: OpenSnapshot, piece: Piece) -> None:
-        self._dtype = file.header.tensors[piece.name].dtype
+    def __init__(self, file: TensorReader, wanted: ElementRange) -> None:
+        self._dtype = file.header.tensors[wanted.name].dtype
         self._size = ITEM_BYTES[self._dtype]
-        self._range = file.read_range(piece.name, piece.begin * self._size, piece.end * self._size)
+        self._range = file.read_range(wanted.name, wanted.begin * self._size, wanted.end * self._size)
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
         room = scratch.next()
@@ -197,7 +189,7 @@ class _FileRange:
 class _FileBatch:
     """Small tensors of a file: those of one dtype are read and converted together, each is verified alone."""
 
-    def __init__(self, file: OpenSnapshot, tile: Tile) -> None:
+    def __init__(self, file: TensorReader, tile: Tile) -> None:
         self._file, self._tile = file, tile
         self._entries = [file.header.tensors[name] for name in tile.names]
 
@@ -212,16 +204,16 @@ class _FileBatch:
 
 
 class _MemoryTile:
-    def __init__(self, tensors: Mapping[str, torch.Tensor], tile: Tile) -> None:
-        self._pieces = [tensors[piece.name].detach().reshape(-1)[piece.begin : piece.end] for piece in tile.pieces]
+    def __init__(self, values: Sequence[torch.Tensor], tile: Tile) -> None:
+        self._values = values
         self._bounds = tile.bounds
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
-        if len(self._pieces) == 1:
-            slot.copy_(self._pieces[0][begin : begin + slot.numel()])
+        if len(self._values) == 1:
+            slot.copy_(self._values[0][begin : begin + slot.numel()])
             return
-        for (start, end), piece in zip(pairwise(self._bounds), self._pieces, strict=True):
-            slot[start:end].copy_(piece)
+        for (start, end), values in zip(pairwise(self._bounds), self._values, strict=True):
+            slot[start:end].copy_(values)
 
 
 TileReader = _FileRange | _FileBatch | _MemoryTile

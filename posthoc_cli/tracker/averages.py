@@ -1,4 +1,4 @@
-"""The running averages: state, the arithmetic of one update, and the memory that they and the model's values are in.
+"""The running averages: state, the arithmetic of one update, and the memory that they are in.
 
 An average over millions of updates cannot be kept in float32 alone: a change of less than half its last digit is lost,
 always in the same direction. And two averages that each update reads and writes cost more time than the model itself.
@@ -42,15 +42,11 @@ that stays in the cache while it is worked on: thousands of small tensors cost n
 from __future__ import annotations
 
 import math
-import mmap
-import os
-import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -111,21 +107,26 @@ class Standing:
 class Accumulators:
     """What averages of the same tensors are kept in: the mean of the last values, and two parts for each profile.
 
-    `low` has float32 averages only. Not `exact`, it is memory for averages that are rounded once: these are in `high`.
+    `low` has float32 averages only.
     """
 
-    def __init__(self, layout: Layout, profiles: int, exact: bool = True, pinned: bool = False) -> None:
-        self.layout, self.exact = layout, exact
+    def __init__(self, layout: Layout, profiles: int) -> None:
+        self.layout = layout
         wide = [group.wide for group in layout]
         short = [None if dtype == torch.float64 else torch.bfloat16 for dtype in wide]
-        self.mean = FlatTensors(layout, wide if exact else [None] * len(wide))
-        self.high = tuple(FlatTensors(layout, wide, pinned) for _ in range(profiles))
-        self.low = tuple(FlatTensors(layout, short) for _ in range(profiles if exact else 0))
+        self.mean = FlatTensors(layout, wide)
+        self.high = tuple(FlatTensors(layout, wide) for _ in range(profiles))
+        self.low = tuple(FlatTensors(layout, short) for _ in range(profiles))
 
     @property
     def parts(self) -> tuple[FlatTensors, ...]:
         """All buffers."""
         return (self.mean, *self.high, *self.low)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(flat.nbytes for part in self.parts for flat in part.flats)
 
     def fits(self, others: Accumulators | None) -> bool:
         """Whether this is room on the host for others."""
@@ -295,18 +296,6 @@ class RunningAverages:
             crew.each(work, blocks_of(kept.layout))
         return sketcher.path(standing.t)
 
-    @torch.no_grad()
-    def read(self, room: Sequence[FlatTensors], crew: Crew = ALONE) -> None:
-        """Write the averages, rounded once, into buffers of the same layout, one a profile."""
-        kept = self.accumulators
-        assert kept is not None
-
-        def work(block: Range, thread: int) -> None:
-            for profile, own in enumerate(room):
-                own.flats[block.group][block.where].copy_(self.values(block, profile, thread), non_blocking=True)
-
-        crew.each(work, blocks_of(kept.layout))
-
     def copy_to(self, room: Accumulators) -> None:
         """Copy all that the averages are kept in; `room` fits them."""
         kept = self.accumulators
@@ -326,6 +315,13 @@ class RunningAverages:
         one, other = self._scratch[key]
         return one[:elements], other[:elements]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that this holds."""
+        kept = 0 if self.accumulators is None else self.accumulators.nbytes
+        scratch = (tensor.nbytes for pair in self._scratch.values() for tensor in pair)
+        return kept + sum(scratch) + sum(copy.nbytes for copy in self.copies.values())
+
 
 # --- memory: layouts, flat buffers, blocks ---
 
@@ -335,12 +331,12 @@ Sample = tuple[tuple[list[int], torch.Tensor], ...]
 
 
 class Sampler:
-    """Reads elements of tensors, given by name and row-major index, as often as wanted. Holds views of the tensors."""
+    """Reads elements of tensors, given by row-major index, as often as wanted. Holds views of the tensors."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], elements: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, elements: Iterable[tuple[torch.Tensor, int]]) -> None:
         found: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
-        for number, (name, index) in enumerate(elements):
-            tensor = tensors[name].detach()
+        for number, (whole, index) in enumerate(elements):
+            tensor = whole.detach()
             one = tensor[tuple(int(at) for at in np.unravel_index(index, tuple(tensor.shape)))].reshape(1)
             numbers, views = found.setdefault((tensor.device, tensor.dtype), ([], []))
             numbers.append(number)
@@ -412,21 +408,17 @@ def on_host(layout: Layout) -> Layout:
 
 
 class FlatTensors:
-    """One flat buffer of zeros a group, in these dtypes, and the tensors in it by name; `pinned` as `pinned_empty`.
+    """One flat buffer of zeros a group, in these dtypes, and the tensors in it by name.
 
     A group without dtype has no elements and no views.
     """
 
-    def __init__(self, layout: Layout, dtypes: Iterable[torch.dtype | None], pinned: bool = False) -> None:
+    def __init__(self, layout: Layout, dtypes: Iterable[torch.dtype | None]) -> None:
         self.flats = []
         self.views: dict[str, torch.Tensor] = {}
         for group, dtype in zip(layout, dtypes, strict=True):
             elements = 0 if dtype is None else group.bounds[-1]
-            flat = (
-                pinned_empty(elements, dtype)
-                if pinned and dtype is not None
-                else torch.empty(elements, dtype=dtype, device=group.device)
-            )
+            flat = torch.empty(elements, dtype=dtype, device=group.device)
             flat.zero_()  # so that the system allocates the memory now, and not at the first write
             self.flats.append(flat)
             if dtype is not None:
@@ -504,6 +496,11 @@ class BlockReader:
         """A reader of tensors by name."""
         return cls(layout, [[tensors[name].detach() for name in group.names] for group in layout], threads)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for values on their way."""
+        return sum(room.nbytes for own in self._scratch for room in own)
+
     def values(self, block: Block, thread: int = 0) -> torch.Tensor:
         """A block's values, in the averages' dtype; valid until the same thread's next call."""
         return block.values(self._scratch[thread][block.group])
@@ -535,184 +532,3 @@ def _cut(tensors: Sequence[torch.Tensor], size: int) -> Iterator[tuple[int, int,
             end += part.numel()
     if block:
         yield begin, end, tuple(block)
-
-
-# --- accelerators: streams, and copies of the model's values on the host ---
-
-Streams = dict[torch.device, Any]
-Marks = tuple[tuple[torch.device, Any], ...]  # events: work that was queued on the device before is done when they are
-
-
-class DeviceStreams:
-    """Orders a tracker's threads on accelerators, where each has its own stream; `last` marks the last update's end."""
-
-    def __init__(self) -> None:
-        self.last: Marks = ()
-        self._own: Streams = {}
-
-    @staticmethod
-    def current(devices: Iterable[torch.device]) -> Streams:
-        """The streams that the calling thread uses on these devices."""
-        return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
-
-    @classmethod
-    def marks(cls, tensors: Iterable[torch.Tensor]) -> Marks:
-        """Marks after what the calling thread has queued so far."""
-        return tuple(
-            (device, stream.record_event()) for device, stream in cls.current(t.device for t in tensors).items()
-        )
-
-    @contextmanager
-    def entered(self, streams: Streams) -> Iterator[None]:
-        """Work in the streams of another thread, which waits meanwhile; updates `last`."""
-        with ExitStack() as stack:
-            for stream in streams.values():
-                stack.enter_context(torch.cuda.stream(stream))
-            yield
-            self.last = tuple((device, stream.record_event()) for device, stream in streams.items())
-
-    @contextmanager
-    def beside_training(self) -> Iterator[None]:
-        """Work in streams of this thread's own, after the last update; it is done at the end of the block."""
-        cuda: Any = torch.cuda
-        with ExitStack() as stack:
-            for device, event in self.last:
-                if device not in self._own:
-                    self._own[device] = cuda.Stream(device)
-                self._own[device].wait_event(event)
-                stack.enter_context(cuda.stream(self._own[device]))
-            yield
-            for device, _ in self.last:
-                self._own[device].synchronize()
-
-
-@dataclass(frozen=True, eq=False)
-class Staged:
-    """A model's values at one moment on the host, in their own dtypes; they are there after the `events`."""
-
-    layout: Layout
-    values: FlatTensors
-    events: tuple[Any, ...] = ()
-
-    def arrived(self) -> Mapping[str, torch.Tensor]:
-        """The values by name; waits until they are there."""
-        for event in self.events:
-            event.synchronize()
-        return self.values.views
-
-    def reader(self, threads: int) -> BlockReader:
-        """The values block by block, for so many threads; waits until they are there."""
-        self.arrived()
-        return BlockReader(self.layout, [[flat] for flat in self.values.flats], threads)
-
-
-class Stager:
-    """Copies a model's values into buffers on the host, which it uses again.
-
-    On an accelerator, the training's own stream first copies the values into a buffer there, and another stream copies
-    that to the host while training goes on.
-    """
-
-    def __init__(self) -> None:
-        self._free: deque[Staged] = deque(maxlen=1)  # one is enough, and old layouts go
-        # The tensors staged last, their layout, and a buffer on the accelerator a group, with the event after which
-        # its values have left for the host. Replaced in one assignment.
-        self._last: tuple[Mapping[str, torch.Tensor], Layout, dict[int, tuple[torch.Tensor, Any]]] = ({}, (), {})
-        self._streams: Streams = {}
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def stage(self, tensors: Mapping[str, torch.Tensor]) -> Staged:
-        """A copy of tensors as they are now; return it with `give_back`."""
-        if self._last[0] is not tensors:
-            self._last = tensors, lay_out(tensors), {}
-        _, layout, buffers = self._last
-        own = on_host(layout)
-        staged = self._free.pop() if self._free else None
-        if staged is None or staged.layout != own:
-            pinned = any(group.device.type == "cuda" for group in layout)
-            staged = Staged(own, FlatTensors(own, [group.dtype for group in own], pinned))
-        events = []
-        for index, (group, room) in enumerate(zip(layout, staged.values.flats, strict=True)):
-            values = [tensors[name].detach() for name in group.names]
-            if group.device.type == "cuda":
-                buffers[index] = self._send(group, values, room, *buffers.get(index, (None, None)))
-                events.append(buffers[index][1])
-            else:
-                torch._foreach_copy_([view for _, view in group.views(room)], values)
-        return replace(staged, events=tuple(events))
-
-    def give_back(self, staged: Staged) -> None:
-        """Take back a copy that has arrived and is no longer needed; from any thread."""
-        self._free.append(replace(staged, events=()))
-
-    def _send(
-        self, group: Group, values: list[torch.Tensor], room: torch.Tensor, buffer: torch.Tensor | None, sent: Any
-    ) -> tuple[torch.Tensor, Any]:
-        """Copy one group by way of a buffer; returns that, and the event after which the values are on the host."""
-        cuda: Any = torch.cuda
-        if group.device not in self._streams:
-            self._streams[group.device] = cuda.Stream(group.device)
-        stream, training = self._streams[group.device], cuda.current_stream(group.device)
-        if buffer is None:
-            buffer = torch.empty(group.bounds[-1], dtype=group.dtype, device=group.device)
-        else:
-            training.wait_event(sent)  # its last values may still be on their way to the host
-        torch._foreach_copy_([view for _, view in group.views(buffer)], values)
-        stream.wait_stream(training)
-        with cuda.stream(stream):
-            room.copy_(buffer, non_blocking=True)
-        # A thread that waits for a blocking event sleeps, and takes no core from the training.
-        sent = stream.record_event(cuda.Event(blocking=True))
-        # When it is freed, torch must not use its memory again before both streams are done with it.
-        for user in (stream, training):
-            buffer.record_stream(user)
-        return buffer, sent
-
-
-def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor without values in pinned host memory, less than a page larger than its values.
-
-    torch's own pinned memory comes in powers of two, up to twice as much. Here memory of the system is registered
-    until the last tensor that uses it is gone. Wait by an event for copies to it: torch does not keep it for them.
-    """
-    nbytes = elements * dtype.itemsize
-    if not nbytes:
-        return torch.empty(0, dtype=dtype)
-    # Shared with forked processes: a private page that is written after a fork may be another one than the device's.
-    block = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
-    if not _register(block.ctypes.data, nbytes):
-        return torch.empty(elements, dtype=dtype, pin_memory=True)
-    # The tensor's storage holds `block`, which holds the memory: this is called between the ends of the two.
-    weakref.finalize(block, _unregister, block.ctypes.data, os.getpid()).atexit = False
-    return torch.from_numpy(block).view(dtype)
-
-
-def _register(address: int, nbytes: int) -> bool:
-    """Pin memory for every device; False where the system cannot pin memory that is allocated already."""
-    cuda: Any = torch.cuda
-    portable, cudart, current = 1, cuda.cudart(), cuda.current_device()
-    # On a device that is in use: elsewhere this would make a context, which takes memory there. So does torch.
-    with cuda.device(next(iter(_devices_in_use()), current)):
-        if int(cudart.cudaHostRegister(address, nbytes, portable)) == 0:
-            return True
-        with suppress(RuntimeError):
-            torch.zeros(1, device="cuda").neg_()  # clears the error, which the training's next kernel would raise
-    return False
-
-
-def _unregister(address: int, process: int) -> None:
-    """Undo `_register`, in the process that called it only."""
-    if process != os.getpid():
-        return
-    cuda: Any = torch.cuda
-    for device in _devices_in_use():
-        cuda.synchronize(device)  # after an error nobody has waited for the copies that are on their way
-    cuda.cudart().cudaHostUnregister(address)
-
-
-def _devices_in_use() -> list[int]:
-    """Devices that this process has a context on, the current one first."""
-    count, current = torch.cuda.device_count(), torch.cuda.current_device()
-    has_context: Any = torch._C._cuda_hasPrimaryContext  # type: ignore[attr-defined]
-    return [device for device in sorted(range(count), key=lambda device: device != current) if has_context(device)]

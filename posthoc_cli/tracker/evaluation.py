@@ -22,18 +22,19 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.errors import FileFormatError, ModelMismatchError, NotReadyError, VanishedError
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.run import Wanted, Weights, make_weights
+from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.synthesis.engine import synthesize
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
 from posthoc_cli.tracker.model_weights import check_weights
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.pipeline import Pipeline
+from posthoc_cli.tracker.pipeline import AveragesMovedError, Pipeline
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import (
     Group,
@@ -99,14 +100,13 @@ class Evaluation:
         """An average, or of a sharded model the chunks of it that this process holds; all of the group call it."""
         if self._is_spread:
             return self._chunks(model, query)
-        make = partial(with_consistent_plan, partial(self.plan, query), make_weights)
-        return _from_keeper(self.group, make)
+        return _from_keeper(self.group, lambda: self.planned(query, make_weights))
 
     def live_weights(self, model: torch.nn.Module, index: int) -> Weights:
         """The same of the live average of the tracked profile of this index, as it is."""
         if self._is_spread:
             return self._live_chunks(model, index)
-        return _from_keeper(self.group, partial(self._complete_live, index))
+        return _from_keeper(self.group, lambda: _of_one_update(partial(self._complete_live, index)))
 
     def check(
         self, model: torch.nn.Module, weights: Weights, own_dtypes: bool = True, accept_meta: bool = False
@@ -115,25 +115,29 @@ class Evaluation:
         if not self.group.is_alone:
             self.group.together(lambda: check_weights(model, weights, own_dtypes, accept_meta))
 
-    def plan(self, query: Query) -> Plan:
-        """How complete tensors of an average are made, from what this process keeps or what is on disk."""
-        return self._plan_from(self.sources(), query)
+    def planned(self, query: Query, use: Callable[[Plan], Result]) -> Result:
+        """What `use` makes of how complete tensors of an average are made; begun again where an update comes."""
+
+        def make(copied: bool) -> Result:
+            return with_consistent_plan(lambda: self._plan_from(self.sources(copied), query), use)
+
+        return _of_one_update(make)
 
     def of_sources(self, work: Callable[[list[Source]], Result]) -> Result:
         """The result of work on snapshots and live averages; of a sharded model that of rank 0, in every process."""
         if not self._is_spread:
-            return work(self.sources())
+            return _of_one_update(lambda copied: work(self.sources(copied)))
         joined = self._joined_live()[1]
         return self.group.from_first(lambda: work(self._joined_sources(joined)))
 
     # --- complete tensors
 
-    def sources(self) -> list[Source]:
+    def sources(self, copied: bool = False) -> list[Source]:
         """The snapshots and live averages of complete tensors that there are now."""
         if not self.pipeline.now.resumes:  # else the writer, too, has only what is on disk
             self._check_keeps()
         self.flush()
-        return self._going_on(current_sources(self.directory, self.pipeline.now.run_id, self.live()))
+        return self._going_on(current_sources(self.directory, self.pipeline.now.run_id, self.live(copied)))
 
     def _going_on(self, sources: list[Source]) -> list[Source]:
         """Without those that are later than where the run goes on from."""
@@ -141,14 +145,14 @@ class Evaluation:
             return [source for source in sources if source.info.step <= self.from_step]
         return sources
 
-    def live(self) -> list[LiveSource]:
-        """The live averages that this process keeps."""
-        return live_sources(self.settings, self.pipeline.read())
+    def live(self, copied: bool = False) -> list[LiveSource]:
+        """The live averages that this process keeps, see `Pipeline.look`."""
+        return live_sources(self.settings, self.pipeline.look(copied))
 
-    def _complete_live(self, index: int) -> Weights:
+    def _complete_live(self, index: int, copied: bool) -> Weights:
         self._check_keeps()
         self.flush()
-        sources = self.live()
+        sources = self.live(copied)
         if not sources:
             raise self._not_yet("live average")
         tensors, info = sources[index].tensors, sources[index].info
@@ -230,21 +234,26 @@ class Evaluation:
     def _check_keeps(self) -> None:
         if not self.keeps:
             raise NotReadyError(
-                "this process keeps no averages, the first one of its group does, or one made with writer=True",
+                "this process keeps no averages, the first one of its group does",
                 "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
                 "new PostHocEMA.from_path(directory), before any update_ of it",
             )
+
+
+def _of_one_update(make: Callable[[bool], Result]) -> Result:
+    """What is made of averages that are read where they are; if an update comes meanwhile, once more of a copy."""
+    try:
+        return make(False)
+    except AveragesMovedError:
+        return make(True)
 
 
 # --- what all processes of a group call ---
 
 
 def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> LiveSource:
-    """The live average of complete tensors, from what its owners say of their chunks; its tensors are on meta."""
-    tensors: dict[str, torch.Tensor] = {}
-    for info, specs in parts:
-        for name, spec in specs.items():
-            tensors[name] = torch.empty(info.chunks[name].shape, dtype=torch_dtype(spec.dtype), device="meta")
+    """The live average of complete tensors, from what its owners say of their chunks, without values."""
+    specs = {name: replace(spec, shape=info.chunks[name].shape) for info, own in parts for name, spec in own.items()}
     infos = [info for info, _ in parts]
     joined = replace(
         infos[0],
@@ -255,7 +264,7 @@ def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> L
         part=None,
         chunks={},
     )
-    return LiveSource(joined, tensors, {})
+    return LiveSource(joined, specs, lambda _: [])
 
 
 @torch.inference_mode(False)
@@ -343,7 +352,7 @@ class _Boxes:
         entries = self.snapshot.stored
         return {name: TensorSpec(name, entries[name].dtype, box.shape) for name, box in self.boxes.items()}
 
-    def open(self) -> AbstractContextManager[OpenSnapshot]:
+    def open(self) -> AbstractContextManager[TensorReader]:
         return self.snapshot.open(self.boxes)
 
 

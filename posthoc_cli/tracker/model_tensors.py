@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
-from posthoc_cli.snapshots.format import Selection, TrackedTensor, encode_sample, running_statistics
+from posthoc_cli.snapshots.format import TrackedTensor, encode_sample
 from posthoc_cli.snapshots.path import index_within, places
+from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker.averages import Sampler, on_host_in_order
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
@@ -207,7 +208,7 @@ class TrackedModel:
                 raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to")
 
     def _why_missing_or_new(self, name: str, found: TrackedModel) -> tuple[str, str]:
-        frozen_too = "make the tracker with only_trainable=False, which tracks frozen parameters, too"
+        frozen_too = "make the tracker with include='*', which tracks frozen parameters, too"
         if name in found.frozen:
             return "is tracked, but does not require gradients any more", frozen_too
         if name in self.tensors:
@@ -304,16 +305,16 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             continue
         _check_dense(name, tensor)
         local, chunk = local_part(name, tensor)
-        is_statistic = name in running and selection.buffers == "copy" and tensor.dtype in AVERAGED_DTYPES
+        is_statistic = name in running and selection.buffers == "statistics" and tensor.dtype in AVERAGED_DTYPES
         (averaged if not is_copied and (is_statistic or _is_averaged(found, selection)) else copied)[name] = local
         if is_statistic and not is_copied:
             statistics.add(name)
         if chunk is not None:
             chunks[name] = chunk
     if not averaged.keys() - statistics:
-        reason, hint = "none of floating-point values requires gradients", "only_trainable=False takes frozen ones too"
-        if not frozen and (selection.include or selection.exclude or selection.copy_only):
-            reason, hint = "include, exclude and copy_only leave none", ""
+        reason, hint = "none of floating-point values requires gradients", "include='*' takes frozen ones, too"
+        if not frozen and (selection.include or selection.exclude):
+            reason, hint = "include and exclude leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
     return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(statistics))
 
@@ -324,6 +325,19 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
         if not bool((tensor.float() if tensor.dtype in EIGHT_BITS else tensor).isfinite().all()):
             return name
     return None
+
+
+def nonfinite_error(name: str | None, tracked: Mapping[str, TrackedTensor], step: int) -> NonFiniteError:
+    """The error for a tensor that holds nan or infinity; None for one in another process."""
+    reason = f"holds nan or infinity at step {step}; no average has taken it in"
+    if name is None:
+        return NonFiniteError("a parameter in another process", reason)
+    if name in tracked and tracked[name].role == "statistic":
+        hint = (
+            "buffers='copy' copies running statistics; or recompute them, and let on_nonfinite='skip' leave these out"
+        )
+        return NonFiniteError(f"running statistic {name!r}", reason, hint)
+    return NonFiniteError(f"parameter {name!r}", reason)
 
 
 def _extra_state_names(model: torch.nn.Module) -> Iterator[str]:
@@ -343,10 +357,7 @@ def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
         return selection.buffers == "average" and found.tensor.dtype in AVERAGED_DTYPES
     name, tensor = found.name, found.tensor
     if tensor.is_complex():
-        hint = (
-            f"let the model hold torch.view_as_real of it, have it copied with copy_only={name!r}, or leave it out "
-            f"with exclude={name!r}"
-        )
+        hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={name!r}"
         reason = "is complex, and only real numbers are averaged"
         raise InvalidValueError("parameter", reason, hint, value=f"{name!r}")
     if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
@@ -434,7 +445,7 @@ class ModelWatch:
         found = self._collect(model, tracked, frozen_too=True).averaged
         if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
             return None
-        values = on_host_in_order(Sampler(found, tracked.sampled).take())
+        values = on_host_in_order(Sampler((found[name], index) for name, index in tracked.sampled).take())
         return dict(zip(tracked.numbered_sample, values.tolist(), strict=True))
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:

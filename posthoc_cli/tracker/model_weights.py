@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from itertools import chain, islice, pairwise
@@ -14,13 +14,14 @@ from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from posthoc_cli.dtypes import DTYPES, torch_dtype
+from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
-from posthoc_cli.snapshots.format import running_statistics, statistics_notice
+from posthoc_cli.run import Weights
+from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
-from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
+from posthoc_cli.tracker.model_tensors import ON_META, ModelTensors, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
 from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
 
@@ -99,6 +100,22 @@ def check_weights(
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     return targets
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def copied_weights(tensors: ModelTensors, dtype: torch.dtype | str | None) -> Weights:
+    """Copies of a model's tensors on the host, the averaged ones in a `dtype`, under all of their names."""
+    given = parse_dtype(dtype)
+    wanted = None if given is None else torch_dtype(given)
+    made = Weights()
+    for name, value in tensors.averaged.items():
+        made[name] = value.to("cpu", wanted, copy=True)
+    for name, value in tensors.copied.items():
+        made[name] = value.to("cpu", copy=True)
+    for alias, name in tensors.aliases.items():
+        made[alias] = made[name]
+    return made
 
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
@@ -259,7 +276,7 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
     room = check_device(device)
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
-    for _ in synthesize_into(plan, lambda tile: [_Fitting(tile, dtypes, plan.names)]):
+    for _ in synthesize_into(plan, [_Fits(dtypes)]):
         pass
     made = synthesize(plan)
     with torch.inference_mode(False):
@@ -287,20 +304,28 @@ def fill(
         )
 
 
-class _Fitting(TileWriter):
-    """Drops results after a check that the model's tensors can hold them."""
+class _Fits:
+    """Drops results after a check that the model's tensors, of these dtypes if there are any, can hold them."""
 
-    def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype], names: Mapping[str, Sequence[str]]) -> None:
-        self._pieces = [
+    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._dtypes = dtypes
+
+    def open_tile(self, tile: Tile) -> TileWriter:
+        return _Fitting(tile, self._dtypes)
+
+
+class _Fitting(TileWriter):
+    def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._ranges = [
             (name, dtypes[name], start, end)
-            for piece, (start, end) in zip(tile.pieces, pairwise(tile.bounds), strict=True)
-            for name in names[piece.name]
+            for own, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True)
+            for name in tile.aliases[own]
             if dtypes and dtypes[name] != torch_dtype(tile.dtype)
         ]
 
     def write(self, begin: int, values: torch.Tensor) -> None:
         """Check the values instead of writing them."""
-        for name, dtype, start, end in self._pieces:
+        for name, dtype, start, end in self._ranges:
             check_fits(name, values[max(0, start - begin) : max(0, end - begin)], dtype)
 
 

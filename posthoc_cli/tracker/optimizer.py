@@ -8,19 +8,35 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.names import unwrapped
-
-if TYPE_CHECKING:
-    from posthoc_cli.tracker.posthoc_ema import PostHocEMA
+from posthoc_cli.tracker.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What an attachment needs of a tracker."""
+
+    checkpoint_dir: Path
+    settings: Settings
+
+    @property
+    def step(self) -> int:
+        """Calls of `update_` so far."""
+
+    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
+        """Count a training step."""
+
+    def close(self) -> None:
+        """Finish."""
 
 
 class Attachment:
@@ -39,7 +55,7 @@ class Attachment:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        tracker: PostHocEMA,
+        tracker: Tracker,
         model: weakref.ref[torch.nn.Module],
         t: Callable[[], float] | None = None,
     ) -> None:
@@ -161,7 +177,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def attach(
-    tracker: PostHocEMA,
+    tracker: Tracker,
     optimizer: object,
     model: weakref.ref[torch.nn.Module] | None,
     t: Callable[[], float] | None,

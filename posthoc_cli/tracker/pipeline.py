@@ -8,12 +8,14 @@ change with the averages, see `Tracking`.
 from __future__ import annotations
 
 import atexit
-import gc
+import logging
+import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from weakref import WeakSet
 
@@ -27,38 +29,53 @@ from posthoc_cli.errors import (
     NotReadyError,
     WriteError,
 )
+from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.averages import (
     Accumulators,
     BlockReader,
-    DeviceStreams,
     Layout,
-    Marks,
     RunningAverages,
     Sample,
     Sampler,
-    Staged,
-    Stager,
-    Streams,
+    Standing,
     lay_out,
     on_host,
 )
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
-from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
+from posthoc_cli.tracker.measuring import StorageLayout, read_ranges, stage
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
+from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.sketching import Sketcher
-from posthoc_cli.tracker.snapshotter import Snapshotter
+from posthoc_cli.tracker.snapshotter import Reading, Snapshotter
+from posthoc_cli.tracker.staging import (
+    DeviceStreams,
+    HostTensors,
+    Marks,
+    ModelCopier,
+    ModelCopy,
+    Streams,
+    locate,
+    nonfinite_part,
+    ranges_of,
+)
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads, take_one_thread
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What a call brings to the averages: the model's tensors and copies of some, and room for snapshots if due."""
+    """What a call brings to the averages: the model's values, each in parts, copies of some, and its count."""
 
-    tensors: ModelTensors
-    progress: Progress
+    reader: BlockReader
+    parts: Mapping[str, Sequence[torch.Tensor]]
     copies: Mapping[str, torch.Tensor]
-    room: Accumulators | None
+    progress: Progress
+
+
+class AveragesMovedError(NotReadyError):
+    """An update has come, from a signal handler or another thread, while the averages were read where they are."""
 
 
 class Pipeline:
@@ -79,19 +96,20 @@ class Pipeline:
         self._beside: bool | None = None  # whether averages are updated by their own thread; known at the first update
         self._counted = tracking.progress
         self._refusal: NotReadyError | None = None
-        self._ended = False
-        self._stager, self._streams = Stager(), DeviceStreams()
-        self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots")
+        self._ended, self._process = False, os.getpid()
+        self._copier, self._streams = ModelCopier(), DeviceStreams()
+        self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots", take_one_thread)
         self._crew = Crew.like_torch()
         every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
         updates, writes = "an update of the averages", "writing snapshots"
         self._update_pace = Pace(updates, "update_every", lambda factor: divisor(snapshots, every * factor))
         self._write_pace = Pace(writes, "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every))
-        self._reader: BlockReader | None = None
-        self._read: ModelTensors | None = None
-        self._rooms: deque[Accumulators] = deque(maxlen=1)
+        self._source: tuple[ModelTensors, BlockReader, Mapping[str, Sequence[torch.Tensor]]] | None = None
+        self._storage: StorageLayout | None = None
+        self._rooms: deque[list[HostTensors]] = deque(maxlen=1)
         self._exact_rooms: deque[Accumulators] = deque(maxlen=1)
-        self._samplers: deque[tuple[Mapping[str, torch.Tensor], object, Sampler]] = deque(maxlen=2)
+        self._room_bytes = self._exact_bytes = 0
+        self._sampler: tuple[object, object, Sampler] | None = None
         _at_work.add(self)
 
     @property
@@ -100,13 +118,20 @@ class Pipeline:
         return 0 if self.snapshotter is None else self.snapshotter.written[0]
 
     def figures(self) -> dict[str, float]:
-        """What was measured when snapshots were last written; see `PostHocEMA.metrics`."""
+        """The memory held, and what was measured when snapshots were last written; see `PostHocEMA.metrics`."""
+        held = {"bytes": float(self.nbytes)}
         if self.snapshotter is None or not self.snapshotter.written[0]:
-            return {}
+            return held
         pace = self._write_pace
         found = {f"distance_{sigma_rel:g}": value for sigma_rel, value in self.snapshotter.distances().items()}
         figures = {"bytes": self.snapshotter.written[1], "seconds": pace.took, "waited": pace.held_up}
-        return found | {f"snapshot_{name}": float(value) for name, value in figures.items()}
+        return held | found | {f"snapshot_{name}": float(value) for name, value in figures.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held, on the host and on accelerators."""
+        source = 0 if self._source is None else self._source[1].nbytes
+        return self.now.averages.nbytes + self._copier.nbytes + self._room_bytes + self._exact_bytes + source
 
     @property
     def progress(self) -> Progress:
@@ -145,18 +170,15 @@ class Pipeline:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._beside = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
-        is_due = self._settings.snapshot_is_due(progress.step)
-        room = self._room_for(lay_out(tensors.averaged)) if is_due else None
-        update = _Update(tensors, progress, copies, room)
         refused = None
         if self._beside:
-            staged, marks = self._stager.stage(tensors.averaged), self._streams.marks(copies.values())
-            self._updates.submit(lambda: self._update_beside(update, staged, marks))
+            copy, marks = self._copier.copy(tensors.averaged), self._streams.marks(copies.values())
+            self._updates.submit(lambda: self._update_beside(copy, copies, progress, marks))
         else:
-            reader = self._reader_of(tensors)
+            reader, parts = self._source_of(tensors)
             devices = [group.device for group in reader.layout] + [copy.device for copy in copies.values()]
-            streams = self._streams.current(devices)
-            refused = self._updates.call(lambda: self._update_here(update, reader, streams))
+            streams, update = self._streams.current(devices), _Update(reader, parts, copies, progress)
+            refused = self._updates.call(lambda: self._update_here(update, streams))
         self._counted = progress
         return refused
 
@@ -167,15 +189,13 @@ class Pipeline:
 
     def leave_out(self, progress: Progress, writes: bool = True) -> None:
         """Count a call whose update is left out; snapshots that are due are written if `writes`."""
-        kept = self.now.averages.accumulators
         is_due = writes and self._settings.snapshot_is_due(progress.step)
-        room = self._room_for(kept.layout) if is_due and kept is not None else None
 
         def work() -> None:
             self._check_open()
             self.now = replace(self.now, progress=progress)
             if is_due:
-                self._have_written(self.now, None, room)
+                self._have_written(self.now, None)
 
         self._updates.call(work)
         self._counted = progress
@@ -192,17 +212,43 @@ class Pipeline:
 
     # --- called by any thread ---
 
-    def read(self, exact: bool = False) -> Tracking:
-        """What the tracker has, with a copy of the averages on the host, rounded once or `exact`."""
+    def look(self, copied: bool = False) -> Reading:
+        """What the tracker has, with its averages: to be read where they are, until the next update, or `copied`.
+
+        Reading after an update has come raises an AveragesMovedError.
+        """
+
+        def work() -> Reading:
+            known = self._known()
+            averages, kept = known.averages, known.averages.accumulators
+            if kept is None or not averages.exist:
+                return Reading(known, (), lambda *_: [])
+            layout = on_host(kept.layout)
+            if not copied:
+                return Reading(self._outline(known), layout, partial(self._read, averages.standing))
+            whole = [
+                ElementRange(name, 0, end - begin)
+                for group in layout
+                for name, (begin, end) in zip(group.names, pairwise(group.bounds), strict=True)
+            ]
+            names = [one.name for one in whole]
+            values = [
+                dict(zip(names, self._values(averages, index, whole), strict=True))
+                for index in range(len(averages.sigma_rels))
+            ]
+            return Reading(self._outline(known), layout, lambda index, ranges: ranges_of(values[index], ranges))
+
+        if self.now.averages.exist or not self._updates.is_idle():
+            return self._updates.call(work)
+        return work()
+
+    def read_exactly(self) -> Tracking:
+        """What the tracker has, with a copy of the averages on the host, exact."""
         while True:
-            averages = self.now.averages
-            kept = averages.accumulators
+            kept = self.now.averages.accumulators
             with torch.inference_mode(False):  # memory of the caller's own: making it must not hold up updates
-                room = None if kept is None else Accumulators(on_host(kept.layout), len(kept.high), exact)
-            if averages.exist or not self._updates.is_idle():
-                found = self._updates.call(lambda: self._fill(room, self._known()))  # noqa: B023  # done by then
-            else:
-                found = self._fill(room, self._known())
+                room = None if kept is None else Accumulators(on_host(kept.layout), len(self.now.averages.sigma_rels))
+            found = self._updates.call(lambda: self._exact_copy(self._known(), room))  # noqa: B023  # done by then
             if found is not None:
                 return found
 
@@ -213,9 +259,18 @@ class Pipeline:
             self._writes.wait()
             known, snapshotter = self._known(), self.snapshotter
             if snapshotter is not None and snapshotter.is_behind(known, at_end):
-                self._have_written(known, None, None, is_due=False)
+                self._have_written(known, None, is_due=False)
 
         self._updates.submit(work)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that has made the tracker, and not one that was forked from it."""
+        return self._process == os.getpid()
+
+    def writes_to(self, directory: Path) -> bool:
+        """Whether the tracker is, or was, the writer of a directory."""
+        return self.snapshotter is not None and _same_place(self.snapshotter.directory, directory)
 
     def end(self) -> None:
         """Have the last snapshots written, once. Nobody waits."""
@@ -272,26 +327,46 @@ class Pipeline:
         if self._refusal is not None:
             raise self._refusal
 
-    def _fill(self, room: Accumulators | None, known: Tracking) -> Tracking | None:
-        """The same with averages in `room`; None where the room does not fit them."""
-        averages, copies, sample, path = known.averages, {}, known.averages.sample, known.averages.known_path
-        kept = averages.accumulators if averages.exist else None
-        if kept is None:
-            room = None
-        elif room is None or not room.fits(kept):
-            return None
-        else:
-            with self._streams.beside_training():
-                if room.exact:
-                    averages.copy_to(room)
-                else:
-                    averages.read(room.high, self._crew_for(kept.layout))
-                if averages.sketcher is not None:
-                    path = averages.path(self._crew_for(kept.layout), exact=room.exact)
-                copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-                sample = tuple((numbers, values.to("cpu")) for numbers, values in averages.sample)
-        read = RunningAverages(averages.sigma_rels, averages.standing, room, copies, sample, known_path=path)
+    def _outline(self, known: Tracking, exact: bool = False) -> Tracking:
+        """The same with copies on the host, and without averages; the path's sketch is as it would be stored."""
+        averages, path = known.averages, known.averages.known_path
+        with self._streams.beside_training():
+            if averages.sketcher is not None and averages.accumulators is not None:
+                path = averages.path(self._crew_for(averages.accumulators.layout), exact=exact)
+            copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
+            sample = tuple((numbers, values.to("cpu")) for numbers, values in averages.sample)
+        read = RunningAverages(averages.sigma_rels, averages.standing, None, copies, sample, known_path=path)
         return replace(known, averages=read)
+
+    def _exact_copy(self, known: Tracking, room: Accumulators | None) -> Tracking | None:
+        """The same with averages in `room`; None where it does not fit them."""
+        kept = known.averages.accumulators if known.averages.exist else None
+        if kept is not None and not (room is not None and room.fits(kept)):
+            return None
+        made = self._outline(known, exact=True)
+        if kept is not None and room is not None:
+            with self._streams.beside_training():
+                known.averages.copy_to(room)
+            made.averages.accumulators = room
+        return made
+
+    def _read(self, standing: Standing, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        """Ranges of the average of that index, on the host, if it is still the one of this standing."""
+
+        def work() -> list[torch.Tensor]:
+            if self.now.averages.standing is not standing:
+                reason = "were updated while they were read"
+                raise AveragesMovedError("the averages", reason, "make the call in the thread that trains")
+            return self._values(self.now.averages, index, ranges)
+
+        return self._updates.call(work)
+
+    def _values(self, averages: RunningAverages, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        """Ranges of the average of that index, on the host."""
+        kept = averages.accumulators
+        assert kept is not None
+        with self._streams.beside_training():
+            return read_ranges(averages, index, ranges, self._crew_for(kept.layout))
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
@@ -299,75 +374,74 @@ class Pipeline:
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
 
-    @torch.inference_mode(False)
-    def _room_for(self, layout: Layout, exact: bool = False) -> Accumulators:
-        """Room on the host for a snapshot's averages, used again: making it takes longer than an update."""
-        wanted, profiles = on_host(layout), len(self.now.averages.sigma_rels)
-        with suppress(IndexError):
-            room = (self._exact_rooms if exact else self._rooms).pop()
-            if room.layout == wanted and len(room.high) == profiles:
-                return room
-        pinned = not exact and any(group.device.type == "cuda" for group in layout)
-        return Accumulators(wanted, profiles, exact, pinned)
+    def _make_room(self, layout: Layout) -> StorageLayout:
+        """Make memory for what is stored of averages, if there is none: it is used again, and takes long to make."""
+        tracked, dtype = self.now.tracked, self._settings.schedule.checkpoint_dtype
+        known = self._storage
+        if known is None or known.layout != layout or known.tracked is not tracked:
+            self._rooms.clear()
+            known = self._storage = StorageLayout(layout, tracked, dtype)
+        if not self._rooms:
+            pinned = any(group.device.type == "cuda" for group in layout)
+            room = [HostTensors(known.rooms, pinned) for _ in self.now.averages.sigma_rels]
+            self._room_bytes = sum(one.nbytes for one in room)
+            self._rooms.append(room)
+        return known
 
     @torch.inference_mode(False)  # scratch made in inference mode could never be written to outside
-    def _reader_of(self, tensors: ModelTensors) -> BlockReader:
-        if self._reader is None or self._read is not tensors:
-            self._reader = self._read = None  # also where making the next one fails
+    def _source_of(self, tensors: ModelTensors) -> tuple[BlockReader, Mapping[str, Sequence[torch.Tensor]]]:
+        """The model's tensors as an update reads them."""
+        if self._source is None or self._source[0] is not tensors:
+            self._source = None  # also where making the next one fails
             layout = lay_out(tensors.averaged)
-            self._reader = BlockReader.of_tensors(layout, tensors.averaged, self._crew_for(layout).size)
-            self._read = tensors
-        return self._reader
+            reader = BlockReader.of_tensors(layout, tensors.averaged, self._crew_for(layout).size)
+            self._source = tensors, reader, {name: [tensor] for name, tensor in tensors.averaged.items()}
+        return self._source[1:]
 
     def _crew_for(self, layout: Layout) -> Crew:
         """On accelerators one thread: each thread has streams of its own, and a stream keeps order."""
         return self._crew if all(group.device.type == "cpu" for group in layout) else ALONE
 
-    def _update_here(self, update: _Update, reader: BlockReader, streams: Streams) -> NonFiniteError | None:
+    def _update_here(self, update: _Update, streams: Streams) -> NonFiniteError | None:
         """Take in values that nobody changes until this is done; returns why the update was left out."""
-        averaged = update.tensors.averaged
         with self._streams.entered(streams):
-            refused = self._take_in(update, reader, averaged)
-            network = self._stager.stage(averaged) if update.room is not None and refused is None else None
-        if update.room is not None:
-            self._have_written(self.now, network, update.room)
+            refused = self._take_in(update)
+        if self._settings.snapshot_is_due(update.progress.step):
+            self._have_written(self.now, None if refused else update.parts)
         return refused
 
-    def _update_beside(self, update: _Update, staged: Staged, marks: Marks) -> None:
+    def _update_beside(
+        self, copy: ModelCopy, copies: Mapping[str, torch.Tensor], progress: Progress, marks: Marks
+    ) -> None:
         """Take in a copy of the values."""
-        handed_over = False
         try:
             with self._update_pace.working():
-                refused = self._take_in(update, staged.reader(self._crew.size), staged.values.views)
+                update = _Update(copy.reader(self._crew.size), copy.host.parts, copies, progress)
+                refused = self._take_in(update)
             self._streams.last = marks
-            handed_over = update.room is not None and refused is None
-            if update.room is not None:
-                self._have_written(self.now, staged if handed_over else None, update.room)
+            if self._settings.snapshot_is_due(progress.step):
+                self._have_written(self.now, None if refused else update.parts)
         finally:
-            if not handed_over:
-                self._stager.give_back(staged)
+            self._copier.give_back(copy)
         if refused is not None:
             self._settings.skip_update(refused, stacklevel=2)
 
     @torch.no_grad()
-    def _take_in(
-        self, update: _Update, reader: BlockReader, values: Mapping[str, torch.Tensor]
-    ) -> NonFiniteError | None:
+    def _take_in(self, update: _Update) -> NonFiniteError | None:
         """Update the averages and the counters; returns why the update was left out."""
         self._check_open()
-        now, progress = self.now, update.progress
+        now, reader, progress = self.now, update.reader, update.progress
         averages = now.averages
         crew = self._crew_for(reader.layout)
-        name = None if reader.surely_finite(crew) else nonfinite_name(values)
+        if self._settings.snapshot_is_due(progress.step):
+            self._make_room(reader.layout)  # before anything is changed: memory may be short
+        name = None if reader.surely_finite(crew) else nonfinite_part(update.parts)
         if name is None:
             self._sketch(averages, reader.layout, now.tracked)
             averages.update_(reader, update.copies, progress.t, progress.step, crew)
-            averages.sample = self._sample_of(values, now.tracked)
+            averages.sample = self._sample_of(update.parts, now.tracked)
         self.now = replace(now, progress=progress, averages=averages)
-        if name is None:
-            return None
-        reason = f"holds nan or infinity at step {progress.step}; no average has taken it in"
-        return NonFiniteError(f"parameter {name!r}", reason)
+        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
 
     def _sketch(self, averages: RunningAverages, layout: Layout, tracked: TrackedModel) -> None:
         """Have the path sketched from the first update on, or from where it is known."""
@@ -381,40 +455,48 @@ class Pipeline:
                 sketcher = None
         averages.sketcher, averages.known_path = sketcher, None
 
-    def _sample_of(self, values: Mapping[str, torch.Tensor], tracked: TrackedModel) -> Sample:
-        """A sample of values in this place: the model itself, or one of two buffers that hold copies of it in turn."""
-        for known, elements, sampler in self._samplers:
-            if known is values and elements is tracked.sampled:
-                return sampler.take()
-        sampler = Sampler(values, tracked.sampled)
-        self._samplers.append((values, tracked.sampled, sampler))
-        return sampler.take()
+    def _sample_of(self, parts: Mapping[str, Sequence[torch.Tensor]], tracked: TrackedModel) -> Sample:
+        """A sample of values in this place: the model itself, or the memory that holds copies of it."""
+        known = self._sampler
+        if known is None or known[0] is not parts or known[1] is not tracked.sampled:
+            found = (locate(parts[name], index) for name, index in tracked.sampled)
+            known = self._sampler = parts, tracked.sampled, Sampler(found)
+        return known[2].take()
 
     def _have_written(
-        self, known: Tracking, network: Staged | None, room: Accumulators | None, is_due: bool = True
+        self, known: Tracking, network: Mapping[str, Sequence[torch.Tensor]] | None, is_due: bool = True
     ) -> None:
-        """Have the averages written as they are now."""
+        """Have the averages written as they are now; `network` are the model's values then, where known."""
         kept, snapshotter = known.averages.accumulators, self.snapshotter
         if kept is None or snapshotter is None or not known.averages.exist:
             return
-        # An update that was left out leaves averages of other tensors than its own.
-        fitting = room if room is not None and room.fits(kept) else self._room_for(kept.layout)
-        reading = self._fill(fitting, known)
-        exact = self._fill(self._room_for(kept.layout, exact=True), known) if self._settings.keep_state else None
-        assert reading is not None, "the room fits"
+        layout = self._make_room(kept.layout)
+        exact_room = self._exact_room(kept.layout) if self._settings.keep_state else None
+        state, room = self._outline(known), self._rooms.pop()
+        with self._streams.beside_training():
+            staged = stage(layout, known.averages, room, network, self._crew_for(kept.layout))
+        exact = self._exact_copy(known, exact_room) if exact_room is not None else None
 
         def job() -> None:
             try:
                 with self._write_pace.working():
-                    snapshotter.record(reading, None if network is None else network.arrived(), exact, is_due)
+                    snapshotter.record(state, staged, exact, is_due)
             finally:
-                if network is not None:
-                    self._stager.give_back(network)
-                self._rooms.append(fitting)
-                if exact is not None and exact.averages.accumulators is not None:
-                    self._exact_rooms.append(exact.averages.accumulators)
+                self._rooms.append(room)
+                if exact_room is not None:
+                    self._exact_rooms.append(exact_room)
 
         self._writes.submit(job)
+
+    def _exact_room(self, layout: Layout) -> Accumulators:
+        """Memory on the host for a copy of all that averages are kept in, used again."""
+        with suppress(IndexError):
+            room = self._exact_rooms.pop()
+            if room.layout == on_host(layout):
+                return room
+        room = Accumulators(on_host(layout), len(self.now.averages.sigma_rels))
+        self._exact_bytes = room.nbytes
+        return room
 
 
 _at_work: WeakSet[Pipeline] = WeakSet()
@@ -427,18 +509,23 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members | No
         try:
             return Snapshotter(directory, settings, members)
         except LockedError:
-            # The holder may be garbage, such as the tracker of a notebook cell that was run again: one that is
-            # attached to an optimizer with a scheduler stays until the collector runs.
-            gc.collect()
-            wait_for_writers(directory)
+            if not _make_way(directory):
+                raise
             return Snapshotter(directory, settings, members)
     except WriteError as error:  # a WriteError of `update_` would say that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
-    except LockedError as error:
-        if members is not None or not is_in_group():
-            raise
-        hint = "in a group of processes one writes: from_model(..., writer=rank == 0), and the same for from_path"
-        raise error.with_hint(hint) from error
+
+
+def _make_way(directory: Path) -> bool:
+    """Close an earlier tracker of this process that writes in a directory, such as that of a notebook's cell."""
+    found = [one for one in list(_at_work) if one.is_here and one.writes_to(directory)]
+    for pipeline in found:
+        log.warning("%s: an earlier tracker of this process is closed: this one goes on in its place", directory)
+        hint = "go on with that one, or give each tracker a directory of its own"
+        pipeline.refuse(NotReadyError(directory, "a later tracker has taken the place of this one", hint))
+        pipeline.end()
+        pipeline.close()
+    return bool(found)
 
 
 def wait_for_writers(directory: Path, last_too: bool = False) -> None:
@@ -447,7 +534,7 @@ def wait_for_writers(directory: Path, last_too: bool = False) -> None:
     With `last_too` also what they would write at the end: another tracker is to go on from there.
     """
     for pipeline in list(_at_work):
-        if pipeline.snapshotter is not None and _same_place(pipeline.snapshotter.directory, directory):
+        if pipeline.writes_to(directory):
             if last_too and not pipeline._ended:
                 pipeline.write_missing(at_end=True)
             pipeline.flush()

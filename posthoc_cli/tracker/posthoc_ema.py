@@ -6,9 +6,9 @@ import logging
 import secrets
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,16 +28,18 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights
-from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
-from posthoc_cli.snapshots.format import Selection, check_globs, make_selection
-from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to, source_prior
+from posthoc_cli.snapshots.measurements import source_prior
+from posthoc_cli.snapshots.path import Found
+from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
+from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered
+from posthoc_cli.tracker.measuring import StorageLayout, squared_norms
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -46,9 +48,11 @@ from posthoc_cli.tracker.model_tensors import (
     check_model,
     collect_tensors,
     is_swapped,
+    nonfinite_error,
     nonfinite_name,
 )
 from posthoc_cli.tracker.model_weights import (
+    copied_weights,
     fill,
     fill_model,
     in_block,
@@ -63,8 +67,9 @@ from posthoc_cli.tracker.settings import (
     Progress,
     Settings,
     check_path,
+    check_place,
     check_sigma_rels,
-    choose_writer,
+    is_first_of_group,
     is_in_group,
     make_schedule,
 )
@@ -76,7 +81,7 @@ from posthoc_cli.tracker.sharding import (
     meet,
     mesh_of,
 )
-from posthoc_cli.tracker.snapshotter import run_snapshots, squared_norms
+from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
 
@@ -85,7 +90,6 @@ if TYPE_CHECKING:
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Dtype = torch.dtype | str | None
-Stored = types.EllipsisType
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +112,7 @@ class PostHocEMA:
 
     def _begin(
         self, directory: Path, settings: Settings, tracking: Tracking, model: torch.nn.Module | None,
-        device: str | None, writer: bool | None, step: int | None, knows_selection: bool = True,
-        stored: Sequence[Snapshot] = (),
+        device: str | None, step: int | None, stored: Sequence[Snapshot], knows_selection: bool = True,
     ) -> None:  # fmt: skip
         """Begin with checked arguments; the `step` to go on from is 0 for a new beginning of a run."""
         self.checkpoint_dir, self.settings = directory, settings
@@ -126,7 +129,7 @@ class PostHocEMA:
         # Also where nobody closes it. It must not wait for a thread: that may be collecting the garbage.
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
-        self._writer = choose_writer(writer, model) if members is None else members.part is not None
+        self._writer = is_first_of_group(model) if members is None else members.part is not None
         self._callers = None if members is None else members.callers
         self._from_step, self._resumed_at = step, -1
         self._step_is_given, self._stored = step is not None, stored
@@ -134,107 +137,103 @@ class PostHocEMA:
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[PostHocEMA], None]] = []
         self._reported = 0
-        self._warned_of_statistics = False
+        self._warned_of_raw = self._warned_of_statistics = False
         self._calls = Calls(directory)
         self._is_writer(model)
+        if model is not None and tracking.resumes and not self._step_is_given:
+            self._choose_start(model, is_first_call=False)
 
     @classmethod
     def from_model(
         cls, model: torch.nn.Module, checkpoint_dir: str | Path, sigma_rels: Sequence[float] = (0.05, 0.28),
         update_every: int = 10, checkpoint_every: int = 1000, update_after_step: int = 0,
         max_checkpoints: int | None = 20, checkpoint_dtype: Dtype = torch.float16, t_unit: str = "steps",
-        only_trainable: bool = True, on_nonfinite: str = "raise", sigma_range: tuple[float, float] = (0.05, 0.28),
-        include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None,
-        copy_only: str | Sequence[str] | None = None, buffers: str = "copy",
-        device: str | None = None, writer: bool | None = None, final_snapshot: bool = True, keep_state: bool = False,
-        resume: str | int | None = None,
+        on_nonfinite: str = "raise", include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None, buffers: str = "statistics",
+        device: str | None = None, keep_state: bool = False, resume: str | int | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
+
+        Of two profiles of float32 or bfloat16 parameters it holds 16 bytes a parameter, 4 more from the first float16
+        snapshots on, and with averages on the host the model once more; `metrics()["bytes"]` tells what it holds. In a
+        group of processes that train one model the first one of its DistributedDataParallel, or of all processes where
+        it is not wrapped, keeps the averages and writes; the others only count. Of a model that is sharded over
+        processes each keeps and writes its part.
 
         Arguments:
             model: to be tracked, wrapped or bare: names are those of the bare model.
             checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
-            sigma_rels: profiles to track; two reach almost everything, see `ema error-plot`.
+            sigma_rels: profiles to track; two reach almost everything between them, see `ema error-plot`.
             update_every, update_after_step: averages are updated at multiples of the first, after the second.
             checkpoint_every: snapshots are due at multiples of it; a multiple of update_every.
-            max_checkpoints: snapshots to keep of each profile: those that reconstruction needs most. None keeps all.
+            max_checkpoints: snapshots to keep of each profile: those that reconstruction needs most for the lengths
+                between the tracked ones. None keeps all.
             checkpoint_dtype: that averages are stored in, float32 where values do not fit; None for each parameter's.
             t_unit: the unit of `t`, if you pass a clock of your own to `update_`.
-            only_trainable: leave out parameters that do not require gradients.
             on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn.
-            sigma_range: the range of sigma_rel that `max_checkpoints` keeps snapshots for.
-            include, exclude: globs on names, such as "decoder.*": tensors that match none of the first, or one of the
-                second, are left out.
-            copy_only: globs on names of tensors to be copied, as buffers are, and not averaged, whether they require
-                gradients or not. Every average holds the newest copy at its time.
-            buffers: "copy" them, except that BatchNorm's running statistics are averaged; or "average" floating-point
-                ones as if they were parameters.
+            include: globs on names, such as "decoder.*": only matching tensors are tracked, those that require no
+                gradients, too. None: all but parameters that require no gradients.
+            exclude: globs on names of tensors to be left out.
+            buffers: "statistics" to average BatchNorm's running statistics and copy others; "copy" all of them, so that
+                every average holds the newest copy at its time; or "average" floating-point ones as parameters are.
             device: "model" for averages beside the parameters, updated by the training's own thread; "cpu" for averages
                 on the host, updated by a thread of their own, with the same bits; None for "cpu" where a parameter is
                 on an accelerator, else "model".
-            writer: in a group of processes that train one model: whether this one keeps the averages and writes; the
-                others only count. None for the first process of the model's DistributedDataParallel; of a model that
-                is not wrapped (yet), of all processes.
-            final_snapshot: write a last snapshot at `close`, at the end of a `with` block or of the process.
             keep_state: keep the exact averages beside the snapshots, in `state.safetensors`: `from_path` and `resume`
                 then go on without rounding. 4 bytes an element and 6 for each profile (float64: 8 and 8), also on disk.
-            resume: "auto" to go on, as `from_path` does but with these arguments, where the directory holds a run of
-                this model: from the newest snapshots at or before the place of the model's weights on the run's path.
-                Restore its checkpoint before; a model that is not on the path by the first `update_` is an error there.
-                A number to go on from the snapshots of that call of `update_`, whatever the weights. None for a new
-                run only.
+            resume: "auto" to go on where the directory holds a run of this model: from the newest snapshots at or
+                before the place of the model's weights on the run's path. Restore its checkpoint before; a model that
+                is not on the path by the first `update_`, or `load_state_dict`, is an error there. A number to go on
+                from the snapshots of that call of `update_`, whatever the weights. None for a new run only.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
+            DirectoryError, MismatchError: nobody can write to the directory, or it holds a run and `resume` is None.
+            others: of a run that is to go on, as `from_path`.
         """
-        selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
-        given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
-        profiles, timing = check_sigma_rels(sigma_rels), make_schedule(given)
-        settings = Settings(profiles, timing, t_unit, selection, on_nonfinite, final_snapshot, keep_state)
+        profiles = check_sigma_rels(sigma_rels)
+        given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype)
+        selection = make_selection(include, exclude, buffers)
+        settings = Settings(profiles, make_schedule(profiles, *given), t_unit, selection, on_nonfinite, keep_state)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
-        found = collect_tensors(model, selection)
+        directory = check_path("checkpoint_dir", checkpoint_dir)
+        wait_for_writers(directory, last_too=resume is not None)
+        stored = [] if resume is None else state.stored_to_resume(directory, resume)
+        if stored:
+            settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))
+        found = collect_tensors(model, settings.selection)
+        if found.chunks or is_first_of_group(model) is not False:
+            check_place(directory)
+            if resume is None:
+                state.check_no_run(directory)
         tracked = TrackedModel.of_model(found)
         tracked.check_header()
-        directory = check_path("checkpoint_dir", checkpoint_dir)
-        tracking, step = Tracking.new(secrets.token_hex(16), tracked, profiles), None
-        stored: Sequence[Snapshot] = ()
-        if resume is not None:
-            wait_for_writers(directory, last_too=True)
-            stored = state.stored_to_resume(directory, resume)
-            tracking, step = state.find_run(directory, stored, settings, tracked, resume) or (tracking, None)
-            settings = replace(settings, selection=selection.going_on(tracking.tracked.dtypes(copied=True)))
-            found = collect_tensors(model, settings.selection)
-        tracking = _joined(tracking, model, found, settings, directory, writer)
+        start = None if resume is None else state.find_run(directory, stored, settings, tracked, resume)
+        tracking, step = start or (Tracking.new(secrets.token_hex(16), tracked, profiles), None)
+        tracking = _joined(tracking, model, found, settings, directory)
         made = cls.__new__(cls)
-        made._begin(directory, settings, tracking, model, device, writer, step, stored=stored)
-        if resume == "auto" and tracking.resumes:
-            made._choose_start(model, is_first_call=False)
+        made._begin(directory, settings, tracking, model, device, step, stored)
         return made
 
     @classmethod
     def from_path(
-        cls, checkpoint_dir: str | Path, model: torch.nn.Module | None = None,
-        update_every: int | Stored = ..., checkpoint_every: int | Stored = ..., update_after_step: int | Stored = ...,
-        max_checkpoints: int | Stored | None = ..., checkpoint_dtype: torch.dtype | str | Stored | None = ...,
-        on_nonfinite: str = "raise", sigma_range: tuple[float, float] | Stored = ...,
-        device: str | None = None, sigma_rels: Sequence[float] | Stored = ...,
-        writer: bool | None = None, final_snapshot: bool = True, keep_state: bool | None = None,
-        step: int | None = None,
+        cls, checkpoint_dir: str | Path, model: torch.nn.Module | None = None, step: int | None = None,
+        device: str | None = None,
     ) -> PostHocEMA:  # fmt: skip
-        """The run in a directory: to synthesize from, and to go on tracking.
+        """The run in a directory, with its own settings: to synthesize from, and to go on tracking.
 
         Tracking goes on at the first `update_`, from the newest snapshots at or before the place of the model's weights
         on the run's path; weights that are not on it are an error then. It goes on from the snapshots' values, rounded
         to their storage dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To
-        go on exactly without one, `load_state_dict`. Due snapshots of other trackers of this process are waited for.
+        go on exactly without one, `load_state_dict`; with other settings, `from_model(..., resume=...)`. Due snapshots
+        of other trackers of this process are waited for.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
             model: the model to go on with, or to be filled; its tensors are checked against the snapshots here and now.
-            sigma_rels: the tracked profiles to go on with; the others' snapshots stay in use.
             step: go on from the snapshots of this call of `update_`, whatever the model's weights; later ones are set
                 aside in the folder `superseded` when tracking begins.
-            others: as in `from_model`; the default is the stored value, for `keep_state` whether there is a state.
+            device: as in `from_model`.
 
         Raises:
             DirectoryError, FileFormatError, MismatchError, ModelMismatchError: of the directory, and of the model.
@@ -243,24 +242,25 @@ class PostHocEMA:
         directory = check_path("checkpoint_dir", checkpoint_dir)
         wait_for_writers(directory)
         stored = read_directory(directory)
-        profiles = state.resumed_profiles(stored, sigma_rels)
+        profiles = stored[-1].info.sigma_rels
         snapshots = state.snapshots_until(stored, profiles, step)
-        newest = snapshots[-1].info
-        given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
-        timing = make_schedule(given, newest.schedule)
-        selection = (newest.selection or Selection()).going_on(newest.copies)
-        kept = state.read_state_info(directory) if keep_state is None else None
-        keeps = keep_state or (kept is not None and kept.run_id == newest.run_id)
-        settings = Settings(profiles, timing, newest.t_unit, selection, on_nonfinite, final_snapshot, keeps)
+        newest, kept = snapshots[-1].info, state.read_state_info(directory)
+        selection = (newest.selection or Selection()).going_on(newest.roles)
+        keeps_state = kept is not None and kept.run_id == newest.run_id
+        settings = Settings(profiles, newest.schedule, newest.t_unit, selection, keep_state=keeps_state)
         tracking = state.resumed_tracking(directory, snapshots, profiles)
-        knows_selection = newest.selection is not None
         if model is not None:
             known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
             found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
-            tracking = _joined(tracking, model, found, settings, directory, writer)
+            tracking = _joined(tracking, model, found, settings, directory)
         made = cls.__new__(cls)
-        made._begin(directory, settings, tracking, model, device, writer, step, knows_selection, stored)
+        made._begin(directory, settings, tracking, model, device, step, stored, newest.selection is not None)
         return made
+
+    def __repr__(self) -> str:
+        profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
+        closed = ", closed" * self.closed
+        return f"PostHocEMA({str(self.checkpoint_dir)!r}, step {self.step:,}, sigma_rels {profiles}{closed})"
 
     @property
     def run_id(self) -> str:
@@ -286,6 +286,11 @@ class PostHocEMA:
     def keeps_averages(self) -> bool:
         """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
         return self._is_writer(None if self._model is None else self._model())
+
+    @property
+    def has_average(self) -> bool:
+        """Whether an update was due by now. Before, calls for averages give the weights as they are, and warn."""
+        return self._pipeline.now.resumes or self._pipeline.progress.updated > 0
 
     @property
     def run(self) -> Run:
@@ -371,9 +376,10 @@ class PostHocEMA:
             sigma_rels: lengths, or one, whose predicted errors are wanted; headers of the snapshots on disk are read.
 
         Returns:
-            `step` and `t`. When snapshots were written, of the last ones: `distance_0.05`, ..., how far each tracked
-            average was from the weights, relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing
-            took beside the training; `snapshot_waited`, the seconds that the training waited before it. And
+            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. When snapshots
+            were written, of the last ones: `distance_0.05`, ..., how far each tracked average was from the weights,
+            relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing took beside the training;
+            `snapshot_waited`, the seconds that the training waited before it. And
             `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot.
         """
         wanted = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
@@ -421,8 +427,8 @@ class PostHocEMA:
     def close(self) -> None:
         """Finish as `flush`, release the directory, and detach. Averages can still be read.
 
-        If averages were updated since the newest snapshot, a last one is written, as by `snapshot`, except with
-        `final_snapshot=False`. The end of a `with` block or of the process does the same.
+        If averages were updated since the newest snapshot, a last one is written, as by `snapshot`. The end of a `with`
+        block or of the process does the same.
         """
         if self._attachment is not None:
             self._attachment.check_steps()
@@ -445,7 +451,7 @@ class PostHocEMA:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         writes = self._pipeline.snapshotter is not None and not self._calls.closed
-        if error is not None and self.settings.final_snapshot and writes:
+        if error is not None and writes:
             ended = "%s: %s ended the training at step %d; a last snapshot is written"
             log.warning(ended, self.checkpoint_dir, type(error).__name__, self.step)
         try:
@@ -459,8 +465,8 @@ class PostHocEMA:
         raise NotReadyError(
             "PostHocEMA",
             "a tracker can be neither saved nor copied as an object",
-            "save its state: ema.state_dict() within a checkpoint, ema.save_state(path) as a file of its own; to copy "
-            "or save a module that holds it, keep the tracker outside of the module",
+            "save its state, ema.state_dict(), within a checkpoint; to copy or save a module that holds it, keep the "
+            "tracker outside of the module",
         )
 
     # --- averages of any length, and the tracker's own state ---
@@ -505,7 +511,7 @@ class PostHocEMA:
         if sigma_rel is not None:
             model, query = self._model_of_chunks(), Query(sigma_rel, t, step, dtype, method)
             evaluation = self._evaluation(model, alone, f"state_dict({query}{', full' * full})")
-            made = evaluation.weights(model, query)
+            made = self._raw(evaluation, model, dtype, 3) or evaluation.weights(model, query)
             if self._members is None or model is None:
                 return made
             return gathered(made, model, self._members, evaluation.group) if full else as_dtensors(made, model)
@@ -529,53 +535,10 @@ class PostHocEMA:
         """
         self._calls.check_open()
         if self._members is not None or self.keeps_averages or state:
-            self._load(nullcontext(state))
+            self._load(state)
         else:  # the writer has other averages from here on than those on disk
-            self._pipeline.set(replace(self._pipeline.now, resumes=False))
-
-    def save_state(self, path: str | Path) -> None:
-        """Write the tracker's own state to a safetensors file: complete or not at all, durable, checksummed.
-
-        An older state under that name is replaced when the new one is durable. The averages are copied first: training
-        may go on. In a group of processes all may make the call, with the same path; one writes. Of a model that is
-        sharded over processes all make it, and each writes what it owns to a folder of that name.
-
-        Raises:
-            OutputExistsError, WriteError: the path holds anything but a state, or the system refused. Nothing partial
-                is left, and an older state is as it was.
-            RankError: another process failed, or is at another step.
-        """
-        path = check_path("path", path)
-        if self._members is None and not self.keeps_averages:
-            return
-        group, own, info = self._state(f"save_state({str(path)!r})")
-        if self._members is None:
-            state.write_state(path, own, info)
-            return
-        save = group.from_first(lambda: states.begin_save(path))
-        try:
-            group.together(lambda: state.write_state(path, own, info, save) if self.keeps_averages else None)
-        except PostHocError:
-            group.from_first(lambda: states.remove_saves(path, lambda one: one == save))
-            raise
-        group.from_first(lambda: states.remove_saves(path, lambda one: one != save))
-
-    def load_state(self, path: str | Path) -> None:
-        """Continue exactly from what `save_state` has written, as `load_state_dict` does. Tensors are read one by one.
-
-        A process that keeps no averages takes the counters, or nothing if the file is on another machine's disk. Any
-        number of processes may load what any other has saved; each reads what it owns.
-
-        Raises:
-            FileFormatError: no such file, not a state, damaged, or a folder without all parts.
-            others: as `load_state_dict`.
-        """
-        path = check_path("path", path)
-        if self._members is not None or self.keeps_averages or path.exists():
-            self._calls.check_open()
-            self._load(state.open_state(path, self._pipeline.now.tracked))
-        else:
-            self.load_state_dict({})
+            progress = replace(self._pipeline.now.progress, updated=max(1, self.step))
+            self._pipeline.set(replace(self._pipeline.now, progress=progress, resumes=False))
 
     @in_block
     def model(
@@ -601,7 +564,7 @@ class PostHocEMA:
         """
         query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
         evaluation = self._evaluation(model, alone, f"model({query})")
-        weights = evaluation.weights(model, query)
+        weights = self._raw(evaluation, model, dtype, 5) or evaluation.weights(model, query)
         evaluation.check(model, weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
@@ -617,7 +580,7 @@ class PostHocEMA:
         """
         index = self.settings.tracked_index(tracked)
         evaluation = self._evaluation(model, alone, f"averaged(tracked={self.settings.sigma_rels[index]:g})")
-        weights = evaluation.live_weights(model, index)
+        weights = self._raw(evaluation, model, None, 5) or evaluation.live_weights(model, index)
         evaluation.check(model, weights)
         with swapped_in(model, weights):
             yield model
@@ -650,10 +613,10 @@ class PostHocEMA:
         """
         query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
         evaluation = self._evaluation(model, alone, f"load_into({query})")
-        if evaluation.group.is_alone and self._members is None:
-            with_consistent_plan(partial(evaluation.plan, query), lambda plan: fill_model(model, plan, device))
+        if evaluation.group.is_alone and self._members is None and self.has_average:
+            evaluation.planned(query, lambda plan: fill_model(model, plan, device))
             return
-        weights = evaluation.weights(model, query)
+        weights = self._raw(evaluation, model, dtype, 3) or evaluation.weights(model, query)
         evaluation.check(model, weights, own_dtypes, accept_meta=self._members is None)
         fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
@@ -678,7 +641,7 @@ class PostHocEMA:
             chosen, _ = chosen_up_to(sources, last)
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
-            profiles = [source.info.profile.pure for source in chosen]
+            profiles = [source.profile for source in chosen]
             return Candidate(label, profiles, source_prior(chosen), self.settings.t_unit)
         schedule = self.settings.schedule
         every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
@@ -693,45 +656,60 @@ class PostHocEMA:
             self._members.check()
         # Errors of work beside the training since the last call; they stay if this call fails itself.
         self._pending = self._take_error()
-        pipeline, settings = self._pipeline, self.settings
-        if pipeline.now.resumes:
+        if self._pipeline.now.resumes:
             self._choose_start(model, is_first_call=True)
         if not self._is_writer(model):
-            progress = self._after(t)
-            if self._members is None and settings.update_is_due(progress.step):
-                check_complete(model)
-            elif self._members is not None and (pipeline.now.resumes or not self.step):  # the first call
-                self._members.wait_for_writer()
-            self._refused_anywhere(None, progress)
-            pipeline.count(progress)
+            self._only_count(model, t)
             return
-        if pipeline.snapshotter is None or pipeline.now.resumes:
+        if self._pipeline.snapshotter is None or self._pipeline.now.resumes:
             self._become_writer()
+        progress = self._after_waiting(t)
+        if self.settings.update_is_due(progress.step):
+            self._take_in(model, progress)
+        else:
+            self._pipeline.count(progress)
+
+    def _only_count(self, model: torch.nn.Module, t: float | None) -> None:
+        """One call in a process that keeps no averages."""
         progress = self._after(t)
-        if settings.update_is_due(progress.step) or settings.snapshot_is_due(progress.step):
-            # Before anything is counted: a wait for a slow disk can be interrupted, with nothing done.
-            pipeline.wait_for_turn(settings.snapshot_is_due(progress.step))
+        if self._members is None:
+            if self.settings.update_is_due(progress.step):
+                check_complete(model)
+        elif self._pipeline.now.resumes or not self.step:  # the first call
+            self._members.wait_for_writer()
+        self._refused_anywhere(None, progress)
+        self._pipeline.count(progress)
+
+    def _after_waiting(self, t: float | None) -> Progress:
+        """The progress after one more call, when the pipeline can take what is due then.
+
+        Nothing is counted before: a wait for a slow disk can be interrupted, with nothing done.
+        """
+        progress, settings = self._after(t), self.settings
+        writes_too = settings.snapshot_is_due(progress.step)
+        if writes_too or settings.update_is_due(progress.step):
+            self._pipeline.wait_for_turn(writes_too)
             self._pending = self._take_error()
             progress = self._after(t)  # the last update may have been interrupted after it was handed over
-        if not settings.update_is_due(progress.step):
-            pipeline.count(progress)
-            return
-        tracked = pipeline.now.tracked
+        return progress
+
+    def _take_in(self, model: torch.nn.Module, progress: Progress) -> None:
+        """Hand the model's values over, or leave them out as `on_nonfinite` says."""
+        tracked = self._pipeline.now.tracked
         try:
             tensors = self._watch.tensors(model, tracked)
             self._watch.check(tensors, tracked)
         except PostHocError:
-            pipeline.leave_out(progress, writes=False)
+            self._pipeline.leave_out(progress, writes=False)
             raise
+        skipped = self._refused_anywhere(tensors, progress)
+        if skipped is None:
+            skipped = self._pipeline.update(tensors, progress)
+            self._pipeline.warn_of_waiting(stacklevel=4)
         else:
-            skipped = self._refused_anywhere(tensors, progress)
-            if skipped is not None:
-                pipeline.leave_out(progress)
-            else:
-                skipped = pipeline.update(tensors, progress)
-                pipeline.warn_of_waiting(stacklevel=3)
+            self._pipeline.leave_out(progress)
         if skipped is not None:
-            settings.skip_update(skipped, stacklevel=3)
+            self.settings.skip_update(skipped, stacklevel=4)
 
     def _refused_anywhere(self, tensors: ModelTensors | None, progress: Progress) -> NonFiniteError | None:
         """Why all processes of a sharded model leave an update out; None if they do not, or each raises an error."""
@@ -742,8 +720,7 @@ class PostHocEMA:
         name = None if tensors is None else nonfinite_name(tensors.averaged)
         if not self._members.any(name is not None):
             return None
-        where = "a parameter in another process" if name is None else f"parameter {name!r}"
-        return NonFiniteError(where, f"holds nan or infinity at step {progress.step}; no average has taken it in")
+        return nonfinite_error(name, self._pipeline.now.tracked.tensors, progress.step)
 
     def _after(self, t: float | None) -> Progress:
         """The progress after one more call."""
@@ -765,49 +742,55 @@ class PostHocEMA:
         Raises:
             ModelMismatchError: at the first call, if the model is not on the path, and no step was named.
         """
-        if self._from_step == 0:
+        group = self._chunk_holders("update_" if is_first_call else "this tracker")
+        own = None if self._from_step == 0 else self._sample_of(model, group)
+        if self._from_step == 0 or (own is not None and self._is_near(own)):
             return
-        group, tracked = self._chunk_holders("update_" if is_first_call else "from_model"), self._pipeline.now.tracked
-        parts = group.from_all(self._watch.sample(model, tracked))
-        own = {number: value for part in parts if part is not None for number, value in part.items()}
-        if self._seen is not None and self._is_near(own):
-            return
-        wants, log_it = self.settings.sigma_rels, group.leads and self._writer is not False
+        logs = group.leads and self._writer is not False
         # One that only counts must not see what the writer sets aside meanwhile.
         stored = self._stored if self._writer is False else find_snapshots(self.checkpoint_dir)
-        place = group.from_first(lambda: None if None in parts else state.find_place(stored, wants, own))
-        if place is None:
-            if is_first_call and log_it:
-                unknown = (
-                    "%s: whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
+        place = group.from_first(lambda: state.find_place(stored, self.settings.sigma_rels, own or {}))
+        if place is None or own is None:
+            if is_first_call and logs:
+                log.warning(
+                    "%s: whether the model is on the run's path cannot be checked: its snapshots hold no sample of it",
+                    self.checkpoint_dir,
                 )
-                log.warning(unknown, self.checkpoint_dir)
-            return
-        found, newest = place
-        if self._step_is_given:
-            if log_it and found.step != self._from_step:
-                where = (
-                    "not on the run's path"
-                    if found.step is None
-                    else f"those of step {found.step:,}, or a little later"
-                )
-                text = "%s: the averages go on from step %d, as asked; the model's weights are %s"
-                log.warning(text, self.checkpoint_dir, self._from_step, where)
-            return
-        if found.step is None:
-            error = state.off_path(self.checkpoint_dir, found, newest)
+        elif self._step_is_given:
+            if logs:
+                self._say_where(place[0])
+        elif place[0].step is not None:
+            self._start_at(place[0], place[1], stored, logs)
+            self._seen = own, place[0].reach
+        else:
+            error = state.off_path(self.checkpoint_dir, *place)
             if is_first_call:
                 raise error
-            if log_it:
+            if logs:
                 log.info("%s", error)
-            return
+
+    def _sample_of(self, model: torch.nn.Module, group: Group) -> Mapping[int, float] | None:
+        """The model's values at the elements that snapshots sample; None where one is not as it was tracked."""
+        parts = group.from_all(self._watch.sample(model, self._pipeline.now.tracked))
+        known = [part for part in parts if part is not None]
+        return {number: value for part in known for number, value in part.items()} if len(known) == len(parts) else None
+
+    def _say_where(self, found: Found) -> None:
+        """Warn that the model is elsewhere than where the run goes on from, as was asked."""
+        if found.step != self._from_step:
+            where = f"those of step {found.step:,}, or a little later" if found.step else "not on the run's path"
+            text = "%s: the averages go on from step %d, as asked; the model's weights are %s"
+            log.warning(text, self.checkpoint_dir, self._from_step, where)
+
+    def _start_at(self, found: Found, newest: int, stored: Sequence[Snapshot], logs: bool) -> None:
+        """Go on from a place on the path."""
         step = None if found.step == newest else found.step
         if step is not None or self._from_step is not None:
-            until = state.snapshots_until(stored, wants, step)
-            progress = state.resumed_tracking(self.checkpoint_dir, until, wants).progress
+            until = state.snapshots_until(stored, self.settings.sigma_rels, step)
+            progress = state.resumed_tracking(self.checkpoint_dir, until, self.settings.sigma_rels).progress
             self._pipeline.set(replace(self._pipeline.now, progress=progress))
-        self._from_step, self._seen = step, (own, found.reach)
-        if log_it:
+        self._from_step = step
+        if logs:
             log.log(
                 logging.INFO if step is None else logging.WARNING,
                 "%s: continuing at step %d, where the model's weights are%s", self.checkpoint_dir, found.step,
@@ -816,7 +799,9 @@ class PostHocEMA:
 
     def _is_near(self, sample: Mapping[int, float]) -> bool:
         """Whether the model is about where it was when this tracker was made: the first step may be a large one."""
-        before, reach = self._seen or ({}, 0.0)
+        if self._seen is None:
+            return False
+        before, reach = self._seen
         moved = sum((value - before[number]) ** 2 for number, value in sample.items())
         return moved <= (3 * reach) ** 2 * sum(value**2 for value in sample.values())
 
@@ -841,7 +826,7 @@ class PostHocEMA:
     def _is_writer(self, model: torch.nn.Module | None) -> bool:
         """Whether this process keeps averages: decided for good when the tracker is made, or once there is a group."""
         if self._writer is None and self._pipeline.snapshotter is None:
-            self._writer = choose_writer(None, model)
+            self._writer = is_first_of_group(model)
         keeps = self._writer is not False
         if self._callers is None and model is not None and is_in_group():
             self._callers = Callers.of_replicas(self.checkpoint_dir, keeps)
@@ -881,7 +866,7 @@ class PostHocEMA:
         self.flush()
         if self._pipeline.now.resumes:
             return self._stored_state()
-        reading = self._pipeline.read(exact=True)
+        reading = self._pipeline.read_exactly()
         self._pipeline.flush()  # the snapshots of that time are on disk now
         return reading
 
@@ -896,20 +881,19 @@ class PostHocEMA:
             return replace(now, progress=Progress(), resumes=False)
         return state.load_from_directory(self.checkpoint_dir, self.settings, now.tracked, self._from_step)
 
-    def _load(self, opened: AbstractContextManager[Mapping[str, Any]]) -> None:
+    def _load(self, stored: Mapping[str, Any]) -> None:
         """Continue from a state; of several processes all do, or none."""
         group = self._chunk_holders("load_state_dict(...)")
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
-            loaded = group.together(lambda: self._unpacked(opened))
+            loaded = group.together(lambda: self._unpacked(stored))
             norms = _norms(group, loaded)
             group.together(lambda: self._begin_from(loaded, norms))
             self._pipeline.set(loaded)
 
-    def _unpacked(self, opened: AbstractContextManager[Mapping[str, Any]]) -> Tracking:
+    def _unpacked(self, stored: Mapping[str, Any]) -> Tracking:
         self.flush()
-        with opened as stored:
-            loaded = state.unpack_state(stored, self.settings, self._pipeline.now.tracked)
+        loaded = state.unpack_state(stored, self.settings, self._pipeline.now.tracked)
         if self.keeps_averages:
             return loaded
         return replace(loaded, averages=RunningAverages.none_yet(self.settings.sigma_rels))
@@ -923,6 +907,27 @@ class PostHocEMA:
                 snapshotter.set_aside_others(loaded.progress.t, known)
 
     # --- averages ---
+
+    def _raw(
+        self, evaluation: Evaluation, model: torch.nn.Module | None, dtype: Dtype, stacklevel: int
+    ) -> Weights | None:
+        """Before the first update: the weights as they are, of the tracked model or this one, with a warning."""
+        if evaluation.group.from_first(lambda: self.has_average):
+            return None
+        own = (None if self._model is None else self._model()) or model
+        if own is None:
+            raise NotReadyError("no average yet", "the model that is tracked is gone")
+        schedule = self.settings.schedule
+        every, after = schedule.update_every, schedule.update_after_step
+        if not self._warned_of_raw:
+            self._warned_of_raw = True
+            warnings.warn(
+                "posthoc_cli: no average yet, but the weights as they are: the first update is at call "
+                f"{(after // every + 1) * every:,} of update_ (update_every={every}, update_after_step={after})",
+                RuntimeWarning,
+                stacklevel,
+            )
+        return copied_weights(collect_tensors(own, self.settings.selection), dtype)
 
     def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
         """What the averages are now, for one call, and who makes it."""
@@ -963,34 +968,32 @@ class PostHocEMA:
 def _norms(group: Group, state: Tracking) -> Callable[[], Mapping[float, float]]:
     """Gives the squared norms of averages; of several processes these add theirs now."""
     if group.is_alone:
-        return partial(squared_norms, state)
-    every = group.from_all(squared_norms(state))
+        return partial(_own_norms, state)
+    every = group.from_all(_own_norms(state))
     total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in state.averages.sigma_rels}
     return lambda: total
 
 
+def _own_norms(state: Tracking) -> dict[float, float]:
+    """Those of what is here."""
+    kept = state.averages.accumulators
+    return {} if kept is None else squared_norms(state.averages, StorageLayout(kept.layout, state.tracked, None))
+
+
 def _joined(
-    tracking: Tracking,
-    model: torch.nn.Module,
-    found: ModelTensors,
-    settings: Settings,
-    directory: Path,
-    writer: bool | None,
+    tracking: Tracking, model: torch.nn.Module, found: ModelTensors, settings: Settings, directory: Path
 ) -> Tracking:
     """The same for what this process keeps, when the processes have met, if each keeps a part; else itself."""
     if not found.chunks:
         return tracking
-    for name, value, wanted, hint in (
-        ("writer", writer, None, "every process keeps and writes what it owns"),
-        ("keep_state", settings.keep_state, False, "save the exact averages with ema.state_dict() or ema.save_state()"),
-    ):
-        if value != wanted:
-            reason = f"must be {wanted!r} where each process keeps a part of the averages"
-            raise InvalidValueError(name, reason, hint, value=f"{value!r}")
+    if settings.keep_state:
+        reason = "must be False where each process keeps a part of the averages"
+        raise InvalidValueError("keep_state", reason, "save the exact averages with ema.state_dict()", value=True)
     if tracking.resumes:
         tracking.tracked.check(TrackedModel.of_model(found))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
-    options = {name: str(value) for name, value in values.items() if name not in ("schedule", "selection")}
+    left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
+    options = {name: str(value) for name, value in values.items() if name not in left_out}
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
     tensors = found.averaged | found.copied

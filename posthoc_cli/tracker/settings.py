@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import parse_dtype, torch_dtype
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.planning import check_sigma_range
+from posthoc_cli.dtypes import parse_dtype
+from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError
+from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import Selection, TrackingSchedule
+from posthoc_cli.snapshots.format import TrackingSchedule
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.tracker.names import is_fsdp, named_modules, wrapped_child
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class Settings:
     t_unit: str = "steps"
     selection: Selection = field(default_factory=Selection)
     on_nonfinite: str = "raise"
-    final_snapshot: bool = True
     keep_state: bool = False
 
     def __post_init__(self) -> None:
@@ -87,9 +84,9 @@ class Progress:
     updated: int = 0
 
     @classmethod
-    def resumed(cls, clock: ClockRecorder) -> Progress:
+    def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> Progress:
         """The progress of a resumed run; whether it passes `t` is unknown where time and step are equal."""
-        return cls(clock, True if clock.t != clock.step else None, clock.step)
+        return cls(clock, True if clock.t != clock.step else None, clock.step if updated is None else updated)
 
     @property
     def step(self) -> int:
@@ -157,49 +154,48 @@ def check_count(name: str, value: int, least: int) -> int:
     return count
 
 
-def make_schedule(given: Sequence[Any], stored: TrackingSchedule | None = None) -> TrackingSchedule:
-    """A checked schedule of the arguments of `from_model`, in the order of its fields, `...` for those of `stored`."""
-    if stored is not None:
-        name = stored.checkpoint_dtype
-        values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}
-        given = [own if new is ... else new for own, new in zip(values.values(), given, strict=True)]
-    update_every = check_count("update_every", given[0], 1)
-    checkpoint_every = check_count("checkpoint_every", given[1], 1)
-    update_after_step = check_count("update_after_step", given[2], 0)
-    max_checkpoints = None if given[3] is None else check_count("max_checkpoints", given[3], 1)
-    if checkpoint_every % update_every:
-        own_time = "so that a snapshot holds the average of its own time"
-        reason = f"must be a multiple of update_every {update_every}, {own_time}"
-        raise InvalidValueError("checkpoint_every", reason, value=checkpoint_every)
-    dtype, sigma_range = parse_dtype(given[4], "checkpoint_dtype"), check_sigma_range(given[5])
-    return TrackingSchedule(update_every, checkpoint_every, update_after_step, max_checkpoints, dtype, sigma_range)
+def make_schedule(
+    profiles: Sequence[float], update_every: int, checkpoint_every: int, update_after_step: int,
+    max_checkpoints: int | None, checkpoint_dtype: torch.dtype | str | None,
+) -> TrackingSchedule:  # fmt: skip
+    """A checked schedule of the arguments of `from_model`; snapshots are kept for the lengths of the `profiles`."""
+    every = check_count("update_every", update_every, 1)
+    snapshots = check_count("checkpoint_every", checkpoint_every, 1)
+    after = check_count("update_after_step", update_after_step, 0)
+    most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints, 1)
+    if snapshots % every:
+        reason = f"must be a multiple of update_every {every}, so that a snapshot holds the average of its own time"
+        raise InvalidValueError("checkpoint_every", reason, value=snapshots)
+    dtype = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
+    return TrackingSchedule(every, snapshots, after, most, dtype, range_of(profiles))
+
+
+def check_place(directory: Path) -> None:
+    """Raise a DirectoryError if no tracker can write to a directory, which may be missing yet."""
+    for place in (directory, *directory.parents):
+        if place.is_symlink() or place.exists():
+            if not place.is_dir():
+                reason = f"is not a directory; snapshots are written to the directory {directory}"
+                raise DirectoryError(place, reason, "name another one, or move the file away")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise DirectoryError(place, f"cannot be written to; snapshots are written to the directory {directory}")
+            return
 
 
 # --- groups of processes ---
 
 
-def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | None:
+def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
     """Whether this process keeps the averages of a model and writes them; None where that is not known yet.
 
-    By default the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the
-    model. Of a model without wrapper it is the first of all processes: training scripts make their tracker before they
-    wrap the model, and the processes must not all write to one directory.
+    That is the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model.
+    Of a model without wrapper it is the first of all processes: training scripts make their tracker before they wrap
+    the model, and the processes must not all write to one directory.
     """
-    if chosen is not None:
-        if not isinstance(chosen, bool):
-            raise InvalidValueError("writer", "must be True, False or None", value=f"{chosen!r}")
-        return chosen
     if not (dist.is_available() and dist.is_initialized()):
         return None  # there may be a group later
     wrapper = None if model is None else _replicating(model)
-    if (rank := dist.get_rank(getattr(wrapper, "process_group", None))) > 0 and model is not None and wrapper is None:
-        # Processes may train different models.
-        log.warning(
-            "process %d of its group keeps no averages, as the first one is assumed to train the same model; if this "
-            "process trains another one, say from_model(..., writer=True), else writer=False to silence this warning",
-            rank,
-        )
-    return rank <= 0
+    return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
 
 
 def is_in_group() -> bool:

@@ -1,8 +1,4 @@
-"""The averages of one moment: measured, written as snapshots, and as sources of a synthesis beside those on disk.
-
-Measurements are norms, rounding errors and distances, taken in one pass, tensor by tensor, in chunks that stay in the
-cache. Differences of float32 values are taken in float32, their squares and sums in float64.
-"""
+"""The averages of one update: written as snapshots, and as sources of a synthesis beside those on disk."""
 
 from __future__ import annotations
 
@@ -10,18 +6,17 @@ import errno
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import combinations, islice, takewhile
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
+from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -31,8 +26,7 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import MEASURED, Distance, Measurements, Motion, measured_prior
-from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.reconstruction import MEASURED, Motion, measured_prior
 from posthoc_cli.snapshots.directory import (
     ON_ONE_FILE_SYSTEM,
     StoredSnapshot,
@@ -40,14 +34,11 @@ from posthoc_cli.snapshots.directory import (
     list_directory,
     list_folder,
     newest_before,
-    on_schedule,
     read_folders,
-    read_snapshot,
     remove_leftovers,
     remove_snapshot,
     set_aside,
     snapshot_path,
-    thin,
 )
 from posthoc_cli.snapshots.format import (
     BLOCK_BYTES,
@@ -59,44 +50,57 @@ from posthoc_cli.snapshots.format import (
 )
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot, Source
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
-from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Sampler, on_host, on_host_in_order
-from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
+from posthoc_cli.snapshots.pruning import on_schedule, thin
+from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.snapshots.sources import Snapshot, Source
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.tracker.averages import Layout, RunningAverages, on_host_in_order
+from posthoc_cli.tracker.measuring import Read, StagedAverages, live_measurements, measurements
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
+from posthoc_cli.tracker.staging import elements
 from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, ways_on, write_state
 
 log = logging.getLogger(__name__)
 
-CPU_CHUNK, DEVICE_CHUNK = 30_000, 2**24
-"""Elements at a time. On the CPU a chunk stays in the cache, and has fewer than torch splits over threads (32,768),
-whose barriers would wait for seconds; on an accelerator starting a kernel costs more than leaving the cache."""
-
 _SAME = 1e-12  # relative difference of one norm, summed twice in float64 in different orders
 _FITTED = 24  # snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers
-
-Averages = Sequence[Mapping[str, torch.Tensor]]  # of one time, one a profile: equal names, shapes and devices
-Key = tuple[str, int, int]
-"""What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
-distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the snapshot j."""
 
 
 # --- sources of a synthesis ---
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a tracker has after an update; its averages are given by `read`, on the host, rounded once.
+
+    `state` has none itself; `layout` is that of its averages, empty before the first update.
+    """
+
+    state: Tracking
+    layout: Layout
+    read: Read
+
+
+@dataclass(frozen=True)
 class LiveSource:
-    """One running average, with its copies and the header that its snapshot would have."""
+    """One running average, with its copies and the header that its snapshot would have.
+
+    Attributes:
+        stored: dtype and shape of its tensors.
+        read: gives ranges of them, flat.
+    """
 
     info: SnapshotInfo
-    averages: Mapping[str, torch.Tensor]
-    copies: Mapping[str, torch.Tensor]
+    stored: Mapping[str, TensorSpec]
+    read: Callable[[Sequence[ElementRange]], list[torch.Tensor]]
 
-    @cached_property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Averages and copies."""
-        return {**self.averages, **self.copies}
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors, made now."""
+        ranges = [ElementRange(name, 0, math.prod(spec.shape)) for name, spec in self.stored.items()]
+        found = zip(self.stored.items(), self.read(ranges), strict=True)
+        return {name: values.view(spec.shape) for (name, spec), values in found}
 
     @property
     def name(self) -> str:
@@ -108,37 +112,49 @@ class LiveSource:
         """The power function that it tracks."""
         return self.info.profile.pure
 
-    @cached_property
-    def stored(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape of its tensors."""
-        return {n: TensorSpec(n, stored_name(one.dtype), tuple(one.shape)) for n, one in self.tensors.items()}
-
-    def open(self) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
-        """Its tensors."""
-        return nullcontext(self.tensors)
+    def open(self) -> AbstractContextManager[Callable[[Sequence[ElementRange]], list[torch.Tensor]]]:
+        """What reads it."""
+        return nullcontext(self.read)
 
 
-def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = False) -> list[LiveSource]:
-    """The running averages of a reading, one a profile; none before the first update."""
-    averages, standing, tracked = reading.averages, reading.averages.standing, reading.tracked
-    if averages.accumulators is None:
-        return []
-    knots, members = reading.progress.clock.knots_until(standing.step, standing.t), tracked.members
+def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> list[SnapshotInfo]:
+    """What snapshots of a state's averages would say of themselves, one a profile."""
+    averages, standing, tracked = state.averages, state.averages.standing, state.tracked
+    knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
     sketch = "" if averages.known_path is None else encode_path(averages.known_path)
-    sources = []
-    for index, values in enumerate(averages.accumulators.high):
-        info = SnapshotInfo(
-            run_id=reading.run_id, sigma_rel=averages.sigma_rels[index], gamma=averages.gammas[index],
+    return [
+        SnapshotInfo(
+            run_id=state.run_id, sigma_rel=sigma_rel, gamma=gamma,
             sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
             selection=settings.selection, updates=standing.updates,
-            inherited=standing.inherited[index], off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
+            inherited=inherited, off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
             part=members.part if members else None, mesh=members.mesh if members else {},
             session=members.session if members else 0,
-        )  # fmt: skip
-        sources.append(LiveSource(info, values.views, averages.copies))
-    return sources
+        )
+        for sigma_rel, gamma, inherited in zip(averages.sigma_rels, averages.gammas, standing.inherited, strict=True)
+    ]  # fmt: skip
+
+
+def live_sources(settings: Settings, reading: Reading) -> list[LiveSource]:
+    """The running averages of a reading, one a profile; none before the first update."""
+    copies = reading.state.averages.copies
+    specs = {
+        name: TensorSpec(name, stored_name(group.wide), shape)
+        for group in reading.layout
+        for name, shape in zip(group.names, group.shapes, strict=True)
+    }
+    specs |= {name: TensorSpec(name, stored_name(one.dtype), tuple(one.shape)) for name, one in copies.items()}
+
+    def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        averages = iter(reading.read(index, [one for one in ranges if one.name not in copies]))
+        return [
+            elements([copies[one.name]], one.begin, one.end) if one.name in copies else next(averages) for one in ranges
+        ]
+
+    infos = headers(settings, reading.state) if reading.layout else []
+    return [LiveSource(info, specs, partial(read, index)) for index, info in enumerate(infos)]
 
 
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
@@ -174,7 +190,10 @@ def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> li
     known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in alike}
     found = [known.get((info.t, info.sigma_rel)) for info in infos]
     if None in found:
-        found, _ = measure(infos, [source.averages for source in live], newest_before(infos[0], stored), stored=False)
+        shapes = {name: live[0].stored[name].shape for name in infos[0].averages if name in live[0].stored}
+        found = live_measurements(
+            infos, lambda index, ranges: live[index].read(ranges), shapes, newest_before(infos[0], stored)
+        )
     return [
         replace(source, info=replace(source.info, measurements=one and replace(one, rounding=0.0)))
         for source, one in zip(live, found, strict=True)
@@ -204,10 +223,6 @@ class Snapshotter:
         self._settings, self._members = settings, members
         self._leads = members is None or members.rank == 0
         with files.reported_as_write_error(directory):
-            for place in (directory, *directory.parents):
-                if (place.exists() or place.is_symlink()) and not place.is_dir():
-                    reason = f"is not a directory; snapshots are written to the directory {directory}"
-                    raise DirectoryError(place, reason, "name another one, or move the file away")
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
         if not self._leads:
@@ -292,33 +307,32 @@ class Snapshotter:
         holds = self._holds(standing.t)
         # Calls may have been counted since that brought no update.
         kept_behind = settings.keep_state and self._kept_step != tracking.progress.step
-        behind = standing.t > 0 and (kept_behind or not holds) and (not at_end or settings.final_snapshot or holds)
+        behind = standing.t > 0 and (kept_behind or not holds)
         if at_end and not behind and not self._stored and not files.is_gone(self.directory):
             log.warning(
-                "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d, "
-                "checkpoint_every=%d, final_snapshot=%s",
+                "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d",
                 self.directory, standing.updates, schedule.update_every, schedule.update_after_step,
-                schedule.checkpoint_every, settings.final_snapshot,
             )  # fmt: skip
         return behind
 
-    def record(
-        self, reading: Tracking, network: Mapping[str, torch.Tensor] | None, exact: Tracking | None, is_due: bool = True
-    ) -> None:
+    def record(self, state: Tracking, staged: StagedAverages, exact: Tracking | None, is_due: bool = True) -> None:
         """Write the averages of one time, thin, and replace the exact state where one is given.
 
-        `network` are the values of the model's parameters, where known. Without `is_due` only what is not stored yet
-        is written.
+        Of `state` the averages are `staged`. Without `is_due` only what is not stored yet is written.
         """
-        standing = reading.averages.standing
+        standing = state.averages.standing
         if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             try:
                 if files.is_gone(self.directory):
                     reason = f"was deleted: the averages of step {standing.step} are lost"
                     raise WriteError(self.directory, reason, errno=errno.ENOENT)
-                sources = [_with_sample(one, reading) for one in live_sources(self._settings, reading, off_schedule)]
-                self.write(sources, network)
+                infos = headers(self._settings, state, off_schedule)
+                if state.averages.sample:
+                    network = on_host_in_order(state.averages.sample)
+                    samples = [encode_sample(network, values) for values in staged.samples]
+                    infos = [replace(info, sample=one) for info, one in zip(infos, samples, strict=True)]
+                self.write(infos, staged, state.averages.copies)
                 self._thin()
             except PostHocError as error:
                 if self._members is not None:
@@ -329,23 +343,21 @@ class Snapshotter:
             write_state(self.directory / STATE_NAME, exact, info)
             self._kept_step = exact.progress.step
 
-    def write(self, sources: Sequence[LiveSource], network: Mapping[str, torch.Tensor] | None = None) -> None:
+    def write(self, infos: Sequence[SnapshotInfo], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
         """Write the snapshots of one time, each durably, with their measurements, or none where one is not finite.
 
         After skipped updates an average may be due that is stored already: it is not written again. Snapshots on the
         schedule are written, and measured, as if there were none off it.
         """
-        infos = [source.info for source in sources]
         due = [not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule) for info in infos]
         if not any(due):
             return
-        averages = [source.averages for source in sources]
         behind = self.stored(infos[0].off_schedule)
-        found, storage = measure(infos, averages, newest_before(infos[0], behind), network)
-        for average, measurements in zip(averages, found, strict=True):
-            if measurements is None and (bad := nonfinite_name(average)) is not None:
+        found = measurements(infos, staged, newest_before(infos[0], behind))
+        for index, one in enumerate(found):
+            if one is None and (bad := staged.nonfinite_name(index)) is not None:
                 raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
-        for name, copy in sources[0].copies.items():
+        for name, copy in copies.items():
             if copy.is_floating_point() and bool(copy.isnan().any()):
                 log.warning("tensor %r holds nan; it is copied as it is", name)
         infos = [replace(info, measurements=one) for info, one in zip(infos, found, strict=True)]
@@ -355,9 +367,11 @@ class Snapshotter:
         # Of several processes each knows the measurements of its own part only.
         motion = _motion_so_far([*fitted, *infos]) if self._members is None else None
         nbytes = 0
-        for source, info, dtypes, is_due in zip(sources, infos, storage, due, strict=True):
+        for index, (info, is_due) in enumerate(zip(infos, due, strict=True)):
             if is_due:
-                nbytes += self._write_one(replace(info, motion=motion), source, dtypes)
+                parts = staged.tensors(index) | {name: [copy.reshape(-1)] for name, copy in copies.items()}
+                shapes = staged.layout.shapes | {name: tuple(copy.shape) for name, copy in copies.items()}
+                nbytes += self._write_one(replace(info, motion=motion), parts, shapes)
         self.written = (self.written[0] + 1, nbytes)
 
     def _thin(self) -> None:
@@ -394,11 +408,11 @@ class Snapshotter:
         if self._lock is not None:
             self._lock.release()
 
-    def _write_one(self, info: SnapshotInfo, source: LiveSource, dtypes: Mapping[str, torch.dtype]) -> int:
-        """Write a snapshot; returns the bytes of its tensors."""
-        tensors = source.tensors
-        storage = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
-        specs = [TensorSpec(name, stored_name(storage[name], name), tuple(one.shape)) for name, one in tensors.items()]
+    def _write_one(
+        self, info: SnapshotInfo, parts: Mapping[str, Sequence[torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> int:
+        """Write a snapshot of tensors that lie in flat parts; returns their bytes."""
+        specs = [TensorSpec(name, stored_name(own[0].dtype, name), shapes[name]) for name, own in parts.items()]
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
         if info.part is not None:
             with files.reported_as_write_error(path.parent):
@@ -408,14 +422,13 @@ class Snapshotter:
         replaces = len(others) < len(self._stored) or _is_earlier(path, info)
         with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
             for names in _batches(specs):
-                tensor, dtype = tensors[names[0]], storage[names[0]]
                 if len(names) > 1:
-                    flat = torch.cat([tensors[name].reshape(-1).to(dtype) for name in names])
+                    flat = torch.cat([part for name in names for part in parts[name]])
                     writer.write_many(names, tensor_bytes(flat))
-                else:  # block by block, so that no second copy of it is held
+                else:
                     out = writer.write_range(names[0], 0)
-                    for values in torch.split(tensor.reshape(-1), BLOCK_BYTES // dtype.itemsize):
-                        out.write(tensor_bytes(values.to(dtype)))
+                    for part in parts[names[0]]:
+                        out.write(tensor_bytes(part))
                     out.close()
             checksum = writer.commit()
         self._run_id = info.run_id
@@ -471,204 +484,3 @@ def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
         dtype, nbytes = spec.dtype, nbytes + spec.nbytes
     if batch:
         yield batch
-
-
-def _with_sample(source: LiveSource, reading: Tracking) -> LiveSource:
-    """The same source with a sample of the network at its time, where that is known, and of itself."""
-    elements, taken = reading.tracked.sampled, reading.averages.sample
-    if not taken:
-        return source
-    values = on_host_in_order(Sampler(source.averages, elements).take())
-    return replace(source, info=replace(source.info, sample=encode_sample(on_host_in_order(taken), values)))
-
-
-# --- measurements ---
-
-
-def squared_norms(state: Tracking) -> dict[float, float]:
-    """The squared norm of each average, rounded as it would be in a snapshot, by its sigma_rel."""
-    averages, tensors = state.averages, state.tracked.tensors
-    kept = averages.accumulators
-    if kept is None:
-        return {}
-    room = Accumulators(on_host(kept.layout), len(kept.high), exact=False)
-    averages.read(room.high)
-    return {
-        sigma_rel: sum(float(_square(value)) for name, value in own.views.items() if tensors[name].role == "average")
-        for sigma_rel, own in zip(averages.sigma_rels, room.high, strict=True)
-    }
-
-
-def measure(
-    infos: Sequence[SnapshotInfo],
-    averages: Averages,
-    earlier: Sequence[StoredSnapshot],
-    network: Mapping[str, torch.Tensor] | None = None,
-    stored: bool = True,
-) -> tuple[list[Measurements | None], list[dict[str, torch.dtype]]]:
-    """Measurements of averages, and the dtypes to store them in if they are to be, by name; one a profile each.
-
-    Measurements are None where a value is not finite, or the squares are too large for float64. Memory: a tensor of
-    each of the `earlier` snapshots at a time. These are read from disk and verified; one that is gone or damaged is
-    left out, with a warning.
-    """
-    sums: dict[Key, float] = defaultdict(float)
-    storage: list[dict[str, torch.dtype]] = [{} for _ in infos]
-    boxes = {name: chunk.box(averages[0][name].shape) for name, chunk in infos[0].chunks.items() if name in averages[0]}
-    with _EarlierFiles(earlier, boxes) as others:
-        for name in (name for name in averages[0] if infos[0].tensors[name].role == "average"):
-            exact = {index: _flat(average[name]) for index, average in enumerate(averages)}
-            wanted = {
-                index: torch_dtype(info.schedule.checkpoint_dtype or info.tensors[name].dtype)
-                for index, info in enumerate(infos if stored else ())
-            }
-            own = None if network is None else _flat(network[name].detach())
-            found = _sums_of(exact, wanted, others.read(name, exact[0].device), own)
-            for i in wanted:
-                storage[i][name] = _widened(exact[i], wanted[i], i, found)
-            for key, value in found.items():
-                sums[key] += value
-        return [_measurements(sums, infos, index, others.readable()) for index in range(len(infos))], storage
-
-
-def _measurements(
-    sums: Mapping[Key, float], infos: Sequence[SnapshotInfo], index: int, earlier: Mapping[int, StoredSnapshot]
-) -> Measurements | None:
-    """The measurements of the average of that index, from its sums over all tensors."""
-    norm = sums.get(("norm", index, index), 0.0)
-    if not math.isfinite(norm):
-        return None
-    found = [
-        (info.t, info.sigma_rel, sums.get(("live", min(index, j), max(index, j)), 0.0), 0.0)
-        for j, info in enumerate(infos)
-        if j != index
-    ]
-    part = infos[index].part
-    for j, snapshot in earlier.items():
-        if snapshot.info.measurements is not None:
-            # Readers add the parts'. Of a complete snapshot the first part tells it alone.
-            counts = snapshot.info.part == part or part is None or part[0] == 1
-            rounding = snapshot.info.measurements.rounding if counts else 0.0
-            found.append((snapshot.t, snapshot.sigma_rel, sums.get(("earlier", index, j), 0.0), rounding))
-    # The difference of two large numbers may overflow where neither does.
-    finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
-    network = sums.get(("network", index, index), math.inf)
-    rounding = sums.get(("rounding", index, index), 0.0)
-    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None)
-
-
-def _sums_of(
-    averages: Mapping[int, torch.Tensor],
-    stored: Mapping[int, torch.dtype],
-    earlier: Mapping[int, torch.Tensor],
-    network: torch.Tensor | None = None,
-) -> dict[Key, float]:
-    """All sums of one tensor, flat in averages, earlier snapshots and the network; `stored` are dtypes of storage."""
-    first = averages[min(averages)]
-    chunk = CPU_CHUNK if first.device.type == "cpu" else DEVICE_CHUNK
-    total: dict[Key, torch.Tensor] = {}
-
-    def add(kind: str, i: int, j: int, values: torch.Tensor) -> None:
-        square, key = _square(values), (kind, i, j)
-        total[key] = total[key] + square if key in total else square
-
-    for begin in range(0, first.numel(), chunk):
-        part = slice(begin, begin + chunk)
-        cut = {i: average[part] for i, average in averages.items()}
-        for i, average in cut.items():
-            add("norm", i, i, average)
-            if i in stored:
-                add("rounding", i, i, average - _with_arithmetic(average.to(stored[i])))
-            if network is not None:
-                add("network", i, i, average - network[part].to(average.device, average.dtype))
-            for j, snapshot in earlier.items():
-                add("earlier", i, j, average - snapshot[part])
-        for i, j in combinations(cut, 2):
-            add("live", i, j, cut[i] - cut[j])
-    # One synchronisation a tensor, not one a sum.
-    values = torch.stack(list(total.values())).tolist() if total else []
-    return defaultdict(float, zip(total, values, strict=True))
-
-
-def _square(values: torch.Tensor) -> torch.Tensor:
-    """The squared norm of a vector, float64."""
-    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return norm.square()
-
-
-def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in EIGHT_BITS else tensor
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A vector of the elements, row-major, on a device that has float64: not on Apple's GPUs."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).reshape(-1)
-
-
-def _widened(average: torch.Tensor, wanted: torch.dtype, index: int, sums: dict[Key, float]) -> torch.dtype:
-    """The dtype to store a tensor in: the wanted one, or wider where that would lose more than its rounding.
-
-    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more where a value becomes
-    infinite, or all are about as small as the subnormal numbers. Leaves the rounding of that dtype in `sums`.
-    """
-    norm, rounding = ("norm", index, index), ("rounding", index, index)
-    for dtype in (wanted, torch.float32):
-        if dtype != wanted:
-            sums[rounding] = _sums_of({index: average}, {index: dtype}, {})[rounding]
-        if math.isfinite(sums[rounding]) and sums[rounding] <= (torch.finfo(dtype).eps / 2) ** 2 * sums[norm]:
-            return dtype
-    sums[rounding] = 0.0
-    return average.dtype
-
-
-class _EarlierFiles(ExitStack):
-    """Snapshots that are read beside the averages, or `boxes` of their tensors, if any.
-
-    One that cannot be read is left out, with a warning.
-    """
-
-    def __init__(self, snapshots: Sequence[StoredSnapshot], boxes: Mapping[str, Box]) -> None:
-        super().__init__()
-        self._snapshots, self._boxes = snapshots, boxes
-        self._files: dict[int, OpenSnapshot] = {}
-
-    def __enter__(self) -> _EarlierFiles:
-        for index, snapshot in enumerate(self._snapshots):
-            with self._left_out_on_error(index):
-                self._files[index] = file = self._opened(snapshot)
-                self.callback(file.close)
-        return self
-
-    def _opened(self, snapshot: StoredSnapshot) -> OpenSnapshot:
-        if snapshot.info.part is not None or not (self._boxes or snapshot.path.is_dir()):
-            file: OpenSnapshot = TensorFile(snapshot.path)
-            checksum = file.header.metadata.get("ema.checksum")
-        else:
-            found = read_snapshot(snapshot.path)
-            file, checksum = found.open(self._boxes or None), found.header.metadata["ema.checksum"]
-        if checksum != snapshot.checksum:
-            file.close()
-            raise FileFormatError(snapshot.path, "was replaced by another one")
-        return file
-
-    def readable(self) -> dict[int, StoredSnapshot]:
-        """Those that have been read without an error so far, by index."""
-        return {index: self._snapshots[index] for index in self._files}
-
-    def read(self, name: str, device: torch.device) -> dict[int, torch.Tensor]:
-        """One tensor of each that is readable, flat, by index."""
-        tensors = {}
-        for index, file in list(self._files.items()):
-            with self._left_out_on_error(index):
-                entry = file.header.tensors[name]
-                value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape).reshape(-1)
-                tensors[index] = _with_arithmetic(value).to(device)
-        return tensors
-
-    @contextmanager
-    def _left_out_on_error(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except PostHocError as error:
-            log.warning("%s; new snapshots are written without their distance to it", error)
-            self._files.pop(index, None)

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     InvalidValueError,
+    MismatchError,
     ModelMismatchError,
     NonFiniteError,
-    OutputExistsError,
     percent,
     shown,
 )
@@ -38,8 +35,9 @@ from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.path import Found, find, path_of
-from posthoc_cli.snapshots.sources import OpenSnapshot, Snapshot
-from posthoc_cli.snapshots.states import StateInfo, StatePart, decode_state, high_prefix, low_prefix
+from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.states import StateInfo, decode_state, high_prefix, low_prefix
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import (
     HOST,
@@ -52,7 +50,7 @@ from posthoc_cli.tracker.averages import (
 )
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_sigma_rels
+from posthoc_cli.tracker.settings import Progress, Settings, check_count
 from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
 
 log = logging.getLogger(__name__)
@@ -163,7 +161,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         path = fmt.decode_path(info.sketch) if info.sketch else None
         averages = RunningAverages(wanted, standing, kept, copies, known_path=path)
     _log_changes(info.sigma_rels, schedule, settings)
-    progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t))
+    progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
 
@@ -214,7 +212,8 @@ def _check_names(
     differing = (set(expected) - set(tensors)) | (set(tensors) - set(expected) - elsewhere)
     if differing:
         reason = "is in the state or in the model, but not in both"
-        raise ModelMismatchError(f"tensor {min(differing, key=str)!r}", reason)
+        hint = "make the tracker with the include, exclude and buffers of the one that the state is of"
+        raise ModelMismatchError(f"tensor {min(differing, key=str)!r}", reason, hint)
     return tensors
 
 
@@ -225,30 +224,22 @@ def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtyp
         raise InvalidValueError(subject, f"is {shown(found)} in the state, and no tensor")
     if found.layout != torch.strided or found.is_meta:
         raise InvalidValueError(subject, f"is {found.layout} on {found.device} in the state; must be dense")
-    if isinstance(tensors, _StoredTensors):  # no more was read
-        tensor = found
-    else:
-        local, chunk = local_part(name, found)
-        shape = tuple(found.shape)
-        _check_shape(name, shape, tracked)
-        held, wanted = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape)), tracked.box(name)
-        if held.meet(wanted) != wanted:
-            reason = "is spread over the processes in another way in the state than in the model"
-            raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")
-        starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
-        tensor = local[tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))]
+    local, chunk = local_part(name, found)
+    shape = tuple(found.shape)
+    if shape != (expected := tracked.complete_shape(name)):
+        raise ModelMismatchError(subject, f"has the shape {list(shape)} in the state, {list(expected)} in the model")
+    held, wanted = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape)), tracked.box(name)
+    if held.meet(wanted) != wanted:
+        reason = "is spread over the processes in another way in the state than in the model"
+        raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")
+    starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
+    tensor = local[tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))]
     if tensor.dtype != dtype:
         model = torch_dtype(own.dtype)
         raise ModelMismatchError(subject, f"is {tensor.dtype} in the state, not {dtype}; the model's is {model}")
     if own.role != "copy" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
     return tensor
-
-
-def _check_shape(name: str, shape: tuple[int, ...], tracked: TrackedModel) -> None:
-    if shape != (expected := tracked.complete_shape(name)):
-        reason = f"has the shape {list(shape)} in the state, {list(expected)} in the model"
-        raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
 def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
@@ -273,20 +264,11 @@ def _log_changes(held: Sequence[float], schedule: Mapping[str, Any], settings: S
             log.info("%s is %s from here on; it was %s", key, now, shown(before))
 
 
-# --- a file, or a folder of parts ---
+# --- a file ---
 
 
-def write_state(path: Path, state: Tracking, info: StateInfo, save: int | None = None) -> None:
-    """Write a state to a file, or what this process owns to a folder, for a `save` to it. See `save_state`."""
-    part: StatePart | None = None
-    if save is None and os.path.lexists(path) and not path.is_dir():  # the writer's error tells about a directory
-        try:
-            kind = file_kind(read_header(path))
-        except FileFormatError as error:
-            reason = "is there already, and cannot be read as a state"
-            raise OutputExistsError(path, reason, "choose another name") from error
-        if kind != "state":
-            raise OutputExistsError(path, "is there already, and is no tracker's state", "choose another name")
+def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
+    """Write a state to a file, in place of an older one: complete or not at all, durable, checksummed."""
     averages, kept = state.averages, state.averages.accumulators
     sets: dict[str, Mapping[str, torch.Tensor]] = {}
     if kept is not None:  # else before the first update
@@ -295,35 +277,22 @@ def write_state(path: Path, state: Tracking, info: StateInfo, save: int | None =
             sets |= {high_prefix(sigma_rel): high.views, low_prefix(sigma_rel): low.views}
     sets[states.COPY] = averages.copies
     tensors = {states.tensor_name(prefix, name): one for prefix, own in sets.items() for name, one in own.items()}
-    members = state.tracked.members
-    if save is not None and members is not None and members.part is not None:
-        chunks = {full: state.tracked.chunks[full.partition("/")[2]] for full in tensors}
-        part = StatePart(members.part, chunks, save)
-        path = states.part_path(path, part)
     specs = [fmt.TensorSpec(name, stored_name(one.dtype, name), tuple(one.shape)) for name, one in tensors.items()]
-    with TensorFileWriter(path, specs, states.state_metadata(info, part), overwrite=True) as writer:
+    with TensorFileWriter(path, specs, states.state_metadata(info), overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor_bytes(tensor))
         writer.commit()
 
 
 @contextmanager
-def open_state(path: Path, tracked: TrackedModel | None = None) -> Iterator[dict[str, Any]]:
-    """A state as `pack_state` gives it, except that each tensor is read when it is used; errors name the path.
-
-    Of what is `tracked`, tensors are what this process owns.
-    """
+def open_state(path: Path) -> Iterator[dict[str, Any]]:
+    """A state as `pack_state` gives it, except that each tensor is read when it is used; errors name the path."""
     stored = states.read_state(path)
     info, header = stored.info, stored.header
     prefixes = [states.MEAN, *map(high_prefix, info.sigma_rels), *map(low_prefix, info.sigma_rels), states.COPY]
     names = {prefix: states.tensors_with(prefix, header) for prefix in prefixes}
     try:
-        boxes = {}
-        for name, full in chain.from_iterable(own.items() for own in names.values()):
-            if tracked is not None and name in tracked.tensors:
-                _check_shape(name, header.tensors[full].shape, tracked)
-                boxes[full] = tracked.box(name)
-        with stored.open(boxes if tracked is not None and tracked.members is not None else None) as file:
+        with stored.open() as file:
             found = {prefix: _StoredTensors(file, own) for prefix, own in names.items()}
             high = {repr(sigma_rel): found[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
             low = {repr(sigma_rel): found[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
@@ -335,7 +304,7 @@ def open_state(path: Path, tracked: TrackedModel | None = None) -> Iterator[dict
 class _StoredTensors(Mapping[str, torch.Tensor]):
     """Tensors of one kind in a state, by the model's names; each is read and verified when it is used."""
 
-    def __init__(self, file: OpenSnapshot, names: Mapping[str, str]) -> None:
+    def __init__(self, file: TensorReader, names: Mapping[str, str]) -> None:
         self._file, self._names = file, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -348,7 +317,7 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def read_tensor(file: OpenSnapshot, name: str) -> torch.Tensor:
+def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
     """A tensor of a file, verified."""
     entry = file.header.tensors[name]
     return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
@@ -357,12 +326,19 @@ def read_tensor(file: OpenSnapshot, name: str) -> torch.Tensor:
 # --- a directory ---
 
 
-def stored_to_resume(directory: Path, resume: str | int) -> list[Snapshot]:
+def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
     """The snapshots that a directory holds to go on with; none where it holds nothing, and may."""
     if isinstance(resume, bool | str) and resume != "auto":
         reason = "must be 'auto', a call of update_ that has snapshots, or None"
         raise InvalidValueError("resume", reason, value=f"{resume!r}")
     return find_snapshots(directory) if resume == "auto" else read_directory(directory)
+
+
+def check_no_run(directory: Path) -> None:
+    """Raise a MismatchError where a directory holds snapshots: a new run cannot begin there."""
+    for newest in find_snapshots(directory)[-1:]:
+        reason = f"holds snapshots of run {newest.info.run_id[:8]}, up to step {newest.info.step:,}"
+        raise MismatchError(directory, reason, f"{ways_on(newest.info.step)}; for a new run name another directory")
 
 
 def find_run(
@@ -440,11 +416,13 @@ def load_from_directory(directory: Path, settings: Settings, tracked: TrackedMod
     if not found:
         there = sorted({snapshot.info.sigma_rel for snapshot in snapshots[-len(sigma_rels) :]})
         reason = f"has no time with a snapshot of every profile ({_listed(sigma_rels)}) to go on from"
-        hint = f"go on without some (the newest are of {_listed(there)}) with from_path(..., sigma_rels=...)"
+        hint = (
+            f"go on without some (the newest are of {_listed(there)}): from_model(..., sigma_rels=..., resume='auto')"
+        )
         raise DirectoryError(directory, reason, f"{hint}, or begin a new run in another directory")
     if kept is not None:
         try:
-            with open_state(directory / STATE_NAME, tracked) as state:
+            with open_state(directory / STATE_NAME) as state:
                 return unpack_state(state, settings, tracked)
         except FileFormatError as error:
             _warn_of_damage(error)
@@ -466,19 +444,6 @@ def snapshots_until(
         reason = f"there are no snapshots of every profile ({_listed(sigma_rels)}) of this call of update_"
         raise InvalidValueError(argument, f"{reason}; of these there are: {more}{known}", value=f"{step:,}")
     return [snapshot for snapshot in snapshots if snapshot.info.step <= step]
-
-
-def resumed_profiles(
-    snapshots: Sequence[Snapshot], chosen: Sequence[float] | types.EllipsisType = ...
-) -> tuple[float, ...]:
-    """The profiles to go on with: the run's own, or the `chosen` ones, which must have snapshots."""
-    tracked = snapshots[-1].info.sigma_rels
-    if chosen is ...:
-        return tracked
-    there = {snapshot.info.sigma_rel for snapshot in snapshots}
-    wanted = check_sigma_rels(chosen)
-    check_profiles([sigma_rel for sigma_rel in tracked if sigma_rel in there], wanted)
-    return wanted
 
 
 def _find_start(

@@ -27,7 +27,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import NotReadyError, WriteError
-from posthoc_cli.synthesis.engine import worker_count
+from posthoc_cli.resources import worker_count
 
 log = logging.getLogger(__name__)
 

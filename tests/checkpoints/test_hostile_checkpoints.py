@@ -11,7 +11,6 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import edm2_layout
 import pytest
@@ -22,15 +21,15 @@ from safetensors.torch import save_file
 from torture.strangers import Bomb
 
 from posthoc_cli import Run, errors
-from posthoc_cli.checkpoints import archives
+from posthoc_cli.checkpoints import pickles
 
 Write = Callable[[str], Path]
 
 
-def read(run: Path, **fields: Any) -> str:
+def read(run: Path) -> str:
     """The message of the error that reading a run ends with; empty without one."""
     try:
-        Run(run, **fields).average(0.2)
+        Run(run).average(0.2)
     except errors.PostHocError as error:
         text = str(error)
         assert "\n" not in text
@@ -132,7 +131,7 @@ def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
     rebuild = b"ctorch._utils\n_rebuild_tensor\n"
     (tmp_path / "step1.pt").write_bytes(b"\x80\x02" + rebuild + attributes + b".")
     assert "holds no tensors" in read(tmp_path)
-    assert archives._tensor.__defaults__ == (None,)
+    assert pickles._tensor.__defaults__ == (None,)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,9 +15,7 @@ import torch
 from ema_command import Ema
 from factories import flip_bit
 
-from posthoc_cli import Run, errors, files
-from posthoc_cli.checkpoints.imported import import_checkpoints
-from posthoc_cli.checkpoints.opening import open_checkpoints
+from posthoc_cli import Run, errors, files, import_checkpoints
 from posthoc_cli.profiles import Discrete, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.snapshots import format as fmt
@@ -41,6 +39,7 @@ WIDTHS = (0.05, 0.28)
 
 
 Update = Callable[[torch.nn.Module], None]
+Imported = Callable[..., Run]
 
 
 def train(start: Callable[[torch.nn.Module], Update]) -> dict[str, torch.Tensor]:
@@ -71,7 +70,7 @@ def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], si
 
 
 @pytest.mark.parametrize("update_every", [1, 10])
-def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
+def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> None:
     library = pytest.importorskip("ema_pytorch")
     settings = {"sigma_rels": WIDTHS, "update_every": update_every, "checkpoint_dtype": torch.float32}
 
@@ -82,21 +81,27 @@ def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
         return lambda _: tracker.update()
 
     history = train(start)
-    run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=update_every)
+    run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=update_every)
     assert {type(source.profile) for source in run.sources} == {Discrete}
     assert len(run.sources) == 40
     assert set(run.tensors) == {"weight", "bias"}
     average = run.average(0.15)
     assert distance(average, history, 0.15) < (0.01 if update_every == 1 else 0.03)
-    with pytest.raises(errors.InvalidValueError, match="sigma_rels: must be given"):
-        _ = Run(tmp_path / "x", update_every=1).sources
-    with pytest.raises(errors.InvalidValueError, match="update_every: must be given"):
-        _ = Run(tmp_path / "x", sigma_rels=WIDTHS).sources
-    with pytest.raises(errors.InvalidValueError, match="of number 1, counted from 0"):
-        _ = Run(tmp_path / "x", sigma_rels=(0.05,), update_every=1).sources
+    for settings, reason in (
+        ({}, "ema-pytorch, whose files do not hold sigma_rels and update_every; give them to an import"),
+        ({"update_every": 1}, "^sigma_rels: must be given: files of ema-pytorch, such as 0"),
+        ({"sigma_rels": WIDTHS}, "^update_every: must be given"),
+        ({"sigma_rels": (0.05,), "update_every": 1}, "of number 1, counted from 0"),
+    ):
+        with pytest.raises(errors.InvalidValueError, match=reason):
+            imported(tmp_path / "x", **settings)
+    with pytest.raises(errors.InvalidValueError, match="give them to an import"):
+        _ = Run(tmp_path / "x").sources
 
 
-def test_files_of_two_sessions_are_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_two_sessions_are_doubted(
+    tmp_path: Path, imported: Imported, caplog: pytest.LogCaptureFixture
+) -> None:
     """`pytorch-posthoc-ema` counts from 0 again where it is continued, and replaces its first files."""
     library = pytest.importorskip("posthoc_ema")
     settings = {"sigma_rels": WIDTHS, "update_every": 5, "checkpoint_every": 20, "checkpoint_dtype": torch.float32}
@@ -113,15 +118,15 @@ def test_files_of_two_sessions_are_doubted(tmp_path: Path, caplog: pytest.LogCap
 
     history = train(start)
     options: dict[str, Any] = {"kind": "posthoc-ema", "sigma_rels": WIDTHS, "update_every": 5}
-    Run(tmp_path / "x", **options).average(0.1)
+    imported(tmp_path / "x", **options)
     assert "fit no update_every; check the widths, update_after_step, and that one session" in caplog.text
     caplog.clear()
-    second = Run(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # by a glob, on a clock of its own
+    second = imported(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # by a glob, on a clock of its own
     assert "fit no update_every" not in caplog.text
     assert distance(second, {name: values[-140:] for name, values in history.items()}, 0.1) < 0.03
 
 
-def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
+def test_pytorch_posthoc_ema(tmp_path: Path, imported: Imported) -> None:
     library = pytest.importorskip("posthoc_ema")
     settings = {"sigma_rels": WIDTHS, "update_every": 5, "update_after_step": 30, "checkpoint_dtype": torch.float32}
 
@@ -132,7 +137,7 @@ def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
         return tracker.update_
 
     history = train(start)
-    run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=30)
+    run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=30)
     assert run.step == 400
     assert set(run.tensors) == {"weight", "bias"}
     assert distance(run.average(0.1), history, 0.1) < 0.03
@@ -141,7 +146,7 @@ def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("true", "wrong"), [(150, 30), (30, None), (0, 40), (100, 150)])
 def test_a_wrong_update_after_step_is_named(
-    tmp_path: Path, true: int, wrong: int | None, dtype: torch.dtype | None
+    tmp_path: Path, imported: Imported, true: int, wrong: int | None, dtype: torch.dtype | None
 ) -> None:
     """The files have counted the calls since then, in their own dtype; taken as right, averages were 8 % off."""
     library = pytest.importorskip("posthoc_ema")
@@ -154,14 +159,14 @@ def test_a_wrong_update_after_step_is_named(
 
     history = train(start)
     first = min(path.name for path in (tmp_path / "x").iterdir())
-    run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=true)
+    run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=true)
     assert distance(run.average(0.1), history, 0.1) < 0.03
     told = "must be given: it is not 100, the default;" if wrong is None else "does not fit the files:"
     with pytest.raises(errors.InvalidValueError, match=f"update_after_step.*: {told} {first} has counted") as error:
-        _ = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=wrong).sources
+        imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=wrong)
     assert f" {max(true, 1)} makes it" in str(error.value)
     if true == 100:
-        Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5).average(0.1)
+        imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5).average(0.1)
 
 
 def test_pickles_of_edm2(tmp_path: Path) -> None:
@@ -187,14 +192,15 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
             for source, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)
         ]
         torch.testing.assert_close(value, torch.stack(terms).sum(0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(errors.FileFormatError, match="is not named as EDM2's are"):
-        (tmp_path / "other.pkl").write_bytes(b"")
-        _ = Run(tmp_path, kind="edm2").sources
+    other = tmp_path / "other.pkl"
+    other.write_bytes((tmp_path / "network-snapshot-0001024-0.050.pkl").read_bytes())
+    with pytest.raises(errors.FileFormatError, match=r"other.pkl: is not named as files of edm2 are: network-"):
+        import_checkpoints(other, None, dry_run=True, kind="edm2")
 
 
 def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
-    with pytest.raises(errors.InvalidValueError, match="kind 'mmengine': must be one of snapshots, checkpoints, dcp"):
-        Run(tmp_path, kind="mmengine")
+    with pytest.raises(errors.InvalidValueError, match="kind 'mmengine': must be one of edm2, ema-pytorch, "):
+        import_checkpoints(tmp_path, None, dry_run=True, kind="mmengine")
 
 
 def test_an_import_that_is_killed_leaves_nothing_under_its_name(
@@ -208,13 +214,13 @@ def test_an_import_that_is_killed_leaves_nothing_under_its_name(
             patched.setattr(files.system, "rename", raise_of(error or Killed))
             if error is None:
                 patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # no time for that
-            import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
+            import_checkpoints(tmp_path / "step*.pt", tmp_path / "new", copy=True)
         assert not (tmp_path / "new").exists()
     (left,) = tmp_path.glob(".ema-*")
     os.utime(left, (0, 0))
     for file in left.iterdir():
         os.utime(file, (0, 0))
-    import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
+    import_checkpoints(tmp_path / "step*.pt", tmp_path / "new", copy=True)
     assert not left.exists()
     assert [source.info.step for source in Run(tmp_path / "new").sources] == [1, 2]
 
@@ -232,7 +238,7 @@ def test_the_metadata_of_an_import_are_checked(tmp_path: Path) -> None:
             _ = Run(path).tensors
 
 
-def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:
+def test_copies_say_the_same(tmp_path: Path, imported: Imported, ema: Ema) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     path = 1 + 0.01 * torch.randn(150, 300, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
@@ -251,19 +257,18 @@ def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:
         "3 x average tracked as sigma_rel 0.05, of its own profile",
         "3 x average tracked as sigma_rel 0.28, of its own profile",
     ]
-    assert lines[2].startswith("update_every 10 fits the distances between them (misfits: 10: ")
+    assert lines[2].startswith("update_every 10 fits the distances between the averages (misfits: 10: ")
     assert lines[3:] == ["nothing was written"]
     wrong = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "1", "--out", new)
     refusal = "--update-every 1: the distances between the averages do not fit it; those of 10 do"
     assert refusal in ema("import", old, *wrong).error
-    assert refusal in ema("synthesize", old, *wrong, "--sigma-rel", "0.15").error
     assert not new.exists()
-    assert ema("import", old, *options, "--out", new).code == 0
+    assert ema("import", old, *options, "--copy", "--out", new).code == 0
     assert sorted(path.name for path in new.iterdir())[:2] == [
         "0000000000000050-0.05.safetensors",
         "0000000000000050-0.28.safetensors",
     ]
-    first, second = Run(old, sigma_rels=WIDTHS, update_every=10), Run(new)
+    first, second = imported(old, sigma_rels=WIDTHS, update_every=10), Run(new)
     for one, other in zip(first.sources, second.sources, strict=True):
         assert isinstance(one.profile, Discrete)
         assert isinstance(other.profile, Discrete)
@@ -271,12 +276,19 @@ def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:
         np.testing.assert_allclose(one.profile.masses, other.profile.masses, rtol=1e-15)
     torch.testing.assert_close(dict(first.average(0.15)), dict(second.average(0.15)), rtol=0, atol=0)
     assert ema("verify", new).code == 0
-    assert ema("import", old, *options, "--out", new).error.endswith("is there already; choose another name")
+    again = ("import", old, *options, "--copy", "--out", new)
+    assert "is this import already" in ema(*again).out
+    shorter = ("import", old / "*.100.pt", *options, "--copy", "--out", new)
+    assert ema(*shorter).error.endswith("is there already; choose another name, or --overwrite to replace it")
+    assert ema(*shorter, "--overwrite").code == 0
+    assert len(Run(new).sources) == 2
+    assert ema(*again, "--overwrite").code == 0
+    assert len(Run(new).sources) == 6
     path = new / "0000000000000100-0.05.safetensors"
     flip_bit(path, path.stat().st_size - 1)
     with pytest.raises(errors.FileFormatError, match="is damaged: its checksum does not match"):
         second.average(0.15)
     assert ema("verify", new).code == 1
     torch.save({"ema_model.w": torch.full((300,), float("inf")), "ema_model.n": torch.tensor(3)}, old / "1.150.pt")
-    assert "1.150.pt: tensor 'w': holds nan or infinity" in ema("import", old, *options, "--out", tmp_path / "x").error
+    assert "1.150.pt: tensor 'w': holds nan" in ema("import", old, *options, "--copy", "--out", tmp_path / "x").error
     assert not (tmp_path / "x").exists()

@@ -17,10 +17,11 @@ from checkpoint_layouts import LAYOUTS, STEPS, Weights, distributed
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, errors
+from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.profiles import Discrete, Point
 
 Write = Callable[[str], Path]
+Imported = Callable[..., Run]
 
 
 def sums(weights: dict[int, Weights], steps: Sequence[float], coefficients: Sequence[float]) -> Weights:
@@ -76,9 +77,9 @@ def test_a_glob_names_some(write: Write, weights: dict[int, Weights]) -> None:
     check_average(Run(folder / "step-*" / "unet"), weights)
 
 
-def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
-    def steps(**fields: str) -> list[int]:
-        return [source.info.step for source in Run(tmp_path, **fields).sources]
+def test_steps_come_from_what_is_there(tmp_path: Path, imported: Imported) -> None:
+    def steps(**settings: str) -> list[int]:
+        return [source.info.step for source in (imported(tmp_path, **settings) if settings else Run(tmp_path)).sources]
 
     for name in ("a-9.safetensors", "a-10.safetensors", "a-100.safetensors"):
         save_file({"w": torch.ones(3)}, tmp_path / name)
@@ -86,7 +87,7 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "lora-000001.safetensors", {"ss_steps": "55", "ss_epoch": "1"})
     assert steps() == [9, 10, 55, 100]  # as trainers of LoRA write it
     save_file({"w": torch.ones(3)}, tmp_path / "v2-of-3.safetensors")
-    with pytest.raises(errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* give step_from"):
+    with pytest.raises(errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* import with step_from"):
         steps()
     with pytest.raises(errors.InvalidValueError, match=r"finds no number in .*lora"):
         steps(step_from=r"\b(?:a|of)-(\d+)")
@@ -108,7 +109,7 @@ def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
     described = Run(tmp_path / "best.pt").info()
     assert (described["kind"], described["tensors"], described["parameters"]) == ("checkpoint", 1, 6)
     with pytest.raises(errors.InvalidValueError, match="finds no number in"):
-        Run(tmp_path / "best.pt", step_from="(b)est").info()
+        import_checkpoints(tmp_path / "best.pt", None, dry_run=True, step_from="(b)est")
 
 
 @pytest.mark.parametrize("folder", ["exp2024", "ck5", "20240101"])
@@ -116,7 +117,7 @@ def test_a_number_of_another_folder_is_no_step(folder: str, tmp_path: Path) -> N
     (tmp_path / folder).mkdir()
     for name in ("step100", "step200", "best"):
         save_file({"w": torch.ones(3)}, tmp_path / folder / f"{name}.safetensors")
-    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* give step_from"):
+    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* import with step_from"):
         _ = Run(tmp_path / folder).sources
     (tmp_path / folder).rename(tmp_path / "checkpoint-500")
     assert Run(tmp_path / "*500" / "best.safetensors").step == 500
@@ -136,9 +137,8 @@ def test_a_step_that_is_none_is_one_line(step: object, tmp_path: Path) -> None:
 
 def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "initted": torch.tensor(True)}, tmp_path / "0.999999999999.pt")
-    run = Run(tmp_path, sigma_rels=(0.05,), update_every=1)
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
-        _ = run.sources
+        import_checkpoints(tmp_path, None, dry_run=True, sigma_rels=(0.05,), update_every=1)
     content = {"a": torch.ones(3), "ema_optimizer": {"state.a.ema_params": torch.ones(3)}}
     distributed(tmp_path / "step-999999999999", content)
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
@@ -176,27 +176,27 @@ def test_own_outputs_beside_checkpoints_are_none(tmp_path: Path) -> None:
     assert len(Run(tmp_path / "folders").sources) == 2
 
 
-def test_tensors_can_be_chosen(tmp_path: Path) -> None:
+def test_tensors_can_be_chosen(tmp_path: Path, imported: Imported) -> None:
     for step in (1, 2):
         tied = torch.full((4,), float(step))
         model = {"model.a": tied, "model.b": tied, "model.c": torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1) * step}
         content = {"state_dict": model | {"loss.w": torch.ones(2)}, "hyper": {"lr": 0.1}}
         torch.save(content, tmp_path / f"step{step}.ckpt")
     assert set(Run(tmp_path).tensors) == {"model.a", "model.b", "model.c", "loss.w"}
-    run = Run(tmp_path, prefix="model.")
+    run = imported(tmp_path, prefix="model.")
     assert set(run.tensors) == {"a", "b", "c"}
     assert run.sources[0].info.aliases == {"b": "a"}
     assert run.average(0.2, t=1)["c"].tolist() == torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1).tolist()
-    assert set(Run(tmp_path, include="model.*", exclude=["*.b"]).tensors) == {"model.a", "model.c"}
-    assert set(Run(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
+    assert set(imported(tmp_path, include="model.*", exclude=["*.b"]).tensors) == {"model.a", "model.c"}
+    assert set(imported(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
     with pytest.raises(errors.InvalidValueError, match=r"include 'x\.\*': matches no tensor"):
-        _ = Run(tmp_path, include="x.*").tensors
+        _ = imported(tmp_path, include="x.*").tensors
     with pytest.raises(errors.InvalidValueError, match="include and exclude: leave no tensor"):
-        _ = Run(tmp_path, exclude="*").tensors
+        _ = imported(tmp_path, exclude="*").tensors
     with pytest.raises(
         errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
     ):
-        _ = Run(tmp_path, prefix="x.").tensors
+        _ = imported(tmp_path, prefix="x.").tensors
     torch.save({"state_dict": {"s": torch.ones(2).to_sparse()}, "x": torch.ones(2)}, tmp_path / "step3.ckpt")
     with pytest.raises(
         errors.FileFormatError, match=r"tensor 'state_dict\.s' is of a kind that is not read \('sparse_t"
@@ -345,7 +345,7 @@ def test_checkpoints_stand_beside_snapshots(tmp_path: Path) -> None:
         _ = both.sources
 
 
-def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path) -> None:
+def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path, imported: Imported) -> None:
     for step in (10, 20):
         weights = {"a": torch.full((3,), float(step)), "b": torch.ones(2)}
         content: dict[str, object] = dict(weights) | {"train_state": {"step": torch.tensor(step)}}
@@ -355,7 +355,9 @@ def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path) -> None
     run = Run(tmp_path)
     assert [type(source.profile) for source in run.sources] == [Point, Discrete] * 2
     assert [source.info.sigma_rel for source in run.sources[1::2]] == pytest.approx([0.0635] * 2, abs=1e-3)
-    assert Run(tmp_path, update_every=5, update_after_step=10).sources[-1].profile.times.tolist() == [10, 15, 20]
+    average = imported(tmp_path, update_every=5, update_after_step=10).sources[-1].profile
+    assert isinstance(average, Discrete)
+    assert average.times.tolist() == [10, 15, 20]
     assert set(run.tensors) == {"a", "b"}
     average = next(source for source in run.sources if isinstance(source.profile, Discrete))
     with average.open() as file:
@@ -402,20 +404,20 @@ def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -
     for step in (1, 2, 3):
         save_file({"w": torch.full((4,), float(step)), "n": torch.tensor(step)}, tmp_path / f"step{step}.safetensors")
     out = tmp_path / "out"
-    assert ema("synthesize", tmp_path, "--sigma-rel", "0.2", "--format", "dcp", "--out", out).code == 0
+    assert ema("synthesize", tmp_path, "--sigma-rel", "0.2", "--layout", "dcp", "--out", out).code == 0
     found = {"w": torch.zeros(4), "n": torch.tensor(0)}
     dcp.load(found, checkpoint_id=str(out), no_dist=True)
     average = Run(tmp_path / "step*.safetensors").average(0.2)
     assert torch.equal(found["w"], average["w"])
     assert found["n"] == 3
-    again = ("synthesize", tmp_path / "step*.safetensors", "--sigma-rel", "0.1", "--format", "dcp", "--out", out)
+    again = ("synthesize", tmp_path / "step*.safetensors", "--sigma-rel", "0.1", "--layout", "dcp", "--out", out)
     assert "holds a model already" in ema(*again).error
     assert "does not say which average it holds" in ema(*again, "--skip-existing").error
-    assert ema(*again, "--force").code == 0
+    assert ema(*again, "--overwrite").code == 0
     dcp.load(found, checkpoint_id=str(out), no_dist=True)
     assert not torch.equal(found["w"], average["w"])
     (out / "notes.txt").write_text("mine")
-    assert "holds something else" in ema(*again, "--force").error
+    assert "holds something else" in ema(*again, "--overwrite").error
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from posthoc_cli import Run, errors
+from posthoc_cli import Run, errors, import_checkpoints
 
 READ = {
     "checkpoint-500": 500, "global_step1000": 1000, "iter_0005000": 5000, "s400": 400, "epoch=3-step=1500": 1500,
@@ -51,7 +51,7 @@ def test_a_name_tells_its_step(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_name_that_may_mean_something_else_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(errors.InvalidValueError, match=f"{name}.safetensors: .*{REFUSED[name]}.*; .*give step_from"):
+    with pytest.raises(errors.InvalidValueError, match=f"{name}.safetensors: .*{REFUSED[name]}.*import with step_from"):
         _ = save(tmp_path, name).step
 
 
@@ -73,11 +73,11 @@ def test_names_of_one_set_are_read_alike(tmp_path: Path) -> None:
 def test_a_pattern_finds_numbers_as_people_write_them(tmp_path: Path) -> None:
     """The way out for every name that is refused."""
     save(tmp_path, "step_1_000", "step_2_000", "step_3.5k", "step_4,000")
-    run = Run(tmp_path, step_from=r"step_([\d._,k]+)\.")
+    run = Run(import_checkpoints(tmp_path, tmp_path / "run", step_from=r"step_([\d._,k]+)\.").out or "")
     assert [source.info.step for source in run.sources] == [1000, 2000, 3500, 4000]
     for pattern in (r"step(_1_000)", r"(st)ep"):
         with pytest.raises(errors.InvalidValueError, match="finds no number in"):
-            _ = Run(tmp_path, step_from=pattern).sources
+            import_checkpoints(tmp_path, None, dry_run=True, step_from=pattern)
 
 
 @pytest.mark.parametrize("folder", ["checkpoint-1.5k", "step=1_500"])

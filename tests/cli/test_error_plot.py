@@ -29,7 +29,7 @@ def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(("name", "magic"), [("e.svg", b"<?xml"), ("e.pdf", b"%PDF"), ("e.png", b"\x89PNG")])
 def test_pictures_for_screen_and_print(ema: Ema, run: Path, tmp_path: Path, name: str, magic: bytes) -> None:
     schedules = ("--sigma-rels", "0.05,0.28", "--sigma-rels", "0.05,0.10", *SCHEDULE)
-    result = ema("error-plot", run, "--out", tmp_path / name, "--draw", "0.15,0.2", *schedules)
+    result = ema("error-plot", run, "--out", tmp_path / name, "--target", "0.15,0.2", *schedules)
     assert result.code == 0
     assert result.out.count("plan: ") == 2
     picture = (tmp_path / name).read_bytes()
@@ -39,11 +39,10 @@ def test_pictures_for_screen_and_print(ema: Ema, run: Path, tmp_path: Path, name
         assert b"of the profile" not in picture
 
 
-@pytest.mark.parametrize("more", [("--verbose",), ("--method", "paper")])
-def test_the_profile_error_is_for_those_who_ask(ema: Ema, run: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
-    arguments = ["error-plot", run, "--target", "window:500", "--out", tmp_path / "e.svg", "--force"]
+def test_the_profile_error_is_for_those_who_ask(ema: Ema, run: Path, tmp_path: Path) -> None:
+    arguments = ["error-plot", run, "--target", "window:500", "--out", tmp_path / "e.svg", "--overwrite"]
     assert "profile error" not in ema(*arguments).out
-    assert "profile error" in ema(*arguments, *more).out
+    assert "profile error" in ema(*arguments, "--method", "paper").out
     assert "relative L2 error of the profile" in (tmp_path / "e.svg").read_text()
 
 
@@ -77,7 +76,7 @@ def test_a_schedule_takes_the_movement_of_an_earlier_run(ema: Ema, run: Path) ->
 
 
 def test_a_schedule_beside_a_run_leaves_the_runs_curve_as_it_is(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = ("--out", tmp_path / "e.svg", "--force")
+    out = ("--out", tmp_path / "e.svg", "--overwrite")
     alone = ema("error-plot", run, *out).out.splitlines()
     both = ema("error-plot", run, "--sigma-rels", "0.05,0.28", *SCHEDULE, *out).out.splitlines()
     assert both[:3] == alone[:3]
@@ -104,8 +103,9 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
 def test_targets_of_other_kinds_are_points_and_drawn_over_time(ema: Ema, run: Path, tmp_path: Path) -> None:
     titles = ["beta:0.99", "beta:0.999", "window:500", "between:500:1500", "decay:linear:100%"]
     others = ["--target", "beta:0.99,0.999", *(word for title in titles[2:] for word in ("--target", title))]
-    arguments = ["error-plot", run, *others, "--draw", "0.15", "--out", tmp_path / "e.svg", "--csv", tmp_path / "e.csv"]
-    (curve,) = ema(*arguments, "--json").json["curves"]
+    arguments = ["error-plot", run, *others, "--target", "0.15", "--json", "--out"]
+    (curve,) = ema(*arguments, tmp_path / "e.svg").json["curves"]
+    assert ema(*arguments, tmp_path / "e.csv").json == {"curves": [curve]}
     found = {other["target"]: other for other in curve["others"]}
     assert list(found) == titles
     assert found["window:500"]["sigma_rel"] == pytest.approx(0.25 / 12**0.5, rel=1e-6)

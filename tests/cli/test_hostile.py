@@ -46,18 +46,17 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_by_force(
 ) -> None:
     out = tmp_path / name
     out.symlink_to(precious)
-    option = "--csv" if name.endswith("csv") else "--out"
-    plot = ("error-plot", run, option, out)
+    plot = ("error-plot", run, "--out", out)
     command = plot if name.endswith(("png", "csv")) else ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
     assert "is there already" in ema(*command).error
     assert out.is_symlink()
-    assert ema(*command, "--force").code == 0
+    assert ema(*command, "--overwrite").code == 0
     assert not out.is_symlink()
     assert precious.read_bytes() == b"mine"
 
 
 INDEX_NAME = "model.safetensors.index.json"
-SHARDED = ("--sigma-rel", "0.1", "--format", "sharded", "--max-shard-size", "60", "--force", "-q", "--out")
+SHARDED = ("--sigma-rel", "0.1", "--layout", "sharded", "--max-shard-size", "60", "--overwrite", "-q", "--out")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", INDEX_NAME, "model-00001-of-00002.safetensors"])
@@ -107,18 +106,18 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, preci
 
 
 def test_a_demo_that_is_there_is_replaced_by_an_option_of_the_command(ema: Ema, tmp_path: Path) -> None:
-    Folder(tmp_path / "demo").prepare(force=False)
-    assert ema("demo", "--out", tmp_path / "demo").error.endswith("; name another folder, or --force")
+    Folder(tmp_path / "demo").prepare(overwrite=False)
+    assert ema("demo", "--out", tmp_path / "demo").error.endswith("; name another folder, or --overwrite to replace it")
 
 
 @pytest.mark.parametrize("name", ["snapshots", "averages", "tracked"])
 def test_a_demo_clears_nothing_through_a_link(tmp_path: Path, precious: Path, name: str) -> None:
     folder, place = Folder(tmp_path / "demo"), tmp_path / "demo" / name
-    folder.prepare(force=False)
+    folder.prepare(overwrite=False)
     shutil.rmtree(place, ignore_errors=True)
     place.symlink_to(precious.parent)
     with pytest.raises(OutputExistsError, match=f"{name}: is a symbolic link"):
-        folder.prepare(force=True)
+        folder.prepare(overwrite=True)
     assert precious.read_bytes() == b"mine"
 
 
@@ -164,7 +163,7 @@ def test_names_that_some_file_systems_take_for_one_are_two_tensors(ema: Ema, tmp
     values = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
     folder = tmp_path / "out"
-    command = ("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--format", "sharded", "--max-shard-size", "8")
+    command = ("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--layout", "sharded", "--max-shard-size", "8")
     assert ema(*command, "--out", folder, "-q").code == 0
     shards = sorted(folder.glob("*.safetensors"))
     assert [path.name for path in shards] == [f"model-{n:05d}-of-00007.safetensors" for n in range(1, 8)]
@@ -197,8 +196,9 @@ def test_a_run_that_says_its_norm_is_0_has_a_picture(ema: Ema, run: Path, tmp_pa
         measured = read_snapshot(path).info.measurements
         rewrite_snapshot(path, measurements=replace(measured, norm=0.0))  # type: ignore[type-var]
     plot, table = tmp_path / "$\\undefined{$.png", tmp_path / "e.csv"
-    told = ema("error-plot", run, "--target", "beta:0.99", "--out", plot, "--csv", table, "--json")
-    assert told.code == 0, told.err
+    for out in (plot, table):
+        told = ema("error-plot", run, "--target", "beta:0.99", "--out", out, "--json")
+        assert told.code == 0, told.err
     (curve,) = told.json["curves"]
     # Nothing but 0 can be made of averages that are all 0.
     assert (max(curve["predicted_error"]) == 0) == (which == slice(None))
@@ -227,12 +227,12 @@ model = torch.nn.Linear(3, 3)
 tracker = PostHocEMA.from_model(model, "run", update_every=1, checkpoint_every=1)
 for _ in range(3):
     tracker.update_(model)
-tracker.save_state("state.safetensors")
 tracker.close()
 for line in (
     "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",
-    "synthesize run --sigma-rel 0.1 --format sharded --max-shard-size 20 --out shards",
-    "export a.safetensors --out c.safetensors", "error-plot run --out a.png --csv a.csv", "error-plot run --out a.svg",
+    "synthesize run --sigma-rel 0.1 --layout sharded --max-shard-size 20 --out shards",
+    "export a.safetensors --out c.safetensors", "error-plot run --out a.png", "error-plot run --out a.csv",
+    "error-plot run --out a.svg",
     "plan --steps 1000 --params 10 --max-size 1MB --like run --sigma-rels 0.05,0.28 --dtype float16 "
     "--max-checkpoints 4 --checkpoint-every 100 --out a.pdf",
 ):

@@ -68,8 +68,8 @@ def test_it_draws(ema: Ema, tmp_path: Path) -> None:
     fixed = ("--sigma-rels", "0.05,0.28", "--out", out)
     assert ema(*TASK, *fixed).out.splitlines()[-1] == f"wrote {out}"
     assert out.read_bytes()[:4] == b"\x89PNG"
-    assert "--force to replace" in ema(*TASK, *fixed).error
-    assert ema(*TASK, *fixed, "--force").code == 0
+    assert "--overwrite to replace" in ema(*TASK, *fixed).error
+    assert ema(*TASK, *fixed, "--overwrite").code == 0
 
 
 @pytest.mark.parametrize(

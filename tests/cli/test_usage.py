@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -22,25 +23,22 @@ from posthoc_cli.dtypes import WORDS
 from posthoc_cli.export.layouts import LAYOUTS
 from posthoc_cli.reconstruction import METHODS
 
+ORIGIN = {"kind", "step_from", "prefix", "include", "exclude", "sigma_rels", "update_every", "update_after_step"}
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
 REFUSED = {
-    "synthesize run --sigma-rel 0.1 --out x.pt --format safetensors":
-    "--format 'safetensors': the output's name, x.pt, must end in .safetensors",
-    "synthesize run --sigma-rel 0.1 --out x.safetensors --format pt":
-    "--format 'pt': the output's name, x.safetensors, must end in .pt, .pth, .bin",
-    "synthesize run --sigma-rel 0.1 --out x.safetensors --format sharded":
-    "--format 'sharded': the output's name, x.safetensors, must be that of a folder",
-    "export model.safetensors --out x.safetensors --format dcp":
-    "--format 'dcp': the output's name, x.safetensors, must be that of a folder",
+    "synthesize run --sigma-rel 0.1 --out x.pt --layout safetensors":
+    "--layout 'safetensors': the output's name, x.pt, must end in .safetensors",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --layout pt":
+    "--layout 'pt': the output's name, x.safetensors, must end in .pt, .pth, .bin",
+    "synthesize run --sigma-rel 0.1 --out x.safetensors --layout sharded":
+    "--layout 'sharded': the output's name, x.safetensors, must be that of a folder",
+    "export model.safetensors --out x.safetensors --layout dcp":
+    "--layout 'dcp': the output's name, x.safetensors, must be that of a folder",
     "synthesize run --sigma-rel 0.1 --max-shard-size 1KB --out x.safetensors":
     "--max-shard-size 1KB: is for a sharded output, and this layout is safetensors",
     "export model.safetensors --max-shard-size 1KB --out x.pt":
     "--max-shard-size 1KB: is for a sharded output, and this layout is pt",
-    "info run --prefix x": "--prefix x: is for checkpoints, and these are snapshots of a tracker",
-    "info run --sigma-rels 0.1": "--sigma-rels: is for checkpoints, and these are snapshots of a tracker",
-    "info run --update-every 0": "--update-every 0: must be a whole number, at least 1",
-    "info run --update-after-step -1": "--update-after-step -1: must be a whole number, at least 0",
     "report run --sweep run": "--sweep run: holds no sweep.json; name the folder of a sweep",
     "report run --sweep model.safetensors": "--sweep model.safetensors: is a file; name the folder of a sweep",
     "sweep run --run 'eval {weights}' --minimize --out model.safetensors":
@@ -171,10 +169,37 @@ def test_help_is_not_wrapped_within_an_option_or_a_name(ema: Ema, monkeypatch: p
 def test_each_example_of_the_help_has_a_line_of_its_own(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     lines = ema("profile", "--help").out.splitlines()
-    assert lines[-2:] == [
-        "  Example: ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
-        "  or:      ema profile --beta 0.9999 --steps 100000",
+    examples = [line.strip() for line in lines if "ema profile --" in line]
+    assert examples == [
+        "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
+        "or:       ema profile --beta 0.9999 --steps 100000",
     ]
+
+
+PANELS = ["Targets", "Output", "Which run", "How", "A schedule not yet run"]
+
+
+@pytest.mark.parametrize("name", sorted(commands().keys() - {"import"}))
+def test_the_help_of_every_command_has_panels(ema: Ema, name: str) -> None:
+    """What everyone needs first comes first, --step stands next to --t, and nothing is outside of them."""
+    options = [one for one in commands()[name].params if one.param_type_name == "option" and one.name not in ORIGIN]
+    panels = list(dict.fromkeys(option.rich_help_panel for option in options))
+    assert set(panels) <= set(PANELS)
+    shown = re.findall(r"^╭─ (.*?) ─+╮$", ema(name, "--help").out, re.MULTILINE)
+    assert [panel for panel in shown if panel not in ("Arguments", "Options")] == panels
+    first = [option.opts[0] for option in options if option.rich_help_panel == panels[0]] if panels else []
+    assert first[:1] == {"synthesize": ["--sigma-rel"], "sweep": ["--sigma-rel"], "plan": ["--steps"]}.get(
+        name, first[:1]
+    )
+    names = [option.opts[0] for option in options]
+    assert "--step" not in names or names.index("--step") == names.index("--t") + 1
+
+
+def test_there_are_no_more_options_than_one_can_look_over() -> None:
+    counts = {name: sum(one.name not in ORIGIN for one in command.params) for name, command in commands().items()}
+    assert counts["synthesize"] <= 22
+    assert counts["sweep"] <= 24
+    assert sum(counts.values()) <= 130
 
 
 def test_help_of_a_command_and_the_version(ema: Ema) -> None:
@@ -188,7 +213,7 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
         assert wrong.code == 2
         assert "synthesise" in wrong.error
     assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
-    assert f"--method {'|'.join(METHODS)}" in ema("synthesize", "--help").out
+    assert re.search(rf"--method +{re.escape('|'.join(METHODS))} ", ema("synthesize", "--help").out)
 
 
 @pytest.fixture
@@ -214,10 +239,10 @@ DTYPES = ["keep", "float32", "float16", "bfloat16", "float64"]
     [
         (("synthesize", "run", "--dtype", ""), DTYPES),
         (("synthesize", "run", "--dtype", "float"), ["float32", "float16", "float64"]),
-        (("synthesize", "run", "--method", ""), list(METHODS)), (("synthesize", "run", "--format", ""), list(LAYOUTS)),
+        (("synthesize", "run", "--method", ""), list(METHODS)), (("synthesize", "run", "--layout", ""), list(LAYOUTS)),
         (("error-plot", "run", "--method", "p"), ["paper"]),
         (("export", "m.safetensors", "--dtype", "b"), ["bfloat16"]),
-        (("export", "m.safetensors", "--format", "s"), ["safetensors", "sharded"]),
+        (("export", "m.safetensors", "--layout", "s"), ["safetensors", "sharded"]),
         (("plan", "--dtype", ""), ["float16", "bfloat16", "float32"]), (("help", "pr"), ["prune", "profile"]),
         (("guide", "d"), ["development", "distributed", "durability"]),
     ],

@@ -166,18 +166,6 @@ def test_repair(ema: Ema, run: Path, tmp_path: Path) -> None:
         assert [point["sigma_rel"] for point in report["repair"][when]["errors"]] == [0.05, 0.1, 0.15, 0.2, 0.25, 0.28]
 
 
-def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
-    flip_bit(snapshot_files(run)[2])
-    leave(run)
-    before, command = contents(run), ("verify", run, "--repair", "--dry-run")
-    result = ema(*command)
-    assert result.code == 1
-    assert result.out.splitlines()[-1] == f"would set 1 file aside in {run / 'damaged'}; nothing was set aside"
-    report = ema(*command, "--json").json
-    assert report["repair"]["done"] is False
-    assert contents(run) == before
-
-
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])
 def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> None:
     flip_bit(snapshot_files(run)[2])

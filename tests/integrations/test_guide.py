@@ -1,4 +1,4 @@
-"""The examples of the guide `trainers` run, each with its framework, and so does the benchmark."""
+"""The examples of the guide `trainers` run, each with its framework."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import bench_integrations
 import pytest
-import quiet_timing
 import torch
-from integrations.programs import heavy
 
 from posthoc_cli import Run
 
@@ -61,15 +58,6 @@ def test_an_example_runs(framework: str, tmp_path: Path, monkeypatch: pytest.Mon
     if tracker is not None:
         tracker.close()
     assert Run("run/ema").step > 0
-
-
-@heavy
-def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
-    monkeypatch.setattr(quiet_timing, "PATIENCE", 0.0)
-    bench_integrations.main(["--quick"])
-    out = capsys.readouterr().out
-    assert len(out.split("Goals:")[1].splitlines()) - 1 + out.count("not installed") == 4
 
 
 def test_each_example_is_tested() -> None:

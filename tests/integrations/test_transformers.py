@@ -23,7 +23,7 @@ from integrations.truth import assert_exact, distance, exact
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
 from posthoc_cli import Run, Schedule
-from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.integrations.transformers import PostHocCallback
 from posthoc_cli.snapshots.directory import read_directory
 
@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tens
 
 def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: Path, whole: list[Any]) -> None:
     assert start("-m", "integrations.llama", tmp_path, 7).wait(250) == -signal.SIGKILL
-    assert (tmp_path / "out/checkpoint-4/posthoc_ema.safetensors").exists()
+    assert (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     resumed = trainer(tmp_path, callback)
     resumed.train(resume_from_checkpoint=True)
@@ -106,22 +106,21 @@ def test_a_checkpoint_and_the_option_resume_go_together(tmp_path: Path, whole: l
     assert_exact(by_weights.ema, other.model, whole[:4] + recorder.weights)
 
 
-def test_the_state_is_in_the_checkpoint_before_it_is_complete_and_goes_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_that_a_kill_has_left_without_the_state_goes_on_from_the_snapshots(
+    tmp_path: Path, whole: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    seen = []
-
-    def push(self: Trainer, folder: str) -> None:
-        seen.append((Path(folder) / "posthoc_ema.safetensors").exists())
-
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None, private=None: None)
-    one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_steps=3, save_total_limit=1, max_steps=6)
-    one.args.push_to_hub = True
-    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
-    one.train()
-    assert seen == [True, True]
-    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["checkpoint-6"]
+    """The trainer tells its callbacks of a checkpoint when it has saved it."""
+    options = EVERY | {"checkpoint_dtype": None}
+    with pytest.raises(KeyError, match="the training fails here"):
+        one = PostHocCallback(tmp_path / "ema", **options)
+        trainer(tmp_path, one, Recorder(fails_at=9), save_total_limit=1).train()
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["checkpoint-8"]
+    (tmp_path / "out/checkpoint-8/posthoc_ema.pt").unlink()
+    callback = PostHocCallback(tmp_path / "ema", **options)
+    resumed = trainer(tmp_path, callback)
+    resumed.train(resume_from_checkpoint=True)
+    assert "without the state of this callback: its averages go on from the snapshots of step 8" in caplog.text
+    assert_exact(callback.ema, resumed.model, whole)
 
 
 def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +268,7 @@ def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) ->
     weights, *_ = torch.load(tmp_path / "whole/made-0.pt")
     killed = run_group(SHARDED, 2, tmp_path, "killed")
     assert -signal.SIGKILL in {result.code for result in killed}
-    assert len(list((tmp_path / "out/checkpoint-4/posthoc_ema").iterdir())) == 2
+    assert len(list((tmp_path / "out/checkpoint-4/posthoc_ema").glob("*.distcp"))) == 2
     check_group(SHARDED, 2, tmp_path, "resumed")
     model, averages, losses = network(), [exact(weights[:step], 0.2) for step in (4, 8)], []
     for average in averages:
@@ -340,7 +339,7 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptur
     assert "its averages begin here" in caplog.text
     assert callback.ema is not None
     assert callback.ema.step == 6
-    with pytest.raises(MismatchError, match="another directory"):
+    with pytest.raises(ModelMismatchError, match="another directory"):
         trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()
 
 
@@ -438,12 +437,7 @@ def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
     assert one.evaluate()["eval_ema_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_release_that_has_changed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda self, model, trial: None)  # by other methods
-    trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), max_steps=4).train()
-    assert "the checkpoint of step 4 lacks the state of the averages" in caplog.text
+def test_a_release_that_has_changed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Trainer, "_load_best_model")
     with pytest.raises(NotReadyError, match=r"found no Trainer\._load_best_model in transformers"):
         trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
@@ -454,7 +448,7 @@ def test_without_the_callback_the_trainer_is_as_before(tmp_path: Path) -> None:
     one.remove_callback(PostHocCallback)
     one.train()
     assert not any("ema" in name for name in one.evaluate())
-    assert not (tmp_path / "out/checkpoint-4/posthoc_ema.safetensors").exists()
+    assert not (tmp_path / "out/checkpoint-4/posthoc_ema.pt").exists()
 
 
 @heavy

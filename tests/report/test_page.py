@@ -91,7 +91,7 @@ def test_a_page_has_the_answer_its_figures_and_every_trial(swept: tuple[Run, Pat
     page = Page(text)
     result = json.loads((out / "sweep.json").read_text())
     assert f"Best: {result['best']['target']}" in page.text
-    for words in ("are equal within the noise", "below 1 %", "How the network moved", "nothing wrong"):
+    for words in ("are equal within the noise", "below 1 %", "How the network moved", "none in the headers"):
         assert words in page.text
     assert len(page.all("svg")) == 2 * 3  # each with a logarithmic and a linear axis
     assert page.text.count("sigma_rel 0.1 ") >= 1
@@ -201,8 +201,8 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     [
         ({}, "--out model.safetensors"),
         ({"t": 12}, "--t 12 --out model.safetensors"),
-        ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --format pt --out model.pt"),
-        ({"layout": "safetensors"}, "--format safetensors --out model.safetensors"),
+        ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --layout pt --out model.pt"),
+        ({"layout": "safetensors"}, "--layout safetensors --out model.safetensors"),
     ],
 )
 def test_the_command_of_a_page_makes_the_same_average(
@@ -222,7 +222,7 @@ def test_the_command_of_a_page_makes_the_same_average(
 
 
 HARMS: dict[str, Any] = {
-    "settings": None, "curve": [], "trials": [{}], "mean": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
+    "settings": None, "curve": [], "trials": [{}], "estimate": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
 }  # fmt: skip
 
 

@@ -27,9 +27,9 @@ from posthoc_cli.snapshots.directory import (
     read_directory,
     set_aside,
     snapshot_path,
-    thin,
 )
 from posthoc_cli.snapshots.measurements import with_sampled_measurements
+from posthoc_cli.snapshots.pruning import thin
 
 W = {"w": torch.ones(2, 3)}
 
@@ -272,8 +272,11 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     trajectory = [{"w": values} for values in np.cumsum(moves, axis=0)]
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
     snapshots = read_directory(tmp_path)
-    infos = with_sampled_measurements(snapshots)
-    measured = [replace(snapshot, info=info) for snapshot, info in zip(snapshots, infos, strict=True)]
+    sampled = [one.measurements for one in with_sampled_measurements(snapshots)]
+    measured = [
+        replace(snapshot, info=replace(snapshot.info, measurements=found, motion=None))
+        for snapshot, found in zip(snapshots, sampled, strict=True)
+    ]
     left = thin([StoredSnapshot.of(snapshot) for snapshot in measured], 3)
     assert sum(40 <= s.t <= 80 for s in left) >= 3  # which of those before the movement is left hardly matters
 

@@ -29,13 +29,13 @@ from posthoc_cli import PostHocEMA, PostHocError, Run, export_file
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import directory as directories
-from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.check import take_inventory, verify
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe
-from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot, thin
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import BLOCK_BYTES
+from posthoc_cli.snapshots.pruning import thin
 from posthoc_cli.snapshots.repair import plan_repair, repair
-from posthoc_cli.snapshots.sources import PartedFile
 from posthoc_cli.synthesis.engine import Options, synthesize
 
 GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
@@ -120,7 +120,6 @@ def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torc
     flat = value.view(torch.uint8).numpy().reshape(-1) if dtype != torch.uint8 else value.numpy().reshape(-1)
     random = np.random.default_rng(0)
     with snapshot.open() as file:
-        assert isinstance(file, PartedFile)
         assert np.array_equal(file.read("w"), flat)
         assert file.read("none").size == 0
         assert file.read("one").view("<f4") == 3
@@ -138,7 +137,7 @@ def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torc
             with snapshot.open({"w": box}) as cut:
                 assert np.array_equal(cut.read("w"), wanted)
             first, last = box.offset[0] * 1000 * dtype.itemsize, box.end[0] * 1000 * dtype.itemsize
-            assert np.array_equal(file.read_unverified("w", first, last), flat[first:last])
+            assert np.array_equal(file.read_sample("w", first, last), flat[first:last])
 
 
 def test_each_block_that_a_box_touches_is_verified_to_its_end_and_no_other_is_read(tmp_path: Path) -> None:
@@ -175,7 +174,7 @@ def test_chunks_in_several_dtypes_read_as_the_widest(tmp_path: Path) -> None:
     assert snapshot.stored["w"].dtype == "F32"
     with snapshot.open() as file:
         assert file.read("w").tobytes() == values["w"].numpy().tobytes()
-        assert file.read_unverified("w", 32, 64).tobytes() == values["w"][2:4].numpy().tobytes()
+        assert file.read_sample("w", 32, 64).tobytes() == values["w"][2:4].numpy().tobytes()
         room = memoryview(bytearray(80))
         file.read_small(["w"], [room])
         assert room.tobytes() == values["w"].numpy().tobytes()
@@ -227,11 +226,11 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     assert dict(found.incomplete) == {folder: "3 of 4 parts"}
     assert f"{folder.name}/: has 3 of 4 parts" in found.notes
     assert folder.name in Run(run).info()["leftovers"]
-    checked = verify(list_contents(run))
+    checked = verify(take_inventory(run))
     assert checked.is_fine
     assert checked.leftovers == (folder,)
     assert f"{folder.name}/: has 3 of 4 parts" in checked.notes
-    assert not verify(list_contents(folder)).is_fine
+    assert not verify(take_inventory(folder)).is_fine
     with pytest.raises(FileFormatError, match=r"is no complete snapshot: it has 3 of 4 parts"):
         directories.read_snapshot(folder)
 
@@ -304,7 +303,7 @@ def test_parts_that_do_not_belong_together_are_named(run: Path, harm: Callable[[
         find_snapshots(run)
     assert (bad.parent if harm is gap else bad).name in str(raised.value)
     assert str(folders[-1]) in str(raised.value)
-    checked = verify(list_contents(run))
+    checked = verify(take_inventory(run))
     assert [report.unit for report in checked.files if not report.is_fine] == [folders[-1]]
     assert len(checked.snapshots) == len(folders) - 1
     done = repair(plan_repair(checked))
@@ -318,7 +317,7 @@ def test_a_flipped_bit_is_found_and_its_part_is_named(run: Path) -> None:
     flip_bit(bad)
     with pytest.raises(PostHocError, match=f"{bad.name}: tensor .* is damaged"):
         Run(run).average(0.15)
-    checked = verify(list_contents(run))
+    checked = verify(take_inventory(run))
     (report,) = [report for report in checked.files if not report.is_fine]
     assert (report.path, report.state) == (bad, "damaged")
     assert [snapshot.path for snapshot in checked.lost] == [folders[-1]]
@@ -341,7 +340,7 @@ def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, w
     assert len(read_directory(run)[-1].parts) == 4
     note = f"{folder.name}/{parts_of(old)[0].name}: is no part of the complete snapshot there; not read"
     assert note in inspect_directory(run).notes
-    assert note in verify(list_contents(run)).notes
+    assert note in verify(take_inventory(run)).notes
     shutil.copy(parts_of(old)[1], folder)
     with pytest.raises(MismatchError, match="are parts of two complete snapshots"):
         read_directory(run)
@@ -357,7 +356,7 @@ def test_folders_and_parts_elsewhere_are_left_alone(run: Path) -> None:
     found = inspect_directory(run)
     assert (len(found.snapshots), found.problems, found.superseded) == (count, (), 1)
     assert any("is a part of a snapshot, outside the folder" in note for note in found.notes)
-    checked = verify(list_contents(run))
+    checked = verify(take_inventory(run))
     assert checked.is_fine
     assert checked.superseded == 1
 
@@ -398,7 +397,7 @@ def test_the_next_training_removes_incomplete_snapshots(run: Path, caplog: pytes
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model) as tracker:
         walk.train(tracker, 10)
-    found = verify(list_contents(run))
+    found = verify(take_inventory(run))
     assert found.is_fine
     assert (found.leftovers, len(found.snapshots)) == ((), len(others) + 2)
     assert f"{first}: has 3 of 4 parts, left by an interrupted training, and is removed" in caplog.text

@@ -23,10 +23,12 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
-from posthoc_cli.snapshots.format import Selection, TrackedTensor
+from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.headers import decode_header
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header, tensor_from_bytes
+from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_from_bytes
 
 
 def craft(path: Path, header: bytes | Any, payload: int = 0, length: int | None = None) -> Path:
@@ -164,7 +166,7 @@ def test_any_header_of_a_stranger_is_refused_or_tiles_the_payload(path: Sequence
 def test_foreign_files_of_safetensors_itself_are_read(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(3, 2), "n": torch.tensor(5), "e": torch.empty(0, 2), "h": torch.ones(3).bfloat16()}
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    with TensorFile(tmp_path / "x.safetensors") as file:
+    with open_file(tmp_path / "x.safetensors") as file:
         for name, tensor in tensors.items():
             found = file.header.tensors[name]
             assert torch.equal(tensor_from_bytes(file.read(name), found.dtype, found.shape), tensor)

@@ -73,8 +73,6 @@ def selection(**changes: Any) -> str:
 
 
 FEW = "must have 1 to 1,000 values"
-GLOBS = "include, exclude, copy_only must be lists of globs"
-FIELDS = "must have only_trainable, include, exclude, buffers, copy_only, and nothing else"
 SNAPSHOT = {
     "ema.version": [("2", "")],
     "ema.run_id": [("short", ""), ("\x1b[31m" + "0" * 27, "")],
@@ -103,29 +101,22 @@ SNAPSHOT = {
         ('{"__metadata__":"a"}', "'__metadata__'"),
     ],
     "ema.selection": [
-        (selection(only_trainable=1), FIELDS), (selection(further=1), FIELDS), (selection(include="a*"), GLOBS),
-        (selection(include={"a": 1}), GLOBS), (selection(exclude=["a", 1]), GLOBS),
-        (selection(buffers="keep"), "buffers 'keep' is none of "),
+        (selection(only_trainable=1), ""), (selection(include="a*"), ""), (selection(include={"a": 1}), ""),
+        (selection(exclude=["a", 1]), ""), (selection(buffers=1), ""), ("{}", "only_trainable is None"),
     ],
     "ema.measurements": [
-        (measured(norm=-1), "norm -1 must be a finite number, at least 0"), (measured(norm=True), "norm True"),
-        (measured(norm="1"), "norm '1' must"), (measured(norm=None), "norm None"),
-        (measured(rounding=10**400), "rounding an int of many digits"),
-        (measured(norm=1).replace("1,", "1e999,", 1), "norm inf"), (measured(norm=float("nan")), "NaN is not JSON"),
-        (measured({"squared": -1e-300}), "squared -1e-300"),
-        (measured({"rounding": float("inf")}), "Infinity is not JSON"),
-        (measured({"t": -1}), "t -1"), (measured({"t": [1]}), "t a list"),
-        (measured({"extra": 1}), "must have t, sigma_rel, squared, rounding, and nothing else"),
-        (measured(extra=1), "must have norm, rounding, and nothing else"),
-        (measured(distances={}), "distances must be a list"), (measured(distances=[1]), "must have t, sigma_rel"),
-        ('{"norm":1,"rounding":0}', "distances must be a list"),
-        ('{"rounding":0,"distances":[]}', "must have norm, rounding"),
+        (measured(norm=-1), "norm is -1"), (measured(norm=True), "norm is True"), (measured(norm="1"), "norm is '1'"),
+        (measured(norm=None), "norm is None"), (measured(rounding=10**400), "rounding is an int of many digits"),
+        (measured(norm=1).replace("1,", "1e999,", 1), "norm is inf"),
+        (measured(norm=float("nan")), "NaN is not JSON"), (measured({"squared": -1e-300}), "squared is -1e-300"),
+        (measured({"rounding": float("inf")}), "Infinity is not JSON"), (measured({"t": -1}), "t is -1"),
+        (measured({"t": [1]}), "t is a list"), (measured(distances={}), "distances is"),
+        (measured(distances=[1]), "distances is a list"), ('{"norm":1,"rounding":0}', "distances is None"),
+        ('{"rounding":0,"distances":[]}', "norm is None"),
     ],
     "ema.motion": [
-        (motion(walk=[-1, 1]), "walk must be a list of finite numbers, at least 0"),
-        (motion(noise=[0, "1"]), "noise must be a list"), (motion(edges={}), "edges must be a list"),
-        (motion(walk=[1, 10**400]), "walk must be a list"),
-        (motion(extra=1), "must have edges, walk, noise, and nothing else"),
+        (motion(walk=[-1, 1]), "walk is a list"), (motion(noise=[0, "1"]), "noise is a list"),
+        (motion(edges={}), "edges is"), (motion(walk=[1, 10**400]), "walk is a list"),
         (motion(walk=[1]), f"{FEW} of walk, as many of noise, and one more"), (motion(noise=[1, 1, 1]), FEW),
         (motion(edges=[1, 10]), FEW), (motion(edges=[1], walk=[], noise=[]), FEW),
         (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), FEW),
@@ -135,11 +126,10 @@ SNAPSHOT = {
         ("[]", "must be a list of numbers"), ("[true]", "must be a list of numbers"),
     ],
     "ema.clock": [
-        ("[4,10]", "a whole step and its time, not 4"), ("[[4,4.5,1],[10,10]]", "step and its time, not a list"),
-        *((f"[[{pair}],[10,10]]", "a whole step")
+        ("[4,10]", "must be a list of pairs of a step and its time"), ("[[4,4.5,1],[10,10]]", "must be a list"),
+        *((f"[[{pair}],[10,10]]", "ema.clock")
           for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "4,1" + "0" * 400, "-1,0.5", f"1{'0' * 400},4.5")),
-        ("[[4,NaN],[10,10]]", "NaN is not JSON"),
-        (json.dumps([[k, k] for k in range(1, 1002)]), "has 1,001 pairs; at most 1,000 are allowed"),
+        ("[[4,NaN],[10,10]]", "NaN is not JSON"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000"),
     ],
     "ema.checksums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
     "ema.format": [("output", "ema.profile: is missing"), ("elsewhere", "")],

@@ -92,7 +92,7 @@ def test_each_kind_says_what_and_where_it_is(tmp_path: Path) -> None:
     ):
         found = describe(path)
         assert (found["kind"], found["path"]) == (kind, str(where)), path
-    assert describe(shards)["files"] == 2
+    assert describe(shards)["shards"] == 2
     assert describe(tmp_path / "run")["profiles"][0]["times"] == [10]
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_snapshot_is_a_problem_of_its_directory(tmp_path: Path) -> Non
     write_snapshot(tmp_path, 20, 0.05, RUN_ID, VALUES)
     flip_bit(path, 30)
     found = describe(tmp_path)
-    assert found["snapshots"] == 1
+    assert len(found["snapshots"]) == 1
     assert [problem.startswith(f"{path}: damaged header") for problem in found["problems"]] == [True]
     path.unlink()
     (tmp_path / "empty").mkdir()

@@ -21,8 +21,9 @@ from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.measurements import scaled_run, source_prior
 from posthoc_cli.snapshots.pruning import plan_pruning, prune, removal_order
-from posthoc_cli.snapshots.sources import Snapshot, scaled_run, source_prior
+from posthoc_cli.snapshots.sources import Snapshot
 
 
 @pytest.fixture(scope="session")

@@ -14,34 +14,44 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
-from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, random_walk, snapshot_files, write_run, write_snapshot
+from factories import (
+    OTHER_RUN_ID,
+    RUN_ID,
+    contents,
+    flip_bit,
+    load_state,
+    random_walk,
+    snapshot_files,
+    write_run,
+    write_snapshot,
+)
 from safetensors.torch import load_file
 from snapshots.recorded import Walk, call_number, failing, new_tracker
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.checkpoints.imported import import_checkpoints
-from posthoc_cli.checkpoints.opening import disk_sources, open_checkpoints
+from posthoc_cli.checkpoints.importing import import_checkpoints
+from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct, thinned_subset
 from posthoc_cli.snapshots import sources
-from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.check import take_inventory, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, plan_repair, repair
-from posthoc_cli.snapshots.sources import source_prior
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 
 def planned(run: Path) -> Repair:
-    return plan_repair(verify(list_contents(run)))
+    return plan_repair(verify(take_inventory(run)))
 
 
 def is_whole(run: Path, snapshots: int) -> bool:
     """Whether everything is fine, with so many snapshots."""
-    found = verify(list_contents(run))
+    found = verify(take_inventory(run))
     return found.is_fine and len(found.snapshots) == snapshots
 
 
@@ -79,7 +89,7 @@ def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model, step=PostHocEMA.from_path(run).step) as tracker:
         walk.train(tracker, 20)
-    found = verify(list_contents(run))
+    found = verify(take_inventory(run))
     assert found.is_fine, found
     assert max(s.info.t for s in found.snapshots) >= 70
 
@@ -91,8 +101,8 @@ def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path
     repair(planned(run))
     for folder in (run, whole):
         walk = Walk()
-        with new_tracker(walk, folder) as tracker:
-            tracker.load_state(folder / "state.safetensors")
+        with new_tracker(walk, folder, resume="auto") as tracker:
+            load_state(tracker, folder / "state.safetensors")
             walk.train(tracker, 20)
     names = {path.name for path in snapshot_files(whole)}
     assert is_whole(run, len(names) - len(lost))
@@ -169,7 +179,7 @@ def test_states_outputs_and_what_is_no_file_go_too_and_contradictions_stay(run: 
     (run / "copy.safetensors").unlink()
     (run / "stranger.safetensors").unlink()
     assert is_whole(run, 12)
-    assert verify(list_contents(run)).notes == ("4 in damaged/, where a repair has moved them; not read",)
+    assert verify(take_inventory(run)).notes == ("4 in damaged/, where a repair has moved them; not read",)
 
 
 def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
@@ -207,7 +217,7 @@ def test_a_damaged_folder_that_leads_elsewhere_or_is_a_file_stays(run: Path, tmp
 
 
 def synthesize_shards(ema: Ema, run: Path, out: Path) -> None:
-    options = ("--sigma-rel", "0.15", "--format", "sharded", "--max-shard-size", "1KB")
+    options = ("--sigma-rel", "0.15", "--layout", "sharded", "--max-shard-size", "1KB")
     result = ema("synthesize", run, "--out", out, *options)
     assert result.code == 0, result.err
 
@@ -332,9 +342,9 @@ def test_the_next_writer_removes_leftovers_that_are_still(
     for name in (".ema-4.tmp", *(folder.name for folder in folders.values())):
         os.utime(run / name, (0, 0), follow_symlinks=False)
     (run / ".ema-not-ours").write_text("x")
-    assert len(verify(list_contents(run)).leftovers) == 7
+    assert len(verify(take_inventory(run)).leftovers) == 7
     writer(run)
-    assert set(verify(list_contents(run)).leftovers) == {young, ahead, folders["growing"]}
+    assert set(verify(take_inventory(run)).leftovers) == {young, ahead, folders["growing"]}
     assert not any(os.path.lexists(path) for path in (old, run / ".ema-4.tmp", folders["5"], folders["import"]))
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
@@ -346,7 +356,7 @@ def test_outputs_and_imports_remove_leftovers_an_hour_old(run: Path, tmp_path: P
         lambda: Run(run).write(0.15, tmp_path / "m.safetensors"),
         lambda: Run(run).write(0.15, tmp_path / "shards", layout="sharded"),
         lambda: export_file(tmp_path / "m.safetensors", tmp_path / "m.pt"),
-        lambda: import_checkpoints(open_checkpoints(tmp_path / "ck"), tmp_path / "imported"),
+        lambda: import_checkpoints(tmp_path / "ck", tmp_path / "imported", copy=True),
     )
     (tmp_path / "ck").mkdir()
     torch.save({"w": torch.ones(3)}, tmp_path / "ck" / "model-100.pt")
@@ -376,7 +386,7 @@ def test_nothing_of_another_directory_is_moved_or_deleted(ema: Ema, run: Path, t
     before = contents(other), contents(shards)
     (run / "superseded").symlink_to(other)
     (run / "linked").symlink_to(shards)
-    found = verify(list_contents(run))
+    found = verify(take_inventory(run))
     assert (found.leftovers, found.superseded) == ((), 0)
     assert "superseded/ is a symbolic link; not read" in found.notes
     assert repair(plan_repair(found)).moved == (run / "damaged" / "linked",)  # the link itself

@@ -14,8 +14,8 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.measurements import expected_rounding, sample_measurements, with_sampled_measurements
+from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import TensorFile
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -137,14 +137,14 @@ def test_estimates_are_right_on_the_average_over_runs(tmp_path: Path, monkeypatc
 def elements_read(snapshots: list[Snapshot], monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int, int]]]:
     """What is read of each file, in bytes."""
     parts: dict[Path, list[tuple[str, int, int]]] = {s.path: [] for s in snapshots}
-    real = TensorFile.read_unverified
+    real = TensorReader.read_sample
 
-    def listen(self: TensorFile, name: str, begin: int, end: int) -> np.ndarray:
+    def listen(self: TensorReader, name: str, begin: int, end: int) -> np.ndarray:
         parts[self.path].append((name, begin, end))
         return real(self, name, begin, end)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TensorFile, "read_unverified", listen)
+        patched.setattr(TensorReader, "read_sample", listen)
         sample_measurements(snapshots)
     return list(parts.values())
 

@@ -26,19 +26,17 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.check import Verification, list_contents, verify
+from posthoc_cli.snapshots.check import Verification, take_inventory, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule
 from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.reading import open_file, verify_payload
 from posthoc_cli.snapshots.tensor_file import (
-    TensorFile,
     TensorFileWriter,
-    check_payload,
     decode_values,
     holds_nonfinite,
     read_header,
     tensor_bytes,
-    verify_payload,
 )
 from posthoc_cli.synthesis.plan import plan_synthesis
 
@@ -65,7 +63,7 @@ def synthesize(run: Path, sigma_rel: float, out: Path) -> Path:
 
 def verified(path: Path) -> Verification:
     told: list[int] = []
-    found = verify(list_contents(path), told.append)
+    found = verify(take_inventory(path), told.append)
     assert sum(told) == found.nbytes
     return found
 
@@ -145,17 +143,17 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     harm(path, harmed)
     with pytest.raises(FileFormatError, match=r"is damaged: its checksum"):
         verify_payload(path, read_header(path))
-    with TensorFile(path) as file:
-        assert {name for found in check_payload(file) for name in found.damaged} == set(harmed)
+    with open_file(path) as file:
+        assert {name for found in file.check_payload() for name in found.damaged} == set(harmed)
     assert "(and 3 tensors more)" in only_wrong(path)[1]
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_damaged_from_there_on(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1_000_000) for name in "abc"})
     header = read_header(path)
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         os.truncate(path, header.payload_start + header.tensors["b"].begin + 8)
-        found = list(check_payload(file))
+        found = list(file.check_payload())
     assert sum(checked.nbytes for checked in found) == 12_000_000
     assert {name for checked in found for name in checked.damaged} == {"b", "c"}
     assert all(checked.error.subject == str(path) if checked.error else not checked.damaged for checked in found)
@@ -251,7 +249,7 @@ def write_anew(path: Path, values: dict[str, torch.Tensor]) -> None:
 
 
 def test_nan_in_an_output_and_in_a_state_is_named_and_in_copies_noted(tmp_path: Path) -> None:
-    run = record(tmp_path / "copies", copy_only="*.running_*", keep_state=True)
+    run = record(tmp_path / "copies", buffers="copy", keep_state=True)
     output = synthesize(run, 0.1, tmp_path / "output.safetensors")
     for path, name in ((output, "0.weight"), (run / "state.safetensors", "0.05/0.weight")):
         values = load_file(path)
@@ -487,7 +485,7 @@ def test_links_to_snapshots_elsewhere_are_read_and_folders_of_others_passed_over
 
 
 def test_what_a_training_thins_away_meanwhile_is_no_error(run: Path) -> None:
-    listed, gone = list_contents(run), snapshot_files(run)[0]
+    listed, gone = take_inventory(run), snapshot_files(run)[0]
     gone.unlink()
     found = verify(listed)
     assert found.is_fine
@@ -518,9 +516,9 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path, suffix: str) -> None:
     path.parent.mkdir()
     path.write_bytes(b"\x80\x04cposix\nsystem\n")
     with pytest.raises(InvalidValueError, match=r"has no checksums, and no pickle is opened here; name a snapshot dir"):
-        list_contents(path)
+        take_inventory(path)
     with pytest.raises(DirectoryError, match="no pickle is opened here"):
-        list_contents(path.parent)
+        take_inventory(path.parent)
     shutil.copy(path, run)
     assert "1 pickled files (.pt and the like)" in notes(run)[0]
 
@@ -529,7 +527,7 @@ def test_nothing_to_verify(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, told in (("empty", "holds no snapshots, outputs or states; name"), ("absent", "no such file or dir")):
         with pytest.raises(DirectoryError, match=told):
-            list_contents(tmp_path / name)
+            take_inventory(tmp_path / name)
     (tmp_path / "text").write_text("hello")
     assert only_wrong(tmp_path / "text")[0] == "damaged"
 

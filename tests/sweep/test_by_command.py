@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
 from posthoc_cli.cli import app
-from posthoc_cli.errors import LockedError, OutputExistsError, PostHocError
+from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
@@ -181,15 +182,86 @@ def test_json_is_the_result_alone_and_the_trials_go_to_stderr(ema: Ema, run: Run
 
 def test_every_option_is_in_a_panel_of_the_help() -> None:
     command = typer.main.get_command(app).commands["sweep"]  # type: ignore[attr-defined]
-    own = [option for option in command.params if option.name not in ORIGIN]
+    own = [option for option in command.params if option.param_type_name == "option" and option.name not in ORIGIN]
     assert {option.rich_help_panel for option in own} == {"Which run", "Targets", "How", "Output"}
 
 
-def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Path) -> None:
-    report = swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=Axis("sigma_rel", 0.05, 0.25))
-    assert len(report.trials) == 6
-    assert report.stopped == "every trial has the same metric: does the evaluation use the weights?"
-    assert report.found.mean == pytest.approx(5)
+@pytest.mark.parametrize("axis", [Axis("sigma_rel", 0.05, 0.25), GRID])
+def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Run, tmp_path: Path, axis: Axis) -> None:
+    with refused("the sweep", "every trial has the same metric, 5; does the evaluation use", kind=PostHocError):
+        swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=axis)
+    assert names(tmp_path / "out") == {"logs", "trials.jsonl", ".ema.lock"}
+
+
+@pytest.mark.parametrize(
+    ("script", "metric", "message"),
+    [
+        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "metric loss: no line .*; there are 'acc', 'f1'"),
+        ("echo hello", PRINTED, "metric: no line of its output is a number: hello"),
+        ('echo "{\\"acc\\": 1}" > $4/r.json', Metric("loss", "r.json"), "r.json has no member 'loss'; there are 'acc'"),
+        ('echo "{}" > $4/r.json', Metric("loss", "*s.json"), "there is no \\*s.json in its folder; there are 'r.json'"),
+    ],
+)
+def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
+    run: Run, tmp_path: Path, script: str, metric: Metric, message: str
+) -> None:
+    calls = tmp_path / "calls"
+    with pytest.raises(InvalidValueError, match=message):
+        swept(run, tmp_path / "out", shell(f"echo $2 >> {calls}; {script}"), metric, axis=GRID)
+    assert len(calls.read_text().split()) == 1
+
+
+@pytest.mark.parametrize(
+    ("axis", "best"),
+    [(Axis("sigma_rel", 0.15, 0.28), 0.1), (Axis("sigma_rel", 0.05, 0.08), 0.1), (Axis("window", 12, 20), 7)],
+)
+def test_a_search_goes_on_beyond_an_end_that_is_best(run: Run, tmp_path: Path, axis: Axis, best: float) -> None:
+    command = f"awk 'BEGIN {{ print log({{sigma_rel}} / {best}) ^ 2 }}' {{weights}}"
+    report = swept(run, tmp_path / "out", command, axis=axis)
+    assert report.value_of(report.found.best) == pytest.approx(best, rel=0.1)
+    assert report.axis.low < best < report.axis.high
+    assert "end of the range" not in report.stopped
+    evaluations = (tmp_path / "out" / "trials.jsonl").read_text().count("\n")
+    again = swept(run, tmp_path / "out", command, axis=axis)
+    assert again.title == report.title
+    assert (tmp_path / "out" / "trials.jsonl").read_text().count("\n") == evaluations
+
+
+def test_it_goes_no_further_than_averages_are_exact_and_says_so(run: Run, tmp_path: Path) -> None:
+    command = "sh -c 'echo $1' sh {sigma_rel} {weights}"
+    report = swept(run, tmp_path / "out", command, axis=Axis("sigma_rel", 0.1, 0.18), minimize=False)
+    assert max(trial.predicted_error or 1 for trial in report.trials) < 0.01
+    assert f"end of the range, sigma_rel {report.axis.high:g}, beyond which no average is exact" in report.stopped
+    assert report.axis.high > 0.25
+    spent = swept(run, tmp_path / "spent", command, axis=Axis("sigma_rel", 0.1, 0.2), budget=6)
+    assert spent.stopped.endswith("the best lies at the end of the range, sigma_rel 0.1, and may lie beyond")
+    listed = swept(run, tmp_path / "listed", command, axis=GRID)
+    assert listed.stopped.endswith("the best lies at the end of the list, sigma_rel 0.05, and may lie beyond")
+
+
+def test_raw_weights_that_the_run_holds_are_measured(ema: Ema, run: Run, tmp_path: Path) -> None:
+    raw = {name: torch.full_like(value, 7.0) for name, value in run.average(0.1).items()}
+    save_file(raw, tmp_path / "step-20.safetensors")
+    (tmp_path / "first.py").write_text(f"{FIRST}print(first(sys.argv[1]))")
+    command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
+    report = swept(Run(run.directory, also=tmp_path / "step-20.safetensors"), tmp_path / "out", command, axis=GRID)
+    assert report.raw == 7.0
+    assert [trial.target for trial in report.trials][:1] == ["raw"]
+    options = ("--run", command, "--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "without")
+    assert re.search(
+        "raw weights +not measured, since the run does not hold", ema("sweep", run.directory, *options).out
+    )
+
+
+def test_what_is_going_on_is_told_for_a_bar(run: Run, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    swept(run, tmp_path / "out", shell("echo $2"), axis=GRID, watch=lambda *what: told.append(what))
+    assert told == [
+        ("trial 1: making 3 averages", 0, 3),
+        ("trial 1: sigma_rel 0.05", 0, 3),
+        ("trial 2: sigma_rel 0.1; best 0.05 at sigma_rel 0.05", 1, 3),
+        ("trial 3: sigma_rel 0.2; best 0.05 at sigma_rel 0.05", 2, 3),
+    ]
 
 
 def test_a_sweep_whose_trials_all_fail_says_why(run: Run, tmp_path: Path) -> None:
@@ -207,7 +279,7 @@ def test_a_command_without_its_program_is_refused_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     Path("eval.py").touch()
     for word in ("no-such-command", "./eval.py", "eval.py"):
-        with refused("run", f"run {word}: its first word is neither a program"):
+        with refused("command", f"command {word}: its first word is neither a program"):
             swept(run, tmp_path / "out", f"{word} {{weights}}", axis=GRID)
     assert not (tmp_path / "out").exists()
 
@@ -312,11 +384,11 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
 
 def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) -> None:
     size = run.plan(0.1).nbytes
-    command = shell(f"ls {tmp_path}/out/.scratch/*.safetensors | wc -l")
+    command = shell(f'ls {tmp_path}/out/.scratch/*.safetensors | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     report = swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [0.05, 0.1, 0.15, 0.2, 0.25]))
-    assert [trial.value for trial in report.trials] == [5] * 5
+    assert [math.floor(trial.value) for trial in report.trials] == [5] * 5
     bound = swept(run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.axis, disk=2 * size + 1)
-    assert [trial.value for trial in bound.trials] == [2, 2, 2, 2, 1]
+    assert [math.floor(trial.value) for trial in bound.trials] == [2, 2, 2, 2, 1]
     with refused("disk", "must have room for one"):
         swept(run, tmp_path / "small", disk=size - 1)
 
@@ -366,9 +438,10 @@ def test_a_folder_of_others_is_refused_before_anything_in_it_is_replaced(run: Ru
 )  # fmt: skip
 def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path, axis: Axis, count: int) -> None:
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
-    report = swept(run, tmp_path / "out", command, axis=axis)
+    report = swept(run, tmp_path / "out", command, axis=axis, budget=6)
     assert not report.failed
-    assert len(report.trials) == len({trial.x for trial in report.trials}) == count
+    assert len(report.trials) == len({trial.x for trial in report.trials})
+    assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
 
 
 @pytest.mark.parametrize(("kind", "named"), [("sigma_rel", (0.05123, 0.09, 0.25)), ("beta", (0.61234, 0.8, 0.9))])
@@ -443,10 +516,10 @@ def test_a_trial_gets_a_folder_like_a_model(run: Run, tmp_path: Path) -> None:
     model.mkdir()
     save_file({name: torch.zeros_like(value) for name, value in run.average(0.1).items()}, model / "model.safetensors")
     (model / "config.json").write_text("{}")
-    command = shell("ls $1 | wc -l")
+    command = shell('ls $1 | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     for _ in range(2):
         report = swept(run, tmp_path / "out", command, axis=GRID, like=model)
-        assert [trial.value for trial in report.trials] == [2.0] * 3
+        assert [math.floor(trial.value) for trial in report.trials] == [2] * 3
         assert_same_tensors(load_file(tmp_path / "out/best/model.safetensors"), run.average(report.best))
     with refused("like"):
         swept(run, tmp_path / "out", command, axis=GRID, like=model, dtype="float16")
@@ -517,12 +590,12 @@ def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run:
 
 def test_in_python_a_search_asks_only_for_what_it_needs(run: Run) -> None:
     asked: list[float] = []
-    lengths = {float(run.average(x)["a"].norm()): x for x in LENGTHS}
-    assert len(lengths) == 3
+    lengths = {x: float(run.average(x)["a"].norm()) for x in LENGTHS}
+    assert len(set(lengths.values())) == 3
 
     def metric(weights: Any) -> float:
         asked.append(float(weights["a"].norm()))
-        return math.nan if len(asked) == 2 else 1.0
+        return math.nan if len(asked) == 2 else abs(asked[-1] - lengths[0.1])
 
     report = sweep(run, metric, low=0.05, high=0.25, budget=7)
     assert len(asked) <= 7

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.check import take_inventory, verify
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture.commands import run_ema
@@ -48,10 +48,10 @@ class Run:
         if not (self.directory / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        out = ["--out", self.root / "out", "--force"]
+        out = ["--out", self.root / "out", "--overwrite"]
         self._twice(lambda: self._ema("synthesize", self.directory, "--sigma-rel", "0.1,0.2", *out))
         self.note("output", *(path.relative_to(self.root).as_posix() for path in self.outputs))
-        shards = ["--out", self.shards, "--max-shard-size", "40", "--force"]
+        shards = ["--out", self.shards, "--max-shard-size", "40", "--overwrite"]
         self._twice(lambda: self._ema("export", self.outputs[0], *shards))
         self.note("output", "shards")
         self._twice(lambda: self._ema("prune", self.directory, "--keep", 2, "--yes"))
@@ -81,7 +81,7 @@ class Run:
         """What is wrong in the directory of snapshots."""
         if not any(path.suffix == ".safetensors" for path in self.directory.iterdir()):
             return []
-        found = verify(list_contents(self.directory))
+        found = verify(take_inventory(self.directory))
         broken = [f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine]
         return [*found.problems, *broken] or wrong_snapshots(self.directory)
 

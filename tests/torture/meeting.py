@@ -17,9 +17,10 @@ from pathlib import Path
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import LockedError, PostHocError
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
+from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning, prune
-from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan
 from torture.processes import PATIENCE
 from torture.tally import Tally
 from torture.training import Network, begin, remove_half_begun, wrong_output, wrong_snapshots

@@ -9,19 +9,21 @@ import random
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from factories import snapshot_files, split_snapshot
 from forked import Forked
 from groups import Net, check_group, move, run_group, start_group, truth
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError
+from posthoc_cli.integrations import STATE_NAME
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
-from posthoc_cli.snapshots.states import read_state
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from torture.tally import Experiment, Tally
 
@@ -35,15 +37,15 @@ PATIENCE = 180.0
 TRAIN = f"""
 import torch.distributed as dist
 from posthoc_cli import PostHocEMA
+from posthoc_cli.integrations import load_state, save_state
 kind, most, *saves = arguments
-model, state = groups.spread(groups.Net(), kind), folder / "state"
+model = groups.spread(groups.Net(), kind)
 (folder / f"durable-{{rank}}").write_text("0")
 with PostHocEMA.from_model(
-    model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most),
-    resume=None if saves else "auto"
+    model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most), resume="auto"
 ) as ema:
-    if saves and state.exists():
-        ema.load_state(state)
+    if saves:
+        load_state(ema, folder)
     for step in range(ema.step + 1, {STEPS} + 1):
         groups.move(model, step)
         ema.update_(model)
@@ -51,7 +53,7 @@ with PostHocEMA.from_model(
             ema.flush()
             (folder / f"durable-{{rank}}").write_text(str(step))
         if saves and step % int(saves[0]) == 0:
-            ema.save_state(state)
+            save_state(ema, folder, model)
             (folder / f"saved-{{rank}}").write_text(str(step))
         dist.barrier()  # in place of the training's own collectives
 """
@@ -174,7 +176,7 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
         for attempt in range(1_000):
             kind, ranks = chance.choice((*SPREAD, ("fsdp", 1)))
             where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}, attempt {attempt}"
-            saved = saved_step(place / "state")
+            saved = saved_step(place / STATE_NAME)
             if saved is None:  # training begins again
                 shutil.rmtree(place, ignore_errors=True)
             for note in (*place.glob("saved-*"), *place.glob("durable-*")):
@@ -191,7 +193,7 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
             codes = end(processes, 10 if is_killed else PATIENCE)
             notes = [int(note.read_text() or 0) for note in place.glob("saved-*")]
             least = max(saved or 0, min(notes) if len(notes) == ranks else 0)
-            if (now := saved_step(place / "state") or 0) < least:
+            if (now := saved_step(place / STATE_NAME) or 0) < least:
                 tally.lost.append(f"{where}: the state of step {least} was durable, and is of step {now}")
             there = read(place / "run")
             tally.lost += [f"{where}: {line}" for line in [*differing(there, whole), *wrong_averages(there)]]
@@ -214,11 +216,14 @@ def is_noted(note: Path, step: str) -> bool:
 
 
 def saved_step(state: Path) -> int | None:
-    """The step of a state of parts; None where none is complete."""
-    try:
-        return read_state(state).info.step
-    except PostHocError:
+    """The step of a state; None where there is none."""
+    if not state.is_dir():
         return None
+    found = {"step": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(found, checkpoint_id=state)
+    return found["step"]
 
 
 def end(processes: list[Forked], patience: float) -> list[int]:
@@ -238,6 +243,7 @@ import torch
 import torch.distributed as dist
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import PostHocError
+from posthoc_cli.integrations import STATE_NAME
 from torture.simulated import Faulty
 kind, victim, at = arguments
 model = groups.spread(groups.Net(), kind)

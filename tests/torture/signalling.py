@@ -25,10 +25,10 @@ from torture.training import damaged_files
 COMMANDS = (
     "synthesize RUN --sigma-rel 0.15 --out OUT/one.safetensors",
     "synthesize RUN --sigma-rel 0.05,0.1,0.2 --out OUT/many", "synthesize RUN --sigma-rel 0.15 --out OUT/one.pt",
-    "synthesize RUN --sigma-rel 0.15 --out OUT/shards --format sharded --max-shard-size 100KB",
+    "synthesize RUN --sigma-rel 0.15 --out OUT/shards --layout sharded --max-shard-size 100KB",
     "synthesize RUN --sigma-rel 0.15 --dry-run --json",
     "export OLD --out OUT/exported.safetensors --dtype float16",
-    "export OLD --out SHARDS --max-shard-size 90KB --force", "error-plot RUN --out OUT/error.png", "info RUN",
+    "export OLD --out SHARDS --max-shard-size 90KB --overwrite", "error-plot RUN --out OUT/error.png", "info RUN",
     "report RUN --out OUT/report.html",
     "plan --steps 1000 --params 1e6 --max-size 50MB --out OUT/plan.png", "prune RUN --keep 3 --yes",
     "profile --sigma-rel 0.05,0.1 --steps 1000", "demo --out OUT/demo --steps 100",

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from ema_command import Result
-from factories import random_walk, write_run
+from factories import random_walk, save_state, write_run
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
@@ -68,7 +68,7 @@ def make_template(home: Path) -> Path:
     model = torch.nn.Linear(2, 2)
     tracker = PostHocEMA.from_model(model, home / "tracked", update_every=1)
     tracker.update_(model)
-    tracker.save_state(home / "state.safetensors")
+    save_state(tracker, home / "state.safetensors")
     tracker.close()
     (home / "out").mkdir()
     (home / "outside").mkdir()
@@ -121,18 +121,6 @@ Use = tuple[object, ...] | Callable[["Scene", Path], object]
 """Words of a command, in which "X" is the path of the thing and names in capitals are of the scene; or a function."""
 
 
-def _load_state(scene: Scene, thing: Path) -> None:
-    with PostHocEMA.from_model(torch.nn.Linear(2, 2), scene.home / "fresh", update_every=1) as tracker:
-        tracker.load_state(thing)
-
-
-def _save_state(scene: Scene, thing: Path) -> None:
-    model = torch.nn.Linear(2, 2)
-    with PostHocEMA.from_model(model, scene.home / "fresh", update_every=1) as tracker:
-        tracker.update_(model)
-        tracker.save_state(thing)
-
-
 def _track(scene: Scene, _: Path) -> None:
     """Train in the directory, and go back in time, which sets snapshots aside."""
     model = torch.nn.Linear(2, 2)
@@ -154,13 +142,13 @@ TO_ANY: Sequence[Use] = (
 )  # fmt: skip
 TO_A_RUN: Sequence[Use] = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
-    ("error-plot", "RUN", "--csv", "OUT"),
+    ("error-plot", "RUN", "--out", "OUT"),
 )  # fmt: skip
 TO_SHARDS: Sequence[Use] = (
     ("info", "HOME/sharded"), lambda scene, _: export_file(scene.home / "sharded", scene.out),
     lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded"),
 )  # fmt: skip
-IN_A_FOLDER = ("synthesize", "RUN", *SIGMA_REL, "--format", "sharded", "--out", "HOME/out/folder")
+IN_A_FOLDER = ("synthesize", "RUN", *SIGMA_REL, "--layout", "sharded", "--out", "HOME/out/folder")
 IN_FOLDERS = ("", "/model.safetensors", f"/{INDEX_NAME}", "/model-00001-of-00001.safetensors")
 LOCKS = (".ema.lock", ".ema.lock.holder", "superseded")
 PLACES: dict[str, Sequence[Use]] = {
@@ -172,18 +160,17 @@ PLACES: dict[str, Sequence[Use]] = {
     "out/x.safetensors": [("synthesize", "RUN", *SIGMA_REL, "--out", "X")],
     "out/x.pt": [("export", "MADE", "--out", "X")],
     "out/x.png": [("error-plot", "RUN", "--out", "X")],
-    "out/x.csv": [("error-plot", "RUN", "--csv", "X")],
+    "out/x.csv": [("error-plot", "RUN", "--out", "X")],
     **dict.fromkeys((f"out/folder{name}" for name in IN_FOLDERS), (IN_A_FOLDER,)),
-    "state2.safetensors": [_load_state, _save_state],
     **dict.fromkeys((f"fresh/{name}" for name in LOCKS), (_track,)),
 }  # fmt: skip
 
 
 def _meetings() -> Iterator[tuple[str, str, Use]]:
-    """Every thing at every place, and who meets it there; what writes below "out" also with --force."""
+    """Every thing at every place, and who meets it there; what writes below "out" also with --overwrite."""
     for place, uses in PLACES.items():
         for use in uses:
-            forced: list[Use] = [(*use, "--force")] if place.startswith("out/") and isinstance(use, tuple) else []
+            forced: list[Use] = [(*use, "--overwrite")] if place.startswith("out/") and isinstance(use, tuple) else []
             for one in (use, *forced):
                 yield from ((place, thing, one) for thing in THINGS)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from factories import averages_in, exact_gamma
+from factories import averages_in, exact_gamma, save_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
@@ -149,7 +149,7 @@ def _read(tracker: PostHocEMA, model: Equal, reads: int, truth: Truth, tally: Ta
     path = tracker.checkpoint_dir / "state"
 
     def saved() -> list[str]:
-        tracker.save_state(path)
+        save_state(tracker, path)
         return wrong_file(path, truth)
 
     def swapped_in(block: Callable[..., Any], **which: float) -> list[str]:
@@ -160,7 +160,7 @@ def _read(tracker: PostHocEMA, model: Equal, reads: int, truth: Truth, tally: Ta
         "state_dict()": lambda: wrong_state(tracker.state_dict(), truth),
         "state_dict(0.05)": lambda: wrong_weights(tracker.state_dict(0.05)),
         "state_dict(0.15)": lambda: wrong_weights(tracker.state_dict(0.15)),
-        "save_state": saved,
+        "file": saved,
         "model": lambda: swapped_in(tracker.model, sigma_rel=0.15),
         "averaged": lambda: swapped_in(tracker.averaged, tracked=0.05),
     }
@@ -216,7 +216,7 @@ class Interruptions:
 
     def _file(self) -> None:
         path = self.tracker.checkpoint_dir.with_name("state")  # the directory may not be there yet
-        self.tracker.save_state(path)
+        save_state(self.tracker, path)
         self.wrong += wrong_file(path, self.truth)
 
     def _flush(self) -> None:

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from factories import FloatArray, exact_gamma, exact_weights
+from factories import FloatArray, exact_gamma, exact_weights, load_state, save_state
 from safetensors.numpy import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory, snapshot_path
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.tensor_file import read_header, verify_payload
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.tensor_file import read_header
 
 SIGMA_RELS = (0.05, 0.28)
 STATE = "state.safetensors"
@@ -78,10 +79,10 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
     state = directory / STATE
     if not state.exists() and {snapshot.info.sigma_rel for snapshot in find_snapshots(directory)} == set(SIGMA_RELS):
         return PostHocEMA.from_path(directory, network)
-    settings = {"update_every": 1, "checkpoint_dtype": torch.float32, **settings}
+    settings = {"update_every": 1, "checkpoint_dtype": torch.float32, "resume": "auto", **settings}
     tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)  # type: ignore[arg-type]
     if state.exists():
-        tracker.load_state(state)
+        load_state(tracker, state)
     return tracker
 
 
@@ -118,7 +119,7 @@ def train(
             except WriteError as error:
                 errors.append(str(error))
             if step in save_at:
-                tracker.save_state(directory / STATE)
+                save_state(tracker, directory / STATE)
                 note_durable()
     finally:
         tracker.close()

@@ -16,12 +16,13 @@ from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.check import take_inventory, verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
+from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.states import decode_state
-from posthoc_cli.snapshots.tensor_file import TensorFile
 from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.tracker.state import open_state
 from torture.tally import Tally
 
 RUN_ID = "ab12" * 8
@@ -38,7 +39,7 @@ def examine(path: Path) -> Content:
     Raises:
         PostHocError: naming the file.
     """
-    for report in verify(list_contents(path)).files:
+    for report in verify(take_inventory(path)).files:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
     if path.name != INDEX_NAME:
@@ -51,7 +52,7 @@ def examine(path: Path) -> Content:
 
 def _content(path: Path) -> Content:
     decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
-    with TensorFile(path) as file:
+    with open_file(path) as file:
         kind = file_kind(file.header)
         if kind not in decoders:
             raise FileFormatError(path, f"its ema.format is {str(kind)[:40]!r}")
@@ -175,31 +176,19 @@ class Tiny(torch.nn.Module):
 
 
 def small_state(folder: Path) -> Victim:
-    """A tracker's state, which the tracker goes on from; later snapshots lie in its directory."""
-    path, model = folder / "state.safetensors", Tiny()
-    tracker = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1, max_checkpoints=None)
-    tracker.update_(model)
-    tracker.save_state(path)
-
-    def go_on() -> str:
+    """The exact state beside the snapshots, which a tracker goes on from."""
+    path, model = folder / "run/state.safetensors", Tiny()
+    with PostHocEMA.from_model(
+        model, folder / "run", update_every=1, checkpoint_every=1, max_checkpoints=None, keep_state=True
+    ) as tracker:
         tracker.update_(model)
-        tracker.flush()
-        return seen()
-
-    def seen() -> str:
-        return repr((tracker.state_dict(), sorted((folder / "run").glob("*.safetensors"))))
 
     def use() -> object:
-        try:
-            tracker.load_state(path)
-        except PostHocError:
-            assert seen() == later, "a state that was refused has changed the tracker or its directory"
-            raise
-        loaded = seen()
-        assert go_on().count("0000000000000002-") == 2
-        return loaded
+        with open_state(path) as state:
+            kinds = ("totals", "recent")
+            tensors = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in kinds}
+            return repr(state | tensors | {"copies": dict(state["copies"])})
 
-    later = go_on()
     return Victim("state", path, use, folder / "no-output", str(path))
 
 

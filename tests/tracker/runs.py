@@ -8,7 +8,7 @@ import torch
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.tensor_file import TensorFile
+from posthoc_cli.snapshots.reading import open_file
 
 STEPS = 50
 VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, dict[str, bytes]]:
     """Tensors of the snapshots on the schedule."""
     result = {}
     for snapshot in (one for one in read_directory(folder) if not one.info.off_schedule):
-        with TensorFile(snapshot.path) as file:
+        with open_file(snapshot.path) as file:
             result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
     return result
 
@@ -61,3 +61,10 @@ def contents(folder: Path) -> dict[str, dict[str, bytes]]:
 def scheduled(folder: Path) -> dict[str, bytes]:
     """Complete files of the snapshots on the schedule."""
     return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
+
+
+def as_if_killed(folder: Path) -> None:
+    """Remove what the end of a training has written: the snapshots off the schedule."""
+    for snapshot in read_directory(folder):
+        if snapshot.info.off_schedule:
+            snapshot.path.unlink()

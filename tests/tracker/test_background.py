@@ -24,8 +24,9 @@ from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError,
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import model_tensors
 from posthoc_cli.tracker import worker as pacing
-from posthoc_cli.tracker.averages import BlockReader, Staged
+from posthoc_cli.tracker.averages import BlockReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
+from posthoc_cli.tracker.staging import ModelCopy
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
@@ -38,8 +39,8 @@ def network() -> torch.nn.Module:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While it is clear, the worker cannot begin with the values that it was given."""
-    gate, real = threading.Event(), Staged.reader
-    monkeypatch.setattr(Staged, "reader", lambda *arguments: gate.wait(60) and real(*arguments))
+    gate, real = threading.Event(), ModelCopy.reader
+    monkeypatch.setattr(ModelCopy, "reader", lambda *arguments: gate.wait(60) and real(*arguments))
     yield gate
     gate.set()
 
@@ -282,15 +283,15 @@ ENDS = """
 import sys, threading, torch
 from concurrent.futures import thread
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.averages import Staged
-real = Staged.reader
+from posthoc_cli.tracker.staging import ModelCopy
+real = ModelCopy.reader
 def late(*arguments):
     while not thread._shutdown:  # the interpreter has begun to end
         threading.Event().wait(0.01)
     return real(*arguments)
 model = torch.nn.Linear(2, 2)
 tracker = PostHocEMA.from_model(model, sys.argv[1], device="cpu", update_every=1, checkpoint_every=1)
-Staged.reader = late
+ModelCopy.reader = late
 tracker.update_(model)
 """
 

@@ -160,7 +160,7 @@ def test_a_statistic_that_is_not_finite_is_named_at_once(tmp_path: Path) -> None
 
 
 def test_a_run_of_an_early_release_goes_on_with_copies(tmp_path: Path) -> None:
-    _, tracker, _ = trained(tmp_path, 20, copy_only=COPIES)
+    _, tracker, _ = trained(tmp_path, 20, buffers="copy")
     tracker.close()
     as_early_releases_wrote(tmp_path)
     for opened in (
@@ -193,7 +193,7 @@ def test_an_exact_state_brings_averaged_statistics_back(tmp_path: Path) -> None:
 
 
 def test_a_block_that_used_copies_warns_once_a_tracker(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path / "copied", 20, copy_only=COPIES)
+    model, tracker, _ = trained(tmp_path / "copied", 20, buffers="copy")
     loader = [inputs(seed) for seed in range(3)]
     with tracker.model(model, sigma_rel=0.2) as averaged:
         tracker.update_bn(averaged, loader)
@@ -224,7 +224,7 @@ def test_a_block_that_used_copies_warns_once_a_tracker(tmp_path: Path) -> None:
 
 
 def test_commands_and_the_page_say_what_to_do_about_copies(tmp_path: Path, ema: Ema) -> None:
-    for kind, settings in (("copied", {"copy_only": COPIES}), ("averaged", {})):
+    for kind, settings in (("copied", {"buffers": "copy"}), ("averaged", {})):
         trained(tmp_path / kind, 40, **settings)[1].close()
         run, out = tmp_path / kind, tmp_path / f"{kind}.safetensors"
         count = int(kind == "copied")
@@ -252,7 +252,7 @@ def test_checkpoints_of_other_programs_have_copies(tmp_path: Path, ema: Ema) -> 
 
 
 def test_a_sweep_in_memory_warns_where_copies_are_used(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path, 40, copy_only=COPIES)
+    model, tracker, _ = trained(tmp_path, 40, buffers="copy")
     run, loader = tracker.run, [inputs(seed) for seed in range(2)]
 
     def metric(averaged: torch.nn.Module) -> float:

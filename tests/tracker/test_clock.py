@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from factories import make_info
+from tracker.runs import as_if_killed
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, MismatchError
@@ -23,7 +24,7 @@ from posthoc_cli.targets import Beta, Target, Window
 STEPS = 2000
 SETTINGS: dict = {
     "sigma_rels": (0.03, 0.05, 0.10, 0.15, 0.20, 0.28), "update_every": 1, "checkpoint_every": 250,
-    "checkpoint_dtype": None, "t_unit": "images", "final_snapshot": False,
+    "checkpoint_dtype": None, "t_unit": "images",
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def track(folder: Path, times: Sequence[float], first: int = 1, tracker: PostHoc
 
 
 def fresh(folder: Path) -> PostHocEMA:
-    return PostHocEMA.from_model(weights(), folder, **SETTINGS)
+    return PostHocEMA.from_model(weights(), folder, **SETTINGS, resume="auto")
 
 
 def clocks(folder: Path) -> dict[float, tuple]:
@@ -174,12 +175,15 @@ def test_going_on_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interru
     resumed = fresh(tmp_path / "parts")
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     track(tmp_path / "parts", times, interrupted_at + 1, resumed)
+    for name in ("parts", "whole"):
+        as_if_killed(tmp_path / name)
     assert clocks(tmp_path / "parts") == clocks(tmp_path / "whole")
 
 
 def test_going_on_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
     times = changing_twice()
     track(tmp_path, times[:1300].tolist())
+    as_if_killed(tmp_path)
     between = PostHocEMA.from_path(tmp_path)
     assert between.state_dict()["clock"][3:] == [1250, 80000.0]
     track(tmp_path, times[:1500].tolist(), 1251, PostHocEMA.from_path(tmp_path))

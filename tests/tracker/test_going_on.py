@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -160,14 +161,14 @@ def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str,
     """
     model, last, state = begun(tmp_path / "whole", STEPS, checkpoint_dtype="float16", device=device), 0, None
     settings = SETTINGS | {"checkpoint_dtype": "float16", "device": device}
-    by_file = {"resume": "auto", "keep_state": True} if way == "file" else {}
+    by_file = {"resume": "auto"} | ({"keep_state": True} if way == "file" else {})
     for step in (7, 10, 11, 13, 20, 33, 45, STEPS):
         with PostHocEMA.from_model(model, tmp_path / "run", **settings, **by_file) as tracker:
             if state is not None:
                 tracker.load_state_dict(state)
             assert tracker.step == last
             walk(model, tracker, last + 1, step)
-            last, state = step, None if by_file else tracker.state_dict()
+            last, state = step, None if way == "file" else tracker.state_dict()
     assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
     assert not (tmp_path / "run" / "superseded").exists()
 
@@ -177,12 +178,15 @@ def test_a_state_is_kept_on_where_it_was_kept_so_far(tmp_path: Path) -> None:
         begun(tmp_path / str(keep), 15, keep_state=keep)
         assert (tmp_path / str(keep) / STATE_NAME).exists() == keep
         assert PostHocEMA.from_path(tmp_path / str(keep)).settings.keep_state == keep
-    assert not PostHocEMA.from_path(tmp_path / "True", keep_state=False).settings.keep_state
 
 
-def test_without_a_last_snapshot_the_state_is_that_of_the_newest_one(tmp_path: Path) -> None:
-    model = begun(tmp_path, 27, keep_state=True, final_snapshot=False)
-    tracker = PostHocEMA.from_path(tmp_path, model)
+def test_after_a_kill_the_state_is_that_of_the_newest_one(tmp_path: Path) -> None:
+    model = matrix()
+    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS, keep_state=True) as killed:
+        walk(model, killed, 1, 27)
+        killed.flush()
+        shutil.copytree(tmp_path / "run", tmp_path / "left", ignore=shutil.ignore_patterns(".ema*"))
+    tracker = PostHocEMA.from_path(tmp_path / "left", model)
     assert (tracker.step, tracker.state_dict()["inherited"]) == (20, [0.0, 0.0])
 
 
@@ -192,7 +196,7 @@ def test_a_state_of_other_snapshots_is_not_used(tmp_path: Path, wrong: str, capl
     model = begun(tmp_path, 20, checkpoint_dtype="float16", keep_state=True)
     state = tmp_path / STATE_NAME
     if wrong == "older":
-        with PostHocEMA.from_path(tmp_path, model, keep_state=False) as tracker:
+        with PostHocEMA.from_model(model, tmp_path, **SETTINGS | {"checkpoint_dtype": "float16"}, resume=20) as tracker:
             walk(model, tracker, 21, 30)
     elif wrong == "of another version":
         with TensorFileWriter(state, [], read_header(state).metadata | {"ema.version": "1"}, overwrite=True) as writer:
@@ -253,16 +257,15 @@ def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, mo
     assert written(tmp_path) == [(4, True)]
 
 
-def test_nothing_new_is_not_written_and_a_last_snapshot_may_be_declined(tmp_path: Path) -> None:
+def test_nothing_new_is_not_written(tmp_path: Path) -> None:
     expected = [(10, False), (20, False)]
-    for last, settings in ((21, {}), (20, {}), (25, {"final_snapshot": False})):
-        begun(tmp_path / str(last), last, **settings)
+    for last in (20, 21):
+        begun(tmp_path / str(last), last)
         assert written(tmp_path / str(last)) == expected
-    for folder, last, settings in ((tmp_path / "20", 21, {}), (tmp_path / "25", 25, {"final_snapshot": False})):
-        model = matrix()
-        with PostHocEMA.from_path(folder, model, **settings) as tracker:
-            walk(model, tracker, 21, last)
-        assert written(folder) == expected
+    model = matrix()
+    with PostHocEMA.from_path(tmp_path / "20", model, step=20) as tracker:
+        walk(model, tracker, 21, 21)
+    assert written(tmp_path / "20") == expected
 
 
 def test_an_error_in_the_block_is_logged_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -293,18 +296,11 @@ def test_a_snapshot_can_be_asked_for(tmp_path: Path) -> None:
         tracker.snapshot()
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"update_after_step": 20}, r"no snapshot: 0 updates .* update_after_step=20, checkpoint_every=10"),
-        ({"final_snapshot": False}, r"no snapshot: 3 updates .* checkpoint_every=10, final_snapshot=False"),
-    ],
-)
-def test_an_empty_run_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, told: str) -> None:
-    begun(tmp_path, 7, **settings)
+def test_an_empty_run_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun(tmp_path, 7, update_after_step=20)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert re.search(told, record.message)
+    assert re.search(r"no snapshot: 0 updates .* update_after_step=20$", record.message)
 
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
@@ -356,14 +352,14 @@ def test_snapshots_in_between_go_first(tmp_path: Path) -> None:
 def test_a_last_snapshot_of_another_attempt_is_set_aside(tmp_path: Path) -> None:
     model, states = matrix(), []
     for scale in (1.0, 1.001):
-        with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
             if states:
                 tracker.load_state_dict(states[0])
             walk(model, tracker, tracker.step + 1, 12, scale)
             states.append(tracker.state_dict())
             walk(model, tracker, 13, 15, scale)
             states.append(tracker.state_dict())
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
         tracker.load_state_dict(states[1])  # of the first attempt at step 15; what lies there is the second one's
         assert written(tmp_path) == [(10, False)]
         walk(model, tracker, 16, 17)

@@ -25,7 +25,7 @@ from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.tracker import snapshotter
+from posthoc_cli.tracker import averages, measuring, staging
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -50,7 +50,8 @@ class Watched:
 
     def look(self) -> None:
         for source in self.tracker._evaluation(None, True, "").live():
-            exact = {name: source.averages[name] for name in source.info.averages}
+            values = source.tensors
+            exact = {name: values[name].clone() for name in source.info.averages}
             self.exact[source.info.t, source.info.sigma_rel] = exact
 
     def check(self, info: SnapshotInfo, stored: Tensors, snapshots: list[Snapshot]) -> None:
@@ -135,13 +136,20 @@ def test_the_distance_to_the_weights_is_measured_where_they_are_at_hand(tmp_path
             assert found is None
 
 
-def test_a_tensor_of_many_chunks_is_measured_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshotter, "CPU_CHUNK", 1_000)
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_tensor_of_many_chunks_is_measured_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Chunks of memory end elsewhere than blocks in the cache, and than what is read of a file at a time."""
+    monkeypatch.setattr(averages, "FOLD_BLOCK", 1_000)
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(staging, "REST_BYTES", 2**6)
+    monkeypatch.setattr(measuring, "CHUNK", 777)
     model = torch.nn.Linear(123, 457)
     model.empty = torch.nn.Parameter(torch.empty(0, 3))
     model.scalar = torch.nn.Parameter(torch.tensor(2.0))
     model.turned = torch.nn.Parameter(torch.randn(70, 90).T)
-    watched_run(model, tmp_path, 10).check_all(tmp_path)
+    watched_run(model, tmp_path, 10, device=device).check_all(tmp_path)
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e-6, 2e-8])
@@ -151,7 +159,7 @@ def test_a_tensor_that_is_kept_in_float32_counts_as_it_is_stored(tmp_path: Path,
     with torch.no_grad():
         model.weight.fill_(scale)
     model.weight.requires_grad_(False)  # stays as it is, and tracked
-    watched_run(model, tmp_path, 10, only_trainable=False).check_all(tmp_path)
+    watched_run(model, tmp_path, 10, include="*").check_all(tmp_path)
     for snapshot in read_directory(tmp_path):
         found = {name: entry.dtype for name, entry in snapshot.header.tensors.items()}
         assert found == {"weight": "F32", "bias": "F16"}
@@ -208,10 +216,10 @@ def test_a_run_goes_on_without_a_profile_whose_snapshots_were_deleted_only_when_
     watched_run(model, tmp_path, 10)
     for path in tmp_path.glob("*-0.28.safetensors"):
         path.unlink()
-    message = r"every profile \(0\.05, 0\.28\) .* go on without some \(the newest are of 0\.05\) with .*sigma_rels="
+    message = r"every profile \(0\.05, 0\.28\) .* go on without some \(the newest are of 0\.05\): .*sigma_rels="
     with PostHocEMA.from_path(tmp_path, model) as tracker, pytest.raises(DirectoryError, match=message):
         tracker.update_(model)
-    with PostHocEMA.from_path(tmp_path, model, sigma_rels=(0.05,)) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, (0.05,), **SETTINGS, resume="auto") as tracker:
         Watched(tracker).train(model, 11, 15)
         assert set(tracker.state_dict(sigma_rel=0.05)) == set(model.state_dict()) - {"frozen"}
     last = read_directory(tmp_path)[-1].info
@@ -291,7 +299,7 @@ def test_live_averages_are_measured_as_snapshots_are_and_without_rounding(tmp_pa
 
 def test_an_average_that_overflows_is_refused_by_name_and_not_written(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=40, final_snapshot=False)
+    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=40)
     with pytest.raises(NonFiniteError, match=r"average of 'bias': holds nan or infinity"):
         for step in range(40):
             torch.nn.init.constant_(model.bias, 3e38 * (-1) ** step)  # the difference of two is infinite in float32
@@ -303,7 +311,7 @@ def test_an_average_that_overflows_is_refused_by_name_and_not_written(tmp_path: 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshotter, "DEVICE_CHUNK", 1_000)
+    monkeypatch.setattr(averages, "FOLD_DEVICE_BLOCK", 1_000)
     model = torch.nn.Linear(123, 45).cuda()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         watched = Watched(tracker)

@@ -25,7 +25,7 @@ def average(sigma_rel: float, last: int) -> torch.Tensor:
 def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp_path: Path) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10) as ema:
-        assert ema.metrics((0.15,)) == {"step": 0, "t": 0}
+        assert ema.metrics((0.15,)) == {"step": 0, "t": 0, "bytes": 0}
         walk(model, ema, 1, 35)
         ema.flush()
         found = ema.metrics((0.15, 0.2))
@@ -62,7 +62,7 @@ def test_an_error_of_a_callback_leaves_the_call_that_has_done_its_work(tmp_path:
     def fail(_: PostHocEMA) -> None:
         raise KeyError("logger")
 
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5, final_snapshot=False) as ema:
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5) as ema:
         with pytest.raises(InvalidValueError, match="on_snapshot None: must be given a function"):
             ema.on_snapshot(None)  # type: ignore[arg-type]
         ema.on_snapshot(fail)
@@ -72,3 +72,5 @@ def test_an_error_of_a_callback_leaves_the_call_that_has_done_its_work(tmp_path:
             walk(model, ema, 6, 6)
         walk(model, ema, 7, 8)
         assert ema.step == 8
+        with pytest.raises(KeyError, match="logger"):
+            ema.close()

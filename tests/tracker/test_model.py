@@ -136,7 +136,7 @@ def test_weights_come_in_the_parameters_own_dtype(tmp_path: Path, dtype: torch.d
 
 
 def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, tracker, _ = trained(tmp_path, steps=4, copy_only="norm.running_mean")
+    model, tracker, _ = trained(tmp_path, steps=4, buffers="copy")
     model.norm.running_mean.fill_(float("nan"))
     tracker.update_(model)
     tracker.flush()

@@ -16,7 +16,7 @@ from factories import averages_in, exact_average, rewrite_snapshot
 from groups import check_group
 from integrations.truth import recorded
 from safetensors.torch import load_file
-from tracker.runs import contents, times
+from tracker.runs import as_if_killed, contents, times
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, MismatchError, ModelMismatchError
@@ -102,7 +102,8 @@ def trackers(model: torch.nn.Module, folder: Path, way: str) -> PostHocEMA:
 @pytest.mark.parametrize("last", [200, 41, 75])
 def test_fresh_weights_do_not_go_on(tmp_path: Path, way: str, seed: int, last: int) -> None:
     """Also those that the run began with, and where there is one snapshot on the schedule."""
-    finished(tmp_path, last, final_snapshot=last == 200)
+    finished(tmp_path, last)
+    as_if_killed(tmp_path)
     before = contents(tmp_path)
     fresh = Training(seed)
     ema = trackers(fresh.model, tmp_path, way)
@@ -157,7 +158,8 @@ def test_the_step_is_right_as_soon_as_the_tracker_is_made(tmp_path: Path, caplog
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_a_checkpoint_that_is_newer_than_the_snapshots_goes_on(tmp_path: Path, last: int, kind: str) -> None:
     """As after a kill; also where there is only one snapshot. The steps since the newest are missing."""
-    first, checkpoints = finished(tmp_path, last, saved=[last], kind=kind, final_snapshot=False)
+    first, checkpoints = finished(tmp_path, last, saved=[last], kind=kind)
+    as_if_killed(tmp_path)
     newest = last // 40 * 40
     again = Training(seed=3, kind=kind).restored(checkpoints[last])
     with PostHocEMA.from_model(again.model, tmp_path, **SETTINGS, resume="auto") as ema:
@@ -174,6 +176,20 @@ def test_a_checkpoint_in_half_precision_goes_on(tmp_path: Path, dtype: torch.dty
     for parameter in again.model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
     assert PostHocEMA.from_model(again.model, tmp_path, **SETTINGS, resume="auto").step == step // 40 * 40
+
+
+@pytest.mark.parametrize("way", ["from_model", "from_path"])
+def test_a_large_first_step_goes_on_where_the_model_was_on_the_path_when_the_tracker_was_made(
+    tmp_path: Path, way: str
+) -> None:
+    """Snapshots of every fourth step say little about how far a step may go."""
+    first, _ = finished(tmp_path, 40, checkpoint_every=4, kind="sgd")
+    ema = trackers(first.model, tmp_path, way)
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            parameter.add_(0.3 * parameter.square().mean().sqrt() * torch.randn_like(parameter))
+    ema.update_(first.model)
+    assert ema.step == 41
 
 
 def test_weights_that_stand_still_go_on_from_the_newest(tmp_path: Path) -> None:
@@ -196,9 +212,10 @@ def test_a_step_that_is_named_holds_whatever_the_weights(tmp_path: Path, caplog:
         training = Training(seed=1)
         if weights is not None:
             training.restored(checkpoints[weights])
-        with PostHocEMA.from_path(tmp_path, training.model, step=named, final_snapshot=False) as ema:
+        with PostHocEMA.from_path(tmp_path, training.model, step=named) as ema:
             training.run(1, 1, ema)
             assert ema.step == named + 1
+        as_if_killed(tmp_path)
         told = [text for text in caplog.messages if "as asked" in text]
         expected = f"{tmp_path}: the averages go on from step {named}, as asked; the model's weights are {where}"
         assert told == ([] if where is None else [expected])
@@ -209,11 +226,11 @@ def test_an_exact_state_is_used_where_it_is_of_the_models_place(tmp_path: Path) 
     first, checkpoints = finished(
         tmp_path, 200, saved=[100], **{k: settings[k] for k in ("keep_state", "checkpoint_dtype")}
     )
-    with PostHocEMA.from_model(first.model, tmp_path, **settings, resume="auto", final_snapshot=False) as ema:
+    with PostHocEMA.from_model(first.model, tmp_path, **settings, resume="auto") as ema:
         first.run(201, 210, ema)
         assert error(ema, first.path) < 1e-6
     again = Training().restored(checkpoints[100])
-    with PostHocEMA.from_model(again.model, tmp_path, **settings, resume="auto", final_snapshot=False) as ema:
+    with PostHocEMA.from_model(again.model, tmp_path, **settings, resume="auto") as ema:
         again.run(101, 110, ema)
         assert 1e-6 < error(ema, [*first.path[:80], *again.path]) < 1e-2
 
@@ -253,7 +270,7 @@ def test_a_new_run_in_the_directory_of_another_names_all_ways_out(tmp_path: Path
     fresh = Training(seed=1)
     ways = r"restore the model's checkpoint first, .*resume='auto'.*from_path; .*resume=80 .*another directory$"
     with pytest.raises(MismatchError, match=ways):
-        PostHocEMA.from_model(fresh.model, tmp_path, **SETTINGS).update_(fresh.model)
+        PostHocEMA.from_model(fresh.model, tmp_path, **SETTINGS)
 
 
 # --- the sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import sharding
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
 
@@ -57,7 +57,7 @@ def test_a_run_of_60_steps_may_be_interrupted_at_any_of_them(tmp_path: Path, dev
         checkpoint = torch.load(tmp_path / f"{step}.pt", weights_only=True)
         model = network()
         model.load_state_dict(checkpoint["model"])
-        with PostHocEMA.from_model(model, tmp_path / str(step), **settings) as tracker:
+        with PostHocEMA.from_model(model, tmp_path / str(step), **settings, resume="auto") as tracker:
             tracker.load_state_dict(checkpoint["ema"])
             train(model, tracker, step + 1, 60)
         assert scheduled(tmp_path / str(step)) == whole
@@ -72,7 +72,7 @@ def test_setting_later_snapshots_aside_can_be_tried_again(tmp_path: Path, monkey
             raise OSError(5, "Input/output error")
         source.replace(target)
 
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         train(model, tracker, 1, 15)
         state = tracker.state_dict()
         train(model, tracker, 16, 40)
@@ -83,7 +83,7 @@ def test_setting_later_snapshots_aside_can_be_tried_again(tmp_path: Path, monkey
         with pytest.raises(WriteError, match="input/output error"):
             tracker.load_state_dict(state)
         tracker.load_state_dict(state)
-    assert times(tmp_path) == {10}
+        assert times(tmp_path) == {10}
     assert contents(tmp_path / "superseded") == later
 
 
@@ -176,16 +176,18 @@ def test_what_resumes_from_rounded_snapshots_cost_is_counted(tmp_path: Path) -> 
     assert lost > 0
 
 
-def test_settings_are_those_of_the_run_unless_said_otherwise(tmp_path: Path) -> None:
+def test_settings_are_those_of_the_run_and_others_go_by_resume(tmp_path: Path) -> None:
     model, _, _ = begun(tmp_path, 10, max_checkpoints=7)
     PostHocEMA.from_path(tmp_path, model.requires_grad_(False))  # for an evaluation
-    changes = {"max_checkpoints": None, "checkpoint_dtype": "bf16", "checkpoint_every": 4}
-    for given, expected in (({}, (2, 10, 7, None)), (changes, (2, 4, None, "BF16"))):
-        found = PostHocEMA.from_path(tmp_path, **given).settings.schedule
+    model.requires_grad_(True)
+    given = SETTINGS | {"max_checkpoints": None, "checkpoint_dtype": "bf16", "checkpoint_every": 4}
+    for made, expected in (
+        (PostHocEMA.from_path(tmp_path), (2, 10, 7, None)),
+        (PostHocEMA.from_model(model, tmp_path, **given, resume="auto"), (2, 4, None, "BF16")),
+    ):
+        found = made.settings.schedule
         kept = found.update_every, found.checkpoint_every, found.max_checkpoints, found.checkpoint_dtype
-        assert kept == expected
-    with pytest.raises(ValueError, match="multiple of update_every"):
-        PostHocEMA.from_path(tmp_path, checkpoint_every=5)
+        assert (kept, made.step) == (expected, 10)
 
 
 def test_an_incomplete_last_time_is_not_gone_on_from(tmp_path: Path) -> None:
@@ -224,9 +226,9 @@ def test_a_run_keeps_its_habit_of_passing_a_clock(tmp_path: Path) -> None:
         for k in range(1, 11):
             tracker.update_(model, t=0.1 * k)
         state = tracker.state_dict()
-    for resumed in (PostHocEMA.from_path(tmp_path, model), PostHocEMA.from_model(model, tmp_path, **settings)):
-        with resumed:
-            if resumed.step == 0:
+    for loads in (False, True):
+        with PostHocEMA.from_path(tmp_path, model) as resumed:
+            if loads:
                 resumed.load_state_dict(state)
             with pytest.raises(InvalidValueError, match="passed t;"):
                 resumed.update_(model)
@@ -249,16 +251,46 @@ def test_frozen_or_thawed_later_a_parameter_is_named(tmp_path: Path) -> None:
         train(model, tracker, 7, 8)
 
 
-def test_a_directory_of_another_run_is_refused_at_the_first_update(tmp_path: Path) -> None:
+def test_a_directory_of_another_run_is_refused_at_once(tmp_path: Path) -> None:
     model, _, first = begun(tmp_path, 10)
     before = contents(tmp_path)
-    second = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     # A ValueError, too: what code written for pytorch-posthoc-ema catches.
-    with pytest.raises(ValueError, match=f"{first[:8]}.*{second.run_id[:8]}.*from_path.*another directory"):
-        second.update_(model)
+    with pytest.raises(ValueError, match=f"{first[:8]}, up to step 10.*resume='auto'.*from_path.*another directory"):
+        PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    with pytest.raises(ModelMismatchError, match=r"is of another model; use its model, or another directory"):
+        PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path, **SETTINGS, resume="auto")
     assert contents(tmp_path) == before
-    with PostHocEMA.from_path(tmp_path, model) as third:  # the refusal has not kept the lock
+    with PostHocEMA.from_path(tmp_path, model) as third:  # no lock was taken
         train(model, third, 11, 12)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(path: Path, mode: int) -> bool:
+        asked.append((Path(path), mode))
+        return False
+
+    monkeypatch.setattr(os, "access", refuse)  # root may write everywhere
+    with pytest.raises(DirectoryError, match=f"{tmp_path.name}: cannot be written to"):
+        PostHocEMA.from_model(network(), tmp_path / "new" / "run", **SETTINGS)
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+
+
+def test_a_cell_that_is_run_again_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its first tracker is still there, as in the notebook's list of results, and was interrupted between snapshots."""
+    model, trackers = network(), []
+    for last in (17, 35):
+        trackers.append(PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto"))
+        train(model, trackers[-1], trackers[-1].step + 1, last)
+    told = [record.message for record in caplog.records if "an earlier tracker of this process" in record.message]
+    assert len(told) == 1
+    assert trackers[1].state_dict()["updates"] == 17  # at 2, 4, ..., 34: none was lost
+    with pytest.raises(NotReadyError, match="a later tracker has taken the place of this one"):
+        train(model, trackers[0], 18, 19)
+    trackers[0].close()
+    trackers[1].close()
+    assert repr(trackers[1]) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
 
 
 def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +305,8 @@ def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path: Path, m
             closed.setattr(Path, "iterdir", refuse)
             with pytest.raises(DirectoryError, match="cannot be read: permission denied"):
                 tracker.update_(model)
+            with pytest.raises(DirectoryError, match="cannot be read: permission denied"):
+                PostHocEMA.from_model(model, tmp_path, **SETTINGS)
         assert tracker.step == 0
         tracker.update_(model)  # the refusal has not kept the lock
 
@@ -283,8 +317,6 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     train(model, writer, 1, 10)
     reader = PostHocEMA.from_path(tmp_path, model)
     assert set(reader.state_dict(sigma_rel=0.15)) == set(model.state_dict())
-    with pytest.raises(LockedError, match="another tracker of this process"):
-        reader.update_(model)
     writer.close()
     reader.update_(model)
     del reader  # a forgotten tracker gives the directory free
@@ -292,16 +324,11 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
         train(model, again, 11, 20)
 
 
-def test_a_second_writer_of_a_group_is_told_that_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_process_of_a_group_only_counts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as writer:
         train(model, writer, 1, 10)
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda _=None: 1)
-        monkeypatch.setattr(sharding, "_get_default_store", torch.distributed.HashStore)
-        with pytest.raises(LockedError, match=r"is writing here.*from_model\(\.\.\., writer=rank == 0\)"):
-            PostHocEMA.from_path(tmp_path, model, writer=True).update_(model)
+        request.getfixturevalue("second_of_two")
         other = PostHocEMA.from_path(tmp_path, model)
         other.update_(model)
         assert (other.step, other.keeps_averages) == (11, False)
@@ -369,11 +396,9 @@ def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Pa
 def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
-    tracker = PostHocEMA.from_model(network(), tmp_path / place, **SETTINGS)
     said = rf"/{Path(place).parts[0]}: is not a directory; snapshots are written to the directory .*/{place};"
-    # Not a WriteError, after which training may go on: this update has not been made.
     with pytest.raises(DirectoryError, match=said):
-        tracker.update_(network())
+        PostHocEMA.from_model(network(), tmp_path / place, **SETTINGS)
 
 
 def test_strange_files_beside_the_snapshots_do_not_stop_a_training(tmp_path: Path) -> None:
@@ -405,19 +430,19 @@ def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> 
     assert "4 averages up to t = 20" in labels(PostHocEMA.from_path(tmp_path).reconstruction_error())
 
 
-@pytest.mark.parametrize("resumes", ["load_state", "from_path"])
+@pytest.mark.parametrize("resumes", ["load_state_dict", "from_path"])
 def test_a_resume_that_fails_gives_the_directory_free(tmp_path: Path, resumes: str) -> None:
     model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         train(model, tracker, 1, 15)
-        tracker.save_state(tmp_path / "early.state")
-        train(model, tracker, 16, 25)
+        early = tracker.state_dict()
+        train(model, tracker, 16, 20)
     for path in tmp_path.glob("*20-0.28.safetensors"):
         path.unlink()
     (tmp_path / "superseded").write_text("in the way of what would be set aside")
     failed = PostHocEMA.from_path(tmp_path, model)
     with pytest.raises(DirectoryError, match=r"superseded: is not a directory; .* move it away"):
-        failed.load_state(tmp_path / "early.state") if resumes == "load_state" else failed.update_(model)
+        failed.load_state_dict(early) if resumes == "load_state_dict" else failed.update_(model)
     (tmp_path / "superseded").unlink()
     with PostHocEMA.from_path(tmp_path, model) as tracker:  # although `failed` is still there
         train(model, tracker, 11, 12)

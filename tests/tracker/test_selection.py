@@ -13,7 +13,8 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.tensor_file import TensorFile, tensor_from_bytes
+from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from posthoc_cli.synthesis.engine import check_finite
 from posthoc_cli.synthesis.tiles import Piece, Tile
 
@@ -62,12 +63,12 @@ ALL = {
     ("filters", "taken"),
     [
         ({}, ALL - {"2.bias"}),
-        ({"only_trainable": False}, ALL),
-        ({"include": "2.*"}, {"2.weight"}),
-        ({"include": ["0.*", "2.*"], "only_trainable": False}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
+        ({"include": "*"}, ALL),
+        ({"include": "2.*"}, {"2.weight", "2.bias"}),
+        ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
         ({"exclude": "1.*"}, {"0.weight", "0.bias", "2.weight"}),
         ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
-        ({"include": "[02].bias"}, {"0.bias"}),
+        ({"include": "[02].bias"}, {"0.bias", "2.bias"}),
         (
             {"exclude": ["*.running_*", "*.num_batches_tracked"]},
             {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"},
@@ -90,12 +91,8 @@ def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Pat
         ({"exclude": ["2.*", "3.*"]}, r"exclude '3\.\*': matches no tensor"),
         ({"include": 3}, "include 3: must be a glob on names"),
         ({"exclude": [""]}, "must be a glob on names"),
-        ({"exclude": "*"}, "include, exclude and copy_only leave none"),
-        ({"copy_only": "*"}, "include, exclude and copy_only leave none"),
-        ({"copy_only": "conv.*"}, r"copy_only 'conv\.\*': matches no tensor of the model"),
-        ({"copy_only": [0]}, r"copy_only \[0\]: must be a glob on names"),
-        ({"buffers": "mean"}, "buffers 'mean': must be one of copy, average"),
-        ({"include": "2.bias"}, "only_trainable=False takes frozen ones too"),
+        ({"exclude": "*"}, "include and exclude leave none"),
+        ({"buffers": "mean"}, "buffers 'mean': must be one of statistics, copy, average"),
     ],
 )
 def test_filters_that_make_no_sense_are_refused(tmp_path: Path, filters: dict, message: str) -> None:
@@ -103,16 +100,13 @@ def test_filters_that_make_no_sense_are_refused(tmp_path: Path, filters: dict, m
         PostHocEMA.from_model(network(), tmp_path, **filters)
 
 
-def test_of_tied_names_the_one_that_is_taken_names_the_tensor_and_one_is_enough_to_copy_it(tmp_path: Path) -> None:
+def test_of_tied_names_the_one_that_is_taken_names_the_tensor(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
     tracked(model, tmp_path / "taken", include="1.*")
     assert roles(tmp_path / "taken") == {"1.weight": "average", "1.bias": "average"}
     assert read_directory(tmp_path / "taken")[-1].info.aliases == {}
     PostHocEMA.from_path(tmp_path / "taken").load_into(model, sigma_rel=0.2)
-    tracked(model, tmp_path / "copied", copy_only="1.weight")
-    assert roles(tmp_path / "copied") == {"0.weight": "copy", "0.bias": "average", "1.bias": "average"}
-    assert read_directory(tmp_path / "copied")[-1].info.aliases == {"1.weight": "0.weight"}
 
 
 def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path: Path) -> None:
@@ -127,15 +121,15 @@ def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path
         np.testing.assert_allclose(weights[name], expected, rtol=1e-5, atol=1e-6)
 
 
-COPIED = {"0.weight", "0.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.bias"}
+COPIED = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
-def test_what_is_only_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: Path) -> None:
-    """Trainable or frozen (2.bias), in snapshots of float16, while tracking, from the directory and after a resume."""
+def test_what_is_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: Path) -> None:
+    """In snapshots of float16, while tracking, from the directory and after a resume."""
     model = network()
-    states = tracked(model, tmp_path, copy_only=["0.*", "1.running_*", "2.bias"], checkpoint_dtype=torch.float16)
+    states = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
     assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
-    assert read_directory(tmp_path)[-1].header.tensors["0.weight"].dtype == "F32"
+    assert read_directory(tmp_path)[-1].header.tensors["1.running_mean"].dtype == "F32"
     finished = PostHocEMA.from_path(tmp_path)
     for step in (3, 6):
         weights = finished.state_dict(sigma_rel=0.15, step=step)
@@ -143,8 +137,6 @@ def test_what_is_only_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: 
     expected = exact_average([state["2.weight"] for state in states], 0.28, range(1, 7))
     np.testing.assert_allclose(finished.state_dict(sigma_rel=0.28)["2.weight"], expected, rtol=2**-11)
 
-    for parameter in model[0].parameters():  # whether it requires gradients changes nothing
-        parameter.requires_grad_(False)
     with PostHocEMA.from_path(tmp_path, model) as run:
         wander(model, 7)
         run.update_(model)
@@ -159,24 +151,18 @@ def test_what_is_only_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: 
         assert all(torch.equal(run.state_dict()["copies"][name], raw[name]) for name in COPIED)
 
 
-def test_averaged_buffers_and_complex_tensors_may_be_copied_and_what_is_left_out_stays_so(tmp_path: Path) -> None:
-    tracked(network(), tmp_path / "a", copy_only=["1.*", "2.*"], buffers="average", exclude="2.bias")
-    expected = {name: "average" if name.startswith("0.") else "copy" for name in ALL - {"2.bias"}}
-    assert roles(tmp_path / "a") == expected
+def test_complex_tensors_are_copied_where_they_are_buffers_and_what_is_left_out_stays_so(tmp_path: Path) -> None:
     model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
     model.register_buffer("rotation", torch.polar(torch.ones(3), torch.arange(3.0)))
-    with pytest.raises(InvalidValueError, match=r"'phase': is complex, .*copy_only='phase', .*exclude='phase'"):
+    with pytest.raises(InvalidValueError, match=r"'phase': is complex, .*view_as_real.*exclude='phase'"):
         PostHocEMA.from_model(model, tmp_path)
     tracked(model, tmp_path / "left out", exclude="phase", buffers="average")
     assert roles(tmp_path / "left out") == {"w": "average", "rotation": "copy"}
-    tracked(model, tmp_path / "b", copy_only="phase")
-    weights = PostHocEMA.from_path(tmp_path / "b").state_dict(sigma_rel=0.1)
-    for name in ("phase", "rotation"):
-        assert torch.equal(weights[name], model.state_dict()[name])
+    weights = PostHocEMA.from_path(tmp_path / "left out").state_dict(sigma_rel=0.1)
+    assert torch.equal(weights["rotation"], model.state_dict()["rotation"])
     model.register_buffer("table", torch.zeros(3, device="meta"))
     with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .*load_state_dict"):
-        PostHocEMA.from_model(model, tmp_path, copy_only="phase")
-    PostHocEMA.from_model(model, tmp_path, copy_only="phase", exclude="table")
+        PostHocEMA.from_model(model, tmp_path, exclude="phase")
 
 
 class Holder(torch.nn.Module):
@@ -223,7 +209,7 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
         count = snapshot.info.step
         assert snapshot.header.tensors["w"].dtype == stored_name(dtype)
         exact = exact_average([state["w"] for state in states[:count]], snapshot.info.sigma_rel, range(1, count + 1))
-        with TensorFile(snapshot.path) as file:
+        with open_file(snapshot.path) as file:
             stored = tensor_from_bytes(file.read("w"), snapshot.header.tensors["w"].dtype, (3, 4))
         np.testing.assert_allclose(stored.float(), exact, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5)
     with PostHocEMA.from_model(model, tmp_path / "nan", **SETTINGS) as run:

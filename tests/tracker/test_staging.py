@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-import mmap
-import os
 import random
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from posthoc_cli.tracker import averages
-from posthoc_cli.tracker.averages import Layout, Staged, Stager, lay_out, pinned_empty
+from posthoc_cli.tracker import staging
+from posthoc_cli.tracker.averages import Layout, lay_out
+from posthoc_cli.tracker.staging import ModelCopier, ModelCopy, locate
 
 
 class Event:
@@ -57,7 +55,7 @@ class SimulatedDevice:
     """Streams that do what they were given in any order that streams and events allow, drawn by chance."""
 
     def __init__(self, seed: int) -> None:
-        self.draw = random.Random(seed)
+        self.draw, self.free = random.Random(seed), 2**40
         self.streams: list[Stream] = []
         self.used_by: set[tuple[int, Stream]] = set()
         self.training = self.current = self.stream()
@@ -90,8 +88,9 @@ class SimulatedDevice:
         """What `staging` sees in place of torch."""
         used_by = self.used_by
         cuda = SimpleNamespace(
-            Stream=self.stream, Event=lambda **_: Event(self), current_stream=lambda _: self.current, stream=self.on
-        )
+            Stream=self.stream, Event=lambda **_: Event(self), current_stream=lambda _: self.current, stream=self.on,
+            mem_get_info=lambda _: (self.free, self.free),
+        )  # fmt: skip
 
         class OnDevice(torch.Tensor):
             def record_stream(self, stream: Any) -> None:
@@ -112,22 +111,32 @@ class SimulatedDevice:
 
         proxy: Any = Torch()
         proxy.cuda = cuda
-        proxy.empty = lambda elements, dtype, **_: torch.zeros(elements, dtype=dtype).as_subclass(OnDevice)
+
+        def empty(elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
+            assert pin_memory == (device is None)
+            made = torch.zeros(elements, dtype=dtype)
+            return made if device is None else made.as_subclass(OnDevice)
+
+        proxy.empty = empty
         return proxy
 
 
-@pytest.fixture(params=range(15))
+@pytest.fixture(params=range(20))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    """From the tenth on one without free memory, and with tensors of several chunks."""
     simulated = SimulatedDevice(request.param)
+    if request.param >= 10:
+        simulated.free = 0
+        monkeypatch.setattr(staging, "CHUNK_BYTES", 16)
+        monkeypatch.setattr(staging, "REST_BYTES", 8)
 
     def on_devices(tensors: Mapping[str, torch.Tensor]) -> Layout:
         """float64 on a second device."""
         numbers = {torch.float64: 1}
         return tuple(replace(g, device=torch.device("cuda", numbers.get(g.dtype, 0))) for g in lay_out(tensors))
 
-    monkeypatch.setattr(averages, "torch", simulated.as_torch())
-    monkeypatch.setattr(averages, "lay_out", on_devices)
-    monkeypatch.setattr(averages, "pinned_empty", lambda elements, dtype: torch.zeros(elements, dtype=dtype))
+    monkeypatch.setattr(staging, "torch", simulated.as_torch())
+    monkeypatch.setattr(staging, "lay_out", on_devices)
     return simulated
 
 
@@ -136,25 +145,26 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: torch.zeros(3, 2, dtype=dtype) for name, dtype in dtypes.items()}
 
 
-def expected(values: Mapping[str, torch.Tensor], number: int) -> bool:
-    return all(bool((value == torch.tensor(number, dtype=value.dtype)).all()) for value in values.values())
+def expected(copy: ModelCopy, number: int) -> bool:
+    parts = [part for parts in copy.arrived().parts.values() for part in parts]
+    return all(bool((value == torch.tensor(number, dtype=value.dtype)).all()) for value in parts)
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
     """Training overwrites its values step after step; up to two copies of earlier ones wait to be read."""
     values = tensors()
-    stager, waiting = Stager(), deque[tuple[int, Staged]]()
+    stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
 
     def check() -> None:
         number, staged = waiting.popleft()
-        assert staged.arrived().keys() == values.keys()
-        assert expected(staged.arrived(), number)
+        assert staged.host.parts.keys() == values.keys()
+        assert expected(staged, number)
         stager.give_back(staged)
 
     for number in range(1, 8):
         for tensor in values.values():
             device.training.add(lambda tensor=tensor, number=number: tensor.fill_(number))
-        waiting.append((number, stager.stage(values)))
+        waiting.append((number, stager.copy(values)))
         device.some()
         if len(waiting) > device.draw.randrange(3):
             check()
@@ -164,165 +174,74 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
 def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: SimulatedDevice) -> None:
     """Training is as far ahead of the other streams as it can be."""
-    values, stager = tensors(), Stager()
-    staged = [stager.stage(values)]
+    values, stager = tensors(), ModelCopier()
+    staged = [stager.copy(values)]
     for tensor in values.values():
         device.training.add(lambda tensor=tensor: tensor.fill_(1))
-    staged.append(stager.stage(values))
+    staged.append(stager.copy(values))
     device.run(only=device.training)
     for number, one in enumerate(staged):
-        assert expected(one.arrived(), number)
+        assert expected(one, number)
 
 
-def test_training_waits_for_no_copy_to_the_host_but_that_of_the_buffer_it_refills(device: SimulatedDevice) -> None:
-    values, stager = tensors(), Stager()
-    first = stager.stage(values)
-    groups = len(lay_out(values))
-    assert len({buffer for buffer, _ in device.used_by}) == groups
+def test_training_waits_for_the_host_only_where_memory_is_short(device: SimulatedDevice) -> None:
+    """All of a copy is out of training's way at once, or what goes into two chunks a device."""
+    values, stager = tensors(), ModelCopier()
+    first = stager.copy(values)
+    host = sum(value.nbytes for value in values.values())
+    buffers = {buffer for buffer, _ in device.used_by}
     # Freed, a buffer is not given to the training before the other stream has read it.
-    assert len(device.used_by) == 2 * groups
+    assert len(device.used_by) == 2 * len(buffers)
     device.run(only=device.training)
-    assert not device.training.work  # all groups are out of training's way, and none has gone to the host
+    if device.free:
+        assert stager.nbytes == 2 * host
+        assert not device.training.work
+    else:
+        assert len(buffers) == 4
+        assert stager.nbytes <= host + 4 * staging.CHUNK_BYTES
+        assert device.training.work
     first.arrived()
-    stager.stage(values)
     device.run(only=device.training)
     assert not device.training.work
+    stager.copy(values)
+    device.run(only=device.training)
+    assert bool(device.training.work) == (not device.free)
 
 
 def test_buffers_are_used_again_and_others_are_made_for_other_tensors(device: SimulatedDevice) -> None:
-    values, stager = tensors(), Stager()
-    first = stager.stage(values)
+    values, stager = tensors(), ModelCopier()
+    first = stager.copy(values)
     first.arrived()
     stager.give_back(first)
-    assert stager.stage(values).values is first.values
-    other = stager.stage({"a": values["a"].fill_(7)})
-    assert other.arrived().keys() == {"a"}
-    assert expected(other.arrived(), 7)
+    assert stager.copy(values).host is first.host
+    other = stager.copy({"a": values["a"].fill_(7)})
+    assert other.arrived().parts.keys() == {"a"}
+    assert expected(other, 7)
 
 
-class Cudart:
-    """Registers memory, or has no mind to."""
-
-    def __init__(self, error: int = 0) -> None:
-        self.error = error
-        self.registered: dict[int, int] = {}
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        assert flags == 1
-        if not self.error:
-            ends = [(start, start + size) for start, size in self.registered.items()]
-            assert all(address + nbytes <= start or end <= address for start, end in ends)
-            self.registered[address] = nbytes
-        return self.error
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.registered[address]
-        return 0
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [0, 1, 1000, 2**16 + 1, 2**20 - 3, 2**28 + 12345])
+def test_chunks_of_pinned_memory_are_not_rounded_up(count: int, itemsize: int) -> None:
+    """torch takes a power of two for each: all but the last bytes have one already."""
+    bounds = staging.chunk_bounds(count, itemsize)
+    sizes = [(end - begin) * itemsize for begin, end in pairwise(bounds)]
+    assert sum(sizes) == count * itemsize
+    taken = sum(2 ** (size - 1).bit_length() for size in sizes)
+    assert taken < count * itemsize + staging.REST_BYTES
+    assert all(size <= staging.CHUNK_BYTES for size in sizes)
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, cudart: Cudart) -> list[int]:
-    """A machine with three devices, of which the last is in use; returns those that were waited for."""
-    waited: list[int] = []
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda device: device == 2, raising=False)
-
-    def use(device: int) -> nullcontext[None]:
-        assert device == 2
-        return nullcontext()
-
-    monkeypatch.setattr(torch.cuda, "device", use)
-    return waited
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64])
-@pytest.mark.parametrize("elements", [1, 1000, 2**20 + 1])
-def test_pinned_memory_is_as_large_as_what_it_holds_and_registered_as_long_as_it_is_used(
-    elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cudart = Cudart()
-    waited = pretend(monkeypatch, cudart)
-    flat, other = pinned_empty(elements, dtype), pinned_empty(3, dtype)
-    assert (flat.shape, flat.dtype, flat.device.type) == ((elements,), dtype, "cpu")
-    # A power of two would be twice as much for 2**20 + 1.
-    assert cudart.registered == {flat.data_ptr(): elements * dtype.itemsize, other.data_ptr(): 3 * dtype.itemsize}
-    assert flat.data_ptr() % mmap.PAGESIZE == other.data_ptr() % mmap.PAGESIZE == 0
-    flat.fill_(1)
-    part = flat[-1:].view(1, 1)
-    address = flat.data_ptr()
-    del flat
-    gc.collect()
-    assert address in cudart.registered
-    assert part.sum() == 1
-    assert waited == []
-    del part
-    gc.collect()
-    assert cudart.registered.keys() == {other.data_ptr()}
-    assert waited == [2]  # a copy may have been on its way
-
-
-def test_memory_that_cannot_be_registered_is_allocated_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, Cudart(error=801))
-    given, real = [], torch.empty
-
-    def empty(elements: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        given.append(pin_memory)
-        return real(elements, dtype=dtype)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    # The error stays with the driver until a kernel has raised it.
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: given.append(device) or real(1, dtype=torch.float32))
-    assert pinned_empty(5, torch.float32).shape == (5,)
-    assert given == ["cuda", True]
-
-
-def test_a_forked_process_unregisters_nothing_and_no_elements_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cudart = Cudart()
-    pretend(monkeypatch, cudart)
-    assert pinned_empty(0, torch.float32).shape == (0,)
-    assert cudart.registered == {}
-    flat = pinned_empty(10, torch.float32)
-    monkeypatch.setattr(averages.os, "getpid", lambda: -1)
-    del flat
-    gc.collect()
-    assert len(cudart.registered) == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
-def test_pinned_memory_is_the_same_for_a_forked_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a page that is written after a fork would be another one than that which the device writes to."""
-    pretend(monkeypatch, Cudart())
-    flat = pinned_empty(2, torch.int64)
-    flat.zero_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads, from Python 3.12 on
-        child = os.fork()
-    if not child:
-        try:
-            flat.numpy()[1] = 5
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    assert flat.tolist() == [0, 5]
+@pytest.mark.parametrize("turned", [False, True])
+def test_ranges_of_tensors_in_parts_are_row_major(turned: bool) -> None:
+    whole = torch.arange(5 * 6 * 2).reshape(6, 5, 2).transpose(0, 1) if turned else torch.arange(60).reshape(5, 6, 2)
+    flat = whole.reshape(-1)
+    for parts in ([whole], [flat[:7], flat[7:8], flat[8:]]):
+        for begin, end in ((0, 60), (3, 4), (5, 30), (59, 60), (13, 49)):
+            assert torch.equal(staging.elements(parts, begin, end), flat[begin:end])
+        assert all(int(part.reshape(-1)[at]) == int(flat[k]) for k in range(60) for part, at in [locate(parts, k)])
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.mark.cuda
-@needs_cuda
-def test_pinned_memory_is_pinned_and_given_free() -> None:
-    flat = pinned_empty(2**20 + 1, torch.float32)
-    assert flat.is_pinned()
-    flat.copy_(torch.arange(2**20 + 1, device="cuda"), non_blocking=True)
-    torch.cuda.synchronize()
-    assert torch.equal(flat, torch.arange(2**20 + 1).float())
-    del flat
-    gc.collect()
-    again = torch.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=torch.uint8)
-    assert not again.is_pinned()  # also where it is at the same address
 
 
 @pytest.mark.cuda
@@ -333,14 +252,14 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
     averaged = {
         str(k): torch.zeros(2**24, device="cuda", dtype=d) for k, d in enumerate((torch.float32, torch.bfloat16))
     }
-    stager, waiting = Stager(), deque[tuple[int, Staged]]()
+    stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()) if own_stream else nullcontext():
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.stage(averaged)))
+            waiting.append((number, stager.copy(averaged)))
             if len(waiting) == 2:
                 first, staged = waiting.popleft()
-                assert expected(staged.arrived(), first)
+                assert expected(staged, first)
                 stager.give_back(staged)

@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import re
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ema_command import Ema
-from factories import contents as files_below
-from factories import exact_average, refuse_for_space
+from factories import exact_average
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import contents, step, times, train
+from tracker.runs import as_if_killed, contents, step, times, train
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import (
-    FileFormatError,
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
     NotReadyError,
-    OutputExistsError,
-    WriteError,
 )
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.tensor_file import TensorFile, TensorFileWriter, read_header
 
 SETTINGS: dict = {
     "sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None,
-    "final_snapshot": False,
+    "resume": "auto",
 }  # fmt: skip
 
 
@@ -90,98 +84,20 @@ def same(one: object, other: object) -> bool:
 
 
 def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) -> None:
-    run = trained(tmp_path, 23)
+    run = trained(tmp_path, 23, keep_state=True)
     path = tmp_path / "state.safetensors"
-    run.tracker.save_state(str(path))
     run.tracker.close()
-    assert len(read_directory(tmp_path)) == 4
-    assert PostHocEMA.from_path(tmp_path).step == 20
+    assert len(read_directory(tmp_path)) == 6
+    assert PostHocEMA.from_path(tmp_path).step == 23
     assert ema("info", tmp_path).code == 0
     found = json.loads(ema("info", path, "--json").out)
     expected = {"kind": "state", "run": run.tracker.run_id, "step": 23, "t": 23.0, "averages_t": 22.0, "t_first": 2.0}
-    expected |= {"sigma_rels": [0.05, 0.28], "known_snapshots": 4, "tensors": 31}
+    expected |= {"sigma_rels": [0.05, 0.28], "known_snapshots": 6, "tensors": 31}
     assert found.items() >= expected.items()
     assert re.search(r"kind +state(.|\n)*sigma_rels +0\.05, 0\.28", ema("info", path).out)
     refused = ema("export", path, "--out", tmp_path / "out.pt")
     assert refused.code == 1
     assert "is a tracker's state, not weights" in refused.err
-    with pytest.raises(FileFormatError, match=r"not a state of this package: its ema\.format is 'snapshot'"):
-        PostHocEMA.from_path(tmp_path).load_state(read_directory(tmp_path)[0].path)
-
-
-def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trained(tmp_path / "run", 4)
-    read, write = TensorFile.read, TensorFileWriter.write
-    alive: list[weakref.ref[np.ndarray]] = []
-    sizes = []
-
-    def watched_read(self: TensorFile, name: str) -> np.ndarray:
-        assert sum(ref() is not None for ref in alive) <= 1
-        data = read(self, name)
-        alive.append(weakref.ref(data))
-        return data
-
-    def watched_write(self: TensorFileWriter, name: str, data: memoryview) -> None:
-        sizes.append(data.nbytes)
-        write(self, name, data)
-
-    monkeypatch.setattr(TensorFile, "read", watched_read)
-    monkeypatch.setattr(TensorFileWriter, "write", watched_write)
-    run.tracker.save_state(tmp_path / "state")
-    run.tracker.load_state(tmp_path / "state")
-    assert len(alive) == len(sizes) == 31
-    assert max(sizes) == 4 * 12
-
-
-def test_a_state_is_replaced_when_durable_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trained(tmp_path / "run", 10)
-    path = tmp_path / "state.safetensors"
-    run.tracker.save_state(path)
-    (tmp_path / "notes.txt").write_text("mine")
-    snapshot, before = read_directory(tmp_path / "run")[0].path, files_below(tmp_path)
-    for other in (snapshot, tmp_path / "notes.txt", tmp_path / "run"):
-        with pytest.raises(OutputExistsError, match=other.name):
-            run.tracker.save_state(other)
-    with pytest.raises(WriteError, match="absent"):
-        run.tracker.save_state(tmp_path / "absent" / "state")
-    with pytest.raises(InvalidValueError, match="path 5: must be"):
-        run.tracker.save_state(5)  # type: ignore[arg-type]
-    run.train(11, 12)
-    with monkeypatch.context() as fault:
-        fault.setattr(files.system, "fsync", refuse_for_space)
-        with pytest.raises(WriteError, match="no space left"):
-            run.tracker.save_state(path)
-    assert files_below(tmp_path) == before
-    run.tracker.save_state(path)
-    fresh = Run(tmp_path / "run2")
-    fresh.tracker.load_state(path)
-    assert fresh.tracker.step == 12
-
-
-def test_any_flipped_bit_and_any_truncation_is_found_and_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    trained(tmp_path / "run", 7).tracker.save_state(path)
-    data, payload = path.read_bytes(), read_header(path).payload_start
-    other = trained(tmp_path / "other", 3).tracker
-    before = other.state_dict()
-    places = [*range(0, payload, 61), *range(payload, len(data), 7)]
-    for damaged in [data[:k] + bytes([data[k] ^ 16]) + data[k + 1 :] for k in places] + [data[:k] for k in places]:
-        path.write_bytes(damaged)
-        with pytest.raises(FileFormatError, match="state"):
-            other.load_state(path)
-    assert same(other.state_dict(), before)
-    with pytest.raises(FileFormatError, match="absent: cannot be opened"):
-        other.load_state(tmp_path / "absent")
-
-
-def test_what_is_wrong_with_a_file_names_the_file(tmp_path: Path) -> None:
-    trained(tmp_path / "run", 4).tracker.save_state(tmp_path / "state")
-    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(4))
-    tracker = PostHocEMA.from_model(model, tmp_path / "other", **SETTINGS)
-    with pytest.raises(ModelMismatchError, match=r"/state: tensor '0\.weight': has the shape \[4, 3\] in the state"):
-        tracker.load_state(tmp_path / "state")
-    with pytest.raises(InvalidValueError, match=r"/state: sigma_rels: 0\.1 is none of"):
-        Run(tmp_path / "third", sigma_rels=(0.1, 0.28)).tracker.load_state(tmp_path / "state")
 
 
 WITHOUT_GROUP = pytest.mark.filterwarnings("ignore")  # torch warns where there is no process group
@@ -250,7 +166,7 @@ def test_a_tracker_is_no_object_to_copy_or_pickle_and_says_what_to_do(tmp_path: 
         holder = torch.nn.Module()
         holder.tracker = tracker
         for one in (tracker, holder):
-            with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*ema\.save_state.*outside of the module"):
+            with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*outside of the module"):
                 take(one)
         tracker.update_(model)  # as before
 
@@ -272,6 +188,8 @@ def test_another_stride_keeps_the_profile_exact(tmp_path: Path, caplog: pytest.L
         run = continued(tmp_path, {}, {"update_every": 5, "checkpoint_every": 5}, 13, 40)
     for sigma_rel in (0.05, 0.28):
         run.check(sigma_rel, [*range(2, 13, 2), *range(15, 41, 5)])
+    run.tracker.close()
+    as_if_killed(tmp_path / "run")
     newest = read_directory(tmp_path / "run")[-1].info
     assert (newest.max_interval, newest.t_first, newest.t) == (5, 2, 40)
     assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (5, 5)

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checking import assert_same_tensors
 from factories import exact_average, exact_gamma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import averages
 from posthoc_cli.tracker.averages import BlockReader, RunningAverages, lay_out
+from posthoc_cli.tracker.sketching import Sketcher
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -112,7 +114,7 @@ def test_float32_averages_are_right_wherever_windows_end(
     model.weight.data = torch.zeros(2000)
     generator, t = torch.Generator().manual_seed(0), float(begin)
     value = torch.randn(2000, generator=generator)
-    options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images", "final_snapshot": False}
+    options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images"}
     with PostHocEMA.from_model(model, tmp_path, sigma_rels, **options) as tracker:
         for k in range(1, 151):
             t += every * (50 if k == 70 else 1)
@@ -174,7 +176,10 @@ def test_a_fold_shows_every_block_of_the_mean_once(dtype: torch.dtype, monkeypat
     reader = BlockReader.of_tensors(lay_out({"w": weights}), {"w": weights})
     seen: list[tuple[int, int, torch.Tensor]] = []
     running = RunningAverages.none_yet(SIGMA_RELS)
-    running.on_fold = lambda block, mean, _: seen.append((block.begin, block.end, mean.clone()))
+    recorder = Sketcher(reader.layout, {"w"})
+    monkeypatch.setattr(recorder, "take", lambda block, mean: seen.append((block.begin, block.end, mean.clone())))
+    monkeypatch.setattr(recorder, "end_window", lambda _: None)
+    running.sketcher = recorder
     path = []
     for k, t in enumerate((1500.0, 1501.0, 1502.0, 1503.0)):  # folds at 1500 and at 1502
         path.append(torch.randn(1000, generator=generator, dtype=dtype))
@@ -230,27 +235,23 @@ def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> Non
         assert max(np.diff(times)) <= 2 * 20 / 3
 
 
-def test_snapshots_are_kept_for_the_averages_that_are_wanted(tmp_path: Path) -> None:
+def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: Path) -> None:
     """Short averages need late snapshots, long ones need early ones, too; a run goes on with its range."""
     kept = {}
-    for name, sigma_range in (("short", (0.02, 0.04)), ("long", (0.2, 0.28))):
+    for name, sigma_rels in (("short", (0.02, 0.04)), ("long", (0.2, 0.28))):
         model = Scalar()
         with PostHocEMA.from_model(
-            model, tmp_path / name, (0.1,), update_every=1, checkpoint_every=5, max_checkpoints=5,
-            sigma_range=sigma_range, checkpoint_dtype=torch.float16,
+            model, tmp_path / name, sigma_rels, update_every=1, checkpoint_every=5, max_checkpoints=5,
+            checkpoint_dtype=torch.float16,
         ) as tracker:  # fmt: skip
             for step in range(200):
                 model.weight.data.add_(math.cos(step * step))
                 tracker.update_(model)
         snapshots = read_directory(tmp_path / name)
         kept[name] = np.mean([s.info.t for s in snapshots])
-        assert snapshots[0].info.schedule.sigma_range == sigma_range
-        assert PostHocEMA.from_path(tmp_path / name).settings.schedule.sigma_range == sigma_range
+        assert snapshots[0].info.schedule.sigma_range == sigma_rels
+        assert PostHocEMA.from_path(tmp_path / name).settings.schedule.sigma_range == sigma_rels
     assert kept["short"] > 1.3 * kept["long"]
-    again = PostHocEMA.from_path(tmp_path / "short", sigma_range=(0.05, 0.1))
-    assert again.settings.schedule.sigma_range == (0.05, 0.1)
-    with pytest.raises(InvalidValueError, match="sigma_range"):
-        PostHocEMA.from_model(Scalar(), tmp_path / "x", sigma_range=(0.3, 0.1))
 
 
 def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None:
@@ -258,8 +259,16 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
     with PostHocEMA.from_model(model, tmp_path, update_after_step=25) as tracker:
         for _ in range(29):
             tracker.update_(model)
-        with pytest.raises(NotReadyError, match="first update is at call 30"):
-            tracker.state_dict(sigma_rel=0.15)
+        told = r"first update is at call 30 of update_ \(update_every=10, update_after_step=25\)"
+        with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: no average yet, but the weights as they are: .*{told}"):
+            assert_same_tensors(tracker.state_dict(sigma_rel=0.15), model.state_dict())
+        with tracker.model(model, 0.15) as same, tracker.averaged(same, 0.05):  # it warns once
+            assert not same.training
+        other = Scalar()
+        tracker.load_into(other, 0.15)
+        assert torch.equal(other.weight, model.weight)
+        with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
+            tracker.state_dict(sigma_rel=0.4)
         tracker.update_(model)
         assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight"}
 
@@ -282,7 +291,6 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"checkpoint_dtype": "int8"}, "dtype int8: must be one of"),
         ({"t_unit": ""}, "t_unit"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
-        ({"writer": "yes"}, "must be True, False or None"),
         ({"device": "cuda"}, "device 'cuda': must be 'cpu'"),
     ],
 )
@@ -397,9 +405,9 @@ def thaw(model: Scalar) -> None:
         (Scalar.half, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*a new directory"),
         (
             freeze,
-            "'weight': is tracked, but does not require gradients any more.*only_trainable=False.*a new directory",
+            r"'weight': is tracked, but does not require gradients any more.*include='\*'.*a new directory",
         ),
-        (thaw, "'frozen': requires gradients now, but was left out .*only_trainable=False.*a new directory"),
+        (thaw, r"'frozen': requires gradients now, but was left out .*include='\*'.*a new directory"),
         (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is in the model, but was not"),
     ],
 )
@@ -418,7 +426,7 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, cha
 
 def test_with_frozen_parameters_tracked_too_they_may_be_frozen_and_unfrozen(tmp_path: Path) -> None:
     model, values = Scalar(), walk(6)
-    options = {"update_every": 1, "checkpoint_every": 2, "only_trainable": False}
+    options = {"update_every": 1, "checkpoint_every": 2, "include": "*"}
     with PostHocEMA.from_model(model, tmp_path, (0.28,), **options) as tracker:
         for step, value in enumerate(values):
             model.weight.requires_grad_(step not in (2, 3))
@@ -485,7 +493,7 @@ class Single(torch.nn.Module):
         (lambda: Single(torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
         (lambda: Single(torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
         (lambda: torch.nn.LazyLinear(3), "'weight': has no shape yet"),
-        (lambda: torch.nn.Linear(2, 2).requires_grad_(False), "only_trainable=False"),
+        (lambda: torch.nn.Linear(2, 2).requires_grad_(False), r"include='\*' takes frozen"),
     ],
 )
 def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]

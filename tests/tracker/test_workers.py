@@ -1,11 +1,10 @@
 """Threads of our own for updates: none of torch's, none of its settings touched, and the same bits for any number.
 
-Whatever reads averages or stops an update, what is there is of one update; `make torture` tries it long.
+Experiments of tests/torture try whether readers and signals see averages of one update.
 """
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import textwrap
@@ -18,7 +17,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import averages_in
-from torture.tearing import Equal, Truth, start, torn_reads, torn_states, wrong_state
+from torture.tearing import Equal, Truth, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
@@ -136,18 +135,6 @@ def test_threads_of_training_are_left_alone(
     later()
     assert seen == {"averages": [1] * 3, "training": [2] * 3, "later": [2] * 4}
     assert torch.get_num_threads() == 2
-
-
-def test_no_reader_sees_a_part_of_an_update(tmp_path: Path) -> None:
-    tally = torn_reads(tmp_path, 120, random.Random(0))
-    assert (tally.tried, tally.failures) == (120, [])
-
-
-# Python's threading says so of a thread whose start a signal handler has interrupted.
-@pytest.mark.filterwarnings("ignore:Exception ignored in thread started by:pytest.PytestUnraisableExceptionWarning")
-def test_no_signal_leaves_a_part_of_an_update(tmp_path: Path) -> None:
-    tally = torn_states(tmp_path, 200, random.Random(0))
-    assert (tally.tried, tally.failures) == (200, [])
 
 
 def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import Selection
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.tracker.model_tensors import collect_tensors
 
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
@@ -111,7 +111,7 @@ def step(model: torch.nn.Module, number: int) -> None:
 
 def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     """What a tracker finds in a model: the first update's average."""
-    with PostHocEMA.from_model(model, folder, update_every=1, final_snapshot=False) as tracker:
+    with PostHocEMA.from_model(model, folder, update_every=1) as tracker:
         tracker.update_(model)
         return tracker.state_dict(sigma_rel=0.28)
 
@@ -234,7 +234,7 @@ def launch():
     bare = torch.nn.Linear(3, 2).double()
     if values:
         bare.load_state_dict(values[-1])
-    return bare, PostHocEMA.from_model(bare, folder / "run", update_every=1, checkpoint_every=3)
+    return bare, PostHocEMA.from_model(bare, folder / "run", update_every=1, checkpoint_every=3, resume="auto")
 
 def train(bare, run):
     model = DistributedDataParallel(bare)
@@ -249,12 +249,13 @@ def train(bare, run):
 
 bare, run = launch()
 train(bare, run)
-run.save_state(folder / "state")
-dist.barrier()
+state = run.state_dict()
+assert (state == {}) == (rank == 1)
 run.close()
+dist.barrier()
 
 bare, run = launch()
-run.load_state(folder / "state")
+run.load_state_dict(state)
 assert run.step == 4
 train(bare, run)
 assert (run.step, run.t, run.state_dict() == {}) == (8, 8.0, rank == 1)
@@ -276,8 +277,7 @@ run.close()
 def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_processes(tmp_path: Path) -> None:
     """As the training scripts of diffusers do; every process makes every call."""
     results = run_group(BEFORE_WRAPPING, 2, tmp_path)
-    told = [(result.code, "keeps no averages, as the first one is assumed" in result.err) for result in results]
-    assert told == [(0, False), (0, True)]
+    assert [result.code for result in results] == [0, 0]
     values, averaged = torch.load(tmp_path / "result-1.pt", weights_only=True)
     for name, value in averaged.items():
         exact = exact_average([one[name].numpy() for one in values], 0.28, range(1, 9))
@@ -288,45 +288,15 @@ def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_proces
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_process_that_keeps_no_averages_counts_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_process_that_keeps_no_averages_counts_and_writes_nothing(tmp_path: Path, second_of_two: None) -> None:
     model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(model, tmp_path / "run", writer=False, **SETTINGS) as other:
+    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as other:
         for number in range(1, 5):
             other.update_(model)
             assert (other.step, other.t) == (number, number)
-        other.save_state(tmp_path / "state")
-        assert other.state_dict() == {}
-        other.load_state(tmp_path / "state")  # of another machine's disk
-        for average in (other.averaged, other.model):
-            with pytest.raises(NotReadyError, match="this process keeps no averages"), average(model, 0.28):
-                pass
+        assert (other.state_dict(), other.keeps_averages) == ({}, False)
+        other.load_state_dict({})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_state_of_a_process_that_keeps_no_averages_is_none_for_a_writer(tmp_path: Path) -> None:
-    model = torch.nn.Linear(3, 2)
-    with (
-        PostHocEMA.from_model(model, tmp_path / "run", writer=False, **SETTINGS) as other,
-        PostHocEMA.from_model(model, tmp_path / "run", writer=True, **SETTINGS) as writer,
-    ):
-        for tracker in (writer, other):
-            tracker.update_(model)
-            tracker.save_state(tmp_path / "state")
-        with pytest.raises(InvalidValueError, match=r"is empty: it is of a process that keeps no averages; load"):
-            writer.load_state_dict(other.state_dict())
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as again:
-        again.load_state(tmp_path / "state")
-        with again.averaged(model, 0.28):  # the writer's, whoever came last
-            pass
-
-
-def test_what_the_user_says_holds_against_the_wrapper(tmp_path: Path, one_process: None) -> None:
-    """As where each process of a group trains a model of its own, in a directory of its own."""
-    model = DistributedDataParallel(network())
-    with PostHocEMA.from_model(model, tmp_path, writer=False, **SETTINGS) as tracker:
-        step(model, 0)
-        tracker.update_(model)
-    assert list(tmp_path.glob("*.safetensors")) == []
 
 
 PEFTS = pytest.mark.filterwarnings("ignore")  # whose own warnings are many

@@ -11,12 +11,13 @@ import torch
 from checking import refused
 from factories import RUN_ID, read_snapshot, write_snapshot
 
+from posthoc_cli.checkpoints.claims import check_update_every
 from posthoc_cli.profiles import Discrete, Point, StoredProfile, Uniform, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.reconstruction import DistanceTo, reconstruct
 from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.measurements import check_update_every, sample_measurements
-from posthoc_cli.snapshots.sources import FileSource, source_prior
+from posthoc_cli.snapshots.measurements import sample_measurements, source_prior
+from posthoc_cli.snapshots.sources import FileSource
 
 WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 4000, 400

@@ -1,7 +1,7 @@
 """What one checkpoint holds: a file, the shards of a model, or a folder of torch.distributed.checkpoint.
 
 Tensors are found by the keys that lead to them, since a checkpoint often holds more than the model: the model is chosen
-by `model_tensors`. A tensor is one piece, or several, each a box of it in some file.
+by `model_tensors`. A tensor is one chunk, or several, each a box of it in some file.
 
 A folder of torch.distributed.checkpoint has a pickle `.metadata`, which says where in which file each chunk of a tensor
 is, as an archive of its own; or, from its HuggingFaceStorageWriter, safetensors files whose metadata give the offsets.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.archives import FoundTensor, Node, read_archive
+from posthoc_cli.checkpoints.pickles import FoundTensor, Node, read_pickled
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, index_file, names_in, sampled_identity
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
@@ -44,7 +44,7 @@ _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "tra
 _MOST_METADATA = 1_000_000_000
 
 
-class Piece(NamedTuple):
+class FoundChunk(NamedTuple):
     """A box of a tensor, in a file."""
 
     path: Path
@@ -54,17 +54,17 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contents:
+class IndexedCheckpoint:
     """What a checkpoint holds.
 
     Attributes:
         path: its file or folder.
-        tensors: by the keys that lead to each, a function that finds its pieces.
+        tensors: by the keys that lead to each, a function that finds its chunks.
         values: numbers and texts by their keys, joined by dots.
     """
 
     path: Path
-    tensors: Mapping[Keys, Callable[[], list[Piece]]]
+    tensors: Mapping[Keys, Callable[[], list[FoundChunk]]]
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,16 +82,16 @@ class Contents:
 
     def value(self, name: str) -> tuple[float, str] | None:
         """The value of a tensor of one real number, and its dtype; None if there is no such tensor."""
-        pieces = self.tensors[keys]() if (keys := tuple(name.split("."))) in self.tensors else []
-        value = _scalar(pieces) if pieces else None
-        return None if value is None else (value, pieces[0].tensor.dtype)
+        chunks = self.tensors[keys]() if (keys := tuple(name.split("."))) in self.tensors else []
+        value = _scalar(chunks) if chunks else None
+        return None if value is None else (value, chunks[0].tensor.dtype)
 
     def groups(self, outer: Keys = ()) -> list[str]:
         """The keys, behind those of `outer`, under which there are tensors by further keys."""
         level = len(outer)
         return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
-    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Callable[[], list[Piece]]]:
+    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Callable[[], list[FoundChunk]]]:
         """The tensors of the model by name; with a prefix those whose names begin with it, without it.
 
         They are those of the `group`, if there is one of this name, else of one that is named as models are, also
@@ -124,19 +124,19 @@ class Contents:
             there = names_in([".".join(keys) for keys in self.tensors])
             raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
         reason = f"the model cannot be told from the rest: it has tensors under {names_in(groups)}"
-        raise FileFormatError(self.path, reason, "name one by prefix, such as 'model.'")
+        raise FileFormatError(self.path, reason, "import with prefix, such as 'model.'")
 
 
-def _scalar(pieces: Sequence[Piece]) -> float | None:
+def _scalar(chunks: Sequence[FoundChunk]) -> float | None:
     """The value of a tensor of one real number; None for others."""
-    found = pieces[0].tensor
-    if len(pieces) > 1 or found.nbytes != DTYPES[found.dtype].nbytes or found.dtype in ("C64", "BOOL"):
+    found = chunks[0].tensor
+    if len(chunks) > 1 or found.nbytes != DTYPES[found.dtype].nbytes or found.dtype in ("C64", "BOOL"):
         return None
-    with OpenedFile(pieces[0].path) as file:
+    with OpenedFile(chunks[0].path) as file:
         return float(decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0])
 
 
-def read_contents(path: Path) -> Contents:
+def index_checkpoint(path: Path) -> IndexedCheckpoint:
     """What the checkpoint at a path holds. A FileFormatError names the file and says what is wrong."""
     if not path.is_dir():
         return _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
@@ -145,7 +145,7 @@ def read_contents(path: Path) -> Contents:
         raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
     if model.name == DCP_METADATA:
         return _of_distributed(model)
-    return _of_chunks(path) if model == path else read_contents(model)
+    return _of_chunks(path) if model == path else index_checkpoint(model)
 
 
 def model_in(folder: Path) -> Path | None:
@@ -177,13 +177,13 @@ def model_in(folder: Path) -> Path | None:
     return inner[0] / DCP_METADATA if inner and (inner[0] / DCP_METADATA).is_file() else None
 
 
-def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[Piece]:
-    return [Piece(path, identity, tensor, Box.whole(tensor.shape))]
+def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[FoundChunk]:
+    return [FoundChunk(path, identity, tensor, Box.whole(tensor.shape))]
 
 
-def _of_file(path: Path) -> Contents:
+def _of_file(path: Path) -> IndexedCheckpoint:
     file = index_file(path)
-    tensors: dict[Keys, Callable[[], list[Piece]]] = {
+    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {
         keys: functools.partial(_whole, path, file.identity, tensor)
         for keys, tensor in file.content.items()
         if isinstance(tensor, FoundTensor)
@@ -191,17 +191,17 @@ def _of_file(path: Path) -> Contents:
     unread = {keys: value for keys, value in file.content.items() if isinstance(value, Node)}
     tensors |= {keys: functools.partial(_refuse, path, keys, value) for keys, value in unread.items()}
     values = {".".join(keys): value for keys, value in file.content.items() if keys not in tensors}
-    return Contents(path, tensors, {**file.metadata, **values})
+    return IndexedCheckpoint(path, tensors, {**file.metadata, **values})
 
 
-def _refuse(path: Path, keys: Keys, node: Node) -> list[Piece]:
+def _refuse(path: Path, keys: Keys, node: Node) -> list[FoundChunk]:
     kind = node.name.removeprefix("torch._utils._rebuild_")
     raise FileFormatError(path, f"tensor {shown('.'.join(keys))} is of a kind that is not read ({shown(kind)})")
 
 
-def _of_shards(index: Path) -> Contents:
+def _of_shards(index: Path) -> IndexedCheckpoint:
     """A model in shards, by its index."""
-    tensors: dict[Keys, Callable[[], list[Piece]]] = {}
+    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
     values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).shards.items():
         shard = _of_file(index.parent / name)
@@ -210,15 +210,15 @@ def _of_shards(index: Path) -> Contents:
             raise FileFormatError(shard.path, f"tensor {shown(missing[0])} is not in it, as the index says")
         tensors |= {(tensor,): shard.tensors[tensor,] for tensor in listed}
         values |= {key: value for key, value in shard.values.items() if key == "ema.format"}
-    return Contents(index.parent, tensors, values)
+    return IndexedCheckpoint(index.parent, tensors, values)
 
 
 # --- torch.distributed.checkpoint
 
 
-def _of_chunks(folder: Path) -> Contents:
+def _of_chunks(folder: Path) -> IndexedCheckpoint:
     """Safetensors files of chunks, as the HuggingFaceStorageWriter makes them."""
-    held: dict[str, list[Piece]] = {}
+    held: dict[str, list[FoundChunk]] = {}
     for path in sorted(folder.glob(f"*{fmt.SUFFIX}")):
         file = index_file(path)
         offsets = parse_json(path, file.metadata["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
@@ -227,26 +227,26 @@ def _of_chunks(folder: Path) -> Contents:
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
             if not is_sizes(offset) or len(offset) != len(tensor.shape):
                 raise FileFormatError(path, f"tensor {shown(name)}: DCP_SHARDING_INFO must give its offsets")
-            held.setdefault(name, []).append(Piece(path, file.identity, tensor, Box(tuple(offset), tensor.shape)))
-    for name, pieces in held.items():
-        if problem := cover_problem(tensor_shape(pieces), [piece.box for piece in pieces]):
+            held.setdefault(name, []).append(FoundChunk(path, file.identity, tensor, Box(tuple(offset), tensor.shape)))
+    for name, chunks in held.items():
+        if problem := cover_problem(tensor_shape(chunks), [chunk.box for chunk in chunks]):
             raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
-    return Contents(folder, {(name,): functools.partial(list, pieces) for name, pieces in held.items()})
+    return IndexedCheckpoint(folder, {(name,): functools.partial(list, chunks) for name, chunks in held.items()})
 
 
-def tensor_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """The shape of the tensor that all its pieces make."""
-    if len(pieces) == 1:
-        return pieces[0].box.end
-    return tuple(map(max, zip(*(piece.box.end for piece in pieces), strict=True))) if pieces[0].box.shape else ()
+def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
+    """The shape of the tensor that all its chunks make."""
+    if len(chunks) == 1:
+        return chunks[0].box.end
+    return tuple(map(max, zip(*(chunk.box.end for chunk in chunks), strict=True))) if chunks[0].box.shape else ()
 
 
-def _of_distributed(metadata: Path) -> Contents:
+def _of_distributed(metadata: Path) -> IndexedCheckpoint:
     folder = metadata.parent
     with OpenedFile(metadata) as file:
         if file.size > _MOST_METADATA:
             raise FileFormatError(metadata, f"has {file.size:,} bytes; at most {_MOST_METADATA:,} are allowed")
-        state = _state(read_archive(file, 0, file.size))
+        state = _state(read_pickled(file, 0, file.size))
     listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
@@ -257,7 +257,7 @@ def _of_distributed(metadata: Path) -> Contents:
         if isinstance(key.get("fqn"), str) and is_sizes(offset):
             places[key["fqn"], tuple(offset)] = _state(place)
     paths = planned if isinstance(planned, dict) else {}
-    tensors: dict[Keys, Callable[[], list[Piece]]] = {}
+    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
     files = _ChunkFiles(folder)
     values: dict[str, Any] = {}
     for name, described in listed.items():
@@ -268,9 +268,9 @@ def _of_distributed(metadata: Path) -> Contents:
             continue  # an object that is no tensor
         keys: Any = paths.get(name)
         is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
-        finder = functools.partial(_chunk_pieces, files, name, _state(described), places)
+        finder = functools.partial(_found_chunks, files, name, _state(described), places)
         tensors[tuple(map(str, keys)) if is_path else (name,)] = finder
-    return Contents(folder, tensors, values)
+    return IndexedCheckpoint(folder, tensors, values)
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -278,27 +278,26 @@ def _state(value: Any) -> dict[str, Any]:
     return value.state if isinstance(value, Node) and isinstance(value.state, dict) else {}
 
 
-def _chunk_pieces(
+def _found_chunks(
     files: _ChunkFiles, name: str, described: dict[str, Any], places: Mapping[Any, dict[str, Any]]
-) -> list[Piece]:
+) -> list[FoundChunk]:
     """The chunks of a tensor."""
     metadata = files.folder / DCP_METADATA
-    pieces = []
-    chunks: Any = described["chunks"]
-    for chunk in map(_state, chunks):
+    found = []
+    listed: Any = described["chunks"]
+    for chunk in map(_state, listed):
         offset: Any = chunk.get("offsets")
         shape: Any = chunk.get("sizes")
         if not (is_sizes(offset) and is_sizes(shape) and len(offset) == len(shape)):
             raise FileFormatError(metadata, f"tensor {shown(name)}: a chunk is malformed")
         place = places.get((name, tuple(offset))) or places.get((name, ())) or {}
-        box = Box(tuple(offset), tuple(shape))
-        pieces.append(files.piece(name, box, place))
+        found.append(files.chunk(name, Box(tuple(offset), tuple(shape)), place))
     size: Any = described.get("size")
-    if not is_sizes(size) or any(len(piece.box.shape) != len(size) for piece in pieces):
+    if not is_sizes(size) or any(len(chunk.box.shape) != len(size) for chunk in found):
         raise FileFormatError(metadata, f"tensor {shown(name)}: its shape is malformed")
-    if problem := cover_problem(tuple(size), [piece.box for piece in pieces]):
+    if problem := cover_problem(tuple(size), [chunk.box for chunk in found]):
         raise FileFormatError(metadata, f"tensor {shown(name)}: {problem}")
-    return pieces
+    return found
 
 
 class _ChunkFiles:
@@ -308,12 +307,12 @@ class _ChunkFiles:
         self.folder = folder
         self._identities: dict[Path, str] = {}
 
-    def piece(self, name: str, box: Box, place: Mapping[str, Any]) -> Piece:
+    def chunk(self, name: str, box: Box, place: Mapping[str, Any]) -> FoundChunk:
         """A chunk of a tensor, where its file has it."""
         path, found = self.read(name, place)
         if not isinstance(found, FoundTensor) or found.shape != box.shape:
             raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
-        return Piece(path, self._identities[path], found, box)
+        return FoundChunk(path, self._identities[path], found, box)
 
     def read(self, name: str, place: Mapping[str, Any]) -> tuple[Path, Any]:
         """The file and the object at a place."""
@@ -333,4 +332,4 @@ class _ChunkFiles:
                 self._identities[path] = sampled_identity(file)
             if begin + length > file.size:
                 raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
-            return path, read_archive(file, begin, begin + length)
+            return path, read_pickled(file, begin, begin + length)

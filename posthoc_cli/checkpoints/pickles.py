@@ -95,7 +95,7 @@ class Node(dict[Any, Any]):
     append = extend
 
 
-def read_archive(file: OpenedFile, begin: int, end: int) -> Any:
+def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
     """The object in a range of a file, written by torch.save of any release, or by pickle.
 
     It is made of plain values, lists, tuples and dicts, a `FoundTensor` for each tensor, and `Node`s for all else. A

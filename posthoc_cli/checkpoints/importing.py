@@ -1,0 +1,161 @@
+"""What `ema import` does: a run of other programs' files, with the settings that these do not hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posthoc_cli import files
+from posthoc_cli.checkpoints.checkpoint import Checkpoint
+from posthoc_cli.checkpoints.copies import are_copied, copy_path, write_copies
+from posthoc_cli.checkpoints.kinds import TABLE, Settings
+from posthoc_cli.checkpoints.manifest import (
+    NAME,
+    Manifest,
+    encode_manifest,
+    is_import,
+    make_manifest,
+    read_manifest,
+)
+from posthoc_cli.checkpoints.opening import open_checkpoints
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.snapshots.directory import inspect_directory
+
+
+@dataclass(frozen=True)
+class Import:
+    """What was imported.
+
+    Attributes:
+        checkpoints: as they were found.
+        out: the folder of the run; None in a dry run without.
+        paths: the file of each: where it is, or its copy.
+        checks: what came out when the settings were compared with the files, a line each.
+        written: whether anything was: not in a dry run, and not where the run was there already.
+        dry_run: whether it was one.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    out: Path | None
+    paths: tuple[Path, ...]
+    checks: tuple[str, ...]
+    written: bool
+    dry_run: bool
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many checkpoints hold what."""
+        return Counter(one.info.holds for one in self.checkpoints)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "run": self.checkpoints[0].info.run_id,
+            "out": None if self.out is None else str(self.out),
+            "written": self.written,
+            "checks": list(self.checks),
+            "checkpoints": [
+                {"from": str(one.path), "to": str(path), "t": one.info.t, "holds": one.info.holds}
+                for one, path in zip(self.checkpoints, self.paths, strict=True)
+            ],
+        }
+
+
+def import_checkpoints(
+    directory: str | Path,
+    out: str | Path | None,
+    *,
+    copy: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: ProgressBar = no_bar,
+    **settings: Any,
+) -> Import:
+    """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
+
+    It refers to the files where they are, by a manifest of a few kB; or it is made of copies with checksums. The same
+    import into the same folder does nothing, or takes in what has changed at `directory`.
+
+    Arguments:
+        directory: a folder, a file, or a glob that names files or folders.
+        out: the folder to make; None only in a dry run.
+        copy: write copies with checksums; all, or none.
+        overwrite: replace an import of something else, or with other settings.
+        dry_run: read and check only.
+        progress: opens a progress bar.
+        settings: the fields of `kinds.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
+
+    Raises:
+        InvalidValueError: a setting is missing, or does not fit the files.
+        DirectoryError, FileFormatError, MismatchError: there are no checkpoints, or not of one run.
+        OutputExistsError: `out` is there, and holds something else.
+        NonFiniteError: a tensor to be copied holds nan or infinity.
+        WriteError: the system refused.
+    """
+    given, origin = Settings(**settings), files.expanded(files.given_path("directory", directory))
+    target = None if out is None else files.expanded(files.given_path("out", out))
+    if target is None and not dry_run:
+        raise InvalidValueError("out", "is missing; only a dry run needs no output")
+    found = _found(origin, given)
+    checks = tuple(_checks(found, given))
+    paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
+    written = False
+    if target is not None and not dry_run:
+        if not target.parent.is_dir():
+            raise InvalidValueError("out", "its folder does not exist", value=target)
+        if copy:
+            written = _copied(found, target, overwrite, progress)
+        else:
+            written = _referred(make_manifest(target, origin, given, found), overwrite)
+    return Import(tuple(found), target, paths, checks, written, dry_run)
+
+
+def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
+    """Other programs' files; a DirectoryError if they are our own."""
+    again = DirectoryError(origin, "is an import", "import the files that it was made of")
+    if is_import(origin):
+        raise again
+    if origin.is_dir() and inspect_directory(origin).snapshots:
+        raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
+    found = open_checkpoints(origin, settings)
+    if not all(one.kind for one in found):
+        raise again
+    return found
+
+
+def _checks(found: Sequence[Checkpoint], settings: Settings) -> Iterator[str]:
+    for name, kind in TABLE.items():
+        own = [one for one in found if one.kind == name]
+        if own and kind.check is not None:
+            yield kind.check(own, settings)
+
+
+def _copied(found: Sequence[Checkpoint], out: Path, overwrite: bool, progress: ProgressBar) -> bool:
+    """Write copies, unless they are there."""
+    if are_copied(found, out):
+        return False
+    write_copies(found, out, overwrite, progress)
+    return True
+
+
+def _referred(made: Manifest, overwrite: bool) -> bool:
+    """Write a manifest, unless it is there."""
+    out, content = made.folder, encode_manifest(made)
+    if is_import(out):
+        with suppress(FileFormatError):  # a damaged one is replaced
+            there = read_manifest(out)
+            if encode_manifest(there) == content:
+                return False
+            differs = "has other settings" if there.settings != made.settings else f"is an import of {there.origin}"
+            if not overwrite and (there.settings, there.place) != (made.settings, made.place):
+                raise OutputExistsError(out, differs, "choose another name, or overwrite=True to replace it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(out, "is there already, and holds something else", "choose another name")
+    with files.new_directory(out):
+        files.write_whole(out / NAME, content, overwrite=True)
+    return True

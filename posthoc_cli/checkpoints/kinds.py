@@ -1,0 +1,311 @@
+"""The kinds of checkpoints, one entry of `TABLE` each; and the settings that `ema import` may be told of them.
+
+A kind says how its files are recognised, what they do not say themselves, and makes the sources that are in one. To add
+one: a function that reads it, an entry in `TABLE` before "checkpoints", which takes what is left, and its name in
+`KINDS`. A setting that only some kinds have is a field of `Settings`, named in their `needs` or `takes`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posthoc_cli.checkpoints.checkpoint import Checkpoint, make_checkpoint
+from posthoc_cli.checkpoints.claims import check_update_every
+from posthoc_cli.checkpoints.layouts import FoundChunk, IndexedCheckpoint
+from posthoc_cli.checkpoints.steps import checked_step, step_of
+from posthoc_cli.checkpoints.tensor_files import names_in
+from posthoc_cli.dtypes import EPS
+from posthoc_cli.errors import FileFormatError, InvalidValueError
+from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
+from posthoc_cli.profiles.other_libraries import (
+    DEFAULT_UPDATE_AFTER_STEP,
+    TORCHTITAN_GAMMA,
+    ema_pytorch_profile,
+    posthoc_ema_profile,
+    torchtitan_profile,
+)
+from posthoc_cli.snapshots.selection import check_globs, make_selection
+from posthoc_cli.snapshots.sources import FileSource
+
+Tensors = Mapping[str, Callable[[], list[FoundChunk]]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What checkpoints do not say themselves, and which of their tensors to take.
+
+    Attributes:
+        kind: one of `KINDS`; None to find that of each file.
+        step_from: a regular expression whose group is the step, searched in a path; it may be 1_500 or 1.5k, too.
+        prefix: what names of the model's tensors begin with; it is left out of the names.
+        include, exclude: globs on the names that remain.
+        sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
+        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`.
+    """
+
+    kind: str | None = None
+    step_from: str | None = None
+    prefix: str = ""
+    include: str | Iterable[str] | None = None
+    exclude: str | Iterable[str] | None = None
+    sigma_rels: Sequence[float] = ()
+    update_every: int | None = None
+    update_after_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in [*TABLE]:
+            raise InvalidValueError("kind", f"must be one of {', '.join(TABLE)}", value=f"{self.kind!r}")
+        if not isinstance(self.sigma_rels, Iterable):
+            raise InvalidValueError("sigma_rels", "must be a list of widths", value=f"{self.sigma_rels!r}")
+        for sigma_rel in self.sigma_rels:
+            check_sigma_rel(sigma_rel)
+        for name, least in (("update_every", 1), ("update_after_step", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise InvalidValueError(name, f"must be a whole number, at least {least}", value=value)
+        if not isinstance(self.prefix, str):
+            raise InvalidValueError("prefix", "must be a text", value=repr(self.prefix))
+        try:
+            groups = 1 if self.step_from is None else re.compile(self.step_from).groups
+        except (re.error, TypeError) as error:
+            reason = f"is no regular expression: {error}"
+            raise InvalidValueError("step_from", reason, value=self.step_from or "") from None
+        if groups != 1:
+            reason = r"must have one group, for the step, such as 'step(\d+)'"
+            raise InvalidValueError("step_from", reason, value=self.step_from or "")
+        selection = make_selection(self.include, self.exclude, "copy")
+        plain = {"include": selection.include, "exclude": selection.exclude, "sigma_rels": tuple(self.sigma_rels)}
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that differ from their defaults, as plain values for JSON."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {name: value for name, value in values.items() if value not in (None, "", [])}
+
+    def chosen(self, found: Tensors, but: Collection[str] = ()) -> Tensors:
+        """The tensors that `include` and `exclude` leave, without those named in `but`."""
+        selection = make_selection(self.include, self.exclude, "copy")
+        check_globs(selection, found)
+        chosen = {name: find for name, find in found.items() if selection.names(name) and name not in but}
+        if not chosen:
+            raise InvalidValueError("include and exclude", "leave no tensor of the model")
+        return chosen
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoints.
+
+    Attributes:
+        read: makes the sources that are in a checkpoint, from its path, what it holds, its step and the settings.
+        is_in: whether a checkpoint is of this kind, by what it holds; it is asked if the name fits.
+        name: the form of its files' names, with a group for the step; None if they may have any.
+        form: the same in words.
+        of_name: steps that the number in the name counts.
+        needs: settings that the files do not hold.
+        takes: settings that may be given beside these and the choice of tensors.
+        check: compares the settings with the tensors of all its checkpoints, and says in a line what came out, or
+            raises an InvalidValueError that names what fits better.
+    """
+
+    read: Callable[[Path, IndexedCheckpoint, int, Settings], list[Checkpoint]]
+    is_in: Callable[[IndexedCheckpoint], bool] = lambda _: True
+    name: re.Pattern[str] | None = None
+    form: str = ""
+    of_name: int = 1
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    check: Callable[[Sequence[Checkpoint], Settings], str] | None = None
+
+    def step(self, path: Path, indexed: IndexedCheckpoint, settings: Settings, by_word: str) -> int:
+        """The step of a checkpoint; 0 before the training. Arguments and errors as in `steps.step_of`."""
+        match = self.name and self.name.fullmatch(path.name)
+        if match is None:
+            return step_of(path, indexed, settings.step_from, by_word)
+        number = self.of_name * int(match["step"])
+        return checked_step(path, number) if number else 0
+
+    def is_named(self, path: Path) -> bool:
+        """Whether a file has a name of this form."""
+        return self.name is None or self.name.fullmatch(path.name) is not None
+
+
+def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
+    """The kind of a checkpoint: the first of `TABLE` whose names and contents fit, unless one is given.
+
+    Raises:
+        FileFormatError: it is not named as those of the kind that was given.
+        InvalidValueError: a setting that its files do not hold is missing.
+    """
+    found = settings.kind or next(name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(indexed))
+    if not TABLE[found].is_named(path):
+        raise FileFormatError(path, f"is not named as files of {found} are: {TABLE[found].form}")
+    missing = [name for name in TABLE[found].needs if not getattr(settings, name)]
+    if missing and settings.given:
+        reason = f"must be given: files of {found}, such as {path.name}, do not hold it"
+        raise InvalidValueError(missing[0], reason)
+    if missing:
+        reason = f"is of {found}, whose files do not hold {' and '.join(missing)}"
+        raise InvalidValueError(path, reason, "give them to an import")
+    return found
+
+
+def check_used(settings: Settings, kinds: Collection[str]) -> None:
+    """An InvalidValueError if a setting was given that says nothing about checkpoints of these kinds."""
+    known = {"kind", "prefix", "include", "exclude", *(n for kind in kinds for n in TABLE[kind].needs)}
+    for name, value in settings.given.items():
+        if name not in known and not any(name in TABLE[kind].takes for kind in kinds):
+            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=_shown(value))
+
+
+def _shown(value: Any) -> str:
+    return ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
+
+
+# --- weights, and torchtitan's average beside them
+
+_TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
+
+
+def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
+    found = settings.chosen(indexed.model_tensors(settings.prefix))
+    return [make_checkpoint(path, found, Point(float(step)), step)]
+
+
+def _read_torchtitan(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
+    averaged = _titan_averages(indexed)
+    found = settings.chosen(indexed.model_tensors(settings.prefix))
+    both = {name: averaged.get(settings.prefix + name, find) for name, find in found.items()}
+    if all(find is found[name] for name, find in both.items()):
+        raise FileFormatError(path, "holds no average of torchtitan for these tensors")
+    profile = torchtitan_profile(step, settings.update_every or 1, settings.update_after_step or 0)
+    width = PowerFunction(TORCHTITAN_GAMMA, step).sigma_rel
+    weights = make_checkpoint(path, found, Point(float(step)), step, "torchtitan")
+    return [weights, make_checkpoint(path, both, profile, step, "torchtitan", sigma_rel=width)]
+
+
+def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
+    """The averages by the names of their tensors."""
+    return {
+        match[1]: find
+        for keys, find in indexed.tensors.items()
+        if (match := _TITAN_EMA.fullmatch(".".join(keys[1:] if keys[0] == "ema_optimizer" else keys)))
+    }
+
+
+# --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
+
+_NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
+_NUMBERED_FORM = "<number>.<step>.pt, or <number>_<step>.safetensors"
+_COUNTERS = ("initted", "step")
+"""What these libraries store beside the weights."""
+_INNER = "ema_model."
+"""What names in files of `ema-pytorch` begin with."""
+
+
+def _is_numbered(indexed: IndexedCheckpoint, inner: bool) -> bool:
+    return (_COUNTERS[0],) in indexed.tensors and inner is any(keys[0].startswith(_INNER) for keys in indexed.tensors)
+
+
+def _read_numbered(
+    library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings
+) -> list[Checkpoint]:
+    """An average that one of these libraries stored."""
+    match, inner = _NUMBERED.fullmatch(path.name), _INNER if library == "ema-pytorch" else ""
+    number = int(match["number"]) if match else 0
+    if number >= len(settings.sigma_rels):
+        given = names_in([f"{sigma_rel:g}" for sigma_rel in settings.sigma_rels])
+        reason = f"must be one for each average; {path.name} is of number {number}, counted from 0"
+        raise InvalidValueError("sigma_rels", reason, value=given)
+    if library == "posthoc-ema":
+        _check_update_after_step(path, indexed, step, settings.update_after_step)
+    width, every = settings.sigma_rels[number], settings.update_every or 1
+    profile = _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every)
+    found = settings.chosen(indexed.model_tensors(settings.prefix or inner), _COUNTERS)
+    return [make_checkpoint(path, found, profile, step, library, sigma_rel=width)]
+
+
+def _numbered_profile(library: str, gamma: float, step: int, settings: Settings, update_every: int) -> Discrete:
+    """What one of these libraries really tracks."""
+    if library == "ema-pytorch":
+        return ema_pytorch_profile(gamma, step, update_every)
+    later = DEFAULT_UPDATE_AFTER_STEP if settings.update_after_step is None else settings.update_after_step
+    return posthoc_ema_profile(gamma, step, update_every, later)
+
+
+def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
+    """Compare the setting with what a file of `pytorch-posthoc-ema` has counted: calls from that of this number on."""
+    value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
+    counted = indexed.value("step")
+    if counted is None or not math.isfinite(counted[0]):  # above the range of float16
+        return
+    found, dtype = counted
+    due = step - max(value, 1) + 1
+    if abs(found - due) <= found * EPS.get(dtype, 0.0) / 2:
+        return
+    about = "about " * (found * EPS.get(dtype, 0.0) >= 1)
+    told = f"{path.name} has counted {found:,.12g} of {step:,} calls, as {about}{step - found + 1:,.12g} makes it"
+    if given is None:
+        raise InvalidValueError("update_after_step", f"must be given: it is not {value}, the default; {told}")
+    raise InvalidValueError("update_after_step", f"does not fit the files: {told}", value=value)
+
+
+def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: Settings) -> str:
+    """Compare `update_every` with the distances between averages, from a sample of the tensors."""
+    claimed = settings.update_every or 1
+
+    def profile(source: FileSource, update_every: int) -> Discrete:
+        info: Any = source.info
+        return _numbered_profile(library, info.gamma, info.step, settings, update_every)
+
+    fits = check_update_every(checkpoints, claimed, profile)
+    if not fits:
+        return "update_every is as given: averages of one profile, or at one time, cannot tell it"
+    others = ", ".join(f"{value}: {fit:.2g}" for value, fit in list(fits.items())[:3])
+    return f"update_every {claimed} fits the distances between the averages (misfits: {others})"
+
+
+def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
+    return Kind(
+        functools.partial(_read_numbered, library), functools.partial(_is_numbered, inner=inner), _NUMBERED,
+        _NUMBERED_FORM, needs=("sigma_rels", "update_every"), takes=takes,
+        check=functools.partial(_check_numbered, library),
+    )  # fmt: skip
+
+
+# --- EDM2: power functions, with images and width in the name
+
+_EDM2 = re.compile(r"network-snapshot-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl")
+
+
+def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: Settings) -> list[Checkpoint]:
+    match = _EDM2.fullmatch(path.name)
+    width = float(match["width"]) if match else 0.0
+    profile = PowerFunction.from_sigma_rel(width, images)
+    found = settings.chosen(indexed.model_tensors(settings.prefix, "ema"))
+    return [make_checkpoint(path, found, profile, images, "edm2", "images", width)]
+
+
+TABLE = {
+    "edm2": Kind(
+        _read_edm2, name=_EDM2, form="network-snapshot-<images in thousands>-<width>.pkl", of_name=1000
+    ),
+    "ema-pytorch": _numbered("ema-pytorch", True, ()),
+    "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
+    "torchtitan": Kind(
+        _read_torchtitan, lambda indexed: bool(_titan_averages(indexed)),
+        takes=("step_from", "update_every", "update_after_step"),
+    ),
+    "checkpoints": Kind(_read_weights, takes=("step_from",)),
+}  # fmt: skip
+"""Every kind, in the order in which a file is asked whether it is one; `checkpoints` are weights."""
+
+UNSPECIFIED = Settings()

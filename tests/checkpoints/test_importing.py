@@ -1,0 +1,305 @@
+"""A run that refers to other programs' files: what it says, what happens when they change, and when it is hostile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from checking import assert_same_tensors
+from checkpoint_layouts import LAYOUTS, STEPS, Weights
+from ema_command import Ema
+from factories import contents
+
+from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli.checkpoints import KINDS
+from posthoc_cli.checkpoints.kinds import TABLE
+
+Write = Callable[[str], Path]
+MANIFEST = "ema-import.json"
+
+
+def test_the_kinds_that_the_command_names_are_those_of_the_table() -> None:
+    assert set(KINDS) == set(TABLE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_refers_to_files_is_the_same_run(layout: str, write: Write, tmp_path: Path) -> None:
+    folder = write(layout)
+    before = contents(folder)
+    done = import_checkpoints(folder, tmp_path / "new")
+    assert contents(folder) == before
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [MANIFEST]
+    assert (tmp_path / "new" / MANIFEST).stat().st_size < 10_000
+    first, second = Run(folder), Run(tmp_path / "new")
+    assert [one.info for one in second.sources] == [one.info for one in first.sources]
+    assert done.to_dict()["run"] == second.sources[0].info.run_id
+    assert_same_tensors(second.average(0.2), first.average(0.2))
+    assert second.info()["checkpoints"] == first.info()["checkpoints"]
+    assert second.info()["refers_to"] == str(folder)
+
+
+def test_both_can_be_moved_together_and_not_apart(write: Write, tmp_path: Path, ema: Ema) -> None:
+    """Also by a copy, whose files have other dates; the steps are those that were found at the import."""
+    write("safetensors")
+    (tmp_path / "both").mkdir()
+    (tmp_path / "run").rename(tmp_path / "both" / "walk7")
+    done = import_checkpoints(tmp_path / "both" / "walk7", tmp_path / "both" / "new", step_from=r"both/.*step(\d+)")
+    wanted = Run(done.out or "").average(0.2)
+    shutil.copytree(tmp_path / "both", tmp_path / "copied")
+    shutil.rmtree(tmp_path / "both")
+    (tmp_path / "link").symlink_to(tmp_path / "copied" / "new")
+    for place in (tmp_path / "copied" / "new", tmp_path / "link", Path(os.path.relpath(tmp_path / "link"))):
+        assert_same_tensors(Run(place).average(0.2), wanted)
+    (tmp_path / "copied" / "new").rename(tmp_path / "apart")
+    (tmp_path / "walk8").mkdir()
+    gone = f"{tmp_path / 'walk7' / 'step100.safetensors'}: is not there, and {tmp_path / 'apart'} refers to it"
+    assert ema("synthesize", tmp_path / "apart", "--sigma-rel", "0.2", "--out", tmp_path / "o.pt").error == (
+        f"{gone}; move both together, or import again"
+    )
+
+
+def _shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _replace(path: Path) -> None:
+    torch.save({"w": torch.full((3000,), -1.0)}, path)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "is missing": (lambda path: path.unlink(), "is not there, and"),
+    "is shorter": (_shorten, " bytes, and had "),
+    "is replaced": (_replace, "was replaced since"),
+    "is a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
+    "is a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_is_not_the_one_imported_is_named(change: str, tmp_path: Path, ema: Ema) -> None:
+    (tmp_path / "ck").mkdir()
+    for step in (1, 2, 3):
+        torch.save({"w": torch.full((3000,), float(step))}, tmp_path / "ck" / f"step{step}.pt")
+    new, path = tmp_path / "new", tmp_path / "ck" / "step2.pt"
+    assert ema("import", tmp_path / "ck", "--out", new).code == 0
+    change_it, reason = CHANGES[change]
+    change_it(path)
+    for command in (["synthesize", new, "--sigma-rel", "0.2", "--dry-run"], ["info", new]):
+        found = ema(*command)
+        assert found.code == 1
+        assert found.error.startswith(f"{path}: ")
+        assert reason in found.error
+    verified = ema("verify", new, "--json")
+    assert verified.code == 1
+    assert [one["path"] for one in verified.json["files"] if one["state"] == "damaged"] == [str(path)]
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    _replace(path)
+    assert "wrote a run that refers" in ema("import", tmp_path / "ck", "--out", new).out  # without --overwrite
+    assert Run(new).average("last:1", t=2)["w"].tolist() == [-1.0] * 3000
+
+
+def test_an_index_that_was_replaced_is_found(write: Write, tmp_path: Path) -> None:
+    """It says where in the other files the tensors are."""
+    for layout, name in (("transformers", "model.safetensors.index.json"), ("distributed", ".metadata")):
+        folder = write(layout)
+        import_checkpoints(folder, tmp_path / layout)
+        path = next(folder.rglob(name))
+        path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+        with pytest.raises(errors.FileFormatError, match=f"{name}: was replaced since"):
+            _ = Run(tmp_path / layout).sources
+        shutil.rmtree(folder)
+
+
+def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_path: Path, ema: Ema) -> None:
+    folder, new = write("safetensors"), tmp_path / "new"
+    first = ("import", folder, "--exclude", "*.bias", "--out", new)
+    assert ema(*first, "--json").json["written"] is True
+    before = contents(new)
+    again = ema(*first, "--json").json
+    assert (again["written"], len(again["checkpoints"])) == (False, len(STEPS))
+    assert contents(new) == before
+    other = ema("import", folder, "--out", new)
+    assert other.error == f"{new}: has other settings; choose another name, or --overwrite to replace it"
+    (tmp_path / "else").mkdir()
+    shutil.copy(folder / "step20.safetensors", tmp_path / "else")
+    other = ema("import", tmp_path / "else", "--exclude", "*.bias", "--out", new)
+    assert f"{new}: is an import of {folder}; choose another name" in other.error
+    assert contents(new) == before
+    assert ema("import", folder, "--out", new, "--overwrite").code == 0
+    assert any(name.endswith("bias") for name in Run(new).tensors)
+    shutil.copy(folder / "step20.safetensors", folder / "step300.safetensors")
+    assert ema("import", folder, "--out", new).code == 0  # has taken in the new one
+    assert Run(new).step == 300
+    Run(new).write(0.2, new / "average.safetensors")  # does not stand in the way
+    assert ema("import", folder, "--out", new).code == 0
+    assert Run(new).step == 300
+    for place, reason in ((folder, "holds something else"), (folder / "step20.safetensors", "holds something else")):
+        assert reason in ema("import", folder, "--out", place, "--overwrite").error
+        assert reason in ema("import", folder, "--out", place, "--overwrite", "--copy").error
+    assert "its folder does not exist" in ema("import", folder, "--out", tmp_path / "x" / "y").error
+
+
+def test_a_dry_run_writes_nothing(write: Write, tmp_path: Path, ema: Ema) -> None:
+    folder = write("safetensors")
+    assert ema("import", folder, "--dry-run", "--out", tmp_path / "new").out.endswith("nothing was written\n")
+    assert ema("import", folder, "--out", tmp_path / "new", "--dry-run", "--json").json["written"] is False
+    assert not (tmp_path / "new").exists()
+    assert "--out: is missing" in ema("import", folder).error
+
+
+def test_nothing_that_it_refers_to_is_deleted(write: Write, tmp_path: Path, ema: Ema) -> None:
+    folder, new = write("safetensors"), tmp_path / "new"
+    import_checkpoints(folder, new)
+    before = contents(tmp_path)
+    refused = ema("prune", new, "--keep", "2", "--yes")
+    assert (refused.code, refused.error) == (1, f"{new}: refers to files of other programs, which are never deleted")
+    assert "only these are set aside" in ema("verify", new, "--repair", "--yes").error
+    checked = ema("verify", new)
+    assert checked.code == 0
+    assert f"{len(STEPS)} without checksums" in checked.out
+    assert contents(tmp_path) == before
+
+
+def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files behind links as in a cache of models, a run within the folder, a glob, another working directory."""
+    cache, folder = tmp_path / "blobs", tmp_path / "a b'ü"
+    for place in (cache, folder):
+        place.mkdir()
+    for step, state in weights.items():
+        torch.save(state, cache / f"{step * 7:x}")
+        (folder / f"step{step}.pt").symlink_to(cache / f"{step * 7:x}")
+    monkeypatch.chdir(folder)
+    run = Run(import_checkpoints("step?0*.pt", "run").out or "")
+    assert [one.info.step for one in run.sources] == [20, 40, 100, 200]
+    wanted = run.average(0.2)
+    assert_same_tensors(Run(folder).average(0.2), wanted)
+    monkeypatch.chdir(tmp_path)
+    assert_same_tensors(Run(folder / "run").average(0.2), wanted)
+    assert not import_checkpoints(folder / "step?0*.pt", folder / "run").written
+    one = import_checkpoints(folder / "step40.pt", tmp_path / "one")
+    assert Run(one.out or "").step == 40
+    with pytest.raises(errors.DirectoryError, match="is an import; import the files"):
+        import_checkpoints(folder / "run", tmp_path / "two")
+    with pytest.raises(TypeError, match="update_evry"):
+        import_checkpoints(folder, tmp_path / "two", update_evry=3)
+
+
+WRONG: dict[str, Any] = {
+    "kind": [], "step_from": 5, "prefix": 5, "include": [5], "exclude": "", "sigma_rels": 0.1, "update_every": True,
+    "update_after_step": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_setting_that_cannot_be_used_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ck").mkdir()
+    torch.save({"w": torch.ones(3)}, tmp_path / "ck" / "step1.pt")
+    with pytest.raises(errors.InvalidValueError, match=f"^{name}"):
+        import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: WRONG[name]})
+    assert not (tmp_path / "new").exists()
+
+
+# --- hostile manifests
+
+
+def rewritten(path: Path, **changed: Any) -> None:
+    """A manifest with other values and a right checksum; None leaves a value out."""
+    values = {**json.loads(path.read_text()), **changed}
+    values = {key: value for key, value in values.items() if value is not None and key != "checksum"}
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
+    path.write_text(json.dumps({**values, "checksum": digest}))
+
+
+def listed(place: str, kind: str = "checkpoints", step: Any = 1) -> dict[str, Any]:
+    """A manifest that refers to one file, said to be empty."""
+    return {"checkpoints": [[place, kind, step]], "files": {place: [0, "0" * 16]}}
+
+
+FIRST = "../ck/step1.pt"
+
+
+def said(kind: Any = "checkpoints", step: Any = 1) -> dict[str, Any]:
+    """A manifest with this of the first checkpoint."""
+    return {"checkpoints": [[FIRST, kind, step]]}
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "a file of the system": listed("/etc/passwd"), "above": listed("../../../../../../etc/passwd"),
+    "a device": listed("/dev/zero"), "itself": listed("."), "its own file": listed(MANIFEST), "a pipe": listed("pipe"),
+    "a loop": listed("loop"), "nothing": listed(""), "a zero": listed("a\0b"), "a url": listed("s3://bucket/x.pt"),
+    "no files": {"files": {}}, "no checkpoints": {"checkpoints": []}, "another kind": said("x"),
+    "a kind that is a list": said([]), "a wrong kind": said("edm2"), "a text for a step": said(step="1"),
+    "a step of 0": said(step=0), "half a step": said(step=0.5), "a far step": said(step=10**300),
+    "one twice": {"checkpoints": [[FIRST, "checkpoints", 1]] * 2}, "updates without end": said("torchtitan", 10**15),
+    "settings that are a list": {"settings": []}, "an unknown setting": {"settings": {"x": 1}},
+    "a prefix that is a number": {"settings": {"prefix": 5}}, "widths of letters": {"settings": {"sigma_rels": "ab"}},
+    "globs that are numbers": {"settings": {"include": [1]}}, "no pattern": {"settings": {"step_from": "("}},
+    "files that are a list": {"files": [FIRST]}, "a size that is a text": {"files": {FIRST: ["1", ""]}},
+    "a far version": {"version": 2}, "no version": {"version": None}, "no place": {"from": None},
+    "a place that is a number": {"from": 5}, "keys of more": {"files": {FIRST: [1, "x", 2]}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Of an import of two checkpoints, with a pipe and a loop of links beside it."""
+    (tmp_path / "ck").mkdir()
+    for step in (1, 2):
+        torch.save({"w": torch.full((3,), float(step))}, tmp_path / "ck" / f"step{step}.pt")
+    import_checkpoints(tmp_path / "ck", tmp_path / "new")
+    os.mkfifo(tmp_path / "new" / "pipe")
+    (tmp_path / "new" / "loop").symlink_to("loop")
+    return tmp_path / "new" / MANIFEST
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_manifest_is_one_line(what: str, manifest: Path, ema: Ema) -> None:
+    rewritten(manifest, **HOSTILE[what])
+    for command in ("info", "verify"):
+        found = ema(command, manifest.parent)
+        assert found.code in (1, 2) or (command, found.code) == ("verify", 0)
+        assert command == "verify" or (found.error and "root:" not in found.error)
+        assert "Traceback" not in found.err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"5", b'"x"', b"\xff", b"[" * 100_000, b'{"a": 1, "a": 2}', b"NaN", b"{}", b"9" * 9999],
+)
+def test_a_manifest_that_is_none_is_one_line(content: bytes, manifest: Path, ema: Ema) -> None:
+    manifest.write_bytes(content)
+    assert ema("info", manifest.parent).error.startswith(f"{manifest}: damaged import: ")
+    assert ema("import", manifest.parent.parent / "ck", "--out", manifest.parent).code == 0  # replaces it
+    assert Run(manifest.parent).step == 2
+
+
+def test_every_flipped_digit_of_a_manifest_is_found(manifest: Path) -> None:
+    whole = manifest.read_bytes()
+    for place, byte in enumerate(whole):
+        if chr(byte).isdigit() or chr(byte).isalpha():
+            manifest.write_bytes(whole[:place] + bytes([byte ^ 1]) + whole[place + 1 :])
+            with pytest.raises(errors.FileFormatError):
+                _ = Run(manifest.parent).sources
+
+
+def test_a_manifest_is_a_regular_file_of_limited_size(manifest: Path) -> None:
+    for make in (lambda: os.mkfifo(manifest), manifest.mkdir, lambda: manifest.symlink_to("/dev/zero")):
+        manifest.unlink()
+        make()
+        with pytest.raises(errors.FileFormatError, match="is not a regular file"):
+            _ = Run(manifest.parent).sources
+        if manifest.is_dir():
+            manifest.rmdir()
+            manifest.touch()
+    manifest.unlink()
+    with manifest.open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(errors.FileFormatError, match="at most 100,000,000 are allowed"):
+        _ = Run(manifest.parent).sources
