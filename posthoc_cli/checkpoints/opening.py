@@ -7,6 +7,7 @@ never from the order or the age of files. What files do not say is in the manife
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.sources import Source, by_time
 
+log = logging.getLogger(__name__)
+
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -42,7 +45,8 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
         return checked_run(read_manifest(path).read())
     paths = _places(place)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
-    made = [one for path in paths for one in _read(path, settings, by_word)]
+    passed_over: list[Path] = []
+    made = [one for path in paths for one in _read(path, settings, by_word, passed_over)]
     if settings.ema_decay is not None and settings.kind is None and {one.kind for one in made} == {"checkpoints"}:
         return open_checkpoints(place, replace(settings, kind="ema"))  # all are averages, under any name
     if not made and paths and decay_is_missing(place, settings):
@@ -51,6 +55,13 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
     if not made:
         raise DirectoryError(place, "holds no checkpoints")
     check_used(settings, {one.kind for one in made} - {""})
+    if passed_over:
+        what = f"{len(passed_over):,} EMA{'s' * (len(passed_over) > 1)}, such as {passed_over[0].name}"
+        log.warning(
+            "%s: %s, left out of averages: their files do not say the decay; `ema import` finds it, or takes it",
+            place,
+            what,
+        )
     return checked_run(made)
 
 
@@ -69,14 +80,19 @@ def open_unclaimed(place: str | Path, settings: Settings = UNSPECIFIED) -> list[
     return [replace(one, info=replace(one.info, decay=0.0)) for one in found]
 
 
-def _read(path: Path, settings: Settings, by_word: str) -> list[Checkpoint]:
-    """The sources in a file or folder; none in an output of this package, and in what is from before the training."""
+def _read(path: Path, settings: Settings, by_word: str, passed_over: list[Path]) -> list[Checkpoint]:
+    """The sources in a file or folder; none in an output of this package, and in what is from before the training.
+
+    One with an ordinary EMA of unknown decay is added to `passed_over`.
+    """
     indexed = index_checkpoint(path)
     if indexed.values.get("ema.format") == "output":
         return []
     if is_copy(indexed.values):
         return [read_copy(path)]
     kind = kind_of(path, indexed, settings)
+    if settings.ema_decay is None and lacks_decay(indexed, kind):
+        passed_over.append(path)
     step = TABLE[kind].step(path, indexed, settings, by_word)
     return TABLE[kind].read(path, indexed, step, settings) if step else []
 

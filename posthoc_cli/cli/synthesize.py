@@ -128,15 +128,18 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
 
 def _print_coefficients(plan: Plan, verbose: bool) -> None:
     """Each target's snapshots by time: all, or those with the largest coefficients."""
+    from posthoc_cli.profiles import Point
+
     for target, column in zip(separate(plan.targets), plan.reconstruction.coefficients.T.tolist(), strict=True):
         rows = []
         for index in output.largest(column, verbose):
             source = plan.sources[index]
+            kind = "weights" if isinstance(source.profile, Point) else "EMA"
             rows.append(
                 [
                     source.name,
                     f"{source.info.t:,.12g}",
-                    f"{source.info.sigma_rel:g}" if source.info.sigma_rel else "weights",
+                    f"{source.info.sigma_rel:g}" if source.info.sigma_rel else kind,
                     f"{column[index]:+.6f}",
                 ]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,14 +226,18 @@ def test_an_ordinary_ema_makes_other_lengths(library: Callable[[Path], dict[str,
         assert all("as claimed" in check for check in done.checks), done.checks
 
 
-def test_the_decay_is_found(tmp_path: Path, ema: Ema) -> None:
+def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureFixture) -> None:
     timm(tmp_path / "x")
     assert len(Run(tmp_path / "x").sources) == len(TIMES)  # the weights alone
+    assert f"{len(TIMES)} EMAs, such as " in caplog.text
+    assert "left out of averages: their files do not say the decay" in caplog.text
     done = ema("import", tmp_path / "x", "--out", tmp_path / "run")
     assert "found: decay 0.99" in done.out, done.err
     (decay,) = {one.info.decay for one in Run(tmp_path / "run").sources if not isinstance(one.profile, Point)}
     assert decay == pytest.approx(DECAY, abs=2e-4)
     assert error_of(Run(tmp_path / "run")) < 2e-3
+    shown = ema("synthesize", tmp_path / "run", "--sigma-rel", 0.15, "--dry-run").out
+    assert re.search(r"\(average\) +[\d,]+ +EMA", shown)
     for wrong in (0.9, 0.9995):
         done = ema("import", tmp_path / "x", "--out", tmp_path / "other", "--ema-decay", wrong)
         assert done.code == 2
