@@ -64,7 +64,7 @@ def test_what_a_notebook_shows_is_closed_and_names_do_nothing(run: Run, name: st
     kinds = {
         "run": "<th>snapshots</th><td>120</td>",
         "no run": "no such",
-        "plan": "coefficient",
+        "plan": "<div style=",
         "sweep": "<svg",
         "figure": "<svg",
     }

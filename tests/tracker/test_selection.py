@@ -13,10 +13,10 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reading import open_file
+from posthoc_cli.snapshots.reading import ElementRange, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from posthoc_cli.synthesis.engine import check_finite
-from posthoc_cli.synthesis.tiles import Piece, Tile
+from posthoc_cli.synthesis.tiles import Tile
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
 
@@ -221,7 +221,7 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
 
 def test_a_result_too_large_for_8_bits_is_named() -> None:
     """torch itself would round it down to the largest value."""
-    tile = Tile((Piece("w", 0, 2),), "average", "F8_E4M3", "F32", 0)
+    tile = Tile((ElementRange("w", 0, 2),), "average", "F8_E4M3", "F32", {}, 0)
     check_finite(tile, 0, torch.tensor([[463.0, -463.0]]))
     with pytest.raises(NonFiniteError, match=r"'w': torch\.float8_e4m3fn cannot hold its largest value, 465"):
         check_finite(tile, 0, torch.tensor([[465.0, 0.0]]))
