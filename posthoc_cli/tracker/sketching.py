@@ -130,7 +130,8 @@ class Sketcher:
 def _appended(sketch: Sketch | None, t: float, sums: list[torch.Tensor]) -> Sketch:
     """A path with one more fold, in a window of its own, or in the last one until this has as many as the others."""
     with np.errstate(over="ignore", invalid="ignore"):  # of weights near the largest numbers: none is written then
-        mean = np.stack([own.cpu().numpy() for own in sums]).sum(axis=0, dtype=np.float64, keepdims=True)
+        parts = [np.zeros(NUMBERS), *(own.cpu().numpy() for own in sums)]  # of a part without elements there are none
+        mean = np.stack(parts).sum(axis=0, dtype=np.float64, keepdims=True)
         mean = mean.astype(np.float32).astype(np.float64)  # as states hold it
         if sketch is None:
             return Sketch(np.array([t, t]), np.ones(1), mean, np.zeros(1))

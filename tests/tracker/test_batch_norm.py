@@ -235,7 +235,7 @@ def test_commands_and_the_page_say_what_to_do_about_copies(tmp_path: Path, ema: 
         for path in (run, out, next(run.glob("*.safetensors"))):
             assert ema("info", path).out.count(NOTICE) == count
             assert sum(NOTICE in note for note in ema("info", path, "--json").json["notes"]) == count
-        how = "--run", "sh -c 'echo 1; : {weights}'", "--minimize", "--sigma-rel", "0.1,0.2"
+        how = "--run", "sh -c 'echo {sigma_rel}; : {weights}'", "--minimize", "--sigma-rel", "0.1,0.2"
         swept = ema("sweep", run, *how, "--out", tmp_path / f"s{kind}")
         assert (swept.code, swept.err.count(NOTICE)) == (0, count)
         assert render(Run(run)).count(NOTICE) == count
@@ -259,13 +259,16 @@ def test_a_sweep_in_memory_warns_where_copies_are_used(tmp_path: Path) -> None:
         with torch.no_grad():
             return float(averaged(inputs(1)).square().mean())
 
+    def first(weights: dict[str, torch.Tensor]) -> float:
+        return float(next(iter(weights.values())).sum())
+
     def with_its_own(averaged: torch.nn.Module) -> float:
         posthoc_cli.update_bn(averaged, loader)
         return metric(averaged)
 
     sweep(run, with_its_own, model=model, values=[0.1, 0.2])
     sweep(tracker, with_its_own, model=model, values=[0.1, 0.2])
-    for arguments in ((run, metric, model), (tracker, metric, model), (run, lambda weights: len(weights), None)):
+    for arguments in ((run, metric, model), (tracker, metric, model), (run, first, None)):
         with pytest.warns(RuntimeWarning, match=f"^posthoc_cli: {NOTICE}") as seen:
             sweep(arguments[0], arguments[1], model=arguments[2], values=[0.1, 0.2])
         assert len(seen) == 1
@@ -276,7 +279,7 @@ def test_a_sweep_finds_the_length_that_is_best_with_statistics_of_its_own(tmp_pa
     torch.manual_seed(0)
     torch.set_num_threads(1)
     training, validation = bench_batch_norm.split(0)
-    model = bench_batch_norm.network(0.1)
+    model = bench_batch_norm.network()
     with bench_batch_norm.train(model, training, str(tmp_path), 400) as ema:
         copies = {name: value.clone() for name, value in model.named_buffers()}
         batches = [images + torch.randn_like(images) for images in training[0].split(64)]
