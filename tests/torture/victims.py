@@ -185,9 +185,8 @@ def small_state(folder: Path) -> Victim:
 
     def use() -> object:
         with open_state(path) as state:
-            kinds = ("totals", "recent")
-            tensors = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in kinds}
-            return repr(state | tensors | {"copies": dict(state["copies"])})
+            tensors = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in ("high", "low")}
+            return repr(state | tensors | {kind: dict(state[kind]) for kind in ("mean", "copies")})
 
     return Victim("state", path, use, folder / "no-output", str(path))
 
