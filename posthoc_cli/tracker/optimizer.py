@@ -7,10 +7,10 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -129,9 +129,9 @@ class Attachment:
         if self.optimizer is None:
             self.check_steps()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, _: object, keywords: Mapping[str, Any]) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
-            if not (_was_skipped(optimizer, keywords) or _only_made_state(optimizer)):
+            if not (_was_skipped(optimizer) or _only_made_state(optimizer)):
                 model = self._model()
                 if model is None:
                     raise NotReadyError("attach", "the model that this tracker was made with is gone")
@@ -155,11 +155,11 @@ def _watch_all_steps() -> None:
     atexit.register(_check_all)
 
 
-def _after_any_step(optimizer: torch.optim.Optimizer, _: object, keywords: Mapping[str, Any]) -> None:
+def _after_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     if torch.compiler.is_compiling():  # nothing of this must be traced
         return
     for one in [*_attachments]:
-        if one.is_passed_by(optimizer) and not (_was_skipped(optimizer, keywords) or _only_made_state(optimizer)):
+        if one.is_passed_by(optimizer) and not (_was_skipped(optimizer) or _only_made_state(optimizer)):
             one.count_missed()
 
 
@@ -222,6 +222,8 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
         if len(steps) > 2:  # with that of torch.optim.Optimizer
             reason = f"{kind} overrides a step, and torch calls the hooks of both where one calls the other"
             raise InvalidValueError("attach", reason, _BY_HAND)
+        if "grad_scaler" in inspect.signature(optimizer.step).parameters:
+            raise InvalidValueError("attach", f"{kind} takes the GradScaler, and may skip a step unseen", _BY_HAND)
         return optimizer
     if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
         raise InvalidValueError("attach", f"{kind} is a scheduler of learning rates", "attach to its optimizer")
@@ -231,19 +233,13 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
-def _was_skipped(optimizer: torch.optim.Optimizer, keywords: Mapping[str, Any]) -> bool:
+def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a GradScaler's step has left the parameters as they were, for infinities in their gradients.
 
     It does not call most optimizers then. Those that do the scaling themselves (`fused=True`) it does, with the
-    attribute `found_inf`; some of other libraries get the scaler itself instead.
+    attribute `found_inf`.
     """
-    found = getattr(optimizer, "found_inf", None)
-    if found is not None:
-        return bool(found)
-    scaler = keywords.get("grad_scaler")
-    if scaler is None:
-        return False
-    return any(bool(found) for found in scaler._found_inf_per_device(optimizer).values())
+    return bool(getattr(optimizer, "found_inf", None))
 
 
 def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:

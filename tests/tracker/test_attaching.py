@@ -82,17 +82,12 @@ class ScaledSGD(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     def step(self, grad_scaler):  # type: ignore[no-untyped-def, override]
-        grad_scaler.unscale_(self)
-        if not sum(v.item() for v in grad_scaler._found_inf_per_device(self).values()):
-            with torch.no_grad():
-                for parameter in self.param_groups[0]["params"]:
-                    parameter -= self.defaults["lr"] * parameter.grad
+        raise AssertionError(grad_scaler)
 
 
 SCALED = {
     "plain": torch.optim.Adam,
     "fused": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
-    "given the scaler": ScaledSGD,
 }
 
 
@@ -100,7 +95,7 @@ SCALED = {
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
 def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, make: str, unscaled: bool) -> None:
-    """Of an optimizer that is fused or given the scaler `step` is called even then."""
+    """Of an optimizer that is fused `step` is called even then."""
     model = network()
     optimizer = SCALED[make](model.parameters(), lr=0.01)
     scaler, counts = torch.amp.GradScaler("cpu", init_scale=4.0), []
@@ -109,12 +104,19 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, make: str, 
             optimizer.zero_grad()
             loss = (model(X) - Y).square().mean() * (float("inf") if number in (1, 2) else 1.0)
             scaler.scale(loss).backward()
-            if unscaled and make != "given the scaler":
+            if unscaled:
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
             counts.append(tracker.step)
     assert counts == [1, 1, 1, 2, 3, 4]
+
+
+def test_an_optimizer_that_takes_the_scaler_is_refused(tmp_path: Path) -> None:
+    model = network()
+    tracker = PostHocEMA.from_model(model, tmp_path)
+    with pytest.raises(InvalidValueError, match=r"ScaledSGD takes the GradScaler.*update_\(model\)"):
+        tracker.attach(ScaledSGD(model.parameters(), lr=0.01))
 
 
 def test_the_wrapper_of_accelerate_is_looked_through(tmp_path: Path) -> None:
