@@ -159,7 +159,7 @@ def test_pruning_to_an_error_holds_it_where_the_path_is_smooth(
 
 
 @pytest.mark.parametrize(("amplitude", "phase"), [(1.0, 0.0), (1.0, 1.0), (1.0, 2.0), (0.1, 1.0)])
-def test_an_oscillation_in_step_with_the_snapshots_leaves_tracked_lengths_as_stored(
+def test_an_oscillation_in_step_with_the_snapshots_has_a_known_error(
     tmp_path: Path, amplitude: float, phase: float
 ) -> None:
     """It looks like a standstill from one snapshot to the next. The tracked 0.28, stored to 2e-4, was 32 times further
@@ -169,9 +169,7 @@ def test_an_oscillation_in_step_with_the_snapshots_leaves_tracked_lengths_as_sto
     track(tmp_path, path, checkpoint_dtype="float16")
     actual, theirs, predicted = judged(tmp_path, path)
     assert np.all(actual <= 1.05 * theirs)
-    tracked = [WIDTHS.index(0.05), WIDTHS.index(0.28)]
-    assert np.all(actual[tracked] < 1.2 * predicted[tracked])
-    assert np.all(actual < 12 * predicted)
+    assert np.all(actual < 2.5 * predicted)
     if phase != 1.0:  # there what all snapshots have in common is in the published coefficients' average, too
         newest = sorted(tmp_path.glob("*.safetensors"))[-2:]
         stored = np.array([load_file(file)["weight"][0].double().numpy() for file in newest])

@@ -17,7 +17,7 @@ READ = {
     "ddpm-timesteps-1000-ckpt-500": 500, "checkpoint-5-step-1000": 1000, "step=1_000": 1000, "step=1_000_000": 10**6,
     "step-1,000": 1000, "1,000": 1000, "step=001_000": 1000, "model-1M-steps": 10**6, "600k": 600_000,
     "2m-steps": 2 * 10**6, "step-1.5k": 1500, "1.5M": 1_500_000, "500K_images": 500_000, "step_1e5": 100_000,
-    "step2B": 2 * 10**9, "STEP-5K": 5000, "step-20240105": 20240105, "run-2024-01-05-step-7": 7, "step100ema": 100,
+    "step2B": 2 * 10**9, "STEP-5K": 5000, "step-20240105": 20240105, "run-2024-01-05-step-7": 7, "step100last": 100,
 }  # fmt: skip
 """Names that tell a step."""
 
@@ -83,5 +83,5 @@ def test_a_pattern_finds_numbers_as_people_write_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["checkpoint-1.5k", "step=1_500"])
 def test_the_folder_of_a_file_tells_its_step_as_well(tmp_path: Path, folder: str) -> None:
-    save(tmp_path / folder, "ema")
-    assert Run(tmp_path / folder / "ema.safetensors").step == 1500
+    save(tmp_path / folder, "weights")
+    assert Run(tmp_path / folder / "weights.safetensors").step == 1500

@@ -194,7 +194,7 @@ def test_without_an_input_nobody_is_asked(run: Path) -> None:
 def test_a_run_that_says_its_norm_is_0_has_a_picture(ema: Ema, run: Path, tmp_path: Path, which: slice) -> None:
     for path in sorted(run.glob("*.safetensors"))[which]:
         measured = read_snapshot(path).info.measurements
-        rewrite_snapshot(path, measurements=replace(measured, norm=0.0))  # type: ignore[type-var]
+        rewrite_snapshot(path, measurements=replace(measured, norm=0.0), sketch="")  # type: ignore[type-var]
     plot, table = tmp_path / "$\\undefined{$.png", tmp_path / "e.csv"
     for out in (plot, table):
         told = ema("error-plot", run, "--target", "beta:0.99", "--out", out, "--json")

@@ -18,7 +18,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
-from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, make_info, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, load_state, make_info, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -257,4 +257,4 @@ def test_an_output_of_the_first_format_stays_readable_and_a_state_is_refused_in_
     with PostHocEMA.from_model(model, tmp_path / "run") as ema:
         message = r"^\S*state\.safetensors: ema\.version: '2'; this release reads 3$"
         with pytest.raises(FileFormatError, match=message):
-            ema.load_state(FORMAT_1 / "state.safetensors")
+            load_state(ema, FORMAT_1 / "state.safetensors")

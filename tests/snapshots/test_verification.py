@@ -266,7 +266,7 @@ def test_a_state_whose_profiles_differ_contradicts_itself(run: Path) -> None:
     path = run / "state.safetensors"
     values = load_file(path)
     for name, said in (
-        ("0.05/0.bias", "tensor '0.bias' is not the same in 0.05 and 0.28"),
+        ("0.05/0.bias", "tensor '0.bias' is not the same in mean and 0.05"),
         ("0.07/0.bias", "tensor '0.07/0.bias' is of no profile of the state"),
     ):
         write_anew(path, values | {name: torch.zeros(4)})
