@@ -199,16 +199,22 @@ def audit_figure(
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     middle = spans.mean(axis=1)
     upper.hlines(found, spans[:, 0], spans[:, 1], color="C0")
-    upper.fill_between(middle, found * (1 - unexplained), found * (1 + unexplained), color="C0", alpha=0.2, lw=0)
     upper.plot(middle, found, "o", color="C0", markersize=4, label="found")
     if claimed is not None:
         upper.axhline(claimed, color="C1", label="claimed")
     upper.set_yscale("log")
+    shown = np.append(found, [] if claimed is None else claimed)
+    shown = shown[np.isfinite(shown) & (shown > 0)]
+    if shown.size:
+        upper.set_ylim(shown.min() / 1.5, shown.max() * 1.5)
+    for axis in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
+        axis("{x:,.3g}")
     upper.set_ylabel(word)
+    upper.set_title(title)
     lower.bar(middle, 100 * unexplained, width=0.8 * np.diff(spans, axis=1)[:, 0], color="C0")
     lower.set_ylabel("unexplained (%)")
     lower.set_xlabel("training time")
-    _finish(upper, title)
+    _finish(upper, "")
     return figure
 
 

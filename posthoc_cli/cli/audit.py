@@ -63,4 +63,5 @@ def _print(audit: Audit) -> None:
         output.print_line(f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}")
         output.print_table(columns, rows, left=["note"])
         output.print_line()
-    output.print_line(f"{audit.name}: " * bool(audit.name) + f"{audit.verdict}: {audit.text}")
+    verdict = "" if audit.text.endswith(audit.verdict) else f"{audit.verdict}: "
+    output.print_line(f"{audit.name}: " * bool(audit.name) + f"{verdict}{audit.text}")
