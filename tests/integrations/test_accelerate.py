@@ -279,7 +279,7 @@ import integrations.gloo, integrations.truth, torch, warnings
 from integrations.test_accelerate import Training
 warnings.simplefilter("ignore")
 integrations.gloo.announce(rank, world)
-training = Training(folder, sharded="sharded" in arguments)
+training = Training(folder, sharded="sharded" in arguments, resume="auto")
 if "resumed" in arguments:
     training.accelerator.load_state(str(folder / "saved"))
     assert training.ema.step == 2
