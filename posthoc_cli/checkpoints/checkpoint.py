@@ -35,7 +35,7 @@ _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
+class CheckpointInfo(fmt.ByRole):
     """What is known of a checkpoint beside its tensors: see `sources.SourceInfo`.
 
     Attributes:
@@ -74,16 +74,6 @@ class CheckpointInfo:
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
         """Its step and time."""
         return ((self.step, self.t),)
-
-    @property
-    def copies(self) -> list[str]:
-        """Names of the copied tensors."""
-        return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
-
-    @property
-    def averages(self) -> list[str]:
-        """Names of the averaged weights."""
-        return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """What reconstruction uses of it, with another profile if one is given; as if updated at every step."""

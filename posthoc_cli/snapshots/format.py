@@ -246,6 +246,27 @@ class TrackedTensor:
     dtype: str
 
 
+class ByRole:
+    """Names of tensors by how a run treats them."""
+
+    tensors: dict[str, TrackedTensor]
+
+    @property
+    def copies(self) -> list[str]:
+        """Names of the copied tensors."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averaged weights."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """How each tensor is treated, by name."""
+        return {name: tensor.role for name, tensor in self.tensors.items()}
+
+
 @dataclass(frozen=True)
 class TrackingSchedule:
     """When a tracker updates and writes, and how it stores; see `PostHocEMA.from_model`."""
@@ -259,7 +280,7 @@ class TrackingSchedule:
 
 
 @dataclass(frozen=True)
-class SnapshotInfo:
+class SnapshotInfo(ByRole):
     """All metadata of a snapshot, in a header's order; from `selection` on empty where it has none."""
 
     run_id: str
@@ -313,21 +334,6 @@ class SnapshotInfo:
             Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
             tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
         )  # fmt: skip
-
-    @property
-    def copies(self) -> list[str]:
-        """Names of the copied tensors."""
-        return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
-
-    @property
-    def averages(self) -> list[str]:
-        """Names of the averaged weights."""
-        return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
-
-    @property
-    def roles(self) -> dict[str, str]:
-        """How each tensor is treated, by name."""
-        return {name: tensor.role for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
