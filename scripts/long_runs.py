@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.profiles import new_value_share
-from posthoc_cli.tracker.averages import BlockReader, FlatTensors, RunningAverages, lay_out
+from posthoc_cli.tracker.averages import BlockReader, Range, RunningAverages, lay_out
 
 Weights = npt.NDArray[np.float64]
 SIZE = 400
@@ -109,7 +109,6 @@ def measure(path: Iterator[Weights], asked: argparse.Namespace) -> list[str]:
         if not truth:
             model = torch.zeros(len(weights))
             averages, reader = _started(model, asked.sigma_rels)
-            room = [FlatTensors(reader.layout, [torch.float32]) for _ in asked.sigma_rels]
         before = averages.standing.t
         model.copy_(torch.from_numpy(weights))
         value = model.double().numpy()
@@ -121,8 +120,7 @@ def measure(path: Iterator[Weights], asked: argparse.Namespace) -> list[str]:
         if updates < looked and step < asked.steps:
             continue
         looked = updates * 10**0.05
-        averages.read(room)
-        found = [own.flats[0].double().numpy() for own in room]
+        found = [averages.values(Range(0, 0, len(weights)), profile).double().numpy() for profile in range(len(truth))]
         errors = [np.linalg.norm(f - e) / np.linalg.norm(e) for f, e in zip(found, truth, strict=True)]
         worst = np.maximum(worst, errors)
         if step == asked.steps:

@@ -24,7 +24,6 @@ from posthoc_cli.profiles.others import (
     try_profile,
 )  # fmt: skip
 from posthoc_cli.profiles.tracked import (
-    ROUNDED,
     UNIFORM_SIGMA_REL,
     Clock,
     ClockRecorder,
@@ -43,7 +42,7 @@ from posthoc_cli.profiles.tracked import (
 )  # fmt: skip
 
 __all__ = [
-    "ROUNDED", "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination",
+    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination",
     "Conversion", "Discrete", "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile",
     "RecordedPowerFunction", "StepWindow", "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
     "gamma_from_sigma_rel", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",

@@ -125,9 +125,6 @@ UNEVEN = 1 / 60
 LONGEST = 1 / 1000
 """The time that a shared mean may cover, relative to all of training so far."""
 
-ROUNDED = 6
-"""Updates of a mean below which averages take it in with a rounding to float32, a fraction of the work."""
-
 
 def reach(gammas: Sequence[float]) -> float:
     """The time that a mean of these profiles may cover, relative to training so far."""
@@ -138,9 +135,9 @@ def reach(gammas: Sequence[float]) -> float:
 def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) -> bool:
     """Whether averages take in the mean of `window` values, those after `begin`, at the update at time `t`.
 
-    They do at the first update, which begins them.
+    They do at the first update, which begins them. Means of two values are exact, however far these are apart.
     """
-    return begin == 0 or window >= WINDOW or t - begin > reach(gammas) * t
+    return begin == 0 or window >= WINDOW or (window > 1 and t - begin > reach(gammas) * t)
 
 
 def unevenness(gamma: float, updates: int, gammas: Sequence[float]) -> float:
@@ -158,17 +155,13 @@ def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
     `gammas` are of all profiles that share the mean. Reading rounds once. A mean of n updates is rounded at each, which
     fades as k / n to n / 3 roundings, in the first one as (k / n)^(gamma + 1). Over means it averages out: with masses
     p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
-    Taking in a mean of less than `ROUNDED` updates, mostly of one or two, rounds the average itself. From update k on
-    that fades as (k / updates)^(gamma + 1), of which the square sums up to updates / (2 gamma + 3).
     """
     share = reach(gammas)
     n = min(WINDOW, max(1.0, updates * share))
     means = n / 3 * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
     if updates <= n:
         means = updates / (2 * gamma + 3)
-    until = min(updates, ROUNDED / share)
-    faded = math.exp((2 * gamma + 2) * math.log(until / updates)) if until else 0.0
-    return 1 + means + until / min(2.0, max(1.0, until * share)) / (2 * gamma + 3) * faded
+    return 1 + means
 
 
 @dataclass(frozen=True)
