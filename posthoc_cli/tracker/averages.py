@@ -42,7 +42,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +50,11 @@ import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share, window_ends
 from posthoc_cli.snapshots.format import Path
+from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.worker import ALONE, Crew
+
+if TYPE_CHECKING:
+    from posthoc_cli.tracker.sketching import Sketcher
 
 HOST = torch.device("cpu")
 
@@ -137,21 +141,6 @@ class Accumulators:
         return made
 
 
-class PathRecorder(Protocol):
-    """What has the path of the weights: `tracker.sketching.Sketcher`."""
-
-    layout: Layout
-
-    def take(self, block: Range, mean: torch.Tensor) -> None:
-        """Take in a block of a window's mean."""
-
-    def end_window(self, t: float) -> None:
-        """All blocks of a window have been taken in."""
-
-    def path(self, t: float) -> Path | None:
-        """The path so far, and blocks taken in since."""
-
-
 @dataclass
 class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
@@ -166,7 +155,7 @@ class RunningAverages:
     accumulators: Accumulators | None = None
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sample = ()
-    sketcher: PathRecorder | None = None
+    sketcher: Sketcher | None = None
     known_path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -275,19 +264,52 @@ class RunningAverages:
         return found.add_(high)
 
     @torch.no_grad()
+    def read(self, index: int, ranges: Sequence[ElementRange], crew: Crew = ALONE) -> list[torch.Tensor]:
+        """Ranges of the average of that index, rounded once, on the host."""
+        kept = self.accumulators
+        assert kept is not None
+        places = {
+            name: (number, begin)
+            for number, group in enumerate(kept.layout)
+            for name, begin in zip(group.names, group.bounds, strict=False)
+        }
+        made = []
+        items: list[tuple[Range, list[torch.Tensor]]] = []
+        for one in ranges:
+            number, begin = places[one.name]
+            group = kept.layout[number]
+            made.append(torch.empty(one.end - one.begin, dtype=group.wide))
+            at = begin + one.begin
+            for room in torch.split(made[-1], group.fold_block) if made[-1].numel() else ():
+                last, rooms = items[-1] if items else (Range(-1, 0, 0), [])
+                if (last.group, last.end) == (number, at) and at + room.numel() - last.begin <= group.fold_block:
+                    items[-1] = Range(number, last.begin, at + room.numel()), [*rooms, room]
+                else:
+                    items.append((Range(number, at, at + room.numel()), [room]))
+                at += room.numel()
+
+        def work(item: tuple[Range, list[torch.Tensor]], thread: int) -> None:
+            block, rooms = item
+            values = torch.split(self.values(block, index, thread), [room.numel() for room in rooms])
+            torch._foreach_copy_(rooms, [*values])
+
+        crew.each(work, items)
+        return made
+
+    @torch.no_grad()
     def path(self, crew: Crew = ALONE, exact: bool = False) -> Path | None:
         """The path of the weights up to the last update, values since the last fold as one window unless `exact`."""
         kept, sketcher, standing = self.accumulators, self.sketcher, self.standing
         if kept is None or sketcher is None:
             return None
-        if standing.window and not exact:
+        is_open = standing.window > 0 and not exact
+        if is_open:
 
             def work(block: Range, _: int) -> None:
-                mean = kept.mean.flats[block.group][block.where]
-                sketcher.take(block, mean)
+                sketcher.take(block, kept.mean.flats[block.group][block.where])
 
             crew.each(work, blocks_of(kept.layout))
-        return sketcher.path(standing.t)
+        return sketcher.path(standing.t if is_open else None)
 
     def copy_to(self, room: Accumulators) -> None:
         """Copy all that the averages are kept in; `room` fits them."""
@@ -311,9 +333,9 @@ class RunningAverages:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that this holds."""
-        kept = 0 if self.accumulators is None else self.accumulators.nbytes
+        held = sum(one.nbytes for one in (self.accumulators, self.sketcher) if one is not None)
         scratch = (tensor.nbytes for pair in self._scratch.values() for tensor in pair)
-        return kept + sum(scratch) + sum(copy.nbytes for copy in self.copies.values())
+        return held + sum(scratch) + sum(copy.nbytes for copy in self.copies.values())
 
 
 # --- memory: layouts, flat buffers, blocks ---

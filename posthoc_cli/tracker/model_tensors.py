@@ -131,9 +131,12 @@ class TrackedModel:
     @property
     def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of all averages, those of other processes, too."""
-        return self.everywhere or {
-            name: self.shapes[name] for name, own in self.tensors.items() if own.role == "average"
-        }
+        return self.everywhere or {name: self.shapes[name] for name in self.weights}
+
+    @property
+    def weights(self) -> list[str]:
+        """Averages, and no running statistics: what is rounded, measured and sketched."""
+        return [name for name, own in self.tensors.items() if own.role == "average"]
 
     @cached_property
     def sampled(self) -> list[tuple[str, int]]:

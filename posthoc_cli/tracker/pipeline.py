@@ -41,7 +41,6 @@ from posthoc_cli.tracker.averages import (
     lay_out,
     on_host,
 )
-from posthoc_cli.tracker.measuring import StorageLayout, read_ranges, stage
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
@@ -53,10 +52,12 @@ from posthoc_cli.tracker.staging import (
     Marks,
     ModelCopier,
     ModelCopy,
+    StorageLayout,
     Streams,
     locate,
     nonfinite_part,
     ranges_of,
+    stage,
 )
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads, take_one_thread
@@ -366,7 +367,7 @@ class Pipeline:
         kept = averages.accumulators
         assert kept is not None
         with self._streams.beside_training():
-            return read_ranges(averages, index, ranges, self._crew_for(kept.layout))
+            return averages.read(index, ranges, self._crew_for(kept.layout))
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
@@ -374,13 +375,17 @@ class Pipeline:
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
 
-    def _make_room(self, layout: Layout) -> StorageLayout:
-        """Make memory for what is stored of averages, if there is none: it is used again, and takes long to make."""
-        tracked, dtype = self.now.tracked, self._settings.schedule.checkpoint_dtype
-        known = self._storage
+    def _storage_of(self, layout: Layout) -> StorageLayout:
+        """How averages of a layout are stored and measured."""
+        known, tracked = self._storage, self.now.tracked
         if known is None or known.layout != layout or known.tracked is not tracked:
             self._rooms.clear()
-            known = self._storage = StorageLayout(layout, tracked, dtype)
+            known = self._storage = StorageLayout(layout, tracked, self._settings.schedule.checkpoint_dtype)
+        return known
+
+    def _make_room(self, layout: Layout) -> StorageLayout:
+        """Make memory for what is stored of averages, if there is none: it is used again, and takes long to make."""
+        known = self._storage_of(layout)
         if not self._rooms:
             pinned = any(group.device.type == "cuda" for group in layout)
             room = [HostTensors(known.rooms, pinned) for _ in self.now.averages.sigma_rels]
@@ -407,7 +412,7 @@ class Pipeline:
         with self._streams.entered(streams):
             refused = self._take_in(update)
         if self._settings.snapshot_is_due(update.progress.step):
-            self._have_written(self.now, None if refused else update.parts)
+            self._have_written(self.now, None if refused else update.reader)
         return refused
 
     def _update_beside(
@@ -420,7 +425,7 @@ class Pipeline:
                 refused = self._take_in(update)
             self._streams.last = marks
             if self._settings.snapshot_is_due(progress.step):
-                self._have_written(self.now, None if refused else update.parts)
+                self._have_written(self.now, None if refused else update.reader)
         finally:
             self._copier.give_back(copy)
         if refused is not None:
@@ -445,12 +450,11 @@ class Pipeline:
 
     def _sketch(self, averages: RunningAverages, layout: Layout, tracked: TrackedModel) -> None:
         """Have the path sketched from the first update on, or from where it is known."""
-        before, sketcher = averages.known_path, averages.sketcher
-        if sketcher is not None and sketcher.layout != layout:
+        before, sketcher, subset = averages.known_path, averages.sketcher, self._storage_of(layout).subset
+        if sketcher is not None and sketcher.subset is not subset:
             before, sketcher = averages.path(), None
         if sketcher is None and (before is not None or not averages.exist):
-            averaged = frozenset(name for name, own in tracked.tensors.items() if own.role == "average")
-            sketcher = Sketcher(layout, averaged, 0 if tracked.members is None else tracked.members.rank)
+            sketcher = Sketcher(subset, 0 if tracked.members is None else tracked.members.rank)
             if before is not None and not sketcher.goes_on(before):  # of a model in other parts
                 sketcher = None
         averages.sketcher, averages.known_path = sketcher, None
@@ -463,10 +467,8 @@ class Pipeline:
             known = self._sampler = parts, tracked.sampled, Sampler(found)
         return known[2].take()
 
-    def _have_written(
-        self, known: Tracking, network: Mapping[str, Sequence[torch.Tensor]] | None, is_due: bool = True
-    ) -> None:
-        """Have the averages written as they are now; `network` are the model's values then, where known."""
+    def _have_written(self, known: Tracking, network: BlockReader | None, is_due: bool = True) -> None:
+        """Have the averages written as they are now; `network` reads the model's values then."""
         kept, snapshotter = known.averages.accumulators, self.snapshotter
         if kept is None or snapshotter is None or not known.averages.exist:
             return

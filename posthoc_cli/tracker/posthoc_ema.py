@@ -39,7 +39,7 @@ from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered
-from posthoc_cli.tracker.measuring import StorageLayout, squared_norms
+from posthoc_cli.tracker.measuring import squared_norms
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -977,7 +977,7 @@ def _norms(group: Group, state: Tracking) -> Callable[[], Mapping[float, float]]
 def _own_norms(state: Tracking) -> dict[float, float]:
     """Those of what is here."""
     kept = state.averages.accumulators
-    return {} if kept is None else squared_norms(state.averages, StorageLayout(kept.layout, state.tracked, None))
+    return {} if kept is None else squared_norms(state.averages, state.tracked.weights)
 
 
 def _joined(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, stored_name
+from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -54,11 +54,11 @@ from posthoc_cli.snapshots.pruning import on_schedule, thin
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.tracker.averages import Layout, RunningAverages, on_host_in_order
-from posthoc_cli.tracker.measuring import Read, StagedAverages, live_measurements, measurements
+from posthoc_cli.tracker.averages import HOST, Layout, RunningAverages, group_tensors, on_host_in_order
+from posthoc_cli.tracker.measuring import Subset, measurements
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
-from posthoc_cli.tracker.staging import elements
+from posthoc_cli.tracker.staging import StagedAverages, elements
 from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, ways_on, write_state
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Reading:
 
     state: Tracking
     layout: Layout
-    read: Read
+    read: Callable[[int, Sequence[ElementRange]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,11 @@ def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> li
     known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in alike}
     found = [known.get((info.t, info.sigma_rel)) for info in infos]
     if None in found:
-        shapes = {name: live[0].stored[name].shape for name in infos[0].averages if name in live[0].stored}
-        found = live_measurements(
-            infos, lambda index, ranges: live[index].read(ranges), shapes, newest_before(infos[0], stored)
-        )
+        own = {name: live[0].stored[name] for name in infos[0].averages if name in live[0].stored}
+        layout = group_tensors({name: (HOST, torch_dtype(spec.dtype), spec.shape) for name, spec in own.items()})
+        subset = Subset(layout, own)
+        values = [subset.read(source.read) for source in live]
+        found = measurements(infos, subset, values, newest_before(infos[0], stored))
     return [
         replace(source, info=replace(source.info, measurements=one and replace(one, rounding=0.0)))
         for source, one in zip(live, found, strict=True)
@@ -353,10 +354,10 @@ class Snapshotter:
         if not any(due):
             return
         behind = self.stored(infos[0].off_schedule)
-        found = measurements(infos, staged, newest_before(infos[0], behind))
-        for index, one in enumerate(found):
-            if one is None and (bad := staged.nonfinite_name(index)) is not None:
-                raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
+        for bad in filter(None, staged.nonfinite):
+            raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
+        subset, before = staged.layout.subset, newest_before(infos[0], behind)
+        found = measurements(infos, subset, staged.averages, before, staged.stored, staged.network)
         for name, copy in copies.items():
             if copy.is_floating_point() and bool(copy.isnan().any()):
                 log.warning("tensor %r holds nan; it is copied as it is", name)
@@ -369,7 +370,7 @@ class Snapshotter:
         nbytes = 0
         for index, (info, is_due) in enumerate(zip(infos, due, strict=True)):
             if is_due:
-                parts = staged.tensors(index) | {name: [copy.reshape(-1)] for name, copy in copies.items()}
+                parts = staged.parts(index) | {name: [copy.reshape(-1)] for name, copy in copies.items()}
                 shapes = staged.layout.shapes | {name: tuple(copy.shape) for name, copy in copies.items()}
                 nbytes += self._write_one(replace(info, motion=motion), parts, shapes)
         self.written = (self.written[0] + 1, nbytes)

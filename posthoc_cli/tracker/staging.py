@@ -5,18 +5,24 @@ The memory is in chunks whose sizes are powers of two: torch rounds pinned memor
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.averages import BlockReader, Group, Layout, lay_out, on_host
-from posthoc_cli.tracker.model_tensors import nonfinite_name
+from posthoc_cli.tracker.averages import BlockReader, Group, Layout, Range, RunningAverages, lay_out, on_host
+from posthoc_cli.tracker.measuring import Elements, Subset, Values
+from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
+from posthoc_cli.tracker.worker import ALONE, Crew
 
 CHUNK_BYTES = 2**28
 """Bytes of the largest chunks of host memory, and of an accelerator's memory that copies pass through."""
@@ -295,3 +301,166 @@ def _source(
     if one.end - one.begin == tensor.numel():
         return tensor
     return elements([tensor], one.begin, one.end) if tensor.is_contiguous() else ([tensor], one.begin, one.end)
+
+
+# --- what is stored of averages
+
+
+class StorageLayout:
+    """How averages of a layout are stored, and which of their elements are measured.
+
+    Attributes:
+        rooms: the same groups on the host in the storage dtype.
+        weights: names of tensors that are measured and rounded: not running statistics.
+        shapes, dtypes: of all, as they are stored if their values fit.
+        subset: elements of the weights that are measured.
+        sample: those of a snapshot's sample.
+        pieces: all of the averages in blocks, each with the chunk of a copy that it belongs in, and its place there.
+    """
+
+    def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
+        self.layout, self.tracked = layout, tracked
+        self.rooms = tuple(replace(g, dtype=torch_dtype(dtype) if dtype else g.dtype) for g in on_host(layout))
+        self.weights = frozenset(tracked.weights)
+        self.subset = Subset(layout, self.weights)
+        self.shapes = {n: shape for group in layout for n, shape in zip(group.names, group.shapes, strict=True)}
+        self.dtypes = {name: group.dtype for group in self.rooms for name in group.names}
+        places = {n: (at, begin) for at, g in enumerate(layout) for n, begin in zip(g.names, g.bounds, strict=False)}
+        sampled = np.array([(places[n][0], places[n][1] + i) for n, i in tracked.sampled], np.int64).reshape(-1, 2)
+        self._order = np.lexsort(sampled.T[::-1])
+        ordered = sampled[self._order]
+        self.sample = Elements(layout, [ordered[ordered[:, 0] == at, 1] for at in range(len(layout))])
+        self.pieces = [
+            (Range(at, begin, end), number, begin - first)
+            for at, (group, room) in enumerate(zip(layout, self.rooms, strict=True))
+            for number, (first, last) in enumerate(pairwise(chunk_bounds(room.bounds[-1], room.dtype.itemsize)))
+            for begin, end in ((part.begin, part.end) for part in Range(at, first, last).cut(group.fold_block))
+        ]
+
+    def names_in(self, block: Range) -> set[str]:
+        """The tensors that have elements in a block."""
+        group = self.layout[block.group]
+        spans = zip(group.names, pairwise(group.bounds), strict=True)
+        return {name for name, (begin, end) in spans if begin < block.end and block.begin < end}
+
+    def in_order(self, room: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
+        """Values of a snapshot's sample, in its order."""
+        values = np.empty(len(self._order), np.float32)
+        values[self._order] = np.concatenate([np.empty(0, np.float32), *(own.float().cpu().numpy() for own in room)])
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class StagedAverages:
+    """The averages of one update as they are stored; one of each a profile.
+
+    Attributes:
+        copies: the values; those of tensors that are stored in another dtype are in `others`.
+        nonfinite: the first tensor that holds a nan or an infinity.
+        averages, stored: values of the subset that is measured, exact and as they are stored.
+        network: the network's, where known.
+        samples: exact values of a snapshot's sample.
+    """
+
+    layout: StorageLayout
+    copies: Sequence[HostTensors]
+    others: Sequence[dict[str, torch.Tensor]]
+    nonfinite: Sequence[str | None]
+    averages: Sequence[Values]
+    stored: Sequence[Values]
+    network: Values | None
+    samples: Sequence[npt.NDArray[np.float32]]
+
+    def parts(self, index: int) -> dict[str, list[torch.Tensor]]:
+        """The tensors of an average as they are stored, each in flat parts."""
+        others = {name: [own.view(-1)] for name, own in self.others[index].items()}
+        return self.copies[index].parts | others
+
+
+@torch.no_grad()
+def stage(
+    layout: StorageLayout, averages: RunningAverages, copies: Sequence[HostTensors], network: BlockReader | None = None,
+    crew: Crew = ALONE,
+) -> StagedAverages:  # fmt: skip
+    """The averages as they are now, in `copies`, which may be pinned and not there before their stream is done.
+
+    `network` reads the model's values then. The results do not depend on the number of threads of the crew.
+    """
+    profiles, subset = range(len(averages.sigma_rels)), layout.subset
+    values, samples = ([own.room() for _ in profiles] for own in (subset, layout.sample))
+    norms: list[list[torch.Tensor]] = [[] for _ in layout.pieces]
+
+    def work(number: int, thread: int) -> None:
+        block, chunk, begin = layout.pieces[number]
+        for index in profiles:
+            exact = averages.values(block, index, thread)
+            place = copies[index].chunks[block.group][chunk][begin : begin + exact.numel()]
+            if exact.device.type == "cpu":
+                place.copy_(exact)
+            else:
+                place.copy_(exact.to(place.dtype), non_blocking=True)
+            norms[number].append(torch.linalg.vector_norm(exact))
+            subset.take(block, exact, values[index])
+            layout.sample.take(block, exact, samples[index])
+
+    crew.each(work, range(len(layout.pieces)))
+    known = subset.room()
+    if network is not None:
+        read = network.values
+        crew.each(lambda block, thread: subset.take(block, read(block, thread), known), network.blocks)
+    doubtful: list[set[str]] = [set() for _ in profiles]
+    for (block, *_), own in zip(layout.pieces, norms, strict=True):
+        most = torch.finfo(layout.rooms[block.group].dtype).max
+        for index, norm in enumerate(own):
+            if not float(norm) <= most:
+                doubtful[index] |= layout.names_in(block)
+    found = [subset.joined(own) for own in values]
+    rounded = [zip(own, layout.rooms, strict=True) for own in values]
+    stored = [subset.joined([one.to(room.dtype).to(one.dtype) for one, room in own]) for own in rounded]
+    others = [_otherwise(layout, averages, index, doubtful[index], found[index], stored[index]) for index in profiles]
+    nonfinite = [nonfinite_name(own) for own in others]
+    return StagedAverages(
+        layout, copies, others, nonfinite, found, stored, None if network is None else subset.joined(known),
+        [layout.in_order(own) for own in samples],
+    )  # fmt: skip
+
+
+def _otherwise(
+    layout: StorageLayout, averages: RunningAverages, index: int, doubtful: set[str], measured: Values, stored: Values
+) -> dict[str, torch.Tensor]:
+    """Tensors of an average in the dtype that they are stored in, where that is another one than their group's.
+
+    These are running statistics, and weights that it does not hold: float32 does, or else float64. Of weights the
+    values that are measured are changed in `stored`.
+    """
+    subset, found = layout.subset, {}
+    spans = dict(zip(subset.sizes, pairwise(subset.edges.tolist()), strict=True))
+    norms, errors = subset.sums(measured), subset.sums(measured, stored)
+    for name, norm, error in zip(spans, norms.tolist(), errors.tolist(), strict=True):
+        if not _is_held(norm, error, layout.dtypes[name]):
+            doubtful.add(name)
+    for name in [name for name in layout.dtypes if name in doubtful or name not in layout.weights]:
+        shape, own = layout.shapes[name], layout.dtypes[name]
+        (exact,) = averages.read(index, [ElementRange(name, 0, math.prod(shape))])
+        kinds = (own, torch.float32) if name in layout.weights else ()
+        dtype = next((kind for kind in kinds if _holds(kind, exact)), exact.dtype)
+        if name not in layout.weights or dtype != own or not bool(exact.isfinite().all()):
+            found[name] = exact.to(dtype).view(shape)
+            span = slice(*spans.get(name, (0, 0)))
+            stored[span] = measured[span].astype(np.float64 if dtype == torch.float64 else np.float32)
+    return found
+
+
+def _holds(dtype: torch.dtype, exact: torch.Tensor) -> bool:
+    error = exact - exact.to(dtype).to(exact.dtype)
+    norm, rounding = (float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2 for own in (exact, error))
+    return _is_held(norm, rounding, dtype)
+
+
+def _is_held(norm: float, rounding: float, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds a tensor with these sums.
+
+    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more where a value becomes
+    infinite, or all are about as small as the subnormal numbers.
+    """
+    return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm

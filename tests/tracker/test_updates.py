@@ -21,6 +21,7 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteE
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import averages
 from posthoc_cli.tracker.averages import BlockReader, RunningAverages, lay_out
+from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.sketching import Sketcher
 
 SIGMA_RELS = (0.05, 0.28)
@@ -176,7 +177,7 @@ def test_a_fold_shows_every_block_of_the_mean_once(dtype: torch.dtype, monkeypat
     reader = BlockReader.of_tensors(lay_out({"w": weights}), {"w": weights})
     seen: list[tuple[int, int, torch.Tensor]] = []
     running = RunningAverages.none_yet(SIGMA_RELS)
-    recorder = Sketcher(reader.layout, {"w"})
+    recorder = Sketcher(Subset(reader.layout, {"w"}))
     monkeypatch.setattr(recorder, "take", lambda block, mean: seen.append((block.begin, block.end, mean.clone())))
     monkeypatch.setattr(recorder, "end_window", lambda _: None)
     running.sketcher = recorder
