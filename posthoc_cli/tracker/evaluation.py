@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +33,7 @@ from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
 from posthoc_cli.tracker.model_weights import check_weights
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.pipeline import AveragesMovedError, Pipeline
+from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import (
     Group,
@@ -106,7 +105,7 @@ class Evaluation:
         """The same of the live average of the tracked profile of this index, as it is."""
         if self._is_spread:
             return self._live_chunks(model, index)
-        return _from_keeper(self.group, lambda: _of_one_update(partial(self._complete_live, index)))
+        return _from_keeper(self.group, lambda: self._complete_live(index))
 
     def check(
         self, model: torch.nn.Module, weights: Weights, own_dtypes: bool = True, accept_meta: bool = False
@@ -116,28 +115,24 @@ class Evaluation:
             self.group.together(lambda: check_weights(model, weights, own_dtypes, accept_meta))
 
     def planned(self, query: Query, use: Callable[[Plan], Result]) -> Result:
-        """What `use` makes of how complete tensors of an average are made; begun again where an update comes."""
-
-        def make(copied: bool) -> Result:
-            return with_consistent_plan(lambda: self._plan_from(self.sources(copied), query), use)
-
-        return _of_one_update(make)
+        """What `use` makes of how complete tensors of an average are made."""
+        return with_consistent_plan(lambda: self._plan_from(self.sources(), query), use)
 
     def of_sources(self, work: Callable[[list[Source]], Result]) -> Result:
         """The result of work on snapshots and live averages; of a sharded model that of rank 0, in every process."""
         if not self._is_spread:
-            return _of_one_update(lambda copied: work(self.sources(copied)))
+            return work(self.sources())
         joined = self._joined_live()[1]
         return self.group.from_first(lambda: work(self._joined_sources(joined)))
 
     # --- complete tensors
 
-    def sources(self, copied: bool = False) -> list[Source]:
+    def sources(self) -> list[Source]:
         """The snapshots and live averages of complete tensors that there are now."""
         if not self.pipeline.now.resumes:  # else the writer, too, has only what is on disk
             self._check_keeps()
         self.flush()
-        return self._going_on(current_sources(self.directory, self.pipeline.now.run_id, self.live(copied)))
+        return self._going_on(current_sources(self.directory, self.pipeline.now.run_id, self.live()))
 
     def _going_on(self, sources: list[Source]) -> list[Source]:
         """Without those that are later than where the run goes on from."""
@@ -145,14 +140,14 @@ class Evaluation:
             return [source for source in sources if source.info.step <= self.from_step]
         return sources
 
-    def live(self, copied: bool = False) -> list[LiveSource]:
+    def live(self) -> list[LiveSource]:
         """The live averages that this process keeps, see `Pipeline.look`."""
-        return live_sources(self.settings, self.pipeline.look(copied))
+        return live_sources(self.settings, self.pipeline.look())
 
-    def _complete_live(self, index: int, copied: bool) -> Weights:
+    def _complete_live(self, index: int) -> Weights:
         self._check_keeps()
         self.flush()
-        sources = self.live(copied)
+        sources = self.live()
         if not sources:
             raise self._not_yet("live average")
         tensors, info = sources[index].tensors, sources[index].info
@@ -238,14 +233,6 @@ class Evaluation:
                 "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
                 "new PostHocEMA.from_path(directory), before any update_ of it",
             )
-
-
-def _of_one_update(make: Callable[[bool], Result]) -> Result:
-    """What is made of averages that are read where they are; if an update comes meanwhile, once more of a copy."""
-    try:
-        return make(False)
-    except AveragesMovedError:
-        return make(True)
 
 
 # --- what all processes of a group call ---

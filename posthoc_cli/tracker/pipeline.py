@@ -37,7 +37,6 @@ from posthoc_cli.tracker.averages import (
     RunningAverages,
     Sample,
     Sampler,
-    Standing,
     lay_out,
     on_host,
 )
@@ -75,8 +74,30 @@ class _Update:
     progress: Progress
 
 
-class AveragesMovedError(NotReadyError):
-    """An update has come, from a signal handler or another thread, while the averages were read where they are."""
+class _Live:
+    """The averages of one update, for a reader: where they are until the next one, which copies them before."""
+
+    def __init__(self, pipeline: Pipeline, averages: RunningAverages, layout: Layout) -> None:
+        self._pipeline, self._averages, self._layout = pipeline, averages, layout
+        self._copied: list[dict[str, torch.Tensor]] = []
+
+    def keep(self) -> None:
+        """Copy them; called in the thread that changes them."""
+        spans = [span for group in self._layout for span in zip(group.names, pairwise(group.bounds), strict=True)]
+        whole = [ElementRange(name, 0, end - begin) for name, (begin, end) in spans]
+        self._copied = self._copied or [
+            {one.name: values for one, values in zip(whole, self._values(index, whole), strict=True)}
+            for index in range(len(self._averages.sigma_rels))
+        ]
+
+    def read(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        """Ranges of the average of that index, on the host."""
+        return self._pipeline._updates.call(lambda: self._values(index, ranges))
+
+    def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        if self._copied:
+            return ranges_of(self._copied[index], ranges)
+        return self._pipeline._values(self._averages, index, ranges)
 
 
 class Pipeline:
@@ -107,6 +128,7 @@ class Pipeline:
         self._write_pace = Pace(writes, "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every))
         self._source: tuple[ModelTensors, BlockReader, Mapping[str, Sequence[torch.Tensor]]] | None = None
         self._storage: StorageLayout | None = None
+        self._readings: WeakSet[_Live] = WeakSet()
         self._rooms: deque[list[HostTensors]] = deque(maxlen=1)
         self._exact_rooms: deque[Accumulators] = deque(maxlen=1)
         self._room_bytes = self._exact_bytes = 0
@@ -213,11 +235,8 @@ class Pipeline:
 
     # --- called by any thread ---
 
-    def look(self, copied: bool = False) -> Reading:
-        """What the tracker has, with its averages: to be read where they are, until the next update, or `copied`.
-
-        Reading after an update has come raises an AveragesMovedError.
-        """
+    def look(self) -> Reading:
+        """What the tracker has; its averages stay those of the last update as long as anyone refers to the reading."""
 
         def work() -> Reading:
             known = self._known()
@@ -225,19 +244,9 @@ class Pipeline:
             if kept is None or not averages.exist:
                 return Reading(known, (), lambda *_: [])
             layout = on_host(kept.layout)
-            if not copied:
-                return Reading(self._outline(known), layout, partial(self._read, averages.standing))
-            whole = [
-                ElementRange(name, 0, end - begin)
-                for group in layout
-                for name, (begin, end) in zip(group.names, pairwise(group.bounds), strict=True)
-            ]
-            names = [one.name for one in whole]
-            values = [
-                dict(zip(names, self._values(averages, index, whole), strict=True))
-                for index in range(len(averages.sigma_rels))
-            ]
-            return Reading(self._outline(known), layout, lambda index, ranges: ranges_of(values[index], ranges))
+            live = _Live(self, averages, layout)
+            self._readings.add(live)
+            return Reading(self._outline(known), layout, live.read)
 
         if self.now.averages.exist or not self._updates.is_idle():
             return self._updates.call(work)
@@ -351,17 +360,6 @@ class Pipeline:
             made.averages.accumulators = room
         return made
 
-    def _read(self, standing: Standing, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        """Ranges of the average of that index, on the host, if it is still the one of this standing."""
-
-        def work() -> list[torch.Tensor]:
-            if self.now.averages.standing is not standing:
-                reason = "were updated while they were read"
-                raise AveragesMovedError("the averages", reason, "make the call in the thread that trains")
-            return self._values(self.now.averages, index, ranges)
-
-        return self._updates.call(work)
-
     def _values(self, averages: RunningAverages, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         """Ranges of the average of that index, on the host."""
         kept = averages.accumulators
@@ -442,6 +440,8 @@ class Pipeline:
             self._make_room(reader.layout)  # before anything is changed: memory may be short
         name = None if reader.surely_finite(crew) else nonfinite_part(update.parts)
         if name is None:
+            for reading in list(self._readings):
+                reading.keep()
             self._sketch(averages, reader.layout, now.tracked)
             averages.update_(reader, update.copies, progress.t, progress.step, crew)
             averages.sample = self._sample_of(update.parts, now.tracked)
