@@ -535,9 +535,16 @@ def _decoded(text: str) -> Path:
 
 def check_path(text: str) -> str:
     """The same text, or a ValueError."""
-    if text:
-        _path_arrays(text)
+    for part in text.split(_AND) if text else ():
+        _path_arrays(part)
     return text
+
+
+def path_of_part(text: str, part: tuple[int, int] | None) -> Path | None:
+    """The path of a part, by its number from 1 and theirs, or of a complete model; None where it is unknown."""
+    number, count = part or (1, 1)
+    texts = text.split(_AND)
+    return decode_path(texts[number - 1]) if text and len(texts) == count else None
 
 
 def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArray]:
@@ -563,8 +570,8 @@ def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArr
 
 
 def joined_paths(texts: Sequence[str]) -> str:
-    """The sketches of a snapshot's parts as one; nothing unless all have one of the same windows."""
-    if not all(texts):
+    """The sketches of a model's parts as one; nothing unless all have one of the same windows."""
+    if not texts or not all(texts):
         return ""
     first, *others = (_path_arrays(text) for text in texts)
     windows = 2 * first[0][0] + 1

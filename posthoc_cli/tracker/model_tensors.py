@@ -159,9 +159,14 @@ class TrackedModel:
         return None if self.members is None else {name: self.box(name) for name in self.tensors}
 
     @property
+    def part(self) -> tuple[int, int] | None:
+        """Number of the part of a snapshot that this process writes, from 1, and how many there are; None for none."""
+        return None if self.members is None else self.members.part
+
+    @property
     def leads(self) -> bool:
         """Whether what is known of the complete averages alone is told by this process."""
-        return self.members is None or self.members.part is None or self.members.part[0] == 1
+        return self.part is None or self.part[0] == 1
 
     def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
         """The model's dtypes of the tensors that are copied, or else of those that are averaged, by name."""

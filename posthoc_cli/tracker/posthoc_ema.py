@@ -29,6 +29,7 @@ from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
+from posthoc_cli.snapshots.format import joined_paths
 from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.path import Found
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
@@ -855,12 +856,13 @@ class PostHocEMA:
         """Who makes a call for it, and what a tracker would continue from; its tensors are copies of this process's."""
         group = self._chunk_holders(call)
         own = group.together(self._own_state)
-        times, inherited = zip(*group.from_all(((self.step, self.t), own.averages.standing.inherited)), strict=True)
+        told = (self.step, self.t), own.averages.standing.inherited, state.sketch_of(own.averages)
+        times, inherited, sketches = zip(*group.from_all(told), strict=True)
         check_times(times)
-        # Each process knows the rounding of its own part, and part of them have no average.
-        total = tuple(map(sum, zip(*inherited, strict=True)))
+        # Each process knows the rounding and the path of its own part, and some of them have no average.
+        total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
         info = group.from_first(lambda: state.state_info(self._with_snapshots(own), self.settings))
-        return group, own, replace(info, inherited=total)
+        return group, own, replace(info, inherited=total, sketch=sketch)
 
     def _own_state(self) -> Tracking:
         self.flush()

@@ -158,7 +158,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         dtypes = tracked.dtypes(copied=True)
         tensors = _check_names(_mapping(state, "copies"), dtypes, tracked)
         copies = {name: _own_part(name, tensors, tracked, dtype).clone() for name, dtype in dtypes.items()}
-        path = fmt.decode_path(info.sketch) if info.sketch else None
+        path = fmt.path_of_part(info.sketch, tracked.part)
         averages = RunningAverages(wanted, standing, kept, copies, known_path=path)
     _log_changes(info.sigma_rels, schedule, settings)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
@@ -174,9 +174,14 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, folded_t=standing.folded_t, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        sketch="" if averages.known_path is None else fmt.encode_path(averages.known_path, exact=True),
+        sketch=sketch_of(averages),
         snapshots=tuple(sorted(state.snapshots)),
     )  # fmt: skip
+
+
+def sketch_of(averages: RunningAverages) -> str:
+    """The path of what is averaged here, as a state has it."""
+    return "" if averages.known_path is None else fmt.encode_path(averages.known_path, exact=True)
 
 
 def _plain(info: StateInfo) -> dict[str, Any]:
@@ -500,21 +505,12 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     with chosen[0].open(held.boxes()) as file:
         copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, inherited)
-    sketch = _own_sketch(chosen[0], tracked)
     averages = RunningAverages(
         tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
-        known_path=fmt.decode_path(sketch) if sketch else None,
+        known_path=fmt.path_of_part(chosen[0].info.sketch, tracked.part),
     )  # fmt: skip
     progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
     return Tracking(last.run_id, progress, tracked, averages)
-
-
-def _own_sketch(snapshot: Snapshot, tracked: TrackedModel) -> str:
-    """The sketch of a snapshot, or of this process's part of it."""
-    part = None if tracked.members is None else tracked.members.part
-    if part is None or len(snapshot.parts) != part[1]:
-        return snapshot.info.sketch if part is None else ""
-    return snapshot.parts[part[0] - 1].header.metadata.get("ema.sketch", "")
 
 
 def _read_average(snapshot: Snapshot, room: FlatTensors, tracked: TrackedModel) -> float:

@@ -13,6 +13,7 @@ from groups import alone, check_group, truth
 
 from posthoc_cli import Run
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.format import decode_path
 
 BEGIN = """
 import torch.distributed.checkpoint as dcp
@@ -94,6 +95,17 @@ def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
     average = Run(tmp_path / "run").average(0.2, t=12)
     for name, tensor in exact.items():
         assert torch.allclose(average[name].double(), tensor, rtol=1e-6, atol=1e-6), name
+
+
+def test_each_process_goes_on_with_the_path_of_its_part(tmp_path: Path) -> None:
+    found = {}
+    for name, stages in (("straight", ((0, 8),)), ("resumed", ((0, 5), (5, 8)))):
+        for before, after in stages:
+            check_group(STAGE, 2, tmp_path / name, "fsdp", before, after)
+        found[name] = read_directory(tmp_path / name / "run")[-1].info
+    assert found["resumed"].t == 8
+    assert decode_path(found["straight"].sketch).sketch.folds.sum() > 2
+    assert found["resumed"].sketch == found["straight"].sketch
 
 
 TRAINED = (
