@@ -2,7 +2,7 @@
 
 All are sums over one subset of the elements, in float64, scaled to all: exact for small models. They agree with each
 other whatever is drawn, as they are those of a network of these elements. With n elements of about one size a sum is
-right within (2 / n)^(1/2), 0.14 % for a million, and less where few elements dominate.
+right within (2 / n)^(1/2), 0.2 % for half a million, and less where few elements dominate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
@@ -32,7 +32,7 @@ from posthoc_cli.tracker.averages import Layout, Range, RunningAverages, blocks_
 
 log = logging.getLogger(__name__)
 
-MEASURED_ELEMENTS = 2**20
+MEASURED_ELEMENTS = 2**19
 """Elements that are measured of a large model, about."""
 
 CHUNK = 131_072
@@ -101,7 +101,8 @@ class Subset(Elements):
 
     def joined(self, room: Sequence[torch.Tensor]) -> Values:
         """Values of all groups, on the host: shape [elements]."""
-        return np.concatenate([np.empty(0, np.float32), *(own.cpu().numpy() for own in room)])
+        parts = [own.cpu().numpy() for own in room]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
 
     @torch.no_grad()
     def of_average(self, averages: RunningAverages, index: int) -> Values:
@@ -197,42 +198,48 @@ def measurements(
         stored: the values as they are stored; None where they are not.
         network: those of the network then, where known.
     """
-    others = _of_earlier(earlier, subset, infos[0].chunks)
-    made: list[Measurements | None] = []
-    for index, (info, own) in enumerate(zip(infos, averages, strict=True)):
-        norm = subset.squared(own)
-        found = [
-            (other.t, other.sigma_rel, subset.squared(own, averages[j]), 0.0)
-            for j, other in enumerate(infos)
-            if j != index
+    away_from = [math.nan if network is None else subset.squared(own, network) for own in averages]
+    found: list[list[Distance]] = [
+        [
+            Distance(other.t, other.sigma_rel, subset.squared(own, its), 0.0)
+            for other, its in zip(infos, averages, strict=True)
+            if other is not info
         ]
-        for j, values in others.items():
-            other, known = earlier[j].info, earlier[j].info.measurements
-            if known is not None:
-                # Readers add the parts'. Of a complete snapshot the first part tells it alone.
-                counts = other.part == info.part or info.part is None or info.part[0] == 1
-                found.append((other.t, other.sigma_rel, subset.squared(own, values), known.rounding if counts else 0.0))
-        # The square of a difference may be too large where those of the values are not.
-        distances = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
-        rounding = 0.0 if stored is None else subset.squared(own, stored[index])
-        away = math.nan if network is None else subset.squared(own, network)
-        whole = Measurements(norm, rounding, distances, away if math.isfinite(away) else None)
-        made.append(whole if math.isfinite(norm) else None)
-    return made
+        for info, own in zip(infos, averages, strict=True)
+    ]
+    for snapshot in earlier:
+        # Readers add the parts'. Of a complete snapshot the first part tells it alone.
+        part, known = infos[0].part, snapshot.info.measurements
+        counts = snapshot.info.part == part or part is None or part[0] == 1
+        values = _of_earlier(snapshot, subset, infos[0].chunks)
+        if values is not None and known is not None:
+            rounding = known.rounding if counts else 0.0
+            for own, distances in zip(averages, found, strict=True):
+                distances.append(Distance(snapshot.t, snapshot.sigma_rel, subset.squared(own, values), rounding))
+    norms = [subset.squared(own) for own in averages]
+    roundings = [0.0] * len(infos) if stored is None else [*map(subset.squared, averages, stored)]
+    return [
+        Measurements(
+            norm, rounding,
+            # The square of a difference may be too large where those of the values are not.
+            tuple(one for one in distances if math.isfinite(one.squared)), away if math.isfinite(away) else None,
+        )
+        if math.isfinite(norm)
+        else None
+        for norm, rounding, distances, away in zip(norms, roundings, found, away_from, strict=True)
+    ]  # fmt: skip
 
 
-def _of_earlier(snapshots: Sequence[StoredSnapshot], subset: Subset, chunks: Mapping[str, Any]) -> dict[int, Values]:
-    """Values of the subset in snapshots, by their index; without those that cannot be read, with a warning."""
+def _of_earlier(snapshot: StoredSnapshot, subset: Subset, chunks: Mapping[str, Chunk]) -> Values | None:
+    """Values of the subset in a snapshot; None where that cannot be read, with a warning."""
     shapes = {name: shape for group in subset.layout for name, shape in zip(group.names, group.shapes, strict=True)}
     boxes = {name: chunk.box(shapes[name]) for name, chunk in chunks.items() if name in shapes}
-    found = {}
-    for index, snapshot in enumerate(snapshots):
-        try:
-            with _opened(snapshot, boxes) as file:
-                found[index] = subset.read(_Verified(file).read)
-        except PostHocError as error:
-            log.warning("%s; new snapshots are written without their distance to it", error)
-    return found
+    try:
+        with _opened(snapshot, boxes) as file:
+            return subset.read(_Verified(file).read)
+    except PostHocError as error:
+        log.warning("%s; new snapshots are written without their distance to it", error)
+        return None
 
 
 def _opened(snapshot: StoredSnapshot, boxes: Mapping[str, Box]) -> TensorReader:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checking import assert_same_tensors
 from factories import exact_average
 
 from posthoc_cli import PostHocEMA, files
@@ -255,25 +254,3 @@ def test_batches_go_to_the_models_device(tmp_path: Path) -> None:
     PostHocEMA.from_model(model, tmp_path).update_bn(model, batches())
     assert model[1].num_batches_tracked.item() == 4
     assert model[1].running_mean.is_cuda
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_averages_that_are_being_read_stay_those_of_one_update(tmp_path: Path, device: str) -> None:
-    """Also when a signal handler, or another thread, trains on meanwhile; who comes later sees the new ones."""
-    model = torch.nn.Linear(30, 30)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100, device=device) as tracker:
-        tracker.update_(model)
-        evaluation = tracker._evaluation(None, True, "")
-        reading = evaluation.live()
-        before = [{name: value.clone() for name, value in source.tensors.items()} for source in reading]
-        for value in (1.0, 2.0):
-            with torch.no_grad():
-                model.weight.fill_(value)
-            tracker.update_(model)
-        for source, expected in zip(reading, before, strict=True):
-            assert_same_tensors(source.tensors, expected)
-            assert source.info.t == 1
-        later = evaluation.live()
-        assert all(
-            source.info.t == 3 and not torch.equal(source.tensors["weight"], before[0]["weight"]) for source in later
-        )

@@ -8,11 +8,11 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from tracker.runs import step, train
+from tracker.runs import train
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import measuring
+from posthoc_cli.tracker import measuring, pipeline
 
 PEAK = """
 import sys, torch
@@ -73,7 +73,7 @@ def test_metrics_tell_the_bytes_held(tmp_path: Path) -> None:
         assert before > 4 * count  # the copy of the model alone
 
 
-# --- distances from what is stored, and a sample of its rounding
+# --- measurements of a subset
 
 
 def drifting(model: torch.nn.Module, number: int, size: float) -> None:
@@ -91,14 +91,14 @@ def network() -> torch.nn.Module:
 
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-5])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
-def test_distances_of_a_sample_are_those_of_all_elements(
+def test_measurements_of_a_subset_are_those_of_all_elements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float, stored: str
 ) -> None:
-    """From far above the rounding to far below it. Estimates from n elements are off by n^(-1/2) of the rounding times
-    the distance, times 2, or of the rounding itself where that is larger: here 4 standard errors."""
+    """From far above the rounding to far below it. The square of a normal number has a variance of 2: sums over n have
+    a standard error of (2 / n)^(1/2), and those of LayerNorm's weights beside others a larger one: here four of it."""
     found = []
     for most in (2**20, 2_000):
-        monkeypatch.setattr(measuring, "SAMPLED", most)
+        monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", most)
         model = network()
         settings = {"update_every": 1, "checkpoint_every": 5, "checkpoint_dtype": stored}
         with PostHocEMA.from_model(model, tmp_path / str(most), **settings) as ema:  # type: ignore[arg-type]
@@ -106,23 +106,25 @@ def test_distances_of_a_sample_are_those_of_all_elements(
                 drifting(model, number, size)
                 ema.update_(model)
         found.append([snapshot.info.measurements for snapshot in read_directory(tmp_path / str(most))])
+    off = 4 * (2 / 2_000) ** 0.5
     for exact, sampled in zip(*found, strict=True):
         assert exact is not None
         assert sampled is not None
-        assert sampled.norm == exact.norm
-        assert sampled.rounding == exact.rounding
+        assert sampled.norm == pytest.approx(exact.norm, rel=off)
+        assert sampled.norm != exact.norm
+        assert sampled.rounding == pytest.approx(exact.rounding, rel=2 * off)  # larger in each binade
         for one, other in zip(exact.distances, sampled.distances, strict=True):
-            spread = 2 * (exact.rounding * one.squared) ** 0.5 + exact.rounding
-            assert abs(one.squared - other.squared) <= 4 * 2_000**-0.5 * spread
-        # Heavy tails of LayerNorm's weights beside others: a tenth.
-        assert sampled.weights == pytest.approx(exact.weights, rel=0.2, abs=4 * 2_000**-0.5 * exact.rounding)
+            assert (other.t, other.sigma_rel) == (one.t, one.sigma_rel)
+            assert other.squared == pytest.approx(one.squared, rel=off)
+        assert sampled.weights == pytest.approx(exact.weights, rel=2 * off)
 
 
-def test_what_is_made_of_sampled_distances_is_as_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coefficients of an average of any length, from measurements of all elements and of a sample."""
+def test_what_is_made_of_a_subset_is_as_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coefficients of an average of any length, from measurements of all elements and of 2,000: they differ by a fifth
+    of the error that they leave, which adds 2 % to it. Of half a million elements it would be 16 times less."""
     made = []
     for most in (2**20, 2_000):
-        monkeypatch.setattr(measuring, "SAMPLED", most)
+        monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", most)
         model = network()
         with PostHocEMA.from_model(model, tmp_path / str(most), update_every=1, checkpoint_every=10) as ema:
             for number in range(1, 101):
@@ -132,35 +134,35 @@ def test_what_is_made_of_sampled_distances_is_as_near(tmp_path: Path, monkeypatc
     exact, sampled = made
     distance = sum(float((exact[name] - sampled[name]).double().square().sum()) for name in exact) ** 0.5
     norm = sum(float(value.double().square().sum()) for value in exact.values()) ** 0.5
-    assert distance < 0.1 * exact.predicted_error * norm
-    assert sampled.predicted_error == pytest.approx(exact.predicted_error, rel=0.02)
+    assert distance < 0.2 * exact.predicted_error * norm
+    assert sampled.predicted_error == pytest.approx(exact.predicted_error, rel=0.1)
 
 
 # --- queries
 
 
-def test_a_query_beside_which_an_update_comes_is_made_again_of_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_query_beside_which_updates_come_is_of_the_averages_that_it_began_with(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The averages move on between two tensors that are read."""
+    """Two updates come between two tensors that are read; who asks later gets the new averages."""
     model = network()
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100) as ema:
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100, device=device) as ema:
         train(model, ema, 1, 3)
         expected = ema.state_dict(0.05)
-        real, moved = type(ema._pipeline)._read, []
+        real, reads = pipeline._Live.read, []
 
         def read(*arguments: object) -> list[torch.Tensor]:
-            if not moved:
-                moved.append(True)
-                beside = threading.Thread(target=lambda: (step(model, 4), ema.update_(model)))
+            reads.append(True)
+            if len(reads) == 2:
+                beside = threading.Thread(target=lambda: train(model, ema, 4, 5))
                 beside.start()
                 beside.join()
             return real(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(type(ema._pipeline), "_read", read)
+        monkeypatch.setattr(pipeline._Live, "read", read)
         found = ema.state_dict(0.05)
-        assert moved
-        assert not torch.equal(found["0.weight"], expected["0.weight"])
-        monkeypatch.undo()
-        after = ema.state_dict(0.05)
-        assert all(torch.equal(found[name], value) for name, value in after.items())
+        assert len(reads) > 2
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        later = ema.state_dict(0.05)
+        assert not torch.equal(later["0.weight"], found["0.weight"])
