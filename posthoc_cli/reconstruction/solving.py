@@ -28,12 +28,11 @@ from posthoc_cli.reconstruction.basis import (
     StoredFunctions,
     Tails,
     are_powers,
-    gammas_and_times,
     gammas_of,
     order_of,
 )
 from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
-from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, inherited_factor, rounding_factor
+from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
 from posthoc_cli.reconstruction.sketch import Sketch
 
 # --- least squares
@@ -356,13 +355,7 @@ class MinimumVariance:
         squared = np.sum(self._rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
-        if self._prior.inherited is None:
-            return own
-        powers = [index for index, profile in enumerate(self._stored) if isinstance(profile, PowerFunction)]
-        gammas, times = gammas_and_times([self._stored[index] for index in powers])  # type: ignore[misc]
-        inherited = np.zeros((len(powers), len(self._stored)))
-        inherited[:, powers] = inherited_factor(self._prior.inherited[powers], gammas, times)
-        return np.vstack((own, inherited))
+        return own if self._prior.shared is None else np.vstack((own, self._prior.shared.T))
 
     @cached_property
     def _stacked(self) -> FloatArray:

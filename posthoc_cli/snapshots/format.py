@@ -332,7 +332,7 @@ class SnapshotInfo(ByRole):
             self.updates or max(self.step // schedule.update_every - before, 1),
             EPS["F64" if own == {"F64"} else "F32"], self.measurements, (last_t - t) / (last_step - step),
             Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
-            tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+            () if own == {"F64"} else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
         )  # fmt: skip
 
 
