@@ -74,8 +74,8 @@ class Sketch:
         steeper = np.array([largest - profile.gamma for profile in profiles])
         masses = -np.diff(np.stack([profile.tail(self.edges) for profile in profiles], axis=1), axis=0)
         bend = (part * length / self.folds / 12)[:, None] * steeper * masses
-        # Of n folds with noise s and a walk v each, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) + 19/144 v (n - 1/n),
-        # and `_squares` 6 s / n + v n.
+        # Of n folds with noise s and a walk v each, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) +
+        # 19/144 v (n - 1/n), and `_squares` 6 s / n + v n.
         n = np.maximum(self.folds, 2.0)
         noise = np.maximum(self._beyond - 19 / 144 * self._inner * self._squares, 0.0)
         noise /= (1 - 1 / n) * (1 - 5 / 6 * (1 + 1 / n) / n)
