@@ -127,14 +127,14 @@ class Sketch:
             place = (self._middle[1:-1] - self._middle[:-2]) / (self._middle[2:] - self._middle[:-2])
             line = self.means[:-2] + (self.means[2:] - self.means[:-2]) * place[:, None]
             squares = np.pad(4 * np.sum((self.means[1:-1] - line) ** 2, axis=1), 1, mode="edge")
-        return squares
+        return np.asarray(squares, dtype=np.float64)
 
     @cached_property
     def _noise(self) -> FloatArray:
         """The same of noise: of n folds with the variance s each, s / n 12 b^2."""
-        return np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1))
+        return np.asarray(np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1)))
 
     @cached_property
     def _beyond(self) -> FloatArray:
         """The spread of each window's folds beyond steady motion: shape [K]."""
-        return np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0)
+        return np.asarray(np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0))

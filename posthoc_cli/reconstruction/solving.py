@@ -565,10 +565,6 @@ _WIDENING = 1.3
 """Each unit of doubt beyond makes errors from motion e**1.3 times larger than the motion says (measured: oscillations
 in step with the snapshots were up to 80 times off). More would hold more often, and be too high more often."""
 
-_NEARER, _CLEARLY_NEARER = 0.6, 0.1
-"""Expected square of the nearest tracked average's error, relative to that of the published coefficients, up to which
-it is taken in their place; the second one where the motion is in doubt."""
-
 
 class _Problem:
     """Snapshots, and both solvers for targets at `t`."""
@@ -629,23 +625,12 @@ class _Problem:
 
     def _blended(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """Coefficients between both, the nearer to the published ones, the smaller the gain, and the error's square."""
-        columns = self._nearer(published, goals)
-        best, there = (self._variance.expected_squares(found, goals) for found in (own, columns))
+        best, there = (self._variance.expected_squares(found, goals) for found in (own, published))
         gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
         gain *= np.exp(_CAUTION * self._variance.doubt)
         sure, none = self._gains
-        columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (columns - own)
+        columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (published - own)
         return columns, self._variance.expected_squares(columns, goals)
-
-    def _nearer(self, columns: FloatArray, goals: Goals) -> FloatArray:
-        """The same coefficients, or those of a newest snapshot alone where that is expected to be clearly nearer."""
-        squares = self._variance.expected_squares(columns, goals)
-        columns, most = columns.copy(), _CLEARLY_NEARER if self._variance.doubt else _NEARER
-        for alone in self._newest(goals):
-            found = self._variance.expected_squares(alone, goals)
-            nearer = found < most * squares
-            columns[:, nearer], squares = alone[:, nearer], np.where(nearer, found / most, squares)
-        return columns
 
     def _newest(self, goals: Goals) -> Iterator[FloatArray]:
         """The coefficients of each newest snapshot alone, for all targets."""
