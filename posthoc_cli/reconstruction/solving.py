@@ -352,8 +352,9 @@ class MinimumVariance:
     @cached_property
     def _rounding(self) -> FloatArray:
         """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
-        squared = np.sum(self._rows**2, axis=0)
-        apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
+        rows = self._rows[self._measured] / self._root if self.is_measured else self._rows
+        squared = np.sum(rows**2, axis=0)
+        apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
         return own if self._prior.shared is None else np.vstack((own, self._prior.shared.T))
 

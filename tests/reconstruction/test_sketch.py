@@ -135,3 +135,14 @@ def test_errors_from_means_that_profiles_share_are_known_with_their_likeness(mot
     np.testing.assert_allclose(size, true, rtol=0.35)
     # A walk is in few directions, of forty.
     np.testing.assert_allclose(expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4)
+
+
+def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_distances_say() -> None:
+    """No combination is nearer than one copy; independent errors would average out."""
+    path = np.tile(np.random.default_rng(3).standard_normal(SIZE), (T, 1))
+    stored = averages(path, SNAPSHOTS)
+    rounding, norm = np.sum((stored.astype(np.float16) - stored) ** 2, axis=1), np.sum(stored**2, axis=1)
+    far = Motion(np.array([1.0, T]), norm[:1] / T, np.zeros(1))
+    prior = Prior(far, rounding, 0 * norm, norm, "measured", sketch=sketch_of(path, 2))
+    predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
+    np.testing.assert_allclose(predicted, np.sqrt(rounding[0] / norm[0]), rtol=0.05)
