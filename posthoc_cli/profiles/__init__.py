@@ -37,7 +37,6 @@ from posthoc_cli.profiles.tracked import (
     new_value_share,
     roundings,
     sigma_rel_from_gamma,
-    unevenness,
     window_ends,
 )  # fmt: skip
 
@@ -46,6 +45,6 @@ __all__ = [
     "Conversion", "Discrete", "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile",
     "RecordedPowerFunction", "StepWindow", "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
     "gamma_from_sigma_rel", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",
-    "sigma_rel_from_gamma", "try_profile", "unevenness",
+    "sigma_rel_from_gamma", "try_profile",
     "window_ends",
 ]  # fmt: skip

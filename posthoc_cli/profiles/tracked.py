@@ -140,28 +140,15 @@ def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) ->
     return begin == 0 or window >= WINDOW or (window > 1 and t - begin > reach(gammas) * t)
 
 
-def unevenness(gamma: float, updates: int, gammas: Sequence[float]) -> float:
-    """How much the weights within a mean differ in the end from those of this profile, which has not the largest gamma.
-
-    Relative, from the first to the last value; 0 while means are of two values.
-    """
-    length = min(reach(gammas), WINDOW / updates)
-    return (max(gammas) - gamma) * length if updates * length > 2 else 0.0
-
-
 def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
     """The number of independent roundings, of its own size, that so many updates left in a float32 average.
 
     `gammas` are of all profiles that share the mean. Reading rounds once. A mean of n updates is rounded at each, which
-    fades as k / n to n / 3 roundings, in the first one as (k / n)^(gamma + 1). Over means it averages out: with masses
-    p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
+    fades as k / n to n / 3 roundings. Over means it averages out: with masses p(s) n dt the sum of their squares is
+    n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n / `updates`.
     """
-    share = reach(gammas)
-    n = min(WINDOW, max(1.0, updates * share))
-    means = n / 3 * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
-    if updates <= n:
-        means = updates / (2 * gamma + 3)
-    return 1 + means
+    n = min(WINDOW, max(2.0, updates * reach(gammas)))
+    return 1 + n / 3 * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
 
 
 @dataclass(frozen=True)

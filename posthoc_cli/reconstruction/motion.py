@@ -7,18 +7,8 @@ averages, one of them stored with a rounding error of variance r_j, is
 
     E |theta_i - theta_j|^2 = integral v (tail_i - tail_j)^2 ds + integral w (p_i - p_j)^2 ds + r_j,
 
-linear in v and w. With both constant on segments of training (falling in the first one), every measured distance is a
+linear in v and w. With both constant on segments of training, every measured distance is a
 linear equation for their values.
-
-An average lags behind: when training slows down, the distances of its last snapshots are mostly earlier motion. Three
-successive snapshots a, b, c of one average tell more. A share k = (t_b / t_c)^(gamma + 1) of c is b, and the rest is
-the mean m_c = (c - k b) / (1 - k) of the weights since. m_c - m_b depends on the motion in these two intervals alone,
-and the squared length of any f_a a + f_b b + f_c c with f_a + f_b + f_c = 0 follows from the measured distances:
-
-    -f_c f_a |c - a|^2 - f_c f_b |c - b|^2 - f_b f_a |b - a|^2.
-
-Their integrals and roundings combine with the same factors. Of a run with one profile, this equation takes the place of
-that for |c - a|^2 where it is well above its errors. The distances between several profiles tell as much.
 
 Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
 hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
@@ -27,11 +17,9 @@ are summed, since an average ignores how the network moved between updates.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -230,13 +218,6 @@ _NOISE_LATER = 5.0
 a walk that jumps: of 352 fits to layers that were re-initialized 7 ended in one, 4 of them with errors up to ten times
 the predicted ones. With this 3 did, all within 0.05 % of the lowest minimum that was found."""
 
-_PRECISION = 2.0**-24
-"""Relative error of a measured distance, whose differences are taken in float32."""
-
-_ABOVE_ERRORS = 10.0
-"""|m_c - m_b|^2, relative to its errors, from which it counts. It is a small difference of large distances, in each of
-which a rounding also meets the motion: their product is 0 in the mean, but 2 sqrt(D / (n r)) roundings in size."""
-
 _WIDEST = 40.0
 """Range of an unknown's logarithm."""
 
@@ -261,35 +242,23 @@ def fit_motion(
         start: time of the first update.
         times: snapshot times after `start`, which bound the segments.
         distances: at least one, none of them with `same_profile`. Noise, by which successive intervals differ more than
-            on a walk, is fitted with enough of them. Of one profile alone it could also stand in for motion that the
-            walk lacks on a path smoother than a walk; it is fitted if the walk alone makes intervals differ too little.
+            on a walk, is fitted with enough of them.
         steps: of the run; None if unknown.
         known: an earlier estimate, from snapshots that may have been deleted. It is kept where distances add nothing.
     """
     if known is not None and not known.walk.any():
         known = None  # it stood still, which is no estimate of later motion
     course = _Course.first(start, times) if known is None else _Course.after(known, times)
-    segments = course.walk.shape[1]
+    segments = course.walk.size
     cells, walks, noises, rounding = _relative(course.edges, distances, steps)
-    section = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, course.edges.size - 2)
-    first = np.flatnonzero(np.diff(section, prepend=-1))  # the first cell of each section
-    influence = np.add.reduceat(walks, first, axis=1) @ course.walk
+    segment = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
+    first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
+    influence = np.add.reduceat(walks, first, axis=1) * course.walk
+    if len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any()):
+        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * course.noise))
     found = np.zeros(2 * segments)
-    rows, may_have_noise = _successive(distances)[0][0], len(distances) >= _DISTANCES_FOR_NOISE * segments
-    has_noise = (known is not None and bool(known.noise.any())) or (may_have_noise and rows.size == 0)
-    if not has_noise:
-        found[:segments] = _solve(influence, rounding, course.anchors[:segments], segments)
-        differ = influence[rows] @ found[:segments] + rounding[rows]
-        has_noise = may_have_noise and bool(np.prod(differ) <= 1)
-    if has_noise:
-        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) @ course.noise))
-        found = _solve(influence, rounding, course.anchors, segments)
-    motion = Motion(course.edges, course.walk @ found[:segments], course.noise @ found[segments:])
-    walk, width = motion.walk, np.diff(motion.edges)
-    alone = (walk > _STANDS_OUT * _beside(walk)) & (width > _NARROW * _beside(width))
-    for begin, end in zip(motion.edges[1:-1][alone[1:]], motion.edges[2:][alone[1:]], strict=True):
-        motion = _with_moment(motion, float(begin), float(end), distances, steps)
-    return motion
+    found[: influence.shape[1]] = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
+    return Motion(course.edges, course.walk * found[:segments], course.noise * found[segments:])
 
 
 def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:
@@ -379,17 +348,12 @@ def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
     return np.asarray(np.divide(share.T @ constant, weight, out=anywhere, where=weight > 1e-9))
 
 
-_EARLY_FALL = 0.5
-"""v and w fall as s**-0.5 up to the first snapshot, since networks move fastest at the very start (in one recorded run
-seven tenths of v up to the first of twenty snapshots were in its first tenth), except in a warm-up."""
-
-
 @dataclass(frozen=True)
 class _Course:
-    """Segments of training, cut into sections between `edges`, and v and w over the sections for unknowns of 1.
+    """Segments of training between `edges`, and v and w in each for unknowns of 1: shape [segments] each.
 
-    `walk` and `noise` are the factors of the segments' unknowns: shape [sections, segments]. `anchors` are estimates of
-    the unknowns without distances, of the walk and then of the noise, nan for none: shape [2 * segments].
+    `anchors` are estimates of the unknowns without distances, of the walk and then of the noise, nan for none: shape
+    [2 * segments].
     """
 
     edges: FloatArray
@@ -399,89 +363,26 @@ class _Course:
 
     @classmethod
     def first(cls, start: float, times: Sequence[float]) -> _Course:
-        """Without an earlier estimate; v and w fall over sections of doubling length before the first snapshot."""
+        """Without an earlier estimate."""
         inner = np.unique([t for t in times if t > start])
         if inner.size > MOST_SEGMENTS:
             inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
-        ends = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
-        count = max(1, round(float(np.log2(ends[1] / ends[0]))))
-        first = np.concatenate((ends[:1], np.geomspace(ends[0], ends[1], count + 1)[1:-1], ends[1:2]))
-        # Mean over each section, relative to the mean over the segment.
-        power = 1 - _EARLY_FALL
-        mean = np.diff(first**power) / np.diff(first)
-        unit = np.zeros((count + ends.size - 2, ends.size - 1))
-        unit[:count, 0] = mean * (ends[1] - ends[0]) / (ends[1] ** power - ends[0] ** power)
-        unit[count:, 1:] = np.eye(ends.size - 2)
-        return cls(np.concatenate((first, ends[2:])), unit, unit, np.full(2 * unit.shape[1], np.nan))
+        edges = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
+        ones = np.ones(edges.size - 1)
+        return cls(edges, ones, ones, np.full(2 * ones.size, np.nan))
 
     @classmethod
     def after(cls, known: Motion, times: Sequence[float]) -> _Course:
         """Relative to an earlier estimate, and after it to its last segment; noise to the mean where it has none."""
-        edges, walk, noise = known.edges, known.walk, known.noise
-        later = np.unique([t for t in times if t > edges[-1]])
+        later = np.unique([t for t in times if t > known.edges[-1]])
         unseen = np.full(later.size, np.nan)
-        walk = np.maximum(walk, _LEAST_SHARE * walk.max(initial=0.0))
-        unit = np.maximum(noise, noise.mean())
-        seen = np.divide(noise, unit, out=np.zeros_like(noise), where=unit > 0)
-        unit = np.where(unit > 0, unit, walk[-1])
-        longer = [np.diag(np.append(own, np.full(later.size, own[-1]))) for own in (walk, unit)]
-        anchors = np.concatenate((np.ones(walk.size), unseen, seen, unseen))
-        return cls(np.concatenate((edges, later)), longer[0], longer[1], anchors)
-
-
-# --- sudden motion ---------------------------------------------------------------------------------
-
-_STANDS_OUT = 8.0
-"""A segment so many times faster than both neighbours may have moved at one moment, such as a reinitialised layer."""
-
-_NARROW = 1 / 6
-"""A segment narrower than its neighbours by this factor holds a moment that was found before."""
-
-_PIECES = np.array([0, 1 / 64, 1 / 32, *np.arange(1, 16) / 16, 31 / 32, 63 / 64, 1])
-"""Ends of the pieces of a segment that may hold the moment, as fractions of it: most often it is at a snapshot."""
-
-_SEEN = 0.1
-"""Share of a distance in such a segment from which it counts."""
-
-_MISFIT = 0.2
-"""Root mean square of the relative residuals with even motion up to which that is believed (measured: after a layer was
-re-initialised 0.38 to 0.77, where the motion was even up to 0.14)."""
-
-
-def _beside(values: FloatArray) -> FloatArray:
-    """The greater of each value's neighbours."""
-    return np.maximum(np.concatenate((values[1:], [0.0])), np.concatenate(([0.0], values[:-1])))
-
-
-def _with_moment(
-    motion: Motion, begin: float, end: float, distances: Sequence[PairDistance], steps: Steps | None
-) -> Motion:
-    """The same motion, but in (begin, end] even motion and noise, and more motion in the one piece that fits best.
-
-    A jump at s adds its square times (tail_i - tail_j)^2 at s to each distance, which locates s. Motion spread
-    over the segment would predict too large an error for some averages over it, and too small a one for others.
-    """
-    from scipy.optimize import nnls  # slow to import, and rarely needed
-
-    ends = begin + (end - begin) * _PIECES
-    cells, walks, noises, rounding = _relative(np.union1d(motion.edges, ends), distances, steps)
-    middle = (cells.edges[1:] + cells.edges[:-1]) / 2
-    within, piece = (middle > begin) & (middle < end), np.searchsorted(ends, middle) - 1
-    walk, noise = (np.where(within, 0.0, values) for values in motion.on(cells.edges))
-    goal = 1 - rounding - walks @ walk - noises @ noise
-    seen = goal > _SEEN
-    goal, walks, noises = goal[seen], walks[seen], noises[seen]
-    even = [walks[:, within].sum(axis=1), noises[:, within].sum(axis=1)]
-    if nnls(np.column_stack(even), goal)[1] < _MISFIT * np.sqrt(goal.size):
-        return motion
-    fits = [nnls(np.column_stack((*even, walks[:, piece == k].sum(axis=1))), goal) for k in range(ends.size - 1)]
-    best = min(range(len(fits)), key=lambda k: float(fits[k][1]))
-    edges = np.union1d(motion.edges, ends[best : best + 2])
-    walk, noise = motion.on(edges)
-    inside = (edges[:-1] >= begin) & (edges[1:] <= end)
-    walk[inside], noise[inside], jump = fits[best][0]
-    walk[(edges[:-1] >= ends[best]) & (edges[1:] <= ends[best + 1])] += jump
-    return Motion(edges, walk, noise)
+        walk = np.maximum(known.walk, _LEAST_SHARE * known.walk.max(initial=0.0))
+        noise = np.maximum(known.noise, known.noise.mean())
+        seen = np.divide(known.noise, noise, out=np.zeros_like(noise), where=noise > 0)
+        noise = np.where(noise > 0, noise, walk[-1])
+        walk, noise = (np.append(own, np.full(later.size, own[-1])) for own in (walk, noise))
+        anchors = np.concatenate((np.ones(seen.size), unseen, seen, unseen))
+        return cls(np.concatenate((known.edges, later)), walk, noise, anchors)
 
 
 # --- integrals -------------------------------------------------------------------------------------
@@ -490,44 +391,13 @@ def _with_moment(
 def _relative(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
 ) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
-    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding.
-
-    Of `_successive` snapshots |m_c - m_b|^2 is in the place of |c - a|^2.
-    """
+    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding."""
     profiles = {profile for distance in distances for profile in (distance.later, distance.earlier)}
     cells = cells_between(with_points(edges, profiles, steps), steps)
     walk, noise = influences(cells, distances)
     squared, rounding = np.array([(distance.squared, distance.rounding) for distance in distances]).T
-    rows, factors = _successive(distances)
-    for values in (walk, noise, squared, rounding):
-        values[rows[0]] = np.einsum("km,km...->m...", factors, values[rows])
     walk, noise = (np.maximum(influence, 0.0) / squared[:, None] for influence in (walk, noise))
     return cells, walk, noise, np.minimum(rounding / squared, 1.0)
-
-
-def _successive(distances: Sequence[PairDistance]) -> tuple[npt.NDArray[np.intp], FloatArray]:
-    """The rows of |c - a|^2, |c - b|^2 and |b - a|^2 for successive snapshots, and their factors in |m_c - m_b|^2.
-
-    Shape [3, M] each, with M = 0 where several profiles are tracked. See the module's documentation.
-    """
-    known: dict[tuple[float, float], dict[float, int]] = defaultdict(dict)
-    for row, distance in enumerate(distances):
-        c, a = distance.later, distance.earlier
-        # A gamma computed elsewhere may differ in its last bits.
-        if isinstance(c, PowerFunction) and isinstance(a, PowerFunction) and round(c.gamma - a.gamma, 9) == 0:
-            known[c.t, round(c.gamma, 9)][a.t] = row
-    rows, factors = [], []
-    one_profile = len({gamma for _, gamma in known}) == 1
-    for (t_c, gamma), earlier in known.items() if one_profile else ():
-        for t_a, t_b in pairwise(sorted(earlier)):
-            if t_a in known.get((t_b, gamma), {}):
-                rows.append((earlier[t_a], earlier[t_b], known[t_b, gamma][t_a]))
-                f_c, f_a = 1 / (1 - (t_b / t_c) ** (gamma + 1)), 1 / ((t_b / t_a) ** (gamma + 1) - 1)
-                factors.append((-f_c * f_a, f_c * (f_c + f_a), f_a * (f_c + f_a)))
-    index, factor = np.array(rows, dtype=np.intp).reshape(-1, 3).T, np.array(factors).reshape(-1, 3).T
-    squared, errors = np.array([(d.squared, d.rounding + _PRECISION * d.squared) for d in distances]).T
-    counts = np.sum(factor * squared[index], axis=0) > _ABOVE_ERRORS * np.sum(np.abs(factor) * errors[index], axis=0)
-    return index[:, counts], factor[:, counts]
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:

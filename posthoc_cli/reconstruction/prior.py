@@ -21,9 +21,8 @@ from posthoc_cli.profiles import (
     RecordedPowerFunction,
     StoredProfile,
     roundings,
-    unevenness,
 )
-from posthoc_cli.reconstruction.basis import order_of
+from posthoc_cli.reconstruction.basis import gammas_and_times, order_of
 from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, expected_distances, fit_motion
 from posthoc_cli.reconstruction.sketch import Sketch
 
@@ -106,7 +105,7 @@ class StoredAverage:
         steps: of the run until then; None if unknown.
         motion: of the network until then, as known then.
         inherited: expected squared error left from rounded snapshots that the run resumed from.
-        gammas: of all profiles that its tracker had; empty for its own.
+        gammas: of all profiles that share its means; empty for its own.
     """
 
     profile: RecordedPowerFunction | Point | Discrete
@@ -154,9 +153,9 @@ class Prior:
         norm: squared norm of each average.
         source: "measured" while training, "sampled" from the files, or "assumed".
         steps: of the run; None if unknown.
-        inherited: variance of each average from rounded snapshots that the run resumed from; None for none.
         doubt: how badly the motion explains the measured distances, see `_doubt`.
         sketch: of the path of the weights; None if the hook took none.
+        shared: errors that averages have in common, in independent parts: shape [n, parts]; None for none.
     """
 
     motion: Motion
@@ -165,9 +164,9 @@ class Prior:
     norm: FloatArray
     source: str
     steps: Steps | None = None
-    inherited: FloatArray | None = None
     doubt: float = 0.0
     sketch: Sketch | None = None
+    shared: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
@@ -229,13 +228,12 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     else:
         assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
         motion = assumed if earlier is None else earlier
-    arithmetic = arithmetic + np.array([_of_shared_means(average, motion) for average in averages])
     # Weights that are all 0 have distances, but none above 0.
     still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
         motion, np.array([measurements.rounding for measurements in known]), arithmetic, norm,
         MEASURED if distances or earlier is not None or still or sketch is not None else ASSUMED, steps,
-        inherited if inherited.any() else None, _doubt(motion, distances, steps) if distances else 0.0, sketch,
+        _doubt(motion, distances, steps) if distances else 0.0, sketch, _shared(averages, inherited, sketch),
     )  # fmt: skip
 
 
@@ -272,18 +270,24 @@ def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | Non
     return float(np.sqrt(np.mean(np.log((expected + least) / (measured + least)) ** 2))) / 2
 
 
-def _of_shared_means(average: StoredAverage, motion: Motion) -> float:
-    """Expected squared error of an average from means in which values have another profile's weights, off by a slope.
-
-    A slope of u adds u^2 / 12 of what noise leaves in the average, integral w p^2 dn, and less of slower motion.
-    """
-    profile = average.profile
-    if not isinstance(profile, RecordedPowerFunction) or not average.gammas:
-        return 0.0
-    slope, power = unevenness(profile.gamma, average.updates, average.gammas), 2 * profile.gamma + 1
-    reached = np.diff(np.minimum(motion.edges / profile.t, 1.0) ** power)
-    left = average.step_length * (profile.gamma + 1) ** 2 / power / profile.t * float(motion.noise @ reached)
-    return slope**2 / 12 * left
+def _shared(averages: Sequence[StoredAverage], inherited: FloatArray, sketch: Sketch | None) -> FloatArray | None:
+    """`Prior.shared`: errors that are inherited, and those from means that profiles share."""
+    tracked = [i for i, average in enumerate(averages) if isinstance(average.profile, RecordedPowerFunction)]
+    profiles = [averages[i].profile.pure for i in tracked]  # type: ignore[union-attr]
+    gammas, times = gammas_and_times(profiles)
+    rows = [np.zeros((0, len(tracked)))]
+    if inherited.any():
+        order = np.argsort(times, kind="stable")
+        rows.append(np.zeros((len(tracked), len(tracked))))
+        rows[-1][:, order] = inherited_factor(inherited[tracked][order], gammas[order], times[order])
+    largest = max((gamma for average in averages for gamma in average.gammas), default=0.0)
+    steps = averages[-1].steps
+    if sketch is not None and steps is not None and np.any(gammas < largest):
+        updates = steps.clock.step_at(sketch.edges) / steps.stride
+        rows += (one for one in sketch.of_shared_means(profiles, largest, updates) if one.any())
+    found = np.zeros((len(averages), sum(map(len, rows))))
+    found[tracked] = np.vstack(rows).T
+    return found if found.any() else None
 
 
 def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:

@@ -20,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 
-from posthoc_cli.profiles import FloatArray, Profile
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 
 _POINTS = 4
 """Points in a window at which tails are taken."""
@@ -57,6 +57,32 @@ class Sketch:
         alike = self._noise @ bend
         return seen, np.vstack((np.hypot(self._walk, self._noise)[:, None] * bend, alike))
 
+    def of_shared_means(
+        self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """The errors of averages whose folds are means with the weights of the `largest` gamma, [D, n] and [K, n].
+
+        Within a fold of relative length L these weights are steeper by u = (largest - gamma) L, and an average in which
+        the fold has the mass m is off by u m / 12 of steady motion across it, seen in the projections; by u^2 m^2 / 12
+        of the variance of noise, a fold's mean has it; and u^2 m^2 / 120 of that of a walk, of which neighbours show a
+        third. Averages of one profile share the error of their common folds. `updates` are those until each edge: folds
+        of two are exact, since the newest value has each profile's own weight, and of more in part.
+        """
+        counts = np.maximum(np.diff(updates) / self.folds, 2.0)
+        part = (counts - 1) * (counts - 2) / counts**2
+        length = np.diff(self.edges) / self.folds / self.edges[1:]
+        steeper = np.array([largest - profile.gamma for profile in profiles])
+        masses = -np.diff(np.stack([profile.tail(self.edges) for profile in profiles], axis=1), axis=0)
+        bend = (part * length / self.folds / 12)[:, None] * steeper * masses
+        # Of n folds with noise s and a walk v each, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) +
+        # 19/144 v (n - 1/n), and `_squares` 6 s / n + v n.
+        n = np.maximum(self.folds, 2.0)
+        noise = np.maximum(self._beyond - 19 / 144 * self._inner * self._squares, 0.0)
+        noise /= (1 - 1 / n) * (1 - 5 / 6 * (1 + 1 / n) / n)
+        walk = np.maximum(self._squares - 6 * noise / n, 0.0) / n
+        unseen = 12 * noise / np.where(part > 0, part, 1.0) + 144 / 120 * 2 / 3 * walk
+        return self._across.T @ bend, np.sqrt(unseen * self.folds)[:, None] * bend
+
     @cached_property
     def _within(self) -> FloatArray:
         place = (np.arange(_POINTS) + 0.5) / _POINTS
@@ -86,19 +112,29 @@ class Sketch:
     def _walk(self) -> FloatArray:
         """The size of the unseen part of a walk, for b = 1: shape [K].
 
-        Of a walk with variance v w in a window, a mean misses the line between its neighbours' by v w / 4 in the mean
-        square, and G, a parabola there, departs from its line by 6/5 b^2.
+        G, a parabola in a window, departs from its line by 6/5 b^2 in the mean square.
+        """
+        return np.sqrt(6 / 5 * self._inner * self._squares)
+
+    @cached_property
+    def _squares(self) -> FloatArray:
+        """The squared length of a walk across each window: shape [K].
+
+        Of a walk with variance v w in a window, a mean misses the line between its neighbours' by v w / 4.
         """
         squares = np.full(len(self.means), np.sum(np.diff(self.means, axis=0) ** 2))
         if len(self.means) > 2:
             place = (self._middle[1:-1] - self._middle[:-2]) / (self._middle[2:] - self._middle[:-2])
             line = self.means[:-2] + (self.means[2:] - self.means[:-2]) * place[:, None]
             squares = np.pad(4 * np.sum((self.means[1:-1] - line) ** 2, axis=1), 1, mode="edge")
-        return np.sqrt(6 / 5 * self._inner * squares)
+        return np.asarray(squares, dtype=np.float64)
 
     @cached_property
     def _noise(self) -> FloatArray:
         """The same of noise: of n folds with the variance s each, s / n 12 b^2."""
-        steady = self._inner * np.sum(self._across**2, axis=1) / 12
-        found = np.sqrt(12 * np.maximum(self.spread - steady, 0.0) / np.maximum(self.folds - 1, 1))
-        return np.asarray(found, dtype=np.float64)
+        return np.asarray(np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1)))
+
+    @cached_property
+    def _beyond(self) -> FloatArray:
+        """The spread of each window's folds beyond steady motion: shape [K]."""
+        return np.asarray(np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0))

@@ -28,12 +28,11 @@ from posthoc_cli.reconstruction.basis import (
     StoredFunctions,
     Tails,
     are_powers,
-    gammas_and_times,
     gammas_of,
     order_of,
 )
 from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
-from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, inherited_factor, rounding_factor
+from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
 from posthoc_cli.reconstruction.sketch import Sketch
 
 # --- least squares
@@ -353,16 +352,11 @@ class MinimumVariance:
     @cached_property
     def _rounding(self) -> FloatArray:
         """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
-        squared = np.sum(self._rows**2, axis=0)
-        apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
+        rows = self._rows[self._measured] / self._root if self.is_measured else self._rows
+        squared = np.sum(rows**2, axis=0)
+        apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
-        if self._prior.inherited is None:
-            return own
-        powers = [index for index, profile in enumerate(self._stored) if isinstance(profile, PowerFunction)]
-        gammas, times = gammas_and_times([self._stored[index] for index in powers])  # type: ignore[misc]
-        inherited = np.zeros((len(powers), len(self._stored)))
-        inherited[:, powers] = inherited_factor(self._prior.inherited[powers], gammas, times)
-        return np.vstack((own, inherited))
+        return own if self._prior.shared is None else np.vstack((own, self._prior.shared.T))
 
     @cached_property
     def _stacked(self) -> FloatArray:
@@ -572,10 +566,6 @@ _WIDENING = 1.3
 """Each unit of doubt beyond makes errors from motion e**1.3 times larger than the motion says (measured: oscillations
 in step with the snapshots were up to 80 times off). More would hold more often, and be too high more often."""
 
-_NEARER, _CLEARLY_NEARER = 0.6, 0.1
-"""Expected square of the nearest tracked average's error, relative to that of the published coefficients, up to which
-it is taken in their place; the second one where the motion is in doubt."""
-
 
 class _Problem:
     """Snapshots, and both solvers for targets at `t`."""
@@ -636,23 +626,12 @@ class _Problem:
 
     def _blended(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """Coefficients between both, the nearer to the published ones, the smaller the gain, and the error's square."""
-        columns = self._nearer(published, goals)
-        best, there = (self._variance.expected_squares(found, goals) for found in (own, columns))
+        best, there = (self._variance.expected_squares(found, goals) for found in (own, published))
         gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
         gain *= np.exp(_CAUTION * self._variance.doubt)
         sure, none = self._gains
-        columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (columns - own)
+        columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (published - own)
         return columns, self._variance.expected_squares(columns, goals)
-
-    def _nearer(self, columns: FloatArray, goals: Goals) -> FloatArray:
-        """The same coefficients, or those of a newest snapshot alone where that is expected to be clearly nearer."""
-        squares = self._variance.expected_squares(columns, goals)
-        columns, most = columns.copy(), _CLEARLY_NEARER if self._variance.doubt else _NEARER
-        for alone in self._newest(goals):
-            found = self._variance.expected_squares(alone, goals)
-            nearer = found < most * squares
-            columns[:, nearer], squares = alone[:, nearer], np.where(nearer, found / most, squares)
-        return columns
 
     def _newest(self, goals: Goals) -> Iterator[FloatArray]:
         """The coefficients of each newest snapshot alone, for all targets."""

@@ -332,7 +332,7 @@ class SnapshotInfo(ByRole):
             self.updates or max(self.step // schedule.update_every - before, 1),
             EPS["F64" if own == {"F64"} else "F32"], self.measurements, (last_t - t) / (last_step - step),
             Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
-            tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+            () if own == {"F64"} else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
         )  # fmt: skip
 
 
@@ -506,11 +506,14 @@ def encode_path(path: Path, exact: bool = False) -> str:
     sketch, means = path.sketch, path.sketch.means.astype("<f4")
     if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
-    steps = np.diff(means.astype(np.float64), axis=0)
-    factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
+    factor = float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
+    steps, place = np.zeros((len(means) - 1, means.shape[1]), "<f2"), means[0] / factor
+    for step, wanted in zip(steps, means[1:] / factor, strict=True):  # from where the steps before lead
+        step[:] = wanted - place
+        place = place + step
     counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
     known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor])).astype("<f8")
-    parts = (counts, known, means) if exact else (counts, known, means[:1], (steps / factor).astype("<f2"))
+    parts = (counts, known, means) if exact else (counts, known, means[:1], steps)
     return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
 
 

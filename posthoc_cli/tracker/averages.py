@@ -147,7 +147,8 @@ class RunningAverages:
 
     There are no accumulators before the first update. A copy is as its tensor was at the last, never changed in place.
     `sample` is of the model's values then, where known. In each fold, `sketcher` gets each block of the window's mean,
-    as the first profile weights it; `known_path` is what it goes on from, or of a reading what it gave.
+    as the first profile weights it, or of two values both: of weights that alternate the mean tells nothing.
+    `known_path` is what it goes on from, or of a reading what it gave.
     """
 
     sigma_rels: tuple[float, ...]
@@ -211,6 +212,9 @@ class RunningAverages:
                     newest = own[part.begin - block.begin : part.end - block.begin]
                     self._fold(kept, part, newest, after.window, factors, masses, thread)
 
+        if folds and self.sketcher is not None and after.window == 2:
+            self._sketch_mean(self.sketcher, crew)
+            self.sketcher.end_window(before.t)
         crew.each(work, values.blocks)
         if folds and self.sketcher is not None:
             self.sketcher.end_window(t)
@@ -234,7 +238,7 @@ class RunningAverages:
             low, rest = scratch
             taken = newest if window == 1 else torch.lerp(mean, newest, share, out=rest)
             if profile == 0 and self.sketcher is not None:
-                self.sketcher.take(block, taken)
+                self.sketcher.take(block, newest if window == 2 else taken)
             if taken.dtype == torch.float64:
                 return  # these averages have it already
             high = kept.high[profile].flats[at][where]
@@ -304,12 +308,18 @@ class RunningAverages:
             return None
         is_open = standing.window > 0 and not exact
         if is_open:
-
-            def work(block: Range, _: int) -> None:
-                sketcher.take(block, kept.mean.flats[block.group][block.where])
-
-            crew.each(work, blocks_of(kept.layout))
+            self._sketch_mean(sketcher, crew)
         return sketcher.path(standing.t if is_open else None)
+
+    def _sketch_mean(self, sketcher: PathRecorder, crew: Crew) -> None:
+        """Have the mean of the open window taken in."""
+        kept = self.accumulators
+        assert kept is not None
+
+        def work(block: Range, _: int) -> None:
+            sketcher.take(block, kept.mean.flats[block.group][block.where])
+
+        crew.each(work, blocks_of(kept.layout))
 
     def copy_to(self, room: Accumulators) -> None:
         """Copy all that the averages are kept in; `room` fits them."""

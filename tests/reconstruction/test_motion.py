@@ -67,25 +67,6 @@ def test_a_walk_is_found_again() -> None:
     assert noise[2:].max() < 0.05 * 50**2 * 0.1
 
 
-@pytest.mark.parametrize(
-    ("moment", "sigma_rels"),
-    [(401.0, (0.05, 0.28)), (435.0, (0.05, 0.28)), (449.5, (0.05, 0.28)), (401.0, (0.1,)), (449.5, (0.1,))],
-)
-def test_the_moment_of_a_jump_is_found(moment: float, sigma_rels: tuple[float, ...]) -> None:
-    """A jump at s adds its square times (tail_i - tail_j)^2 at s to a squared distance."""
-    times, edges, jump = TIMES, EDGES, 1e4
-    even = neighbours(times, sigma_rels, Motion(edges, np.ones(20), np.zeros(20)))
-    distances = []
-    for pair in even:
-        apart = float(pair.later.tail(moment) - pair.earlier.tail(moment))
-        distances.append(PairDistance(pair.later, pair.earlier, pair.squared + jump * apart**2, 0.0))
-    found = fit_motion(START, times, distances)
-    moved = found.walk * np.diff(found.edges)
-    near = (found.edges[1:] > moment - 3.2) & (found.edges[:-1] < moment + 3.2)  # a sixteenth of the interval
-    assert moved[near].sum() == pytest.approx(jump, rel=0.1)
-    assert moved[~near][5:].sum() < 0.2 * jump
-
-
 def test_noise_is_told_from_a_walk() -> None:
     times, edges = TIMES, EDGES
     for sigma_rels in ((0.05, 0.28), (0.1,)):
@@ -94,14 +75,6 @@ def test_noise_is_told_from_a_walk() -> None:
         walk, noise = found.on(edges)
         np.testing.assert_allclose(noise[3:], 1.0, rtol=0.1)
         assert walk[3:].max() * 50**2 < 0.1
-
-
-def test_the_end_of_training_is_found_where_an_average_still_moves_by_what_was_before() -> None:
-    """Of one profile, of which the last snapshots differ mostly by earlier motion."""
-    walk = np.where(EDGES[1:] > 800, 1e-3, 1.0)
-    found = fit_motion(START, TIMES, neighbours(TIMES, (0.1,), Motion(EDGES, walk, np.zeros(20))))
-    ratio = found.on(EDGES)[0][-3:] / walk[-3:]
-    assert np.all((ratio > 1 / 3) & (ratio < 3)), ratio
 
 
 @given(st.lists(st.floats(-5, 0), min_size=3, max_size=3), st.floats(1e-6, 1e6))
@@ -219,21 +192,13 @@ def test_a_run_of_one_update_has_a_segment() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
-def test_the_first_segment_falls_and_keeps_its_integral(count: int) -> None:
+def test_segments_end_at_snapshots_the_last_one_too(count: int) -> None:
     times = np.linspace(40.0, 1000.0, count)
     motion = Motion(np.array([START, times[-1]]), np.ones(1), np.zeros(1))
     found = fit_motion(START, times.tolist(), neighbours([times[-1]], (0.05, 0.28), motion))
-    inner = found.edges[found.edges >= 40.0]
-    assert inner.size == min(count, MOST_SEGMENTS)
-    assert set(inner) <= set(times)
-    assert inner[-1] == 1000.0 if count > 1 else 40.0
-    first = int(np.searchsorted(found.edges, inner[0]))
-    assert first == round(np.log2(inner[0] / START))  # parts that double
-    length = np.diff(found.edges[: first + 1])
-    # v = c s**-0.5: the mean over a part from a to b is 2 c / (sqrt(a) + sqrt(b)).
-    root = np.sqrt(found.edges[: first + 1])
-    np.testing.assert_allclose(length[1:] / length[:-1], length[1] / length[0], rtol=1e-9)
-    np.testing.assert_allclose(found.walk[:first] * (root[1:] + root[:-1]), found.walk[0] * (root[1] + root[0]))
+    assert found.edges[0] == START and found.edges.size == min(count, MOST_SEGMENTS) + 1
+    assert set(found.edges[1:]) <= set(times)
+    assert found.edges[-1] == times[-1]
 
 
 def test_the_distance_to_the_weights_tells_how_fast_the_network_moves_within_an_interval() -> None:
@@ -323,24 +288,25 @@ def test_the_weights_count_where_they_are_much_shorter_than_the_average(
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
-@pytest.mark.parametrize("steps", [8, 32, 200, 1000])
+@pytest.mark.parametrize("steps", [9, 31, 201, 1001])
 def test_the_rounding_of_updates_is_that_of_float32_averages_of_shared_means(steps: int, sigma_rel: float) -> None:
-    """As a tracker keeps two averages so early: each update rounds both; against the sum over all updates."""
+    """Means of two, which are rounded at each update, and an average that is rounded when it is read."""
     size = 20_000
     generator = np.random.default_rng(0)
     path = np.cumsum(generator.normal(size=(steps, size)).astype(np.float32) * np.float32(0.01), axis=0)
     path += generator.normal(size=size).astype(np.float32)
     gamma = exact_gamma(sigma_rel)
-    found = path[0].copy()
-    for k in range(2, steps + 1):
-        found += np.float32(1 - ((k - 1) / k) ** (gamma + 1)) * (path[k - 1] - found)
-    weights = exact_weights(sigma_rel, np.arange(1, steps + 1))
-    exact = weights @ path
-    profile, measured = RecordedPowerFunction(gamma, float(steps), 1.0, 1.0), Measurements(float(exact @ exact), 0.0)
+    found = path[0].astype(float)
+    for k in range(3, steps + 1, 2):
+        first, both = (1 - (since / k) ** (gamma + 1) for since in (k - 1, k - 2))
+        mean = path[k - 2] + np.float32(first / both) * (path[k - 1] - path[k - 2])
+        found += both * (mean - found)
+    exact = exact_weights(sigma_rel, np.arange(1, k + 1)) @ path[:k]
+    profile, measured = RecordedPowerFunction(gamma, float(k), 1.0, 1.0), Measurements(float(exact @ exact), 0.0)
     both = (exact_gamma(0.05), exact_gamma(0.28))
-    stored = StoredAverage(profile, steps, 2.0**-23, measured, gammas=both)
-    error = np.sum((found - exact) ** 2) / measured_prior([stored]).arithmetic[0]
-    assert 0.25 < error < 2
+    stored = StoredAverage(profile, k, 2.0**-23, measured, gammas=both)
+    error = np.sum((found.astype(np.float32) - exact) ** 2) / measured_prior([stored]).arithmetic[0]
+    assert 0.7 < error < 1.5
 
 
 def test_without_motion_or_without_distances_something_is_assumed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -102,3 +104,45 @@ def test_a_path_of_one_window_or_two_has_an_error_too() -> None:
         sketch = Sketch(np.arange(count + 1.0) + 1, np.full(count, 2.0), means, np.ones(count))
         for rows in sketch.measured(TARGETS):
             assert np.isfinite(rows).all()
+
+
+@pytest.mark.parametrize("length", [3, 6, 20])
+@pytest.mark.parametrize("motion", ["noise", "walk", "wave"])
+def test_errors_from_means_that_profiles_share_are_known_with_their_likeness(motion: str, length: int) -> None:
+    """Folds whose older values have another profile's weights, as the hook's, from time 2,000 on; a sketch of fours."""
+    updates, before, random = 7201, 2000, np.random.default_rng(6)
+    free = random.standard_normal((updates, SIZE))
+    slow = np.sin(np.arange(updates) / 300 + 1)[:, None] * random.standard_normal(SIZE)
+    path = {"noise": free, "walk": np.cumsum(0.1 * free, axis=0), "wave": 9 * slow}[motion]
+    short, profiles = PowerFunction(17.0, 1.0), [PowerFunction(g, t) for g, t in ((0.2, 6e3), (0.2, 9e3), (5.0, 9e3))]
+    ends = np.array([1, *range(1 + length, updates, length)])
+    errors = np.zeros((3, SIZE))
+    for profile, error in zip(profiles, errors, strict=True):
+        for begin, end in pairwise(ends[ends + before <= profile.t].tolist()):
+            times = before + np.arange(begin, end + 1.0)
+            own, other = (np.diff((times / times[-1]) ** (one.gamma + 1)) for one in (profile, short))
+            wrong = other[:-1] * own[:-1].sum() / other[:-1].sum() - own[:-1]
+            error += (times[-1] / profile.t) ** (profile.gamma + 1) * wrong @ path[begin : end - 1]
+    means = np.array([fold.mean(axis=0) for fold in np.split(path, ends)[:-1]])
+    joined = [means[:1], *np.split(means[1:], range(4, len(means) - 1, 4))]
+    spread = np.array([np.sum((own - own.mean(axis=0)) ** 2, axis=1).mean() for own in joined])
+    counts = np.array([len(own) for own in joined])
+    edges = np.append(1, ends[np.cumsum(counts) - 1])
+    sketch = Sketch(edges + before, counts.astype(float), np.array([own.mean(axis=0) for own in joined]), spread)
+    seen, unseen = sketch.of_shared_means(profiles, short.gamma, edges)
+    expected, actual = seen.T @ seen + unseen.T @ unseen, errors @ errors.T
+    size, true = (np.sqrt(np.diag(one)) for one in (expected, actual))
+    np.testing.assert_allclose(size, true, rtol=0.35)
+    # A walk is in few directions, of forty.
+    np.testing.assert_allclose(expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4)
+
+
+def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_distances_say() -> None:
+    """No combination is nearer than one copy; independent errors would average out."""
+    path = np.tile(np.random.default_rng(3).standard_normal(SIZE), (T, 1))
+    stored = averages(path, SNAPSHOTS)
+    rounding, norm = np.sum((stored.astype(np.float16) - stored) ** 2, axis=1), np.sum(stored**2, axis=1)
+    far = Motion(np.array([1.0, T]), norm[:1] / T, np.zeros(1))
+    prior = Prior(far, rounding, 0 * norm, norm, "measured", sketch=sketch_of(path, 2))
+    predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
+    np.testing.assert_allclose(predicted, np.sqrt(rounding[0] / norm[0]), rtol=0.05)
