@@ -2,7 +2,7 @@
 
     python scripts/bench_fidelity.py [--cache FOLDER] [--markdown] [--worst] [--json FILE] [--figure FILE.png]
                                      [--runs a,b] [--steps 9600] [--processes 2]
-    python scripts/bench_fidelity.py --hard [--case a,b] [--long] [--cache FOLDER] [--markdown] [--worst]
+    python scripts/bench_fidelity.py --hard [--case a,b] [--cache FOLDER] [--markdown] [--worst]
                                      [--json FILE] [--processes 2]
     python scripts/bench_fidelity.py --checkpoints [--steps 9600] [--cache FOLDER] [--markdown] [--processes 2]
 
@@ -44,106 +44,93 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import checkpoint_fidelity
 import corner_cases
-import corner_report
-import corner_runs
 import fidelity_report as report
 import fidelity_runs as runs
 import numpy as np
 import torch
-from fidelity_runs import Job, Setup
+from fidelity_runs import FloatArray, Job
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from posthoc_cli.plots import COLOURS, STYLES
+from posthoc_cli.targets import as_target
 
 Found = TypeVar("Found")
 Asked = TypeVar("Asked")
 
-PICTURED = (Job("denoiser-cosine"), Setup((0.05, 0.28), 20, "float16"))
+PICTURED = Job("denoiser-cosine"), ((0.05, 0.28), 20, "float16")
 """Held out, and set up as by default."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all cells, print the tables and the goals."""
+    """Measure all cells, print the tables."""
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
-    if options.hard:
-        _hard(options)
-    elif options.checkpoints:
-        _checkpoints(options)
+    if options.checkpoints:
+        work = partial(checkpoint_fidelity.measure, steps=options.steps, cache=options.cache)
+        measured = _in_processes(checkpoint_fidelity.JOBS, work, options.processes)
+        repaired = checkpoint_fidelity.repairs(options.steps, options.cache)
+        print(checkpoint_fidelity.tables(measured, repaired, options.markdown))
+    elif options.hard:
+        cases = partial(corner_cases.measure, cache=options.cache)
+        hard = _in_processes(options.case, cases, options.processes)
+        _show(hard, report.hard_tables, report.worst_hard, options)
     else:
-        _recorded(options)
+        if options.figure is not None:
+            draw(options.steps, options.cache).savefig(options.figure)
+        recorded = _in_processes(
+            options.runs, partial(runs.measure, steps=options.steps, cache=options.cache), options.processes
+        )
+        if not options.markdown:
+            versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+            print(f"{options.steps:,} steps; medians first, then the extremes; {versions}\n")
+        _show(recorded, report.recorded_tables, report.worst_recorded, options)
     print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 
-def _recorded(options: argparse.Namespace) -> None:
-    """The recorded runs."""
-    if options.figure is not None:
-        errors = _curves(PICTURED[0], options.steps, options.cache)
-        draw(_pictured_widths(), errors, options.steps).savefig(options.figure)
-    work = partial(runs.measure, steps=options.steps, cache=options.cache)
-    # The long ones first, so that no process waits for the other in the end.
-    ordered = sorted(options.runs, key=lambda job: (job.stride, job.name != "transformer-adamw", "cnn" not in job.name))
-    found = _in_processes(ordered, work, options.processes)
-    cells = [cell for job in options.runs for cell in found[job]]
-    _write_json(options.json, cells)
-    if options.markdown:
-        print(f"{report.markdown_table(cells)}\n\n{report.goals_markdown(cells)}")
-    else:
-        print(f"{_setting(options.steps)}\n\n{report.text_tables(cells)}\n\n{report.goals_text(cells)}")
+def _show(
+    cells: Sequence[Any],
+    tables: Callable[[Sequence[Any], bool], str],
+    worst: Callable[[Sequence[Any]], str],
+    options: argparse.Namespace,
+) -> None:
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+    print(tables(cells, options.markdown))
     if options.worst:
-        print(f"\n{report.worst_cells(cells)}")
-
-
-def _hard(options: argparse.Namespace) -> None:
-    """The hard cases."""
-    work = partial(corner_cases.measure, long=options.long, cache=options.cache)
-    found = _in_processes(options.case, work, options.processes)
-    cells = [cell for case in options.case for cell in found[case]]
-    _write_json(options.json, cells)
-    if options.markdown:
-        print(f"{corner_report.markdown_table(cells)}\n\n{corner_report.goals_markdown(cells)}")
-    else:
-        print(f"{corner_report.text_tables(cells)}\n\n{corner_report.goals_text(cells)}")
-    if options.worst:
-        print(f"\n{corner_report.worst_cells(cells)}")
-
-
-def _checkpoints(options: argparse.Namespace) -> None:
-    """Ordinary checkpoints, and other libraries' averages."""
-    work = partial(checkpoint_fidelity.measure, steps=options.steps, cache=options.cache)
-    found = _in_processes(checkpoint_fidelity.JOBS, work, options.processes)
-    cells = [cell for job in checkpoint_fidelity.JOBS for cell in found[job]]
-    repaired = checkpoint_fidelity.repairs(options.steps, options.cache)
-    print(checkpoint_fidelity.tables(cells, repaired, options.markdown))
-
-
-def _write_json(file: Path | None, cells: Sequence[runs.Cell] | Sequence[corner_runs.Cell]) -> None:
-    if file is not None:
-        file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+        print(f"\n{worst(cells)}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=_steps, default=runs.STEPS, help="length of the runs (9600)")
-    parser.add_argument("--runs", type=_jobs, default=runs.JOBS, help="some of the runs, separated by commas")
+    parser.add_argument(
+        "--runs",
+        type=_some({job.label: job for job in runs.JOBS}),
+        default=runs.JOBS,
+        help="some of the runs, separated by commas",
+    )
     parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
     parser.add_argument("--hard", action="store_true", help="the hard cases instead of the recorded runs")
     parser.add_argument("--checkpoints", action="store_true", help="checkpoints and other libraries' averages instead")
-    parser.add_argument("--case", type=_cases, default=corner_cases.CASES, help="some of them, separated by commas")
-    parser.add_argument("--long", action="store_true", help="the hard cases' run of a million updates, too")
+    parser.add_argument(
+        "--case",
+        type=_some({case: case for case in corner_cases.CASES}),
+        default=corner_cases.CASES,
+        help="some of them, separated by commas",
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")
-    parser.add_argument("--markdown", action="store_true", help="the compact table and the goals in Markdown")
+    parser.add_argument("--markdown", action="store_true", help="the compact table in Markdown")
     parser.add_argument("--worst", action="store_true", help="also the worst cells of each kind")
     parser.add_argument("--json", type=Path, help="file for all cells")
     parser.add_argument("--figure", type=Path, help="file for a picture of error against sigma_rel")
@@ -159,47 +146,32 @@ def _steps(text: str) -> int:
     return steps
 
 
-def _jobs(text: str) -> tuple[Job, ...]:
-    known = {job.label: job for job in runs.JOBS}
-    wanted = text.split(",")
-    if unknown := [label for label in wanted if label not in known]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such run; choose from {', '.join(known)}")
-    return tuple(known[label] for label in wanted)
+def _some(known: Mapping[str, Asked]) -> Callable[[str], tuple[Asked, ...]]:
+    def chosen(text: str) -> tuple[Asked, ...]:
+        wanted = text.split(",")
+        if unknown := [name for name in wanted if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]}: choose from {', '.join(known)}")
+        return tuple(known[name] for name in wanted)
 
-
-def _cases(text: str) -> tuple[str, ...]:
-    wanted = tuple(text.split(","))
-    if unknown := [case for case in wanted if case not in corner_cases.CASES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such case; choose from {', '.join(corner_cases.CASES)}")
-    return wanted
-
-
-def _setting(steps: int) -> str:
-    return (
-        f"{steps:,} steps; medians first, then the extremes; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, numpy {np.__version__}"
-    )
+    return chosen
 
 
 # --- many processes --------------------------------------------------------------------------------
 
 
-def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], Found], processes: int) -> dict[Asked, Found]:
-    """`work` on each, with progress on stderr. One process is this one."""
+def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], list[Found]], processes: int) -> list[Found]:
+    """What `work` finds of each, with progress on stderr. One process is this one."""
     if processes == 1:
-        return {one: work(one) for one in asked}
-    found: dict[Asked, Found] = {}
+        return [one for found in map(work, asked) for one in found]
     context = multiprocessing.get_context("spawn")  # a fork would inherit this one's BLAS threads
     started = time.perf_counter()
     with _one_blas_thread(), ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(work, one): one for one in asked}
-        for future in as_completed(futures):
-            one = futures[future]
-            found[one] = future.result()
-            label = getattr(one, "label", one)
+        futures = [pool.submit(work, one) for one in asked]
+        for count, future in enumerate(as_completed(futures), 1):
+            label = getattr(asked[futures.index(future)], "label", asked[futures.index(future)])
             seconds = time.perf_counter() - started
-            print(f"{len(found)} of {len(asked)}, {seconds:.0f} s: {label}", file=sys.stderr, flush=True)
-    return found
+            print(f"{count} of {len(asked)}, {seconds:.0f} s: {label}", file=sys.stderr, flush=True)
+        return [one for future in futures for one in future.result()]
 
 
 @contextmanager
@@ -221,18 +193,16 @@ def _one_blas_thread() -> Iterator[None]:
 # --- the picture -----------------------------------------------------------------------------------
 
 
-def _pictured_widths() -> runs.FloatArray:
+def _pictured_widths() -> FloatArray:
     """Dense towards the uniform average, 0.2887, where the errors change fast; those that are tracked among them."""
-    return np.unique([*np.geomspace(0.02, 0.22, 80), *np.linspace(0.22, 0.2886, 80), *PICTURED[1].tracked])
+    return np.unique([*np.geomspace(0.02, 0.22, 80), *np.linspace(0.22, 0.2886, 80), *PICTURED[1][0]])
 
 
-def _curves(job: Job, steps: int, cache: Path | None) -> runs.FloatArray:
-    return runs.curves(job, PICTURED[1], _pictured_widths(), steps, cache)
-
-
-def draw(sigma_rels: runs.FloatArray, curves: runs.FloatArray, steps: int) -> Figure:
-    """Error against sigma_rel: `curves` is [5, sigma_rels] as `fidelity_runs.compare` gives it."""
-    job, setup = PICTURED
+def draw(steps: int, cache: Path | None) -> Figure:
+    """Error against sigma_rel."""
+    (job, setup), sigma_rels = PICTURED, _pictured_widths()
+    tracked, snapshots, dtype = setup
+    (curves,) = runs.measure_setups(job, [setup], [as_target(width) for width in sigma_rels], steps, cache)
     error, paper, predicted, floor, _ = curves
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -243,10 +213,10 @@ def draw(sigma_rels: runs.FloatArray, curves: runs.FloatArray, steps: int) -> Fi
         (paper, every, COLOURS[1], STYLES[1], "published method"),
         (error, every, COLOURS[0], STYLES[0], "posthoc_cli"),
         (predicted, every, COLOURS[4], STYLES[3], "what posthoc_cli predicts"),
-        (floor, even, COLOURS[2], STYLES[2], f"the true average, rounded once to {setup.dtype}"),
+        (floor, even, COLOURS[2], STYLES[2], f"the true average, rounded once to {dtype}"),
     ):
         axes.plot(sigma_rels[drawn], values[drawn], color=colour, linestyle=style, linewidth=1.8, label=label)
-    for position, sigma_rel in enumerate(setup.tracked):
+    for position, sigma_rel in enumerate(tracked):
         axes.axvline(
             sigma_rel, color="0.5", linewidth=0.8, zorder=0, label=None if position else "tracked during training"
         )
@@ -259,8 +229,7 @@ def draw(sigma_rels: runs.FloatArray, curves: runs.FloatArray, steps: int) -> Fi
     axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
     axes.set_ylabel("relative L2 error of the weights")
     axes.set_title(
-        f"{setup.snapshots} {setup.dtype} snapshots of {' and '.join(f'{s:g}' for s in setup.tracked)}: "
-        f"{job.label}, {steps:,} steps",
+        f"{snapshots} {dtype} snapshots of {' and '.join(f'{s:g}' for s in tracked)}: {job.label}, {steps:,} steps",
         fontsize=11,
     )
     axes.grid(True, color="0.9", linewidth=0.6)

@@ -1,28 +1,27 @@
 """Averages of ordinary checkpoints, and of averages that other libraries stored: how near, and whether the bar holds.
 
-The truth is computed here from the definitions, in float64, over every step of a recorded run; averages come from the
-folder alone, through the public interface.
+The truth is summed in float64 over every step of a recorded run; averages come from the folder alone, through the
+public interface.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from compare_peers import averages, distances, gamma_of
-from fidelity_report import aligned, markdown, number
-from fidelity_runs import FloatArray, quiet
+from compare_peers import distances, ema_pytorch, posthoc_ema, true_averages
+from fidelity_report import aligned, markdown, ratios, share, summary, within
+from fidelity_runs import made, oracle, quiet
 from safetensors.torch import save_file
 from trajectories import NAMES, Replay, Trajectory, record
 
-from posthoc_cli import Between, Decay, Run, import_checkpoints, synthesize
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli import Between, Decay, Run, import_checkpoints
+from posthoc_cli.targets import as_target
 
 COUNTS = (8, 20, 64)
 """Checkpoints of a run."""
@@ -38,6 +37,7 @@ REPAIRED = "denoiser-adam"
 STRIDES = (1, 10, 100)
 PEER_WIDTHS = (0.05, 0.28)
 WARM_UP = 100
+"""Steps that `posthoc_ema` passes over by default."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Cell:
         run, checkpoints, target: which average.
         error, predicted: of what the package made, and said.
         raw: of the weights at the end.
-        oracle: of the best combination with sum 1 of these checkpoints, found by knowing the truth.
+        oracle: see `fidelity_runs.oracle`.
     """
 
     run: str
@@ -89,27 +89,25 @@ class Repair:
     predicted: float
 
 
-# --- checkpoints
-
-
 def measure(job: Job, steps: int, cache: Path | None = None) -> list[Cell]:
     """All cells of one run."""
-    run = record(job.name, steps, cache)
-    cells = []
+    run, cells = record(job.name, steps, cache), []
     for count in COUNTS:
         times = _times(job, steps, count)
         first = int(times[-1 - max(2, count // 4)])
-        targets = [*map(as_target, WIDTHS), Between(first, steps), Decay("linear", PART), Decay("1-sqrt", PART)]
-        truth = averages(run, np.array([_counts(target, steps) for target in targets]))
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            _write(run, times, Path(folder))
-            made, predicted = _made(Run(folder), targets)
+        wanted = [*map(as_target, WIDTHS), Between(first, steps), Decay("linear", PART), Decay("1-sqrt", PART)]
+        truth = true_averages(Trajectory(run.name, run.weights, run.shapes), wanted)  # all in steps
         raw = np.broadcast_to(run.weights[-1].astype(np.float64), truth.shape)
-        best = _oracle(run.weights[times - 1].astype(np.float64), truth)
-        found = zip(
-            distances(made, truth), predicted, distances(raw, truth), distances(best, truth), targets, strict=True
-        )
-        cells += [Cell(job.label, count, target.title, *values) for *values, target in found]
+        replay = Replay(run)
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            for step in times.tolist():
+                replay.go_to(step - 1)
+                weights = {name: value.detach().clone() for name, value in replay.named_parameters()}
+                save_file(weights, Path(folder) / f"step{step}.safetensors")
+            averages, predicted = made(Run(folder).plan(wanted, dtype="float64"))
+        best = oracle(run.weights[times - 1].astype(np.float64), truth)
+        rows = zip(wanted, distances(averages, truth), predicted, distances(raw, truth), best, strict=True)
+        cells += [Cell(job.label, count, target.title, *values) for target, *values in rows]
     return cells
 
 
@@ -121,136 +119,55 @@ def _times(job: Job, steps: int, count: int) -> np.ndarray[Any, np.dtype[np.int6
     return np.round(steps * np.arange(1, count + 1) / count).astype(np.int64)
 
 
-def _counts(target: Target, steps: int) -> FloatArray:
-    """How much each step's weights count, by the definition: shape [steps]."""
-    ends = np.arange(steps + 1)
-    if isinstance(target, Between):
-        return np.diff(np.clip((ends - target.start) / (target.end - target.start), 0, 1))
-    if isinstance(target, Decay):
-        x = np.clip((ends - (1 - PART) * steps) / (PART * steps), 0, 1)
-        rate = 1 - x if target.shape == "linear" else 1 - np.sqrt(x)
-        # A scheduler takes its rate at the start of a step.
-        return np.append(rate[:-2] - rate[1:-1], rate[-2])
-    assert target.sigma_rel is not None
-    return np.diff((ends / steps) ** (gamma_of(target.sigma_rel) + 1))
-
-
-def _write(run: Trajectory, times: Iterable[int], folder: Path) -> None:
-    replay = Replay(run)
-    for step in times:
-        replay.go_to(int(step) - 1)
-        save_file(
-            {name: value.detach().clone() for name, value in replay.named_parameters()},
-            folder / f"step{step}.safetensors",
-        )
-
-
-def _made(run: Run, targets: Sequence[Target]) -> tuple[FloatArray, list[float]]:
-    plan = run.plan(list(targets), dtype="float64")
-    tensors = dict(synthesize(plan))
-    rows = [[tensors[str(name)][index] for name in range(len(tensors))] for index in range(len(targets))]
-    predicted = [plan.predicted_error(index) for index in range(len(targets))]
-    return _flat(rows), [math.nan if error is None else error for error in predicted]
-
-
-def _oracle(stored: FloatArray, truth: FloatArray) -> FloatArray:
-    """The nearest combinations with sum 1 of the stored rows: shape [targets, parameters]."""
-    others = (stored[:-1] - stored[-1]).T
-    coefficients, *_ = np.linalg.lstsq(others, (truth - stored[-1]).T, rcond=None)
-    return np.asarray(stored[-1] + (others @ coefficients).T)
-
-
-# --- averages of other libraries
-
-
 def repairs(steps: int, cache: Path | None = None) -> list[Repair]:
     """Both libraries at each stride, on one run, stored as float16 twenty times."""
-    run = record(REPAIRED, steps, cache)
+    run, found = record(REPAIRED, steps, cache), []
     targets = [as_target(width) for width in WIDTHS]
-    truth = averages(run, np.array([_counts(target, steps) for target in targets]))
+    truth = true_averages(run, targets)
     raw = distances(np.broadcast_to(run.weights[-1].astype(np.float64), truth.shape), truth)
-    found = []
+    libraries: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
+        "ema-pytorch": (ema_pytorch, {}),
+        "posthoc-ema": (posthoc_ema, {"update_after_step": WARM_UP}),
+    }
     for update_every in STRIDES:
-        for library, track in (("ema-pytorch", _ema_pytorch), ("posthoc-ema", _posthoc_ema)):
+        for library, (start, more) in libraries.items():
+            replay, imported = Replay(run), {"sigma_rels": PEER_WIDTHS, "update_every": update_every, **more}
             with tempfile.TemporaryDirectory() as folder, quiet():
-                own = distances(track(run, update_every, Path(folder)), truth)
-                more = {"update_after_step": WARM_UP} if library == "posthoc-ema" else {}
-                settings = {"sigma_rels": PEER_WIDTHS, "update_every": update_every, **more}
-                imported = Path(folder) / "run"
-                import_checkpoints(folder, imported, kind=library, **settings)
-                made, predicted = _made(Run(imported), targets)
-            rows = zip(WIDTHS, own, raw, distances(made, truth), predicted, strict=True)
+                update, average = start(replay, Path(folder), update_every, steps // 20, torch.float16, **more)
+                for index in range(steps):
+                    replay.go_to(index)
+                    update()
+                flat = [torch.cat([one.detach().flatten() for one in average(width)]) for width in WIDTHS]
+                own = distances(torch.stack(flat).double().numpy(), truth)
+                import_checkpoints(folder, Path(folder) / "run", kind=library, **imported)
+                averages, predicted = made(Run(Path(folder) / "run").plan(targets, dtype="float64"))
+            rows = zip(WIDTHS, own, raw, distances(averages, truth), predicted, strict=True)
             found += [Repair(library, update_every, *row) for row in rows]
     return found
 
 
-def _ema_pytorch(run: Trajectory, update_every: int, folder: Path) -> FloatArray:
-    from ema_pytorch import PostHocEMA
-
-    replay = Replay(run)
-    ema = PostHocEMA(
-        replay, sigma_rels=PEER_WIDTHS, update_every=update_every, checkpoint_every_num_steps=run.steps // 20,
-        checkpoint_folder=str(folder), checkpoint_dtype=torch.float16,
-    )  # fmt: skip
-    _follow(run, replay, ema.update)
-    return _flat(list(ema.synthesize_ema_model(sigma_rel=width).ema_model.parameters()) for width in WIDTHS)
-
-
-def _posthoc_ema(run: Trajectory, update_every: int, folder: Path) -> FloatArray:
-    from posthoc_ema import PostHocEMA
-
-    replay = Replay(run)
-    ema = PostHocEMA.from_model(
-        replay, folder, sigma_rels=PEER_WIDTHS, update_every=update_every, checkpoint_every=run.steps // 20,
-        update_after_step=WARM_UP, checkpoint_dtype=torch.float16,
-    )  # fmt: skip
-    _follow(run, replay, lambda: ema.update_(replay))
-    rows = []
-    for width in WIDTHS:
-        with ema.state_dict(sigma_rel=width) as state:
-            rows.append([value.clone() for value in state.values()])
-    return _flat(rows)
-
-
-def _follow(run: Trajectory, replay: Replay, update: Callable[[], object]) -> None:
-    for index in range(run.steps):
-        replay.go_to(index)
-        update()
-
-
-def _flat(rows: Iterable[Sequence[torch.Tensor]]) -> FloatArray:
-    return np.array([torch.cat([value.detach().double().flatten() for value in row]).numpy() for row in rows])
-
-
-# --- tables
+# --- tables ----------------------------------------------------------------------------------------
 
 
 def tables(cells: Sequence[Cell], repaired: Sequence[Repair], as_markdown: bool) -> str:
-    """Both tables, and the share of the predictions that hold."""
+    """Both tables."""
     groups = {f"{count} checkpoints": [cell for cell in cells if cell.checkpoints == count] for count in COUNTS}
     kinds = ("sigma_rel", "between", "decay")
-    groups |= {kind: [cell for cell in cells if cell.target.startswith(kind)] for kind in kinds}
+    groups |= {kind: [cell for cell in cells if cell.target.startswith(kind)] for kind in kinds} | {"all": list(cells)}
     header = ("", "averages", "error", "max", "raw", "error/oracle", "actual/predicted", "min", "max", "in [1/2, 2]")
-    lines = [header, *(_row(label, group) for label, group in (groups | {"all": list(cells)}).items() if group)]
+    lines = [header, *((label, *_row(group)) for label, group in groups.items())]
     second = [("library", "update_every", "sigma_rel", "its own", "raw weights", "here", "predicted")]
     for r in repaired:
         errors = (f"{error:.1e}" for error in (r.own, r.raw, r.error, r.predicted))
         second.append((r.library, str(r.update_every), f"{r.sigma_rel:.2f}", *errors))
-    return "\n\n".join(_table(one, as_markdown) for one in (lines, second))
+    return "\n\n".join(map(markdown if as_markdown else aligned, (lines, second)))
 
 
-def _row(label: str, cells: Sequence[Cell]) -> tuple[str, ...]:
-    columns = np.array([(cell.error, cell.predicted, cell.raw, cell.oracle) for cell in cells])
-    error, predicted, raw, oracle = columns.T
-    ratios = error / predicted
-    return (
-        label, str(len(cells)), f"{np.median(error):.1e}", f"{error.max():.1e}", f"{np.median(raw):.1e}",
-        number(np.median(error / oracle)), number(np.median(ratios)), number(ratios.min()), number(ratios.max()),
-        f"{100 * np.mean((ratios >= 0.5) & (ratios <= 2)):.1f} %",
-    )  # fmt: skip
-
-
-def _table(lines: Sequence[Sequence[str]], as_markdown: bool) -> str:
-    if as_markdown:
-        return markdown([lines[0], ("---", *["---:"] * (len(lines[0]) - 1)), *lines[1:]])
-    return "\n".join(text for _, (_, text) in aligned(lines))
+def _row(cells: Sequence[Cell]) -> list[str]:
+    error, raw = np.array([(cell.error, cell.raw) for cell in cells]).T
+    held = ratios(cells, "predicted")
+    shown = (f"{one:.1e}" for one in (np.median(error), error.max(), np.median(raw)))
+    return [
+        *(str(len(cells)), *shown, *summary(ratios(cells, "oracle"), "median")),
+        *(*summary(held, "median", "min", "max"), share(within(held, 2))),
+    ]

@@ -40,6 +40,7 @@ import torch
 from trajectories import PEER_RUNS, Replay, Trajectory, record
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.targets import Beta, Between, Decay, Target, Window, as_target
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -74,12 +75,38 @@ def gamma_of(sigma_rel: float) -> float:
     return float(cubic.roots().real.max())
 
 
-def true_weights(sigma_rel: float, steps: int, stride: int = 1) -> FloatArray:
-    """How much the weights after each step count in the true average over every `stride`-th: [steps]."""
-    seen = np.arange(stride, steps + 1, stride)
-    counts = np.zeros(steps)
-    counts[seen - 1] = np.diff((seen / steps) ** (gamma_of(sigma_rel) + 1), prepend=0.0)
-    return counts
+def true_averages(run: Trajectory, wanted: Sequence[Target], stride: int = 1) -> FloatArray:
+    """The averages over every `stride`-th step's weights: shape [targets, parameters].
+
+    The mass that a profile has on (t_{k-1}, t_k] sits on the weights at update k, and what it has before the first
+    update on that one's.
+    """
+    seen = np.arange(stride, run.steps + 1, stride)
+    counts = np.zeros((len(wanted), run.steps))
+    for row, target in zip(counts, wanted, strict=True):
+        row[seen - 1] = np.diff(mass_until(target, seen, run), prepend=0.0)
+    return averages(run, counts)
+
+
+def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> FloatArray:
+    """How much a profile at the end of the run has on the steps up to each of `seen`, from its definition.
+
+    A width, a decay and a stretch of time are on the run's clock; a beta and a window are in steps, whatever time each
+    took. A classical average begins as a copy of the first weights there are.
+    """
+    now, end = run.times[seen - 1], run.times[-1]
+    if isinstance(target, Beta):
+        return np.asarray(target.beta ** (run.steps - seen).astype(np.float64))
+    if isinstance(target, Window):
+        return np.clip((seen - (run.steps - target.steps)) / target.steps, 0.0, 1.0)
+    if isinstance(target, Between):
+        return np.clip((now - target.start) / (target.end - target.start), 0.0, 1.0)
+    if isinstance(target, Decay) and target.shape in ("linear", "1-sqrt") and not isinstance(target.over, tuple):
+        x = np.clip((now / end - 1 + target.over) / target.over, 0.0, 1.0)
+        return x if target.shape == "linear" else np.sqrt(x)
+    if target.sigma_rel is None:
+        raise ValueError(f"{target.title}: no definition of it here")
+    return np.asarray((now / end) ** (gamma_of(target.sigma_rel) + 1))
 
 
 def averages(trajectory: Trajectory, counts: FloatArray) -> FloatArray:
@@ -150,13 +177,14 @@ LIBRARIES = {"posthoc-cli": ours, "ema-pytorch": ema_pytorch, "pytorch-posthoc-e
 
 def compare(trajectory: Trajectory) -> Iterable[tuple[str, str, list[float]]]:
     """Everything on one trajectory: who, update_every, distance from the truth by target."""
-    truth = averages(trajectory, np.array([true_weights(target, trajectory.steps) for target in TARGETS]))
+    wanted = [as_target(target) for target in TARGETS]
+    truth = true_averages(trajectory, wanted)
     raw = np.broadcast_to(trajectory.weights[-1].astype(np.float64), truth.shape)
     yield "raw final weights", "", distances(raw, truth)
     for stride in STRIDES:
         if stride > 1:
-            counts = np.array([true_weights(target, trajectory.steps, stride) for target in TARGETS])
-            yield f"every {stride}th step, exactly", str(stride), distances(averages(trajectory, counts), truth)
+            seen = true_averages(trajectory, wanted, stride)
+            yield f"every {stride}th step, exactly", str(stride), distances(seen, truth)
         for package, start in LIBRARIES.items():
             replay = Replay(trajectory)
             # Without the warnings and prints of a library.

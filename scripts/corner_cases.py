@@ -2,36 +2,32 @@
 independent set of ordinary and of pathological motion.
 
 Each case makes small synthetic runs (`corner_walks`), or takes recorded ones, feeds them through the hook and compares
-what comes with the truth (`corner_runs`).
+what comes with the truth (`fidelity_runs`).
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import corner_walks as walks
-import fidelity_runs as runs
 import numpy as np
 import torch
-from compare_peers import distances, gamma_of
-from corner_runs import Cell, Options, Tracking, cells_of, compare, feed, flat, live_average, nearest_of, predicted_by
-from fidelity_runs import FloatArray
+from compare_peers import distances, true_averages
+from fidelity_runs import FloatArray, Tracking, compare, follow, quiet, stored, track
 from trajectories import Replay, Trajectory, record
 
 from posthoc_cli import Between, Decay, PostHocEMA, Schedule, Window
 from posthoc_cli.errors import InexactError
-from posthoc_cli.planning import USEFUL_RANGE, evaluate, forecast, snapshots_to_drop
+from posthoc_cli.planning import USEFUL_RANGE, evaluate
 from posthoc_cli.planning.proposals import Task, relative_rounding
-from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.pruning import plan_pruning
 from posthoc_cli.targets import Target, as_target
 
@@ -40,6 +36,31 @@ USEFUL = (0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)
 
 TWO, CLOSE, ONE, THREE = (0.05, 0.28), (0.05, 0.10), (0.10,), (0.12, 0.2, 0.28)
 """What trackers track."""
+
+BOTH = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One average. Errors are Euclidean distances from the truth, relative to its norm; nan where there is none.
+
+    Attributes:
+        case: its name in `CASES`.
+        run, setup, target: in words.
+        error: of the default method.
+        paper: of the published method.
+        nearest: the smallest one among the tracked averages as they are stored at the newest time.
+        predicted: what the default method, or a plan, said that the error would be; nan where it did not say.
+    """
+
+    case: str
+    run: str
+    setup: str
+    target: str
+    error: float
+    paper: float
+    nearest: float
+    predicted: float
 
 
 @dataclass(frozen=True)
@@ -51,15 +72,29 @@ class Study:
     wanted: Sequence[Target]
 
 
-def _studied(options: Options, study: Study) -> Iterator[Cell]:
-    truths: dict[int, FloatArray] = {}
-    for tracking in study.trackings:
-        stride, folder = tracking.update_every, options.folder()
-        if stride not in truths:
-            truths[stride] = runs.true_averages(study.run, study.wanted, stride)
-        feed(study.run, tracking, folder)
-        found = compare(folder, study.wanted, truths[stride], len(tracking.tracked))
-        yield from cells_of(options.case, study.run.name, tracking, study.wanted, found)
+def studied(study: Study, root: Path) -> Iterator[Cell]:
+    """All cells of one."""
+    truth = true_averages(study.run, study.wanted, study.trackings[0].update_every)
+    for tracking, folder in zip(study.trackings, track(study.run, study.trackings, root), strict=True):
+        yield from _cells(study.run, tracking, study.wanted, _compare(folder, study.wanted, truth, tracking))
+
+
+def _compare(folder: Path, wanted: Sequence[Target], truth: FloatArray, tracking: Tracking) -> FloatArray:
+    """Error, paper, nearest and predicted of each target, see `Cell`: shape [4, targets]."""
+    error, paper, predicted = compare(folder, wanted, truth)
+    return np.array([error, paper, _nearest(stored(folder)[-len(tracking.tracked) :], truth), predicted])
+
+
+def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
+    """The smallest distance of any of the averages, [n, parameters], from each row of the truth: [targets]."""
+    return np.min([distances(average[None, :], truth) for average in averages], axis=0)
+
+
+def _cells(
+    run: Trajectory, tracking: Tracking, wanted: Sequence[Target], found: FloatArray, titles: str = ""
+) -> Iterator[Cell]:
+    for target, errors in zip(wanted, found.T, strict=True):
+        yield Cell("", run.name, str(tracking), titles + target.title, *map(float, errors))
 
 
 def _targets(*sigma_rels: float) -> list[Target]:
@@ -83,7 +118,7 @@ def few_left() -> Iterator[Study]:
 
 def every_update() -> Iterator[Study]:
     """A snapshot at every update, or at every second one."""
-    trackings = [Tracking(TWO, dtype, every) for dtype in ("float32", "float16") for every in (10, 20)]
+    trackings = [Tracking(TWO, dtype, every) for dtype in BOTH for every in (10, 20)]
     made = [
         *(walks.walk(rate, 600) for rate in ("constant", "cosine", "frozen")),
         walks.descent("constant", 600),
@@ -96,14 +131,14 @@ def every_update() -> Iterator[Study]:
 
 def pause() -> Iterator[Study]:
     """No step is made for a while in the middle, on a clock of its own: 1 a step, and 400 or 4,000 for the pause."""
-    trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, ONE) for dtype in ("float32", "float16")]
+    trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, ONE) for dtype in BOTH]
     for make, rate, seconds in product((walks.walk, walks.descent), ("constant", "cosine"), (400, 4000)):
         yield Study(walks.paused(make(rate, 4000), 2000, seconds), trackings, _targets(*USEFUL))
 
 
 def reinit() -> Iterator[Study]:
     """A layer is drawn anew just after a snapshot; averages over all of training, and of what came right after."""
-    trackings = [Tracking(tracked, dtype, 200) for tracked in (ONE, TWO) for dtype in ("float32", "float16")]
+    trackings = [Tracking(tracked, dtype, 200) for tracked in (ONE, TWO) for dtype in BOTH]
     places = (("constant", 0.05, 2000), ("constant", 0.25, 3200), ("cosine", 0.05, 2000), ("cosine", 0.25, 3200))
     for rate, stretch, after in places:
         run = walks.reinitialised(walks.walk(rate, 4000, stretch=stretch, label=f"{rate}, {stretch:g} long"), after)
@@ -113,7 +148,7 @@ def reinit() -> Iterator[Study]:
 
 def alternating() -> Iterator[Study]:
     """The rate changes a thousandfold every quarter or eighth of training; targets up to the uniform average."""
-    trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, CLOSE, ONE) for dtype in ("float32", "float16")]
+    trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, CLOSE, ONE) for dtype in BOTH]
     for blocks, slow_first in product((4, 8), (False, True)):
         label = f"{blocks} blocks{', slow first' * slow_first}"
         run = walks.walk(walks.alternating(blocks, slow_first), 4000, label=label)
@@ -123,11 +158,7 @@ def alternating() -> Iterator[Study]:
 def tiny() -> Iterator[Study]:
     """Five snapshots of 10 to 25 updates."""
     for every, rate, seed in product((2, 3, 4, 5), ("constant", "cosine"), range(4)):
-        trackings = [
-            Tracking(tracked, dtype, every, update_every=1)
-            for tracked in (TWO, ONE)
-            for dtype in ("float32", "float16")
-        ]
+        trackings = [Tracking(tracked, dtype, every, update_every=1) for tracked in (TWO, ONE) for dtype in BOTH]
         yield Study(walks.walk(rate, 5 * every, seed=seed), trackings, _targets(*USEFUL))
 
 
@@ -187,216 +218,109 @@ def pathological() -> Iterator[Study]:
 # --- live averages ---------------------------------------------------------------------------------
 
 
-def live(options: Options) -> Iterator[Cell]:
-    """Averages asked for while training, between snapshots."""
+def live(root: Path) -> Iterator[Cell]:
+    """Averages asked for while training: soon after a snapshot, half-way, and just before the next one."""
     wanted = _targets(*USEFUL)
     made = (*(walks.walk(rate, 4000) for rate in walks.RATES), walks.descent("cosine", 4000))
     for run, dtype in product(made, ("float16", "float32")):
-        tracking = Tracking(TWO, dtype, 200)
-        cells: list[Cell] = []
-        feed(run, tracking, options.folder(), partial(_ask_at_times, cells, options.case, run, tracking, wanted))
-        yield from cells
-
-
-def _ask_at_times(
-    cells: list[Cell],
-    case: str,
-    run: Trajectory,
-    tracking: Tracking,
-    wanted: Sequence[Target],
-    tracker: PostHocEMA,
-    step: int,
-) -> None:
-    """Soon after a snapshot, half-way, and just before the next one."""
-    if step >= 800 and step % 1000 in (10, 110, 390):
-        cells.extend(_asked(case, tracker, run, tracking, step, wanted))
+        tracking, replay = Tracking(TWO, dtype, 200), Replay(run)
+        tracker = tracking.tracker(replay, Path(tempfile.mkdtemp(dir=root)))
+        for step in follow(run, replay, [tracker], tracking.update_every):
+            if step >= 800 and step % 1000 in (10, 110, 390):
+                so_far = Trajectory(run.name, run.weights[:step], run.shapes, run.times[:step])
+                found = _asked(tracker, replay, tracking, wanted, true_averages(so_far, wanted, tracking.update_every))
+                yield from _cells(run, tracking, wanted, found, f"step {step}, ")
 
 
 def _asked(
-    case: str, tracker: PostHocEMA, run: Trajectory, tracking: Tracking, step: int, wanted: Sequence[Target]
-) -> Iterator[Cell]:
-    """What the tracker says at a step, against the truth up to it."""
-    truth = runs.true_averages(until(run, step), wanted, tracking.update_every)
+    tracker: PostHocEMA, model: Replay, tracking: Tracking, wanted: Sequence[Target], truth: FloatArray
+) -> FloatArray:
+    """What the tracker says now: as `_compare`, but of the tracked averages as they are in memory."""
     ours = [tracker.state_dict(target) for target in wanted]
     paper = [tracker.state_dict(target, method="paper") for target in wanted]
-    model = Replay(run)
-    tracked = np.array([live_average(tracker, model, sigma_rel) for sigma_rel in tracking.tracked])
-    predicted = [predicted_by(weights) for weights in ours]
-    found = np.array(
-        [
-            distances(np.array([flat(weights) for weights in ours]), truth),
-            distances(np.array([flat(weights) for weights in paper]), truth),
-            nearest_of(tracked, truth),
-            predicted,
-        ]
-    )
-    yield from cells_of(case, run.name, tracking, wanted, found, f"step {step}, ")
+    tracked = []
+    for sigma_rel in tracking.tracked:
+        with tracker.averaged(model, sigma_rel):
+            tracked.append(_flat(dict(model.named_parameters())))
+    error, published = (distances(np.array([_flat(weights) for weights in made]), truth) for made in (ours, paper))
+    told = (weights.predicted_error for weights in ours)
+    predicted = [math.nan if error is None else error for error in told]
+    return np.array([error, published, _nearest(np.array(tracked), truth), predicted])
 
 
-def until(run: Trajectory, step: int) -> Trajectory:
-    """The run as it was after so many steps."""
-    return Trajectory(run.name, run.weights[:step], run.shapes, run.times[:step])
+def _flat(weights: Mapping[str, torch.Tensor]) -> FloatArray:
+    """All elements of a `Replay`'s weights: [parameters]."""
+    return np.asarray(torch.cat([weights[str(i)].detach().flatten().double() for i in range(len(weights))]).numpy())
 
 
-# --- resumed and long runs -------------------------------------------------------------------------
+# --- resumed runs, plans and pruning ---------------------------------------------------------------
 
 
-def resumes(options: Options, keep_state: bool = False) -> Iterator[Cell]:
+def resumes(root: Path, keep_state: bool = False) -> Iterator[Cell]:
     """The tracker is closed at every snapshot, and the next one goes on from the directory."""
     wanted = _targets(*USEFUL)
     for times, every, kept in ((19, 100, None), (99, 20, 20)):
         for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):
             run = walks.walk(rate, (times + 1) * every)
             tracking = Tracking(TWO, dtype, every, max_checkpoints=kept, keep_state=keep_state)
-            folder = options.folder()
-            _feed_in_parts(run, tracking, folder)
-            found = compare(folder, wanted, runs.true_averages(run, wanted, tracking.update_every), len(TWO))
-            yield from cells_of(options.case, f"{run.name}, {times} resumes", tracking, wanted, found)
+            replay, folder = Replay(run), Path(tempfile.mkdtemp(dir=root))
+            trackers = [tracking.tracker(replay, folder)]
+            for step in follow(run, replay, trackers, tracking.update_every):
+                if step % every == 0:
+                    trackers[0].close()
+                    trackers[0] = PostHocEMA.from_path(folder, replay)
+            found = _compare(folder, wanted, true_averages(run, wanted, tracking.update_every), tracking)
+            yield from _cells(replace(run, name=f"{run.name}, {times} resumes"), tracking, wanted, found)
 
 
-def _feed_in_parts(run: Trajectory, tracking: Tracking, folder: Path) -> None:
-    replay = Replay(run)
-    tracker = tracking.tracker(replay, folder)
-    for index in range(run.steps):
-        replay.go_to(index)
-        tracker.update_(replay)
-        if (index + 1) % tracking.checkpoint_every == 0:
-            tracker.close()
-            tracker = PostHocEMA.from_path(folder, replay)
-    tracker.close()
-
-
-def long_runs(options: Options) -> Iterator[Cell]:
-    """An update at every one of many steps, at a rate that falls to 0."""
-    paths = {"adam, cosine": walks.adam_blocks, "descent, cosine": walks.descent_blocks}
-    # What is in memory does not depend on how snapshots are stored: one dtype will do for the slow ones.
-    choices = [
-        *product(paths, (10_000,), ("float32", "float16")),
-        ("adam, cosine", 100_000, "float32"),
-        ("descent, cosine", 100_000, "float16"),
-    ]
-    if options.long:
-        choices.append(("adam, cosine", 1_000_000, "float16"))
-    for name, steps, dtype in choices:
-        tracking = Tracking(TWO, dtype, steps // 20, update_every=1, max_checkpoints=20)
-        blocks = paths[name](walks.cosine, steps, _LONG_PARAMETERS, 0)
-        yield from _long_cells(options, f"{name}, {steps:,} updates", blocks, steps, tracking)
-
-
-_LONG_PARAMETERS = 300
-
-
-def _long_cells(
-    options: Options, label: str, blocks: Iterator[FloatArray], steps: int, tracking: Tracking
-) -> Iterator[Cell]:
-    """Of the averages in memory at the end, and of others made from the directory."""
-    wanted, folder = _targets(0.05, 0.15, 0.28), options.folder()
-    truth, step = np.zeros((len(wanted), _LONG_PARAMETERS)), 0
-    model = Replay(Trajectory("", np.zeros((1, _LONG_PARAMETERS), np.float32), walks.shapes_of(_LONG_PARAMETERS)))
-    with tracking.tracker(model, folder) as tracker:
-        for block in blocks:
-            seen = block.astype(np.float32)
-            for row in torch.from_numpy(seen):
-                model.take(row)
-                tracker.update_(model)
-            until = np.arange(step, step + len(seen) + 1) / steps
-            counts = [np.diff(until ** (gamma_of(float(target.sigma_rel or 0)) + 1)) for target in wanted]
-            truth += np.array(counts) @ seen.astype(np.float64)
-            step += len(seen)
-        for target, true in zip(wanted, truth, strict=True):
-            if target.sigma_rel in tracking.tracked:
-                error = float(distances(live_average(tracker, model, target.sigma_rel)[None], true[None])[0])
-                predicted = predicted_by(tracker.state_dict(target))
-                yield Cell(options.case, label, str(tracking), f"live {target.title}", error, predicted=predicted)
-    found = compare(folder, wanted, truth, len(tracking.tracked))
-    yield from cells_of(options.case, label, tracking, wanted, found)
-
-
-# --- what plans promise ----------------------------------------------------------------------------
-
-
-def plan_promise(options: Options) -> Iterator[Cell]:
+def plan_promise(root: Path) -> Iterator[Cell]:
     """The walk that a plan assumes, tracked as planned: what it predicts before training against what comes."""
-    steps, dtype = 4000, "float32"
+    steps, dtype, places = 4000, "float32", slice(None, None, 8)
     for tracked, every, kept in ((TWO, 200, None), (THREE, 200, None), (TWO, 50, 10), (THREE, 50, 10)):
         schedule = Schedule(tracked, steps, every, kept, relative_rounding(dtype))
         proposal = evaluate(Task(steps, 1000, 10**9), schedule, dtype)
-        places = slice(None, None, 8)
-        wanted = _targets(*proposal.errors.sigma_rels[places])
         tracking = Tracking(tracked, dtype, every, proposal.update_every, kept)
+        promised = proposal.errors.predicted_error[places]
         for seed in range(3):
-            run, folder = walks.walk("constant", steps, seed=seed), options.folder()
-            feed(run, tracking, folder)
-            found = compare(folder, wanted, runs.true_averages(run, wanted, proposal.update_every), len(tracked))
-            found[-1] = proposal.errors.predicted_error[places]
-            yield from cells_of(options.case, run.name, tracking, wanted, found)
+            study = Study(
+                walks.walk("constant", steps, seed=seed), [tracking], _targets(*proposal.errors.sigma_rels[places])
+            )
+            cells = zip(studied(study, root), promised, strict=True)
+            yield from (replace(cell, predicted=float(predicted)) for cell, predicted in cells)
 
 
-def pruning(options: Options) -> Iterator[Cell]:
+def pruning(root: Path, cache: Path | None) -> Iterator[Cell]:
     """As few of 40 snapshots as keep the predicted error within a bound: the worst one predicted, and the true one."""
     wanted = _targets(*np.geomspace(*USEFUL_RANGE, 12).clip(*USEFUL_RANGE))
-    for place, run in enumerate(_prunable(options)):
+    for place, run in enumerate(_prunable(cache)):
         tracking = Tracking((TWO, CLOSE)[place // 2 % 2], "float16", run.steps // 40)
-        truth, folder = runs.true_averages(run, wanted, tracking.update_every), options.folder()
-        feed(run, tracking, folder)
+        truth, (folder,) = true_averages(run, wanted, tracking.update_every), track(run, [tracking], root)
         for bound in (0.003, 0.01, 0.03, 0.1):
             try:
                 pruned = plan_pruning(read_directory(folder), max_error=bound)
             except InexactError:  # all 40 miss it
                 continue
-            left = options.folder()
+            left = Path(tempfile.mkdtemp(dir=root))
             for snapshot in pruned.kept:
                 shutil.copy(snapshot.path, left)
-            error, paper, nearest, _ = compare(left, wanted, truth, len(tracking.tracked)).max(axis=1)
+            error, paper, nearest, _ = _compare(left, wanted, truth, tracking).max(axis=1).tolist()
             title = f"bound {100 * bound:g} %, {len(pruned.kept)} left"
-            yield Cell(options.case, run.name, str(tracking), title, error, paper, nearest, pruned.after.worst)
+            yield Cell("", run.name, str(tracking), title, error, paper, nearest, pruned.after.worst)
 
 
-def _prunable(options: Options) -> Iterator[Trajectory]:
+def _prunable(cache: Path | None) -> Iterator[Trajectory]:
     """Twenty runs."""
     for rate in walks.RATES:
         for seed in range(2):
             yield walks.walk(rate, 2000, seed=seed)
             yield walks.descent(rate, 2000, seed=seed)
     for name in ("denoiser-adam", "denoiser-constant", "denoiser-wsd", "denoiser-cosine"):
-        yield record(name, 2000, options.cache)
-
-
-def keeping(options: Options) -> Iterator[Cell]:
-    """What is kept when one snapshot after another is dropped, against the best choice of as many of them."""
-    for rate in walks.RATES:
-        run = walks.walk(rate, 2400)
-        for tracked, snapshots, kept in ((ONE, 20, 3), (ONE, 12, 4), (TWO, 6, 3)):
-            tracking, folder = Tracking(tracked, "float16", run.steps // snapshots), options.folder()
-            feed(run, tracking, folder)
-            there = read_directory(folder)
-            profiles, prior = [snapshot.info.profile.pure for snapshot in there], source_prior(there)
-            gone = set(snapshots_to_drop(profiles, prior, kept))
-            left = [index for index in range(len(profiles)) if index not in gone]
-            greedy, *others = (_worst(profiles, prior, chosen) for chosen in (left, *_choices(profiles, kept)))
-            title = f"{kept} of {snapshots}"
-            yield Cell(options.case, run.name, str(tracking), title, predicted=greedy, best=min(others))
-
-
-def _worst(profiles: Sequence[PowerFunction], prior: Prior, chosen: Sequence[int]) -> float:
-    """The worst error that is predicted over the useful range, of averages made of the chosen ones."""
-    return forecast([profiles[index] for index in chosen], prior.of(chosen), USEFUL_RANGE, 11).worst
-
-
-def _choices(profiles: Sequence[PowerFunction], kept: int) -> Iterator[list[int]]:
-    """Every choice of so many of each profile that has the newest one."""
-    of_profiles = []
-    for gamma in {profile.gamma for profile in profiles}:
-        own = [index for index, profile in enumerate(profiles) if profile.gamma == gamma]
-        *others, newest = sorted(own, key=lambda index: profiles[index].t)
-        of_profiles.append([(*chosen, newest) for chosen in combinations(others, kept - 1)])
-    for parts in product(*of_profiles):
-        yield sorted(index for part in parts for index in part)
+        yield record(name, 2000, cache)
 
 
 # --- all of them -----------------------------------------------------------------------------------
 
-STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
+STUDIES: dict[str, Callable[[], Iterable[Study]]] = {
     "few-left": few_left,
     "every-update": every_update,
     "pause": pause,
@@ -406,28 +330,21 @@ STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
     "ordinary": ordinary,
     "pathological": pathological,
 }
-OTHERS: dict[str, Callable[[Options], Iterator[Cell]]] = {
-    "live": live,
-    "resumes": resumes,
-    "resumes-kept": partial(resumes, keep_state=True),
-    "long": long_runs,
-    "plan-promise": plan_promise,
-    "pruning": pruning,
-    "keeping": keeping,
-}
-CASES = (*STUDIES, *OTHERS)
+CASES = (*STUDIES, "live", "resumes", "resumes-kept", "plan-promise", "pruning")
 
 
-def measure(name: str, long: bool = False, cache: Path | None = None) -> list[Cell]:
-    """All cells of one case.
-
-    Arguments:
-        name: one of `CASES`.
-        long: with a run of a million updates, where the case has one.
-        cache: folder for recorded runs.
-    """
-    with runs.quiet(), tempfile.TemporaryDirectory() as root:
-        options = Options(name, Path(root), long, cache)
-        if name in OTHERS:
-            return list(OTHERS[name](options))
-        return [cell for study in STUDIES[name]() for cell in _studied(options, study)]
+def measure(name: str, cache: Path | None = None) -> list[Cell]:
+    """All cells of one of `CASES`; recorded runs are kept in the folder `cache`."""
+    others: dict[str, Callable[[Path], Iterator[Cell]]] = {
+        "live": live,
+        "resumes": resumes,
+        "resumes-kept": partial(resumes, keep_state=True),
+        "plan-promise": plan_promise,
+        "pruning": partial(pruning, cache=cache),
+    }
+    with quiet(), tempfile.TemporaryDirectory() as root:
+        if name in others:
+            cells = others[name](Path(root))
+        else:
+            cells = (cell for study in STUDIES[name]() for cell in studied(study, Path(root)))
+        return [replace(cell, case=name) for cell in cells]

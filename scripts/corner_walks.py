@@ -78,18 +78,23 @@ def walk(
     rate: str | Rate, steps: int, parameters: int = 1000, seed: int = 0, stretch: float = STRETCH, label: str = ""
 ) -> Trajectory:
     """Independent steps; at a constant rate `stretch` long in all, relative to the norm."""
-    blocks = walk_blocks(_rate(rate), steps, parameters, seed, stretch)
-    return _trajectory(f"walk, {label or rate}{_numbered(seed)}", blocks)
+    name = f"walk, {label or rate}{_numbered(seed)}"
+    return _trajectory(name, _walk(_rate(rate), steps, parameters, seed, stretch))
 
 
 def descent(rate: str | Rate, steps: int, parameters: int = 1000, seed: int = 0, label: str = "") -> Trajectory:
     """Noisy gradient descent on a quadratic loss."""
-    blocks = descent_blocks(_rate(rate), steps, parameters, seed)
-    return _trajectory(f"descent, {label or rate}{_numbered(seed)}", blocks)
+    name = f"descent, {label or rate}{_numbered(seed)}"
+    return _trajectory(name, _descent(_rate(rate), steps, parameters, seed))
 
 
-def walk_blocks(rate: Rate, steps: int, parameters: int, seed: int, stretch: float = STRETCH) -> Iterator[FloatArray]:
-    """The weights of a walk after every step, in blocks: [steps of the block, parameters] each."""
+def adam(rate: str, steps: int, parameters: int = 1000, seed: int = 0) -> Trajectory:
+    """Adam, momenta 0.9 and 0.999, on a quadratic loss, at a rate that reaches the optimum in `steps` steps."""
+    return _trajectory(f"adam, {rate}", _adam(_rate(rate), steps, parameters, seed))
+
+
+def _walk(rate: Rate, steps: int, parameters: int, seed: int, stretch: float) -> Iterator[FloatArray]:
+    """The weights after every step, in blocks: [steps of the block, parameters] each."""
     random = np.random.default_rng(seed)
     weights = SCALE * random.standard_normal(parameters)
     for rates in _rates(rate, steps):
@@ -99,7 +104,7 @@ def walk_blocks(rate: Rate, steps: int, parameters: int, seed: int, stretch: flo
         yield path
 
 
-def descent_blocks(rate: Rate, steps: int, parameters: int, seed: int) -> Iterator[FloatArray]:
+def _descent(rate: Rate, steps: int, parameters: int, seed: int) -> Iterator[FloatArray]:
     """The same of a descent, whose slowest directions take all of training and whose fastest ones some steps.
 
     At a constant rate its noise comes to a twentieth of the weights in every direction.
@@ -117,8 +122,7 @@ def descent_blocks(rate: Rate, steps: int, parameters: int, seed: int) -> Iterat
         yield path
 
 
-def adam_blocks(rate: Rate, steps: int, parameters: int, seed: int) -> Iterator[FloatArray]:
-    """The same of Adam (momenta 0.9 and 0.999) on such a loss, at a rate that reaches the optimum in `steps` steps."""
+def _adam(rate: Rate, steps: int, parameters: int, seed: int) -> Iterator[FloatArray]:
     random = np.random.default_rng(seed)
     curvatures = np.geomspace(0.1, 10, parameters) / SCALE
     optimum = SCALE * random.standard_normal(parameters)
@@ -135,11 +139,6 @@ def adam_blocks(rate: Rate, steps: int, parameters: int, seed: int) -> Iterator[
             weights = weights - now * highest / (1 - 0.9**step) * first / scale
             row[:] = weights
         yield path
-
-
-def adam(rate: str, steps: int, parameters: int = 1000, seed: int = 0) -> Trajectory:
-    """Adam on a quadratic loss."""
-    return _trajectory(f"adam, {rate}", adam_blocks(_rate(rate), steps, parameters, seed))
 
 
 def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> Trajectory:
@@ -208,9 +207,5 @@ def _rates(rate: Rate, steps: int) -> Iterator[FloatArray]:
 
 def _trajectory(name: str, blocks: Iterator[FloatArray]) -> Trajectory:
     weights = np.concatenate([block.astype(np.float32) for block in blocks])
-    return Trajectory(name, weights, shapes_of(weights.shape[1]))
-
-
-def shapes_of(parameters: int) -> tuple[tuple[int, ...], ...]:
-    """Of two tensors, the second one a tenth of all."""
-    return ((parameters - parameters // 10,), (parameters // 10,))
+    parameters = weights.shape[1]
+    return Trajectory(name, weights, ((parameters - parameters // 10,), (parameters // 10,)))

@@ -1,89 +1,30 @@
-"""What the fidelity benchmark prints: tables of ratios over groups of cells, and the goals."""
+"""What the fidelity benchmark prints: tables of ratios over groups of cells, and the worst cells."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from fidelity_runs import Cell
 
 FloatArray = npt.NDArray[np.float64]
+Cell = TypeVar("Cell")
+Groups = Mapping[str, Sequence[Any]]
 
-MOST_OVER_PAPER = 1.05
-MEDIAN_OVER_PAPER = 0.27
-MOST_ERROR = 4e-4
-CALIBRATED = (0.5, 2.0)
-CALIBRATED_SHARE = 0.95
-MOST_MISJUDGED = 4.0
-MEDIAN_CALIBRATION = (0.9, 1.1)
+PAPER, NEAREST, FLOOR, PREDICTED = "error/published", "error/nearest", "error/floor", "actual/predicted"
+OVER = {PAPER: "paper", NEAREST: "nearest", FLOOR: "floor", PREDICTED: "predicted"}
+"""What the error of a cell is divided by."""
 
-HEADER = (
-    "", "cells", "error/paper", "max", "min", ">1.05", "error/floor", "max",
-    "actual/predicted", "min", "max", "in [0.5, 2]", ">4", "oracle/paper",
-)  # fmt: skip
-"""The first column of each ratio is its median."""
-
-COMPACT = ("", "cells", "error/paper", "max", "error/floor", "actual/predicted", "max", "in [0.5, 2]", "oracle/paper")
+LEAST = 6e-8
+"""Errors of hard cases that are below the rounding of a result to float32 count as this much."""
 
 
-@dataclass(frozen=True)
-class Ratios:
-    """Over a group of cells, each array [cells]."""
-
-    over_paper: FloatArray
-    over_floor: FloatArray
-    calibration: FloatArray
-    oracle: FloatArray
-
-    @classmethod
-    def of(cls, cells: Sequence[Cell]) -> Ratios:
-        """Of at least one cell."""
-        error, paper, predicted, floor, oracle = np.array(
-            [(cell.error, cell.paper, cell.predicted, cell.floor, cell.oracle) for cell in cells]
-        ).T
-        return cls(error / paper, error / floor, error / predicted, oracle / paper)
-
-    @property
-    def calibrated(self) -> float:
-        """Share of the cells whose error is within a factor of 2 of the predicted one."""
-        return float(np.mean((self.calibration >= CALIBRATED[0]) & (self.calibration <= CALIBRATED[1])))
-
-    def row(self) -> list[str]:
-        """For `HEADER`."""
-        paper, floor, predicted = self.over_paper, self.over_floor, self.calibration
-        return [
-            str(paper.size),
-            *map(number, (np.median(paper), paper.max(), paper.min())),
-            str(int(np.sum(paper > MOST_OVER_PAPER))),
-            *map(number, (np.median(floor), floor.max())),
-            *map(number, (np.median(predicted), predicted.min(), predicted.max())),
-            f"{100 * self.calibrated:.1f} %",
-            str(int(np.sum(predicted > MOST_MISJUDGED))),
-            number(np.median(self.oracle)),
-        ]
-
-    def compact_row(self) -> list[str]:
-        """For `COMPACT`."""
-        row = dict(zip(range(1, len(HEADER)), self.row(), strict=True))
-        return [row[column] for column in (1, 2, 3, 6, 8, 10, 11, 13)]
-
-
-# --- tables ----------------------------------------------------------------------------------------
-
-GROUPINGS: dict[str, Callable[[Cell], str]] = {
-    "stored as, tracked": lambda cell: f"{cell.dtype}, {_listed(cell.tracked)}",
-    "snapshots": lambda cell: f"{cell.snapshots} snapshots",
-    "target": lambda cell: cell.target,
-    "run (* held out)": lambda cell: cell.run + " *" * cell.held_out,
-}
-
-
-def overall(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """All runs and those held out, where there are any."""
-    groups = {"all runs": list(cells), "held-out runs": [cell for cell in cells if cell.held_out]}
-    return {label: group for label, group in groups.items() if group}
+def ratios(cells: Sequence[Any], over: str, of: str = "error", least: float = 0.0) -> FloatArray:
+    """One error of each cell over another, where both are known."""
+    pairs = np.array([(getattr(cell, of), getattr(cell, over)) for cell in cells]).reshape(-1, 2)
+    first, second = np.maximum(pairs[~np.isnan(pairs).any(axis=1)], least).T
+    return np.asarray(first / second)
 
 
 def grouped(cells: Iterable[Cell], label: Callable[[Cell], str]) -> dict[str, list[Cell]]:
@@ -94,159 +35,142 @@ def grouped(cells: Iterable[Cell], label: Callable[[Cell], str]) -> dict[str, li
     return groups
 
 
-def text_tables(cells: Sequence[Cell]) -> str:
-    """Every grouping, aligned."""
-    blocks = [("", overall(cells)), *((title, grouped(cells, label)) for title, label in GROUPINGS.items())]
-    lines: list[Sequence[str]] = []
-    for title, groups in blocks:
-        lines += [(title, *HEADER[1:]), *((label, *Ratios.of(group).row()) for label, group in groups.items())]
-    return "\n".join(("\n" if line[1] == HEADER[1] and place else "") + text for place, (line, text) in aligned(lines))
+# --- recorded runs ---------------------------------------------------------------------------------
+
+RECORDED = (
+    "", "cells", PAPER, "max", "min", ">1.05", FLOOR, "max",
+    PREDICTED, "min", "max", "in [0.5, 2]", ">4", "oracle/published",
+)  # fmt: skip
+"""The first column of each ratio is its median."""
+
+COMPACT = (0, 1, 2, 3, 6, 8, 10, 11, 13)
+"""The columns that the guide has."""
 
 
-def markdown_table(cells: Sequence[Cell]) -> str:
-    """The compact table for a README: overall, by storage and by number of snapshots."""
-    groups = overall(cells)
-    for title in ("stored as, tracked", "snapshots"):
-        groups |= grouped(cells, GROUPINGS[title])
-    rows = [(label, *Ratios.of(group).compact_row()) for label, group in groups.items()]
-    return markdown([COMPACT, ("---", *["---:"] * (len(COMPACT) - 1)), *rows])
+def recorded_tables(cells: Sequence[Any], as_markdown: bool) -> str:
+    """Every grouping, or in Markdown the compact table: overall, by storage and by number of snapshots."""
+    held_out = [cell for cell in cells if cell.held_out]
+    blocks = {
+        "": {"all runs": cells} | ({"held-out runs": held_out} if held_out else {}),
+        "stored as, tracked": grouped(cells, lambda cell: f"{cell.dtype}, {_listed(cell.tracked)}"),
+        "snapshots": grouped(cells, lambda cell: f"{cell.snapshots} snapshots"),
+        "target": grouped(cells, lambda cell: cell.target),
+        "run (* held out)": grouped(cells, lambda cell: cell.run + " *" * cell.held_out),
+    }
+    tables = {title: [(title, *RECORDED[1:]), *_rows(groups, _recorded)] for title, groups in blocks.items()}
+    if as_markdown:
+        lines = [*tables[""], *tables["stored as, tracked"][1:], *tables["snapshots"][1:]]
+        return markdown([[line[column] for column in COMPACT] for line in lines])
+    return "\n\n".join(map(aligned, tables.values()))
 
 
-def worst_cells(cells: Sequence[Cell], count: int = 15) -> str:
-    """The cells that are worst in each respect, with all that is known of them."""
-    ratios = Ratios.of(cells)
-    exact = np.array([cell.error if _must_be_exact(cell) else -1.0 for cell in cells])
-    blocks = []
-    for title, badness in (
-        ("largest error/paper", ratios.over_paper),
-        ("actual/predicted furthest from 1", np.abs(np.log(ratios.calibration))),
-        ("largest errors of 64 float16 snapshots of (0.05, 0.28), sigma_rel 0.05 to 0.28", exact),
-    ):
-        chosen = [index for index in np.argsort(-badness, kind="stable")[:count].tolist() if badness[index] >= 0]
-        lines: list[Sequence[str]] = [(title, *_CELL_COLUMNS), *(_cell_line(cells[index]) for index in chosen)]
-        blocks.append("\n".join(text for _, (_, text) in aligned(lines)))
-    return "\n\n".join(blocks)
-
-
-_CELL_COLUMNS = ("error", "paper", "predicted", "floor", "oracle", "error/paper", "actual/predicted")
-
-
-def _cell_line(cell: Cell) -> tuple[str, ...]:
-    label = f"{cell.run}{' *' * cell.held_out}, {cell.dtype}, {_listed(cell.tracked)} x {cell.snapshots}, {cell.target}"
-    errors = (cell.error, cell.paper, cell.predicted, cell.floor, cell.oracle)
-    ratios = (cell.error / cell.paper, cell.error / cell.predicted)
-    return (label, *(f"{error:.1e}" for error in errors), *map(number, ratios))
-
-
-# --- goals -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One demand, what was measured, whether it is met."""
-
-    demand: str
-    measured: str
-    met: bool
-
-
-def goals(cells: Sequence[Cell]) -> list[Goal]:
-    """The issue's goals on a group of cells; one that none of them bears on is left out."""
-    ratios = Ratios.of(cells)
-    above = int(np.sum(ratios.over_paper > MOST_OVER_PAPER))
-    most, median = float(ratios.over_paper.max()), float(np.median(ratios.over_paper))
-    misjudged, middle = float(ratios.calibration.max()), float(np.median(ratios.calibration))
+def _recorded(cells: Sequence[Any]) -> list[str]:
+    """For `RECORDED`."""
+    paper, floor, predicted = (ratios(cells, OVER[title]) for title in (PAPER, FLOOR, PREDICTED))
     return [
-        Goal(
-            f"error/paper at most {MOST_OVER_PAPER} in every cell",
-            f"{number(most)}; {above} of {len(cells)} cells above",
-            most <= MOST_OVER_PAPER,
-        ),
-        Goal(
-            f"error/paper at most {MEDIAN_OVER_PAPER} in the median",
-            f"{median:.3f}; oracle/paper {number(np.median(ratios.oracle))}{_prototype_median(cells)}",
-            median <= MEDIAN_OVER_PAPER,
-        ),
-        *_exactness(cells),
-        Goal(
-            f"actual/predicted in [0.5, 2] in {100 * CALIBRATED_SHARE:.0f} % of the cells",
-            f"{100 * ratios.calibrated:.1f} %",
-            ratios.calibrated >= CALIBRATED_SHARE,
-        ),
-        Goal("actual/predicted never above 4", number(misjudged), misjudged <= MOST_MISJUDGED),
-        Goal(
-            "actual/predicted within 10 % of 1 in the median",
-            f"{middle:.3f}",
-            MEDIAN_CALIBRATION[0] <= middle <= MEDIAN_CALIBRATION[1],
-        ),
+        *(str(len(cells)), *summary(paper, "median", "max", "min"), str(np.sum(paper > 1.05))),
+        *(*summary(floor, "median", "max"), *summary(predicted, "median", "min", "max")),
+        *(share(within(predicted, 2)), str(np.sum(predicted > 4))),
+        *summary(ratios(cells, "paper", of="oracle"), "median"),
     ]
 
 
-def _exactness(cells: Sequence[Cell]) -> list[Goal]:
-    chosen = [cell for cell in cells if _must_be_exact(cell)]
-    if not chosen:
-        return []
-    most = max(cell.error for cell in chosen)
-    limits = f"floor {max(cell.floor for cell in chosen):.1e}, oracle {max(cell.oracle for cell in chosen):.1e}"
-    demand = f"64 float16 snapshots of (0.05, 0.28), sigma_rel 0.05 to 0.28: error at most {MOST_ERROR:g}"
-    return [Goal(demand, f"{most:.2e}; {limits}", most <= MOST_ERROR)]
+def worst_recorded(cells: Sequence[Any]) -> str:
+    """The cells that are worst in each respect, with all that is known of them."""
+
+    def label(cell: Any) -> str:
+        listed = f"{_listed(cell.tracked)} x {cell.snapshots}"
+        return f"{cell.run}{' *' * cell.held_out}, {cell.dtype}, {listed}, {cell.target}"
+
+    return _worst({"": cells}, (PAPER, PREDICTED), ("paper", "predicted", "floor", "oracle"), label, 15, 0.0)
 
 
-def _must_be_exact(cell: Cell) -> bool:
-    of_setup = (cell.dtype, cell.tracked, cell.snapshots) == ("float16", (0.05, 0.28), 64)
-    return of_setup and cell.sigma_rel is not None and 0.05 <= cell.sigma_rel <= 0.28
+# --- hard cases ------------------------------------------------------------------------------------
+
+HARD = (
+    "", "cells", "within 2", "within 3", ">3", PAPER, "max", ">1.05", NEAREST, "max", ">1.05", "unknown",
+)  # fmt: skip
+"""Shares of the cells whose error is within a factor of the predicted one, or more than three times above it; of each
+ratio its median, its maximum, and how many cells are above a limit. Unknown are cells without a prediction."""
 
 
-def _prototype_median(cells: Sequence[Cell]) -> str:
-    """The median over the kinds of cells that the demand was first measured on."""
-    chosen = [
-        cell
-        for cell in cells
-        if cell.dtype != "float32" and cell.snapshots != 8 and len(cell.tracked) == 2 and cell.sigma_rel is not None
+def hard_tables(cells: Sequence[Any], as_markdown: bool) -> str:
+    """By case; of a single one in text by run and by setup, too."""
+    groups = grouped(cells, lambda cell: cell.case)
+    if len(groups) == 1 and not as_markdown:
+        groups = grouped(cells, lambda cell: cell.run) | grouped(cells, lambda cell: cell.setup)
+    return (markdown if as_markdown else aligned)([HARD, *_rows({"all": cells} | groups, _hard)])
+
+
+def _hard(cells: Sequence[Any]) -> list[str]:
+    """For `HARD`."""
+    paper, nearest, predicted = (ratios(cells, OVER[title], least=LEAST) for title in (PAPER, NEAREST, PREDICTED))
+    return [
+        *(str(len(cells)), share(within(predicted, 2)), share(within(predicted, 3)), share(predicted > 3)),
+        *(*summary(paper, "median", "max"), str(np.sum(paper > 1.05))),
+        *(*summary(nearest, "median", "max"), str(np.sum(nearest > 1.05)), str(len(cells) - predicted.size)),
     ]
-    if not chosen:
-        return ""
-    ratios = Ratios.of(chosen)
-    return (
-        f"; {np.median(ratios.over_paper):.3f} (oracle {number(np.median(ratios.oracle))}) over the {len(chosen)} "
-        "cells of 16 bits, 20 or 64 snapshots, two profiles, a sigma_rel"
+
+
+def worst_hard(cells: Sequence[Any]) -> str:
+    """Of each case the cells that are worst in each respect, with all that is known of them."""
+    groups = {f"{case}, ": group for case, group in grouped(cells, lambda cell: cell.case).items()}
+    known = ("paper", "nearest", "predicted")
+    return _worst(
+        groups, (PAPER, NEAREST, PREDICTED), known, lambda cell: f"{cell.run}; {cell.setup}; {cell.target}", 5, LEAST
     )
-
-
-def goals_text(cells: Sequence[Cell]) -> str:
-    """The goals over all runs and over the held-out ones."""
-    lines = []
-    for label, group in overall(cells).items():
-        lines.append(f"goals, {label}:")
-        lines += [f"  {'met   ' if g.met else 'MISSED'}  {g.demand}: {g.measured}" for g in goals(group)]
-    return "\n".join(lines)
-
-
-def goals_markdown(cells: Sequence[Cell]) -> str:
-    """The same as a table."""
-    groups = {label: goals(group) for label, group in overall(cells).items()}
-    header = ("goal", *groups)
-    rows = [
-        (demands[0].demand, *(f"{goal.measured.split(';')[0]}{', missed' * (not goal.met)}" for goal in demands))
-        for demands in zip(*groups.values(), strict=True)
-    ]
-    return markdown([header, ("---", *["---:"] * len(groups)), *rows])
 
 
 # --- text ------------------------------------------------------------------------------------------
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> Iterable[tuple[int, tuple[Sequence[str], str]]]:
-    """Each line with its place and its text: the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for place, line in enumerate(lines):
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        yield place, (line, "  ".join(cells).rstrip())
+def _rows(groups: Groups, row: Callable[[Sequence[Any]], list[str]]) -> list[tuple[str, ...]]:
+    return [(label, *row(group)) for label, group in groups.items()]
+
+
+def _worst(
+    groups: Groups, titles: Sequence[str], known: Sequence[str], label: Callable[[Any], str], count: int, least: float
+) -> str:
+    """The worst cells of each group by each ratio; a prediction can be off either way."""
+    lines: list[Sequence[str]] = [("", "error", *known, "ratio")]
+    for group, cells in groups.items():
+        for title in titles:
+            found = [(ratio, cell) for cell in cells for ratio in ratios([cell], OVER[title], least=least)]
+            found.sort(key=lambda pair: -abs(np.log(pair[0])) if title == PREDICTED else -pair[0])
+            for ratio, cell in found[:count]:
+                errors = (f"{getattr(cell, name):.1e}" for name in ("error", *known))
+                lines.append((f"{group}{title}: {label(cell)}", *errors, number(ratio)))
+    return aligned(lines)
+
+
+def summary(values: FloatArray, *names: str) -> list[str]:
+    """NumPy's functions of these names; nothing where there are no values."""
+    return [number(getattr(np, name)(values)) if values.size else "" for name in names]
+
+
+def within(values: FloatArray, factor: float) -> npt.NDArray[np.bool_]:
+    """Which of the ratios are within a factor of 1."""
+    return (values >= 1 / factor) & (values <= factor)
+
+
+def share(holds: npt.NDArray[np.bool_]) -> str:
+    """Of all."""
+    return f"{100 * np.mean(holds):.1f} %" if holds.size else ""
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table in text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = (
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )  # fmt: skip
+    return "\n".join(texts)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the second line is that of the alignments."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """The same in Markdown."""
+    header, *rows = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---", *["---:"] * (len(header) - 1)), *rows))
 
 
 def _listed(tracked: Sequence[float]) -> str:

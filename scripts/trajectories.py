@@ -42,12 +42,16 @@ class Trajectory:
         weights: after every step, all parameters in the model's order: float32 [steps, parameters].
         shapes: of the parameters, in the same order.
         times: the run's clock after every step: 1, 2, ..., or the images seen so far: float64 [steps].
+        t_unit: of that clock.
+        restart: after how many steps a new optimizer began that knows nothing of the steps before; None is never.
     """
 
     name: str
     weights: npt.NDArray[np.float32]
     shapes: tuple[tuple[int, ...], ...]
     times: npt.NDArray[np.float64] = None  # type: ignore[assignment]  # set below: it is as long as the weights
+    t_unit: str = "steps"
+    restart: int | None = None
 
     def __post_init__(self) -> None:
         if self.times is None:
@@ -66,35 +70,21 @@ def record(name: str, steps: int = 10_000, cache: str | os.PathLike[str] | None 
         name: one of `NAMES`.
         steps: optimizer steps; the schedules of rate and batch size stretch with them.
         cache: a folder for recorded runs, made when missing; None trains anew and writes nothing.
-
-    Raises:
-        ValueError: no such run, or less than one step.
     """
-    if name not in RECIPES:
-        raise ValueError(f"{name!r}: no such run; choose from {', '.join(NAMES)}")
-    if steps < 1:
-        raise ValueError(f"steps {steps}: must be at least 1")
     recipe = RECIPES[name]
+    restart = None if recipe.restart is None else math.ceil(recipe.restart * steps)
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(recipe.seed)
         model = recipe.task.model()
         shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
-        if cache is None:
-            return Trajectory(name, _train(model, recipe, steps), shapes, _times(recipe, steps))
-        file = Path(cache) / f"{name}-{steps}-v{VERSION}.npy"
-        if not file.exists():
-            _save(file, _train(model, recipe, steps))
-        return Trajectory(name, np.load(file, allow_pickle=False), shapes, _times(recipe, steps))
-
-
-def mean_loss(trajectory: Trajectory, index: int, batches: int = 50) -> float:
-    """The loss after step `index` + 1, over batches of 256 that are the same at every call: does the run learn?"""
-    recipe = RECIPES[trajectory.name]
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _one_thread():
-        torch.manual_seed(1)
-        model, loss = recipe.task.model(), recipe.task.loss()
-        nn.utils.vector_to_parameters(torch.tensor(trajectory.weights[index]), model.parameters())
-        return float(torch.stack([loss(model, 256) for _ in range(batches)]).mean())
+        file = None if cache is None else Path(cache) / f"{name}-{steps}-v{VERSION}.npy"
+        if file is not None and file.exists():
+            weights = np.load(file, allow_pickle=False)
+        else:
+            weights = _train(model, recipe, steps, restart)
+            if file is not None:
+                _save(file, weights)
+    return Trajectory(name, weights, shapes, _times(recipe, steps), recipe.t_unit, restart)
 
 
 class Replay(nn.Module):
@@ -113,12 +103,8 @@ class Replay(nn.Module):
 
     def go_to(self, index: int) -> None:
         """Take the weights after step `index` + 1, in place as an optimizer does."""
-        self.take(self._weights[index])
-
-    def take(self, weights: torch.Tensor) -> None:
-        """The same with any weights: [parameters], in the recorded order."""
         with torch.no_grad():
-            rows = torch.split(weights, self._sizes)
+            rows = torch.split(self._weights[index], self._sizes)
             for parameter, row in zip(self.parameters(), rows, strict=True):
                 parameter.copy_(row.view_as(parameter))
 
@@ -297,7 +283,7 @@ HELD_OUT = ("denoiser-cosine", "denoiser-restart", "classifier-images", "cnn-bat
 # --- recording -------------------------------------------------------------------------------------
 
 
-def _train(model: nn.Module, recipe: Recipe, steps: int) -> npt.NDArray[np.float32]:
+def _train(model: nn.Module, recipe: Recipe, steps: int, restart: int | None) -> npt.NDArray[np.float32]:
     """Train and copy the weights out after every step: [steps, parameters]."""
     # The parameters become views of one vector, so that a step is recorded by one copy.
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
@@ -306,7 +292,7 @@ def _train(model: nn.Module, recipe: Recipe, steps: int) -> npt.NDArray[np.float
     optimizer, loss = recipe.optimizer(model), recipe.task.loss()
     highest = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
-        if _restarts(recipe, step, steps):
+        if step == restart:
             optimizer = recipe.optimizer(model)
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * recipe.rate(step / steps)
@@ -315,11 +301,6 @@ def _train(model: nn.Module, recipe: Recipe, steps: int) -> npt.NDArray[np.float
         optimizer.step()
         weights[step] = vector.numpy()
     return weights
-
-
-def _restarts(recipe: Recipe, step: int, steps: int) -> bool:
-    """Whether this is the first step with the new optimizer."""
-    return recipe.restart is not None and (step - 1) / steps < recipe.restart <= step / steps
 
 
 def _times(recipe: Recipe, steps: int) -> npt.NDArray[np.float64]:

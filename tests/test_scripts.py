@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import any_ema
 import bench_averages
 import bench_batch_norm
 import bench_fidelity
 import bench_load
+import bench_memory
 import bench_recipes
 import bench_sharded
 import bench_sweep
@@ -23,15 +27,17 @@ import corner_walks
 import evidence
 import fidelity_runs as runs
 import forked
+import long_runs
 import numpy as np
 import pytest
 import quiet_timing
 import torch
 from checkpoint_fidelity import Job
-from corner_runs import Tracking
+from compare_peers import true_averages
+from fidelity_runs import Tracking
 from trajectories import Trajectory
 
-from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.targets import Beta, Between, Target, Window, as_target
 
 
@@ -121,6 +127,46 @@ def test_bench_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 50 of 100 |" in capsys.readouterr().out
 
 
+def test_bench_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_memory, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
+    bench_memory.main()
+    held = re.findall(r'device="(\w+)": (\d+\.\d) bytes a parameter held', capsys.readouterr().out)
+    assert [device for device, _ in held] == ["model", "cpu"]
+    assert all(10 < float(nbytes) < 30 for _, nbytes in held)
+
+
+def test_long_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["long_runs.py", "--steps", "300"])
+    long_runs.main()
+    rows = re.findall(r"^\| (.+?) \| 300: (\S+) / (\S+) \| largest: (\S+) / (\S+) \|$", capsys.readouterr().out, re.M)
+    assert [name for name, *_ in rows] == list(long_runs.CASES)
+    assert all(float(error) < 2.5e-6 for _, *errors in rows for error in errors)
+
+
+def test_any_ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NAMES", ("classifier-sgd",)), ("LENGTHS", (0.1,)), ("WIDTHS", (0.05, 0.15))):
+        monkeypatch.setattr(any_ema, name, value)
+    monkeypatch.setattr(sys, "argv", ["any_ema.py", "--steps", "600", "--markdown"])
+    any_ema.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| classifier-sgd")]
+    assert [row[3] for row in rows] == ["0.05", "0.15"]
+    assert all(float(row[4]) < 0.2 * float(row[5]) for row in rows)  # nearer than the EMA itself
+
+
+def test_torture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["torture.py", "--only", "every truncation", "--share", "0.02"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(evidence.__file__).with_name("torture.py")), run_name="__main__")
+    assert ended.value.code == 0
+    assert re.search(r"^\| every truncation \| [1-9]\d* \| 0 \| 0 \| 0 \| \d+ s \|$", capsys.readouterr().out, re.M)
+
+
+def test_every_script_is_run_here_or_by_the_wheels_test() -> None:
+    scripts = Path(evidence.__file__).parent.glob("*.py")
+    programs = {path.stem for path in scripts if "__main__" in path.read_text()} - {"try_wheel"}
+    assert not [name for name in programs if not re.search(rf"\b{name}(\.main\(|\.py\")", Path(__file__).read_text())]
+
+
 def test_bench_averages(capsys: pytest.CaptureFixture[str]) -> None:
     bench_averages.main(["--quick"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.count("|") == 5]
@@ -179,11 +225,7 @@ def test_the_true_averages_are_those_of_their_definitions(stride: int) -> None:
     expected: dict[Target, np.ndarray] = {
         as_target(0.1): power, Beta(0.95): classical, Window(25): window, Between(320, 480): stretch,
     }  # fmt: skip
-    np.testing.assert_allclose(runs.true_averages(run, [*expected], stride), [*expected.values()], rtol=1e-9)
-    counts = compare_peers.true_weights(0.1, 600, stride)
-    own = PowerFunction.from_sigma_rel(0.1, 600).discrete_weights(np.arange(stride, 601, stride))
-    np.testing.assert_allclose(counts[stride - 1 :: stride], own, rtol=1e-9, atol=1e-15)
-    assert counts.sum() == pytest.approx(1)
+    np.testing.assert_allclose(true_averages(run, [*expected], stride), [*expected.values()], rtol=1e-9)
 
 
 def test_bench_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,19 +234,19 @@ def test_bench_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setattr(runs, name, value)
     monkeypatch.setattr(bench_fidelity, "_pictured_widths", lambda: np.array([0.02, 0.05, 0.1, 0.2]))
     files = {option: tmp_path / option for option in ("json", "figure.png")}
-    options = ["--processes", "1", "--steps", "240", "--runs", "denoiser-adam-every-10", "--worst"]
+    options = ["--processes", "1", "--steps", "240", "--runs", "denoiser-adam-every-10,denoiser-restart", "--worst"]
     bench_fidelity.main([*options, "--json", str(files["json"]), "--figure", str(files["figure.png"])])
     text = capsys.readouterr().out
-    assert "goals, all runs:" in text
-    assert "largest error/paper" in text
+    assert text.startswith("240 steps;")
+    assert "\nerror/published: denoiser-adam-every-10, float" in text
     assert files["figure.png"].read_bytes().startswith(b"\x89PNG")
     cells = json.loads(files["json"].read_text())
-    assert len(cells) == 2 * 12
+    assert len(cells) == 2 * 2 * 12
     # Made of float32 sums, with coefficients of a few ones.
     assert all(cell["oracle"] <= min(cell["error"], cell["paper"]) * (1 + 1e-6) + 3e-7 for cell in cells)
     tracked = [cell for cell in cells if cell["sigma_rel"] in (0.05, 0.28)]
-    assert len(tracked) == 2 * 2
-    # An update rounds once, and its rounding fades; 24 of them add up to less than 20.
+    assert len(tracked) == 2 * 2 * 2
+    # An update rounds once, and its rounding fades; 24 of them add up to less than 20, and so do 240.
     assert all(cell["error"] <= 20 * 2**-24 for cell in tracked if cell["dtype"] == "float32")
     assert all(cell["error"] <= 1.1 * cell["floor"] <= 1.1 * 2**-11 for cell in tracked if cell["dtype"] == "float16")
 
@@ -223,13 +265,12 @@ def test_bench_fidelity_of_corner_cases(
     options, file = ["--hard", "--processes", "1", "--case", "tiny"], tmp_path / "cells.json"
     bench_fidelity.main([*options, "--worst", "--json", str(file)])
     text = capsys.readouterr().out
-    assert "goals, tiny:" in text
-    assert "tiny, error/nearest" in text
+    assert "\ntiny, error/nearest: walk, cosine; float" in text
     assert len(json.loads(file.read_text())) == 4
     bench_fidelity.main([*options, "--markdown"])
-    table, verdicts = capsys.readouterr().out.split("\n\n")
-    assert len({row.count("|") for row in table.splitlines()}) == 1
-    assert verdicts.startswith("| goal | all cases |")
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[:2] for row in rows[2:]] == [["| all", "4"], ["| tiny", "4"]]
+    assert len({row.count("|") for row in rows}) == 1
 
 
 def test_bench_fidelity_of_checkpoints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import torch
 from ema_command import Ema
@@ -142,23 +141,6 @@ def test_an_open_file_that_another_host_removes_has_gone_away_too(
     assert torch.equal(average(tmp_path), expected)
     (record,) = caplog.records
     assert ".safetensors: cannot be read: stale file handle; planning again" in record.getMessage()
-
-
-CROWDED = """
-import resource, sys; from posthoc_cli import PostHocEMA; import torch
-tracker = PostHocEMA.from_path(sys.argv[1])
-tracker.state_dict(sigma_rel=0.15)
-resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-try: tracker.state_dict(sigma_rel=0.15)
-except Exception as error: print(type(error).__name__, error)
-"""
-
-
-def test_too_many_open_files_are_told_with_the_limit_to_raise(tmp_path: Path) -> None:
-    trained(tmp_path)
-    said = forked.check(CROWDED, tmp_path).out
-    assert said.startswith("FileFormatError ")
-    assert "too many open files; raise the limit" in said
 
 
 def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planned(

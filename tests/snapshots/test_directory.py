@@ -254,17 +254,6 @@ def test_names_are_for_people() -> None:
 # --- adding
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 5])
-def test_thinning_keeps_as_many_of_each_profile_and_the_newest(tmp_path: Path, keep: int) -> None:
-    write_times(tmp_path, [10, 20, 30, 40, 50], (0.05, 0.28))
-    assert len(thin(stored(tmp_path), None)) == len(times_in(tmp_path)) == 10
-    thin(stored(tmp_path), keep)
-    for sigma_rel in (0.05, 0.28):
-        left = [s.info.t for s in read_directory(tmp_path) if s.info.sigma_rel == sigma_rel]
-        assert len(left) == keep
-        assert left[-1] == 50
-
-
 def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_path: Path) -> None:
     """A network that moves in the middle of training only: snapshots elsewhere are all alike, but for the nearest."""
     moves = np.zeros((100, 300))

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from checking import assert_same_tensors, refused
 from ema_command import Ema, unmeasured_environment
 from factories import write_run
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
-from posthoc_cli.cli import app
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -32,7 +30,6 @@ from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.results import Record, Records
 
-ORIGIN = {"kind", "step_from", "prefix", "include", "exclude", "sigma_rels", "update_every", "update_after_step"}
 LENGTHS = (0.05, 0.1, 0.2)
 PRINTED = Metric()
 GRID = Axis.of_values("sigma_rel", LENGTHS)
@@ -178,12 +175,6 @@ def test_json_is_the_result_alone_and_the_trials_go_to_stderr(ema: Ema, run: Run
     quiet = ema("sweep", run.directory, "--run", command, *options, "--quiet")
     assert quiet.json == done.json | {"again": quiet.json["again"], "trials": quiet.json["trials"]}
     assert [line.partition(",")[0] for line in quiet.err.splitlines()] == ["ema: warning: sigma_rel 0.2"]
-
-
-def test_every_option_is_in_a_panel_of_the_help() -> None:
-    command = typer.main.get_command(app).commands["sweep"]  # type: ignore[attr-defined]
-    own = [option for option in command.params if option.param_type_name == "option" and option.name not in ORIGIN]
-    assert {option.rich_help_panel for option in own} == {"Which run", "Targets", "How", "Output"}
 
 
 @pytest.mark.parametrize("axis", [Axis("sigma_rel", 0.05, 0.25), GRID])

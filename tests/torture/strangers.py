@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from ema_command import Result
-from factories import random_walk, save_state, write_run
+from factories import random_walk, write_run
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
@@ -61,15 +61,10 @@ class Scene:
 
 
 def make_template(home: Path) -> Path:
-    """A run of two profiles, an output of it, its shards, a tracker's state, and the outside."""
+    """A run of two profiles, an output of it, its shards, and the outside."""
     write_run(home / "run", random_walk(20, {"w": (3,), "v": (2, 2)}), (5, 10, 15, 20))
     synthesize(home / "run", home / "made.safetensors")
     export_file(home / "made.safetensors", home / "sharded", max_shard_size="14")
-    model = torch.nn.Linear(2, 2)
-    tracker = PostHocEMA.from_model(model, home / "tracked", update_every=1)
-    tracker.update_(model)
-    save_state(tracker, home / "state.safetensors")
-    tracker.close()
     (home / "out").mkdir()
     (home / "outside").mkdir()
     (home / "outside" / "secret").write_bytes(SECRET)
