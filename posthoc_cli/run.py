@@ -67,8 +67,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Planned = TypeVar("_Planned")
 
-Wanted = float | Target | Profile
-"""An average: a sigma_rel, a target such as Beta(0.9999), or any object with `density` and `tail`."""
+Wanted = float | str | Target | Profile
+"""An average: a sigma_rel, a target such as Beta(0.9999), or its text form, or any object with `density` and `tail`."""
 
 
 class Weights(OrderedDict[str, "torch.Tensor"]):
