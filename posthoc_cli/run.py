@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from posthoc_cli.checkpoints.audit import Audit
+    from posthoc_cli.export.convert import ExportReport
     from posthoc_cli.export.writing import SynthesisReport
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Planned = TypeVar("_Planned")
 
-Wanted = float | Target | Profile
-"""An average: a sigma_rel, a target such as Beta(0.9999), or any object with `density` and `tail`."""
+Wanted = float | str | Target | Profile
+"""An average: a sigma_rel, a target such as Beta(0.9999), or its text form, or any object with `density` and `tail`."""
 
 
 class Weights(OrderedDict[str, "torch.Tensor"]):
@@ -333,6 +334,43 @@ class Run:
             with Ranks() as ranks:
                 return outputs.write_shards(ranks, ranks.together(plan), progress)
         return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
+
+    def merge(
+        self,
+        target: Wanted,
+        base: str | Path,
+        out: str | Path,
+        *,
+        t: float | None = None,
+        step: int | None = None,
+        method: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        progress: ProgressBar = no_bar,
+        **options: Any,
+    ) -> ExportReport:
+        """Write a base model with the average of a low-rank adapter's products B A, of which this is a run.
+
+        The average is that of the products over the checkpoints, or of those of each snapshot's averaged factors; where
+        the factors themselves are averaged, `write` gives an adapter again.
+
+        Arguments:
+            target, t, step, method: the average, as in `average`.
+            base: the model that the adapter was trained on: a safetensors file, or a folder of shards.
+            out: a file, or a folder for shards.
+            dtype: of the output's floating-point tensors; None for those of the base.
+            progress: opens a progress bar.
+            options: `layout`, `max_shard_size` and `overwrite` of `export.layouts.OutputOptions`.
+
+        Raises:
+            InvalidValueError, FileFormatError, MismatchError, OutputExistsError, WriteError, NonFiniteError.
+        """
+        from posthoc_cli.export.layouts import OutputOptions
+        from posthoc_cli.export.merging import merge
+
+        _check_names("merge", ("t", "step", "method", "dtype", "progress"), options, OutputOptions)
+        base, out = files.expanded(base), files.expanded(out)
+        plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
+        return with_consistent_plan(plan, lambda made: merge(made, base, out, OutputOptions(**options), progress))
 
     # --- errors
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from typer import Argument
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.run import Run
+from posthoc_cli.targets import Target
+
+if TYPE_CHECKING:
+    from posthoc_cli.export.convert import ExportReport
 
 EPILOG = (
     "Example:  ema export model.safetensors --out model.pt   or   "
@@ -34,6 +42,14 @@ def export(
     base: Path | None = values.HOW(
         None, help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."
     ),
+    merge: Path | None = values.HOW(
+        None,
+        metavar="BASE",
+        help="Add the average of a LoRA adapter's products to this full model; FILE is then a run: the adapter's "
+        "snapshots, or a folder or a glob of its checkpoints.",
+    ),
+    sigma_rel: str | None = values.TARGETS(None, help="With --merge: the length of the average."),
+    target: list[str] = values.TARGETS([], metavar="KIND:VALUE", help="With --merge: an average of another kind."),
     prefix: str = values.HOW("", help="Put this in front of every name in FILE."),
     strip_prefix: str = values.HOW("", help="Remove this from the front of the names in FILE."),
 ) -> None:
@@ -46,11 +62,33 @@ def export(
     """
     from posthoc_cli.export.convert import export_file
 
+    wanted = values.parse_targets(sigma_rel, target)
+    if merge is not None:
+        _check_merge(wanted, base is not None or bool(prefix or strip_prefix))
+        report = Run(file).merge(
+            wanted[0], values.existing(merge), out, dtype=dtype, layout=layout, max_shard_size=max_shard_size,
+            overwrite=overwrite, progress=output.progress_bar(quiet),
+        )  # fmt: skip
+        _print(report, merge, out, quiet, as_json)
+        return
+    if wanted:
+        raise InvalidValueError("--sigma-rel and --target", "are for --merge; ema synthesize makes other averages")
     base = None if base is None else values.existing(base)
     report = export_file(
         values.existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite,
         max_shard_size, output.progress_bar(quiet),
     )  # fmt: skip
+    _print(report, base, out, quiet, as_json)
+
+
+def _check_merge(wanted: Sequence[Target], renames: bool) -> None:
+    if len(wanted) != 1:
+        raise InvalidValueError("--merge", f"needs one average, not {len(wanted)}: --sigma-rel 0.15, or one --target")
+    if renames:
+        raise InvalidValueError("--merge", "finds the names of the base itself: no --base, --prefix or --strip-prefix")
+
+
+def _print(report: ExportReport, base: Path | None, out: Path, quiet: bool, as_json: bool) -> None:
     if as_json:
         output.print_json(report.to_dict())
     elif not quiet:

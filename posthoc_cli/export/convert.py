@@ -43,7 +43,15 @@ from posthoc_cli.snapshots.format import (
     output_metadata,
 )
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
-from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
+from posthoc_cli.snapshots.outputs import (
+    check_alike,
+    check_indexed,
+    decode_output,
+    index_of,
+    model_files,
+    models_at,
+    training_metadata,
+)
 from posthoc_cli.snapshots.reading import TensorReader, open_file
 from posthoc_cli.snapshots.selection import running_statistics
 from posthoc_cli.snapshots.tensor_file import read_header, tensor_from_bytes
@@ -131,6 +139,9 @@ def export_file(
                 if base is not None:
                     tensors |= _read_base(stack, base, wanted, tensors)
                 metadata = {"format": "pt"} if info is None else output_metadata(info)
+                if len(model_files(model)) == 1:
+                    unchanged = wanted is None and not (prefix or strip_prefix or base)
+                    metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
                 specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
                 sink = make_sink(kind, path, specs, metadata, options)
                 stack.callback(sink.discard)

@@ -43,8 +43,10 @@ from posthoc_cli.snapshots.outputs import (
     output_difference,
     read_index,
     same_coefficients,
+    training_metadata,
 )
 from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
 from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
@@ -121,7 +123,10 @@ def write_synthesis(
     with ExitStack() as stack:
         if folder is not None and folder.parent.is_dir():
             stack.enter_context(files.new_directory(folder))
-        metadata = [output_metadata(plan.output_info(index)) for index in range(len(paths))]
+        newest, kept = plan.newest, {}
+        if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
+            kept = training_metadata(read_header(newest.path))
+        metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
         for sink in fill_sinks(stack, plan, dict(zip(paths, metadata, strict=True)), options):
             sink.commit()
 

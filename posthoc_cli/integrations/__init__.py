@@ -6,6 +6,7 @@ Only the public tracker is used here.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,27 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from posthoc_cli.errors import MismatchError
+from posthoc_cli.errors import InvalidValueError, MismatchError, shown
+from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA
 
 STATE_NAME = "posthoc_ema"
 """The tracker's own state in a framework's checkpoint: a folder of torch.distributed.checkpoint where processes share
 it, else this with the suffix of a file of `torch.save`."""
+
+
+def lengths(name: str, given: Any) -> dict[str, float | str]:
+    """What an argument says is to be evaluated, by label: a sigma_rel, the text form of a target, several, or None.
+
+    Raises:
+        InvalidValueError: about `name`, or about the target.
+    """
+    wanted = [] if given is None else given if isinstance(given, list | tuple) else [given]
+    for one in wanted:
+        if isinstance(one, bool) or not isinstance(one, float | int | str):
+            reason = "must be a sigma_rel such as 0.15, a text such as 'decay:linear:20%', or a list of them"
+            raise InvalidValueError(name, reason, value=shown(one))
+    return {as_target(one).label: one for one in wanted}
 
 
 def make_tracker(model: torch.nn.Module, checkpoint_dir: str | Path, options: dict[str, Any]) -> PostHocEMA:
@@ -87,7 +103,6 @@ def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def figures(ema: PostHocEMA, sigma_rel: float | None) -> dict[str, float]:
-    """The tracker's metrics under names for a logger."""
-    wanted = () if sigma_rel is None else (sigma_rel,)
-    return {f"ema/{name}": value for name, value in ema.metrics(wanted).items()}
+def figures(ema: PostHocEMA, wanted: Iterable[float | str] = ()) -> dict[str, float]:
+    """The tracker's metrics, with the predicted errors of these lengths, under names for a logger."""
+    return {f"ema/{name}": value for name, value in ema.metrics([*wanted]).items()}

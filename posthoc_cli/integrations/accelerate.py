@@ -40,7 +40,7 @@ def prepare(
     ema = make_tracker(model, checkpoint_dir, options)
     if optimizer is not None:
         ema.attach(optimizer)
-    ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker, None), step=tracker.step))
+    ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
 
     number = _free_place(accelerator, model)
 

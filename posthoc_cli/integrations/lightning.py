@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,8 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import figures, is_sharded, load_state, make_tracker, save_state, was_left_out
-from posthoc_cli.profiles import check_sigma_rel
+from posthoc_cli.integrations import figures, is_sharded, lengths, load_state, make_tracker, save_state, was_left_out
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,11 @@ class PostHocWeightAveraging(Callback):
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
-        validate: length of the average for validation and in checkpoints; None for the raw weights.
+        validate: the average for validation and in checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
+            for the raw weights. Of a list each one is validated beside the raw weights, by one more pass over the data
+            that other callbacks do not see, with metrics such as `ema_0.15_val_loss`; a checkpoint then holds the
+            average whose metric `ModelCheckpoint` monitors, else the raw weights. One that training is too short for is
+            left out until it is not, with a warning.
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages, see `should_update` for others.
         update_starting_at_step, update_starting_at_epoch: no update before both.
@@ -42,15 +47,18 @@ class PostHocWeightAveraging(Callback):
     """
 
     def __init__(
-        self, checkpoint_dir: str | Path, validate: float | None = None, copy_at_end: bool = False,
+        self, checkpoint_dir: str | Path, validate: float | str | Sequence[float | str] | None = None,
+        copy_at_end: bool = False,
         update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None, use_buffers: bool = False, device: str | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
-        if copy_at_end and validate is None:
-            raise InvalidValueError("copy_at_end", "needs the length of the average", "say validate=0.15")
-        if validate is not None:
-            validate = check_sigma_rel(validate)
+        if copy_at_end and (validate is None or isinstance(validate, list | tuple)):
+            raise InvalidValueError("copy_at_end", "needs one length of the average", "say validate=0.15")
+        self._lengths = lengths("validate", validate)
+        self._single = None if isinstance(validate, list | tuple) else next(iter(self._lengths.values()), None)
+        self._saved = self._single  # the average in checkpoints
+        self._found: dict[str, Any] = {}  # metrics of several
         self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
         self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
         buffers = "average" if use_buffers else "statistics"
@@ -105,16 +113,17 @@ class PostHocWeightAveraging(Callback):
             log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
         self._state, self._resumed = None, False
         self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's own time goes on
-        if self.validate is not None and any(
-            getattr(one, "save_weights_only", 0) for one in trainer.checkpoint_callbacks
-        ):
+        if self._lengths and any(getattr(one, "save_weights_only", 0) for one in trainer.checkpoint_callbacks):
             log.warning("ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning asks no callback then")
+        if self._single is None and self._lengths:
+            self._saved = self._monitored(trainer)
+            self._validate_each(trainer, pl_module)
         for optimizer in trainer.optimizers:
             self._handles.callback(optimizer.register_step_post_hook(self._after_step).remove)
 
         def log_figures(tracker: PostHocEMA) -> None:
             for logger in trainer.loggers:
-                logger.log_metrics(figures(tracker, self.validate), step=trainer.global_step)
+                logger.log_metrics(figures(tracker, self._lengths.values()), step=trainer.global_step)
 
         ema.on_snapshot(log_figures)
 
@@ -136,18 +145,20 @@ class PostHocWeightAveraging(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module averaged weights, within `fit` and except for sanity checking."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and self.ema is not None and self.validate is not None:
-            self._swapped.enter_context(self.ema.model(pl_module, self.validate))
+        if fitting and self.ema is not None and self._single is not None:
+            self._swapped.enter_context(self.ema.model(pl_module, self._single))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module its own weights back."""
+        """Give the module its own weights back, and log the metrics of several averages."""
         self._swapped.close()
+        found, self._found = self._found, {}
+        pl_module.log_dict(found)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last snapshot, and copy the average into the module where asked."""
         self._finish()
-        if self.ema is not None and self.validate is not None and self.copy_at_end:
-            self.ema.load_into(pl_module, self.validate)
+        if self.ema is not None and self._single is not None and self.copy_at_end:
+            self.ema.load_into(pl_module, self._single)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish as at the end; an error of that must not hide the exception."""
@@ -178,8 +189,8 @@ class PostHocWeightAveraging(Callback):
             save_state(ema, folder, pl_module)
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        if self.validate is not None and ema.has_average:
-            with ema.model(pl_module, self.validate):
+        if self._saved is not None and ema.has_average:
+            with ema.model(pl_module, self._saved):
                 averaged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
@@ -194,6 +205,49 @@ class PostHocWeightAveraging(Callback):
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped |= not was_left_out(optimizer)
+
+    def _monitored(self, trainer: Trainer) -> float | str | None:
+        """The average of a list that checkpoints hold: the one whose metric chooses them."""
+        monitors = [one.monitor for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)]
+        fitting = [[label for label in self._lengths if one.startswith(f"ema_{label}_")] for one in monitors]
+        chosen = list(dict.fromkeys(max(labels, key=len, default="") for labels in fitting))
+        if len(chosen) > 1:
+            what = f"the average {chosen[0]}" if chosen[0] else "the raw weights"
+            log.warning("every checkpoint holds %s, though other metrics choose some of them", what)
+        return self._lengths.get(chosen[0]) if chosen else None
+
+    def _validate_each(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have each validation of this training begin with one of every average."""
+        loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+        run = loop.run
+
+        def run_each() -> Any:
+            loop.setup_data()
+            if loop.skip or self.ema is None:
+                return run()
+            # Nobody sees these passes: not the counters of the loop, nor callbacks and loggers.
+            progress, restarting = deepcopy(loop.batch_progress.state_dict()), loop.restarting
+            others, known = trainer.callbacks, trainer.callback_metrics
+            before = dict(known)
+            connector.log_metrics = lambda *_, **__: None
+            try:
+                loop.restarting, trainer.callbacks = False, []
+                for label, block in self.ema.models(pl_module, [*self._lengths.values()]).items():
+                    known.clear()
+                    with block:
+                        run()
+                    for name, value in known.items():
+                        self._found[f"ema_{label}_{name}".replace("/dataloader_idx", "_dataloader_idx")] = value
+            finally:
+                del connector.log_metrics
+                known.clear()
+                known.update(before)
+                trainer.callbacks, loop.restarting = others, restarting
+                loop.batch_progress.load_state_dict(progress)
+            return run()
+
+        loop.run = run_each
+        self._handles.callback(vars(loop).pop, "run", None)
 
     def _finish(self) -> None:
         self._swapped.close()

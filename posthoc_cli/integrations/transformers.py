@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -16,13 +16,10 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import figures, load_state, make_tracker, save_state, was_left_out
-from posthoc_cli.profiles import check_sigma_rel
+from posthoc_cli.integrations import figures, lengths, load_state, make_tracker, save_state, was_left_out
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
-
-FOLDER = "ema"  # the averaged model within a checkpoint
 
 _installed: WeakKeyDictionary[Trainer, str | None] = WeakKeyDictionary()
 """The trainers with a callback, and the checkpoint that each goes on from."""
@@ -36,11 +33,14 @@ class PostHocCallback(TrainerCallback, ExportableState):
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
-        evaluate: the length of the average to evaluate as well; None for none. Each evaluation runs a second time with
-            averaged weights, whose metrics have the prefix `eval_ema`. With one of them as `metric_for_best_model`,
-            checkpoints hold the averaged model, and `load_best_model_at_end` loads it. Before the first update the
-            weights are evaluated and saved as they are. Other callbacks see one evaluation with the metrics of both.
-        folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`.
+        evaluate: the average to evaluate as well, a sigma_rel or a text such as "decay:linear:20%"; None for none. Each
+            evaluation runs a second time with averaged weights, whose metrics have the prefix `eval_ema`. With one of
+            them as `metric_for_best_model`, checkpoints hold the averaged model, and `load_best_model_at_end` loads it.
+            Before the first update the weights are evaluated and saved as they are. Other callbacks see one evaluation
+            with the metrics of both. Of a list each one is evaluated, with the prefixes `eval_ema_0.15` and
+            `eval_ema_decay-linear-20%`; one that training is too short for is left out until it is not, with a warning.
+        folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`; of a
+            list each, as `ema_0.15`.
         options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
@@ -48,12 +48,14 @@ class PostHocCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, checkpoint_dir: str | Path, evaluate: float | None = None, folders: bool = False, **options: Any
-    ) -> None:
+        self, checkpoint_dir: str | Path, evaluate: float | str | Sequence[float | str] | None = None,
+        folders: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         if folders and evaluate is None:
             raise InvalidValueError("folders", "needs the length of the average to save", "say evaluate=0.15")
-        if evaluate is not None:
-            evaluate = check_sigma_rel(evaluate)
+        self._lengths = lengths("evaluate", evaluate)
+        names = "ema_{}" if isinstance(evaluate, list | tuple) else "ema"
+        self._names = {label: names.format(label) for label in self._lengths}  # of metrics, and of folders
         schedule = options.pop("schedule", None)
         if schedule is not None:  # a checkpoint lists arguments as JSON
             options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
@@ -103,7 +105,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
             self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
             self._model = ref(model)
             # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
-            ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self.evaluate)))
+            ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values())))
         else:  # memory was too short: the loop begins again, with the weights as they are
             log.warning("training begins again with smaller batches; its averages go on from step %d", ema.step)
         if folder is not None and not load_state(ema, folder):
@@ -127,21 +129,23 @@ class PostHocCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None,
         eval_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
-        """Evaluate the average on the same data, and add its metrics to those of the weights."""
-        if self.ema is None or self.evaluate is None:
+        """Evaluate the averages on the same data, and add their metrics to those of the weights."""
+        if self.ema is None or not self._lengths:
             return
         trainer = _trainer_of(state)
-        for one in trainer.callback_handler.callbacks:
-            if isinstance(one, ProgressCallback):  # each evaluation has a bar of its own
-                one.on_evaluate(args, state, control)
         named = (name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))
         prefix = min(named, key=len, default="eval")  # "eval", or for one of several sets "eval_name"
-        own = prefix.replace("eval", "eval_ema", 1) if prefix.startswith("eval") else f"{prefix}_ema"
-        with self.ema.model(trainer.model, self.evaluate):
-            losses_only = True if trainer.compute_metrics is None else None
-            found = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
-        trainer.log(found.metrics)
-        metrics.update(found.metrics)
+        losses_only = True if trainer.compute_metrics is None else None
+        for label, block in self.ema.models(trainer.model, [*self._lengths.values()]).items():
+            for one in trainer.callback_handler.callbacks:
+                if isinstance(one, ProgressCallback):  # each evaluation has a bar of its own
+                    one.on_evaluate(args, state, control)
+            name = self._names[label]
+            own = prefix.replace("eval", f"eval_{name}", 1) if prefix.startswith("eval") else f"{prefix}_{name}"
+            with block:
+                found = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
+            trainer.log(found.metrics)
+            metrics.update(found.metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the tracker's state into the checkpoint that was just saved, and the averaged model where asked."""
@@ -154,27 +158,35 @@ class PostHocCallback(TrainerCallback, ExportableState):
             return
         trainer, folder = _trainer_of(state), Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         save_state(self.ema, folder, trainer.model)
-        if self.evaluate is not None and (self.folders or _chooses_average(args)):
-            with self.ema.model(trainer.model, self.evaluate):
-                trainer.save_model(str(folder / FOLDER), _internal_call=True)
+        chosen = self._chosen(args)
+        saved = [one for label, one in self._lengths.items() if self.folders or label == chosen]
+        for label, block in (self.ema.models(trainer.model, saved) if saved else {}).items():
+            own = str(folder / self._names[label])
+            with block:
+                trainer.save_model(own, _internal_call=True)
                 if trainer.is_fsdp_enabled:  # as the trainer does itself, to load the best model
-                    plugin = trainer.accelerator.state.fsdp_plugin
-                    save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder / FOLDER))
+                    save_fsdp_model(trainer.accelerator.state.fsdp_plugin, trainer.accelerator, trainer.model, own)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write a last snapshot, and let others into the directory; load the best average where asked."""
         if self.ema is None:
             return
         self.ema.close()
-        best = state.best_model_checkpoint
-        if self.evaluate is not None and best is not None and _chooses_average(args):
+        best, chosen = state.best_model_checkpoint, self._chosen(args)
+        if best is not None and chosen is not None:
             trainer = _trainer_of(state)
             trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
             try:
-                state.best_model_checkpoint = str(Path(best) / FOLDER)
+                state.best_model_checkpoint = str(Path(best) / self._names[chosen])
                 trainer._load_best_model()
             finally:
                 state.best_model_checkpoint = best
+
+    def _chosen(self, args: TrainingArguments) -> str | None:
+        """The average whose metric chooses the best model."""
+        metric = (args.metric_for_best_model or "").removeprefix("eval_")
+        fitting = [label for label, name in self._names.items() if metric.startswith(f"{name}_")]
+        return max(fitting, key=len, default=None) if args.load_best_model_at_end else None
 
 
 def _watch(trainer: Trainer) -> None:
@@ -205,12 +217,6 @@ def _check_alone(callbacks: Iterable[TrainerCallback]) -> None:
         reason = "hold PostHocCallback twice, and a checkpoint has room for the state of one"
         hint = "leave one out, or trainer.remove_callback(PostHocCallback); its snapshots give averages of all lengths"
         raise InvalidValueError("callbacks", reason, hint)
-
-
-def _chooses_average(args: TrainingArguments) -> bool:
-    """Whether the best model is the best average."""
-    metric = args.metric_for_best_model or ""
-    return bool(args.load_best_model_at_end) and metric.removeprefix("eval_").startswith("ema_")
 
 
 def _plain(value: Any) -> Any:

@@ -94,6 +94,16 @@ _ENTRIES = {
 """What the metadata of an output must be."""
 
 
+_OF_TRAINING = ("ss_", "modelspec.")
+
+
+def training_metadata(header: fmt.FileHeader, with_hashes: bool = False) -> dict[str, str]:
+    """What kohya's scripts say in a file about its training, with the hashes of its tensors if these stay."""
+    kept = (*_OF_TRAINING, "sshs_") if with_hashes else _OF_TRAINING
+    found = {name: value for name, value in header.metadata.items() if name.startswith(kept)}
+    return {name: value for name, value in found.items() if with_hashes or not name.startswith("modelspec.hash")}
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """The content of an index: the tensors in each file, by its name, growing; bytes of all tensors, if it has them."""

@@ -251,7 +251,7 @@ class Plan:
 
 def plan_synthesis(
     sources: Sequence[Source],
-    targets: Sequence[Target | Profile | float],
+    targets: Sequence[Target | Profile | float | str],
     t: float | None = None,
     step: int | None = None,
     method: str | None = None,

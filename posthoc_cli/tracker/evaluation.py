@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import torch_dtype
-from posthoc_cli.errors import FileFormatError, ModelMismatchError, NotReadyError, VanishedError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NotReadyError, VanishedError
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.chunks import Box, Chunk
@@ -31,7 +32,7 @@ from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
-from posthoc_cli.tracker.model_weights import check_weights
+from posthoc_cli.tracker.model_weights import check_weights, on_disk
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.settings import Settings
@@ -100,6 +101,34 @@ class Evaluation:
         if self._is_spread:
             return self._chunks(model, query)
         return _from_keeper(self.group, lambda: self.planned(query, make_weights))
+
+    def each(
+        self, model: torch.nn.Module, wanted: Mapping[str, Target]
+    ) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
+        """By label what gives each of several averages, as they are now, and why others cannot be made yet.
+
+        Those of complete tensors are made here, in one pass; several wait on disk.
+        """
+        queries = {label: Query(target) for label, target in wanted.items()}
+        if self._is_spread:
+            refused = self.of_sources(lambda sources: plan_possible(self._some(sources), wanted)[1])
+            made = {label: partial(self.weights, model, query) for label, query in queries.items()}
+            return {label: make for label, make in made.items() if label not in refused}, refused
+        kept: dict[str, Weights] = {}
+
+        def write(planned: tuple[Plan | None, dict[str, str]]) -> dict[str, str]:
+            plan, refused = planned
+            if plan is not None:
+                labels = [label for label in wanted if label not in refused]
+                made = [make_weights(plan)] if len(labels) == 1 else on_disk(plan, self.directory)
+                kept.update(zip(labels, made, strict=True))
+            return refused
+
+        refused = self.group.from_first(
+            lambda: with_consistent_plan(lambda: plan_possible(self._some(self.sources()), wanted), write)
+        )
+        take = {label: partial(kept.__getitem__, label) for label in wanted if label not in refused}
+        return {label: partial(_from_keeper, self.group, own) for label, own in take.items()}, refused
 
     def live_weights(self, model: torch.nn.Module, index: int) -> Weights:
         """The same of the live average of the tracked profile of this index, as it is."""
@@ -207,16 +236,15 @@ class Evaluation:
 
     # --- plans and refusals
 
-    def _plan_from(self, sources: Sequence[Source], query: Query) -> Plan:
+    def _plan_from(self, sources: list[Source], query: Query) -> Plan:
+        plan = plan_synthesis(self._some(sources), [query.wanted], query.t, query.step, query.method, dtype=query.dtype)
+        return _logged(plan)
+
+    def _some(self, sources: list[Source]) -> list[Source]:
+        """The same, or a NotReadyError if there are none."""
         if not sources:
             raise self._not_yet("average")
-        plan = plan_synthesis(sources, [query.wanted], query.t, query.step, query.method, dtype=query.dtype)
-        error = plan.predicted_error(0)
-        predicted = "unknown" if error is None else f"{error:.2g}"
-        log.info("average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted)
-        if plan.choice is not None:
-            log.info("made from %s", plan.choice)
-        return plan
+        return sources
 
     def _not_yet(self, what: str) -> NotReadyError:
         schedule, step = self.settings.schedule, self.pipeline.progress.step
@@ -233,6 +261,31 @@ class Evaluation:
                 "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
                 "new PostHocEMA.from_path(directory), before any update_ of it",
             )
+
+
+def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[Plan | None, dict[str, str]]:
+    """How several averages are made, and why others cannot be yet: a window may be longer than the run is by now."""
+    refused: dict[str, str] = {}
+    try:
+        return _logged(plan_synthesis(sources, [*wanted.values()])), refused
+    except InvalidValueError:
+        for label, target in wanted.items():
+            try:
+                plan_synthesis(sources, [target])
+            except InvalidValueError as error:
+                refused[label] = str(error)
+    possible = [target for label, target in wanted.items() if label not in refused]
+    return (_logged(plan_synthesis(sources, possible)) if possible else None), refused
+
+
+def _logged(plan: Plan) -> Plan:
+    for index, target in enumerate(plan.targets):
+        error = plan.predicted_error(index)
+        predicted = "unknown" if error is None else f"{error:.2g}"
+        log.info("average of %s at t = %.12g: predicted error %s", target.title, plan.t, predicted)
+    if plan.choice is not None:
+        log.info("made from %s", plan.choice)
+    return plan
 
 
 # --- what all processes of a group call ---

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import math
+import mmap
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from itertools import chain, islice, pairwise
+from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
 from posthoc_cli.run import Weights
@@ -27,6 +32,9 @@ from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
+
+_ALIGNED = 64
+"""Bytes that the places of tensors in a file are multiples of."""
 
 
 class Block(Generic[Given]):
@@ -116,6 +124,45 @@ def copied_weights(tensors: ModelTensors, dtype: torch.dtype | str | None) -> We
     for alias, name in tensors.aliases.items():
         made[alias] = made[name]
     return made
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def on_disk(plan: Plan, folder: Path) -> list[Weights]:
+    """All targets of a plan, made in one pass, in a file without a name in `folder`: no memory is needed for them.
+
+    Raises:
+        WriteError: there is no room for them on disk.
+    """
+    starts: dict[str, list[int]] = {}
+    made: list[torch.Tensor] = []
+    with (
+        files.reported_as_write_error(folder),
+        TemporaryFile(dir=folder, prefix=files.TEMPORARY_PREFIX, suffix=files.TEMPORARY_SUFFIX) as file,
+    ):
+        for name, values in synthesize(plan):
+            if made and values[0] is made[0]:  # another name of the tensor
+                starts[name] = starts[next(reversed(starts))]
+                continue
+            made, starts[name] = values, []
+            for value in values:
+                starts[name].append(file.tell())
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+                file.write(bytes(-file.tell() % _ALIGNED))
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    weights = [Weights() for _ in plan.targets]
+    for index, own in enumerate(weights):
+        own.predicted_error, own.profile_error = plan.predicted_error(index), plan.profile_error(index)
+        tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}  # those with several names once
+        for spec in plan.specs():
+            start, dtype = starts[spec.name][index], torch_dtype(spec.dtype)
+            if (start, spec.shape) not in tensors:
+                count = math.prod(spec.shape)
+                flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
+                tensors[start, spec.shape] = flat.to(dtype).view(spec.shape)
+            own[spec.name] = tensors[start, spec.shape]
+    return weights
 
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:

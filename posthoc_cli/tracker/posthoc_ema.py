@@ -9,6 +9,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Run, Wanted, Weights
+from posthoc_cli.run import Run, Wanted, Weights, as_targets
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.format import joined_paths
 from posthoc_cli.snapshots.measurements import source_prior
@@ -36,10 +37,10 @@ from posthoc_cli.snapshots.selection import Selection, check_globs, make_selecti
 from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
-from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered
+from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered, plan_possible
 from posthoc_cli.tracker.measuring import squared_norms
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
@@ -53,6 +54,7 @@ from posthoc_cli.tracker.model_tensors import (
     nonfinite_name,
 )
 from posthoc_cli.tracker.model_weights import (
+    Block,
     copied_weights,
     fill,
     fill_model,
@@ -139,6 +141,7 @@ class PostHocEMA:
         self._callbacks: list[Callable[[PostHocEMA], None]] = []
         self._reported = 0
         self._warned_of_raw = self._warned_of_statistics = False
+        self._warned_of_targets: frozenset[str] = frozenset()
         self._calls = Calls(directory)
         self._is_writer(model)
         if model is not None and tracking.resumes and not self._step_is_given:
@@ -370,27 +373,30 @@ class PostHocEMA:
             raise InvalidValueError("on_snapshot", "must be given a function of the tracker", value=shown(callback))
         self._callbacks.append(callback)
 
-    def metrics(self, sigma_rels: float | Sequence[float] = ()) -> dict[str, float]:
+    def metrics(self, sigma_rels: Wanted | Sequence[Wanted] = ()) -> dict[str, float]:
         """Figures for a logger, at almost no cost: nothing is computed from tensors, and nothing is waited for.
 
         Arguments:
-            sigma_rels: lengths, or one, whose predicted errors are wanted; headers of the snapshots on disk are read.
+            sigma_rels: lengths or other targets, or one, whose predicted errors are wanted; headers of the snapshots on
+                disk are read.
 
         Returns:
             `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. When snapshots
             were written, of the last ones: `distance_0.05`, ..., how far each tracked average was from the weights,
             relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing took beside the training;
             `snapshot_waited`, the seconds that the training waited before it. And
-            `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot.
+            `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot, of
+            those that the run is long enough for.
         """
-        wanted = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
+        wanted = {target.label: target for target in as_targets(sigma_rels)}
         found = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
         if snapshots:
-            plan = plan_synthesis(snapshots, wanted)
-            errors = [plan.predicted_error(index) for index in range(len(wanted))]
-            known = zip(wanted, errors, strict=True)
-            found |= {f"predicted_error_{sigma_rel:g}": error for sigma_rel, error in known if error is not None}
+            plan, _ = plan_possible(snapshots, wanted)
+            errors = (
+                [] if plan is None else [(one.label, plan.predicted_error(i)) for i, one in enumerate(plan.targets)]
+            )
+            found |= {f"predicted_error_{label}": error for label, error in errors if error is not None}
         return found
 
     def flush(self) -> None:
@@ -568,6 +574,43 @@ class PostHocEMA:
         weights = self._raw(evaluation, model, dtype, 5) or evaluation.weights(model, query)
         evaluation.check(model, weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
+            yield model
+            self._warn_of_statistics(model, weights)
+
+    def models(self, model: Module, sigma_rels: Sequence[Wanted]) -> dict[str, Block[Module]]:
+        """For each of several lengths a block as `model` gives one, all from one pass over the snapshots.
+
+        That pass is made now. Its results wait in a file without a name beside the snapshots, of the model's size for
+        each length; memory is needed as for one. A sharded model takes a pass when each block begins. In a group of
+        processes all make the call, and enter the blocks in their order.
+
+        Arguments:
+            sigma_rels: lengths, or other targets as in `state_dict`, or their text forms, such as "decay:linear:20%".
+
+        Returns:
+            The blocks by the targets' labels, such as "0.15" and "decay-linear-20%". Targets that the run is too short
+            for, such as a window of more steps, are left out, with a warning.
+
+        Raises:
+            InvalidValueError, NotReadyError, WriteError, RankError: an argument, no room on disk, and as `model`.
+        """
+        wanted = {target.label: target for target in map(as_target, sigma_rels)}
+        evaluation = self._evaluation(model, False, f"models({', '.join(wanted)})")
+        raw = self._raw(evaluation, model, None, 3)
+        if raw is not None:
+            made: dict[str, Callable[[], Weights]] = dict.fromkeys(wanted, lambda: raw)
+        else:
+            made, refused = evaluation.each(model, wanted)
+            for label in refused.keys() - self._warned_of_targets if self.keeps_averages else ():
+                log.warning("%s; there is no average of it at step %d", refused[label], self.step)
+            self._warned_of_targets |= refused.keys()
+        return {label: Block("model", self._filled(model, evaluation, make)) for label, make in made.items()}
+
+    @contextmanager
+    def _filled(self, model: Module, evaluation: Evaluation, make: Callable[[], Weights]) -> Iterator[Module]:
+        weights = make()
+        evaluation.check(model, weights)
+        with swapped_in(model, weights):
             yield model
             self._warn_of_statistics(model, weights)
 

@@ -15,10 +15,11 @@ pytest.importorskip("lightning.pytorch", reason="lightning is not installed: mak
 from integrations import programs
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, trainer
 from integrations.programs import heavy
-from integrations.truth import assert_exact, distance, exact, live
+from integrations.truth import assert_exact, distance, exact, live, recorded
 from lightning.pytorch import LightningModule, callbacks
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader, TensorDataset
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
@@ -84,6 +85,88 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_p
     module.load_state_dict(stored["state_dict"])
     with torch.no_grad():
         assert found["test_loss"] == pytest.approx(float((module.eval().net(X) - Y).square().mean()), rel=1e-5)
+
+
+def test_several_averages_are_validated_and_nobody_else_sees_their_passes(
+    tmp_path: Path, whole: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With two loaders. A window is there once training is long enough; Lightning's own validation sees raw weights."""
+    passes: list[tuple[dict[str, Any], list[float]]] = []
+    told: list[dict[str, float]] = []
+
+    class Watching(Regression):
+        def on_validation_start(self) -> None:
+            passes.append((recorded(self), []))
+
+        def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+            self.log("val_loss", self.loss(batch))
+            passes[-1][1].append(float(self.loss(batch)))
+
+    class Counting(callbacks.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+            told.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    options = EVERY | {"checkpoint_every": 3, "checkpoint_dtype": None}
+    callback = PostHocWeightAveraging(tmp_path / "ema", validate=[0.2, "window:12"], **options)
+    best = callbacks.ModelCheckpoint(tmp_path / "best", monitor="ema_0.2_val_loss_dataloader_idx_1", save_top_k=-1)
+    stopping = callbacks.EarlyStopping("ema_0.2_val_loss_dataloader_idx_0", patience=3)
+    logger, recorder = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1), Recorder()
+    one = trainer(tmp_path, callback, Counting(), best, stopping, recorder, logger=logger)
+    one.fit(Watching(), loader(), [loader(), DataLoader(TensorDataset(X[:8], Y[:8]), batch_size=4)])
+    assert distance(recorder.weights[-1], whole[-1]) == 0  # training does not notice
+    assert one.fit_loop.epoch_loop.val_loop.batch_progress.total.completed == 6 + 2  # of the last one
+    labels = ["ema_0.2_", ""], ["ema_0.2_", "ema_window-12_", ""], ["ema_0.2_", "ema_window-12_", ""]
+    assert len(passes) == sum(map(len, labels))
+    for number, (prefixes, found) in enumerate(zip(labels, told, strict=True), 1):
+        history = whole[: 6 * number]
+        assert len(found) == 2 * len(prefixes)
+        for prefix in prefixes:
+            weights, losses = passes.pop(0)
+            for index, part in enumerate((losses[:6], losses[6:])):
+                name = f"{prefix}val_loss{'_' if prefix else '/'}dataloader_idx_{index}"
+                assert found[name] == pytest.approx(sum(part) / len(part), rel=1e-5)
+            if prefix == "ema_window-12_":  # solved for, where 0.2 is tracked
+                mean = {name: sum(one[name] for one in history[-12:]) / 12 for name in history[0]}
+                assert distance(weights, mean) < 5e-3
+            else:
+                assert distance(weights, exact(history, 0.2) if prefix else history[-1]) < 1e-6
+        stored = torch.load(tmp_path / f"best/epoch={number - 1}-step={6 * number}.ckpt", weights_only=True)
+        assert distance(stored["state_dict"], exact(history, 0.2)) < 1e-6
+        assert distance(stored["current_model_state"], history[-1]) == 0
+    (metrics,) = (tmp_path / "logs").rglob("metrics.csv")
+    rows = [line.split(",") for line in metrics.read_text().splitlines()]
+    assert "ema_window-12_val_loss_dataloader_idx_1" in rows[0]
+    assert len([row for row in rows[1:] if row[rows[0].index("val_loss/dataloader_idx_0")]]) == 3
+    assert caplog.text.count("window 12") == 1
+
+
+def test_several_averages_without_a_checkpoint_that_one_of_them_chooses(
+    tmp_path: Path, whole: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A validation that fails in a pass gives the module, the callbacks and the loggers back."""
+
+    class Failing(Regression):
+        def validation_step(self, batch: Any, index: int) -> None:
+            raise KeyError("the validation fails")
+
+    options = {"validate": [0.2, 0.1], **EVERY}
+    module, callback, logger = Failing(), PostHocWeightAveraging(tmp_path / "ema", **options), CSVLogger(tmp_path)
+    one = trainer(tmp_path, callback, logger=logger)
+    with pytest.raises(KeyError, match="the validation fails"):
+        one.fit(module, loader(), loader())
+    assert distance(dict(module.named_parameters()), whole[5]) == 0
+    assert callback in one.callbacks
+    assert "log_metrics" not in vars(one._logger_connector)
+    assert "run" not in vars(one.fit_loop.epoch_loop.val_loop)
+    stored = torch.load(tmp_path / "out/step=4.ckpt", weights_only=True)
+    assert distance(stored["state_dict"], whole[3]) == 0
+    two = callbacks.ModelCheckpoint(tmp_path / "a", monitor="ema_0.1_val_loss")
+    three = callbacks.ModelCheckpoint(tmp_path / "b", monitor="val_loss")
+    fit(tmp_path / "other", PostHocWeightAveraging(tmp_path / "more", **options), two, three, max_epochs=1)
+    assert "every checkpoint holds the average 0.1, though other metrics choose some of them" in caplog.text
+    fit(tmp_path / "no", PostHocWeightAveraging(tmp_path / "none", **options), max_epochs=1, limit_val_batches=0)
+    with pytest.raises(InvalidValueError, match="copy_at_end: needs one length"):
+        PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True, validate=[0.2])
 
 
 class Manual(Regression):

@@ -211,6 +211,61 @@ def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: 
     assert distance(dict(one.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
 
 
+def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A linear decay over the last half is the mean of that half; a window is there when training is long enough."""
+    wanted = [0.2, "decay:linear:50%", "window:5"]
+    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=wanted, **EVERY), Recorder()
+    name = "eval_ema_decay-linear-50%_loss"
+    arguments = {"metric_for_best_model": name, "load_best_model_at_end": True, "eval_strategy": "steps"}
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    one = trainer(
+        tmp_path, recorder, stopping, max_steps=8, learning_rate=0.05, eval_steps=2, save_steps=2, **arguments
+    )
+    callback.options |= {"checkpoint_every": 2, "checkpoint_dtype": None}
+    callback.install(one)
+    one.train()
+    model, losses = network(), {}
+    for entry in one.state.log_history:
+        step = entry["step"]
+        for label in ("0.2", "decay-linear-50%", "window-5"):
+            if f"eval_ema_{label}_loss" not in entry:
+                continue
+            count = {"0.2": 0, "decay-linear-50%": step // 2, "window-5": 5}[label]
+            average = mean(recorder.weights[:step], count) if count else exact(recorder.weights[:step], 0.2)
+            model.load_state_dict({n: value.float() for n, value in average.items()}, strict=False)
+            losses[label, step] = loss(model, tmp_path)
+            # Not at hand: float32 rounding for a tracked profile; what is solved for is within the predicted error.
+            assert entry[f"eval_ema_{label}_loss"] == pytest.approx(
+                losses[label, step], rel=1e-5 if not count else 2e-3
+            )
+    assert {step for label, step in losses if label == "window-5"} == {6, 8}
+    assert {step for label, step in losses if label == "0.2"} == {2, 4, 6, 8}
+    assert caplog.text.count("window 5") == 1
+    chosen = {step: found for (label, step), found in losses.items() if label.startswith("decay")}
+    best = min(chosen, key=chosen.get)
+    assert one.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert [path.name for path in (tmp_path / f"out/checkpoint-{best}").glob("ema*")] == ["ema_decay-linear-50%"]
+    assert distance(dict(one.model.named_parameters()), mean(recorder.weights[:best], best // 2)) < 5e-3
+    told = json.loads((tmp_path / f"out/checkpoint-{best}/trainer_state.json").read_text())["stateful_callbacks"]
+    again = PostHocCallback(**told["PostHocCallback"]["args"])
+    assert again.evaluate == wanted
+
+
+def mean(weights: list[Any], count: int) -> dict[str, torch.Tensor]:
+    return {name: sum(one[name] for one in weights[-count:]) / count for name in weights[0]}
+
+
+def test_what_may_be_evaluated(tmp_path: Path) -> None:
+    for wanted, message in ((0.4, "must lie in"), ([0.1, None], "evaluate None: must be a sigma_rel"), ("x", "x")):
+        with pytest.raises(InvalidValueError, match=message):
+            PostHocCallback(tmp_path, evaluate=wanted)
+    callback = PostHocCallback(tmp_path / "ema", evaluate=[0.2, 0.1], folders=True, **EVERY)
+    trainer(tmp_path, callback, max_steps=4, eval_strategy="steps").train()
+    assert {path.name for path in (tmp_path / "out/checkpoint-4").glob("ema*")} == {"ema_0.1", "ema_0.2"}
+
+
 def test_evaluations_before_the_first_update_see_the_weights_as_they_are(tmp_path: Path) -> None:
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY | {"update_every": 2}), Recorder()
     arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from factories import exact_average
+from factories import exact_average, refuse_for_space
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, NotReadyError, WriteError
+from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.tracker import model_weights
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(64, 2, generator=torch.Generator().manual_seed(2))
@@ -38,9 +42,9 @@ class Run:
             self.optimizer.step()
             self.weights.append(self.now())
 
-    def error(self, sigma_rel: float) -> float:
+    def error(self, sigma_rel: float, every: int = 3) -> float:
         """Of the model's weights: relative L2 distance to the average over the weights at the updates' times."""
-        times, found, squared, norm = range(3, len(self.weights) + 1, 3), self.now(), 0.0, 0.0
+        times, found, squared, norm = range(every, len(self.weights) + 1, every), self.now(), 0.0, 0.0
         for name, value in found.items():
             exact = exact_average([self.weights[t - 1][name] for t in times], sigma_rel, times)
             squared, norm = squared + ((value - exact) ** 2).sum(), norm + (exact**2).sum()
@@ -84,6 +88,97 @@ def test_any_other_length_is_as_exact_as_the_log_predicts(tmp_path: Path, caplog
         assert line.startswith(f"average of sigma_rel {sigma_rel} at t = 300: predicted error ")
         # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540 measured cases.
         assert error < 4 * float(line.rpartition(" ")[2])
+
+
+def test_several_lengths_come_from_one_pass_that_the_next_updates_do_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A linear decay over the last fifth is the mean of the last fifth; a window of more steps is left out, once."""
+    run, opened = trained(tmp_path, 300, update_every=1, checkpoint_every=10), []
+    stock = Snapshot.open
+    monkeypatch.setattr(Snapshot, "open", lambda one: opened.append(one.name) or stock(one))
+    before, wanted = run.everything(), [0.1, 0.28, "decay:linear:20%", "window:400"]
+    predicted = {one: run.tracker.state_dict(one).predicted_error for one in wanted[:3]}
+    opened.clear()
+    blocks = run.tracker.models(run.model, wanted)
+    assert [*blocks] == ["0.1", "0.28", "decay-linear-20%"]
+    assert len(opened) == len({*opened}) > 10
+    assert run.tracker.models(run.model, wanted).keys() == blocks.keys()
+    assert caplog.text.count("window 400") == 1
+    history = [*run.weights]
+    run.train(7)
+    after = run.everything()
+    run.weights, later = history, run.weights
+    for label, block in blocks.items():
+        with block as averaged:
+            assert not averaged.training
+            found = run.now()
+            if label.startswith("decay"):
+                exact = {name: np.mean([one[name] for one in history[240:]], axis=0) for name in found}
+                off = sum(((found[name] - value) ** 2).sum() for name, value in exact.items())
+                error = float((off / sum((value**2).sum() for value in exact.values())) ** 0.5)
+                assert error < 4 * predicted["decay:linear:20%"]
+            else:
+                assert run.error(float(label), every=1) < 4 * predicted[float(label)]
+        assert all_equal(run.everything(), after)
+    run.weights = later
+    assert not all_equal(after, before)
+    assert not [path for path in tmp_path.iterdir() if "lock" not in path.name and path.suffix != ".safetensors"]
+
+
+def test_several_lengths_before_the_first_update_and_without_room_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    with pytest.warns(RuntimeWarning, match="no average yet") as seen:
+        blocks = run.tracker.models(run.model, [0.05, "window:400"])
+    assert seen[0].filename == __file__
+    raw = run.everything()
+    for block in blocks.values():
+        with block:
+            assert all(torch.equal(one, raw[index]) for index, one in enumerate(run.model.state_dict().values()))
+    run.train(30)
+    raw = run.everything()
+
+    class Full:
+        def write(self, _: object) -> None:
+            refuse_for_space()
+
+        def tell(self) -> int:
+            return 0
+
+    @contextmanager
+    def full(**_: object) -> Iterator[Full]:
+        yield Full()
+
+    monkeypatch.setattr(model_weights, "TemporaryFile", full)
+    with pytest.raises(WriteError, match="no space left"):
+        run.tracker.models(run.model, [0.05, 0.1])
+    assert all_equal(run.everything(), raw)
+    with pytest.raises(InvalidValueError, match="must lie in"):
+        run.tracker.models(run.model, [0.05, 0.4])
+
+
+def test_tied_empty_and_integer_tensors_of_several_lengths(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    model.register_parameter("none", torch.nn.Parameter(torch.zeros(0, 3)))
+    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(2, 0)))
+    model.register_parameter("small", torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)))
+    model.register_buffer("count", torch.tensor(7))
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5) as tracker:
+        for step in range(1, 21):
+            with torch.no_grad():
+                model["a"].weight.fill_(step)
+            tracker.update_(model)
+        for label, block in tracker.models(model, [0.05, 0.28]).items():
+            wanted = exact_average([np.float64(step) for step in range(1, 21)], float(label), range(1, 21))
+            with block as averaged:
+                assert averaged["b"].weight is averaged["a"].weight
+                assert averaged["b"].weight.detach().double().numpy() == pytest.approx(float(wanted), rel=1e-6)
+                assert [tuple(averaged.get_parameter(name).shape) for name in ("none", "empty")] == [(0, 3), (2, 0)]
+                assert averaged.small.tolist() == [1, 1, 1]
+                assert averaged.count == 7
 
 
 def test_a_tracked_average_needs_no_disk(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tracker.runs import VALUES, matrix, walk
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import PostHocEMA, Run, Window
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import gamma_from_sigma_rel
 
@@ -31,6 +31,10 @@ def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp
         found = ema.metrics((0.15, 0.2))
         assert (found["step"], found["t"]) == (35, 35)
         assert ema.metrics(0.15)["predicted_error_0.15"] == found["predicted_error_0.15"]
+        others = ema.metrics(["decay:linear:20%", Window(1000), 0.2])  # the run is too short for one of them
+        names = {name for name in others if name.startswith("predicted")}
+        assert names == {"predicted_error_decay-linear-20%", "predicted_error_0.2"}
+        assert others["predicted_error_0.2"] == found["predicted_error_0.2"]
         for sigma_rel in (0.1, 0.2):
             exact = average(sigma_rel, 30)
             expected = float((exact - VALUES[30]).norm() / exact.norm())

@@ -46,6 +46,11 @@ with ema.model(model, sigma_rel=0.15):
     close(model, folder / "average-10.pt")
     same_in_all(model)
 assert model.training and equal(held(model), raw)
+for label, block in ema.models(model, [0.2, 0.15, "window:1000"]).items():
+    with block:
+        close(model, folder / {"0.2": "truth-10.pt", "0.15": "average-10.pt"}[label])
+        same_in_all(model)
+assert model.training and equal(held(model), raw)
 weights = ema.state_dict(0.15, dtype="float64")
 assert weights.keys() == single.keys() and weights.predicted_error is not None
 assert all(torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in weights.items())

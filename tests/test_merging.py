@@ -1,0 +1,261 @@
+"""Averages of a low-rank adapter's products, added to the base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ema_command import Ema
+from factories import exact_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.errors import InvalidValueError, MismatchError, PostHocError
+
+CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 12}
+STEPS = range(1, 41)
+MODULES = {"blocks.0.query": (8, 6), "blocks.1.out_proj": (5, 8)}
+Factors = dict[str, torch.Tensor]
+
+
+def trajectory(rank: int = 3) -> list[Factors]:
+    """Factors of a real training by gradients, towards an update of each module that changes with every batch."""
+    draw = torch.Generator().manual_seed(0)
+    made = {}
+    for module, (rows, columns) in MODULES.items():
+        made[f"{module}.A"] = torch.randn(rank, columns, generator=draw).requires_grad_()
+        made[f"{module}.B"] = torch.zeros(rows, rank).requires_grad_()
+    optimizer = torch.optim.Adam(made.values(), lr=0.1)
+    wanted = {module: torch.randn(shape, generator=draw) for module, shape in MODULES.items()}
+    history = []
+    for _ in STEPS:
+        optimizer.zero_grad()
+        for module, update in wanted.items():
+            noise = torch.randn(update.shape, generator=draw)
+            (made[f"{module}.B"] @ made[f"{module}.A"] - update - noise).square().mean().backward()
+        optimizer.step()
+        history.append({name: value.detach().clone() for name, value in made.items()})
+    return history
+
+
+def peft_names(factors: Factors) -> Factors:
+    """As PEFT stores an adapter."""
+    return {f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": value for name, value in factors.items()}
+
+
+def kohya_names(factors: Factors) -> Factors:
+    """As kohya's scripts do, with the scale of 12 / rank."""
+    flat = {name: f"lora_unet_{name[:-2].replace('.', '_')}" for name in factors}
+    parts = {"A": "lora_down", "B": "lora_up"}
+    made = {f"{flat[name]}.{parts[name[-1]]}.weight": value for name, value in factors.items()}
+    return made | {f"{flat[name]}.alpha": torch.tensor(12.0) for name in factors}
+
+
+def base_weights() -> Factors:
+    draw = torch.Generator().manual_seed(7)
+    made = {f"{module}.weight": torch.randn(shape, generator=draw) for module, shape in MODULES.items()}
+    return made | {"norm.weight": torch.randn(8, generator=draw), "count": torch.tensor(3)}
+
+
+def truth(base: Factors, history: Sequence[Factors], shares: Mapping[int, float], scale: float = 4.0) -> Factors:
+    """In float64: the base, and the sum of products at steps (counted from 1) by their shares."""
+    made = {name: value.double() for name, value in base.items()}
+    for module in MODULES:
+        for step, share in shares.items():
+            now = history[step - 1]
+            made[f"{module}.weight"] += share * scale * now[f"{module}.B"].double() @ now[f"{module}.A"].double()
+    return made
+
+
+def distance(found: Factors, wanted: Factors, base: Factors) -> float:
+    """Relative to what the adapter changes."""
+    names = [f"{module}.weight" for module in MODULES]
+    off = sum(float((found[name].double() - wanted[name]).square().sum()) for name in names)
+    return (off / sum(float((wanted[name] - base[name].double()).square().sum()) for name in names)) ** 0.5
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    save_file(base_weights(), tmp_path / "base.safetensors", {"format": "pt"})
+    return tmp_path / "base.safetensors"
+
+
+def checkpoints(folder: Path, history: Sequence[Factors], kohya: bool = False, every: int = 1) -> Path:
+    for step in STEPS[every - 1 :: every]:
+        if kohya:
+            folder.mkdir(exist_ok=True)
+            meta = {"ss_steps": str(step), "ss_network_dim": "3", "modelspec.title": "x", "sshs_model_hash": "0" * 64}
+            save_file(kohya_names(history[step - 1]), folder / f"x-{step:06}.safetensors", meta)
+        else:
+            one = folder / f"checkpoint-{step}"
+            one.mkdir(parents=True)
+            save_file(peft_names(history[step - 1]), one / "adapter_model.safetensors")
+            (one / "adapter_config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.mark.parametrize("kohya", [False, True], ids=["peft", "kohya"])
+def test_the_average_of_products_is_the_float64_sum_and_not_the_product_of_averages(
+    tmp_path: Path, base: Path, kohya: bool, ema: Ema
+) -> None:
+    history = trajectory()
+    run = checkpoints(tmp_path / "run", history, kohya)
+    weights = base_weights()
+    for target, steps in (("last:10", 10), ("window:20", 20)):  # a checkpoint a step: both are exact
+        wanted = truth(weights, history, dict.fromkeys(STEPS[-steps:], 1 / steps))
+        out = tmp_path / f"{steps}.safetensors"
+        result = ema("export", run, "--merge", base, "--target", target, "--out", out, "--json")
+        assert json.loads(result.out)["from_base"] == 2
+        found = load_file(out)
+        assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in weights.items()}
+        assert torch.equal(found["norm.weight"], weights["norm.weight"])
+        assert found["count"] == 3
+        assert distance(found, wanted, weights) < 1e-6  # float32 sums
+        mean = {name: sum(now[name] for now in history[-steps:]) / steps for name in history[0]}
+        assert distance(truth(weights, [mean], {1: 1}), wanted, weights) > 1e-3
+        assert ema("verify", out).code == 0
+
+
+def test_snapshots_of_an_adapter_and_shards_of_a_base(tmp_path: Path, base: Path) -> None:
+    """Each snapshot's averaged factors make a product; a sharded base in bfloat16 keeps its dtype."""
+    history, weights = trajectory(), base_weights()
+
+    class Adapter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model = torch.nn.Module()
+            for name, value in peft_names(history[0]).items():
+                place = self
+                for part in name.split(".")[:-1]:
+                    if part not in dict(place.named_children()):
+                        place.add_module(part, torch.nn.Module())
+                    place = place.get_submodule(part)
+                place.weight = torch.nn.Parameter(value.clone())
+
+    model = Adapter()
+    with PostHocEMA.from_model(
+        model, tmp_path / "run", (0.05, 0.1), update_every=1, checkpoint_every=2, checkpoint_dtype=None
+    ) as tracker:
+        for now in history:
+            model.load_state_dict(peft_names(now))
+            tracker.update_(model)
+    with pytest.raises(MismatchError, match=r"the alpha by which.*put the adapter's adapter_config\.json beside it"):
+        Run(tmp_path / "run").merge(0.1, base, tmp_path / "out.safetensors")
+    (tmp_path / "run/adapter_config.json").write_text(json.dumps(CONFIG))
+    Run(tmp_path / "run").merge(0.1, base, tmp_path / "out.safetensors")
+    shares = dict(zip(STEPS, exact_weights(0.1, STEPS).tolist(), strict=True))
+    wanted, found = truth(weights, history, shares), load_file(tmp_path / "out.safetensors")
+    mean = {
+        name: sum(share * history[step - 1][name].double() for step, share in shares.items()) for name in history[0]
+    }
+    own = {n: v.double() for n, v in weights.items()}
+    for module in MODULES:  # a tracked profile is one snapshot: the product of its own averaged factors
+        own[f"{module}.weight"] += 4 * mean[f"{module}.B"] @ mean[f"{module}.A"]
+    assert distance(found, own, weights) < 1e-6
+    assert distance(found, wanted, weights) > 1e-3
+    save_file({name: value.bfloat16() for name, value in weights.items() if name != "count"}, base)
+    Run(tmp_path / "run").merge(0.1, base, tmp_path / "half", layout="sharded", max_shard_size="150B")
+    index = json.loads((tmp_path / "half/model.safetensors.index.json").read_text())["weight_map"]
+    assert len({*index.values()}) > 1
+    again = tmp_path / "again.safetensors"
+    Run(tmp_path / "run").merge(0.1, tmp_path / "half", again, dtype="float32")
+    assert {value.dtype for value in load_file(again).values()} == {torch.float32}
+
+
+def test_convolutions_scales_by_pattern_and_the_root_of_the_rank(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, 3, 3, 3, generator=draw), torch.randn(4, 2, 1, 1, generator=draw)
+    flat, back = torch.randn(2, 5, generator=draw), torch.randn(6, 2, generator=draw)
+    names = {"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up}
+    names |= {"unet.mid.proj.lora_A.weight": flat, "unet.mid.proj.lora_B.weight": back}
+    (tmp_path / "run/checkpoint-1").mkdir(parents=True)
+    save_file(names, tmp_path / "run/checkpoint-1/adapter_model.safetensors")
+    config = {"lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"conv_in": 6}}
+    (tmp_path / "run/checkpoint-1/adapter_config.json").write_text(json.dumps(config))
+    weights = {"conv_in.weight": torch.zeros(4, 3, 3, 3), "mid.proj.weight": torch.zeros(6, 5)}
+    save_file(weights, tmp_path / "base.safetensors")
+    Run(tmp_path / "run").merge("last:1", tmp_path / "base.safetensors", tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    x = torch.randn(1, 3, 7, 7, generator=draw)
+    wanted = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up) * 6 / 2**0.5
+    assert torch.allclose(torch.nn.functional.conv2d(x, found["conv_in.weight"]), wanted, atol=1e-4)
+    assert torch.allclose(found["mid.proj.weight"], back @ flat * 8 / 2**0.5, atol=1e-5)
+
+
+def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, ema: Ema) -> None:
+    history, out = trajectory(), tmp_path / "out.safetensors"
+    run = checkpoints(tmp_path / "run", history, every=10)
+
+    def refused(message: str, *options: Any, code: int = 1, folder: Path = run) -> None:
+        result = ema("export", folder, "--merge", base, "--out", out, *(options or ("--target", "last:2")))
+        assert result.code == code, result.err
+        assert message in result.err
+        assert len(result.err.splitlines()) == 1, result.err
+        assert not out.exists()
+
+    refused("needs one average, not 2", "--sigma-rel", "0.1,0.2", code=2)
+    refused("no --base, --prefix or --strip-prefix", "--sigma-rel", "0.1", "--prefix", "x.", code=2)
+    result = ema("export", base, "--sigma-rel", "0.1", "--out", out)
+    assert result.code == 2
+    assert "are for --merge" in result.err
+    weights = base_weights()
+    save_file({name: value for name, value in weights.items() if "out_proj" not in name}, base)
+    refused("has no weight of the adapter's module 'blocks.1.out_proj'")
+    save_file(weights | {"blocks.0.query.weight": torch.zeros(8, 6, dtype=torch.int8)}, base)
+    refused("tensor 'blocks.0.query.weight' is quantized: I8")
+    save_file(weights | {"blocks.0.query.weight": torch.zeros(8, 7)}, base)
+    refused("'blocks.0.query.weight' has the shape [8, 7]")
+    save_file(weights | {"blocks.0.query.weight": torch.full((8, 6), torch.inf)}, base)
+    refused("holds nan or infinity")
+    save_file(weights, base)
+    other = run / "checkpoint-20"
+    save_file(peft_names(trajectory(rank=4)[5]), other / "adapter_model.safetensors")
+    refused("[4, 6]")
+    magnitude = {"base_model.model.blocks.0.query.lora_magnitude_vector.weight": torch.ones(8)}
+    for step in range(10, 41, 10):
+        save_file(peft_names(history[step]) | magnitude if step < 40 else peft_names(history[-1]) | magnitude,
+                  run / f"checkpoint-{step}/adapter_model.safetensors")  # fmt: skip
+    refused("lora_magnitude_vector.weight' is no factor of LoRA")
+    for step in range(10, 41, 10):
+        save_file({"w": torch.ones(2)}, run / f"checkpoint-{step}/adapter_model.safetensors")
+    refused("'w' is no factor of LoRA")
+    for step in range(10, 41, 10):
+        half = {name: value for name, value in peft_names(history[0]).items() if "lora_A" in name}
+        save_file(half, run / f"checkpoint-{step}/adapter_model.safetensors")
+    refused("'base_model.model.blocks.0.query' has only one of its two factors")
+    for step in range(10, 41, 10):
+        save_file(peft_names(history[step - 1]), run / f"checkpoint-{step}/adapter_model.safetensors")
+        (run / f"checkpoint-{step}/adapter_config.json").write_text('{"lora_alpha": null}')
+    refused("is no configuration of LoRA with a number lora_alpha")
+    with pytest.raises(InvalidValueError, match="has no argument 'lik'"):
+        Run(run).merge(0.1, base, out, lik=3)
+
+
+def test_kohyas_metadata_stays_with_an_adapter(tmp_path: Path, ema: Ema) -> None:
+    """Hashes of the tensors do not outlast a change of these."""
+    run = checkpoints(tmp_path / "run", trajectory(), kohya=True)
+    newest = run / "x-000040.safetensors"
+
+    def kept(path: Path) -> dict[str, str]:
+        with safe_open(path, "pt") as file:
+            return {name: value for name, value in file.metadata().items() if not name.startswith("ema.")}
+
+    assert ema("export", newest, "--out", tmp_path / "same.safetensors").code == 0
+    same = {"ss_steps": "40", "ss_network_dim": "3", "modelspec.title": "x"}
+    assert kept(tmp_path / "same.safetensors") == same | {"format": "pt", "sshs_model_hash": "0" * 64}
+    assert ema("export", newest, "--out", tmp_path / "half.safetensors", "--dtype", "fp16").code == 0
+    assert kept(tmp_path / "half.safetensors") == same | {"format": "pt"}
+    assert ema("synthesize", run, "--sigma-rel", "0.2", "--out", tmp_path / "average.safetensors").code == 0
+    average = kept(tmp_path / "average.safetensors")
+    assert {name: average[name] for name in same} == same
+    assert "sshs_model_hash" not in average
+    assert ema("export", tmp_path / "average.safetensors", "--out", tmp_path / "again.safetensors").code == 0
+    assert kept(tmp_path / "again.safetensors").items() >= same.items()
+    assert ema("verify", tmp_path / "again.safetensors").code == 0
+    with pytest.raises(PostHocError):
+        Run(tmp_path / "average.safetensors").merge(0.1, newest, tmp_path / "x.safetensors")
