@@ -7,6 +7,7 @@ Readable in print, with colour blindness (Okabe and Ito's colours, each with its
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,13 +16,14 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 
 from posthoc_cli.errors import printable
 
@@ -70,12 +72,24 @@ _MARGIN = 0.1
 _MOST_HATCHED = 24
 """More bars are too narrow for a pattern, which would look like gaps."""
 
-_SIGMA_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.4)
-_WIDE_SIGMA_TICKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.10, 0.28)
-"""For an axis that begins below 0.004."""
+_LEAST_WIDTH = 0.0001
+"""Narrower targets are drawn there."""
+
+_ROUND = (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 3), (1,)
+"""Ticks of a decade of a logarithmic axis, from close ones to sparse ones."""
+
+_MOST_TICKS = 8
+
+_FAR = 3.0
+"""Raw weights whose metric is further away, as a multiple of the averages' spread, are in the legend only."""
+
+PAGE_WIDTH = 4.8
+"""Inches: on a page, text of a figure has its size on a phone."""
 
 
-def error_figure(curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), profile_error: bool = False) -> Figure:
+def error_figure(
+    curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), profile_error: bool = False, width: float = _WIDTH
+) -> Figure:
     """Reconstruction error against sigma_rel; below it the fits, each with its own title.
 
     With `profile_error` the errors of the profiles, too, as thin lines.
@@ -86,7 +100,7 @@ def error_figure(curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), 
     height = 4.6 + 0.2 * legend_rows
     columns = 1 if len(fits) <= 2 else 2
     rows = -(-len(fits) // columns)
-    width = _WIDTH if columns == 1 else 1.5 * _WIDTH
+    width *= 1 if columns == 1 else 1.5
     figure = _figure(width, height + _FIT_HEIGHT * rows)
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[height, *[_FIT_HEIGHT] * rows])
     _draw_errors(figure.add_subfigure(grid[0, :]).add_subplot(), curves, legend_rows > 0, width, profile_error)
@@ -110,41 +124,6 @@ def as_file(draw: Callable[[], Figure], suffix: str, text: bool = False) -> byte
         matplotlib.rcParams["svg.fonttype"] = "none" if text else "path"
         draw().savefig(stream, format=suffix.removeprefix("."), metadata=_METADATA[suffix])
     return stream.getvalue()
-
-
-def loss_figure(
-    sigma_rels: FloatArray, losses: FloatArray, standard_errors: FloatArray, raw: tuple[float, float], metric: str
-) -> Figure:
-    """A metric, lower is better, against sigma_rel, with the best marked and the raw weights as a line.
-
-    The axis is linear and begins at 0, which represents the raw weights.
-
-    Arguments:
-        sigma_rels, losses: shape [averages].
-        standard_errors: of each loss's distance to the lowest one, shape [averages]; drawn as bars.
-        raw: the loss of the raw weights, and the standard error of its distance.
-        metric: name of the loss.
-    """
-    figure = _figure(_WIDTH, 4.6)
-    axes = figure.add_subplot()
-    best = int(np.argmin(losses))
-    axes.axhspan(raw[0] - raw[1], raw[0] + raw[1], color=COLOURS[1], alpha=0.25, linewidth=0)
-    axes.axhline(raw[0], color=COLOURS[1], linestyle="--", linewidth=1.8, label=f"raw weights: {raw[0]:.5f}")
-    axes.errorbar(
-        sigma_rels, losses, standard_errors, color=COLOURS[0], marker="o", markersize=3.5, linewidth=1.2,
-        ecolor=COLOURS[4], elinewidth=1.2, capsize=4, label="averaged weights",
-    )  # fmt: skip
-    axes.plot(
-        sigma_rels[best], losses[best], color=COLOURS[4], marker="*", markersize=16, markeredgecolor="white",
-        linestyle="none", zorder=5, label=f"best: sigma_rel {sigma_rels[best]:g}, {losses[best]:.5f}",
-    )  # fmt: skip
-    axes.set_title("The length of the average, chosen after training")
-    axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
-    axes.set_ylabel(metric)
-    axes.set_xlim(0, 1.04 * float(sigma_rels.max()))
-    axes.margins(y=0.1)
-    _finish(axes, title="bars, band: standard error of\nthe distance to the best")
-    return figure
 
 
 def sweep_figure(
@@ -172,10 +151,10 @@ def sweep_figure(
     if raw is not None:
         axes.axhline(raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"raw weights: {raw:.5g}")
     axes.set_xscale("log")
-    ticks = np.geomspace(float(widths[0]), float(widths[-1]), 6)
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _round_ticks(axes.xaxis)
     low, high = float(np.min(values)), float(np.max(values))
+    if raw is not None and max(low - raw, raw - high) <= _FAR * (high - low):
+        low, high = min(low, raw), max(high, raw)
     axes.set_ylim(low - 0.15 * (high - low or 1), high + 0.15 * (high - low or 1))
     axes.set_xlabel(_plain(words[0]))
     axes.set_ylabel(_plain(words[1]))
@@ -233,15 +212,23 @@ def times_figure(lines: dict[str, tuple[FloatArray, FloatArray]], words: tuple[s
                 markersize=2.5, label=_plain(name),
             )  # fmt: skip
     axes.set_yscale("log")
+    _round_ticks(axes.yaxis)
     axes.set_xlabel(f"training time ({_plain(words[0])})")
     axes.set_ylabel(_plain(words[1]))
     _finish(axes)
     return figure
 
 
-def make_linear(figure: Figure) -> None:
-    """Make the logarithmic axis of a figure's first axes linear: the vertical one, if that is."""
+def fit_page(figure: Figure, linear: bool) -> None:
+    """Make a figure as wide as a page on a phone, without its title, which is in the page's text.
+
+    With `linear` the logarithmic axis of its first axes is so no longer: the vertical one, if that is.
+    """
+    figure.set_size_inches(PAGE_WIDTH, 0.9 * figure.get_figheight())
     axes = figure.axes[0]
+    axes.set_title("")
+    if not linear:
+        return
     if axes.get_yscale() == "log":
         high, percent = min(axes.dataLim.y1, axes.get_ylim()[1]), axes.yaxis.get_major_formatter()
         axes.set_yscale("linear")
@@ -257,7 +244,10 @@ def make_linear(figure: Figure) -> None:
 
 
 def frame(figure: Figure) -> dict[str, object]:
-    """Where the first axes of a figure are, from its left and its top as fractions, and the values at their ends."""
+    """Where the first axes of a figure are, from its left and its top as fractions, and the values at their ends.
+
+    And what they show, in words.
+    """
     figure.draw_without_rendering()
     axes = figure.axes[0]
     box = axes.get_window_extent().transformed(figure.transFigure.inverted())  # also of axes in a subfigure
@@ -266,6 +256,7 @@ def frame(figure: Figure) -> dict[str, object]:
         "x": [float(end) for end in axes.get_xlim()],
         "y": [float(end) for end in axes.get_ylim()],
         "log": [axes.get_xscale() == "log", axes.get_yscale() == "log"],
+        "words": [label.partition(" (")[0] for label in (axes.get_xlabel(), axes.get_ylabel())],
     }
 
 
@@ -290,9 +281,14 @@ def _draw_errors(
         _draw_curve(axes, curve, index, least, alone=len(curves) == 1)
         _draw_points(axes, curve, index, least)
     axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
+    highest = max((float(errors.max()) for errors in known if errors.size), default=_MOST_ERROR)
     axes.set_yscale("log")
-    axes.set_ylim(least, _MOST_ERROR)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:g} %"))
+    axes.set_ylim(least, np.clip(2 * highest, 2 * GOOD_ERROR, _MOST_ERROR))
+    # What is smaller is drawn at the lower end.
+    smaller = any(errors.size and float(errors.min()) < least for errors in known)
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda error, _: "≤ " * bool(smaller and error < 1.01 * least) + f"{100 * error:g} %")
+    )
     axes.set_ylabel("expected relative L2 error of the weights")
     for index, curve in enumerate(curves if profile_error else ()):
         axes.plot(
@@ -313,14 +309,17 @@ def _draw_errors(
 def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: bool) -> None:
     colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
     name = _plain(curve.label)
-    label = name if alone else f"{name}: {_good_range(curve)}"
-    axes.plot(curve.sigma_rels, curve.predicted_error, color=colour, linestyle=style, linewidth=1.8, label=label)
+    heights = np.clip(curve.predicted_error, least, _MOST_ERROR)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
-    if marked:
-        heights = np.clip(np.interp(marked, curve.sigma_rels, curve.predicted_error), least, _MOST_ERROR)
+    outside = ", ".join(f"{s:g}" for s in curve.tracked if s not in marked)
+    named = [", ".join(f"{s:g}" for s in marked)] * bool(marked) + [f"{outside} outside this range"] * bool(outside)
+    label = name if alone else "; ".join([f"{name}: {_good_range(curve)}", *named[len(marked) > 0 :]])
+    axes.plot(curve.sigma_rels, heights, color=colour, linestyle=style, linewidth=1.8, label=label)
+    if named:
         axes.plot(
-            marked, heights, color=colour, marker=MARKERS[index % len(MARKERS)], linestyle="none", clip_on=False,
-            zorder=5, label=f"tracked: {', '.join(f'{s:g}' for s in marked)}" if alone else None,
+            marked, np.interp(marked, curve.sigma_rels, heights), color=colour, marker=MARKERS[index % len(MARKERS)],
+            linestyle="none", clip_on=False, zorder=5,
+            label=f"tracked: {'; '.join(named)}" if alone else None,
         )  # fmt: skip
     if alone:  # the shades of several would overlap; the legend names their ranges
         for low, high in curve.ranges_below(GOOD_ERROR):
@@ -332,7 +331,7 @@ def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> Non
     for number, point in enumerate(curve.others):
         height = float(np.clip(point.predicted_error, least, _MOST_ERROR))
         axes.plot(
-            max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]), height, linestyle="none",
+            max(point.sigma_rel, _LEAST_WIDTH), height, linestyle="none",
             marker=f"$\\mathrm{{{chr(ord('A') + number % 26)}}}$", markersize=8, color=COLOURS[index % len(COLOURS)],
             markeredgewidth=0.6, path_effects=[withStroke(linewidth=3.5, foreground="white")],
             clip_on=False, zorder=6, label=f"{_plain(point.label)}: {100 * point.predicted_error:.2g} %",
@@ -341,16 +340,13 @@ def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> Non
 
 def _sigma_axis(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
     """Set up the horizontal axis, which includes every curve and point."""
-    points = [max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]) for curve in curves for point in curve.others]
+    points = [max(point.sigma_rel, _LEAST_WIDTH) for curve in curves for point in curve.others]
     low = min([float(c.sigma_rels[0]) for c in curves] + [0.9 * point for point in points])
     high = max([float(c.sigma_rels[-1]) for c in curves] + [min(1.1 * point, 0.6) for point in points])
     axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    ticks = [tick for tick in (_WIDE_SIGMA_TICKS if low < 0.004 else _SIGMA_TICKS) if low <= tick <= high]
-    if len(ticks) < 3:
-        ticks = [float(tick) for tick in np.linspace(low, high, 5)]
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    margin = (high / low) ** 0.01  # for marks at the ends
+    axes.set_xlim(low / margin, high * margin)
+    _round_ticks(axes.xaxis)
     axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
 
 
@@ -401,6 +397,22 @@ def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
 
 
 # --- text and axes
+
+
+def _round_ticks(axis: Axis) -> None:
+    """Ticks at round numbers of a logarithmic axis, written out."""
+    low, high = axis.get_view_interval()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for digits in _ROUND:
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= _MOST_TICKS:
+            break
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    axis.set_ticks(ticks[:: -(-len(ticks) // _MOST_TICKS)])
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _plain(text: str) -> str:

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import forked
-import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
@@ -18,11 +17,11 @@ from ema_command import Ema
 from factories import exact_weights
 from safetensors.torch import load_file
 
-from posthoc_cli import plots
 from posthoc_cli.demo import training
 from posthoc_cli.demo.training import DirectAverage, Settings, train
 from posthoc_cli.demo.walkthrough import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, Folder, compare
 from posthoc_cli.errors import OutputExistsError
+from posthoc_cli.sweep.results import draw
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
@@ -36,7 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return base, done.out
 
 
-def test_a_demo_makes_snapshots_averages_and_pictures_and_marks_the_lowest_loss(demo: tuple[Path, str]) -> None:
+def test_a_demo_makes_snapshots_averages_and_pictures_and_names_one_best_length(demo: tuple[Path, str]) -> None:
     base, printed = demo
     out = base / "ema-demo"
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 30
@@ -45,14 +44,20 @@ def test_a_demo_makes_snapshots_averages_and_pictures_and_marks_the_lowest_loss(
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in printed.partition("done in")[2]
     result = json.loads((out / "sweep" / "sweep.json").read_text())
-    assert len(result["trials"]) <= 10
     assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
+    best = result["best"]["sigma_rel"]
+    assert_same_tensors(torch.load(out / "best.pt", weights_only=True), load_file(Folder(out).average(best)))
+    legend = {text.get_text() for text in draw(result).axes[0].get_legend().get_texts()}  # as in loss.png
+    assert f"best: {best:g}" in legend
     weights = torch.load(out / "best.pt", weights_only=True)
     assert training.make_denoiser(seed=1).load_state_dict(weights)
     rows = re.findall(r"^ *(raw weights|0\.\d+) +(0\.\d{5}) +([+-].*?%)?.*?(<- best)?$", printed, re.MULTILINE)
     losses = {width: float(loss) for width, loss, _, _ in rows}
     assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
-    assert [width for width, _, _, mark in rows if mark] == [min(losses, key=lambda width: losses[width])]
+    assert {width: loss for width, loss in losses.items() if width != "raw weights"} == {
+        f"{trial['x']:g}": round(trial["value"], 5) for trial in result["trials"]
+    }
+    assert [width for width, _, _, mark in rows if mark] == [f"{best:g}"]
 
 
 def test_every_command_that_a_demo_prints_can_be_repeated(demo: tuple[Path, str]) -> None:
@@ -103,7 +108,7 @@ def test_overwrite_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_o
     done = ema("demo", "--out", "my demo", "--steps", 100, "--overwrite", "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert report["best"] == min(report["averages"], key=lambda one: one["loss"])["sigma_rel"]
+    assert report["best"] == report["sweep"]["sigma_rel"]
     assert [check["sigma_rel"] for check in report["tracked"]] == list(DIRECT_SIGMA_RELS)
     assert [f"$ {command}" for command in report["commands"]] == re.findall(r"^\$ .*$", done.err, re.MULTILINE)
     assert "'my demo/snapshots'" in report["commands"][0]
@@ -187,18 +192,3 @@ def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alo
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert_same_tensors(first.state_dict(), second.state_dict())
-
-
-def test_the_loss_figure_marks_the_lowest_point_and_the_standard_errors_of_the_table() -> None:
-    widths, losses, errors = np.array([0.05, 0.1, 0.2]), np.array([0.3, 0.2, 0.25]), np.array([0.01, 0.0, 0.02])
-    axes = plots.loss_figure(widths, losses, errors, (0.4, 0.03), "loss").axes[0]
-    marked = next(line for line in axes.lines if line.get_marker() == "*")
-    assert (marked.get_xdata()[0], marked.get_ydata()[0]) == (0.1, 0.2)
-    named = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert named == {"raw weights: 0.40000", "averaged weights", "best: sigma_rel 0.1, 0.20000"}
-    assert "standard error" in axes.get_legend().get_title().get_text()
-    (bars,) = axes.containers
-    drawn = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
-    assert np.allclose(drawn, [[0.29, 0.31], [0.2, 0.2], [0.23, 0.27]])
-    (band,) = axes.patches
-    assert np.allclose(band.get_window_extent().transformed(axes.transData.inverted()).intervaly, [0.37, 0.43])

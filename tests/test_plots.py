@@ -67,15 +67,65 @@ def test_the_legends_thin_line_is_the_thin_curve_and_not_the_line_at_1_percent()
 
 
 @pytest.mark.parametrize(
-    ("ends", "listed"), [((0.01, 0.2886), "0.05, 0.28"), ((0.04, 0.2), "0.05"), ((0.1, 0.2), None)]
+    ("ends", "inside", "outside"),
+    [((0.01, 0.2886), "0.05, 0.28", ""), ((0.04, 0.2), "0.05", "0.28"), ((0.1, 0.2), "", "0.05, 0.28")],
 )
-def test_tracked_profiles_are_listed_where_their_dots_are(ends: tuple[float, float], listed: str | None) -> None:
+def test_tracked_profiles_are_listed_where_their_dots_are_and_those_outside_are_named(
+    ends: tuple[float, float], inside: str, outside: str
+) -> None:
     axes = plots.error_figure([curve(*ends)]).subfigs[0].axes[0]
     dots = [x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()]
-    assert [name.removeprefix("tracked: ") for name in entries(axes) if "tracked" in name] == (
-        [listed] if listed else []
-    )
-    assert ", ".join(f"{dot:g}" for dot in dots) == (listed or "")
+    assert ", ".join(f"{dot:g}" for dot in dots) == inside
+    beyond = f"{outside} outside this range" if outside else ""
+    tracked = "; ".join(filter(None, [inside, beyond]))
+    assert [name for name in entries(axes) if "tracked" in name] == [f"tracked: {tracked}"]
+    two = plots.error_figure([curve(*ends), curve(*ends, label="other")]).subfigs[0].axes[0]
+    named = "; ".join(filter(None, [f"below 1 % for sigma_rel {ends[0]:.3f} to {ends[1]:.3f}", beyond]))
+    assert [*entries(two)] == [f"run: {named}", f"other: {named}"]  # a line each
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-12, 1e-3])
+@pytest.mark.parametrize("most", [1e-3, 0.3, 50.0])
+def test_no_curve_leaves_its_frame_and_the_lowest_tick_says_where_it_was_lifted(least: float, most: float) -> None:
+    errors = np.geomspace(1e-3, most, 50)
+    errors[25] = least
+    axes = plots.error_figure([replace(curve(), predicted_error=errors)]).subfigs[0].axes[0]
+    axes.figure.draw_without_rendering()
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    for line in axes.lines[:2]:
+        assert low <= line.get_ydata().min() <= line.get_ydata().max() <= high
+        assert left < line.get_xdata().min() <= line.get_xdata().max() < right  # marks fit, too
+    (lowest,) = (text.get_text() for text in axes.get_yticklabels() if text.get_position()[1] == pytest.approx(low))
+    assert lowest == f"{'≤ ' * (least < low)}{100 * low:g} %"
+
+
+def swept(widths: tuple[float, float], raw: float | None) -> Axes:
+    """The picture of a metric that is 3.2 to 3.4 over such lengths."""
+    xs = np.geomspace(*widths, 101)
+    means = 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
+    points = [(float(x), float(y), 0.01) for x, y in zip(xs[::25], means[::25], strict=True)]
+    best = float(np.sqrt(widths[0] * widths[1]))
+    words = "sigma_rel", "loss"
+    figure = plots.sweep_figure(xs, means, 0 * xs, points, best, (0.9 * best, 1.1 * best), raw, words)
+    figure.draw_without_rendering()
+    return figure.axes[0]
+
+
+@pytest.mark.parametrize("widths", [(0.025, 0.275), (0.1, 0.11), (700, 61_000), (1e-4, 0.28)])
+def test_ticks_of_a_sweep_are_round(widths: tuple[float, float]) -> None:
+    ticks = [text.get_text() for text in swept(widths, None).get_xticklabels()]
+    assert 3 <= len(ticks) <= 8
+    for tick in ticks:
+        digits = f"{float(tick.replace(',', '')):e}".partition("e")[0].rstrip("0.")
+        assert len(digits) <= 3 if widths[1] < 1.2 * widths[0] else digits in ("1", "1.5", "2", "3", "5", "7"), ticks
+
+
+@pytest.mark.parametrize(("raw", "inside"), [(3.9, True), (3.3, True), (2.7, True), (9.0, False)])
+def test_raw_weights_are_in_a_sweeps_frame_unless_far_away(raw: float, inside: bool) -> None:
+    axes = swept((0.025, 0.275), raw)
+    low, high = axes.get_ylim()
+    assert (low < raw < high) == inside
+    assert f"raw weights: {raw:g}" in {text.get_text() for text in axes.get_legend().get_texts()}
 
 
 @pytest.mark.parametrize("count", [2, 5, 20])

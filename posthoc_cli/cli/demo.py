@@ -47,18 +47,13 @@ def _print(result: Result) -> None:
     columns = ["sigma_rel", "validation loss", "vs raw", "above the best", "standard error", ""]
     rows = [_loss_row(measured, result) for measured in (result.raw, *result.averages)]
     output.print_table(columns, rows, left=[""])
+    low, high = (result.sweep.value_of(x) for x in (result.sweep.found.low, result.sweep.found.high))
+    print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise; ema sweep searches with a command of yours")
     print_line()
     print_line("Is it the true average? Distance to averages tracked during training, in float64:")
     rows = [[f"{c.sigma_rel:g}", f"{c.relative_error:.1e}", f"{c.raw_distance:.1e}"] for c in result.checks]
     output.print_table(["sigma_rel", "synthesized", "raw weights"], rows)
     print_line("relative L2 distance over all parameters; storing snapshots in float16 alone makes about 2e-4 of it")
-    found = result.sweep.found
-    low, best, high = (result.sweep.value_of(x) for x in (found.low, found.best, found.high))
-    count = output.counted(len(result.sweep.trials), "length")
-    print_line()
-    print_line(
-        f"a search finds sigma_rel {best:g} with {count} measured; {low:g} to {high:g} are equal within the noise"
-    )
     folder = result.folder
     mine, plan = folder.root / "mine.safetensors", folder.root / "plan.png"
     print_line()

@@ -1,4 +1,4 @@
-"""`ema report`: a page about a run and a sweep."""
+"""`ema report`: a page about runs and sweeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from typer import Argument
+
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError
@@ -14,13 +16,18 @@ from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError
 if TYPE_CHECKING:
     from posthoc_cli.run import Run
 
-EPILOG = "Example:  ema report run/ema --sweep sweep --out report.html"
+EPILOG = (
+    "Example:  ema report run/ema --sweep sweep --out report.html   or   "
+    "ema report run/a run/b --sweep sweep-a --sweep sweep-b"
+)
 
 
 def report(
-    directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
-    sweep: Path | None = values.RUN(
-        None, metavar="DIR", help="The folder of a sweep of this run, as ema sweep wrote it."
+    directories: list[Path] = Argument(
+        [], metavar="DIR", help="The directory that the tracker wrote, or of checkpoints; several are compared."
+    ),
+    sweep: list[Path] = values.RUN(
+        [], metavar="DIR", help="The folder of a sweep of such a run, as ema sweep wrote it; again for another one."
     ),
     checkpoints: str | None = values.CHECKPOINTS,
     out: Path = values.OUTPUT("report.html", "--out", "-o", help="The page."),
@@ -35,23 +42,28 @@ def report(
     """Make a page about a run and its best length.
 
     One HTML file that needs no network: what the run is, the metric against the length with its noise, how exact each
-    length is, how the network moved, all trials, and the commands to repeat it.
+    length is, how the network moved, all trials, and the commands to repeat it. Several runs or sweeps are compared.
     """
     from posthoc_cli.report import render
 
     page = values.new_file(out, "--out", (".html",), overwrite)
     assert page is not None
-    run = values.open_run(directory, checkpoints)
-    folder = None if sweep is None else values.existing(sweep)
-    if folder is not None and not folder.is_dir():
-        raise InvalidValueError("--sweep", "is a file", "name the folder of a sweep", value=folder)
+    if checkpoints is not None and len(directories) > 1:
+        raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
+    places: list[Path | None] = [*directories] or [None]
+    runs = [values.open_run(place, checkpoints) for place in places]
+    folders = [values.existing(folder) for folder in sweep]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InvalidValueError("--sweep", "is a file", "name the folder of a sweep", value=folder)
     if watch and as_json:
         raise InvalidValueError("--watch and --json", "give one of them")
-    if watch and not run.directory.is_dir():
-        raise InvalidValueError("--watch", "needs a directory, and not a file or a pattern", value=run.directory)
     if watch:
-        _watch(run, folder, page)
-    text = render(run, folder, page).encode()
+        for run in runs:
+            if not run.directory.is_dir():
+                raise InvalidValueError("--watch", "needs a directory, and not a pattern", value=run.directory)
+        _watch(runs, folders, page)
+    text = render(runs, folders, page).encode()
     files.write_whole(page, text, overwrite)
     if as_json:
         output.print_json({"output": str(page), "bytes": len(text)})
@@ -63,19 +75,19 @@ _TICK = 2
 """Seconds between looks at the directories, and between reloads of a page."""
 
 
-def _watch(run: Run, sweep: Path | None, page: Path) -> NoReturn:
+def _watch(runs: list[Run], sweeps: list[Path], page: Path) -> NoReturn:
     """Write the page whenever something has changed, until interrupted; then so that it reloads no longer."""
     from posthoc_cli.report import render
     from posthoc_cli.sweep.results import RESULT
 
     def write(reload: int | None) -> None:
-        swept = None if sweep is None or not (sweep / RESULT).exists() else sweep
-        files.write_whole(page, render(run, swept, page, reload).encode(), overwrite=True)
+        swept = [folder for folder in sweeps if (folder / RESULT).exists()]
+        files.write_whole(page, render(runs, swept, page, reload).encode(), overwrite=True)
 
     seen: object = None
     try:
         while True:
-            now = [_state(folder) for folder in (run.directory, sweep) if folder is not None]
+            now = [_state(folder) for folder in (*(run.directory for run in runs), *sweeps)]
             if now != seen:
                 seen = now
                 try:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Digits, Settings, 
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
+from posthoc_cli.sweep.results import draw
 
 Say = Callable[[str], None]
 """Prints a line."""
@@ -42,8 +42,8 @@ DIRECT_SIGMA_RELS = (0.05, 0.1, 0.15, 0.2, 0.25)
 class Measured:
     """The validation loss of an average, or of the raw weights (`RAW`).
 
-    `above_best` is its difference to the lowest loss of an average, and `standard_error` that of the difference over
-    the images: both losses are measured with the same noise.
+    `above_best` is its difference to that of the best average, and `standard_error` that of the difference over the
+    images: both losses are measured with the same noise.
     """
 
     sigma_rel: float
@@ -77,8 +77,8 @@ class Result:
 
     @property
     def best(self) -> Measured:
-        """The average with the lowest validation loss."""
-        return min(self.averages, key=lambda measured: measured.loss)
+        """The average that the sweep chose, which the picture and the page name, too."""
+        return next(measured for measured in self.averages if measured.sigma_rel == self.sweep.chosen["sigma_rel"])
 
     def to_dict(self) -> dict[str, Any]:
         """The results as data for JSON."""
@@ -120,25 +120,24 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
         commands.run("error-plot", folder.snapshots, "--out", folder.error_picture, "--overwrite")
         commands.run("synthesize", folder.snapshots, "--sigma-rel", listed, "--out", folder.averages, "--overwrite")
         say("")
-        say(f"measuring the validation loss of {len(SIGMA_RELS)} averages and of the raw weights")
+        say(
+            f"measuring the validation loss of {len(SIGMA_RELS)} averages and of the raw weights, and choosing the best"
+        )
         weights = {sigma_rel: load_file(folder.average(sigma_rel)) for sigma_rel in SIGMA_RELS}
         last = load_file(folder.raw)
         validation = Validation(digits.validation, seed=0)
-        raw, averages = measure(validation, model, last, weights)
-        best = min(averages, key=lambda measured: measured.loss)
-        commands.run("export", folder.average(best.sigma_rel), "--out", folder.best, "--overwrite")
-        widths, values, errors = np.array([(one.sigma_rel, one.loss, one.standard_error) for one in averages]).T
-        figure = partial(plots.loss_figure, widths, values, errors, (raw.loss, raw.standard_error), "validation loss")
-        files.write_whole(folder.loss_picture, plots.as_file(figure, ".png"))
-        checks = [compare(width, weights[width], load_file(folder.tracked(width)), last) for width in DIRECT_SIGMA_RELS]
-        say("")
-        say("searching the best length with fewer measurements, as `ema sweep` does with a command of yours")
         swept = sweep(
-            folder.snapshots, lambda averaged: float(validation(averaged).mean()), model=model, low=SIGMA_RELS[0],
-            high=SIGMA_RELS[-1], budget=10, name="validation loss",
+            folder.snapshots, lambda averaged: float(validation(averaged).mean()), model=model, values=SIGMA_RELS,
+            name="validation loss",
         )  # fmt: skip
         swept.write(folder.sweep)
+        best = swept.chosen["sigma_rel"]
+        raw, averages = measure(validation, model, last, weights, best)
+        commands.run("export", folder.average(best), "--out", folder.best, "--overwrite")
+        figure = partial(draw, {**swept.to_dict(), "raw": raw.loss})
+        files.write_whole(folder.loss_picture, plots.as_file(figure, ".png"))
         commands.run("report", folder.snapshots, "--sweep", folder.sweep, "--out", folder.page, "--overwrite")
+        checks = [compare(width, weights[width], load_file(folder.tracked(width)), last) for width in DIRECT_SIGMA_RELS]
     finally:
         torch.set_num_threads(threads)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -192,16 +191,15 @@ class Commands:
 
 
 def measure(
-    validation: Validation, model: Denoiser, raw: Weights, averages: Mapping[float, Weights]
+    validation: Validation, model: Denoiser, raw: Weights, averages: Mapping[float, Weights], best: float
 ) -> tuple[Measured, list[Measured]]:
     """The validation losses of the raw weights and of averages by sigma_rel, each loaded into `model`."""
     losses = {}
     for sigma_rel, weights in {**averages, RAW: raw}.items():
         model.load_state_dict(weights)
         losses[sigma_rel] = validation(model)
-    of_raw = losses.pop(RAW)
-    best = min(losses.values(), key=lambda loss: float(loss.mean()))
-    return _measured(RAW, of_raw, best), [_measured(sigma_rel, loss, best) for sigma_rel, loss in losses.items()]
+    of_raw, of_best = losses.pop(RAW), losses[best]
+    return _measured(RAW, of_raw, of_best), [_measured(sigma_rel, loss, of_best) for sigma_rel, loss in losses.items()]
 
 
 def _measured(sigma_rel: float, loss: torch.Tensor, best: torch.Tensor) -> Measured:

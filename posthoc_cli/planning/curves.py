@@ -257,14 +257,14 @@ class ErrorReport:
             rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
             for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
                 cells = ["" if number is None else repr(number) for number in numbers]
-                writer.writerow([_no_formula(curve.label), repr(curve.t), _no_formula(target), *cells])
+                writer.writerow([no_formula(curve.label), repr(curve.t), no_formula(target), *cells])
         return text.getvalue()
 
 
 _FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
 
 
-def _no_formula(text: str) -> str:
+def no_formula(text: str) -> str:
     """A cell that no spreadsheet takes for a formula, with control characters escaped."""
     return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
 

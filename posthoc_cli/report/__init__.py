@@ -1,10 +1,12 @@
-"""A page about a run, and about a sweep of its averages: one HTML file that needs nothing else."""
+"""A page about runs, and about sweeps of their averages: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -28,7 +30,7 @@ from posthoc_cli import plots
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import error_curve
-from posthoc_cli.planning.curves import finite
+from posthoc_cli.planning.curves import ErrorCurve, finite, no_formula
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.sources import Snapshot
@@ -48,71 +50,150 @@ class _Picture:
     curve: str
 
 
-def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html"), reload: int | None = None) -> str:
+def render(
+    runs: Run | Sequence[Run], sweeps: Sequence[Path] = (), out: Path = Path("report.html"), reload: int | None = None
+) -> str:
     """The page, as HTML.
 
     Arguments:
-        run: snapshots or checkpoints.
-        sweep: the folder of a sweep of it.
+        runs: snapshots or checkpoints; several are compared.
+        sweeps: folders of sweeps of them; several are compared.
         out: where the page will be, for links to logs.
         reload: seconds after which a browser shows it anew.
 
     Raises:
-        InvalidValueError: `sweep` is not the folder of a sweep.
-        FileFormatError, MismatchError: the sweep cannot be read, or is of another run.
+        InvalidValueError: one of `sweeps` is not the folder of a sweep.
+        FileFormatError, MismatchError: a sweep cannot be read, or is of another run.
         DirectoryError: there are no snapshots.
     """
-    if sweep is None:
-        return _page(run, None, None, out, reload)
-    path = sweep / RESULT
-    if not path.is_file():
-        raise InvalidValueError("sweep", f"holds no {RESULT}", "name the folder of a sweep", value=sweep)
-    try:
-        return _page(run, json.loads(read_small_file(path, _MOST_BYTES)), sweep, out, reload)
-    except PostHocError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, jinja2.UndefinedError) as error:
-        raise FileFormatError(path, "is no result of a sweep") from error
-
-
-def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path, reload: int | None) -> str:
-    snapshots, info = [one for one in run.sources if isinstance(one, Snapshot)], run.info()
-    if found is not None and found["settings"]["run"] != info["run"]:
-        runs = (shown(str(one)[:8]) for one in (found["settings"]["run"], info["run"]))
-        raise MismatchError((sweep or run.directory) / RESULT, f"is of another run: {' and '.join(runs)}")
-    candidate = run.candidate()
-    curve = error_curve(candidate)
-    known = [finite(error) for error in curve.predicted_error.tolist()]
+    parts = [_of_run(run, number) for number, run in enumerate([runs] if isinstance(runs, Run) else runs)]
+    swept = [_of_sweep(folder, number, parts, out) for number, folder in enumerate(sweeps)]
     script = _template("page.js").render()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    curves = [part["curve"] for part in parts]
     return _template("page.html").render(
-        run=run.directory,
+        title=" and ".join(str(part["run"].directory) for part in parts),
         reload=reload,
-        info=info,
-        facts=_facts(info),
-        sweep=found,
-        swept=None if found is None else _sweep_picture(found),
-        logs=None if sweep is None else urllib.parse.quote(os.path.relpath(sweep.resolve(), out.resolve().parent)),
-        error=_picture(partial(plots.error_figure, [curve]), "error", curve.sigma_rels.tolist(), known),
-        good=curve.ranges_text(plots.GOOD_ERROR),
-        motion=None if candidate.prior is None else _motion(candidate.prior.motion, info["t_unit"]),
-        distance=_distance(snapshots, info["t_unit"]),
-        commands=_commands(run, found),
+        parts=parts,
+        sweeps=swept,
+        errors=_picture(_errors(curves), "errors", curves[0]) if len(parts) > 1 else None,
+        commands=[line for part in parts for line in _commands(part["run"], [one["found"] for one in part["sweeps"]])],
         versions=[
             ("Python", platform.python_version()),
             *((name, importlib.metadata.version(name)) for name in ("posthoc-cli", "torch", "numpy", "safetensors")),
         ],
         script=Markup(script),
-        digest=digest,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _of_run(run: Run, number: int) -> dict[str, Any]:
+    """What the page says about a run; the names of its pictures end in its number."""
+    snapshots, info = [one for one in run.sources if isinstance(one, Snapshot)], run.info()
+    candidate = run.candidate()
+    curve = error_curve(candidate)
+    return {
+        "run": run,
+        "info": info,
+        "facts": _facts(info),
+        "curve": curve,
+        "error": _picture(_errors([curve]), f"error-{number}", curve),
+        "good": curve.ranges_text(plots.GOOD_ERROR),
+        "motion": None
+        if candidate.prior is None
+        else _motion(candidate.prior.motion, info["t_unit"], f"motion-{number}"),
+        "distance": _distance(snapshots, info["t_unit"], f"distance-{number}"),
+        "sweeps": [],
+    }
+
+
+def _of_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """What the page says about a sweep, in words, which it adds to its run's part."""
+    path = folder / RESULT
+    if not path.is_file():
+        raise InvalidValueError("sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder)
+    try:
+        found = json.loads(read_small_file(path, _MOST_BYTES))
+        known = [part["info"]["run"] for part in parts]
+        if found["settings"]["run"] not in known:
+            names = (shown(str(one)[:8]) for one in (found["settings"]["run"], *known))
+            raise MismatchError(path, f"is of another run: {' and '.join(names)}")
+        trials = _trials(found)
+        swept = {
+            "found": found,
+            "folder": folder,
+            **_answer(found),
+            "picture": _sweep_picture(found, f"sweep-{number}"),
+            "rows": [_cells(trial) for trial in trials],
+            "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
+            "csv": _as_csv(trials),
+        }
+    except PostHocError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise FileFormatError(path, "is no result of a sweep") from error
+    parts[known.index(found["settings"]["run"])]["sweeps"].append(swept)
+    return swept
+
+
+def _answer(found: dict[str, Any]) -> dict[str, str]:
+    """The best length in words."""
+    low, high = found["equal_within_noise"]
+    second, answer = found["second"], {
+        "best": str(found["best"]["target"]),
+        "metric": str(found["metric"]),
+        "estimate": f"{_number(found['estimate'])} ± {found['standard_error']:.2g}",
+        "equal": f"{found['axis']} {low:.12g} to {high:.12g}",
+        "raw": "not measured" if found["raw"] is None else _number(found["raw"]),
+        "count": f"{len(found['trials'])} trials; {found['stopped']}",
+        "second": "",
+    }  # fmt: skip
+    if second is not None:
+        equal = f"{second['low']:.12g} to {second['high']:.12g} are equal within the noise"
+        estimate = f"{_number(second['estimate'])} ± {second['standard_error']:.2g}"
+        width = f"{second['value']:.12g}"
+        answer["second"] = f"The second network: sigma_rel {width}. {equal}, {found['metric']}, estimate: {estimate}."
+    return answer
+
+
+def _trials(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trials, the shortest length first, with the best one, which is an estimate, in its place."""
+    best = {
+        "target": f"best: {found['best']['target']}", "x": float(found["best"][found["axis"]]), "seed": "",
+        "value": found["estimate"], "standard_error": found["standard_error"], "predicted_error": None,
+        "seconds": None, "error": "estimate", "log": "",
+    }  # fmt: skip
+    return sorted([*found["trials"], best], key=lambda trial: (trial["x"], trial["target"]))
+
+
+def _cells(trial: dict[str, Any]) -> dict[str, Any]:
+    exact, seconds = trial["predicted_error"], trial["seconds"]
+    numbers = [_number(trial[key]) for key in ("value", "standard_error")]
+    error = "–" if exact is None else f"{100 * exact:.2g} %"
+    cells = [trial["target"], trial["seed"], *numbers, error, "–" if seconds is None else f"{seconds:.1f}"]
+    return {"cells": cells, "best": trial["seed"] == "", "error": trial["error"] or "", "log": trial["log"]}
+
+
+def _as_csv(trials: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["target", *_NUMBERS])
+    for trial in trials:
+        numbers = ["" if trial[key] in (None, "") else repr(float(trial[key])) for key in _NUMBERS]
+        writer.writerow([no_formula(trial["target"]), *numbers])
+    return text.getvalue()
+
+
+_NUMBERS = "seed", "value", "standard_error", "predicted_error", "seconds"
 
 
 def _template(name: str) -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=name.endswith(".html"), loader=loader, undefined=jinja2.StrictUndefined)
-    environment.filters["size"] = _size
-    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.6g}"
     return environment.get_template(name)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.6g}"
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -144,9 +225,16 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
 # --- figures -----------------------------------------------------------------------------------------
 
 
-def _picture(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None]) -> list[_Picture]:
-    """A figure whose text is text, and whose colours follow the page's; and the same with a linear axis."""
-    return [_drawn(draw, name, x, y, linear) for linear in (False, True)]
+def _picture(
+    draw: Callable[[], Figure], name: str, curve: ErrorCurve | tuple[Sequence[float], Sequence[float | None]]
+) -> list[_Picture]:
+    """A figure whose text is text, and whose colours follow the page's; and the same with a linear axis.
+
+    The values of `curve` are those that a reader can point at.
+    """
+    if isinstance(curve, ErrorCurve):
+        curve = curve.sigma_rels.tolist(), [finite(error) for error in curve.predicted_error.tolist()]
+    return [_drawn(draw, name, *curve, linear) for linear in (False, True)]
 
 
 def _drawn(
@@ -157,8 +245,7 @@ def _drawn(
 
     def drawn() -> Figure:
         figure = draw()
-        if linear:
-            plots.make_linear(figure)
+        plots.fit_page(figure, linear)
         frames.append(plots.frame(figure))
         return figure
 
@@ -173,12 +260,18 @@ def _drawn(
     return _Picture(Markup(svg), json.dumps(points))
 
 
-def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
+def _errors(curves: Sequence[ErrorCurve]) -> Callable[[], Figure]:
+    return partial(plots.error_figure, curves, width=plots.PAGE_WIDTH)
+
+
+def _sweep_picture(found: dict[str, Any], name: str) -> list[_Picture]:
     xs = [shown_at(found, point["x"]) for point in found["curve"]]
-    return _picture(partial(draw, found), "sweep", xs, [float(point["estimate"]) for point in found["curve"]])
+    if not xs:
+        raise ValueError("an empty curve")
+    return _picture(partial(draw, found), name, (xs, [float(point["estimate"]) for point in found["curve"]]))
 
 
-def _motion(motion: Motion, unit: str) -> tuple[list[_Picture], str] | None:
+def _motion(motion: Motion, unit: str, name: str) -> tuple[list[_Picture], str] | None:
     """How fast the network moved, and that in words; None where it was not measured."""
     edges, known = motion.edges, motion.walk > 0
     if np.count_nonzero(known) < 2:
@@ -186,7 +279,7 @@ def _motion(motion: Motion, unit: str) -> tuple[list[_Picture], str] | None:
     lines = {"mean square of the random steps": (edges, np.where(known, motion.walk, np.nan))}
     drawn = partial(plots.times_figure, lines, (unit, "squared distance a step"))
     walk = motion.walk[known]
-    picture = _picture(drawn, "motion", ((edges[1:] + edges[:-1]) / 2)[known].tolist(), walk.tolist())
+    picture = _picture(drawn, name, (((edges[1:] + edges[:-1]) / 2)[known].tolist(), walk.tolist()))
     ratio = walk[0] / walk[-1]
     if 0.5 < ratio < 2:
         return picture, "The network moved about as fast at the end as at the beginning."
@@ -195,7 +288,7 @@ def _motion(motion: Motion, unit: str) -> tuple[list[_Picture], str] | None:
     return picture, f"The network's random steps were {times} as long at the {first} of training as at the {second}."
 
 
-def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture], str] | None:
+def _distance(snapshots: Sequence[Snapshot], unit: str, name: str) -> tuple[list[_Picture], str] | None:
     """The distance of the network's weights to each tracked average, relative to its norm; nan where not measured.
 
     And the average whose values a reader can point at.
@@ -207,33 +300,37 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture],
         if measured is not None and measured.weights and measured.norm:
             value = math.sqrt(measured.weights / measured.norm)
         points.setdefault(f"sigma_rel {snapshot.info.sigma_rel:g}", []).append((snapshot.info.t, value))
-    columns = {name: np.array(one).T for name, one in points.items()}
-    lines = {name: (times, values) for name, (times, values) in columns.items()}
+    columns = {title: np.array(one).T for title, one in points.items()}
+    lines = {title: (times, values) for title, (times, values) in columns.items()}
     if all(np.count_nonzero(np.isfinite(values)) < 2 for _, values in lines.values()):
         return None
     drawn = partial(plots.times_figure, lines, (unit, "distance / norm"))
-    name, (times, values) = next(iter(lines.items()))
-    return _picture(drawn, "distance", times.tolist(), [finite(value) for value in values.tolist()]), name
+    first, (times, values) = next(iter(lines.items()))
+    return _picture(drawn, name, (times.tolist(), [finite(value) for value in values.tolist()])), first
 
 
 # --- text --------------------------------------------------------------------------------------------
 
 
-def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
+def _commands(run: Run, sweeps: Sequence[dict[str, Any]]) -> list[str]:
     source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
-    if found is None:
+    if not sweeps:
         return [shlex.join(["ema", "synthesize", *source, "--sigma-rel", "0.1", *_OUT])]
-    best, kind = found["best"], found["length"]
-    value = f"{best[kind]:.12g}"
-    target = ("--sigma-rel", value) if kind == "sigma_rel" else ("--target", f"{kind}:{value}")
-    settings = found["settings"]
-    how = _how(settings, None if settings["t"] == run.t else settings["t"], "model")
-    commands = [["ema", "synthesize", *source, *target, *how]]
-    if found["guide"] is not None:
-        width, other = f"{best['guide']:.12g}", settings["guide"]
-        how = _how(other, other["t"], "guide")
-        commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, *how])
-    return [*([found["again"]] if found["again"] else ()), *map(shlex.join, commands)]
+    lines: list[str] = []
+    for found in sweeps:
+        best, kind, settings = found["best"], found["length"], found["settings"]
+        value = f"{best[kind]:.12g}"
+        target = ("--sigma-rel", value) if kind == "sigma_rel" else ("--target", f"{kind}:{value}")
+        how = _how(settings, None if settings["t"] == run.t else settings["t"], "model")
+        lines += [
+            *([found["again"]] if found["again"] else ()),
+            shlex.join(["ema", "synthesize", *source, *target, *how]),
+        ]
+        if found["guide"] is not None:
+            width, other = f"{best['guide']:.12g}", settings["guide"]
+            how = _how(other, other["t"], "guide")
+            lines.append(shlex.join(["ema", "synthesize", found["guide"], "--sigma-rel", width, *how]))
+    return lines
 
 
 _OUT = ("--out", "model.safetensors")

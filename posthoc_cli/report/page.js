@@ -12,9 +12,8 @@ for (const figure of document.querySelectorAll("figure")) {
     const mark = document.createElementNS("http://www.w3.org/2000/svg", "circle");
     mark.setAttribute("r", 4);
     mark.setAttribute("class", "mark");
-    svg.append(mark);
     const places = curve.xs.map((x) => left + (right - left) * to(x, curve.x, curve.log[0]));
-    svg.addEventListener("pointermove", (event) => {
+    const read = (event) => {
       const box = svg.getBoundingClientRect(), at = (event.clientX - box.left) / box.width;
       let nearest = 0;
       places.forEach((place, index) => { if (Math.abs(place - at) < Math.abs(places[nearest] - at)) nearest = index; });
@@ -22,7 +21,18 @@ for (const figure of document.querySelectorAll("figure")) {
       if (y === null) return;
       mark.setAttribute("cx", size.width * places[nearest]);
       mark.setAttribute("cy", size.height * (bottom - (bottom - top) * Math.min(1, Math.max(0, to(y, curve.y, curve.log[1])))));
-      out.textContent = `${curve.xs[nearest].toPrecision(3)}: ${y.toPrecision(4)}`;
-    });
+      svg.append(mark);
+      out.textContent = `${curve.words[0]} ${+curve.xs[nearest].toPrecision(4)}: ${y.toPrecision(4)} ${curve.words[1]}`;
+    };
+    for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, read); // a tap moves nothing
   }
+}
+for (const button of document.querySelectorAll("[data-csv]")) {
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    // The newer way needs an encrypted connection.
+    const put = (event) => { event.clipboardData.setData("text/plain", button.dataset.csv); event.preventDefault(); };
+    document.addEventListener("copy", put, { once: true });
+    if (document.execCommand("copy")) button.textContent = "copied";
+  });
 }

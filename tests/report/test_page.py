@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import io
 import json
 import re
 import shlex
@@ -83,7 +85,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
 def text(swept: tuple[Run, Path]) -> str:
     """The page, to lie beside the folder of the sweep."""
     run, out = swept
-    return render(run, out, out.parent / "report.html")
+    return render(run, [out], out.parent / "report.html")
 
 
 def test_a_page_has_the_answer_its_figures_and_every_trial(swept: tuple[Run, Path], text: str) -> None:
@@ -105,6 +107,7 @@ def test_a_page_has_the_answer_its_figures_and_every_trial(swept: tuple[Run, Pat
     for curve in curves:
         assert len(curve["xs"]) == len(curve["ys"]) > 1
         assert 0 <= curve["box"][0] < curve["box"][2] <= 1
+        assert all(curve["words"])
 
 
 def test_a_page_asks_for_nothing_and_runs_its_own_script_only(text: str) -> None:
@@ -144,7 +147,7 @@ def test_a_page_needs_no_sweep_and_draws_distances_over_the_snapshots_of_each_av
     (curve,) = (
         json.loads(div["data-curve"])
         for div, svg in zip(page.all("div"), page.all("svg"), strict=True)
-        if svg["aria-label"] == "distance"
+        if svg["aria-label"] == "distance-0"
     )
     assert curve["xs"] == [4, 8, 12, 16]
     assert None not in curve["ys"]
@@ -186,12 +189,12 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     run, _ = swept
     axis = Axis.of_values("beta", [0.6, 0.8, 0.9])
     Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "out", axis).run_all()
-    page = render(run, tmp_path / "out", tmp_path / "page.html")
+    page = render(run, [tmp_path / "out"], tmp_path / "page.html")
     assert "Best: beta" in page
     assert "1 / (1 - beta)" in page
     axis = Axis.of_values("decay:linear", [0.1, 0.2, 0.4])
     Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "decays", axis).run_all()
-    page = render(run, tmp_path / "decays", tmp_path / "page.html")
+    page = render(run, [tmp_path / "decays"], tmp_path / "page.html")
     assert "Best: decay:linear:" in page
     assert re.search(r"ema synthesize \S+ --target decay:linear:0\.\d+ --out", page)
 
@@ -211,7 +214,7 @@ def test_the_command_of_a_page_makes_the_same_average(
     run, _ = swept
     axis = Axis.of_values("sigma_rel", [0.1, 0.2, 0.25])
     Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "out", axis, **options).run_all()
-    page = Page(render(run, tmp_path / "out", tmp_path / "page.html"))
+    page = Page(render(run, [tmp_path / "out"], tmp_path / "page.html"))
     (command,) = re.findall(r"ema (synthesize .*)", page.text)
     assert command.endswith(words)
     monkeypatch.chdir(tmp_path)
@@ -233,7 +236,7 @@ def test_what_is_no_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, ha
     texts = {"empty": "", "list": "[]"}
     path.write_text(texts.get(harm) if harm in texts else json.dumps(result | {harm: HARMS[harm]}))
     with refused(str(path), "no result of a sweep", kind=FileFormatError):
-        render(run, tmp_path)
+        render(run, [tmp_path])
 
 
 def test_a_sweep_of_another_run_is_refused(swept: tuple[Run, Path], tmp_path: Path) -> None:
@@ -242,7 +245,7 @@ def test_a_sweep_of_another_run_is_refused(swept: tuple[Run, Path], tmp_path: Pa
     result["settings"]["run"] = "f" * 32
     (tmp_path / "sweep.json").write_text(json.dumps(result))
     with refused(str(tmp_path / "sweep.json"), "another run", kind=MismatchError):
-        render(run, tmp_path)
+        render(run, [tmp_path])
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
@@ -257,17 +260,19 @@ def test_a_browser_shows_it_without_a_complaint_and_values_where_one_points(text
         assert "CONSOLE" not in done.stderr
         return done.stdout
 
-    assert shown(text).count('class="mark"') == 6  # which the script adds
-    # A reader who points at the middle of each curve, first on one axis and then on the other.
+    assert shown(text).count('class="mark"') == 0
+    # A reader who points at the middle of each curve, and taps it on the other axis.
     pointing = """<script>for (const click of [false, true]) for (const figure of document.querySelectorAll("figure")) {
         if (click) figure.querySelector("button").click();
         const svg = figure.querySelector("div:not([hidden]) svg"), box = svg.getBoundingClientRect();
-        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 9}));
+        const kind = click ? "pointerdown" : "pointermove", clientX = box.left + box.width / 2;
+        svg.dispatchEvent(new PointerEvent(kind, {clientX, clientY: box.top + 9}));
         document.body.append("reads " + figure.querySelector("output").textContent + ";");
     }</script></body>"""
     free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)  # which forbids that script
     read = [
-        tuple(map(float, pair)) for pair in re.findall(r"reads (\S+): (\S+);", shown(free.replace("</body>", pointing)))
+        tuple(map(float, pair))
+        for pair in re.findall(r"reads [a-z_ ]+ (\S+): (\S+) [^;]+;", shown(free.replace("</body>", pointing)))
     ]
     curves = [
         json.loads(attributes["data-curve"]) for attributes in Page(text).all("div") if "data-curve" in attributes
@@ -281,3 +286,77 @@ def test_a_browser_shows_it_without_a_complaint_and_values_where_one_points(text
         nearest = np.abs((np.log(curve["xs"]) if logarithmic else np.array(curve["xs"])) - there).argmin()
         assert x == pytest.approx(curve["xs"][nearest], rel=0.005)
         assert y == pytest.approx(curve["ys"][nearest], rel=0.0005)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_a_phone_shows_every_figure_whole_and_copies_the_trials(text: str, tmp_path: Path) -> None:
+    """In a frame of 390 pixels, since a window of chromium's is wider."""
+    looking = """<script>
+        const wide = document.documentElement.scrollWidth, hints = [...document.querySelectorAll(".hint")];
+        for (const svg of document.querySelectorAll("div:not([hidden]) > svg")) {
+            const box = svg.getBoundingClientRect();
+            document.title += " " + (box.right <= 390 && box.width > 300);
+        }
+        document.title += " hints " + hints.every((hint) => getComputedStyle(hint).display === "block");
+        const copying = new ClipboardEvent("copy", {clipboardData: new DataTransfer()});
+        document.execCommand = (what) => document.dispatchEvent(copying);  // as of a user's click
+        document.querySelector("[data-csv]").click();
+        const copied = copying.clipboardData.getData("text/plain");
+        parent.document.body.append(`${document.title} wide ${wide}; csv ${JSON.stringify(copied)} end`);
+    </script></body>"""
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    (tmp_path / "page.html").write_text(free.replace("</body>", looking))
+    (tmp_path / "phone.html").write_text('<body><iframe src="page.html" width="390" height="800"></iframe></body>')
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command = ["chromium", *options, f"--user-data-dir={tmp_path}/p", "--dump-dom", (tmp_path / "phone.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    found = re.search(r"((?: true| false)+) hints (\w+) wide (\d+); csv (.*) end", done)
+    assert found is not None, done
+    assert found[1].split() == ["true"] * 3
+    assert found[2] == "true"
+    assert int(found[3]) <= 390  # nothing is wider; a scroll bar takes some
+    (csv_text,) = (button["data-csv"] for button in Page(text).all("button") if "data-csv" in button)
+    assert json.loads(found[4]) == csv_text
+
+
+def test_trials_are_sorted_by_length_with_the_best_in_its_place_and_as_csv(swept: tuple[Run, Path], text: str) -> None:
+    _, out = swept
+    result = json.loads((out / "sweep.json").read_text())
+    (csv_text,) = (button["data-csv"] for button in Page(text).all("button") if "data-csv" in button)
+    header, *rows = csv.reader(io.StringIO(csv_text))
+    assert header == ["target", "seed", "value", "standard_error", "predicted_error", "seconds"]
+    widths = [float(row[0].split()[-1]) for row in rows]
+    assert widths == sorted(widths)
+    assert set(widths) == {0.05, 0.1, 0.2, 0.25}
+    (best,) = (row for row in rows if row[0].startswith("best: "))
+    assert float(best[2]) == result["estimate"]
+    measured = {trial["x"]: trial["value"] for trial in result["trials"]}
+    assert {float(row[0].split()[-1]): float(row[2]) if row[2] else None for row in rows if row != best} == measured
+    assert re.search(rf'<tr class="best"><td>best: {result["best"]["target"]}</td>', text)
+
+
+def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple[Run, Path], tmp_path: Path) -> None:
+    run, out = swept
+    write_run(tmp_path / "other", random_walk(20, {"a": (30, 10)}), range(1, 21), run_id="0123" * 8)
+    Sweep(
+        Run(tmp_path / "other"), "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "s",
+        Axis.of_values("sigma_rel", [0.1, 0.2, 0.25]), again="ema sweep the other",
+    ).run_all()  # fmt: skip
+    both = [run.directory, tmp_path / "other", "--sweep", tmp_path / "s", "--sweep", out]
+    done = ema("report", *both, "--out", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    page = Page((tmp_path / "page.html").read_text())
+    compared = page.text.partition("The best of each sweep")[2].partition("How exact each run")[0]
+    for folder in (tmp_path / "s", out):
+        best = json.loads((folder / "sweep.json").read_text())["best"]["target"]
+        assert re.search(rf"{re.escape(str(folder))} +{re.escape(best)}", compared)
+    first, second = page.text.partition("How exact each run")[2].split(f" {tmp_path / 'other'} ", 1)
+    assert ("ended with exit code 1" in first, "ended with exit code 1" in second) == (True, False)
+    for words in ("The run", "How the network moved", "Trials of"):
+        assert words in first
+        assert words in second
+    assert "ema sweep the other" in page.text
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    with refused(str(tmp_path / "s" / "sweep.json"), "another run", kind=MismatchError):
+        render(run, [out, tmp_path / "s"])
