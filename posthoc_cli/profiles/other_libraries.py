@@ -151,6 +151,14 @@ class Decay:
         if not (isinstance(self.decay, float) and 0 < self.decay < 1):
             raise InvalidValueError("ema_decay", "must lie in (0, 1)", value=self.decay)
 
+    @property
+    def rule(self) -> str:
+        """The warm-up, for people."""
+        if self.warm_up == "ratio":
+            return "the warm-up (1 + n) / (10 + n)"
+        scaled = "n" if self.inv_gamma == 1 else f"n / {self.inv_gamma:g}"
+        return f"the warm-up 1 - (1 + {scaled})^-{self.power:.3g}"
+
     def at(self, updates: FloatArray) -> FloatArray:
         """The share of the average before that the updates of these numbers, from 1, keep."""
         numbers = 1 + (updates - 1) * self.stride
