@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +123,12 @@ def is_copy(values: Mapping[str, Any]) -> bool:
 def read_copy(path: Path) -> Checkpoint:
     """A file that `write_copies` wrote; a FileFormatError says what is wrong with it."""
     header = read_header(path)
-    values = headers.decode_metadata(path, header, KIND, _ENTRIES)
+    values = headers.decode_metadata(path, header, KIND, _KINDS, _OPTIONAL)
     masses, t, _ = values.pop("masses", None), values.pop("t"), values.pop("source", None)
     ordinary = values.pop("ordinary", None)
     try:
         profile: StoredProfile = PowerFunction(values["gamma"], t) if values["sigma_rel"] else Point(t)
-        tensors = headers.decode_tensors(values.pop("tensors"), header.tensors)
-        headers.check_aliases(values["aliases"], tensors)
+        headers.check_tensors(values["tensors"], values["aliases"], header.tensors)
         if ordinary is not None:
             profile = OrdinaryEMA.of(values["step"], **ordinary)
         elif masses is not None:
@@ -138,22 +136,16 @@ def read_copy(path: Path) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
     boxes = {name: Box.whole(entry.shape) for name, entry in header.tensors.items()}
-    info = CheckpointInfo(profile, t_first=first_time(profile), tensors=tensors, **values)
-    return Checkpoint(path, header, info, (Part(path, header, boxes),))
+    return Checkpoint(
+        path, header, CheckpointInfo(profile, t_first=first_time(profile), **values), (Part(path, header, boxes),)
+    )
 
 
-_ENTRIES = {
-    "run_id": headers.RUN_ID,
-    "t": headers.TIME,
-    "t_unit": headers.UNIT,
-    "step": replace(headers.WHOLE, words="a whole number above 0", accepts=lambda v: headers.is_whole(v) and v > 0),
-    "sigma_rel": headers.AMOUNT,
-    "gamma": headers.AMOUNT,
-    "decay": replace(headers.AMOUNT, optional=True),
-    "tensors": headers.OBJECT,
-    "aliases": headers.OBJECT,
-    "masses": replace(headers.OBJECT, optional=True),
-    "ordinary": replace(headers.OBJECT, optional=True),
-    "source": replace(headers.TEXT, optional=True),
-}
+_KINDS = {
+    "run_id": fmt.RunId, "t": fmt.Time, "t_unit": fmt.Unit, "step": fmt.Count, "sigma_rel": float, "gamma": float,
+    "decay": float, "tensors": dict[str, fmt.TrackedTensor], "aliases": dict[str, str], "masses": dict[str, Any],
+    "ordinary": dict[str, Any], "source": str,
+}  # fmt: skip
 """What the metadata of such a file must be."""
+
+_OPTIONAL = ("decay", "masses", "ordinary", "source")

@@ -153,9 +153,11 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -238,12 +240,41 @@ ROLES = ("average", "statistic", "copy")
 """A statistic is averaged, too, but is no weight: neither measured nor stored in fewer digits."""
 
 
+class Rule(NamedTuple):
+    """What a value in a header must be beside its type, in words and as a test, which may raise a ValueError."""
+
+    words: str
+    accepts: Callable[[Any], object]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+ANY_SIGN = Rule("a finite number", is_number)
+"""Of the other numbers none is negative."""
+Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
+Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
+RunId = Annotated[str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))]
+Unit = Annotated[str, Rule("a printable name of what t counts", lambda text: text and text.isprintable())]
+Role = Annotated[str, Rule(f"one of {', '.join(ROLES)}", lambda role: role in ROLES)]
+Dtype = Annotated[str, Rule(f"one of {', '.join(ITEM_BYTES)}", lambda name: name in ITEM_BYTES)]
+Widths = Annotated[tuple[float, ...], Rule("a list of numbers, at least one", len)]
+Knots = Annotated[
+    tuple[tuple[int, float], ...],
+    Rule(f"a list of pairs of a step and its time, at most {MAX_KNOTS:,}", lambda pairs: len(pairs) <= MAX_KNOTS),
+]
+SampleText = Annotated[str, Rule("a sample", lambda text: decode_sample(text))]
+SketchText = Annotated[str, Rule("a sketch", lambda text: not text or [*map(_path_arrays, text.split(_AND))])]
+
+
 @dataclass(frozen=True)
 class TrackedTensor:
     """How a run tracks one tensor: `role` is one of `ROLES`, `dtype` the model's own."""
 
-    role: str
-    dtype: str
+    role: Role
+    dtype: Dtype
 
 
 class ByRole:
@@ -271,11 +302,11 @@ class ByRole:
 class TrackingSchedule:
     """When a tracker updates and writes, and how it stores; see `PostHocEMA.from_model`."""
 
-    update_every: int = 10
-    checkpoint_every: int = 1000
+    update_every: Count = 10
+    checkpoint_every: Count = 1000
     update_after_step: int = 0
-    max_checkpoints: int | None = 20
-    checkpoint_dtype: str | None = "F16"
+    max_checkpoints: Count | None = 20
+    checkpoint_dtype: Dtype | None = "F16"
     sigma_range: tuple[float, float] = USEFUL_RANGE
 
 
@@ -283,28 +314,28 @@ class TrackingSchedule:
 class SnapshotInfo(ByRole):
     """All metadata of a snapshot, in a header's order; from `selection` on empty where it has none."""
 
-    run_id: str
+    run_id: RunId
     sigma_rel: float
-    gamma: float
-    sigma_rels: tuple[float, ...]
-    t: float
-    t_unit: str
+    gamma: Annotated[float, ANY_SIGN]
+    sigma_rels: Widths
+    t: Time
+    t_unit: Unit
     step: int
-    t_first: float
+    t_first: Time
     max_interval: float
     schedule: TrackingSchedule
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     selection: Selection | None = None
-    clock: tuple[tuple[int, float], ...] = ()
+    clock: Knots = ()
     updates: int | None = None
     inherited: float = 0.0
     off_schedule: bool = False
     measurements: Measurements | None = None
     motion: Motion | None = None
-    sample: str = ""
-    sketch: str = ""
+    sample: SampleText = ""
+    sketch: SketchText = ""
     part: tuple[int, int] | None = None
     chunks: dict[str, Chunk] = field(default_factory=dict)
     mesh: dict[str, Any] = field(default_factory=dict)
@@ -340,12 +371,12 @@ class SnapshotInfo(ByRole):
 class OutputInfo:
     """All metadata of an output: `profile` is the target in words, `snapshots` their names and coefficients."""
 
-    run_id: str
+    run_id: RunId
     profile: str
     sigma_rel: float | None
-    gamma: float | None
-    t: float
-    t_unit: str
+    gamma: Annotated[float, ANY_SIGN] | None
+    t: Time
+    t_unit: Unit
     method: str
     profile_error: float
     predicted_error: float | None
@@ -534,13 +565,6 @@ def _decoded(text: str) -> Path:
     if size == 2:
         means = np.concatenate((means, means + np.cumsum(steps * factor, axis=0)))
     return Path(projection, Sketch(edges, folds, means, spread))
-
-
-def check_path(text: str) -> str:
-    """The same text, or a ValueError."""
-    for part in text.split(_AND) if text else ():
-        _path_arrays(part)
-    return text
 
 
 def path_of_part(text: str, part: tuple[int, int] | None) -> Path | None:

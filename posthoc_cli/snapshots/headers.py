@@ -1,4 +1,4 @@
-"""Parse the header of a safetensors file and check it; decode metadata by tables of what it must be.
+"""Parse the header of a safetensors file and check it; decode metadata by the annotations of what it is kept in.
 
 A file may be hostile or come from a failing disk. Whatever is wrong becomes a FileFormatError that names the file and
 the tensor or key; a header that passes is consistent with itself and with the file's size.
@@ -9,24 +9,21 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import xxhash
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
-from posthoc_cli.reconstruction import Distance, Measurements, Motion
+from posthoc_cli.reconstruction import Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.format import check_path, decode_sample
-from posthoc_cli.snapshots.selection import GLOBS, Selection
 
 T = TypeVar("T")
 
@@ -182,34 +179,99 @@ def file_kind(header: fmt.FileHeader) -> str | None:
 # --- metadata
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a value of the metadata must be: in words, and as a test of its JSON, or of the text itself where `is_text`.
+def decode_metadata(
+    path: Path,
+    header: fmt.FileHeader,
+    kind: str,
+    kinds: Mapping[str, Any],
+    optional: Collection[str] = (),
+    cache: DecodeCache | None = None,
+) -> dict[str, Any]:
+    """The values of a file of this kind by the keys of `kinds`, as `converted`, without optional ones that it lacks."""
+    found = file_kind(header)
+    if found != kind:
+        what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
+        raise FileFormatError(path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {what}")
+    known, version = fmt.version_of(kind), header.metadata.get("ema.version")
+    if version not in (None, known):
+        raise FileFormatError(path, f"ema.version: {shown(version)}; this release reads {known}")
+    cache = cache or DecodeCache()
+    values: dict[str, Any] = {}
+    for name, wanted in {"version": str, **kinds}.items():
+        key = f"ema.{name}"
+        text = header.metadata.get(key)
+        if text is not None:
+            values[name] = cache.once(key, text, partial(_decode_value, path, key, text, wanted))
+        elif name not in optional:
+            raise FileFormatError(path, f"{key}: is missing")
+    del values["version"]
+    return values
 
-    `convert` makes the result from it, or raises a ValueError.
+
+def _decode_value(path: Path, key: str, text: str, kind: Any) -> Any:
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    raw = text if plain is str else parse_json(path, text, key)
+    try:
+        return converted(raw, kind)
+    except ValueError as error:
+        raise FileFormatError(path, f"{key}: {error}") from error
+
+
+@lru_cache
+def kinds_of(form: Any) -> dict[str, Any]:
+    """The annotations of a dataclass by its fields."""
+    return get_type_hints(form, include_extras=True)
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """A value of JSON as an annotation has it: lists as tuples or arrays, objects as dataclasses, by their fields.
+
+    A ValueError says what it must be. Numbers are finite and at least 0; what a `Rule` asks for is checked, too. Keys
+    that a dataclass lacks are of later releases.
     """
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        kind, rule = args
+        made = value if rule is fmt.ANY_SIGN else converted(value, kind)
+        _check(bool(rule.accepts(made)), rule.words, value)
+        return made
+    if type(None) in args:
+        return None if value is None else converted(value, args[0])
+    if origin is np.ndarray:
+        return np.array(converted(value, tuple[float, ...]), dtype=np.float64)
+    if origin is tuple:
+        item, is_endless = args[0], args[-1] is ...
+        _, _, words = _PLAIN.get(item, ("", "", "lists or objects")) if is_endless else ("", "", str(len(args)))
+        _check(isinstance(value, list | tuple) and (is_endless or len(value) == len(args)), f"a list of {words}", value)
+        if is_endless and item in _PLAIN:
+            _check(all(map(_PLAIN[item][0], value)), f"a list of {words}", value)
+        return tuple(map(converted, value, [item] * len(value) if is_endless else args))
+    if kind in _PLAIN:
+        accepts, words, _ = _PLAIN[kind]
+        _check(accepts(value), words, value)
+        return float(value) if kind is float else value
+    _check(isinstance(value, dict), "a JSON object", value)
+    if not is_dataclass(kind):
+        return {name: _member(value, name, args[1]) for name in value}
+    for field in fields(kind):
+        if field.name not in value and (field.default is MISSING or field.default):
+            raise ValueError(f"{field.name}: is missing")
+    given = {name: _member(value, name, one) for name, one in kinds_of(kind).items() if name in value}
+    return kind(**given)  # type: ignore[operator]  # a class
 
-    words: str
-    accepts: Callable[[Any], bool]
-    convert: Callable[[Any], Any] | None = None
-    is_text: bool = False
-    optional: bool = False
 
-    def result(self, value: Any) -> Any:
-        """The checked value; a ValueError says what is wrong."""
-        if not self.accepts(value):
-            raise ValueError(f"must be {self.words}, not {shown(value)}")
-        return value if self.convert is None else self.convert(value)
+def _member(value: Mapping[str, Any], name: str, kind: Any) -> Any:
+    try:
+        return converted(value[name], kind)
+    except ValueError as error:
+        raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def is_amount(value: Any) -> bool:
-    """Whether it is a finite number, at least 0."""
-    return is_number(value) and value >= 0
+def _check(is_right: bool, words: str, value: Any) -> None:
+    if not is_right:
+        raise ValueError(f"must be {words}, not {shown(value)}")
 
 
 def is_whole(value: Any) -> bool:
@@ -217,66 +279,17 @@ def is_whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_list_of(value: Any, accepts: Callable[[Any], bool]) -> bool:
-    """Whether it is a list of such values."""
-    return isinstance(value, list | tuple) and all(map(accepts, value))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-TEXT = Entry("a string", _is_text, is_text=True)
-UNIT = Entry("a printable name of what t counts", lambda v: _is_text(v) and v != "" and v.isprintable(), is_text=True)
-RUN_ID = Entry(
-    "32 hexadecimal digits", lambda v: _is_text(v) and re.fullmatch("[0-9a-f]{32}", v) is not None, is_text=True
-)
-NUMBER = Entry("a finite number", is_number, float)
-AMOUNT = Entry("a finite number, at least 0", is_amount, float)
-TIME = replace(NUMBER, words="a time of training", accepts=lambda v: is_number(v) and fmt.EARLIEST <= v <= fmt.LATEST)
-AMOUNTS = Entry("a list of finite numbers, at least 0", lambda v: is_list_of(v, is_amount), tuple)
-WHOLE = Entry("a whole number, at least 0", is_whole)
-TEXTS = Entry("a list of strings", lambda v: is_list_of(v, _is_text), tuple)
-LIST = Entry("a list", lambda v: isinstance(v, list))
-OBJECT = Entry("a JSON object", lambda v: isinstance(v, dict))
-
-
-def or_null(entry: Entry) -> Entry:
-    """A number as this entry, or null."""
-    return replace(
-        entry,
-        accepts=lambda value: value is None or entry.accepts(value),
-        convert=lambda value: None if value is None else float(value),
-    )
-
-
-def decode_metadata(
-    path: Path, header: fmt.FileHeader, kind: str, entries: Mapping[str, Entry], cache: DecodeCache | None = None
-) -> dict[str, Any]:
-    """The values of a file of this kind by the keys of `entries`, without optional ones that it lacks."""
-    found = file_kind(header)
-    if found != kind:
-        what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
-        raise FileFormatError(path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {what}")
-    known, version = fmt.version_of(kind), header.metadata.get("ema.version")
-    if version is None:
-        raise FileFormatError(path, "ema.version: is missing")
-    if version != known:
-        raise FileFormatError(path, f"ema.version: {shown(version)}; this release reads {known}")
-    cache = cache or DecodeCache()
-    values: dict[str, Any] = {}
-    for name, entry in entries.items():
-        key = f"ema.{name}"
-        text = header.metadata.get(key)
-        if text is not None:
-            raw = text if entry.is_text else cache.once(key, text, partial(parse_json, path, text, key))
-            try:
-                values[name] = entry.result(raw)
-            except ValueError as error:
-                raise FileFormatError(path, f"{key}: {error}") from error
-        elif not entry.optional:
-            raise FileFormatError(path, f"{key}: is missing")
-    return values
+_PLAIN: dict[Any, tuple[Callable[[Any], bool], str, str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false", "true or false"),
+    str: (lambda value: isinstance(value, str), "a string", "strings"),
+    int: (is_whole, "a whole number, at least 0", "whole numbers, at least 0"),
+    float: (
+        lambda value: fmt.is_number(value) and value >= 0,
+        "a finite number, at least 0",
+        "finite numbers, at least 0",
+    ),
+}
+"""What is no object and no list: a test of it, and words for one and for several."""
 
 
 # --- JSON
@@ -339,193 +352,75 @@ def _check_text(value: Any) -> None:
 _LEAST_SQUARE = 1e-120
 """Squares below this, or above its inverse, are not used: products and ratios of them overflow."""
 
-Values = Mapping[str, Any]
+_PART = fmt.Rule("two numbers such as 3/8", lambda text: re.fullmatch("[1-9][0-9]{0,5}/[1-9][0-9]{0,5}", text))
+_SNAPSHOT = kinds_of(fmt.SnapshotInfo) | {"part": Annotated[str, _PART]}
+"""What the metadata of a snapshot must be. What a right checksum stands under is of that form and of these tensors; its
+meaning is not doubted: checksums are there for accidents, and are no signatures."""
 
 
 def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | None = None) -> fmt.SnapshotInfo:
     """The checked metadata of a snapshot; a FileFormatError names the file and the key."""
-    cache = cache or DecodeCache()
-    values = decode_metadata(path, header, "snapshot", _ENTRIES, cache)
-    raw, aliases = values["tensors"], values["aliases"]
+    cache, stored = cache or DecodeCache(), header.tensors
+    values = decode_metadata(path, header, "snapshot", _SNAPSHOT, fmt.OPTIONAL, cache)
+    tensors, aliases, chunks = values["tensors"], values["aliases"], values.pop("chunks", {})
+    measured, motion = values.get("measurements"), values.get("motion")
+    if measured is not None and not _usable(measured):
+        values["measurements"] = None
     try:
-        tensors = cache.once("tensors", (raw, header.tensors), lambda: decode_tensors(raw, header.tensors))
-        check_aliases(aliases, tensors)
-        chunks: dict[str, Chunk] = {}
+        cache.once("tensors", (tensors, aliases, stored), lambda: check_tensors(tensors, aliases, stored))
+        if motion is not None and not _usable_motion(motion):
+            values["motion"] = None
         if "part" in values:
-            places = values.get("chunks", {})
-            chunks = cache.once("chunks", (places, header.tensors), lambda: decode_chunks(places, header.tensors))
+            number, count = map(int, values["part"].split("/"))
+            cache.once("chunks", (chunks, stored), lambda: check_chunks(chunks, stored))
+            values |= {"part": (number, count), "chunks": chunks}
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
-    return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
+    return fmt.SnapshotInfo(**values)
 
 
-def check_aliases(aliases: Values, tensors: Mapping[str, object]) -> None:
-    """A ValueError if one is not a further name of a tensor."""
-    for alias, name in aliases.items():
-        if not isinstance(name, str) or name not in tensors or alias in tensors or alias == "__metadata__":
-            raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
-
-
-def decode_tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fmt.TrackedTensor]:
-    """The content of ema.tensors; a ValueError if it does not fit the tensors that are stored."""
-    try:
-        tensors = {name: fmt.TrackedTensor(**_picked(value, _TRACKED)) for name, value in raw.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"ema.tensors: {error}") from error
-    for name in sorted(tensors.keys() | stored.keys()):
-        if name not in tensors or name not in stored:
-            raise ValueError(f"ema.tensors: tensor {shown(name)} is in the payload or here, but not in both")
+def check_tensors(
+    tensors: Mapping[str, fmt.TrackedTensor], aliases: Mapping[str, str], stored: Mapping[str, fmt.TensorEntry]
+) -> None:
+    """A ValueError if ema.tensors does not fit the tensors that are stored, or ema.aliases names none of them."""
+    for name in _in_both("ema.tensors", tensors, stored):
         role, own, kept = tensors[name].role, tensors[name].dtype, stored[name].dtype
         if not (own == kept if role == "copy" else own in EPS and kept in EPS):
             raise ValueError(f"ema.tensors: tensor {shown(name)}: {kept} cannot hold {role} of {own}")
-    return tensors
+    for alias, name in aliases.items():
+        if name not in tensors or alias in tensors or alias == "__metadata__":
+            raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
 
 
-def decode_chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, Chunk]:
-    """The chunks in a part; a ValueError says what is wrong."""
-    chunks = {}
-    for name in sorted(raw.keys() | stored.keys()):
-        if name not in raw or name not in stored:
-            raise ValueError(f"ema.chunks: tensor {shown(name)} is in the payload or here, but not in both")
-        value = raw[name]
-        if not (isinstance(value, dict) and set(value) == {"shape", "offset"} and all(map(is_sizes, value.values()))):
-            raise ValueError(f"ema.chunks: {shown(name)} must have a shape and an offset, not {shown(value)}")
-        own, chunk = stored[name].shape, Chunk(tuple(value["shape"]), tuple(value["offset"]))
+def check_chunks(chunks: Mapping[str, Chunk], stored: Mapping[str, fmt.TensorEntry]) -> None:
+    """A ValueError if a chunk in a part is not within its tensor."""
+    for name in _in_both("ema.chunks", chunks, stored):
+        own, chunk = stored[name].shape, chunks[name]
         fits = len(own) == len(chunk.shape) == len(chunk.offset)
         if not fits or any(last > size for last, size in zip(chunk.box(own).end, chunk.shape, strict=True)):
             what = f"shape {list(own)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
             raise ValueError(f"ema.chunks: tensor {shown(name)}: {what}")
-        chunks[name] = chunk
-    return chunks
 
 
-def _is_mesh(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"shape", "names"}:
-        return bool(value == {})
-    return is_sizes(value["shape"]) and (value["names"] is None or TEXTS.accepts(value["names"]))
+def _in_both(key: str, said: Mapping[str, object], stored: Mapping[str, object]) -> Iterable[str]:
+    if differing := said.keys() ^ stored.keys():
+        raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or here, but not in both")
+    return stored
 
 
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise ValueError(f"must be two numbers such as 3/8, not {shown(text)}")
-    return int(match[1]), int(match[2])
+def _usable(found: Measurements) -> bool:
+    """Whether measurements are not those of absurd weights."""
+    squares = [found.norm, found.rounding, found.weights, *(d.squared for d in found.distances)]
+    return _in_range([*squares, *(distance.rounding for distance in found.distances)])
 
 
-def _picked(value: dict[str, Any], form: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
-    """The values of these keys; a ValueError if one is missing or cannot be. Further keys are of later releases."""
-    for key, accepts in form.items():
-        if key not in value or not accepts(value[key]):
-            raise ValueError(f"{key} is {shown(value.get(key))}")
-    return {key: value[key] for key in form}
+def _usable_motion(found: Motion) -> bool:
+    """The same; a ValueError unless it has a value for each of its intervals."""
+    if not 1 <= len(found.walk) <= fmt.MAX_PIECES or not len(found.walk) == len(found.noise) == len(found.edges) - 1:
+        wanted = f"1 to {fmt.MAX_PIECES:,} values of walk, as many of noise, and one more of edges"
+        raise ValueError(f"ema.motion: must have {wanted}")
+    return _in_range([*found.walk, *found.noise])
 
 
-def _schedule(raw: dict[str, Any]) -> fmt.TrackingSchedule:
-    found = _picked(raw, _SCHEDULE)
-    return fmt.TrackingSchedule(**(found | {"sigma_range": tuple(found["sigma_range"])}))
-
-
-def _selection(raw: dict[str, Any]) -> Selection:
-    found = _picked({"copy_only": [], **raw}, _SELECTION)
-    return Selection(**(found | {what: tuple(found[what]) for what in GLOBS}))
-
-
-def _clock(pairs: list[Any]) -> tuple[tuple[int, float], ...]:
-    if len(pairs) > fmt.MAX_KNOTS or not all(is_list_of(pair, is_number) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"must be a list of pairs of a step and its time, at most {fmt.MAX_KNOTS:,}")
-    if not all(is_whole(step) for step, _ in pairs):
-        raise ValueError("a step must be a whole number")
-    return tuple((step, float(t)) for step, t in pairs)
-
-
-def _measurements(raw: dict[str, Any]) -> Measurements | None:
-    """None also for measurements that cannot be used: those of absurd weights."""
-    found = _picked({"weights": None, **raw}, _MEASURED)
-    listed = [_picked(one, _DISTANCE) for one in found.pop("distances")]
-    squares = [*found.values(), *(one[key] for one in listed for key in ("squared", "rounding"))]
-    return Measurements(**found, distances=tuple(Distance(**one) for one in listed)) if _usable(squares) else None
-
-
-def _motion(raw: dict[str, Any]) -> Motion | None:
-    """None also for a motion that cannot be used."""
-    found = _picked(raw, dict.fromkeys(("edges", "walk", "noise"), AMOUNTS.accepts))
-    edges, walk, noise = (np.array(found[name], dtype=np.float64) for name in found)
-    if not 1 <= len(walk) <= fmt.MAX_PIECES or len(noise) != len(walk) or len(edges) != len(walk) + 1:
-        raise ValueError(f"must have 1 to {fmt.MAX_PIECES:,} values of walk, as many of noise, and one more of edges")
-    return Motion(edges, walk, noise) if _usable([*walk, *noise]) else None
-
-
-def _sample(text: str) -> str:
-    decode_sample(text)
-    return text
-
-
-def _usable(squares: Iterable[float | None]) -> bool:
+def _in_range(squares: Iterable[float | None]) -> bool:
     return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
-
-
-def _is_count(value: Any) -> bool:
-    return is_whole(value) and value >= 1
-
-
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and value in ITEM_BYTES
-
-
-def _or_none(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or accepts(value)
-
-
-_SCHEDULE: dict[str, Callable[[Any], bool]] = {
-    "update_every": _is_count, "checkpoint_every": _is_count, "update_after_step": is_whole,
-    "max_checkpoints": _or_none(_is_count), "checkpoint_dtype": _or_none(_is_dtype),
-    "sigma_range": lambda value: is_list_of(value, is_number) and len(value) == 2,
-}  # fmt: skip
-_SELECTION: dict[str, Callable[[Any], bool]] = {
-    "only_trainable": lambda value: isinstance(value, bool),
-    "buffers": lambda value: isinstance(value, str),  # "skip" by releases before 0.3
-    **dict.fromkeys(GLOBS, TEXTS.accepts),
-}
-_MEASURED: dict[str, Callable[[Any], bool]] = {
-    "norm": is_amount, "rounding": is_amount, "weights": _or_none(is_amount),
-    "distances": lambda value: is_list_of(value, OBJECT.accepts),
-}  # fmt: skip
-_DISTANCE = dict.fromkeys(("t", "sigma_rel", "squared", "rounding"), is_amount)
-_TRACKED: dict[str, Callable[[Any], bool]] = {
-    "role": lambda value: isinstance(value, str) and value in fmt.ROLES, "dtype": _is_dtype,
-}  # fmt: skip
-
-SCHEDULE = replace(OBJECT, convert=_schedule)
-PART = replace(TEXT, convert=_part, optional=True)
-SKETCH = replace(TEXT, convert=check_path)
-
-_ENTRIES = {
-    "run_id": RUN_ID,
-    "t_unit": UNIT,
-    "sigma_rel": NUMBER,
-    "sigma_rels": Entry("a list of numbers", lambda v: is_list_of(v, is_number) and len(v) > 0, tuple),
-    "gamma": NUMBER,
-    "step": WHOLE,
-    "t_first": TIME,
-    "t": TIME,
-    "max_interval": AMOUNT,
-    "schedule": SCHEDULE,
-    "tensors": OBJECT,
-    "aliases": OBJECT,
-    "left_out": TEXTS,
-    "selection": replace(OBJECT, convert=_selection, optional=True),
-    "updates": replace(WHOLE, optional=True),
-    "inherited": replace(AMOUNT, optional=True),
-    "off_schedule": Entry("true", lambda value: value == "true", bool, is_text=True, optional=True),
-    "clock": replace(LIST, convert=_clock, optional=True),
-    "measurements": replace(OBJECT, convert=_measurements, optional=True),
-    "motion": replace(OBJECT, convert=_motion, optional=True),
-    "sample": replace(TEXT, convert=_sample, optional=True),
-    "sketch": replace(SKETCH, optional=True),
-    "part": PART,
-    "chunks": replace(OBJECT, optional=True),
-    "mesh": Entry("an object of shape and names", _is_mesh, optional=True),
-    "session": replace(WHOLE, optional=True),
-}
-"""What the metadata of a snapshot must be. What a right checksum stands under is of that form and of these tensors; its
-meaning is not doubted: checksums are there for accidents, and are no signatures."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
@@ -21,16 +21,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.directory import is_parts_folder, list_folder
 from posthoc_cli.snapshots.format import OutputInfo
-from posthoc_cli.snapshots.headers import (
-    NUMBER,
-    TEXT,
-    Entry,
-    file_kind,
-    is_list_of,
-    is_number,
-    or_null,
-    parse_json,
-)
+from posthoc_cli.snapshots.headers import file_kind, parse_json
 from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -67,31 +58,20 @@ def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
 
 def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
     """The checked metadata of an output; a FileFormatError names the file and the key."""
-    return OutputInfo(**headers.decode_metadata(path, header, "output", _ENTRIES))
+    values = headers.decode_metadata(path, header, "output", _OUTPUT)
+    values["snapshots"] = tuple((one.file, one.coefficient) for one in values["snapshots"])
+    return OutputInfo(**values)
 
 
-def _is_source(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))
+@dataclass(frozen=True)
+class _Used:
+    """A snapshot of an output."""
+
+    file: str
+    coefficient: Annotated[float, fmt.ANY_SIGN]
 
 
-def _sources(listed: list[dict[str, Any]]) -> tuple[tuple[str, float], ...]:
-    return tuple((item["file"], float(item["coefficient"])) for item in listed)
-
-
-_ENTRIES = {
-    "run_id": headers.RUN_ID,
-    "profile": TEXT,
-    "sigma_rel": or_null(replace(NUMBER, words="a number above 0", accepts=lambda v: is_number(v) and v > 0)),
-    "gamma": or_null(NUMBER),
-    "t": headers.TIME,
-    "t_unit": headers.UNIT,
-    "method": TEXT,
-    "profile_error": headers.AMOUNT,
-    "predicted_error": or_null(headers.AMOUNT),
-    "snapshots": Entry("a list of files with their coefficients", lambda v: is_list_of(v, _is_source), _sources),
-    "copies": headers.TEXTS,
-}
-"""What the metadata of an output must be."""
+_OUTPUT = headers.kinds_of(OutputInfo) | {"snapshots": tuple[_Used, ...]}
 
 
 _OF_TRAINING = ("ss_", "modelspec.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,17 +13,6 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.headers import (
-    AMOUNT,
-    AMOUNTS,
-    SCHEDULE,
-    TEXTS,
-    WHOLE,
-    Entry,
-    is_list_of,
-    is_number,
-    is_whole,
-)
 from posthoc_cli.snapshots.sources import Stored
 from posthoc_cli.snapshots.tensor_file import read_header
 
@@ -54,7 +43,7 @@ class StateInfo:
     disk.
     """
 
-    run_id: str
+    run_id: fmt.RunId
     step: int
     t: float
     t_unit: str
@@ -69,7 +58,7 @@ class StateInfo:
     inherited: tuple[float, ...]
     schedule: fmt.TrackingSchedule
     clock: tuple[float, ...]
-    sketch: str
+    sketch: fmt.SketchText
     snapshots: tuple[str, ...]
 
 
@@ -77,24 +66,12 @@ class StoredState(Stored[StateInfo]):
     """The exact state that a tracker keeps beside its snapshots."""
 
 
-_COUNT = Entry("a whole number, at least 0, or None", lambda v: v is None or is_whole(v))
-_CLOCK = Entry("a list", lambda v: isinstance(v, Iterable))
+_STATE = headers.kinds_of(StateInfo) | {"clock": Any, "schedule": Any}
+"""What each entry of a state must be; `ClockRecorder.of_state` checks the clock."""
 
-_ENTRIES = {
-    "run_id": headers.RUN_ID,
-    "step": WHOLE, "t": AMOUNT, "t_unit": headers.TEXT, "sigma_rels": AMOUNTS, "averages_t": AMOUNT,
-    "averages_step": WHOLE, "t_first": AMOUNT, "max_interval": AMOUNT, "updates": _COUNT, "window": WHOLE,
-    "folded_t": AMOUNT, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS,
-    "sketch": headers.SKETCH,
-}  # fmt: skip
-"""What each entry of a state must be, of a file as of a tracker's `state_dict()`."""
-
-_IN_FILE = {key: entry for key, entry in _ENTRIES.items() if key != "clock"} | {
-    "t_unit": headers.UNIT,
-    "schedule": SCHEDULE,
-    # JSON has no infinity, which the clock begins with as its steepest slope.
-    "clock_state": Entry("a list of numbers", lambda v: is_list_of(v, lambda item: item is None or is_number(item))),
-}
+# JSON has no infinity, which the clock begins with as its steepest slope.
+_IN_FILE = headers.kinds_of(StateInfo) | {"clock_state": tuple[Any, ...]}
+del _IN_FILE["clock"]
 
 
 def state_metadata(info: StateInfo) -> dict[str, str]:
@@ -141,14 +118,14 @@ def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) ->
 def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:
     """The checked entries of a state; `values` may have further ones. An InvalidValueError names the entry."""
     checked: dict[str, Any] = {}
-    for key, entry in _ENTRIES.items():
+    for key, kind in _STATE.items():
         if key not in values:
             raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
         try:
-            checked[key] = entry.result(values[key])
+            checked[key] = headers.converted(values[key], kind)
         except ValueError as error:
             raise InvalidValueError("state", f"{key}: {error}") from error
-    info = StateInfo(**checked, schedule=schedule)
+    info = StateInfo(**checked | {"schedule": schedule})
     try:
         if not info.sigma_rels or any(a >= b for a, b in pairwise(map(check_sigma_rel, info.sigma_rels))):
             raise InvalidValueError("sigma_rels", "must grow, each profile once")
