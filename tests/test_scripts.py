@@ -29,9 +29,10 @@ import quiet_timing
 import torch
 from checkpoint_fidelity import Job
 from corner_runs import Tracking
+from factories import exact_weights
 from trajectories import Trajectory
 
-from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.targets import Beta, Between, Target, Window, as_target
 
 
@@ -181,7 +182,7 @@ def test_the_true_averages_are_those_of_their_definitions(stride: int) -> None:
     }  # fmt: skip
     np.testing.assert_allclose(runs.true_averages(run, [*expected], stride), [*expected.values()], rtol=1e-9)
     counts = compare_peers.true_weights(0.1, 600, stride)
-    own = PowerFunction.from_sigma_rel(0.1, 600).discrete_weights(np.arange(stride, 601, stride))
+    own = exact_weights(0.1, np.arange(stride, 601, stride))
     np.testing.assert_allclose(counts[stride - 1 :: stride], own, rtol=1e-9, atol=1e-15)
     assert counts.sum() == pytest.approx(1)
 
