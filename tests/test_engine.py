@@ -32,7 +32,7 @@ from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.synthesis import engine
 from posthoc_cli.synthesis.engine import (
     COLUMNS,
-    GROUP,
+    SLOTS,
     Options,
     Sums,
     numbered_device,
@@ -186,7 +186,7 @@ def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: o
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("sources", [1, 7, GROUP, GROUP + 1, 2 * GROUP + 3])
+@pytest.mark.parametrize("sources", [1, 7, SLOTS, SLOTS + 1, 2 * SLOTS + 3])
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 def test_sums_of_many_sources_are_right_for_any_number_of_targets(sources: int, wide: torch.dtype) -> None:
     generator = np.random.default_rng(sources)

@@ -106,7 +106,6 @@ def test_the_error_after_a_loss_is_that_of_solving_again_without_it_and_the_leas
         again = mean_error([snapshots[i] for i in rest], prior.of(rest), 40.0)
         assert error == pytest.approx(again, rel=1e-6)
     assert snapshots_to_drop(snapshots, prior, 4)[0] == int(np.argmin(errors))
-    assert snapshots_to_drop(snapshots, prior, None) == []
 
 
 @pytest.mark.parametrize(("keep", "sigma_rels"), [(3, (0.10,)), (4, (0.10,)), (3, (0.05,))])

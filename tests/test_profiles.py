@@ -90,7 +90,6 @@ def test_a_chain_of_updates_leaves_the_profiles_own_mass_on_each_value(sigma_rel
         t_prev = t
     by_definition = np.diff((np.concatenate(([0.0], times)) / times[-1]) ** (gamma + 1))
     np.testing.assert_allclose(left, by_definition, atol=1e-12)
-    np.testing.assert_allclose(PowerFunction(gamma, times[-1]).discrete_weights(times), by_definition, atol=1e-12)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.15, 0.28])
@@ -101,14 +100,7 @@ def test_density_and_tail_are_those_of_one_distribution(sigma_rel: float) -> Non
     mean = integrate.quad(lambda s: s * profile.density(s), 0, 500)[0]
     variance = integrate.quad(lambda s: (s - mean) ** 2 * profile.density(s), 0, 500)[0]
     assert math.sqrt(variance) / 500 == pytest.approx(sigma_rel, rel=1e-8)
-    assert profile.mean_age == pytest.approx(500 - mean, rel=1e-8)
     assert profile.sigma_rel == pytest.approx(sigma_rel, rel=1e-12)
-
-
-@pytest.mark.parametrize("times", [[], [0.0, 5.0], [1.0, 1.0, 5.0], [1.0, 4.0]])
-def test_discrete_weights_need_growing_times_that_end_at_t(times: list[float]) -> None:
-    with pytest.raises(InvalidValueError, match="times"):
-        PowerFunction(6.94, 5.0).discrete_weights(times)
 
 
 @pytest.mark.parametrize(("sigma_rel", "known"), KNOWN_TABLE.items())
@@ -155,8 +147,6 @@ def test_times_of_any_dtype_are_computed_in_float64() -> None:
         found = method(times.astype(np.float32))
         assert found.dtype == np.float64
         np.testing.assert_array_equal(found, method(times))
-    short = np.array([3, 60, 100])
-    np.testing.assert_array_equal(pure.discrete_weights(short.astype(np.float16)), pure.discrete_weights(short))
 
 
 def test_densities_are_those_of_spans_open_on_the_left_and_there_is_no_mass_outside_training() -> None:

@@ -53,12 +53,11 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
 
-LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt", "dcp": ""}
-"""The layouts of an output, with what its name ends in."""
+LAYOUTS = {"safetensors": (fmt.SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
+"""The layouts of an output, with what the name of a file of it may end in; those without take a folder."""
 
 DEFAULT_SHARD_SIZE = "5GB"
-PICKLES = (".pt", ".pth", ".bin")
-_ENDINGS = {"safetensors": (fmt.SUFFIX,), "pt": PICKLES}
+PICKLES = LAYOUTS["pt"]
 ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
@@ -105,14 +104,19 @@ class OutputOptions(Options):
 
 
 def write_synthesis(
-    plan: Plan, paths: Sequence[Path], options: OutputOptions = OutputOptions(), folder: Path | None = None
+    plan: Plan,
+    paths: Sequence[Path],
+    options: OutputOptions = OutputOptions(),
+    folders: Sequence[Path] = (),
+    marks: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Synthesize every target of a plan into its path; none appears before all are complete.
 
     Arguments:
         plan: from `plan_synthesis`.
         paths: an output a target.
-        folder: the folder of the outputs, created if it is missing.
+        folders: of the outputs, each created if it is missing.
+        marks: further metadata of each output.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
@@ -120,29 +124,23 @@ def write_synthesis(
         FileFormatError, NonFiniteError: as `synthesize`.
     """
     check_space(dict.fromkeys(paths, plan.nbytes))
-    with ExitStack() as stack:
-        if folder is not None and folder.parent.is_dir():
-            stack.enter_context(files.new_directory(folder))
-        newest, kept = plan.newest, {}
-        if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
-            kept = training_metadata(read_header(newest.path))
-        metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
-        for sink in fill_sinks(stack, plan, dict(zip(paths, metadata, strict=True)), options):
-            sink.commit()
-
-
-def fill_sinks(
-    stack: ExitStack, plan: Plan, outputs: Mapping[Path, Mapping[str, str]], options: OutputOptions
-) -> list[Sink]:
-    """Synthesize targets into sinks for outputs, given with their metadata; `stack` discards what is not committed."""
+    newest, kept = plan.newest, {}
+    if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
+        kept = training_metadata(read_header(newest.path))
     sinks: list[Sink] = []
-    for path, metadata in outputs.items():
-        sinks.append(make_sink(layout_of(path, options.layout), path, plan.specs(), metadata, options))
-        stack.callback(sinks[-1].discard)
-    with closing(synthesize_into(plan, sinks, options)) as made:
-        for _ in made:
-            pass
-    return sinks
+    with ExitStack() as stack:
+        for folder in folders:
+            if folder.parent.is_dir():
+                stack.enter_context(files.new_directory(folder))
+        for index, path in enumerate(paths):
+            metadata = kept | output_metadata(plan.output_info(index)) | dict(marks[index] if marks else {})
+            sinks.append(make_sink(layout_of(path, options.layout), path, plan.specs(), metadata, options))
+            stack.callback(sinks[-1].discard)
+        with closing(synthesize_into(plan, sinks, options)) as made:
+            for _ in made:
+                pass
+        for sink in sinks:
+            sink.commit()
 
 
 def check_space(outputs: Mapping[Path, int]) -> None:
@@ -169,27 +167,24 @@ def layout_of(path: Path, layout: str | None) -> str:
 
     An InvalidValueError if the name has the ending of another layout, or of none.
     """
-    if layout is not None:
-        if layout not in LAYOUTS:
-            raise InvalidValueError("layout", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
-        accepted = _ENDINGS.get(layout, ())
-        if path.suffix in (fmt.SUFFIX, *PICKLES) and path.suffix not in accepted and not path.is_dir():
-            wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
-            raise InvalidValueError("layout", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
-        return layout
-    if path.suffix == fmt.SUFFIX:
-        return "safetensors"
-    if path.suffix in PICKLES:
-        return "pt"
-    if path.suffix == "" or path.is_dir():
-        return "sharded"
-    hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
-    raise InvalidValueError(path, "its ending names no layout", hint)
+    named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
+    if layout is None:
+        if named is None and path.suffix and not path.is_dir():
+            hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
+            raise InvalidValueError(path, "its ending names no layout", hint)
+        return named or "sharded"
+    if layout not in LAYOUTS:
+        raise InvalidValueError("layout", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+    if named not in (None, layout) and not path.is_dir():
+        accepted = LAYOUTS[layout]
+        wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
+        raise InvalidValueError("layout", f"the output's name, {path.name}, {wanted}", value=f"{layout!r}")
+    return layout
 
 
 def suffix_of(layout: str | None) -> str:
     """What the names of outputs end in: in one safetensors file unless a layout is given."""
-    return LAYOUTS["safetensors" if layout is None else layout_of(Path(), layout)]
+    return "".join(LAYOUTS["safetensors" if layout is None else layout_of(Path(), layout)][:1])
 
 
 def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,6 @@ from posthoc_cli import files
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
-    InvalidValueError,
     MismatchError,
     OutputExistsError,
     PostHocError,
@@ -40,8 +39,8 @@ from posthoc_cli.export.layouts import (
     check_free_folder,
     check_no_snapshot,
     check_space,
-    fill_sinks,
     model_files_in,
+    write_synthesis,
 )
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
@@ -142,16 +141,9 @@ class Shards:
         missing = [target for target, shard in enumerate(own) if not self._is_kept(shard, verify=True)]
         if not missing:
             return
-        metadata = {
-            own[target].path: fmt.output_metadata(own[target].plan.output_info(0)) | own[target].marks
-            for target in missing
-        }
         plan = replace(self._plan, subset=own[0].plan.subset).only(missing)
-        with ExitStack() as stack:
-            for folder in self._folders:
-                stack.enter_context(files.new_directory(folder))
-            for sink in fill_sinks(stack, plan, metadata, replace(self._options, progress=progress)):
-                sink.commit()
+        paths, marks = ([getattr(own[target], what) for target in missing] for what in ("path", "marks"))
+        write_synthesis(plan, paths, replace(self._options, progress=progress), self._folders, marks)
 
     def finish(self) -> None:
         """Check that all shards are there, remove what is left of replaced models, and write the indexes."""
@@ -196,11 +188,8 @@ def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     Not over coefficients, which another processor computes with other roundings: see `outputs.SAME_COEFFICIENT`.
     """
     columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
-    info, checksums = plan.output_info(target), []
-    for source in (source for source, row in zip(plan.sources, columns, strict=True) if row.any()):
-        if not isinstance(source, FileSource):
-            raise InvalidValueError("distributed", f"{source.name} is in memory; shards are made from files")
-        checksums.append(source.identity)
+    used = [source for source, row in zip(plan.sources, columns, strict=True) if row.any()]
+    info, checksums = plan.output_info(target), [one.identity for one in used if isinstance(one, FileSource)]
     facts = [
         fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
         checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,

@@ -143,7 +143,7 @@ class Outputs:
                 options = replace(self.options, progress=advance)
                 if self.like is None:
                     paths = [self.paths[index] for index in wanted]
-                    write_synthesis(plan.only(wanted), paths, options, self.container)
+                    write_synthesis(plan.only(wanted), paths, options, [*filter(None, [self.container])])
                 else:
                     taken = self.like.write(plan, self.paths, options, self.container)
         return self._report(plan, frozenset(existing), taken)

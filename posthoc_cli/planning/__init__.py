@@ -12,6 +12,7 @@ from posthoc_cli.planning.curves import (
     ProfileFit,
     check_max_error,
     check_sigma_range,
+    check_within,
     error_curve,
     profile_fit,
 )  # fmt: skip
@@ -28,7 +29,7 @@ from posthoc_cli.planning.thinning import (
 
 __all__ = [
     "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
-    "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_max_error", "check_sigma_range", "error_curve",
-    "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of", "profile_fit",
-    "propose", "range_of", "relative_rounding", "snapshots_to_drop",
+    "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_max_error", "check_sigma_range", "check_within",
+    "error_curve", "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of",
+    "profile_fit", "propose", "range_of", "relative_rounding", "snapshots_to_drop",
 ]  # fmt: skip

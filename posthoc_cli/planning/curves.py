@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -37,6 +37,8 @@ from posthoc_cli.reconstruction import (
 )
 from posthoc_cli.targets import Target
 
+_POINTS = 200
+"""Of a curve, spaced evenly in the logarithm; tracked sigma_rels are added."""
 EVENLY = "the network moves evenly"
 """The default assumption behind the predicted errors of a schedule."""
 
@@ -79,14 +81,7 @@ class Candidate:
     def time(self, t: float | None) -> float:
         """A time between the first snapshot and the last, which is the default; else an InvalidValueError."""
         times = [profile.t for profile in self.snapshots]
-        if t is None:
-            return max(times)
-        if isinstance(t, bool) or not isinstance(t, Real):
-            raise InvalidValueError("t", "must be a number", value=shown(t))
-        if not min(times) <= t <= max(times):
-            reason = f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
-            raise InvalidValueError("t", reason, value=f"{t:.12g}")
-        return t
+        return max(times) if t is None else check_within("t", t, times)
 
     def __repr__(self) -> str:
         return f"Candidate({self.label})"
@@ -169,10 +164,10 @@ class ErrorCurve:
         return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
 
 
-def several(things: Sequence[object], most: int = 10) -> str:
-    """The first ones, a line each."""
-    more = [f"and {len(things) - most} more"] if len(things) > most else []
-    return "\n  ".join([*map(repr, things[:most]), *more])
+def several(things: Sequence[object]) -> str:
+    """The first ten, a line each."""
+    more = [f"and {len(things) - 10} more"] if len(things) > 10 else []
+    return "\n  ".join([*map(repr, things[:10]), *more])
 
 
 def finite(value: float) -> float | None:
@@ -191,7 +186,6 @@ def _range_text(low: float, high: float) -> str:
 def error_curve(
     candidate: Candidate | Schedule,
     sigma_range: tuple[float, float] = (0.01, 0.2886),
-    points: int = 200,
     t: float | None = None,
     method: str | None = None,
     others: Sequence[Target] = (),
@@ -201,7 +195,6 @@ def error_curve(
     Arguments:
         candidate: the snapshots, or the schedule that will leave them; those after `t` are left out.
         sigma_range: lowest and highest sigma_rel, both included.
-        points: spaced evenly in the logarithm; tracked sigma_rels are added.
         t: time of the targets; by default that of the last snapshot.
         others: further targets, which are no power functions.
     """
@@ -212,7 +205,7 @@ def error_curve(
     usable, prior = candidate.up_to(t)
     tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)}))
     inside = [s for s in tracked if low <= s <= high]
-    grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
+    grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
     prior = assumed_prior(usable) if prior is None else prior
     targets = [PowerFunction.from_sigma_rel(float(s), t) for s in grid]
     if check_method(method) == METHODS[0]:
@@ -300,13 +293,13 @@ def profile_fit(
     knots = np.append(0.0, points_of(usable))
     made = np.sum([c * _density(p, times, knots) for c, p in zip(column, usable, strict=True)], axis=0)
     labels = np.array([_kind(profile) for profile in usable])
-    groups = {label: labels == label for label in dict.fromkeys(labels.tolist())}
+    places = {label: labels == label for label in dict.fromkeys(labels.tolist())}
     ends = np.array([profile.t for profile in usable])
     return ProfileFit(
         title=f"{target.title} from {candidate.label}", t_unit=candidate.t_unit, times=times,
         target=wanted.density(times), reconstructed=made,
-        snapshot_times={label: ends[own] for label, own in groups.items()},
-        coefficients={label: column[own] for label, own in groups.items()},
+        snapshot_times={label: ends[own] for label, own in places.items()},
+        coefficients={label: column[own] for label, own in places.items()},
     )  # fmt: skip
 
 
@@ -322,6 +315,16 @@ def _kind(profile: StoredProfile) -> str:
     if isinstance(profile, PowerFunction):
         return f"sigma_rel {profile.sigma_rel:.4g}"
     return "checkpoints" if isinstance(profile, Point) else "other averages"
+
+
+def check_within(name: str, value: float, known: Collection[float]) -> float:
+    """A time or a step between those of the first snapshot and of the last, or an InvalidValueError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidValueError(name, "must be a number", value=shown(value))
+    if not min(known) <= value <= max(known):
+        ends = f"the first snapshot, {min(known):,.12g}, and the last, {max(known):,.12g}"
+        raise InvalidValueError(name, f"must lie between {ends}", value=f"{value:.12g}")
+    return value
 
 
 def check_max_error(max_error: float | None) -> None:

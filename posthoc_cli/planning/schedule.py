@@ -106,7 +106,7 @@ class Schedule:
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
                 kept_for = range_of(self.sigma_rels)
-                dropped = set(snapshots_to_drop(left, prior, self.max_checkpoints, kept_for))
+                dropped = set(snapshots_to_drop(left, prior, self.kept, kept_for))
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 

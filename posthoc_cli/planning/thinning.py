@@ -32,7 +32,7 @@ _NORM = 8
 def snapshots_to_drop(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
-    keep: int | None,
+    keep: int,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[int]:
     """Which snapshots to drop so that `keep` of each profile remain: indices, in the order to drop.
@@ -42,10 +42,8 @@ def snapshots_to_drop(
     the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside of a
     subset (`thinned_subset`) go first.
 
-    `keep` None keeps all. The snapshots, and their prior, may have any order.
+    The snapshots, and their prior, may have any order.
     """
-    if keep is None:
-        return []
     left = list(range(len(snapshots)))
     beyond: list[int] = []
     if len(left) > MOST_SOLVED:

@@ -168,11 +168,6 @@ class PowerFunction:
         """Standard deviation as a fraction of `t`."""
         return sigma_rel_from_gamma(self.gamma)
 
-    @property
-    def mean_age(self) -> float:
-        """Mean distance to `t`, in the unit of `t`: t / (gamma + 2)."""
-        return self.t / (self.gamma + 2)
-
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Mass per unit of time at `s`; 0 outside (0, t]."""
         relative = np.asarray(s, dtype=np.float64) / self.t
@@ -184,16 +179,6 @@ class PowerFunction:
         relative = np.clip(np.asarray(s, dtype=np.float64) / self.t, 0.0, 1.0)
         with np.errstate(divide="ignore"):
             return np.asarray(-np.expm1((self.gamma + 1) * np.log(relative)), dtype=np.float64)
-
-    def discrete_weights(self, times: npt.ArrayLike) -> FloatArray:
-        """The weight of each value after updates at `times` (growing, the last one at `t`): shape [len(times)].
-
-        The value at t_k has (t_k/t)**(gamma+1) - (t_{k-1}/t)**(gamma+1), with t_0 = 0; they sum to 1.
-        """
-        grid = np.asarray(times, dtype=np.float64)
-        if grid.size == 0 or grid[0] <= 0 or np.any(np.diff(grid) <= 0) or grid[-1] != self.t:
-            raise InvalidValueError("times", f"must grow from above 0 and end at t = {self.t:,.12g}")
-        return -np.diff(self.tail(np.concatenate(([0.0], grid))))
 
 
 @dataclass(frozen=True)

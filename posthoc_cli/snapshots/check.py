@@ -44,12 +44,7 @@ from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reading import in_order, open_file, worker_threads
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
-from posthoc_cli.snapshots.states import (
-    COPY,
-    check_state_tensors,
-    decode_state,
-    tensors_with,
-)
+from posthoc_cli.snapshots.states import COPY, decode_state, tensors_with
 from posthoc_cli.snapshots.tensor_file import read_header
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
@@ -113,7 +108,7 @@ class FileReport:
 class Unit:
     """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
 
-    Or the parts of a snapshot or a state. `path` is what is moved if it is broken.
+    Or the parts of a snapshot. `path` is what is moved if it is broken.
     """
 
     path: Path
@@ -408,7 +403,6 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
         return replace(report, what=what, run_id=output.run_id, output=output, averages=averages)
     if kind == "state":
         state = decode_state(path, header)
-        check_state_tensors(path, header, state)
         averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
         return replace(report, what=f"{part}state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
     if kind == "checkpoint":
@@ -454,7 +448,7 @@ def _and_more(count: int, what: str) -> str:
     return f" (and {count:,} {what}{'s' * (count > 1)} more)" if count else ""
 
 
-# --- the parts of a snapshot or a state
+# --- the parts of a snapshot
 
 
 def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:

@@ -117,17 +117,17 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
     }
 
 
-def _describe_profile(group: Sequence[Snapshot]) -> Description:
-    roundings = [_relative_rounding(snapshot.info.measurements) for snapshot in group]
+def _describe_profile(own: Sequence[Snapshot]) -> Description:
+    roundings = [_relative_rounding(snapshot.info.measurements) for snapshot in own]
     known = [error for error in roundings if error is not None]
     return {
-        "sigma_rel": group[0].info.sigma_rel,
-        "gamma": group[0].info.gamma,
-        "times": [snapshot.info.t for snapshot in group],
-        "t_first": group[-1].info.t_first,
-        "max_interval": group[-1].info.max_interval,
+        "sigma_rel": own[0].info.sigma_rel,
+        "gamma": own[0].info.gamma,
+        "times": [snapshot.info.t for snapshot in own],
+        "t_first": own[-1].info.t_first,
+        "max_interval": own[-1].info.max_interval,
         "relative_rounding_range": [min(known), max(known)] if known else None,
-        "bytes": sum(snapshot.header.file_bytes for snapshot in group),
+        "bytes": sum(snapshot.header.file_bytes for snapshot in own),
     }
 
 

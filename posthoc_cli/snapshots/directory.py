@@ -24,7 +24,7 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
+from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
 from posthoc_cli.snapshots.reading import Part
@@ -389,57 +389,36 @@ class _Joined(NamedTuple):
 
 
 def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
-    tensors: dict[str, tuple[Path, fmt.TrackedTensor]] = {}
-    aliases: dict[str, str] = {}
-    for part in parts:
-        for name, tensor in part.info.tensors.items():
-            first, known = tensors.setdefault(name, (part.path, tensor))
-            if known != tensor:
-                what = f"tensor {shown(name)} is {known.role} of {known.dtype} and {tensor.role} of {tensor.dtype}"
-                raise MismatchError(f"{first} and {part.path}", f"do not match: {what}")
-        aliases |= part.info.aliases
-    for alias in aliases.keys() & tensors.keys():
-        raise FileFormatError(folder, f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
-    entries, boxes = join_chunks(folder, [(part.path, part.header, part.info.chunks) for part in parts])
-    shapes = {name: entries[name].shape for name, (_, tensor) in tensors.items() if tensor.role == "average"}
-    sampled: list[list[int]] = [[] for _ in parts]
-    for number, (name, index) in enumerate(places(shapes)):
-        for own, held in zip(sampled, boxes, strict=True):
-            if name in held and index_within(held[name], shapes[name], index) is not None:
-                own.append(number)
-    return _Joined({name: tensor for name, (_, tensor) in tensors.items()}, entries, aliases, boxes, sampled)
-
-
-def join_chunks(
-    folder: Path, parts: Sequence[tuple[Path, fmt.FileHeader, Mapping[str, Chunk]]]
-) -> tuple[dict[str, fmt.TensorEntry], list[dict[str, Box]]]:
-    """The complete tensors that parts hold chunks of, as in one file, and the boxes of each part.
-
-    Raises:
-        FileFormatError, MismatchError: chunks of a tensor do not match, overlap, or leave elements out.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
+    """The tensors of all parts; an error as of `read_folder` where their chunks do not make complete ones."""
+    tensors = {name: tensor for part in parts for name, tensor in part.info.tensors.items()}
+    aliases = {alias: name for part in parts for alias, name in part.info.aliases.items()}
     held: dict[str, list[tuple[Path, Box]]] = defaultdict(list)
-    for path, header, chunks in parts:
-        for name, chunk in chunks.items():
-            stored, known = header.tensors[name], shapes.setdefault(name, chunk.shape)
-            if known != chunk.shape:
-                what = f"do not match: tensor {shown(name)} has the shapes {list(known)} and {list(chunk.shape)}"
-                raise MismatchError(f"{held[name][0][0]} and {path}", what)
+    joined: dict[str, fmt.TensorSpec] = {}
+    for part in parts:
+        for name, chunk in part.info.chunks.items():
+            stored = part.header.tensors[name]
+            known = joined.setdefault(name, fmt.TensorSpec(name, stored.dtype, chunk.shape))
+            if known.shape != chunk.shape:
+                what = f"do not match: tensor {shown(name)} has the shapes {list(known.shape)} and {list(chunk.shape)}"
+                raise MismatchError(f"{held[name][0][0]} and {part.path}", what)
             # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-            dtypes[name] = max(dtypes.get(name, stored.dtype), stored.dtype, key=ITEM_BYTES.__getitem__)
-            held[name].append((path, chunk.box(stored.shape)))
+            joined[name] = replace(known, dtype=max(known.dtype, stored.dtype, key=ITEM_BYTES.__getitem__))
+            held[name].append((part.path, chunk.box(stored.shape)))
     for name, own in held.items():
-        problem = cover_problem(shapes[name], [box for _, box in own])
+        problem = cover_problem(joined[name].shape, [box for _, box in own])
         if problem is not None:
             for (first, box), (other, second) in combinations(own, 2):
                 if box.meet(second).size:
                     raise MismatchError(f"{first} and {other}", f"tensor {shown(name)}: both hold some of its elements")
             raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
-    entries = fmt.lay_out([fmt.TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()])
-    boxes = [{n: chunk.box(header.tensors[n].shape) for n, chunk in chunks.items()} for _, header, chunks in parts]
-    return entries, boxes
+    boxes = [{n: chunk.box(p.header.tensors[n].shape) for n, chunk in p.info.chunks.items()} for p in parts]
+    shapes = {name: joined[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
+    sampled: list[list[int]] = [[] for _ in parts]
+    for number, (name, index) in enumerate(places(shapes)):
+        for numbers, within in zip(sampled, boxes, strict=True):
+            if name in within and index_within(within[name], shapes[name], index) is not None:
+                numbers.append(number)
+    return _Joined(tensors, fmt.lay_out([*joined.values()]), aliases, boxes, sampled)
 
 
 def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:

@@ -130,11 +130,6 @@ low), of F64 high alone. The copies are named `copy/<name>`. There are no tensor
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
 
-A state of a model that several processes hold in chunks is a folder of files, one for each process that owns a chunk,
-each a state of its own tensors with ema.part and ema.chunks as in a part of a snapshot, and ema.save, a number that
-grows from each save to the folder to the next. All other entries but the checksums are equal. The state is that of the
-last save of which all parts are there.
-
 A *checkpoint* (what `ema import --copy` makes of weights, or of an average, that another program stored) has ema.format
 "checkpoint", and ema.version, run_id, t, t_unit, step, tensors, aliases, checksums and checksum as a snapshot, and
 

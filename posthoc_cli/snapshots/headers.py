@@ -229,9 +229,13 @@ def converted(value: Any, kind: Any) -> Any:
     A ValueError says what it must be. Numbers are finite and at least 0; what a `Rule` asks for is checked, too. Keys
     that a dataclass lacks are of later releases.
     """
-    origin, args = get_origin(kind), get_args(kind)
+    if kind in _PLAIN:
+        accepts, words, _ = _PLAIN[kind]
+        _check(accepts(value), words, value)
+        return float(value) if kind is float else value
     if kind is Any:
         return value
+    origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         kind, rule = args
         made = value if rule is fmt.ANY_SIGN else converted(value, kind)
@@ -248,18 +252,14 @@ def converted(value: Any, kind: Any) -> Any:
         if is_endless and item in _PLAIN:
             _check(all(map(_PLAIN[item][0], value)), f"a list of {words}", value)
         return tuple(map(converted, value, [item] * len(value) if is_endless else args))
-    if kind in _PLAIN:
-        accepts, words, _ = _PLAIN[kind]
-        _check(accepts(value), words, value)
-        return float(value) if kind is float else value
     _check(isinstance(value, dict), "a JSON object", value)
     if not is_dataclass(kind):
         return {name: _member(value, name, args[1]) for name in value}
-    for field in fields(kind):
+    form: Any = kind
+    for field in fields(form):
         if field.name not in value and (field.default is MISSING or field.default):
             raise ValueError(f"{field.name}: is missing")
-    given = {name: _member(value, name, one) for name, one in kinds_of(kind).items() if name in value}
-    return kind(**given)  # type: ignore[operator]  # a class
+    return form(**{name: _member(value, name, one) for name, one in kinds_of(form).items() if name in value})
 
 
 def _member(value: Mapping[str, Any], name: str, kind: Any) -> Any:

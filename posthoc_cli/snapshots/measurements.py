@@ -100,8 +100,8 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
     by_time = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].info.t, *_kind(snapshots[i])))
-    for _, group in groupby(by_time, key=lambda i: snapshots[i].info.t):
-        now = {index: _read(snapshots[index], ranges) for index in group}
+    for _, there in groupby(by_time, key=lambda i: snapshots[i].info.t):
+        now = {index: _read(snapshots[index], ranges) for index in there}
         earlier = [other for kind in sorted(newest) for others in newest[kind] for other in others]
         recent: dict[int, DistanceTo] = {}
         for index, sample in now.items() if local else ():

@@ -377,9 +377,9 @@ def _check_payload(file: _File) -> Generator[Checked, None, None]:
         except FileFormatError as error:
             return Checked(len(view), [span.name for span in spans], error)
         damaged, nonfinite, at = [], [], 0
-        for dtype, group in groupby(spans, lambda span: file.header.tensors[span.name].dtype):
+        for dtype, alike in groupby(spans, lambda span: file.header.tensors[span.name].dtype):
             parts, start = [], at
-            for name, begin, end in group:
+            for name, begin, end in alike:
                 parts.append((name, view[at : at + end - begin]))
                 at += end - begin
                 expected = file.checksum(name, begin // fmt.BLOCK_BYTES)

@@ -97,24 +97,6 @@ def read_state(path: Path) -> StoredState:
     return StoredState(path, header, decode_state(path, header))
 
 
-def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:
-    """Raise a FileFormatError unless all profiles of a state have the same averages, and other tensors are copies."""
-    high, low = ([prefix(one) for one in state.sigma_rels] for prefix in (high_prefix, low_prefix))
-    named = {prefix: tensors_with(prefix, header) for prefix in (MEAN, *high, *low, COPY)}
-    unknown = header.tensors.keys() - {full for names in named.values() for full in names.values()}
-    if unknown:
-        raise FileFormatError(path, f"tensor {shown(min(unknown))} is of no profile of the state")
-    found = {p: {name: header.tensors[full] for name, full in names.items()} for p, names in named.items()}
-    double = {name for name, entry in found[MEAN].items() if entry.dtype == "F64"}  # without low part
-    for other in (*high, *low):
-        is_low = other in low
-        a = {n: (e.shape, is_low or e.dtype) for n, e in found[MEAN].items() if not (is_low and n in double)}
-        b = {n: (e.shape, e.dtype == "BF16" if is_low else e.dtype) for n, e in found[other].items()}
-        if a != b:
-            name = min(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
-            raise FileFormatError(path, f"tensor {shown(name)} is not the same in {MEAN} and {other}")
-
-
 def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:
     """The checked entries of a state; `values` may have further ones. An InvalidValueError names the entry."""
     checked: dict[str, Any] = {}

@@ -34,7 +34,7 @@ from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 # another target in the same pass may change the last bits. Neither tiles nor the number of threads do: both ways take
 # whole columns, so that every element goes through the same instructions wherever a chunk ends.
 
-GROUP = 64
+SLOTS = 64
 """Sources of one matrix product."""
 
 COLUMNS = 16_384
@@ -42,7 +42,7 @@ COLUMNS = 16_384
 
 
 class Sums:
-    """One thread's buffers for the sums of a chunk: [targets, chunk] and, for matrix products, a group of sources.
+    """One thread's buffers for the sums of a chunk: [targets, chunk], and slots for the sources of a matrix product.
 
     For every chunk: `start`, then for each source in order fill `slot(i)` and call `add(i)`, then `result`.
 
@@ -57,12 +57,12 @@ class Sums:
         self, coefficients: npt.NDArray[np.float64], chunk: int, wide: torch.dtype, device: torch.device
     ) -> None:
         self._sources, targets = coefficients.shape
-        self._group = 1 if targets == 1 else min(GROUP, self._sources)
+        self._slot_count = 1 if targets == 1 else min(SLOTS, self._sources)
         self._scales = coefficients.tolist()
         self._matrix = torch.from_numpy(coefficients.T.copy()).to(device, wide)
         # Zeros: a nan beyond a shorter chunk would slow the arithmetic down.
         self._totals = torch.zeros(targets, chunk, dtype=wide, device=device)
-        self._values = torch.zeros(self._group, chunk, dtype=wide, device=device)
+        self._values = torch.zeros(self._slot_count, chunk, dtype=wide, device=device)
         self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
         self._size = self._padded = -1  # none yet: a chunk may be empty
 
@@ -76,15 +76,15 @@ class Sums:
 
     def slot(self, source: int) -> torch.Tensor:
         """Where the values of a source go: shape [size]."""
-        return self._slots[source % self._group]
+        return self._slots[source % self._slot_count]
 
     def add(self, source: int) -> None:
         """Add the values in the slot."""
-        count = source % self._group + 1
-        if count < self._group and source + 1 < self._sources:
+        count = source % self._slot_count + 1
+        if count < self._slot_count and source + 1 < self._sources:
             return
         first = source + 1 - count
-        if self._group > 1 and has_full_precision():
+        if self._slot_count > 1 and has_full_precision():
             matrix, values = self._matrix[:, first : source + 1], self._values[:count, : self._padded]
             multiply(matrix, values, self._totals[:, : self._padded], first == 0)
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ import numpy as np
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import InexactError, InvalidValueError, percent, shown
-from posthoc_cli.planning import Candidate, check_max_error, error_curve
+from posthoc_cli.planning import Candidate, check_max_error, check_within, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor
@@ -336,17 +335,10 @@ def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
-    if not sources:
-        raise InvalidValueError("snapshots", "there are none to synthesize from")
     times = {source.info.step: source.info.t for source in sources}
     for name, value, known in (("t", t, times.values()), ("step", step, times.keys())):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise InvalidValueError(name, "must be a number", value=repr(value))
-        if not min(known) <= value <= max(known):
-            ends = f"the first snapshot, {min(known):,.12g}, and the last, {max(known):,.12g}"
-            raise InvalidValueError(name, f"must lie between {ends}", value=f"{value:.12g}")
+        if value is not None:
+            check_within(name, value, known)
     if t is not None and step is not None:
         raise InvalidValueError("t and step", "give one of them")
     if step is None:
