@@ -285,6 +285,7 @@ def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Pa
     for name, t in (("z", 10), ("y", 20), ("x", 30)):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
         os.utime(path, (1e9 - t, 1e9 - t))
+    assert len(thin(stored(tmp_path), 3)) == len(times_in(tmp_path)) == 3
     thin(stored(tmp_path), 1)
     assert times_in(tmp_path) == [30]
 
