@@ -32,7 +32,7 @@ class PostHocWeightAveraging(Callback):
         validate: the average for validation and in checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
             for the raw weights. Each of a list is validated beside the raw weights, by one more pass that other
             callbacks do not see, with metrics such as `ema_0.15_val_loss`; checkpoints hold the one whose metric
-            `ModelCheckpoint` monitors, else raw weights. One that training is too short for is left out until then.
+            `ModelCheckpoint` monitors, else raw weights, as of one that training is too short for still.
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages, see `should_update` for others.
         update_starting_at_step, update_starting_at_epoch: no update before both.
@@ -46,8 +46,7 @@ class PostHocWeightAveraging(Callback):
 
     def __init__(
         self, checkpoint_dir: str | Path, validate: float | str | Sequence[float | str] | None = None,
-        copy_at_end: bool = False,
-        update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
+        copy_at_end: bool = False, update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None, use_buffers: bool = False, device: str | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
@@ -144,7 +143,8 @@ class PostHocWeightAveraging(Callback):
         """Give the module averaged weights, within `fit` and except for sanity checking."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and self.ema is not None and self._single is not None:
-            self._swapped.enter_context(self.ema.model(pl_module, self._single))
+            for block in self.ema.models(pl_module, [self._single]).values():
+                self._swapped.enter_context(block)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its own weights back, and log the metrics of several averages."""
@@ -187,8 +187,8 @@ class PostHocWeightAveraging(Callback):
             save_state(ema, folder, pl_module)
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        if self._saved is not None and ema.has_average:
-            with ema.model(pl_module, self._saved):
+        for block in ema.models(pl_module, [self._saved]).values() if self._saved and ema.has_average else ():
+            with block:
                 averaged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
