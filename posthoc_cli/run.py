@@ -204,6 +204,12 @@ class Run:
         """Calls of `update_` up to the newest snapshot."""
         return self.sources[-1].info.step
 
+    def has_raw(self, t: float | None = None) -> bool:
+        """Whether there is a checkpoint with the weights themselves at a time, by default of the newest snapshot."""
+        sources = self.sources
+        time = sources[-1].info.t if t is None else t
+        return any(isinstance(one.profile, Point) and one.info.t == time for one in sources)
+
     @property
     def tensors(self) -> dict[str, TensorSpec]:
         """Dtype (its safetensors name) and shape of every tensor of an average, under all its names."""
@@ -350,8 +356,8 @@ class Run:
     ) -> ExportReport:
         """Write a base model with the average of a low-rank adapter's products B A, of which this is a run.
 
-        The average is that of the products over the checkpoints, or of those of each snapshot's averaged factors; where
-        the factors themselves are averaged, `write` gives an adapter again.
+        Of checkpoints it is the average of the products, which no adapter of this rank can hold. Of snapshots, whose
+        factors are averages already, it is the product of the averaged factors, as `write` gives them as an adapter.
 
         Arguments:
             target, t, step, method: the average, as in `average`.

@@ -122,7 +122,7 @@ def test_the_average_of_products_is_the_float64_sum_and_not_the_product_of_avera
 
 
 def test_snapshots_of_an_adapter_and_shards_of_a_base(tmp_path: Path, base: Path) -> None:
-    """Each snapshot's averaged factors make a product; a sharded base in bfloat16 keeps its dtype."""
+    """The averaged factors make the product, not those of each snapshot; a sharded base keeps its dtype."""
     history, weights = trajectory(), base_weights()
 
     class Adapter(torch.nn.Module):
@@ -154,10 +154,16 @@ def test_snapshots_of_an_adapter_and_shards_of_a_base(tmp_path: Path, base: Path
         name: sum(share * history[step - 1][name].double() for step, share in shares.items()) for name in history[0]
     }
     own = {n: v.double() for n, v in weights.items()}
-    for module in MODULES:  # a tracked profile is one snapshot: the product of its own averaged factors
+    for module in MODULES:
         own[f"{module}.weight"] += 4 * mean[f"{module}.B"] @ mean[f"{module}.A"]
     assert distance(found, own, weights) < 1e-6
     assert distance(found, wanted, weights) > 1e-3
+    Run(tmp_path / "run").merge(0.08, base, tmp_path / "out.safetensors", overwrite=True)
+    factors, found = Run(tmp_path / "run").average(0.08), load_file(tmp_path / "out.safetensors")
+    for module in MODULES:
+        down, up = (factors[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
+        own[f"{module}.weight"] = weights[f"{module}.weight"].double() + 4 * up @ down
+    assert distance(found, own, weights) < 1e-5
     save_file({name: value.bfloat16() for name, value in weights.items() if name != "count"}, base)
     Run(tmp_path / "run").merge(0.1, base, tmp_path / "half", layout="sharded", max_shard_size="150B")
     index = json.loads((tmp_path / "half/model.safetensors.index.json").read_text())["weight_map"]

@@ -1,8 +1,10 @@
 """Low-rank adapters: the average of their products applied to the weights of their base model.
 
 A module's update is s B A, with factors B of shape [out, r] and A of shape [r, in]. The mean of products over training,
-sum_i c_i s_i B_i A_i, is not the product of the mean factors: it has a rank of up to r times the number of checkpoints,
-and only the full weight can hold it. Here it is one matrix product of all factors side by side, tensor by tensor.
+sum_i c_i s_i B_i A_i over checkpoints, is not the product of the mean factors: it has a rank of up to r times their
+number, and only the full weight can hold it. Here it is one matrix product of all factors side by side, tensor by
+tensor. Averages of factors, as snapshots are, no longer know the products that they were made of: of them the product
+of the mean factors is nearer to it than the mean of their products (`scripts/adapter_means.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError
 from posthoc_cli.export.convert import Exported, ExportReport
 from posthoc_cli.export.layouts import OutputOptions, check_shape, converted, layout_of, make_sink
+from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.format import TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import check_indexed, model_files
@@ -67,7 +70,7 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
     started, kind = time.perf_counter(), layout_of(out, options.layout)
     options.check_layout(kind)
     sources = [source for source in plan.sources if isinstance(source, FileSource)]
-    modules = _modules(plan, sources[-1].path)
+    modules, are_weights = _modules(plan, sources[-1].path), all(isinstance(one.profile, Point) for one in sources)
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in sources]
         bases = [(stack.enter_context(open_file(path)), names) for path, names in model_files(base).items()]
@@ -87,7 +90,7 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
             value, where = tensor_from_bytes(file.read(spec.name), entry.dtype, entry.shape), f"tensor {spec.name!r}"
             if (module := placed.get(spec.name)) is not None:
                 coefficients = plan.reconstruction.coefficients[:, plan.columns_of(module.down)[0]].tolist()
-                change = _change(module, opened, coefficients)
+                change = _change(module, opened, coefficients, are_weights)
                 if value.dim() > 2 and change.shape == value.flatten(1).shape:  # a convolution
                     change = change.view(value.shape)
                 check_shape(file.path, spec.name, entry.shape, change.shape)
@@ -101,17 +104,20 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
     return ExportReport({out: made}, False, time.perf_counter() - started)
 
 
-def _change(module: _Module, opened: Sequence[Any], coefficients: Sequence[float]) -> torch.Tensor:
+def _change(module: _Module, opened: Sequence[Any], coefficients: Sequence[float], are_weights: bool) -> torch.Tensor:
     """The average of a module's products, in float32: shape [out, in], of a convolution [out, in x its window]."""
-    downs, ups = [], []
+    downs, ups, scale = [], [], 0.0
     for file, coefficient in zip(opened, coefficients, strict=True):
         entries = file.header.tensors
         names = [name for name in (module.down, module.up, module.alpha) if isinstance(name, str)]
         down, up, *alpha = (tensor_from_bytes(file.read(n), entries[n].dtype, entries[n].shape).float() for n in names)
         scale = (float(alpha[0]) if alpha else float(module.alpha)) / down.shape[0] ** module.power
-        downs.append(down.flatten(1))
-        ups.append(up.flatten(1) * (coefficient * scale))
-    change = torch.cat(ups, 1) @ torch.cat(downs)
+        downs.append(down.flatten(1) * (1.0 if are_weights else coefficient))
+        ups.append(up.flatten(1) * (coefficient * scale if are_weights else coefficient))
+    if are_weights:
+        change = torch.cat(ups, 1) @ torch.cat(downs)
+    else:
+        change = scale * torch.stack(ups).sum(0) @ torch.stack(downs).sum(0)
     return change.T if module.is_transposed else change
 
 

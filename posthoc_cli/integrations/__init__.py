@@ -25,11 +25,7 @@ it, else this with the suffix of a file of `torch.save`."""
 
 
 def lengths(name: str, given: Any) -> dict[str, float | str]:
-    """What an argument says is to be evaluated, by label: a sigma_rel, the text form of a target, several, or None.
-
-    Raises:
-        InvalidValueError: about `name`, or about the target.
-    """
+    """What an argument asks for, by label: a sigma_rel, a target's text form, several, or None; else an error."""
     wanted = [] if given is None else given if isinstance(given, list | tuple) else [given]
     for one in wanted:
         if isinstance(one, bool) or not isinstance(one, float | int | str):

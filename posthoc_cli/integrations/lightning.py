@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,10 +30,9 @@ class PostHocWeightAveraging(Callback):
     Arguments:
         checkpoint_dir: the directory for the snapshots.
         validate: the average for validation and in checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
-            for the raw weights. Of a list each one is validated beside the raw weights, by one more pass over the data
-            that other callbacks do not see, with metrics such as `ema_0.15_val_loss`; a checkpoint then holds the
-            average whose metric `ModelCheckpoint` monitors, else the raw weights. One that training is too short for is
-            left out until it is not, with a warning.
+            for the raw weights. Each of a list is validated beside the raw weights, by one more pass that other
+            callbacks do not see, with metrics such as `ema_0.15_val_loss`; checkpoints hold the one whose metric
+            `ModelCheckpoint` monitors, else raw weights, as of one that training is too short for still.
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages, see `should_update` for others.
         update_starting_at_step, update_starting_at_epoch: no update before both.
@@ -48,8 +46,7 @@ class PostHocWeightAveraging(Callback):
 
     def __init__(
         self, checkpoint_dir: str | Path, validate: float | str | Sequence[float | str] | None = None,
-        copy_at_end: bool = False,
-        update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
+        copy_at_end: bool = False, update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None, use_buffers: bool = False, device: str | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
@@ -146,7 +143,8 @@ class PostHocWeightAveraging(Callback):
         """Give the module averaged weights, within `fit` and except for sanity checking."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and self.ema is not None and self._single is not None:
-            self._swapped.enter_context(self.ema.model(pl_module, self._single))
+            for block in self.ema.models(pl_module, [self._single]).values():
+                self._swapped.enter_context(block)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its own weights back, and log the metrics of several averages."""
@@ -189,8 +187,8 @@ class PostHocWeightAveraging(Callback):
             save_state(ema, folder, pl_module)
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        if self._saved is not None and ema.has_average:
-            with ema.model(pl_module, self._saved):
+        for block in ema.models(pl_module, [self._saved]).values() if self._saved and ema.has_average else ():
+            with block:
                 averaged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
@@ -209,8 +207,8 @@ class PostHocWeightAveraging(Callback):
     def _monitored(self, trainer: Trainer) -> float | str | None:
         """The average of a list that checkpoints hold: the one whose metric chooses them."""
         monitors = [one.monitor for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)]
-        fitting = [[label for label in self._lengths if one.startswith(f"ema_{label}_")] for one in monitors]
-        chosen = list(dict.fromkeys(max(labels, key=len, default="") for labels in fitting))
+        fitting = ([label for label in self._lengths if one.startswith(f"ema_{label}_")] for one in monitors)
+        chosen = [*dict.fromkeys(max(labels, key=len, default="") for labels in fitting)]
         if len(chosen) > 1:
             what = f"the average {chosen[0]}" if chosen[0] else "the raw weights"
             log.warning("every checkpoint holds %s, though other metrics choose some of them", what)
@@ -225,13 +223,10 @@ class PostHocWeightAveraging(Callback):
             loop.setup_data()
             if loop.skip or self.ema is None:
                 return run()
-            # Nobody sees these passes: not the counters of the loop, nor callbacks and loggers.
-            progress, restarting = deepcopy(loop.batch_progress.state_dict()), loop.restarting
             others, known = trainer.callbacks, trainer.callback_metrics
             before = dict(known)
-            connector.log_metrics = lambda *_, **__: None
-            try:
-                loop.restarting, trainer.callbacks = False, []
+            try:  # no callback or logger sees these passes
+                trainer.callbacks, connector.log_metrics = [], lambda *_, **__: None
                 for label, block in self.ema.models(pl_module, [*self._lengths.values()]).items():
                     known.clear()
                     with block:
@@ -239,11 +234,10 @@ class PostHocWeightAveraging(Callback):
                     for name, value in known.items():
                         self._found[f"ema_{label}_{name}".replace("/dataloader_idx", "_dataloader_idx")] = value
             finally:
+                trainer.callbacks = others
                 del connector.log_metrics
                 known.clear()
                 known.update(before)
-                trainer.callbacks, loop.restarting = others, restarting
-                loop.batch_progress.load_state_dict(progress)
             return run()
 
         loop.run = run_each

@@ -37,8 +37,8 @@ class PostHocCallback(TrainerCallback, ExportableState):
             evaluation runs a second time with averaged weights, whose metrics have the prefix `eval_ema`. With one of
             them as `metric_for_best_model`, checkpoints hold the averaged model, and `load_best_model_at_end` loads it.
             Before the first update the weights are evaluated and saved as they are. Other callbacks see one evaluation
-            with the metrics of both. Of a list each one is evaluated, with the prefixes `eval_ema_0.15` and
-            `eval_ema_decay-linear-20%`; one that training is too short for is left out until it is not, with a warning.
+            with the metrics of both. Each of a list is evaluated, with prefixes such as `eval_ema_decay-linear-20%`;
+            one that training is too short for is left out until then.
         folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`; of a
             list each, as `ema_0.15`.
         options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.

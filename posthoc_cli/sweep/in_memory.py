@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError, shown
-from posthoc_cli.run import Run
+from posthoc_cli.run import Run, Weights
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.sweep.axes import Axis, good_range
-from posthoc_cli.sweep.results import Record, SweepReport
+from posthoc_cli.sweep.results import RAW, Record, SweepReport
 from posthoc_cli.sweep.rounds import Search, check_counts
-from posthoc_cli.targets import SigmaRel
+from posthoc_cli.targets import Mean, SigmaRel
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,8 @@ def sweep(
     """Find the best sigma_rel by a metric, in memory.
 
     Arguments:
-        run: snapshots or checkpoints, or a tracker, also one that is training.
+        run: snapshots or checkpoints, or a tracker, also one that is training. Raw weights are measured, too, where
+            they are at hand: in the tracker's own model, or in a checkpoint of the newest time.
         metric: takes `model` with the averaged weights in it, in eval mode, or without a model the weights by name;
             gives the metric, or it and its standard error. Its random numbers are its own affair.
         model: gets the weights of each average in place; afterwards it is as it was.
@@ -76,7 +77,6 @@ def sweep(
         warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel=2)
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
-        nonlocal warned
         for value, seed in wanted:
             started = time.perf_counter()
             if model is not None and tracker is not None:
@@ -85,25 +85,43 @@ def sweep(
                 yield record(value, seed, found, None, started)
                 continue
             weights = stored.average(value) if tracker is None else tracker.state_dict(sigma_rel=value)
-            with nullcontext() if model is None else swapped_in(model, weights):
-                found = metric(weights if model is None else model)
-                if model is not None and not warned:
-                    warned = warn_of_statistics(model, weights, newest.copies, stacklevel=2)
-            yield record(value, seed, found, weights.predicted_error, started)
+            yield record(value, seed, measured(weights), weights.predicted_error, started)
 
-    def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
+    def measured(weights: Weights) -> Any:
+        nonlocal warned
+        with nullcontext() if model is None else swapped_in(model, weights):
+            found = metric(weights if model is None else model)
+            if model is not None and not warned:
+                warned = warn_of_statistics(model, weights, newest.copies, stacklevel=3)
+        return found
+
+    def measure_raw() -> Iterator[Record]:
+        is_own = model is not None and tracker is not None and tracker.tracks(model)
+        if not is_own and not stored.has_raw():
+            return
+        for seed in range(repeats):
+            started = time.perf_counter()
+            if is_own and model is not None:
+                with swapped_in(model, {}):  # as it is, in eval mode
+                    found = metric(model)
+            else:
+                found = measured(stored.average(Mean(1)))
+            yield record(0.0, seed, found, None, started, RAW)
+
+    def record(value: float, seed: int, found: Any, predicted: float | None, started: float, title: str = "") -> Record:
         try:
-            measured, error = found if isinstance(found, tuple) else (found, None)
-            measured = float(measured)
+            value_found, error = found if isinstance(found, tuple) else (found, None)
+            value_found = float(value_found)
             error = float(error) if error is not None and 0 < error < math.inf else None
         except (TypeError, ValueError, RuntimeError) as wrong_kind:
             reason = "must give a number, or a number and its standard error"
             raise InvalidValueError("metric", reason) from wrong_kind
-        wrong = None if math.isfinite(measured) else f"its metric is {measured}"
+        wrong = None if math.isfinite(value_found) else f"its metric is {value_found}"
         seconds = time.perf_counter() - started
-        valid = None if wrong else measured
-        return Record(axis.title(value), value, seed, valid, error, predicted, seconds, wrong)
+        valid = None if wrong else value_found
+        return Record(title or axis.title(value), value, seed, valid, error, predicted, seconds, wrong)
 
+    raw = [*measure_raw()]
     search = Search(
         axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1,
         beyond=lambda axis, upwards: axis.widened(upwards, stored, None),
@@ -112,6 +130,6 @@ def sweep(
     settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
     best = axis.value(search.found.best)
     return SweepReport(
-        name, minimize, axis, axis.kind, tuple(search.trials), search.found, search.stopped, SigmaRel(best),
+        name, minimize, axis, axis.kind, (*raw, *search.trials), search.found, search.stopped, SigmaRel(best),
         axis.title(best), {axis.kind: best}, settings=settings,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.export.layouts import layout_of, output_exists, output_paths, suffix_of
-from posthoc_cli.profiles import Point
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.axes import Axis, good_range
 from posthoc_cli.synthesis.plan import Plan
@@ -61,7 +60,7 @@ class Network:
     @property
     def has_raw(self) -> bool:
         """Whether the weights themselves are there, of the averages' time."""
-        return any(isinstance(one.profile, Point) and one.info.t == self.plan.t for one in self.run.sources)
+        return self.run.has_raw(self.plan.t)
 
     def title(self, value: float) -> str:
         """Of a length, for people."""

@@ -162,7 +162,9 @@ class SweepReport:
 
     def __repr__(self) -> str:
         estimate = f"{self.metric} {self.found.mean:.6g} ± {self.found.standard_error:.2g} (estimate)"
-        return f"SweepReport({self.title}: {estimate}, {len(self.trials)} trials; {self.stopped})"
+        none = "not measured, since neither a checkpoint nor a tracker with its model has them"
+        raw = f"raw weights {none if self.raw is None else f'{self.raw:.6g}'}"
+        return f"SweepReport({self.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
 
     def _repr_html_(self) -> str:
         """Its picture, in a notebook."""

@@ -296,6 +296,11 @@ class PostHocEMA:
         """Whether an update was due by now. Before, calls for averages give the weights as they are, and warn."""
         return self._pipeline.now.resumes or self._pipeline.progress.updated > 0
 
+    def tracks(self, model: torch.nn.Module) -> bool:
+        """Whether this tracker has taken in a model, wrapped or bare, so that it holds the raw weights of now."""
+        own = None if self._model is None or self._pipeline.now.resumes or not self.step else self._model()
+        return own is not None and [*map(id, own.parameters())] == [*map(id, check_model(model).parameters())]
+
     @property
     def run(self) -> Run:
         """The snapshots of this run on disk. Snapshots that are still being written are waited for."""

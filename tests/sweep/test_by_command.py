@@ -22,7 +22,7 @@ from ema_command import Ema, unmeasured_environment
 from factories import write_run
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -577,6 +577,40 @@ def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run:
     assert [trial.value for trial in same.trials] == [trial.value for trial in report.trials]
     assert not model.a.any()
     assert model.training
+
+
+def test_in_python_raw_weights_are_measured_where_they_are_at_hand(run: Run, tmp_path: Path) -> None:
+    """In the model of a tracker that takes it in, or in a checkpoint; the summary says so where they are not."""
+
+    def size(weights: Any) -> float:
+        return float((weights["a"] if isinstance(weights, dict) else weights.weight).detach().norm())
+
+    without = sweep(run, size, values=LENGTHS)
+    assert without.raw is None
+    assert "raw weights not measured, since neither a checkpoint nor a tracker" in repr(without)
+    raw = {name: torch.full_like(value, 7.0) for name, value in run.average(0.1).items()}
+    save_file(raw, tmp_path / "step-20.safetensors")
+    both = sweep(Run(run.directory, also=tmp_path / "step-20.safetensors"), size, values=LENGTHS, repeats=2)
+    assert [trial.value for trial in both.trials if trial.target == "raw"] == [size(raw)] * 2
+    model, modes = torch.nn.Linear(3, 3), []
+
+    def metric(averaged: torch.nn.Linear) -> float:
+        modes.append(averaged.training)
+        return size(averaged)
+
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5) as tracker:
+        for step in range(1, 21):
+            with torch.no_grad():
+                model.weight.fill_(step)
+            tracker.update_(model)
+        report = sweep(tracker, metric, model=model, values=LENGTHS)
+        assert report.raw == pytest.approx(60.0)  # 9 elements of 20
+        assert repr(report).endswith("raw weights 60)")
+        assert not any(modes)
+        assert model.training
+        assert sweep(tracker, size, model=torch.nn.Linear(3, 3), values=LENGTHS).raw is None
+    again = PostHocEMA.from_path(tmp_path / "run", model)  # nobody knows where this model is
+    assert sweep(again, metric, model=model, values=LENGTHS).raw is None
 
 
 def test_in_python_a_search_asks_only_for_what_it_needs(run: Run) -> None:
