@@ -123,11 +123,11 @@ UNEVEN = 1 / 60
 """How much profiles may differ in the weights, relative to each other, that they give within a mean that they share."""
 
 LONGEST = 1 / 1000
-"""The time that a shared mean may cover, relative to all of training so far."""
+"""The time that a shared mean of more than two values may cover, relative to all of training so far."""
 
 
 def reach(gammas: Sequence[float]) -> float:
-    """The time that a mean of these profiles may cover, relative to training so far."""
+    """The time that a mean of more than two values may cover for these profiles, relative to training so far."""
     spread = max(gammas) - min(gammas)
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 

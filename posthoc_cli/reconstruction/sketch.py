@@ -60,13 +60,14 @@ class Sketch:
     def of_shared_means(
         self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        """The errors of averages whose folds are means with the weights of the `largest` gamma, [D, n] and [K, n].
+        """Columns of the errors that means with the weights of the `largest` gamma leave: projected, and unseen.
 
-        Within a fold of relative length L these weights are steeper by u = (largest - gamma) L, and an average in which
-        the fold has the mass m is off by u m / 12 of steady motion across it, seen in the projections; by u^2 m^2 / 12
-        of the variance of noise, a fold's mean has it; and u^2 m^2 / 120 of that of a walk, of which neighbours show a
-        third. Averages of one profile share the error of their common folds. `updates` are those until each edge: folds
-        of two are exact, since the newest value has each profile's own weight, and of more in part.
+        Within a fold of relative length L these weights are steeper by u = (largest - gamma) L. An average in which the
+        fold has the mass m is off by u m / 12 of the steady motion across it, which projections show. To the squared
+        error, noise that leaves the variance s in a fold's mean adds u^2 m^2 s / 12, and a walk of v across the
+        fold u^2 m^2 v / 120, a third of which is seen as steady. Averages of one profile share what their common folds
+        leave. `updates` are those until each edge: folds of two are exact, since the newest value has each profile's
+        own weight.
         """
         counts = np.maximum(np.diff(updates) / self.folds, 2.0)
         part = (counts - 1) * (counts - 2) / counts**2

@@ -146,3 +146,15 @@ def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_distances
     prior = Prior(far, rounding, 0 * norm, norm, "measured", sketch=sketch_of(path, 2))
     predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
     np.testing.assert_allclose(predicted, np.sqrt(rounding[0] / norm[0]), rtol=0.05)
+
+
+def test_the_published_coefficients_stay_where_others_are_hardly_better() -> None:
+    """A stored length, whose only error is a rounding that others could take a few hundredths from."""
+    path = walk()
+    stored = averages(path, SNAPSHOTS)
+    norm = np.sum(stored**2, axis=1)
+    motion = Motion(np.array([1.0, T]), np.array([0.02**2 * SIZE]), np.zeros(1))
+    for rounding, stays in ((1e-8, True), (1e-3, False)):
+        prior = Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, 1))
+        column = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T)).coefficients[:, 0]
+        assert (np.count_nonzero(column) == 1) == stays

@@ -169,32 +169,43 @@ def test_averages_take_six_bytes_a_parameter_and_profile_and_four_for_all(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_fold_shows_every_block_of_the_mean_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("first", "window"), [(1500, 2), (3500, 4)])
+def test_a_fold_shows_every_block_of_the_mean_once_and_of_two_values_both(
+    dtype: torch.dtype, first: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window covers a thousandth of training, or two values."""
     monkeypatch.setattr(averages, "CPU_BLOCK", 700)
     monkeypatch.setattr(averages, "FOLD_BLOCK", 300)
     generator, gamma = torch.Generator().manual_seed(0), exact_gamma(0.05)
     weights = torch.zeros(1000, dtype=dtype)
     reader = BlockReader.of_tensors(lay_out({"w": weights}), {"w": weights})
     seen: list[tuple[int, int, torch.Tensor]] = []
+    ended: list[float] = []
     running = RunningAverages.none_yet(SIGMA_RELS)
     recorder = Sketcher(Subset(reader.layout, {"w"}))
     monkeypatch.setattr(recorder, "take", lambda block, mean: seen.append((block.begin, block.end, mean.clone())))
-    monkeypatch.setattr(recorder, "end_window", lambda _: None)
+    monkeypatch.setattr(recorder, "end_window", ended.append)
     running.sketcher = recorder
     path = []
-    for k, t in enumerate((1500.0, 1501.0, 1502.0, 1503.0)):  # folds at 1500 and at 1502
+    for k, t in enumerate(range(first, first + window + 2)):
         path.append(torch.randn(1000, generator=generator, dtype=dtype))
         weights.copy_(path[-1])
         begin = running.standing.folded_t
-        running.update_(reader, {}, t, k)
-        if t in (1501.0, 1503.0):
+        running.update_(reader, {}, float(t), k)
+        if t not in (first, first + window):
             assert (seen, running.standing.folded_t) == ([], begin)
             continue
-        assert [ends for *ends, _ in seen] == [[0, 300], [300, 600], [600, 700], [700, 1000]]
-        shares = [1.0] if t == 1500 else np.diff([(s / 1502) ** (gamma + 1) for s in (1500, 1501, 1502)])
-        mean = sum(s * one for s, one in zip(shares / np.sum(shares), path[-len(shares) :], strict=True))
-        assert torch.allclose(torch.cat([part for *_, part in seen]), mean, rtol=2e-6, atol=1e-6)
+        shown = torch.cat([part for *_, part in seen])
+        assert [ends for *ends, _ in seen][-4:] == [[0, 300], [300, 600], [600, 700], [700, 1000]]
+        if t > first and window == 2:
+            assert torch.equal(shown, torch.cat(path[-2:]))
+        else:
+            steps = np.arange(first, t + 1)
+            shares = [1.0] if t == first else np.diff((steps / t) ** (gamma + 1))
+            mean = sum(s * one for s, one in zip(shares / np.sum(shares), path[-len(shares) :], strict=True))
+            assert torch.allclose(shown, mean, rtol=2e-6, atol=1e-6)
         seen.clear()
+    assert ended == [first, *([first + 1] if window == 2 else []), first + window]
 
 
 def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
