@@ -62,8 +62,8 @@ last one is the snapshot's own, ema.step and ema.t. From step 0 at time 0 to the
 equally long, up to a small tolerance: within half a step where 256 knots are enough for that. The key is missing where
 `t` is the step throughout.
 
-Measurements are sums over the elements of all averages in the file (no statistics, no copies), taken in float64,
-and taken from the exact average: `norm` its squares, `rounding` the squares of (stored - exact), `weights` those of
+Measurements are sums over the elements of all averages in the file (no statistics, no copies), in float64, those of a
+large model estimated from some of them, which are the same for all its sums; and taken from the exact average: `norm` its squares, `rounding` the squares of (stored - exact), `weights` those of
 (exact - the network's weights at that time; null or missing if unknown), and `distances` a list of {"t",
 "sigma_rel", "squared", "rounding"}, each the squares of (this exact average - another one): those of the run's other
 profiles at the same time, exact (rounding 0), and the two newest earlier snapshots of each profile as they were stored
