@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -78,12 +78,13 @@ class Subset(Elements):
         scales: the elements of each / those that are drawn.
     """
 
-    def __init__(self, layout: Layout, measured: Collection[str]) -> None:
+    def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
+        wanted = frozenset(measured)
         spans = [
             [
                 (name, begin, end)
                 for name, (begin, end) in zip(group.names, pairwise(group.bounds), strict=True)
-                if name in measured and begin < end
+                if name in wanted and begin < end
             ]
             for group in layout
         ]
@@ -184,7 +185,7 @@ def _chunks_of(sizes: Mapping[str, int]) -> Iterator[list[ElementRange]]:
         yield ranges
 
 
-def squared_norms(averages: RunningAverages, measured: Collection[str]) -> dict[float, float]:
+def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
     """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
     kept = averages.accumulators
     assert kept is not None
