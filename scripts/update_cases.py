@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -136,13 +136,16 @@ def device_of(model: torch.nn.Module) -> str:
     return str(next(model.parameters()).device)
 
 
-def _start_ours(model: torch.nn.Module, folder: Path, where: str | None, begin: float) -> Updates:
-    tracker, calls = start_tracker(model, folder, where, 1, NEVER), count(1)
+def our_updates(model: torch.nn.Module, folder: Path, where: str | None, clock: Iterator[float]) -> Updates:
+    """Updates of ours at these times."""
+    tracker = start_tracker(model, folder, where, 1, NEVER)
     return Updates(
-        lambda: tracker.update_(model, t=begin + next(calls)),
-        partial(settle, tracker, device_of(model)),
-        tracker.close,
+        lambda: tracker.update_(model, t=next(clock)), partial(settle, tracker, device_of(model)), tracker.close
     )
+
+
+def _start_ours(model: torch.nn.Module, folder: Path, where: str | None, begin: float) -> Updates:
+    return our_updates(model, folder, where, count(begin + 1))
 
 
 # --- the others ------------------------------------------------------------------------------------

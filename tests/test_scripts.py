@@ -89,7 +89,12 @@ def test_bench_update(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     bench_update.main(["--quick", "--device", "cuda", "--folder", str(tmp_path)])
     out = capsys.readouterr().out
     assert "accelerators: not run" in out
-    assert len(goals(out)) == 5 * 2 + 2
+    assert len(goals(out)) == 3 * 2 + 2
+    table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert {len(row) for row in table[:1] + table[2:]} == {5}
+    rows = {row[0].removeprefix("| "): row[1:] for row in table[2:]}
+    assert all("(" in cell for label in ("ours", "ours, t = 1,000,000", "ema_pytorch") for cell in rows[label])
+    assert sum(label.startswith("ours, a whole run of 100,000 steps, update_every=") for label in rows) == 2
     assert not list(tmp_path.iterdir())
 
 

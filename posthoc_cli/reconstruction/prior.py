@@ -77,7 +77,7 @@ class DistanceTo(Distance):
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of one stored average.
+    """The measurements of one stored average; of a large model estimates from one subset of the elements.
 
     Attributes:
         norm: squared norm of the exact average.

@@ -62,14 +62,14 @@ last one is the snapshot's own, ema.step and ema.t. From step 0 at time 0 to the
 equally long, up to a small tolerance: within half a step where 256 knots are enough for that. The key is missing where
 `t` is the step throughout.
 
-Measurements are sums over the elements of all averages in the file (no statistics, no copies), taken in float64,
-and taken from the exact average: `norm` its squares, `rounding` the squares of (stored - exact), `weights` those of
-(exact - the network's weights at that time; null or missing if unknown), and `distances` a list of {"t",
-"sigma_rel", "squared", "rounding"}, each the squares of (this exact average - another one): those of the run's other
-profiles at the same time, exact (rounding 0), and the two newest earlier snapshots of each profile as they were stored
-(rounding: their own). So it has at most 3 P - 1 entries in a run of P profiles. Each names its partner's t, in
-[ema.t_first, ema.t], and sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot itself. A partner
-may have been deleted since. No number is negative.
+Measurements are sums over the elements of all averages in the file (no statistics, no copies), in float64, those of a
+large model estimated from some of them, which are the same for all its sums; and taken from the exact average: `norm`
+its squares, `rounding` the squares of (stored - exact), `weights` those of (exact - the network's weights at that time;
+null or missing if unknown), and `distances` a list of {"t", "sigma_rel", "squared", "rounding"}, each the squares of
+(this exact average - another one): those of the run's other profiles at the same time, exact (rounding 0), and the two
+newest earlier snapshots of each profile as they were stored (rounding: their own). So it has at most 3 P - 1 entries in
+a run of P profiles. Each names its partner's t, in [ema.t_first, ema.t], and sigma_rel, one of ema.sigma_rels; none is
+named twice, nor is the snapshot itself. A partner may have been deleted since. No number is negative.
 
 The motion is constant on intervals of training: `edges` are their ends, growing, from above 0 to at most ema.t, of at
 most MAX_PIECES intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times a

@@ -42,7 +42,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +52,6 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share, window_e
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.worker import ALONE, Crew
-
-if TYPE_CHECKING:
-    from posthoc_cli.tracker.sketching import Sketcher
 
 HOST = torch.device("cpu")
 
@@ -141,6 +138,27 @@ class Accumulators:
         return made
 
 
+class PathRecorder(Protocol):
+    """What has the path of the weights: `tracker.sketching.Sketcher`, see there."""
+
+    @property
+    def subset(self) -> object:
+        """The elements that it takes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+
+    def take(self, block: Range, mean: torch.Tensor) -> None:
+        """Take in a block of a window's mean."""
+
+    def end_window(self, t: float) -> None:
+        """All blocks of a window have been taken in."""
+
+    def path(self, t: float | None = None) -> Path | None:
+        """The path so far, with `t` as if a window ended then."""
+
+
 @dataclass
 class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
@@ -156,7 +174,7 @@ class RunningAverages:
     accumulators: Accumulators | None = None
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sample: Sample = ()
-    sketcher: Sketcher | None = None
+    sketcher: PathRecorder | None = None
     known_path: Path | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -78,16 +78,16 @@ class Subset(Elements):
         scales: the elements of each / those that are drawn.
     """
 
-    def __init__(self, layout: Layout, measured: Collection[str]) -> None:
+    def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
+        wanted = frozenset(measured)
         spans = [
             [
                 (name, begin, end)
                 for name, (begin, end) in zip(group.names, pairwise(group.bounds), strict=True)
-                if name in measured and begin < end
+                if name in wanted and begin < end
             ]
             for group in layout
         ]
-        self._begins = {name: begin for own in spans for name, begin, _ in own}
         self.sizes = {name: end - begin for own in spans for name, begin, end in own}
         most, share = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS), MEASURED_ELEMENTS // max(1, len(self.sizes))
         drawn = [
@@ -98,6 +98,18 @@ class Subset(Elements):
         counts = [len(one) for own in drawn for one in own]
         self.edges = np.array([0, *accumulate(counts)], np.int64)
         self.scales = np.array([*self.sizes.values()], np.float64) / np.array(counts, np.float64)
+        edges, slabs = iter(self.edges.tolist()), [0]
+        self._drawn: dict[str, tuple[Values, int, int]] = {}  # places, begin in the buffer, and edge of each tensor
+        for own, places in zip(spans, self.places, strict=True):
+            at = 0
+            for name, begin, _ in own:
+                count = counts[len(self._drawn)]
+                self._drawn[name] = places[at : at + count], begin, next(edges)
+                at += count
+        for number, edge in enumerate(self.edges.tolist()):
+            if number and (edge - self.edges[slabs[-1]] > CHUNK or number == len(counts)):
+                slabs.append(number)
+        self._slabs = [*pairwise(slabs)]  # tensors whose squares are added up at a time
 
     def joined(self, room: Sequence[torch.Tensor]) -> Values:
         """Values of all groups, on the host: shape [elements]."""
@@ -114,26 +126,25 @@ class Subset(Elements):
 
     def read(self, read: Callable[[Sequence[ElementRange]], Sequence[torch.Tensor]]) -> Values:
         """Their values in tensors of which `read` gives ranges; each is read from its beginning to its end."""
-        places = np.concatenate([np.empty(0, np.int64), *self.places])
-        ends = dict(zip(self.sizes, self.edges[1:].tolist(), strict=True))
         exact = any(group.wide == torch.float64 for group in self.layout)
-        found, at = torch.empty(len(places), dtype=torch.float64 if exact else torch.float32), 0
+        found = torch.empty(int(self.edges[-1]), dtype=torch.float64 if exact else torch.float32)
         for ranges in _chunks_of(self.sizes):
             for (name, begin, end), values in zip(ranges, read(ranges), strict=True):
-                first = self._begins[name]
-                last = bisect_left(places, first + end, at, ends[name])
-                own = torch.from_numpy(places[at:last] - (first + begin))
-                found[at:last] = values.to(found.dtype)[own]
-                at = last
+                places, first, edge = self._drawn[name]
+                at, last = (bisect_left(places, first + place) for place in (begin, end))
+                own = torch.from_numpy(places[at:last].astype(np.int64) - (first + begin))
+                found[edge + at : edge + last] = values.to(found.dtype)[own]
         return found.numpy()
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
         """The squared norm of each tensor, or its squared distance from others: shape [tensors]."""
-        if not len(values):
-            return np.zeros(0)
+        found = np.zeros(len(self.sizes))
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = np.square(values if others is None else values - others, dtype=np.float64)
-            return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
+            for begin, end in self._slabs:
+                first, last = self.edges[[begin, end]]
+                own = values[first:last] if others is None else values[first:last] - others[first:last]
+                found[begin:end] = np.add.reduceat(np.square(own, dtype=np.float64), self.edges[begin:end] - first)
+            return np.asarray(self.scales * found)
 
     def squared(self, values: Values, others: Values | None = None) -> float:
         """The same of all tensors together."""
@@ -174,7 +185,7 @@ def _chunks_of(sizes: Mapping[str, int]) -> Iterator[list[ElementRange]]:
         yield ranges
 
 
-def squared_norms(averages: RunningAverages, measured: Collection[str]) -> dict[float, float]:
+def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
     """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
     kept = averages.accumulators
     assert kept is not None

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
@@ -948,7 +947,7 @@ class PostHocEMA:
             return loaded
         return replace(loaded, averages=RunningAverages.none_yet(self.settings.sigma_rels))
 
-    def _begin_from(self, loaded: Tracking, norms: Callable[[], Mapping[float, float]]) -> None:
+    def _begin_from(self, loaded: Tracking, norms: Mapping[float, float]) -> None:
         """Become the directory's writer, and set aside what is not of the state's training."""
         if self.keeps_averages:
             with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
@@ -1015,19 +1014,11 @@ class PostHocEMA:
         return model
 
 
-def _norms(group: Group, state: Tracking) -> Callable[[], Mapping[float, float]]:
-    """Gives the squared norms of averages; of several processes these add theirs now."""
-    if group.is_alone:
-        return partial(_own_norms, state)
-    every = group.from_all(_own_norms(state))
-    total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in state.averages.sigma_rels}
-    return lambda: total
-
-
-def _own_norms(state: Tracking) -> dict[float, float]:
-    """Those of what is here."""
-    kept = state.averages.accumulators
-    return {} if kept is None else squared_norms(state.averages, state.tracked.weights)
+def _norms(group: Group, state: Tracking) -> dict[float, float]:
+    """The squared norms of averages by sigma_rel, of which processes add theirs."""
+    averages = state.averages
+    every = group.from_all({} if averages.accumulators is None else squared_norms(averages, state.tracked.weights))
+    return {sigma_rel: sum(own.get(sigma_rel, 0.0) for own in every) for sigma_rel in averages.sigma_rels}
 
 
 def _joined(

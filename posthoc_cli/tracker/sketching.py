@@ -37,7 +37,7 @@ class Sketcher:
 
     def __init__(self, subset: Subset, part: int = 0) -> None:
         """Begin a path of a model, or of the part of this number, whose signs are independent."""
-        self.subset = subset
+        self.subset: Subset = subset
         names = [(group.names, group.shapes, str(group.wide)) for group in subset.layout]
         told = repr((part, names, [*subset.sizes], subset.edges.tolist()))
         self._projection = xxhash.xxh3_64_intdigest(told.encode()) >> 1

@@ -288,16 +288,15 @@ class Snapshotter:
             log.warning("training goes on from t = %s: %s, moved to %s: %s", f"{t:,.12g}", what, moved[0].parent, names)
         self._stored = own
 
-    def holding(self, averages: RunningAverages, norms: Callable[[], Mapping[float, float]]) -> frozenset[str]:
+    def holding(self, averages: RunningAverages, norms: Mapping[float, float]) -> frozenset[str]:
         """Header checksums of the snapshots off the schedule that hold these very averages, of these squared norms.
 
         A state that was saved before they were written does not list them. Averages of another attempt at the same
         time would have other norms.
         """
         there = [s for s in self._stored if s.t == averages.standing.t and s.info.off_schedule]
-        found = norms() if there else {}
-        measured = [(s, s.info.measurements.norm) for s in there if s.info.measurements and s.sigma_rel in found]
-        return frozenset(s.checksum for s, norm in measured if math.isclose(norm, found[s.sigma_rel], rel_tol=_SAME))
+        measured = [(s, s.info.measurements.norm) for s in there if s.info.measurements and s.sigma_rel in norms]
+        return frozenset(s.checksum for s, norm in measured if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME))
 
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
         """Whether averages, or calls that the exact state counts, are not stored.

@@ -308,6 +308,38 @@ def test_an_average_that_overflows_is_refused_by_name_and_not_written(tmp_path: 
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Of 20 elements of each tensor, one that float16 cannot hold, or one that is infinite as an average."""
+    monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", 60)
+    monkeypatch.setattr(averages, "FOLD_BLOCK", 300)
+    model = torch.nn.Sequential(*(torch.nn.Linear(40, 25, bias=False) for _ in range(3)))
+    model.norm = torch.nn.BatchNorm1d(7, affine=False)
+    settings: dict = {"update_every": 1, "checkpoint_every": 4, "device": device}
+    for place in (0, 321, 517, 998, 999):
+        with torch.no_grad():
+            model[1].weight.fill_(0.1).view(-1)[place] = 7e4
+        with PostHocEMA.from_model(model, tmp_path / f"large-{place}", **settings) as tracker:
+            for _ in range(4):
+                tracker.update_(model)
+        for snapshot in read_directory(tmp_path / f"large-{place}"):
+            found = {name: entry.dtype for name, entry in snapshot.header.tensors.items()}
+            assert [found.pop(f"{number}.weight") for number in range(3)] == ["F16", "F32", "F16"]
+            assert {*found.values()} == {"F32", "I64"}  # statistics, and their count
+            assert torch.equal(load_file(snapshot.path)["1.weight"], model[1].weight)
+        tracker = PostHocEMA.from_model(model, tmp_path / f"infinite-{place}", **settings)
+        with pytest.raises(NonFiniteError, match=r"average of '2.weight': holds nan or infinity"):
+            for step in range(4):
+                with torch.no_grad():
+                    model[2].weight.view(-1)[place] = 3e38 * (-1) ** step
+                tracker.update_(model)
+            tracker.flush()
+        assert not list((tmp_path / f"infinite-{place}").glob("*.safetensors"))
+        torch.nn.init.zeros_(model[2].weight)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
