@@ -9,6 +9,6 @@ to the files and holds the settings that they lack, or `copies`.
 
 KINDS = (
     "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "timm", "lightning-ema", "averaged-model",
-    "ema-pytorch-ema", "lit-ema", "torch-ema", "mmengine", "ema", "checkpoints",
+    "ema-pytorch-ema", "lit-ema", "torch-ema", "mmengine", "edm", "ema", "checkpoints",
 )  # fmt: skip
 """The kinds of `kinds.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series."""

@@ -30,7 +30,7 @@ from posthoc_cli.checkpoints.fitting import (
 )
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import Decay, OrdinaryEMA
+from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay, OrdinaryEMA
 from posthoc_cli.snapshots.format import decode_sample
 from posthoc_cli.snapshots.measurements import expected_rounding, read_values
 from posthoc_cli.snapshots.path import places
@@ -271,10 +271,11 @@ def judge(case: Case) -> Audit:
     fit, starts = _explained(case)
     doubled = [case.doubled[i].only(case.kept) for i in case.usable if i + 1 in case.usable]
     value, uncertainty = refined(fit, doubled)
+    found, rising = _reached(fit.model, value, case.products[-1].end)
     told = replace(
         base,
-        found=_reached(fit.model, value, case.products[-1].end)[0],
-        uncertainty=uncertainty,
+        found=found,
+        uncertainty=None if rising else uncertainty,
         warm_up=fit.model.warm_up,
         starts=tuple(starts.values()),
         intervals=tuple(_interval(case.rows[i], fit, case.notes.get(i, "")) for i in range(len(case.rows))),
@@ -329,8 +330,8 @@ def _compared(told: Audit, case: Case, fit: Fit, value: float) -> Audit:
     if model.warm_up:
         rule = model.decay.rule  # type: ignore[attr-defined]
         shown = f"decay {reached:.7g} at the end, still rising by {rule}" if rising else f"{shown}, reached by {rule}"
-    if told.starts and own is None:
-        shown += f"; begun from the weights near step {told.starts[-1]:,.0f}"
+    if begun := case.starts or told.starts:
+        shown += f"; begun from the weights near step {' and '.join(f'{time:,.0f}' for time in begun)}"
     if own is None:
         return replace(told, verdict="found", text=shown)
     ratio = length / own
@@ -387,18 +388,28 @@ def _explained(case: Case) -> tuple[Fit, dict[int, float]]:
         if not (begun | again).keys() - starts.keys():
             break
         starts |= begun | again
-        case.notes |= {index: f"begins near step {time:,.0f}" for index, time in begun.items()}
-        case.notes |= {index: f"began again near step {time:,.0f}" for index, time in again.items()}
+        case.notes |= dict.fromkeys(starts, "begins")
         fit = _best(case, tuple(sorted(starts.values())))
+        for _ in range(3 * isinstance(fit.model, WarmModel)):
+            for index in starts:
+                starts[index] = _when(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
+            fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
+        case.notes |= {index: f"begins near step {starts[index]:,.0f}" for index in begun}
+        case.notes |= {index: f"began again near step {starts[index]:,.0f}" for index in again}
     return fit, starts
+
+
+_RULES = (
+    Decay(0.5, "ratio"), Decay(0.5, "power"), Decay(0.5, "power", power=0.75), Decay(0.5, "ramp-up", power=RAMP_UP),
+)  # fmt: skip
+"""Warm-ups that libraries have."""
 
 
 def _best(case: Case, starts: tuple[float, ...]) -> Fit:
     """The fit of what is claimed; else of a constant decay, or of a warm-up that explains the intervals better."""
     fit, every = case.fit(case.model), case.model.every
     if case.model.what == "decay" and case.model.value is None:
-        rules = Decay(0.5, "ratio"), Decay(0.5, "power"), Decay(0.5, "power", power=0.75)
-        warm = [case.fit(WarmModel(None, every, rule, (0.0, *starts))) for rule in rules]
+        warm = [case.fit(WarmModel(None, every, rule, (0.0, *starts))) for rule in _RULES]
         fit = min([fit, *warm], key=lambda one: one.misfit + _WARMER * bool(one.model.warm_up))
     return fit
 
@@ -432,6 +443,16 @@ def _start(fit: Fit, one: Products) -> tuple[float, FloatArray]:
         left = rests(one.gram, 0.0, passed(share))
         weights = 1 / np.maximum(left, 1e-2 / one.scale)
     return one.begin + share * one.length, left
+
+
+def _when(fit: Fit, one: Products, others: Sequence[float]) -> float:
+    """When in an interval an average began whose warm-up began again: by the intervals after it."""
+
+    def cost(time: float) -> float:
+        model = replace(fit.model, starts=(0.0, *sorted([*others, time])))  # type: ignore[call-arg]
+        return float((fit.rests(fit.value, model) * fit.weights).sum())
+
+    return least(cost, np.linspace(one.begin, one.end, 51))
 
 
 def _is_swapped(fit: Fit) -> bool:
@@ -532,12 +553,12 @@ def _claim(
         settings["decay"] = said = claimed
     every = settings.pop("every", every)
     first = [one.settings["first"] for one in profiles] or [every]
-    again = tuple(b for a, b, one in zip(first, first[1:], profiles, strict=False) if b - every >= one.t)
+    again = tuple(float(b - every) for b, one in zip(first[1:], profiles, strict=False) if b - every >= one.t)
     if said is None:
         return Model(None, every), again
     settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
     if settings.get("warm_up") or settings.get("copies", 0) > 1:
-        starts = tuple(float(one - every) for one in (first[0], *again))
+        starts = (float(first[0] - every), *again)
         return WarmModel(1.0, every, Decay(**settings), starts), again
     return Model(-math.log(said) / every, every), again
 

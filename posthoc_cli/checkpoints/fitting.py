@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray, sigma_rel_from_gamma
-from posthoc_cli.profiles.other_libraries import Decay
+from posthoc_cli.profiles.other_libraries import POWER, Decay
 
 _POINTS = 512
 """Of an interval, at which the tail of the average is taken."""
@@ -156,7 +156,8 @@ class WarmModel(Model):
     @property
     def warm_up(self) -> str:  # type: ignore[override]
         """The rule, as settings name it."""
-        return self.decay.warm_up
+        number = f":{self.decay.power:g}" * (self.decay.warm_up == "power" and self.decay.power != POWER)
+        return self.decay.warm_up + number
 
     def forgotten(self, value: float, t: FloatArray) -> FloatArray:
         """See `Model`."""
@@ -228,9 +229,9 @@ class Fit:
         """Of every interval, for a value."""
         return factors(self.model, value, self.times)
 
-    def rests(self, value: float) -> FloatArray:
-        """Squared length of y - B d - s v, [intervals, pieces]."""
-        found = self.factors(value)
+    def rests(self, value: float, model: Model | None = None) -> FloatArray:
+        """Squared length of y - B d - s v, [intervals, pieces]; also of another model."""
+        found = factors(model or self.model, value, self.times)
         return rests(self.gram, found.kept[:, None], found.passed[:, None])
 
     def best(self, weights: FloatArray) -> float:
