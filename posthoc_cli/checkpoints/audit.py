@@ -27,6 +27,7 @@ from posthoc_cli.checkpoints.fitting import (
     passed_since,
     refined,
     rests,
+    unexplained,
 )
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
@@ -52,11 +53,14 @@ _ALL, _MANY = 0.999, 0.5
 _CLEARLY = 0.5
 """An explanation that leaves less than this share of what another one leaves is the better one."""
 
+_FOREIGN = 0.8
+"""With more of its motion left unexplained, an average is of other weights."""
+
 _WARMER = 2.0
 """By so much, in e-foldings of what is left summed over the intervals, a warm-up must explain them better."""
 
 BAD = ("too long", "too short", "does not move", "stalls", "is the weights", "began again", "moves away", "swapped",
-       "some tensors", "was not updated")  # fmt: skip
+       "some tensors", "was not updated", "other weights")  # fmt: skip
 """Verdicts that contradict what an average should be; the others are "as claimed", "found" and "cannot be told"."""
 
 
@@ -188,6 +192,7 @@ _HOW = {
     "that are saved (names after torch.compile, shards of ZeRO-3)?",
     "is the weights": "the average is equal to the weights: it is copied, or its decay is 0",
     "swapped": "the weights are an average of the average: the two are stored under each other's names",
+    "other weights": "these weights do not explain how the average moves: they are of another run, or of other steps",
     "moves away": "the average moves away from the weights: the sign of its update is wrong (it adds e - x, not x - e)",
 }
 _SINGLE = "as in an average kept in 16 bits: keep it in float32"
@@ -280,13 +285,13 @@ def judge(case: Case) -> Audit:
         starts=tuple(starts.values()),
         intervals=tuple(_interval(case.rows[i], fit, case.notes.get(i, "")) for i in range(len(case.rows))),
     )
-    for wrong in _wrong(case, fit, value, uncertainty, starts):
+    for wrong in _wrong(case, fit, value, uncertainty, starts, told.intervals):
         return replace(told, **wrong)
     return _compared(told, case, fit, value)
 
 
 def _wrong(
-    case: Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float]
+    case: Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float], intervals: Sequence[Interval]
 ) -> Iterator[dict[str, Any]]:
     """What contradicts an average of any length, the first thing first."""
     spacing = min(case.rows[i].length for i in case.usable)
@@ -302,6 +307,9 @@ def _wrong(
         near = " and ".join(f"{time:,.0f}" for time in again)
         text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
         yield {"verdict": "began again", "text": text}
+    gaps = [one.unexplained for one in intervals if not one.note]
+    if case.model.what == "decay" and gaps and np.median(gaps) > _FOREIGN and not case.low:
+        yield {"verdict": "other weights", "text": _HOW["other weights"], "found": None}
     lost, count = case.lost, len(set(case.tensors))
     if case.low and case.still.any():
         yield {"verdict": "stalls", "text": f"{len(lost)} of {count} tensors stand still, {_SINGLE}", "tensors": lost}
@@ -367,10 +375,9 @@ def _interval(one: Products, fit: Fit, note: str) -> Interval:
     if model.value is not None:
         gone = np.diff(model.forgotten(model.value, np.array([one.begin, one.end])))
         own = model.length(model.value) if model.what == "sigma_rel" else plain.length(float(gone[0]) / one.length)
-    whole = Fit(model, [one])
     moved = one.gram[:, 0, 0] + one.gram[:, 1, 1] - 2 * one.gram[:, 0, 1]
-    unexplained = math.sqrt(max(float(whole.rests(fit.value).sum()), 0.0) / max(float(moved.sum()), 1e-300))
-    return Interval(one.begin, one.end, found, own, unexplained, note)
+    left = math.sqrt(max(float(unexplained(model, fit.value, one).sum()), 0.0) / max(float(moved.sum()), 1e-300))
+    return Interval(one.begin, one.end, found, own, left, note)
 
 
 def _explained(case: Case) -> tuple[Fit, dict[int, float]]:
@@ -409,7 +416,8 @@ def _best(case: Case, starts: tuple[float, ...]) -> Fit:
     """The fit of what is claimed; else of a constant decay, or of a warm-up that explains the intervals better."""
     fit, every = case.fit(case.model), case.model.every
     if case.model.what == "decay" and case.model.value is None:
-        warm = [case.fit(WarmModel(None, every, rule, (0.0, *starts))) for rule in _RULES]
+        begun = (0.0, *sorted({*starts, *case.starts}))
+        warm = [case.fit(WarmModel(None, every, rule, begun)) for rule in _RULES]
         fit = min([fit, *warm], key=lambda one: one.misfit + _WARMER * bool(one.model.warm_up))
     return fit
 
@@ -422,10 +430,13 @@ def _restarts(case: Case, fit: Fit) -> dict[int, float]:
     kept, left = fit.factors(fit.value).kept, fit.rests(fit.value)
     for place, one in enumerate(fit.products):
         index = next(i for i, row in enumerate(case.rows) if row is one)
-        if kept[place] > _SHORTEST and index not in case.notes:
-            (time, rest), alone = _start(fit, one), Fit(fit.model, [one])
-            others = _CLEARLY * (left[place] @ one.scale), 1.5 * (alone.rests(alone.value)[0] @ one.scale)
-            if rest @ one.scale < min(others):
+        if kept[place] < _SHORTEST or index in case.notes:
+            continue
+        alone, most = Fit(fit.model, [one]), _CLEARLY * (left[place] @ one.scale)
+        own = alone.rests(alone.value)[0] @ one.scale
+        if own < most:  # another decay than usual would explain it, or a new beginning
+            time, rest = _start(fit, one)
+            if rest @ one.scale < min(most, 1.5 * own):
                 found[index] = time
     return found
 

@@ -13,16 +13,18 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import audit_sources
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
-from posthoc_cli.checkpoints.copies import are_copied, copy_path, write_copies
-from posthoc_cli.checkpoints.kinds import TABLE, Settings
-from posthoc_cli.checkpoints.manifest import (
+from posthoc_cli.checkpoints.imported import (
     NAME,
     Manifest,
+    are_copied,
+    copy_path,
     encode_manifest,
     is_import,
     make_manifest,
     read_manifest,
+    write_copies,
 )
+from posthoc_cli.checkpoints.kinds import TABLE, Settings
 from posthoc_cli.checkpoints.opening import decay_is_missing, holds_checkpoints, open_checkpoints, open_unclaimed
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
