@@ -16,7 +16,7 @@ import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
-from posthoc_cli.checkpoints.manifest import Manifest, is_import, read_manifest
+from posthoc_cli.checkpoints.imported import Manifest, is_import, read_manifest
 from posthoc_cli.checkpoints.opening import (
     decay_is_missing,
     describe_file,

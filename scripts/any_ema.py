@@ -1,113 +1,251 @@
-"""Averages of other lengths from the checkpoints of one ordinary EMA: how near, and whether its decay is found.
+"""Averages of other lengths from the EMA that a training saved anyway: is its decay found, and how near are they?
 
-Of each recorded run one EMA is kept with a decay, from the first weights on, and stored as float16 twenty times. Plain
-least squares fits the tails of the profiles, with coefficients of sum 1. The truth is summed here over every step in
-float64; averages come from the folder alone, through the public interface.
+Each library's own EMA follows a recorded training, and its checkpoints are stored 20 times in float32, as that library
+does where it is installed, else in its format; a plain loop's, in float16, follow all of them. The import is told only
+what no file can show. Plain least squares fits the tails of the profiles, with coefficients of sum 1. The truth is
+summed here over every step in float64; averages come from the folder alone, through the public interface. The runs of
+HELD_OUT, by which no constant was chosen, are reported apart.
 
-    OMP_NUM_THREADS=1 python scripts/any_ema.py --cache DIR [--steps 6000] [--raw] [--markdown]
+    OMP_NUM_THREADS=1 python scripts/any_ema.py --cache DIR [--steps 6000] [--only plain]
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from compare_peers import averages, distances, gamma_of
-from fidelity_report import aligned, markdown
-from fidelity_runs import FloatArray, quiet
 from safetensors.torch import save_file
-from trajectories import NAMES, record
+from trajectories import HELD_OUT, NAMES, Trajectory, record
 
-from posthoc_cli import Run, import_checkpoints, synthesize
-from posthoc_cli.targets import as_target
+from posthoc_cli import Run, gamma_from_sigma_rel, import_checkpoints
 
 WIDTHS = (0.05, 0.10, 0.15, 0.25)
 LENGTHS = (0.01, 0.03, 0.1, 0.3)
-"""Time constants, as fractions of the run."""
+"""Time constants, as fractions of the run; of a library's EMA the third."""
 
-CHECKPOINTS = 20
+EPOCH, CHECKPOINTS = 100, 20
+Save = Callable[[int], object]
 
 
-def least_squares(tails: FloatArray, wanted: FloatArray) -> FloatArray:
+class Net(torch.nn.Module):
+    """Parameters of these shapes, named 0, 1, ..."""
+
+    def __init__(self, run: Trajectory) -> None:
+        super().__init__()
+        for index, shape in enumerate(run.shapes):
+            self.register_parameter(str(index), torch.nn.Parameter(torch.zeros(shape)))
+        self.go_to(run.weights[0])
+
+    def go_to(self, weights: np.ndarray) -> None:
+        """Take the weights after a step."""
+        torch.nn.utils.vector_to_parameters(torch.tensor(weights), self.parameters())
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the parameters."""
+        return {name: p.detach().clone() for name, p in self.named_parameters()}
+
+
+def decays(library: str, decay: float) -> Callable[[int], float]:
+    """Of the n-th update, by the library's formula."""
+    if library in ("diffusers", "lit-ema", "torch-ema"):
+        late = library == "diffusers"  # which copies at the first
+        return lambda n: min(decay, (1 + n - late) / (10 + n - late)) if n > late else 0.0
+    if library == "timm, warm-up":
+        return lambda n: min(decay, 1 - n ** (-2 / 3))
+    if library == "ema-pytorch":
+        return lambda n: min(decay, 1 - (n - 100) ** (-2 / 3)) if n > 101 else 0.0
+    if library == "edm":
+        return lambda n: min(decay, 2 ** (-1 / (0.05 * (n - 1)))) if n > 1 else 0.0
+    return lambda n: decay if n > 1 or library in ("plain", "timm") else 0.0
+
+
+def own_ema(library: str, net: Net, decay: float, place: Path) -> tuple[Callable[[], Any], Save] | None:
+    """How the library itself updates and saves; None where it is not installed, or has no format of its own."""
+    if library == "diffusers" and find_spec("diffusers"):
+        from diffusers import ModelMixin
+        from diffusers.configuration_utils import ConfigMixin
+        from diffusers.training_utils import EMAModel
+
+        class Small(Net, ModelMixin, ConfigMixin):  # type: ignore[misc]
+            config_name = "config.json"
+
+            def __init__(self) -> None:
+                torch.nn.Module.__init__(self)
+                for name, p in net.named_parameters():
+                    self.register_parameter(name, torch.nn.Parameter(p.detach().clone()))
+
+        ema = EMAModel(net.parameters(), decay=decay, model_cls=Small, model_config={})
+
+        def save(step: int) -> None:
+            ema.save_pretrained(place / f"checkpoint-{step}" / "unet_ema")
+            (place / f"checkpoint-{step}" / "unet").mkdir()
+            save_file(net.tensors, place / f"checkpoint-{step}" / "unet" / "model.safetensors")
+
+        return lambda: ema.step(net.parameters()), save
+    if library in ("averaged-model", "lightning"):
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        own = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+        def content(step: int) -> dict[str, Any]:
+            state = own.state_dict()
+            if library == "averaged-model":
+                return {"model": net.tensors, "ema": state, "step": step}
+            rest = {"n_averaged": state.pop("n_averaged")}
+            averaged = {name.removeprefix("module."): value for name, value in state.items()}
+            return {
+                "global_step": step,
+                "current_model_state": net.tensors,
+                "state_dict": averaged,
+                "averaging_state": rest,
+            }
+
+        return lambda: own.update_parameters(net), lambda step: torch.save(content(step), place / f"step={step}.ckpt")
+    if library == "ema-pytorch" and find_spec("ema_pytorch"):
+        import ema_pytorch
+
+        its = ema_pytorch.EMA(net, beta=decay, update_every=1)
+        return its.update, lambda step: torch.save(its.state_dict(), place / f"step{step}.pt")
+    return None
+
+
+def in_format(library: str, net: Net, average: dict[str, torch.Tensor], decay: float, place: Path, step: int) -> None:
+    """Save an average as a library does that is not at hand."""
+    raw, count = net.tensors, torch.tensor(step)
+    if library == "plain":
+        save_file({name: value.half() for name, value in average.items()}, place / f"ema_step{step}.safetensors")
+        save_file(raw, place / f"step{step}.safetensors")
+        return
+    held: dict[str, Any] = {"state_dict": raw, "state_dict_ema": average, "epoch": step // EPOCH - 1}
+    if library == "lit-ema":
+        state = {f"model.{name}": value for name, value in raw.items()} | {"model_ema.num_updates": count}
+        state |= {f"model_ema.{name}": value for name, value in average.items()}
+        held = {"state_dict": state | {"model_ema.decay": torch.tensor(decay)}, "global_step": step}
+    elif library == "torch-ema":
+        held = {"decay": decay, "num_updates": step, "shadow_params": [*average.values()]}
+        held = {"model": raw, "ema": held, "step": step}
+    elif library == "mmengine":
+        swapped = {f"module.{name}": value for name, value in raw.items()} | {"steps": count}
+        held = {"state_dict": average, "ema_state_dict": swapped, "meta": {"iter": step}}
+    elif library == "edm":
+        held = {"ema": average, "net": raw}
+    names = {"edm": f"network-snapshot-{step:06d}.pkl", "lit-ema": f"step={step}.ckpt"}
+    torch.save(
+        held, place / names.get(library, f"checkpoint-{step // EPOCH - 1}.pt" if "epoch" in held else f"{step}.pt")
+    )
+
+
+LIBRARIES = ("diffusers", "timm", "timm, warm-up", "averaged-model", "lightning", "ema-pytorch", "torch-ema", "lit-ema",
+             "mmengine", "edm")  # fmt: skip
+
+
+def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Coefficients with sum 1 for tails of stored averages, [steps, checkpoints]: [checkpoints, targets]."""
     others, last = tails[:, :-1] - tails[:, -1:], tails[:, -1:]
     found, *_ = np.linalg.lstsq(others, wanted - last, rcond=1e-10)
     return np.vstack([found, 1 - found.sum(axis=0)])
 
 
-def measure(name: str, length: float, steps: int, raw: bool, cache: Path | None) -> list[tuple[float, ...]]:
-    """For each width: error, that of plain least squares, predicted, of the EMA itself, of raw weights; decay found."""
-    run = record(name, steps, cache)
-    decay = 1 - 1 / (length * steps)
+def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
+    """Decay, found, uncertainty; and for each width the error, EMA's, from raw weights, plain, predicted."""
+    steps, net, decay = run.steps, Net(run), 1 - 1 / (length * run.steps)
     times = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
-    average, stored = run.weights[0].astype(np.float64), []
-    for step, weights in enumerate(run.weights, 1):
-        average = decay * average + (1 - decay) * weights
-        if step in times:
-            stored.append(average.astype(np.float16))
-    at = np.arange(steps)
-    truth = averages(run, np.array([np.diff((np.arange(steps + 1) / steps) ** (gamma_of(w) + 1)) for w in WIDTHS]))
-    wanted = np.array([1 - (at / steps) ** (gamma_of(width) + 1) for width in WIDTHS]).T
-    values = np.array(stored, dtype=np.float64)
-    tails = np.array([np.where(at == 0, 1, np.maximum(1 - decay ** (t - at.astype(float)), 0)) for t in times]).T
-    plain = distances(least_squares(tails, wanted).T @ values, truth)
-    points = np.array([at < t for t in times], dtype=np.float64).T
-    weights = run.weights[np.array(times) - 1].astype(np.float64)
-    from_raw = distances(least_squares(points, wanted).T @ weights, truth)
-    own = distances(np.broadcast_to(values[-1], truth.shape), truth)
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        place = Path(folder)
-        for both in (True, False):
-            (place / str(both)).mkdir()
-            for step, one in zip(times, stored, strict=True):
-                save_file({"w": torch.from_numpy(one)}, place / str(both) / f"ema_step{step}.safetensors")
-                if both:
-                    save_file(
-                        {"w": torch.from_numpy(run.weights[step - 1])}, place / "True" / f"step{step}.safetensors"
-                    )
-        (audit,) = Run(place / "True").audit()
-        import_checkpoints(place / str(raw), place / "run", ema_decay=decay)
-        plan = Run(place / "run").plan([as_target(width) for width in WIDTHS], dtype="float64")
-        ((_, made),) = synthesize(plan)
-    errors = distances(np.array([one.numpy() for one in made]), truth)
-    predicted = [plan.predicted_error(index) or np.nan for index in range(len(WIDTHS))]
-    found = np.nan if audit.found is None else (1 - decay) / (1 - audit.found)
-    unsure = np.nan if audit.uncertainty is None else audit.uncertainty
-    return [(*row, found, unsure) for row in zip(errors, plain, predicted, own, from_raw, strict=True)]
+    at = decays(library, decay)
+    with tempfile.TemporaryDirectory() as folder:
+        (place := Path(folder) / "x").mkdir()
+        own, held = own_ema(library, net, decay, place), Net(run)
+        average, forgot, ends = run.weights[0].astype(np.float64), [0.0], []
+        for step, weights in enumerate(run.weights, 1):
+            average = at(step) * average + (1 - at(step)) * weights
+            forgot.append(forgot[-1] + float(np.log(max(at(step), 1e-30))))
+            net.go_to(weights)
+            if own:
+                own[0]()
+            if step in times:
+                ends.append(average)
+                held.go_to(average.astype(np.float32))
+                own[1](step) if own else in_format(library, net, held.tensors, decay, place, step)
+        said: dict[str, Any] = {"steps_per_epoch": EPOCH} if library.startswith("timm") else {}
+        said |= {"ema_decay": decay, "update_every": 1} if library == "ema-pytorch" else {}
+        said |= {"update_every": 1000} if library == "edm" else {}
+        said |= {"prefix": "model."} if library == "lit-ema" else {}
+        import_checkpoints(place, Path(folder) / "run", **said)
+        (audit,) = Run(Path(folder) / "run").audit()
+        made = [Run(Path(folder) / "run").average(width, dtype="float64") for width in WIDTHS]
+    predicted = [one.predicted_error or np.nan for one in made]
+    vectors = np.array([torch.cat([one[name].flatten() for name in net.tensors]).numpy() for one in made])
+    shares = (np.arange(steps + 1) / steps)[:, None] ** (np.array([gamma_from_sigma_rel(w) for w in WIDTHS]) + 1)
+    truth, logs = np.diff(shares, axis=0).T @ run.weights, np.array(forgot)
+    tails = np.array(
+        [np.where(np.arange(steps) < t, 1 - np.exp(logs[t] - np.minimum(logs[:-1], 1e9)), 0) for t in times]
+    )
+    tails[:, 0] = 1
+    points = np.array([np.arange(steps) < t for t in times], dtype=np.float64)
+
+    def distance(values: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(values - truth, axis=1) / np.linalg.norm(truth, axis=1)
+
+    plain = distance(least_squares(tails.T, 1 - shares[:-1]).T @ np.array(ends))
+    raw = distance(least_squares(points.T, 1 - shares[:-1]).T @ run.weights[np.array(times) - 1])
+    cells = zip(distance(vectors), distance(np.array([ends[-1]])), raw, plain, predicted, strict=True)
+    told = (np.nan if audit.found is None else audit.found, np.nan if audit.uncertainty is None else audit.uncertainty)
+    return (at(steps), *told), [tuple(map(float, cell)) for cell in cells]
+
+
+def table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows as Markdown, of which the first is the head."""
+    for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]]:
+        print(f"| {' | '.join(row)} |")
+    print(flush=True)
 
 
 def main() -> None:
-    """Print the table, and the share of the predictions that hold."""
+    """Print the decays that are found, the errors, and whether the predictions hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--raw", action="store_true", help="use the weights beside the averages, too")
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--steps", type=int, default=6000, help="a multiple of 2000")
+    parser.add_argument("--only", help="a library, or plain")
     options = parser.parse_args()
-    rows = [
-        ("run", "time constant", "found / true", "sigma_rel", "error", "EMA itself", "from raw", "plain", "predicted")
-    ]
-    cells = []
-    for name in NAMES:
-        for length in LENGTHS:
-            for width, values in zip(
-                WIDTHS, measure(name, length, options.steps, options.raw, options.cache), strict=True
-            ):
-                error, plain, predicted, own, from_raw, found, unsure = values
-                cells.append((error / plain, error / predicted, error / own, error / from_raw))
-                told = "too short to tell" if np.isnan(found) else f"{found:.3f} ± {unsure:.3f}"
-                numbers = (f"{value:.1e}" for value in (error, own, from_raw, plain, predicted))
-                rows.append((name, f"{length:g} T", told, f"{width:.2f}", *numbers))
-    print((markdown if options.markdown else aligned)(rows))
-    plain, held, own, raw = np.array(cells).T
-    inside = [f"{np.mean((held < k) & (held > 1 / k)):.1%} within {k}" for k in (2, 3)]
-    print(f"\nerror / plain least squares: median {np.median(plain):.3f}, most {plain.max():.2f}")
-    print(f"error / from raw checkpoints: median {np.median(raw):.3f}, most {raw.max():.2f}")
-    print(f"error / the EMA itself: median {np.median(own):.4f}, most {own.max():.2f}")
-    print(f"actual / predicted: {', '.join(inside)}; most {held.max():.2f}, {len(cells)} cells")
+    logging.disable(logging.WARNING)
+    jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[2]) for index, name in enumerate(LIBRARIES)]
+    jobs += [("plain", name, length) for name in NAMES for length in LENGTHS]
+    rows = [("EMA of", "training", "true decay", "found", "of the length: off by", "uncertainty")]
+    errors = [("EMA of", "training", "sigma_rel", "error", "that EMA", "from raw", "plain", "predicted")]
+    sets: dict[str, list[tuple[float, ...]]] = {"chosen by": [], "held out": []}
+    bands: dict[str, list[float]] = {"chosen by": [], "held out": []}
+    for library, name, length in jobs:
+        if options.only not in (None, library):
+            continue
+        (true, found, unsure), cells = measure(library, record(name, options.steps, options.cache), length)
+        off = float(np.log((1 - true) / (1 - found)))
+        rows.append((library, name, f"{true:.6f}", f"{found:.6f}", f"{off:+.2%}", f"{unsure:.2%}"))
+        part = "held out" if name in HELD_OUT else "chosen by"
+        bands[part] += [] if np.isnan(unsure + off) else [abs(off) / unsure]
+        sets[part] += cells
+        for width, cell in zip(WIDTHS, cells, strict=True):
+            errors.append((library, f"{name}, {length:g} T", f"{width:.2f}", *(f"{value:.1e}" for value in cell)))
+    table(rows)
+    table(errors)
+    for part, values in sets.items():
+        if values:
+            error, own, raw, plain, predicted = np.array(values).T
+            held = np.maximum(error / predicted, predicted / error)
+            for what, ratio in (("that EMA's", own), ("raw checkpoints'", raw), ("plain least squares'", plain)):
+                print(
+                    f"{part}: error / {what}: median {np.median(error / ratio):.3f}, most {(error / ratio).max():.2f}"
+                )
+            within = ", ".join(f"{np.mean(held < k):.1%} within {k}" for k in (2, 3))
+            print(f"{part}: actual / predicted: {within}, most {held.max():.2f}, of {len(values)}")
+            shares = ", ".join(f"{np.mean(np.array(bands[part]) < k):.0%} within {k}" for k in (1, 2, 3))
+            print(f"{part}: true length, in uncertainties: {shares}, of {len(bands[part])}")
 
 
 if __name__ == "__main__":

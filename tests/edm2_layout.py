@@ -46,8 +46,8 @@ def network() -> torch.nn.Module:
     return net
 
 
-def save(path: Path, net: torch.nn.Module) -> None:
-    """Write one snapshot."""
+def save(path: Path, net: torch.nn.Module, half: bool = True, under: str = "ema", **others: torch.nn.Module) -> None:
+    """Write one snapshot of EDM2; or of EDM or StyleGAN, which do not round, and have other networks beside it."""
     modules = {
         "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
         "dnnlib.util": {"EasyDict": EasyDict},
@@ -59,9 +59,8 @@ def save(path: Path, net: torch.nn.Module) -> None:
             setattr(module, key, value)
         sys.modules[name] = module
     sys.modules["torch_utils"], sys.modules["dnnlib"] = types.ModuleType("torch_utils"), types.ModuleType("dnnlib")
-    content = EasyDict(
-        encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), ema=net.half(), loss_fn=Persistent()
-    )
+    content = EasyDict(encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), loss_fn=Persistent(), **others)
+    content[under] = net.half() if half else net
     try:
         path.write_bytes(pickle.dumps(content))
     finally:

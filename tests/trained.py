@@ -22,10 +22,10 @@ def network() -> torch.nn.Module:
 
 
 @functools.cache
-def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam") -> np.ndarray:
+def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed: int = 1) -> np.ndarray:
     """The weights after every step, float64: [STEPS, parameters]."""
     model = network()
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(seed)
     teacher = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5))
     options = {"momentum": 0.9} if optimizer == "SGD" else {}
     made = getattr(torch.optim, optimizer)(model.parameters(), rate, **options)

@@ -27,10 +27,11 @@ from posthoc_cli.checkpoints.fitting import (
     passed_since,
     refined,
     rests,
+    unexplained,
 )
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import Decay, OrdinaryEMA
+from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay, OrdinaryEMA
 from posthoc_cli.snapshots.format import decode_sample
 from posthoc_cli.snapshots.measurements import expected_rounding, read_values
 from posthoc_cli.snapshots.path import places
@@ -52,11 +53,14 @@ _ALL, _MANY = 0.999, 0.5
 _CLEARLY = 0.5
 """An explanation that leaves less than this share of what another one leaves is the better one."""
 
+_FOREIGN = 0.8
+"""With more of its motion left unexplained, an average is of other weights."""
+
 _WARMER = 2.0
 """By so much, in e-foldings of what is left summed over the intervals, a warm-up must explain them better."""
 
 BAD = ("too long", "too short", "does not move", "stalls", "is the weights", "began again", "moves away", "swapped",
-       "some tensors", "was not updated")  # fmt: skip
+       "some tensors", "was not updated", "other weights")  # fmt: skip
 """Verdicts that contradict what an average should be; the others are "as claimed", "found" and "cannot be told"."""
 
 
@@ -188,6 +192,7 @@ _HOW = {
     "that are saved (names after torch.compile, shards of ZeRO-3)?",
     "is the weights": "the average is equal to the weights: it is copied, or its decay is 0",
     "swapped": "the weights are an average of the average: the two are stored under each other's names",
+    "other weights": "these weights do not explain how the average moves: they are of another run, or of other steps",
     "moves away": "the average moves away from the weights: the sign of its update is wrong (it adds e - x, not x - e)",
 }
 _SINGLE = "as in an average kept in 16 bits: keep it in float32"
@@ -271,21 +276,22 @@ def judge(case: Case) -> Audit:
     fit, starts = _explained(case)
     doubled = [case.doubled[i].only(case.kept) for i in case.usable if i + 1 in case.usable]
     value, uncertainty = refined(fit, doubled)
+    found, rising = _reached(fit.model, value, case.products[-1].end)
     told = replace(
         base,
-        found=_reached(fit.model, value, case.products[-1].end)[0],
-        uncertainty=uncertainty,
+        found=found,
+        uncertainty=None if rising else uncertainty,
         warm_up=fit.model.warm_up,
         starts=tuple(starts.values()),
         intervals=tuple(_interval(case.rows[i], fit, case.notes.get(i, "")) for i in range(len(case.rows))),
     )
-    for wrong in _wrong(case, fit, value, uncertainty, starts):
+    for wrong in _wrong(case, fit, value, uncertainty, starts, told.intervals):
         return replace(told, **wrong)
     return _compared(told, case, fit, value)
 
 
 def _wrong(
-    case: Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float]
+    case: Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float], intervals: Sequence[Interval]
 ) -> Iterator[dict[str, Any]]:
     """What contradicts an average of any length, the first thing first."""
     spacing = min(case.rows[i].length for i in case.usable)
@@ -301,6 +307,9 @@ def _wrong(
         near = " and ".join(f"{time:,.0f}" for time in again)
         text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
         yield {"verdict": "began again", "text": text}
+    gaps = [one.unexplained for one in intervals if not one.note]
+    if case.model.what == "decay" and gaps and np.median(gaps) > _FOREIGN and not case.low:
+        yield {"verdict": "other weights", "text": _HOW["other weights"], "found": None}
     lost, count = case.lost, len(set(case.tensors))
     if case.low and case.still.any():
         yield {"verdict": "stalls", "text": f"{len(lost)} of {count} tensors stand still, {_SINGLE}", "tensors": lost}
@@ -329,8 +338,8 @@ def _compared(told: Audit, case: Case, fit: Fit, value: float) -> Audit:
     if model.warm_up:
         rule = model.decay.rule  # type: ignore[attr-defined]
         shown = f"decay {reached:.7g} at the end, still rising by {rule}" if rising else f"{shown}, reached by {rule}"
-    if told.starts and own is None:
-        shown += f"; begun from the weights near step {told.starts[-1]:,.0f}"
+    if begun := case.starts or told.starts:
+        shown += f"; begun from the weights near step {' and '.join(f'{time:,.0f}' for time in begun)}"
     if own is None:
         return replace(told, verdict="found", text=shown)
     ratio = length / own
@@ -366,10 +375,9 @@ def _interval(one: Products, fit: Fit, note: str) -> Interval:
     if model.value is not None:
         gone = np.diff(model.forgotten(model.value, np.array([one.begin, one.end])))
         own = model.length(model.value) if model.what == "sigma_rel" else plain.length(float(gone[0]) / one.length)
-    whole = Fit(model, [one])
     moved = one.gram[:, 0, 0] + one.gram[:, 1, 1] - 2 * one.gram[:, 0, 1]
-    unexplained = math.sqrt(max(float(whole.rests(fit.value).sum()), 0.0) / max(float(moved.sum()), 1e-300))
-    return Interval(one.begin, one.end, found, own, unexplained, note)
+    left = math.sqrt(max(float(unexplained(model, fit.value, one).sum()), 0.0) / max(float(moved.sum()), 1e-300))
+    return Interval(one.begin, one.end, found, own, left, note)
 
 
 def _explained(case: Case) -> tuple[Fit, dict[int, float]]:
@@ -387,18 +395,29 @@ def _explained(case: Case) -> tuple[Fit, dict[int, float]]:
         if not (begun | again).keys() - starts.keys():
             break
         starts |= begun | again
-        case.notes |= {index: f"begins near step {time:,.0f}" for index, time in begun.items()}
-        case.notes |= {index: f"began again near step {time:,.0f}" for index, time in again.items()}
+        case.notes |= dict.fromkeys(starts, "begins")
         fit = _best(case, tuple(sorted(starts.values())))
+        for _ in range(3 * isinstance(fit.model, WarmModel)):
+            for index in starts:
+                starts[index] = _when(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
+            fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
+        case.notes |= {index: f"begins near step {starts[index]:,.0f}" for index in begun}
+        case.notes |= {index: f"began again near step {starts[index]:,.0f}" for index in again}
     return fit, starts
+
+
+_RULES = (
+    Decay(0.5, "ratio"), Decay(0.5, "power"), Decay(0.5, "power", power=0.75), Decay(0.5, "ramp-up", power=RAMP_UP),
+)  # fmt: skip
+"""Warm-ups that libraries have."""
 
 
 def _best(case: Case, starts: tuple[float, ...]) -> Fit:
     """The fit of what is claimed; else of a constant decay, or of a warm-up that explains the intervals better."""
     fit, every = case.fit(case.model), case.model.every
     if case.model.what == "decay" and case.model.value is None:
-        rules = Decay(0.5, "ratio"), Decay(0.5, "power"), Decay(0.5, "power", power=0.75)
-        warm = [case.fit(WarmModel(None, every, rule, (0.0, *starts))) for rule in rules]
+        begun = (0.0, *sorted({*starts, *case.starts}))
+        warm = [case.fit(WarmModel(None, every, rule, begun)) for rule in _RULES]
         fit = min([fit, *warm], key=lambda one: one.misfit + _WARMER * bool(one.model.warm_up))
     return fit
 
@@ -411,10 +430,13 @@ def _restarts(case: Case, fit: Fit) -> dict[int, float]:
     kept, left = fit.factors(fit.value).kept, fit.rests(fit.value)
     for place, one in enumerate(fit.products):
         index = next(i for i, row in enumerate(case.rows) if row is one)
-        if kept[place] > _SHORTEST and index not in case.notes:
-            (time, rest), alone = _start(fit, one), Fit(fit.model, [one])
-            others = _CLEARLY * (left[place] @ one.scale), 1.5 * (alone.rests(alone.value)[0] @ one.scale)
-            if rest @ one.scale < min(others):
+        if kept[place] < _SHORTEST or index in case.notes:
+            continue
+        alone, most = Fit(fit.model, [one]), _CLEARLY * (left[place] @ one.scale)
+        own = alone.rests(alone.value)[0] @ one.scale
+        if own < most:  # another decay than usual would explain it, or a new beginning
+            time, rest = _start(fit, one)
+            if rest @ one.scale < min(most, 1.5 * own):
                 found[index] = time
     return found
 
@@ -432,6 +454,16 @@ def _start(fit: Fit, one: Products) -> tuple[float, FloatArray]:
         left = rests(one.gram, 0.0, passed(share))
         weights = 1 / np.maximum(left, 1e-2 / one.scale)
     return one.begin + share * one.length, left
+
+
+def _when(fit: Fit, one: Products, others: Sequence[float]) -> float:
+    """When in an interval an average began whose warm-up began again: by the intervals after it."""
+
+    def cost(time: float) -> float:
+        model = replace(fit.model, starts=(0.0, *sorted([*others, time])))  # type: ignore[call-arg]
+        return float((fit.rests(fit.value, model) * fit.weights).sum())
+
+    return least(cost, np.linspace(one.begin, one.end, 51))
 
 
 def _is_swapped(fit: Fit) -> bool:
@@ -532,12 +564,12 @@ def _claim(
         settings["decay"] = said = claimed
     every = settings.pop("every", every)
     first = [one.settings["first"] for one in profiles] or [every]
-    again = tuple(b for a, b, one in zip(first, first[1:], profiles, strict=False) if b - every >= one.t)
+    again = tuple(float(b - every) for b, one in zip(first[1:], profiles, strict=False) if b - every >= one.t)
     if said is None:
         return Model(None, every), again
     settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
     if settings.get("warm_up") or settings.get("copies", 0) > 1:
-        starts = tuple(float(one - every) for one in (first[0], *again))
+        starts = (float(first[0] - every), *again)
         return WarmModel(1.0, every, Decay(**settings), starts), again
     return Model(-math.log(said) / every, every), again
 

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray, sigma_rel_from_gamma
-from posthoc_cli.profiles.other_libraries import Decay
+from posthoc_cli.profiles.other_libraries import POWER, Decay
 
 _POINTS = 512
 """Of an interval, at which the tail of the average is taken."""
@@ -40,6 +40,9 @@ _CURVED = 0.04
 
 _PULLED = 0.2
 """The same for a rest that is e times that of a random walk."""
+
+_NEAR = np.geomspace(0.5, 2, 11)
+"""Values that are tried again, in times of one that was found."""
 
 _MOST = 30.0
 """Logarithm of the most that a wrong sign lets an average grow."""
@@ -156,7 +159,8 @@ class WarmModel(Model):
     @property
     def warm_up(self) -> str:  # type: ignore[override]
         """The rule, as settings name it."""
-        return self.decay.warm_up
+        number = f":{self.decay.power:g}" * (self.decay.warm_up == "power" and self.decay.power != POWER)
+        return self.decay.warm_up + number
 
     def forgotten(self, value: float, t: FloatArray) -> FloatArray:
         """See `Model`."""
@@ -220,22 +224,24 @@ class Fit:
         self.weights = 1 / np.maximum(self.gram[..., 0, 0] + self.gram[..., 2, 2], 1e-300)
         floor = 1e-4 * self.gram[..., 2, 2] + 1e-300
         rounding = np.array([one.rounding for one in self.products])
-        for _ in range(3):
-            self.weights = 1 / np.maximum(np.maximum(self.rests(self.best(self.weights)), 0) + rounding, floor)
         self.value = self.best(self.weights)
+        for _ in range(3):
+            self.weights = 1 / np.maximum(np.maximum(self.rests(self.value), 0) + rounding, floor)
+            self.value = self.best(self.weights, self.value)
 
     def factors(self, value: float) -> Factors:
         """Of every interval, for a value."""
         return factors(self.model, value, self.times)
 
-    def rests(self, value: float) -> FloatArray:
-        """Squared length of y - B d - s v, [intervals, pieces]."""
-        found = self.factors(value)
+    def rests(self, value: float, model: Model | None = None) -> FloatArray:
+        """Squared length of y - B d - s v, [intervals, pieces]; also of another model."""
+        found = factors(model or self.model, value, self.times)
         return rests(self.gram, found.kept[:, None], found.passed[:, None])
 
-    def best(self, weights: FloatArray) -> float:
-        """The value that leaves least."""
-        return least(lambda value: float((self.rests(value) * weights).sum()), self.grid)
+    def best(self, weights: FloatArray, near: float = 0.0) -> float:
+        """The value that leaves least; of those near another one, if that is above 0."""
+        grid = near * _NEAR if near > 0 else self.grid
+        return least(lambda value: float((self.rests(value) * weights).sum()), grid)
 
     @cached_property
     def misfit(self) -> float:
@@ -279,6 +285,12 @@ def factors(model: Model, value: float, times: FloatArray) -> Factors:
     return Factors(kept[:, -1], passed, (tails**2).mean(axis=1) - passed**2)
 
 
+def unexplained(model: Model, value: float, one: Products) -> FloatArray:
+    """What a value leaves of one interval, by piece."""
+    found = factors(model, value, _points(model, np.array([one.begin]), np.array([one.end])))
+    return rests(one.gram, found.kept, found.passed)
+
+
 def passed_since(model: Model, value: float, begin: float, end: float) -> float:
     """s of an average that begins from the weights at some time."""
     return float(factors(model.since(begin), value, _points(model, np.array([begin]), np.array([end]))).passed[0])
@@ -296,7 +308,7 @@ def least(cost: Callable[[float], float], grid: FloatArray) -> float:
     best = int(np.argmin([cost(float(value)) for value in grid]))
     low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
     ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
+    for _ in range(24):
         a, b = high - ratio * (high - low), low + ratio * (high - low)
         low, high = (low, b) if cost(a) < cost(b) else (a, high)
     return (low + high) / 2

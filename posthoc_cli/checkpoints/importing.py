@@ -13,16 +13,18 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import audit_sources
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
-from posthoc_cli.checkpoints.copies import are_copied, copy_path, write_copies
-from posthoc_cli.checkpoints.kinds import TABLE, Settings
-from posthoc_cli.checkpoints.manifest import (
+from posthoc_cli.checkpoints.imported import (
     NAME,
     Manifest,
+    are_copied,
+    copy_path,
     encode_manifest,
     is_import,
     make_manifest,
     read_manifest,
+    write_copies,
 )
+from posthoc_cli.checkpoints.kinds import TABLE, Settings
 from posthoc_cli.checkpoints.opening import decay_is_missing, holds_checkpoints, open_checkpoints, open_unclaimed
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -145,15 +147,16 @@ def _with_decay(origin: Path, given: Settings) -> Settings:
     if not holds_checkpoints(origin) or not decay_is_missing(origin, given):
         return given
     sources = open_unclaimed(origin, given)
-    hint = "say which decay the EMAs have"
     try:
         (audit, *_) = audit_sources(sources, every=given.update_every or 1)
     except InvalidValueError:
         reason = "must be given: the files do not hold it, and it cannot be found without weights beside the averages"
         raise InvalidValueError("ema_decay", reason) from None
-    if audit.verdict != "found" or audit.found is None:
-        raise InvalidValueError("ema_decay", f"must be given: {audit.text}", hint)
-    return replace(given, ema_decay=_shortest(audit.found, max(0.005, 2 * (audit.uncertainty or 0.0))))
+    if audit.verdict not in ("found", "began again") or audit.found is None:
+        raise InvalidValueError("ema_decay", f"must be given: {audit.text}", "say which decay the EMAs have")
+    decay = _shortest(audit.found, max(0.005, 2 * (audit.uncertainty or 0.0)))
+    starts = given.ema_restarts or tuple(round(time) for time in audit.starts)
+    return replace(given, ema_decay=decay, ema_warmup=given.ema_warmup or audit.warm_up or None, ema_restarts=starts)
 
 
 def _shortest(decay: float, uncertainty: float) -> float:

@@ -43,7 +43,7 @@ MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model"
 """Keys of a checkpoint under which the model is: the first one that is there. Lightning keeps its raw weights under the
 first where `state_dict` is an average."""
 _OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
-_STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "ss_steps")
+_STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter", "ss_steps")
 _MOST_METADATA = 1_000_000_000
 _MOST_CONFIG = 10_000_000
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots, checked_run, make_checkpoint
-from posthoc_cli.checkpoints.copies import is_copy, read_copy
+from posthoc_cli.checkpoints.imported import is_copy, is_import, read_copy, read_manifest
 from posthoc_cli.checkpoints.kinds import TABLE, UNSPECIFIED, Settings, check_used, kind_of, lacks_decay
 from posthoc_cli.checkpoints.layouts import NOT_WEIGHTS, index_checkpoint, model_in
-from posthoc_cli.checkpoints.manifest import is_import, read_manifest
 from posthoc_cli.checkpoints.steps import named_step
 from posthoc_cli.checkpoints.tensor_files import ENDINGS
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
@@ -49,7 +48,7 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
     made = [one for path in paths for one in _read(path, settings, by_word, passed_over)]
     if settings.ema_decay is not None and settings.kind is None and {one.kind for one in made} == {"checkpoints"}:
         return open_checkpoints(place, replace(settings, kind="ema"))  # all are averages, under any name
-    if not made and paths and decay_is_missing(place, settings):
+    if not made and passed_over:
         reason = "holds EMAs, and neither their decay nor weights beside them"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
     if not made:

@@ -9,19 +9,27 @@
     LitEma                  `model_ema.*` without dots       in the same group      `decay`, `num_updates`
     torch-ema               a list `shadow_params`           another group          `decay`, `num_updates`
     mmengine's EMAHook      `state_dict`                     `ema_state_dict`       not there, but `steps`
+    EDM, StyleGAN           `ema`, `G_ema` of a pickle       `net`, `G`             `training_options.json` beside
+
+EDM has `net` in `training-state-*.pt` beside the pickle. Both count images, with the half-life min(its largest, 0.05 of
+the images so far), so that the k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first copies.
 
 mmengine stores the two under each other's names. What is not there is `ema_decay`, which an import is told or finds.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from posthoc_cli.checkpoints.layouts import MODEL_GROUPS, FoundChunk, IndexedCheckpoint, tensor_shape
+from posthoc_cli.checkpoints.layouts import MODEL_GROUPS, FoundChunk, IndexedCheckpoint, index_checkpoint, tensor_shape
 from posthoc_cli.checkpoints.tensor_files import PARAMETERS
 from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.profiles.other_libraries import RAMP_UP
+from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.tensor_file import read_small_file
 
 Tensors = Mapping[str, Callable[[], list[FoundChunk]]]
 Keys = tuple[str, ...]
@@ -36,8 +44,9 @@ class FoundEMA:
         weights: those of the model; empty where they are not there.
         rule: arguments of `profiles.other_libraries.Decay`; without "decay" where that is not there.
         updates: how many were made; None if that is not there.
-        every: calls between updates, as the library does it by default.
+        every: calls between updates, as the library does it by default; images of a batch, 0 where that is not there.
         from_first: whether the first call is an update, and not the one of number `every`.
+        t_unit: of the training's clock.
     """
 
     averaged: Tensors
@@ -46,6 +55,7 @@ class FoundEMA:
     updates: int | None = None
     every: int = 1
     from_first: bool = False
+    t_unit: str = "steps"
 
 
 Finder = Callable[[IndexedCheckpoint], FoundEMA | None]
@@ -100,7 +110,7 @@ def _diffusers(indexed: IndexedCheckpoint) -> FoundEMA | None:
 
 def _timm(indexed: IndexedCheckpoint) -> FoundEMA | None:
     averaged = _group(indexed, ("state_dict_ema",))
-    return FoundEMA(averaged, _group(indexed, ("state_dict",))) if averaged else None
+    return FoundEMA(averaged, _group(indexed, ("state_dict",)), {"copies": 1}, None, 1, True) if averaged else None
 
 
 def _lightning(indexed: IndexedCheckpoint) -> FoundEMA | None:
@@ -177,6 +187,36 @@ def _mmengine(indexed: IndexedCheckpoint) -> FoundEMA | None:
     return FoundEMA(averaged, weights, {"copies": 1}, updates, 1, True) if weights and averaged else None
 
 
+EDM_NAME = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
+EDM_OPTIONS = "training_options.json"
+
+
+def _edm(indexed: IndexedCheckpoint) -> FoundEMA | None:
+    path = indexed.path
+    averaged = _group(indexed, ("ema",)) or _group(indexed, ("G_ema",))
+    match = EDM_NAME.fullmatch(path.name)
+    if not averaged or match is None:
+        return None
+    state = path.with_name(f"training-state-{match['step']}.pt")
+    if state.is_file():
+        indexed = index_checkpoint(state)
+    weights = _group(indexed, ("net",)) or _group(indexed, ("G",))
+    beside, said = path.with_name(EDM_OPTIONS), {}
+    if beside.is_file():
+        said = parse_json(beside, read_small_file(beside, 10_000_000), "options of a training")
+    batch, thousands, share = (
+        next((said[name] for name in names if isinstance(said.get(name), int | float)), default)
+        for names, default in (
+            (("batch_size",), 0), (("ema_halflife_kimg", "ema_kimg"), 0), (("ema_rampup_ratio", "ema_rampup"), RAMP_UP)
+        )
+    )  # fmt: skip
+    has_none = any(name in said and said[name] is None for name in ("ema_rampup_ratio", "ema_rampup"))
+    rule: dict[str, Any] = {"copies": 1} if has_none else {"copies": 1, "warm_up": "ramp-up", "power": float(share)}
+    if batch and thousands:
+        rule["decay"] = 0.5 ** (batch / (1000 * thousands))
+    return FoundEMA(averaged, weights, rule, None, int(batch), t_unit="images")
+
+
 FINDERS: dict[str, Finder] = {
     "diffusers-ema": _diffusers,
     "timm": _timm,
@@ -186,5 +226,6 @@ FINDERS: dict[str, Finder] = {
     "lit-ema": _lit_ema,
     "torch-ema": _torch_ema,
     "mmengine": _mmengine,
+    "edm": _edm,
 }
 """By kind, in the order in which a file is asked."""

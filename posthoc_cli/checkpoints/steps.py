@@ -52,7 +52,13 @@ class Reading(NamedTuple):
     by_word: bool = False
 
 
-def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None = None, by_word: str = "") -> int:
+def step_of(
+    path: Path,
+    indexed: IndexedCheckpoint,
+    step_from: str | None = None,
+    by_word: str = "",
+    per_epoch: int | None = None,
+) -> int:
     """The step of a checkpoint.
 
     Arguments:
@@ -61,6 +67,7 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None = None
         step_from: a regular expression whose group is the step, searched in the path.
         by_word: a name beside it in which a word such as step tells the step, so that this one must have it, too; empty
             for none.
+        per_epoch: steps of an epoch, 0 where they are not known; None if a number may as well be one of epochs.
 
     Raises:
         InvalidValueError: nothing tells it.
@@ -74,6 +81,9 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None = None
     step = _trainer_step(path) or indexed.step
     if step is None:
         named = named_step(path)
+        epoch = indexed.values.get("epoch")
+        if per_epoch is not None and type(epoch) is int and named.step in (None, epoch, epoch + 1):
+            return checked_step(path, (epoch + 1) * per_epoch or _optimizer_step(path, indexed, epoch))
         if named.doubt or named.step is None:
             doubt = f": {named.doubt}" * bool(named.doubt)
             raise InvalidValueError(path, f"neither its content nor its name tells its step{doubt}", _HINT)
@@ -82,6 +92,17 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None = None
             raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
         step = named.step
     return checked_step(path, step)
+
+
+def _optimizer_step(path: Path, indexed: IndexedCheckpoint, epoch: int) -> float:
+    """The updates that an optimizer has counted."""
+    counted = [value for name, value in indexed.values.items() if name.endswith(".step") and ".state." in name]
+    counted += [found[0] for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
+                if (found := indexed.value(keys))]  # fmt: skip
+    if not counted:
+        reason = f"must be given: {path.name} knows its epoch, {epoch} counted from 0, and not its step"
+        raise InvalidValueError("steps_per_epoch", reason)
+    return float(max(counted))
 
 
 def checked_step(path: Path, step: float) -> int:

@@ -28,7 +28,7 @@ from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.reading import Part
 from posthoc_cli.snapshots.tensor_file import OpenedFile, read_header
 
-ENDINGS = (fmt.SUFFIX, *PICKLES)
+ENDINGS = (fmt.SUFFIX, *PICKLES, ".pth.tar")
 
 PARAMETERS = "shadow_params"
 """Under which averages are a list, in the order of the model's parameters."""

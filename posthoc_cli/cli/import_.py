@@ -38,19 +38,26 @@ def import_(
     update_after_step: int | None = values.RUN(
         None, show_default="the library's", help="Of averages: calls before the first update."
     ),
-    ema_decay: float | None = values.RUN(
+    ema_decay: str | None = values.RUN(
         None,
         metavar="DECAY",
         show_default="the files', else found by comparing",
-        help="Of ordinary EMAs: 0.9999.",
+        help="Of ordinary EMAs: 0.9999, or half-life:500000.",
     ),
     ema_warmup: str | None = values.RUN(
         None,
-        metavar="ratio|power",
-        autocompletion=values.one_of("ratio", "power"),
-        show_default="as the files say",
-        help="Of ordinary EMAs: (1 + n) / (10 + n), or 1 - (1 + n)^-2/3, up to the decay.",
+        metavar="ratio|power|ramp-up",
+        autocompletion=values.one_of("ratio", "power", "ramp-up"),
+        show_default="the files', else found by comparing",
+        help="Of ordinary EMAs: (1 + n) / (10 + n), 1 - (1 + n)^-2/3 (power:0.75: ^-0.75), or EDM's.",
     ),
+    ema_restarts: list[int] = values.RUN(
+        [],
+        metavar="STEP",
+        show_default="found by comparing",
+        help="Where ordinary EMAs began again from the weights.",
+    ),
+    steps_per_epoch: int | None = values.RUN(None, help="Where files with EMAs know only their epoch."),
     copy: bool = values.flag(
         values.OUTPUT, "--copy", help="Write copies with checksums, in place of referring to the files."
     ),
@@ -76,12 +83,21 @@ def import_(
         progress=output.progress_bar(quiet), kind=kind, step_from=step_from, prefix=prefix, include=include,
         exclude=exclude, sigma_rels=values.optional(values.parse_sigma_rels, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
-        ema_decay=ema_decay, ema_warmup=ema_warmup,
+        ema_decay=values.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
+        steps_per_epoch=steps_per_epoch,
     )  # fmt: skip
     if as_json:
         output.print_json(done.to_dict())
     elif not quiet:
         _print(done, copy)
+
+
+def _decay(text: str) -> float | str:
+    """A number, or what the library makes of it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _print(done: Import, copy: bool) -> None:

@@ -114,7 +114,9 @@ def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Disc
 
 # --- ordinary EMAs: one decay, perhaps with a warm-up
 
-WARM_UPS = ("ratio", "power")
+WARM_UPS = ("ratio", "power", "ramp-up")
+POWER, RAMP_UP = 2 / 3, 0.05
+"""What libraries use unless told otherwise."""
 
 _FINEST, _STEPS_FINEST = 128, 512
 """Times of an ordinary EMA: so many in each of its time constants, and in each doubling of the steps."""
@@ -132,8 +134,9 @@ class Decay:
 
     Attributes:
         decay: the constant one, or the largest.
-        warm_up: "" for none, "ratio" of (1 + n) / (10 + n), or "power" of 1 - (1 + n / inv_gamma)**-power, with n
-            counted from 1 for the first update that is no copy.
+        warm_up: "" for none, "ratio" of (1 + n) / (10 + n), "power" of 1 - (1 + n / inv_gamma)**-power, or "ramp-up" of
+            2**(-1 / (power n)), a half-life that is a share of the training so far; with n counted from 1 for the first
+            update that is no copy.
         copies: so many first updates copy the weights.
         stride: what the numbers of updates grow by, for libraries that count calls.
         inv_gamma, power, least: of the warm-up.
@@ -144,7 +147,7 @@ class Decay:
     copies: int = 0
     stride: int = 1
     inv_gamma: float = 1.0
-    power: float = 2 / 3
+    power: float = POWER
     least: float = 0.0
 
     def __post_init__(self) -> None:
@@ -156,6 +159,8 @@ class Decay:
         """The warm-up, for people."""
         if self.warm_up == "ratio":
             return "the warm-up (1 + n) / (10 + n)"
+        if self.warm_up == "ramp-up":
+            return f"the ramp-up of its half-life to {self.power:g} of the training so far"
         scaled = "n" if self.inv_gamma == 1 else f"n / {self.inv_gamma:g}"
         return f"the warm-up 1 - (1 + {scaled})^-{self.power:.3g}"
 
@@ -167,6 +172,8 @@ class Decay:
             kept = np.minimum((1 + n) / (10 + n), self.decay)
         elif self.warm_up == "power":
             kept = np.minimum(-np.expm1(-self.power * np.log1p(n / self.inv_gamma)), self.decay)
+        elif self.warm_up == "ramp-up":
+            kept = np.minimum(np.exp2(-1 / (self.power * np.maximum(n, 1))), self.decay)
         else:
             kept = np.full(n.size, self.decay)
         return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)

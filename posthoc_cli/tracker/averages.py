@@ -329,7 +329,7 @@ class RunningAverages:
             self._sketch_mean(sketcher, crew)
         return sketcher.path(standing.t if is_open else None)
 
-    def _sketch_mean(self, sketcher: Sketcher, crew: Crew) -> None:
+    def _sketch_mean(self, sketcher: PathRecorder, crew: Crew) -> None:
         """Have the mean of the open window taken in."""
         kept = self.accumulators
         assert kept is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ema_command import Ema
 from trained import EVERY, STEPS, Average, named, network, train, write
 from trained import ema as averaged
 
-from posthoc_cli import PostHocEMA, Run, errors
+from posthoc_cli import PostHocEMA, Run, errors, import_checkpoints
 
 DECAY = 0.995
 
@@ -54,7 +55,8 @@ def test_a_healthy_average_is_as_claimed(case: str, dtype: torch.dtype, tmp_path
     assert found.found is not None
     assert found.uncertainty is not None
     wrong = abs(math.log((1 - found.found) / (1 - decay)))
-    assert wrong < max(0.05, 3 * found.uncertainty)
+    assert wrong < 3 * found.uncertainty
+    assert (found.warm_up, found.starts) == ("", ())
     (found,) = run.audit(decay)
     assert (found.verdict, found.is_bad) == ("as claimed", False), found.text
 
@@ -76,10 +78,15 @@ BROKEN: dict[str, tuple[Average, str, str]] = {
 }  # fmt: skip
 
 
+HELD_OUT = {"falls": True, "seed": 7}
+"""A training that no threshold was chosen by."""
+
+
+@pytest.mark.parametrize("options", [{}, HELD_OUT], ids=["", "held out"])
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_average_is_named(case: str, tmp_path: Path) -> None:
+def test_a_broken_average_is_named(case: str, options: dict[str, Any], tmp_path: Path) -> None:
     update, verdict, reason = BROKEN[case]
-    run = Run(write(tmp_path / "x", train(), update))
+    run = Run(write(tmp_path / "x", train(**options), update))
     claimed = 0.999 if case == "bfloat16" else DECAY
     (found,) = run.audit(claimed)
     assert (found.verdict, found.is_bad) == (verdict, True), found.text
@@ -97,6 +104,22 @@ def test_tensors_that_are_not_followed_are_named(tmp_path: Path) -> None:
     (found,) = Run(run).audit(DECAY)
     assert (found.verdict, set(found.tensors)) == ("some tensors", {"2.weight", "2.bias"})
     assert "2 of 6 tensors are not followed" in found.text
+
+
+def test_weights_of_another_run(tmp_path: Path) -> None:
+    run = write(tmp_path / "x", train(), averaged(DECAY))
+    for step, path in ((int(path.stem[4:]), path) for path in run.iterdir()):
+        torch.save(torch.load(path) | {"state_dict": named(train(seed=7)[step - 1])}, path)
+    (found,) = Run(run).audit(DECAY)
+    assert (found.verdict, found.is_bad) == ("other weights", True), found.text
+    for path in run.iterdir():
+        content = torch.load(path)
+        content["state_dict_ema"]["other"] = torch.zeros(3)
+        torch.save(content, path)
+    with pytest.raises(
+        errors.FileFormatError, match="an EMA and weights of different models: only the EMA has 'other'"
+    ):
+        import_checkpoints(run, tmp_path / "run", ema_decay=DECAY)
 
 
 def test_swapped_weights_and_averages(tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""Ordinary EMAs whose warm-ups, restarts and clocks their files do not say: found, claimed, or asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import edm2_layout
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from trained import EVERY, STEPS, TIMES, Average, ema, named, network, train, true_average, write
+
+from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.profiles import Point
+
+
+def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "") -> tuple[float, float]:
+    """The relative distance of an average from the true one, over every step in float64; and what was predicted."""
+    made = run.average(sigma_rel, dtype="float64")
+    vector = np.concatenate([made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()])
+    truth = true_average(train(), sigma_rel)
+    assert made.predicted_error is not None
+    return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error
+
+
+def by(decay: Callable[[int], float]) -> Average:
+    """An EMA whose n-th update keeps decay(n)."""
+    return lambda step, average, weights: decay(step) * average + (1 - decay(step)) * weights
+
+
+def ratio(n: float) -> float:
+    return (1 + n) / (10 + n)
+
+
+def power(n: float, exponent: float = 2 / 3) -> float:
+    return 1 - (1 + n) ** -exponent
+
+
+def again(decay: Callable[[int], float], begin: int = 850) -> Average:
+    """The same, begun again from the weights of a step, with its updates counted anew."""
+    update = by(lambda step: decay(step if step < begin else step - begin))
+    return lambda step, e, x: x.copy() if step == begin else update(step, e, x)
+
+
+UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
+    "constant": (ema(0.995), None, (), "decay 0.99[45]"),
+    "ratio": (by(lambda n: min(0.99, ratio(n))), "ratio", (), r"decay 0.9[89].*, reached by the warm-up \(1 \+ n\) / "),
+    "still rising": (by(ratio), "ratio", (), r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
+    "power": (by(lambda n: min(0.99, power(n))), "power", (), r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667"),
+    "another power": (by(lambda n: power(n, 0.75)), "power:0.75", (), r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
+    "restart": (again(lambda _: 0.995), None, (850,), "begun from the weights near step 8[3-6]"),
+    "restart of a warm-up": (again(lambda n: min(0.99, ratio(n))), "ratio", (850,), "near step 8[3-8]"),
+    "late": (lambda step, e, x: x.copy() if step <= 430 else 0.995 * e + 0.005 * x, None, (430,), "near step 4[1-5]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSAID)
+def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
+    """The decay's rule, and where it began; averages are as near the truth as they are predicted to be."""
+    update, warm_up, begun, said = UNSAID[case]
+    done = import_checkpoints(write(tmp_path / "x", train(), update), tmp_path / "run")
+    (line,) = done.checks
+    assert re.search(f"^found: .*{said}", line), line
+    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
+    assert settings.get("ema_warmup") == warm_up
+    assert settings.get("ema_restarts", []) == [pytest.approx(step, abs=30 if warm_up else 15) for step in begun]
+    error, predicted = error_of(Run(tmp_path / "run"))
+    assert error < 5e-3 if begun and warm_up else 2e-3
+    assert 0.2 < error / predicted < 2.5
+    assert [one.verdict for one in Run(tmp_path / "run").audit()] == ["as claimed"]
+
+
+def test_a_restart_that_is_said_makes_the_true_profile(tmp_path: Path, ema: Ema) -> None:
+    """Against the sum of its own masses: all of the average at step 900 is of step 850 and after."""
+    folder = write(tmp_path / "x", train(), again(lambda _: 0.995))
+    done = ema("import", folder, "--out", tmp_path / "run", "--ema-decay", 0.995, "--ema-restarts", 850)
+    assert done.code == 0, done.err
+    (profile,) = [one.profile for one in Run(tmp_path / "run").sources
+                  if one.info.t == 900 and not isinstance(one.profile, Point)]  # fmt: skip
+    for s in (0, 849, 850, 870, 899):
+        assert profile.tail(s) == pytest.approx(1 - 0.995 ** (900 - max(s, 850)) if s >= 850 else 1, abs=1e-12)
+    error, predicted = error_of(Run(tmp_path / "run"))
+    assert error < 2e-3
+    assert 0.4 < error / predicted < 2.5
+
+
+# --- timm's warm-up, and files that know only their epoch
+
+
+def timm(folder: Path, **optimizer: Any) -> Path:
+    """What its ModelEmaV3 with `use_warmup` makes of steps 1, 2, ..., saved after each epoch of 100 updates."""
+    folder.mkdir()
+    average = train()[0]
+    for step, weights in enumerate(train(), 1):
+        decay = min(0.99, power(step - 1))  # 0 at the first
+        average = decay * average + (1 - decay) * weights
+        if step % EVERY == 0:
+            content = {"epoch": step // EVERY - 1, "arch": "x", "state_dict": named(weights), "version": 2}
+            moments = {"state": {0: {"step": torch.tensor(float(step)), **optimizer}}} if optimizer else {"state": {}}
+            content |= {"state_dict_ema": named(average), "optimizer": moments}
+            torch.save(content, folder / f"checkpoint-{step // EVERY - 1}.pth.tar")
+    return folder
+
+
+def test_epochs_become_steps(tmp_path: Path, ema: Ema) -> None:
+    counted = import_checkpoints(timm(tmp_path / "adam", exp_avg=torch.zeros(3)), tmp_path / "1", ema_decay=0.99,
+                                 ema_warmup="power")  # fmt: skip
+    folder = timm(tmp_path / "sgd")
+    done = ema("import", folder, "--out", tmp_path / "2", "--ema-decay", 0.99)
+    assert done.code == 2
+    assert (
+        "--steps-per-epoch: must be given: checkpoint-0.pth.tar knows its epoch, 0 counted from 0, and not"
+        in done.error
+    )
+    done = ema("import", folder, "--out", tmp_path / "2", "--steps-per-epoch", EVERY)
+    assert "reached by the warm-up 1 - (1 + n)^-0.667" in done.out, done.err
+    for run in (Run(tmp_path / "1"), Run(tmp_path / "2")):
+        assert {one.info.step for one in run.sources} == {*TIMES}
+        error, predicted = error_of(run)
+        assert error < 2e-3
+        assert 0.4 < error / predicted < 2.5
+    kept = np.prod([min(0.99, power(n)) for n in range(1400, STEPS)])
+    (profile,) = [one.info.profile for one in counted.checkpoints if one.info.decay and one.info.step == STEPS]
+    assert profile.tail(1400) == pytest.approx(1 - kept, abs=1e-9)
+
+
+# --- EDM and StyleGAN: pickles, a half-life in images, a ramp-up
+
+BATCH, HALF_LIFE = 400, 60_000
+
+
+def half_lives(weights: np.ndarray, ramp_up: float = 0.05) -> np.ndarray:
+    """By the formula: each update knows the images before it."""
+    averages, average = [], weights[0]
+    for index, now in enumerate(weights):
+        beta = 0.5 ** (BATCH / max(min(HALF_LIFE, ramp_up * index * BATCH), 1e-8))
+        average = beta * average + (1 - beta) * now
+        averages.append(average)
+    return np.array(averages)
+
+
+def persistent(vector: np.ndarray) -> torch.nn.Module:
+    net = edm2_layout.Persistent()
+    net.model = network()
+    net.model.load_state_dict(named(vector))
+    return net
+
+
+def edm(folder: Path, library: str) -> Path:
+    """To the format of these trainings: pickles of objects with their source, named by thousands of images."""
+    folder.mkdir()
+    averages = half_lives(train())
+    for step in TIMES:
+        kimg, weights, average = f"{step * BATCH // 1000:06d}", persistent(train()[step - 1]), averages[step - 1]
+        path = folder / f"network-snapshot-{kimg}.pkl"
+        if library == "edm":
+            edm2_layout.save(path, persistent(average), half=False)
+            torch.save({"net": weights.state_dict(), "optimizer_state": {}}, folder / f"training-state-{kimg}.pt")
+        else:
+            edm2_layout.save(path, persistent(average), half=False, under="G_ema", G=weights, D=edm2_layout.network())
+    return folder
+
+
+@pytest.mark.parametrize("library", ["edm", "stylegan"])
+def test_half_lives_in_images(library: str, tmp_path: Path, ema: Ema) -> None:
+    folder = edm(tmp_path / "x", library)
+    done = ema("import", folder, "--out", tmp_path / "run")
+    assert "--update-every: must be given, the images of a batch: neither network-snapshot-000040.pkl nor" in done.error
+    done = ema("import", folder, "--out", tmp_path / "run", "--update-every", BATCH, "--ema-decay", "half-life:60k")
+    assert "as claimed" in done.out, done.err
+    found = ema("import", folder, "--out", tmp_path / "found", "--update-every", BATCH)
+    assert "the ramp-up of its half-life to 0.05 of the training so far" in found.out, found.err
+    options = {"batch_size": BATCH, "ema_halflife_kimg" if library == "edm" else "ema_kimg": HALF_LIFE / 1000}
+    (folder / "training_options.json").write_text(json.dumps(options))
+    for place in (tmp_path / "run", tmp_path / "found", folder):
+        run = Run(place)
+        assert {(one.info.t, one.info.t_unit) for one in run.sources} == {(BATCH * step, "images") for step in TIMES}
+        assert len(run.sources) == 2 * len(TIMES)
+        error, predicted = error_of(run, prefix="model.")
+        assert error < 2e-3
+        assert 0.3 < error / predicted < 2.5
+    average = next(one for one in Run(folder).sources if one.info.step == BATCH * STEPS and one.info.decay)
+    betas = [0.5 ** (BATCH / min(HALF_LIFE, 0.05 * n * BATCH)) for n in range(1, STEPS)]
+    for step in (1, 50, 1400, 1499):
+        assert average.profile.tail(step * BATCH) == pytest.approx(1 - np.prod(betas[step - 1 :]), abs=1e-9)
