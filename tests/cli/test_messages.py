@@ -122,7 +122,8 @@ def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monk
         shutil.copytree(place / "run", tmp_path / "runs" / name)
     (tmp_path / "runs" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    for command in (["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"], ["error-plot", "runs", "--json"]):
+    making = ["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"]
+    for command in (making, ["error-plot", "runs", "--json"], ["info", "runs"], ["report", "runs"]):
         said = "runs: holds runs, and no snapshots itself: first, second; name one of them"
         assert ema(*command).error == said
 
