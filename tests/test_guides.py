@@ -239,3 +239,9 @@ def test_ema_guide_renders_the_page_on_a_terminal_and_gives_the_source_in_a_pipe
     lines = ema("guide", "exactness").out.splitlines()
     assert lines[0].strip() == "Exactness: how close a result is to the true average"
     assert max(map(len, lines)) <= 120
+
+
+def test_the_command_has_the_name_of_the_package_too() -> None:
+    """`uvx posthoc-cli` and `pipx run posthoc-cli` look for it."""
+    scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]\n")[2].partition("\n[")[0]
+    assert re.findall(r'^(\S+) = "posthoc_cli.__main__:main"', scripts, re.MULTILINE) == ["ema", "posthoc-cli"]
