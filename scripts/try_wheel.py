@@ -29,9 +29,12 @@ def main() -> None:
         ema(folder, "--version")
         ema(folder, "guide", "training")
         ema(folder, "demo", "--steps", "300", "--out", "demo")
-        program = "\n".join([TRAINING, *(text for language, text in blocks if language == "python")])
-        subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
-        Path(folder, "eval.py").write_text(EVALUATION)
+        for language, text in blocks:
+            name = text.partition("\n")[0].removeprefix("# ")
+            if language == "python":
+                Path(folder, name).write_text(text)
+            if name in ("before.py", "train.py"):
+                subprocess.run([sys.executable, name], cwd=folder, check=True)
         for language, text in blocks:
             for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", text, re.MULTILINE) if language == "console" else ():
                 ema(folder, *shlex.split(line))
@@ -49,27 +52,6 @@ def ema(folder: str, *arguments: str) -> None:
         [str(programs / "ema"), *arguments],
         cwd=folder, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path},
     )  # fmt: skip
-
-
-TRAINING = """
-import torch
-model = torch.nn.Linear(4, 4)
-optimizer, loader = torch.optim.SGD(model.parameters(), lr=1e-4), torch.randn(50_000, 8, 4)
-def train_step(model, batch, optimizer):
-    model(batch).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-def evaluate(network):
-    network(loader[0])
-"""
-"""What the README's code finds defined."""
-
-EVALUATION = """
-import json, sys
-from safetensors.torch import load_file
-print(json.dumps({"loss": load_file(sys.argv[2])["weight"].square().sum().item()}))
-"""
-"""The README's `eval.py`."""
 
 
 if __name__ == "__main__":

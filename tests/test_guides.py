@@ -20,13 +20,14 @@ from torture.experiments import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 README = ROOT / "README.md"
 GUIDES = sorted((PACKAGE / "guides").glob("*.md"))
 PAGES = pytest.mark.parametrize("page", [README, *GUIDES], ids=lambda page: page.stem)
+PROGRAM = re.compile(r"# (\w+\.py)\n")
+"""Begins a block that is a file."""
 
 
 EVALUATION = """
@@ -35,6 +36,7 @@ loss = 0.0
 for path in sys.argv[2::2]:  # --weights FILE, and --guide FILE
     with open(path, "rb") as file:
         loss += sum(weight**2 for weight in array.array("f", file.read()[-64:]))
+print(loss)
 print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
 """
 """Instead of one that loads a model, which takes a while."""
@@ -100,7 +102,7 @@ def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@PAGES
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 @pytest.mark.usefixtures("folder")
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ema: Ema, names: dict[str, Any]) -> None:
     for language, block in code_blocks(page):
@@ -131,23 +133,55 @@ def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> No
     assert torch.equal(torch.cat([torch.load(tmp_path / f"held-{rank}.pt") for rank in range(2)]), stored)
 
 
-@pytest.mark.parametrize(("steps", "times"), [(2950, [1000, 2000, 2950]), (900, [900]), (1000, [1000])])
-def test_the_hook_in_the_readme_keeps_the_end_and_continues_when_it_is_run_again(
-    names: dict[str, Any], steps: int, times: list[int]
+def programs_of_the_readme() -> dict[str, str]:
+    """Its files by name, in order."""
+    blocks = [text for language, text in code_blocks(README) if language == "python"]
+    assert all(PROGRAM.match(block) for block in blocks)
+    return {block.splitlines()[0].removeprefix("# "): block for block in blocks}
+
+
+def test_the_readme_runs_as_pasted_in_an_empty_folder(
+    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = compile(code_blocks(README)[0][1], "README.md", "exec")
-    names |= {"loader": [torch.ones(2, 4)] * steps, "train_step": lambda model, *_: model[0].weight.data.add_(0.1)}
-    exec(block, names)
-    pipeline.finish()  # as the end of the process does
-    assert sorted({s.info.t for s in read_directory(Path("run/ema"))}) == times
-    names["ema"].close()
-    exec(block, names | {"loader": [torch.ones(2, 4)] * 20})
-    pipeline.finish()
-    assert read_directory(Path("run/ema"))[-1].info.t == steps + 20
+    monkeypatch.chdir(tmp_path)
+    programs = programs_of_the_readme()
+    assert [*programs] == ["task.py", "before.py", "eval.py", "train.py"]
+    for name, text in programs.items():
+        Path(name).write_text(text)
+    assert forked.check(programs["before.py"]).err == ""
+    (block,) = (text for language, text in code_blocks(README) if language == "console")
+    Path("eval.py").write_text(EVALUATION)
+    shown = [line for line in block.splitlines() if not line.startswith("$")]
+    printed = []
+    for arguments in commands(block):
+        done = ema(*arguments)
+        assert done.code == 0, (arguments, done.err)
+        printed += done.out.splitlines()
+    # What does not depend on the evaluation, which is another one here, nor on times and machines.
+    assert set(printed) >= {
+        line for line in shown if line.startswith(("20 x", "imported:", "  tracked", "wrote a run"))
+    }
+    first = [float(value) for value in forked.check(programs["train.py"]).out.split() if value[0].isdigit()]
+    assert first[1] < 0.5 * first[0]
+    evaluated = forked.check(programs["eval.py"], "--weights", "model.safetensors")
+    assert float(evaluated.out) < 0.5 * first[0]  # the same training with another average
+
+
+@pytest.mark.parametrize(("steps", "times"), [(295, [100, 200, 290]), (90, [90]), (100, [100])])
+def test_the_hook_in_the_readme_keeps_the_end_and_continues_when_it_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, times: list[int]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    programs = programs_of_the_readme()
+    for count in (steps, 20):
+        Path("task.py").write_text(programs["task.py"].replace("torch.randn(2000,", f"torch.randn({count},"))
+        forked.check(programs["train.py"])
+        assert {s.info.t for s in read_directory(Path("run/ema"))} >= set(times)
+    assert read_directory(Path("run/ema"))[-1].info.t == steps // 10 * 10 + 20
 
 
 def test_the_readme_is_short_and_links_to_every_guide() -> None:
-    assert len(README.read_text().splitlines()) <= 150
+    assert len(README.read_text().splitlines()) <= 195
     assert all(f"posthoc_cli/guides/{guide.name})" in README.read_text() for guide in GUIDES)
 
 
@@ -205,3 +239,9 @@ def test_ema_guide_renders_the_page_on_a_terminal_and_gives_the_source_in_a_pipe
     lines = ema("guide", "exactness").out.splitlines()
     assert lines[0].strip() == "Exactness: how close a result is to the true average"
     assert max(map(len, lines)) <= 120
+
+
+def test_the_command_has_the_name_of_the_package_too() -> None:
+    """`uvx posthoc-cli` and `pipx run posthoc-cli` look for it."""
+    scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]\n")[2].partition("\n[")[0]
+    assert re.findall(r'^(\S+) = "posthoc_cli.__main__:main"', scripts, re.MULTILINE) == ["ema", "posthoc-cli"]

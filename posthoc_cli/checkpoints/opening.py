@@ -52,7 +52,9 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
         reason = "holds EMAs, and neither their decay nor weights beside them"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
     if not made:
-        raise DirectoryError(place, "holds no checkpoints")
+        raise DirectoryError(
+            place, "holds no checkpoints", "name their folder, a file, or a glob such as 'out/step*.pt'"
+        )
     check_used(settings, {one.kind for one in made} - {""})
     if passed_over:
         what = f"{len(passed_over):,} EMA{'s' * (len(passed_over) > 1)}, such as {passed_over[0].name}"

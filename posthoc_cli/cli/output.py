@@ -155,10 +155,19 @@ def percent(error: float | None) -> str:
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Show the library's log: warnings, and with `verbose` information."""
+    """Show the library's log, each message once: warnings, and with `verbose` information."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in said
+        said.add(message)
+        return new
+
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.INFO, "info")
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(is_new)
     handler.setFormatter(_OneLine("ema: %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
 

@@ -66,7 +66,7 @@ def plan(
     missing = [option for option, value in needed.items() if value is None]
     if missing or steps is None or params is None or max_size is None:
         names = [option.split()[0] for option in missing]
-        raise InvalidValueError(" and ".join(names), "must be given", f"such as {' '.join(missing)}")
+        raise InvalidValueError(", ".join(names), "must be given", f"such as {' '.join(missing)}")
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
     widths = None if sigma_rels is None else tuple(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))
     task = Task(

@@ -52,10 +52,10 @@ def report(
         raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
     places: list[Path | None] = [*directories] or [None]
     runs = [values.open_run(place, checkpoints) for place in places]
-    folders = [values.existing(folder) for folder in sweep]
+    folders = [files.expanded(folder) for folder in sweep]
     for folder in folders:
         if not folder.is_dir():
-            raise InvalidValueError("--sweep", "is a file", "name the folder of a sweep", value=folder)
+            raise InvalidValueError("--sweep", "is not a folder", "name the folder of a sweep", value=folder)
     if watch and as_json:
         raise InvalidValueError("--watch and --json", "give one of them")
     if watch:

@@ -179,7 +179,7 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
         raise InvalidValueError(path, what, hint) from None
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
-    if directory and (runs := _runs_in(path)):
+    if is_directory and (pickles or directory) and (runs := _runs_in(path)):
         raise InvalidValueError(path, f"holds runs, and no snapshots itself: {', '.join(runs)}", "name one of them")
     if path.suffix in PICKLES and not (is_directory or pickles):
         reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"

@@ -76,7 +76,7 @@ def render(
         parts=parts,
         sweeps=swept,
         errors=_picture(_errors(curves), "errors", curves[0]) if len(parts) > 1 else None,
-        commands=[line for part in parts for line in _commands(part["run"], [one["found"] for one in part["sweeps"]])],
+        commands=[line for part in parts for line in part["commands"] or _commands(part["run"])],
         versions=[
             ("Python", platform.python_version()),
             *((name, importlib.metadata.version(name)) for name in ("posthoc-cli", "torch", "numpy", "safetensors")),
@@ -103,6 +103,7 @@ def _of_run(run: Run, number: int) -> dict[str, Any]:
         else _motion(candidate.prior.motion, info["t_unit"], f"motion-{number}"),
         "distance": _distance(snapshots, info["t_unit"], f"distance-{number}"),
         "sweeps": [],
+        "commands": [],
     }
 
 
@@ -117,9 +118,8 @@ def _of_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: P
         if found["settings"]["run"] not in known:
             names = (shown(str(one)[:8]) for one in (found["settings"]["run"], *known))
             raise MismatchError(path, f"is of another run: {' and '.join(names)}")
-        trials = _trials(found)
+        part, trials = parts[known.index(found["settings"]["run"])], _trials(found)
         swept = {
-            "found": found,
             "folder": folder,
             **_answer(found),
             "picture": _sweep_picture(found, f"sweep-{number}"),
@@ -127,11 +127,12 @@ def _of_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: P
             "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
             "csv": _as_csv(trials),
         }
+        part["commands"] += _commands(part["run"], found)
     except PostHocError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(path, "is no result of a sweep") from error
-    parts[known.index(found["settings"]["run"])]["sweeps"].append(swept)
+    part["sweeps"].append(swept)
     return swept
 
 
@@ -169,8 +170,8 @@ def _cells(trial: dict[str, Any]) -> dict[str, Any]:
     exact, seconds = trial["predicted_error"], trial["seconds"]
     numbers = [_number(trial[key]) for key in ("value", "standard_error")]
     error = "–" if exact is None else f"{100 * exact:.2g} %"
-    cells = [trial["target"], trial["seed"], *numbers, error, "–" if seconds is None else f"{seconds:.1f}"]
-    return {"cells": cells, "best": trial["seed"] == "", "error": trial["error"] or "", "log": trial["log"]}
+    cells = [str(trial["target"]), trial["seed"], *numbers, error, "–" if seconds is None else f"{seconds:.1f}"]
+    return {"cells": cells, "best": trial["seed"] == "", "error": trial["error"] or "", "log": str(trial["log"])}
 
 
 def _as_csv(trials: Sequence[dict[str, Any]]) -> str:
@@ -312,25 +313,20 @@ def _distance(snapshots: Sequence[Snapshot], unit: str, name: str) -> tuple[list
 # --- text --------------------------------------------------------------------------------------------
 
 
-def _commands(run: Run, sweeps: Sequence[dict[str, Any]]) -> list[str]:
+def _commands(run: Run, found: dict[str, Any] | None = None) -> list[str]:
     source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
-    if not sweeps:
+    if found is None:
         return [shlex.join(["ema", "synthesize", *source, "--sigma-rel", "0.1", *_OUT])]
-    lines: list[str] = []
-    for found in sweeps:
-        best, kind, settings = found["best"], found["length"], found["settings"]
-        value = f"{best[kind]:.12g}"
-        target = ("--sigma-rel", value) if kind == "sigma_rel" else ("--target", f"{kind}:{value}")
-        how = _how(settings, None if settings["t"] == run.t else settings["t"], "model")
-        lines += [
-            *([found["again"]] if found["again"] else ()),
-            shlex.join(["ema", "synthesize", *source, *target, *how]),
-        ]
-        if found["guide"] is not None:
-            width, other = f"{best['guide']:.12g}", settings["guide"]
-            how = _how(other, other["t"], "guide")
-            lines.append(shlex.join(["ema", "synthesize", found["guide"], "--sigma-rel", width, *how]))
-    return lines
+    best, kind, settings = found["best"], found["length"], found["settings"]
+    value = f"{best[kind]:.12g}"
+    target = ("--sigma-rel", value) if kind == "sigma_rel" else ("--target", f"{kind}:{value}")
+    how = _how(settings, None if settings["t"] == run.t else settings["t"], "model")
+    commands = [["ema", "synthesize", *source, *target, *how]]
+    if found["guide"] is not None:
+        width, other = f"{best['guide']:.12g}", settings["guide"]
+        how = _how(other, other["t"], "guide")
+        commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, *how])
+    return [*([found["again"]] if found["again"] else ()), *map(shlex.join, commands)]
 
 
 _OUT = ("--out", "model.safetensors")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ema_command import Ema
 from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
 from safetensors.numpy import save_file
@@ -122,7 +123,8 @@ def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monk
         shutil.copytree(place / "run", tmp_path / "runs" / name)
     (tmp_path / "runs" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    for command in (["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"], ["error-plot", "runs", "--json"]):
+    making = ["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"]
+    for command in (making, ["error-plot", "runs", "--json"], ["info", "runs"], ["report", "runs"]):
         said = "runs: holds runs, and no snapshots itself: first, second; name one of them"
         assert ema(*command).error == said
 
@@ -135,3 +137,14 @@ def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
                 assert not re.search(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""", ast.unparse(node)), path
+
+
+def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
+    """Whatever reads the checkpoints again; here EMAs whose decay nobody knows beside weights."""
+    for step in (10, 20):
+        weights = {"w": torch.full((3, 2), float(step))}
+        average = {"n_averaged": torch.tensor(step), "module.w": weights["w"]}
+        torch.save({"model": weights, "ema": average}, tmp_path / f"{step}.pt")
+    done = ema("report", tmp_path, "--out", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    assert done.err.count("left out of averages") == 1

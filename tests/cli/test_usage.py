@@ -39,7 +39,7 @@ REFUSED = {
     "export model.safetensors --max-shard-size 1KB --out x.pt":
     "--max-shard-size 1KB: is for a sharded output, and this layout is pt",
     "report run --sweep run": "--sweep run: holds no sweep.json; name the folder of a sweep",
-    "report run --sweep model.safetensors": "--sweep model.safetensors: is a file; name the folder of a sweep",
+    "report run --sweep model.safetensors": "--sweep model.safetensors: is not a folder; name the folder of a sweep",
     "sweep run --run 'eval {weights}' --minimize --out model.safetensors":
     "--out model.safetensors: is a file; name a folder",
     "synthesize run --target decay: --out x":

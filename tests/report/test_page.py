@@ -226,6 +226,7 @@ def test_the_command_of_a_page_makes_the_same_average(
 
 HARMS: dict[str, Any] = {
     "settings": None, "curve": [], "trials": [{}], "estimate": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
+    "length": 7, "guide": "x",
 }  # fmt: skip
 
 
