@@ -1,4 +1,4 @@
-"""What the mean of a LoRA adapter's factors loses against the mean of their products (guide `averages`).
+"""What the mean of a LoRA adapter's factors loses against the mean of their products (guide `checkpoints`).
 
 A denoiser of digits is trained, then an adapter of PEFT on it for digits upside down. Errors are relative L2 distances
 of the change of the weights from the float64 average of B A over every step; losses are on fixed noise.

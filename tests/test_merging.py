@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import InvalidValueError, MismatchError, PostHocError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError
 
 CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 12}
 STEPS = range(1, 41)
@@ -218,6 +218,10 @@ def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, 
     refused("'blocks.0.query.weight' has the shape [8, 7]")
     save_file(weights | {"blocks.0.query.weight": torch.full((8, 6), torch.inf)}, base)
     refused("holds nan or infinity")
+    base.unlink()
+    with pytest.raises(FileFormatError, match=r"base\.safetensors: cannot be opened") as missing:
+        Run(run).merge("last:2", base, out)
+    assert not isinstance(missing.value, VanishedError)
     save_file(weights, base)
     other = run / "checkpoint-20"
     save_file(peft_names(trajectory(rank=4)[5]), other / "adapter_model.safetensors")

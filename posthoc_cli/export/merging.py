@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.dtypes import torch_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, VanishedError
 from posthoc_cli.export.convert import Exported, ExportReport
 from posthoc_cli.export.layouts import OutputOptions, check_shape, converted, layout_of, make_sink
 from posthoc_cli.profiles import Point
@@ -73,7 +73,10 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
     modules, are_weights = _modules(plan, sources[-1].path), all(isinstance(one.profile, Point) for one in sources)
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in sources]
-        bases = [(stack.enter_context(open_file(path)), names) for path, names in model_files(base).items()]
+        try:
+            bases = [(stack.enter_context(open_file(path)), names) for path, names in model_files(base).items()]
+        except VanishedError as error:  # else it would pass for a snapshot that was thinned away meanwhile
+            raise FileFormatError(error.subject, error.reason) from error
         for file, names in bases:
             check_indexed(file.path, file.header, names)
         stored = {name: (file, entry) for file, _ in bases for name, entry in file.header.tensors.items()}

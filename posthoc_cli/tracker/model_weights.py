@@ -8,7 +8,7 @@ import mmap
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -38,18 +38,22 @@ _ALIGNED = 64
 
 
 class Block(Generic[Given]):
-    """A context manager for `with` only: any other use is an error that shows the statement to write."""
+    """A context manager for `with` only, also again: any other use is an error that shows the statement to write."""
 
-    def __init__(self, name: str, opened: AbstractContextManager[Given]) -> None:
-        self._name, self._opened = name, opened
+    def __init__(self, name: str, make: Callable[[], AbstractContextManager[Given]]) -> None:
+        self._name, self._make = name, make
+        self._opened: list[AbstractContextManager[Given]] = []
 
     def __enter__(self) -> Given:
-        return self._opened.__enter__()
+        opened = self._make()
+        given = opened.__enter__()
+        self._opened.append(opened)
+        return given
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return self._opened.__exit__(kind, error, trace)
+        return self._opened.pop().__exit__(kind, error, trace)
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """Raise a NotReadyError: only what the block gives can be called."""
@@ -72,7 +76,7 @@ def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, 
 
     @wraps(make)
     def begin(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Block[Given]:
-        return Block(make.__name__, opened(*args, **kwargs))
+        return Block(make.__name__, partial(opened, *args, **kwargs))
 
     return begin
 

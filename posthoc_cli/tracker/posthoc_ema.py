@@ -36,7 +36,6 @@ from posthoc_cli.snapshots.selection import Selection, check_globs, make_selecti
 from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
-from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered, plan_possible
@@ -581,7 +580,7 @@ class PostHocEMA:
             yield model
             self._warn_of_statistics(model, weights)
 
-    def models(self, model: Module, sigma_rels: Sequence[Wanted]) -> dict[str, Block[Module]]:
+    def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, Block[Module]]:
         """For each of several lengths a block as `model` gives one, all from one pass over the snapshots.
 
         That pass is made now. Its results wait in a file without a name beside the snapshots, of the model's size for
@@ -598,7 +597,7 @@ class PostHocEMA:
         Raises:
             InvalidValueError, NotReadyError, WriteError, RankError: an argument, no room on disk, and as `model`.
         """
-        wanted = {target.label: target for target in map(as_target, sigma_rels)}
+        wanted = {target.label: target for target in as_targets(sigma_rels)}
         evaluation = self._evaluation(model, False, f"models({', '.join(wanted)})")
         raw = self._raw(evaluation, model, None, 3)
         if raw is not None:
@@ -608,7 +607,7 @@ class PostHocEMA:
             for label in refused.keys() - self._warned_of_targets if self.keeps_averages else ():
                 log.warning("%s; there is no average of it at step %d", refused[label], self.step)
             self._warned_of_targets |= refused.keys()
-        return {label: Block("model", self._filled(model, evaluation, make)) for label, make in made.items()}
+        return {label: Block("model", partial(self._filled, model, evaluation, make)) for label, make in made.items()}
 
     @contextmanager
     def _filled(self, model: Module, evaluation: Evaluation, make: Callable[[], Weights]) -> Iterator[Module]:

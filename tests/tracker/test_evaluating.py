@@ -121,6 +121,9 @@ def test_several_lengths_come_from_one_pass_that_the_next_updates_do_not_change(
             else:
                 assert run.error(float(label), every=1) < 4 * predicted[float(label)]
         assert all_equal(run.everything(), after)
+    with blocks["0.1"], blocks["0.28"], blocks["0.1"]:  # again, and within another
+        assert run.error(0.1, every=1) < 4 * predicted[0.1]
+    assert all_equal(run.everything(), after)
     run.weights = later
     assert not all_equal(after, before)
     assert not [path for path in tmp_path.iterdir() if "lock" not in path.name and path.suffix != ".safetensors"]
@@ -157,6 +160,7 @@ def test_several_lengths_before_the_first_update_and_without_room_on_disk(
     assert all_equal(run.everything(), raw)
     with pytest.raises(InvalidValueError, match="must lie in"):
         run.tracker.models(run.model, [0.05, 0.4])
+    assert [*run.tracker.models(run.model, "0.1")] == ["0.1"]
 
 
 def test_tied_empty_and_integer_tensors_of_several_lengths(tmp_path: Path) -> None:
