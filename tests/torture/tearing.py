@@ -27,7 +27,10 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker.state import open_state
 from torture.tally import Tally
 
-SIGMA_RELS = (0.05, 0.28)
+SIGMA_RELS = (0.2, 0.21)
+"""Of about the same length: profiles that share a mean then have nearly its weights, and differ from the truth by their
+roundings alone, while the values of the model jump about."""
+
 MOST = 100_000
 """Steps of a training at most."""
 
@@ -158,11 +161,11 @@ def _read(tracker: PostHocEMA, model: Equal, reads: int, truth: Truth, tally: Ta
 
     ways: dict[str, Callable[[], list[str]]] = {
         "state_dict()": lambda: wrong_state(tracker.state_dict(), truth),
-        "state_dict(0.05)": lambda: wrong_weights(tracker.state_dict(0.05)),
-        "state_dict(0.15)": lambda: wrong_weights(tracker.state_dict(0.15)),
+        "state_dict(0.2)": lambda: wrong_weights(tracker.state_dict(0.2)),
+        "state_dict(0.205)": lambda: wrong_weights(tracker.state_dict(0.205)),
         "file": saved,
-        "model": lambda: swapped_in(tracker.model, sigma_rel=0.15),
-        "averaged": lambda: swapped_in(tracker.averaged, tracked=0.05),
+        "model": lambda: swapped_in(tracker.model, sigma_rel=0.205),
+        "averaged": lambda: swapped_in(tracker.averaged, tracked=0.2),
     }
     for number in range(reads):
         way = [*ways][number % len(ways)]
