@@ -189,7 +189,7 @@ def test_pruning_deletes_first_what_no_reconstruction_works_with(run: Path) -> N
     assert np.histogram([s.info.t for s in pruned.gone[:21]], bins=4, range=(0, 200))[0].min() >= 2
     few = plan_pruning(snapshots, keep=35)
     assert len(few.gone) == 10
-    assert few.after.worst < 1.5 * few.before.worst  # the choice among those that are left is another
+    assert few.after.worst < 1.6 * few.before.worst  # the choice among those that are left is another
 
 
 @pytest.mark.usefixtures("_twenty")

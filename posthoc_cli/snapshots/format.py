@@ -333,7 +333,7 @@ class SnapshotInfo(ByRole):
     sketch: SketchText = ""
     part: tuple[int, int] | None = None
     chunks: dict[str, Chunk] = field(default_factory=dict)
-    mesh: dict[str, Any] = field(default_factory=dict)
+    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
     session: int = 0
 
     @property

@@ -113,7 +113,7 @@ def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> Sta
             raise InvalidValueError("sigma_rels", "must grow, each profile once")
         _check_times(info)
         _check_window(info)
-        clock_at(list(info.clock), info.step, info.t)
+        clock_at(list(info.clock or ()), info.step, info.t)
     except InvalidValueError as error:
         raise InvalidValueError("state", str(error)) from error
     return replace(info, clock=tuple(info.clock))

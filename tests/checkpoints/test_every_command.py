@@ -80,11 +80,14 @@ def test_a_sweep_in_python_takes_a_run(run: Path) -> None:
         return float(averaged.w.detach().norm())
 
     swept = sweep(source, norm, model=model, values=[0.1, 0.2])
-    assert [trial.value for trial in swept.trials] == [float(source.average(x)["w"].norm()) for x in (0.1, 0.2)]
-    assert all(trial.predicted_error for trial in swept.trials)
+    raw, *averages = [trial.value for trial in swept.trials]
+    last = torch.load(run / "ck" / f"v2-at{STEPS}.pt", weights_only=True)["state_dict"]["net.w"]
+    assert raw == pytest.approx(float(last.norm()), rel=1e-6)
+    assert averages == [float(source.average(x)["w"].norm()) for x in (0.1, 0.2)]
+    assert all(trial.predicted_error for trial in swept.trials[1:])
     assert not model.w.any()
     plain = sweep(source, lambda weights: float(weights["w"].norm()), values=[0.1, 0.2])
-    assert [trial.value for trial in plain.trials] == [trial.value for trial in swept.trials]
+    assert [trial.value for trial in plain.trials] == [raw, *averages]
 
 
 def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import threading
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import torch
+from factories import exact_weights
 from tracker.runs import train
 
 from posthoc_cli import PostHocEMA, Run
@@ -55,7 +57,7 @@ def test_snapshots_take_little_more_than_their_bytes_beside_the_averages(
     thread of vectors, and samples, come to less than a byte for 34 million parameters; the rest is malloc's."""
     peak, held = map(float, forked.check(PEAK, tmp_path, device, then or "none").out.split())
     assert held < most - (4.0 if then else 0.0) + 1.0
-    assert peak < most + 2.0
+    assert peak < most + 2.5
 
 
 def test_metrics_tell_the_bytes_held(tmp_path: Path) -> None:
@@ -120,22 +122,26 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 
 
 def test_what_is_made_of_a_subset_is_as_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coefficients of an average of any length, from measurements of all elements and of 2,000: they differ by a fifth
-    of the error that they leave, which adds 2 % to it. Of half a million elements it would be 16 times less."""
-    made = []
+    """Errors of averages by measurements of all elements and of 2,000, against float64: the paths' 64 numbers are of
+    other elements, with an error of 0.18 each, so that coefficients differ, and leave nearly the same."""
+    errors = []
     for most in (2**20, 2_000):
         monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", most)
         model = network()
+        weights = dict(enumerate(exact_weights(0.15, np.arange(1, 101)), start=1))
+        truth = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in model.named_parameters()}
         with PostHocEMA.from_model(model, tmp_path / str(most), update_every=1, checkpoint_every=10) as ema:
             for number in range(1, 101):
                 drifting(model, number, 1e-3)
                 ema.update_(model)
-        made.append(Run(tmp_path / str(most)).average(0.15))
-    exact, sampled = made
-    distance = sum(float((exact[name] - sampled[name]).double().square().sum()) for name in exact) ** 0.5
-    norm = sum(float(value.double().square().sum()) for value in exact.values()) ** 0.5
-    assert distance < 0.2 * exact.predicted_error * norm
-    assert sampled.predicted_error == pytest.approx(exact.predicted_error, rel=0.1)
+                for name, value in model.named_parameters():
+                    truth[name] += weights[number] * value.detach().double()
+        made = Run(tmp_path / str(most)).average(0.15)
+        away = sum(float((made[name].double() - value).square().sum()) for name, value in truth.items()) ** 0.5
+        norm = sum(float(value.square().sum()) for value in truth.values()) ** 0.5
+        assert 1 / 2 < away / norm / made.predicted_error < 2
+        errors.append(away)
+    assert errors[1] < 1.1 * errors[0]
 
 
 # --- queries
