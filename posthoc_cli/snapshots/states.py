@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -83,12 +84,31 @@ def state_metadata(info: StateInfo) -> dict[str, str]:
 
 def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
     """The checked metadata of a state; a FileFormatError names the file and the key."""
-    values = headers.decode_metadata(path, header, "state", _IN_FILE)
+    values = headers.decode_metadata(path, _as_now(header), "state", _IN_FILE)
     values["clock"] = [math.inf if value is None else value for value in values["clock_state"]]
     try:
         return state_from(values, values["schedule"])
     except InvalidValueError as error:
         raise FileFormatError(path, f"ema.{error.reason}") from error
+
+
+def _as_now(header: fmt.FileHeader) -> fmt.FileHeader:
+    """The header of a state; of one of release 0.2 as if its averages began a new mean now. See `older_masses`."""
+    said = header.metadata
+    if said.get("ema.version") != "2":
+        return header
+    new = {"version": fmt.STATE_VERSION, "window": "0", "folded_t": said.get("ema.averages_t", "0"), "sketch": ""}
+    return replace(header, metadata=said | {f"ema.{key}": text for key, text in new.items()})
+
+
+def older_masses(header: fmt.FileHeader) -> list[float] | None:
+    """Of a state of release 0.2 the mass m of each profile's recent mean; None of later ones.
+
+    It keeps an average as a float64 total, named as `high_prefix` says, and a mean `recent-<sigma_rel>/<name>` in
+    float32: total + m (mean - total).
+    """
+    masses: list[float] | None = json.loads(header.metadata.get("ema.masses", "null"))
+    return masses
 
 
 def read_state(path: Path) -> StoredState:

@@ -298,6 +298,9 @@ def open_state(path: Path) -> Iterator[dict[str, Any]]:
     names = {prefix: states.tensors_with(prefix, header) for prefix in prefixes}
     try:
         with stored.open() as file:
+            if (masses := states.older_masses(header)) is not None:
+                yield _plain(info) | _converted(file, info, masses)
+                return
             found = {prefix: _StoredTensors(file, own) for prefix, own in names.items()}
             high = {repr(sigma_rel): found[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
             low = {repr(sigma_rel): found[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
@@ -320,6 +323,32 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _converted(file: TensorReader, info: StateInfo, masses: Sequence[float]) -> dict[str, Any]:
+    """The tensors of a state of release 0.2, see `states.older_masses`, as one keeps them now, with an empty mean."""
+    parts: dict[str, Any] = {"high": {}, "low": {}}
+    for sigma_rel, mass in zip(info.sigma_rels, masses, strict=True):
+        for kind in ("high", "low"):
+            parts[kind][repr(sigma_rel)] = _OlderTensors(file, high_prefix(sigma_rel), mass, kind == "low")
+    copies = _StoredTensors(file, states.tensors_with(states.COPY, file.header))
+    return parts | {"mean": parts["high"][repr(info.sigma_rels[0])], "copies": copies}
+
+
+class _OlderTensors(_StoredTensors):
+    """The averages of a profile, rounded to the dtype of their means, or what the rounding takes away."""
+
+    def __init__(self, file: TensorReader, prefix: str, mass: float, is_low: bool) -> None:
+        names, self._means = (states.tensors_with(one, file.header) for one in (prefix, f"recent-{prefix}"))
+        wide = [name for name in names if file.header.tensors[self._means[name]].dtype == "F64"] if is_low else ()
+        super().__init__(file, {name: full for name, full in names.items() if name not in wide})
+        self._mass, self._is_low = mass, is_low
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        total, mean = super().__getitem__(name), read_tensor(self._file, self._means[name])
+        exact = total + self._mass * (mean - total)
+        high = exact.to(mean.dtype)
+        return (exact - high).to(torch.bfloat16) if self._is_low else high
 
 
 def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
