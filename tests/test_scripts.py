@@ -151,13 +151,14 @@ def test_long_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
 
 def test_any_ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("NAMES", ("classifier-sgd",)), ("LENGTHS", (0.1,)), ("WIDTHS", (0.05, 0.15))):
+    for name, value in (("NAMES", ("classifier-sgd",)), ("LENGTHS", (0.2, 0.3, 0.1)), ("WIDTHS", (0.05, 0.15))):
         monkeypatch.setattr(any_ema, name, value)
-    monkeypatch.setattr(sys, "argv", ["any_ema.py", "--steps", "600", "--markdown"])
+    monkeypatch.setattr(sys, "argv", ["any_ema.py", "--steps", "600", "--only", "plain"])
     any_ema.main()
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| classifier-sgd")]
-    assert [row[3] for row in rows] == ["0.05", "0.15"]
-    assert all(float(row[4]) < 0.2 * float(row[5]) for row in rows)  # nearer than the EMA itself
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| plain | classifier-sgd, 0.1 T")]
+    assert [row[2] for row in rows] == ["0.05", "0.15"]
+    assert all(float(row[3]) < 0.2 * float(row[4]) for row in rows)  # nearer than the EMA itself
 
 
 def test_torture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,9 +154,15 @@ def _with_decay(origin: Path, given: Settings) -> Settings:
         raise InvalidValueError("ema_decay", reason) from None
     if audit.verdict not in ("found", "began again") or audit.found is None:
         raise InvalidValueError("ema_decay", f"must be given: {audit.text}", "say which decay the EMAs have")
-    decay = _shortest(audit.found, max(0.005, 2 * (audit.uncertainty or 0.0)))
-    starts = given.ema_restarts or tuple(round(time) for time in audit.starts)
-    return replace(given, ema_decay=decay, ema_warmup=given.ema_warmup or audit.warm_up or None, ema_restarts=starts)
+    sigma = audit.uncertainty or 0.0
+    decay = _shortest(audit.found, max(0.005, 2 * sigma))
+    return replace(
+        given,
+        ema_decay=decay,
+        ema_warmup=given.ema_warmup or audit.warm_up or None,
+        ema_restarts=given.ema_restarts or tuple(round(time) for time in audit.starts),
+        ema_uncertainty=math.hypot(sigma, math.log((1 - decay) / (1 - audit.found))),
+    )
 
 
 def _shortest(decay: float, uncertainty: float) -> float:

@@ -58,6 +58,7 @@ class Settings:
         ema_warmup: "ratio" of (1 + n) / (10 + n), "power" of 1 - (1 + n)**(-2/3), "power:0.75" of another power, or
             "ramp-up" of a half-life that is 0.05 of the training so far, "ramp-up:0.1" of another share.
         ema_restarts: steps at which an ordinary EMA began again from the weights.
+        ema_uncertainty: of the time constant, relative, where the decay was found.
         steps_per_epoch: where files know only the epoch.
     """
 
@@ -72,6 +73,7 @@ class Settings:
     ema_decay: float | str | None = None
     ema_warmup: str | None = None
     ema_restarts: Sequence[int] = ()
+    ema_uncertainty: float | None = None
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +118,9 @@ class Settings:
         elif self.ema_decay is not None:
             rule["decay"] = self.ema_decay
             Decay(self.ema_decay)
+        if self.ema_uncertainty is not None:
+            rule["uncertainty"] = self.ema_uncertainty
+            Decay(0.5, uncertainty=self.ema_uncertainty)
         if self.ema_warmup is not None:
             kind, colon, text = self.ema_warmup.partition(":")
             usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
@@ -483,7 +488,8 @@ def _schedule(
 
 
 _EMA_TAKES = (
-    "step_from", "ema_decay", "ema_warmup", "ema_restarts", "update_every", "update_after_step", "steps_per_epoch",
+    "step_from", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty", "update_every",
+    "update_after_step", "steps_per_epoch",
 )  # fmt: skip
 
 

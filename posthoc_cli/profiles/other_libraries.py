@@ -140,6 +140,7 @@ class Decay:
         copies: so many first updates copy the weights.
         stride: what the numbers of updates grow by, for libraries that count calls.
         inv_gamma, power, least: of the warm-up.
+        uncertainty: of the time constant 1 / (1 - decay), relative, if the decay was found; 0 for a known one.
     """
 
     decay: float
@@ -149,10 +150,13 @@ class Decay:
     inv_gamma: float = 1.0
     power: float = POWER
     least: float = 0.0
+    uncertainty: float = 0.0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.decay, float) and 0 < self.decay < 1):
             raise InvalidValueError("ema_decay", "must lie in (0, 1)", value=self.decay)
+        if not (isinstance(self.uncertainty, float) and 0 <= self.uncertainty <= 3):
+            raise InvalidValueError("ema_uncertainty", "must be a fraction such as 0.03", value=self.uncertainty)
 
     @property
     def rule(self) -> str:
@@ -240,6 +244,14 @@ class OrdinaryEMA(Discrete):
     def of(cls, step: int, updates: int, every: int, first: int, **decay: Any) -> OrdinaryEMA:
         """The average with these `settings`, plain values for JSON."""
         return cls(Decay(**decay), step, updates, every, first)
+
+    @property
+    def other(self) -> OrdinaryEMA | None:
+        """What it may be as well, with a time constant that is longer by its uncertainty; None if that is 0."""
+        settings = self.settings | {"uncertainty": 0.0}
+        longer = 1 + float(self.settings["uncertainty"])
+        settings["decay"] = 1 - (1 - settings["decay"]) / longer
+        return OrdinaryEMA.of(int(self.t), **settings) if longer > 1 else None
 
     settings: dict[str, Any]
     _logs: FloatArray

@@ -23,6 +23,7 @@ from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.reconstruction.basis import (
     Densities,
     StoredFunctions,
@@ -268,7 +269,7 @@ class MinimumVariance:
         At once, many targets are solved several times faster, and differ in the last bits.
         """
         others, last = self._stacked[:, :-1] - self._stacked[:, -1:], self._stacked[:, -1:]
-        wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.norms.size)))) - last
+        wanted = np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size)))) - last
         found = solve_once(others, wanted)[0] if at_once else self._problem.solve(wanted)
         solution = np.vstack((found, 1 - found.sum(axis=0)))
         # Coefficients below the rounding of the sum are 0, so that their snapshots need not be read.
@@ -292,7 +293,9 @@ class MinimumVariance:
         else:
             measured = missed[self._measured] / (self._left_out[:, None] if solved else 1.0)
             motion = np.sum(measured**2, axis=0) / self._root**2
-        return np.asarray(motion + np.sum((self._rounding @ ordered) ** 2, axis=0))
+        # What coefficients make is what they make, whatever the decays are.
+        errors = self._errors if goals.targets else self._rounding
+        return np.asarray(motion + np.sum((errors @ ordered) ** 2, axis=0))
 
     @property
     def is_measured(self) -> bool:
@@ -324,7 +327,7 @@ class MinimumVariance:
     def losses(self, targets: Sequence[Profile]) -> Losses:
         """The targets' squared errors as snapshots are lost, in the caller's order."""
         goals = self.goals(targets)
-        columns = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.norms.size))))
+        columns = np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size))))
         return Losses(self._as_given(self._stacked.T).T, columns, goals.unreachable)
 
     def _norms(self, goals: Goals) -> FloatArray:
@@ -359,8 +362,22 @@ class MinimumVariance:
         return own if self._prior.shared is None else np.vstack((own, self._prior.shared.T))
 
     @cached_property
+    def _errors(self) -> FloatArray:
+        """The same with the errors of decays that were found: shape [n or more, n].
+
+        A time constant that is off by the factor 1 + e changes each tail by e d tail / d log(tau): the same e in all,
+        of the standard deviation that the profiles have. What motion makes of the changes adds up like the errors.
+        """
+        others = [p.other or p if isinstance(p, OrdinaryEMA) else p for p in self._stored]
+        if others == self._stored:
+            return self._rounding
+        changed = self._root * np.vstack([term.of_stored(others) for term in self._terms]) - self._rows
+        changed = changed[self._measured] / self._root if self.is_measured else changed
+        return np.vstack((self._rounding, np.linalg.qr(changed, mode="r")))
+
+    @cached_property
     def _stacked(self) -> FloatArray:
-        return np.vstack((self._rows, self._rounding))
+        return np.vstack((self._rows, self._errors))
 
     @cached_property
     def _problem(self) -> LeastSquares:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -247,10 +248,35 @@ def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureF
     assert error_of(Run(tmp_path / "copy")) == pytest.approx(error_of(Run(tmp_path / "run")), rel=0.1)
 
 
+@pytest.mark.parametrize(("optimizer", "rate", "decay"), [("Adam", 3e-3, 0.9873), ("SGD", 0.1, 0.9925)])
+def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(
+    optimizer: str, rate: float, decay: float, tmp_path: Path
+) -> None:
+    """Without it actual errors are up to 43 times the predicted ones."""
+    weights = train(rate, True, optimizer)
+    write(tmp_path / "x", weights, ema(decay))
+    import_checkpoints(tmp_path / "x", tmp_path / "found")
+    import_checkpoints(tmp_path / "x", tmp_path / "copy", copy=True)
+    import_checkpoints(tmp_path / "x", tmp_path / "said", ema_decay=decay)
+    unsure = json.loads((tmp_path / "found" / "ema-import.json").read_text())["settings"]["ema_uncertainty"]
+    assert 0.05 < unsure < 0.3
+    for width in (0.05, 0.1, 0.15, 0.25):
+        found, copy, said = (Run(tmp_path / name).average(width, dtype="float64") for name in ("found", "copy", "said"))
+        vector = np.concatenate([found[name].numpy().ravel() for name, _ in network().named_parameters()])
+        truth = true_average(weights, width)
+        error = float(np.linalg.norm(vector - truth) / np.linalg.norm(truth))
+        assert found.predicted_error and said.predicted_error
+        assert 1 / 3 < error / found.predicted_error < 3
+        assert copy.predicted_error == pytest.approx(found.predicted_error, rel=1e-6)
+        assert said.predicted_error < 0.75 * found.predicted_error  # what is said is exact
+
+
 def test_bad_input(tmp_path: Path) -> None:
     plain(tmp_path / "x")
     with pytest.raises(errors.InvalidValueError, match=r"ema_decay 1\.5: must lie in \(0, 1\)"):
         import_checkpoints(tmp_path / "x", tmp_path / "run", ema_decay=1.5)
+    with pytest.raises(errors.InvalidValueError, match=r"ema_uncertainty -0\.1: must be a fraction such as 0\.03"):
+        import_checkpoints(tmp_path / "x", tmp_path / "run", ema_decay=0.9, ema_uncertainty=-0.1)
     with pytest.raises(errors.InvalidValueError, match="ema_warmup 'x': must be one of ratio, power"):
         import_checkpoints(tmp_path / "x", tmp_path / "run", ema_warmup="x")
     for path in (tmp_path / "x").iterdir():
