@@ -45,7 +45,7 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, take_inventory, verify
+from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
@@ -620,14 +620,12 @@ def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
     if is_import(path):
         return _check_import(read_manifest(path))
     try:
-        inventory = take_inventory(path)
+        return verify(path, progress)
     except DirectoryError as error:
         if not holds_checkpoints(path):
             raise
         reason = "holds checkpoints of other programs, which have no checksums"
         raise DirectoryError(path, reason, "an import with copies has some") from error
-    with progress("verifying", inventory.listed_bytes) as advance:
-        return verify(inventory, advance)
 
 
 def _check_import(manifest: Manifest) -> Verification:
@@ -641,7 +639,7 @@ def _check_import(manifest: Manifest) -> Verification:
             report = replace(report, state=DAMAGED, detail=f"{error.reason}; {error.hint}")
         reports.append(report)
     note = "of other programs' files, which have no checksums, only the size and a sample of the content were compared"
-    return Verification(manifest.folder, False, (), notes=(note,), files=tuple(reports))
+    return Verification(manifest.folder, False, tuple(reports), notes=(note,))
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

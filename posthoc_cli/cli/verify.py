@@ -9,11 +9,10 @@ import typer
 from typer import Argument
 
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, PostHocError
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.check import Verification
-    from posthoc_cli.snapshots.repair import Repair
+    from posthoc_cli.snapshots.check import Repair, Verification
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
@@ -33,15 +32,14 @@ def verify(
 ) -> None:
     """Check every byte of snapshots, outputs and states.
 
-    Reads everything: checksums, headers against content, nan and infinity, profiles against times, whether all is of
-    one run. Exit code 1 if anything is wrong. Gaps in the schedule are only noted, since deleting is allowed. Of
-    safetensors files of other programs, which have no checksums, the structure is checked.
+    Reads everything: checksums, headers against content, nan and infinity, whether all is of one run. Exit code 1 if
+    anything is wrong. Of safetensors files of other programs, which have no checksums, the structure is checked.
 
-    --repair moves broken files of a snapshot directory to DIR/damaged, deletes nothing, and shows how the predicted
-    error changes. It asks first, and works only while no tracker writes to the directory.
+    --repair moves broken files of a snapshot directory to DIR/damaged, deletes nothing, and shows the new predicted
+    error. It asks first, and works only while no tracker writes to the directory.
     """
     from posthoc_cli.run import check_path
-    from posthoc_cli.snapshots.repair import plan_repair
+    from posthoc_cli.snapshots.check import plan_repair
 
     if yes and not repair:
         raise InvalidValueError("--yes", "goes with --repair")
@@ -73,16 +71,16 @@ def verify(
 
 
 def _repair(plan: Repair, yes: bool, as_json: bool) -> Repair:
-    from posthoc_cli.snapshots import repair
+    from posthoc_cli.snapshots.check import repair
 
     what = f"{output.counted(len(plan.gone), 'file')} aside in {plan.directory / 'damaged'}"
-    if plan.gone and not as_json:
-        _print_loss(plan)
     # Asked without the lock, so that an open question does not stop a training.
     if plan.gone and (yes or typer.confirm(f"set {what}?", err=True)):
-        plan = repair.repair(plan)
+        plan = repair(plan)
     if not as_json:
         output.print_outcome(plan.gone, plan.done, False, "", f"set {what}", "set aside")
+        if plan.moved:
+            _print_error(plan.directory)
         if plan.staying:
             names = ", ".join(report.path.name for report in plan.staying[:3]) + ", ..." * (len(plan.staying) > 3)
             output.print_line(f"{names}: left where {'it is' if len(plan.staying) == 1 else 'they are'}; see above")
@@ -113,8 +111,7 @@ def _print(found: Verification, verbose: bool, offer: bool) -> None:
 
 
 def _summary(found: Verification, offer: bool) -> str:
-    from posthoc_cli.snapshots.check import UNCHECKED
-    from posthoc_cli.snapshots.repair import MOVED, is_snapshot_directory
+    from posthoc_cli.snapshots.check import MOVED, UNCHECKED
 
     count = len(found.files)
     wrong = [report for report in found.files if not report.is_fine]
@@ -129,28 +126,19 @@ def _summary(found: Verification, offer: bool) -> str:
     what = states.pop() if len(states) == 1 else "not in order"
     verb = "is" if len(wrong) == 1 else "are"
     text = f"{len(wrong):,} of {output.counted(count, 'file')} {verb} {what}: {named}{more}"
-    repairs = offer and is_snapshot_directory(found) and any(report.state in MOVED for report in wrong)
+    repairs = offer and found.is_of_tracker and any(report.state in MOVED for report in wrong)
     return text + f"; `ema verify {found.path} --repair` sets aside what is broken" * repairs
 
 
-def _print_loss(plan: Repair) -> None:
-    """The expected errors now, and without the files that will be moved."""
-    from posthoc_cli.snapshots.repair import SIGMA_RELS
+def _print_error(directory: Path) -> None:
+    """The largest error to expect now of what is left."""
+    from posthoc_cli.planning import USEFUL_RANGE
+    from posthoc_cli.run import Run
 
-    before, after = plan.before, plan.after
-    if after is None:
-        output.print_line("predicted errors: unknown without what is broken")
-        return
-    names = [*(f"{sigma_rel:g}" for sigma_rel in SIGMA_RELS), "worst"]
-    now = [None] * len(names) if before is None else [*before.predicted, before.worst]
-    columns = zip(names, map(output.percent, now), map(output.percent, [*after.predicted, after.worst]), strict=True)
-    output.print_line()
-    output.print_table(["sigma_rel", "predicted error", "without what is broken"], list(columns))
-    where = f"at t = {after.t:,.12g}"
-    if before is not None and before.t != after.t:
-        where = f"at t = {before.t:,.12g}, and then at t = {after.t:,.12g}"
-    if after.solved < after.count:
-        where += f"; from {after.solved:,} of {after.count:,} snapshots"
-    if plan.unknown:
-        where += f"; {plan.unknown:,} with a damaged header {'is' if plan.unknown == 1 else 'are'} in neither column"
-    output.print_line(where)
+    low, high = USEFUL_RANGE
+    try:
+        worst = output.percent(float(Run(directory).error_curve(USEFUL_RANGE).predicted_error.max()))
+    except PostHocError as error:
+        output.print_line(f"predicted error: unknown; {error}")
+    else:
+        output.print_line(f"predicted error now: at most {worst} for sigma_rel {low:g} to {high:g}")

@@ -1,4 +1,7 @@
-"""Verify a path: list its files, read each against its checksums, compare the snapshots of a run with each other."""
+"""Verify a path: read each file against its checksums, compare snapshots with each other; set aside what is broken.
+
+Broken files of a snapshot directory go into its folder `damaged`, under their names; only without a writer.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from posthoc_cli import files
 from posthoc_cli.errors import (
@@ -24,6 +26,7 @@ from posthoc_cli.errors import (
     VanishedError,
     shown,
 )
+from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
@@ -41,6 +44,7 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
+from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reading import in_order, open_file, worker_threads
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
@@ -59,10 +63,11 @@ MISMATCHED = "mismatched"  # an index that does not match its shards, or shards 
 UNREADABLE = "unreadable"  # the system refused to read it, so that nothing is known of it
 UNSUPPORTED = "unsupported"  # of a kind or version that this release does not know
 
+MOVED = frozenset({DAMAGED, MISSING, NONFINITE, MISMATCHED})
+"""States of files that a repair sets aside."""
+
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 """Errors of opening or reading that are the file's fault: a bad disk, a broken link, no regular file."""
-
-Progress = Callable[[int], object]
 
 _UNITS_AT_A_TIME = 3
 """While the header of one is decoded, the payload of another is read."""
@@ -76,7 +81,7 @@ class FileReport:
     """What was found in a file; `is_fine` if nothing is wrong.
 
     `unit` is what is moved if it is broken: the file, or the folder of a model in several. `what` describes it in a few
-    words, `kind` is "snapshot", "output", "state" or None. `detail` says why it is in its `state`; `notes` are unusual
+    words, `kind` is "snapshot", "output", "state" or None. `detail` says why it is in its `state`, or what is unusual
     and not wrong. The rest is what a valid header says: `averages` must be finite; a snapshot is one of the directory,
     and is in the report of one of its parts, a broken one if there is one.
     """
@@ -88,8 +93,6 @@ class FileReport:
     state: str = INTACT
     detail: str = ""
     nbytes: int = 0
-    run_id: str | None = None
-    notes: tuple[str, ...] = ()
     header: fmt.FileHeader | None = None
     snapshot: Snapshot | None = None
     output: OutputInfo | None = None
@@ -101,60 +104,23 @@ class FileReport:
         return self.state in (INTACT, UNCHECKED)
 
 
-# --- listing
-
-
 @dataclass(frozen=True)
-class Unit:
-    """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
+class Verification:
+    """What was found in a path.
 
-    Or the parts of a snapshot. `path` is what is moved if it is broken.
-    """
-
-    path: Path
-    files: Mapping[Path, Collection[str]]
-    index: Path | None = None
-    superseded: bool = False
-    has_parts: bool = False
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """What there is to verify. `leftovers` are temporaries of interrupted writes, or of writes in progress.
-
-    `moved` counts broken files that a repair has moved to `damaged/`; `notes` are unusual and not wrong.
+    `problems` are files that contradict each other, both named; `notes` are unusual and not wrong. `leftovers` are
+    temporaries of interrupted writes, or of writes in progress. `superseded` counts snapshots that were set aside,
+    `moved` broken files that a repair has moved to `damaged/`.
     """
 
     path: Path
     is_directory: bool
-    units: tuple[Unit, ...]
-    leftovers: tuple[Path, ...] = ()
-    moved: int = 0
-    notes: tuple[str, ...] = ()
-
-    @property
-    def listed_bytes(self) -> int:
-        """About how much there is to read."""
-        total = 0
-        for path in (path for unit in self.units for path in unit.files):
-            with suppress(OSError):
-                total += path.stat().st_size
-        return total
-
-
-@dataclass(frozen=True)
-class Verification(Inventory):
-    """What was found in a path.
-
-    `problems` are files that contradict each other, both named. `snapshots` are those without fault, by time, then
-    sigma_rel: none that was superseded, and none at all where some contradict each other. `lost` are the damaged ones
-    of the same run whose headers are valid.
-    """
-
     files: tuple[FileReport, ...] = ()
     problems: tuple[str, ...] = ()
-    snapshots: tuple[Snapshot, ...] = ()
-    lost: tuple[Snapshot, ...] = ()
+    notes: tuple[str, ...] = ()
+    leftovers: tuple[Path, ...] = ()
+    superseded: int = 0
+    moved: int = 0
     seconds: float = 0.0
 
     def __repr__(self) -> str:
@@ -162,19 +128,20 @@ class Verification(Inventory):
         return f"Verification({self.path}: {len(self.files)} files, {self.nbytes:,} bytes, {wrong} problems)"
 
     @property
-    def superseded(self) -> int:
-        """How many were set aside as superseded."""
-        return sum(unit.superseded for unit in self.units)
-
-    @property
     def broken(self) -> tuple[Path, ...]:
-        """Units with something wrong."""
+        """What is moved if it is broken: units with something wrong."""
         return tuple(dict.fromkeys(report.unit for report in self.files if not report.is_fine))
 
     @property
     def is_fine(self) -> bool:
         """Whether nothing is wrong."""
         return not (self.broken or self.problems)
+
+    @property
+    def is_of_tracker(self) -> bool:
+        """Whether a tracker writes, or has written, to the directory."""
+        own = any(report.kind == "snapshot" and report.unit.parent == self.path for report in self.files)
+        return self.is_directory and (own or (self.path / LOCK_NAME).exists())
 
     @property
     def nbytes(self) -> int:
@@ -204,45 +171,63 @@ class Verification(Inventory):
         }
 
 
-def take_inventory(path: Path) -> Inventory:
-    """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
+# --- listing
+
+
+class _Unit(NamedTuple):
+    """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
+
+    Or the parts of a snapshot. `path` is what is moved if it is broken.
+    """
+
+    path: Path
+    files: Mapping[Path, Collection[str]]
+    indexed_by: Path | None = None
+    superseded: bool = False
+    has_parts: bool = False
+
+
+def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
+    """What there is to verify: a DirectoryError if nothing. Reads indexes, and the headers of parts."""
     if is_parts_folder(path):
-        return Inventory(path, True, (_parts(path),), tuple(list_directory(path).leftovers))
+        return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [_parts(path)]
     if path.is_dir():
-        return _list_directory(path)
+        return _listed_directory(path)
     if not os.path.lexists(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     if path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
-    return Inventory(path, False, (_shards(path) if path.name.endswith(INDEX_SUFFIX) else Unit(path, {path: ()}),))
+    return Verification(path, False), [_shards(path) if path.name.endswith(INDEX_SUFFIX) else _Unit(path, {path: ()})]
 
 
-def _list_directory(directory: Path) -> Inventory:
-    listing, notes = list_directory(directory), []
+def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
+    listing = list_directory(directory)
     sharded_in = [path for path in listing.entries if path.name not in (SUPERSEDED, BROKEN) and _has_index(path)]
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *sharded_in) if _has_index(folder)]
     sharded = {path for unit in units for path in unit.files}
-    units += [Unit(path, {path: ()}) for path in listing.files if path not in sharded]
+    units += [_Unit(path, {path: ()}) for path in listing.files if path not in sharded]
     parted = read_folders(listing)
     # What is wrong with parts is reported when they are read.
     units += [_parts(folder) for folder in (*parted.snapshots, *parted.problems)]
-    units.sort(key=lambda unit: unit.index or unit.path)
-    notes += parted.notes
+    units.sort(key=lambda unit: unit.indexed_by or unit.path)
+    notes = parted.notes
     inner = [_readable(folder) for folder in (*sharded_in, *parted.snapshots, *parted.problems)]
     aside = _readable(directory / SUPERSEDED, notes)
-    units += [Unit(path, {path: ()}, superseded=True) for path in aside.files]
-    units += [replace(_parts(path), superseded=True) for path in aside.folders]
+    old = [_Unit(path, {path: ()}, superseded=True) for path in aside.files]
+    old += [_parts(path)._replace(superseded=True) for path in aside.folders]
     leftovers = sorted([*parted.incomplete, *(path for one in (listing, *inner, aside) for path in one.leftovers)])
-    moved = len(_readable(directory / BROKEN).entries)
-    count = len(listing.pickles)
-    if not (units or leftovers or moved):
+    moved, count = len(_readable(directory / BROKEN).entries), len(listing.pickles)
+    if not (units or old or leftovers or moved):
         what = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(count)
         raise DirectoryError(directory, what, ACCEPTED)
     if count:
         notes.append(f"{count:,} pickled files (.pt and the like) have no checksums and were not read")
     if moved:
         notes.append(f"{moved:,} in {BROKEN}/, where a repair has moved them; not read")
-    return Inventory(directory, True, tuple(units), tuple(leftovers), moved, tuple(notes))
+    found = Verification(
+        directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old), moved=moved
+    )
+    return found, [*units, *old]
 
 
 def _readable(folder: Path, notes: list[str] | None = None) -> Listing:
@@ -264,29 +249,63 @@ def _has_index(folder: Path) -> bool:
     return False
 
 
-def _parts(folder: Path) -> Unit:
-    return Unit(folder, dict.fromkeys(list_folder(folder).files, ()), has_parts=True)
+def _parts(folder: Path) -> _Unit:
+    return _Unit(folder, dict.fromkeys(list_folder(folder).files, ()), has_parts=True)
 
 
-def _shards(index: Path) -> Unit:
+def _shards(index: Path) -> _Unit:
     """The shards that an index names; none if it cannot be read, so that each file beside it is a unit of its own."""
     try:
         shards = decode_index(index).shards
     except FileFormatError:  # reported when the index is compared with the shards
         shards = {}
-    return Unit(index.parent, {index.parent / name: names for name, names in shards.items()}, index)
+    return _Unit(index.parent, {index.parent / name: names for name, names in shards.items()}, index)
 
 
 # --- verifying
 
 
-def verify(inventory: Inventory, progress: Progress = lambda _: None) -> Verification:
-    """Read every byte, and compare: checksums, headers, values, the snapshots of the run with each other.
+def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
+    """Read every byte of a directory or a file, and compare: checksums, headers, values, snapshots with each other.
 
-    Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read. `progress`
-    gets the numbers of bytes that were read, from several threads.
+    Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read. A
+    DirectoryError if there is nothing to verify.
     """
-    started, stopped = time.perf_counter(), threading.Event()
+    started = time.perf_counter()
+    found, units = _listed(path)
+    with progress("verifying", _size(units)) as advance:
+        reports = _read_units(units, advance)
+    own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
+    problems = directories.contradictions(own)
+    if own and not problems:
+        try:
+            run_clock([snapshot.info for snapshot in own])
+        except MismatchError as error:
+            problems = [error]
+    notes = [f"{found.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
+    if found.is_directory:
+        notes += directories.missing_at_newest(own)
+    return replace(
+        found, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *found.notes),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _size(units: Sequence[_Unit]) -> int:
+    """About how much there is to read."""
+    total = 0
+    for path in (path for unit in units for path in unit.files):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+# --- reading a file
+
+
+def _read_units(units: Sequence[_Unit], progress: Callable[[int], object]) -> list[FileReport]:
+    """Reports of all files; `progress` gets the numbers of bytes that were read, from several threads."""
+    stopped = threading.Event()
 
     def advance(nbytes: int) -> None:
         if stopped.is_set():
@@ -295,58 +314,18 @@ def verify(inventory: Inventory, progress: Progress = lambda _: None) -> Verific
 
     with worker_threads(_UNITS_AT_A_TIME) as pool:
         try:
-            read = in_order(pool, lambda unit: _read_unit(unit, advance), inventory.units)
-            reports = [report for of_unit in read for report in of_unit]
+            read = in_order(pool, lambda unit: _read_unit(unit, advance), units)
+            return [report for of_unit in read for report in of_unit]
         finally:  # after an interrupt the threads do not read on
             stopped.set()
-    own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
-    damaged = [r.snapshot for r in reports if r.snapshot and not r.is_fine]
-    problems = directories.contradictions(own)
-    if own and not problems:
-        try:
-            run_clock([snapshot.info for snapshot in own])
-        except MismatchError as error:
-            problems = [error]
-    notes = (*_notes_of_files(reports, own, inventory), *(gaps(own) * inventory.is_directory), *inventory.notes)
-    return Verification(
-        **(vars(inventory) | {"notes": notes}), files=tuple(reports), problems=tuple(map(str, problems)),
-        snapshots=() if problems else tuple(own), lost=() if problems or not own else tuple(_lost(damaged, own)),
-        seconds=time.perf_counter() - started,
-    )  # fmt: skip
 
 
-def _lost(damaged: Sequence[Snapshot], own: Sequence[Snapshot]) -> list[Snapshot]:
-    """Damaged snapshots that fit the others and have no intact copy."""
-    there = {time_order(snapshot)[:2] for snapshot in own}
-    pairs = [sorted((own[0], one), key=time_order) for one in damaged]
-    fits = [directories.difference(first, other) is None for first, other in pairs]
-    return [one for one, fitting in zip(damaged, fits, strict=True) if fitting and time_order(one)[:2] not in there]
-
-
-def _notes_of_files(reports: Sequence[FileReport], own: Sequence[Snapshot], inventory: Inventory) -> list[str]:
-    directory = inventory.path if inventory.is_directory else inventory.path.parent
-    notes = [f"{report.path.relative_to(directory)}: {note}" for report in reports for note in report.notes]
-    run_id = own[0].info.run_id if own else ""
-    others = {
-        r.unit: r.run_id
-        for r in reports
-        if own and r.is_fine and r.kind != "snapshot" and r.run_id not in (None, run_id)
-    }
-    return notes + [
-        f"{unit.relative_to(directory)}: is of run {str(other)[:8]}; the snapshots are of {run_id[:8]}"
-        for unit, other in others.items()
-    ]
-
-
-# --- reading a file
-
-
-def _read_unit(unit: Unit, progress: Progress) -> list[FileReport]:
+def _read_unit(unit: _Unit, progress: Callable[[int], object]) -> list[FileReport]:
     """Reports of the files of a unit, its index first; none for files that were deleted after the listing."""
     read = {path: _read_file(path, unit.path, progress) for path in unit.files}
     there = [report for report in read.values() if report is not None]
-    if unit.index is not None:
-        return _shard_reports(unit, unit.index, read, there)
+    if unit.indexed_by is not None:
+        return _shard_reports(unit, unit.indexed_by, read, there)
     if unit.superseded:
         return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in there]
     if unit.has_parts:
@@ -354,7 +333,7 @@ def _read_unit(unit: Unit, progress: Progress) -> list[FileReport]:
     return there
 
 
-def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
+def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
     """Read every byte of a file; None if it was deleted meanwhile."""
     nbytes = 0
     damaged: dict[str, FileFormatError] = {}
@@ -372,21 +351,20 @@ def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
         if isinstance(error, VanishedError) and files.is_gone(path):
             return None  # a writer has thinned it away
         return replace(_unreadable(FileReport(path, unit), error), nbytes=nbytes)
-    report = replace(report, nbytes=nbytes)
     bad = [name for name in nonfinite if name in report.averages]
+    state, detail = UNCHECKED if report.kind is None else INTACT, ""
     if damaged:
-        detail = f"{next(iter(damaged.values())).reason}{_and_more(len(damaged) - 1, 'tensor')}"
-        return replace(report, state=DAMAGED, detail=detail)
-    if bad:
-        detail = f"average {shown(bad[0])} holds nan or infinity{_and_more(len(bad) - 1, 'average')}"
-        return replace(report, state=NONFINITE, detail=detail)
-    notes, info = [], report.snapshot and report.snapshot.info
-    if nonfinite:
+        state, detail = DAMAGED, f"{next(iter(damaged.values())).reason}{_and_more(len(damaged) - 1, 'tensor')}"
+    elif bad:
+        state, detail = NONFINITE, f"average {_nonfinite(bad)}{_and_more(len(bad) - 1, 'average')}"
+    elif nonfinite:
         what, more = "tensor" if report.kind is None else "copy", _and_more(len(nonfinite) - 1, "tensor")
-        notes.append(f"{what} {shown(next(iter(nonfinite)))} holds nan or infinity{more}")
-    if info and is_snapshot_name(path) and path != directories.snapshot_path(path.parent, info.t, info.sigma_rel):
-        notes.append(f"its name differs: it holds sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
-    return replace(report, state=UNCHECKED if report.kind is None else INTACT, notes=tuple(notes))
+        detail = f"{what} {_nonfinite(nonfinite)}{more}"
+    return replace(report, nbytes=nbytes, state=state, detail=detail)
+
+
+def _nonfinite(names: Collection[str]) -> str:
+    return f"{shown(next(iter(names)))} holds nan or infinity"
 
 
 def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
@@ -400,18 +378,18 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
     if kind == "output":
         output = decode_output(path, header)
         what, averages = f"{part}{_output_words(output)}", header.tensors.keys() - set(output.copies)
-        return replace(report, what=what, run_id=output.run_id, output=output, averages=averages)
+        return replace(report, what=what, output=output, averages=averages)
     if kind == "state":
-        state = decode_state(path, header)
         averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
-        return replace(report, what=f"{part}state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
+        what = f"{part}state at t = {decode_state(path, header).t:,.12g}"
+        return replace(report, what=what, averages=averages)
     if kind == "checkpoint":
-        return replace(report, what="checkpoint", run_id=header.metadata.get("ema.run_id"), averages=frozenset())
+        return replace(report, what="checkpoint")
     info = decode_snapshot(path, header)
     what = f"{part}snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
     snapshot = None if part else Snapshot(path, header, info)
     averages = frozenset(name for name, tensor in info.tensors.items() if tensor.role != "copy")
-    return replace(report, what=what, run_id=info.run_id, snapshot=snapshot, averages=averages)
+    return replace(report, what=what, snapshot=snapshot, averages=averages)
 
 
 def _fault(error: FileFormatError) -> tuple[str, str]:
@@ -432,7 +410,7 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
             state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
         elif version not in (None, known):
             state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"
-        report = replace(_described(report, header), run_id=None)
+        report = _described(report, header)
     return replace(report, state=state, detail=detail)
 
 
@@ -451,7 +429,7 @@ def _and_more(count: int, what: str) -> str:
 # --- the parts of a snapshot
 
 
-def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:
+def _part_reports(unit: _Unit, there: Sequence[FileReport]) -> list[FileReport]:
     """The reports of the parts; a snapshot, or what is wrong between them, is in that of one."""
     place = next((index for index, report in enumerate(there) if not report.is_fine), 0)
     reports = list(there)
@@ -473,12 +451,12 @@ def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:
 
 
 def _shard_reports(
-    unit: Unit, index: Path, read: Mapping[Path, FileReport | None], there: Sequence[FileReport]
+    unit: _Unit, index: Path, read: Mapping[Path, FileReport | None], there: Sequence[FileReport]
 ) -> list[FileReport]:
     model = next((report for report in there if report.output), FileReport(index, unit.path))
     of = f" of {_output_words(model.output)}" if model.output else ""
     state, detail = _index_fault(unit, index, there)
-    reports = [FileReport(index, unit.path, f"index{of}", model.kind, state, detail, run_id=model.run_id)]
+    reports = [FileReport(index, unit.path, f"index{of}", model.kind, state, detail)]
     for path, report in read.items():
         if report is None:
             report = FileReport(path, unit.path, f"shard{of}", None, MISSING, f"{index.name} names it")
@@ -486,7 +464,7 @@ def _shard_reports(
     return reports
 
 
-def _index_fault(unit: Unit, index: Path, there: Sequence[FileReport]) -> tuple[str, str]:
+def _index_fault(unit: _Unit, index: Path, there: Sequence[FileReport]) -> tuple[str, str]:
     """State and detail of an index, compared with the shards that are there."""
     try:
         total = decode_index(index).total_size
@@ -515,43 +493,67 @@ def _index_fault(unit: Unit, index: Path, there: Sequence[FileReport]) -> tuple[
     return INTACT, ""
 
 
-# --- snapshots that are not there: noted, since deleting is allowed
+# --- setting aside what is broken
 
 
-def gaps(snapshots: Sequence[Snapshot]) -> list[str]:
-    """A line for each profile of a run that lacks snapshots of the schedule; `snapshots` are by time."""
-    notes = directories.missing_at_newest(snapshots)
-    for sigma_rel in sorted({snapshot.info.sigma_rel for snapshot in snapshots}):
-        infos = [snapshot.info for snapshot in snapshots if snapshot.info.sigma_rel == sigma_rel]
-        found = _missing_times(infos) or _too_few(infos)
-        notes += [f"sigma_rel {sigma_rel:g}: {found}"] if found else []
-    return notes
+@dataclass(frozen=True)
+class Repair:
+    """A plan of what to set aside, and what was done of it.
+
+    `staying` have a problem, but may be valid, and are not moved. `stamps` are the identities of `gone`, to notice
+    files that were replaced; `moved` their new paths.
+    """
+
+    directory: Path
+    gone: tuple[Path, ...]
+    staying: tuple[FileReport, ...]
+    stamps: tuple[tuple[int, ...] | None, ...]
+    moved: tuple[Path, ...] = ()
+    done: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "gone": [str(path.relative_to(self.directory)) for path in self.gone],
+            "moved": [str(path.relative_to(self.directory)) for path in self.moved],
+            "done": self.done,
+        }
 
 
-def _missing_times(infos: Sequence[fmt.SnapshotInfo]) -> str | None:
-    """Times between the first and the newest snapshot at which one was due, where none is ever thinned away."""
-    missing: list[range] = []
-    for earlier, later in pairwise(infos):
-        every = later.schedule.checkpoint_every
-        unlimited = earlier.schedule.max_checkpoints is None and later.schedule.max_checkpoints is None
-        if unlimited and every == earlier.schedule.checkpoint_every:  # else the time of the change is unknown
-            missing.append(range((earlier.step // every + 1) * every, later.step, every))
-    missing = [times for times in missing if times]
-    if not missing:
-        return None
-    count, first, last = sum(map(len, missing)), missing[0][0], missing[-1][-1]
-    where = f"at step {first:,}" if count == 1 else f"at {count:,} times from step {first:,} to {last:,}"
-    return f"no snapshot {where}, where the schedule had one"
+def plan_repair(found: Verification) -> Repair:
+    """Plan what `repair` sets aside; a DirectoryError if it is no directory of snapshots."""
+    if not found.is_of_tracker:
+        hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
+        reason = "holds no snapshots of a tracker, and only these are set aside"
+        raise DirectoryError(found.path, reason, hint if any(report.kind for report in found.files) else "")
+    units = {report.unit for report in found.files if report.state in MOVED}
+    # A model whose shards are in the directory itself is moved file by file.
+    moving = (r.path if r.unit == found.path else r.unit for r in found.files if r.unit in units)
+    gone = tuple(dict.fromkeys(moving))
+    staying = tuple(report for report in found.files if not report.is_fine and report.unit not in units)
+    return Repair(found.path, gone, staying, tuple(map(_stamp, gone)))
 
 
-def _too_few(infos: Sequence[fmt.SnapshotInfo]) -> str | None:
-    """Whether thinning would have kept more, with one schedule throughout."""
-    schedule = infos[-1].schedule
-    most, every = schedule.max_checkpoints, schedule.checkpoint_every
-    if most is None or any((i.schedule.max_checkpoints, i.schedule.checkpoint_every) != (most, every) for i in infos):
-        return None
-    due = infos[-1].step // every - schedule.update_after_step // every
-    found = sum(not info.off_schedule for info in infos)
-    if found >= min(due, most):
-        return None
-    return f"{found:,} snapshot{'s' * (found != 1)}, where the schedule keeps {min(due, most):,}"
+def repair(plan: Repair) -> Repair:
+    """Set aside what was planned, durably, while the directory is locked; returns the plan with the new paths.
+
+    Raises:
+        LockedError: a tracker is writing to the directory.
+        MismatchError, DirectoryError: a file has changed since, or `damaged` is no folder; nothing was moved.
+        WriteError: the system refused. What was moved is in the folder `damaged`, the rest where it was.
+    """
+    with DirectoryLock(plan.directory):
+        directories.remove_leftovers(plan.directory)
+        for path, known in zip(plan.gone, plan.stamps, strict=True):
+            if _stamp(path) not in (known, None):
+                raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
+        moved = directories.move_aside(plan.gone, plan.directory / BROKEN) if plan.gone else []
+    return replace(plan, moved=tuple(moved), done=True)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """The identity of a file; of a link itself."""
+    with suppress(FileNotFoundError):
+        known = path.lstat()
+        return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
+    return None

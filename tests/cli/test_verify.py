@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from posthoc_cli import Run
 from posthoc_cli.cli import output
+from posthoc_cli.errors import percent
 from posthoc_cli.snapshots.lock import DirectoryLock
 
 
@@ -79,7 +80,7 @@ def test_of_many_files_only_what_is_wrong_has_a_line_and_the_report_has_all(ema:
     assert (file["path"], file["state"]) == (snapshot_files(run)[3].name, "damaged")
     assert "its checksum does not match" in file["detail"]
     assert report["leftovers"] == [".ema-0123.tmp"]
-    assert report["notes"] == ["sigma_rel 0.28: no snapshot at step 200, where the schedule had one"]
+    assert report["notes"] == []
     assert report["bytes"] == sum(file["bytes"] for file in report["files"])
     assert report["seconds"] > 0
 
@@ -150,9 +151,10 @@ def test_repair(ema: Ema, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "same")
     result = ema(*command)
     assert (result.code, result.err) == (0, "")
-    table = result.out[result.out.index("sigma_rel  predicted error") :].splitlines()
-    assert [line.split()[0] for line in table[1:8]] == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.28", "worst"]
-    assert table[8:11] == ["at t = 2,000", f"set 1 file aside in {run / 'damaged'}"]
+    *_, moved, told = result.out.splitlines()
+    worst = percent(float(Run(run).error_curve((0.05, 0.28)).predicted_error.max()))
+    assert moved == f"set 1 file aside in {run / 'damaged'}"
+    assert told == f"predicted error now: at most {worst} for sigma_rel 0.05 to 0.28"
     result = ema("verify", run)
     assert result.code == 0
     assert "note: 1 in damaged/, where a repair has moved them; not read" in result.out
@@ -162,8 +164,6 @@ def test_repair(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert {key: report["repair"][key] for key in ("gone", "moved", "done")} == {
         "gone": [name], "moved": [f"damaged/{name}"], "done": True,
     }  # fmt: skip
-    for when in ("before", "after"):
-        assert [point["sigma_rel"] for point in report["repair"][when]["errors"]] == [0.05, 0.1, 0.15, 0.2, 0.25, 0.28]
 
 
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])

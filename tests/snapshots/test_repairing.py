@@ -7,10 +7,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from ema_command import Ema
@@ -20,9 +18,7 @@ from factories import (
     contents,
     flip_bit,
     load_state,
-    random_walk,
     snapshot_files,
-    write_run,
     write_snapshot,
 )
 from safetensors.torch import load_file
@@ -33,26 +29,21 @@ from posthoc_cli.checkpoints.importing import import_checkpoints
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import reconstruct, thinned_subset
-from posthoc_cli.snapshots import sources
-from posthoc_cli.snapshots.check import take_inventory, verify
+from posthoc_cli.snapshots.check import Repair, plan_repair, repair, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, plan_repair, repair
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 
 def planned(run: Path) -> Repair:
-    return plan_repair(verify(take_inventory(run)))
+    return plan_repair(verify(run))
 
 
 def is_whole(run: Path, snapshots: int) -> bool:
     """Whether everything is fine, with so many snapshots."""
-    found = verify(take_inventory(run))
-    return found.is_fine and len(found.snapshots) == snapshots
+    found = verify(run)
+    return found.is_fine and len(find_snapshots(run)) == snapshots
 
 
 def break_some(run: Path, which: tuple[int, ...]) -> list[Path]:
@@ -89,9 +80,8 @@ def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model, step=PostHocEMA.from_path(run).step) as tracker:
         walk.train(tracker, 20)
-    found = verify(take_inventory(run))
-    assert found.is_fine, found
-    assert max(s.info.t for s in found.snapshots) >= 70
+    assert verify(run).is_fine
+    assert find_snapshots(run)[-1].info.t >= 70
 
 
 @pytest.mark.parametrize("which", [(0,), (-1,), (4, 5, -1)])
@@ -112,59 +102,6 @@ def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
-    everything = find_snapshots(run)
-    break_some(run, (7,))
-    os.truncate(snapshot_files(run)[8], snapshot_files(run)[8].stat().st_size - 1)
-    plan = planned(run)
-    left = [snapshot for snapshot in everything if snapshot.path not in plan.gone]
-    assert plan.unknown == 0
-    least = np.zeros(len(SIGMA_RELS))
-    for errors, those in ((plan.before, everything), (plan.after, left)):
-        targets = [PowerFunction.from_sigma_rel(s, 60.0) for s in SIGMA_RELS]
-        profiles = [s.info.profile.pure for s in those]
-        expected = reconstruct(profiles, targets, prior=source_prior(those), t=60.0).predicted_error
-        least = np.maximum(expected, least)
-        assert errors.predicted == pytest.approx(least, rel=1e-6)
-        assert errors.worst >= errors.predicted.max()
-        assert (errors.t, errors.solved, errors.count) == (60, len(those), len(those))
-    assert (plan.after.predicted >= plan.before.predicted).all()
-    assert np.any(plan.after.predicted > 1.01 * plan.before.predicted)
-
-
-def test_of_very_many_the_errors_are_those_of_the_choice(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "thinned_subset", partial(thinned_subset, most=8))
-    break_some(run, (7,))
-    plan = planned(run)
-    for errors, count in ((plan.before, 12), (plan.after, 11)):
-        assert (errors.solved, errors.count) == (8, count)
-        assert np.isfinite(errors.predicted).all()
-    assert "at t = 60; from 8 of 11 snapshots" in ema("verify", run, "--repair", "--yes").out
-
-
-def test_a_lost_header_is_counted_and_no_snapshot_at_all_has_no_error(run: Path) -> None:
-    flip_bit(snapshot_files(run)[7], 20)
-    plan = planned(run)
-    assert plan.unknown == 1
-    assert plan.before is not None
-    for path in snapshot_files(run):
-        flip_bit(path, 30)
-    plan = planned(run)
-    assert (plan.before, plan.after) == (None, None)
-    assert len(repair(plan).moved) == 12
-    assert find_snapshots(run) == []
-
-
-def test_unmeasured_snapshots_are_judged_by_a_sample_that_may_be_damaged(tmp_path: Path) -> None:
-    write_run(tmp_path, random_walk(40, {"w": (6, 5)}), (10, 20, 30, 40))
-    flip_bit(snapshot_files(tmp_path)[3])
-    assert planned(tmp_path).after is not None
-    os.truncate(snapshot_files(tmp_path)[3], snapshot_files(tmp_path)[3].stat().st_size - 100)
-    plan = planned(tmp_path)
-    assert plan.before is None
-    assert plan.after is not None
-
-
 def test_states_outputs_and_what_is_no_file_go_too_and_contradictions_stay(run: Path) -> None:
     shutil.copy(snapshot_files(run)[0], run / "copy.safetensors")
     write_snapshot(run, 5, 0.05, OTHER_RUN_ID, {"w": torch.ones(3)}, name="stranger.safetensors")
@@ -173,13 +110,12 @@ def test_states_outputs_and_what_is_no_file_go_too_and_contradictions_stay(run: 
     (run / "nowhere.safetensors").symlink_to("nowhere")
     (run / INDEX_NAME).write_text("{")
     plan = repair(planned(run))
-    assert (plan.before, plan.after) == (None, None)
     names = {INDEX_NAME, "state.safetensors", "fifo.safetensors", "nowhere.safetensors"}
     assert {path.name for path in plan.moved} == names
     (run / "copy.safetensors").unlink()
     (run / "stranger.safetensors").unlink()
     assert is_whole(run, 12)
-    assert verify(take_inventory(run)).notes == ("4 in damaged/, where a repair has moved them; not read",)
+    assert verify(run).notes == ("4 in damaged/, where a repair has moved them; not read",)
 
 
 def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
@@ -267,8 +203,7 @@ def test_what_has_changed_since_is_not_moved_and_what_has_gone_passed_over(run: 
 
 def test_nothing_wrong_means_nothing_to_do(run: Path) -> None:
     plan = planned(run)
-    assert (plan.gone, plan.staying, plan.unknown) == ((), (), 0)
-    assert plan.before is plan.after
+    assert (plan.gone, plan.staying) == ((), ())
     assert repair(plan).moved == ()
     assert not (run / "damaged").exists()
 
@@ -342,9 +277,9 @@ def test_the_next_writer_removes_leftovers_that_are_still(
     for name in (".ema-4.tmp", *(folder.name for folder in folders.values())):
         os.utime(run / name, (0, 0), follow_symlinks=False)
     (run / ".ema-not-ours").write_text("x")
-    assert len(verify(take_inventory(run)).leftovers) == 7
+    assert len(verify(run).leftovers) == 7
     writer(run)
-    assert set(verify(take_inventory(run)).leftovers) == {young, ahead, folders["growing"]}
+    assert set(verify(run).leftovers) == {young, ahead, folders["growing"]}
     assert not any(os.path.lexists(path) for path in (old, run / ".ema-4.tmp", folders["5"], folders["import"]))
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
@@ -386,7 +321,7 @@ def test_nothing_of_another_directory_is_moved_or_deleted(ema: Ema, run: Path, t
     before = contents(other), contents(shards)
     (run / "superseded").symlink_to(other)
     (run / "linked").symlink_to(shards)
-    found = verify(take_inventory(run))
+    found = verify(run)
     assert (found.leftovers, found.superseded) == ((), 0)
     assert "superseded/ is a symbolic link; not read" in found.notes
     assert repair(plan_repair(found)).moved == (run / "damaged" / "linked",)  # the link itself

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.check import take_inventory, verify
+from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture.commands import run_ema
@@ -81,7 +81,7 @@ class Run:
         """What is wrong in the directory of snapshots."""
         if not any(path.suffix == ".safetensors" for path in self.directory.iterdir()):
             return []
-        found = verify(take_inventory(self.directory))
+        found = verify(self.directory)
         broken = [f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine]
         return [*found.problems, *broken] or wrong_snapshots(self.directory)
 

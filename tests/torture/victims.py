@@ -16,7 +16,7 @@ from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
-from posthoc_cli.snapshots.check import take_inventory, verify
+from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
 from posthoc_cli.snapshots.reading import open_file
@@ -39,7 +39,7 @@ def examine(path: Path) -> Content:
     Raises:
         PostHocError: naming the file.
     """
-    for report in verify(take_inventory(path)).files:
+    for report in verify(path).files:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
     if path.name != INDEX_NAME:
