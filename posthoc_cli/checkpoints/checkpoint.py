@@ -13,8 +13,7 @@ from typing import Any
 import xxhash
 
 from posthoc_cli.checkpoints.layouts import FoundChunk, tensor_shape
-from posthoc_cli.checkpoints.pickles import FoundTensor
-from posthoc_cli.checkpoints.tensor_files import ForeignPart, make_part, names_in
+from posthoc_cli.checkpoints.tensor_files import names_in
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import (
@@ -28,6 +27,7 @@ from posthoc_cli.profiles import (
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.description import describe_tensors
+from posthoc_cli.snapshots.reading import Part
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
@@ -125,7 +125,7 @@ class Checkpoint(FileSource):
         """16 hexadecimal digits of the content of its files."""
         if self.header.metadata:
             return super().identity
-        identities = {part.path: part.identity for part in self.parts if isinstance(part, ForeignPart)}
+        identities = {part.path: part.identity for part in self.parts}
         return xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
 
 
@@ -150,7 +150,7 @@ def make_checkpoint(
     aliases: dict[str, str] = {}
     layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
     identities: dict[Path, str] = {}
-    known: dict[tuple[Path, FoundTensor], str] = {}
+    known: dict[tuple[Path, fmt.TensorEntry], str] = {}
     for name, find in found.items():
         if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
             raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
@@ -170,11 +170,11 @@ def make_checkpoint(
             layers.setdefault((chunk.path, layer), {})[name] = chunk
             identities[chunk.path] = chunk.identity
     parts = tuple(
-        make_part(
+        Part(
             file,
-            identities[file],
-            {name: chunk.tensor for name, chunk in held.items()},
+            fmt.FileHeader({}, {name: chunk.tensor for name, chunk in held.items()}, 0),
             {name: chunk.box for name, chunk in held.items()},
+            identities[file],
         )
         for (file, _), held in layers.items()
     )

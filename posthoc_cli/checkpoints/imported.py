@@ -35,7 +35,6 @@ from posthoc_cli.checkpoints.checkpoint import Checkpoint, CheckpointInfo, first
 from posthoc_cli.checkpoints.kinds import TABLE, Settings
 from posthoc_cli.checkpoints.layouts import CONFIG, EMA_ENDING, index_checkpoint, model_in
 from posthoc_cli.checkpoints.steps import checked_step
-from posthoc_cli.checkpoints.tensor_files import ForeignPart, sampled_identity
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, OutputExistsError, VanishedError
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
@@ -45,7 +44,7 @@ from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.headers import file_kind, is_whole, parse_json
-from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.reading import Part, sampled_identity
 from posthoc_cli.snapshots.tensor_file import (
     OpenedFile,
     TensorFileWriter,
@@ -106,9 +105,9 @@ class Manifest:
         return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
 
 
-def foreign_parts(checkpoint: Checkpoint) -> list[ForeignPart]:
+def foreign_parts(checkpoint: Checkpoint) -> list[Part]:
     """The files of a checkpoint, as far as they are other programs'."""
-    return [part for part in checkpoint.parts if isinstance(part, ForeignPart)]
+    return [part for part in checkpoint.parts if part.identity]
 
 
 def is_import(path: str | Path) -> bool:

@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.pickles import FoundTensor, Node, read_pickled
-from posthoc_cli.checkpoints.tensor_files import ENDINGS, index_file, names_in, sampled_identity
+from posthoc_cli.checkpoints.pickles import Node, read_pickled
+from posthoc_cli.checkpoints.tensor_files import ENDINGS, index_file, names_in
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.format import TensorEntry
 from posthoc_cli.snapshots.headers import is_sizes, parse_json
 from posthoc_cli.snapshots.outputs import decode_index
+from posthoc_cli.snapshots.reading import sampled_identity
 from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file
 
 Keys = tuple[str, ...]
@@ -53,7 +55,7 @@ class FoundChunk(NamedTuple):
 
     path: Path
     identity: str
-    tensor: FoundTensor
+    tensor: TensorEntry
     box: Box
 
 
@@ -201,7 +203,7 @@ def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
     return IndexedCheckpoint(folder, tensors, {f"ema.{key}": value for key, value in settings.items()})
 
 
-def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[FoundChunk]:
+def _whole(path: Path, identity: str, tensor: TensorEntry) -> list[FoundChunk]:
     return [FoundChunk(path, identity, tensor, Box.whole(tensor.shape))]
 
 
@@ -210,7 +212,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
     tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {
         keys: functools.partial(_whole, path, file.identity, tensor)
         for keys, tensor in file.content.items()
-        if isinstance(tensor, FoundTensor)
+        if isinstance(tensor, TensorEntry)
     }
     unread = {keys: value for keys, value in file.content.items() if isinstance(value, Node)}
     tensors |= {keys: functools.partial(_refuse, path, keys, value) for keys, value in unread.items()}
@@ -334,7 +336,7 @@ class _ChunkFiles:
     def chunk(self, name: str, box: Box, place: Mapping[str, Any]) -> FoundChunk:
         """A chunk of a tensor, where its file has it."""
         path, found = self.read(name, place)
-        if not isinstance(found, FoundTensor) or found.shape != box.shape:
+        if not isinstance(found, TensorEntry) or found.shape != box.shape:
             raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
         return FoundChunk(path, self._identities[path], found, box)
 

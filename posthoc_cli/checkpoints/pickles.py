@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.chunks import row_major
+from posthoc_cli.snapshots.format import TensorEntry
 from posthoc_cli.snapshots.headers import is_sizes
 from posthoc_cli.snapshots.tensor_file import OpenedFile
 
@@ -45,30 +46,6 @@ _STORAGES = {
     "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
 }  # fmt: skip
 """Names of torch's storages of one dtype, without `Storage`."""
-
-
-@dataclass(frozen=True)
-class FoundTensor:
-    """A tensor in a file: `begin` in bytes from the file's start, `strides` in elements."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its elements."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its elements are stored in their order, without gaps."""
-        wanted = row_major(self.shape)
-        return not self.nbytes or all(
-            size == 1 or step == own for size, step, own in zip(self.shape, self.strides, wanted, strict=True)
-        )
 
 
 class Node(dict[Any, Any]):
@@ -98,7 +75,7 @@ class Node(dict[Any, Any]):
 def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
     """The object in a range of a file, written by torch.save of any release, or by pickle.
 
-    It is made of plain values, lists, tuples and dicts, a `FoundTensor` for each tensor, and `Node`s for all else. A
+    It is made of plain values, lists, tuples and dicts, a `TensorEntry` for each tensor, and `Node`s for all else. A
     FileFormatError names the file and says what is wrong.
     """
     try:
@@ -403,7 +380,7 @@ def _storage_dtype(kind: Any) -> str | None:
     return dtype
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> FoundTensor:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> TensorEntry:
     if not isinstance(storage, _Bytes):
         raise _PickleError("a tensor without a storage")
     own, fits = dtype or storage.dtype, is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
@@ -417,12 +394,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | No
     if count * item > max(storage.nbytes, _MOST_REPEATED):
         raise _PickleError(f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
     begin = storage.begin + offset * item
-    return FoundTensor(own, tuple(shape), tuple(strides), begin, begin + reach * item)
+    in_order = all(one == 1 or a == b for one, a, b in zip(shape, strides, row_major(shape), strict=True))
+    nbytes = math.prod(shape) * item
+    return TensorEntry(own, tuple(shape), begin, nbytes, () if in_order or not nbytes else tuple(strides))
 
 
 def _tensor_of_dtype(
     storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any
-) -> FoundTensor:
+) -> TensorEntry:
     name = dtype.text.removeprefix("torch.") if isinstance(dtype, _Name) else ""
     if name not in _BY_TORCH_NAME:
         raise _PickleError(f"a tensor of dtype {name or 'unknown'}, which is not read")

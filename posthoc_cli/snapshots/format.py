@@ -209,12 +209,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in a file: `begin` counts from the start of the payload."""
+    """A stored tensor, of any file: what it is and where its bytes are.
+
+    Attributes:
+        begin: counts from the start of the payload; of a file that is no safetensors file from its own.
+        nbytes: of all its elements.
+        strides: elements from one index to the next, in each dimension, where they are not stored in their order.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     nbytes: int
+    strides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

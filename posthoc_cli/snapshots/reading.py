@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
@@ -43,32 +44,53 @@ _NEAR = 4096
 _SKIPPED = 256 * 1024
 """Bytes that are read at a time for their checksum alone."""
 
+_SAMPLES, _SAMPLE = 16, 4096
+"""Pieces of a file's content that tell it from others, and bytes of each."""
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file with stored tensors: what is where in it by its header, and the box of each; none if all are complete."""
+    """A file with stored tensors: what is where in it, and the box of each tensor; no boxes if all are complete.
+
+    One that is no safetensors file has an `identity`, by `sampled_identity`, in place of what a header tells.
+    """
 
     path: Path
     header: fmt.FileHeader
     boxes: Mapping[str, Box] = field(default_factory=dict)
+    identity: str = ""
 
     def open(self) -> OpenedFile:
-        """Open it, to be read by ranges of bytes; it must be the file whose header was read."""
+        """Open it, to be read by ranges of bytes; it must be the file that was indexed, or whose header was read."""
         file = OpenedFile(self.path)
         try:
-            start = read_start(file)
-            checksum = self.header.metadata.get("ema.checksum")
-            same_size = (len(start), file.size) == (self.header.payload_start, self.header.file_bytes)
-            is_known = same_size and checksum is not None and headers.has_header_checksum(start, checksum)
-            if not is_known and headers.decode_header(self.path, start, file.size) != self.header:
+            if not self._is_in(file):
                 raise FileFormatError(self.path, "was replaced while it was being used", "run again")
         except BaseException:
             file.close()
             raise
         return file
+
+    def _is_in(self, file: OpenedFile) -> bool:
+        if self.identity:
+            return sampled_identity(file) == self.identity
+        start, checksum = read_start(file), self.header.metadata.get("ema.checksum")
+        same_size = (len(start), file.size) == (self.header.payload_start, self.header.file_bytes)
+        if same_size and checksum is not None and headers.has_header_checksum(start, checksum):
+            return True
+        return headers.decode_header(self.path, start, file.size) == self.header
+
+
+def sampled_identity(file: OpenedFile) -> str:
+    """16 hexadecimal digits of a file's size and of pieces of its content, from the first to the last."""
+    digest = xxhash.xxh3_64(file.size.to_bytes(8, "little"))
+    last = max(0, file.size - _SAMPLE)
+    for index in range(_SAMPLES):
+        digest.update(file.read_at(_SAMPLE, last * index // (_SAMPLES - 1)))
+    return digest.hexdigest()
 
 
 class ElementRange(NamedTuple):
@@ -109,7 +131,7 @@ class TensorReader:
             for part in parts:
                 held = None if self._is_single else self._held_by(part)
                 if held != {} or boxes is None:
-                    self._files.append(_File(stack.enter_context(part.open()), part.header, held))
+                    self._files.append(stack.enter_context(_File(part, held)))
             self._opened = stack.pop_all()
 
     def _held_by(self, part: Part) -> dict[str, Box]:
@@ -215,11 +237,24 @@ class TensorRange:
 
 
 class _File:
-    """A file, opened; `boxes` are those of its tensors that are read, None if all are complete."""
+    """A part, opened; `boxes` are those of its tensors that are read, None if all are complete. A context manager."""
 
-    def __init__(self, file: OpenedFile, header: fmt.FileHeader, boxes: Mapping[str, Box] | None) -> None:
-        self.header, self._boxes, self._file = header, boxes, file
-        self._checksums = headers.decode_checksums(file.path, header)
+    def __init__(self, part: Part, boxes: Mapping[str, Box] | None) -> None:
+        self.header, self._boxes = part.header, boxes
+        self._checksums = headers.decode_checksums(part.path, part.header)
+        self._gathered: dict[str, npt.NDArray[np.uint8]] = {}
+        self._lock = threading.Lock()
+        self._file = part.open()
+        self._stamp = self._file.stamp
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close it; a FileFormatError if there are no checksums and it was written to meanwhile."""
+        with self._file:
+            if kind is None and not self._checksums and self._file.stamp != self._stamp:
+                raise FileFormatError(self._file.path, "was changed while it was being read", "run again")
 
     def holds(self, name: str) -> bool:
         """Whether it has elements of a tensor."""
@@ -231,15 +266,33 @@ class _File:
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
-        offset = self.header.payload_start + self.header.tensors[name].begin + begin
-        if self._file.read_into(view, offset) < len(view):
+        entry = self.header.tensors[name]
+        if entry.strides:
+            view[:] = self._in_order(name)[begin : begin + len(view)].data
+            return
+        if self._file.read_into(view, self.header.payload_start + entry.begin + begin) < len(view):
             told = f"tensor {shown(name)}: the file became shorter while it was read"
             raise FileFormatError(self._file.path, told)
+
+    def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
+        """All bytes of a tensor whose elements are not stored in their order; the last one is kept."""
+        with self._lock:
+            if name not in self._gathered:
+                entry, dtype = self.header.tensors[name], _items(self.header.tensors[name].dtype)
+                reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
+                stored = np.empty(reach, dtype)
+                self._file.read_into(stored.view(np.uint8).data, self.header.payload_start + entry.begin)
+                made = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
+                self._gathered = {name: np.ascontiguousarray(made).reshape(-1).view(np.uint8)}
+            return self._gathered[name]
 
     def read_small(self, names: Sequence[str], views: Sequence[memoryview], room: memoryview | None = None) -> None:
         """Fill `views` with tensors of at most one block each, verified; of `room` they are consecutive parts."""
         places = [self.header.tensors[name] for name in names]
-        if room is not None and all(other.begin == one.begin + one.nbytes for one, other in pairwise(places)):
+        if any(place.strides for place in places):
+            for name, view in zip(names, views, strict=True):
+                self.fill(name, view, 0)
+        elif room is not None and all(other.begin == one.begin + one.nbytes for one, other in pairwise(places)):
             self.fill(names[0], room, 0)
         else:
             self._gather(names, places, views)

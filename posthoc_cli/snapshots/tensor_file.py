@@ -61,7 +61,10 @@ def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
 
 
 class OpenedFile:
-    """A regular file, open for reading at any place by any number of threads; a context manager."""
+    """A regular file, open for reading at any place by any number of threads; a context manager.
+
+    All that readers ask of a file: its `size` and `stamp`, and its bytes at an offset by `read_into`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,6 +75,12 @@ class OpenedFile:
         if not stat.S_ISREG(known.st_mode):
             self.close()
             raise FileFormatError(path, "is not a regular file")
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Another one when the file has been written to."""
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; returns how many, fewer only at the end of the file."""
