@@ -24,6 +24,7 @@ from posthoc_cli.planning.thinning import (
     exchanged,
     losses_of,
     range_of,
+    removal_order,
     snapshots_to_drop,
 )  # fmt: skip
 
@@ -31,5 +32,5 @@ __all__ = [
     "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
     "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_max_error", "check_sigma_range", "check_within",
     "error_curve", "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of",
-    "profile_fit", "propose", "range_of", "relative_rounding", "snapshots_to_drop",
+    "profile_fit", "propose", "range_of", "relative_rounding", "removal_order", "snapshots_to_drop",
 ]  # fmt: skip

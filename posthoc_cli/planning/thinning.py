@@ -50,13 +50,31 @@ def snapshots_to_drop(
         profiles = len({p.gamma for p in snapshots})
         left = thinned_subset(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep)
         beyond = sorted(set(range(len(snapshots))) - set(left))
-    losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
-    column = {index: number for number, index in enumerate(left)}
     ends = {gamma: max(p.t for p in snapshots if p.gamma == gamma) for gamma in {p.gamma for p in snapshots}}
     newest = {index for index, p in enumerate(snapshots) if p.t == ends[p.gamma]}
+    dropped = removal_order(snapshots, prior, left, keep, newest, sigma_range)
+    kept = sorted({*left} - {*dropped})
+    return [*beyond, *exchanged(snapshots, prior, kept, dropped, newest, sigma_range)]
+
+
+def removal_order(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    among: Sequence[int],
+    keep: int,
+    needed: Collection[int],
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+) -> list[int]:
+    """The snapshots to drop of those `among` all, the least needed first, until `keep` of each profile remain.
+
+    `among` and `needed`, which must stay, are indices.
+    """
+    left = list(among)
+    losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
+    column = {index: number for number, index in enumerate(left)}
     counts = Counter(snapshots[i].gamma for i in left)
     dropped: list[int] = []
-    while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]:
+    while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in needed]:
         errors = errors_after_each(losses)[[column[i] for i in may_go]]
         equals = [may_go[place] for place in np.flatnonzero(errors == errors.min())]
         index = _closest_together(snapshots, left, equals)
@@ -64,7 +82,7 @@ def snapshots_to_drop(
         left.remove(index)
         dropped.append(index)
         counts[snapshots[index].gamma] -= 1
-    return [*beyond, *exchanged(snapshots, prior, left, dropped, newest, sigma_range)]
+    return dropped
 
 
 _MOST_EXCHANGED = 16

@@ -24,14 +24,13 @@ from posthoc_cli.planning import (
     USEFUL_RANGE,
     Forecast,
     check_max_error,
-    errors_after_each,
     exchanged,
     forecast,
-    losses_of,
+    removal_order,
     snapshots_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Prior, measured_prior, one_blas_thread, thinned_subset
+from posthoc_cli.reconstruction import measured_prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_directory, remove_leftovers, remove_snapshot
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import source_prior
@@ -39,10 +38,6 @@ from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import Snapshot
 
 log = logging.getLogger(__name__)
-
-_ONE_BY_ONE = 128
-"""Up to this number one snapshot goes between two solves; of more, several: single ones hardly matter."""
-
 
 _MARGIN = 2.0
 """A bound on the error is kept by this factor, since an error may be above the expected one (measured: what was left in
@@ -150,7 +145,8 @@ def plan_pruning(
     staying = {*thinned_subset(profiles, keep=keep or 1), *needed}
     order = _spread_out([index for index in range(len(profiles)) if index not in staying])
     if staying == set(solved):
-        found = removal_order([profiles[index] for index in solved], prior, keep or 1, sigma_range)
+        among = [profiles[index] for index in solved]
+        found = removal_order(among, prior, range(len(among)), keep or 1, _needed(among), sigma_range)
         order += [solved[index] for index in found]
     count = len(order)
     if max_bytes is not None:
@@ -207,29 +203,6 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
     return replace(pruning, deleted=True)
 
 
-def removal_order(
-    profiles: Sequence[PowerFunction], prior: Prior, keep: int, sigma_range: tuple[float, float]
-) -> list[int]:
-    """Indices of snapshots to delete until `keep` of each profile are left, the least needed first."""
-    needed = _needed(profiles)
-    left = list(range(len(profiles)))
-    order: list[int] = []
-    losses = losses_of(profiles, prior, sigma_range)
-    while True:
-        counts = Counter(profiles[index].gamma for index in left)
-        may_go = [index for index in left if index not in needed and counts[profiles[index].gamma] > keep]
-        if not may_go:
-            return order
-        after = errors_after_each(losses)
-        ranked = sorted(may_go, key=lambda index: (after[index], -profiles[index].t))
-        for index in _apart(ranked, left, profiles, max(1, (len(left) - _ONE_BY_ONE) // 24)):
-            if counts[profiles[index].gamma] > keep:
-                counts[profiles[index].gamma] -= 1
-                losses.lose(index)
-                left.remove(index)
-                order.append(index)
-
-
 def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
     """Indices of the newest of each profile, and of those of the newest time that has all."""
     times = {gamma: {p.t for p in profiles if p.gamma == gamma} for gamma in {p.gamma for p in profiles}}
@@ -242,19 +215,6 @@ def _spread_out(indices: Sequence[int]) -> list[int]:
     """The same in an order whose every beginning is spread evenly over them: by the reversed bits of their places."""
     bits = len(indices).bit_length()
     return [indices[place] for place in sorted(range(len(indices)), key=lambda place: f"{place:0{bits}b}"[::-1])]
-
-
-def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerFunction], most: int) -> list[int]:
-    """Up to `most` of the first ones, no two neighbours in time: each is needed more without the other."""
-    rows = sorted(left, key=lambda index: (profiles[index].gamma, profiles[index].t))
-    place = {index: row for row, index in enumerate(rows)}
-    chosen: list[int] = []
-    taken: set[int] = set()
-    for index in ranked:
-        if len(chosen) < most and not taken & {place[index] - 1, place[index] + 1}:
-            chosen.append(index)
-            taken.add(place[index])
-    return chosen
 
 
 def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,18 +211,23 @@ def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begi
         whole[start + position] ^= 1
 
 
-class Elsewhere(Part):
+class Remote(nullcontext[Any]):
     """A file that is not on this machine, and is read by ranges of bytes."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self._data = path, path.read_bytes()
+        self.size = self.stamp = len(self._data)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        found = self._data[offset : offset + len(view)]
+        view[: len(found)] = found
+        return len(found)
+
+
+class Elsewhere(Part):
     def open(self) -> Any:
-        data = self.path.read_bytes()
-
-        def read_into(view: memoryview, offset: int) -> int:
-            found = data[offset : offset + len(view)]
-            view[: len(found)] = found
-            return len(found)
-
-        return nullcontext(SimpleNamespace(path=self.path, read_into=read_into))
+        return Remote(self.path)
 
 
 @pytest.mark.usefixtures("_small_blocks")
