@@ -7,16 +7,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from posthoc_cli.tracker import staging
-from posthoc_cli.tracker.averages import Layout, lay_out
-from posthoc_cli.tracker.staging import ModelCopier, ModelCopy, locate
+from posthoc_cli.snapshots.reading import ElementRange
+from posthoc_cli.tracker import layout, staging
+from posthoc_cli.tracker.layout import HostTensors, Layout, current, lay_out, sources_of
+from posthoc_cli.tracker.staging import ModelCopier, ModelCopy
 
 
 class Event:
@@ -115,7 +115,7 @@ class SimulatedDevice:
         def empty(elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
             assert pin_memory == (device is None)
             made = torch.zeros(elements, dtype=dtype)
-            return made if device is None else made.as_subclass(OnDevice)
+            return made.as_subclass(OnDevice) if device is not None and device.type == "cuda" else made
 
         proxy.empty = empty
         return proxy
@@ -123,19 +123,20 @@ class SimulatedDevice:
 
 @pytest.fixture(params=range(20))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    """From the tenth on one without free memory, and with tensors of several chunks."""
+    """From the tenth on one without free memory, and with tensors of several slabs."""
     simulated = SimulatedDevice(request.param)
     if request.param >= 10:
         simulated.free = 0
-        monkeypatch.setattr(staging, "CHUNK_BYTES", 16)
-        monkeypatch.setattr(staging, "REST_BYTES", 8)
+        for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
+            monkeypatch.setattr(layout, name, elements)
 
     def on_devices(tensors: Mapping[str, torch.Tensor]) -> Layout:
         """float64 on a second device."""
         numbers = {torch.float64: 1}
         return tuple(replace(g, device=torch.device("cuda", numbers.get(g.dtype, 0))) for g in lay_out(tensors))
 
-    monkeypatch.setattr(staging, "torch", simulated.as_torch())
+    for module in (staging, layout):
+        monkeypatch.setattr(module, "torch", simulated.as_torch())
     monkeypatch.setattr(staging, "lay_out", on_devices)
     return simulated
 
@@ -146,8 +147,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def expected(copy: ModelCopy, number: int) -> bool:
-    parts = [part for parts in copy.arrived().parts.values() for part in parts]
-    return all(bool((value == torch.tensor(number, dtype=value.dtype)).all()) for value in parts)
+    values = copy.arrived()
+    return all(bool((values.values(tile) == number).all()) for tile in values.tiles)
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
@@ -157,7 +158,7 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
     def check() -> None:
         number, staged = waiting.popleft()
-        assert staged.host.parts.keys() == values.keys()
+        assert {name for bucket in staged.host.layout for name in bucket.names} == values.keys()
         assert expected(staged, number)
         stager.give_back(staged)
 
@@ -185,7 +186,7 @@ def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: Simula
 
 
 def test_training_waits_for_the_host_only_where_memory_is_short(device: SimulatedDevice) -> None:
-    """All of a copy is out of training's way at once, or what goes into two chunks a device."""
+    """All of a copy is out of training's way at once, or what goes into two slabs a device."""
     values, stager = tensors(), ModelCopier()
     first = stager.copy(values)
     host = sum(value.nbytes for value in values.values())
@@ -198,7 +199,7 @@ def test_training_waits_for_the_host_only_where_memory_is_short(device: Simulate
         assert not device.training.work
     else:
         assert len(buffers) == 4
-        assert stager.nbytes <= host + 4 * staging.CHUNK_BYTES
+        assert stager.nbytes <= host + 4 * 4 * 8  # bytes of a slab
         assert device.training.work
     first.arrived()
     device.run(only=device.training)
@@ -215,30 +216,29 @@ def test_buffers_are_used_again_and_others_are_made_for_other_tensors(device: Si
     stager.give_back(first)
     assert stager.copy(values).host is first.host
     other = stager.copy({"a": values["a"].fill_(7)})
-    assert other.arrived().parts.keys() == {"a"}
+    assert [bucket.names for bucket in other.host.layout] == [("a",)]
     assert expected(other, 7)
 
 
-@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
-@pytest.mark.parametrize("count", [0, 1, 1000, 2**16 + 1, 2**20 - 3, 2**28 + 12345])
-def test_chunks_of_pinned_memory_are_not_rounded_up(count: int, itemsize: int) -> None:
-    """torch takes a power of two for each: all but the last bytes have one already."""
-    bounds = staging.chunk_bounds(count, itemsize)
-    sizes = [(end - begin) * itemsize for begin, end in pairwise(bounds)]
-    assert sum(sizes) == count * itemsize
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 1000, 2**22 + 1, 2**24 - 3, 2**27 + 12345])
+def test_slabs_of_pinned_memory_are_not_rounded_up(count: int, dtype: torch.dtype) -> None:
+    """torch takes a power of two of bytes for each: all but the last elements have one already."""
+    host = HostTensors(lay_out({"a": torch.empty(1, dtype=dtype).expand(count)}))
+    sizes = [slab.nbytes for slab in host.slabs[0]]
+    assert sum(sizes) == count * dtype.itemsize
     taken = sum(2 ** (size - 1).bit_length() for size in sizes)
-    assert taken < count * itemsize + staging.REST_BYTES
-    assert all(size <= staging.CHUNK_BYTES for size in sizes)
+    assert taken < (count + layout.DEVICE_TILE) * dtype.itemsize
+    assert all(size <= layout.SLAB * dtype.itemsize for size in sizes)
+    assert all(edge % layout.DEVICE_TILE == 0 for edge in host.edges[0][:-1])
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_ranges_of_tensors_in_parts_are_row_major(turned: bool) -> None:
+def test_ranges_of_tensors_are_row_major(turned: bool) -> None:
     whole = torch.arange(5 * 6 * 2).reshape(6, 5, 2).transpose(0, 1) if turned else torch.arange(60).reshape(5, 6, 2)
-    flat = whole.reshape(-1)
-    for parts in ([whole], [flat[:7], flat[7:8], flat[8:]]):
-        for begin, end in ((0, 60), (3, 4), (5, 30), (59, 60), (13, 49)):
-            assert torch.equal(staging.elements(parts, begin, end), flat[begin:end])
-        assert all(int(part.reshape(-1)[at]) == int(flat[k]) for k in range(60) for part, at in [locate(parts, k)])
+    for begin, end in ((0, 60), (3, 4), (5, 30), (59, 60), (13, 49)):
+        (found,) = current(sources_of({"a": whole}, [ElementRange("a", begin, end)]))
+        assert torch.equal(found, whole.reshape(-1)[begin:end])
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
