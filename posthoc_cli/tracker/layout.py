@@ -183,20 +183,14 @@ Source = torch.Tensor | tuple[torch.Tensor, int, int]
 """A flat tensor, or elements of one that is not contiguous."""
 
 
-def sources_of(tensors: Mapping[str, torch.Tensor], ranges: Iterable[ElementRange]) -> list[Source]:
-    """Ranges of tensors, of which they hold views."""
-    own = [(tensors[name].detach(), begin, end) for name, begin, end in ranges]
-    return [
-        tensor.view(-1)[begin:end] if tensor.is_contiguous() else (tensor, begin, end) for tensor, begin, end in own
-    ]
+def _source(tensor: torch.Tensor, begin: int, end: int) -> Source:
+    return tensor.view(-1)[begin:end] if tensor.is_contiguous() else (tensor, begin, end)
 
 
-def current(sources: Sequence[Source]) -> list[torch.Tensor]:
-    """Their values as they are now, flat."""
-    return [one if isinstance(one, torch.Tensor) else _elements(*one) for one in sources]
-
-
-def _elements(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+def _current(source: Source) -> torch.Tensor:
+    if isinstance(source, torch.Tensor):
+        return source
+    tensor, begin, end = source
     row = tensor[0].numel()  # a copy of the rows that hold them
     first = begin // row
     return tensor[first : -(-end // row)].reshape(-1)[begin - first * row : end - first * row]
@@ -220,7 +214,8 @@ class TileReader:
     def of_tensors(cls, layout: Layout, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> TileReader:
         """A reader of tensors by name."""
         ranges = [own for bucket in layout for own in bucket.cut(bucket.edges())]
-        return cls(layout, [sources_of(tensors, own) for own in ranges], threads)
+        held = {name: tensor.detach() for name, tensor in tensors.items()}
+        return cls(layout, [[_source(held[name], *ends) for name, *ends in own] for own in ranges], threads)
 
     @classmethod
     def of_host(cls, host: HostTensors, threads: int = 1) -> TileReader:
@@ -232,9 +227,13 @@ class TileReader:
         """Bytes of memory for values on their way."""
         return sum(room.nbytes for own in self._scratch for room in own)
 
+    def current(self, tile: Tile) -> list[torch.Tensor]:
+        """A tile's values as they are now, in flat tensors, one after the other."""
+        return [*map(_current, self._sources[tile.number])]
+
     def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
         """A tile's values, flat, in the averages' dtype; valid until the same thread's next call."""
-        first, *others = found = current(self._sources[tile.number])
+        first, *others = found = self.current(tile)
         room = self._scratch[thread][tile.bucket][: tile.end - tile.begin]
         if not others and first.dtype == room.dtype:
             return first
@@ -245,9 +244,9 @@ class TileReader:
         totals: dict[int, list[torch.Tensor]] = {tile.bucket: [] for tile in self.tiles}
 
         def add(tile: Tile, thread: int) -> None:  # no nan and no infinity can hide in a sum
-            first, *others = self._sources[tile.number]
-            plain = not others and isinstance(first, torch.Tensor) and first.dtype in _LIKE_FLOAT32
-            totals[tile.bucket].append((first if plain else self.values(tile, thread)).sum())  # type: ignore[union-attr]
+            first, *others = self.current(tile)
+            plain = not others and first.dtype in _LIKE_FLOAT32
+            totals[tile.bucket].append((first if plain else self.values(tile, thread)).sum())
 
         crew.each(add, self.tiles)
         return all(bool(torch.stack(own).isfinite().all()) for own in totals.values())

@@ -172,11 +172,11 @@ class Pipeline:
             self._beside = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         refused = None
+        values = self._source_of(tensors)
         if self._beside:
-            copy, marks = self._copier.copy(tensors.averaged), self._streams.marks(copies.values())
+            copy, marks = self._copier.copy(values), self._streams.marks(copies.values())
             self._updates.submit(lambda: self._update_beside(copy, copies, progress, marks))
         else:
-            values = self._source_of(tensors)
             devices = [bucket.device for bucket in values.layout] + [copy.device for copy in copies.values()]
             streams = self._streams.current(devices)
             refused = self._updates.call(lambda: self._update_here(values, copies, progress, streams))
@@ -358,11 +358,12 @@ class Pipeline:
 
     @torch.inference_mode(False)  # scratch made in inference mode could never be written to outside
     def _source_of(self, tensors: ModelTensors) -> TileReader:
-        """The model's tensors as an update reads them."""
+        """The model's tensors, to be read by an update or to be copied."""
         if self._source is None or self._source[0] is not tensors:
             self._source = None  # also where making the next one fails
             layout = lay_out(tensors.averaged)
-            self._source = tensors, TileReader.of_tensors(layout, tensors.averaged, self._crew_for(layout).size)
+            threads = 0 if self._beside else self._crew_for(layout).size
+            self._source = tensors, TileReader.of_tensors(layout, tensors.averaged, threads)
         return self._source[1]
 
     def _crew_for(self, layout: Layout) -> Crew:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, groupby, pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,8 @@ from posthoc_cli.tracker.layout import (
     Tile,
     TileReader,
     Values,
-    current,
     joined,
-    lay_out,
     on_host,
-    sources_of,
     tiles_of,
 )
 from posthoc_cli.tracker.measuring import Subset
@@ -91,10 +88,10 @@ class DeviceStreams:
 
 
 class _Ring:
-    """An accelerator's memory through which slabs go to the host, in a stream of its own while training goes on.
+    """An accelerator's memory through which tiles go to the host, in a stream of its own while training goes on.
 
     It holds all of them where that is a small share of the free memory. Else the training's stream waits, with the
-    copying of a slab, until the one that was in its place before has left.
+    copying of a tile, until the one that was in its place before has left.
     """
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
@@ -108,18 +105,18 @@ class _Ring:
         self._sent: list[Any] = [None] * count
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
-    def send(self, number: int, values: list[torch.Tensor], slab: torch.Tensor) -> Any:
-        """Have the slab of this number, from 0 on, filled; returns the event after which it is."""
+    def send(self, number: int, values: list[torch.Tensor], room: torch.Tensor) -> Any:
+        """Have the tile of this number, from 0 on, copied into room on the host; returns the event after it."""
         cuda: Any = torch.cuda
         place, training = number % len(self._buffers), cuda.current_stream(self._device)
         if self._sent[place] is not None:
             training.wait_event(self._sent[place])
         buffer = self._buffers[place]
-        room = buffer[: slab.nbytes].view(slab.dtype)
-        _fill(room, values)
+        passing = buffer[: room.nbytes].view(room.dtype)
+        _fill(passing, values)
         self._stream.wait_stream(training)
         with cuda.stream(self._stream):
-            slab.copy_(room, non_blocking=True)
+            room.copy_(passing, non_blocking=True)
         # A thread that waits for a blocking event sleeps, and takes no core from the training.
         self._sent[place] = self._stream.record_event(cuda.Event(blocking=True))
         # When it is freed, torch must not use its memory again before both streams are done with it.
@@ -160,56 +157,46 @@ class ModelCopier:
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
         self._free: deque[ModelCopy] = deque(maxlen=1)  # one is enough, and old layouts go
-        self._last: _Sources | None = None
+        self._layout: Layout = ()
+        self._rings: dict[torch.device, _Ring] = {}
         self._host_bytes = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        last = self._last
-        return self._host_bytes + (0 if last is None else sum(ring.nbytes for ring in last.rings.values()))
+        return self._host_bytes + sum(ring.nbytes for ring in self._rings.values())
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, tensors: Mapping[str, torch.Tensor]) -> ModelCopy:
-        """A copy of tensors as they are now; `give_back` it."""
-        last = self._last
-        layout = lay_out(tensors) if last is None or last.tensors is not tensors else last.layout
+    def copy(self, model: TileReader) -> ModelCopy:
+        """A copy of the values as they are now; `give_back` it."""
+        layout, sizes = model.layout, defaultdict(list)
+        if layout != self._layout:
+            for tile in model.tiles:
+                if (bucket := layout[tile.bucket]).device.type == "cuda":
+                    sizes[bucket.device].append((tile.end - tile.begin) * bucket.dtype.itemsize)
+            self._rings = {device: _Ring(device, own) for device, own in sizes.items()}
+            self._layout = layout
         copy = self._free.pop() if self._free else None
         if copy is None or copy.host.layout != on_host(layout):
-            host = HostTensors(on_host(layout), any(bucket.device.type == "cuda" for bucket in layout))
+            host = HostTensors(on_host(layout), pinned=bool(self._rings))
             copy = ModelCopy(host, TileReader.of_host(host, self._threads))
             self._host_bytes = host.nbytes
-        if last is None or last.tensors is not tensors:
-            last = self._last = _Sources(tensors, layout, copy.host)
-        events = []
+        events: dict[torch.device, Any] = {}
         counts: dict[torch.device, int] = defaultdict(int)
-        for device, sources, slab in zip(last.devices, last.sources, chain(*copy.host.slabs), strict=True):
-            if device in last.rings:
-                events.append(last.rings[device].send(counts[device], current(sources), slab))
+        for tile in model.tiles:
+            device = layout[tile.bucket].device
+            (room,) = copy.host.flat(tile.bucket, tile.begin, tile.end)
+            if device in self._rings:  # its stream keeps order: the last event is enough
+                events[device] = self._rings[device].send(counts[device], model.current(tile), room)
                 counts[device] += 1
             else:
-                _fill(slab, current(sources))
-        return replace(copy, events=tuple(events))
+                _fill(room, model.current(tile))
+        return replace(copy, events=tuple(events.values()))
 
     def give_back(self, copy: ModelCopy) -> None:
         """Take back a copy that has arrived and is no longer needed; from any thread."""
         self._free.append(copy)
-
-
-class _Sources:
-    """What goes into each slab of a copy, and through which memory of an accelerator."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], layout: Layout, host: HostTensors) -> None:
-        self.tensors, self.layout = tensors, layout
-        ranges = (own for bucket, edges in zip(layout, host.edges, strict=True) for own in bucket.cut(edges))
-        self.sources = [sources_of(tensors, own) for own in ranges]
-        self.devices = [bucket.device for bucket, slabs in zip(layout, host.slabs, strict=True) for _ in slabs]
-        sizes: dict[torch.device, list[int]] = defaultdict(list)
-        for device, slab in zip(self.devices, chain(*host.slabs), strict=True):
-            if device.type == "cuda":
-                sizes[device].append(slab.nbytes)
-        self.rings = {device: _Ring(device, own) for device, own in sizes.items()}
 
 
 # --- what is stored of averages

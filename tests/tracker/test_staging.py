@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker import layout, staging
-from posthoc_cli.tracker.layout import HostTensors, Layout, current, lay_out, sources_of
+from posthoc_cli.tracker.layout import HostTensors, TileReader, lay_out
 from posthoc_cli.tracker.staging import ModelCopier, ModelCopy
 
 
@@ -130,20 +129,21 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
         for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
             monkeypatch.setattr(layout, name, elements)
 
-    def on_devices(tensors: Mapping[str, torch.Tensor]) -> Layout:
-        """float64 on a second device."""
-        numbers = {torch.float64: 1}
-        return tuple(replace(g, device=torch.device("cuda", numbers.get(g.dtype, 0))) for g in lay_out(tensors))
-
     for module in (staging, layout):
         monkeypatch.setattr(module, "torch", simulated.as_torch())
-    monkeypatch.setattr(staging, "lay_out", on_devices)
     return simulated
 
 
 def tensors() -> dict[str, torch.Tensor]:
     dtypes = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32, "d": torch.float64}
     return {name: torch.zeros(3, 2, dtype=dtype) for name, dtype in dtypes.items()}
+
+
+def on_devices(tensors: Mapping[str, torch.Tensor]) -> TileReader:
+    """A reader of tensors as if they were on devices, float64 on a second one."""
+    numbers = {torch.float64: 1}
+    places = tuple(replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in lay_out(tensors))
+    return TileReader.of_tensors(places, tensors, threads=0)
 
 
 def expected(copy: ModelCopy, number: int) -> bool:
@@ -165,7 +165,7 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
     for number in range(1, 8):
         for tensor in values.values():
             device.training.add(lambda tensor=tensor, number=number: tensor.fill_(number))
-        waiting.append((number, stager.copy(values)))
+        waiting.append((number, stager.copy(on_devices(values))))
         device.some()
         if len(waiting) > device.draw.randrange(3):
             check()
@@ -176,10 +176,10 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: SimulatedDevice) -> None:
     """Training is as far ahead of the other streams as it can be."""
     values, stager = tensors(), ModelCopier()
-    staged = [stager.copy(values)]
+    staged = [stager.copy(on_devices(values))]
     for tensor in values.values():
         device.training.add(lambda tensor=tensor: tensor.fill_(1))
-    staged.append(stager.copy(values))
+    staged.append(stager.copy(on_devices(values)))
     device.run(only=device.training)
     for number, one in enumerate(staged):
         assert expected(one, number)
@@ -188,7 +188,7 @@ def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: Simula
 def test_training_waits_for_the_host_only_where_memory_is_short(device: SimulatedDevice) -> None:
     """All of a copy is out of training's way at once, or what goes into two slabs a device."""
     values, stager = tensors(), ModelCopier()
-    first = stager.copy(values)
+    first = stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
     # Freed, a buffer is not given to the training before the other stream has read it.
@@ -204,18 +204,18 @@ def test_training_waits_for_the_host_only_where_memory_is_short(device: Simulate
     first.arrived()
     device.run(only=device.training)
     assert not device.training.work
-    stager.copy(values)
+    stager.copy(on_devices(values))
     device.run(only=device.training)
     assert bool(device.training.work) == (not device.free)
 
 
 def test_buffers_are_used_again_and_others_are_made_for_other_tensors(device: SimulatedDevice) -> None:
     values, stager = tensors(), ModelCopier()
-    first = stager.copy(values)
+    first = stager.copy(on_devices(values))
     first.arrived()
     stager.give_back(first)
-    assert stager.copy(values).host is first.host
-    other = stager.copy({"a": values["a"].fill_(7)})
+    assert stager.copy(on_devices(values)).host is first.host
+    other = stager.copy(on_devices({"a": values["a"].fill_(7)}))
     assert [bucket.names for bucket in other.host.layout] == [("a",)]
     assert expected(other, 7)
 
@@ -233,12 +233,18 @@ def test_slabs_of_pinned_memory_are_not_rounded_up(count: int, dtype: torch.dtyp
     assert all(edge % layout.DEVICE_TILE == 0 for edge in host.edges[0][:-1])
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_ranges_of_tensors_are_row_major(turned: bool) -> None:
-    whole = torch.arange(5 * 6 * 2).reshape(6, 5, 2).transpose(0, 1) if turned else torch.arange(60).reshape(5, 6, 2)
-    for begin, end in ((0, 60), (3, 4), (5, 30), (59, 60), (13, 49)):
-        (found,) = current(sources_of({"a": whole}, [ElementRange("a", begin, end)]))
-        assert torch.equal(found, whole.reshape(-1)[begin:end])
+def test_tiles_are_row_major_whatever_the_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "TILE", 7)
+    turned = torch.arange(5 * 6 * 2.0).reshape(6, 5, 2).transpose(0, 1)
+    tensors = {
+        "a": torch.arange(3.0),
+        "turned": turned,
+        "b": torch.arange(50.0).reshape(5, 10),
+        "scalar": torch.ones(()),
+    }
+    reader = TileReader.of_tensors(lay_out(tensors), tensors)
+    found = torch.cat([reader.values(tile).clone() for tile in reader.tiles])
+    assert torch.equal(found, torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -258,7 +264,7 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.copy(averaged)))
+            waiting.append((number, stager.copy(TileReader.of_tensors(lay_out(averaged), averaged, 0))))
             if len(waiting) == 2:
                 first, staged = waiting.popleft()
                 assert expected(staged, first)
