@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.profiles import new_value_share
-from posthoc_cli.tracker.averages import BlockReader, Range, RunningAverages, lay_out
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.layout import Tile, TileReader, lay_out
 
 Weights = npt.NDArray[np.float64]
 SIZE = 400
@@ -88,8 +89,8 @@ def main() -> None:
     asked = parser.parse_args()
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         averages, _ = _started(torch.zeros(1_000_000, dtype=dtype), asked.sigma_rels)
-        assert averages.accumulators is not None
-        nbytes = sum(flat.nbytes for part in averages.accumulators.parts for flat in part.flats) / 1_000_000
+        assert averages.tensors is not None
+        nbytes = averages.tensors.nbytes / 1_000_000
         print(f"{nbytes:g} bytes a parameter of {dtype}, {len(asked.sigma_rels)} profiles")
     print(f"update_every={asked.update_every}; errors for sigma_rel {' / '.join(f'{s:g}' for s in asked.sigma_rels)}")
     for name, case in CASES.items():
@@ -120,7 +121,9 @@ def measure(path: Iterator[Weights], asked: argparse.Namespace) -> list[str]:
         if updates < looked and step < asked.steps:
             continue
         looked = updates * 10**0.05
-        found = [averages.values(Range(0, 0, len(weights)), profile).double().numpy() for profile in range(len(truth))]
+        found = [
+            averages.values(Tile(0, 0, 0, len(weights)), profile).double().numpy() for profile in range(len(truth))
+        ]
         errors = [np.linalg.norm(f - e) / np.linalg.norm(e) for f, e in zip(found, truth, strict=True)]
         worst = np.maximum(worst, errors)
         if step == asked.steps:
@@ -132,9 +135,9 @@ def _shown(errors: npt.ArrayLike) -> str:
     return " / ".join(f"{error:.1e}" for error in np.asarray(errors))
 
 
-def _started(model: torch.Tensor, sigma_rels: tuple[float, ...]) -> tuple[RunningAverages, BlockReader]:
+def _started(model: torch.Tensor, sigma_rels: tuple[float, ...]) -> tuple[RunningAverages, TileReader]:
     tensors = {"weights": model}
-    averages, reader = RunningAverages.none_yet(sigma_rels), BlockReader.of_tensors(lay_out(tensors), tensors)
+    averages, reader = RunningAverages.none_yet(sigma_rels), TileReader.of_tensors(lay_out(tensors), tensors)
     if model.numel() > SIZE:
         averages.update_(reader, {}, 1.0, 1)
     return averages, reader

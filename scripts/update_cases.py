@@ -15,7 +15,7 @@ import torch
 from synthesis_cases import TRACKED, without_noise
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.averages import BlockReader, FlatTensors, lay_out
+from posthoc_cli.tracker.layout import FlatTensors, TileReader, lay_out
 
 LATE = 1e6
 """Time in a long run, when averages take in means of many updates; at the beginning these are of one."""
@@ -215,8 +215,8 @@ def start_diffusers(
 def start_plain_lerp(model: torch.nn.Module, _: Path) -> Updates:
     """Float32 averages block by block, each changed in place by every update: what ours did, and what stops moving."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    reader = BlockReader.of_tensors(lay_out(parameters), parameters)
-    averages = [FlatTensors(reader.layout, [group.wide for group in reader.layout]) for _ in TRACKED]
+    reader = TileReader.of_tensors(lay_out(parameters), parameters)
+    averages = [FlatTensors(reader.layout, [bucket.wide for bucket in reader.layout]) for _ in TRACKED]
     for average in averages:
         for name, view in average.views.items():
             view.copy_(parameters[name])
@@ -224,11 +224,11 @@ def start_plain_lerp(model: torch.nn.Module, _: Path) -> Updates:
     @torch.no_grad()
     def update() -> None:
         assert reader.surely_finite()
-        for block in reader.blocks:
-            own = reader.values(block)
+        for tile in reader.tiles:
+            own = reader.values(tile)
             for average in averages:
-                part = average.flats[block.group][block.begin : block.end]
-                torch.lerp(part, own, 1 - DECAY, out=part)
+                kept = average.flats[tile.bucket][tile.where]
+                torch.lerp(kept, own, 1 - DECAY, out=kept)
 
     return Updates(update, partial(wait_for_device, device_of(model)))
 

@@ -49,7 +49,6 @@ from posthoc_cli.tracker.sharding import (
 from posthoc_cli.tracker.snapshotter import (
     LiveSource,
     current_sources,
-    live_sources,
     measured,
     run_snapshots,
     with_older,
@@ -170,8 +169,8 @@ class Evaluation:
         return sources
 
     def live(self) -> list[LiveSource]:
-        """The live averages that this process keeps, see `Pipeline.look`."""
-        return live_sources(self.settings, self.pipeline.look())
+        """The live averages that this process keeps, see `Pipeline.live`."""
+        return self.pipeline.live()
 
     def _complete_live(self, index: int) -> Weights:
         self._check_keeps()

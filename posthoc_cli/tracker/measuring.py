@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -28,42 +27,13 @@ from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from posthoc_cli.tracker.averages import Layout, Range, RunningAverages, blocks_of
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.layout import Elements, Layout, Values, joined, tiles_of
 
 log = logging.getLogger(__name__)
 
 MEASURED_ELEMENTS = 2**19
 """Elements that are measured of a large model, about."""
-
-CHUNK = 131_072
-"""Elements of a snapshot, or of a live average, that are read at a time."""
-
-Values = npt.NDArray[Any]
-
-
-class Elements:
-    """Some elements of a layout's tensors, by their places in the buffer of each group, in order."""
-
-    def __init__(self, layout: Layout, places: Sequence[Values]) -> None:
-        self.layout = layout
-        self.places = [
-            own.astype(np.int32 if group.bounds[-1] < 2**31 else np.int64)
-            for own, group in zip(places, layout, strict=True)
-        ]
-        self._on_device = [torch.from_numpy(own).to(g.device) for own, g in zip(self.places, layout, strict=True)]
-
-    def room(self) -> list[torch.Tensor]:
-        """Memory for their values, one a group."""
-        pairs = zip(self.places, self.layout, strict=True)
-        return [torch.zeros(len(own), dtype=group.wide, device=group.device) for own, group in pairs]
-
-    def take(self, block: Range, values: torch.Tensor, room: Sequence[torch.Tensor]) -> None:
-        """Put those of a block, which has these values, in their room."""
-        known = self.places[block.group]
-        first, last = bisect_left(known, block.begin), bisect_left(known, block.end)
-        if first < last:
-            own = self._on_device[block.group][first:last] - block.begin
-            torch.index_select(values, 0, own, out=room[block.group][first:last])
 
 
 class Subset(Elements):
@@ -81,12 +51,8 @@ class Subset(Elements):
     def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
         wanted = frozenset(measured)
         spans = [
-            [
-                (name, begin, end)
-                for name, (begin, end) in zip(group.names, pairwise(group.bounds), strict=True)
-                if name in wanted and begin < end
-            ]
-            for group in layout
+            [(name, begin, end) for name, (begin, end) in bucket.places.items() if name in wanted and begin < end]
+            for bucket in layout
         ]
         self.sizes = {name: end - begin for own in spans for name, begin, end in own}
         most, share = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS), MEASURED_ELEMENTS // max(1, len(self.sizes))
@@ -98,53 +64,24 @@ class Subset(Elements):
         counts = [len(one) for own in drawn for one in own]
         self.edges = np.array([0, *accumulate(counts)], np.int64)
         self.scales = np.array([*self.sizes.values()], np.float64) / np.array(counts, np.float64)
-        edges, slabs = iter(self.edges.tolist()), [0]
-        self._drawn: dict[str, tuple[Values, int, int]] = {}  # places, begin in the buffer, and edge of each tensor
-        for own, places in zip(spans, self.places, strict=True):
-            at = 0
-            for name, begin, _ in own:
-                count = counts[len(self._drawn)]
-                self._drawn[name] = places[at : at + count], begin, next(edges)
-                at += count
-        for number, edge in enumerate(self.edges.tolist()):
-            if number and (edge - self.edges[slabs[-1]] > CHUNK or number == len(counts)):
-                slabs.append(number)
-        self._slabs = [*pairwise(slabs)]  # tensors whose squares are added up at a time
-
-    def joined(self, room: Sequence[torch.Tensor]) -> Values:
-        """Values of all groups, on the host: shape [elements]."""
-        parts = [own.cpu().numpy() for own in room]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
-
-    @torch.no_grad()
-    def of_average(self, averages: RunningAverages, index: int) -> Values:
-        """Their values in the average of that index."""
-        room = self.room()
-        for block in blocks_of(self.layout):
-            self.take(block, averages.values(block, index), room)
-        return self.joined(room)
 
     def read(self, read: Callable[[Sequence[ElementRange]], Sequence[torch.Tensor]]) -> Values:
         """Their values in tensors of which `read` gives ranges; each is read from its beginning to its end."""
-        exact = any(group.wide == torch.float64 for group in self.layout)
-        found = torch.empty(int(self.edges[-1]), dtype=torch.float64 if exact else torch.float32)
-        for ranges in _chunks_of(self.sizes):
-            for (name, begin, end), values in zip(ranges, read(ranges), strict=True):
-                places, first, edge = self._drawn[name]
-                at, last = (bisect_left(places, first + place) for place in (begin, end))
-                own = torch.from_numpy(places[at:last].astype(np.int64) - (first + begin))
-                found[edge + at : edge + last] = values.to(found.dtype)[own]
-        return found.numpy()
+        room = [torch.zeros(len(own), dtype=b.wide) for own, b in zip(self.places, self.layout, strict=True)]
+        for bucket, places, own in zip(self.layout, self.places, room, strict=True):
+            for ranges in bucket.cut(bucket.edges()):
+                wanted = [one for one in ranges if one.name in self.sizes]
+                for (name, begin, end), values in zip(wanted, read(wanted), strict=True):
+                    first = bucket.places[name][0] + begin
+                    at, last = np.searchsorted(places, (first, first + end - begin))
+                    own[at:last] = values.to(own.dtype)[torch.from_numpy(places[at:last] - first)]
+        return joined(room)
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
         """The squared norm of each tensor, or its squared distance from others: shape [tensors]."""
-        found = np.zeros(len(self.sizes))
         with np.errstate(over="ignore", invalid="ignore"):
-            for begin, end in self._slabs:
-                first, last = self.edges[[begin, end]]
-                own = values[first:last] if others is None else values[first:last] - others[first:last]
-                found[begin:end] = np.add.reduceat(np.square(own, dtype=np.float64), self.edges[begin:end] - first)
-            return np.asarray(self.scales * found)
+            squares = np.square(values if others is None else values - others, dtype=np.float64)
+            return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
 
     def squared(self, values: Values, others: Values | None = None) -> float:
         """The same of all tensors together."""
@@ -169,31 +106,17 @@ def _drawn(name: str, size: int, among: int) -> Values:
     return np.asarray(firsts[firsts < size])
 
 
-def _chunks_of(sizes: Mapping[str, int]) -> Iterator[list[ElementRange]]:
-    """Ranges of tensors of these numbers of elements, about `CHUNK` at a time: several tensors, or a part of one."""
-    ranges: list[ElementRange] = []
-    size = 0
-    for name, count in sizes.items():
-        for begin in range(0, count, CHUNK):
-            end = min(begin + CHUNK, count)
-            if size + end - begin > CHUNK:
-                yield ranges
-                ranges, size = [], 0
-            ranges.append(ElementRange(name, begin, end))
-            size += end - begin
-    if ranges:
-        yield ranges
-
-
 def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
     """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
-    kept = averages.accumulators
+    kept = averages.tensors
     assert kept is not None
-    subset = Subset(kept.layout, measured)
-    return {
-        sigma_rel: subset.squared(subset.of_average(averages, index))
-        for index, sigma_rel in enumerate(averages.sigma_rels)
-    }
+    subset, found = Subset(kept.layout, measured), {}
+    for index, sigma_rel in enumerate(averages.sigma_rels):
+        room = subset.room()
+        for tile in tiles_of(kept.layout):
+            subset.take(tile, averages.values(tile, index), room)
+        found[sigma_rel] = subset.squared(joined(room))
+    return found
 
 
 def measurements(
@@ -243,11 +166,11 @@ def measurements(
 
 def _of_earlier(snapshot: StoredSnapshot, subset: Subset, chunks: Mapping[str, Chunk]) -> Values | None:
     """Values of the subset in a snapshot; None where that cannot be read, with a warning."""
-    shapes = {name: shape for group in subset.layout for name, shape in zip(group.names, group.shapes, strict=True)}
+    shapes = {n: shape for bucket in subset.layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
     boxes = {name: chunk.box(shapes[name]) for name, chunk in chunks.items() if name in shapes}
     try:
         with _opened(snapshot, boxes) as file:
-            return subset.read(_Verified(file).read)
+            return subset.read(_ranges_in(file))
     except PostHocError as error:
         log.warning("%s; new snapshots are written without their distance to it", error)
         return None
@@ -266,20 +189,19 @@ def _opened(snapshot: StoredSnapshot, boxes: Mapping[str, Box]) -> TensorReader:
     return file
 
 
-class _Verified:
-    """Reads ranges of a file's tensors, of each in order from its beginning."""
+def _ranges_in(file: TensorReader) -> Callable[[Sequence[ElementRange]], list[torch.Tensor]]:
+    """Gives ranges of a file's tensors, flat and verified, of each in order from its beginning."""
+    readers: dict[str, Any] = {}
 
-    def __init__(self, file: TensorReader) -> None:
-        self._file, self._readers = file, dict[str, Any]()
-
-    def read(self, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        """The values, flat."""
+    def read(ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         found = []
         for name, begin, end in ranges:
-            entry = self._file.header.tensors[name]
+            entry = file.header.tensors[name]
             if begin == 0:
-                self._readers[name] = self._file.read_range(name, 0, entry.nbytes)
+                readers[name] = file.read_range(name, 0, entry.nbytes)
             data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
-            self._readers[name].read_into(data.data)
+            readers[name].read_into(data.data)
             found.append(tensor_from_bytes(data, entry.dtype, (end - begin,)))
         return found
+
+    return read

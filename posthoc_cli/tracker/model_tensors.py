@@ -19,7 +19,6 @@ from posthoc_cli.snapshots.format import TrackedTensor, encode_sample
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.tracker.averages import Sampler, on_host_in_order
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 from posthoc_cli.tracker.sharding import Members, is_sharded, local_part, local_tensors, reshard
 
@@ -453,8 +452,8 @@ class ModelWatch:
         found = self._collect(model, tracked, frozen_too=True).averaged
         if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
             return None
-        values = on_host_in_order(Sampler((found[name], index) for name, index in tracked.sampled).take())
-        return dict(zip(tracked.numbered_sample, values.tolist(), strict=True))
+        known = {name: found[name].detach().reshape(-1) for name, _ in tracked.sampled}
+        return {number: known[name][index].float().item() for number, (name, index) in tracked.numbered_sample.items()}
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()

@@ -1,8 +1,23 @@
 """The pipeline from the model to the averages and to disk: one thread for the averages, one for the snapshots.
 
+A value has at most six forms from `update_` to a file:
+
+1. the model's tensor (`ModelTensors`);
+2. with averages on the host its copy there (`ModelCopy`), from an accelerator through a buffer of that (`_Ring`);
+3. the mean of the last values (`AverageTensors.mean`);
+4. each profile's average, high and low part (`AverageTensors.high`, `low`), from the next fold on;
+5. the average as it is stored (`StagedAverages`), in the storage dtype, on the host;
+6. the bytes of the file (`TensorFileWriter`).
+
+From one to the next it goes tile by tile, see `layout`, through memory that stays in the cache; there elements are
+taken out for what is measured, the sample of the weights and the sketch of their path.
+
 Only jobs of the first thread change and read averages, one after the other. So each reader sees the averages of one
 update, whichever thread it calls from, and no exception of a signal handler can stop an update halfway. The counters
 change with the averages, see `Tracking`.
+
+Of threads these pay. The averages' own one, without which a signal handler could stop an update halfway. That of the
+snapshots, which writes and measures while training goes on. A crew for updates: CREWNOTE
 """
 
 from __future__ import annotations
@@ -10,12 +25,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections import deque
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from weakref import WeakSet
 
@@ -30,63 +44,33 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.averages import (
-    Accumulators,
-    BlockReader,
-    Layout,
-    RunningAverages,
-    Sample,
-    Sampler,
-    lay_out,
-    on_host,
-)
+from posthoc_cli.tracker.averages import AverageTensors, RunningAverages
+from posthoc_cli.tracker.layout import HostTensors, Layout, TileReader, lay_out, on_host
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.sketching import Sketcher
-from posthoc_cli.tracker.snapshotter import Reading, Snapshotter
-from posthoc_cli.tracker.staging import (
-    DeviceStreams,
-    HostTensors,
-    Marks,
-    ModelCopier,
-    ModelCopy,
-    StorageLayout,
-    Streams,
-    locate,
-    nonfinite_part,
-    ranges_of,
-    stage,
-)
+from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, live_sources
+from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
 from posthoc_cli.tracker.state import Tracking
-from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads, take_one_thread
+from posthoc_cli.tracker.worker import ALONE, Crew, Worker, end_threads, take_one_thread
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Update:
-    """What a call brings to the averages: the model's values, each in parts, copies of some, and its count."""
-
-    reader: BlockReader
-    parts: Mapping[str, Sequence[torch.Tensor]]
-    copies: Mapping[str, torch.Tensor]
-    progress: Progress
-
-
-class _Live:
+class LiveAverages:
     """The averages of one update, for a reader: where they are until the next one, which copies them before."""
 
     def __init__(self, pipeline: Pipeline, averages: RunningAverages, layout: Layout) -> None:
-        self._pipeline, self._averages, self._layout = pipeline, averages, layout
+        self._pipeline, self._averages = pipeline, averages
+        self._whole = [ElementRange(n, 0, end - begin) for b in layout for n, (begin, end) in b.places.items()]
         self._copied: list[dict[str, torch.Tensor]] = []
 
     def keep(self) -> None:
         """Copy them; called in the thread that changes them."""
-        spans = [span for group in self._layout for span in zip(group.names, pairwise(group.bounds), strict=True)]
-        whole = [ElementRange(name, 0, end - begin) for name, (begin, end) in spans]
+        names = [one.name for one in self._whole]
         self._copied = self._copied or [
-            {one.name: values for one, values in zip(whole, self._values(index, whole), strict=True)}
+            dict(zip(names, self._values(index, self._whole), strict=True))
             for index in range(len(self._averages.sigma_rels))
         ]
 
@@ -96,7 +80,7 @@ class _Live:
 
     def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         if self._copied:
-            return ranges_of(self._copied[index], ranges)
+            return [self._copied[index][name][begin:end] for name, begin, end in ranges]
         return self._pipeline._values(self._averages, index, ranges)
 
 
@@ -119,20 +103,14 @@ class Pipeline:
         self._counted = tracking.progress
         self._refusal: NotReadyError | None = None
         self._ended, self._process = False, os.getpid()
-        self._copier, self._streams = ModelCopier(), DeviceStreams()
-        self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots", take_one_thread)
         self._crew = Crew.like_torch()
-        every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
-        updates, writes = "an update of the averages", "writing snapshots"
-        self._update_pace = Pace(updates, "update_every", lambda factor: divisor(snapshots, every * factor))
-        self._write_pace = Pace(writes, "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every))
-        self._source: tuple[ModelTensors, BlockReader, Mapping[str, Sequence[torch.Tensor]]] | None = None
+        self._copier, self._streams = ModelCopier(self._crew.size), DeviceStreams()
+        self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots", take_one_thread)
+        self._source: tuple[ModelTensors, TileReader] | None = None
         self._storage: StorageLayout | None = None
-        self._readings: WeakSet[_Live] = WeakSet()
-        self._rooms: deque[list[HostTensors]] = deque(maxlen=1)
-        self._exact_rooms: deque[Accumulators] = deque(maxlen=1)
-        self._room_bytes = self._exact_bytes = 0
-        self._sampler: tuple[object, object, Sampler] | None = None
+        self._room: tuple[list[HostTensors], AverageTensors | None] | None = None
+        self._readings: WeakSet[LiveAverages] = WeakSet()
+        self._waited = self._write_took = 0.0
         _at_work.add(self)
 
     @property
@@ -145,16 +123,16 @@ class Pipeline:
         held = {"bytes": float(self.nbytes)}
         if self.snapshotter is None or not self.snapshotter.written[0]:
             return held
-        pace = self._write_pace
         found = {f"distance_{sigma_rel:g}": value for sigma_rel, value in self.snapshotter.distances().items()}
-        figures = {"bytes": self.snapshotter.written[1], "seconds": pace.took, "waited": pace.held_up}
+        figures = {"bytes": self.snapshotter.written[1], "seconds": self._write_took, "waited": self._waited}
         return held | found | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory held, on the host and on accelerators."""
-        source = 0 if self._source is None else self._source[1].nbytes
-        return self.now.averages.nbytes + self._copier.nbytes + self._room_bytes + self._exact_bytes + source
+        copies, exact = self._room or ([], None)
+        held = [self.now.averages, self._copier, *copies, exact, None if self._source is None else self._source[1]]
+        return sum(one.nbytes for one in held if one is not None)
 
     @property
     def progress(self) -> Progress:
@@ -167,11 +145,11 @@ class Pipeline:
     def wait_for_turn(self, writes_too: bool) -> None:
         """Return when an update can be taken, and with `writes_too` snapshots to write."""
         if self._beside:
-            with self._update_pace.waiting():
-                self._updates.wait()
+            self._updates.wait()
         if writes_too:
-            with self._write_pace.waiting():
-                self._writes.wait()
+            began = time.monotonic()
+            self._writes.wait()
+            self._waited = time.monotonic() - began
 
     def count(self, progress: Progress) -> None:
         """Count a call without update; due snapshots hold the averages as they are."""
@@ -194,21 +172,16 @@ class Pipeline:
             self._beside = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         refused = None
+        values = self._source_of(tensors)
         if self._beside:
-            copy, marks = self._copier.copy(tensors.averaged), self._streams.marks(copies.values())
+            copy, marks = self._copier.copy(values), self._streams.marks(copies.values())
             self._updates.submit(lambda: self._update_beside(copy, copies, progress, marks))
         else:
-            reader, parts = self._source_of(tensors)
-            devices = [group.device for group in reader.layout] + [copy.device for copy in copies.values()]
-            streams, update = self._streams.current(devices), _Update(reader, parts, copies, progress)
-            refused = self._updates.call(lambda: self._update_here(update, streams))
+            devices = [bucket.device for bucket in values.layout] + [copy.device for copy in copies.values()]
+            streams = self._streams.current(devices)
+            refused = self._updates.call(lambda: self._update_here(values, copies, progress, streams))
         self._counted = progress
         return refused
-
-    def warn_of_waiting(self, stacklevel: int) -> None:
-        """Warn if training has waited for long."""
-        self._update_pace.warn(stacklevel + 1)
-        self._write_pace.warn(stacklevel + 1)
 
     def leave_out(self, progress: Progress, writes: bool = True) -> None:
         """Count a call whose update is left out; snapshots that are due are written if `writes`."""
@@ -235,32 +208,29 @@ class Pipeline:
 
     # --- called by any thread ---
 
-    def look(self) -> Reading:
-        """What the tracker has; its averages stay those of the last update as long as anyone refers to the reading."""
+    def live(self) -> list[LiveSource]:
+        """The averages as sources, one a profile, of the last update as long as anyone refers to them; or none."""
 
-        def work() -> Reading:
+        def work() -> list[LiveSource]:
             known = self._known()
-            averages, kept = known.averages, known.averages.accumulators
-            if kept is None or not averages.exist:
-                return Reading(known, (), lambda *_: [])
-            layout = on_host(kept.layout)
-            live = _Live(self, averages, layout)
+            kept = known.averages.tensors
+            if kept is None or not known.averages.exist:
+                return []
+            live = LiveAverages(self, known.averages, kept.layout)
             self._readings.add(live)
-            return Reading(self._outline(known), layout, live.read)
+            return live_sources(self._settings, self._outline(known), kept.layout, live.read)
 
-        if self.now.averages.exist or not self._updates.is_idle():
-            return self._updates.call(work)
-        return work()
+        return self._updates.call(work) if self.now.averages.exist or not self._updates.is_idle() else []
 
     def read_exactly(self) -> Tracking:
         """What the tracker has, with a copy of the averages on the host, exact."""
-        while True:
-            kept = self.now.averages.accumulators
-            with torch.inference_mode(False):  # memory of the caller's own: making it must not hold up updates
-                room = None if kept is None else Accumulators(on_host(kept.layout), len(self.now.averages.sigma_rels))
-            found = self._updates.call(lambda: self._exact_copy(self._known(), room))  # noqa: B023  # done by then
-            if found is not None:
-                return found
+
+        def work() -> Tracking:
+            known = self._known()
+            kept = known.averages.tensors if known.averages.exist else None
+            return self._exact_copy(known, kept and AverageTensors(on_host(kept.layout), len(kept.high)))
+
+        return self._updates.call(work)
 
     def write_missing(self, at_end: bool = False) -> None:
         """Have the averages written, when everything due before is durable, unless they are stored. Nobody waits."""
@@ -341,28 +311,24 @@ class Pipeline:
         """The same with copies on the host, and without averages; the path's sketch is as it would be stored."""
         averages, path = known.averages, known.averages.known_path
         with self._streams.beside_training():
-            if averages.sketcher is not None and averages.accumulators is not None:
-                path = averages.path(self._crew_for(averages.accumulators.layout), exact=exact)
+            if averages.sketcher is not None and averages.tensors is not None:
+                path = averages.path(self._crew_for(averages.tensors.layout), exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-            sample = tuple((numbers, values.to("cpu")) for numbers, values in averages.sample)
-        read = RunningAverages(averages.sigma_rels, averages.standing, None, copies, sample, known_path=path)
+        read = RunningAverages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
         return replace(known, averages=read)
 
-    def _exact_copy(self, known: Tracking, room: Accumulators | None) -> Tracking | None:
-        """The same with averages in `room`; None where it does not fit them."""
-        kept = known.averages.accumulators if known.averages.exist else None
-        if kept is not None and not (room is not None and room.fits(kept)):
-            return None
-        made = self._outline(known, exact=True)
+    def _exact_copy(self, known: Tracking, room: AverageTensors | None) -> Tracking:
+        """The same with a copy of the averages, if there are any, in this room."""
+        made, kept = self._outline(known, exact=True), known.averages.tensors
         if kept is not None and room is not None:
             with self._streams.beside_training():
-                known.averages.copy_to(room)
-            made.averages.accumulators = room
+                kept.copy_to(room)
+            made.averages.tensors = room
         return made
 
     def _values(self, averages: RunningAverages, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         """Ranges of the average of that index, on the host."""
-        kept = averages.accumulators
+        kept = averages.tensors
         assert kept is not None
         with self._streams.beside_training():
             return averages.read(index, ranges, self._crew_for(kept.layout))
@@ -377,40 +343,41 @@ class Pipeline:
         """How averages of a layout are stored and measured."""
         known, tracked = self._storage, self.now.tracked
         if known is None or known.layout != layout or known.tracked is not tracked:
-            self._rooms.clear()
+            self._room = None
             known = self._storage = StorageLayout(layout, tracked, self._settings.schedule.checkpoint_dtype)
         return known
 
-    def _make_room(self, layout: Layout) -> StorageLayout:
-        """Make memory for what is stored of averages, if there is none: it is used again, and takes long to make."""
-        known = self._storage_of(layout)
-        if not self._rooms:
-            pinned = any(group.device.type == "cuda" for group in layout)
-            room = [HostTensors(known.rooms, pinned) for _ in self.now.averages.sigma_rels]
-            self._room_bytes = sum(one.nbytes for one in room)
-            self._rooms.append(room)
-        return known
+    def _room_for(self, storage: StorageLayout) -> tuple[list[HostTensors], AverageTensors | None]:
+        """Memory on the host for what is stored, and for the exact state: it is used again, and takes long to make."""
+        if self._room is None:
+            layout, profiles = storage.layout, len(self.now.averages.sigma_rels)
+            pinned = any(bucket.device.type == "cuda" for bucket in layout)
+            exact = AverageTensors(on_host(layout), profiles) if self._settings.keep_state else None
+            self._room = [HostTensors(storage.stored, pinned) for _ in range(profiles)], exact
+        return self._room
 
     @torch.inference_mode(False)  # scratch made in inference mode could never be written to outside
-    def _source_of(self, tensors: ModelTensors) -> tuple[BlockReader, Mapping[str, Sequence[torch.Tensor]]]:
-        """The model's tensors as an update reads them."""
+    def _source_of(self, tensors: ModelTensors) -> TileReader:
+        """The model's tensors, to be read by an update or to be copied."""
         if self._source is None or self._source[0] is not tensors:
             self._source = None  # also where making the next one fails
             layout = lay_out(tensors.averaged)
-            reader = BlockReader.of_tensors(layout, tensors.averaged, self._crew_for(layout).size)
-            self._source = tensors, reader, {name: [tensor] for name, tensor in tensors.averaged.items()}
-        return self._source[1:]
+            threads = 0 if self._beside else self._crew_for(layout).size
+            self._source = tensors, TileReader.of_tensors(layout, tensors.averaged, threads)
+        return self._source[1]
 
     def _crew_for(self, layout: Layout) -> Crew:
         """On accelerators one thread: each thread has streams of its own, and a stream keeps order."""
-        return self._crew if all(group.device.type == "cpu" for group in layout) else ALONE
+        return self._crew if all(bucket.device.type == "cpu" for bucket in layout) else ALONE
 
-    def _update_here(self, update: _Update, streams: Streams) -> NonFiniteError | None:
+    def _update_here(
+        self, values: TileReader, copies: Mapping[str, torch.Tensor], progress: Progress, streams: Streams
+    ) -> NonFiniteError | None:
         """Take in values that nobody changes until this is done; returns why the update was left out."""
         with self._streams.entered(streams):
-            refused = self._take_in(update)
-        if self._settings.snapshot_is_due(update.progress.step):
-            self._have_written(self.now, None if refused else update.reader)
+            refused, network = self._take_in(values, copies, progress)
+        if self._settings.snapshot_is_due(progress.step):
+            self._have_written(self.now, network)
         return refused
 
     def _update_beside(
@@ -418,87 +385,67 @@ class Pipeline:
     ) -> None:
         """Take in a copy of the values."""
         try:
-            with self._update_pace.working():
-                update = _Update(copy.reader(self._crew.size), copy.host.parts, copies, progress)
-                refused = self._take_in(update)
-            self._streams.last = marks
-            if self._settings.snapshot_is_due(progress.step):
-                self._have_written(self.now, None if refused else update.reader)
+            refused, network = self._take_in(copy.arrived(), copies, progress)
         finally:
             self._copier.give_back(copy)
+        self._streams.last = marks
+        if self._settings.snapshot_is_due(progress.step):
+            self._have_written(self.now, network)
         if refused is not None:
             self._settings.skip_update(refused, stacklevel=2)
 
     @torch.no_grad()
-    def _take_in(self, update: _Update) -> NonFiniteError | None:
-        """Update the averages and the counters; returns why the update was left out."""
+    def _take_in(
+        self, values: TileReader, copies: Mapping[str, torch.Tensor], progress: Progress
+    ) -> tuple[NonFiniteError | None, Sequence[torch.Tensor] | None]:
+        """Update the averages and the counters; returns why not, or what is measured of the model if that is stored."""
         self._check_open()
-        now, reader, progress = self.now, update.reader, update.progress
-        averages = now.averages
-        crew = self._crew_for(reader.layout)
-        if self._settings.snapshot_is_due(progress.step):
-            self._make_room(reader.layout)  # before anything is changed: memory may be short
-        name = None if reader.surely_finite(crew) else nonfinite_part(update.parts)
+        now, averages, storage = self.now, self.now.averages, self._storage_of(values.layout)
+        crew, network = self._crew_for(values.layout), None
+        if is_due := self._settings.snapshot_is_due(progress.step):
+            self._room_for(storage)  # before anything is changed: memory may be short
+        name = None if values.surely_finite(crew) else values.nonfinite_name()
         if name is None:
             for reading in list(self._readings):
                 reading.keep()
-            self._sketch(averages, reader.layout, now.tracked)
-            averages.update_(reader, update.copies, progress.t, progress.step, crew)
-            averages.sample = self._sample_of(update.parts, now.tracked)
-        self.now = replace(now, progress=progress, averages=averages)
-        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
+            self._sketch(averages, storage, now.tracked)
+            sample, network = storage.sample.room(), storage.subset.room() if is_due else None
+            wanted = [(storage.sample, sample), *([] if network is None else [(storage.subset, network)])]
+            averages.update_(values, copies, progress.t, progress.step, crew, wanted)
+            averages.sample = sample
+        self.now = replace(now, progress=progress)
+        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step), network
 
-    def _sketch(self, averages: RunningAverages, layout: Layout, tracked: TrackedModel) -> None:
+    def _sketch(self, averages: RunningAverages, storage: StorageLayout, tracked: TrackedModel) -> None:
         """Have the path sketched from the first update on, or from where it is known."""
-        before, sketcher, subset = averages.known_path, averages.sketcher, self._storage_of(layout).subset
-        if sketcher is not None and sketcher.subset is not subset:
+        before, sketcher = averages.known_path, averages.sketcher
+        if sketcher is not None and sketcher.subset is not storage.subset:
             before, sketcher = averages.path(), None
         if sketcher is None and (before is not None or not averages.exist):
-            sketcher = Sketcher(subset, 0 if tracked.members is None else tracked.members.rank)
+            sketcher = Sketcher(storage.subset, 0 if tracked.members is None else tracked.members.rank)
             if before is not None and not sketcher.goes_on(before):  # of a model in other parts
                 sketcher = None
         averages.sketcher, averages.known_path = sketcher, None
 
-    def _sample_of(self, parts: Mapping[str, Sequence[torch.Tensor]], tracked: TrackedModel) -> Sample:
-        """A sample of values in this place: the model itself, or the memory that holds copies of it."""
-        known = self._sampler
-        if known is None or known[0] is not parts or known[1] is not tracked.sampled:
-            found = (locate(parts[name], index) for name, index in tracked.sampled)
-            known = self._sampler = parts, tracked.sampled, Sampler(found)
-        return known[2].take()
-
-    def _have_written(self, known: Tracking, network: BlockReader | None, is_due: bool = True) -> None:
-        """Have the averages written as they are now; `network` reads the model's values then."""
-        kept, snapshotter = known.averages.accumulators, self.snapshotter
+    def _have_written(self, known: Tracking, network: Sequence[torch.Tensor] | None, is_due: bool = True) -> None:
+        """Have the averages written as they are now; `network` has what is measured of the model then."""
+        kept, snapshotter = known.averages.tensors, self.snapshotter
         if kept is None or snapshotter is None or not known.averages.exist:
             return
-        layout = self._make_room(kept.layout)
-        exact_room = self._exact_room(kept.layout) if self._settings.keep_state else None
-        state, room = self._outline(known), self._rooms.pop()
+        self._writes.wait()  # for the memory that they take
+        storage = self._storage_of(kept.layout)
+        copies, exact_room = self._room_for(storage)
+        state = self._outline(known)
         with self._streams.beside_training():
-            staged = stage(layout, known.averages, room, network, self._crew_for(kept.layout))
-        exact = self._exact_copy(known, exact_room) if exact_room is not None else None
+            staged = stage(storage, known.averages, copies, network, self._crew_for(kept.layout))
+        exact = None if exact_room is None else self._exact_copy(known, exact_room)
 
         def job() -> None:
-            try:
-                with self._write_pace.working():
-                    snapshotter.record(state, staged, exact, is_due)
-            finally:
-                self._rooms.append(room)
-                if exact_room is not None:
-                    self._exact_rooms.append(exact_room)
+            began = time.monotonic()
+            snapshotter.record(state, staged, exact, is_due)
+            self._write_took = time.monotonic() - began
 
         self._writes.submit(job)
-
-    def _exact_room(self, layout: Layout) -> Accumulators:
-        """Memory on the host for a copy of all that averages are kept in, used again."""
-        with suppress(IndexError):
-            room = self._exact_rooms.pop()
-            if room.layout == on_host(layout):
-                return room
-        room = Accumulators(on_host(layout), len(self.now.averages.sigma_rels))
-        self._exact_bytes = room.nbytes
-        return room
 
 
 _at_work: WeakSet[Pipeline] = WeakSet()

@@ -38,8 +38,9 @@ from posthoc_cli.snapshots.sources import Snapshot, Source, chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.tracker import state
-from posthoc_cli.tracker.averages import HOST, RunningAverages
+from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered, plan_possible
+from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.measuring import squared_norms
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
@@ -753,7 +754,6 @@ class PostHocEMA:
         skipped = self._refused_anywhere(tensors, progress)
         if skipped is None:
             skipped = self._pipeline.update(tensors, progress)
-            self._pipeline.warn_of_waiting(stacklevel=4)
         else:
             self._pipeline.leave_out(progress)
         if skipped is not None:
@@ -1017,7 +1017,7 @@ class PostHocEMA:
 def _norms(group: Group, state: Tracking) -> dict[float, float]:
     """The squared norms of averages by sigma_rel, of which processes add theirs."""
     averages = state.averages
-    every = group.from_all({} if averages.accumulators is None else squared_norms(averages, state.tracked.weights))
+    every = group.from_all({} if averages.tensors is None else squared_norms(averages, state.tracked.weights))
     return {sigma_rel: sum(own.get(sigma_rel, 0.0) for own in every) for sigma_rel in averages.sigma_rels}
 
 

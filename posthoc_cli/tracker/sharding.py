@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 
 from posthoc_cli.errors import InvalidValueError, PostHocError, RankError, VanishedError
 from posthoc_cli.snapshots.chunks import Chunk, row_major
-from posthoc_cli.tracker.averages import HOST
+from posthoc_cli.tracker.layout import HOST
 
 Result = TypeVar("Result")
 

@@ -2,7 +2,7 @@
 
 Of the elements that are measured (`measuring.Subset`) each is multiplied by a random sign and the root of how many it
 stands for, and added to one of the numbers, which is drawn for its place in a row. It is linear, and depends on the
-places of elements alone: not on threads, blocks or devices. Of statistics there is no path.
+places of elements alone: not on threads, tiles or devices. Of statistics there is no path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import xxhash
 
 from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots.format import Path
-from posthoc_cli.tracker.averages import Range
+from posthoc_cli.tracker.layout import Tile
 from posthoc_cli.tracker.measuring import Subset, mixed
 
 NUMBERS = 64
@@ -37,8 +37,8 @@ class Sketcher:
 
     def __init__(self, subset: Subset, part: int = 0) -> None:
         """Begin a path of a model, or of the part of this number, whose signs are independent."""
-        self.subset: Subset = subset
-        names = [(group.names, group.shapes, str(group.wide)) for group in subset.layout]
+        self.subset = subset
+        names = [(bucket.names, bucket.shapes, str(bucket.wide)) for bucket in subset.layout]
         told = repr((part, names, [*subset.sizes], subset.edges.tolist()))
         self._projection = xxhash.xxh3_64_intdigest(told.encode()) >> 1
         self._sketch: Sketch | None = None
@@ -62,18 +62,18 @@ class Sketcher:
             self._sketch = path.sketch
         return is_own
 
-    def take(self, block: Range, mean: torch.Tensor) -> None:
-        """Take in a block of a window's mean."""
-        self.subset.take(block, mean, self._values)
+    def take(self, tile: Tile, mean: torch.Tensor) -> None:
+        """Take in a tile of a window's mean."""
+        self.subset.take(tile, mean, self._values)
 
     def end_window(self, t: float) -> None:
-        """All blocks of a window have been taken in, whose last update was at time `t`."""
+        """All tiles of a window have been taken in, whose last update was at time `t`."""
         self._pending.append((t, self._projected()))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
     def path(self, t: float | None = None) -> Path | None:
-        """The path so far, with `t` as if a window ended then, of which all blocks have been taken in."""
+        """The path so far, with `t` as if a window ended then, of which all tiles have been taken in."""
         self._fetch()
         found = self._sketch if t is None else _appended(self._sketch, t, self._projected())
         return None if found is None else Path(self._projection, found)
@@ -84,7 +84,7 @@ class Sketcher:
         self._pending.clear()
 
     def _projected(self) -> list[torch.Tensor]:
-        """The sums at each place of a row, of each group: float64; float32 on Apple's GPUs, which have none."""
+        """The sums at each place of a row, of each bucket: float64; float32 on Apple's GPUs, which have none."""
         found = []
         for values, factors in zip(self._values, self._factors, strict=True):
             made, rows = values * factors, len(values) // ROW * ROW

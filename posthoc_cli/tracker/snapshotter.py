@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
+from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -41,7 +41,6 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
 )
 from posthoc_cli.snapshots.format import (
-    BLOCK_BYTES,
     SnapshotInfo,
     TensorSpec,
     encode_path,
@@ -54,11 +53,12 @@ from posthoc_cli.snapshots.pruning import on_schedule, thin
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.tracker.averages import HOST, Layout, RunningAverages, group_tensors, on_host_in_order
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
-from posthoc_cli.tracker.staging import StagedAverages, elements
+from posthoc_cli.tracker.staging import StagedAverages
 from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, ways_on, write_state
 
 log = logging.getLogger(__name__)
@@ -68,18 +68,6 @@ _FITTED = 24  # snapshots that a new one's motion is fitted to; earlier ones' me
 
 
 # --- sources of a synthesis ---
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a tracker has after an update; its averages are given by `read`, on the host, rounded once.
-
-    `state` has none itself; `layout` is that of its averages, empty before the first update.
-    """
-
-    state: Tracking
-    layout: Layout
-    read: Callable[[int, Sequence[ElementRange]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -137,24 +125,27 @@ def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> 
     ]  # fmt: skip
 
 
-def live_sources(settings: Settings, reading: Reading) -> list[LiveSource]:
-    """The running averages of a reading, one a profile; none before the first update."""
-    copies = reading.state.averages.copies
+def live_sources(
+    settings: Settings, state: Tracking, layout: Layout,
+    read: Callable[[int, Sequence[ElementRange]], list[torch.Tensor]],
+) -> list[LiveSource]:  # fmt: skip
+    """The averages of a state, one a profile, of which `read` gives ranges, on the host, rounded once."""
+    copies = state.averages.copies
     specs = {
-        name: TensorSpec(name, stored_name(group.wide), shape)
-        for group in reading.layout
-        for name, shape in zip(group.names, group.shapes, strict=True)
+        name: TensorSpec(name, stored_name(bucket.wide), shape)
+        for bucket in layout
+        for name, shape in zip(bucket.names, bucket.shapes, strict=True)
     }
     specs |= {name: TensorSpec(name, stored_name(one.dtype), tuple(one.shape)) for name, one in copies.items()}
 
-    def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        averages = iter(reading.read(index, [one for one in ranges if one.name not in copies]))
+    def own(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        averages = iter(read(index, [one for one in ranges if one.name not in copies]))
         return [
-            elements([copies[one.name]], one.begin, one.end) if one.name in copies else next(averages) for one in ranges
+            copies[one.name].reshape(-1)[one.begin : one.end] if one.name in copies else next(averages)
+            for one in ranges
         ]
 
-    infos = headers(settings, reading.state) if reading.layout else []
-    return [LiveSource(info, specs, partial(read, index)) for index, info in enumerate(infos)]
+    return [LiveSource(info, specs, partial(own, index)) for index, info in enumerate(headers(settings, state))]
 
 
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
@@ -191,7 +182,7 @@ def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> li
     found = [known.get((info.t, info.sigma_rel)) for info in infos]
     if None in found:
         own = {name: live[0].stored[name] for name in infos[0].averages if name in live[0].stored}
-        layout = group_tensors({name: (HOST, torch_dtype(spec.dtype), spec.shape) for name, spec in own.items()})
+        layout = buckets_of({name: (HOST, torch_dtype(spec.dtype), spec.shape) for name, spec in own.items()})
         subset = Subset(layout, own)
         values = [subset.read(source.read) for source in live]
         found = measurements(infos, subset, values, newest_before(infos[0], stored))
@@ -328,9 +319,8 @@ class Snapshotter:
                     reason = f"was deleted: the averages of step {standing.step} are lost"
                     raise WriteError(self.directory, reason, errno=errno.ENOENT)
                 infos = headers(self._settings, state, off_schedule)
-                if state.averages.sample:
-                    network = on_host_in_order(state.averages.sample)
-                    samples = [encode_sample(network, values) for values in staged.samples]
+                if staged.network_sample is not None:
+                    samples = [encode_sample(staged.network_sample, values) for values in staged.samples]
                     infos = [replace(info, sample=one) for info, one in zip(infos, samples, strict=True)]
                 self.write(infos, staged, state.averages.copies)
                 self._thin()
@@ -369,9 +359,7 @@ class Snapshotter:
         nbytes = 0
         for index, (info, is_due) in enumerate(zip(infos, due, strict=True)):
             if is_due:
-                parts = staged.parts(index) | {name: [copy.reshape(-1)] for name, copy in copies.items()}
-                shapes = staged.layout.shapes | {name: tuple(copy.shape) for name, copy in copies.items()}
-                nbytes += self._write_one(replace(info, motion=motion), parts, shapes)
+                nbytes += self._write_one(replace(info, motion=motion), staged, index, copies)
         self.written = (self.written[0] + 1, nbytes)
 
     def _thin(self) -> None:
@@ -409,30 +397,34 @@ class Snapshotter:
             self._lock.release()
 
     def _write_one(
-        self, info: SnapshotInfo, parts: Mapping[str, Sequence[torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]
+        self, info: SnapshotInfo, staged: StagedAverages, index: int, copies: Mapping[str, torch.Tensor]
     ) -> int:
-        """Write a snapshot of tensors that lie in flat parts; returns their bytes."""
-        specs = [TensorSpec(name, stored_name(own[0].dtype, name), shapes[name]) for name, own in parts.items()]
+        """Write the snapshot of the average of that index; returns its tensors' bytes."""
+        others = staged.others[index]
+        dtypes = staged.layout.dtypes | {name: one.dtype for name, one in others.items()}
+        specs = [TensorSpec(n, stored_name(dtype, n), staged.layout.shapes[n]) for n, dtype in dtypes.items()]
+        specs += [TensorSpec(n, stored_name(one.dtype, n), tuple(one.shape)) for n, one in copies.items()]
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
         if info.part is not None:
             with files.reported_as_write_error(path.parent):
                 files.make_directory(path.parent)
-        others = [snapshot for snapshot in self._stored if snapshot.path != path]
+        earlier = [snapshot for snapshot in self._stored if snapshot.path != path]
         # One off the schedule, of the same average; or of a process that has outlived its training.
-        replaces = len(others) < len(self._stored) or _is_earlier(path, info)
+        replaces = len(earlier) < len(self._stored) or _is_earlier(path, info)
         with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
-            for names in _batches(specs):
-                if len(names) > 1:
-                    flat = torch.cat([part for name in names for part in parts[name]])
-                    writer.write_many(names, tensor_bytes(flat))
+            for names, flats in staged.flats(index):
+                if len(flats) == 1:
+                    writer.write_many(names, tensor_bytes(flats[0]))
                 else:
                     out = writer.write_range(names[0], 0)
-                    for part in parts[names[0]]:
-                        out.write(tensor_bytes(part))
+                    for flat in flats:
+                        out.write(tensor_bytes(flat))
                     out.close()
+            for name, tensor in (others | dict(copies)).items():
+                writer.write(name, tensor_bytes(tensor))
             checksum = writer.commit()
         self._run_id = info.run_id
-        self._stored = [*others, StoredSnapshot(path, info, checksum)]
+        self._stored = [*earlier, StoredSnapshot(path, info, checksum)]
         log.info("wrote %s", path)
         return sum(spec.nbytes for spec in specs)
 
@@ -470,17 +462,3 @@ def _motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
     prior = measured_prior([info.average() for info in infos])
     known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
     return prior.motion.handed_on() if known else None
-
-
-def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
-    """Names of small tensors of one dtype in batches, of large ones alone: few large writes are fast."""
-    batch: list[str] = []
-    dtype, nbytes = "", 0
-    for spec in sorted(specs, key=lambda s: -ITEM_BYTES[s.dtype]):  # as they lie in the file
-        if batch and (spec.dtype != dtype or nbytes + spec.nbytes > BLOCK_BYTES):
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(spec.name)
-        dtype, nbytes = spec.dtype, nbytes + spec.nbytes
-    if batch:
-        yield batch

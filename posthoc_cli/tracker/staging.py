@@ -1,16 +1,14 @@
-"""Memory on the host for a model's values and what is stored of its averages, and the order of work on accelerators.
-
-The memory is in chunks whose sizes are powers of two: torch rounds pinned memory up to these.
-"""
+"""Copies of a model's values on the host, the order of work on accelerators, and what is stored of averages."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,107 +17,25 @@ import torch
 
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.averages import BlockReader, Group, Layout, Range, RunningAverages, lay_out, on_host
-from posthoc_cli.tracker.measuring import Elements, Subset, Values
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.layout import (
+    Bucket,
+    Elements,
+    HostTensors,
+    Layout,
+    Tile,
+    TileReader,
+    Values,
+    joined,
+    on_host,
+    tiles_of,
+)
+from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.worker import ALONE, Crew
 
-CHUNK_BYTES = 2**28
-"""Bytes of the largest chunks of host memory, and of an accelerator's memory that copies pass through."""
-
-REST_BYTES = 2**16
-"""The last bytes of a buffer, up to so many, are one chunk, whatever their number."""
-
 FREE_SHARE = 0.1
 """Share of an accelerator's free memory that copies may pass through."""
-
-
-def elements(parts: Sequence[torch.Tensor], begin: int, end: int) -> torch.Tensor:
-    """Elements of a tensor that lies in parts, end to end; a view where they are contiguous in one of them."""
-    found = []
-    for part in parts:
-        first, last = max(begin, 0), min(end, part.numel())
-        if first < last:
-            found.append(_elements(part.detach(), first, last))
-        begin, end = begin - part.numel(), end - part.numel()
-    return found[0] if len(found) == 1 else torch.cat(found or [parts[0].view(-1)])
-
-
-def ranges_of(tensors: Mapping[str, torch.Tensor], ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-    """Ranges of tensors, flat."""
-    return [elements([tensors[one.name]], one.begin, one.end) for one in ranges]
-
-
-def locate(parts: Sequence[torch.Tensor], index: int) -> tuple[torch.Tensor, int]:
-    """The part that holds an element of a tensor, and the element's place in it."""
-    for part in parts:
-        if index < part.numel():
-            return part, index
-        index -= part.numel()
-    raise IndexError(index)
-
-
-def nonfinite_part(tensors: Mapping[str, Sequence[torch.Tensor]]) -> str | None:
-    """The first tensor, in parts, that holds a nan or an infinity."""
-    found = (nonfinite_name({name: part}) for name, parts in tensors.items() for part in parts)
-    return next((name for name in found if name is not None), None)
-
-
-def _elements(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    if tensor.is_contiguous():
-        return tensor.view(-1)[begin:end]
-    row = tensor[0].numel()  # a copy of the rows that hold them
-    first = begin // row
-    return tensor[first : -(-end // row)].reshape(-1)[begin - first * row : end - first * row]
-
-
-def chunk_bounds(count: int, itemsize: int) -> list[int]:
-    """Where chunks of so many elements end, beginning with 0."""
-    bounds = [0]
-    while (left := (count - bounds[-1]) * itemsize) > 0:
-        size = left if left <= REST_BYTES else 2 ** (left.bit_length() - 1)
-        bounds.append(bounds[-1] + min(size, CHUNK_BYTES) // itemsize)
-    return bounds
-
-
-def ranges_between(group: Group, bounds: Sequence[int]) -> list[list[ElementRange]]:
-    """The ranges of tensors, of a group that is cut at these elements, in each piece."""
-    found: list[list[ElementRange]] = [[] for _ in bounds[1:]]
-    place = 0
-    for name, (begin, end) in zip(group.names, pairwise(group.bounds), strict=True):
-        first = begin
-        while first < end:
-            while bounds[place + 1] <= first:
-                place += 1
-            last = min(end, bounds[place + 1])
-            found[place].append(ElementRange(name, first - begin, last - begin))
-            first = last
-    return found
-
-
-class HostTensors:
-    """Tensors of a layout on the host, without values: end to end in chunks. A tensor lies in one or several parts."""
-
-    def __init__(self, layout: Layout, pinned: bool = False) -> None:
-        self.layout = layout
-        self.bounds = [chunk_bounds(group.bounds[-1], group.dtype.itemsize) for group in layout]
-        self.chunks = [
-            [torch.empty(end - begin, dtype=group.dtype, pin_memory=pinned) for begin, end in pairwise(bounds)]
-            for group, bounds in zip(layout, self.bounds, strict=True)
-        ]
-        self.ranges = [ranges_between(group, bounds) for group, bounds in zip(layout, self.bounds, strict=True)]
-        self.parts: dict[str, list[torch.Tensor]] = {name: [] for group in layout for name in group.names}
-        for group, chunks, ranges in zip(layout, self.chunks, self.ranges, strict=True):
-            for chunk, own in zip(chunks, ranges, strict=True):
-                for one, part in zip(own, torch.split(chunk, [one.end - one.begin for one in own]), strict=True):
-                    self.parts[one.name].append(part)
-            for name in group.names:
-                self.parts[name] = self.parts[name] or [torch.empty(0, dtype=group.dtype)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return sum(chunk.nbytes for chunks in self.chunks for chunk in chunks)
 
 
 # --- accelerators
@@ -172,16 +88,16 @@ class DeviceStreams:
 
 
 class _Ring:
-    """An accelerator's memory through which chunks go to the host, in a stream of its own while training goes on.
+    """An accelerator's memory through which tiles go to the host, in a stream of its own while training goes on.
 
     It holds all of them where that is a small share of the free memory. Else the training's stream waits, with the
-    copying of a chunk, until the one that was in its place before has left.
+    copying of a tile, until the one that was in its place before has left.
     """
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
         cuda: Any = torch.cuda
         free = cuda.mem_get_info(device)[0]
-        count = min(len(sizes), max(2, int(FREE_SHARE * free) // CHUNK_BYTES))
+        count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
         self._device, self._stream = device, cuda.Stream(device)
         self._buffers = [
             torch.empty(max(sizes[place::count]), dtype=torch.uint8, device=device) for place in range(count)
@@ -189,18 +105,18 @@ class _Ring:
         self._sent: list[Any] = [None] * count
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
-    def send(self, number: int, values: list[torch.Tensor], chunk: torch.Tensor) -> Any:
-        """Have the chunk of this number, from 0 on, filled; returns the event after which it is."""
+    def send(self, number: int, values: list[torch.Tensor], room: torch.Tensor) -> Any:
+        """Have the tile of this number, from 0 on, copied into room on the host; returns the event after it."""
         cuda: Any = torch.cuda
         place, training = number % len(self._buffers), cuda.current_stream(self._device)
         if self._sent[place] is not None:
             training.wait_event(self._sent[place])
         buffer = self._buffers[place]
-        room = buffer[: chunk.nbytes].view(chunk.dtype)
-        _fill(room, values)
+        passing = buffer[: room.nbytes].view(room.dtype)
+        _fill(passing, values)
         self._stream.wait_stream(training)
         with cuda.stream(self._stream):
-            chunk.copy_(room, non_blocking=True)
+            room.copy_(passing, non_blocking=True)
         # A thread that waits for a blocking event sleeps, and takes no core from the training.
         self._sent[place] = self._stream.record_event(cuda.Event(blocking=True))
         # When it is freed, torch must not use its memory again before both streams are done with it.
@@ -210,9 +126,8 @@ class _Ring:
 
 
 def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
-    """Copy tensors, or ranges of them, end to end."""
-    parts = torch.split(flat, [value.numel() for value in values])
-    torch._foreach_copy_([part.view(value.shape) for part, value in zip(parts, values, strict=True)], values)
+    """Copy flat tensors end to end."""
+    torch._foreach_copy_([*torch.split(flat, [value.numel() for value in values])], values)
 
 
 # --- the model's values
@@ -223,84 +138,65 @@ class ModelCopy:
     """A model's values at one moment on the host, in their own dtypes; they are there after the `events`."""
 
     host: HostTensors
+    values: TileReader
     events: tuple[Any, ...] = ()
 
-    def arrived(self) -> HostTensors:
+    def arrived(self) -> TileReader:
         """The values; waits until they are there."""
         for event in self.events:
             event.synchronize()
-        return self.host
-
-    def reader(self, threads: int) -> BlockReader:
-        """The values block by block, for so many threads; waits until they are there."""
-        host = self.arrived()
-        return BlockReader(host.layout, host.chunks, threads)
+        return self.values
 
 
 class ModelCopier:
-    """Copies a model's values to memory on the host, which it uses again. `nbytes` is what it holds, there and on
-    accelerators: with a copy that nobody has given back, too."""
+    """Copies a model's values to memory on the host, which it uses again, to be read by so many threads.
 
-    def __init__(self) -> None:
-        self._free: deque[HostTensors] = deque(maxlen=1)  # one is enough, and old layouts go
-        self._last: _Sources | None = None
+    `nbytes` is what it holds, there and on accelerators: with a copy that nobody has given back, too.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+        self._free: deque[ModelCopy] = deque(maxlen=1)  # one is enough, and old layouts go
+        self._layout: Layout = ()
+        self._rings: dict[torch.device, _Ring] = {}
         self._host_bytes = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        last = self._last
-        return self._host_bytes + (0 if last is None else sum(ring.nbytes for ring in last.rings.values()))
+        return self._host_bytes + sum(ring.nbytes for ring in self._rings.values())
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, tensors: Mapping[str, torch.Tensor]) -> ModelCopy:
-        """A copy of tensors as they are now; `give_back` it."""
-        last = self._last
-        layout = lay_out(tensors) if last is None or last.tensors is not tensors else last.layout
-        host = self._free.pop() if self._free else None
-        if host is None or host.layout != on_host(layout):
-            host = HostTensors(on_host(layout), any(group.device.type == "cuda" for group in layout))
+    def copy(self, model: TileReader) -> ModelCopy:
+        """A copy of the values as they are now; `give_back` it."""
+        layout, sizes = model.layout, defaultdict(list)
+        if layout != self._layout:
+            for tile in model.tiles:
+                if (bucket := layout[tile.bucket]).device.type == "cuda":
+                    sizes[bucket.device].append((tile.end - tile.begin) * bucket.dtype.itemsize)
+            self._rings = {device: _Ring(device, own) for device, own in sizes.items()}
+            self._layout = layout
+        copy = self._free.pop() if self._free else None
+        if copy is None or copy.host.layout != on_host(layout):
+            host = HostTensors(on_host(layout), pinned=bool(self._rings))
+            copy = ModelCopy(host, TileReader.of_host(host, self._threads))
             self._host_bytes = host.nbytes
-        if last is None or last.tensors is not tensors:
-            last = self._last = _Sources(tensors, layout, host)
-        events = []
+        events: dict[torch.device, Any] = {}
         counts: dict[torch.device, int] = defaultdict(int)
-        for group, chunks, sources in zip(layout, host.chunks, last.sources, strict=True):
-            for chunk, own in zip(chunks, sources, strict=True):
-                values = [one if isinstance(one, torch.Tensor) else elements(*one) for one in own]
-                if group.device in last.rings:
-                    events.append(last.rings[group.device].send(counts[group.device], values, chunk))
-                    counts[group.device] += 1
-                else:
-                    _fill(chunk, values)
-        return ModelCopy(host, tuple(events))
+        for tile in model.tiles:
+            device = layout[tile.bucket].device
+            (room,) = copy.host.flat(tile.bucket, tile.begin, tile.end)
+            if device in self._rings:  # its stream keeps order: the last event is enough
+                events[device] = self._rings[device].send(counts[device], model.current(tile), room)
+                counts[device] += 1
+            else:
+                _fill(room, model.current(tile))
+        return replace(copy, events=tuple(events.values()))
 
     def give_back(self, copy: ModelCopy) -> None:
         """Take back a copy that has arrived and is no longer needed; from any thread."""
-        self._free.append(copy.host)
-
-
-class _Sources:
-    """What goes into each chunk of a copy: tensors, or views of parts, or which part of one that is not contiguous."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], layout: Layout, host: HostTensors) -> None:
-        self.tensors, self.layout = tensors, layout
-        self.sources = [[[_source(tensors, one) for one in own] for own in chunks] for chunks in host.ranges]
-        sizes: dict[torch.device, list[int]] = defaultdict(list)
-        for group, chunks in zip(layout, host.chunks, strict=True):
-            if group.device.type == "cuda":
-                sizes[group.device] += [chunk.nbytes for chunk in chunks]
-        self.rings = {device: _Ring(device, own) for device, own in sizes.items() if own}
-
-
-def _source(
-    tensors: Mapping[str, torch.Tensor], one: ElementRange
-) -> torch.Tensor | tuple[Sequence[torch.Tensor], int, int]:
-    tensor = tensors[one.name].detach()
-    if one.end - one.begin == tensor.numel():
-        return tensor
-    return elements([tensor], one.begin, one.end) if tensor.is_contiguous() else ([tensor], one.begin, one.end)
+        self._free.append(copy)
 
 
 # --- what is stored of averages
@@ -310,43 +206,31 @@ class StorageLayout:
     """How averages of a layout are stored, and which of their elements are measured.
 
     Attributes:
-        rooms: the same groups on the host in the storage dtype.
+        stored: the same buckets on the host in the storage dtype.
         weights: names of tensors that are measured and rounded: not running statistics.
         shapes, dtypes: of all, as they are stored if their values fit.
         subset: elements of the weights that are measured.
         sample: those of a snapshot's sample.
-        pieces: all of the averages in blocks, each with the chunk of a copy that it belongs in, and its place there.
     """
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
         self.layout, self.tracked = layout, tracked
-        self.rooms = tuple(replace(g, dtype=torch_dtype(dtype) if dtype else g.dtype) for g in on_host(layout))
+        self.stored = tuple(replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout))
         self.weights = frozenset(tracked.weights)
         self.subset = Subset(layout, self.weights)
-        self.shapes = {n: shape for group in layout for n, shape in zip(group.names, group.shapes, strict=True)}
-        self.dtypes = {name: group.dtype for group in self.rooms for name in group.names}
-        places = {n: (at, begin) for at, g in enumerate(layout) for n, begin in zip(g.names, g.bounds, strict=False)}
+        self.shapes = {n: shape for bucket in layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
+        self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
+        places = {name: (at, begin) for at, b in enumerate(layout) for name, (begin, _) in b.places.items()}
         sampled = np.array([(places[n][0], places[n][1] + i) for n, i in tracked.sampled], np.int64).reshape(-1, 2)
         self._order = np.lexsort(sampled.T[::-1])
         ordered = sampled[self._order]
         self.sample = Elements(layout, [ordered[ordered[:, 0] == at, 1] for at in range(len(layout))])
-        self.pieces = [
-            (Range(at, begin, end), number, begin - first)
-            for at, (group, room) in enumerate(zip(layout, self.rooms, strict=True))
-            for number, (first, last) in enumerate(pairwise(chunk_bounds(room.bounds[-1], room.dtype.itemsize)))
-            for begin, end in ((part.begin, part.end) for part in Range(at, first, last).cut(group.fold_block))
-        ]
-
-    def names_in(self, block: Range) -> set[str]:
-        """The tensors that have elements in a block."""
-        group = self.layout[block.group]
-        spans = zip(group.names, pairwise(group.bounds), strict=True)
-        return {name for name, (begin, end) in spans if begin < block.end and block.begin < end}
 
     def in_order(self, room: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
         """Values of a snapshot's sample, in its order."""
         values = np.empty(len(self._order), np.float32)
-        values[self._order] = np.concatenate([np.empty(0, np.float32), *(own.float().cpu().numpy() for own in room)])
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+            values[self._order] = joined(room)
         return values
 
 
@@ -360,6 +244,7 @@ class StagedAverages:
         averages, stored: values of the subset that is measured, exact and as they are stored.
         network: the network's, where known.
         samples: exact values of a snapshot's sample.
+        network_sample: the network's, where known.
     """
 
     layout: StorageLayout
@@ -370,58 +255,66 @@ class StagedAverages:
     stored: Sequence[Values]
     network: Values | None
     samples: Sequence[npt.NDArray[np.float32]]
+    network_sample: npt.NDArray[np.float32] | None
 
-    def parts(self, index: int) -> dict[str, list[torch.Tensor]]:
-        """The tensors of an average as they are stored, each in flat parts."""
-        others = {name: [own.view(-1)] for name, own in self.others[index].items()}
-        return self.copies[index].parts | others
+    def flats(self, index: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        """The tensors of `copies` that are stored: several end to end in one flat tensor, or one in several."""
+        copies, others = self.copies[index], self.others[index]
+        for at, (bucket, edges) in enumerate(zip(copies.layout, copies.edges, strict=True)):
+
+            def slabs(name: str, bucket: Bucket = bucket, edges: Sequence[int] = edges) -> tuple[int, int] | None:
+                begin, end = bucket.places[name]
+                return None if name in others else (bisect_right(edges, begin), bisect_left(edges, end))
+
+            for held, own in groupby(bucket.names, slabs):
+                names = [*own]
+                if held is not None:
+                    yield names, copies.flat(at, bucket.places[names[0]][0], bucket.places[names[-1]][1])
 
 
 @torch.no_grad()
 def stage(
-    layout: StorageLayout, averages: RunningAverages, copies: Sequence[HostTensors], network: BlockReader | None = None,
-    crew: Crew = ALONE,
+    layout: StorageLayout, averages: RunningAverages, copies: Sequence[HostTensors],
+    network: Sequence[torch.Tensor] | None = None, crew: Crew = ALONE,
 ) -> StagedAverages:  # fmt: skip
     """The averages as they are now, in `copies`, which may be pinned and not there before their stream is done.
 
-    `network` reads the model's values then. The results do not depend on the number of threads of the crew.
+    `network` is a room with the model's values of the subset. The results do not depend on the crew's threads.
     """
     profiles, subset = range(len(averages.sigma_rels)), layout.subset
     values, samples = ([own.room() for _ in profiles] for own in (subset, layout.sample))
-    norms: list[list[torch.Tensor]] = [[] for _ in layout.pieces]
+    tiles = tiles_of(layout.layout)
+    norms: list[list[torch.Tensor]] = [[] for _ in tiles]
 
-    def work(number: int, thread: int) -> None:
-        block, chunk, begin = layout.pieces[number]
+    def work(tile: Tile, thread: int) -> None:
         for index in profiles:
-            exact = averages.values(block, index, thread)
-            place = copies[index].chunks[block.group][chunk][begin : begin + exact.numel()]
+            exact = averages.values(tile, index, thread)
+            (room,) = copies[index].flat(tile.bucket, tile.begin, tile.end)
             if exact.device.type == "cpu":
-                place.copy_(exact)
+                room.copy_(exact)
             else:
-                place.copy_(exact.to(place.dtype), non_blocking=True)
-            norms[number].append(torch.linalg.vector_norm(exact))
-            subset.take(block, exact, values[index])
-            layout.sample.take(block, exact, samples[index])
+                room.copy_(exact.to(room.dtype), non_blocking=True)
+            norms[tile.number].append(torch.linalg.vector_norm(exact))
+            subset.take(tile, exact, values[index])
+            layout.sample.take(tile, exact, samples[index])
 
-    crew.each(work, range(len(layout.pieces)))
-    known = subset.room()
-    if network is not None:
-        read = network.values
-        crew.each(lambda block, thread: subset.take(block, read(block, thread), known), network.blocks)
+    crew.each(work, tiles)
     doubtful: list[set[str]] = [set() for _ in profiles]
-    for (block, *_), own in zip(layout.pieces, norms, strict=True):
-        most = torch.finfo(layout.rooms[block.group].dtype).max
+    ranges = (own for bucket in layout.layout for own in bucket.cut(bucket.edges()))
+    for tile, own, held in zip(tiles, norms, ranges, strict=True):
+        most = torch.finfo(layout.stored[tile.bucket].dtype).max
         for index, norm in enumerate(own):
             if not float(norm) <= most:
-                doubtful[index] |= layout.names_in(block)
-    found = [subset.joined(own) for own in values]
-    rounded = [zip(own, layout.rooms, strict=True) for own in values]
-    stored = [subset.joined([one.to(room.dtype).to(one.dtype) for one, room in own]) for own in rounded]
+                doubtful[index] |= {one.name for one in held}
+    found = [joined(own) for own in values]
+    rounded = [zip(own, layout.stored, strict=True) for own in values]
+    stored = [joined([one.to(bucket.dtype).to(one.dtype) for one, bucket in own]) for own in rounded]
     others = [_otherwise(layout, averages, index, doubtful[index], found[index], stored[index]) for index in profiles]
     nonfinite = [nonfinite_name(own) for own in others]
     return StagedAverages(
-        layout, copies, others, nonfinite, found, stored, None if network is None else subset.joined(known),
+        layout, copies, others, nonfinite, found, stored, None if network is None else joined(network),
         [layout.in_order(own) for own in samples],
+        None if averages.sample is None else layout.in_order(averages.sample),
     )  # fmt: skip
 
 

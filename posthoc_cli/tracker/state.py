@@ -39,15 +39,8 @@ from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.states import StateInfo, decode_state, high_prefix, low_prefix
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
-from posthoc_cli.tracker.averages import (
-    HOST,
-    Accumulators,
-    FlatTensors,
-    Layout,
-    RunningAverages,
-    Standing,
-    group_tensors,
-)
+from posthoc_cli.tracker.averages import AverageTensors, RunningAverages, Standing
+from posthoc_cli.tracker.layout import HOST, FlatTensors, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import Progress, Settings, check_count
@@ -95,9 +88,9 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     torch.distributed.checkpoint, find them in their places. What this process owns of a sharded `model` are DTensors.
     """
     averages, tracked = state.averages, state.tracked
-    kept, copies = averages.accumulators, averages.copies
+    kept, copies = averages.tensors, averages.copies
     if kept is None or not averages.exist:
-        kept = Accumulators(_host_layout(tracked), len(averages.sigma_rels))
+        kept = AverageTensors(_host_layout(tracked), len(averages.sigma_rels))
         dtypes = tracked.dtypes(copied=True)
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
@@ -148,7 +141,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
             info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window,
             info.folded_t, inherited,
         )  # fmt: skip
-        kept = Accumulators(_host_layout(tracked), len(wanted))
+        kept = AverageTensors(_host_layout(tracked), len(wanted))
         kinds = [(_mapping(state, kind), getattr(kept, kind)) for kind in ("high", "low")]
         sets = [(_mapping(of, repr(key)), own) for of, rooms in kinds for key, own in zip(wanted, rooms, strict=True)]
         for stored, room in [(_mapping(state, "mean"), kept.mean), *sets]:
@@ -194,7 +187,7 @@ def _plain(info: StateInfo) -> dict[str, Any]:
 def _host_layout(tracked: TrackedModel) -> Layout:
     """The layout of the averages of a model in the host's memory."""
     averaged = tracked.dtypes(copied=False)
-    return group_tensors({name: (HOST, dtype, tracked.shapes[name]) for name, dtype in averaged.items()})
+    return buckets_of({name: (HOST, dtype, tracked.shapes[name]) for name, dtype in averaged.items()})
 
 
 def _entry(entries: Mapping[str, Any], key: str) -> Any:
@@ -274,7 +267,7 @@ def _log_changes(held: Sequence[float], schedule: Mapping[str, Any], settings: S
 
 def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
     """Write a state to a file, in place of an older one: complete or not at all, durable, checksummed."""
-    averages, kept = state.averages, state.averages.accumulators
+    averages, kept = state.averages, state.averages.tensors
     sets: dict[str, Mapping[str, torch.Tensor]] = {}
     if kept is not None:  # else before the first update
         sets[states.MEAN] = kept.mean.views
@@ -529,7 +522,7 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     """The averages as the snapshots of one time, one a profile, hold them."""
     last = chosen[0].info
     held = TrackedModel.of_snapshot(chosen[0]) if tracked.members is None else tracked
-    kept = Accumulators(_host_layout(held), len(chosen))
+    kept = AverageTensors(_host_layout(held), len(chosen))
     inherited = tuple(_read_average(snapshot, own, held) for snapshot, own in zip(chosen, kept.high, strict=True))
     with chosen[0].open(held.boxes()) as file:
         copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}

@@ -1,4 +1,4 @@
-"""Worker threads: jobs done one after another, crews of threads for large updates, and a warning when training waits.
+"""Worker threads: jobs done one after another, and crews of threads for large updates.
 
 Signal handlers run in the main thread, between any two steps of its code, and may call the function that they have
 interrupted. So no lock is held while Python code runs: a handler that waits for it would wait for the code beneath it.
@@ -12,12 +12,10 @@ import errno
 import logging
 import os
 import threading
-import time
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,8 +28,6 @@ from posthoc_cli.errors import NotReadyError, WriteError
 from posthoc_cli.resources import worker_count
 
 log = logging.getLogger(__name__)
-
-PATIENCE = 10.0  # seconds that training waits before a warning
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -252,7 +248,7 @@ class Crew:
         """As many threads as torch takes in the calling one, up to those of a synthesis."""
         return cls(min(torch.get_num_threads(), worker_count()))
 
-    def each(self, work: Callable[[Item, int], None], items: Iterable[Item]) -> None:
+    def each(self, work: Callable[[Item, int], object], items: Iterable[Item]) -> None:
         """Call `work(item, thread)` for every item, in any order, with thread < `size`.
 
         The first error is raised when all threads have stopped; items that nobody had begun are left then.
@@ -306,60 +302,3 @@ def take_one_thread() -> None:
 def _openmp() -> ThreadpoolController:
     """The libraries with OpenMP, which must have been imported; looking for them takes 10 ms."""
     return ThreadpoolController().select(user_api="openmp")
-
-
-class Pace:
-    """How long jobs (`what`) take and how often they come; warns once if training waits on them.
-
-    `option` of the tracker says how often; `fitting` gives its value that makes jobs rarer by at least a factor.
-
-    Attributes:
-        done: jobs so far.
-        took: seconds of the last one.
-        held_up: seconds that training waited before it handed over the last one.
-    """
-
-    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
-        self.done, self.took, self.held_up = 0, 0.0, 0.0
-        self._what, self._option, self._fitting = what, option, fitting
-        self._seconds, self._came, self._waited = 0.0, 0, 0.0
-        self._begin, self._warned = time.monotonic(), False
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Do a job within the block."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.took = time.monotonic() - started
-            self._seconds += self.took
-            self.done += 1
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Wait within the block until a new job can be taken."""
-        started = time.monotonic()
-        yield
-        self.held_up = time.monotonic() - started
-        self._came += 1
-        self._waited += self.held_up
-
-    def warn(self, stacklevel: int) -> None:
-        """Warn if training has waited for long; call it last, since the warning may be an error."""
-        training = time.monotonic() - self._begin - self._waited
-        if self._warned or self._waited < max(PATIENCE, 0.1 * training) or not self.done:
-            return
-        self._warned = True
-        takes, comes = self._seconds / self.done, training / self._came
-        warnings.warn(
-            f"{self._what} takes {takes:.3g} s and is due every {comes:.3g} s: training has waited "
-            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
-            RuntimeWarning,
-            stacklevel=stacklevel + 1,
-        )
-
-
-def divisor(number: int, least: float) -> int:
-    """The smallest divisor of `number` that is at least `least`; `number` itself where none is."""
-    return next((n for n in range(1, number) if number % n == 0 and n >= least), number)

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import model_tensors
-from posthoc_cli.tracker import worker as pacing
-from posthoc_cli.tracker.averages import BlockReader
+from posthoc_cli.tracker.layout import TileReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.staging import ModelCopy
 
@@ -39,8 +38,8 @@ def network() -> torch.nn.Module:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While it is clear, the worker cannot begin with the values that it was given."""
-    gate, real = threading.Event(), ModelCopy.reader
-    monkeypatch.setattr(ModelCopy, "reader", lambda *arguments: gate.wait(60) and real(*arguments))
+    gate, real = threading.Event(), ModelCopy.arrived
+    monkeypatch.setattr(ModelCopy, "arrived", lambda *arguments: gate.wait(60) and real(*arguments))
     yield gate
     gate.set()
 
@@ -261,37 +260,19 @@ def test_a_worker_that_falls_behind_is_waited_for_and_drops_no_update(tmp_path: 
         assert (tracker.step, tracker.state_dict()["averages_step"]) == (20, 20)
 
 
-def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
-    now = [0.0]
-    monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pacing, "PATIENCE", 10.0)
-    pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
-    said = r"an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
-    for number in range(7):
-        now[0] += 1
-        with pace.waiting():
-            now[0] += 2 if number else 0
-        with pytest.warns(RuntimeWarning, match=said) if number == 5 else nullcontext():  # once: warnings are errors
-            pace.warn(stacklevel=1)
-        with pace.working():
-            now[0] += 3
-        now[0] -= 3  # it is done beside
-
-
 ENDS = """
 import sys, threading, torch
 from concurrent.futures import thread
 from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.staging import ModelCopy
-real = ModelCopy.reader
+real = ModelCopy.arrived
 def late(*arguments):
     while not thread._shutdown:  # the interpreter has begun to end
         threading.Event().wait(0.01)
     return real(*arguments)
 model = torch.nn.Linear(2, 2)
 tracker = PostHocEMA.from_model(model, sys.argv[1], device="cpu", update_every=1, checkpoint_every=1)
-ModelCopy.reader = late
+ModelCopy.arrived = late
 tracker.update_(model)
 """
 
@@ -389,7 +370,7 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
         tracker.update_(model)
         model.weight.data = torch.full((2, 3), 7.0)
         with monkeypatch.context() as fault:
-            fault.setattr(BlockReader, "of_tensors", lambda *_: (_ for _ in ()).throw(MemoryError))
+            fault.setattr(TileReader, "of_tensors", lambda *_: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(MemoryError):
                 tracker.update_(model)
         for _ in range(300):

@@ -25,7 +25,7 @@ from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.tracker import averages, measuring, staging
+from posthoc_cli.tracker import layout, measuring
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -137,14 +137,12 @@ def test_the_distance_to_the_weights_is_measured_where_they_are_at_hand(tmp_path
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_a_tensor_of_many_chunks_is_measured_as_one(
+def test_a_tensor_of_many_slabs_is_measured_and_stored_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """Chunks of memory end elsewhere than blocks in the cache, and than what is read of a file at a time."""
-    monkeypatch.setattr(averages, "FOLD_BLOCK", 1_000)
-    monkeypatch.setattr(staging, "CHUNK_BYTES", 2**12)
-    monkeypatch.setattr(staging, "REST_BYTES", 2**6)
-    monkeypatch.setattr(measuring, "CHUNK", 777)
+    """Tensors end elsewhere than tiles and slabs, and tiles elsewhere than slabs."""
+    for name, elements in {"TILE": 2**8, "DEVICE_TILE": 2**8, "SLAB": 2**11}.items():
+        monkeypatch.setattr(layout, name, elements)
     model = torch.nn.Linear(123, 457)
     model.empty = torch.nn.Parameter(torch.empty(0, 3))
     model.scalar = torch.nn.Parameter(torch.tensor(2.0))
@@ -314,7 +312,7 @@ def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
 ) -> None:
     """Of 20 elements of each tensor, one that float16 cannot hold, or one that is infinite as an average."""
     monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", 60)
-    monkeypatch.setattr(averages, "FOLD_BLOCK", 300)
+    monkeypatch.setattr(layout, "TILE", 300)
     model = torch.nn.Sequential(*(torch.nn.Linear(40, 25, bias=False) for _ in range(3)))
     model.norm = torch.nn.BatchNorm1d(7, affine=False)
     settings: dict = {"update_every": 1, "checkpoint_every": 4, "device": device}
@@ -343,7 +341,7 @@ def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averages, "FOLD_DEVICE_BLOCK", 1_000)
+    monkeypatch.setattr(layout, "DEVICE_TILE", 1_000)
     model = torch.nn.Linear(123, 45).cuda()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         watched = Watched(tracker)

@@ -32,7 +32,7 @@ def run(path, model, steps):
         for _ in range(steps):
             tracker.update_(model)
         tracker.flush()
-        kept = tracker._pipeline.now.averages.accumulators.nbytes
+        kept = tracker._pipeline.now.averages.tensors.nbytes
         if sys.argv[3] == "query":
             tracker.update_(model)
             tracker.state_dict(0.05)
@@ -156,7 +156,7 @@ def test_a_query_beside_which_updates_come_is_of_the_averages_that_it_began_with
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100, device=device) as ema:
         train(model, ema, 1, 3)
         expected = ema.state_dict(0.05)
-        real, reads = pipeline._Live.read, []
+        real, reads = pipeline.LiveAverages.read, []
 
         def read(*arguments: object) -> list[torch.Tensor]:
             reads.append(True)
@@ -166,7 +166,7 @@ def test_a_query_beside_which_updates_come_is_of_the_averages_that_it_began_with
                 beside.join()
             return real(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(pipeline._Live, "read", read)
+        monkeypatch.setattr(pipeline.LiveAverages, "read", read)
         found = ema.state_dict(0.05)
         assert len(reads) > 2
         assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -11,8 +11,9 @@ import torch
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.tracker import layout as layouts
 from posthoc_cli.tracker import measuring, sketching
-from posthoc_cli.tracker.averages import blocks_of, lay_out
+from posthoc_cli.tracker.layout import lay_out, tiles_of
 from posthoc_cli.tracker.measuring import Subset
 
 
@@ -92,16 +93,17 @@ def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
     np.testing.assert_allclose(one.folds @ one.means / 150, other.folds @ other.means / 150, atol=3e-3)
 
 
-def test_a_projection_depends_on_places_alone() -> None:
-    """Not on the blocks in which they come; and it is linear."""
+def test_a_projection_depends_on_places_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the tiles in which they come; and it is linear."""
     layout = lay_out({"a": torch.empty(150_001), "b": torch.empty(333, 7)})
     size = layout[0].bounds[-1]
     values, other = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
 
     def numbers(flat: torch.Tensor, length: int) -> np.ndarray:
+        monkeypatch.setattr(layouts, "TILE", length)
         sketcher = sketching.Sketcher(Subset(layout, {"a", "b"}))
-        for block in (part for whole in blocks_of(layout) for part in whole.cut(length)):
-            sketcher.take(block, flat[block.where])
+        for tile in tiles_of(layout):
+            sketcher.take(tile, flat[tile.where])
         sketcher.end_window(1.0)
         path = sketcher.path(1.0)
         assert path is not None
@@ -136,8 +138,8 @@ def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monke
     layout = lay_out(values)
     sketcher = sketching.Sketcher(Subset(layout, shapes))
     flat = torch.cat([one.view(-1) for one in values.values()])
-    for block in blocks_of(layout):
-        sketcher.take(block, flat[block.where])
+    for tile in tiles_of(layout):
+        sketcher.take(tile, flat[tile.where])
     path = sketcher.path(1.0)
     assert path is not None
     ratio = float(np.sum(path.sketch.means.astype(np.float64) ** 2)) / float(flat.double().square().sum())
@@ -149,8 +151,8 @@ def test_another_model_has_no_path_of_this_one(tmp_path: Path) -> None:
     """A sketch of other tensors cannot be gone on with: none is written from then on."""
     layout, other = lay_out({"a": torch.empty(10)}), lay_out({"a": torch.empty(11)})
     first = sketching.Sketcher(Subset(layout, {"a"}))
-    (block,) = blocks_of(layout)
-    first.take(block, torch.ones(10))
+    (tile,) = tiles_of(layout)
+    first.take(tile, torch.ones(10))
     first.end_window(1.0)
     known = first.path()
     assert known is not None
@@ -162,7 +164,7 @@ def test_another_model_has_no_path_of_this_one(tmp_path: Path) -> None:
 def test_hostile_sketches_are_refused() -> None:
     sketcher = sketching.Sketcher(Subset(layout := lay_out({"a": torch.empty(10)}), {"a"}))
     for t in (1.0, 2.0):
-        sketcher.take(blocks_of(layout)[0], torch.ones(10) * t)
+        sketcher.take(tiles_of(layout)[0], torch.ones(10) * t)
         sketcher.end_window(t)
     path = sketcher.path()
     assert path is not None

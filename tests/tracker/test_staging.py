@@ -7,16 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from posthoc_cli.tracker import staging
-from posthoc_cli.tracker.averages import Layout, lay_out
-from posthoc_cli.tracker.staging import ModelCopier, ModelCopy, locate
+from posthoc_cli.tracker import layout, staging
+from posthoc_cli.tracker.layout import HostTensors, TileReader, lay_out
+from posthoc_cli.tracker.staging import ModelCopier, ModelCopy
 
 
 class Event:
@@ -115,7 +114,7 @@ class SimulatedDevice:
         def empty(elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
             assert pin_memory == (device is None)
             made = torch.zeros(elements, dtype=dtype)
-            return made if device is None else made.as_subclass(OnDevice)
+            return made.as_subclass(OnDevice) if device is not None and device.type == "cuda" else made
 
         proxy.empty = empty
         return proxy
@@ -123,20 +122,15 @@ class SimulatedDevice:
 
 @pytest.fixture(params=range(20))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    """From the tenth on one without free memory, and with tensors of several chunks."""
+    """From the tenth on one without free memory, and with tensors of several slabs."""
     simulated = SimulatedDevice(request.param)
     if request.param >= 10:
         simulated.free = 0
-        monkeypatch.setattr(staging, "CHUNK_BYTES", 16)
-        monkeypatch.setattr(staging, "REST_BYTES", 8)
+        for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
+            monkeypatch.setattr(layout, name, elements)
 
-    def on_devices(tensors: Mapping[str, torch.Tensor]) -> Layout:
-        """float64 on a second device."""
-        numbers = {torch.float64: 1}
-        return tuple(replace(g, device=torch.device("cuda", numbers.get(g.dtype, 0))) for g in lay_out(tensors))
-
-    monkeypatch.setattr(staging, "torch", simulated.as_torch())
-    monkeypatch.setattr(staging, "lay_out", on_devices)
+    for module in (staging, layout):
+        monkeypatch.setattr(module, "torch", simulated.as_torch())
     return simulated
 
 
@@ -145,9 +139,16 @@ def tensors() -> dict[str, torch.Tensor]:
     return {name: torch.zeros(3, 2, dtype=dtype) for name, dtype in dtypes.items()}
 
 
+def on_devices(tensors: Mapping[str, torch.Tensor]) -> TileReader:
+    """A reader of tensors as if they were on devices, float64 on a second one."""
+    numbers = {torch.float64: 1}
+    places = tuple(replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in lay_out(tensors))
+    return TileReader.of_tensors(places, tensors, threads=0)
+
+
 def expected(copy: ModelCopy, number: int) -> bool:
-    parts = [part for parts in copy.arrived().parts.values() for part in parts]
-    return all(bool((value == torch.tensor(number, dtype=value.dtype)).all()) for value in parts)
+    values = copy.arrived()
+    return all(bool((values.values(tile) == number).all()) for tile in values.tiles)
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
@@ -157,14 +158,14 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
     def check() -> None:
         number, staged = waiting.popleft()
-        assert staged.host.parts.keys() == values.keys()
+        assert {name for bucket in staged.host.layout for name in bucket.names} == values.keys()
         assert expected(staged, number)
         stager.give_back(staged)
 
     for number in range(1, 8):
         for tensor in values.values():
             device.training.add(lambda tensor=tensor, number=number: tensor.fill_(number))
-        waiting.append((number, stager.copy(values)))
+        waiting.append((number, stager.copy(on_devices(values))))
         device.some()
         if len(waiting) > device.draw.randrange(3):
             check()
@@ -175,19 +176,19 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: SimulatedDevice) -> None:
     """Training is as far ahead of the other streams as it can be."""
     values, stager = tensors(), ModelCopier()
-    staged = [stager.copy(values)]
+    staged = [stager.copy(on_devices(values))]
     for tensor in values.values():
         device.training.add(lambda tensor=tensor: tensor.fill_(1))
-    staged.append(stager.copy(values))
+    staged.append(stager.copy(on_devices(values)))
     device.run(only=device.training)
     for number, one in enumerate(staged):
         assert expected(one, number)
 
 
 def test_training_waits_for_the_host_only_where_memory_is_short(device: SimulatedDevice) -> None:
-    """All of a copy is out of training's way at once, or what goes into two chunks a device."""
+    """All of a copy is out of training's way at once, or what goes into two slabs a device."""
     values, stager = tensors(), ModelCopier()
-    first = stager.copy(values)
+    first = stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
     # Freed, a buffer is not given to the training before the other stream has read it.
@@ -198,47 +199,52 @@ def test_training_waits_for_the_host_only_where_memory_is_short(device: Simulate
         assert not device.training.work
     else:
         assert len(buffers) == 4
-        assert stager.nbytes <= host + 4 * staging.CHUNK_BYTES
+        assert stager.nbytes <= host + 4 * 4 * 8  # bytes of a slab
         assert device.training.work
     first.arrived()
     device.run(only=device.training)
     assert not device.training.work
-    stager.copy(values)
+    stager.copy(on_devices(values))
     device.run(only=device.training)
     assert bool(device.training.work) == (not device.free)
 
 
 def test_buffers_are_used_again_and_others_are_made_for_other_tensors(device: SimulatedDevice) -> None:
     values, stager = tensors(), ModelCopier()
-    first = stager.copy(values)
+    first = stager.copy(on_devices(values))
     first.arrived()
     stager.give_back(first)
-    assert stager.copy(values).host is first.host
-    other = stager.copy({"a": values["a"].fill_(7)})
-    assert other.arrived().parts.keys() == {"a"}
+    assert stager.copy(on_devices(values)).host is first.host
+    other = stager.copy(on_devices({"a": values["a"].fill_(7)}))
+    assert [bucket.names for bucket in other.host.layout] == [("a",)]
     assert expected(other, 7)
 
 
-@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
-@pytest.mark.parametrize("count", [0, 1, 1000, 2**16 + 1, 2**20 - 3, 2**28 + 12345])
-def test_chunks_of_pinned_memory_are_not_rounded_up(count: int, itemsize: int) -> None:
-    """torch takes a power of two for each: all but the last bytes have one already."""
-    bounds = staging.chunk_bounds(count, itemsize)
-    sizes = [(end - begin) * itemsize for begin, end in pairwise(bounds)]
-    assert sum(sizes) == count * itemsize
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 1000, 2**22 + 1, 2**24 - 3, 2**27 + 12345])
+def test_slabs_of_pinned_memory_are_not_rounded_up(count: int, dtype: torch.dtype) -> None:
+    """torch takes a power of two of bytes for each: all but the last elements have one already."""
+    host = HostTensors(lay_out({"a": torch.empty(1, dtype=dtype).expand(count)}))
+    sizes = [slab.nbytes for slab in host.slabs[0]]
+    assert sum(sizes) == count * dtype.itemsize
     taken = sum(2 ** (size - 1).bit_length() for size in sizes)
-    assert taken < count * itemsize + staging.REST_BYTES
-    assert all(size <= staging.CHUNK_BYTES for size in sizes)
+    assert taken < (count + layout.DEVICE_TILE) * dtype.itemsize
+    assert all(size <= layout.SLAB * dtype.itemsize for size in sizes)
+    assert all(edge % layout.DEVICE_TILE == 0 for edge in host.edges[0][:-1])
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_ranges_of_tensors_in_parts_are_row_major(turned: bool) -> None:
-    whole = torch.arange(5 * 6 * 2).reshape(6, 5, 2).transpose(0, 1) if turned else torch.arange(60).reshape(5, 6, 2)
-    flat = whole.reshape(-1)
-    for parts in ([whole], [flat[:7], flat[7:8], flat[8:]]):
-        for begin, end in ((0, 60), (3, 4), (5, 30), (59, 60), (13, 49)):
-            assert torch.equal(staging.elements(parts, begin, end), flat[begin:end])
-        assert all(int(part.reshape(-1)[at]) == int(flat[k]) for k in range(60) for part, at in [locate(parts, k)])
+def test_tiles_are_row_major_whatever_the_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "TILE", 7)
+    turned = torch.arange(5 * 6 * 2.0).reshape(6, 5, 2).transpose(0, 1)
+    tensors = {
+        "a": torch.arange(3.0),
+        "turned": turned,
+        "b": torch.arange(50.0).reshape(5, 10),
+        "scalar": torch.ones(()),
+    }
+    reader = TileReader.of_tensors(lay_out(tensors), tensors)
+    found = torch.cat([reader.values(tile).clone() for tile in reader.tiles])
+    assert torch.equal(found, torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -258,7 +264,7 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.copy(averaged)))
+            waiting.append((number, stager.copy(TileReader.of_tensors(lay_out(averaged), averaged, 0))))
             if len(waiting) == 2:
                 first, staged = waiting.popleft()
                 assert expected(staged, first)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import averages
-from posthoc_cli.tracker.averages import BlockReader, RunningAverages, lay_out
+from posthoc_cli.tracker import layout
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.layout import TileReader, lay_out
 from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.sketching import Sketcher
 
@@ -170,20 +171,19 @@ def test_averages_take_six_bytes_a_parameter_and_profile_and_four_for_all(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("first", "window"), [(1500, 2), (3500, 4)])
-def test_a_fold_shows_every_block_of_the_mean_once_and_of_two_values_both(
+def test_a_fold_shows_every_tile_of_the_mean_once_and_of_two_values_both(
     dtype: torch.dtype, first: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window covers a thousandth of training, or two values."""
-    monkeypatch.setattr(averages, "CPU_BLOCK", 700)
-    monkeypatch.setattr(averages, "FOLD_BLOCK", 300)
+    monkeypatch.setattr(layout, "TILE", 300)
     generator, gamma = torch.Generator().manual_seed(0), exact_gamma(0.05)
     weights = torch.zeros(1000, dtype=dtype)
-    reader = BlockReader.of_tensors(lay_out({"w": weights}), {"w": weights})
+    reader = TileReader.of_tensors(lay_out({"w": weights}), {"w": weights})
     seen: list[tuple[int, int, torch.Tensor]] = []
     ended: list[float] = []
     running = RunningAverages.none_yet(SIGMA_RELS)
     recorder = Sketcher(Subset(reader.layout, {"w"}))
-    monkeypatch.setattr(recorder, "take", lambda block, mean: seen.append((block.begin, block.end, mean.clone())))
+    monkeypatch.setattr(recorder, "take", lambda tile, mean: seen.append((tile.begin, tile.end, mean.clone())))
     monkeypatch.setattr(recorder, "end_window", ended.append)
     running.sketcher = recorder
     path = []
@@ -196,7 +196,7 @@ def test_a_fold_shows_every_block_of_the_mean_once_and_of_two_values_both(
             assert (seen, running.standing.folded_t) == ([], begin)
             continue
         shown = torch.cat([part for *_, part in seen])
-        assert [ends for *ends, _ in seen][-4:] == [[0, 300], [300, 600], [600, 700], [700, 1000]]
+        assert [ends for *ends, _ in seen][-4:] == [[0, 300], [300, 600], [600, 900], [900, 1000]]
         if t > first and window == 2:
             assert torch.equal(shown, torch.cat(path[-2:]))
         else:

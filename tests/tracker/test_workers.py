@@ -21,15 +21,14 @@ from torture.tearing import Equal, Truth, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.tracker import averages
+from posthoc_cli.tracker import averages, layout
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.worker import Crew, Worker, end_threads
 
 
 @pytest.fixture
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averages, "CPU_BLOCK", 1000)
-    monkeypatch.setattr(averages, "FOLD_BLOCK", 300)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "TILE", 300)
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def _two_threads() -> None:
     torch.set_num_threads(2)  # conftest sets it to 1 for each test
 
 
-@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +104,7 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
     assert done == list(range(9))
 
 
-@pytest.mark.usefixtures("_small_blocks", "_two_threads")
+@pytest.mark.usefixtures("_small_tiles", "_two_threads")
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_threads_of_training_are_left_alone(
     device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
