@@ -323,22 +323,24 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
         """
         from posthoc_cli.export.layouts import OutputOptions
+        from posthoc_cli.export.model_folder import ModelFolder
         from posthoc_cli.export.writing import Outputs
 
         plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
-        wanted = as_targets(targets)
-        outputs = Outputs.asked(wanted, None if out is None else str(out), dtype, OutputOptions(**options))
-        if outputs.options.like is not None:
-            outputs = outputs.like_folder(self.tensors)
+        wanted, asked = as_targets(targets), OutputOptions(**options)
+        like = None if asked.like is None else ModelFolder.find(asked.like, asked.component, self.tensors)
+        outputs = Outputs.asked(wanted, out, dtype, asked, like)
         plan = functools.partial(
             self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype
         )
-        if outputs.options.distributed:
-            from posthoc_cli.export.torchrun import Ranks
+        if asked.distributed:
+            from posthoc_cli.export.torchrun import Ranks, write_shards
 
             with Ranks() as ranks:
-                return outputs.write_shards(ranks, ranks.together(plan), progress)
+                with ranks.together():
+                    made = plan()
+                return write_shards(ranks, made, outputs, progress)
         return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
 
     def merge(

@@ -43,7 +43,7 @@ from synthesis_cases import (
 
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
-from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import Options, TileWriter, check_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoints", action="store_true", help="other programs' checkpoints only")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
-    device, million = parse_device(asked.device), 10_000 if asked.quick else 1_000_000
+    device, million = str(check_device(asked.device)), 10_000 if asked.quick else 1_000_000
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, sums on {device}")
     report = Report(1 if asked.quick else asked.repeats)
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:

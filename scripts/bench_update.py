@@ -74,7 +74,7 @@ from update_cases import (
 )
 
 from posthoc_cli.profiles.tracked import WINDOW
-from posthoc_cli.synthesis.engine import parse_device
+from posthoc_cli.synthesis.engine import check_device
 
 PACKAGES = ("ema-pytorch", "pytorch-posthoc-ema", "diffusers")
 STEPS_BETWEEN_UPDATES = 10
@@ -166,7 +166,7 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         print("cuda: torch finds none on this machine; the models are on the CPU")
         return "cpu"
-    return parse_device(wanted)
+    return str(check_device(wanted))
 
 
 def _setting(device: str) -> str:

@@ -29,9 +29,10 @@ from posthoc_cli.export.layouts import (
     converted,
     finite,
     layout_of,
-    make_sink,
+    open_model,
     output_exists,
     suffix_of,
+    write_tensors,
 )
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
@@ -45,14 +46,13 @@ from posthoc_cli.snapshots.format import (
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import (
     check_alike,
-    check_indexed,
     decode_output,
     index_of,
     model_files,
     models_at,
     training_metadata,
 )
-from posthoc_cli.snapshots.reading import TensorReader, open_file
+from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import running_statistics
 from posthoc_cli.snapshots.tensor_file import read_header, tensor_from_bytes
 
@@ -120,35 +120,28 @@ def export_file(
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
     started = time.perf_counter()
-    sources = models_at(source)
+    sources, wanted = models_at(source), parse_dtype(dtype)
     outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
-    options = OutputOptions(overwrite=overwrite, max_shard_size=max_shard_size)
-    options.shard_bytes  # noqa: B018  checks it
-    made, wanted = {}, parse_dtype(dtype)
+    options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
+    made = {}
     total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
     with progress("exporting", total) as advance:
         for model, path in zip(sources, outs, strict=True):
-            kind = layout_of(path, layout)
-            options.check_layout(kind)
+            options.check_layout(path)
             with ExitStack() as stack:
                 own, info = _read_source(stack, model, wanted)
                 tensors = _rename(own, prefix, strip_prefix)
-                if info is not None:
-                    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
-                    info = replace(info, copies=copies)
                 if base is not None:
                     tensors |= _read_base(stack, base, wanted, tensors)
-                metadata = {"format": "pt"} if info is None else output_metadata(info)
+                metadata = {"format": "pt"}
+                if info is not None:
+                    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
+                    metadata = output_metadata(replace(info, copies=copies))
                 if len(model_files(model)) == 1:
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
                     metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
                 specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-                sink = make_sink(kind, path, specs, metadata, options)
-                stack.callback(sink.discard)
-                for spec in specs:
-                    sink.write(spec.name, tensors[spec.name].read())
-                    advance(spec.nbytes)
-                sink.commit()
+                write_tensors(path, specs, metadata, map(_PlannedTensor.read, tensors.values()), options, advance)
             made[path] = Exported(len(tensors), len(tensors) - len(own), sum(spec.nbytes for spec in specs))
     return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
 
@@ -191,11 +184,14 @@ def _read_source(
     stack: ExitStack, source: Path, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """The tensors of the model to export, under all their names, and its metadata as an output."""
+    model = source.name if (index := index_of(source)) is None else index.parent.name
+    if is_parts_folder(source):
+        parts = read_snapshot(source)
+        return _read_snapshot(stack.enter_context(parts.open()), parts.info, model, dtype)
     tensors: dict[str, _PlannedTensor] = {}
     found: list[tuple[Path, OutputInfo | None]] = []
-    name = source.name if (index := index_of(source)) is None else index.parent.name
-    for file, snapshot in _open_model(stack, source):
-        own, info = _read_file(file, name, dtype, snapshot)
+    for file in open_model(stack, source):
+        own, info = _read_file(file, model, dtype)
         found.append((file.path, info))
         check_alike(*found[0], *found[-1])
         twice = own.keys() & tensors.keys()
@@ -206,32 +202,36 @@ def _read_source(
 
 
 def _read_file(
-    file: TensorReader, model: str, dtype: str | None, joined: SnapshotInfo | None
+    file: TensorReader, model: str, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """The tensors of a file or of joined parts, under all their names, and its metadata; `model` names the source."""
+    """The tensors of a file, under all their names, and its metadata; `model` names the source."""
     kind, entries, info = file_kind(file.header), file.header.tensors, None
-    if kind is None:
-        found = [(name, name, entry.dtype, "other") for name, entry in entries.items()]
-    elif kind == "output":
+    roles = dict.fromkeys(entries, "other")
+    if kind == "snapshot":
+        return _read_snapshot(file, decode_snapshot(file.path, file.header), model, dtype)
+    if kind == "output":
         info = decode_output(file.path, file.header)
         roles = dict.fromkeys(entries, "average") | dict.fromkeys(running_statistics(entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
-        found = [(name, name, entry.dtype, roles[name]) for name, entry in entries.items()]
-    elif kind == "snapshot":
-        snapshot = joined or decode_snapshot(file.path, file.header)
-        if snapshot.part is not None:
-            raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
-        names = {name: name for name in snapshot.tensors} | snapshot.aliases
-        found = [(n, own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for n, own in names.items()]
-        info = OutputInfo(
-            snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
-            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
-        )  # fmt: skip
     elif kind == "state":
         raise FileFormatError(file.path, "is a tracker's state, not weights", "export a snapshot, or a synthesis")
-    else:
+    elif kind is not None:
         raise FileFormatError(file.path, f"its ema.format is {shown(kind)}, which this release does not know")
-    return {n: _planned(file, own, stored, role, dtype) for n, own, stored, role in found}, info
+    return {name: _planned(file, name, entry.dtype, roles[name], dtype) for name, entry in entries.items()}, info
+
+
+def _read_snapshot(
+    file: TensorReader, snapshot: SnapshotInfo, model: str, dtype: str | None
+) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
+    if snapshot.part is not None:
+        raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
+    names = {name: name for name in snapshot.tensors} | snapshot.aliases
+    info = OutputInfo(
+        snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
+        snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
+    )  # fmt: skip
+    tracked = {name: snapshot.tensors[own] for name, own in names.items()}
+    return {n: _planned(file, own, tracked[n].dtype, tracked[n].role, dtype) for n, own in names.items()}, info
 
 
 def _planned(file: TensorReader, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
@@ -255,8 +255,8 @@ def _read_base(
     stack: ExitStack, base: Path, dtype: str | None, own: Mapping[str, _PlannedTensor]
 ) -> dict[str, _PlannedTensor]:
     """The tensors that only the base has; those in both must have the same shape."""
-    tensors, seen = {}, set()
-    for file, _ in _open_model(stack, base):
+    tensors, seen = {}, set[str]()
+    for file in [stack.enter_context(read_snapshot(base).open())] if is_parts_folder(base) else open_model(stack, base):
         for name, entry in file.header.tensors.items():
             seen.add(name)
             if name not in own:
@@ -268,15 +268,3 @@ def _read_base(
         hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
     return tensors
-
-
-def _open_model(stack: ExitStack, path: Path) -> list[tuple[TensorReader, SnapshotInfo | None]]:
-    """The files of a model, opened; each holds what the index says. Joined parts are one, with what they say."""
-    if is_parts_folder(path):
-        snapshot = read_snapshot(path)
-        return [(stack.enter_context(snapshot.open()), snapshot.info)]
-    opened: list[tuple[TensorReader, SnapshotInfo | None]] = []
-    for file_path, names in model_files(path).items():
-        opened.append((stack.enter_context(open_file(file_path)), None))
-        check_indexed(file_path, opened[-1][0].header, names)
-    return opened

@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -27,6 +27,7 @@ from posthoc_cli.errors import (
     MismatchError,
     NonFiniteError,
     OutputExistsError,
+    VanishedError,
     WriteError,
     shown,
 )
@@ -37,18 +38,18 @@ from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     SINGLE_NAME,
+    check_indexed,
     decode_output,
     encode_index,
     model_files,
     output_difference,
-    read_index,
     same_coefficients,
     training_metadata,
 )
-from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.reading import TensorReader, open_file, verify_payload
 from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, synthesize_into
+from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
@@ -96,8 +97,9 @@ class OutputOptions(Options):
         size = DEFAULT_SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
         return resources.parse_bytes(str(size), "max_shard_size")
 
-    def check_layout(self, layout: str) -> None:
-        """Check that an output with this layout has shards, if their size was given; else an InvalidValueError."""
+    def check_layout(self, path: Path) -> None:
+        """Check the layout of an output, and that it has shards if their size was given; else an InvalidValueError."""
+        layout, _ = layout_of(path, self.layout), self.shard_bytes
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
             raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
@@ -191,8 +193,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     """The output of each target, and the folder to create for them, if one was named.
 
     The output may be a pattern with `{sigma_rel}` or `{target}` to fill in, a file (for one target), or a folder that
-    takes a file a target. With the layout "sharded" a folder holds one model, so several targets get a folder each
-    within it.
+    takes a file a target. A folder of shards holds one model, so several targets get a folder each within it.
 
     Raises:
         InvalidValueError: several targets, but one output for them or for two of them; or a pattern that a target
@@ -204,42 +205,29 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
         raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
-    if _SIGMA_REL in out or _TARGET in out:
-        paths, folder = [_filled_in(out, target) for target in targets], None
-    else:
-        paths, folder = _paths(targets, out, layout)
+    path, pattern, folder = files.expanded(out), out, None
+    if _SIGMA_REL not in out and _TARGET not in out:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
+        is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
+        if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
+            return [path], None
+        if not is_folder and path.suffix in (fmt.SUFFIX, *PICKLES):
+            place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
+            example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
+            raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
+        pattern, folder = str(path / f"{_TARGET}{suffix_of(layout)}"), path
     taken: dict[Path, Target] = {}
-    for target, path in zip(targets, paths, strict=True):
-        if path in taken:
-            both = f"{taken[path].title} and {target.title} would both become {path}"
+    for target in targets:
+        if _SIGMA_REL in pattern and target.sigma_rel is None:
+            raise InvalidValueError("out", f"{target.title} has no sigma_rel", f"write {_TARGET} for it", value=out)
+        name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
+        made = files.expanded(pattern.replace(_SIGMA_REL, repr(target.sigma_rel)).replace(_TARGET, name))
+        if made in taken:
+            both = f"{taken[made].title} and {target.title} would both become {made}"
             raise InvalidValueError("out", f"{both}; a profile is named after its file", "rename one", value=out)
-        taken[path] = target
-    return paths, folder
-
-
-def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
-    path = files.expanded(out)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
-    is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
-    if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
-        return [path], None
-    if not is_folder and path.suffix in (fmt.SUFFIX, *PICKLES):
-        place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
-        example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
-        raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
-    return [path / f"{_name(target)}{suffix_of(layout)}" for target in targets], path
-
-
-def _filled_in(pattern: str, target: Target) -> Path:
-    if _SIGMA_REL in pattern and target.sigma_rel is None:
-        raise InvalidValueError("out", f"{target.title} has no sigma_rel", f"write {_TARGET} for it", value=pattern)
-    return files.expanded(pattern.replace(_SIGMA_REL, repr(target.sigma_rel)).replace(_TARGET, _name(target)))
-
-
-def _name(target: Target) -> str:
-    """The name of a target's file, without an ending: `sigma_rel-0.15`, `beta-0.9999`."""
-    return target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
+        taken[made] = target
+    return [*taken], folder
 
 
 # --- outputs that are there already ------------------------------------------------------------------
@@ -255,44 +243,38 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = Non
 
     An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not say.
     """
-    there = {index for index, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
+    kinds = [layout_of(path, layout) for path in paths]
+    there = {index for index, path in enumerate(paths) if output_exists(path, kinds[index])}
     for index in sorted(there):
+        if kinds[index] in ("pt", "dcp"):
+            reason = f"is there already, and this layout, {kinds[index]}, does not say which average it holds"
+            raise OutputExistsError(paths[index], reason, ANOTHER_NAME)
         try:
-            _check_output(paths[index], layout_of(paths[index], layout), plan, plan.output_info(index))
+            _check_output(paths[index], plan, plan.output_info(index))
         except (FileFormatError, MismatchError) as error:
             raise OutputExistsError(error.subject, error.reason, ANOTHER_NAME) from error
     return there
 
 
-def _check_output(path: Path, layout: str, plan: Plan, wanted: OutputInfo) -> None:
+def _check_output(path: Path, plan: Plan, wanted: OutputInfo) -> None:
     """Check that an output is there as it would be made: FileFormatError or MismatchError."""
-    if layout in ("pt", "dcp"):
-        raise MismatchError(path, f"is there already, and this layout, {layout}, does not say which average it holds")
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: dict[str, str] = {}
     for shard in model_files(path):
         header = read_header(shard)
         info = decode_output(shard, header)
         difference = output_difference(info, wanted)
-        if difference is None and (_used(info) != _used(wanted) or not same_coefficients(info, wanted)):
+        used, own = ([name for name, coefficient in one.snapshots if coefficient] for one in (info, wanted))
+        if difference is None and (used != own or not same_coefficients(info, wanted)):
             difference = "its snapshots or their coefficients are others"
         if difference is not None:
             raise MismatchError(shard, f"is another output: {difference}")
         verify_payload(shard, header)
-        found |= {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
-    expected = {spec.name: (spec.dtype, spec.shape) for spec in plan.specs()}
+        found |= {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in header.tensors.items()}
+    expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
     for name in sorted(found.keys() | expected.keys()):
-        there, wanted_one = found.get(name), expected.get(name)
-        if there != wanted_one:
-            difference = f"its tensor {shown(name)} is {_described(there)}, not {_described(wanted_one)}"
-            raise MismatchError(path, f"is another output: {difference}")
-
-
-def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
-    return "absent" if tensor is None else f"{tensor[0]} of shape {list(tensor[1])}"
-
-
-def _used(info: OutputInfo) -> list[str]:
-    return [name for name, coefficient in info.snapshots if coefficient]
+        one, other = found.get(name, "absent"), expected.get(name, "absent")
+        if one != other:
+            raise MismatchError(path, f"is another output: its tensor {shown(name)} is {one}, not {other}")
 
 
 # --- tensors that go into outputs --------------------------------------------------------------------
@@ -306,10 +288,42 @@ def finite(tensor: torch.Tensor) -> torch.Tensor:
 def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the host in a dtype; a NonFiniteError if that cannot hold one of its finite values."""
     tensor = tensor.cpu()
-    result = tensor.to(dtype)
-    if result.dtype != tensor.dtype and bool((finite(tensor) & ~finite(result)).any()):
-        raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
-    return result
+    if tensor.dtype != dtype and tensor.numel():
+        values = tensor.float() if tensor.element_size() == 1 else tensor
+        if not holds(dtype, torch.stack(torch.aminmax(values.nan_to_num(0.0, 0.0, 0.0)))):
+            raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
+    return tensor.to(dtype)
+
+
+def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
+    """The files of a model, opened until the stack ends; each holds what its index says."""
+    opened = []
+    try:
+        for file_path, names in model_files(path).items():
+            opened.append(stack.enter_context(open_file(file_path)))
+            check_indexed(file_path, opened[-1].header, names)
+    except VanishedError as error:  # else it would pass for a snapshot that was thinned away meanwhile
+        raise FileFormatError(error.subject, error.reason) from error
+    return opened
+
+
+def write_tensors(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    metadata: Mapping[str, str],
+    values: Iterable[torch.Tensor],
+    options: OutputOptions,
+    advance: Callable[[int], object],
+) -> None:
+    """Write an output of these tensors, one at a time; tells how many bytes are written. It appears whole or not."""
+    sink = make_sink(layout_of(path, options.layout), path, specs, metadata, options)
+    try:
+        for spec, value in zip(specs, values, strict=True):
+            sink.write(spec.name, value)
+            advance(spec.nbytes)
+        sink.commit()
+    finally:
+        sink.discard()
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -344,23 +358,17 @@ def make_sink(
         return _DcpSink(path, specs, options.overwrite)
     if layout == "sharded":
         return _ShardedSink(path, specs, metadata, options)
-    return _FileSink(TensorFileWriter(path, specs, metadata, options.overwrite))
+    writer = TensorFileWriter(path, specs, metadata, options.overwrite)
+    return FileSink({writer: [spec.name for spec in specs]})
 
 
 def check_no_snapshot(path: Path) -> None:
     """Check that neither a file, nor what a new model in that folder would replace, is a snapshot: none is replaced."""
-    found = [path]
-    if path.is_dir():
-        found = [
-            file
-            for file in files.system.list(path)
-            if MODEL_FILE.fullmatch(file.name) or PART_NAME.fullmatch(file.name)
-        ]
-        with suppress(FileFormatError):
-            found += [path / name for name in read_index(path / INDEX_NAME)]
+    found = files.system.list(path) if path.is_dir() else [path]
     for file in found:
+        is_replaced = file == path or MODEL_FILE.fullmatch(file.name) or PART_NAME.fullmatch(file.name)
         with suppress(FileFormatError):
-            if file.is_file() and file_kind(read_header(file)) == "snapshot":
+            if is_replaced and file.is_file() and file_kind(read_header(file)) == "snapshot":
                 raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
 
 
@@ -380,35 +388,45 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
 # --- safetensors -------------------------------------------------------------------------------------
 
 
-class _FileSink:
-    def __init__(self, writer: TensorFileWriter) -> None:
-        self._writer = writer
+class FileSink:
+    """Writes the tensors of one target into files, which `commit` gives their names.
 
-    def writer_of(self, name: str) -> TensorFileWriter:  # noqa: ARG002
-        return self._writer
+    Arguments:
+        writers: the files, each with the names of its tensors.
+    """
+
+    def __init__(self, writers: Mapping[TensorFileWriter, Iterable[str]]) -> None:
+        self._writers = writers
+        self._places = {name: writer for writer, names in writers.items() for name in names}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        self.writer_of(name).write(name, tensor_bytes(tensor))
+        """Write a complete tensor."""
+        self._places[name].write(name, tensor_bytes(tensor))
 
     def open_tile(self, tile: Tile) -> TileWriter:
-        return _FileTile(self, tile)
+        """See `synthesis.engine.Output`."""
+        return _FileTile(self._places, tile)
 
     def commit(self) -> None:
-        self._writer.commit()
+        """Let the files appear."""
+        for writer in self._writers:
+            writer.commit()
 
     def discard(self) -> None:
-        self._writer.discard()
+        """Remove what was not committed."""
+        for writer in self._writers:
+            writer.discard()
 
 
 class _FileTile(TileWriter):
     """Writes a tile to files, under all names of its tensors."""
 
-    def __init__(self, sink: _FileSink, tile: Tile) -> None:
-        self._sink, self._names = sink, {name: tile.aliases[name] for name in tile.names}
+    def __init__(self, places: Mapping[str, TensorFileWriter], tile: Tile) -> None:
+        self._places, self._names = places, {name: tile.aliases[name] for name in tile.names}
         size, first = ITEM_BYTES[tile.dtype], tile.ranges[0]
         self._bounds = [bound * size for bound in tile.bounds]
         aliases = self._names[first.name] if len(tile.ranges) == 1 else ()
-        self._ranges = [sink.writer_of(n).write_range(n, first.begin * size) for n in aliases]
+        self._ranges = [places[name].write_range(name, first.begin * size) for name in aliases]
 
     def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
         view = tensor_bytes(values)
@@ -424,17 +442,17 @@ class _FileTile(TileWriter):
     def _write_batch(self, view: memoryview) -> None:
         """Write small tensors: neighbours in one file together, then each under its further names."""
         begin = 0
-        for writer, run in groupby(self._names, self._sink.writer_of):
+        for writer, run in groupby(self._names, self._places.__getitem__):
             names = list(run)
             end = begin + len(names)
             writer.write_many(names, view[self._bounds[begin] : self._bounds[end]])
             begin = end
         for aliases, (start, stop) in zip(self._names.values(), pairwise(self._bounds), strict=True):
             for alias in aliases[1:]:
-                self._sink.writer_of(alias).write(alias, view[start:stop])
+                self._places[alias].write(alias, view[start:stop])
 
 
-class _ShardedSink(_FileSink):
+class _ShardedSink(FileSink):
     """Shards and an index in a folder, as the Hugging Face libraries lay them out.
 
     The index comes last: without it no reader takes the folder for a model. A model that fits one shard is one file
@@ -450,6 +468,9 @@ class _ShardedSink(_FileSink):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
         self._folder, self._overwrite = folder, options.overwrite
+        self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
+        self._published: list[Path] = []
+        self._committed = False
         by_name = {spec.name: spec for spec in specs}
         self._split = split_state_dict_into_shards_factory(
             by_name,
@@ -459,31 +480,24 @@ class _ShardedSink(_FileSink):
         )
         with files.reported_as_write_error(folder):
             self._made = files.make_directory(folder)
-        self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
-        self._published: list[Path] = []
-        self._committed = False
-        self._stack = ExitStack()
+        writers: dict[TensorFileWriter, list[str]] = {}
+        self._writers = writers
         try:
-            self._writers = {
-                file: self._stack.enter_context(
-                    TensorFileWriter(folder / file, [by_name[name] for name in names], metadata, options.overwrite)
-                )
-                for file, names in self._split.filename_to_tensors.items()
-            }
+            for file, names in self._split.filename_to_tensors.items():
+                own = [by_name[name] for name in names]
+                writers[TensorFileWriter(folder / file, own, metadata, options.overwrite)] = names
         except BaseException:
             self.discard()
             raise
-
-    def writer_of(self, name: str) -> TensorFileWriter:
-        return self._writers[self._split.tensor_to_filename[name]]
+        super().__init__(writers)
 
     def commit(self) -> None:
         with files.reported_as_write_error(self._folder):
             for path in model_files_in(self._folder) if self._overwrite else ():
                 self._keep(path)
-        for file, writer in self._writers.items():
+        for writer in self._writers:
             writer.commit()
-            self._published.append(self._folder / file)
+            self._published.append(writer.path)
         if self._split.is_sharded:
             text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
             files.write_whole(self._folder / INDEX_NAME, text, self._overwrite)
@@ -496,7 +510,7 @@ class _ShardedSink(_FileSink):
         files.discard(self._old.values())
 
     def discard(self) -> None:
-        self._stack.close()
+        super().discard()
         if self._committed:
             return
         for path in self._published:
@@ -631,6 +645,6 @@ class _Stream(io.RawIOBase):
         return len(view)
 
 
-Sink = _FileSink | _TorchSink | _DcpSink
+Sink = FileSink | _TorchSink | _DcpSink
 """Takes the tensors of one target: complete (`write`), or as an `Output` in tiles. They appear by `commit`; `discard`
 removes what was not committed."""

@@ -22,14 +22,12 @@ from typing import Any
 import torch
 
 from posthoc_cli.dtypes import torch_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, VanishedError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError
 from posthoc_cli.export.convert import Exported, ExportReport
-from posthoc_cli.export.layouts import OutputOptions, check_shape, converted, layout_of, make_sink
+from posthoc_cli.export.layouts import OutputOptions, check_shape, converted, open_model, write_tensors
 from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.format import TensorSpec, output_metadata
-from posthoc_cli.snapshots.outputs import check_indexed, model_files
-from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import FileSource
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from posthoc_cli.synthesis.plan import Plan
@@ -67,43 +65,39 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
             LoRA, or says nothing about its scale.
         FileFormatError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
-    started, kind = time.perf_counter(), layout_of(out, options.layout)
-    options.check_layout(kind)
+    started = time.perf_counter()
+    options.check_layout(out)
     sources = [source for source in plan.sources if isinstance(source, FileSource)]
     modules, are_weights = _modules(plan, sources[-1].path), all(isinstance(one.profile, Point) for one in sources)
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in sources]
-        try:
-            bases = [(stack.enter_context(open_file(path)), names) for path, names in model_files(base).items()]
-        except VanishedError as error:  # else it would pass for a snapshot that was thinned away meanwhile
-            raise FileFormatError(error.subject, error.reason) from error
-        for file, names in bases:
-            check_indexed(file.path, file.header, names)
-        stored = {name: (file, entry) for file, _ in bases for name, entry in file.header.tensors.items()}
+        stored = {name: (file, one) for file in open_model(stack, base) for name, one in file.header.tensors.items()}
         placed = _placed(modules, base, {name: entry.dtype for name, (_, entry) in stored.items()})
         specs = [
             TensorSpec(name, plan.dtype if plan.dtype and entry.dtype in _MERGED else entry.dtype, entry.shape)
             for name, (_, entry) in stored.items()
         ]
-        sink = make_sink(kind, out, specs, output_metadata(replace(plan.output_info(0), copies=())), options)
-        stack.callback(sink.discard)
-        advance = stack.enter_context(progress("merging", sum(spec.nbytes for spec in specs)))
-        for spec in specs:
-            file, entry = stored[spec.name]
-            value, where = tensor_from_bytes(file.read(spec.name), entry.dtype, entry.shape), f"tensor {spec.name!r}"
-            if (module := placed.get(spec.name)) is not None:
-                coefficients = plan.reconstruction.coefficients[:, plan.columns_of(module.down)[0]].tolist()
-                change = _change(module, opened, coefficients, are_weights)
-                if value.dim() > 2 and change.shape == value.flatten(1).shape:  # a convolution
-                    change = change.view(value.shape)
-                check_shape(file.path, spec.name, entry.shape, change.shape)
-                value = value.to(torch.promote_types(value.dtype, torch.float32)) + change
-                if not bool(value.isfinite().all()):
-                    raise NonFiniteError(f"{file.path}: {where}", "holds nan or infinity after the merge")
-            sink.write(spec.name, converted(where, value, torch_dtype(spec.dtype)))
-            advance(spec.nbytes)
-        sink.commit()
-    made = Exported(len(specs), len(specs) - len(placed), sum(spec.nbytes for spec in specs))
+
+        def merged(name: str) -> torch.Tensor:
+            file, entry = stored[name]
+            value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
+            if (module := placed.get(name)) is None:
+                return value
+            coefficients = plan.reconstruction.coefficients[:, plan.columns_of(module.down)[0]].tolist()
+            change = _change(module, opened, coefficients, are_weights)
+            if value.dim() > 2 and change.shape == value.flatten(1).shape:  # a convolution
+                change = change.view(value.shape)
+            check_shape(file.path, name, entry.shape, change.shape)
+            value = value.to(torch.promote_types(value.dtype, torch.float32)) + change
+            if not bool(value.isfinite().all()):
+                raise NonFiniteError(f"{file.path}: tensor {name!r}", "holds nan or infinity after the merge")
+            return value
+
+        values = (converted(f"tensor {s.name!r}", merged(s.name), torch_dtype(s.dtype)) for s in specs)
+        nbytes, metadata = sum(spec.nbytes for spec in specs), output_metadata(replace(plan.output_info(0), copies=()))
+        advance = stack.enter_context(progress("merging", nbytes))
+        write_tensors(out, specs, metadata, values, options, advance)
+    made = Exported(len(specs), len(specs) - len(placed), nbytes)
     return ExportReport({out: made}, False, time.perf_counter() - started)
 
 

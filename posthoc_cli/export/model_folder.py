@@ -21,21 +21,20 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS, torch_dtype
 from posthoc_cli.errors import (
-    FileFormatError,
     InvalidValueError,
     MismatchError,
     OutputExistsError,
-    VanishedError,
 )
-from posthoc_cli.export.layouts import OutputOptions, check_shape, check_space, converted
+from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_from_bytes
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
+_ANOTHER = "take a folder that the trained model itself was saved to"
 _WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
 """What weights are saved as: in the place of the average's, copies of the old ones would be wrong."""
 
@@ -48,13 +47,14 @@ class ModelFolder:
     component: str = ""
 
     @classmethod
-    def find(cls, path: Path, component: str | None, tensors: Iterable[str]) -> ModelFolder:
+    def find(cls, like: Path | str, component: str | None, tensors: Iterable[str]) -> ModelFolder:
         """The folder, and of a pipeline the component that is named, or the only one with some of these tensors.
 
         Raises:
             InvalidValueError: not a folder with weights in safetensors files, or no or several components would do; or
                 something in it is neither a file nor a link to one of its own.
         """
+        path = files.expanded(like)
         if not path.is_dir():
             raise InvalidValueError("like", "is not a folder", value=path)
         if component and (component == ".." or Path(component).name != component):
@@ -85,10 +85,7 @@ class ModelFolder:
         """File and header entry of each tensor in the folder."""
         weights = _weights_at(self.place)
         assert weights is not None, "find has looked"
-        try:
-            headers = {file: read_header(file) for file in model_files(weights)}
-        except VanishedError as error:  # else it would pass for a snapshot that was thinned away meanwhile
-            raise FileFormatError(error.subject, error.reason) from error
+        headers = {file: read_header(file) for file in model_files(weights)}
         return {name: (file, one) for file, header in headers.items() for name, one in header.tensors.items()}
 
     @cached_property
@@ -105,15 +102,11 @@ class ModelFolder:
 
     def _check_files(self) -> None:
         """Raise an InvalidValueError for anything in the folder that is no file of its own."""
-        for name in self.others:  # before anything is read
-            self._check_file(name)
-        for file in {file for file, _ in self.entries.values()}:
-            self._check_file(file.relative_to(self.path))
-
-    def _check_file(self, name: Path) -> None:
-        if reason := _foreign(self.path / name, self.path):
-            hint = "remove it, or put a copy of the file in its place"
-            raise InvalidValueError("like", f"{name} {reason}; only its own files are copied", hint, value=self.path)
+        for name in (*self.others, *{file.relative_to(self.path) for file, _ in self.entries.values()}):
+            if reason := _foreign(self.path / name, self.path):
+                hint = "remove it, or put a copy of the file in its place"
+                reason = f"{name} {reason}; only its own files are copied"
+                raise InvalidValueError("like", reason, hint, value=self.path)
 
     @property
     def dtype(self) -> str | None:
@@ -148,12 +141,14 @@ class ModelFolder:
         for out in outs:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise OutputExistsError(out, "is there already", "name a new folder: a model folder is not replaced")
-        if "quantization_config" in self.config:
-            reason = "its config.json has a quantization_config: such weights cannot hold an average"
-            raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
+        averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
+        there = [self.entries[alias][1] for name in averaged for alias in plan.names[name] if alias in self.entries]
+        if "quantization_config" in self.config or any(entry.dtype not in EPS for entry in there):
+            reason = "its weights are quantized, as its quantization_config or their dtype says"
+            raise MismatchError(self.place, reason, _ANOTHER)
         copied = sum((self.path / name).stat().st_size for name in self.others)
         check_space(dict.fromkeys(outs, copied + sum(entry.nbytes for _, entry in self.entries.values())))
-        absent = [name for name in plan.names if not self._has(plan, name) and plan.tensors[name].role == "average"]
+        absent = [name for name in averaged if not any(alias in self.entries for alias in plan.names[name])]
         temporary = [files.temporary_path(out.parent) for out in outs]
         try:
             with (
@@ -176,83 +171,72 @@ class ModelFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         return taken
 
-    def _has(self, plan: Plan, name: str) -> bool:
-        """Whether a tensor of the run is in the folder under one of its names."""
-        return any(alias in self.entries for alias in plan.names[name])
-
     def _write_files(self, plan: Plan, folders: Sequence[Path], options: Options) -> tuple[str, ...]:
         """Write the folder's files anew, with the same tensors in each."""
-        entries, known = self.entries, {alias: name for name, aliases in plan.names.items() for alias in aliases}
-        for name, (file, entry) in entries.items():
-            if name not in known:
-                continue
-            check_shape(file, name, entry.shape, plan.newest.stored[known[name]].shape)
-            if plan.tensors[known[name]].role == "average" and entry.dtype not in EPS:
-                raise MismatchError(file, f"tensor {name!r} is quantized: {entry.dtype} cannot hold an average")
-        by_file: dict[Path, list[str]] = {}
-        for name, (file, _) in entries.items():
-            by_file.setdefault(file, []).append(name)
+        known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
+        by_file: dict[Path, list[TensorSpec]] = {}
+        for name, (file, entry) in self.entries.items():
+            by_file.setdefault(file, []).append(TensorSpec(name, entry.dtype, entry.shape))
+            if name in known:
+                check_shape(file, name, entry.shape, plan.newest.stored[known[name]].shape)
+        taken = tuple(name for name in self.entries if name not in known)
         with ExitStack() as stack:
-            writers: list[dict[Path, TensorFileWriter]] = []
+            sinks = []
             for index, folder in enumerate(folders):
-                metadata = output_metadata(plan.output_info(index))
-                writers.append({})
-                for file, names in by_file.items():
-                    specs = [TensorSpec(name, entries[name][1].dtype, entries[name][1].shape) for name in names]
+                metadata, writers = output_metadata(plan.output_info(index)), dict[TensorFileWriter, list[str]]()
+                for file, specs in by_file.items():
                     path = folder / self.component / file.name
-                    writers[-1][file] = stack.enter_context(TensorFileWriter(path, specs, metadata))
-            taken = tuple(name for name in entries if name not in known)
-            for file, names in by_file.items():
+                    writer = stack.enter_context(TensorFileWriter(path, specs, metadata))
+                    writers[writer] = [spec.name for spec in specs]
+                sinks.append(FileSink(writers))
+            for file, specs in by_file.items():
                 with open_file(file) as source:
-                    for name in names:
-                        if name not in known:
-                            data = source.read(name).tobytes()
-                            for own in writers:
-                                own[file].write(name, data)
+                    for spec in (spec for spec in specs if spec.name not in known):
+                        value = tensor_from_bytes(source.read(spec.name), spec.dtype, spec.shape)
+                        for sink in sinks:
+                            sink.write(spec.name, value)
             for name, values in synthesize(plan, options):
-                if name in entries:
-                    file, entry = entries[name]
-                    for own, value in zip(writers, values, strict=True):
-                        made = converted(f"tensor {name!r}", value, torch_dtype(entry.dtype))
-                        own[file].write(name, tensor_bytes(made))
-            for own in writers:
-                for writer in own.values():
-                    writer.commit()
+                if name in self.entries:
+                    _, entry = self.entries[name]
+                    for sink, value in zip(sinks, values, strict=True):
+                        sink.write(name, converted(f"tensor {name!r}", value, torch_dtype(entry.dtype)))
+            for sink in sinks:
+                sink.commit()
         return taken
 
     def _write_through_library(
         self, plan: Plan, folders: Sequence[Path], options: Options, absent: Sequence[str]
     ) -> tuple[str, ...]:
         """Have transformers load the folder, fill the model, and have it saved."""
-        where = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}; "
+
+        def refused(reason: str, hint: str = _ANOTHER) -> MismatchError:
+            some = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
+            return MismatchError(self.place, f"{some}; {reason}", hint)
+
         kinds = self.config.get("architectures")
         try:
             import transformers
         except ImportError as error:
             hint = "install transformers, which may know these names: pip install 'posthoc-cli[transformers]'"
-            raise MismatchError(self.place, f"{where}its library is needed", hint) from error
+            raise refused("its library is needed", hint) from error
         kind = getattr(transformers, str(kinds[0]), None) if isinstance(kinds, list) and kinds else None
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            reason = f"{where}its config.json names no model of transformers"
-            raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
+            raise refused("its config.json names no model of transformers")
         try:
             model, loaded = kind.from_pretrained(  # type: ignore[attr-defined]
                 self.place, dtype="auto", local_files_only=True, output_loading_info=True
             )
         except Exception as error:
             first, _, _ = str(error).partition("\n")
-            raise MismatchError(
-                self.place, f"{where}transformers cannot load it as {kind.__name__}: {first}"
-            ) from error
+            raise refused(f"transformers cannot load it as {kind.__name__}: {first}", "") from error
         known = {alias for aliases in plan.names.values() for alias in aliases}
         if made_up := sorted(set(loaded["missing_keys"]) - known):
-            reason = f"{where}it has no tensor {made_up[0]!r}, and neither has the run ({len(made_up)} in all)"
-            raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
+            raise refused(f"it has no tensor {made_up[0]!r}, and neither has the run ({len(made_up)} in all)")
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         lost = [name for name in absent if not any(alias in own for alias in plan.names[name])]
         if lost:
-            reason = f"{type(model).__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
-            raise MismatchError(self.place, reason, f"it has tensors such as {min(own)!r}")
+            reason = f"{kind.__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
+            raise refused(reason, f"it has tensors such as {min(own)!r}")
         largest = max(file.stat().st_size for file in {file for file, _ in self.entries.values()})
         for index, folder in enumerate(folders):
             for name, (value,) in synthesize(plan.only([index]), options):

@@ -13,12 +13,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch.distributed as dist
 import xxhash
@@ -35,13 +34,15 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
-    OutputOptions,
     check_free_folder,
     check_no_snapshot,
     check_space,
     model_files_in,
     write_synthesis,
 )
+from posthoc_cli.export.writing import Outputs, SynthesisReport, local_rank
+from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
 from posthoc_cli.snapshots.outputs import (
@@ -60,112 +61,123 @@ from posthoc_cli.synthesis.plan import Plan
 WAIT = timedelta(minutes=30)
 """How long a process waits for the others to begin, or to write the shards that they are at."""
 
-_T = TypeVar("_T")
-
-
 # --- shards
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of the model of one target: its path, the plan of its tensors for that target, strings for its header."""
-
-    path: Path
-    plan: Plan
-    marks: dict[str, str]
-
-    def is_there(self) -> bool:
-        """Whether the file is there, by its header; a FileFormatError or MismatchError if it is another one."""
-        if not os.path.lexists(self.path):
-            return False
-        header, wanted = read_header(self.path), self.plan.output_info(0)
-        found = decode_output(self.path, header)
-        difference = output_difference(found, wanted)
-        is_marked = self.marks.items() <= header.metadata.items()
-        if difference is None and not (is_marked and same_coefficients(found, wanted)):
-            difference = "its release, snapshots, coefficients, dtype, tensors or number of shards are others"
-        if difference is not None:
-            raise MismatchError(self.path, f"is a shard of another plan: {difference}")
-        return True
+def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressBar) -> SynthesisReport | None:
+    """Make the shards of this process, whose others do the same; None in all but the first."""
+    if outputs.paths:
+        wanted = ranks.world * max(1, -(-plan.nbytes // (outputs.options.shard_bytes * ranks.world)))
+        shards = Shards(plan, outputs, wanted)
+        with ranks.together():
+            if not ranks.rank:
+                shards.begin()
+        own = range(ranks.rank, len(shards.parts), ranks.world)
+        bar = no_bar if ranks.rank else progress
+        with bar("synthesizing", sum(shards.parts[part].read_bytes for part in own)) as advance:
+            for first in range(0, len(shards.parts), ranks.world):
+                with ranks.together():
+                    shards.make(first + ranks.rank, advance)
+        with ranks.together():
+            if not ranks.rank:
+                shards.finish()
+    return None if ranks.rank else outputs.report(plan)
 
 
 class Shards:
-    """The shards of the models of a plan's targets, a folder each; `container` is a folder to make for these.
+    """The shards of the models of a plan's targets, a folder each.
 
     Arguments:
         wanted: how many; fewer if there are fewer tensors.
     """
 
-    def __init__(
-        self, plan: Plan, folders: Sequence[Path], wanted: int, options: OutputOptions, container: Path | None = None
-    ) -> None:
-        self._plan, self._options = plan, replace(options, layout="safetensors")
-        self._folders = folders if container is None else (container, *folders)
+    def __init__(self, plan: Plan, outputs: Outputs, wanted: int) -> None:
+        workers = max(1, worker_count() // local_rank()[1])
+        self._options = replace(outputs.options, layout="safetensors", workers=workers)
+        self._folders = outputs.paths
+        self._made = [*filter(None, [outputs.container]), *outputs.paths]
         division = divide(plan, wanted)
-        marks = [{"ema.plan": fingerprint(plan, target, division)} for target in range(len(folders))]
-        self.parts: list[list[Shard]] = []  # the shards of all targets with the same tensors
-        for number, names in enumerate(division, 1):
-            own, part = replace(plan, subset=frozenset(names)), f"{number}/{len(division)}"
-            name = f"model-{number:05d}-of-{len(division):05d}.safetensors"
-            self.parts.append(
-                [
-                    Shard(folder / name, own.only([target]), {**marks[target], "ema.part": part})
-                    for target, folder in enumerate(folders)
-                ]
-            )
+        self.parts = [replace(plan, subset=frozenset(names)) for names in division]
+        self._marks = [{"ema.plan": fingerprint(plan, target, division)} for target in range(len(self._folders))]
 
     def begin(self) -> None:
         """Check that all shards may be written and fit on the disk; remove the index of a model to be replaced."""
         missing: dict[Path, int] = {}
-        for shards in zip(*self.parts, strict=True):
-            folder, index = shards[0].path.parent, shards[0].path.parent / INDEX_NAME
+        for target, folder in enumerate(self._folders):
             check_free_folder(folder, overwrite=True)
             check_no_snapshot(folder)
-            new = {shard.path: shard.plan.nbytes for shard in shards if not self._is_kept(shard)}
-            is_same = _holds(index, _index_of(shards))
-            others = [*_others(shards), *([index] if os.path.lexists(index) and not is_same else ())]
+            parts = [part for part in range(len(self.parts)) if not self._is_kept(part, target)]
+            index, is_there = folder / INDEX_NAME, os.path.lexists(folder / INDEX_NAME)
+            is_same = is_there and _holds(index, self._index(folder))
+            others = [*self._others(folder), *([index] if is_there and not is_same else ())]
             if others and not self._options.overwrite:
                 raise OutputExistsError(others[0], "is of another model", OTHER_FOLDER)
-            if os.path.lexists(index) and (new or not is_same):
+            if is_there and (parts or not is_same):
                 _remove(index)
-            missing |= new
+            missing |= {self._path(part, folder): self.parts[part].nbytes for part in parts}
         check_space(missing)
-
-    def read_bytes(self, part: int) -> int:
-        """Bytes that making a part reads; 0 where there are fewer parts."""
-        return sum(shards[0].plan.read_bytes for shards in self.parts[part : part + 1])
 
     def make(self, part: int, progress: Progress) -> None:
         """Make the shards of one part, if there is one, that are not there yet. Errors as `write_synthesis`."""
-        own = self.parts[part] if part < len(self.parts) else []
-        missing = [target for target, shard in enumerate(own) if not self._is_kept(shard, verify=True)]
-        if not missing:
-            return
-        plan = replace(self._plan, subset=own[0].plan.subset).only(missing)
-        paths, marks = ([getattr(own[target], what) for target in missing] for what in ("path", "marks"))
-        write_synthesis(plan, paths, replace(self._options, progress=progress), self._folders, marks)
+        targets = range(len(self._folders)) if part < len(self.parts) else ()
+        missing = [target for target in targets if not self._is_kept(part, target, verify=True)]
+        if missing:
+            paths = [self._path(part, self._folders[target]) for target in missing]
+            marks = [self._marks_of(part, target) for target in missing]
+            options = replace(self._options, progress=progress)
+            write_synthesis(self.parts[part].only(missing), paths, options, self._made, marks)
 
     def finish(self) -> None:
         """Check that all shards are there, remove what is left of replaced models, and write the indexes."""
-        for shard in (shard for shards in self.parts for shard in shards):
-            if not shard.is_there():
-                raise DirectoryError(shard.path, "is missing", ON_ONE_FILE_SYSTEM)
-        for shards in zip(*self.parts, strict=True):
-            for path in _others(shards):
+        for target, folder in enumerate(self._folders):
+            for part in range(len(self.parts)):
+                if not self._is_there(part, target):
+                    raise DirectoryError(self._path(part, folder), "is missing", ON_ONE_FILE_SYSTEM)
+        for folder in self._folders:
+            for path in self._others(folder):
                 _remove(path)
-            files.write_whole(shards[0].path.parent / INDEX_NAME, _index_of(shards), overwrite=True)
+            files.write_whole(folder / INDEX_NAME, self._index(folder), overwrite=True)
 
-    def _is_kept(self, shard: Shard, verify: bool = False) -> bool:
+    def _path(self, part: int, folder: Path) -> Path:
+        return folder / f"model-{part + 1:05d}-of-{len(self.parts):05d}.safetensors"
+
+    def _marks_of(self, part: int, target: int) -> dict[str, str]:
+        return self._marks[target] | {"ema.part": f"{part + 1}/{len(self.parts)}"}
+
+    def _is_there(self, part: int, target: int, verify: bool = False) -> bool:
+        """Whether a shard is there, by its header; a FileFormatError or MismatchError if it is another one."""
+        path = self._path(part, self._folders[target])
+        if not os.path.lexists(path):
+            return False
+        header, wanted = read_header(path), self.parts[part].output_info(target)
+        found, marks = decode_output(path, header), self._marks_of(part, target)
+        difference = output_difference(found, wanted)
+        if difference is None and not (marks.items() <= header.metadata.items() and same_coefficients(found, wanted)):
+            difference = "its release, snapshots, coefficients, dtype, tensors or number of shards are others"
+        if difference is not None:
+            raise MismatchError(path, f"is a shard of another plan: {difference}")
+        if verify:
+            verify_payload(path, header)
+        return True
+
+    def _is_kept(self, part: int, target: int, verify: bool = False) -> bool:
         """Whether a shard is there; an OutputExistsError if another file has its name and may not be replaced."""
         try:
-            there = shard.is_there()
-            if there and verify:
-                verify_payload(shard.path, read_header(shard.path))
+            return self._is_there(part, target, verify)
         except (FileFormatError, MismatchError) as error:
             if not self._options.overwrite:
                 raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
             return False
-        return there
+
+    def _index(self, folder: Path) -> bytes:
+        paths = [self._path(part, folder) for part in range(len(self.parts))]
+        places = {spec.name: path.name for path, plan in zip(paths, self.parts, strict=True) for spec in plan.specs()}
+        return encode_index(places, sum(plan.nbytes for plan in self.parts))
+
+    def _others(self, folder: Path) -> list[Path]:
+        """Files of other models in a folder: readers may take them for this one."""
+        own = {INDEX_NAME, *(self._path(part, folder).name for part in range(len(self.parts)))}
+        return [path for path in model_files_in(folder) if path.name not in own]
 
 
 def divide(plan: Plan, parts: int) -> list[list[str]]:
@@ -197,21 +209,10 @@ def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode())
 
 
-def _index_of(shards: Sequence[Shard]) -> bytes:
-    names = {spec.name: shard.path.name for shard in shards for spec in shard.plan.specs()}
-    return encode_index(names, sum(shard.plan.nbytes for shard in shards))
-
-
 def _holds(path: Path, content: bytes) -> bool:
     with suppress(FileFormatError):
         return read_small_file(path, len(content)) == content
     return False
-
-
-def _others(shards: Sequence[Shard]) -> list[Path]:
-    """Files of other models in the folder of these: readers may take them for this one."""
-    own = {shard.path.name for shard in shards} | {INDEX_NAME}
-    return [path for path in model_files_in(shards[0].path.parent) if path.name not in own]
 
 
 def _remove(path: Path) -> None:
@@ -244,11 +245,12 @@ class Ranks:
         if self.rank:  # the first one logs for all
             logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
 
-    def together(self, work: Callable[[], _T]) -> _T:
-        """The result of the work of this process, when all have done theirs; a RankError if one could not."""
-        done = failure = None
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that ends when all processes have done theirs; a RankError if another one could not."""
+        failure = None
         try:
-            done = work()
+            yield
         except PostHocError as error:
             failure = error
         told: list[str | None] = [None] * self.world
@@ -261,7 +263,6 @@ class Ranks:
         for rank, said in enumerate(told):
             if said is not None:
                 raise RankError(f"rank {rank}", f"failed: {said}")
-        return cast(_T, done)
 
     def __enter__(self) -> Ranks:
         return self

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import re
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.export.layouts import OutputOptions, existing_outputs, layout_of, output_paths, write_synthesis
+from posthoc_cli.export.layouts import PICKLES, OutputOptions, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.resources import worker_count
-from posthoc_cli.synthesis.engine import AUTO_REASON, parse_device
+from posthoc_cli.snapshots.format import SUFFIX
+from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
-
-if TYPE_CHECKING:
-    from posthoc_cli.export.torchrun import Ranks
 
 
 def is_rank() -> bool:
@@ -49,7 +42,6 @@ class SynthesisReport:
         existing: the targets, by index, whose output was there already.
         taken: tensors of the model folder that the run does not have.
         device: where the sums were made.
-        reason: why there.
         seconds: how long it took.
     """
 
@@ -58,7 +50,6 @@ class SynthesisReport:
     existing: frozenset[int] = frozenset()
     taken: tuple[str, ...] = ()
     device: str = "cpu"
-    reason: str = ""
     seconds: float = 0.0
 
     def __repr__(self) -> str:
@@ -71,7 +62,7 @@ class SynthesisReport:
             target["output"] = str(self.outputs[index]) if self.outputs else None
             target["skipped"] = index in self.existing
             target["seconds"] = self.seconds
-        report |= {"device": self.device, "reason": self.reason}
+        report["device"] = self.device
         if self.taken:
             report["from_model_folder"] = list(self.taken)
         return report
@@ -82,53 +73,46 @@ class Outputs:
     """Where averages go as files, and how: checked before anything is read.
 
     Attributes:
-        targets: what is made.
         paths: one a target; none in a dry run.
         container: a folder to make for them.
         dtype: of the averages.
         options: with the device and the layout that follow from what was asked for.
-        reason: why on this device.
         like: the model folder that they are to be like.
         started: when they were asked for.
     """
 
-    targets: tuple[Target, ...]
     paths: tuple[Path, ...]
     container: Path | None
     dtype: torch.dtype | str | None
     options: OutputOptions
-    reason: str
-    like: ModelFolder | None = None
+    like: ModelFolder | None
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def asked(
-        cls, targets: tuple[Target, ...], out: str | None, dtype: torch.dtype | str | None, asked: OutputOptions
+        cls,
+        targets: tuple[Target, ...],
+        out: str | Path | None,
+        dtype: torch.dtype | str | None,
+        asked: OutputOptions,
+        like: ModelFolder | None,
     ) -> Outputs:
         """The outputs that a caller of `Run.write` asks for; an InvalidValueError says what cannot be."""
         _check(out, dtype, asked)
-        shard_bytes, device = asked.shard_bytes, str(asked.device)
+        device = str(asked.device)
         if asked.distributed and device == "cuda":  # each rank of a machine takes one of its own
             device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
-        device = "cpu" if asked.dry_run and device == "auto" else parse_device(device)
-        layout = "sharded" if asked.distributed or asked.like is not None else asked.layout
-        paths, container = ([], None) if out is None else output_paths(targets, out, layout)
-        for path in paths if container is None else [container]:
-            if not asked.dry_run and not path.parent.is_dir():
-                raise InvalidValueError("out", "its folder does not exist", value=path)
-        for path in paths if asked.like is None else ():
-            asked.check_layout(layout_of(path, layout))
-        options = replace(asked, device=device, layout=layout, max_shard_size=shard_bytes)
-        reason = AUTO_REASON if asked.device == "auto" else "asked for"
+        layout = "sharded" if asked.distributed or like is not None else asked.layout
+        options = replace(asked, device=check_device(device), layout=layout)
+        paths, container = ([], None) if out is None else output_paths(targets, str(out), layout)
+        for path in paths:
+            if not asked.dry_run and not (container or path).parent.is_dir():
+                raise InvalidValueError("out", "its folder does not exist", value=container or path)
+            if like is None:
+                options.check_layout(path)
         if asked.dry_run:
             paths, container = [], None
-        return cls(targets, tuple(paths), container, dtype, options, reason)
-
-    def like_folder(self, tensors: Iterable[str]) -> Outputs:
-        """The same for a run with these tensors: like the model folder that was named, and in its dtype."""
-        assert self.options.like is not None, "asked for"
-        folder = ModelFolder.find(files.expanded(self.options.like), self.options.component, tensors)
-        return replace(self, like=folder, dtype=folder.dtype)
+        return cls(tuple(paths), container, dtype if like is None else like.dtype, options, like)
 
     def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
         """Make the targets of a plan, but those that are there and may be skipped.
@@ -146,33 +130,17 @@ class Outputs:
                     write_synthesis(plan.only(wanted), paths, options, [*filter(None, [self.container])])
                 else:
                     taken = self.like.write(plan, self.paths, options, self.container)
-        return self._report(plan, frozenset(existing), taken)
+        return self.report(plan, frozenset(existing), taken)
 
-    def write_shards(self, ranks: Ranks, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport | None:
-        """Make the shards of this process in a torchrun job, whose others do the same; None in all but the first."""
-        from posthoc_cli.export.torchrun import Shards  # torch.distributed takes time to import
-
-        if self.paths:
-            wanted = ranks.world * max(1, -(-plan.nbytes // (self.options.shard_bytes * ranks.world)))
-            options = replace(self.options, workers=max(1, worker_count() // local_rank()[1]))
-            shards = Shards(plan, self.paths, wanted, options, self.container)
-            ranks.together(lambda: None if ranks.rank else shards.begin())
-            own = [first + ranks.rank for first in range(0, len(shards.parts), ranks.world)]
-            bar = no_bar if ranks.rank else progress
-            with bar("synthesizing", sum(shards.read_bytes(part) for part in own)) as advance:
-                for part in own:
-                    ranks.together(functools.partial(shards.make, part, advance))
-            ranks.together(lambda: None if ranks.rank else shards.finish())
-        return None if ranks.rank else self._report(plan)
-
-    def _report(
+    def report(
         self, plan: Plan, existing: frozenset[int] = frozenset(), taken: tuple[str, ...] = ()
     ) -> SynthesisReport:
+        """What became of a plan, now."""
         seconds = time.perf_counter() - self.started
-        return SynthesisReport(plan, self.paths, existing, taken, str(self.options.device), self.reason, seconds)
+        return SynthesisReport(plan, self.paths, existing, taken, str(self.options.device), seconds)
 
 
-def _check(out: str | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
+def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
     """Check options that contradict each other."""
     if asked.overwrite and asked.skip_existing:
         raise InvalidValueError("overwrite and skip_existing", "give one of them")
@@ -184,7 +152,7 @@ def _check(out: str | None, dtype: torch.dtype | str | None, asked: OutputOption
     if asked.like is not None and any(others):
         reason = "says all about the output: no layout, dtype, overwrite, skip_existing or torchrun beside it"
         raise InvalidValueError("like", reason)
-    is_file = out is not None and re.search(r"\.(safetensors|pt|pth|bin)$", out) is not None
+    is_file = Path(out or "").suffix in (SUFFIX, *PICKLES)
     if asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
         name, value = ("out", out) if asked.layout is None else ("layout", asked.layout)
         reason = "a job of several processes makes a folder of shards; name a folder"

@@ -134,10 +134,6 @@ other's short calls (measured on two cores: 65,536 elements 5.6 GB/s, 262,144 11
 CHUNK = 32_768
 """The same for several targets, whose sums need room for a row a source and a row a target."""
 
-AUTO_REASON = "auto: reading and verifying on the CPU is the limit, and the bus would be one more"
-"""Why `auto` is always the CPU: every byte is read and verified there in any case, and the sums take a fraction of that
-time; `scripts/bench_synthesis.py --device cuda` prints both."""
-
 
 @dataclass(frozen=True)
 class Options:
@@ -163,7 +159,7 @@ def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, 
         FileFormatError: a snapshot is damaged, naming it and the tensor.
         NonFiniteError: a result is not finite, or the plan's dtype cannot hold it, naming the tensor.
     """
-    device = numbered_device(options.device)
+    device = check_device(options.device)
     shapes = {name: plan.newest.stored[name].shape for name in plan.tensors}
     outputs = [TensorOutput(shapes, device) for _ in plan.targets]
     with closing(synthesize_into(plan, outputs, options)) as made:
@@ -191,10 +187,10 @@ def synthesize_into(
         outputs: one a target. Tiles are opened in the caller's thread, and written in another.
         chunk, tile_elements: elements a thread works on, or makes, at a time; measured values for None.
     """
-    device = numbered_device(options.device)
+    device = check_device(options.device)
     size = chunk or (ONE_TARGET_CHUNK if len(plan.targets) == 1 else CHUNK)
     wide = "F32" if device.type == "mps" else None  # which has no float64
-    tiles = [(one, tile) for one in plan.passes() for tile in cut_tiles(one, size, tile_elements, wide)]
+    tiles = deque((one, tile) for one in plan.passes() for tile in cut_tiles(one, size, tile_elements, wide))
     workers = min(worker_count(options.workers), max(1, len(tiles)))
     own, stop, threads = threading.local(), threading.Event(), torch.get_num_threads()
     waiting: deque[Future[Tile]] = deque()
@@ -210,21 +206,18 @@ def synthesize_into(
                 raise
         return tile
 
-    def made() -> Iterator[Tile]:
-        for one, tile in tiles:
-            writers = [output.open_tile(tile) for output in outputs]
-            waiting.append(pool.submit(work, one, tile, writers, caller_event(device)))
-            if len(waiting) == 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in plan.sources]
         # One thread of torch in each of these: the tiles run side by side instead.
         pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
         try:
-            for tile in made():
+            while tiles or waiting:
+                if tiles and len(waiting) < 2 * workers:
+                    one, tile = tiles.popleft()
+                    writers = [output.open_tile(tile) for output in outputs]
+                    waiting.append(pool.submit(work, one, tile, writers, caller_event(device)))
+                    continue
+                tile = waiting.popleft().result()
                 if options.progress is not None:
                     options.progress(tile.stored_bytes)
                 yield tile
@@ -291,41 +284,25 @@ class TensorTile(TileWriter):
 # --- devices and threads -----------------------------------------------------------------------------
 
 
-def parse_device(device: str) -> str:
-    """The device to make sums on.
+def check_device(device: torch.device | str) -> torch.device:
+    """The device to make sums on; of `cuda` the calling thread's current one, which is another in other threads.
+
+    "auto" is always the CPU: every byte is read and verified there in any case, and the sums take a fraction of that
+    time; `scripts/bench_synthesis.py --device cuda` prints both.
 
     Raises:
-        InvalidValueError: no such device; the hint lists those there are.
+        InvalidValueError: no such device, or one that cannot be used; the hint lists those there are.
     """
-    wanted = {"auto": "cpu", "cuda": "cuda:0"}.get(device, device)
-    if wanted not in _devices():
-        raise InvalidValueError("device", "is not there", _choice_of_devices(), value=f"{device!r}")
-    return wanted
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """The device to keep tensors on, "auto" for the CPU, or an InvalidValueError if it cannot be used."""
+    reason = "holds no values"
     try:
-        return torch.empty(0, device="cpu" if device == "auto" else device).device
+        found = torch.device("cpu" if device == "auto" else device)
+        if found.type != "meta":
+            return torch.empty(0, device=found).device
     except (RuntimeError, AssertionError, TypeError) as error:  # the second where torch was built without it
-        reason = str(error).partition("\n")[0]
-        hint = _choice_of_devices()
-        raise InvalidValueError("device", f"cannot be used: {reason}", hint, value=f"{str(device)!r}") from error
-
-
-def _devices() -> list[str]:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ["cpu", *(f"cuda:{index}" for index in range(count)), *["mps"] * torch.backends.mps.is_available()]
-
-
-def _choice_of_devices() -> str:
-    return f"choose from auto, {', '.join(_devices())}"
-
-
-def numbered_device(device: torch.device | str) -> torch.device:
-    """The same device; for `cuda` the calling thread's current one, which is another in the threads that make sums."""
-    found = torch.device("cpu" if device == "auto" else device)
-    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+        reason = f"cannot be used: {str(error).partition(chr(10))[0]}"
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    there += ["mps"] * torch.backends.mps.is_available()
+    raise InvalidValueError("device", reason, f"choose from auto, {', '.join(there)}", value=f"{str(device)!r}")
 
 
 def caller_event(device: torch.device) -> Any:
@@ -431,8 +408,7 @@ class Maker:
     def _cast(self, total: torch.Tensor, dtype: str) -> torch.Tensor:
         if total.dtype == torch_dtype(dtype):
             return total
-        once = round_to(total, torch_dtype(dtype)) if total.dtype == torch.float64 else total
-        return self._buffer(dtype)[: total.numel()].copy_(once)
+        return self._buffer(dtype)[: total.numel()].copy_(total)
 
     def _buffer(self, dtype: str) -> torch.Tensor:
         if dtype not in self._buffers:
@@ -454,11 +430,11 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
     """
     dtype = torch_dtype(tile.dtype)
     # Casting is monotone, and both bounds are nan where a value is.
-    if not sums.numel() or _holds(dtype, torch.stack(torch.aminmax(sums))):
+    if not sums.numel() or holds(dtype, torch.stack(torch.aminmax(sums))):
         return
     for name, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True):
         own = sums[:, max(0, start - begin) : max(0, end - begin)]
-        if _holds(dtype, own):
+        if holds(dtype, own):
             continue
         if bool(own.isfinite().all()):
             reason = f"{dtype} cannot hold its largest value, {float(own.abs().max()):.6g}"
@@ -467,27 +443,11 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
         raise NonFiniteError(f"tensor {name!r}", reason)
 
 
-def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
+def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
     """Whether values stay finite in a dtype."""
     if dtype.itemsize > 1:
-        return bool(round_to(values, dtype).isfinite().all())
+        return bool(values.to(dtype).isfinite().all())
     # In 8 bits torch rounds what is too large down to the largest value: half a unit beyond it is too large.
     info = torch.finfo(dtype)
     limit = info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
     return bool((values.abs() <= limit).all())
-
-
-def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`values`, rounded once, to nearest even.
-
-    torch takes float64 to 16 bits by way of float32, which rounds twice. Rounded to odd there, values stay on their
-    side of any tie between two numbers of 16 bits.
-    """
-    if values.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
-        return values.to(dtype)
-    near = values.to(torch.float32)
-    exact = near.to(torch.float64)
-    bits = near.view(torch.int32)
-    # The number before, in magnitude, where it was rounded away from 0; then an odd last bit where it was rounded.
-    odd = (bits - (exact.abs() > values.abs()).to(torch.int32)) | ((exact != values) & ~values.isnan()).to(torch.int32)
-    return torch.where(values.isfinite(), odd.view(torch.float32), near).to(dtype)

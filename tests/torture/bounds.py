@@ -16,7 +16,7 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.outputs import INDEX_NAME, read_index
 from torture.commands import HungError, time_limit
 from torture.forging import Inner, Pairs, seal, take_apart
-from torture.tally import Experiment, Tally
+from torture.tally import Tally
 from torture.victims import examine, small_snapshot
 
 MEGABYTE = 1_000_000
@@ -114,6 +114,3 @@ def _metadata(size: int) -> dict[str, dict[str, object]]:
         "many checksums": {"ema.checksums": Inner(Pairs((f"n{i}", "0" * 16) for i in range(size // 30)))},
         "nested metadata": {"ema.aliases": "[" * size},
     }  # fmt: skip
-
-
-EXPERIMENTS = [Experiment("headers that could cost time or memory", bound, 0.005)]

@@ -5,7 +5,11 @@ Each must be found before a result is written, or change nothing.
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import combinations
@@ -14,9 +18,10 @@ from typing import Any
 
 import torch
 
+from posthoc_cli.snapshots.description import describe
 from torture.forging import Inner, Pairs, Raw, places, replaced, take_apart, written
-from torture.tally import Experiment, Tally
-from torture.victims import Victim, all_victims, harm_all, small_snapshot
+from torture.tally import Tally
+from torture.victims import Victim, all_victims, examine, harm_all, small_snapshot
 
 BLOCK = 4096
 Harm = tuple[str, Callable[[], object]]
@@ -161,9 +166,73 @@ def _wrong_offsets(tree: Any) -> Iterator[tuple[str, Any]]:
             yield f"shape {str(shape)[:30]} at {at}", replaced(tree, (*at, 3), shape)
 
 
-EXPERIMENTS = [
-    Experiment("every flipped bit", flip_bits, 0.05),
-    Experiment("every truncation", truncate, 0.3),
-    Experiment("blocks swapped, zeroed, repeated, appended", move_blocks, 0.2),
-    Experiment("false headers with correct checksums", lie, 0.05),
-]
+# --- headers changed at random
+
+EXAMPLES = 4_000
+"""Of each kind of file, for a share of 1."""
+
+SLOWEST = 10.0
+"""Seconds that a file of 2 KB may take on a busy machine."""
+
+ODD_TEXTS = (
+    "", "a", "b", "w", "tied", "__metadata__", "../../x", "/etc/x", "C:\\x", "A", "é", "e\u0301", "\x1b]0;x\x07",
+    "\u202e", "\ud800", "\0", "$x$", "=1", "state", "output", "snapshot", "1", "-0", "1e999", "null", "F32", "F8_E5M2",
+    "0.05/w", "copy/w", "x" * 10_000, "model-00001-of-00002.safetensors", "[" * 2_000, "{}", "[]",
+)  # fmt: skip
+ODD_NUMBERS = (
+    0, -1, 1, 2, 7, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1.5, 0.05, 0.28, 0.2886, 1e308,
+    5e-324, 1e-300, -1e308, True, False, None,
+)  # fmt: skip
+OTHERS = (Raw("NaN"), Raw("1e999"), Raw('"\udcff"'), Inner(Pairs()), Inner([]), [], Pairs())
+
+
+def fuzz(folder: Path, share: float, seed: int) -> Tally:
+    """Change one or two things in a header, many times: one error of the package, or a file that can be described."""
+    tally, chance = Tally(), random.Random(seed)
+    for victim in all_victims(folder):
+        tree, payload = take_apart(victim.path)
+        uses = {"examined": lambda: examine(victim.path), "info": lambda: _info(victim.path)}  # noqa: B023
+        for _ in range(max(10, round(share * EXAMPLES))):
+            changed = _mutated(tree, chance)
+            content = written(
+                _mutated(changed, chance) if chance.random() < 0.25 else changed, payload, victim.is_index
+            )
+            victim.path.write_bytes(content)
+            started = time.monotonic()
+            for name, use in uses.items():
+                tally.tried += 1
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", RuntimeWarning)
+                    victim.attempt(tally, f"{victim.kind}, {name}, of {content!r}", use, str(victim.path.parent))
+            if time.monotonic() - started > SLOWEST:
+                tally.missed.append(f"{victim.kind}: took {time.monotonic() - started:.0f} s: {content!r}"[:2000])
+    return tally
+
+
+def _info(path: Path) -> None:
+    json.dumps(describe(path), allow_nan=False).encode()
+
+
+def _mutated(tree: Any, chance: random.Random) -> Any:
+    """The tree with one thing in it dropped, doubled, or become another."""
+    everything = list(places(tree))
+    at, found, is_key = chance.choice(everything)
+    kind = chance.choice(("like", "like", "like", "odd", "drop", "double", "other"))
+    if is_key:
+        return replaced(tree, at, chance.choice(ODD_TEXTS))
+    if kind in ("drop", "double") and isinstance(found, list) and found:
+        index = chance.randrange(len(found))
+        rest = [*found[:index], *found[index + 1 :]] if kind == "drop" else [*found, found[index]]
+        return replaced(tree, at, type(found)(rest))
+    if kind == "like" and isinstance(found, str | int | float):
+        return replaced(tree, at, chance.choice(ODD_TEXTS if isinstance(found, str) else ODD_NUMBERS))
+    if kind == "other":
+        return replaced(tree, at, chance.choice(everything)[1])
+    return replaced(tree, at, _odd(chance))
+
+
+def _odd(chance: random.Random) -> Any:
+    """Anything, also a list or an object of such."""
+    if chance.random() < 0.3:
+        return [_odd(chance)] if chance.random() < 0.5 else Pairs([(chance.choice(ODD_TEXTS), _odd(chance))])
+    return chance.choice((chance.choice(ODD_TEXTS), chance.choice(ODD_NUMBERS), chance.random(), chance.choice(OTHERS)))

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from torture import bounds, damage, faults, foreign, fuzz, processes, sharded, steering, strangers
+from functools import partial
+
+from torture import bounds, damage, faults, foreign, sharded, steering, strangers
+from torture.processes import apart
 from torture.tally import Experiment
 
-EXPERIMENTS: list[Experiment] = [
-    *faults.EXPERIMENTS, *processes.PROCESSES, *damage.EXPERIMENTS, *fuzz.EXPERIMENTS,
-    *foreign.EXPERIMENTS, *strangers.EXPERIMENTS, *steering.EXPERIMENTS, *bounds.EXPERIMENTS, *processes.CONCURRENCY,
-    *sharded.EXPERIMENTS,
-]  # fmt: skip
+EXPERIMENTS = [
+    Experiment("an error at every file operation", faults.errors_at_every_operation, 0.004),
+    Experiment("a kill or a loss of power at every file operation", faults.crashes_at_every_operation, 0.015),
+    Experiment(
+        "trainings killed and resumed by their own script", partial(apart, "killing killed_trainings", 1_000), 0.02
+    ),
+    Experiment("sweeps killed and continued by the same call", partial(apart, "sweeping killed_sweeps", 50), 0.06),
+    Experiment("every command stopped at a random moment", partial(apart, "signalling signalled_commands", 600), 0.01),
+    Experiment("every flipped bit", damage.flip_bits, 0.05),
+    Experiment("every truncation", damage.truncate, 0.3),
+    Experiment("blocks swapped, zeroed, repeated, appended", damage.move_blocks, 0.2),
+    Experiment("false headers with correct checksums", damage.lie, 0.05),
+    Experiment("random headers with correct checksums", damage.fuzz, 0.01),
+    Experiment("checkpoints of other programs, damaged at random", foreign.damaged, 0.05),
+    Experiment("pipes, devices, links and pickles in place of files", strangers.meet, 0.05),
+    Experiment("names that could control terminals, tables and pictures", steering.steer, 0.05),
+    Experiment("headers that could cost time or memory", bounds.bound, 0.005),
+    Experiment("readers during thinning and pruning", partial(apart, "meeting readers", 1_000), 0.03),
+    Experiment("two writers on one directory", partial(apart, "meeting writers", 300), 0.03),
+    Experiment("averages read while another thread updates them", partial(apart, "tearing torn_reads", 10_000), 0.01),
+    Experiment("updates interrupted by signal handlers", partial(apart, "tearing torn_states", 10_000), 0.03),
+    Experiment("one process of a sharded training killed", sharded.killed_ranks, 0.01),
+    Experiment(
+        "one process of a sharded training killed, its state saved now and then", sharded.killed_after_saving, 0.025
+    ),
+    Experiment("a full disk for one process of a sharded training", sharded.full_disks, 0.01),
+    Experiment("two sharded trainings on one directory", sharded.two_jobs, 0.01),
+    Experiment("parts of snapshots harmed and exchanged", sharded.harmed_parts, 0.05),
+]

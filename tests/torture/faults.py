@@ -15,7 +15,7 @@ from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture.commands import run_ema
 from torture.simulated import HALVED, KINDS, Disk, Faulty, Recording, installed
-from torture.tally import Experiment, Tally
+from torture.tally import Tally
 from torture.training import STATE, contents, train, wrong_output, wrong_snapshots
 
 CRASHES = ("kill", "nothing", "names", "some")
@@ -200,9 +200,3 @@ def _harmed(run: Run, durable: Mapping[str, bytes], done: set[str]) -> list[str]
     if (run.shards / INDEX_NAME).exists() or "shards" in done:
         wrong += run.wrong_shards()
     return [*run.problems(), *wrong]
-
-
-EXPERIMENTS = (
-    Experiment("an error at every file operation", errors_at_every_operation, 0.004),
-    Experiment("a kill or a loss of power at every file operation", crashes_at_every_operation, 0.015),
-)

@@ -14,7 +14,7 @@ from checkpoint_layouts import LAYOUTS, walk
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.run import Run
 from torture.strangers import Bomb
-from torture.tally import Experiment, Tally
+from torture.tally import Tally
 
 DAMAGES = 400
 """Of each layout, for a share of 1."""
@@ -67,6 +67,3 @@ def _read(run: Path, tally: Tally, what: str) -> None:
             tally.missed.append(f"{what}: {error}")
     except Exception as error:  # noqa: BLE001 - what this looks for
         tally.missed.append(f"{what}: {type(error).__name__}: {error}")
-
-
-EXPERIMENTS = [Experiment("checkpoints of other programs, damaged at random", damaged, 0.05)]

@@ -11,13 +11,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import forked
 import torch
 
-from torture.tally import Experiment, Tally
+from torture.tally import Tally
 
 PATIENCE = 60.0
 """Seconds after which a process that should have ended is taken to hang."""
@@ -105,20 +104,3 @@ class Nursery:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         return -1000
-
-
-def _experiment(name: str, function: str, most: int, share: float) -> Experiment:
-    return Experiment(name, partial(apart, function, most), share)
-
-
-PROCESSES = (
-    _experiment("trainings killed and resumed by their own script", "killing killed_trainings", 1_000, 0.02),
-    _experiment("sweeps killed and continued by the same call", "sweeping killed_sweeps", 50, 0.06),
-    _experiment("every command stopped at a random moment", "signalling signalled_commands", 600, 0.01),
-)
-CONCURRENCY = (
-    _experiment("readers during thinning and pruning", "meeting readers", 1_000, 0.03),
-    _experiment("two writers on one directory", "meeting writers", 300, 0.03),
-    _experiment("averages read while another thread updates them", "tearing torn_reads", 10_000, 0.01),
-    _experiment("updates interrupted by signal handlers", "tearing torn_states", 10_000, 0.03),
-)

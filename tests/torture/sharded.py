@@ -10,8 +10,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.integrations import STATE_NAME
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from torture.tally import Experiment, Tally
+from torture.tally import Tally
 
 STEPS = 24
 SIGMA_RELS = (0.1, 0.2)
@@ -124,41 +124,31 @@ def in_one_process(directory: Path, most: int | None) -> dict[str, dict[str, tor
 
 def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     """Kill any one process, 100 times in all; each training goes on in other processes until it comes to its end."""
-    tally, chance = Tally(), random.Random(seed)
-    times = max(1, round(100 * share))
     started = time.monotonic()
     run_group(TRAIN, 2, folder / "unkilled", "fsdp", None)
     seconds = time.monotonic() - started
-    while tally.tried < times:
-        place, most = folder / "killed", chance.choice((None, 3))
-        directory, durable = place / "run", 0
-        for attempt in range(1_000):
-            kind, ranks = chance.choice(SPREAD)
-            before = read(directory)
-            after = chance.uniform(0.2, 1.0) * seconds if tally.tried < times else None
-            where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}, attempt {attempt}"
-            shadow = folder / "shadow"
-            if directory.exists():
-                shutil.copytree(directory, shadow)
-            for note in place.glob("durable-*"):
-                note.unlink()
-            processes = start_group(TRAIN, ranks, place, kind, most)
-            if after is not None:
-                time.sleep(after)
-                processes[chance.randrange(ranks)].kill()
-                tally.tried += 1
-            codes = end(processes, PATIENCE if after is None else 10)
-            now, right = read(directory), in_one_process(shadow, most)
+    tally, chance = Tally(), random.Random(seed)
+    while tally.tried < (times := max(1, round(100 * share))):
+        place, most, durable = folder / "killed", chance.choice((None, 3)), 0
+        for where, start, is_last in _attempts(tally, times, place, most, chance):
+            before, shadow = read(place / "run"), folder / "shadow"
+            if before:
+                shutil.copytree(place / "run", shadow)
+            processes = start()
+            if not is_last:
+                time.sleep(chance.uniform(0.2, 1.0) * seconds)
+                chance.choice(processes).kill()
+            codes = end(processes, PATIENCE if is_last else 10)
+            now, right = read(place / "run"), in_one_process(shadow, most)
             shutil.rmtree(shadow)
-            notes = [int(note.read_text() or 0) for note in place.glob("durable-*")]
-            durable = max(durable, min(notes) if len(notes) == ranks else 0)
+            durable = max(durable, noted(place, "durable", len(processes)))
             if most is None:
                 gone = [*missing(now, durable), *(f"{name} is gone" for name in before.keys() - now.keys())]
                 tally.lost += [f"{where}: was durable: {line}" for line in gone]
             tally.lost += [f"{where}: {line}" for line in [*differing(now, before | right), *wrong_averages(now)]]
-            if after is None and any(codes):
+            if is_last and any(codes):
                 tally.missed.append(f"{where}: going on ended with {codes}")
-            if after is None or not any(codes):
+            if not any(codes):
                 break
         # What thinning had removed before a kill cannot come back.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
@@ -170,37 +160,30 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
     """The same 40 times with states that are saved now and then: from each, the run goes on as if nothing had been."""
     tally, chance = Tally(), random.Random(seed)
     whole = in_one_process(folder / "whole", None)
-    average, times = Run(folder / "whole").average(0.15, method="paper"), max(1, round(40 * share))
-    while tally.tried < times:
+    average = Run(folder / "whole").average(0.15, method="paper")
+    while tally.tried < (times := max(1, round(40 * share))):
         place, most, every = folder / "killed", chance.choice((None, 3)), chance.choice((3, 5))
-        for attempt in range(1_000):
-            kind, ranks = chance.choice((*SPREAD, ("fsdp", 1)))
-            where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}, attempt {attempt}"
+        for where, start, is_last in _attempts(tally, times, place, most, chance, every):
             saved = saved_step(place / STATE_NAME)
             if saved is None:  # training begins again
                 shutil.rmtree(place, ignore_errors=True)
-            for note in (*place.glob("saved-*"), *place.glob("durable-*")):
-                note.unlink()
-            processes = start_group(TRAIN, ranks, place, kind, most, every)
-            is_killed = tally.tried < times
-            if is_killed:
+            processes = start()
+            if not is_last:
                 at = str(chance.randrange(min(saved or 0, STEPS - 4) // 4 * 4, STEPS, 4))
                 while processes[0].poll() is None and not is_noted(place / "durable-0", at):
                     time.sleep(0.002)
                 time.sleep(chance.uniform(0.0, 0.3))
-                processes[chance.randrange(ranks)].kill()
-                tally.tried += 1
-            codes = end(processes, 10 if is_killed else PATIENCE)
-            notes = [int(note.read_text() or 0) for note in place.glob("saved-*")]
-            least = max(saved or 0, min(notes) if len(notes) == ranks else 0)
+                chance.choice(processes).kill()
+            codes = end(processes, PATIENCE if is_last else 10)
+            least = max(saved or 0, noted(place, "saved", len(processes)))
             if (now := saved_step(place / STATE_NAME) or 0) < least:
                 tally.lost.append(f"{where}: the state of step {least} was durable, and is of step {now}")
             there = read(place / "run")
             tally.lost += [f"{where}: {line}" for line in [*differing(there, whole), *wrong_averages(there)]]
-            if not is_killed and any(codes):
+            if is_last and any(codes):
                 said = [one.communicate()[1][-300:] for one in processes]
                 tally.missed.append(f"{where}: going on ended with {said}")
-            if not is_killed or not any(codes):
+            if not any(codes):
                 break
         tally.lost += [f"{where}: {line}" for line in missing(there, first=4 if most is None else STEPS)]
         if there.keys() == whole.keys():
@@ -208,6 +191,27 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
             tally.lost += [f"{where}: {line}" for line in differing({"": made}, {"": average})]
         shutil.rmtree(place)
     return tally
+
+
+def _attempts(
+    tally: Tally, times: int, place: Path, most: int | None, chance: random.Random, *saves: int
+) -> Iterator[tuple[str, Callable[[], list[Forked]], bool]]:
+    """Starts of one training, each with its name; all but the last, which goes on to the end, count as kills."""
+    is_last = False
+    while not is_last:
+        is_last = tally.tried >= times
+        tally.tried += not is_last
+        kind, ranks = chance.choice((*SPREAD, ("fsdp", 1)))
+        for note in (*place.glob("saved-*"), *place.glob("durable-*")):
+            note.unlink()
+        where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}"
+        yield where, partial(start_group, TRAIN, ranks, place, kind, most, *saves), is_last
+
+
+def noted(place: Path, what: str, ranks: int) -> int:
+    """The last step that every process has noted as durable, or saved."""
+    notes = [int(note.read_text() or 0) for note in place.glob(f"{what}-*")]
+    return min(notes) if len(notes) == ranks else 0
 
 
 def is_noted(note: Path, step: str) -> bool:
@@ -390,12 +394,3 @@ def harmed_parts(folder: Path, share: float, seed: int) -> Tally:
         part.write_bytes(kept)
     tally.lost += differing({"": Run(run).average(0.15)}, {"": intact})
     return tally
-
-
-EXPERIMENTS = (
-    Experiment("one process of a sharded training killed", killed_ranks, 0.01),
-    Experiment("one process of a sharded training killed, its state saved now and then", killed_after_saving, 0.025),
-    Experiment("a full disk for one process of a sharded training", full_disks, 0.01),
-    Experiment("two sharded trainings on one directory", two_jobs, 0.01),
-    Experiment("parts of snapshots harmed and exchanged", harmed_parts, 0.05),
-)

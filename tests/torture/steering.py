@@ -16,7 +16,7 @@ from factories import RUN_ID, flip_bit, write_snapshot
 from posthoc_cli.snapshots.lock import HOLDER_NAME, DirectoryLock
 from torture.commands import HungError, run_ema
 from torture.forging import forge
-from torture.tally import Experiment, Tally
+from torture.tally import Tally
 from torture.victims import synthesize
 
 NAMES = (
@@ -132,6 +132,3 @@ def _check_cells(tally: Tally, name: str, table: Path) -> None:
     for line in table.read_text(encoding="utf-8").splitlines():
         if not line.isprintable() or line.lstrip('"')[:1] in tuple("=+-@"):
             tally.missed.append(f"{name!r}: a live cell: {line!r}")
-
-
-EXPERIMENTS = [Experiment("names that could control terminals, tables and pictures", steer, 0.05)]

@@ -25,7 +25,7 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.files import is_temporary
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture.commands import HungError, run_ema, time_limit
-from torture.tally import Experiment, Tally
+from torture.tally import Tally
 from torture.victims import synthesize
 
 SECRET = b"somebody's own file, which nobody may change"
@@ -230,6 +230,3 @@ def _wrong_result(result: Result) -> str:
     if result.code and not errors and "problem: " not in result.out:
         return f"ended with {result.code} without a word"
     return ""
-
-
-EXPERIMENTS = [Experiment("pipes, devices, links and pickles in place of files", meet, 0.05)]
