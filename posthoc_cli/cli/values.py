@@ -92,7 +92,6 @@ DIRECTORY_OR_CHECKPOINTS = Argument(
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
 OVERWRITE = flag(OUTPUT, "--overwrite", help="Replace existing outputs.")
-QUIET = flag(OUTPUT, "--quiet", "-q", help="Print nothing but errors and warnings.")
 JSON = flag(OUTPUT, "--json", help="Print one JSON object.")
 YES = flag(HOW, "--yes", "-y", help="Do not ask.")
 CHECKPOINTS = RUN(
