@@ -37,7 +37,7 @@ def demo(
     count = values.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else print_line
     result = run(files.expanded(out), count, overwrite, say, output.progress_bar(unit="steps"))
-    output.print_json(result.to_dict()) if as_json else _print(result)
+    output.print_report(result, as_json, _print)
 
 
 def _print(result: Result) -> None:

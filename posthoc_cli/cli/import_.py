@@ -85,10 +85,7 @@ def import_(
         ema_decay=values.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch,
     )  # fmt: skip
-    if as_json:
-        output.print_json(done.to_dict())
-    else:
-        _print(done, copy)
+    output.print_report(done, as_json, _print, copy)
 
 
 def _decay(text: str) -> float | str:

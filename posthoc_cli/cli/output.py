@@ -116,6 +116,11 @@ def print_json(value: Any) -> None:
     write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
 
 
+def print_report(report: Any, as_json: bool, show: Callable[..., None], *arguments: Any) -> None:
+    """A report: what its `to_dict` gives as JSON, or for people by `show`, with these arguments."""
+    print_json(report.to_dict()) if as_json else show(report, *arguments)
+
+
 def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:
     """Say what a command that changes files has done to `things`, or would do; `past` is its verb."""
     if not things:

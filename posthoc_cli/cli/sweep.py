@@ -119,10 +119,7 @@ def sweep(
             dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
             keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
         ).run_all()  # fmt: skip
-    if as_json:
-        output.print_json(report.to_dict())
-    else:
-        _print(report)
+    output.print_report(report, as_json, _print)
 
 
 def _print_trial(out: Path, print_line: Callable[[str], None], trial: Record) -> None:

@@ -92,10 +92,7 @@ def synthesize(
     )  # fmt: skip
     if report is not None:
         output.warn_of_statistics(report.plan.newest.info.copies)
-    if report is not None and as_json:
-        output.print_json(report.to_dict())
-    elif report is not None:
-        _print(report)
+        output.print_report(report, as_json, _print)
 
 
 def _print(report: SynthesisReport) -> None:

@@ -236,6 +236,13 @@ def open_run(place: Path | None, checkpoints: str | None, directory: bool = True
     return Run(existing_run(checkpoints, directory))
 
 
+def open_runs(places: Sequence[Path], checkpoints: str | None) -> list[Run]:
+    """The runs of all DIR, or that of --checkpoints."""
+    if checkpoints is not None and len(places) > 1:
+        raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
+    return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
+
+
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
     """An output with one of these endings that can be written, with ~ expanded; checked before any work."""
     if path is None:
