@@ -227,12 +227,14 @@ class Diffusion(Task):
     def __init__(self, _: Path, quick: bool = False) -> None:
         if quick:
             self.steps, self.width, self.depth, self.count = QUICK, 16, 1, 100
-        split = demo.load_digits(seed=0)
-        self.training, random = split.training, torch.Generator().manual_seed(0)
-        self.real = shifted(split.validation.images.repeat(6, 1), random)
-        half = len(split.validation.labels) // 2
+        images, labels = digits()
+        order, held = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)), 360
+        images, labels = (6 * images[order] + 4.9).round() / 8 - 1, labels[order]  # from 0 .. 16
+        self.training, random = demo.Images(images[held:], labels[held:]), torch.Generator().manual_seed(0)
+        self.real = shifted(images[:held].repeat(6, 1), random)
+        half = held // 2
         self.validations = {
-            part: demo.Validation(demo.Digits(self.real[: 2 * half][rows], split.validation.labels[rows]), seed=0)
+            part: demo.Validation(demo.Images(self.real[: 2 * half][rows], labels[:held][rows]), seed=0)
             for part, rows in {"validation": slice(half), "test": slice(half, None)}.items()
         }
 
@@ -248,7 +250,7 @@ class Diffusion(Task):
         """As in the demo."""
         chosen = torch.randint(len(self.training.images), (self.batch,), generator=random)
         sigma = demo.random_noise_levels(self.batch, random)
-        images = demo.Digits(shifted(self.training.images[chosen], random), self.training.labels[chosen])
+        images = demo.Images(shifted(self.training.images[chosen], random), self.training.labels[chosen])
         return demo.losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
 
     @torch.no_grad()

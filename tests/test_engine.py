@@ -24,7 +24,6 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 
 from posthoc_cli import Between, PostHocEMA
 from posthoc_cli.checkpoints.opening import disk_sources
-from posthoc_cli.cli.output import ProgressLines
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.snapshots.format import TrackedTensor
@@ -504,18 +503,6 @@ def test_the_number_of_threads_of_torch_is_as_it_was(mixed: Path) -> None:
 
 
 # --- progress --------------------------------------------------------------------------------------
-
-
-def test_progress_without_a_terminal_is_a_line_every_thirty_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    now = [0.0]
-    lines = ProgressLines("synthesizing", 10_000_000_000, lambda: now[0])
-    for second in range(1, 76):
-        now[0] = float(second)
-        lines.advance(100_000_000)
-    assert capsys.readouterr().err.splitlines() == [
-        "synthesizing: 3 GB of 10 GB, 100 MB/s, 70 s remain",
-        "synthesizing: 6 GB of 10 GB, 100 MB/s, 40 s remain",
-    ]
 
 
 # --- filling a model -------------------------------------------------------------------------------

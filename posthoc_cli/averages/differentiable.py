@@ -12,11 +12,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from posthoc_cli.averages.pairing import check_number
+from posthoc_cli.averages.pairing import WideBuffers, check_number
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.settings import check_count
 
-Decay = float | torch.Tensor
 MODES = ("truncated", "window", "carried", "full")
 _ACCUMULATORS = (torch.float32, torch.float64)
 """At a decay of 0.9999 an average in half precision never moves."""
@@ -26,7 +25,7 @@ _CALLER = 5
 """`stacklevel` of a warning in `take_in`, past `forward` and two frames of torch.nn.Module."""
 
 
-class DifferentiableEMA(torch.nn.Module):
+class DifferentiableEMA(WideBuffers):
     """An exponential moving average of tensors with a graph, for a loss on running statistics.
 
     The values x_i = f_i(w_i) are outputs of a graph, where w_i is what the leaf w (a parameter) held when x_i was
@@ -55,12 +54,10 @@ class DifferentiableEMA(torch.nn.Module):
 
     Arguments:
         shape: of the values.
-        decay: in [0, 1), or a tensor of one element. One that requires gradients (not in mode "carried") gets them from
-            the updates that the mode keeps; a Parameter becomes the module's own. It may be assigned before each
-            update: `ema.decay = torch.sigmoid(logit)` keeps a learned decay in range.
+        decay: in [0, 1).
         mode: "truncated", "window", "carried" or "full".
         window: number of values kept in mode "window".
-        device, dtype: of the average; float32 or float64, as the values are.
+        device, dtype: of the average; float32 or float64, as the values are. `half()` leaves it as it is.
 
     Attributes:
         average: without a graph; zeros before the first value.
@@ -84,13 +81,12 @@ class DifferentiableEMA(torch.nn.Module):
 
     average: torch.Tensor
     num_updates: torch.Tensor
-    decay: Decay
     _has_average: bool
 
     def __init__(
         self,
         shape: int | Sequence[int],
-        decay: Decay,
+        decay: float,
         mode: str = "truncated",
         window: int | None = None,
         device: torch.device | str | None = None,
@@ -100,11 +96,15 @@ class DifferentiableEMA(torch.nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if dtype not in _ACCUMULATORS:
             raise InvalidValueError("dtype", f"must be torch.float32 or torch.float64, not {dtype}")
-        _check_decay(decay)
-        _check_mode(mode, window)
-        size = _check_shape(shape)
-        self.decay, self.mode, self._window = decay, mode, window
-        self.register_buffer("average", torch.zeros(size, device=device, dtype=dtype))
+        if mode not in MODES:
+            raise InvalidValueError("mode", f"must be one of {', '.join(MODES)}", value=f"{mode!r}")
+        if (window is not None) != (mode == "window"):
+            reason = "the number of values to keep, must be given in mode 'window' and only there"
+            raise InvalidValueError("window", reason)
+        accepted = "lie in [0, 1); 0.99 averages over about 100 values"
+        self.decay = check_number("decay", decay, lambda d: 0 <= d < 1, accepted)
+        self.mode, self._window = mode, None if window is None else check_count("window", window, 1)
+        self.register_buffer("average", torch.zeros(shape, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
         self._start_anew()
 
@@ -113,21 +113,19 @@ class DifferentiableEMA(torch.nn.Module):
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
         """
-        _check_value(value, self.average)
+        if (found := _described(value)) != (own := _described(self.average)):
+            raise InvalidValueError("value", f"is {found}; must be {own} as the average is")
         if not self.training:
             if not self._has_average:
                 raise NotReadyError("DifferentiableEMA", "no value was taken in yet, and eval mode takes none in")
             return self.average.clone()
         if leaves is not None and self.mode != "carried":
             raise InvalidValueError("leaves", "only mode 'carried' takes them; others follow the value's own graph")
-        _check_decay(self.decay)
-        # An optimizer may change the decay in place before the graph is used.
-        decay = self.decay.reshape(()).clone() if isinstance(self.decay, torch.Tensor) else self.decay
         average = self.average if self._has_average else None
         if self._history is None:
-            result = _next(average, value, decay)
+            result = _next(average, value, self.decay)
         else:
-            result = self._history.take_in(average, value, decay, leaves)
+            result = self._history.take_in(average, value, self.decay, leaves)
         self.average = result.detach().clone()  # the caller may change the result in place
         self.num_updates += 1
         self._has_average = True
@@ -168,15 +166,11 @@ class DifferentiableEMA(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for `print`."""
-        decay = "learned" if isinstance(self.decay, torch.Tensor) else f"{self.decay:g}"
-        return f"{list(self.average.shape)}, decay={decay}, mode={self.mode!r}"
+        return f"{list(self.average.shape)}, decay={self.decay:g}, mode={self.mode!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles cannot hold a graph.
-        state = {**self.__dict__, "_history": self._new_history()}
-        if isinstance(state.get("decay"), torch.Tensor) and not state["decay"].is_leaf:
-            state["decay"] = state["decay"].detach()
-        return state
+        return {**self.__dict__, "_history": self._new_history()}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -199,23 +193,23 @@ class _Window:
     def __init__(self, length: int | None) -> None:
         self._length = length
         self._before: torch.Tensor | None = None
-        self._kept: deque[tuple[torch.Tensor, Decay]] = deque()
+        self._kept: deque[torch.Tensor] = deque()
 
-    def take_in(self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, _: object) -> torch.Tensor:
+    def take_in(self, average: torch.Tensor | None, value: torch.Tensor, decay: float, _: object) -> torch.Tensor:
         if not self._kept:
             self._before = average
         elif len(self._kept) == self._length:
             with torch.no_grad():
-                self._before = _next(self._before, *self._kept.popleft())
+                self._before = _next(self._before, self._kept.popleft(), decay)
         # A copy, since the value may be a view of a parameter, which the optimizer changes.
-        self._kept.append((value.clone(), decay))
+        self._kept.append(value.clone())
         if self._length is None and len(self._kept) > _LONGEST_QUIET_GRAPH:
             text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
             hint = "use 'window' or 'carried' for training, or call reset()"
             warnings.warn(f"{text}; {hint}", RuntimeWarning, stacklevel=_CALLER)
         running = self._before
-        for kept, decay_then in self._kept:
-            running = _next(running, kept.to(value), decay_then)
+        for kept in self._kept:
+            running = _next(running, kept.to(value), decay)
         return cast(torch.Tensor, running)
 
 
@@ -230,11 +224,9 @@ class _Carried:
         self._jacobians: list[torch.Tensor] = []
 
     def take_in(
-        self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, leaves: Iterable[torch.Tensor] | None
+        self, average: torch.Tensor | None, value: torch.Tensor, decay: float, leaves: Iterable[torch.Tensor] | None
     ) -> torch.Tensor:
         found = self._check_leaves(leaves)
-        if isinstance(decay, torch.Tensor) and decay.requires_grad:
-            raise InvalidValueError("decay", "gets no gradients in mode 'carried'", "use 'window'")
         if not value.requires_grad:
             raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
         jacobians, unreached = _jacobians(value, found)
@@ -243,7 +235,7 @@ class _Carried:
             text = f"the value does not depend on {len(unreached)} of the leaves, such as {first}"
             hint = "they get no gradient; leave them out, or look for a detach()"
             warnings.warn(f"{text}: {hint}", RuntimeWarning, stacklevel=_CALLER)
-        kept = 0.0 if average is None else float(decay)
+        kept = 0.0 if average is None else decay
         for index, jacobian in enumerate(jacobians):
             jacobian.mul_(1 - kept)
             if self._jacobians:
@@ -266,12 +258,10 @@ class _Carried:
         return found
 
 
-def _next(average: torch.Tensor | None, value: torch.Tensor, decay: Decay) -> torch.Tensor:
+def _next(average: torch.Tensor | None, value: torch.Tensor, decay: float) -> torch.Tensor:
     """decay average + (1 - decay) value; the first value is its own average."""
     if average is None:
         return value.clone()
-    if isinstance(decay, torch.Tensor):
-        decay = decay.to(value.device)
     return average.to(value) * decay + value * (1 - decay)
 
 
@@ -316,41 +306,5 @@ class _Attached(torch.autograd.Function):
         return (None, None, *[None] * len(pulled), *pulled)
 
 
-def _check_shape(shape: int | Sequence[int]) -> torch.Size:
-    try:
-        return torch.empty(shape, device="meta").shape
-    except (TypeError, RuntimeError):
-        reason = "must be a whole number or a sequence of them, none negative"
-        raise InvalidValueError("shape", reason, value=f"{shape!r}") from None
-
-
-def _check_decay(decay: Decay) -> None:
-    if isinstance(decay, torch.Tensor):
-        if decay.numel() != 1 or not decay.is_floating_point():
-            reason = f"a tensor must have one element of floating point, not {list(decay.shape)}"
-            raise InvalidValueError("decay", reason)
-        decay = float(decay.detach())
-    check_number("decay", decay, lambda d: 0 <= d < 1, "lie in [0, 1); 0.99 averages over about 100 values")
-
-
-def _check_mode(mode: str, window: int | None) -> None:
-    if mode not in MODES:
-        raise InvalidValueError("mode", f"must be one of {', '.join(MODES)}", value=f"{mode!r}")
-    if (window is not None) != (mode == "window"):
-        raise InvalidValueError("window", "the number of values to keep, must be given in mode 'window' and only there")
-    if window is not None:
-        check_count("window", window, 1)
-
-
-def _check_value(value: torch.Tensor, average: torch.Tensor) -> None:
-    if not isinstance(value, torch.Tensor) or value.shape != average.shape:
-        given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise InvalidValueError("value", f"must be a tensor of the average's shape {list(average.shape)}, not {given}")
-    if average.dtype not in _ACCUMULATORS:
-        raise InvalidValueError("average", f"is {average.dtype}", "keep it in torch.float32 with ema.float()")
-    for found, own, where, hint in (
-        (value.dtype, average.dtype, "", "convert it with value.to(...)"),
-        (value.device, average.device, "on ", "move the module with ema.to(...)"),
-    ):
-        if found != own:
-            raise InvalidValueError("value", f"is {where}{found}, the average {where}{own}", hint)
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"

@@ -177,8 +177,6 @@ class HareAndTortoise(_CopiedBack):
         sigma_rel: Wanted | None = None,
     ) -> None:
         super().__init__(tortoise, reset_every, sigma_rel)
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise InvalidValueError("optimizer", f"must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, torch.optim.Adagrad):
             hint = "leave it out, or use Adam"
             raise InvalidValueError("optimizer", "Adagrad cannot make a cleared state again", hint)

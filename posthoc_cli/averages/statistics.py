@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -147,34 +146,21 @@ class EMAStats(WideBuffers):
         return {name: value.to(device, dtype) for name, value in statistics.items()} | count
 
     def _check(self, name: str, batch: torch.Tensor, dim: int) -> None:
-        if not isinstance(batch, torch.Tensor):
-            raise InvalidValueError(name, f"must be a tensor of the shape [n, {dim}], not {type(batch).__name__}")
         if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0:
             raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be [n, {dim}] with n at least 1")
         own = self.cov_xx.dtype
         if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
             reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
             raise InvalidValueError(name, reason, "double() makes the statistics float64")
-        if batch.device != self.cov_xx.device:
-            raise InvalidValueError(name, f"is on {batch.device}, the statistics are on {self.cov_xx.device}")
 
     def _check_ready(self, what: str) -> None:
         if int(self.num_batches_tracked) == 0:
             raise NotReadyError(what, "no batch was tracked yet", "call the module in train mode first")
 
-    def _without_graph(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles cannot hold a graph.
         buffers = {name: None if value is None else value.detach() for name, value in self._buffers.items()}
         return {**self.__dict__, "_buffers": buffers}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EMAStats:
-        """A copy without a graph, since torch refuses to copy graphs."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self._without_graph(), memo))
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self._without_graph()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in _STATISTICS:

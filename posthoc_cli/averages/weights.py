@@ -21,7 +21,6 @@ from posthoc_cli.averages.pairing import (
     paired,
     wide_averages,
 )
-from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.tracker.model_tensors import check_model
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import check_count
@@ -240,7 +239,7 @@ class ShadowModel(WideBuffers):
         self.shadow = make_average(model).eval()
         self.accumulators = Accumulators()
         if num_updates is None or isinstance(num_updates, torch.Tensor):
-            self.num_updates = _check_counter(num_updates)
+            self.num_updates = num_updates
         else:
             self.register_buffer("num_updates", torch.tensor(check_count("num_updates", num_updates, 0)))
         self._counts = "num_updates" in self._buffers
@@ -296,10 +295,3 @@ class ShadowModel(WideBuffers):
         mass = decay * self._read_mass.read(self.debias_mass) + share
         self._read_mass.write_(self.debias_mass, mass)
         return share / mass
-
-
-def _check_counter(counter: torch.Tensor | None) -> torch.Tensor | None:
-    if counter is not None and (counter.numel() != 1 or counter.is_complex() or counter.dtype == torch.bool):
-        found = f"the shape {list(counter.shape)} and dtype {counter.dtype}"
-        raise InvalidValueError("num_updates", f"must be a whole number, or a tensor of one, not of {found}")
-    return counter

@@ -187,7 +187,7 @@ def main() -> NoReturn:
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
     warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
-    output.log_to_stderr(False)
+    output.log_to_stderr()
     _prepare_streams()
     _clean_up_on_signals()
     _allow_many_files()

@@ -67,23 +67,16 @@ def error_plot(
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
     schedules = _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints)
-    if checkpoints is not None and len(directories) > 1:
-        raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
-    places: list[Path | None] = [*directories] or [None] * (checkpoints is not None)
-    if not places and not schedules:
+    runs = values.open_runs(directories, checkpoints) if directories or checkpoints is not None else []
+    if not runs and not schedules:
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
-    runs = [values.open_run(place, checkpoints) for place in places]
     earlier = None if like is None else values.open_run(like, None)
     report = error_report(
         runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=earlier,
         draw=targets, out=out, overwrite=overwrite,
     )  # fmt: skip
-    if as_json:
-        output.print_json(report.to_dict())
-    else:
-        _print(report, 2 if method == "paper" else 1)
-        output.print_line(f"wrote {out}")
+    output.print_report(report, as_json, _print, 2 if method == "paper" else 1, out)
 
 
 def _schedules(sigma_rels: list[str], steps: list[str], every: list[str], most: list[str]) -> list[Schedule]:
@@ -106,7 +99,7 @@ def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     return [values.parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 
-def _print(report: ErrorReport, shown: int) -> None:
+def _print(report: ErrorReport, shown: int, out: Path | None) -> None:
     """The curves in words; of the other targets the predicted error, and the profile error if two are `shown`."""
     for curve in report.curves:
         output.print_line(curve.label)
@@ -120,3 +113,4 @@ def _print(report: ErrorReport, shown: int) -> None:
             rows.append([f"  {other.label}", f"{other.sigma_rel:.3g}", *errors])
         if rows:
             output.print_table(columns, rows, left=["  target"])
+    output.print_line(f"wrote {out}")

@@ -37,7 +37,6 @@ def export(
     layout: str | None = values.LAYOUT,
     max_shard_size: str | None = values.MAX_SHARD_SIZE,
     overwrite: bool = values.OVERWRITE,
-    quiet: bool = values.QUIET,
     as_json: bool = values.JSON,
     base: Path | None = values.HOW(
         None, help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."
@@ -67,18 +66,17 @@ def export(
         _check_merge(wanted, base is not None or bool(prefix or strip_prefix))
         report = Run(file).merge(
             wanted[0], values.existing(merge), out, dtype=dtype, layout=layout, max_shard_size=max_shard_size,
-            overwrite=overwrite, progress=output.progress_bar(quiet),
+            overwrite=overwrite, progress=output.progress_bar(),
         )  # fmt: skip
-        _print(report, merge, out, quiet, as_json)
-        return
-    if wanted:
+    elif wanted:
         raise InvalidValueError("--sigma-rel and --target", "are for --merge; ema synthesize makes other averages")
-    base = None if base is None else values.existing(base)
-    report = export_file(
-        values.existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite,
-        max_shard_size, output.progress_bar(quiet),
-    )  # fmt: skip
-    _print(report, base, out, quiet, as_json)
+    else:
+        base = None if base is None else values.existing(base)
+        report = export_file(
+            values.existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite,
+            max_shard_size, output.progress_bar(),
+        )  # fmt: skip
+    output.print_report(report, as_json, _print, merge or base, out)
 
 
 def _check_merge(wanted: Sequence[Target], renames: bool) -> None:
@@ -88,12 +86,9 @@ def _check_merge(wanted: Sequence[Target], renames: bool) -> None:
         raise InvalidValueError("--merge", "finds the names of the base itself: no --base, --prefix or --strip-prefix")
 
 
-def _print(report: ExportReport, base: Path | None, out: Path, quiet: bool, as_json: bool) -> None:
-    if as_json:
-        output.print_json(report.to_dict())
-    elif not quiet:
-        made = report.made.values()
-        count = f"{len(made)} models, " * report.several + f"{sum(one.tensors for one in made)} tensors"
-        added = f", {sum(one.from_base for one in made)} of them from {base}" if base is not None else ""
-        size = output.size_text(sum(one.nbytes for one in made))
-        output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {out}")
+def _print(report: ExportReport, base: Path | None, out: Path) -> None:
+    made = report.made.values()
+    count = f"{len(made)} models, " * report.several + f"{sum(one.tensors for one in made)} tensors"
+    added = f", {sum(one.from_base for one in made)} of them from {base}" if base is not None else ""
+    size = output.size_text(sum(one.nbytes for one in made))
+    output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {out}")

@@ -65,7 +65,6 @@ def import_(
         values.OUTPUT, "--overwrite", help="Replace an import of something else, or with other settings."
     ),
     dry_run: bool = values.flag(values.OUTPUT, "--dry-run", help="Show what was found; write nothing."),
-    quiet: bool = values.QUIET,
     as_json: bool = values.JSON,
 ) -> None:
     """Make a run of other programs' checkpoints.
@@ -80,16 +79,13 @@ def import_(
 
     done = import_checkpoints(
         values.existing_run(directory, directory=False), out, copy=copy, overwrite=overwrite, dry_run=dry_run,
-        progress=output.progress_bar(quiet), kind=kind, step_from=step_from, prefix=prefix, include=include,
+        progress=output.progress_bar(), kind=kind, step_from=step_from, prefix=prefix, include=include,
         exclude=exclude, sigma_rels=values.optional(values.parse_sigma_rels, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,
         ema_decay=values.optional(_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch,
     )  # fmt: skip
-    if as_json:
-        output.print_json(done.to_dict())
-    elif not quiet:
-        _print(done, copy)
+    output.print_report(done, as_json, _print, copy)
 
 
 def _decay(text: str) -> float | str:

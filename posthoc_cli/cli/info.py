@@ -19,9 +19,6 @@ def info(
     path: Path = Argument(
         ..., metavar="DIR|FILE", help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file."
     ),
-    verbose: bool = values.flag(
-        values.OUTPUT, "--verbose", "-v", help="All coefficients of an output, and its profile error."
-    ),
     as_json: bool = values.JSON,
 ) -> None:
     """Show what a directory or a file holds.
@@ -30,25 +27,25 @@ def info(
     checks every byte.
     """
     report = values.open_run(path, None, directory=False).info()
-    output.print_json(report) if as_json else _print(report, verbose)
+    output.print_json(report) if as_json else _print(report)
     if report.get("problems"):
         raise typer.Exit(1)
 
 
-def _print(report: dict[str, Any], verbose: bool) -> None:
+def _print(report: dict[str, Any]) -> None:
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
-    hidden |= set() if verbose or report.get("method") == "paper" else {"profile_error"}
+    hidden |= set() if report.get("method") == "paper" else {"profile_error"}
     names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in report}
     pairs = [(names[key], _text(key, value)) for key, value in report.items() if key not in hidden]
     output.print_pairs([(name, text) for name, text in pairs if text])
     if "profiles" in report:
         _print_profiles(report["profiles"])
     if "checkpoints" in report:
-        _print_checkpoints(report["checkpoints"], verbose)
+        _print_checkpoints(report["checkpoints"])
     if "outputs" in report:
-        _print_outputs(report["outputs"], verbose)
+        _print_outputs(report["outputs"])
     if report["kind"] == "output":
-        _print_coefficients(report["snapshots"], verbose)
+        _print_coefficients(report["snapshots"])
     for kind in ("note", "problem"):
         for text in report.get(f"{kind}s", ()):
             output.print_line(f"{kind}: {text}")
@@ -67,8 +64,8 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     output.print_table(columns, rows, left=["rounding"])
 
 
-def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
-    shown = outputs if verbose else outputs[: output.MOST_ROWS]
+def _print_outputs(outputs: list[dict[str, Any]]) -> None:
+    shown = outputs[: output.MOST_ROWS]
     rows = []
     for report in shown:
         profile = _cut(report.get("profile", report["kind"]))
@@ -80,19 +77,19 @@ def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
     output.print_rest(len(outputs) - len(shown))
 
 
-def _print_checkpoints(checkpoints: list[dict[str, Any]], verbose: bool) -> None:
+def _print_checkpoints(checkpoints: list[dict[str, Any]]) -> None:
     """All, or the first and the last ones."""
-    shown = checkpoints if verbose or len(checkpoints) <= output.MOST_ROWS else [*checkpoints[:5], *checkpoints[-5:]]
+    shown = checkpoints if len(checkpoints) <= output.MOST_ROWS else [*checkpoints[:5], *checkpoints[-5:]]
     rows = [[_cut(one["file"]), f"{one['t']:,.12g}", one["holds"], output.size_text(one["bytes"])] for one in shown]
     output.print_line()
     output.print_table(["checkpoint", "t", "holds", "size"], rows, left=["checkpoint", "holds"])
     output.print_rest(len(checkpoints) - len(shown))
 
 
-def _print_coefficients(snapshots: list[dict[str, Any]], verbose: bool) -> None:
+def _print_coefficients(snapshots: list[dict[str, Any]]) -> None:
     """The largest ones, in the order of the output."""
     rows = []
-    for index in output.largest([item["coefficient"] for item in snapshots], verbose):
+    for index in output.largest([item["coefficient"] for item in snapshots]):
         file, value = snapshots[index]["file"], snapshots[index]["coefficient"]
         rows.append([_cut(file), f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"])
     output.print_line()

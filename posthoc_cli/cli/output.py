@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +22,7 @@ from posthoc_cli.progress import ProgressBar
 
 STDOUT = "standard output"
 MOST_ROWS = 10
-"""Rows of a table that are shown without --verbose."""
-REPORT_SECONDS = 30.0
-"""Between two lines of progress without a terminal."""
+"""Rows of a long table that are shown; --json has all."""
 _LONGEST_WORD = 12
 """Columns of a word that is not wrapped within, in a table that is too wide for the terminal."""
 
@@ -111,12 +108,17 @@ def warn_of_statistics(copies: Iterable[str]) -> None:
 def print_rest(count: int, what: str = "") -> None:
     """Say how many rows a table lacks."""
     if count > 0:
-        print_line(f"and {count:,} more {what}".rstrip() + "; --verbose lists them")
+        print_line(f"and {count:,} more {what}".rstrip() + "; --json lists them")
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
+
+
+def print_report(report: Any, as_json: bool, show: Callable[..., None], *arguments: Any) -> None:
+    """A report: what its `to_dict` gives as JSON, or for people by `show`, with these arguments."""
+    print_json(report.to_dict()) if as_json else show(report, *arguments)
 
 
 def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:
@@ -129,10 +131,10 @@ def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str
         print_line(f"would {would}; " * dry_run + f"nothing was {past}")
 
 
-def largest(values: Sequence[float], everything: bool) -> list[int]:
-    """Indices, growing, of the values that are listed: those of the largest size, or all."""
+def largest(values: Sequence[float]) -> list[int]:
+    """Indices, growing, of the values of the largest size."""
     order = sorted(range(len(values)), key=lambda index: -abs(values[index]))
-    return sorted(order if everything else order[:MOST_ROWS])
+    return sorted(order[:MOST_ROWS])
 
 
 def counted(count: int, what: str) -> str:
@@ -154,43 +156,35 @@ def percent(error: float | None) -> str:
     return "unknown" if error is None else errors.percent(error)
 
 
-def log_to_stderr(verbose: bool) -> None:
-    """Show the library's log, each message once: warnings, and with `verbose` information."""
-    said: set[str] = set()
+class _Warnings(logging.Handler):
+    """The library's warnings on stderr, each once."""
 
-    def is_new(record: logging.LogRecord) -> bool:
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
         message = record.getMessage()
-        new = message not in said
-        said.add(message)
-        return new
-
-    logging.addLevelName(logging.WARNING, "warning")
-    logging.addLevelName(logging.INFO, "info")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(is_new)
-    handler.setFormatter(_OneLine("ema: %(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+        if message not in self._said:
+            self._said.add(message)
+            print_note(f"ema: {record.levelname.lower()}: {message}")
 
 
-class _OneLine(logging.Formatter):
-    """A message in one line, with control characters escaped."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+def log_to_stderr() -> None:
+    """Show the library's warnings."""
+    logging.basicConfig(handlers=[_Warnings()], force=True)
 
 
-def progress_bar(quiet: bool = False, verbose: bool = False, unit: str = "") -> ProgressBar:
-    """Progress on stderr, in bytes if no other `unit`: a bar on a terminal; else, with `verbose`, some lines."""
+def progress_bar(unit: str = "") -> ProgressBar:
+    """Progress on a terminal's stderr, in bytes if no other `unit`."""
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        if verbose and not quiet and not Console(stderr=True).is_terminal:
-            yield ProgressLines(what, total).advance
-            return
         in_bytes = live.DownloadColumn(), live.TransferSpeedColumn()
         numbers = (live.MofNCompleteColumn(), live.TextColumn(unit)) if unit else in_bytes
         columns = live.TextColumn(what), live.BarColumn(), *numbers, live.TimeRemainingColumn()
-        with _live(*columns, hidden=quiet) as progress:
+        with _live(*columns) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)
 
@@ -206,40 +200,19 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def standing(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+def standing() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal's stderr, and the function that says what is done, and how many of how many are."""
     words = live.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     left = live.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
     columns = live.BarColumn(bar_width=10, table_column=Column(min_width=10)), left, words
-    with _live(*columns, hidden=quiet) as progress:
+    with _live(*columns) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, most: progress.update(task, description=what, completed=done, total=most)
 
 
-def _live(*columns: Any, hidden: bool = False) -> live.Progress:
+def _live(*columns: Any) -> live.Progress:
     console = Console(stderr=True)
     return live.Progress(
-        *columns, console=console, transient=True, disable=hidden or not console.is_terminal,
+        *columns, console=console, transient=True, disable=not console.is_terminal,
         redirect_stdout=sys.stdout.isatty(),
     )  # fmt: skip
-
-
-class ProgressLines:
-    """Progress as a line on stderr every REPORT_SECONDS."""
-
-    def __init__(self, what: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._total, self._clock = what, total, clock
-        self._done = 0
-        self._started = self._said = clock()
-
-    def advance(self, count: int) -> None:
-        """Count more bytes."""
-        self._done += count
-        now = self._clock()
-        if now - self._said < REPORT_SECONDS:
-            return
-        self._said = now
-        rate = self._done / (now - self._started)
-        left = (self._total - self._done) / rate if rate else 0.0
-        done, total, speed = map(size_text, (self._done, self._total, rate))
-        print_note(f"{self._what}: {done} of {total}, {speed}/s, {left:,.0f} s remain")

@@ -83,16 +83,10 @@ def plan(
     earlier = None if like is None else values.open_run(like, None)
     with output.working("looking for the best schedules"):
         report = plan_training(task, earlier, out, overwrite)
-    if as_json:
-        output.print_json(report.to_dict())
-        return
-    _print(report)
-    if out is not None:
-        output.print_line()
-        output.print_line(f"wrote {out}")
+    output.print_report(report, as_json, _print, out)
 
 
-def _print(report: PlanReport) -> None:
+def _print(report: PlanReport, out: Path | None) -> None:
     columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
     rows = []
     for proposal in report.proposals:
@@ -109,3 +103,6 @@ def _print(report: PlanReport) -> None:
     output.print_line()
     for line in best.call().splitlines():
         output.print_line(line)
+    if out is not None:
+        output.print_line()
+        output.print_line(f"wrote {out}")

@@ -48,10 +48,7 @@ def report(
 
     page = values.new_file(out, "--out", (".html",), overwrite)
     assert page is not None
-    if checkpoints is not None and len(directories) > 1:
-        raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
-    places: list[Path | None] = [*directories] or [None]
-    runs = [values.open_run(place, checkpoints) for place in places]
+    runs = values.open_runs(directories, checkpoints)
     folders = [files.expanded(folder) for folder in sweep]
     for folder in folders:
         if not folder.is_dir():

@@ -78,7 +78,6 @@ def sweep(
         values.OUTPUT, "--keep-weights", help="Leave all averages in OUT/weights, where another metric uses them again."
     ),
     as_json: bool = values.JSON,
-    quiet: bool = values.QUIET,
     checkpoints: str | None = values.CHECKPOINTS,
     t: float | None = values.TIME,
     guide: Path | None = values.RUN(
@@ -99,7 +98,6 @@ def sweep(
     from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.metrics import Metric
 
-    output.log_to_stderr(False)
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
     if sigma_rel is not None and target is not None:
@@ -109,8 +107,8 @@ def sweep(
     out = files.expanded(out)
     stored = values.open_run(directory, checkpoints)
     output.warn_of_statistics(stored.sources[-1].info.copies)
-    say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line, quiet)
-    with output.standing(quiet) as watch:
+    say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
+    with output.standing() as watch:
         report = Sweep(
             stored, command, Metric() if metric is None else Metric.parse(metric), out,
             axis=axis, minimize=minimize, repeats=repeats, budget=budget,
@@ -121,17 +119,14 @@ def sweep(
             dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
             keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
         ).run_all()  # fmt: skip
-    if as_json:
-        output.print_json(report.to_dict())
-    elif not quiet:
-        _print(report)
+    output.print_report(report, as_json, _print)
 
 
-def _print_trial(out: Path, print_line: Callable[[str], None], quiet: bool, trial: Record) -> None:
+def _print_trial(out: Path, print_line: Callable[[str], None], trial: Record) -> None:
     what = f"{trial.target}, seed {trial.seed}"
     if trial.value is None:
         output.print_note(f"ema: warning: {what}: {trial.error}; see {out / trial.log}.err")
-    elif not quiet:
+    else:
         error = "" if trial.standard_error is None else f" ± {trial.standard_error:.2g}"
         print_line(f"{what}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
 

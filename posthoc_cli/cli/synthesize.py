@@ -46,10 +46,6 @@ def synthesize(
     skip_existing: bool = values.flag(
         values.OUTPUT, "--skip-existing", help="Keep existing outputs of the same plan, verified."
     ),
-    quiet: bool = values.QUIET,
-    verbose: bool = values.flag(
-        values.OUTPUT, "--verbose", "-v", help="Print all coefficients, and the profile errors."
-    ),
     as_json: bool = values.JSON,
     checkpoints: str | None = values.CHECKPOINTS,
     t: float | None = values.TIME,
@@ -71,8 +67,8 @@ def synthesize(
     Name one or more targets by --sigma-rel and --target. The snapshots are read once for all targets, each block is
     verified, and an output appears complete or not at all.
 
-    The predicted error is the expected relative L2 distance of the weights from the true average. --verbose and
-    --method paper also show the profile error: the distance between the wanted profile and the one that is made.
+    The predicted error is the expected relative L2 distance of the weights from the true average. --method paper also
+    shows the profile error: the distance between the wanted profile and the one that is made; --json shows all.
 
     DIR may also hold checkpoints, or averages of other libraries; ema guide checkpoints says more.
 
@@ -81,7 +77,6 @@ def synthesize(
     """
     from posthoc_cli.export.writing import is_rank
 
-    output.log_to_stderr(verbose)
     targets = values.parse_targets(sigma_rel, target)
     targets += [Groups(values.parse_groups(group))] if group else []
     run = values.open_run(directory, checkpoints)
@@ -93,17 +88,14 @@ def synthesize(
         max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, overwrite=overwrite,
         skip_existing=skip_existing, dry_run=dry_run, distributed=is_rank(), like=like, component=component,
-        progress=output.progress_bar(quiet, verbose),
+        progress=output.progress_bar(),
     )  # fmt: skip
     if report is not None:
         output.warn_of_statistics(report.plan.newest.info.copies)
-    if report is not None and as_json:
-        output.print_json(report.to_dict())
-    elif report is not None and not quiet:
-        _print(report, verbose)
+        output.print_report(report, as_json, _print)
 
 
-def _print(report: SynthesisReport, verbose: bool) -> None:
+def _print(report: SynthesisReport) -> None:
     plan = report.plan
     if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
@@ -113,10 +105,10 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
         output.print_note(f"{len(report.taken)} tensors are those of the model folder, since the run has none: {which}")
     elif report.outputs and made:
         _note_left_out(plan, report.outputs[made[0]])
-    if verbose or (not report.outputs and len(plan.targets) == 1):
-        _print_coefficients(plan, verbose)
+    if not report.outputs and len(plan.targets) == 1:
+        _print_coefficients(plan)
     errors = {"predicted error": [plan.predicted_error(index) for index in range(len(plan.targets))]}
-    if verbose or plan.method == "paper":
+    if plan.method == "paper":
         errors["profile error"] = [plan.profile_error(index) for index in range(len(plan.targets))]
     if len(plan.targets) > 1:
         _print_table(report, errors)
@@ -126,13 +118,13 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
         output.print_line("every output is there already; nothing was written")
 
 
-def _print_coefficients(plan: Plan, verbose: bool) -> None:
-    """Each target's snapshots by time: all, or those with the largest coefficients."""
+def _print_coefficients(plan: Plan) -> None:
+    """The snapshots with the largest coefficients, by time."""
     from posthoc_cli.profiles import Point
 
     for target, column in zip(separate(plan.targets), plan.reconstruction.coefficients.T.tolist(), strict=True):
         rows = []
-        for index in output.largest(column, verbose):
+        for index in output.largest(column):
             source = plan.sources[index]
             kind = "weights" if isinstance(source.profile, Point) else "EMA"
             rows.append(

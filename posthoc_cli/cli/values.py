@@ -92,7 +92,6 @@ DIRECTORY_OR_CHECKPOINTS = Argument(
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
 OVERWRITE = flag(OUTPUT, "--overwrite", help="Replace existing outputs.")
-QUIET = flag(OUTPUT, "--quiet", "-q", help="Print nothing but errors and warnings.")
 JSON = flag(OUTPUT, "--json", help="Print one JSON object.")
 YES = flag(HOW, "--yes", "-y", help="Do not ask.")
 CHECKPOINTS = RUN(
@@ -235,6 +234,13 @@ def open_run(place: Path | None, checkpoints: str | None, directory: bool = True
     if checkpoints is None:
         raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
     return Run(existing_run(checkpoints, directory))
+
+
+def open_runs(places: Sequence[Path], checkpoints: str | None) -> list[Run]:
+    """The runs of all DIR, or that of --checkpoints."""
+    if checkpoints is not None and len(places) > 1:
+        raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
+    return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:

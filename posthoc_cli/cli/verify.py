@@ -25,9 +25,6 @@ def verify(
         values.HOW, "--repair", help="Move what is broken in a snapshot directory to DIR/damaged; asks first."
     ),
     yes: bool = values.YES,
-    verbose: bool = values.flag(
-        values.OUTPUT, "--verbose", "-v", help="A line for each file, also those with nothing wrong."
-    ),
     as_json: bool = values.JSON,
 ) -> None:
     """Check every byte of snapshots, outputs and states.
@@ -57,7 +54,7 @@ def verify(
                 if reports:
                     output.print_line()
                 output.print_line(f"{found.path}:")
-            _print(found, verbose, offer=plan is None)
+            _print(found, offer=plan is None)
         if plan is not None:
             plan = _repair(plan, yes, as_json)
             report["repair"] = plan.to_dict()
@@ -87,14 +84,14 @@ def _repair(plan: Repair, yes: bool, as_json: bool) -> Repair:
     return plan
 
 
-def _print(found: Verification, verbose: bool, offer: bool) -> None:
+def _print(found: Verification, offer: bool) -> None:
     fine = [report for report in found.files if report.is_fine]
-    listed = fine if verbose or len(fine) <= output.MOST_ROWS else []
+    listed = fine if len(fine) <= output.MOST_ROWS else []
     rows = [[found.name(report.path), report.what, report.state] for report in listed]
     if rows:
         output.print_table(["file", "what", "state"], rows, left=["file", "what", "state"])
     elif fine:
-        output.print_line(f"{output.counted(len(fine), 'file')} with nothing wrong; --verbose lists them")
+        output.print_line(f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them")
     for report in found.files:
         if not report.is_fine:
             state = f"{report.state}: " * (not report.detail.startswith(report.state)) + report.detail

@@ -1,4 +1,4 @@
-"""A small diffusion model, its data and its training with the hook.
+"""A small diffusion model, its made-up data and its training with the hook.
 
 After Karras et al., arXiv 2206.00364, table 1: a network F with preconditioning is the denoiser
 
@@ -18,46 +18,34 @@ import numpy as np
 import torch
 from torch import nn
 
-from posthoc_cli.errors import InvalidValueError, MissingDependencyError
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.tracker import PostHocEMA
 
-PIXELS = 8 * 8
+SIDE = 8
+PIXELS = SIDE * SIDE
 CLASSES = 10
 STANDARD_DEVIATION = 0.75
-"""Of the pixels, scaled to -1 (paper) .. 1 (ink)."""
-
-_FOR_VALIDATION = 360
+"""About that of the pixels."""
 
 
 @dataclass(frozen=True)
-class Digits:
-    """Images, shape [images, 64], in -1 .. 1, and the digit of each, shape [images]."""
+class Images:
+    """Images, shape [images, 64], in -1 .. 1, and the class of each, shape [images]."""
 
     images: torch.Tensor
     labels: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images for training and for validation."""
-
-    training: Digits
-    validation: Digits
-
-
-def load_digits(seed: int) -> Split:
-    """All images, split at random; a MissingDependencyError if scikit-learn is not installed."""
-    try:
-        from sklearn import datasets
-    except ModuleNotFoundError as error:
-        reason = "is not installed; the demo trains on its images of digits"
-        raise MissingDependencyError("scikit-learn", reason, "pip install 'posthoc-cli[demo]'") from error
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    images = torch.as_tensor(pixels, dtype=torch.float32) / 8 - 1  # from 0 .. 16
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, labels = images[order], torch.as_tensor(labels, dtype=torch.int64)[order]
-    count = _FOR_VALIDATION
-    return Split(Digits(images[count:], labels[count:]), Digits(images[:count], labels[:count]))
+def make_waves(count: int, seed: int) -> Images:
+    """Plane waves of random frequency and phase; the class is their direction, in steps of 18 degrees."""
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (count,), generator=random)
+    direction = (math.pi * labels / CLASSES)[:, None, None]
+    frequency = 2.4 + 3.5 * torch.rand(count, 1, 1, generator=random)
+    phase = 2 * math.pi * torch.rand(count, 1, 1, generator=random)
+    across = torch.linspace(-1, 1, SIDE)
+    waves = (frequency * (direction.cos() * across + direction.sin() * across[:, None]) + phase).sin()
+    return Images(waves.flatten(1), labels)
 
 
 LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2
@@ -68,7 +56,7 @@ _VARIANCE = STANDARD_DEVIATION**2
 
 
 class Denoiser(nn.Module):
-    """An MLP with residual blocks, conditioned on the noise level and the digit."""
+    """An MLP with residual blocks, conditioned on the noise level and the class."""
 
     frequencies: torch.Tensor
 
@@ -114,14 +102,14 @@ def make_denoiser(seed: int) -> Denoiser:
         return Denoiser()
 
 
-def losses(model: nn.Module, digits: Digits, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def losses(model: nn.Module, data: Images, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The weighted squared error of each image, shape [images]; for F = 0 about 1 in the mean.
 
     `sigma` are the noise levels, shape [images, 1]; `noise` is standard normal, shape [images, 64].
     """
-    denoised = model(digits.images + sigma * noise, sigma, digits.labels)
+    denoised = model(data.images + sigma * noise, sigma, data.labels)
     weight = (sigma**2 + _VARIANCE) / (sigma**2 * _VARIANCE)
-    weighted: torch.Tensor = weight * (denoised - digits.images) ** 2
+    weighted: torch.Tensor = weight * (denoised - data.images) ** 2
     return weighted.mean(dim=-1)
 
 
@@ -131,17 +119,17 @@ class Validation:
     Each image has `draws` of noise, at the quantiles of the noise levels of training.
     """
 
-    def __init__(self, digits: Digits, seed: int, draws: int = 32) -> None:
-        self._digits = digits
-        self._noise = torch.randn(draws, *digits.images.shape, generator=torch.Generator().manual_seed(seed))
+    def __init__(self, data: Images, seed: int, draws: int = 32) -> None:
+        self._data = data
+        self._noise = torch.randn(draws, *data.images.shape, generator=torch.Generator().manual_seed(seed))
         middles = (torch.arange(draws) + 0.5) / draws
         self._sigmas = (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)).exp()
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """The loss of each image, the mean over its draws: float64, shape [images]."""
-        sigmas = self._sigmas.reshape(-1, 1, 1).expand(-1, len(self._digits.images), 1)
-        rows = [losses(model, self._digits, *draw) for draw in zip(sigmas, self._noise, strict=True)]
+        sigmas = self._sigmas.reshape(-1, 1, 1).expand(-1, len(self._data.images), 1)
+        rows = [losses(model, self._data, *draw) for draw in zip(sigmas, self._noise, strict=True)]
         return torch.stack(rows).double().mean(dim=0)
 
 
@@ -217,7 +205,7 @@ class DirectAverage:
 
 
 def train(
-    settings: Settings, digits: Digits, directory: Path, direct: Sequence[float], advance: Callable[[int], None]
+    settings: Settings, data: Images, directory: Path, direct: Sequence[float], advance: Callable[[int], None]
 ) -> tuple[Denoiser, list[DirectAverage]]:
     """Train a denoiser with the hook, and track averages directly at the same steps; returns both.
 
@@ -233,9 +221,9 @@ def train(
     ) as ema:
         for step in range(1, settings.steps + 1):
             optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
-            chosen = torch.randint(len(digits.images), (settings.batch,), generator=random)
+            chosen = torch.randint(len(data.images), (settings.batch,), generator=random)
             sigma = random_noise_levels(settings.batch, random)
-            images = Digits(digits.images[chosen], digits.labels[chosen])
+            images = Images(data.images[chosen], data.labels[chosen])
             loss = losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
             optimizer.zero_grad()
             torch.autograd.backward(loss)

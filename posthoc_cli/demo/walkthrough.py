@@ -6,8 +6,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,39 +17,22 @@ import torch
 from safetensors.torch import load_file
 
 from posthoc_cli import files, plots
-from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Digits, Settings, Validation, load_digits, train
+from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Settings, Validation, make_waves, train
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
-from posthoc_cli.sweep.results import draw
+from posthoc_cli.sweep.results import RAW, Record, draw
 
 Say = Callable[[str], None]
 """Prints a line."""
 
-Weights = Mapping[str, torch.Tensor]
-
-RAW = 0.0
-"""sigma_rel of the raw weights."""
+IMAGES, VALIDATION_IMAGES = 1400, 360
 
 SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
 """The synthesized averages: 0.025, 0.05, ..., 0.275."""
 
 DIRECT_SIGMA_RELS = (0.05, 0.1, 0.15, 0.2, 0.25)
 """Those also tracked directly."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The validation loss of an average, or of the raw weights (`RAW`).
-
-    `above_best` is its difference to that of the best average, and `standard_error` that of the difference over the
-    images: both losses are measured with the same noise.
-    """
-
-    sigma_rel: float
-    loss: float
-    above_best: float
-    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -67,18 +50,15 @@ class Result:
 
     folder: Folder
     settings: Settings
-    parameters: int
-    raw: Measured
-    averages: list[Measured]
-    checks: list[DirectCheck]
     sweep: SweepReport
+    checks: list[DirectCheck]
     commands: list[str]
     seconds: float
 
     @property
-    def best(self) -> Measured:
-        """The average that the sweep chose, which the picture and the page name, too."""
-        return next(measured for measured in self.averages if measured.sigma_rel == self.sweep.chosen["sigma_rel"])
+    def best(self) -> float:
+        """The sigma_rel that the sweep chose, which the picture and the page name, too."""
+        return self.sweep.chosen["sigma_rel"]
 
     def to_dict(self) -> dict[str, Any]:
         """The results as data for JSON."""
@@ -86,11 +66,9 @@ class Result:
             "out": str(self.folder.root),
             "steps": self.settings.steps,
             "checkpoint_every": self.settings.checkpoint_every,
-            "parameters": self.parameters,
-            "raw": vars(self.raw),
-            "averages": [vars(measured) for measured in self.averages],
-            "best": self.best.sigma_rel,
-            "sweep": self.sweep.to_dict()["best"],
+            "raw": self.sweep.raw,
+            "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in self.sweep.trials if trial.x],
+            "best": self.best,
             "tracked": [vars(check) for check in self.checks],
             "commands": self.commands,
             "files": [str(path) for path in sorted(self.folder.root.iterdir())],
@@ -105,50 +83,35 @@ def run(out: Path, steps: int, overwrite: bool, say: Say, watch: ProgressBar) ->
     `watch` opens a progress bar, of the steps of training.
 
     Raises:
-        InvalidValueError, OutputExistsError, MissingDependencyError: see `Settings`, `Folder.prepare`, `load_digits`.
+        InvalidValueError, OutputExistsError: see `Settings`, `Folder.prepare`.
         PostHocError: a command failed.
     """
     started, threads = time.perf_counter(), torch.get_num_threads()
     settings, folder, commands = Settings(steps), Folder(out), Commands(say)
-    digits = load_digits(seed=0)
     folder.prepare(overwrite)
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
-        model = _train(settings, digits.training, folder, say, watch)
+        model = _train(settings, folder, say, watch)
         listed = f"{SIGMA_RELS[0]:g},{SIGMA_RELS[1]:g},...,{SIGMA_RELS[-1]:g}"
         commands.run("info", folder.snapshots)
         commands.run("error-plot", folder.snapshots, "--out", folder.error_picture, "--overwrite")
         commands.run("synthesize", folder.snapshots, "--sigma-rel", listed, "--out", folder.averages, "--overwrite")
         say("")
-        say(
-            f"measuring the validation loss of {len(SIGMA_RELS)} averages and of the raw weights, and choosing the best"
-        )
-        weights = {sigma_rel: load_file(folder.average(sigma_rel)) for sigma_rel in SIGMA_RELS}
-        last = load_file(folder.raw)
-        validation = Validation(digits.validation, seed=0)
-        swept = sweep(
-            folder.snapshots, lambda averaged: float(validation(averaged).mean()), model=model, values=SIGMA_RELS,
-            name="validation loss",
-        )  # fmt: skip
-        swept.write(folder.sweep)
-        best = swept.chosen["sigma_rel"]
-        raw, averages = measure(validation, model, last, weights, best)
-        commands.run("export", folder.average(best), "--out", folder.best, "--overwrite")
-        figure = partial(draw, {**swept.to_dict(), "raw": raw.loss})
-        files.write_whole(folder.loss_picture, plots.as_file(figure, ".png"))
+        say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training never saw")
+        swept = _measure(folder, model)
+        commands.run("export", folder.average(swept.chosen["sigma_rel"]), "--out", folder.best, "--overwrite")
+        files.write_whole(folder.loss_picture, plots.as_file(partial(draw, swept.to_dict()), ".png"))
         commands.run("report", folder.snapshots, "--sweep", folder.sweep, "--out", folder.page, "--overwrite")
-        checks = [compare(width, weights[width], load_file(folder.tracked(width)), last) for width in DIRECT_SIGMA_RELS]
+        checks = [compare(folder, width) for width in DIRECT_SIGMA_RELS]
     finally:
         torch.set_num_threads(threads)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    seconds = time.perf_counter() - started
-    return Result(folder, settings, parameters, raw, averages, checks, swept, commands.lines, seconds)
+    return Result(folder, settings, swept, checks, commands.lines, time.perf_counter() - started)
 
 
-def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
+def _train(settings: Settings, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
     say(
-        f"training a diffusion model on {len(digits.images):,} images of digits: {settings.steps:,} steps of Adam, "
-        f"learning rate {settings.learning_rate:g}, falling from step {settings.decay_start:,} on"
+        f"training a diffusion model on {IMAGES:,} made-up images: {settings.steps:,} steps of Adam, learning rate "
+        f"{settings.learning_rate:g}, falling from step {settings.decay_start:,} on"
     )
     say(
         f"the hook updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every "
@@ -156,12 +119,26 @@ def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: 
     )
     started = time.perf_counter()
     with watch("training", settings.steps) as advance:
-        model, direct = train(settings, digits, folder.snapshots, DIRECT_SIGMA_RELS, advance)
+        model, direct = train(settings, make_waves(IMAGES, seed=0), folder.snapshots, DIRECT_SIGMA_RELS, advance)
     say(f"trained in {time.perf_counter() - started:.0f} s")
     files.write_whole(folder.raw, safetensors.torch.save(model.state_dict()))
     for average in direct:
         files.write_whole(folder.tracked(average.sigma_rel), safetensors.torch.save(average.by_name(model)))
     return model
+
+
+def _measure(folder: Folder, model: Denoiser) -> SweepReport:
+    """The validation losses of the averages and of the raw weights, which `model` has; written down for a page."""
+    validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)
+
+    def loss(measured: Denoiser) -> float:
+        return float(validation(measured).mean())
+
+    raw = Record(RAW, 0.0, 0, loss(model))
+    swept = sweep(folder.snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
+    swept = replace(swept, trials=(raw, *swept.trials))
+    swept.write(folder.sweep)
+    return swept
 
 
 class Commands:
@@ -190,28 +167,13 @@ class Commands:
         self.lines.append(line)
 
 
-def measure(
-    validation: Validation, model: Denoiser, raw: Weights, averages: Mapping[float, Weights], best: float
-) -> tuple[Measured, list[Measured]]:
-    """The validation losses of the raw weights and of averages by sigma_rel, each loaded into `model`."""
-    losses = {}
-    for sigma_rel, weights in {**averages, RAW: raw}.items():
-        model.load_state_dict(weights)
-        losses[sigma_rel] = validation(model)
-    of_raw, of_best = losses.pop(RAW), losses[best]
-    return _measured(RAW, of_raw, of_best), [_measured(sigma_rel, loss, of_best) for sigma_rel, loss in losses.items()]
-
-
-def _measured(sigma_rel: float, loss: torch.Tensor, best: torch.Tensor) -> Measured:
-    above = loss - best
-    return Measured(sigma_rel, float(loss.mean()), float(above.mean()), float(above.std() / len(above) ** 0.5))
-
-
-def compare(sigma_rel: float, synthesized: Weights, tracked: Weights, raw: Weights) -> DirectCheck:
-    """Distances to the directly tracked average, over its tensors."""
+def compare(folder: Folder, sigma_rel: float) -> DirectCheck:
+    """Distances of the synthesized average and of the raw weights to the average that was tracked directly."""
+    tracked = load_file(folder.tracked(sigma_rel))
     truth = torch.cat([value.reshape(-1) for value in tracked.values()])
-    found = [torch.cat([weights[name].double().reshape(-1) for name in tracked]) for weights in (synthesized, raw)]
-    return DirectCheck(sigma_rel, *(float((values - truth).norm() / truth.norm()) for values in found))
+    found = [load_file(path) for path in (folder.average(sigma_rel), folder.raw)]
+    vectors = [torch.cat([weights[name].double().reshape(-1) for name in tracked]) for weights in found]
+    return DirectCheck(sigma_rel, *(float((vector - truth).norm() / truth.norm()) for vector in vectors))
 
 
 # --- the folder --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +55,11 @@ def sweep(
         InvalidValueError: an argument cannot be used.
         PostHocError: too few trials have succeeded: the metric was not finite; or it is the same for all.
     """
-    from posthoc_cli.tracker import PostHocEMA
-    from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
-
     if not callable(metric):
         reason = "must be a function that gives the metric of a model, or of weights by name"
         raise InvalidValueError("metric", reason, value=shown(metric))
-    tracker = run if isinstance(run, PostHocEMA) else None
-    stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
+    trials = _Trials(run, metric, model)
+    stored, newest = trials.run, trials.run.sources[-1].info
     if values is not None:
         if len(set(values)) < 2:
             raise InvalidValueError("values", "name two lengths or more", value=list(values))
@@ -72,64 +68,84 @@ def sweep(
         good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
         axis = Axis("sigma_rel", good.low if low is None else low, good.high if high is None else high)
     check_counts(repeats, budget, [axis])
-    newest, warned = stored.sources[-1].info, False
     if model is None and (notice := statistics_notice(newest.copies)):
         warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel=2)
-
-    def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
-        for value, seed in wanted:
-            started = time.perf_counter()
-            if model is not None and tracker is not None:
-                with tracker.model(model, sigma_rel=value):
-                    found = metric(model)
-                yield record(value, seed, found, None, started)
-                continue
-            weights = stored.average(value) if tracker is None else tracker.state_dict(sigma_rel=value)
-            yield record(value, seed, measured(weights), weights.predicted_error, started)
-
-    def measured(weights: Weights) -> Any:
-        nonlocal warned
-        with nullcontext() if model is None else swapped_in(model, weights):
-            found = metric(weights if model is None else model)
-            if model is not None and not warned:
-                warned = warn_of_statistics(model, weights, newest.copies, stacklevel=3)
-        return found
-
-    def measure_raw() -> Iterator[Record]:
-        is_own = model is not None and tracker is not None and tracker.tracks(model)
-        if not is_own and not stored.has_raw():
-            return
-        for seed in range(repeats):
-            started = time.perf_counter()
-            if is_own and model is not None:
-                with swapped_in(model, {}):  # as it is, in eval mode
-                    found = metric(model)
-            else:
-                found = measured(stored.average(Mean(1)))
-            yield record(0.0, seed, found, None, started, RAW)
-
-    def record(value: float, seed: int, found: Any, predicted: float | None, started: float, title: str = "") -> Record:
-        try:
-            value_found, error = found if isinstance(found, tuple) else (found, None)
-            value_found = float(value_found)
-            error = float(error) if error is not None and 0 < error < math.inf else None
-        except (TypeError, ValueError, RuntimeError) as wrong_kind:
-            reason = "must give a number, or a number and its standard error"
-            raise InvalidValueError("metric", reason) from wrong_kind
-        wrong = None if math.isfinite(value_found) else f"its metric is {value_found}"
-        seconds = time.perf_counter() - started
-        valid = None if wrong else value_found
-        return Record(title or axis.title(value), value, seed, valid, error, predicted, seconds, wrong)
-
-    raw = [*measure_raw()]
+    raw = [*trials.of_raw(repeats)]
     search = Search(
         axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1,
         beyond=lambda axis, upwards: axis.widened(upwards, stored, None),
-    ).run(measure)  # fmt: skip
-    axis = search.axis
-    settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
-    best = axis.value(search.found.best)
+    ).run(trials.of_averages)  # fmt: skip
+    best = search.axis.value(search.found.best)
+    settings = {"run": newest.run_id, "t": trials.t, "command": None}
     return SweepReport(
-        name, minimize, axis, axis.kind, (*raw, *search.trials), search.found, search.stopped, SigmaRel(best),
+        name, minimize, search.axis, axis.kind, (*raw, *search.trials), search.found, search.stopped, SigmaRel(best),
         axis.title(best), {axis.kind: best}, settings=settings,
     )  # fmt: skip
+
+
+class _Trials:
+    """Calls a metric with averages of a run, and with its raw weights."""
+
+    def __init__(
+        self, run: Run | PostHocEMA | str | Path, metric: Callable[[Any], Any], model: torch.nn.Module | None
+    ) -> None:
+        from posthoc_cli.tracker import PostHocEMA
+
+        self._tracker = run if isinstance(run, PostHocEMA) else None
+        self.run = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
+        self._metric, self._model, self._warned = metric, model, False
+
+    @property
+    def t(self) -> float:
+        """The time of the averages."""
+        return self.run.sources[-1].info.t if self._tracker is None else self._tracker.t
+
+    def of_averages(self, wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
+        """Records of lengths with seeds."""
+        for length, seed in wanted:
+            started, error = time.perf_counter(), None
+            if self._model is not None and self._tracker is not None:
+                with self._tracker.model(self._model, sigma_rel=length):
+                    found = self._metric(self._model)
+            else:
+                tracker = self._tracker
+                weights = self.run.average(length) if tracker is None else tracker.state_dict(sigma_rel=length)
+                found, error = self._of(weights), weights.predicted_error
+            yield _record(SigmaRel(length).title, length, seed, found, error, started)
+
+    def of_raw(self, repeats: int) -> Iterator[Record]:
+        """Records of the raw weights, where they are at hand."""
+        from posthoc_cli.tracker.model_weights import swapped_in
+
+        own = self._model is not None and self._tracker is not None and self._tracker.tracks(self._model)
+        for seed in range(repeats if own or self.run.has_raw() else 0):
+            started = time.perf_counter()
+            if own and self._model is not None:
+                with swapped_in(self._model, {}):  # as it is, in eval mode
+                    found = self._metric(self._model)
+            else:
+                found = self._of(self.run.average(Mean(1)))
+            yield _record(RAW, 0.0, seed, found, None, started)
+
+    def _of(self, weights: Weights) -> Any:
+        from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
+
+        if self._model is None:
+            return self._metric(weights)
+        with swapped_in(self._model, weights):
+            found = self._metric(self._model)
+            copies = self.run.sources[-1].info.copies
+            self._warned = self._warned or warn_of_statistics(self._model, weights, copies, stacklevel=3)
+        return found
+
+
+def _record(target: str, x: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
+    """A trial whose metric has given `found`; an InvalidValueError where that is no number."""
+    try:
+        value, error = found if isinstance(found, tuple) else (found, None)
+        value = float(value)
+        error = float(error) if error is not None and 0 < error < math.inf else None
+    except (TypeError, ValueError, RuntimeError) as wrong_kind:
+        raise InvalidValueError("metric", "must give a number, or a number and its standard error") from wrong_kind
+    wrong = None if math.isfinite(value) else f"its metric is {value}"
+    return Record(target, x, seed, None if wrong else value, error, predicted, time.perf_counter() - started, wrong)

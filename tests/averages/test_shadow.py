@@ -204,7 +204,7 @@ def test_compiled() -> None:
 
 BAD: dict[str, list[Any]] = {
     "decay": [1.0, -0.1, 2, float("nan"), True, "0.9", None],
-    "num_updates": [-1, 1.5, True, "3", torch.zeros(2), torch.tensor(True)],
+    "num_updates": [-1, 1.5, True, "3"],
 }
 
 

@@ -56,7 +56,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = [run / "own"]
-    lengths = ("--sigma-rel", "0.1,0.15,0.2", "--minimize", "--out", "swept", "--quiet")
+    lengths = ("--sigma-rel", "0.1,0.15,0.2", "--minimize", "--out", "swept")
     assert ema("sweep", *source, "--run", "sh -c 'echo {sigma_rel}' {weights}", *lengths).code == 0
     wanted = Run(run / "own").average(0.1)
     assert wanted.keys() == {"w"}

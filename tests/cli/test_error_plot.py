@@ -93,7 +93,7 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
     picture = (tmp_path / "e.svg").read_text()
     assert "tracked: 0.05, 0.28" in picture
     (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", picture))
-    warning = ema("synthesize", run, "--sigma-rel", "0.01", "--dry-run", "-q").err
+    warning = ema("synthesize", run, "--sigma-rel", "0.01", "--dry-run").err
     assert warning.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
     ends = re.findall(r"0\.\d+", shown)
     report = ema("synthesize", run, "--sigma-rel", ",".join(ends), "--dry-run", "--json").json

@@ -55,7 +55,7 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_by_force(
 
 
 INDEX_NAME = "model.safetensors.index.json"
-SHARDED = ("--sigma-rel", "0.1", "--layout", "sharded", "--max-shard-size", "60", "--overwrite", "-q", "--out")
+SHARDED = ("--sigma-rel", "0.1", "--layout", "sharded", "--max-shard-size", "60", "--overwrite", "--out")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", INDEX_NAME, "model-00001-of-00002.safetensors"])
@@ -149,7 +149,7 @@ def test_names_that_some_file_systems_take_for_one_are_two_tensors(ema: Ema, tmp
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
     folder = tmp_path / "out"
     command = ("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--layout", "sharded", "--max-shard-size", "8")
-    assert ema(*command, "--out", folder, "-q").code == 0
+    assert ema(*command, "--out", folder).code == 0
     shards = sorted(folder.glob("*.safetensors"))
     assert [path.name for path in shards] == [f"model-{n:05d}-of-00007.safetensors" for n in range(1, 8)]
     assert_same_tensors({name: tensor for shard in shards for name, tensor in load_file(shard).items()}, values)
@@ -161,7 +161,7 @@ def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tm
     save_file({"w": torch.ones(2)}, folder / "\u65e5\u672c.safetensors")
     code = f"import sys; sys.stdout.reconfigure(encoding={encoding!r}); {forked.EMA}"
     made = ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"]
-    for arguments in (["info", folder], ["verify", folder, "--verbose"], made):
+    for arguments in (["info", folder], ["verify", folder / "\u65e5\u672c.safetensors"], made):
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
 
 

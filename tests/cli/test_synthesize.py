@@ -28,8 +28,6 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert_same_tensors(found, PostHocEMA.from_path(run).state_dict(sigma_rel=0.15))
     assert found["2.weight"].dtype == torch.float16
     assert found["1.num_batches_tracked"].dtype == torch.int64
-    quiet = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "quiet.safetensors", "--quiet")
-    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     poor = ema("synthesize", run, "--sigma-rel", "0.01", "--out", tmp_path / "poor.safetensors")
     assert poor.code == 0
     assert poor.err.startswith("ema: warning: sigma_rel 0.01: predicted error ")
@@ -102,7 +100,7 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
     out, before = tmp_path / "m.safetensors", contents(run)
     out.write_text("precious")
     arguments = ("synthesize", run, "--sigma-rel", "0.15", "--out")
-    for option, said in (("--quiet", "is there already"), ("--skip-existing", "--overwrite to replace it")):
+    for option, said in (("--json", "is there already"), ("--skip-existing", "--overwrite to replace it")):
         assert said in ema(*arguments, out, option).error
         assert out.read_text() == "precious"
     assert ema(*arguments, out, "--overwrite").code == 0
@@ -142,7 +140,7 @@ def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path
 def test_an_output_of_another_plan_is_not_skipped(
     ema: Ema, run: Path, tmp_path: Path, options: tuple[str, str], said: str, layout: str, name: str
 ) -> None:
-    base = ("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, "--layout", layout, "--quiet")
+    base = ("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, "--layout", layout)
     assert ema(*base, *options).code == 0
     before = contents(tmp_path)
     refused = ema(*base, "--skip-existing")
@@ -155,7 +153,7 @@ def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skip
     ema: Ema, run: Path, tmp_path: Path
 ) -> None:
     out, folder = tmp_path / "m.safetensors", tmp_path / "m"
-    base = ("synthesize", run, "--sigma-rel", "0.15", "--quiet", "--out")
+    base = ("synthesize", run, "--sigma-rel", "0.15", "--out")
     shards = (*base, folder, "--layout", "sharded", "--max-shard-size", "40")
     for command in ((*base, out), shards):
         assert (ema(*command).code, ema(*command, "--skip-existing").code) == (0, 0)
@@ -171,7 +169,7 @@ def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skip
     assert "does not say which average it holds" in ema(*base, tmp_path / "m.pt", "--skip-existing").error
 
 
-def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run: Path) -> None:
+def test_a_dry_run_shows_the_largest_coefficients(ema: Ema, run: Path) -> None:
     arguments = ["synthesize", run, "--sigma-rel", "0.15", "--dry-run"]
     (target,) = ema(*arguments, "--json").json["targets"]
     largest = sorted((abs(item["coefficient"]) for item in target["snapshots"]), reverse=True)[:10]
@@ -180,12 +178,7 @@ def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run:
     shown = [line.split() for line in lines[1:11]]
     assert sorted((abs(float(row[-1])) for row in shown), reverse=True) == pytest.approx(largest, abs=1e-6)
     assert [row[0] for row in shown] == sorted(row[0] for row in shown)  # by time
-    assert lines[11] == "and 30 more with smaller coefficients; --verbose lists them"
-    assert ema(*arguments, "-v").out.count(".safetensors") == 40
-    # A table for each target, so that any number of them fits.
-    several = ema("synthesize", run, "--sigma-rel", "0.1,0.11,...,0.2", "--dry-run", "-v").out.splitlines()
-    assert sum(" c(0." in line for line in several) == 11
-    assert all(len(line) <= 80 for line in several[:-1])
+    assert lines[11] == "and 30 more with smaller coefficients; --json lists them"
 
 
 def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path) -> None:

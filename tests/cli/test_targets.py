@@ -37,7 +37,7 @@ def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tm
         assert_same_tensors(load_file(target["output"]), {name: values[index] for name, values in made.items()})
 
 
-@pytest.mark.parametrize("more", [(), ("--verbose",), ("--method", "paper")])
+@pytest.mark.parametrize("more", [(), ("--method", "paper")])
 def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest(
     ema: Ema, run: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:

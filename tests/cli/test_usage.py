@@ -200,7 +200,7 @@ def test_there_are_no_more_options_than_one_can_look_over() -> None:
     }
     assert counts["synthesize"] <= 22
     assert counts["sweep"] <= 24
-    assert sum(counts.values()) <= 134
+    assert sum(counts.values()) <= 130
 
 
 def test_help_of_a_command_and_the_version(ema: Ema) -> None:

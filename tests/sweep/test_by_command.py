@@ -172,9 +172,6 @@ def test_json_is_the_result_alone_and_the_trials_go_to_stderr(ema: Ema, run: Run
     assert [line.partition(",")[0] for line in done.err.splitlines()] == [
         f"{warning}sigma_rel {x}" for warning, x in (("", 0.05), ("", 0.1), ("", 0.15), ("ema: warning: ", 0.2))
     ]
-    quiet = ema("sweep", run.directory, "--run", command, *options, "--quiet")
-    assert quiet.json == done.json | {"again": quiet.json["again"], "trials": quiet.json["trials"]}
-    assert [line.partition(",")[0] for line in quiet.err.splitlines()] == ["ema: warning: sigma_rel 0.2"]
 
 
 @pytest.mark.parametrize("axis", [Axis("sigma_rel", 0.05, 0.25), GRID])

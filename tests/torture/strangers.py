@@ -29,7 +29,7 @@ from torture.tally import Tally
 from torture.victims import synthesize
 
 SECRET = b"somebody's own file, which nobody may change"
-SIGMA_REL = ("--sigma-rel", "0.1", "-q")
+SIGMA_REL = ("--sigma-rel", "0.1")
 
 
 class Bomb:

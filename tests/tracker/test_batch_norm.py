@@ -230,7 +230,7 @@ def test_commands_and_the_page_say_what_to_do_about_copies(tmp_path: Path, ema: 
         count = int(kind == "copied")
         made = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", tmp_path / f"{kind}s")
         assert (made.code, made.err.count(NOTICE), made.err.count(WAY_OUT)) == (0, count, count)
-        made = ema("synthesize", run, "--sigma-rel", "0.2", "--out", out, "--json", "--quiet")
+        made = ema("synthesize", run, "--sigma-rel", "0.2", "--out", out, "--json")
         assert (made.code, made.err.count(NOTICE)) == (0, count)
         for path in (run, out, next(run.glob("*.safetensors"))):
             assert ema("info", path).out.count(NOTICE) == count
