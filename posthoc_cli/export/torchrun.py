@@ -35,6 +35,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
     check_free_folder,
+    check_info,
     check_no_snapshot,
     check_space,
     model_files_in,
@@ -45,16 +46,10 @@ from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.outputs import (
-    INDEX_NAME,
-    decode_output,
-    encode_index,
-    output_difference,
-    same_coefficients,
-)
+from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
+from posthoc_cli.snapshots.tensor_file import read_small_file
 from posthoc_cli.synthesis.engine import Progress
 from posthoc_cli.synthesis.plan import Plan
 
@@ -149,13 +144,7 @@ class Shards:
         path = self._path(part, self._folders[target])
         if not os.path.lexists(path):
             return False
-        header, wanted = read_header(path), self.parts[part].output_info(target)
-        found, marks = decode_output(path, header), self._marks_of(part, target)
-        difference = output_difference(found, wanted)
-        if difference is None and not (marks.items() <= header.metadata.items() and same_coefficients(found, wanted)):
-            difference = "its release, snapshots, coefficients, dtype, tensors or number of shards are others"
-        if difference is not None:
-            raise MismatchError(path, f"is a shard of another plan: {difference}")
+        header = check_info(path, self.parts[part].output_info(target), self._marks_of(part, target))
         if verify:
             verify_payload(path, header)
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,17 +32,10 @@ def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
         right[most] = _said(unkilled)
     while tally.tried < count:
         most = chance.choice((None, 3))
-        for attempt in range(1_000):
-            after = chance.uniform(0, 1.2 * seconds) if tally.tried < count else None
-            work = partial(train, directory, STEPS, SAVES, max_checkpoints=most, **settings)
-            code, err, _ = nursery.run(work, after, signal.SIGKILL)
-            tally.tried += after is not None
-            where = f"kill {tally.tried}, max_checkpoints={most}, attempt {attempt}"
+        work = partial(train, directory, STEPS, SAVES, max_checkpoints=most, **settings)
+        for name, _ in nursery.kills(tally, count, chance, seconds, work):
+            where = f"{name}, max_checkpoints={most}"
             tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
-            if code != -signal.SIGKILL:
-                break
-        if code:
-            tally.missed.append(f"{where}: going on ended with {code}: {err.strip()[-500:]}")
         now, names = _said(directory), right[most].keys()
         if most is not None:  # what thinning had removed before a kill cannot come back
             names = {name for name in names if name.startswith(f"{STEPS:016d}")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -35,18 +34,11 @@ def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
         shutil.rmtree(out)
         done.unlink()
         before: dict[float, float] = {}
-        for attempt in range(1_000):
-            after = chance.uniform(0, 1.2 * seconds) if tally.tried < count else None
-            code, err, _ = nursery.run(work, after, signal.SIGKILL)
-            tally.tried += after is not None
-            where, now = f"kill {tally.tried}, attempt {attempt}", measured(out)
+        for where, attempt in nursery.kills(tally, count, chance, seconds, work):  # noqa: B007 - used below
+            now = measured(out)
             tally.lost += [f"{where}: the trial of {x} is gone" for x in before.keys() - now.keys()]
             tally.lost += [f"{where}: {line}" for line in damaged_files(out)]
             before = now
-            if code != -signal.SIGKILL:
-                break
-        if code:
-            tally.missed.append(f"{where}: going on ended with {code}: {err.strip()[-500:]}")
         tally.lost += [f"{where}: {path.name} is left" for path in out.iterdir() if "scratch" in path.name]
         evaluations = len(done.read_text().split())
         if before != right or not (out / "best.safetensors").exists():
