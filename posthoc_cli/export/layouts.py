@@ -14,7 +14,6 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -261,7 +260,7 @@ def _check_output(path: Path, plan: Plan, wanted: OutputInfo) -> None:
     """Check that an output is there as it would be made: FileFormatError or MismatchError."""
     found: dict[str, str] = {}
     for shard in model_files(path):
-        header = check_info(shard, wanted)
+        header = check_info(shard, wanted, {})
         verify_payload(shard, header)
         found |= {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in header.tensors.items()}
     expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
@@ -271,7 +270,7 @@ def _check_output(path: Path, plan: Plan, wanted: OutputInfo) -> None:
             raise MismatchError(path, f"is another output: its tensor {shown(name)} is {one}, not {other}")
 
 
-def check_info(path: Path, wanted: OutputInfo, marks: Mapping[str, str] = MappingProxyType({})) -> FileHeader:
+def check_info(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
     """The header of an output that is there, if that says what it would say: FileFormatError or MismatchError."""
     header = read_header(path)
     info = decode_output(path, header)
