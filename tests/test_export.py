@@ -176,6 +176,11 @@ def test_a_size_is_a_number_with_a_unit(size: str) -> None:
         assert resources.parse_bytes(size, "max_shard_size") == SIZES[size]
 
 
+def test_a_size_is_checked_in_a_dry_run_too(run: Run) -> None:
+    with refused("max_shard_size"):
+        run.write("last:1", None, dry_run=True, max_shard_size="5 G")
+
+
 # --- dtypes ----------------------------------------------------------------------------------------
 
 
