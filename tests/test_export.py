@@ -176,6 +176,11 @@ def test_a_size_is_a_number_with_a_unit(size: str) -> None:
         assert resources.parse_bytes(size, "max_shard_size") == SIZES[size]
 
 
+def test_a_size_is_checked_in_a_dry_run_too(run: Run) -> None:
+    with refused("max_shard_size"):
+        run.write("last:1", None, dry_run=True, max_shard_size="5 G")
+
+
 # --- dtypes ----------------------------------------------------------------------------------------
 
 
@@ -609,6 +614,18 @@ def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path: Path, run: Run)
         assert texts(tmp_path / name) == wanted | more
         assert not any(path.is_symlink() for path in (tmp_path / name).rglob("*"))
         assert torch.equal(load_file(tmp_path / name / "model.safetensors")["w"], run.average(0.2)["w"])
+
+
+def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path: Path) -> None:
+    """torch itself would write 448, the largest, in its place."""
+    (tmp_path / "run").mkdir()
+    like, values = make_folder(tmp_path / "like"), {"a": torch.tensor([448.0]), "b": torch.tensor([470.0])}
+    save_file({name: torch.zeros(1).to(torch.float8_e4m3fn) for name in values}, like / "model.safetensors")
+    for step in (1, 2):
+        save_file(values, tmp_path / f"run/step{step}.safetensors")
+    with pytest.raises(NonFiniteError, match=r"tensor 'b': .*float8_e4m3fn cannot hold its largest value"):
+        Run(tmp_path / "run").write("last:1", tmp_path / "new", like=like)
+    assert not (tmp_path / "new").exists()
 
 
 def spoil(folder: Path, kind: str) -> str:

@@ -164,10 +164,10 @@ def test_shards_of_two_runs_releases_or_sets_of_snapshots_do_not_mix(
     before = contents(out)
     with pytest.raises(OutputExistsError, match=f"its run is {RUN_ID}, not {OTHER_RUN_ID}"):
         write(write_run(tmp_path / "2", OTHER_RUN_ID), out)
-    with pytest.raises(OutputExistsError, match="its release, snapshots"):
+    with pytest.raises(OutputExistsError, match=r"its (release, )?snapshots"):
         write(write_run(tmp_path / "3", seed=1), out)
     monkeypatch.setattr(posthoc_cli, "__version__", "99.0")
-    with pytest.raises(OutputExistsError, match="its release, snapshots"):
+    with pytest.raises(OutputExistsError, match=r"its (release, )?snapshots"):
         write(run, out)
     assert contents(out) == before
 
@@ -187,7 +187,7 @@ def test_no_index_stays_beside_shards_of_another_plan(
         write(run, out, 0.2, overwrite=True)
     assert sorted(contents(out)) == [path.name for path in shards(out)]
     monkeypatch.undo()
-    with pytest.raises(OutputExistsError, match="is a shard of another plan"):
+    with pytest.raises(OutputExistsError, match="is another output"):
         write(run, out, 0.2)
     write(run, out, 0.2, overwrite=True)
     write(run, tmp_path / "fresh", 0.2)

@@ -88,18 +88,6 @@ def test_results_are_the_sums_within_rounding(tmp_path: Path, own: torch.dtype, 
             assert np.all(np.abs(value.double().numpy() - exact) <= tolerance)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sums_on_the_gpu_are_the_sums_within_rounding(tmp_path: Path) -> None:
-    write_random(tmp_path)
-    plan = plan_of(tmp_path)
-    for name, values in made(plan, device="cuda:0").items():
-        for value, exact, size in zip(values, *expected(tmp_path, plan, name), strict=True):
-            assert value.device.type == "cuda"
-            tolerance = 2 * accumulated(torch.float32, len(plan.sources)) * size
-            assert np.all(np.abs(value.cpu().double().numpy() - exact) <= tolerance)
-
-
 @pytest.mark.parametrize(("t", "newest"), [(None, 40), (40, 40), (39.999, 30), (30, 30), (10, 10)])
 def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_newest_of_them(
     tmp_path: Path, t: float | None, newest: int

@@ -27,10 +27,10 @@ from posthoc_cli.export.layouts import (
     OutputOptions,
     check_shape,
     converted,
-    finite,
     layout_of,
     open_model,
     output_exists,
+    plain,
     suffix_of,
     write_tensors,
 )
@@ -175,7 +175,7 @@ class _PlannedTensor:
     def read(self) -> torch.Tensor:
         stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
         where = f"{self.file.path}: tensor {self.name!r}"
-        if self.role in ("average", "statistic") and not bool(finite(stored).all()):
+        if self.role in ("average", "statistic") and not bool(plain(stored).isfinite().all()):
             raise NonFiniteError(where, "holds nan or infinity")
         return converted(where, stored, torch_dtype(self.dtype))
 

@@ -33,7 +33,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
-from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, output_metadata
+from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TensorSpec, output_metadata
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
@@ -260,14 +260,7 @@ def _check_output(path: Path, plan: Plan, wanted: OutputInfo) -> None:
     """Check that an output is there as it would be made: FileFormatError or MismatchError."""
     found: dict[str, str] = {}
     for shard in model_files(path):
-        header = read_header(shard)
-        info = decode_output(shard, header)
-        difference = output_difference(info, wanted)
-        used, own = ([name for name, coefficient in one.snapshots if coefficient] for one in (info, wanted))
-        if difference is None and (used != own or not same_coefficients(info, wanted)):
-            difference = "its snapshots or their coefficients are others"
-        if difference is not None:
-            raise MismatchError(shard, f"is another output: {difference}")
+        header = check_info(shard, wanted, {})
         verify_payload(shard, header)
         found |= {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in header.tensors.items()}
     expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
@@ -277,20 +270,35 @@ def _check_output(path: Path, plan: Plan, wanted: OutputInfo) -> None:
             raise MismatchError(path, f"is another output: its tensor {shown(name)} is {one}, not {other}")
 
 
+def check_info(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
+    """The header of an output that is there, if that says what it would say: FileFormatError or MismatchError."""
+    header = read_header(path)
+    info = decode_output(path, header)
+    difference = output_difference(info, wanted)
+    used, own = ([name for name, coefficient in one.snapshots if coefficient] for one in (info, wanted))
+    if difference is None and (used != own or not same_coefficients(info, wanted)):
+        difference = "its snapshots or their coefficients are others"
+    elif difference is None and not marks.items() <= header.metadata.items():
+        difference = "its release, snapshots, dtype, tensors or number of shards are others"
+    if difference is not None:
+        raise MismatchError(path, f"is another output: {difference}")
+    return header
+
+
 # --- tensors that go into outputs --------------------------------------------------------------------
 
 
-def finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Which values are finite; torch has no `isfinite` for every 8-bit dtype."""
-    return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in a dtype for which torch has all functions: not one of 8 bits."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the host in a dtype; a NonFiniteError if that cannot hold one of its finite values."""
     tensor = tensor.cpu()
     if tensor.dtype != dtype and tensor.numel():
-        values = tensor.float() if tensor.element_size() == 1 else tensor
-        if not holds(dtype, torch.stack(torch.aminmax(values.nan_to_num(0.0, 0.0, 0.0)))):
+        bounds = torch.aminmax(plain(tensor).nan_to_num(0.0, 0.0, 0.0))
+        if not holds(dtype, torch.stack(bounds)):
             raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
     return tensor.to(dtype)
 
@@ -566,17 +574,14 @@ class _TorchSink(_MemorySink):
         self._file = files.PendingFile(path, overwrite)
 
     def commit(self) -> None:
-        stream = _Stream(self._file)
         try:
-            torch.save(self.tensors, stream)  # type: ignore[arg-type]  # any object that writes
+            torch.save(self.tensors, _Stream(self._file))  # type: ignore[arg-type]  # any object that writes
         except RuntimeError as error:
             # torch's archive writer replaces the stream's error, and a Ctrl-C, by an error of its own.
-            cause = stream.error or error.__context__
-            while isinstance(cause, Exception) and cause is not stream.error:
+            cause: BaseException | None = error
+            while isinstance(cause, RuntimeError):
                 cause = cause.__context__
-            if cause is None:
-                raise
-            raise cause from error
+            raise cause or error from None
         self._file.publish()
 
     def discard(self) -> None:
@@ -627,20 +632,14 @@ def _is_dcp_folder(entries: Sequence[Path]) -> bool:
 
 
 class _Stream(io.RawIOBase):
-    """A pending file as the stream that torch.save writes to; keeps the error that a write ended with."""
-
-    error: BaseException | None = None
+    """A pending file as the stream that torch.save writes to."""
 
     def __init__(self, file: files.PendingFile) -> None:
         self._file, self._offset = file, 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        try:
-            self._file.write_at(view, self._offset)
-        except BaseException as error:  # Ctrl-C, too
-            self.error = error
-            raise
+        self._file.write_at(view, self._offset)
         self._offset += len(view)
         return len(view)
 

@@ -35,6 +35,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
     check_free_folder,
+    check_info,
     check_no_snapshot,
     check_space,
     model_files_in,
@@ -45,16 +46,10 @@ from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
-from posthoc_cli.snapshots.outputs import (
-    INDEX_NAME,
-    decode_output,
-    encode_index,
-    output_difference,
-    same_coefficients,
-)
+from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
+from posthoc_cli.snapshots.tensor_file import read_small_file
 from posthoc_cli.synthesis.engine import Progress
 from posthoc_cli.synthesis.plan import Plan
 
@@ -106,7 +101,7 @@ class Shards:
         for target, folder in enumerate(self._folders):
             check_free_folder(folder, overwrite=True)
             check_no_snapshot(folder)
-            parts = [part for part in range(len(self.parts)) if not self._is_kept(part, target)]
+            parts = [part for part in range(len(self.parts)) if not self._is_there(part, target)]
             index, is_there = folder / INDEX_NAME, os.path.lexists(folder / INDEX_NAME)
             is_same = is_there and _holds(index, self._index(folder))
             others = [*self._others(folder), *([index] if is_there and not is_same else ())]
@@ -120,7 +115,7 @@ class Shards:
     def make(self, part: int, progress: Progress) -> None:
         """Make the shards of one part, if there is one, that are not there yet. Errors as `write_synthesis`."""
         targets = range(len(self._folders)) if part < len(self.parts) else ()
-        missing = [target for target in targets if not self._is_kept(part, target, verify=True)]
+        missing = [target for target in targets if not self._is_there(part, target, verify=True)]
         if missing:
             paths = [self._path(part, self._folders[target]) for target in missing]
             marks = [self._marks_of(part, target) for target in missing]
@@ -145,29 +140,19 @@ class Shards:
         return self._marks[target] | {"ema.part": f"{part + 1}/{len(self.parts)}"}
 
     def _is_there(self, part: int, target: int, verify: bool = False) -> bool:
-        """Whether a shard is there, by its header; a FileFormatError or MismatchError if it is another one."""
+        """Whether a shard is there; an OutputExistsError if another file has its name and may not be replaced."""
         path = self._path(part, self._folders[target])
         if not os.path.lexists(path):
             return False
-        header, wanted = read_header(path), self.parts[part].output_info(target)
-        found, marks = decode_output(path, header), self._marks_of(part, target)
-        difference = output_difference(found, wanted)
-        if difference is None and not (marks.items() <= header.metadata.items() and same_coefficients(found, wanted)):
-            difference = "its release, snapshots, coefficients, dtype, tensors or number of shards are others"
-        if difference is not None:
-            raise MismatchError(path, f"is a shard of another plan: {difference}")
-        if verify:
-            verify_payload(path, header)
-        return True
-
-    def _is_kept(self, part: int, target: int, verify: bool = False) -> bool:
-        """Whether a shard is there; an OutputExistsError if another file has its name and may not be replaced."""
         try:
-            return self._is_there(part, target, verify)
+            header = check_info(path, self.parts[part].output_info(target), self._marks_of(part, target))
+            if verify:
+                verify_payload(path, header)
         except (FileFormatError, MismatchError) as error:
             if not self._options.overwrite:
                 raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
             return False
+        return True
 
     def _index(self, folder: Path) -> bytes:
         paths = [self._path(part, folder) for part in range(len(self.parts))]

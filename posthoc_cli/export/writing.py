@@ -142,6 +142,7 @@ class Outputs:
 
 def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
     """Check options that contradict each other."""
+    asked.shard_bytes  # noqa: B018  checks it, also where nothing is written
     if asked.overwrite and asked.skip_existing:
         raise InvalidValueError("overwrite and skip_existing", "give one of them")
     if out is None and not asked.dry_run:

@@ -47,6 +47,16 @@ def run_ema(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def wrong_result(result: Result) -> str:
+    """How a command did not end as it must: in one line that names what is wrong, and nothing raw for the terminal."""
+    errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
+    if result.code not in (0, 1, 2) or len(errors) > 1 or "unexpected" in result.err or "Traceback" in result.err:
+        return f"ended with {result.code}: {result.err[-500:]}"
+    if result.code and not errors and "problem: " not in result.out:
+        return f"ended with {result.code} without a word"
+    return ""
+
+
 @contextmanager
 def time_limit() -> Iterator[None]:
     """HungError where the block takes too long."""

@@ -14,8 +14,8 @@ EXPERIMENTS = [
     Experiment(
         "trainings killed and resumed by their own script", partial(apart, "killing killed_trainings", 1_000), 0.02
     ),
-    Experiment("sweeps killed and continued by the same call", partial(apart, "sweeping killed_sweeps", 50), 0.06),
-    Experiment("every command stopped at a random moment", partial(apart, "signalling signalled_commands", 600), 0.01),
+    Experiment("sweeps killed and continued by the same call", partial(apart, "killing killed_sweeps", 50), 0.06),
+    Experiment("every command stopped at a random moment", partial(apart, "killing signalled_commands", 600), 0.01),
     Experiment("every flipped bit", damage.flip_bits, 0.05),
     Experiment("every truncation", damage.truncate, 0.3),
     Experiment("blocks swapped, zeroed, repeated, appended", damage.move_blocks, 0.2),

@@ -1,16 +1,32 @@
-"""Trainings that are killed with SIGKILL at random moments and resumed by their own script."""
+"""Processes that are stopped at random moments: trainings and sweeps by SIGKILL, commands by every signal.
+
+Trainings are resumed by their own script, sweeps started again by the same call.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
-from dataclasses import replace
+import sys
+from collections import Counter
+from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from factories import random_walk, write_run
+
+from posthoc_cli import Run, files
+from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.outputs import read_index
+from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.sweep import Axis, Sweep
+from posthoc_cli.sweep.metrics import Metric
+from posthoc_cli.sweep.results import TRIALS
 from torture.processes import Nursery
 from torture.tally import Tally
 from torture.training import damaged_files, train, weights_up_to, wrong_snapshots
@@ -33,28 +49,170 @@ def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
         right[most] = _said(unkilled)
     while tally.tried < count:
         most = chance.choice((None, 3))
-        for attempt in range(1_000):
-            after = chance.uniform(0, 1.2 * seconds) if tally.tried < count else None
-            work = partial(train, directory, STEPS, SAVES, max_checkpoints=most, **settings)
-            code, err, _ = nursery.run(work, after, signal.SIGKILL)
-            tally.tried += after is not None
-            where = f"kill {tally.tried}, max_checkpoints={most}, attempt {attempt}"
+        work = partial(train, directory, STEPS, SAVES, max_checkpoints=most, **settings)
+        for name, _ in nursery.kills(tally, count, chance, seconds, work):
+            where = f"{name}, max_checkpoints={most}"
             tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
-            if code != -signal.SIGKILL:
-                break
-        if code:
-            tally.missed.append(f"{where}: going on ended with {code}: {err.strip()[-500:]}")
         now, names = _said(directory), right[most].keys()
         if most is not None:  # what thinning had removed before a kill cannot come back
             names = {name for name in names if name.startswith(f"{STEPS:016d}")}
         lost = [f"{name} is not there" for name in names - now.keys()]
-        lost += [f"{name} says something else" for name in now.keys() & right[most] if now[name] != right[most][name]]
+        for name in now.keys() & right[most].keys():
+            pairs = zip(fields(SnapshotInfo), astuple(now[name]), astuple(right[most][name]), strict=True)
+            other = [field.name for field, one, wanted in pairs if one != wanted]
+            lost += [f"{name} says another {', '.join(other)}"] if other else []
         tally.lost += [f"{where}: {line}" for line in (*lost, *wrong_snapshots(directory))]
         shutil.rmtree(directory)
     return tally
 
 
 def _said(directory: Path) -> dict[str, SnapshotInfo]:
-    """All that each snapshot says but the random name of its run and what was measured."""
-    unlike = {"run_id": "", "measurements": None, "motion": None, "inherited": 0.0}
+    """All that each snapshot says but the random name of its run and what was measured.
+
+    A run that goes on from a snapshot goes on from rounded averages, so that these differ in their last bits.
+    """
+    unlike = {"run_id": "", "measurements": None, "motion": None, "inherited": 0.0, "sample": "", "sketch": ""}
     return {snapshot.path.name: replace(snapshot.info, **unlike) for snapshot in find_snapshots(directory)}
+
+
+# --- sweeps
+
+AXIS = Axis.of_values("sigma_rel", (0.05, 0.08, 0.12, 0.2, 0.25))
+
+
+def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
+    """Kill `count` times in all; every sweep is killed again and again until it comes to its end."""
+    tally, nursery, out, done = Tally(), Nursery(folder / "stderr"), folder / "out", folder / "done"
+    write_run(folder / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
+    # A trial that is not ended with its sweep would go on to count itself.
+    command = f"sh -c 'sleep 0.02; echo $2 >> {done}; echo $2' sh {{weights}} {{sigma_rel}}"
+    work = partial(_sweep, folder / "run", command, out)
+    seconds = nursery.run_whole(work)
+    right = measured(out)
+    while tally.tried < count:
+        shutil.rmtree(out)
+        done.unlink()
+        before: dict[float, float] = {}
+        for where, attempt in nursery.kills(tally, count, chance, seconds, work):  # noqa: B007 - used below
+            now = measured(out)
+            tally.lost += [f"{where}: the trial of {x} is gone" for x in before.keys() - now.keys()]
+            tally.lost += [f"{where}: {line}" for line in damaged_files(out)]
+            before = now
+        tally.lost += [f"{where}: {path.name} is left" for path in out.iterdir() if "scratch" in path.name]
+        evaluations = len(done.read_text().split())
+        if before != right or not (out / "best.safetensors").exists():
+            tally.lost.append(f"{where}: the result is another one")
+        if evaluations > len(AXIS.values or ()) + attempt:
+            tally.lost.append(f"{where}: {evaluations} evaluations for {attempt} kills: some were measured in vain")
+    return tally
+
+
+def measured(out: Path) -> dict[float, float]:
+    """Values by length, of all whole lines."""
+    try:
+        lines = (out / TRIALS).read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    trials = [json.loads(line)["trial"] for line in lines if line.endswith("}\n")]
+    return {trial["x"]: trial["value"] for trial in trials if trial["value"] is not None}
+
+
+def _sweep(run: Path, command: str, out: Path) -> None:
+    Sweep(Run(run), command, Metric(), out, AXIS).run_all()
+
+
+# --- commands
+
+COMMANDS = (
+    "synthesize RUN --sigma-rel 0.15 --out OUT/one.safetensors",
+    "synthesize RUN --sigma-rel 0.05,0.1,0.2 --out OUT/many", "synthesize RUN --sigma-rel 0.15 --out OUT/one.pt",
+    "synthesize RUN --sigma-rel 0.15 --out OUT/shards --layout sharded --max-shard-size 100KB",
+    "synthesize RUN --sigma-rel 0.15 --dry-run --json",
+    "export OLD --out OUT/exported.safetensors --dtype float16",
+    "export OLD --out SHARDS --max-shard-size 90KB --overwrite", "error-plot RUN --out OUT/error.png", "info RUN",
+    "report RUN --out OUT/report.html",
+    "plan --steps 1000 --params 1e6 --max-size 50MB --out OUT/plan.png", "prune RUN --keep 3 --yes",
+    "profile --sigma-rel 0.05,0.1 --steps 1000", "demo --out OUT/demo --steps 100",
+)  # fmt: skip
+PREPARED = (
+    "synthesize RUN --sigma-rel 0.1 --out OLD",
+    "export OLD --out SHARDS --max-shard-size 60KB",
+)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+ENDS = {signal.SIGINT: {0, 130}, signal.SIGTERM: {0, 143, -signal.SIGTERM}, signal.SIGKILL: {0, -signal.SIGKILL}}
+"""Exit codes after a signal; the last one of SIGTERM before the command has begun."""
+
+
+def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally:
+    """Stop commands `count` times in all: afterwards outputs are whole or not there, and no snapshot is harmed."""
+    tally, nursery = Tally(), Nursery(folder / "stderr")
+    template, work = folder / "template", folder / "work"
+    write_run(template / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
+    for command in PREPARED:
+        nursery.run_whole(partial(_run, command, template))
+    rounds = -(-count // (len(COMMANDS) * len(SIGNALS)))
+    every = [(command, signalled) for command in COMMANDS for signalled in SIGNALS] * rounds
+    seconds: dict[str, float] = {}
+    sent: Counter[signal.Signals] = Counter()
+    stopped: Counter[signal.Signals] = Counter()
+    for command, signalled in chance.sample(every, count):
+        if command not in seconds:
+            shutil.copytree(template, work)
+            seconds[command] = nursery.run_whole(partial(_run, command, work))
+            shutil.rmtree(work)
+        shutil.copytree(template, work)
+        before = {path: path.read_bytes() for path in (work / "run").glob("*.safetensors")}
+        after = chance.uniform(0, 1.1 * seconds[command])
+        code, err, _ = nursery.run(partial(_run, command, work), after, signalled)
+        tally.tried += 1
+        sent[signalled] += 1
+        stopped[signalled] += code != 0
+        where = f"{signalled.name} after {after:.3f} s of {seconds[command]:.3f}: ema {command}"
+        if code not in ENDS[signalled] or "Traceback" in err or "Exception ignored" in err:
+            tally.missed.append(f"{where}: ended with {code}: {err.strip()[-1500:]}")
+        if signalled != signal.SIGKILL:
+            tally.lost += [f"{where}: {path.name} is left" for path in work.rglob(f"{files.TEMPORARY_PREFIX}*")]
+        tally.lost += [f"{where}: {line}" for line in _harmed(work, before, "prune" in command)]
+        shutil.rmtree(work)
+    # Moments are spread over a command's whole time: a signal that never stops one does not arrive.
+    tally.missed += [
+        f"{one.name} stopped none of {sent[one]}" for one in SIGNALS if sent[one] >= 20 and not stopped[one]
+    ]
+    return tally
+
+
+def _run(command: str, work: Path) -> None:
+    (work / "out").mkdir(exist_ok=True)
+    places = {"RUN": "run", "OUT": "out", "OLD": "old.safetensors", "SHARDS": "shards"}
+    words = []
+    for word in command.split():
+        head, slash, tail = word.partition("/")
+        words.append(f"{work / places[head]}{slash}{tail}" if head in places else word)
+    sys.argv = ["ema", *words]
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:  # before the command has begun
+        sys.exit(130)
+    main()
+
+
+def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str]:
+    """Files under their names that are not whole, and snapshots that are not what they were."""
+    found = damaged_files(work)
+    for path, content in before.items():
+        if not (may_shrink and not path.exists()) and path.read_bytes() != content:
+            found.append(f"{path.name} has changed")
+    for path in work.rglob("*.pt"):
+        torch.load(path, weights_only=True)
+    for path in work.rglob("*.png"):
+        data = path.read_bytes()
+        if not (data.startswith(b"\x89PNG") and b"IEND" in data[-12:]):
+            found.append(f"{path.name} is not whole")
+    for index in work.rglob("*.index.json"):
+        for name, tensors in read_index(index).items():
+            path = index.parent / name
+            if not path.exists() or set(read_header(path).tensors) != set(tensors):
+                found.append(f"{index.parent.name}: the index leads to a shard that is not there or another one")
+    if len(find_snapshots(work / "run")) < 6:
+        found.append("snapshots are missing")
+    return found

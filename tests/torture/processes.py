@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forked
@@ -76,6 +76,24 @@ class Nursery:
         if self._left(child, number):
             code = -1001
         return code, self._err.read_text(errors="replace") if self._err.exists() else "", time.monotonic() - started
+
+    def kills(
+        self, tally: Tally, count: int, chance: random.Random, seconds: float, work: Callable[[], object]
+    ) -> Iterator[tuple[str, int]]:
+        """Do `work` that takes so many seconds, and kill it again and again; without a kill after `count` in all.
+
+        Yields the name of each attempt, and how many kills there were before. One that is not killed is the last.
+        """
+        for attempt in range(1_000):
+            after = chance.uniform(0, 1.2 * seconds) if tally.tried < count else None
+            code, err, _ = self.run(work, after, signal.SIGKILL)
+            tally.tried += after is not None
+            where = f"kill {tally.tried}, attempt {attempt}"
+            if code not in (0, -signal.SIGKILL):
+                tally.missed.append(f"{where}: going on ended with {code}: {err.strip()[-500:]}")
+            yield where, attempt
+            if code != -signal.SIGKILL:
+                return
 
     def run_whole(self, work: Callable[[], object]) -> float:
         """Do it without a signal; returns how long it took."""

@@ -75,6 +75,7 @@ class Stage:
         yield "export", home / "broken" / "0000000000000010-0.05.safetensors", "--out", f"{new}-3.pt"
         yield "error-plot", run, "--out", f"{new}.svg", "--target", "0.1"
         yield "error-plot", run, "--target", "window:5", "--out", f"{new}.png"
+        yield "error-plot", run, "--target", "window:5", "--out", f"{new}.csv"
         quick = ("--sigma-rels", "0.05,0.28", "--dtype", "float16")
         task = ("--steps", "1000", "--params", "10", "--max-size", "1MB", *quick)
         yield "plan", *task, "--like", run, "--out", f"{new}.pdf"

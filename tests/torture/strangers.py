@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ema_command import Result
 from factories import random_walk, write_run
 
 from posthoc_cli import PostHocEMA
@@ -24,7 +23,7 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.files import is_temporary
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from torture.commands import HungError, run_ema, time_limit
+from torture.commands import HungError, run_ema, time_limit, wrong_result
 from torture.tally import Tally
 from torture.victims import synthesize
 
@@ -199,7 +198,7 @@ def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
         if isinstance(use, tuple):
             words = [str(named.get(str(word), word)).replace("HOME", str(scene.home), 1) for word in use]
             what += f": ema {' '.join(words).replace(str(scene.home), '')}"
-            wrong = _wrong_result(run_ema(*words))
+            wrong = wrong_result(run_ema(*words))
         else:
             with time_limit():
                 use(scene, path)
@@ -221,12 +220,3 @@ def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
 
 def _temporaries(scene: Scene) -> set[Path]:
     return {path for path in scene.home.rglob("*") if is_temporary(path.name)}
-
-
-def _wrong_result(result: Result) -> str:
-    errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
-    if result.code not in (0, 1, 2) or len(errors) > 1 or "unexpected" in result.err or "Traceback" in result.err:
-        return f"ended with {result.code}: {result.err[:500]}"
-    if result.code and not errors and "problem: " not in result.out:
-        return f"ended with {result.code} without a word"
-    return ""
