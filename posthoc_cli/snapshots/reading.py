@@ -185,6 +185,8 @@ class TensorReader:
             copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [(file.box(name), _part_of(chunk))])
 
     def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
+        if self._is_single:
+            return FileRange(self._files[0], name, begin, is_verified)
         entry = self.header.tensors[name]
         box = Box.whole(entry.shape) if self._boxes is None else self._boxes[name]
         chunks = [(file.box(name), FileRange(file, name, 0, is_verified)) for file in self._files if file.holds(name)]
