@@ -131,11 +131,13 @@ def _print_error(directory: Path) -> None:
     """The largest error to expect now of what is left."""
     from posthoc_cli.planning import USEFUL_RANGE
     from posthoc_cli.run import Run
+    from posthoc_cli.snapshots.directory import read_directory
 
     low, high = USEFUL_RANGE
     try:
-        worst = output.percent(float(Run(directory).error_curve(USEFUL_RANGE).predicted_error.max()))
+        read_directory(directory)  # an error where no snapshot is left
+        worst = float(Run(directory).error_curve(USEFUL_RANGE).predicted_error.max())
+        known = f"at most {output.percent(worst)} for sigma_rel {low:g} to {high:g}"
     except PostHocError as error:
-        output.print_line(f"predicted error: unknown; {error}")
-    else:
-        output.print_line(f"predicted error now: at most {worst} for sigma_rel {low:g} to {high:g}")
+        known = f"unknown, {error.reason}"
+    output.print_line(f"predicted error now: {known}")

@@ -316,7 +316,11 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
         found.setdefault((info.part[1], info.session), []).append(Snapshot(path, header, info))
     for parts in found.values():
         _check_parts(parts)
-    complete = [parts for (count, _), parts in found.items() if len(parts) == count and not _is_replaced(parts)]
+    complete = [
+        parts
+        for (count, _), parts in found.items()  # one off the schedule may be replaced by the same on it, part by part
+        if len(parts) == count and len({part.info.off_schedule for part in parts}) == 1
+    ]
     if len(complete) > 1:
         first, other = complete[0][0], complete[1][0]
         raise MismatchError(f"{first.path} and {other.path}", "are parts of two complete snapshots", "remove one")
@@ -327,11 +331,6 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
         sessions = {session for _, session in found}
         return ", ".join([*there, *(["of different sessions of the training"] if len(sessions) > 1 else [])])
     return "no parts" if folder.is_dir() and not folder.is_symlink() and not list_directory(folder).files else ""
-
-
-def _is_replaced(parts: Sequence[Snapshot]) -> bool:
-    """Whether a snapshot off the schedule is being replaced by the same on it, part by part."""
-    return len({part.info.off_schedule for part in parts}) > 1
 
 
 _OWN = (

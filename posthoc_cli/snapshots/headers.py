@@ -21,7 +21,7 @@ import xxhash
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
-from posthoc_cli.reconstruction import Measurements, Motion
+from posthoc_cli.reconstruction import Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
 
@@ -349,9 +349,6 @@ def _check_text(value: Any) -> None:
 
 # --- the metadata of a snapshot: its form, and whether it is of the tensors in the file
 
-_LEAST_SQUARE = 1e-120
-"""Squares below this, or above its inverse, are not used: products and ratios of them overflow."""
-
 _PART = fmt.Rule("two numbers such as 3/8", lambda text: re.fullmatch("[1-9][0-9]{0,5}/[1-9][0-9]{0,5}", text))
 _SNAPSHOT = kinds_of(fmt.SnapshotInfo) | {"part": Annotated[str, _PART]}
 """What the metadata of a snapshot must be. What a right checksum stands under is of that form and of these tensors; its
@@ -363,13 +360,10 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     cache, stored = cache or DecodeCache(), header.tensors
     values = decode_metadata(path, header, "snapshot", _SNAPSHOT, fmt.OPTIONAL, cache)
     tensors, aliases, chunks = values["tensors"], values["aliases"], values.pop("chunks", {})
-    measured, motion = values.get("measurements"), values.get("motion")
-    if measured is not None and not _usable(measured):
-        values["measurements"] = None
     try:
         cache.once("tensors", (tensors, aliases, stored), lambda: check_tensors(tensors, aliases, stored))
-        if motion is not None and not _usable_motion(motion):
-            values["motion"] = None
+        if (motion := values.get("motion")) is not None:
+            check_motion(motion)
         if "part" in values:
             number, count = map(int, values["part"].split("/"))
             cache.once("chunks", (chunks, stored), lambda: check_chunks(chunks, stored))
@@ -377,6 +371,16 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**values)
+
+
+def check_motion(motion: Motion) -> None:
+    """A ValueError unless it has a value for each of its intervals."""
+    if (
+        not 1 <= len(motion.walk) <= fmt.MAX_PIECES
+        or not len(motion.walk) == len(motion.noise) == len(motion.edges) - 1
+    ):
+        wanted = f"1 to {fmt.MAX_PIECES:,} values of walk, as many of noise, and one more of edges"
+        raise ValueError(f"ema.motion: must have {wanted}")
 
 
 def check_tensors(
@@ -406,21 +410,3 @@ def _in_both(key: str, said: Mapping[str, object], stored: Mapping[str, object])
     if differing := said.keys() ^ stored.keys():
         raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or here, but not in both")
     return stored
-
-
-def _usable(found: Measurements) -> bool:
-    """Whether measurements are not those of absurd weights."""
-    squares = [found.norm, found.rounding, found.weights, *(d.squared for d in found.distances)]
-    return _in_range([*squares, *(distance.rounding for distance in found.distances)])
-
-
-def _usable_motion(found: Motion) -> bool:
-    """The same; a ValueError unless it has a value for each of its intervals."""
-    if not 1 <= len(found.walk) <= fmt.MAX_PIECES or not len(found.walk) == len(found.noise) == len(found.edges) - 1:
-        wanted = f"1 to {fmt.MAX_PIECES:,} values of walk, as many of noise, and one more of edges"
-        raise ValueError(f"ema.motion: must have {wanted}")
-    return _in_range([*found.walk, *found.noise])
-
-
-def _in_range(squares: Iterable[float | None]) -> bool:
-    return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import socket
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -87,7 +85,7 @@ class DirectoryLock:
 
     def _note_holder(self) -> None:
         """Write the note; nothing depends on it, so that it need not be atomic."""
-        own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+        own = {"host": socket.gethostname(), "process": os.getpid()}
         files.unlink_if_there(self._holder)
         descriptor = files.system.open_new(self._holder)
         try:
@@ -103,11 +101,11 @@ class DirectoryLock:
         what = f"{self._named_holder()} has not released it, and holds no lock that can be seen here; taken over: "
         return what + "make sure that it is not running any more"
 
-    def _read_holder(self) -> tuple[int, str, float] | None:
-        """Process, host and time of the note; None if it cannot be read."""
+    def _read_holder(self) -> tuple[int, str] | None:
+        """Process and host of the note; None if it cannot be read."""
         try:
             holder = json.loads(read_small_file(self._holder, MOST_HOLDER_BYTES))
-            return int(holder["process"]), str(holder["host"]), float(holder["since"])
+            return int(holder["process"]), str(holder["host"])
         except (FileFormatError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
@@ -115,16 +113,10 @@ class DirectoryLock:
         holder = self._read_holder()
         if holder is None:
             return "another process"
-        process, host, since = holder
-        age = "at an unknown time"
-        if math.isfinite(since):
-            seconds = max(0.0, time.time() - since)  # the clocks of two hosts may differ
-            units = (("days", 86_400), ("hours", 3_600), ("minutes", 60), ("s", 1))
-            unit, length = next((one for one in units if seconds >= 2 * one[1]), units[-1])
-            age = f"{seconds / length:.0f} {unit} ago"
-        if process == os.getpid() and host == socket.gethostname():
-            return f"another tracker of this process ({process}, lock taken {age})"
-        return f"process {process} on {printable(host[:80])} (lock taken {age})"
+        process, host = holder
+        if holder == (os.getpid(), socket.gethostname()):
+            return f"another tracker of this process ({process})"
+        return f"process {process} on {printable(host[:80])}"
 
 
 def _clear(holder: Path, process: int) -> bool:

@@ -100,9 +100,7 @@ def read_index(path: Path) -> dict[str, list[str]]:
 def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardIndex:
     """The checked index of a sharded model: names, with these endings, lead to files beside it and nowhere else."""
     found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
-    if not isinstance(found, dict):
-        raise FileFormatError(path, "is not an index of shards: it is no JSON object")
-    weight_map, metadata = found.get("weight_map"), found.get("metadata")
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict):
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}
@@ -110,6 +108,7 @@ def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardI
         if not (isinstance(name, str) and is_plain_name(name, endings)):
             raise FileFormatError(path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
         shards.setdefault(name, []).append(tensor)
+    metadata = found.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
 

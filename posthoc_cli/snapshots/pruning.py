@@ -170,11 +170,10 @@ def plan_pruning(
 
 
 def _check_keep(keep: int, snapshots: Sequence[Snapshot]) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, Integral):
-        raise InvalidValueError("keep", "must be a whole number, at least 1", value=shown(keep))
+    if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:
+        reason = "must be a whole number, at least 1; the newest snapshot of each profile stays"
+        raise InvalidValueError("keep", reason, value=shown(keep))
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
-    if keep < 1:
-        raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
     if keep > most:
         there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
         raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)

@@ -157,10 +157,7 @@ class TensorReader:
     def read_sample(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin]."""
         data = np.empty(end - begin, dtype=np.uint8)
-        if self._is_single:
-            self._files[0].fill(name, data.data, begin)
-        else:
-            self._range(name, begin, end, is_verified=False).read_into(data.data)
+        self._range(name, begin, end, is_verified=False).read_into(data.data)
         return data
 
     def read_small(self, names: Sequence[str], views: Sequence[memoryview], room: memoryview | None = None) -> None:
@@ -188,9 +185,9 @@ class TensorReader:
             copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [(file.box(name), _part_of(chunk))])
 
     def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
-        entry = self.header.tensors[name]
         if self._is_single:
             return FileRange(self._files[0], name, begin, is_verified)
+        entry = self.header.tensors[name]
         box = Box.whole(entry.shape) if self._boxes is None else self._boxes[name]
         chunks = [(file.box(name), FileRange(file, name, 0, is_verified)) for file in self._files if file.holds(name)]
         chunks = [(own, stored) for own, stored in chunks if own.meet(box).size]

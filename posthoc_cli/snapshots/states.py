@@ -131,34 +131,12 @@ def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> Sta
     try:
         if not info.sigma_rels or any(a >= b for a, b in pairwise(map(check_sigma_rel, info.sigma_rels))):
             raise InvalidValueError("sigma_rels", "must grow, each profile once")
-        _check_times(info)
-        _check_window(info)
+        if len(info.inherited) != len(info.sigma_rels):
+            raise InvalidValueError("inherited", f"must be one for each profile, not {len(info.inherited)}")
         clock_at(list(info.clock or ()), info.step, info.t)
     except InvalidValueError as error:
         raise InvalidValueError("state", str(error)) from error
     return replace(info, clock=tuple(info.clock))
-
-
-def _check_times(info: StateInfo) -> None:
-    """Check that times and counters are of one training: finite and in order."""
-    in_order = 0 <= info.t_first <= info.averages_t <= info.t and info.averages_step <= info.step
-    if not in_order or info.max_interval > info.averages_t or (info.averages_t > 0) != (info.t_first > 0):
-        value = f"{info.t!r}, step {info.step}, averages at {info.averages_t!r} since {info.t_first!r}"
-        raise InvalidValueError("t", "not times of one training", value=value)
-
-
-def _check_window(info: StateInfo) -> None:
-    """Check how averages are made up of what was folded and the mean of the values since."""
-    counted = info.averages_step if info.updates is None else info.updates
-    # The first update is folded at once.
-    in_order = info.window + (info.averages_step > 0) <= counted <= info.averages_step
-    folded = 0 < info.folded_t < info.averages_t if info.window else info.folded_t == info.averages_t
-    if not (in_order and folded and len(info.inherited) == len(info.sigma_rels)):
-        raise InvalidValueError(
-            "updates",
-            f"not those of {len(info.sigma_rels)} averages at step {info.averages_step}",
-            value=f"{info.updates}, window {info.window} since {info.folded_t!r}, inherited {list(info.inherited)}",
-        )
 
 
 def clock_at(state: Any, step: int, t: float) -> ClockRecorder:

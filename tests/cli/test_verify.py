@@ -168,6 +168,14 @@ def test_repair(ema: Ema, run: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_where_nothing_is_left_the_error_is_unknown(ema: Ema, run: Path) -> None:
+    for path in snapshot_files(run):
+        flip_bit(path)
+    assert ema("verify", run, "--repair", "--yes").out.splitlines()[-2:] == [
+        f"set 40 files aside in {run / 'damaged'}", "predicted error now: unknown, no snapshots here",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])
 def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> None:
     flip_bit(snapshot_files(run)[2])

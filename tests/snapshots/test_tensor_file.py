@@ -18,6 +18,7 @@ import pytest
 import torch
 import xxhash
 from factories import RUN_ID, write_snapshot
+from safetensors.torch import save_file
 from snapshots.recorded import call_number, failing
 
 from posthoc_cli import files
@@ -116,6 +117,18 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
     told = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
     with pytest.raises(FileFormatError, match=told):
         Part(path, header).open()
+
+
+def test_a_file_without_checksums_that_is_written_to_meanwhile_is_an_error(small: Small, tmp_path: Path) -> None:
+    """With checksums each block that is read tells by itself."""
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"w": torch.ones(3)}, foreign)
+    for path, told in (
+        (foreign, pytest.raises(FileFormatError, match="was changed while it was")),
+        (small("output"), None),
+    ):
+        with told or nullcontext(), open_file(path):
+            os.utime(path, (0, 0))
 
 
 def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:

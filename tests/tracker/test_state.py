@@ -229,8 +229,6 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
     assert same(three.tracker.state_dict(), before)
 
 
-NOT_OF_ONE_TRAINING = "not times of one training"
-NOT_THE_AVERAGES = "not those of 2 averages at step 4"
 PLACES = "is in the state or in the model, but not in both"
 
 
@@ -254,19 +252,11 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ({"step": 5}, r"state: clock: ends at step 4, t 4\.0; the training is at step 5"),
         ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
         ({"t": float("nan")}, r"state: t: must be a finite number, at least 0, not nan"),
-        ({"t": 3.0}, NOT_OF_ONE_TRAINING),
-        ({"t_first": 0.0}, NOT_OF_ONE_TRAINING),
-        ({"averages_step": 99}, NOT_OF_ONE_TRAINING),
-        ({"max_interval": 99.0}, NOT_OF_ONE_TRAINING),
         ({"clock": "abc"}, r"state: clock: must be a list"),
+        ({"inherited": [0.0]}, r"state: inherited: must be one for each profile, not 1"),
         ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
         ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
         ({"schedule": 5}, r"state: schedule: must be a dict, not 5"),
-        ({"updates": 0}, NOT_THE_AVERAGES),
-        ({"window": 3}, NOT_THE_AVERAGES),
-        ({"folded_t": 0.0}, NOT_THE_AVERAGES),
-        ({"folded_t": 5.0}, NOT_THE_AVERAGES),
-        ({"inherited": [0.0]}, NOT_THE_AVERAGES),
         ({"high": []}, r"state: high: must be a dict, not a list"),
         ({"high": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
         ({"high": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
