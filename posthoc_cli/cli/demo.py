@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Train a small diffusion model and choose its average.
 
-    Takes 40 s on two cores. Trains with the hook on made-up images, synthesizes averages of many lengths, measures
+    Takes less than a minute. Trains with the hook on made-up images, synthesizes averages of many lengths, measures
     the validation loss of each, draws pictures, and compares with averages that were tracked directly. Prints every
     ema command that it runs; downloads nothing.
     """
