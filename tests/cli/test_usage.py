@@ -111,13 +111,13 @@ def test_what_cannot_be_meant_is_refused_at_the_start(ema: Ema, place: Path, lin
 
 
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
-    schedule = ("--sigma-rels", "0.1", "--checkpoint-every", "1e3", "--max-checkpoints", "5e0", "--steps", "10K")
+    schedule = ("--sigma-rels", "0.1", "--checkpoint-every", "1,000", "--max-checkpoints", "5e0", "--steps", "10K")
     (curve,) = ema("error-plot", *schedule, "--json").json["curves"]
     assert curve["label"] == "plan: 0.1 at 5 times in 10,000 steps, if the network moves evenly"
     assert ema("profile", "--steps", "1e6", "--json").json["steps"] == 1_000_000
     # What is refused is the option after it.
-    late = ("--checkpoint-every", "0.1K", "--max-checkpoints", "many")
-    assert ema("plan", *TASK[3:], "--steps", "1e3", *late).error.startswith("--max-checkpoints many: ")
+    late = ("--params", "1.2B", "--checkpoint-every", "0.1K", "--max-checkpoints", "many")
+    assert ema("plan", *TASK[5:], "--steps", "1e3", *late).error.startswith("--max-checkpoints many: ")
     assert ema("prune", "run", "--keep", "1e1", "--dry-run").code == 0
     made = ema("synthesize", "run", *TARGET, "--step", "2K", "--dry-run", "--json")
     assert made.json["targets"][0]["t"] == 2000
@@ -134,6 +134,11 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
     result = ema("verify", "run", "other", "model.safetensors")
     assert (result.code, result.err) == (0, "")
     assert result.out.count("40 files, ") == 2
+    lines = result.out.splitlines()  # files are named within their path
+    headings = [line for line in lines if line.endswith(":")]
+    assert headings == ["run:", "other:", "model.safetensors:"]
+    assert lines[lines.index("other:") - 1] == ""
+    assert "run:" not in ema("verify", "run").out
     report = ema("verify", "run", "model.safetensors", "--json").json
     assert report["kind"] == "several"
     found = [(one["kind"], one["path"]) for one in report["paths"]]
