@@ -10,7 +10,6 @@ from typer import Argument
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.check import Verification
@@ -41,8 +40,6 @@ def verify(
     from posthoc_cli.run import check_path
     from posthoc_cli.snapshots.repair import plan_repair
 
-    if yes and not repair:
-        raise InvalidValueError("--yes", "goes with --repair")
     if repair:
         values.check_confirmation(yes, as_json)
     reports: list[dict[str, Any]] = []
