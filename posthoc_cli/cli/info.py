@@ -88,14 +88,11 @@ def _print_checkpoints(checkpoints: list[dict[str, Any]]) -> None:
 
 
 def _print_coefficients(snapshots: list[dict[str, Any]]) -> None:
-    """The largest ones, in the order of the output."""
-    rows = []
-    for index in output.largest([item["coefficient"] for item in snapshots]):
-        file, value = snapshots[index]["file"], snapshots[index]["coefficient"]
-        rows.append([_cut(file), f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"])
+    values = [one["coefficient"] for one in snapshots]
+    texts = [f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}" for value in values]
+    rows = [[_cut(one["file"]), text] for one, text in zip(snapshots, texts, strict=True)]
     output.print_line()
-    output.print_table(["snapshot", "coefficient"], rows, left=["snapshot"])
-    output.print_rest(len(snapshots) - len(rows), "with smaller coefficients")
+    output.print_largest(["snapshot", "coefficient"], rows, values)
 
 
 _FORMATS: dict[str, Callable[[Any], str]] = {

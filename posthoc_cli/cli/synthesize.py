@@ -125,19 +125,11 @@ def _print_coefficients(plan: Plan) -> None:
 
     for target, column in zip(separate(plan.targets), plan.reconstruction.coefficients.T.tolist(), strict=True):
         rows = []
-        for index in output.largest(column):
-            source = plan.sources[index]
+        for source, value in zip(plan.sources, column, strict=True):
             kind = "weights" if isinstance(source.profile, Point) else "EMA"
-            rows.append(
-                [
-                    source.name,
-                    f"{source.info.t:,.12g}",
-                    f"{source.info.sigma_rel:g}" if source.info.sigma_rel else kind,
-                    f"{column[index]:+.6f}",
-                ]
-            )
-        output.print_table(["snapshot", "t", "tracked", f"c({target.label})"], rows, left=["snapshot"])
-        output.print_rest(len(column) - len(rows), "with smaller coefficients")
+            tracked = f"{source.info.sigma_rel:g}" if source.info.sigma_rel else kind
+            rows.append([source.name, f"{source.info.t:,.12g}", tracked, f"{value:+.6f}"])
+        output.print_largest(["snapshot", "t", "tracked", f"c({target.label})"], rows, column)
         output.print_line()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,44 +24,6 @@ from posthoc_cli.reconstruction import METHODS
 
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
-REFUSED = {
-    "synthesize run --sigma-rel 0.1 --out x.pt --layout safetensors":
-    "--layout 'safetensors': the output's name, x.pt, must end in .safetensors",
-    "synthesize run --sigma-rel 0.1 --out x.safetensors --layout pt":
-    "--layout 'pt': the output's name, x.safetensors, must end in .pt, .pth, .bin",
-    "synthesize run --sigma-rel 0.1 --out x.safetensors --layout sharded":
-    "--layout 'sharded': the output's name, x.safetensors, must be that of a folder",
-    "export model.safetensors --out x.safetensors --layout dcp":
-    "--layout 'dcp': the output's name, x.safetensors, must be that of a folder",
-    "synthesize run --sigma-rel 0.1 --max-shard-size 1KB --out x.safetensors":
-    "--max-shard-size 1KB: is for a sharded output, and this layout is safetensors",
-    "export model.safetensors --max-shard-size 1KB --out x.pt":
-    "--max-shard-size 1KB: is for a sharded output, and this layout is pt",
-    "report run --sweep run": "--sweep run: holds no sweep.json; name the folder of a sweep",
-    "report run --sweep model.safetensors": "--sweep model.safetensors: is not a folder; name the folder of a sweep",
-    "sweep run --run 'eval {weights}' --minimize --out model.safetensors":
-    "--out model.safetensors: is a file; name a folder",
-    "synthesize run --target decay: --out x":
-    "--target decay:: must be decay:SHAPE:PART with a shape of 1-sqrt, linear, cosine, and 20%, a list, a range or "
-    "START:END",
-    "synthesize run --sigma-rel 1e400 --out x":
-    "--sigma-rel 1e400: must be a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05",
-    "plan --steps 1e30 --params 1e6 --max-size 1GB": "--steps 1e30: must be at most 9,223,372,036,854,775,807",
-    "info s3://b/run":
-    "s3://b/run: is a URL; must be a path on a file system of this machine",
-    "synthesize run --sigma-rel 0.1 --out s3://b/run":
-    "s3://b/run: is a URL; must be a path on a file system of this machine",
-    "report run --out s3://b/run":
-    "s3://b/run: is a URL; must be a path on a file system of this machine",
-    "demo --out s3://b/run":
-    "s3://b/run: is a URL; must be a path on a file system of this machine",
-    "sweep run --run 'eval {weights}' --minimize --out s3://b/run":
-    "s3://b/run: is a URL; must be a path on a file system of this machine",
-    "verify s3://b/run":
-    "s3://b/run: is a URL; must be a path on a file system of this machine",
-    "plan --steps 1e3 --params 1e6 --max-size 1e9TB": "--max-size '1e9TB': must be at most 9,223,372 TB",
-}  # fmt: skip
-"""Command lines, and what they are answered."""
 
 
 @pytest.fixture
@@ -100,14 +61,6 @@ def test_a_failed_write_of_standard_output_says_so(
             main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == "ema: error: standard output: no space left on device\n"
-
-
-@pytest.mark.parametrize(("line", "said"), REFUSED.items())
-def test_what_cannot_be_meant_is_refused_at_the_start(ema: Ema, place: Path, line: str, said: str) -> None:
-    before = sorted(place.iterdir())
-    result = ema(*shlex.split(line))
-    assert (result.code, result.error) == (2, said)
-    assert sorted(place.iterdir()) == before
 
 
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
