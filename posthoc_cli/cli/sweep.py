@@ -57,9 +57,9 @@ def sweep(
     ),
     repeats: int = values.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
     budget: int = values.HOW(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
-    jobs: int = values.HOW(1, min=1, metavar="COUNT", help="Trials at a time; they share out CUDA_VISIBLE_DEVICES."),
+    jobs: int = values.HOW(1, metavar="COUNT", help="Trials at a time; they share out CUDA_VISIBLE_DEVICES."),
     timeout: float | None = values.HOW(
-        None, min=0.001, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."
+        None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."
     ),
     disk: str | None = values.HOW(
         None, metavar="SIZE", show_default="a round", help="Bound of the averages on the disk: 50GB."

@@ -138,10 +138,14 @@ class Sweep:
         if self.metric.file is not None and "{dir}" not in self.command:
             reason = "must have {dir}, the folder in which the file with the metric is looked for"
             raise InvalidValueError("command", reason, value=self.command)
+        if self.jobs < 1:
+            raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
         if self.raw is not None and self.guide is not None:
             raise InvalidValueError("raw and guide", "give one of them", "evaluate the two networks' raw weights apart")
         if self.keep and self.disk is not None:
             raise InvalidValueError("keep_weights and disk", "give one of them")
+        if self.timeout is not None and not self.timeout > 0:
+            raise InvalidValueError("timeout", "must be above 0 seconds", value=f"{self.timeout:g}")
         if self.out.exists() and not self.out.is_dir():
             raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
         if self.raw is not None and not self.raw.exists():
