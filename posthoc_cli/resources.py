@@ -45,6 +45,15 @@ def parse_bytes(size: str, option: str) -> int:
     return round(value)
 
 
+def size_text(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
 def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
     """A number in one of `units`, by their upper-case names; None if it is none, or below 1; it may exceed `MOST`."""
     match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())

@@ -245,14 +245,11 @@ class _Carried:
         return cast(torch.Tensor, _Attached.apply(result, len(found), *jacobians, *found))  # type: ignore[no-untyped-call]
 
     def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
-        if leaves is None or isinstance(leaves, torch.Tensor):
-            raise InvalidValueError("leaves", "mode 'carried' needs a sequence of tensors at every update, such as [w]")
-        found = tuple(leaves)
-        if not found or len({id(leaf) for leaf in found}) < len(found):
-            raise InvalidValueError("leaves", "must be one tensor at least, and none of them twice")
-        for index, leaf in enumerate(found):
-            if not (isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad):
-                raise InvalidValueError(f"leaves[{index}]", "must be a leaf that requires gradients, like a parameter")
+        found = tuple(leaves or ()) if not isinstance(leaves, torch.Tensor) else ()
+        good = [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad]
+        if not found or len({id(leaf) for leaf in good}) < len(found):
+            reason = "must be different leaves that require gradients, at every update in mode 'carried', such as [w]"
+            raise InvalidValueError("leaves", reason)
         if self._leaves and [*map(id, found)] != [*map(id, self._leaves)]:
             raise InvalidValueError("leaves", "must be the same tensors at every update", "call reset() to take others")
         return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from typer import Argument
 
-from posthoc_cli import files
+from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.run import Run
@@ -90,5 +90,5 @@ def _print(report: ExportReport, base: Path | None, out: Path) -> None:
     made = report.made.values()
     count = f"{len(made)} models, " * report.several + f"{sum(one.tensors for one in made)} tensors"
     added = f", {sum(one.from_base for one in made)} of them from {base}" if base is not None else ""
-    size = output.size_text(sum(one.nbytes for one in made))
+    size = resources.size_text(sum(one.nbytes for one in made))
     output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {out}")

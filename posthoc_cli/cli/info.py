@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer import Argument
 
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
@@ -58,7 +59,7 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
         numbers = f"{profile['sigma_rel']:g}", str(len(times))
         rounding = " to ".join(dict.fromkeys(map(output.percent, ends or [None])))
         span = f"{times[0]:,.12g}", f"{times[-1]:,.12g}"
-        rows.append([*numbers, *span, rounding, output.size_text(profile["bytes"])])
+        rows.append([*numbers, *span, rounding, resources.size_text(profile["bytes"])])
     output.print_line()
     columns = ["sigma_rel", "snapshots", "first t", "last t", "rounding", "size"]
     output.print_table(columns, rows, left=["rounding"])
@@ -71,7 +72,7 @@ def _print_outputs(outputs: list[dict[str, Any]]) -> None:
         profile = _cut(report.get("profile", report["kind"]))
         t = f"{report['t']:,.12g}" if "t" in report else ""
         error = output.percent(report["predicted_error"]) if "predicted_error" in report else ""
-        rows.append([Path(report["path"]).name, profile, t, error, output.size_text(report["bytes"])])
+        rows.append([Path(report["path"]).name, profile, t, error, resources.size_text(report["bytes"])])
     output.print_line()
     output.print_table(["output", "profile", "t", "predicted error", "size"], rows, left=["output", "profile"])
     output.print_rest(len(outputs) - len(shown))
@@ -80,26 +81,23 @@ def _print_outputs(outputs: list[dict[str, Any]]) -> None:
 def _print_checkpoints(checkpoints: list[dict[str, Any]]) -> None:
     """All, or the first and the last ones."""
     shown = checkpoints if len(checkpoints) <= output.MOST_ROWS else [*checkpoints[:5], *checkpoints[-5:]]
-    rows = [[_cut(one["file"]), f"{one['t']:,.12g}", one["holds"], output.size_text(one["bytes"])] for one in shown]
+    rows = [[_cut(one["file"]), f"{one['t']:,.12g}", one["holds"], resources.size_text(one["bytes"])] for one in shown]
     output.print_line()
     output.print_table(["checkpoint", "t", "holds", "size"], rows, left=["checkpoint", "holds"])
     output.print_rest(len(checkpoints) - len(shown))
 
 
 def _print_coefficients(snapshots: list[dict[str, Any]]) -> None:
-    """The largest ones, in the order of the output."""
-    rows = []
-    for index in output.largest([item["coefficient"] for item in snapshots]):
-        file, value = snapshots[index]["file"], snapshots[index]["coefficient"]
-        rows.append([_cut(file), f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"])
+    values = [one["coefficient"] for one in snapshots]
+    texts = [f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}" for value in values]
+    rows = [[_cut(one["file"]), text] for one, text in zip(snapshots, texts, strict=True)]
     output.print_line()
-    output.print_table(["snapshot", "coefficient"], rows, left=["snapshot"])
-    output.print_rest(len(snapshots) - len(rows), "with smaller coefficients")
+    output.print_largest(["snapshot", "coefficient"], rows, values)
 
 
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "path": str,
-    "bytes": output.size_text,
+    "bytes": resources.size_text,
     "norm": "{:.4g}".format,
     "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
     **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), output.percent),

@@ -131,24 +131,17 @@ def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str
         print_line(f"would {would}; " * dry_run + f"nothing was {past}")
 
 
-def largest(values: Sequence[float]) -> list[int]:
-    """Indices, growing, of the values of the largest size."""
+def print_largest(columns: Sequence[str], rows: Sequence[Sequence[str]], values: Sequence[float]) -> None:
+    """A table of the rows whose values, the coefficients, are largest in size, in the order of the rows."""
     order = sorted(range(len(values)), key=lambda index: -abs(values[index]))
-    return sorted(order[:MOST_ROWS])
+    shown = sorted(order[:MOST_ROWS])
+    print_table(columns, [rows[index] for index in shown], left=columns[:1])
+    print_rest(len(rows) - len(shown), "with smaller coefficients")
 
 
 def counted(count: int, what: str) -> str:
     """A number of things: "1 file", "1,200 files"."""
     return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def percent(error: float | None) -> str:

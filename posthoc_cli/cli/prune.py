@@ -61,7 +61,7 @@ def prune(
     else:
         if dry_run or not pruning.gone:
             _print(pruning, wanted)
-        what = f"{output.counted(len(pruning.gone), 'snapshot')}, {output.size_text(file_bytes(pruning.gone))}"
+        what = f"{output.counted(len(pruning.gone), 'snapshot')}, {resources.size_text(file_bytes(pruning.gone))}"
         did = f"deleted {what}; {len(pruning.kept)} are left, verified"
         output.print_outcome(pruning.gone, pruning.deleted, dry_run, f"delete {what}", did, "deleted")
     if pruning.gone and not (pruning.deleted or dry_run):
@@ -73,7 +73,7 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
 
     if pruning.gone:
         rows = [
-            [s.path.name, f"{s.info.t:,.12g}", f"{s.info.sigma_rel:g}", output.size_text(s.header.file_bytes)]
+            [s.path.name, f"{s.info.t:,.12g}", f"{s.info.sigma_rel:g}", resources.size_text(s.header.file_bytes)]
             for s in sorted(pruning.gone, key=lambda snapshot: (snapshot.info.t, snapshot.info.sigma_rel))
         ]
         output.print_table(["would go", "t", "sigma_rel", "size"], rows, left=["would go"])
@@ -84,7 +84,7 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
         ("then", pruning.kept, pruning.after),
     ):
         numbers = map(output.percent, (errors.worst, errors.median))
-        table.append([when, str(len(group)), output.size_text(file_bytes(group)), *numbers])
+        table.append([when, str(len(group)), resources.size_text(file_bytes(group)), *numbers])
     output.print_table(["", "snapshots", "size", "worst error", "median error"], table, left=[""])
     low, high = sigma_range
     how = {"assumed": ", if the network moves evenly", "sampled": ", from a sample of the weights"}

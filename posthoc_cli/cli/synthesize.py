@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.targets import Groups, separate
@@ -124,19 +125,11 @@ def _print_coefficients(plan: Plan) -> None:
 
     for target, column in zip(separate(plan.targets), plan.reconstruction.coefficients.T.tolist(), strict=True):
         rows = []
-        for index in output.largest(column):
-            source = plan.sources[index]
+        for source, value in zip(plan.sources, column, strict=True):
             kind = "weights" if isinstance(source.profile, Point) else "EMA"
-            rows.append(
-                [
-                    source.name,
-                    f"{source.info.t:,.12g}",
-                    f"{source.info.sigma_rel:g}" if source.info.sigma_rel else kind,
-                    f"{column[index]:+.6f}",
-                ]
-            )
-        output.print_table(["snapshot", "t", "tracked", f"c({target.label})"], rows, left=["snapshot"])
-        output.print_rest(len(column) - len(rows), "with smaller coefficients")
+            tracked = f"{source.info.sigma_rel:g}" if source.info.sigma_rel else kind
+            rows.append([source.name, f"{source.info.t:,.12g}", tracked, f"{value:+.6f}"])
+        output.print_largest(["snapshot", "t", "tracked", f"c({target.label})"], rows, column)
         output.print_line()
 
 
@@ -158,13 +151,13 @@ def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[
     plan, paths = report.plan, report.outputs
     single = len(plan.targets) == 1
     which = plan.targets[0].title if single else output.counted(len(made), "average")
-    size = output.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
+    size = resources.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
     count = counted(plan.sources)
     later = "" if plan.last == plan.t else f" (the newest {kind_of(plan.newest)} is of {plan.last:,.12g})"
     worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]
     what = f"{which} at t = {plan.t:,.12g} from {count}{later}, {', '.join(worst)}, {size}"
     if not paths:
-        return f"would make {what}; would read {output.size_text(plan.read_bytes)}; nothing was written"
+        return f"would make {what}; would read {resources.size_text(plan.read_bytes)}; nothing was written"
     where = str(paths[0] if single else paths[0].parent)
     return f"made {what}, in {report.seconds:.1f} s: {'in this folder' if where == '.' else where}"
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer import Argument
 
+from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError, PostHocError
+from posthoc_cli.errors import PostHocError
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.check import Repair, Verification
@@ -38,8 +39,6 @@ def verify(
     from posthoc_cli.run import check_path
     from posthoc_cli.snapshots.check import plan_repair
 
-    if yes and not repair:
-        raise InvalidValueError("--yes", "goes with --repair")
     if repair:
         values.check_confirmation(yes, as_json)
     reports: list[dict[str, Any]] = []
@@ -115,7 +114,7 @@ def _summary(found: Verification, offer: bool) -> str:
     if not wrong:
         unchecked = sum(report.state == UNCHECKED for report in found.files)
         what = "all intact" if not unchecked else f"{count - unchecked:,} intact, {unchecked:,} without checksums"
-        size = output.size_text(found.nbytes)
+        size = resources.size_text(found.nbytes)
         return f"{output.counted(count, 'file')}, {size} verified in {found.seconds:.1f} s: {what}"
     named = ", ".join(found.name(report.path) for report in wrong[:3])
     more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""

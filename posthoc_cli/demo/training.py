@@ -154,7 +154,7 @@ class Settings:
     """
 
     steps: int
-    batch: int = 64
+    batch: int = 32
     learning_rate: float = 8e-3
     seed: int = 0
 

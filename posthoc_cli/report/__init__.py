@@ -32,6 +32,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import ErrorCurve, finite, no_formula
 from posthoc_cli.reconstruction import Motion
+from posthoc_cli.resources import size_text
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_small_file
@@ -209,12 +210,12 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
         facts += [
             ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
             ("schedule", every + ("" if most is None else f", at most {most:,} of each average")),
-            ("snapshots", f"{len(info['snapshots']):,}, {_size(info['bytes'])}"),
+            ("snapshots", f"{len(info['snapshots']):,}, {size_text(info['bytes'])}"),
         ]
     if checkpoints := info.get("checkpoints"):
         held = Counter(one["holds"] for one in checkpoints)
         listed = ", ".join(f"{count:,} x {what}" for what, count in held.items())
-        facts.append(("checkpoints", f"{listed}, {_size(sum(one['bytes'] for one in checkpoints))}"))
+        facts.append(("checkpoints", f"{listed}, {size_text(sum(one['bytes'] for one in checkpoints))}"))
     return [
         *facts,
         ("model", f"{info['parameters']:,} parameters in {info['tensors']:,} tensors"),
@@ -345,12 +346,3 @@ def _how(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
         "--out": name if like or layout in ("sharded", "dcp") else f"{name}.{layout or 'safetensors'}",
     }
     return [word for option, value in given.items() if value is not None for word in (option, value)]
-
-
-def _size(nbytes: float) -> str:
-    unit = "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
-            break
-        nbytes /= 1000
-    return f"{nbytes:.3g} {unit}"

@@ -6,11 +6,12 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import InvalidValueError, shown
-from posthoc_cli.run import Run, Weights
+from posthoc_cli.run import Run
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.sweep.axes import Axis, good_range
 from posthoc_cli.sweep.results import RAW, Record, SweepReport
@@ -70,11 +71,11 @@ def sweep(
     check_counts(repeats, budget, [axis])
     if model is None and (notice := statistics_notice(newest.copies)):
         warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel=2)
-    raw = [*trials.of_raw(repeats)]
+    raw = [*trials.measure([(0.0, seed) for seed in range(repeats if trials.has_raw else 0)])]
     search = Search(
         axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1,
         beyond=lambda axis, upwards: axis.widened(upwards, stored, None),
-    ).run(trials.of_averages)  # fmt: skip
+    ).run(trials.measure)  # fmt: skip
     best = search.axis.value(search.found.best)
     settings = {"run": newest.run_id, "t": trials.t, "command": None}
     return SweepReport(
@@ -94,49 +95,45 @@ class _Trials:
         self._tracker = run if isinstance(run, PostHocEMA) else None
         self.run = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
         self._metric, self._model, self._warned = metric, model, False
+        self._is_own = model is not None and self._tracker is not None and self._tracker.tracks(model)
 
     @property
     def t(self) -> float:
         """The time of the averages."""
         return self.run.sources[-1].info.t if self._tracker is None else self._tracker.t
 
-    def of_averages(self, wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
-        """Records of lengths with seeds."""
+    @property
+    def has_raw(self) -> bool:
+        """Whether the raw weights are at hand."""
+        return self._is_own or self.run.has_raw()
+
+    def measure(self, wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
+        """Records of lengths with seeds; the length 0 is that of raw weights."""
         for length, seed in wanted:
-            started, error = time.perf_counter(), None
-            if self._model is not None and self._tracker is not None:
-                with self._tracker.model(self._model, sigma_rel=length):
-                    found = self._metric(self._model)
-            else:
-                tracker = self._tracker
-                weights = self.run.average(length) if tracker is None else tracker.state_dict(sigma_rel=length)
-                found, error = self._of(weights), weights.predicted_error
-            yield _record(SigmaRel(length).title, length, seed, found, error, started)
-
-    def of_raw(self, repeats: int) -> Iterator[Record]:
-        """Records of the raw weights, where they are at hand."""
-        from posthoc_cli.tracker.model_weights import swapped_in
-
-        own = self._model is not None and self._tracker is not None and self._tracker.tracks(self._model)
-        for seed in range(repeats if own or self.run.has_raw() else 0):
             started = time.perf_counter()
-            if own and self._model is not None:
-                with swapped_in(self._model, {}):  # as it is, in eval mode
-                    found = self._metric(self._model)
-            else:
-                found = self._of(self.run.average(Mean(1)))
-            yield _record(RAW, 0.0, seed, found, None, started)
+            with self._average(length) as (average, error):
+                found = self._metric(average)
+            yield _record(SigmaRel(length).title if length else RAW, length, seed, found, error, started)
 
-    def _of(self, weights: Weights) -> Any:
+    @contextmanager
+    def _average(self, length: float) -> Iterator[tuple[Any, float | None]]:
+        """What the metric takes, and the predicted error."""
         from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
 
-        if self._model is None:
-            return self._metric(weights)
-        with swapped_in(self._model, weights):
-            found = self._metric(self._model)
-            copies = self.run.sources[-1].info.copies
-            self._warned = self._warned or warn_of_statistics(self._model, weights, copies, stacklevel=3)
-        return found
+        model, tracker = self._model, self._tracker
+        if model is not None and tracker is not None and (length or self._is_own):
+            with tracker.model(model, sigma_rel=length) if length else swapped_in(model, {}):  # as it is, in eval mode
+                yield model, None
+            return
+        if length:
+            weights = self.run.average(length) if tracker is None else tracker.state_dict(sigma_rel=length)
+        else:
+            weights = self.run.average(Mean(1))
+        with nullcontext() if model is None else swapped_in(model, weights):
+            yield (weights if model is None else model), weights.predicted_error if length else None
+            if model is not None and not self._warned:
+                copies = self.run.sources[-1].info.copies
+                self._warned = warn_of_statistics(model, weights, copies, stacklevel=3)
 
 
 def _record(target: str, x: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:

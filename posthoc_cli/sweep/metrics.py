@@ -22,19 +22,11 @@ _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 
 
 class NoMetricError(Exception):
-    """The trial has no metric; the text says what was looked for, and what is there.
-
-    Attributes:
-        is_missing: whether there is none of this name, not even one that is no finite number.
-    """
-
-    is_missing = False
+    """The trial has no metric; the text says what was looked for, and what is there."""
 
 
 class MissingMetricError(NoMetricError):
-    """Nothing of the metric's name is there."""
-
-    is_missing = True
+    """Nothing of the metric's name is there, not even one that is no finite number."""
 
 
 @dataclass(frozen=True)

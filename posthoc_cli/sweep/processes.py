@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 from posthoc_cli import files
 from posthoc_cli.errors import printable
-from posthoc_cli.sweep.metrics import Metric, NoMetricError, read_tail
+from posthoc_cli.sweep.metrics import Metric, MissingMetricError, NoMetricError, read_tail
 from posthoc_cli.sweep.results import Record
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -128,7 +128,7 @@ def _run(
         try:
             value, standard_error = metric.read(out, command.folder)
         except NoMetricError as wrong:
-            error, is_missing = str(wrong), wrong.is_missing
+            error, is_missing = str(wrong), isinstance(wrong, MissingMetricError)
     error = error and f"{error}{_end_of_logs(err, out)}"
     for path in (out, err):
         if path.stat().st_size > _LONGEST_LOG:

@@ -31,7 +31,7 @@ class Search:
         axis: what is searched, widened where its end was best.
         trials: all of them, failed ones with their error.
         found: what they say, after the first round.
-        stopped: why no more was measured, with the best trial where it counts as an outlier.
+        stopped: why no more was measured.
     """
 
     found: search.Estimate
@@ -100,7 +100,7 @@ class Search:
     def _widen(self) -> list[float]:
         """Go on beyond an end that is best, and give the values to measure there; none if there is nothing."""
         axis, edge = self.axis, self.found.edge
-        if edge is None or axis.values is not None or self._left <= 0 or self.found.doubted:
+        if edge is None or axis.values is not None or self._left <= 0:
             return []
         upwards = edge == self.found.xs[-1]
         wider = self._beyond(axis, upwards)
@@ -112,33 +112,26 @@ class Search:
 
     def _next(self) -> list[float]:
         """The values of the next round; none where the search is at its end, and then why."""
-        axis, found, left = self.axis, self.found, self._left
-        settled = "the best length is known within the noise"
+        axis, left = self.axis, self._left
         if axis.values is not None:
             return self._end("all named lengths are measured")
-        if found.settled and not found.doubted:
-            return self._end(settled)
-        count = 1 if found.settled else min(self._batch, left)  # one is left: what may confirm an outlier
-        proposed = [axis.value(x) for x in search.next_batch(found, self._good(), count, self._again)]
-        failed = {trial.x for trial in self.trials if trial.value is None}
-        proposed = [v for v in dict.fromkeys(proposed) if v not in failed and (self._again or not self._seeds(v))]
-        if found.settled and not proposed:
-            return self._end(settled)
+        if self.found.settled:
+            return self._end("the best length is known within the noise")
         if left <= 0:
             return self._end("the budget is spent")
+        count = min(self._batch, left)
+        proposed = [axis.value(x) for x in search.next_batch(self.found, self._good(), count, self._again)]
+        failed = {trial.x for trial in self.trials if trial.value is None}
+        proposed = [v for v in dict.fromkeys(proposed) if v not in failed and (self._again or not self._seeds(v))]
         return proposed or self._end("nothing is left to measure between the measured lengths")
 
     def _end(self, why: str) -> list[float]:
-        outlier, edge = self.found.outlier, self.found.edge
+        edge = self.found.edge
         if edge is not None:
             kind = "list" if self.axis.values else "range"
             why += f"; the best lies at the end of the {kind}, {self.axis.title(self.axis.value(edge))}"
             exact = f", beyond which no average is exact within {100 * GOOD_ERROR:g} %"
             why += ", and may lie beyond" if self.axis.values or self._left <= 0 else exact
-        if outlier is not None:
-            best = (min if self._minimize else max)(trial.value for trial in self.trials if trial.value is not None)
-            what = f"{best:.6g} at {self.axis.title(self.axis.value(outlier))} is far better than all others"
-            why += f"; {what}, which do not confirm it, and counts as an outlier"
         self.stopped = why
         return []
 

@@ -42,10 +42,8 @@ _OFFSETS = (0.0, 0.1, 1.0)
 _TRENDS = (10.0, 1.0, 1.0)
 """Prior standard deviations of the quadratic's coefficients."""
 _FAR = 12.0
-"""Values so many times further from the upper quartile than this is from the second best are outliers, or say no more
-than that they are bad."""
-_UNLIKELY = 3.0
-"""Distance of the best of them to the curve, in standard deviations of the noise, which noise does not explain."""
+"""Values so many times further from the upper quartile than this is from the second best say no more than that they are
+bad."""
 _DRAWS, _MIXED = 1024, 32
 _STATED = 1e-3, 1e6
 """Bounds of stated standard errors, relative to the spread of the values."""
@@ -80,9 +78,6 @@ class Estimate:
         low, high: the range that holds the best with a probability of CONFIDENCE; all of it is equal within the noise.
         regret: how much worse than the true best the metric at `best` is expected to be; not negative.
         noise: standard deviation of one measurement, seeds' offsets aside.
-        outlier: the parameter of the best measurement, where it counts as one, further from the curve than noise
-            explains; else None.
-        doubted: whether nothing was measured next to the outlier, which may confirm it.
         xs, curve, errors: the metric over the range, with its standard error; shape [POINTS].
         draws: what the curve may be, in a scale of their own, lower is better; shape [draws, POINTS].
     """
@@ -94,8 +89,6 @@ class Estimate:
     high: float
     regret: float
     noise: float
-    outlier: float | None
-    doubted: bool
     xs: FloatArray
     curve: FloatArray
     errors: FloatArray
@@ -123,10 +116,10 @@ def estimate(
 ) -> Estimate:
     """What three trials or more say about the best parameter in [low, high], or `among` some that are there."""
     sign = 1.0 if minimize else -1.0
-    measured = sign * np.array([trial.value for trial in trials])
-    values = _without_outliers(measured)
-    lowest = int(measured.argmin())
-    moved = bool(values[lowest] > measured[lowest])
+    values = sign * np.array([trial.value for trial in trials])
+    upper = float(np.quantile(values, 0.75))
+    reach = upper - float(np.sort(values)[1])
+    values = np.minimum(values, upper + _FAR * reach) if reach > 0 else values
     largest = float(np.abs(values).max()) or 1.0  # whose square may be too large for a number, or too small
     values /= largest
     centre = float(values.mean())
@@ -139,8 +132,6 @@ def estimate(
     centre, scale = largest * centre, largest * scale
     curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
     xs = low * (high / low) ** grid
-    above = float(np.interp(places[lowest], grid, curve)) - float(measured[lowest])
-    outlier = trials[lowest].x if moved and above > _UNLIKELY * scale * noise else None
     choices = xs if among is None else np.array(among)
     points = np.abs(np.log(xs / choices[:, None])).argmin(axis=1)
     place = int(curve[points].argmin())
@@ -156,8 +147,6 @@ def estimate(
         high=max(float(widths[1]), chosen),
         regret=scale * float((draws[:, best] - draws.min(axis=1)).mean()),
         noise=scale * noise,
-        outlier=outlier,
-        doubted=outlier is not None and int((np.abs(places - places[lowest]) < 2 * _SAME).sum()) == 1,
         xs=xs,
         curve=sign * curve,
         errors=spread,
@@ -176,8 +165,6 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     That is the largest expected improvement on the lowest of the best and those before, over the drawn curves.
     (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010, chosen one after another.)
 
-    A doubted outlier comes first: what is next to it is as good if the metric is smooth, and not if it was luck.
-
     With `repeat`, and where the metric differs by less than the noise from end to end of the range, one that is next to
     a measured parameter is that parameter, to be measured with another seed.
     """
@@ -186,27 +173,13 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     within = found.curve[(found.xs >= found.low) & (found.xs <= found.high)]
     flat = repeat and found.noise > float(np.ptp(within))
     wanted: list[float] = []
-    if found.doubted and found.outlier is not None:
-        inwards = 1 if found.outlier < math.sqrt(found.xs[0] * found.xs[-1]) else -1
-        wanted.append(found.outlier * math.exp(inwards * _SAME * width))
     lowest = found.draws[:, np.abs(found.xs - found.best).argmin()]
-    for _ in range(count - len(wanted)):
+    for _ in range(count):
         pick = int(np.minimum(found.draws, lowest[:, None]).mean(axis=0).argmin())
         x, lowest = float(found.xs[pick]), np.minimum(lowest, found.draws[:, pick])
         nearest = float(known[np.argmin(np.abs(np.log(known / x)))])
         wanted.append(nearest if flat and abs(math.log(nearest / x)) < _SAME * width else x)
     return list(dict.fromkeys(wanted))
-
-
-def _without_outliers(values: FloatArray) -> FloatArray:
-    """Values far from the others as near as they may be; one that is best is far if no second one confirms it.
-
-    That takes a first batch: the best of three may well be so far from the others.
-    """
-    second, high = float(np.sort(values)[1]), float(np.quantile(values, 0.75))
-    reach = high - second
-    low = second - reach if len(values) >= FIRST else -math.inf
-    return np.clip(values, low, high + _FAR * reach) if reach > 0 else values
 
 
 def _place(x: FloatArray, low: float, high: float) -> FloatArray:

@@ -363,21 +363,6 @@ def test_it_moves_to_another_dtype_with_its_graphs(mode: str) -> None:
         take(ema, weight.sum(), weight)
 
 
-BAD: list[tuple[str, list[dict[str, Any]]]] = [
-    ("decay", [{"decay": d} for d in (1.0, float("nan"), "0.9")]),
-    ("mode", [{"mode": "half"}]),
-    ("window", [{"mode": "window"}, {"mode": "full", "window": 3}, {"mode": "window", "window": 0}]),
-    ("dtype", [{"dtype": torch.float16}]),
-]
-
-
-@pytest.mark.parametrize(("subject", "cases"), BAD)
-def test_a_bad_argument_is_named(subject: str, cases: list[dict[str, Any]]) -> None:
-    for arguments in cases:
-        with refused(subject):
-            DifferentiableEMA(**{"shape": 2, "decay": 0.9, **arguments})
-
-
 def test_a_bad_value_is_named_and_not_taken_in_and_the_average_stays_wide() -> None:
     ema = DifferentiableEMA(2, 0.9).half()
     for changed in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"device": "meta"}):
@@ -391,15 +376,8 @@ def test_a_bad_value_is_named_and_not_taken_in_and_the_average_stays_wide() -> N
 def test_bad_leaves_are_named() -> None:
     weight, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     ema = DifferentiableEMA(2, 0.9, "carried")
-    for leaves, subject in (
-        (None, "leaves"),
-        (weight, "leaves"),
-        ([], "leaves"),
-        ([weight, weight], "leaves"),
-        ([weight, weight * 1], "leaves[1]"),
-        ([torch.ones(2)], "leaves[0]"),
-    ):
-        with refused(subject):
+    for leaves in (None, weight, [], [weight, weight], [weight, weight * 1], [torch.ones(2)], ["w"]):
+        with refused("leaves", "different leaves that require gradients"):
             ema(weight * 2, leaves=leaves)
     with refused("value", "no graph"):
         ema(torch.ones(2), leaves=[weight])

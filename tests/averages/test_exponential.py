@@ -16,7 +16,7 @@ from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray, tiny_model
 
 from posthoc_cli.averages import ExponentialMovingAverage, pairing
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+from posthoc_cli.errors import ModelMismatchError
 
 
 def average(values: Sequence[FloatArray], momenta: Sequence[float]) -> FloatArray:
@@ -385,19 +385,6 @@ def test_the_average_can_live_on_another_device() -> None:
     assert ema.module.weight.is_meta
     assert ema.steps.is_meta
     assert not model.weight.is_meta
-
-
-BAD: dict[str, list[Any]] = {
-    "momentum": [0.0, 1.0, -0.1, 2, float("nan"), float("inf"), True, "0.1", None, [0.1]],
-    "interval": [0, -1, 1.5, True, "2"],
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_argument_is_named(name: str) -> None:
-    for value in BAD[name]:
-        with pytest.raises(InvalidValueError, match=name):
-            ExponentialMovingAverage(torch.nn.Linear(1, 1), **{name: value})
 
 
 def test_a_momentum_that_looks_like_a_decay_warns_and_names_the_other() -> None:

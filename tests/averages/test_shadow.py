@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from checking import assert_same_tensors, saved_and_loaded
 from factories import FloatArray, tiny_model
 
 from posthoc_cli.averages import ShadowModel
-from posthoc_cli.errors import InvalidValueError
 
 
 def train(net: ShadowModel, steps: int) -> list[FloatArray]:
@@ -200,16 +198,3 @@ def test_compiled() -> None:
     inside.update()
     assert inside.train()(x).item() == 2.0
     assert "shadow.weight" in inside.state_dict()
-
-
-BAD: dict[str, list[Any]] = {
-    "decay": [1.0, -0.1, 2, float("nan"), True, "0.9", None],
-    "num_updates": [-1, 1.5, True, "3"],
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_argument_is_named(name: str) -> None:
-    for value in BAD[name]:
-        with pytest.raises(InvalidValueError, match=name):
-            ShadowModel(torch.nn.Linear(1, 1), **{"decay": 0.9, name: value})

@@ -15,7 +15,8 @@ from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.output import percent, print_pairs, print_table, size_text
+from posthoc_cli.cli.output import percent, print_pairs, print_table
+from posthoc_cli.resources import size_text
 
 
 def test_info_of_a_directory(ema: Ema, run: Path) -> None:

@@ -90,11 +90,6 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, preci
     assert precious.read_bytes() == b"mine"
 
 
-def test_a_demo_that_is_there_is_replaced_by_an_option_of_the_command(ema: Ema, tmp_path: Path) -> None:
-    Folder(tmp_path / "demo").prepare(overwrite=False)
-    assert ema("demo", "--out", tmp_path / "demo").error.endswith("; name another folder, or --overwrite to replace it")
-
-
 @pytest.mark.parametrize("name", ["snapshots", "averages", "tracked"])
 def test_a_demo_clears_nothing_through_a_link(tmp_path: Path, precious: Path, name: str) -> None:
     folder, place = Folder(tmp_path / "demo"), tmp_path / "demo" / name

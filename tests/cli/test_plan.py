@@ -10,7 +10,6 @@ import torch
 from ema_command import Ema
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.values import parse_count
 
 TASK = ("plan", "--steps", "4000", "--params", "1M", "--max-size", "24MB")
 
@@ -70,11 +69,3 @@ def test_it_draws(ema: Ema, tmp_path: Path) -> None:
     assert out.read_bytes()[:4] == b"\x89PNG"
     assert "--overwrite to replace" in ema(*TASK, *fixed).error
     assert ema(*TASK, *fixed, "--overwrite").code == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1.2e9", 12 * 10**8), ("1.2B", 12 * 10**8), ("350M", 35 * 10**7), ("7,000", 7000), ("1e3k", 10**6)],
-)
-def test_counts(text: str, value: int) -> None:
-    assert parse_count(text, "--params") == value

