@@ -141,7 +141,7 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
         trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
         tokenizer.train_from_iterator(texts["training"], trainer)
         found = {
-            part: torch.cat([torch.tensor(one.ids) for one in tokenizer.encode_batch(text)])
+            part: torch.cat([torch.tensor(one.ids, dtype=torch.int64) for one in tokenizer.encode_batch(text)])
             for part, text in texts.items()
         }
         torch.save(found, file.with_suffix(".tmp"))

@@ -1,8 +1,8 @@
-"""Benchmarks: times of runs in turns on a quiet machine, goals, and busy processes to measure beside.
+"""Benchmarks: times of runs in turns on a quiet machine.
 
 A busy neighbour multiplies the time of work on torch's thread pool, which spins until its slowest thread is done, and
 hardly slows independent threads, so that ratios of such times are meaningless. Compared runs take turns, each waits
-for a quiet moment, and contended ones give no verdict.
+for a quiet moment, and contended ones are marked.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ from __future__ import annotations
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 MOST_OTHERS = 0.1
@@ -40,11 +37,6 @@ class Seconds:
         return statistics.median(self.runs)
 
     @property
-    def decides(self) -> bool:
-        """Whether most runs were quiet."""
-        return 2 * self.contended < len(self.runs)
-
-    @property
     def mark(self) -> str:
         """A note about the runs that were not quiet."""
         return f"  {self.contended} contended" if self.contended else ""
@@ -54,22 +46,21 @@ class Seconds:
 
 
 def take_turns(
-    runs: list[Callable[[], object]], repeats: int, before: Callable[[], None] | None = None, busy: bool = False
+    runs: list[Callable[[], object]],
+    repeats: int,
+    before: Callable[[], None] | None = None,
 ) -> list[Seconds]:
-    """Time several runs `repeats` times, in turns; `busy` if other processes run on purpose."""
+    """Time several runs `repeats` times, in turns."""
     found: list[list[tuple[float, float]]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, times in zip(runs, found, strict=True):
             if before is not None:
                 before()
-            end = time.monotonic() + (0 if busy else PATIENCE)
+            end = time.monotonic() + PATIENCE
             while time.monotonic() < end and _timed(lambda: time.sleep(0.2))[1] > MOST_OTHERS / 2:
                 pass
             times.append(_timed(run))
-    return [
-        Seconds(tuple(one for one, _ in times), 0 if busy else sum(share > MOST_OTHERS for _, share in times))
-        for times in found
-    ]
+    return [Seconds(tuple(one for one, _ in times), sum(share > MOST_OTHERS for _, share in times)) for times in found]
 
 
 def _timed(run: Callable[[], object]) -> tuple[float, float]:
@@ -98,53 +89,19 @@ def busy_seconds() -> float:
 
 @dataclass
 class Report:
-    """Prints times as they are measured, and collects the goals."""
+    """Prints times as they are measured."""
 
     repeats: int
-    goals: list[str] = field(default_factory=list)
 
     def times(
         self,
         runs: dict[str, Callable[[], object]],
         nbytes: int = 0,
         before: Callable[[], None] | None = None,
-        busy: bool = False,
     ) -> list[Seconds]:
         """Time runs to be compared, in turns, and print them with their rates over `nbytes`."""
-        found = take_turns(list(runs.values()), self.repeats, before, busy)
+        found = take_turns(list(runs.values()), self.repeats, before)
         for label, seconds in zip(runs, found, strict=True):
             rate = f"  {nbytes / seconds.median / 1e9:6.2f} GB/s" if nbytes else ""
             print(f"  {label:<44}{seconds}{rate}", flush=True)
         return found
-
-    def goal(self, what: str, found: float, limit: float, rests_on: Sequence[Seconds], at_least: bool = False) -> None:
-        """Note whether a goal is met; without a verdict if one of its times was contended."""
-        met = found >= limit if at_least else found <= limit
-        verdict = ("met" if met else "MISSED") if all(seconds.decides for seconds in rests_on) else "NOT JUDGED"
-        self.goals.append(f"  {verdict:<10}  {what}: {found:.2f} (goal {'>=' if at_least else '<='} {limit:g})")
-
-
-_WORK = """
-import os
-parent = os.getppid()
-while os.getppid() == parent:  # ends with its parent
-    sum(range(1_000_000))
-"""
-
-
-@contextmanager
-def busy_machine(processes: int | None = None) -> Iterator[None]:
-    """Keep processes busy within the block, two for each core by default."""
-    count = 2 * CORES if processes is None else processes
-    running = [subprocess.Popen([sys.executable, "-c", _WORK]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-
-def load_text() -> str:
-    """The system's load average over the last minute."""
-    return f"load {os.getloadavg()[0]:.1f} on {CORES} cores"
