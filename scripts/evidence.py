@@ -3,16 +3,16 @@
     python scripts/evidence.py [--out evidence] [--processes 2] [--quick] [--record] [--tables]
 
 - A language model on the source text of Python's standard library: a decoder of 3.4 M parameters, AdamW in bfloat16,
-  with a constant learning rate, with one that falls over the last fifth (it leaves the constant run there), and cosine.
+  with a constant learning rate, with one that falls over the last fifth, and cosine.
 - A diffusion model on scikit-learn's digits: the denoiser of `ema demo`, larger and longer.
 - A classifier of digits with BatchNorm, SGD with momentum, constant rate and cosine.
 
 Each is trained with three seeds. What is compared averages the same training, so that differences are taken seed by
-seed; the length of ours is searched by the loss on validation data, and all are measured on test data.
+seed; the length of ours is searched by the loss on validation data, and all are measured on test data. Where the rate
+falls to zero, lengths from 0.002 are measured, too, of averages that are tracked at every step.
 
 Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes on with what is not
-there. About 40 minutes on two cores. `--record` keeps the result for the guide, `--tables` prints the kept one and
-draws its pictures.
+there. `--record` keeps the result for the guide, `--tables` prints the kept one and draws its pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_runs import LENGTHS, MEASURED, Training, measure, train
+from evidence_runs import LENGTHS, MEASURED, SHORT, Training, measure, train
 from evidence_tasks import TASKS, Language
 from matplotlib.figure import Figure
 
@@ -39,13 +39,6 @@ from posthoc_cli import plots
 SEEDS = 3
 RECORD = Path(__file__).with_name("evidence.json")
 PICTURES = Path(__file__).parent.parent / ".assets"
-
-CHAINS = {
-    "language": (("constant", "decayed"), ("cosine",)),
-    "diffusion": (("inverse-sqrt",),),
-    "classifier": (("constant",), ("cosine",)),
-}
-"""Trainings by task; those of a chain go on from the one before."""
 
 ROWS = {
     "last": "last weights",
@@ -99,10 +92,10 @@ def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
     root.mkdir(parents=True, exist_ok=True)
     Language(root, quick)  # makes the text once, before the processes want it
     jobs = [
-        (root, quick, name, schedules, seed)
+        (root, quick, Training(name, schedule, seed))
         for seed in range(1 if quick else SEEDS)
-        for name, chains in CHAINS.items()
-        for schedules in chains
+        for name, task in TASKS.items()
+        for schedule in task.schedules
     ]
     if processes == 1:
         for job in jobs:
@@ -111,18 +104,16 @@ def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             for future in [pool.submit(_work, *job) for job in jobs]:
                 future.result()
-    names = [Training(name, schedule, seed) for _, _, name, schedules, seed in jobs for schedule in schedules]
-    trainings = [json.loads((training.folder(root) / MEASURED).read_text()) for training in names]
+    trainings = [json.loads((training.folder(root) / MEASURED).read_text()) for _, _, training in jobs]
     return {"python": platform.python_version(), "torch": torch.__version__, "trainings": trainings}
 
 
-def _work(root: Path, quick: bool, name: str, schedules: Sequence[str], seed: int) -> None:
+def _work(root: Path, quick: bool, training: Training) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    task = TASKS[name](root, quick)
-    for work in (train, measure):
-        for schedule in schedules:
-            work(task, Training(name, schedule, seed), root)
+    task = TASKS[training.task](root, quick)
+    train(task, training, root)
+    measure(task, training, root)
     torch.set_num_threads(threads)
 
 
@@ -135,14 +126,15 @@ def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
 
 def tables(found: dict[str, Any]) -> list[str]:
     """Markdown: of each task a table of its averages, of the language model one more of differences."""
-    language = {title: _of(found, "language", schedule) for schedule, title in SCHEDULES.items()}
+    language = {schedule: _of(found, "language", schedule) for schedule in SCHEDULES}
     diffusion, constant, cosine = (
         _of(found, *name)
         for name in (("diffusion", "inverse-sqrt"), ("classifier", "constant"), ("classifier", "cosine"))
     )
     return [
-        _table("test loss, nats a token", {title: (runs, "loss", 1, 3) for title, runs in language.items()}),
+        _table("test loss, nats a token", {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()}),
         _differences(*language.values()),
+        _short({SCHEDULES[name]: language[name] for name in ("decayed", "cosine")}),
         _table(
             "denoiser",
             {"test loss, 1e-3": (diffusion, "loss", 1e3, 1), "Frechet distance": (diffusion, "frechet", 1, 3)},
@@ -186,6 +178,17 @@ def _differences(constant: list[Measured], decayed: list[Measured], cosine: list
             ("`decay:linear:20%` less the decayed run", less_decayed("linear"), "", ""),
         ]
     )
+
+
+def _short(columns: dict[str, list[Measured]]) -> str:
+    """Losses of short averages less those of the last weights, in thousandths of a nat, of the seeds measured there."""
+    measured = {title: [one for one in runs if str(SHORT[0]) in one["rows"]] for title, runs in columns.items()}
+    lines = [
+        (row, *(_paired(runs, row, runs, "last", "loss", 1e3, 2) for runs in measured.values()))
+        for row in map("{:g}".format, (*SHORT, LENGTHS[0]))
+    ]
+    titles = (f"{title}, seeds {' '.join(str(one['seed']) for one in runs)}" for title, runs in measured.items())
+    return _markdown([("`sigma_rel`", *titles), ["---"] * (1 + len(columns)), *lines])
 
 
 def _paired(

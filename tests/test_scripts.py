@@ -181,11 +181,10 @@ def test_bench_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bench_batch_norm_finds_averaged_statistics_near_measured_ones(capsys: pytest.CaptureFixture[str]) -> None:
     bench_batch_norm.main(["--seeds", "1", "--steps", "300"])
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "| 0.25 |" in line]
-    assert [row[0].strip() for row in rows] == list(bench_batch_norm.NETWORKS)
-    for row in rows:
-        copied, averaged, measured = map(float, row[2:])
-        assert abs(averaged - measured) < 0.5 * (copied - measured)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("| 0.25 |")
+    copied, averaged, measured = map(float, last.split("|")[2:-1])
+    assert abs(averaged - measured) < 0.5 * (copied - measured)
 
 
 def test_ours_is_near_the_truth_and_the_peers_are_not_at_a_stride(
