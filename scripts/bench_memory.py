@@ -1,4 +1,4 @@
-"""The memory of a tracker of two profiles of float32 parameters whose snapshots are float16, and of large models.
+"""The memory of a tracker of two profiles of float32 parameters whose snapshots are float16.
 
 Measured of a model of 34 million parameters: what the tracker holds, and what the process has more at its peak.
 """
@@ -16,20 +16,14 @@ from posthoc_cli import PostHocEMA
 
 
 def main() -> None:
-    """Print bytes a parameter, and the GB of 1, 7 and 70 billion, alone and in each of 8 that share the model."""
-    found = {}
+    """Print bytes a parameter, and the GB of 7 billion."""
     for device in ("model", "cpu"):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # a peak is that of a process
-            found[device], peak = pool.submit(_bytes_each, device).result()
+            held, peak = pool.submit(_bytes_each, device).result()
         print(
-            f'device="{device}": {found[device]:.1f} bytes a parameter held, {peak:.1f} more in the process at its peak'
+            f'device="{device}": {held:.1f} bytes a parameter held, {7 * held:,.0f} GB of 7 billion; '
+            f"{peak:.1f} bytes more in the process at its peak"
         )
-    sizes = (1, 7, 70)
-    print("| |", " | ".join(f"{size} B | over 8" for size in sizes), "|")
-    print("| --- |" + " ---: | ---: |" * len(sizes))
-    for device, nbytes in found.items():
-        cells = (f"{size * nbytes:,.0f} | {size * nbytes / 8:,.1f}" for size in sizes)
-        print(f'| `device="{device}"`, {nbytes:.1f} bytes a parameter |', " | ".join(cells), "|")
 
 
 def _bytes_each(device: str) -> tuple[float, float]:

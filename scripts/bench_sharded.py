@@ -1,6 +1,6 @@
 """What tracking a sharded model costs each of its processes, beside one process that holds all of the model.
 
-    python scripts/bench_sharded.py [--ranks 2] [--folder FOLDER] [--quick]
+    python scripts/bench_sharded.py [--ranks 2] [--quick]
 
 Real processes on gloo, one thread each, track a model of `fully_shard`: two averages, an update at every call, float16
 snapshots. **Peak memory** is what a process holds more, at its peak, than with the model alone, read from Linux's
@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes that share the model")
-    parser.add_argument("--folder", type=Path, help="for snapshots of up to 1 GB; by default the system's own")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
@@ -46,14 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print("| | parameters held | peak memory | collectives |\n| --- | ---: | ---: | ---: |")
     for world in (1, asked.ranks):
-        held, peak, collectives = run_job(asked.folder, 50_000 if asked.quick else 50_000_000, world)
+        held, peak, collectives = run_job(50_000 if asked.quick else 50_000_000, world)
         label = "one process" if world == 1 else f"each of {world}"
         print(f"| {label} | {held / 1e6:.3g} MB | {peak / 1e6:,.0f} MB | {collectives} |")
 
 
-def run_job(folder: Path | None, parameters: int, world: int) -> list[int]:
+def run_job(parameters: int, world: int) -> list[int]:
     """Run the processes of a job to their end; the largest of each figure."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    with tempfile.TemporaryDirectory() as name:
         (Path(name) / "meeting").touch()
         processes = [start(["--job", str(rank), str(world), str(parameters), name]) for rank in range(world)]
         printed = [process.communicate()[0] for process in processes]

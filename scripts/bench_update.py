@@ -57,13 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="where the models are: cpu or cuda")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
-    parser.add_argument("--folder", type=Path, help="for snapshots of up to 1 GB; by default the system's own")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
     device, repeats, scale = parse_device(asked.device), 1 if asked.quick else asked.repeats, 100 if asked.quick else 1
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     many, large = small_tensors(2000 // scale), large_tensors(50_000_000 // scale, 24)
-    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         columns = {
             f"{len(many):,} tensors of 64 x 64": updates(many, torch.float32, device, folder / "many", repeats),
@@ -77,11 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training(device, folder / "training", repeats, 64 if asked.quick else 256, 20)
 
 
-def times(runs: dict[str, Callable[[], object]], repeats: int, each: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds and processor seconds of runs in turns, divided by `each`."""
+def times(
+    runs: dict[str, Callable[[], object]], repeats: int, each: int = 1, before: Callable[[], object] = os.sync
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds and processor seconds of runs in turns, divided by `each`; `before` comes before each run."""
     found: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in runs}
     for _ in range(repeats):
         for label, run in runs.items():
+            before()
             seconds, processor = time.perf_counter(), time.process_time()
             run()
             found[label][0].append((time.perf_counter() - seconds) / each)

@@ -2,18 +2,17 @@
 
     python scripts/compare_peers.py [--steps 10000] [--cache FOLDER]
 
-Every library is shown the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28, stores a float32
-snapshot of both every 500 steps and is asked for averages of three lengths at the end, through public interfaces; every
-option not named here has its library's default.
+Every library is shown the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28, stores a
+float32 snapshot of both every 500 steps and is asked for averages of three lengths at the end, through public
+interfaces; every option not named here has its library's default.
 
 **The true average** is over *every* step, also where a library looks at every tenth only. It is computed here from the
 definition, in float64, by no library's code. Distances are Euclidean over all parameters, relative to the true average.
-Two rows help to judge the others: "raw final weights" is no averaging at all, and "every 10th step, exactly" is the true
-average over steps 10, 20, ... only: what looking at every tenth step costs anyone.
+"raw final weights" is no averaging at all; "every 10th step, exactly" is the true average over steps 10, 20, ... only.
 
-**What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, right for an interval of one step, whatever
-`update_every` is: at 10 they track (gamma+1)/10 where gamma+1 was asked for. At update_every=1 what remains is small: both
-count t one step ahead, and `posthoc_ema` by default passes over the first 99 calls and counts t from there.
+**What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, right for an interval of one step: at
+update_every=10 they track (gamma+1)/10 where gamma+1 was asked for. At update_every=1 what remains is small: both count
+t one step ahead, and `posthoc_ema` by default passes over the first 99 calls and counts t from there.
 """
 
 from __future__ import annotations
