@@ -37,6 +37,7 @@ from matplotlib.figure import Figure
 from posthoc_cli import plots
 
 SEEDS = 3
+TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 RECORD = Path(__file__).with_name("evidence.json")
 PICTURES = Path(__file__).parent.parent / ".assets"
 
@@ -133,7 +134,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     )
     return [
         _table("test loss, nats a token", {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()}),
-        _differences(*language.values()),
+        _differences(language["constant"], language["decayed"]),
         _short({SCHEDULES[name]: language[name] for name in ("decayed", "cosine")}),
         _table(
             "denoiser",
@@ -159,23 +160,20 @@ def _table(corner: str, columns: dict[str, Column]) -> str:
     return _markdown([(corner, *columns), ["---"] * (1 + len(columns)), *lines, ("best length, by seed", *lengths)])
 
 
-def _differences(constant: list[Measured], decayed: list[Measured], cosine: list[Measured]) -> str:
-    """What one loses or gains by choosing another average of the language model."""
+def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
+    """What one loses or gains by choosing another average of the language model at a constant rate."""
 
-    def best_less(row: str) -> list[str]:
-        return [_paired(runs, "best", runs, row, "loss", 1, 4) for runs in (constant, decayed, cosine)]
-
-    def less_decayed(row: str) -> str:
-        return _paired(constant, row, decayed, "last", "loss", 1, 4)
+    def less(row: str, others: list[Measured], other: str) -> str:
+        return _paired(constant, row, others, other, "loss", 1, 4)
 
     return _markdown(
         [
-            ("difference of test losses", *SCHEDULES.values()),
-            ["---"] * 4,
-            ("best length less the mean of 5 checkpoints", *best_less("mean-5")),
-            ("best length less `sigma_rel` 0.05", *best_less("0.05")),
-            ("best length less the decayed run", less_decayed("best"), "", ""),
-            ("`decay:linear:20%` less the decayed run", less_decayed("linear"), "", ""),
+            ("constant rate", "difference of test losses"),
+            ["---"] * 2,
+            ("best length less the mean of 5 checkpoints", less("best", constant, "mean-5")),
+            ("best length less `sigma_rel` 0.05", less("best", constant, "0.05")),
+            ("best length less the decayed run", less("best", decayed, "last")),
+            ("`decay:linear:20%` less the decayed run", less("linear", decayed, "last")),
         ]
     )
 
@@ -236,11 +234,11 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
     return figure, panels
 
 
-def _curve(axes: Any, index: int, values: Any, label: str) -> None:
-    """Means over seeds with their standard errors; values [seeds, lengths]."""
+def _curve(axes: Any, index: int, values: dict[float, Any], label: str) -> None:
+    """Means over seeds with their standard errors, of each length."""
     axes.errorbar(
-        LENGTHS, np.mean(values, axis=0), _error(values), color=plots.COLOURS[index], linestyle=plots.STYLES[index],
-        marker=plots.MARKERS[index], markersize=3.5, capsize=2, label=label,
+        [*values], [*map(np.mean, values.values())], [*map(_error, values.values())], color=plots.COLOURS[index],
+        linestyle=plots.STYLES[index], marker=plots.MARKERS[index], markersize=3.5, capsize=2, label=label,
     )  # fmt: skip
 
 
@@ -249,7 +247,12 @@ def _language(found: dict[str, Any]) -> Figure:
     figure, panels = _panels(3)
     for axes, (schedule, title) in zip(panels, SCHEDULES.items(), strict=True):
         runs = [one["rows"] for one in _of(found, "language", schedule)]
-        ours = [[rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for length in LENGTHS] for rows in runs]
+        ours = {
+            length: [rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for rows in runs if f"{length:g}" in rows]
+            for length in (SHORT + LENGTHS if schedule != "constant" else LENGTHS)
+        }
+        if schedule != "constant":
+            axes.set_xticks(TICKS, [f"{length:g}" for length in TICKS], fontsize=6)
         others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
         mean, error = np.mean(others), _error(others)
         _curve(axes, 0, ours, "ours")
@@ -270,7 +273,8 @@ def _time(found: dict[str, Any]) -> Figure:
         for index, step in enumerate(runs[0]):
             values = np.array([[run[step][f"{length:g}"][metric] for length in LENGTHS] for run in runs])
             best = values[:, [values.mean(axis=0).argmin()]]
-            _curve(axes, index, 100 * (values / best - 1), f"{int(step):,} steps")
+            above = dict(zip(LENGTHS, 100 * (values / best - 1).T, strict=True))
+            _curve(axes, index, above, f"{int(step):,} steps")
         axes.set_title(title, fontsize=9)
         axes.set_ylabel("above the best, %")
     panels[0].legend(fontsize=7)
