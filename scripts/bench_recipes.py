@@ -10,9 +10,8 @@ every 10 epochs, with the optimizer's state kept, as in the authors' code, or cl
 **Switch EMA** (arXiv 2402.09240): SGD with momentum on 1,200 digits for 40 epochs, at a good learning rate and at four
 times that rate, the average of decay 0.9 copied into the model at the end of every epoch.
 
-Shown is the share of unseen images that the weights in use tell right, mean and standard error over seeds, and its
-difference to another row with the 95 % interval (Student's t). Each seed has its own images, wrong labels, first
-weights and batches, the same for all rows; differences are taken seed by seed.
+Shown is the share of unseen images that the weights in use tell right, and its difference to another row, seed by seed:
+means and standard errors. Each seed has its own images, wrong labels, first weights and batches, the same for all rows.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trained_networks import CLASSES, SIDE, digits
@@ -85,14 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def show(methods: Sequence[Method], found: Sequence[dict[str, float]]) -> None:
     """A line for each method; `found` has the accuracies of each seed."""
-    print(f"{'':<32}{'accuracy %':>14}   difference, 95 % interval")
+    print(f"{'':<32}{'accuracy %':>14}   difference")
     for method in methods:
         mean, error = _mean([seed[method.label] for seed in found])
         line = f"{method.label:<32}{f'{mean:.1f} ± {error:.1f}':>14}"
         if method.against:
             mean, error = _mean([seed[method.label] - seed[method.against] for seed in found])
-            half = error * float(stats.t.ppf(0.975, len(found) - 1))
-            line += f"   {mean:+.2g} ({mean - half:+.2g} to {mean + half:+.2g}) against {method.against}"
+            line += f"   {mean:+.2g} ± {error:.1g} against {method.against}"
         print(line, flush=True)
 
 

@@ -135,7 +135,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     return [
         _table("test loss, nats a token", {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()}),
         _differences(language["constant"], language["decayed"]),
-        _short({SCHEDULES[name]: language[name] for name in ("decayed", "cosine")}),
+        _short(language["decayed"], language["cosine"], cosine),
         _table(
             "denoiser",
             {"test loss, 1e-3": (diffusion, "loss", 1e3, 1), "Frechet distance": (diffusion, "frechet", 1, 3)},
@@ -178,15 +178,24 @@ def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
     )
 
 
-def _short(columns: dict[str, list[Measured]]) -> str:
-    """Losses of short averages less those of the last weights, in thousandths of a nat, of the seeds measured there."""
-    measured = {title: [one for one in runs if str(SHORT[0]) in one["rows"]] for title, runs in columns.items()}
+def _short(decayed: list[Measured], cosine: list[Measured], classifier: list[Measured]) -> str:
+    """What short averages have more than the last weights, of the seeds that they were measured of."""
+    columns: dict[str, Column] = {
+        "decayed, 1e-3 nats": (decayed, "loss", 1e3, 2),
+        "cosine, 1e-3 nats": (cosine, "loss", 1e3, 2),
+        "classifier, cosine, points of error": (classifier, "error", 100, 2),
+    }
+    measured = {
+        title: (runs, *how)
+        for title, (all_runs, *how) in columns.items()
+        if (runs := [one for one in all_runs if str(SHORT[0]) in one["rows"]])
+    }
     lines = [
-        (row, *(_paired(runs, row, runs, "last", "loss", 1e3, 2) for runs in measured.values()))
-        for row in map("{:g}".format, (*SHORT, LENGTHS[0]))
+        (row, *(_paired(runs, row, runs, "last", *how) for runs, *how in measured.values()))
+        for row in map("{:g}".format, SHORT[::2])
     ]
-    titles = (f"{title}, seeds {' '.join(str(one['seed']) for one in runs)}" for title, runs in measured.items())
-    return _markdown([("`sigma_rel`", *titles), ["---"] * (1 + len(columns)), *lines])
+    seeds = ("seeds", *(" ".join(str(one["seed"]) for one in runs) for runs, *_ in measured.values()))
+    return _markdown([("`sigma_rel`", *measured), ["---"] * (1 + len(measured)), *lines, seeds])
 
 
 def _paired(
@@ -249,7 +258,8 @@ def _language(found: dict[str, Any]) -> Figure:
         runs = [one["rows"] for one in _of(found, "language", schedule)]
         ours = {
             length: [rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for rows in runs if f"{length:g}" in rows]
-            for length in (SHORT + LENGTHS if schedule != "constant" else LENGTHS)
+            for length in SHORT + LENGTHS
+            if any(f"{length:g}" in rows for rows in runs)
         }
         if schedule != "constant":
             axes.set_xticks(TICKS, [f"{length:g}" for length in TICKS], fontsize=6)
