@@ -1,12 +1,9 @@
-"""What `posthoc_cli.averages` costs: an update beside torch's own, and the modes of `DifferentiableEMA`.
+"""What the modes of `DifferentiableEMA` cost, for the guide `averages`.
 
-    python scripts/bench_averages.py [--repeats 15] [--quick]
+    python scripts/bench_averages.py [--repeats 5] [--quick]
 
-First an update of an average of 2,000 small tensors, and of as many in bfloat16, beside
-`torch.optim.swa_utils` with its fused function: medians of one update of 20, in turns; see `quiet_timing`.
-
-Then a network of two hidden layers is trained so that the running mean of its 8 outputs on digits comes near a target:
-every step takes the mean of a batch into the average and calls `backward` on the average's distance from the target.
+A network of two hidden layers is trained so that the running mean of its 8 outputs on digits comes near a target: every
+step takes the mean of a batch into the average and calls `backward` on the average's distance from the target.
 **Memory** is the most bytes of tensors alive at any operation of the last of 128 updates, beyond network and data,
 counted by following every tensor that an operation makes; **time** the least of repeated runs of that whole step, the
 median of the last five. **Distance** is that of the gradient to the whole graph's in the same run of weights, median
@@ -16,67 +13,33 @@ over the second half; what "truncated" and "window" leave out is no error of the
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from quiet_timing import take_turns
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trained_networks import SIDE, digits
 
-from posthoc_cli.averages import DifferentiableEMA, ExponentialMovingAverage
+from posthoc_cli.averages import DifferentiableEMA
 
-MOMENTUM = 2e-4
 OUTPUTS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print both tables."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=15, help="runs")
+    parser.add_argument("--repeats", type=int, default=5, help="runs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
-    repeats, tensors, updates = (1, 20, 24) if asked.quick else (asked.repeats, 2000, 128)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("\n| one update, ms | ours | swa_utils |\n| --- | ---: | ---: |")
-    layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(tensors // 2)))
-    compare_updates(f"{tensors:,} tensors of 16 and 16 x 16", layers, repeats)
-    compare_updates("the same in bfloat16", layers.bfloat16(), repeats)
     torch.set_num_threads(1)
-    print(f"\n| update {updates} | memory, MB | time, ms | distance |\n| --- | ---: | ---: | ---: |")
-    compare_modes(updates, min(repeats, 5), (32, 32) if asked.quick else (128, 256))
-
-
-# --- updates ---------------------------------------------------------------------------------------
-
-
-def compare_updates(title: str, model: nn.Module, repeats: int) -> None:
-    """Print a row."""
-    ours = ExponentialMovingAverage(model, MOMENTUM)
-    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - MOMENTUM))
-
-    def repeated(average: ExponentialMovingAverage | AveragedModel) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(20):
-                average.update_parameters(model)
-
-        run()  # the first update copies
-        return run
-
-    found = take_turns([repeated(ours), repeated(theirs)], repeats)
-    print(f"| {title} | {' | '.join(f'{1e3 * one.median / 20:.2f}{one.mark}' for one in found)} |", flush=True)
-
-
-# --- modes -----------------------------------------------------------------------------------------
+    print("| mode | memory, MB | time, ms | distance |\n| --- | ---: | ---: | ---: |")
+    compare_modes(*((24, 1, (32, 32)) if asked.quick else (128, asked.repeats, (128, 256))))
 
 
 class Training:

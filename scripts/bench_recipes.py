@@ -10,28 +10,23 @@ every 10 epochs, with the optimizer's state kept, as in the authors' code, or cl
 **Switch EMA** (arXiv 2402.09240): SGD with momentum on 1,200 digits for 40 epochs, at a good learning rate and at four
 times that rate, the average of decay 0.9 copied into the model at the end of every epoch.
 
-Shown is the share of unseen images that the weights in use tell right, mean and standard error over seeds, and its
-difference to another row with the 95 % interval (Student's t). Each seed has its own images, wrong labels, first
-weights and batches, the same for all rows; differences are taken seed by seed.
+Shown is the share of unseen images that the weights in use tell right, and its difference to another row, seed by seed:
+means and standard errors. Each seed has its own images, wrong labels, first weights and batches, the same for all rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trained_networks import CLASSES, SIDE, digits
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.averages import HareAndTortoise, SwitchEMA
 
 Images = tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +41,7 @@ class Method:
         label: of the row.
         against: the label of the row that the difference is taken to.
         warm: whether the part with wrong labels comes first.
-        average: "" to use the weights, "decay", or "tracker" for a `PostHocEMA`.
+        averaged: whether the average is used, not the weights.
         copies: whether the average is copied into the model.
         clears: whether the optimizer's state is cleared then.
     """
@@ -54,23 +49,21 @@ class Method:
     label: str
     against: str = ""
     warm: bool = True
-    average: str = "decay"
+    averaged: bool = True
     copies: bool = True
     clears: bool = False
 
 
 HARE = (
-    Method("fresh", warm=False, average="", copies=False),
-    Method("warm-started", "fresh", average="", copies=False),
+    Method("fresh", warm=False, averaged=False, copies=False),
+    Method("warm-started", "fresh", averaged=False, copies=False),
     Method("Hare & Tortoise", "warm-started"),
     Method("Hare & Tortoise, state cleared", "warm-started", clears=True),
-    Method("Hare & Tortoise, tracker", "warm-started", average="tracker", clears=True),
 )
 SWITCH = (
-    Method("SGD", average="", copies=False),
+    Method("SGD", averaged=False, copies=False),
     Method("EMA", "SGD", copies=False),
     Method("Switch EMA", "EMA"),
-    Method("Switch EMA, tracker", "EMA", average="tracker"),
 )
 
 
@@ -90,14 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def show(methods: Sequence[Method], found: Sequence[dict[str, float]]) -> None:
     """A line for each method; `found` has the accuracies of each seed."""
-    print(f"{'':<32}{'accuracy %':>14}   difference, 95 % interval")
+    print(f"{'':<32}{'accuracy %':>14}   difference")
     for method in methods:
         mean, error = _mean([seed[method.label] for seed in found])
         line = f"{method.label:<32}{f'{mean:.1f} ± {error:.1f}':>14}"
         if method.against:
             mean, error = _mean([seed[method.label] - seed[method.against] for seed in found])
-            half = error * float(stats.t.ppf(0.975, len(found) - 1))
-            line += f"   {mean:+.2g} ({mean - half:+.2g} to {mean + half:+.2g}) against {method.against}"
+            line += f"   {mean:+.2g} ± {error:.1g} against {method.against}"
         print(line, flush=True)
 
 
@@ -115,23 +107,22 @@ def hare(method: Method, seed: int, quick: bool) -> float:
     training, test = split(seed, count)
     wrong = with_wrong_labels((training[0][:first], training[1][:first]), seed)
     model, random = network(seed, width), torch.Generator().manual_seed(seed)
-    with ExitStack() as stack:
-        average, options = make_average(model, method, 0.99, 0.025, stack)
-        for (images, labels), length in zip((wrong, training), epochs, strict=True):
-            if labels is wrong[1] and not method.warm:
-                continue
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-3)
-            recipe = HareAndTortoise(average, optimizer=optimizer if method.clears else None, **options)
-            steps = length * (len(labels) // 16)
-            warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, 1.0, max(1, steps // 10))
-            for epoch in range(1, length + 1):
-                for chosen in batches(len(labels), 16, random):
-                    learn(model, (images[chosen], labels[chosen]), optimizer)
-                    warm_up.step()
-                    recipe.update(model)
-                if method.copies and epoch % 10 == 0:
-                    recipe.reset(model)
-        return accuracy(in_use(model, average, method, 0.025), test)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    for (images, labels), length in zip((wrong, training), epochs, strict=True):
+        if labels is wrong[1] and not method.warm:
+            continue
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-3)
+        recipe = HareAndTortoise(average, optimizer=optimizer if method.clears else None)
+        steps = length * (len(labels) // 16)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, 1.0, max(1, steps // 10))
+        for epoch in range(1, length + 1):
+            for chosen in batches(len(labels), 16, random):
+                learn(model, (images[chosen], labels[chosen]), optimizer)
+                warm_up.step()
+                recipe.update(model)
+            if method.copies and epoch % 10 == 0:
+                recipe.reset(model)
+    return accuracy(average.module if method.averaged else model, test)
 
 
 def switch(method: Method, rate: float, seed: int, quick: bool) -> float:
@@ -140,35 +131,15 @@ def switch(method: Method, rate: float, seed: int, quick: bool) -> float:
     (images, labels), test = split(seed, count)
     model, random = network(seed, width), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
-    with ExitStack() as stack:
-        average, options = make_average(model, method, 0.9, 0.02, stack)
-        recipe = SwitchEMA(average, **options)
-        for _ in range(epochs):
-            for chosen in batches(len(labels), 32, random):
-                learn(model, (images[chosen], labels[chosen]), optimizer)
-                recipe.update(model)
-            if method.copies:
-                recipe.switch(model)
-        return accuracy(in_use(model, average, method, 0.02), test)
-
-
-def make_average(
-    model: nn.Module, method: Method, decay: float, sigma_rel: float, stack: ExitStack
-) -> tuple[PostHocEMA | AveragedModel, dict[str, float]]:
-    """An average, and what a recipe over it must be told."""
-    if method.average != "tracker":
-        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)), {}
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    tracker = PostHocEMA.from_model(model, folder, (sigma_rel, 0.28), update_every=1, checkpoint_every=10**9)
-    return stack.enter_context(tracker), {"sigma_rel": sigma_rel}
-
-
-def in_use(model: nn.Module, average: PostHocEMA | AveragedModel, method: Method, sigma_rel: float) -> nn.Module:
-    """The network with the weights that one would use."""
-    if isinstance(average, PostHocEMA):
-        average.load_into(model, sigma_rel)
-        return model
-    return average.module if method.average else model
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    recipe = SwitchEMA(average)
+    for _ in range(epochs):
+        for chosen in batches(len(labels), 32, random):
+            learn(model, (images[chosen], labels[chosen]), optimizer)
+            recipe.update(model)
+        if method.copies:
+            recipe.switch(model)
+    return accuracy(average.module if method.averaged else model, test)
 
 
 def learn(model: nn.Module, batch: Images, optimizer: torch.optim.Optimizer) -> None:

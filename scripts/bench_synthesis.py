@@ -3,12 +3,12 @@
     python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick] [--checkpoints]
 
 Snapshots are 20 in float16 of made-up models, half of them for each of two profiles; targets are float32. Times are
-medians, with the range, of repeated runs in one process; "cold" is after the system was asked to forget the files, else
-they come from the page cache. All runs of ours verify every checksum. "Dropped" is a caller who takes each tensor and
-forgets it; "nowhere" is the engine alone, without a place for its results; "to a file" includes fsync. The peers read
-checkpoints of their own, of as many parameters and the same dtype, through their public interfaces. Other programs'
-checkpoints hold the same bytes as the snapshots that they are compared with; `--checkpoints` measures these alone. What
-is compared is run in turns, each in a quiet moment; see `quiet_timing`.
+medians of repeated runs in turns, in milliseconds, with the processor time of all threads in parentheses, which other
+programs on the machine change less; "cold" is after the system was asked to forget the files, else they come from the
+page cache. All runs of ours verify every checksum. "Dropped" is a caller who takes each tensor and forgets it; "to a
+file" includes fsync. The peers read checkpoints of their own, of as many parameters and the same dtype, through their
+public interfaces. Other programs' checkpoints hold the same bytes as the snapshots that they are compared with;
+`--checkpoints` measures these alone.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import argparse
 import os
 import platform
 import shutil
+import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from bench_update import cell, times
 from compare_peers import ema_pytorch, posthoc_ema
-from quiet_timing import Report, take_turns
 from synthesis_cases import (
     CHECKPOINTS,
     Layers,
@@ -34,7 +34,6 @@ from synthesis_cases import (
     large_tensors,
     peak_memory,
     read_plainly,
-    small_tensors,
     without_noise,
     write_checkpoints,
     write_snapshots,
@@ -43,7 +42,7 @@ from synthesis_cases import (
 
 from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
-from posthoc_cli.synthesis.engine import Options, TileWriter, check_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
@@ -60,18 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     device, million = str(check_device(asked.device)), 10_000 if asked.quick else 1_000_000
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, sums on {device}")
-    report = Report(1 if asked.quick else asked.repeats)
+    repeats = 1 if asked.quick else asked.repeats
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
         if not asked.checkpoints:
             for parameters in (48 * million, 100 * million):
-                measure_model(report, folder, parameters, device)
-            measure_tensors(report, folder, 60 if asked.quick else 2000, device)
+                measure_model(repeats, folder, parameters, device)
             measure_memory(folder, (10 * million, 1000 * million))
-        measure_checkpoints(report, folder, 48 * million, device)
+        measure_checkpoints(repeats, folder, 48 * million, device)
 
 
-def measure_model(report: Report, folder: Path, parameters: int, device: str) -> None:
+def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> None:
     """One target and 31 of a model, and the peers' one, warm and cold."""
     run, out, buffer, options = folder / "run", folder / "out.safetensors", bytearray(4 * 2**20), Options(device)
     write_snapshots(run, large_tensors(parameters))
@@ -79,38 +77,27 @@ def measure_model(report: Report, folder: Path, parameters: int, device: str) ->
     print(f"\n20 float16 snapshots of {parameters:,} parameters; one target")
     runs = {
         "plain readinto loop, one thread": partial(read_plainly, run, buffer),
-        "engine, one thread, nowhere": lambda: exhaust(nowhere(one, device, 1)),
+        "one core, dropped": lambda: exhaust(synthesize(one, Options(device, 1))),
         "all cores, dropped": lambda: exhaust(synthesize(one, options)),
         "all cores, to a file": lambda: write_synthesis(one, [out], OutputOptions(device, overwrite=True)),
     }
-    report.times(runs, one.read_bytes)
+    show(runs, repeats, one.read_bytes)
     cold = {"all cores, dropped, cold": runs["all cores, dropped"]}
-    report.times(cold, one.read_bytes, lambda: drop_from_cache(run))
+    show(cold, repeats, one.read_bytes, lambda: drop_from_cache(run))
     for start, others in ((posthoc_ema, {"update_after_step": 0}), (ema_pytorch, {})):
         with tempfile.TemporaryDirectory(dir=folder) as checkpoints, without_noise():
             update, average = start(Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others)
             for _ in range(10):
                 update()
             os.sync()  # what is still being written would be a neighbour
-            peer = partial(average, 0.15)
-            found = take_turns([lambda: dict(synthesize(one, options)), peer], report.repeats)
-        for label, seconds in zip(("ours, kept", f"{start.__name__}, 20 of its own"), found, strict=True):
-            print(f"  {label:<44}{seconds}", flush=True)
+            label, peer = f"{start.__name__}, 20 of its own", partial(average, 0.15)
+            found = times({"ours, kept": lambda: dict(synthesize(one, options)), label: peer}, repeats)
+        for label, one_found in found.items():
+            print(f"  {label:<44}{cell(*one_found)}", flush=True)
     print(f"{len(MANY)} targets")
-    engine = {"nowhere": lambda: exhaust(nowhere(many, device)), "dropped": lambda: exhaust(synthesize(many, options))}
-    report.times(engine)
+    show({"dropped": lambda: exhaust(synthesize(many, options))}, repeats)
     shutil.rmtree(run)
     out.unlink()
-
-
-def measure_tensors(report: Report, folder: Path, count: int, device: str) -> None:
-    """Many small tensors against the same bytes in 20 large ones."""
-    print(f"\n{count:,} tensors of 64 x 64 against the same bytes in 20; dropped")
-    plans = {}
-    for label, shapes in (("small", small_tensors(count)), ("large", large_tensors(count * 64 * 64))):
-        write_snapshots(folder / label, shapes)
-        plans[label] = planned(folder / label, [0.15])
-    compare(report, plans, device)
 
 
 def measure_memory(folder: Path, models: Sequence[int]) -> None:
@@ -124,7 +111,7 @@ def measure_memory(folder: Path, models: Sequence[int]) -> None:
         out.unlink()
 
 
-def measure_checkpoints(report: Report, folder: Path, parameters: int, device: str) -> None:
+def measure_checkpoints(repeats: int, folder: Path, parameters: int, device: str) -> None:
     """Checkpoints of other programs against snapshots of the same bytes: matrices, and some small tensors."""
     run, other = folder / "run", folder / "checkpoints"
     shapes: Shapes = {**large_tensors(parameters), **{f"norms.{i}": (1024,) for i in range(parameters // 200_000)}}
@@ -133,26 +120,29 @@ def measure_checkpoints(report: Report, folder: Path, parameters: int, device: s
     for layout in CHECKPOINTS:
         write_checkpoints(other, layout, shapes)
         os.sync()  # what is still being written would be a neighbour
-        compare(report, {"snapshots": planned(run, [0.15]), layout: planned(other, [0.15])}, device)
+        compare(repeats, {"snapshots": planned(run, [0.15]), layout: planned(other, [0.15])}, device)
         shutil.rmtree(other)
     shutil.rmtree(run)
 
 
-def compare(report: Report, plans: dict[str, Plan], device: str) -> None:
+def show(
+    runs: dict[str, Callable[[], object]], repeats: int, nbytes: int = 0, before: Callable[[], object] = os.sync
+) -> None:
+    """Time runs in turns, and print them with their rates over `nbytes`."""
+    for label, found in times(runs, repeats, before=before).items():
+        rate = f"{nbytes / statistics.median(found[0]) / 1e9:6.2f} GB/s" if nbytes else ""
+        print(f"  {label:<44}{cell(*found):<20}{rate}", flush=True)
+
+
+def compare(repeats: int, plans: dict[str, Plan], device: str) -> None:
     """Time some plans in turns."""
     runs = {label: lambda plan=plan: exhaust(synthesize(plan, Options(device))) for label, plan in plans.items()}
-    report.times(runs, max(plan.read_bytes for plan in plans.values()))
+    show(runs, repeats, max(plan.read_bytes for plan in plans.values()))
 
 
 def planned(run: Path, targets: Sequence[float]) -> Plan:
     """A plan for targets of a directory."""
     return plan_synthesis(disk_sources(run), targets, dtype="float32")
-
-
-def nowhere(plan: Plan, device: str, workers: int | None = None) -> Iterable[object]:
-    """The engine alone."""
-    nowhere = SimpleNamespace(open_tile=lambda _: TileWriter())
-    return synthesize_into(plan, [nowhere] * len(plan.targets), Options(device, workers))
 
 
 def exhaust(items: Iterable[object]) -> None:

@@ -2,25 +2,17 @@
 
     python scripts/compare_peers.py [--steps 10000] [--cache FOLDER]
 
-Every library is shown the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28, stores
-a float32 snapshot of both every 500 steps (20 each) and is asked for averages of three lengths at the end. All
-through public interfaces; every option not named here has its library's default.
+Every library is shown the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28, stores a
+float32 snapshot of both every 500 steps and is asked for averages of three lengths at the end, through public
+interfaces; every option not named here has its library's default.
 
-**The true average** is over *every* step, also where a library looks at every tenth only: a user who asks for
-sigma_rel 0.15 means the average of what training went through, not of what the hook happened to see. It is
-computed here from the definition, in float64, by no library's code: the weights after step k of T count
-(k/T)**(gamma+1) - ((k-1)/T)**(gamma+1), with gamma the largest root of
-(gamma+2)**2 (gamma+3) sigma_rel**2 = gamma+1. Distances are Euclidean over all parameters, relative to the true
-average. Two rows help to judge the others: "raw final weights" is no averaging at all, and "every 10th step,
-exactly" is the true average over steps 10, 20, ... only: what looking at every tenth step costs anyone.
+**The true average** is over *every* step, also where a library looks at every tenth only. It is computed here from the
+definition, in float64, by no library's code. Distances are Euclidean over all parameters, relative to the true average.
+"raw final weights" is no averaging at all; "every 10th step, exactly" is the true average over steps 10, 20, ... only.
 
-**What differs, and why.** An update at time t keeps the share beta of the average. Exact for any stride is
-beta = (t_prev/t)**(gamma+1), with t_prev the time of the update before. Both peers use
-(1 - 1/t)**(gamma+1), the value for an interval of one step, whatever `update_every` is. At update_every=10
-what they track therefore has (gamma+1)/10 where gamma+1 was asked for, yet the coefficients are solved for the
-gammas that were asked for. At update_every=1 their beta is right, and what remains is small: both count t one
-step ahead, and `posthoc_ema` by default passes over the first 99 calls and counts t from there, while it names
-its snapshots, and solves for them, by the call.
+**What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, right for an interval of one step: at
+update_every=10 they track (gamma+1)/10 where gamma+1 was asked for. At update_every=1 what remains is small: both count
+t one step ahead, and `posthoc_ema` by default passes over the first 99 calls and counts t from there.
 """
 
 from __future__ import annotations

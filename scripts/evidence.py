@@ -3,16 +3,16 @@
     python scripts/evidence.py [--out evidence] [--processes 2] [--quick] [--record] [--tables]
 
 - A language model on the source text of Python's standard library: a decoder of 3.4 M parameters, AdamW in bfloat16,
-  with a constant learning rate, with one that falls over the last fifth (it leaves the constant run there), and cosine.
+  with a constant learning rate, with one that falls over the last fifth, and cosine.
 - A diffusion model on scikit-learn's digits: the denoiser of `ema demo`, larger and longer.
 - A classifier of digits with BatchNorm, SGD with momentum, constant rate and cosine.
 
 Each is trained with three seeds. What is compared averages the same training, so that differences are taken seed by
-seed; the length of ours is searched by the loss on validation data, and all are measured on test data.
+seed; the length of ours is searched by the loss on validation data, and all are measured on test data. Where the rate
+falls to zero, lengths from 0.002 are measured, too, of averages that are tracked at every step.
 
 Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes on with what is not
-there. About 40 minutes on two cores. `--record` keeps the result for the guide, `--tables` prints the kept one and
-draws its pictures.
+there. `--record` keeps the result for the guide, `--tables` prints the kept one and draws its pictures.
 """
 
 from __future__ import annotations
@@ -30,22 +30,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_runs import LENGTHS, MEASURED, Training, measure, train
+from evidence_runs import LENGTHS, MEASURED, SHORT, Training, measure, train
 from evidence_tasks import TASKS, Language
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
 
 SEEDS = 3
+TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 RECORD = Path(__file__).with_name("evidence.json")
 PICTURES = Path(__file__).parent.parent / ".assets"
-
-CHAINS = {
-    "language": (("constant", "decayed"), ("cosine",)),
-    "diffusion": (("inverse-sqrt",),),
-    "classifier": (("constant",), ("cosine",)),
-}
-"""Trainings by task; those of a chain go on from the one before."""
 
 ROWS = {
     "last": "last weights",
@@ -99,10 +93,10 @@ def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
     root.mkdir(parents=True, exist_ok=True)
     Language(root, quick)  # makes the text once, before the processes want it
     jobs = [
-        (root, quick, name, schedules, seed)
+        (root, quick, Training(name, schedule, seed))
         for seed in range(1 if quick else SEEDS)
-        for name, chains in CHAINS.items()
-        for schedules in chains
+        for name, task in TASKS.items()
+        for schedule in task.schedules
     ]
     if processes == 1:
         for job in jobs:
@@ -111,18 +105,16 @@ def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             for future in [pool.submit(_work, *job) for job in jobs]:
                 future.result()
-    names = [Training(name, schedule, seed) for _, _, name, schedules, seed in jobs for schedule in schedules]
-    trainings = [json.loads((training.folder(root) / MEASURED).read_text()) for training in names]
+    trainings = [json.loads((training.folder(root) / MEASURED).read_text()) for _, _, training in jobs]
     return {"python": platform.python_version(), "torch": torch.__version__, "trainings": trainings}
 
 
-def _work(root: Path, quick: bool, name: str, schedules: Sequence[str], seed: int) -> None:
+def _work(root: Path, quick: bool, training: Training) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    task = TASKS[name](root, quick)
-    for work in (train, measure):
-        for schedule in schedules:
-            work(task, Training(name, schedule, seed), root)
+    task = TASKS[training.task](root, quick)
+    train(task, training, root)
+    measure(task, training, root)
     torch.set_num_threads(threads)
 
 
@@ -135,14 +127,15 @@ def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
 
 def tables(found: dict[str, Any]) -> list[str]:
     """Markdown: of each task a table of its averages, of the language model one more of differences."""
-    language = {title: _of(found, "language", schedule) for schedule, title in SCHEDULES.items()}
+    language = {schedule: _of(found, "language", schedule) for schedule in SCHEDULES}
     diffusion, constant, cosine = (
         _of(found, *name)
         for name in (("diffusion", "inverse-sqrt"), ("classifier", "constant"), ("classifier", "cosine"))
     )
     return [
-        _table("test loss, nats a token", {title: (runs, "loss", 1, 3) for title, runs in language.items()}),
-        _differences(*language.values()),
+        _table("test loss, nats a token", {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()}),
+        _differences(language["constant"], language["decayed"]),
+        _short(language["decayed"], language["cosine"], cosine),
         _table(
             "denoiser",
             {"test loss, 1e-3": (diffusion, "loss", 1e3, 1), "Frechet distance": (diffusion, "frechet", 1, 3)},
@@ -167,25 +160,42 @@ def _table(corner: str, columns: dict[str, Column]) -> str:
     return _markdown([(corner, *columns), ["---"] * (1 + len(columns)), *lines, ("best length, by seed", *lengths)])
 
 
-def _differences(constant: list[Measured], decayed: list[Measured], cosine: list[Measured]) -> str:
-    """What one loses or gains by choosing another average of the language model."""
+def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
+    """What one loses or gains by choosing another average of the language model at a constant rate."""
 
-    def best_less(row: str) -> list[str]:
-        return [_paired(runs, "best", runs, row, "loss", 1, 4) for runs in (constant, decayed, cosine)]
-
-    def less_decayed(row: str) -> str:
-        return _paired(constant, row, decayed, "last", "loss", 1, 4)
+    def less(row: str, others: list[Measured], other: str) -> str:
+        return _paired(constant, row, others, other, "loss", 1, 4)
 
     return _markdown(
         [
-            ("difference of test losses", *SCHEDULES.values()),
-            ["---"] * 4,
-            ("best length less the mean of 5 checkpoints", *best_less("mean-5")),
-            ("best length less `sigma_rel` 0.05", *best_less("0.05")),
-            ("best length less the decayed run", less_decayed("best"), "", ""),
-            ("`decay:linear:20%` less the decayed run", less_decayed("linear"), "", ""),
+            ("constant rate", "difference of test losses"),
+            ["---"] * 2,
+            ("best length less the mean of 5 checkpoints", less("best", constant, "mean-5")),
+            ("best length less `sigma_rel` 0.05", less("best", constant, "0.05")),
+            ("best length less the decayed run", less("best", decayed, "last")),
+            ("`decay:linear:20%` less the decayed run", less("linear", decayed, "last")),
         ]
     )
+
+
+def _short(decayed: list[Measured], cosine: list[Measured], classifier: list[Measured]) -> str:
+    """What short averages have more than the last weights, of the seeds that they were measured of."""
+    columns: dict[str, Column] = {
+        "decayed, 1e-3 nats": (decayed, "loss", 1e3, 2),
+        "cosine, 1e-3 nats": (cosine, "loss", 1e3, 2),
+        "classifier, cosine, points of error": (classifier, "error", 100, 2),
+    }
+    measured = {
+        title: (runs, *how)
+        for title, (all_runs, *how) in columns.items()
+        if (runs := [one for one in all_runs if str(SHORT[0]) in one["rows"]])
+    }
+    lines = [
+        (row, *(_paired(runs, row, runs, "last", *how) for runs, *how in measured.values()))
+        for row in map("{:g}".format, SHORT[::2])
+    ]
+    seeds = ("seeds", *(" ".join(str(one["seed"]) for one in runs) for runs, *_ in measured.values()))
+    return _markdown([("`sigma_rel`", *measured), ["---"] * (1 + len(measured)), *lines, seeds])
 
 
 def _paired(
@@ -233,11 +243,11 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
     return figure, panels
 
 
-def _curve(axes: Any, index: int, values: Any, label: str) -> None:
-    """Means over seeds with their standard errors; values [seeds, lengths]."""
+def _curve(axes: Any, index: int, values: dict[float, Any], label: str) -> None:
+    """Means over seeds with their standard errors, of each length."""
     axes.errorbar(
-        LENGTHS, np.mean(values, axis=0), _error(values), color=plots.COLOURS[index], linestyle=plots.STYLES[index],
-        marker=plots.MARKERS[index], markersize=3.5, capsize=2, label=label,
+        [*values], [*map(np.mean, values.values())], [*map(_error, values.values())], color=plots.COLOURS[index],
+        linestyle=plots.STYLES[index], marker=plots.MARKERS[index], markersize=3.5, capsize=2, label=label,
     )  # fmt: skip
 
 
@@ -246,7 +256,13 @@ def _language(found: dict[str, Any]) -> Figure:
     figure, panels = _panels(3)
     for axes, (schedule, title) in zip(panels, SCHEDULES.items(), strict=True):
         runs = [one["rows"] for one in _of(found, "language", schedule)]
-        ours = [[rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for length in LENGTHS] for rows in runs]
+        ours = {
+            length: [rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for rows in runs if f"{length:g}" in rows]
+            for length in SHORT + LENGTHS
+            if any(f"{length:g}" in rows for rows in runs)
+        }
+        if schedule != "constant":
+            axes.set_xticks(TICKS, [f"{length:g}" for length in TICKS], fontsize=6)
         others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
         mean, error = np.mean(others), _error(others)
         _curve(axes, 0, ours, "ours")
@@ -267,7 +283,8 @@ def _time(found: dict[str, Any]) -> Figure:
         for index, step in enumerate(runs[0]):
             values = np.array([[run[step][f"{length:g}"][metric] for length in LENGTHS] for run in runs])
             best = values[:, [values.mean(axis=0).argmin()]]
-            _curve(axes, index, 100 * (values / best - 1), f"{int(step):,} steps")
+            above = dict(zip(LENGTHS, 100 * (values / best - 1).T, strict=True))
+            _curve(axes, index, above, f"{int(step):,} steps")
         axes.set_title(title, fontsize=9)
         axes.set_ylabel("above the best, %")
     panels[0].legend(fontsize=7)

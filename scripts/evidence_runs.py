@@ -1,7 +1,6 @@
 """The trainings of `evidence`, recorded and measured: all that people average with runs beside the same training.
 
-A training is a folder; one that was killed is made anew, one that is done is left alone. The decayed run of a language
-model goes on from the constant one's state where its rate begins to fall, with all that averages there.
+A training is a folder; one that was killed is made anew, one that is done is left alone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_tasks import STABLE, Task
+from evidence_tasks import Task
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -33,7 +32,13 @@ LAST = 5
 """Checkpoints of the weights themselves, whose mean is measured."""
 
 LENGTHS = (0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25)
-"""Measured at every training; a search may take any from 0.02 to 0.28."""
+"""Measured at every training."""
+
+SHORT = (0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02)
+"""Measured, too, where the learning rate falls to zero."""
+
+TRACKED = (0.002, 0.005, 0.01, 0.05, 0.28)
+"""There, at every step; elsewhere the default."""
 
 BUDGET = 12
 """Lengths that a search may measure."""
@@ -51,6 +56,11 @@ class Training:
     task: str
     schedule: str
     seed: int
+
+    @property
+    def falls(self) -> bool:
+        """Whether the learning rate falls to zero."""
+        return self.schedule in ("decayed", "cosine")
 
     def folder(self, root: Path) -> Path:
         """Of its records."""
@@ -75,20 +85,12 @@ def train(task: Task, training: Training, root: Path) -> None:
     rates = [group["lr"] for group in optimizer.param_groups]
     classical = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     checkpoints: deque[Tensors] = deque(maxlen=LAST)
-    first, turn, every = 1, round(STABLE * task.steps), max(10, task.steps // CHECKPOINTS)
-    branch = Training(training.task, "constant", training.seed).folder(root) / "branch"
-    if training.schedule == "decayed":
-        shutil.copytree(branch / "ema", folder / "ema")
-        state, first = torch.load(branch / "state.pt"), turn + 1
-        for one, held in zip((model, optimizer, classical), state["states"], strict=True):
-            one.load_state_dict(held)
-        checkpoints.extend(state["checkpoints"])
-        ema = PostHocEMA.from_path(folder / "ema", model)
-    else:
-        kept = None if task.keep_all else 20
-        ema = PostHocEMA.from_model(model, folder / "ema", checkpoint_every=every, max_checkpoints=kept)
+    every = max(10, task.steps // CHECKPOINTS)
+    tracking: dict[str, Any] = {"sigma_rels": TRACKED, "update_every": 1} if training.falls else {}
+    kept = None if task.keep_all else 20
+    ema = PostHocEMA.from_model(model, folder / "ema", checkpoint_every=every, max_checkpoints=kept, **tracking)
     random = torch.Generator()
-    for step in range(first, task.steps + 1):
+    for step in range(1, task.steps + 1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * task.rate(training.schedule, step)
         loss = task.loss(model, random.manual_seed(1_000_003 * training.seed + step))
@@ -100,16 +102,9 @@ def train(task: Task, training: Training, root: Path) -> None:
         if step % every == 0:
             checkpoints.append(copied(model))
             print(f"{folder.name}: {step} of {task.steps}, loss {float(loss.detach()):.4f}", flush=True)
-        if step == turn and training.schedule == "constant" and "decayed" in task.schedules:
-            ema.flush()
-            shutil.copytree(folder / "ema", branch / "ema", ignore=shutil.ignore_patterns(".*"))
-            states = [one.state_dict() for one in (model, optimizer, classical)]
-            torch.save({"states": states, "checkpoints": list(checkpoints)}, branch / "state.pt")
     ema.close()
     weights = {"last": copied(model), "0.999": copied(classical.module), f"mean-{LAST}": mean(checkpoints)}
     torch.save(weights, folder / WEIGHTS)
-    if training.schedule == "decayed":
-        shutil.rmtree(branch)
 
 
 def mean(checkpoints: Sequence[Tensors]) -> Tensors:
@@ -134,10 +129,12 @@ def measure(task: Task, training: Training, root: Path) -> None:
 
     run, weights = Run(folder / "ema"), torch.load(folder / WEIGHTS)
     rows = {name: measured(one, renew=name != "last") for name, one in weights.items()}
-    found = sweep(run, lambda averaged: measured(averaged, "validation")["loss"], low=0.02, high=0.28, budget=BUDGET)
+    lengths = SHORT + LENGTHS if training.falls else LENGTHS
+    low = min(SHORT) if training.falls else 0.02
+    found = sweep(run, lambda averaged: measured(averaged, "validation")["loss"], low=low, high=0.28, budget=BUDGET)
     best = found.value_of(found.found.best)
     rows["best"] = measured(run.average(best))
-    rows |= {f"{length:g}": measured(run.average(length)) for length in LENGTHS}
+    rows |= {f"{length:g}": measured(run.average(length)) for length in lengths}
     if "decayed" in task.schedules and training.schedule == "constant":
         rows["linear"] = measured(run.average(Decay("linear", over=0.2)))
     measurements: dict[str, Any] = {**asdict(training), "rows": rows, "best": best}

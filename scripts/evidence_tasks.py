@@ -7,7 +7,6 @@ import math
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -56,10 +55,10 @@ class Task:
 
 
 QUICK = 50
-"""Steps of a training that is only tried; at STABLE of them averages are updated."""
+"""Steps of a training that is only tried."""
 
 STABLE = 0.8
-"""The fraction of training at which the decayed run leaves the constant one."""
+"""The fraction of training at which the rate of the decayed run begins to fall."""
 
 
 # --- a language model --------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
         trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
         tokenizer.train_from_iterator(texts["training"], trainer)
         found = {
-            part: torch.cat([torch.tensor(one.ids) for one in tokenizer.encode_batch(text)])
+            part: torch.cat([torch.tensor(one.ids, dtype=torch.int64) for one in tokenizer.encode_batch(text)])
             for part, text in texts.items()
         }
         torch.save(found, file.with_suffix(".tmp"))
@@ -365,8 +364,4 @@ class Classifier(Task):
         return (moved + 0.8 * torch.randn(moved.shape, generator=random)).reshape(-1, 1, SIDE, SIDE), labels[chosen]
 
 
-TASKS: dict[str, Callable[[Path, bool], Task]] = {
-    "language": Language,
-    "diffusion": Diffusion,
-    "classifier": Classifier,
-}
+TASKS = {"language": Language, "diffusion": Diffusion, "classifier": Classifier}

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -35,12 +35,6 @@ def large_tensors(parameters: int, count: int = 20) -> dict[str, tuple[int, ...]
 def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
     """Matrices of 64 x 64."""
     return {f"layers.{index}.weight": (64, 64) for index in range(count)}
-
-
-def small_layers(count: int) -> dict[str, tuple[int, ...]]:
-    """Linear layers from 64 to 64, with biases."""
-    sizes = {"weight": (64, 64), "bias": (64,)}
-    return {f"layers.{index}.{name}": size for index in range(count) for name, size in sizes.items()}
 
 
 # --- our snapshots ---------------------------------------------------------------------------------
@@ -143,16 +137,6 @@ def read_plainly(folder: Path, buffer: bytearray) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-
-
-def write_plainly(paths: Sequence[Path], nbytes: int) -> None:
-    """Write `nbytes` bytes to each path and fsync it: what the disk takes for outputs of that size."""
-    data = memoryview(bytes(4 * 2**20))
-    for path in paths:
-        with path.open("wb", buffering=0) as file:
-            for begin in range(0, nbytes, len(data)):
-                file.write(data[: nbytes - begin])
-            os.fsync(file.fileno())
 
 
 def drop_from_cache(folder: Path) -> None:
