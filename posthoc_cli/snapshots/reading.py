@@ -55,7 +55,8 @@ _Result = TypeVar("_Result")
 class Part:
     """A file with stored tensors: what is where in it, and the box of each tensor; no boxes if all are complete.
 
-    One that is no safetensors file has an `identity`, by `sampled_identity`, in place of what a header tells.
+    A file that was indexed as another program's is known by its `identity`, see `sampled_identity`; any other by its
+    header.
     """
 
     path: Path
@@ -266,8 +267,12 @@ class _File:
         entry = self.header.tensors[name]
         if entry.strides:
             view[:] = self._in_order(name)[begin : begin + len(view)].data
-            return
-        if self._file.read_into(view, self.header.payload_start + entry.begin + begin) < len(view):
+        else:
+            self._read(name, view, begin)
+
+    def _read(self, name: str, view: memoryview, begin: int) -> None:
+        """Fill `view` from a place in the file: `begin` counts from where a tensor is stored."""
+        if self._file.read_into(view, self.header.payload_start + self.header.tensors[name].begin + begin) < len(view):
             told = f"tensor {shown(name)}: the file became shorter while it was read"
             raise FileFormatError(self._file.path, told)
 
@@ -278,7 +283,7 @@ class _File:
                 entry, dtype = self.header.tensors[name], _items(self.header.tensors[name].dtype)
                 reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
                 stored = np.empty(reach, dtype)
-                self._file.read_into(stored.view(np.uint8).data, self.header.payload_start + entry.begin)
+                self._read(name, stored.view(np.uint8).data, 0)
                 made = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
                 self._gathered = {name: np.ascontiguousarray(made).reshape(-1).view(np.uint8)}
             return self._gathered[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Sequence
@@ -311,6 +312,18 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(errors.VanishedError), source.open():
         pass
     assert [one.info.t for one in run.sources] == [2, 3]
+
+
+@pytest.mark.parametrize("value", [torch.ones(600, 500), torch.ones(600, 500).t()], ids=["in order", "transposed"])
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path, value: torch.Tensor) -> None:
+    path = tmp_path / "model-100.pt"
+    torch.save({"w": value}, path)
+    (source,) = Run(tmp_path).sources
+    with pytest.raises(errors.FileFormatError, match="'w': the file became shorter"), source.open() as file:
+        os.truncate(path, 5000)
+        file.read("w")  # type: ignore[union-attr]
+    with pytest.raises(errors.FileFormatError, match="was replaced"):
+        source.open()
 
 
 def test_checkpoints_stand_beside_snapshots(tmp_path: Path) -> None:
