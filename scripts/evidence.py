@@ -271,7 +271,7 @@ def _language(found: dict[str, Any]) -> Figure:
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set_title(title, fontsize=9)
     panels[0].set_ylabel("loss less the last weights', nats a token", fontsize=9)
-    panels[1].legend(fontsize=7, loc="center left")
+    panels[0].legend(fontsize=6, loc="upper left")
     return figure
 
 
