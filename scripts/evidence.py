@@ -261,7 +261,7 @@ def _language(found: dict[str, Any]) -> Figure:
             for length in SHORT + LENGTHS
             if any(f"{length:g}" in rows for rows in runs)
         }
-        if schedule != "constant":
+        if min(ours) < min(LENGTHS):
             axes.set_xticks(TICKS, [f"{length:g}" for length in TICKS], fontsize=6)
         others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
         mean, error = np.mean(others), _error(others)
@@ -271,7 +271,7 @@ def _language(found: dict[str, Any]) -> Figure:
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set_title(title, fontsize=9)
     panels[0].set_ylabel("loss less the last weights', nats a token", fontsize=9)
-    panels[1].legend(fontsize=7, loc="upper left")
+    panels[0].legend(fontsize=6, loc="upper left")
     return figure
 
 
