@@ -16,8 +16,7 @@ Only jobs of the first thread change and read averages, one after the other. So 
 update, whichever thread it calls from, and no exception of a signal handler can stop an update halfway. The counters
 change with the averages, see `Tracking`.
 
-Of threads these pay. The averages' own one, without which a signal handler could stop an update halfway. That of the
-snapshots, which writes and measures while training goes on. A crew for updates: CREWNOTE
+Snapshots are written beside the training, and large updates by a crew of threads, see `worker.Crew`.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
 from posthoc_cli.tracker.state import Tracking
-from posthoc_cli.tracker.worker import ALONE, Crew, Worker, end_threads, take_one_thread
+from posthoc_cli.tracker.worker import ALONE, Crew, Worker, end_threads
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class Pipeline:
         self._ended, self._process = False, os.getpid()
         self._crew = Crew.like_torch()
         self._copier, self._streams = ModelCopier(self._crew.size), DeviceStreams()
-        self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots", take_one_thread)
+        self._updates, self._writes = Worker("averages"), Worker("snapshots")
         self._source: tuple[ModelTensors, TileReader] | None = None
         self._storage: StorageLayout | None = None
         self._room: tuple[list[HostTensors], AverageTensors | None] | None = None

@@ -321,7 +321,7 @@ def stage(
 def _otherwise(
     layout: StorageLayout, averages: RunningAverages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
-    """Tensors of an average in the dtype that they are stored in, where that is another one than their group's.
+    """Tensors of an average in the dtype that they are stored in, where that is another one than their bucket's.
 
     These are running statistics, and weights that it does not hold: float32 does, or else float64. Of weights the
     values that are measured are changed in `stored`.
