@@ -24,7 +24,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -52,7 +51,7 @@ from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
 from posthoc_cli.tracker.state import Tracking
-from posthoc_cli.tracker.worker import ALONE, Crew, Worker, end_threads
+from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,10 @@ class Pipeline:
         self._storage: StorageLayout | None = None
         self._room: tuple[list[HostTensors], AverageTensors | None] | None = None
         self._readings: WeakSet[LiveAverages] = WeakSet()
-        self._waited = self._write_took = 0.0
+        every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
+        updates, writes = "an update of the averages", "writing snapshots"
+        self._update_pace = Pace(updates, "update_every", lambda factor: divisor(snapshots, every * factor))
+        self._write_pace = Pace(writes, "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every))
         _at_work.add(self)
 
     @property
@@ -122,8 +124,9 @@ class Pipeline:
         held = {"bytes": float(self.nbytes)}
         if self.snapshotter is None or not self.snapshotter.written[0]:
             return held
+        pace = self._write_pace
         found = {f"distance_{sigma_rel:g}": value for sigma_rel, value in self.snapshotter.distances().items()}
-        figures = {"bytes": self.snapshotter.written[1], "seconds": self._write_took, "waited": self._waited}
+        figures = {"bytes": self.snapshotter.written[1], "seconds": pace.took, "waited": pace.held_up}
         return held | found | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property
@@ -144,11 +147,9 @@ class Pipeline:
     def wait_for_turn(self, writes_too: bool) -> None:
         """Return when an update can be taken, and with `writes_too` snapshots to write."""
         if self._beside:
-            self._updates.wait()
+            self._update_pace.wait(self._updates.wait)
         if writes_too:
-            began = time.monotonic()
-            self._writes.wait()
-            self._waited = time.monotonic() - began
+            self._write_pace.wait(self._writes.wait)
 
     def count(self, progress: Progress) -> None:
         """Count a call without update; due snapshots hold the averages as they are."""
@@ -181,6 +182,11 @@ class Pipeline:
             refused = self._updates.call(lambda: self._update_here(values, copies, progress, streams))
         self._counted = progress
         return refused
+
+    def warn_of_waiting(self, stacklevel: int) -> None:
+        """Warn if training has waited for long."""
+        self._update_pace.warn(stacklevel + 1)
+        self._write_pace.warn(stacklevel + 1)
 
     def leave_out(self, progress: Progress, writes: bool = True) -> None:
         """Count a call whose update is left out; snapshots that are due are written if `writes`."""
@@ -384,7 +390,7 @@ class Pipeline:
     ) -> None:
         """Take in a copy of the values."""
         try:
-            refused, network = self._take_in(copy.arrived(), copies, progress)
+            refused, network = self._update_pace.do(lambda: self._take_in(copy.arrived(), copies, progress))
         finally:
             self._copier.give_back(copy)
         self._streams.last = marks
@@ -439,12 +445,7 @@ class Pipeline:
             staged = stage(storage, known.averages, copies, network, self._crew_for(kept.layout))
         exact = None if exact_room is None else self._exact_copy(known, exact_room)
 
-        def job() -> None:
-            began = time.monotonic()
-            snapshotter.record(state, staged, exact, is_due)
-            self._write_took = time.monotonic() - began
-
-        self._writes.submit(job)
+        self._writes.submit(lambda: self._write_pace.do(lambda: snapshotter.record(state, staged, exact, is_due)))
 
 
 _at_work: WeakSet[Pipeline] = WeakSet()

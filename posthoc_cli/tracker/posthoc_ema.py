@@ -754,6 +754,7 @@ class PostHocEMA:
         skipped = self._refused_anywhere(tensors, progress)
         if skipped is None:
             skipped = self._pipeline.update(tensors, progress)
+            self._pipeline.warn_of_waiting(stacklevel=4)
         else:
             self._pipeline.leave_out(progress)
         if skipped is not None:

@@ -1,4 +1,4 @@
-"""Worker threads: jobs done one after another, and crews of threads for large updates.
+"""Worker threads: jobs done one after another, crews of threads for large updates, and a warning when training waits.
 
 Signal handlers run in the main thread, between any two steps of its code, and may call the function that they have
 interrupted. So no lock is held while Python code runs: a handler that waits for it would wait for the code beneath it.
@@ -12,6 +12,8 @@ import errno
 import logging
 import os
 import threading
+import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,6 +30,8 @@ from posthoc_cli.errors import NotReadyError, WriteError
 from posthoc_cli.resources import worker_count
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 10.0  # seconds that training waits before a warning
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -302,3 +306,57 @@ def _take_one_thread() -> None:
 def _openmp() -> ThreadpoolController:
     """The libraries with OpenMP, which must have been imported; looking for them takes 10 ms."""
     return ThreadpoolController().select(user_api="openmp")
+
+
+class Pace:
+    """How long jobs (`what`) take and how often they come; warns once if training waits on them.
+
+    `option` of the tracker says how often; `fitting` gives its value that makes jobs rarer by at least a factor.
+
+    Attributes:
+        took: seconds of the last one.
+        held_up: seconds that training waited before it handed over the last one.
+    """
+
+    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
+        self.took = self.held_up = 0.0
+        self._what, self._option, self._fitting = what, option, fitting
+        self._done, self._came, self._took, self._waited = 0, 0, 0.0, 0.0
+        self._begin, self._warned = time.monotonic(), False
+
+    def do(self, work: Callable[[], Result]) -> Result:
+        """Do a job."""
+        began = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.took = time.monotonic() - began
+            self._took += self.took
+            self._done += 1
+
+    def wait(self, wait: Callable[[], None]) -> None:
+        """Wait until a new job can be taken."""
+        began = time.monotonic()
+        wait()
+        self.held_up = time.monotonic() - began
+        self._came += 1
+        self._waited += self.held_up
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn if training has waited for long; call it last, since the warning may be an error."""
+        training = time.monotonic() - self._begin - self._waited
+        if self._warned or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
+            return
+        self._warned = True
+        takes, comes = self._took / self._done, training / self._came
+        warnings.warn(
+            f"{self._what} takes {takes:.3g} s and is due every {comes:.3g} s: training has waited "
+            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
+            RuntimeWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def divisor(number: int, least: float) -> int:
+    """The smallest divisor of `number` that is at least `least`; `number` itself where none is."""
+    return next((n for n in range(1, number) if number % n == 0 and n >= least), number)
