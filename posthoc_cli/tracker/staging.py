@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.dtypes import torch_dtype
+from posthoc_cli.snapshots.format import encode_sample
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.layout import (
@@ -243,8 +244,7 @@ class StagedAverages:
         nonfinite: the first tensor that holds a nan or an infinity.
         averages, stored: values of the subset that is measured, exact and as they are stored.
         network: the network's, where known.
-        samples: exact values of a snapshot's sample.
-        network_sample: the network's, where known.
+        samples: of exact values and the network's, as a header has them; empty where the network's are not known.
     """
 
     layout: StorageLayout
@@ -254,8 +254,7 @@ class StagedAverages:
     averages: Sequence[Values]
     stored: Sequence[Values]
     network: Values | None
-    samples: Sequence[npt.NDArray[np.float32]]
-    network_sample: npt.NDArray[np.float32] | None
+    samples: Sequence[str]
 
     def flats(self, index: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         """The tensors of `copies` that are stored: several end to end in one flat tensor, or one in several."""
@@ -311,11 +310,9 @@ def stage(
     stored = [joined([one.to(bucket.dtype).to(one.dtype) for one, bucket in own]) for own in rounded]
     others = [_otherwise(layout, averages, index, doubtful[index], found[index], stored[index]) for index in profiles]
     nonfinite = [nonfinite_name(own) for own in others]
-    return StagedAverages(
-        layout, copies, others, nonfinite, found, stored, None if network is None else joined(network),
-        [layout.in_order(own) for own in samples],
-        None if averages.sample is None else layout.in_order(averages.sample),
-    )  # fmt: skip
+    known, measured = averages.sample, None if network is None else joined(network)
+    told = ["" if known is None else encode_sample(*map(layout.in_order, (known, own))) for own in samples]
+    return StagedAverages(layout, copies, others, nonfinite, found, stored, measured, told)
 
 
 def _otherwise(

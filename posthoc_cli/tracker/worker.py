@@ -77,11 +77,10 @@ class Calls:
 
 
 class Job(Generic[Result]):
-    """Work that is done once, or never if it was withdrawn; `errors` gets its error where nobody waits for `result`."""
+    """Work that is done once, or never if it was withdrawn."""
 
-    def __init__(self, work: Callable[[], Result], errors: deque[Exception] | None = None) -> None:
+    def __init__(self, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work
-        self._errors = errors
         self._taker: dict[None, str] = {}
         self._finished = False
         self._error: BaseException | None = None
@@ -95,17 +94,11 @@ class Job(Generic[Result]):
             return
         try:
             self._value = self._work()
-        except BaseException as error:  # noqa: BLE001  # raised where it is waited for, or at the next call
+        except BaseException as error:  # noqa: BLE001  # raised where it is waited for
             self._error = error
-            if self._errors is not None and isinstance(error, Exception):
-                self._errors.append(error)
         self._work = None  # it may hold a model
         self._finished = True
         self._gate.release()
-        # Of a directory that was deleted nobody wants to hear at the end of the process; the next call raises it.
-        is_gone = isinstance(self._error, WriteError) and self._error.errno == errno.ENOENT
-        if self._errors is not None and self._error is not None and not is_gone:
-            log.error("beside the training: %s", self._error)
 
     def wait(self) -> None:
         """Return when the work is done."""
@@ -151,7 +144,18 @@ class Worker:
 
     def submit(self, work: Callable[[], None]) -> None:
         """Do `work` later."""
-        self.put(Job(work, self._errors))
+        errors = self._errors
+
+        def guarded() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001  # raised at the next call
+                errors.append(error)
+                # Of a directory that was deleted nobody wants to hear at the end of the process; the next call tells.
+                if not (isinstance(error, WriteError) and error.errno == errno.ENOENT):
+                    log.error("beside the training: %s", error)
+
+        self.put(Job(guarded))
 
     def call(self, work: Callable[[], Result]) -> Result:
         """Have `work` done; return its result or raise its error.
