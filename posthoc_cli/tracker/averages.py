@@ -37,7 +37,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -45,10 +44,8 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share, window_e
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of
+from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.worker import ALONE, Crew
-
-if TYPE_CHECKING:
-    from posthoc_cli.tracker.sketching import Sketcher
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.layout import Elements, Layout, Values, joined, tiles_of
+from posthoc_cli.tracker.layout import Elements, Layout, Values, joined
 
 log = logging.getLogger(__name__)
 
@@ -104,19 +103,6 @@ def _drawn(name: str, size: int, among: int) -> Values:
         seed = np.uint64(xxhash.xxh3_64_intdigest(name.encode(errors="replace")))
         firsts += (mixed(firsts.view(np.uint64) + seed) % np.uint64(among)).view(np.int64)
     return np.asarray(firsts[firsts < size])
-
-
-def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
-    """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
-    kept = averages.tensors
-    assert kept is not None
-    subset, found = Subset(kept.layout, measured), {}
-    for index, sigma_rel in enumerate(averages.sigma_rels):
-        room = subset.room()
-        for tile in tiles_of(kept.layout):
-            subset.take(tile, averages.values(tile, index), room)
-        found[sigma_rel] = subset.squared(joined(room))
-    return found
 
 
 def measurements(

@@ -354,3 +354,16 @@ def _is_held(norm: float, rounding: float, dtype: torch.dtype) -> bool:
     infinite, or all are about as small as the subnormal numbers.
     """
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
+
+
+def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
+    """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
+    kept = averages.tensors
+    assert kept is not None
+    subset, found = Subset(kept.layout, measured), {}
+    for index, sigma_rel in enumerate(averages.sigma_rels):
+        room = subset.room()
+        for tile in tiles_of(kept.layout):
+            subset.take(tile, averages.values(tile, index), room)
+        found[sigma_rel] = subset.squared(joined(room))
+    return found
