@@ -60,7 +60,7 @@ class LiveAverages:
     """The averages of one update, for a reader: where they are until the next one, which copies them before."""
 
     def __init__(self, pipeline: Pipeline, averages: RunningAverages, layout: Layout) -> None:
-        self._pipeline, self._averages = pipeline, averages
+        self._pipeline, self._averages, self._layout = pipeline, averages, layout
         self._whole = [ElementRange(n, 0, end - begin) for b in layout for n, (begin, end) in b.places.items()]
         self._copied: list[dict[str, torch.Tensor]] = []
 
@@ -79,7 +79,8 @@ class LiveAverages:
     def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         if self._copied:
             return [self._copied[index][name][begin:end] for name, begin, end in ranges]
-        return self._pipeline._values(self._averages, index, ranges)
+        with self._pipeline._streams.beside_training():
+            return self._averages.read(index, ranges, self._pipeline._crew_for(self._layout))
 
 
 class Pipeline:
@@ -121,20 +122,15 @@ class Pipeline:
 
     def figures(self) -> dict[str, float]:
         """The memory held, and what was measured when snapshots were last written; see `PostHocEMA.metrics`."""
-        held = {"bytes": float(self.nbytes)}
+        copies, exact = self._room or ([], None)
+        all_held = [self.now.averages, self._copier, *copies, exact, None if self._source is None else self._source[1]]
+        held = {"bytes": float(sum(one.nbytes for one in all_held if one is not None))}
         if self.snapshotter is None or not self.snapshotter.written[0]:
             return held
         pace = self._write_pace
         found = {f"distance_{sigma_rel:g}": value for sigma_rel, value in self.snapshotter.distances().items()}
         figures = {"bytes": self.snapshotter.written[1], "seconds": pace.took, "waited": pace.held_up}
         return held | found | {f"snapshot_{name}": float(value) for name, value in figures.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory held, on the host and on accelerators."""
-        copies, exact = self._room or ([], None)
-        held = [self.now.averages, self._copier, *copies, exact, None if self._source is None else self._source[1]]
-        return sum(one.nbytes for one in held if one is not None)
 
     @property
     def progress(self) -> Progress:
@@ -248,11 +244,6 @@ class Pipeline:
 
         self._updates.submit(work)
 
-    @property
-    def is_here(self) -> bool:
-        """Whether this is the process that has made the tracker, and not one that was forked from it."""
-        return self._process == os.getpid()
-
     def writes_to(self, directory: Path) -> bool:
         """Whether the tracker is, or was, the writer of a directory."""
         return self.snapshotter is not None and _same_place(self.snapshotter.directory, directory)
@@ -330,13 +321,6 @@ class Pipeline:
                 kept.copy_to(room)
             made.averages.tensors = room
         return made
-
-    def _values(self, averages: RunningAverages, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        """Ranges of the average of that index, on the host."""
-        kept = averages.tensors
-        assert kept is not None
-        with self._streams.beside_training():
-            return averages.read(index, ranges, self._crew_for(kept.layout))
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
@@ -467,7 +451,7 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members | No
 
 def _make_way(directory: Path) -> bool:
     """Close an earlier tracker of this process that writes in a directory, such as that of a notebook's cell."""
-    found = [one for one in list(_at_work) if one.is_here and one.writes_to(directory)]
+    found = [one for one in list(_at_work) if one._process == os.getpid() and one.writes_to(directory)]
     for pipeline in found:
         log.warning("%s: an earlier tracker of this process is closed: this one goes on in its place", directory)
         hint = "go on with that one, or give each tracker a directory of its own"
