@@ -170,7 +170,10 @@ class Pipeline:
         refused = None
         values = self._source_of(tensors)
         if self._beside:
-            copy, marks = self._copier.copy(values), self._streams.marks(copies.values())
+            crew, marks = self._crew_for(values.layout), self._streams.marks(copies.values())
+            # On an accelerator the training's own stream copies; on the CPU its threads would wait for each other.
+            alone = crew is ALONE
+            copy = self._copier.copy(values) if alone else self._updates.call(lambda: self._copier.copy(values, crew))
             self._updates.submit(lambda: self._update_beside(copy, copies, progress, marks))
         else:
             devices = [bucket.device for bucket in values.layout] + [copy.device for copy in copies.values()]

@@ -169,8 +169,8 @@ class ModelCopier:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, model: TileReader) -> ModelCopy:
-        """A copy of the values as they are now; `give_back` it."""
+    def copy(self, model: TileReader, crew: Crew = ALONE) -> ModelCopy:
+        """A copy of the values as they are now; `give_back` it. From accelerators the crew must be the caller alone."""
         layout, sizes = model.layout, defaultdict(list)
         if layout != self._layout:
             for tile in model.tiles:
@@ -183,16 +183,19 @@ class ModelCopier:
             host = HostTensors(on_host(layout), pinned=bool(self._rings))
             copy = ModelCopy(host, TileReader.of_host(host, self._threads))
             self._host_bytes = host.nbytes
-        events: dict[torch.device, Any] = {}
+        host, events = copy.host, dict[torch.device, Any]()
         counts: dict[torch.device, int] = defaultdict(int)
-        for tile in model.tiles:
+
+        def work(tile: Tile, _: int) -> None:
             device = layout[tile.bucket].device
-            (room,) = copy.host.flat(tile.bucket, tile.begin, tile.end)
+            (room,) = host.flat(tile.bucket, tile.begin, tile.end)
             if device in self._rings:  # its stream keeps order: the last event is enough
                 events[device] = self._rings[device].send(counts[device], model.current(tile), room)
                 counts[device] += 1
             else:
                 _fill(room, model.current(tile))
+
+        crew.each(work, model.tiles)
         return replace(copy, events=tuple(events.values()))
 
     def give_back(self, copy: ModelCopy) -> None:
