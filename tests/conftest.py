@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 from ema_command import Ema, Result  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
-from posthoc_cli.tracker import pipeline  # noqa: E402
+from posthoc_cli.tracker import pipeline, worker  # noqa: E402
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # tests run beside other work
 hypothesis.settings.load_profile("any machine")
@@ -46,6 +46,12 @@ def _alone() -> Iterator[None]:
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     torch.set_grad_enabled(True)
     assert modes == (True, False)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are errors, and how long a loaded machine makes a training wait is luck."""
+    monkeypatch.setattr(worker, "PATIENCE", 1e9)
 
 
 @pytest.fixture(autouse=True)

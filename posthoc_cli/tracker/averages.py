@@ -1,4 +1,4 @@
-"""The running averages: state, the arithmetic of one update, and the memory that they are in.
+"""The running averages: state, and the arithmetic of one update.
 
 An average over millions of updates cannot be kept in float32 alone: a change of less than half its last digit is lost,
 always in the same direction. And two averages that each update reads and writes cost more time than the model itself.
@@ -37,7 +37,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -45,10 +44,8 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share, window_e
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of
+from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.worker import ALONE, Crew
-
-if TYPE_CHECKING:
-    from posthoc_cli.tracker.sketching import Sketcher
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Standing:
 
 
 class AverageTensors:
-    """What averages of the same tensors are kept in: the mean of the last values, and two parts for each profile.
+    """What averages of the same tensors are kept in: the mean of the last values; `high` and `low` of each profile.
 
     `low` has float32 averages only.
     """
@@ -105,7 +102,7 @@ class AverageTensors:
 
     @property
     def all(self) -> tuple[FlatTensors, ...]:
-        """The mean, and the parts of each profile."""
+        """The mean, and what each profile has."""
         return (self.mean, *self.high, *self.low)
 
     @property

@@ -266,25 +266,30 @@ class TileReader:
 
 
 class Elements:
-    """Some elements of a layout's tensors, by their places in each bucket, in order."""
+    """Some elements of a layout's tensors, given by their places in each bucket, in order.
+
+    Attributes:
+        counts: how many there are of each bucket.
+        of_tiles: of each tile the numbers, from and to, that they have in their bucket, and their places in the tile.
+    """
 
     def __init__(self, layout: Layout, places: Sequence[npt.NDArray[np.int64]]) -> None:
-        self.layout, self.places = layout, places
-        self._of_tiles: list[tuple[int, int, torch.Tensor]] = []
+        self.layout, self.counts = layout, [len(own) for own in places]
+        self.of_tiles: list[tuple[int, int, torch.Tensor]] = []
         for tile in tiles_of(layout):
             own = places[tile.bucket]
             first, last = np.searchsorted(own, (tile.begin, tile.end)).tolist()
             index = torch.from_numpy((own[first:last] - tile.begin).astype(np.int32))
-            self._of_tiles.append((first, last, index.to(layout[tile.bucket].device)))
+            self.of_tiles.append((first, last, index.to(layout[tile.bucket].device)))
 
     def room(self) -> list[torch.Tensor]:
         """Memory for their values, one a bucket."""
-        pairs = zip(self.places, self.layout, strict=True)
-        return [torch.zeros(len(own), dtype=bucket.wide, device=bucket.device) for own, bucket in pairs]
+        pairs = zip(self.counts, self.layout, strict=True)
+        return [torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs]
 
     def take(self, tile: Tile, values: torch.Tensor, room: Sequence[torch.Tensor]) -> None:
         """Put those of a tile, which has these values, in their room."""
-        first, last, index = self._of_tiles[tile.number]
+        first, last, index = self.of_tiles[tile.number]
         if first < last:
             torch.index_select(values, 0, index, out=room[tile.bucket][first:last])
 

@@ -27,13 +27,14 @@ from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.layout import Elements, Layout, Values, joined, tiles_of
 
 log = logging.getLogger(__name__)
 
 MEASURED_ELEMENTS = 2**19
 """Elements that are measured of a large model, about."""
+
+_ADDED_UP = 2**17  # elements whose squares are added up at a time
 
 
 class Subset(Elements):
@@ -67,21 +68,28 @@ class Subset(Elements):
 
     def read(self, read: Callable[[Sequence[ElementRange]], Sequence[torch.Tensor]]) -> Values:
         """Their values in tensors of which `read` gives ranges; each is read from its beginning to its end."""
-        room = [torch.zeros(len(own), dtype=b.wide) for own, b in zip(self.places, self.layout, strict=True)]
-        for bucket, places, own in zip(self.layout, self.places, room, strict=True):
-            for ranges in bucket.cut(bucket.edges()):
-                wanted = [one for one in ranges if one.name in self.sizes]
-                for (name, begin, end), values in zip(wanted, read(wanted), strict=True):
-                    first = bucket.places[name][0] + begin
-                    at, last = np.searchsorted(places, (first, first + end - begin))
-                    own[at:last] = values.to(own.dtype)[torch.from_numpy(places[at:last] - first)]
+        room = [torch.zeros(count, dtype=b.wide) for count, b in zip(self.counts, self.layout, strict=True)]
+        cut = (own for bucket in self.layout for own in bucket.cut(bucket.edges()))
+        for tile, (number, _, index), ranges in zip(tiles_of(self.layout), self.of_tiles, cut, strict=True):
+            own, places = room[tile.bucket], index.cpu().long()
+            wanted = [one for one in ranges if one.name in self.sizes]
+            for (name, begin, end), values in zip(wanted, read(wanted), strict=True):
+                first = self.layout[tile.bucket].places[name][0] + begin - tile.begin
+                at, last = torch.searchsorted(places, torch.tensor((first, first + end - begin))).tolist()
+                own[number + at : number + last] = values.to(own.dtype)[places[at:last] - first]
         return joined(room)
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
         """The squared norm of each tensor, or its squared distance from others: shape [tensors]."""
+        found, begin = np.zeros(len(self.sizes)), 0
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = np.square(values if others is None else values - others, dtype=np.float64)
-            return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
+            while begin < len(found):  # some tensors at a time: there is no memory for the squares of all
+                end = max(begin + 1, int(np.searchsorted(self.edges[:-1], self.edges[begin] + _ADDED_UP)))
+                first, last = self.edges[[begin, end]]
+                own = values[first:last] if others is None else values[first:last] - others[first:last]
+                found[begin:end] = np.add.reduceat(np.square(own, dtype=np.float64), self.edges[begin:end] - first)
+                begin = end
+            return np.asarray(self.scales * found)
 
     def squared(self, values: Values, others: Values | None = None) -> float:
         """The same of all tensors together."""
@@ -104,19 +112,6 @@ def _drawn(name: str, size: int, among: int) -> Values:
         seed = np.uint64(xxhash.xxh3_64_intdigest(name.encode(errors="replace")))
         firsts += (mixed(firsts.view(np.uint64) + seed) % np.uint64(among)).view(np.int64)
     return np.asarray(firsts[firsts < size])
-
-
-def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
-    """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
-    kept = averages.tensors
-    assert kept is not None
-    subset, found = Subset(kept.layout, measured), {}
-    for index, sigma_rel in enumerate(averages.sigma_rels):
-        room = subset.room()
-        for tile in tiles_of(kept.layout):
-            subset.take(tile, averages.values(tile, index), room)
-        found[sigma_rel] = subset.squared(joined(room))
-    return found
 
 
 def measurements(

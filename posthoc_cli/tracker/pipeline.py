@@ -16,8 +16,7 @@ Only jobs of the first thread change and read averages, one after the other. So 
 update, whichever thread it calls from, and no exception of a signal handler can stop an update halfway. The counters
 change with the averages, see `Tracking`.
 
-Of threads these pay. The averages' own one, without which a signal handler could stop an update halfway. That of the
-snapshots, which writes and measures while training goes on. A crew for updates: CREWNOTE
+Snapshots are written beside the training, and large updates by a crew of threads, see `worker.Crew`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -53,7 +51,7 @@ from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
 from posthoc_cli.tracker.state import Tracking
-from posthoc_cli.tracker.worker import ALONE, Crew, Worker, end_threads, take_one_thread
+from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class LiveAverages:
     """The averages of one update, for a reader: where they are until the next one, which copies them before."""
 
     def __init__(self, pipeline: Pipeline, averages: RunningAverages, layout: Layout) -> None:
-        self._pipeline, self._averages = pipeline, averages
+        self._pipeline, self._averages, self._layout = pipeline, averages, layout
         self._whole = [ElementRange(n, 0, end - begin) for b in layout for n, (begin, end) in b.places.items()]
         self._copied: list[dict[str, torch.Tensor]] = []
 
@@ -81,7 +79,8 @@ class LiveAverages:
     def _values(self, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
         if self._copied:
             return [self._copied[index][name][begin:end] for name, begin, end in ranges]
-        return self._pipeline._values(self._averages, index, ranges)
+        with self._pipeline._streams.beside_training():
+            return self._averages.read(index, ranges, self._pipeline._crew_for(self._layout))
 
 
 class Pipeline:
@@ -105,12 +104,15 @@ class Pipeline:
         self._ended, self._process = False, os.getpid()
         self._crew = Crew.like_torch()
         self._copier, self._streams = ModelCopier(self._crew.size), DeviceStreams()
-        self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots", take_one_thread)
+        self._updates, self._writes = Worker("averages"), Worker("snapshots")
         self._source: tuple[ModelTensors, TileReader] | None = None
         self._storage: StorageLayout | None = None
         self._room: tuple[list[HostTensors], AverageTensors | None] | None = None
         self._readings: WeakSet[LiveAverages] = WeakSet()
-        self._waited = self._write_took = 0.0
+        every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
+        updates, writes = "an update of the averages", "writing snapshots"
+        self._update_pace = Pace(updates, "update_every", lambda factor: divisor(snapshots, every * factor))
+        self._write_pace = Pace(writes, "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every))
         _at_work.add(self)
 
     @property
@@ -120,19 +122,15 @@ class Pipeline:
 
     def figures(self) -> dict[str, float]:
         """The memory held, and what was measured when snapshots were last written; see `PostHocEMA.metrics`."""
-        held = {"bytes": float(self.nbytes)}
+        copies, exact = self._room or ([], None)
+        all_held = [self.now.averages, self._copier, *copies, exact, None if self._source is None else self._source[1]]
+        held = {"bytes": float(sum(one.nbytes for one in all_held if one is not None))}
         if self.snapshotter is None or not self.snapshotter.written[0]:
             return held
+        pace = self._write_pace
         found = {f"distance_{sigma_rel:g}": value for sigma_rel, value in self.snapshotter.distances().items()}
-        figures = {"bytes": self.snapshotter.written[1], "seconds": self._write_took, "waited": self._waited}
+        figures = {"bytes": self.snapshotter.written[1], "seconds": pace.took, "waited": pace.held_up}
         return held | found | {f"snapshot_{name}": float(value) for name, value in figures.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory held, on the host and on accelerators."""
-        copies, exact = self._room or ([], None)
-        held = [self.now.averages, self._copier, *copies, exact, None if self._source is None else self._source[1]]
-        return sum(one.nbytes for one in held if one is not None)
 
     @property
     def progress(self) -> Progress:
@@ -145,11 +143,9 @@ class Pipeline:
     def wait_for_turn(self, writes_too: bool) -> None:
         """Return when an update can be taken, and with `writes_too` snapshots to write."""
         if self._beside:
-            self._updates.wait()
+            self._update_pace.wait(self._updates.wait)
         if writes_too:
-            began = time.monotonic()
-            self._writes.wait()
-            self._waited = time.monotonic() - began
+            self._write_pace.wait(self._writes.wait)
 
     def count(self, progress: Progress) -> None:
         """Count a call without update; due snapshots hold the averages as they are."""
@@ -174,7 +170,10 @@ class Pipeline:
         refused = None
         values = self._source_of(tensors)
         if self._beside:
-            copy, marks = self._copier.copy(values), self._streams.marks(copies.values())
+            crew, marks = self._crew_for(values.layout), self._streams.marks(copies.values())
+            # On an accelerator the training's own stream copies; on the CPU its threads would wait for each other.
+            alone = crew is ALONE
+            copy = self._copier.copy(values) if alone else self._updates.call(lambda: self._copier.copy(values, crew))
             self._updates.submit(lambda: self._update_beside(copy, copies, progress, marks))
         else:
             devices = [bucket.device for bucket in values.layout] + [copy.device for copy in copies.values()]
@@ -182,6 +181,11 @@ class Pipeline:
             refused = self._updates.call(lambda: self._update_here(values, copies, progress, streams))
         self._counted = progress
         return refused
+
+    def warn_of_waiting(self, stacklevel: int) -> None:
+        """Warn if training has waited for long."""
+        self._update_pace.warn(stacklevel + 1)
+        self._write_pace.warn(stacklevel + 1)
 
     def leave_out(self, progress: Progress, writes: bool = True) -> None:
         """Count a call whose update is left out; snapshots that are due are written if `writes`."""
@@ -242,11 +246,6 @@ class Pipeline:
                 self._have_written(known, None, is_due=False)
 
         self._updates.submit(work)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this is the process that has made the tracker, and not one that was forked from it."""
-        return self._process == os.getpid()
 
     def writes_to(self, directory: Path) -> bool:
         """Whether the tracker is, or was, the writer of a directory."""
@@ -326,13 +325,6 @@ class Pipeline:
             made.averages.tensors = room
         return made
 
-    def _values(self, averages: RunningAverages, index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        """Ranges of the average of that index, on the host."""
-        kept = averages.tensors
-        assert kept is not None
-        with self._streams.beside_training():
-            return averages.read(index, ranges, self._crew_for(kept.layout))
-
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
         counted, now = self._counted, self.now
@@ -385,7 +377,7 @@ class Pipeline:
     ) -> None:
         """Take in a copy of the values."""
         try:
-            refused, network = self._take_in(copy.arrived(), copies, progress)
+            refused, network = self._update_pace.do(lambda: self._take_in(copy.arrived(), copies, progress))
         finally:
             self._copier.give_back(copy)
         self._streams.last = marks
@@ -440,12 +432,7 @@ class Pipeline:
             staged = stage(storage, known.averages, copies, network, self._crew_for(kept.layout))
         exact = None if exact_room is None else self._exact_copy(known, exact_room)
 
-        def job() -> None:
-            began = time.monotonic()
-            snapshotter.record(state, staged, exact, is_due)
-            self._write_took = time.monotonic() - began
-
-        self._writes.submit(job)
+        self._writes.submit(lambda: self._write_pace.do(lambda: snapshotter.record(state, staged, exact, is_due)))
 
 
 _at_work: WeakSet[Pipeline] = WeakSet()
@@ -467,7 +454,7 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members | No
 
 def _make_way(directory: Path) -> bool:
     """Close an earlier tracker of this process that writes in a directory, such as that of a notebook's cell."""
-    found = [one for one in list(_at_work) if one.is_here and one.writes_to(directory)]
+    found = [one for one in list(_at_work) if one._process == os.getpid() and one.writes_to(directory)]
     for pipeline in found:
         log.warning("%s: an earlier tracker of this process is closed: this one goes on in its place", directory)
         hint = "go on with that one, or give each tracker a directory of its own"

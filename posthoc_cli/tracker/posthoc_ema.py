@@ -41,7 +41,6 @@ from posthoc_cli.tracker import state
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered, plan_possible
 from posthoc_cli.tracker.layout import HOST
-from posthoc_cli.tracker.measuring import squared_norms
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -85,6 +84,7 @@ from posthoc_cli.tracker.sharding import (
     mesh_of,
 )
 from posthoc_cli.tracker.snapshotter import run_snapshots
+from posthoc_cli.tracker.staging import squared_norms
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
 
@@ -754,6 +754,7 @@ class PostHocEMA:
         skipped = self._refused_anywhere(tensors, progress)
         if skipped is None:
             skipped = self._pipeline.update(tensors, progress)
+            self._pipeline.warn_of_waiting(stacklevel=4)
         else:
             self._pipeline.leave_out(progress)
         if skipped is not None:

@@ -44,10 +44,8 @@ class Sketcher:
         self._sketch: Sketch | None = None
         self._values = subset.room()
         factors = np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * _signs(int(subset.edges[-1]), part)
-        sizes = [len(own) for own in subset.places]
-        self._factors = [
-            own.to(room) for own, room in zip(torch.split(torch.from_numpy(factors), sizes), self._values, strict=True)
-        ]
+        drawn = torch.split(torch.from_numpy(factors), subset.counts)
+        self._factors = [own.to(room) for own, room in zip(drawn, self._values, strict=True)]
         self._pending: list[tuple[float, list[torch.Tensor]]] = []
 
     @property

@@ -44,7 +44,6 @@ from posthoc_cli.snapshots.format import (
     SnapshotInfo,
     TensorSpec,
     encode_path,
-    encode_sample,
     snapshot_metadata,
 )
 from posthoc_cli.snapshots.headers import decode_snapshot
@@ -318,11 +317,8 @@ class Snapshotter:
                 if files.is_gone(self.directory):
                     reason = f"was deleted: the averages of step {standing.step} are lost"
                     raise WriteError(self.directory, reason, errno=errno.ENOENT)
-                infos = headers(self._settings, state, off_schedule)
-                if staged.network_sample is not None:
-                    samples = [encode_sample(staged.network_sample, values) for values in staged.samples]
-                    infos = [replace(info, sample=one) for info, one in zip(infos, samples, strict=True)]
-                self.write(infos, staged, state.averages.copies)
+                infos = zip(headers(self._settings, state, off_schedule), staged.samples, strict=True)
+                self.write([replace(info, sample=one) for info, one in infos], staged, state.averages.copies)
                 self._thin()
             except PostHocError as error:
                 if self._members is not None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.dtypes import torch_dtype
+from posthoc_cli.snapshots.format import encode_sample
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.layout import (
@@ -168,8 +169,8 @@ class ModelCopier:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, model: TileReader) -> ModelCopy:
-        """A copy of the values as they are now; `give_back` it."""
+    def copy(self, model: TileReader, crew: Crew = ALONE) -> ModelCopy:
+        """A copy of the values as they are now; `give_back` it. From accelerators the crew must be the caller alone."""
         layout, sizes = model.layout, defaultdict(list)
         if layout != self._layout:
             for tile in model.tiles:
@@ -182,16 +183,19 @@ class ModelCopier:
             host = HostTensors(on_host(layout), pinned=bool(self._rings))
             copy = ModelCopy(host, TileReader.of_host(host, self._threads))
             self._host_bytes = host.nbytes
-        events: dict[torch.device, Any] = {}
+        host, events = copy.host, dict[torch.device, Any]()
         counts: dict[torch.device, int] = defaultdict(int)
-        for tile in model.tiles:
+
+        def work(tile: Tile, _: int) -> None:
             device = layout[tile.bucket].device
-            (room,) = copy.host.flat(tile.bucket, tile.begin, tile.end)
+            (room,) = host.flat(tile.bucket, tile.begin, tile.end)
             if device in self._rings:  # its stream keeps order: the last event is enough
                 events[device] = self._rings[device].send(counts[device], model.current(tile), room)
                 counts[device] += 1
             else:
                 _fill(room, model.current(tile))
+
+        crew.each(work, model.tiles)
         return replace(copy, events=tuple(events.values()))
 
     def give_back(self, copy: ModelCopy) -> None:
@@ -243,8 +247,7 @@ class StagedAverages:
         nonfinite: the first tensor that holds a nan or an infinity.
         averages, stored: values of the subset that is measured, exact and as they are stored.
         network: the network's, where known.
-        samples: exact values of a snapshot's sample.
-        network_sample: the network's, where known.
+        samples: of exact values and the network's, as a header has them; empty where the network's are not known.
     """
 
     layout: StorageLayout
@@ -254,8 +257,7 @@ class StagedAverages:
     averages: Sequence[Values]
     stored: Sequence[Values]
     network: Values | None
-    samples: Sequence[npt.NDArray[np.float32]]
-    network_sample: npt.NDArray[np.float32] | None
+    samples: Sequence[str]
 
     def flats(self, index: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         """The tensors of `copies` that are stored: several end to end in one flat tensor, or one in several."""
@@ -311,17 +313,15 @@ def stage(
     stored = [joined([one.to(bucket.dtype).to(one.dtype) for one, bucket in own]) for own in rounded]
     others = [_otherwise(layout, averages, index, doubtful[index], found[index], stored[index]) for index in profiles]
     nonfinite = [nonfinite_name(own) for own in others]
-    return StagedAverages(
-        layout, copies, others, nonfinite, found, stored, None if network is None else joined(network),
-        [layout.in_order(own) for own in samples],
-        None if averages.sample is None else layout.in_order(averages.sample),
-    )  # fmt: skip
+    known, measured = averages.sample, None if network is None else joined(network)
+    told = ["" if known is None else encode_sample(*map(layout.in_order, (known, own))) for own in samples]
+    return StagedAverages(layout, copies, others, nonfinite, found, stored, measured, told)
 
 
 def _otherwise(
     layout: StorageLayout, averages: RunningAverages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
-    """Tensors of an average in the dtype that they are stored in, where that is another one than their group's.
+    """Tensors of an average in the dtype that they are stored in, where that is another one than their bucket's.
 
     These are running statistics, and weights that it does not hold: float32 does, or else float64. Of weights the
     values that are measured are changed in `stored`.
@@ -357,3 +357,16 @@ def _is_held(norm: float, rounding: float, dtype: torch.dtype) -> bool:
     infinite, or all are about as small as the subnormal numbers.
     """
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
+
+
+def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
+    """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
+    kept = averages.tensors
+    assert kept is not None
+    subset, found = Subset(kept.layout, measured), {}
+    for index, sigma_rel in enumerate(averages.sigma_rels):
+        room = subset.room()
+        for tile in tiles_of(kept.layout):
+            subset.take(tile, averages.values(tile, index), room)
+        found[sigma_rel] = subset.squared(joined(room))
+    return found

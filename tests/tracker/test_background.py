@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import model_tensors
+from posthoc_cli.tracker import worker as pacing
 from posthoc_cli.tracker.layout import TileReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.staging import ModelCopy
@@ -258,6 +259,26 @@ def test_a_worker_that_falls_behind_is_waited_for_and_drops_no_update(tmp_path: 
         second.join()
         train(model, tracker, 3, 20)
         assert (tracker.step, tracker.state_dict()["averages_step"]) == (20, 20)
+
+
+def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
+    now = [0.0]
+    monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pacing, "PATIENCE", 10.0)
+    pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
+    said = r"an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    for number in range(7):
+        now[0] += 1
+        pace.wait(lambda: passes(2 if number else 0))  # noqa: B023
+        with pytest.warns(RuntimeWarning, match=said) if number == 5 else nullcontext():  # once: warnings are errors
+            pace.warn(stacklevel=1)
+        pace.do(lambda: passes(3))
+        now[0] -= 3  # it is done beside
 
 
 ENDS = """

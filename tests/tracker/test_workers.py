@@ -21,7 +21,7 @@ from torture.tearing import Equal, Truth, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.tracker import averages, layout
+from posthoc_cli.tracker import averages, layout, staging
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.worker import Crew, Worker, end_threads
 
@@ -109,9 +109,9 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
 def test_threads_of_training_are_left_alone(
     device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, during and after an update, in its own thread and in those that begin later."""
+    """Before, during and after an update, in its own thread and in those that begin later; and no copy takes them."""
     seen: dict[str, list[int]] = {"averages": [], "training": [], "later": []}
-    real = RunningAverages.update_
+    real, fill, copying = RunningAverages.update_, staging._fill, set[int]()
 
     def later() -> None:
         thread = threading.Thread(target=lambda: seen["later"].append(torch.get_num_threads()))
@@ -124,6 +124,7 @@ def test_threads_of_training_are_left_alone(
         real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RunningAverages, "update_", update_)
+    monkeypatch.setattr(staging, "_fill", lambda *a: copying.add(torch.get_num_threads()) or fill(*a))
     with PostHocEMA.from_model(
         model := torch.nn.Linear(60, 60), tmp_path, update_every=1, checkpoint_every=100, device=device
     ) as tracker:
@@ -134,6 +135,7 @@ def test_threads_of_training_are_left_alone(
     later()
     assert seen == {"averages": [1] * 3, "training": [2] * 3, "later": [2] * 4}
     assert torch.get_num_threads() == 2
+    assert copying == ({1} if device == "cpu" else set())
 
 
 def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
