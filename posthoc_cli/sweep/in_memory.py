@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posthoc_cli.errors import InvalidValueError, shown
+from posthoc_cli.errors import InvalidValueError, shown, warn
 from posthoc_cli.run import Run, Weights
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.sweep.axes import Axis, good_range
@@ -74,7 +73,7 @@ def sweep(
     check_counts(repeats, budget, [axis])
     newest, warned = stored.sources[-1].info, False
     if model is None and (notice := statistics_notice(newest.copies)):
-        warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel=2)
+        warn(notice)
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
         for value, seed in wanted:
@@ -92,7 +91,7 @@ def sweep(
         with nullcontext() if model is None else swapped_in(model, weights):
             found = metric(weights if model is None else model)
             if model is not None and not warned:
-                warned = warn_of_statistics(model, weights, newest.copies, stacklevel=3)
+                warned = warn_of_statistics(model, weights, newest.copies)
         return found
 
     def measure_raw() -> Iterator[Record]:

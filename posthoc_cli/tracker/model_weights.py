@@ -5,22 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 import mmap
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial, wraps
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown, warn
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
@@ -30,7 +28,6 @@ from posthoc_cli.tracker.model_tensors import ON_META, ModelTensors, check_model
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
 from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
 
-Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
 
 _ALIGNED = 64
@@ -68,17 +65,6 @@ class Block(Generic[Given]):
     def _advice(self, use: str) -> str:
         statement = f"with ema.{self._name}(...) as averaged: {use}"
         return f"is for a `with` statement, such as `{statement}`; load_into fills a model for good"
-
-
-def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, Block[Given]]:
-    """As `contextlib.contextmanager`, but for a `Block`, which is no decorator."""
-    opened = contextmanager(make)
-
-    @wraps(make)
-    def begin(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Block[Given]:
-        return Block(make.__name__, partial(opened, *args, **kwargs))
-
-    return begin
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
@@ -347,11 +333,9 @@ def fill(
             load_weight(targets[name].tensor, value, own_dtypes)
     left = [*{id(found.registered): found.name for found in named_tensors(model) if found.registered.is_meta}.values()]
     if left:
-        warnings.warn(
+        warn(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
-            f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used",
-            RuntimeWarning,
-            stacklevel=6,
+            f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used"
         )
 
 
@@ -395,9 +379,7 @@ def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device)
                     own[name] = new[id(value)]  # type: ignore[assignment]
 
 
-def warn_of_statistics(
-    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str], stacklevel: int
-) -> bool:
+def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str]) -> bool:
     """Warn, and return True, if a model still has the running statistics that are copies in averaged weights."""
     notice = statistics_notice(copies)
     if notice is None:
@@ -407,7 +389,7 @@ def warn_of_statistics(
         now = held_part(own[name])
         if not torch.equal(now, weights[name].to(now.device, now.dtype)):
             return False  # recomputed in any way
-    warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel)
+    warn(notice)
     return True
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, warn
 from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
@@ -65,11 +64,16 @@ class Settings:
         """Whether snapshots are written at this call, if averages exist."""
         return step % self.schedule.checkpoint_every == 0
 
-    def skip_update(self, error: NonFiniteError, stacklevel: int) -> None:
+    def skip_update(self, error: NonFiniteError) -> None:
         """Leave out an update as `on_nonfinite` says: raise the error, or warn."""
         if self.on_nonfinite == "raise":
             raise error
-        warnings.warn(f"posthoc_cli: update skipped: {error}", RuntimeWarning, stacklevel=stacklevel + 1)
+        warn(f"update skipped: {error}")
+
+    def first_update(self, step: int) -> str:
+        """When the first average comes, in words, after so many calls."""
+        every, after = self.schedule.update_every, self.schedule.update_after_step
+        return f"the first update is at call {(max(after, step) // every + 1) * every:,} of update_"
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,12 @@ from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
 from posthoc_cli.tracker.averages import HOST, Layout, RunningAverages, group_tensors, on_host_in_order
+from posthoc_cli.tracker.going_on import ways_on
 from posthoc_cli.tracker.measuring import Subset, measurements
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages, elements
-from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, ways_on, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
 
 log = logging.getLogger(__name__)
 
