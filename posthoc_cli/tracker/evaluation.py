@@ -20,7 +20,14 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import torch_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NotReadyError, VanishedError
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    ModelMismatchError,
+    NotReadyError,
+    VanishedError,
+    warn,
+)
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.chunks import Box, Chunk
@@ -30,10 +37,10 @@ from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
-from posthoc_cli.tracker.model_weights import check_weights, on_disk
+from posthoc_cli.tracker.model_tensors import collect_tensors
+from posthoc_cli.tracker.model_weights import check_weights, copied_weights, on_disk
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
-from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import (
     Group,
     Members,
@@ -52,6 +59,7 @@ from posthoc_cli.tracker.snapshotter import (
     run_snapshots,
     with_older,
 )
+from posthoc_cli.tracker.tracker import Tracker
 
 Result = TypeVar("Result")
 
@@ -119,29 +127,23 @@ class Evaluation:
     """What a tracker's averages are at one call, which all processes of the group make.
 
     Attributes:
-        directory: of the snapshots.
-        settings, pipeline: of the tracker.
-        flush: returns when all updates are in the averages, and all due snapshots durable.
-        keeps: whether this process keeps averages.
-        from_step: the call of `update_` that the run goes on from, until it does; None for the newest snapshots.
+        tracker: that has them.
         group: the processes that make this call together.
         model: to be filled; of a sharded one it says which chunks are here.
     """
 
-    directory: Path
-    settings: Settings
-    pipeline: Pipeline
-    flush: Callable[[], None]
-    keeps: bool
-    from_step: int | None
+    tracker: Tracker
     group: Group
     model: torch.nn.Module | None
 
     def weights(self, query: Query) -> Weights:
-        """An average, or of a sharded model the chunks of it that this process holds."""
+        """An average, or of a sharded model the chunks of it that this process holds.
+
+        Before the first update it is the weights as they are, with a warning, as of the other two.
+        """
         target = as_target(query.wanted)
-        given, _ = self._made({"": target}, lambda sources: Recipe.of_plan(self._plan_from(sources, query), {}))
-        return given[""]()
+        made, _ = self._made({"": target}, lambda own: Recipe.of_plan(self._plan_from(own, query), {}), query.dtype)
+        return made[""]()
 
     def each(self, wanted: Mapping[str, Target]) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
         """By label what gives each of several averages, as they are now, and why others cannot be made yet.
@@ -165,7 +167,7 @@ class Evaluation:
             assert isinstance(source, LiveSource)
             return Recipe.of_live(source)
 
-        target = as_target(self.settings.sigma_rels[index])
+        target = as_target(self.tracker.settings.sigma_rels[index])
         return self._made({"": target}, recipe, live_only=True)[0][""]()
 
     def check(self, weights: Weights, own_dtypes: bool = True, accept_meta: bool = False) -> None:
@@ -183,11 +185,26 @@ class Evaluation:
         _, find = self._found()
         return self.group.from_first(lambda: work(find()))
 
+    def _raw(self, dtype: torch.dtype | str | None) -> Weights:
+        """The weights as they are, of the tracked model or this one, with a warning."""
+        own, settings = self.tracker._tracked_model() or self.model, self.tracker.settings
+        if own is None:
+            raise NotReadyError("no average yet", "the model that is tracked is gone")
+        every, after = settings.schedule.update_every, settings.schedule.update_after_step
+        given = f"update_every={every}, update_after_step={after}"
+        if self.tracker._is_first("raw weights"):
+            warn(f"no average yet, but the weights as they are: {settings.first_update(0)} ({given})")
+        return copied_weights(collect_tensors(own, settings.selection), dtype)
+
     # --- what averages are made of
 
     @property
+    def _pipeline(self) -> Pipeline:
+        return self.tracker._pipeline
+
+    @property
     def _members(self) -> Members | None:
-        return self.pipeline.now.tracked.members
+        return self._pipeline.now.tracked.members
 
     def _found(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
         """The sources at hand here by name, and what gives the first process those of complete tensors to plan with.
@@ -205,38 +222,39 @@ class Evaluation:
                 found = self.sources(live_only)
                 at_hand.update((source.name, source) for source in found)
                 return found
-            older = [] if live_only else run_snapshots(self.directory, self.pipeline.now.run_id)
+            older = [] if live_only else run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
             return self._going_on(with_older(joined, older))
 
         return at_hand, find
 
     def sources(self, live_only: bool = False) -> list[Source]:
         """The snapshots and live averages of complete tensors that there are now."""
-        if not self.pipeline.now.resumes:  # else the writer, too, has only what is on disk
+        if not self._pipeline.now.resumes:  # else the writer, too, has only what is on disk
             self._check_keeps()
-        self.flush()
-        live = self.live()
-        return [*live] if live_only else self._going_on(current_sources(self.directory, self.pipeline.now.run_id, live))
+        self.tracker.flush()
+        if live_only:
+            return [*self.live()]
+        return self._going_on(current_sources(self.tracker.checkpoint_dir, self.tracker.run_id, self.live()))
 
     def _going_on(self, sources: list[Source]) -> list[Source]:
         """Without those that are later than where the run goes on from."""
-        if self.pipeline.now.resumes and self.from_step is not None:
-            return [source for source in sources if source.info.step <= self.from_step]
+        if self._pipeline.now.resumes and self.tracker._start.step is not None:
+            return [source for source in sources if source.info.step <= self.tracker._start.step]
         return sources
 
     def live(self) -> list[LiveSource]:
         """The live averages that this process keeps, see `Pipeline.look`."""
-        return live_sources(self.settings, self.pipeline.look())
+        return live_sources(self.tracker.settings, self._pipeline.look())
 
     def _joined_live(self) -> tuple[list[LiveSource], list[LiveSource]]:
         """The live averages here and, measured by all processes together, without values, those of complete tensors."""
 
         def measure_own() -> list[LiveSource]:
-            self.flush()
-            snapshotter = self.pipeline.snapshotter
+            self.tracker.flush()
+            snapshotter = self._pipeline.snapshotter
             return measured(self.live(), [] if snapshotter is None else snapshotter.stored())
 
-        own, progress = self.group.together(measure_own), self.pipeline.progress
+        own, progress = self.group.together(measure_own), self._pipeline.progress
         told = (progress.step, progress.t), [(source.info, dict(source.stored)) for source in own]
         times, parts = zip(*self.group.from_all(told), strict=True)
         check_times(times)
@@ -253,12 +271,12 @@ class Evaluation:
         return sources
 
     def _not_yet(self, what: str) -> NotReadyError:
-        reason = f"{self.settings.first_update(self.pipeline.progress.step)}, so far {self.pipeline.progress.step:,}"
+        reason = f"{self.tracker.settings.first_update(self.tracker.step)}, so far {self.tracker.step:,}"
         hint = "model(model, sigma_rel=...) reads the snapshots"
-        return NotReadyError(f"no {what} yet", reason, hint * (what == "live average" and self.pipeline.now.resumes))
+        return NotReadyError(f"no {what} yet", reason, hint * (what == "live average" and self._pipeline.now.resumes))
 
     def _check_keeps(self) -> None:
-        if not self.keeps:
+        if not self.tracker.keeps_averages:
             raise NotReadyError(
                 "this process keeps no averages, the first one of its group does",
                 "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
@@ -268,9 +286,16 @@ class Evaluation:
     # --- making them
 
     def _made(
-        self, wanted: Mapping[str, Target], recipe: Callable[[list[Source]], Recipe], live_only: bool = False
+        self,
+        wanted: Mapping[str, Target],
+        recipe: Callable[[list[Source]], Recipe],
+        dtype: torch.dtype | str | None = None,
+        live_only: bool = False,
     ) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
         """Make what this process owns of averages; gives what exchanges each by label, and what the recipe refuses."""
+        if not self.group.from_first(lambda: self.tracker.has_average):
+            raw = self._raw(dtype)
+            return dict.fromkeys(wanted, lambda: raw), {}
         if self._members is not None and self.model is not None:
             reshard(self.model)
 
@@ -295,21 +320,22 @@ class Evaluation:
         boxes = self._own_boxes(shared)
         if not boxes and not (self._members is None and self.group.leads):
             return [Weights() for _ in targets]
+        directory = self.tracker.checkpoint_dir
         sources = [
-            at_hand[name] if name in at_hand else _Boxes(_read_again(self.directory / name, checksum), boxes)
+            at_hand[name] if name in at_hand else _Boxes(_read_again(directory / name, checksum), boxes)
             for name, checksum in shared.sources
         ]
         if shared.plan is None:
             return [Weights(source.tensors) for source in sources if isinstance(source, LiveSource)]
         subset = frozenset(boxes) if boxes else None
         plan = replace(shared.plan, sources=tuple(sources), targets=tuple(targets), subset=subset)
-        return [make_weights(plan)] if len(targets) == 1 else on_disk(plan, self.directory)
+        return [make_weights(plan)] if len(targets) == 1 else on_disk(plan, directory)
 
     def _own_boxes(self, shared: Recipe) -> dict[str, Box]:
         """The chunks that this process owns of a sharded model, checked; none of another one."""
         if self._members is None:
             return {}
-        tracked, tensors = self.pipeline.now.tracked, self._tensors
+        tracked, tensors = self._pipeline.now.tracked, self._tensors
         boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
         for name, spec in shared.specs.items():
             _check_spread(name, spec.shape, boxes.get(name), tensors)

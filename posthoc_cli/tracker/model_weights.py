@@ -7,7 +7,7 @@ import math
 import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -21,9 +21,8 @@ from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown, warn
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
-from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, ModelTensors, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
 from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
@@ -313,8 +312,9 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
     room = check_device(device)
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
-    for _ in synthesize_into(plan, [_Fits(dtypes)]):
-        pass
+    for name, (value,) in synthesize(plan):
+        if name in dtypes:
+            check_fits(name, value, dtypes[name])
     made = synthesize(plan)
     with torch.inference_mode(False):
         first = list(islice(made, 1))  # all files are open now, so that none can go any more
@@ -337,31 +337,6 @@ def fill(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
             f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used"
         )
-
-
-class _Fits:
-    """Drops results after a check that the model's tensors, of these dtypes if there are any, can hold them."""
-
-    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._dtypes = dtypes
-
-    def open_tile(self, tile: Tile) -> TileWriter:
-        return _Fitting(tile, self._dtypes)
-
-
-class _Fitting(TileWriter):
-    def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._ranges = [
-            (name, dtypes[name], start, end)
-            for own, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True)
-            for name in tile.aliases[own]
-            if dtypes and dtypes[name] != torch_dtype(tile.dtype)
-        ]
-
-    def write(self, begin: int, values: torch.Tensor) -> None:
-        """Check the values instead of writing them."""
-        for name, dtype, start, end in self._ranges:
-            check_fits(name, values[max(0, start - begin) : max(0, end - begin)], dtype)
 
 
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import InvalidValueError, NotReadyError, warn
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights, as_targets
@@ -29,7 +29,6 @@ from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.model_weights import (
     Block,
-    copied_weights,
     fill,
     fill_model,
     swapped_in,
@@ -262,7 +261,7 @@ class PostHocEMA(Tracker):
             return self._own_state()
         model, query = self._model_of_chunks(), Query(sigma_rel, t, step, dtype, method)
         evaluation = self._evaluation(model, alone, f"state_dict({query}{', full' * full})")
-        made = self._raw(evaluation, dtype) or evaluation.weights(query)
+        made = evaluation.weights(query)
         if self._members is None or model is None:
             return made
         return gathered(made, model, self._members, evaluation.group) if full else as_dtensors(made, model)
@@ -292,7 +291,7 @@ class PostHocEMA(Tracker):
         def make() -> tuple[Evaluation, Weights]:
             query = Query(sigma_rel, t, step, dtype, method)
             evaluation = self._evaluation(model, alone, f"model({query})")
-            return evaluation, self._raw(evaluation, dtype) or evaluation.weights(query)
+            return evaluation, evaluation.weights(query)
 
         return Block("model", partial(self._filled, model, make, own_dtypes=dtype is None))
 
@@ -315,14 +314,10 @@ class PostHocEMA(Tracker):
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         evaluation = self._evaluation(model, False, f"models({', '.join(wanted)})")
-        raw, refused = self._raw(evaluation, None), dict[str, str]()
-        if raw is not None:
-            made: dict[str, Callable[[], Weights]] = dict.fromkeys(wanted, lambda: raw)
-        else:
-            made, refused = evaluation.each(wanted)
-        for label in refused.keys() - self._warned_of_targets if self.keeps_averages else ():
-            log.warning("%s; there is no average of it at step %d", refused[label], self.step)
-        self._warned_of_targets |= refused.keys()
+        made, refused = evaluation.each(wanted)
+        for label in refused if self.keeps_averages else ():
+            if self._is_first(label):
+                log.warning("%s; there is no average of it at step %d", refused[label], self.step)
 
         def block(make: Callable[[], Weights]) -> Block[Module]:
             return Block("model", partial(self._filled, model, lambda: (evaluation, make())))
@@ -341,7 +336,7 @@ class PostHocEMA(Tracker):
             index = self.settings.tracked_index(tracked)
             call = f"averaged(tracked={self.settings.sigma_rels[index]:g})"
             evaluation = self._evaluation(model, alone, call)
-            return evaluation, self._raw(evaluation, None) or evaluation.live_weights(index)
+            return evaluation, evaluation.live_weights(index)
 
         return Block("averaged", partial(self._filled, model, make))
 
@@ -354,9 +349,9 @@ class PostHocEMA(Tracker):
         evaluation.check(weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
-            if not self._warned_of_statistics:
+            if "statistics" not in self._told:
                 copies = self._pipeline.now.tracked.dtypes(copied=True)
-                self._warned_of_statistics = warn_of_statistics(model, weights, copies)
+                self._told |= {"statistics"} if warn_of_statistics(model, weights, copies) else set()
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -382,7 +377,7 @@ class PostHocEMA(Tracker):
         if evaluation.group.is_alone and self._members is None and self.has_average:
             evaluation.planned(query, lambda plan: fill_model(model, plan, device))
             return
-        weights = self._raw(evaluation, dtype) or evaluation.weights(query)
+        weights = evaluation.weights(query)
         evaluation.check(weights, own_dtypes, accept_meta=self._members is None)
         fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
@@ -414,25 +409,9 @@ class PostHocEMA(Tracker):
         rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
         return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
-    def _raw(self, evaluation: Evaluation, dtype: Dtype) -> Weights | None:
-        """Before the first update: the weights as they are, of the tracked model or this one, with a warning."""
-        if evaluation.group.from_first(lambda: self.has_average):
-            return None
-        own = (None if self._model is None else self._model()) or evaluation.model
-        if own is None:
-            raise NotReadyError("no average yet", "the model that is tracked is gone")
-        if not self._warned_of_raw:
-            self._warned_of_raw, schedule = True, self.settings.schedule
-            given = f"update_every={schedule.update_every}, update_after_step={schedule.update_after_step}"
-            warn(f"no average yet, but the weights as they are: {self.settings.first_update(0)} ({given})")
-        return copied_weights(collect_tensors(own, self.settings.selection), dtype)
-
     def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
         """What the averages are now, for one call, and who makes it."""
-        keeps, group = self.keeps_averages, self._gathered(model, alone, call)
-        return Evaluation(
-            self.checkpoint_dir, self.settings, self._pipeline, self.flush, keeps, self._start.step, group, model
-        )
+        return Evaluation(self, self._gathered(model, alone, call), model)
 
 
 def _joined(

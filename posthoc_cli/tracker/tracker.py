@@ -77,8 +77,7 @@ class Tracker:
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
-        self._warned_of_raw = self._warned_of_statistics = False
-        self._warned_of_targets: frozenset[str] = frozenset()
+        self._told: set[str] = set()
         self._calls = Calls(directory)
         self._is_writer(model)
         if model is not None and tracking.resumes and start.step is None:
@@ -112,7 +111,7 @@ class Tracker:
     @property
     def keeps_averages(self) -> bool:
         """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
-        return self._is_writer(None if self._model is None else self._model())
+        return self._is_writer(self._tracked_model())
 
     @property
     def has_average(self) -> bool:
@@ -121,7 +120,7 @@ class Tracker:
 
     def tracks(self, model: torch.nn.Module) -> bool:
         """Whether this tracker has taken in a model, wrapped or bare, so that it holds the raw weights of now."""
-        own = None if self._model is None or self._pipeline.now.resumes or not self.step else self._model()
+        own = None if self._pipeline.now.resumes or not self.step else self._tracked_model()
         return own is not None and [*map(id, own.parameters())] == [*map(id, check_model(model).parameters())]
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
@@ -463,6 +462,16 @@ class Tracker:
             self._callers = Callers.of_replicas(self.checkpoint_dir, keeps)
         return keeps
 
+    def _tracked_model(self) -> torch.nn.Module | None:
+        """The model that this was made with, if it is still there."""
+        return None if self._model is None else self._model()
+
+    def _is_first(self, cause: str) -> bool:
+        """Whether the user has not been told of this cause yet."""
+        is_first = cause not in self._told
+        self._told.add(cause)
+        return is_first
+
     def _run_callbacks(self) -> None:
         """Call the callbacks if snapshots have become durable."""
         written = self._pipeline.written
@@ -490,7 +499,7 @@ class Tracker:
             return self._chunk_holders(call)
         if alone or self._callers is None or self._pipeline.now.resumes or not torch.distributed.is_initialized():
             return THIS_PROCESS  # before tracking goes on, each process reads what is on disk
-        own = model if self._model is None else self._model() or model
+        own = self._tracked_model() or model
         tensor = None if own is None else next(own.parameters(), None)
         return self._callers.gather(HOST if tensor is None else tensor.device, call)
 
@@ -505,7 +514,7 @@ class Tracker:
 
     def _model_of_chunks(self) -> torch.nn.Module | None:
         """The model, if it is still there; of a sharded one it must be."""
-        model = None if self._model is None else self._model()
+        model = self._tracked_model()
         if self._members is not None and model is None:
             raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
         return model
