@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -459,48 +459,25 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
     return snapshot
 
 
-def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:
-    """The same with DTensors in place of chunks, spread as the model's parameters."""
-    made = _like(chunks)
-    for found in named_tensors(model):
-        if found.name in chunks:
-            made[found.name] = as_dtensor(chunks[found.name], found.tensor)
-    return made
+def as_dtensors(chunks: Weights, model: torch.nn.Module, full: bool = False) -> Weights:
+    """The same with DTensors in place of chunks, spread as the model's parameters, on the host.
 
-
-def gathered(chunks: Weights, model: torch.nn.Module, members: Members, group: Group) -> Weights:
-    """In rank 0 the complete tensors, one after the other on the host; in the others none."""
-    tensors = {found.name: found.tensor for found in named_tensors(model) if found.name in chunks}
-    own = {}
-    for name in members.owned & chunks.keys():
-        _, chunk = local_part(name, tensors[name])
-        if chunk is not None:
-            own[name] = chunk.box(tuple(chunks[name].shape))
-    places = group.from_all(own)
-    made = _like(chunks)
-    whole: dict[int, torch.Tensor] = {}  # by the chunk that its names share
-    for name in sorted(chunks):
-        value, boxes = chunks[name], {rank: held[name] for rank, held in enumerate(places) if name in held}
-        if is_sharded(tensors[name]) and boxes:
-            whole[id(value)] = _gather(value, tensors[name].shape, boxes, group)
-    for name in chunks if group.leads else ():
-        made[name] = whole.get(id(chunks[name]), chunks[name])
-    return made
-
-
-def _gather(value: torch.Tensor, shape: tuple[int, ...], boxes: Mapping[int, Box], group: Group) -> torch.Tensor:
-    """In rank 0 the complete tensor of the chunks that these ranks hold, in each of them `value`."""
-    complete = torch.empty(shape if group.leads else (0,), dtype=value.dtype)
-    for rank, box in boxes.items():
-        if group.rank in (0, rank):
-            part = value if group.rank == rank else torch.empty(box.shape, dtype=value.dtype)
-            group.exchange(part, sorted({0, rank}, reverse=True))
-            if group.leads:
-                complete[tuple(map(slice, box.offset, box.end))] = part
-    return complete
-
-
-def _like(chunks: Weights) -> Weights:
+    With `full` complete tensors in rank 0, gathered one after the other, and none in the others.
+    """
     made = Weights()
     made.predicted_error, made.profile_error = chunks.predicted_error, chunks.profile_error
+    leads = torch.distributed.get_rank() == 0
+    done: dict[int, torch.Tensor] = {}  # by the chunk that its names share
+    for found in named_tensors(model):
+        chunk = chunks.get(found.name)
+        if chunk is None:
+            continue
+        if id(chunk) not in done:
+            value: Any = as_dtensor(chunk, found.tensor)
+            if full and is_sharded(value):
+                whole = value.to(value.device_mesh.device_type).full_tensor()
+                value = whole.cpu() if leads else chunk
+            done[id(chunk)] = value
+        if leads or not full:
+            made[found.name] = done[id(chunk)]
     return made

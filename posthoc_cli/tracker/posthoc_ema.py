@@ -24,7 +24,7 @@ from posthoc_cli.snapshots.selection import Selection, check_globs, make_selecti
 from posthoc_cli.snapshots.sources import Source, chosen_up_to
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.tracker import going_on
-from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, gathered, plan_possible
+from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.model_weights import (
@@ -180,12 +180,10 @@ class PostHocEMA(Tracker):
         settings = Settings(profiles, newest.schedule, newest.t_unit, selection, keep_state=keeps_state)
         tracking = going_on.resumed_tracking(directory, snapshots, profiles)
         if model is not None:
-            known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
-            found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
+            found = collect_tensors(model, selection, tracking.tracked.known_names)  # it may be frozen, to be filled
             tracking = _joined(tracking, model, found, settings, directory)
         made = cls.__new__(cls)
-        start = Start(directory, settings, step, stored)
-        made._begin(directory, settings, tracking, model, device, start, newest.selection is not None)
+        made._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
         return made
 
     @property
@@ -264,7 +262,7 @@ class PostHocEMA(Tracker):
         made = evaluation.weights(query)
         if self._members is None or model is None:
             return made
-        return gathered(made, model, self._members, evaluation.group) if full else as_dtensors(made, model)
+        return as_dtensors(made, model, full)
 
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,

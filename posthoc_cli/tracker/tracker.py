@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.snapshots.format import joined_paths
+from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.tracker.averages import HOST, RunningAverages
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.measuring import squared_norms
@@ -54,12 +55,12 @@ class Tracker:
 
     def _begin(
         self, directory: Path, settings: Settings, tracking: Tracking, model: torch.nn.Module | None,
-        device: str | None, start: Start, knows_selection: bool = True,
+        device: str | None, start: Start,
     ) -> None:  # fmt: skip
         """Begin; no constructor, since that of `PostHocEMA` says how one is made."""
         self.checkpoint_dir, self.settings = directory, settings
         self._members = members = tracking.tracked.members
-        self._watch = ModelWatch(settings.selection, not knows_selection, members)
+        self._watch = ModelWatch(settings.selection, members)
         if model is not None and tracking.resumes:
             try:
                 self._watch.check_model(model, tracking.tracked)
@@ -322,8 +323,14 @@ class Tracker:
         check_times(times)
         # Each process knows the rounding and the path of its own part, and some of them have no average.
         total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
-        info = group.from_first(lambda: state_info(self._with_snapshots(own), self.settings))
-        return pack_state(own, replace(info, inherited=total, sketch=sketch), self._model_of_chunks())
+
+        def read_info() -> StateInfo:
+            snapshotter = self._pipeline.snapshotter
+            complete = own if snapshotter is None else replace(own, snapshots=snapshotter.checksums)
+            return state_info(complete, self.settings)
+
+        info = replace(group.from_first(read_info), inherited=total, sketch=sketch)
+        return pack_state(own, info, self._model_of_chunks())
 
     def _read_exactly(self) -> Tracking:
         self.flush()
@@ -332,10 +339,6 @@ class Tracker:
         reading = self._pipeline.read_exactly()
         self._pipeline.flush()  # the snapshots of that time are on disk now
         return reading
-
-    def _with_snapshots(self, reading: Tracking) -> Tracking:
-        snapshotter = self._pipeline.snapshotter
-        return reading if snapshotter is None else replace(reading, snapshots=snapshotter.checksums)
 
     # --- one call of `update_`
 
@@ -390,7 +393,7 @@ class Tracker:
         """Hand the model's values over, or leave them out as `on_nonfinite` says."""
         tracked = self._pipeline.now.tracked
         try:
-            tensors = self._watch.tensors(model, tracked)
+            tensors = self._watch.tensors(model)
             self._watch.check(tensors, tracked)
         except PostHocError:
             self._pipeline.leave_out(progress, writes=False)
