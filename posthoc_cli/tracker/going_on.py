@@ -89,7 +89,7 @@ class Start:
         # One that only counts must not see what the writer sets aside meanwhile.
         stored = find_snapshots(self._directory) if writes else self._stored
         place = group.from_first(lambda: find_place(stored, self._settings.sigma_rels, sample or {}))
-        level, text = logging.WARNING, ""
+        level, text, subject = logging.WARNING, "", str(self._directory)
         if place is None or sample is None:
             if is_first_call:
                 text = "whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
@@ -102,7 +102,7 @@ class Start:
             error = off_path(self._directory, *place)
             if is_first_call:
                 raise error
-            level, text = logging.INFO, str(error)
+            level, text, subject = logging.INFO, f"{error.reason}; {error.hint}", error.subject
         else:
             found, newest = place
             now, self._seen = self._at(now, found.step, newest, stored), (sample, found.reach)
@@ -112,7 +112,7 @@ class Start:
             else:
                 text += f"; later snapshots, up to step {newest:,}, will be set aside"
         if text and group.leads and writes:
-            log.log(level, "%s: %s", self._directory, text)
+            log.log(level, "%s: %s", subject, text)
         return now
 
     def _at(self, now: Tracking, step: int | None, newest: int, stored: Sequence[Snapshot]) -> Tracking:

@@ -24,6 +24,7 @@ from posthoc_cli.snapshots.selection import Selection, check_globs, make_selecti
 from posthoc_cli.snapshots.sources import Source, chosen_up_to
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.tracker import going_on
+from posthoc_cli.tracker.averages import HOST
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
@@ -45,7 +46,7 @@ from posthoc_cli.tracker.settings import (
     is_first_of_group,
     make_schedule,
 )
-from posthoc_cli.tracker.sharding import meet, mesh_of
+from posthoc_cli.tracker.sharding import THIS_PROCESS, meet, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.tracker import Tracker
@@ -85,10 +86,9 @@ class PostHocEMA(Tracker):
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
         Of two profiles of float32 or bfloat16 parameters it holds 16 bytes a parameter, 4 more from the first float16
-        snapshots on, and with averages on the host the model once more; `metrics()["bytes"]` tells what it holds. In a
-        group of processes that train one model the first one of its DistributedDataParallel, or of all processes where
-        it is not wrapped, keeps the averages and writes; the others only count. Of a model that is sharded over
-        processes each keeps and writes its part.
+        snapshots on, and with averages on the host the model once more, see `metrics`. Of replicas in several processes
+        the first one, of the model's DistributedDataParallel or of all, keeps the averages and writes; the others only
+        count. Of a model that is sharded over processes each keeps and writes its part.
 
         Arguments:
             model: to be tracked, wrapped or bare: names are those of the bare model.
@@ -104,11 +104,11 @@ class PostHocEMA(Tracker):
             include: globs on names, such as "decoder.*": only matching tensors are tracked, those that require no
                 gradients, too. None: all but parameters that require no gradients.
             exclude: globs on names of tensors to be left out.
-            buffers: "statistics" to average BatchNorm's running statistics and copy others; "copy" all of them, so that
-                every average holds the newest copy at its time; or "average" floating-point ones as parameters are.
+            buffers: "statistics" to average BatchNorm's running statistics and copy others, as they are at the time of
+                the average; "copy" all of them; or "average" floating-point ones as parameters are.
             device: "model" for averages beside the parameters, updated by the training's own thread; "cpu" for averages
                 on the host, updated by a thread of their own, with the same bits; None for "cpu" where a parameter is
-                on an accelerator, else "model".
+                on an accelerator.
             keep_state: keep the exact averages beside the snapshots, in `state.safetensors`: `from_path` and `resume`
                 then go on without rounding. 4 bytes an element and 6 for each profile (float64: 8 and 8), also on disk.
             resume: "auto" to go on where the directory holds a run of this model: from the newest snapshots at or
@@ -152,11 +152,10 @@ class PostHocEMA(Tracker):
     ) -> PostHocEMA:  # fmt: skip
         """The run in a directory, with its own settings: to synthesize from, and to go on tracking.
 
-        Tracking goes on at the first `update_`, from the newest snapshots at or before the place of the model's weights
-        on the run's path; weights that are not on it are an error then. It goes on from the snapshots' values, rounded
-        to their storage dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To
-        go on exactly without one, `load_state_dict`; with other settings, `from_model(..., resume=...)`. Due snapshots
-        of other trackers of this process are waited for.
+        Tracking goes on at the first `update_`, as with `resume="auto"` of `from_model`: from values rounded to the
+        snapshots' dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To go on
+        exactly without one, `load_state_dict`; with other settings, `from_model`. Due snapshots of other trackers of
+        this process are waited for.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
@@ -200,22 +199,19 @@ class PostHocEMA(Tracker):
                 disk are read.
 
         Returns:
-            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. When snapshots
-            were written, of the last ones: `distance_0.05`, ..., how far each tracked average was from the weights,
-            relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing took beside the training;
-            `snapshot_waited`, the seconds that the training waited before it. And
-            `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot, of
-            those that the run is long enough for.
+            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. Of the last
+            snapshots: `distance_0.05`, ..., how far each tracked average was from the weights, relative to its norm;
+            `snapshot_bytes`; `snapshot_seconds`, which writing took beside the training; `snapshot_waited`, the seconds
+            that the training waited before it. `predicted_error_0.15`, ...: of each wanted length that the run is long
+            enough for, the expected relative error at the newest snapshot.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         found = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
-        if snapshots:
-            plan, _ = plan_possible(snapshots, wanted)
-            errors = (
-                [] if plan is None else [(one.label, plan.predicted_error(i)) for i, one in enumerate(plan.targets)]
-            )
-            found |= {f"predicted_error_{label}": error for label, error in errors if error is not None}
+        plan, _ = plan_possible(snapshots, wanted) if snapshots else (None, {})
+        for index, target in enumerate(() if plan is None else plan.targets):
+            if plan is not None and (error := plan.predicted_error(index)) is not None:
+                found[f"predicted_error_{target.label}"] = error
         return found
 
     @overload
@@ -233,19 +229,18 @@ class PostHocEMA(Tracker):
     ) -> Weights | dict[str, Any]:  # fmt: skip
         """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
-        That state (averages in full precision, clock, counters, schedule, run) goes with your training checkpoint;
-        `load_state_dict` continues from it exactly. In the processes of a group that do not write it is empty. Of a
-        model that is sharded over processes all of them make the call, and each gets what it owns, as DTensors in host
-        memory: torch.distributed.checkpoint saves and loads them, also for another arrangement of processes.
+        That state goes with your training checkpoint; `load_state_dict` continues from it exactly. In processes that
+        keep no averages it is empty. Of a model that is sharded over processes all of them make the call, and each gets
+        what it owns, as DTensors in host memory: torch.distributed.checkpoint saves and loads them, also for another
+        arrangement of processes.
 
         Arguments:
-            sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)` or
-                `targets.Window(1000)`; or any object with `density` and `tail`.
+            sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)`, or its
+                text form, "beta:0.9999"; or any object with `density` and `tail`.
             t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.
-            full: of a model that is sharded over processes, complete tensors in rank 0, gathered one by one; nothing
-                in the others.
+            full: of a sharded model, complete tensors in rank 0, gathered one by one; nothing in the others.
             alone: see `model`.
 
         Returns:
@@ -273,12 +268,11 @@ class PostHocEMA(Tracker):
         After the block weights, buffers, train or eval mode and device are as before, also on an error. The model's own
         weights are kept in host memory meanwhile. Blocks may be nested. Arguments as in `state_dict`, except that
         without `dtype` the weights take the dtypes that the model has. To keep averaged weights, save them within the
-        block, or use `ema.state_dict(sigma_rel=...)`: the model's tensors hold its own weights again after it.
+        block, or use `ema.state_dict(sigma_rel=...)`.
 
         In a group of processes all that have made a tracker of this directory make the call, between the same two calls
-        of `update_`. Of a sharded model each fills the chunks that it holds; no complete tensor is made. Replicas get
-        the weights that their writer has made. An error of one is raised in all. With `alone=True` the writer of
-        replicas makes them for itself.
+        of `update_`. Of a sharded model each fills the chunks that it holds; no complete tensor is made. An error of
+        one is raised in all. With `alone=True` the writer of replicas makes the weights for itself.
 
         Raises:
             NotReadyError: the block is used without `with`; or no average exists yet.
@@ -297,8 +291,8 @@ class PostHocEMA(Tracker):
         """For each of several lengths a block as `model` gives one, all from one pass over the snapshots.
 
         That pass is made now. Its results wait in a file without a name beside the snapshots, of the model's size for
-        each length; memory is needed as for one. A sharded model takes a pass when each block begins. In a group of
-        processes all make the call, and enter the blocks in their order.
+        each length; memory is needed as for one. In a group of processes all make the call, and enter the blocks in
+        their order.
 
         Arguments:
             sigma_rels: lengths, or other targets as in `state_dict`, or their text forms, such as "decay:linear:20%".
@@ -332,8 +326,7 @@ class PostHocEMA(Tracker):
 
         def make() -> tuple[Evaluation, Weights]:
             index = self.settings.tracked_index(tracked)
-            call = f"averaged(tracked={self.settings.sigma_rels[index]:g})"
-            evaluation = self._evaluation(model, alone, call)
+            evaluation = self._evaluation(model, alone, f"averaged(tracked={self.settings.sigma_rels[index]:g})")
             return evaluation, evaluation.live_weights(index)
 
         return Block("averaged", partial(self._filled, model, make))
@@ -357,10 +350,10 @@ class PostHocEMA(Tracker):
     ) -> None:  # fmt: skip
         """Fill a model with averaged weights for good, on any device, also a model on `meta`.
 
-        Memory for one tensor at a time is enough. Everything is computed twice, first only to check that it can be: an
-        error leaves the model as it was. Parameters stay the same objects, so that the optimizer keeps its state, and
-        later updates average the new weights: between two training steps this is the switch of Switch EMA. In a group
-        of processes all make the call, as that of `model`, and each needs memory for the weights that it gets.
+        Memory for one tensor at a time is enough, in a group of processes for the weights that each gets. Everything is
+        computed twice, first only to check that it can be: an error leaves the model as it was. Parameters stay the
+        same objects, so that the optimizer keeps its state, and later updates average the new weights: between two
+        training steps this is the switch of Switch EMA.
 
         Arguments:
             device: where tensors on `meta` that an average fills are created; a warning names those that stay there.
@@ -408,8 +401,17 @@ class PostHocEMA(Tracker):
         return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
     def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
-        """What the averages are now, for one call, and who makes it."""
-        return Evaluation(self, self._gathered(model, alone, call), model)
+        """One call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
+        group = THIS_PROCESS
+        if self._members is not None:
+            if alone:
+                raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
+            group = self._chunk_holders(call)
+        elif not (alone or self._callers is None or self._pipeline.now.resumes) and torch.distributed.is_initialized():
+            own = self._tracked_model() or model
+            tensor = None if own is None else next(own.parameters(), None)
+            group = self._callers.gather(HOST if tensor is None else tensor.device, call)
+        return Evaluation(self, group, model)  # before tracking goes on, each replica reads what is on disk
 
 
 def _joined(

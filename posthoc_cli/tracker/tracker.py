@@ -24,7 +24,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.format import joined_paths
 from posthoc_cli.snapshots.states import StateInfo
-from posthoc_cli.tracker.averages import HOST, RunningAverages
+from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.measuring import squared_norms
 from posthoc_cli.tracker.model_tensors import (
@@ -493,18 +493,6 @@ class Tracker:
             raise failure
 
     # --- calls that several processes make
-
-    def _gathered(self, model: torch.nn.Module | None, alone: bool, call: str) -> Group:
-        """The processes that make an evaluation together, all of which call; or this one alone."""
-        if self._members is not None:
-            if alone:
-                raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
-            return self._chunk_holders(call)
-        if alone or self._callers is None or self._pipeline.now.resumes or not torch.distributed.is_initialized():
-            return THIS_PROCESS  # before tracking goes on, each process reads what is on disk
-        own = self._tracked_model() or model
-        tensor = None if own is None else next(own.parameters(), None)
-        return self._callers.gather(HOST if tensor is None else tensor.device, call)
 
     def _chunk_holders(self, call: str) -> Group:
         """The processes that keep parts of the averages, all of which call; this one alone where it keeps all."""
