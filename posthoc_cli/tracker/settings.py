@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -44,17 +45,12 @@ class Settings:
 
     def tracked_index(self, tracked: float) -> int:
         """Which of the tracked profiles a sigma_rel is; an InvalidValueError names them if it is none."""
-        try:
-            wanted = check_sigma_rel(tracked)
-        except InvalidValueError as error:
-            raise InvalidValueError("tracked", error.reason, error.hint, value=error.value) from error
-        known = self.sigma_rels
-        index = next((i for i, own in enumerate(known) if math.isclose(wanted, own, rel_tol=1e-6)), None)
-        if index is None:  # 0.05 of float32 is the same profile, and was found
-            reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}"
-            hint = f"for any other use model(model, sigma_rel={tracked:g})"
-            raise InvalidValueError("tracked", reason, hint, value=f"{tracked:g}")
-        return index
+        for index, own in enumerate(self.sigma_rels):
+            if isinstance(tracked, Real) and math.isclose(tracked, own, rel_tol=1e-6):  # also 0.05 of float32
+                return index
+        reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in self.sigma_rels)}"
+        hint = "for any other use model(model, sigma_rel=...)"
+        raise InvalidValueError("tracked", reason, hint, value=f"{tracked!r}")
 
     def update_is_due(self, step: int) -> bool:
         """Whether averages take in the model at this call."""

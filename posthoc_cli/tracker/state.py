@@ -120,9 +120,9 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if not state:
         reason, hint = "is empty: it is of a process that keeps no averages", "load the one of the group's writer"
         raise InvalidValueError("state", reason, hint)
-    if (version := _entry(state, "version")) != STATE_VERSION:
+    if (version := state.get("version")) != STATE_VERSION:
         raise InvalidValueError("state", f"has version {shown(version)}; this release reads {STATE_VERSION}")
-    info, schedule = states.state_from(state, settings.schedule), _mapping(state, "schedule")
+    info = states.state_from(state, settings.schedule)
     if info.t_unit != settings.t_unit:
         raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
     wanted = settings.sigma_rels
@@ -136,18 +136,18 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
             info.folded_t, inherited,
         )  # fmt: skip
         kept = Accumulators(host_layout(tracked), len(wanted))
-        kinds = [(_mapping(state, kind), getattr(kept, kind)) for kind in ("high", "low")]
-        sets = [(_mapping(of, repr(key)), own) for of, rooms in kinds for key, own in zip(wanted, rooms, strict=True)]
-        for stored, room in [(_mapping(state, "mean"), kept.mean), *sets]:
-            tensors = _check_names(stored, room.views, tracked)
+        sets = [(state["mean"], kept.mean)]
+        for key, high, low in zip(map(repr, wanted), kept.high, kept.low, strict=True):
+            sets += [(state["high"][key], high), (state["low"][key], low)]
+        for stored, room in sets:
+            _check_names(stored, room.views, tracked)
             for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
-                own.copy_(_own_part(name, tensors, tracked, own.dtype))
+                own.copy_(_own_part(name, stored, tracked, own.dtype))
         dtypes = tracked.dtypes(copied=True)
-        tensors = _check_names(_mapping(state, "copies"), dtypes, tracked)
-        copies = {name: _own_part(name, tensors, tracked, dtype).clone() for name, dtype in dtypes.items()}
+        _check_names(state["copies"], dtypes, tracked)
+        copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
         path = fmt.path_of_part(info.sketch, tracked.part)
         averages = RunningAverages(wanted, standing, kept, copies, known_path=path)
-    _log_changes(info.sigma_rels, schedule, settings)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
@@ -184,38 +184,18 @@ def host_layout(tracked: TrackedModel) -> Layout:
     return group_tensors({name: (HOST, dtype, tracked.shapes[name]) for name, dtype in averaged.items()})
 
 
-def _entry(entries: Mapping[str, Any], key: str) -> Any:
-    if key not in entries:
-        raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
-    return entries[key]
-
-
-def _mapping(entries: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = _entry(entries, key)
-    if not isinstance(value, Mapping):
-        raise InvalidValueError("state", f"{key}: must be a dict, not {shown(value)}")
-    return value
-
-
-def _check_names(
-    tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel
-) -> Mapping[str, Any]:
+def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel) -> None:
     elsewhere = frozenset() if tracked.members is None else tracked.members.names
     differing = (set(expected) - set(tensors)) | (set(tensors) - set(expected) - elsewhere)
     if differing:
         reason = "is in the state or in the model, but not in both"
         hint = "make the tracker with the include, exclude and buffers of the one that the state is of"
-        raise ModelMismatchError(f"tensor {min(differing, key=str)!r}", reason, hint)
-    return tensors
+        raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
 
 
 def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     """What this process owns of a tensor, checked."""
     subject, own, found = f"tensor {name!r}", tracked.tensors[name], tensors[name]
-    if not isinstance(found, torch.Tensor):
-        raise InvalidValueError(subject, f"is {shown(found)} in the state, and no tensor")
-    if found.layout != torch.strided or found.is_meta:
-        raise InvalidValueError(subject, f"is {found.layout} on {found.device} in the state; must be dense")
     local, chunk = local_part(name, found)
     shape = tuple(found.shape)
     if shape != (expected := tracked.complete_shape(name)):
@@ -245,16 +225,6 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
 def listed(sigma_rels: Sequence[float]) -> str:
     """Profiles in words."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
-
-
-def _log_changes(held: Sequence[float], schedule: Mapping[str, Any], settings: Settings) -> None:
-    for sigma_rel in held:
-        if sigma_rel not in settings.sigma_rels:
-            log.info("sigma_rel %g is not tracked from here on; its snapshots stay in use", sigma_rel)
-    for key in ("update_every", "checkpoint_every", "update_after_step"):
-        before, now = schedule.get(key), getattr(settings.schedule, key)
-        if before != now:
-            log.info("%s is %s from here on; it was %s", key, now, shown(before))
 
 
 # --- a file ---
