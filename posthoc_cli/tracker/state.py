@@ -94,10 +94,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         spread = {found.name: found.tensor for found in named_tensors(model)}
 
     def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: as_shared(name, value) for name, value in tensors.items()}
-
-    def as_shared(name: str, value: torch.Tensor) -> torch.Tensor:
-        return as_dtensor(value, spread[name]) if spread else value
+        return {name: as_dtensor(value, spread[name]) if spread else value for name, value in tensors.items()}
 
     return _plain(info) | {
         "mean": packed(kept.mean.views),

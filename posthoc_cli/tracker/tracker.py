@@ -313,9 +313,13 @@ class Tracker:
                 snapshotter.set_aside_others(loaded.progress.t, known)
 
     def _own_state(self) -> dict[str, Any]:
-        """What `state_dict()` gives: tensors are copies of this process's."""
+        """What `state_dict()` gives."""
         if self._members is None and not self.keeps_averages:
             return {}
+        return pack_state(*self._state(), self._model_of_chunks())
+
+    def _state(self) -> tuple[Tracking, StateInfo]:
+        """What a tracker would continue from: its tensors are copies of this process's."""
         group = self._chunk_holders("state_dict()")
         own = group.together(self._read_exactly)
         told = (self.step, self.t), own.averages.standing.inherited, sketch_of(own.averages)
@@ -329,8 +333,7 @@ class Tracker:
             complete = own if snapshotter is None else replace(own, snapshots=snapshotter.checksums)
             return state_info(complete, self.settings)
 
-        info = replace(group.from_first(read_info), inherited=total, sketch=sketch)
-        return pack_state(own, info, self._model_of_chunks())
+        return own, replace(group.from_first(read_info), inherited=total, sketch=sketch)
 
     def _read_exactly(self) -> Tracking:
         self.flush()
