@@ -33,7 +33,7 @@ _ALIGNED = 64
 """Bytes that the places of tensors in a file are multiples of."""
 
 
-class Block(Generic[Given]):
+class WithStatement(Generic[Given]):
     """A context manager for `with` only, also again: any other use is an error that shows the statement to write."""
 
     def __init__(self, name: str, make: Callable[[], AbstractContextManager[Given]]) -> None:

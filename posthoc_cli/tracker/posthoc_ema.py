@@ -29,7 +29,7 @@ from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, plan_
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.model_weights import (
-    Block,
+    WithStatement,
     fill,
     fill_model,
     swapped_in,
@@ -262,7 +262,7 @@ class PostHocEMA(Tracker):
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
         dtype: Dtype = None, method: str | None = None, alone: bool = False,
-    ) -> Block[Module]:  # fmt: skip
+    ) -> WithStatement[Module]:  # fmt: skip
         """The model itself with averaged weights, in eval mode, for the `with` block.
 
         After the block weights, buffers, train or eval mode and device are as before, also on an error. The model's own
@@ -285,9 +285,9 @@ class PostHocEMA(Tracker):
             evaluation = self._evaluation(model, alone, f"model({query})")
             return evaluation, evaluation.weights(query)
 
-        return Block("model", partial(self._filled, model, make, own_dtypes=dtype is None))
+        return WithStatement("model", partial(self._filled, model, make, own_dtypes=dtype is None))
 
-    def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, Block[Module]]:
+    def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
         """For each of several lengths a block as `model` gives one, all from one pass over the snapshots.
 
         That pass is made now. Its results wait in a file without a name beside the snapshots, of the model's size for
@@ -311,12 +311,12 @@ class PostHocEMA(Tracker):
             if self._is_first(label):
                 log.warning("%s; there is no average of it at step %d", refused[label], self.step)
 
-        def block(make: Callable[[], Weights]) -> Block[Module]:
-            return Block("model", partial(self._filled, model, lambda: (evaluation, make())))
+        def block(make: Callable[[], Weights]) -> WithStatement[Module]:
+            return WithStatement("model", partial(self._filled, model, lambda: (evaluation, make())))
 
         return {label: block(make) for label, make in made.items()}
 
-    def averaged(self, model: Module, tracked: float, alone: bool = False) -> Block[Module]:
+    def averaged(self, model: Module, tracked: float, alone: bool = False) -> WithStatement[Module]:
         """As `model`, with the live average of a tracked profile: it is exact, and no snapshot is read.
 
         Raises:
@@ -329,7 +329,7 @@ class PostHocEMA(Tracker):
             evaluation = self._evaluation(model, alone, f"averaged(tracked={self.settings.sigma_rels[index]:g})")
             return evaluation, evaluation.live_weights(index)
 
-        return Block("averaged", partial(self._filled, model, make))
+        return WithStatement("averaged", partial(self._filled, model, make))
 
     @contextmanager
     def _filled(
