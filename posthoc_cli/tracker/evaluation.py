@@ -322,7 +322,7 @@ class Evaluation:
             return [Weights() for _ in targets]
         directory = self.tracker.checkpoint_dir
         sources = [
-            at_hand[name] if name in at_hand else _Boxes(_read_again(directory / name, checksum), boxes)
+            at_hand[name] if name in at_hand else _Boxes.of(_read_again(directory / name, checksum), boxes)
             for name, checksum in shared.sources
         ]
         if shared.plan is None:
@@ -408,28 +408,17 @@ def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> L
 class _Boxes:
     """A source of a synthesis: boxes of a snapshot's tensors as if they were tensors."""
 
-    snapshot: Snapshot
-    boxes: Mapping[str, Box]
+    name: str
+    info: SnapshotInfo
+    profile: PowerFunction
+    stored: Mapping[str, TensorSpec]
+    open: Callable[[], AbstractContextManager[TensorReader]]
 
-    @property
-    def name(self) -> str:
-        return self.snapshot.name
-
-    @property
-    def info(self) -> SnapshotInfo:
-        return self.snapshot.info
-
-    @property
-    def profile(self) -> PowerFunction:
-        return self.snapshot.profile
-
-    @property
-    def stored(self) -> Mapping[str, TensorSpec]:
-        entries = self.snapshot.stored
-        return {name: TensorSpec(name, entries[name].dtype, box.shape) for name, box in self.boxes.items()}
-
-    def open(self) -> AbstractContextManager[TensorReader]:
-        return self.snapshot.open(self.boxes)
+    @classmethod
+    def of(cls, snapshot: Snapshot, boxes: Mapping[str, Box]) -> _Boxes:
+        """These boxes of a snapshot."""
+        stored = {name: TensorSpec(name, snapshot.stored[name].dtype, box.shape) for name, box in boxes.items()}
+        return cls(snapshot.name, snapshot.info, snapshot.profile, stored, partial(snapshot.open, boxes))
 
 
 def _check_spread(name: str, shape: tuple[int, ...], box: Box | None, model: Mapping[str, torch.Tensor]) -> None:
