@@ -58,11 +58,11 @@ class Start:
 
     Attributes:
         step: the call of `update_`; 0 for a new beginning, None for the newest snapshots.
-        loaded_at: the same when the averages have been loaded; -1 before.
+        read_at: the same when the averages have been read; -1 before.
     """
 
     def __init__(self, directory: Path, settings: Settings, step: int | None, stored: Sequence[Snapshot]) -> None:
-        self.step, self.loaded_at = step, -1
+        self.step, self.read_at = step, -1
         self._directory, self._settings, self._stored, self._is_given = directory, settings, stored, step is not None
         self._seen: tuple[Mapping[int, float], float] | None = None
 
@@ -132,7 +132,7 @@ class Start:
         moved = sum((value - before[number]) ** 2 for number, value in sample.items())
         return moved <= (3 * reach) ** 2 * sum(value**2 for value in sample.values())
 
-    def load(self, now: Tracking) -> Tracking:
+    def read(self, now: Tracking) -> Tracking:
         """The state in the directory to go on from."""
         if self.step == 0:
             return replace(now, progress=Progress(), resumes=False)

@@ -338,7 +338,7 @@ class Tracker:
     def _read_exactly(self) -> Tracking:
         self.flush()
         if self._pipeline.now.resumes:
-            return self._start.load(self._pipeline.now)
+            return self._start.read(self._pipeline.now)
         reading = self._pipeline.read_exactly()
         self._pipeline.flush()  # the snapshots of that time are on disk now
         return reading
@@ -426,7 +426,7 @@ class Tracker:
         try:
             return last.after(t, self.settings)
         except InvalidValueError as error:
-            if last.step != self._start.loaded_at or not isinstance(t, int | float) or t > last.t:
+            if last.step != self._start.read_at or not isinstance(t, int | float) or t > last.t:
                 raise
             hint = "the averages go on from there; for an earlier checkpoint there is from_path(..., step=N)"
             raise error.with_hint(hint) from error
@@ -447,7 +447,7 @@ class Tracker:
             now = self._pipeline.now
             if not now.resumes:
                 return
-            found = self._start.load(now)
+            found = self._start.read(now)
             progress = found.progress
             snapshotter.set_aside_others(progress.t, known=found.snapshots)
             if progress.step != now.progress.step:
@@ -456,7 +456,7 @@ class Tracker:
                     "there, and the model should be of then, too",
                     self.checkpoint_dir, now.progress.step, progress.step,
                 )  # fmt: skip
-            self._start.loaded_at = progress.step
+            self._start.read_at = progress.step
             self._pipeline.set(found)
 
     def _is_writer(self, model: torch.nn.Module | None) -> bool:
