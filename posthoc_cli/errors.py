@@ -26,9 +26,13 @@ values read from files are escaped and shortened by `shown`.
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from typing import Any, TypeVar
 
 _LONGEST = 200
+_BETWEEN = {__name__.partition(".")[0], "contextlib", "threading", "torch"}
+"""Packages whose code may stand between a user's call and a warning."""
 _Error = TypeVar("_Error", bound="PostHocError")
 
 
@@ -55,6 +59,14 @@ def percent(error: float) -> str:
     if error >= 10:
         return "> 1,000 %"
     return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning that begins with the package's name, at the line of the user's own code that led to it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
 
 
 class PostHocError(Exception):

@@ -350,8 +350,7 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
 
 def save_state(tracker: PostHocEMA, path: Path) -> None:
     """Write the exact state of a tracker as it keeps one beside its snapshots."""
-    _, own, info = tracker._state("save_state")
-    write_state(path, own, info)
+    write_state(path, *tracker._state())
 
 
 def load_state(tracker: PostHocEMA, path: Path) -> None:

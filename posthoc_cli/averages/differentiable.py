@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from posthoc_cli.averages.pairing import WideBuffers, check_number
-from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, NotReadyError, warn
 from posthoc_cli.tracker.settings import check_count
 
 MODES = ("truncated", "window", "carried", "full")
@@ -21,8 +20,6 @@ _ACCUMULATORS = (torch.float32, torch.float64)
 """At a decay of 0.9999 an average in half precision never moves."""
 _LONGEST_QUIET_GRAPH = 99
 """Values that mode "full" holds without a warning."""
-_CALLER = 5
-"""`stacklevel` of a warning in `take_in`, past `forward` and two frames of torch.nn.Module."""
 
 
 class DifferentiableEMA(WideBuffers):
@@ -206,7 +203,7 @@ class _Window:
         if self._length is None and len(self._kept) > _LONGEST_QUIET_GRAPH:
             text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
             hint = "use 'window' or 'carried' for training, or call reset()"
-            warnings.warn(f"{text}; {hint}", RuntimeWarning, stacklevel=_CALLER)
+            warn(f"{text}; {hint}")
         running = self._before
         for kept in self._kept:
             running = _next(running, kept.to(value), decay)
@@ -234,7 +231,7 @@ class _Carried:
             first = f"leaves[{unreached[0]}] of the shape {list(found[unreached[0]].shape)}"
             text = f"the value does not depend on {len(unreached)} of the leaves, such as {first}"
             hint = "they get no gradient; leave them out, or look for a detach()"
-            warnings.warn(f"{text}: {hint}", RuntimeWarning, stacklevel=_CALLER)
+            warn(f"{text}: {hint}")
         kept = 0.0 if average is None else decay
         for index, jacobian in enumerate(jacobians):
             jacobian.mul_(1 - kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from posthoc_cli.averages.pairing import (
     paired,
     wide_averages,
 )
+from posthoc_cli.errors import warn
 from posthoc_cli.tracker.model_tensors import check_model
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import check_count
@@ -88,7 +88,7 @@ class ExponentialMovingAverage(torch.nn.Module):
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m < 1, accepted)
         if self.momentum > SUSPICIOUS_MOMENTUM:
             text = f"momentum {momentum:g}: is the share of the new value and usually small; for a decay of"
-            warnings.warn(f"{text} {momentum:g} pass {1 - momentum:.4g}", stacklevel=2)
+            warn(f"{text} {momentum:g} pass {1 - momentum:.4g}")
         self.interval = check_count("interval", interval, 1)
         self.update_buffers = update_buffers
         self.warmup = warmup
@@ -136,7 +136,7 @@ class ExponentialMovingAverage(torch.nn.Module):
         """Copy the model's buffers. With `update_buffers=True` that replaces their averages, and warns."""
         if self.update_buffers:
             text = "this average has update_buffers=True; the model's buffers now replace their averages"
-            warnings.warn(f"sync_buffers: {text}", stacklevel=4)  # past the two decorators
+            warn(f"sync_buffers: {text}")
         copy_(paired("buffers", self.module, model))
 
     @torch.inference_mode(False)
@@ -257,7 +257,7 @@ class ShadowModel(WideBuffers):
         """Take the model's parameters into the shadow. In eval mode it does nothing but warn."""
         if not self.training:
             text = "the module is in eval mode, and the shadow stays; call train() before training"
-            warnings.warn(f"update: {text}", stacklevel=4)  # past this method and its two decorators
+            warn(f"update: {text}")
             return
         parameters, buffers = paired("parameters", self.shadow, self.model), paired("buffers", self.shadow, self.model)
         share = self._next_share()

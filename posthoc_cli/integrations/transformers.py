@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import save_fsdp_model
-from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
@@ -25,7 +25,7 @@ _installed: WeakKeyDictionary[Trainer, str | None] = WeakKeyDictionary()
 """The trainers with a callback, and the checkpoint that each goes on from."""
 
 
-class PostHocCallback(TrainerCallback, ExportableState):
+class PostHocCallback(TrainerCallback):
     """Tracks averages in a trainer: `PostHocCallback("run/ema").install(trainer)`.
 
     Each step that the optimizer has taken counts. A checkpoint of the trainer holds the tracker's exact state, and
@@ -56,9 +56,6 @@ class PostHocCallback(TrainerCallback, ExportableState):
         self._lengths = lengths("evaluate", evaluate)
         names = "ema_{}" if isinstance(evaluate, list | tuple) else "ema"
         self._names = {label: names.format(label) for label in self._lengths}  # of metrics, and of folders
-        schedule = options.pop("schedule", None)
-        if schedule is not None:  # a checkpoint lists arguments as JSON
-            options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
         self._model: ref[torch.nn.Module] | None = None
@@ -84,12 +81,6 @@ class PostHocCallback(TrainerCallback, ExportableState):
             _watch(trainer)
         return self
 
-    def state(self) -> dict[str, Any]:
-        """What `trainer_state.json` keeps."""
-        given = {"checkpoint_dir": self.checkpoint_dir, "evaluate": self.evaluate, "folders": self.folders}
-        options = {name: _plain(value) for name, value in self.options.items()}
-        return {"args": given | options, "attributes": {}}
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, **_: Any,
@@ -111,7 +102,6 @@ class PostHocCallback(TrainerCallback, ExportableState):
         if folder is not None and not load_state(ema, folder):
             where = f"go on from the snapshots of step {ema.step}" if ema.step else "begin here"
             log.warning("%s was saved without the state of this callback: its averages %s", folder, where)
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the trainer expects it when it saves
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(lambda one, *_: setattr(self, "_is_left_out", was_left_out(one)))
@@ -217,7 +207,3 @@ def _check_alone(callbacks: Iterable[TrainerCallback]) -> None:
         reason = "hold PostHocCallback twice, and a checkpoint has room for the state of one"
         hint = "leave one out, or trainer.remove_callback(PostHocCallback); its snapshots give averages of all lengths"
         raise InvalidValueError("callbacks", reason, hint)
-
-
-def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posthoc_cli.errors import InvalidValueError, shown
+from posthoc_cli.errors import InvalidValueError, shown, warn
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.selection import statistics_notice
 from posthoc_cli.sweep.axes import Axis, good_range
@@ -70,7 +69,7 @@ def sweep(
         axis = Axis("sigma_rel", good.low if low is None else low, good.high if high is None else high)
     check_counts(repeats, budget, [axis])
     if model is None and (notice := statistics_notice(newest.copies)):
-        warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel=2)
+        warn(notice)
     raw = [*trials.measure([(0.0, seed) for seed in range(repeats if trials.has_raw else 0)])]
     search = Search(
         axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1,
@@ -133,7 +132,7 @@ class _Trials:
             yield (weights if model is None else model), weights.predicted_error if length else None
             if model is not None and not self._warned:
                 copies = self.run.sources[-1].info.copies
-                self._warned = warn_of_statistics(model, weights, copies, stacklevel=3)
+                self._warned = warn_of_statistics(model, weights, copies)
 
 
 def _record(target: str, x: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:

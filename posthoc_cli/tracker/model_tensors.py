@@ -119,6 +119,11 @@ class TrackedModel:
         info = snapshot.info
         return cls(info.tensors, shapes, info.aliases, info.left_out)
 
+    @property
+    def known_names(self) -> frozenset[str]:
+        """All names of the tensors."""
+        return frozenset(self.tensors.keys() | self.aliases.keys())
+
     def complete_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor in the model, of which a part may be here."""
         return self.chunks[name].shape if name in self.chunks else self.shapes[name]
@@ -397,12 +402,11 @@ class ModelWatch:
     """Cache of the model's tensors, invalidated when the model changes.
 
     Walking through the modules at every update would cost more than comparing names, objects, storage addresses,
-    shapes, strides, dtypes and whether gradients are required. If `lenient`, tracked parameters are taken even if they
-    do not require gradients: older snapshots do not say what was selected.
+    shapes, strides, dtypes and whether gradients are required.
     """
 
-    def __init__(self, selection: Selection, lenient: bool = False, members: Members | None = None) -> None:
-        self._selection, self._lenient, self._members = selection, lenient, members
+    def __init__(self, selection: Selection, members: Members | None = None) -> None:
+        self._selection, self._members = selection, members
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._contents: list[dict[str, Any]] = []
         self._filled: list[dict[str, Any]] = []
@@ -413,13 +417,13 @@ class ModelWatch:
         self._tensors: ModelTensors | None = None
         self._checked: tuple[ModelTensors, TrackedModel] | None = None
 
-    def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
+    def tensors(self, model: torch.nn.Module) -> ModelTensors:
         """The model's tensors: the object of the last call, unless the model has changed."""
         same_model = self._model is not None and self._model() is model
         if self._tensors is not None and same_model and self._fingerprint == self._take_fingerprint():
             return self._tensors
         self._tensors = None
-        found = self._collect(model, tracked, self._lenient)
+        found = self._collect(model)
         self._model = weakref.ref(model)  # it may go before the tracker does
         self._contents = [
             contents
@@ -445,19 +449,18 @@ class ModelWatch:
 
     def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> None:
         """Raise a ModelMismatchError unless the model is the tracked one; it may be frozen, to be filled only."""
-        tracked.check(TrackedModel.of_model(self._collect(model, tracked, frozen_too=True), self._members))
+        tracked.check(TrackedModel.of_model(self._collect(model, tracked.known_names), self._members))
 
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float] | None:
         """The part of a snapshot's sample that is here, of the model; None where a tensor is not as it was tracked."""
-        found = self._collect(model, tracked, frozen_too=True).averaged
+        found = self._collect(model, tracked.known_names).averaged
         if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
             return None
         known = {name: found[name].detach().reshape(-1) for name, _ in tracked.sampled}
         return {number: known[name][index].float().item() for number, (name, index) in tracked.numbered_sample.items()}
 
-    def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
-        known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
-        found = collect_tensors(model, self._selection, known)
+    def _collect(self, model: torch.nn.Module, also: frozenset[str] = frozenset()) -> ModelTensors:
+        found = collect_tensors(model, self._selection, also)
         if self._members is None:
             check_complete(model)
             return found

@@ -5,39 +5,35 @@ from __future__ import annotations
 import inspect
 import math
 import mmap
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial, wraps
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown, warn
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
-from posthoc_cli.synthesis.engine import TileWriter, check_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, ModelTensors, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
 from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
 
-Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
 
 _ALIGNED = 64
 """Bytes that the places of tensors in a file are multiples of."""
 
 
-class Block(Generic[Given]):
+class WithStatement(Generic[Given]):
     """A context manager for `with` only, also again: any other use is an error that shows the statement to write."""
 
     def __init__(self, name: str, make: Callable[[], AbstractContextManager[Given]]) -> None:
@@ -68,17 +64,6 @@ class Block(Generic[Given]):
     def _advice(self, use: str) -> str:
         statement = f"with ema.{self._name}(...) as averaged: {use}"
         return f"is for a `with` statement, such as `{statement}`; load_into fills a model for good"
-
-
-def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, Block[Given]]:
-    """As `contextlib.contextmanager`, but for a `Block`, which is no decorator."""
-    opened = contextmanager(make)
-
-    @wraps(make)
-    def begin(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Block[Given]:
-        return Block(make.__name__, partial(opened, *args, **kwargs))
-
-    return begin
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
@@ -327,8 +312,9 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
     room = check_device(device)
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
-    for _ in synthesize_into(plan, [_Fits(dtypes)]):
-        pass
+    for name, (value,) in synthesize(plan):
+        if name in dtypes:
+            check_fits(name, value, dtypes[name])
     made = synthesize(plan)
     with torch.inference_mode(False):
         first = list(islice(made, 1))  # all files are open now, so that none can go any more
@@ -347,37 +333,10 @@ def fill(
             load_weight(targets[name].tensor, value, own_dtypes)
     left = [*{id(found.registered): found.name for found in named_tensors(model) if found.registered.is_meta}.values()]
     if left:
-        warnings.warn(
+        warn(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
-            f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used",
-            RuntimeWarning,
-            stacklevel=6,
+            f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used"
         )
-
-
-class _Fits:
-    """Drops results after a check that the model's tensors, of these dtypes if there are any, can hold them."""
-
-    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._dtypes = dtypes
-
-    def open_tile(self, tile: Tile) -> TileWriter:
-        return _Fitting(tile, self._dtypes)
-
-
-class _Fitting(TileWriter):
-    def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._ranges = [
-            (name, dtypes[name], start, end)
-            for own, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True)
-            for name in tile.aliases[own]
-            if dtypes and dtypes[name] != torch_dtype(tile.dtype)
-        ]
-
-    def write(self, begin: int, values: torch.Tensor) -> None:
-        """Check the values instead of writing them."""
-        for name, dtype, start, end in self._ranges:
-            check_fits(name, values[max(0, start - begin) : max(0, end - begin)], dtype)
 
 
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
@@ -395,9 +354,7 @@ def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device)
                     own[name] = new[id(value)]  # type: ignore[assignment]
 
 
-def warn_of_statistics(
-    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str], stacklevel: int
-) -> bool:
+def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str]) -> bool:
     """Warn, and return True, if a model still has the running statistics that are copies in averaged weights."""
     notice = statistics_notice(copies)
     if notice is None:
@@ -407,7 +364,7 @@ def warn_of_statistics(
         now = held_part(own[name])
         if not torch.equal(now, weights[name].to(now.device, now.dtype)):
             return False  # recomputed in any way
-    warnings.warn(f"posthoc_cli: {notice}", RuntimeWarning, stacklevel)
+    warn(notice)
     return True
 
 

@@ -56,21 +56,14 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """Parameters, then buffers, in the order of the modules, tied names included.
 
     Raises:
-        InvalidValueError: the model is sharded over processes, or two tensors have one name.
+        InvalidValueError: the model is sharded over processes by the first FSDP.
     """
     modules = list(named_modules(model))
     tensors = [*_parameters(modules), *_buffers(modules)]
     renamed: dict[str, str] = {}
     for root, adapter in _adapter_roots(modules):
         renamed |= _adapter_names(root, adapter, modules, tensors)
-    if not renamed:
-        return tensors
-    tensors = [replace(tensor, name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors]
-    seen: dict[str, str] = {}
-    for found in tensors:
-        if (first := seen.setdefault(found.name, found.raw)) != found.raw:
-            raise InvalidValueError("tensors", f"both are {found.name!r}", value=f"{first!r} and {found.raw!r}")
-    return tensors
+    return [replace(tensor, name=renamed[tensor.raw]) if tensor.raw in renamed else tensor for tensor in tensors]
 
 
 def named_modules(model: torch.nn.Module, path: str = "", raw: str = "") -> Iterator[NamedModule]:

@@ -182,10 +182,10 @@ class Pipeline:
         self._counted = progress
         return refused
 
-    def warn_of_waiting(self, stacklevel: int) -> None:
+    def warn_of_waiting(self) -> None:
         """Warn if training has waited for long."""
-        self._update_pace.warn(stacklevel + 1)
-        self._write_pace.warn(stacklevel + 1)
+        self._update_pace.warn()
+        self._write_pace.warn()
 
     def leave_out(self, progress: Progress, writes: bool = True) -> None:
         """Count a call whose update is left out; snapshots that are due are written if `writes`."""
@@ -384,7 +384,7 @@ class Pipeline:
         if self._settings.snapshot_is_due(progress.step):
             self._have_written(self.now, network)
         if refused is not None:
-            self._settings.skip_update(refused, stacklevel=2)
+            self._settings.skip_update(refused)
 
     @torch.no_grad()
     def _take_in(

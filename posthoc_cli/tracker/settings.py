@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, warn
 from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
@@ -45,17 +45,12 @@ class Settings:
 
     def tracked_index(self, tracked: float) -> int:
         """Which of the tracked profiles a sigma_rel is; an InvalidValueError names them if it is none."""
-        try:
-            wanted = check_sigma_rel(tracked)
-        except InvalidValueError as error:
-            raise InvalidValueError("tracked", error.reason, error.hint, value=error.value) from error
-        known = self.sigma_rels
-        index = next((i for i, own in enumerate(known) if math.isclose(wanted, own, rel_tol=1e-6)), None)
-        if index is None:  # 0.05 of float32 is the same profile, and was found
-            reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}"
-            hint = f"for any other use model(model, sigma_rel={tracked:g})"
-            raise InvalidValueError("tracked", reason, hint, value=f"{tracked:g}")
-        return index
+        for index, own in enumerate(self.sigma_rels):
+            if isinstance(tracked, Real) and math.isclose(tracked, own, rel_tol=1e-6):  # also 0.05 of float32
+                return index
+        reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in self.sigma_rels)}"
+        hint = "for any other use model(model, sigma_rel=...)"
+        raise InvalidValueError("tracked", reason, hint, value=f"{tracked!r}")
 
     def update_is_due(self, step: int) -> bool:
         """Whether averages take in the model at this call."""
@@ -65,11 +60,16 @@ class Settings:
         """Whether snapshots are written at this call, if averages exist."""
         return step % self.schedule.checkpoint_every == 0
 
-    def skip_update(self, error: NonFiniteError, stacklevel: int) -> None:
+    def skip_update(self, error: NonFiniteError) -> None:
         """Leave out an update as `on_nonfinite` says: raise the error, or warn."""
         if self.on_nonfinite == "raise":
             raise error
-        warnings.warn(f"posthoc_cli: update skipped: {error}", RuntimeWarning, stacklevel=stacklevel + 1)
+        warn(f"update skipped: {error}")
+
+    def first_update(self, step: int) -> str:
+        """When the first average comes, in words, after so many calls."""
+        every, after = self.schedule.update_every, self.schedule.update_after_step
+        return f"the first update is at call {(max(after, step) // every + 1) * every:,} of update_"
 
 
 @dataclass(frozen=True)

@@ -6,44 +6,32 @@ A dict and a file hold the averages exactly; snapshots hold them rounded to thei
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from posthoc_cli.dtypes import stored_name, torch_dtype
 from posthoc_cli.errors import (
-    DirectoryError,
-    FileFormatError,
     InvalidValueError,
-    MismatchError,
     ModelMismatchError,
     NonFiniteError,
-    percent,
     shown,
 )
-from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
-from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.path import Found, find, path_of
 from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.states import StateInfo, decode_state, high_prefix, low_prefix
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
+from posthoc_cli.snapshots.states import StateInfo, high_prefix, low_prefix
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.averages import AverageTensors, RunningAverages, Standing
-from posthoc_cli.tracker.layout import HOST, FlatTensors, Layout, buckets_of
+from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.settings import Progress, Settings, check_count
+from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
 
 log = logging.getLogger(__name__)
@@ -90,7 +78,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     averages, tracked = state.averages, state.tracked
     kept, copies = averages.tensors, averages.copies
     if kept is None or not averages.exist:
-        kept = AverageTensors(_host_layout(tracked), len(averages.sigma_rels))
+        kept = AverageTensors(host_layout(tracked), len(averages.sigma_rels))
         dtypes = tracked.dtypes(copied=True)
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
@@ -100,10 +88,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         spread = {found.name: found.tensor for found in named_tensors(model)}
 
     def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: as_shared(name, value) for name, value in tensors.items()}
-
-    def as_shared(name: str, value: torch.Tensor) -> torch.Tensor:
-        return as_dtensor(value, spread[name]) if spread else value
+        return {name: as_dtensor(value, spread[name]) if spread else value for name, value in tensors.items()}
 
     return _plain(info) | {
         "mean": packed(kept.mean.views),
@@ -126,9 +111,9 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if not state:
         reason, hint = "is empty: it is of a process that keeps no averages", "load the one of the group's writer"
         raise InvalidValueError("state", reason, hint)
-    if (version := _entry(state, "version")) != STATE_VERSION:
+    if (version := state.get("version")) != STATE_VERSION:
         raise InvalidValueError("state", f"has version {shown(version)}; this release reads {STATE_VERSION}")
-    info, schedule = states.state_from(state, settings.schedule), _mapping(state, "schedule")
+    info = states.state_from(state, settings.schedule)
     if info.t_unit != settings.t_unit:
         raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
     wanted = settings.sigma_rels
@@ -141,19 +126,19 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
             info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window,
             info.folded_t, inherited,
         )  # fmt: skip
-        kept = AverageTensors(_host_layout(tracked), len(wanted))
-        kinds = [(_mapping(state, kind), getattr(kept, kind)) for kind in ("high", "low")]
-        sets = [(_mapping(of, repr(key)), own) for of, rooms in kinds for key, own in zip(wanted, rooms, strict=True)]
-        for stored, room in [(_mapping(state, "mean"), kept.mean), *sets]:
-            tensors = _check_names(stored, room.views, tracked)
+        kept = AverageTensors(host_layout(tracked), len(wanted))
+        sets = [(state["mean"], kept.mean)]
+        for key, high, low in zip(map(repr, wanted), kept.high, kept.low, strict=True):
+            sets += [(state["high"][key], high), (state["low"][key], low)]
+        for stored, room in sets:
+            _check_names(stored, room.views, tracked)
             for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
-                own.copy_(_own_part(name, tensors, tracked, own.dtype))
+                own.copy_(_own_part(name, stored, tracked, own.dtype))
         dtypes = tracked.dtypes(copied=True)
-        tensors = _check_names(_mapping(state, "copies"), dtypes, tracked)
-        copies = {name: _own_part(name, tensors, tracked, dtype).clone() for name, dtype in dtypes.items()}
+        _check_names(state["copies"], dtypes, tracked)
+        copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
         path = fmt.path_of_part(info.sketch, tracked.part)
         averages = RunningAverages(wanted, standing, kept, copies, known_path=path)
-    _log_changes(info.sigma_rels, schedule, settings)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
@@ -184,44 +169,24 @@ def _plain(info: StateInfo) -> dict[str, Any]:
     return {"version": STATE_VERSION, **vars(info), **lists, "schedule": schedule}
 
 
-def _host_layout(tracked: TrackedModel) -> Layout:
+def host_layout(tracked: TrackedModel) -> Layout:
     """The layout of the averages of a model in the host's memory."""
     averaged = tracked.dtypes(copied=False)
     return buckets_of({name: (HOST, dtype, tracked.shapes[name]) for name, dtype in averaged.items()})
 
 
-def _entry(entries: Mapping[str, Any], key: str) -> Any:
-    if key not in entries:
-        raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
-    return entries[key]
-
-
-def _mapping(entries: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = _entry(entries, key)
-    if not isinstance(value, Mapping):
-        raise InvalidValueError("state", f"{key}: must be a dict, not {shown(value)}")
-    return value
-
-
-def _check_names(
-    tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel
-) -> Mapping[str, Any]:
+def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel) -> None:
     elsewhere = frozenset() if tracked.members is None else tracked.members.names
     differing = (set(expected) - set(tensors)) | (set(tensors) - set(expected) - elsewhere)
     if differing:
         reason = "is in the state or in the model, but not in both"
         hint = "make the tracker with the include, exclude and buffers of the one that the state is of"
-        raise ModelMismatchError(f"tensor {min(differing, key=str)!r}", reason, hint)
-    return tensors
+        raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
 
 
 def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     """What this process owns of a tensor, checked."""
     subject, own, found = f"tensor {name!r}", tracked.tensors[name], tensors[name]
-    if not isinstance(found, torch.Tensor):
-        raise InvalidValueError(subject, f"is {shown(found)} in the state, and no tensor")
-    if found.layout != torch.strided or found.is_meta:
-        raise InvalidValueError(subject, f"is {found.layout} on {found.device} in the state; must be dense")
     local, chunk = local_part(name, found)
     shape = tuple(found.shape)
     if shape != (expected := tracked.complete_shape(name)):
@@ -244,22 +209,13 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
     """Raise an InvalidValueError unless every profile to go on with is there."""
     for sigma_rel in wanted:
         if sigma_rel not in held:
-            reason = f"{sigma_rel:g} is none of the tracked ones, {_listed(held)}: an average cannot begin in mid-run"
+            reason = f"{sigma_rel:g} is none of the tracked ones, {listed(held)}: an average cannot begin in mid-run"
             raise InvalidValueError("sigma_rels", reason, "leave it out, and synthesize it from the others")
 
 
-def _listed(sigma_rels: Sequence[float]) -> str:
+def listed(sigma_rels: Sequence[float]) -> str:
+    """Profiles in words."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
-
-
-def _log_changes(held: Sequence[float], schedule: Mapping[str, Any], settings: Settings) -> None:
-    for sigma_rel in held:
-        if sigma_rel not in settings.sigma_rels:
-            log.info("sigma_rel %g is not tracked from here on; its snapshots stay in use", sigma_rel)
-    for key in ("update_every", "checkpoint_every", "update_after_step"):
-        before, now = schedule.get(key), getattr(settings.schedule, key)
-        if before != now:
-            log.info("%s is %s from here on; it was %s", key, now, shown(before))
 
 
 # --- a file ---
@@ -348,212 +304,3 @@ def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
     """A tensor of a file, verified."""
     entry = file.header.tensors[name]
     return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
-
-
-# --- a directory ---
-
-
-def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
-    """The snapshots that a directory holds to go on with; none where it holds nothing, and may."""
-    if isinstance(resume, bool | str) and resume != "auto":
-        reason = "must be 'auto', a call of update_ that has snapshots, or None"
-        raise InvalidValueError("resume", reason, value=f"{resume!r}")
-    return find_snapshots(directory) if resume == "auto" else read_directory(directory)
-
-
-def check_no_run(directory: Path) -> None:
-    """Raise a MismatchError where a directory holds snapshots: a new run cannot begin there."""
-    for newest in find_snapshots(directory)[-1:]:
-        reason = f"holds snapshots of run {newest.info.run_id[:8]}, up to step {newest.info.step:,}"
-        raise MismatchError(directory, reason, f"{ways_on(newest.info.step)}; for a new run name another directory")
-
-
-def find_run(
-    directory: Path, stored: Sequence[Snapshot], settings: Settings, tracked: TrackedModel, resume: str | int
-) -> tuple[Tracking, int | None] | None:
-    """What a directory with these snapshots has to go on with, and the call to go on from; None if it has nothing."""
-    if not stored:
-        return None
-    newest, schedule, sigma_rels = stored[-1].info, settings.schedule, settings.sigma_rels
-    if newest.t_unit != settings.t_unit:
-        reason = f"the run in {directory} counts {shown(newest.t_unit)}"
-        raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
-    check_profiles(newest.sigma_rels, sigma_rels)
-    is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
-    if resume == "auto" and is_first and len(stored) < len(sigma_rels):
-        # Killed while it wrote its first snapshots: they are set aside when it begins again.
-        return Tracking.new(newest.run_id, tracked, sigma_rels, resumes=True), 0
-    step = None if isinstance(resume, str) else resume
-    return resumed_tracking(directory, snapshots_until(stored, sigma_rels, step, "resume"), sigma_rels), step
-
-
-def find_place(
-    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], sample: Mapping[int, float]
-) -> tuple[Found, int] | None:
-    """Where on a run's path a model is, and the newest call to go on from; None where that cannot be told.
-
-    That is where headers hold no sample, as earlier releases wrote them, or where they show no motion yet.
-    """
-    path, complete = path_of(snapshots), _complete(snapshots, sigma_rels)
-    steps = [found[0].info.step for found in complete]
-    if not steps or steps[-1] not in {moment.step for moment in path} or len(sample) != len(path[0].weights):
-        return None
-    found = find(np.array([sample[number] for number in sorted(sample)], np.float32), path)
-    if found is None:
-        return None
-    if found.step is None:
-        return found, steps[-1]
-    before = max((step for step in steps if step <= found.step), default=None)
-    return replace(found, step=before, is_before=before is None), steps[-1]
-
-
-def off_path(directory: Path, found: Found, newest: int) -> ModelMismatchError:
-    """The error for a model that is not on the path of the run in a directory."""
-    where = f"its weights are not on the path of the run in {directory}"
-    if found.is_before:
-        reason = f"{where}: they are of before its first snapshot, or of another training"
-    else:
-        away, reach = percent(found.away), percent(found.reach)
-        reason = f"{where}: the nearest, of step {found.nearest:,}, are {away} away, where {reach} would be expected"
-    return ModelMismatchError("model", reason, f"{ways_on(newest)}; for a new run name another directory")
-
-
-def ways_on(step: int) -> str:
-    """How to go on with a run, for errors."""
-    restored = "restore the model's checkpoint first, and go on with from_model(..., resume='auto') or from_path"
-    return f"{restored}; or go on from a step whatever the weights, with resume={step} or from_path(..., step={step})"
-
-
-def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
-    """What a directory says of the newest time with a snapshot of every profile, or else of the newest snapshot."""
-    found, kept = _find_start(directory, snapshots, sigma_rels)
-    last = found[0] if found else snapshots[-1]
-    clock = ClockRecorder.of_knots(last.info.clock_pairs)
-    if kept is not None:
-        clock = states.clock_at(list(kept.clock), kept.step, kept.t)
-    tracking = Tracking.new(last.info.run_id, TrackedModel.of_snapshot(last), sigma_rels, resumes=True)
-    return replace(tracking, progress=Progress.resumed(clock))
-
-
-def load_from_directory(directory: Path, settings: Settings, tracked: TrackedModel, step: int | None) -> Tracking:
-    """The exact state, or else the averages of the newest snapshots up to a call, with one of every profile."""
-    sigma_rels = settings.sigma_rels
-    snapshots = snapshots_until(read_directory(directory), sigma_rels, step)
-    found, kept = _find_start(directory, snapshots, sigma_rels)
-    if not found:
-        there = sorted({snapshot.info.sigma_rel for snapshot in snapshots[-len(sigma_rels) :]})
-        reason = f"has no time with a snapshot of every profile ({_listed(sigma_rels)}) to go on from"
-        hint = (
-            f"go on without some (the newest are of {_listed(there)}): from_model(..., sigma_rels=..., resume='auto')"
-        )
-        raise DirectoryError(directory, reason, f"{hint}, or begin a new run in another directory")
-    if kept is not None:
-        try:
-            with open_state(directory / STATE_NAME) as state:
-                return unpack_state(state, settings, tracked)
-        except FileFormatError as error:
-            _warn_of_damage(error)
-    behind = [StoredSnapshot.of(snapshot) for snapshot in snapshots if snapshot.info.t <= found[0].info.t]
-    return replace(_rounded_state(found, tracked), snapshots=frozenset(one.checksum for one in behind))
-
-
-def snapshots_until(
-    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None, argument: str = "step"
-) -> Sequence[Snapshot]:
-    """The snapshots up to a call, which must have one of every profile; all for None. Errors name the `argument`."""
-    if step is None:
-        return snapshots
-    step = check_count(argument, step, 1)
-    there = sorted({found[0].info.step for found in _complete(snapshots, sigma_rels)})
-    if step not in there:
-        known = ", ".join(f"{one:,}" for one in there[-_MOST_NAMED:]) or "none"
-        more = "..., " * (len(there) > _MOST_NAMED)
-        reason = f"there are no snapshots of every profile ({_listed(sigma_rels)}) of this call of update_"
-        raise InvalidValueError(argument, f"{reason}; of these there are: {more}{known}", value=f"{step:,}")
-    return [snapshot for snapshot in snapshots if snapshot.info.step <= step]
-
-
-def _find_start(
-    directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]
-) -> tuple[list[Snapshot], StateInfo | None]:
-    """The newest snapshots of one time, one a profile, or none; and the exact state of that time if there is one."""
-    complete = _complete(snapshots, sigma_rels)
-    if not complete:
-        return [], None
-    newest, found = complete[-1], read_state_info(directory)
-    if found is None:
-        return newest, None
-    # The state is used only where its averages are those that the snapshots hold, rounded.
-    stored = [StoredSnapshot.of(snapshot) for snapshot in newest]
-    same = all(one.checksum in found.snapshots and one.t == found.averages_t for one in stored)
-    if same and set(found.sigma_rels) >= set(sigma_rels):
-        return newest, found
-    log.info("%s is not of the snapshots of t = %g, which are used instead", directory / STATE_NAME, stored[0].t)
-    return newest, None
-
-
-def _complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> list[list[Snapshot]]:
-    """The snapshots of each time that has one of every profile, in the order of time and profiles."""
-    by_time: dict[float, dict[float, Snapshot]] = {}
-    for snapshot in snapshots:
-        by_time.setdefault(snapshot.info.t, {})[snapshot.info.sigma_rel] = snapshot
-    complete = [by_time[t] for t in sorted(by_time) if by_time[t].keys() >= set(sigma_rels)]
-    return [[found[sigma_rel] for sigma_rel in sigma_rels] for found in complete]
-
-
-def read_state_info(directory: Path) -> StateInfo | None:
-    """The state beside the snapshots, if there is one."""
-    path = directory / STATE_NAME
-    try:
-        header = read_header(path) if path.is_file() else None
-        return None if header is None or file_kind(header) != "state" else decode_state(path, header)
-    except FileFormatError as error:
-        _warn_of_damage(error)
-        return None
-
-
-def _warn_of_damage(error: FileFormatError) -> None:
-    log.warning("%s; the averages go on from the snapshots, rounded as they are", error)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Tracking:
-    """The averages as the snapshots of one time, one a profile, hold them."""
-    last = chosen[0].info
-    held = TrackedModel.of_snapshot(chosen[0]) if tracked.members is None else tracked
-    kept = AverageTensors(_host_layout(held), len(chosen))
-    inherited = tuple(_read_average(snapshot, own, held) for snapshot, own in zip(chosen, kept.high, strict=True))
-    with chosen[0].open(held.boxes()) as file:
-        copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}
-    standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, inherited)
-    averages = RunningAverages(
-        tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
-        known_path=fmt.path_of_part(chosen[0].info.sketch, tracked.part),
-    )  # fmt: skip
-    progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
-    return Tracking(last.run_id, progress, tracked, averages)
-
-
-def _read_average(snapshot: Snapshot, room: FlatTensors, tracked: TrackedModel) -> float:
-    """Fill room for an average with a snapshot; returns the expected squared norm of the error of that."""
-    expected = norm = 0.0
-    with snapshot.open(tracked.boxes()) as file:
-        for name, own in room.views.items():
-            value = read_tensor(file, name)
-            own.copy_(value)
-            if tracked.tensors[name].role == "statistic":
-                continue  # what snapshots measure is of weights
-            square = float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
-            norm += square
-            if value.element_size() < own.element_size():
-                expected += (ROUNDING * torch.finfo(value.dtype).eps) ** 2 * square
-    info, measured = snapshot.info, snapshot.info.measurements
-    before = [d for d in measured.distances if d.sigma_rel == info.sigma_rel] if measured is not None else []
-    last = max(before, key=lambda d: d.t, default=None)
-    moved, share = (math.inf, 1.0) if last is None else (last.squared, 1 - (last.t / info.t) ** (info.gamma + 1))
-    rounding = expected if measured is None else measured.rounding
-    # What the snapshot says is of the complete tensors; this process may own a part of them.
-    part = 1.0 if tracked.members is None or measured is None else norm / measured.norm if measured.norm else 0.0
-    found = error_after_rounding(part * info.inherited, part * rounding, expected, part * moved, share)
-    return found if math.isfinite(found) else 0.0

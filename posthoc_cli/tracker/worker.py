@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import NotReadyError, WriteError
+from posthoc_cli.errors import NotReadyError, WriteError, warn
 from posthoc_cli.resources import worker_count
 
 log = logging.getLogger(__name__)
@@ -346,18 +345,16 @@ class Pace:
         self._came += 1
         self._waited += self.held_up
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Warn if training has waited for long; call it last, since the warning may be an error."""
         training = time.monotonic() - self._begin - self._waited
         if self._warned or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
             return
         self._warned = True
         takes, comes = self._took / self._done, training / self._came
-        warnings.warn(
+        warn(
             f"{self._what} takes {takes:.3g} s and is due every {comes:.3g} s: training has waited "
-            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
-            RuntimeWarning,
-            stacklevel=stacklevel + 1,
+            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit"
         )
 
 

@@ -273,7 +273,7 @@ def test_sync_parameters_begins_anew_and_sync_buffers_copies_buffers_only() -> N
     ema.update_parameters(model)
     before = ema.module.head.weight.clone()
     for _ in random_steps(model, 1):
-        with pytest.warns(UserWarning, match="replace their averages") as caught:
+        with pytest.warns(RuntimeWarning, match="^posthoc_cli: .*replace their averages") as caught:
             ema.sync_buffers(model)
     assert [warning.filename for warning in caught] == [__file__]
     assert torch.equal(ema.module.head.weight, before)
@@ -388,7 +388,7 @@ def test_the_average_can_live_on_another_device() -> None:
 
 
 def test_a_momentum_that_looks_like_a_decay_warns_and_names_the_other() -> None:
-    with pytest.warns(UserWarning, match=r"momentum 0\.999.*0\.001") as caught:
+    with pytest.warns(RuntimeWarning, match=r"^posthoc_cli: momentum 0\.999.*0\.001") as caught:
         ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=0.999)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():

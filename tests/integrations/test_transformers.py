@@ -22,7 +22,7 @@ from integrations.programs import exit_codes_of_two, heavy, start
 from integrations.truth import assert_exact, distance, exact
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
-from posthoc_cli import Run, Schedule
+from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.integrations.transformers import PostHocCallback
 from posthoc_cli.snapshots.directory import read_directory
@@ -248,9 +248,6 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     assert one.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert [path.name for path in (tmp_path / f"out/checkpoint-{best}").glob("ema*")] == ["ema_decay-linear-50%"]
     assert distance(dict(one.model.named_parameters()), mean(recorder.weights[:best], best // 2)) < 5e-3
-    told = json.loads((tmp_path / f"out/checkpoint-{best}/trainer_state.json").read_text())["stateful_callbacks"]
-    again = PostHocCallback(**told["PostHocCallback"]["args"])
-    assert again.evaluate == wanted
 
 
 def mean(weights: list[Any], count: int) -> dict[str, torch.Tensor]:
@@ -396,24 +393,6 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptur
     assert callback.ema.step == 6
     with pytest.raises(ModelMismatchError, match="another directory"):
         trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()
-
-
-def test_the_trainer_may_make_its_callbacks_anew(tmp_path: Path, whole: list[Any]) -> None:
-    schedule = Schedule((0.1, 0.2), 8, 4, 20)
-    options = {"update_every": 1, "schedule": schedule, "checkpoint_dtype": torch.bfloat16}
-    one = trainer(tmp_path, Recorder(fails_at=5))
-    PostHocCallback(tmp_path / "ema", evaluate=0.2, **options).install(one)
-    with pytest.raises(KeyError, match="the training fails here"):
-        one.train()
-    told = json.loads((tmp_path / "out/checkpoint-4/trainer_state.json").read_text())["stateful_callbacks"]
-    assert told["PostHocCallback"]["args"]["evaluate"] == 0.2
-    two = trainer(tmp_path, restore_callback_states_from_checkpoint=True, eval_strategy="steps")
-    PostHocCallback(tmp_path / "ema", evaluate=0.2).install(two)
-    two.train(resume_from_checkpoint=True)
-    made = next(one for one in two.callback_handler.callbacks if isinstance(one, PostHocCallback))
-    assert_exact(made.ema, two.model, whole)
-    assert {one.info.schedule.checkpoint_dtype for one in read_directory(tmp_path / "ema")} == {"BF16"}
-    assert any("eval_ema_loss" in entry for entry in two.state.log_history)
 
 
 @pytest.mark.parametrize("first", [False, True])

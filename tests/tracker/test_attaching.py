@@ -425,6 +425,17 @@ def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypat
     assert torch.equal(model.weight, plain.weight)
 
 
+def test_a_warning_of_a_step_names_the_users_own_line(tmp_path: Path) -> None:
+    """Between the step and the hook stand torch's own frames."""
+    model, optimizer = sgd()
+    with attached(model, tmp_path, optimizer, on_nonfinite="skip"):
+        step(model, optimizer)
+        model.bias.data[0] = torch.nan
+        with pytest.warns(RuntimeWarning, match=r"^posthoc_cli: update skipped: parameter 'bias'") as seen:
+            optimizer.step()
+        assert seen[0].filename == __file__
+
+
 # --- another optimizer takes over ---
 
 GONE = (

@@ -267,7 +267,7 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
     monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(pacing, "PATIENCE", 10.0)
     pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
-    said = r"an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
+    said = r"^posthoc_cli: an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
 
     def passes(seconds: float) -> None:
         now[0] += seconds
@@ -276,7 +276,7 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
         now[0] += 1
         pace.wait(lambda: passes(2 if number else 0))  # noqa: B023
         with pytest.warns(RuntimeWarning, match=said) if number == 5 else nullcontext():  # once: warnings are errors
-            pace.warn(stacklevel=1)
+            pace.warn()
         pace.do(lambda: passes(3))
         now[0] -= 3  # it is done beside
 

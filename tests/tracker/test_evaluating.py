@@ -205,8 +205,8 @@ def test_a_tracked_average_needs_no_disk(
 def test_a_profile_that_is_not_tracked_is_refused(tmp_path: Path) -> None:
     run = trained(tmp_path, 3)
     any_other = r"must be one of the tracked profiles, 0\.05, 0\.28; for any other use model\(model, "
-    for tracked, message in ((0.1, any_other), (0.4, "must lie in"), ("0.05", "must")):
-        with pytest.raises(InvalidValueError, match=f"tracked .*{message}"):
+    for tracked in (0.1, 0.4, "0.05"):
+        with pytest.raises(InvalidValueError, match=f"tracked {tracked!r}: {any_other}"):
             run.tracker.averaged(run.model, tracked=tracked).__enter__()  # type: ignore[arg-type]
 
 

@@ -200,12 +200,17 @@ def test_an_incomplete_last_time_is_not_gone_on_from(tmp_path: Path) -> None:
     assert len(list((tmp_path / "superseded").iterdir())) == 1
 
 
-def test_a_run_whose_header_has_no_selection_goes_on_with_what_it_tracked(tmp_path: Path) -> None:
+def test_a_run_whose_header_has_no_selection_goes_on_with_frozen_parameters_where_that_is_said(tmp_path: Path) -> None:
     """Such as an early release wrote: whether frozen parameters were wanted, it does not say."""
     write_run(tmp_path, random_walk(4, {"weight": (2, 2), "bias": (2,)}), [2, 4])
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     with PostHocEMA.from_path(tmp_path, model) as run:
+        with pytest.raises(ModelMismatchError, match=r"'bias': is tracked, but .*with include='\*'"):
+            run.update_(model)
+        widths = run.settings.sigma_rels
+    options = {"update_every": 1, "checkpoint_every": 2, "include": "*", "resume": 4}
+    with PostHocEMA.from_model(model, tmp_path, widths, **options) as run:
         train(model, run, 5, 6)
     assert {"weight", "bias"} == set(read_directory(tmp_path)[-1].info.tensors)
 

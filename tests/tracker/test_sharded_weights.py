@@ -51,9 +51,18 @@ with ema.averaged(model, tracked=0.2):
 with ema.model(model, sigma_rel=0.15, t=8):
     close(model, folder / "average-8.pt")
 single = torch.load(folder / "average-10.pt")
-for label, block in ema.models(model, [0.15, 0.2, "window:1000"]).items():
+from posthoc_cli.snapshots.sources import Snapshot
+opened, stock = [], Snapshot.open
+Snapshot.open = lambda one, *boxes: opened.append(one.name) or stock(one, *boxes)
+blocks = ema.models(model, [0.15, 0.2, "window:1000"])
+assert len(opened) == len({*opened}), "one pass over the snapshots"
+assert bool(opened) == (arguments[0] != "hsdp" or rank < 2), "by those that own a chunk"
+for label, block in blocks.items():
+    opened.clear()
     with block:
         close(model, folder / {"0.2": "truth-10.pt", "0.15": "average-10.pt"}[label])
+    assert not opened
+Snapshot.open = stock
 weights = ema.state_dict(0.15)
 parameters = dict(model.named_parameters())
 assert weights.keys() == single.keys() and weights.predicted_error is not None

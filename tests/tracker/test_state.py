@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import logging
 import pickle
 import re
 from pathlib import Path
@@ -183,9 +182,8 @@ def continued(tmp_path: Path, before: dict, after: dict, first: int, last: int) 
     return late
 
 
-def test_another_stride_keeps_the_profile_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        run = continued(tmp_path, {}, {"update_every": 5, "checkpoint_every": 5}, 13, 40)
+def test_another_stride_keeps_the_profile_exact(tmp_path: Path) -> None:
+    run = continued(tmp_path, {}, {"update_every": 5, "checkpoint_every": 5}, 13, 40)
     for sigma_rel in (0.05, 0.28):
         run.check(sigma_rel, [*range(2, 13, 2), *range(15, 41, 5)])
     run.tracker.close()
@@ -194,8 +192,6 @@ def test_another_stride_keeps_the_profile_exact(tmp_path: Path, caplog: pytest.L
     assert (newest.max_interval, newest.t_first, newest.t) == (5, 2, 40)
     assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (5, 5)
     assert times(tmp_path / "run") == {10, 15, 20, 25, 30, 35, 40}
-    assert "update_every is 5 from here on; it was 2" in caplog.text
-    assert "checkpoint_every is 5 from here on; it was 10" in caplog.text
 
 
 def test_a_profile_may_be_left_behind_and_the_others_stay_exact(tmp_path: Path, ema: Ema) -> None:
@@ -256,13 +252,10 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ({"inherited": [0.0]}, r"state: inherited: must be one for each profile, not 1"),
         ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
         ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
-        ({"schedule": 5}, r"state: schedule: must be a dict, not 5"),
-        ({"high": []}, r"state: high: must be a dict, not a list"),
-        ({"high": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
         ({"high": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
         ({"low": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
         ({"mean": {}}, r"tensor '0\.bias': " + PLACES),
-        ({"copies": {5: torch.zeros(1)}}, PLACES),
+        ({"copies": {"more": torch.zeros(1)}}, PLACES),
     ],
 )
 def test_a_state_that_was_tampered_with_is_refused(tmp_path: Path, state: dict, change: dict, message: str) -> None:
@@ -282,9 +275,6 @@ def test_a_state_that_was_tampered_with_is_refused(tmp_path: Path, state: dict, 
         (torch.zeros(4, 3, dtype=torch.float16), ModelMismatchError, r"is torch\.float16 in the state"),
         (torch.full((4, 3), float("nan")), NonFiniteError, "holds nan or infinity"),
         (torch.full((4, 3), float("inf")), NonFiniteError, "holds nan or infinity"),
-        (torch.zeros(4, 3).to_sparse(), InvalidValueError, r"is torch\.sparse_coo on cpu in the state; must be dense"),
-        (torch.zeros(4, 3, device="meta"), InvalidValueError, r"on meta in the state; must be dense"),
-        ([[0.0] * 3] * 4, InvalidValueError, "is a list in the state, and no tensor"),
     ],
 )
 def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, state: dict, tensor, error, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -298,11 +288,12 @@ def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, state: dict, t
 
 def test_an_entry_that_is_missing_is_named(tmp_path: Path, state: dict) -> None:
     tracker = Run(tmp_path).tracker
-    assert len(state) == 22
-    for key in state:
+    for key in state.keys() - {"version", "schedule", "mean", "high", "low", "copies"}:
         without = {name: value for name, value in state.items() if name != key}
         with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
             tracker.load_state_dict(without)
+    with pytest.raises(InvalidValueError, match="has version None; this release reads 3"):
+        tracker.load_state_dict(torch.nn.Linear(2, 2).state_dict())
     for wrong in ([], None, "state"):
         with pytest.raises(InvalidValueError, match="state: must be the dict that state_dict"):
             tracker.load_state_dict(wrong)  # type: ignore[arg-type]
