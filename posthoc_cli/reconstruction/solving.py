@@ -323,9 +323,9 @@ class MinimumVariance:
         """That of the motion, beyond what is usual."""
         return max(0.0, self._prior.doubt - _SURE)
 
-    def expected_errors(self, squares: FloatArray, coefficients: FloatArray) -> FloatArray:
-        """The roots of `expected_squares`, relative to the probable norms; nan if only that is 0."""
-        norms, errors = self._norms(coefficients), np.sqrt(squares.sum(axis=0))
+    def expected_errors(self, squares: FloatArray, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """The roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
+        norms, errors = self._norms(coefficients, goals), np.sqrt(squares.sum(axis=0))
         found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
         return np.where((norms > 0) | (errors > 0), found, 0.0)
 
@@ -335,18 +335,24 @@ class MinimumVariance:
         columns = np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size))))
         return Losses(self._as_given(self._stacked.T).T, columns, goals.unreachable)
 
-    def _norms(self, coefficients: FloatArray) -> FloatArray:
-        """Probable norms of the averages with these coefficients, whose sum is 1: shape [targets].
+    def _norms(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """Probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
 
-        By the norms n_i of the stored averages and their distances d_ij, measured or expected,
-        |sum_i c_i theta_i|^2 = sum_i c_i n_i^2 - 1/2 sum_ij c_i c_j d_ij^2, at least a quarter of the least norm's.
+        Projections tell them, but for the factor by which they are off of the stored averages in use. Without, from a
+        place theta_0 on, |theta_i|^2 = |theta_0|^2 + |sum of the motion in it|^2 is expected of stored averages and of
+        targets; it is at least a quarter of the least norm's square.
         """
-        ordered = coefficients[self._order]
-        rows = self._rows[self._measured] if self.is_measured else self._rows
-        rows = rows / self._root
-        own = self._prior.norm - np.sum(rows**2, axis=0)
-        squares = own @ ordered + np.sum((rows @ ordered) ** 2, axis=0)
-        return np.asarray(np.sqrt(np.maximum(squares, self._prior.norm.min() / 4)))
+        ordered, norms, rows = coefficients[self._order], self._prior.norm, self._rows
+        if (sketch := self._prior.sketch) is None:
+            squares = (norms - np.sum(rows**2, axis=0)) @ ordered + goals.norms
+            return np.asarray(np.sqrt(np.maximum(squares, norms.min() / 4)))
+        projections = slice(self._measured.start, self._measured.start + sketch.means.shape[1])
+        projected, wanted = (
+            np.sum((sketch.means[:1].T + values[projections] / self._root) ** 2, axis=0)
+            for values in (rows, goals.columns)
+        )
+        total, own = (squares @ np.abs(ordered) for squares in (norms, projected))
+        return np.asarray(np.sqrt(wanted * np.divide(total, own, out=np.zeros_like(own), where=own > 0)))
 
     @cached_property
     def _rounding(self) -> FloatArray:
@@ -630,7 +636,7 @@ class _Problem:
         for column, row in stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
-        return columns, self._variance.expected_errors(expected, columns), errors
+        return columns, self._variance.expected_errors(expected, columns, goals), errors
 
     def _measured(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """The own coefficients if they are clearly better than others, else the best others; its squares.
@@ -668,7 +674,7 @@ class _Problem:
         """The predicted error of exactly these coefficients: that of the stored copies."""
         column = made.coefficients[:, None]
         goals = self._variance.made_of(column)
-        return float(self._variance.expected_errors(self._variance.expected_squares(column, goals), column)[0])
+        return float(self._variance.expected_errors(self._variance.expected_squares(column, goals), column, goals)[0])
 
     @cached_property
     def _published(self) -> LeastSquares:

@@ -224,7 +224,7 @@ def test_noise_at_a_point_is_that_of_one_interval() -> None:
     """A target far shorter than the time between updates is the last weights, not something infinitely noisy."""
     snapshots = snapshots_at((500, 1000))
     motion = Motion(np.array([1.0, T]), np.array([1e-9]), np.array([2.0]))  # noise of a step; of an update 2 / 10
-    prior = Prior(motion, np.zeros(4), np.zeros(4), np.full(4, 4.0), "measured", Steps(Clock.of_steps(), 10))
+    prior = Prior(motion, np.zeros(4), np.zeros(4), np.full(4, NORM**2), "measured", Steps(Clock.of_steps(), 10))
     for sigma_rel in (1e-9, 1e-5):
         result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(sigma_rel, T)], prior=prior)
         assert (NORM * result.predicted_error[0]) ** 2 <= 2.0 / 10 + 0.1
@@ -299,24 +299,25 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot(problem, data) -> None:
     assert result.profile_error[0] == 0
 
 
-def test_the_error_is_relative_to_the_norm_of_what_the_coefficients_make() -> None:
-    """Of a walk from a place theta0: E |sum_i c_i theta_i|^2 = |theta0|^2 + integral v (sum_i c_i tail_i)^2 ds.
+def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
+    """Of a walk from a place theta0: E |theta|^2 = |theta0|^2 + integral v tail^2 ds.
 
     Long averages of a long way may all be far shorter vectors than a late one.
     """
     snapshots, motion = snapshots_at(np.linspace(100, T, 10)), uneven_motion()
     origin = PowerFunction(1e9, float(motion.edges[0]))  # whose tail is 0 where anything moves
 
-    def norm(c: np.ndarray) -> float:
-        return 0.5 + expected_square(snapshots, c, origin, motion, np.zeros(c.size))
+    def norm(profile: PowerFunction) -> float:
+        return 0.5 + expected_square([profile], [1.0], origin, motion, 0.0)
 
-    norms = np.array([norm(c) for c in np.eye(len(snapshots))])
+    norms = np.array([norm(snapshot) for snapshot in snapshots])
     solver = MinimumVariance(snapshots, replace(prior_of(snapshots, motion, 1e-6), norm=norms), T)
     for sigma_rel in (0.02, 0.05, 0.15, 0.28):
         target = PowerFunction.from_sigma_rel(sigma_rel, T)
-        c = solved(solver, target)
-        squares = solver.expected_squares(c[:, None], solver.goals([target]))
-        assert solver.expected_errors(squares, c[:, None]) == pytest.approx(np.sqrt(squares.sum() / norm(c)), rel=1e-6)
+        c, goals = solved(solver, target)[:, None], solver.goals([target])
+        squares = solver.expected_squares(c, goals)
+        expected = np.sqrt(squares.sum() / norm(target))
+        assert solver.expected_errors(squares, c, goals) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
@@ -328,7 +329,7 @@ def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
         solver = MinimumVariance(snapshots, Prior(Motion.even(T, 0.0), zeros, arithmetic, zeros, "measured"), T)
         goals = solver.goals([target])
         c = solver.solve(goals)
-        np.testing.assert_equal(solver.expected_errors(solver.expected_squares(c, goals), c), [expected])
+        np.testing.assert_equal(solver.expected_errors(solver.expected_squares(c, goals), c, goals), [expected])
 
 
 @given(problems(), st.randoms(use_true_random=False))
