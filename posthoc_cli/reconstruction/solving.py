@@ -34,7 +34,6 @@ from posthoc_cli.reconstruction.basis import (
 )
 from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
-from posthoc_cli.reconstruction.sketch import Sketch
 
 # --- least squares
 
@@ -419,49 +418,34 @@ class _Integral:
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """A sum over the updates of intervals that have few, with the roots of their variances, [M], and the profiles'
-    values at them, [M, n]."""
+class _Listed:
+    """Rows that are listed one by one: of the updates of intervals that have few, or measured: [rows, profiles]."""
 
-    root: FloatArray
     values: Callable[[Sequence[Profile]], FloatArray]
+    root: FloatArray | float = 1.0
 
     def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
         return self.of_targets(profiles)[0]
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        columns = np.asarray(self.root[:, None] * self.values(targets), dtype=np.float64)
+        columns = np.asarray((self.root * self.values(targets).T).T, dtype=np.float64)
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-@dataclass(frozen=True)
-class _Sketched:
-    """The errors that were measured: of projections, and unseen ones."""
-
-    sketch: Sketch
-
-    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        return self.of_targets(profiles)[0]
-
-    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        columns = np.vstack(self.sketch.measured(targets))
-        return columns, np.asarray(np.sum(columns**2, axis=0))
-
-
-def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum | _Sketched]:
+def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Listed]:
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
-    terms: list[_Integral | _Sum | _Sketched] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Integral | _Listed] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
     if few.size:
-        terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
+        terms.append(_Listed(cells.tails, np.sqrt(walk[few] * cells.stride)))
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
         densities = Densities(stored, cells.edges, cells.stride * cells.duration)
         terms.append(_Integral(densities, np.sqrt(noise * cells.duration), most))
         if few.size:
-            terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
-    if prior.sketch is not None:
-        terms.append(_Sketched(prior.sketch))
+            terms.append(_Listed(cells.masses, np.sqrt(noise[few] / cells.stride)))
+    if (sketch := prior.sketch) is not None:
+        terms.append(_Listed(lambda profiles: np.vstack(sketch.measured(profiles))))
     return terms
 
 
