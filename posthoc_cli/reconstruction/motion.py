@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.profiles import Clock, Discrete, FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.basis import Densities, Tails, are_powers, gammas_and_times, points_of
 
 # --- steps and updates -----------------------------------------------------------------------------
@@ -230,6 +230,7 @@ def fit_motion(
     distances: Sequence[PairDistance],
     steps: Steps | None = None,
     known: Motion | None = None,
+    may_have_noise: bool = True,
 ) -> Motion:
     """The motion that explains measured distances.
 
@@ -242,10 +243,10 @@ def fit_motion(
         start: time of the first update.
         times: snapshot times after `start`, which bound the segments.
         distances: at least one, none of them with `same_profile`. Noise, by which successive intervals differ more than
-            on a walk, is fitted with enough of them; not of averages over known times, which all tell the same of an
-            interval: with noise in the place of a walk their combinations were up to 28 times as far off.
+            on a walk, is fitted with enough of them.
         steps: of the run; None if unknown.
         known: an earlier estimate, from snapshots that may have been deleted. It is kept where distances add nothing.
+        may_have_noise: False where all distances tell the same of an interval.
     """
     if known is not None and not known.walk.any():
         known = None  # it stood still, which is no estimate of later motion
@@ -256,7 +257,7 @@ def fit_motion(
     first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
     influence = np.add.reduceat(walks, first, axis=1) * course.walk
     knows_noise = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any())
-    if knows_noise and not any(isinstance(distance.later, Discrete) for distance in distances):
+    if knows_noise and may_have_noise:
         influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * course.noise))
     found = np.zeros(2 * segments)
     found[: influence.shape[1]] = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
