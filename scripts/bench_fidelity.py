@@ -1,10 +1,8 @@
 """How near the averages are that snapshots make, on real training runs, and whether the error bar holds.
 
-    python scripts/bench_fidelity.py [--cache FOLDER] [--markdown] [--worst] [--json FILE] [--figure FILE.png]
-                                     [--runs a,b] [--steps 9600] [--processes 2]
-    python scripts/bench_fidelity.py --hard [--case a,b] [--cache FOLDER] [--markdown] [--worst]
-                                     [--json FILE] [--processes 2]
-    python scripts/bench_fidelity.py --checkpoints [--steps 9600] [--cache FOLDER] [--markdown] [--processes 2]
+    python scripts/bench_fidelity.py [--only a,b] [--steps 9600] [--cache FOLDER] [--json FILE] [--figure FILE.png]
+    python scripts/bench_fidelity.py --hard [--only a,b] [--cache FOLDER] [--json FILE]
+    python scripts/bench_fidelity.py --checkpoints [--steps 9600] [--cache FOLDER]
 
 Ten recorded runs, of 9,600 steps each (see `trajectories.RECIPES`), two of them once more with update_every=10, go
 through the hook: tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 snapshot times evenly spaced in
@@ -41,12 +39,10 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -73,65 +69,38 @@ PICTURED = Job("denoiser-cosine"), ((0.05, 0.28), 20, "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all cells, print the tables."""
+    """Measure all cells, print the table."""
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
+    measured = partial(_in_processes, processes=options.processes)
+    cells: Sequence[Any]
     if options.checkpoints:
         work = partial(checkpoint_fidelity.measure, steps=options.steps, cache=options.cache)
-        measured = _in_processes(checkpoint_fidelity.JOBS, work, options.processes)
-        repaired = checkpoint_fidelity.repairs(options.steps, options.cache)
-        print(checkpoint_fidelity.tables(measured, repaired, options.markdown))
+        cells = measured(checkpoint_fidelity.JOBS, work)
+        print(checkpoint_fidelity.tables(cells, checkpoint_fidelity.repairs(options.steps, options.cache)))
     elif options.hard:
-        cases = partial(corner_cases.measure, cache=options.cache)
-        hard = _in_processes(options.case, cases, options.processes)
-        _show(hard, report.hard_tables, report.worst_hard, options)
+        cases = [case for case in corner_cases.CASES if case in (options.only or [case])]
+        cells = measured(cases, partial(corner_cases.measure, cache=options.cache))
+        print(report.hard_table(cells))
     else:
         if options.figure is not None:
             draw(options.steps, options.cache).savefig(options.figure)
-        recorded = _in_processes(
-            options.runs, partial(runs.measure, steps=options.steps, cache=options.cache), options.processes
-        )
-        if not options.markdown:
-            versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
-            print(f"{options.steps:,} steps; medians first, then the extremes; {versions}\n")
-        _show(recorded, report.recorded_tables, report.worst_recorded, options)
-    print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-
-
-def _show(
-    cells: Sequence[Any],
-    tables: Callable[[Sequence[Any], bool], str],
-    worst: Callable[[Sequence[Any]], str],
-    options: argparse.Namespace,
-) -> None:
+        jobs = [job for job in runs.JOBS if job.label in (options.only or [job.label])]
+        cells = measured(jobs, partial(runs.measure, steps=options.steps, cache=options.cache))
+        print(report.recorded_table(cells))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
-    print(tables(cells, options.markdown))
-    if options.worst:
-        print(f"\n{worst(cells)}")
+    print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=_steps, default=runs.STEPS, help="length of the runs (9600)")
-    parser.add_argument(
-        "--runs",
-        type=_some({job.label: job for job in runs.JOBS}),
-        default=runs.JOBS,
-        help="some of the runs, separated by commas",
-    )
+    parser.add_argument("--only", type=lambda text: text.split(","), help="some of the runs, or cases, by commas")
     parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
     parser.add_argument("--hard", action="store_true", help="the hard cases instead of the recorded runs")
     parser.add_argument("--checkpoints", action="store_true", help="checkpoints and other libraries' averages instead")
-    parser.add_argument(
-        "--case",
-        type=_some({case: case for case in corner_cases.CASES}),
-        default=corner_cases.CASES,
-        help="some of them, separated by commas",
-    )
     parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")
-    parser.add_argument("--markdown", action="store_true", help="the compact table in Markdown")
-    parser.add_argument("--worst", action="store_true", help="also the worst cells of each kind")
     parser.add_argument("--json", type=Path, help="file for all cells")
     parser.add_argument("--figure", type=Path, help="file for a picture of error against sigma_rel")
     return parser
@@ -146,48 +115,18 @@ def _steps(text: str) -> int:
     return steps
 
 
-def _some(known: Mapping[str, Asked]) -> Callable[[str], tuple[Asked, ...]]:
-    def chosen(text: str) -> tuple[Asked, ...]:
-        wanted = text.split(",")
-        if unknown := [name for name in wanted if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]}: choose from {', '.join(known)}")
-        return tuple(known[name] for name in wanted)
-
-    return chosen
-
-
-# --- many processes --------------------------------------------------------------------------------
-
-
 def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], list[Found]], processes: int) -> list[Found]:
     """What `work` finds of each, with progress on stderr. One process is this one."""
     if processes == 1:
         return [one for found in map(work, asked) for one in found]
-    context = multiprocessing.get_context("spawn")  # a fork would inherit this one's BLAS threads
-    started = time.perf_counter()
-    with _one_blas_thread(), ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(work, one) for one in asked]
-        for count, future in enumerate(as_completed(futures), 1):
-            label = getattr(asked[futures.index(future)], "label", asked[futures.index(future)])
-            seconds = time.perf_counter() - started
-            print(f"{count} of {len(asked)}, {seconds:.0f} s: {label}", file=sys.stderr, flush=True)
-        return [one for future in futures for one in future.result()]
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """For the processes that start meanwhile: small problems side by side, whose threads would fight for the cores."""
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    # Small problems side by side, whose threads would fight for the cores; a fork would inherit this one's threads.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    context, cells = multiprocessing.get_context("spawn"), []
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        for one, found in zip(asked, pool.map(work, asked), strict=True):
+            print(getattr(one, "label", one), file=sys.stderr, flush=True)
+            cells += found
+    return cells
 
 
 # --- the picture -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from compare_peers import distances, ema_pytorch, posthoc_ema, true_averages
-from fidelity_report import aligned, markdown, ratios, share, summary, within
+from fidelity_report import markdown, ratios, share, summary, within
 from fidelity_runs import made, oracle, quiet
 from safetensors.torch import save_file
 from trajectories import NAMES, Replay, Trajectory, record
@@ -149,7 +149,7 @@ def repairs(steps: int, cache: Path | None = None) -> list[Repair]:
 # --- tables ----------------------------------------------------------------------------------------
 
 
-def tables(cells: Sequence[Cell], repaired: Sequence[Repair], as_markdown: bool) -> str:
+def tables(cells: Sequence[Cell], repaired: Sequence[Repair]) -> str:
     """Both tables."""
     groups = {f"{count} checkpoints": [cell for cell in cells if cell.checkpoints == count] for count in COUNTS}
     kinds = ("sigma_rel", "between", "decay")
@@ -160,7 +160,7 @@ def tables(cells: Sequence[Cell], repaired: Sequence[Repair], as_markdown: bool)
     for r in repaired:
         errors = (f"{error:.1e}" for error in (r.own, r.raw, r.error, r.predicted))
         second.append((r.library, str(r.update_every), f"{r.sigma_rel:.2f}", *errors))
-    return "\n\n".join(map(markdown if as_markdown else aligned, (lines, second)))
+    return "\n\n".join(map(markdown, (lines, second)))
 
 
 def _row(cells: Sequence[Cell]) -> list[str]:

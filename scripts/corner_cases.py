@@ -38,6 +38,7 @@ TWO, CLOSE, ONE, THREE = (0.05, 0.28), (0.05, 0.10), (0.10,), (0.12, 0.2, 0.28)
 """What trackers track."""
 
 BOTH = ("float32", "float16")
+RATES = ("constant", "cosine", "frozen", "restarts")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def few_left() -> Iterator[Study]:
         *((CLOSE, "float16", kept) for kept in (1, 3)),
     ]
     trackings = [Tracking(tracked, dtype, 200, max_checkpoints=kept) for tracked, dtype, kept in choices]
-    for rate in walks.RATES:
+    for rate in RATES:
         yield Study(walks.walk(rate, 4000), trackings, _targets(*USEFUL))
 
 
@@ -184,14 +185,14 @@ def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
 
 def ordinary() -> Iterator[Study]:
     """Motion as of trainings: walks, Adam, SGD, a restart, a freeze, a jump, wandering about one place."""
-    named = zip(walks.RATES, range(11, 15), strict=True)
+    named = zip(RATES, range(11, 15), strict=True)
     yield from _alike(walks.walk(rate, _STEPS, _SIZE, seed) for rate, seed in named)
     yield from _alike(
         [
             walks.reinitialised(walks.walk("constant", _STEPS, _SIZE, 15), 2207, 5),
             walks.adam("constant", _STEPS, _SIZE, 16),
             walks.adam("cosine", _STEPS, _SIZE, 17),
-            walks.descent(walks.cuts, _STEPS, _SIZE, 18, "cuts"),
+            walks.descent("cuts", _STEPS, _SIZE, 18),
             walks.descent("constant", _STEPS, _SIZE, 19),
             walks.wandering(_STEPS, _SIZE, 20),
         ]
@@ -212,7 +213,7 @@ def pathological() -> Iterator[Study]:
     for seed, (label, course) in enumerate(courses.items(), 21):
         yield from _alike([walks.course(label, course, _STEPS, _SIZE, seed)])
     decay = walks.course("decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0)
-    yield from _alike([decay, walks.walk(walks.early, _STEPS, _SIZE, 29, label="standstill")])
+    yield from _alike([decay, walks.walk("standstill", _STEPS, _SIZE, 29)])
 
 
 # --- live averages ---------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def pathological() -> Iterator[Study]:
 def live(root: Path) -> Iterator[Cell]:
     """Averages asked for while training: soon after a snapshot, half-way, and just before the next one."""
     wanted = _targets(*USEFUL)
-    made = (*(walks.walk(rate, 4000) for rate in walks.RATES), walks.descent("cosine", 4000))
+    made = (*(walks.walk(rate, 4000) for rate in RATES), walks.descent("cosine", 4000))
     for run, dtype in product(made, ("float16", "float32")):
         tracking, replay = Tracking(TWO, dtype, 200), Replay(run)
         tracker = tracking.tracker(replay, Path(tempfile.mkdtemp(dir=root)))
@@ -310,7 +311,7 @@ def pruning(root: Path, cache: Path | None) -> Iterator[Cell]:
 
 def _prunable(cache: Path | None) -> Iterator[Trajectory]:
     """Twenty runs."""
-    for rate in walks.RATES:
+    for rate in RATES:
         for seed in range(2):
             yield walks.walk(rate, 2000, seed=seed)
             yield walks.descent(rate, 2000, seed=seed)

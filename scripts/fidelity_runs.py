@@ -173,7 +173,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """For tables and for `--runs`."""
+        """For tables and for `--only`."""
         return self.name if self.stride == 1 else f"{self.name}-every-{self.stride}"
 
 

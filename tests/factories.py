@@ -326,7 +326,7 @@ def solved(solver: MinimumVariance, target: Profile) -> FloatArray:
 
 def squared_error(solver: MinimumVariance, coefficients: FloatArray, target: Profile) -> float:
     """What is expected of any coefficients."""
-    return float(solver.expected_squares(coefficients[:, None], solver.goals([target]))[0])
+    return float(solver.expected_squares(coefficients[:, None], solver.goals([target])).sum())
 
 
 def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[float], rounding: float) -> float:

@@ -215,11 +215,10 @@ def test_bench_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setattr(runs, name, value)
     monkeypatch.setattr(bench_fidelity, "_pictured_widths", lambda: np.array([0.02, 0.05, 0.1, 0.2]))
     files = {option: tmp_path / option for option in ("json", "figure.png")}
-    options = ["--processes", "1", "--steps", "240", "--runs", "denoiser-adam-every-10,denoiser-restart", "--worst"]
+    options = ["--processes", "1", "--steps", "240", "--only", "denoiser-adam-every-10,denoiser-restart"]
     bench_fidelity.main([*options, "--json", str(files["json"]), "--figure", str(files["figure.png"])])
     text = capsys.readouterr().out
-    assert text.startswith("240 steps;")
-    assert "\nerror/published: denoiser-adam-every-10, float" in text
+    assert "\n| denoiser-restart (held out) | 24 | " in text
     assert files["figure.png"].read_bytes().startswith(b"\x89PNG")
     cells = json.loads(files["json"].read_text())
     assert len(cells) == 2 * 2 * 12
@@ -243,14 +242,11 @@ def test_bench_fidelity_of_corner_cases(
     assert exact.error == exact.nearest < 12 * 2**-24  # twelve updates round once each
     assert made.error < 0.1 * made.nearest
     assert 2**-13 < rounded.error < 2**-11  # one rounding to float16, between no and half a spacing of values
-    options, file = ["--hard", "--processes", "1", "--case", "tiny"], tmp_path / "cells.json"
-    bench_fidelity.main([*options, "--worst", "--json", str(file)])
-    text = capsys.readouterr().out
-    assert "\ntiny, error/nearest: walk, cosine; float" in text
+    options, file = ["--hard", "--processes", "1", "--only", "tiny"], tmp_path / "cells.json"
+    bench_fidelity.main([*options, "--json", str(file)])
     assert len(json.loads(file.read_text())) == 4
-    bench_fidelity.main([*options, "--markdown"])
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split(" | ")[:2] for row in rows[2:]] == [["| all", "4"], ["| tiny", "4"]]
+    assert [row.split(" | ")[:2] for row in rows[2:]] == [["| all", "4"], ["| walk, cosine", "4"]]
     assert len({row.count("|") for row in rows}) == 1
 
 
@@ -267,7 +263,7 @@ def test_bench_fidelity_of_checkpoints(monkeypatch: pytest.MonkeyPatch, capsys: 
     repaired = checkpoint_fidelity.repairs(960)
     assert all(repair.error < 0.15 * repair.raw for repair in repaired)
     assert all(repair.error < 0.05 * repair.own for repair in repaired if repair.update_every == 10)
-    print(checkpoint_fidelity.tables(cells, repaired, True))
+    print(checkpoint_fidelity.tables(cells, repaired))
     first, second = capsys.readouterr().out.split("\n\n")
     assert len({row.count("|") for row in first.splitlines()}) == 1
     assert "| posthoc-ema | 10 | 0.05 |" in second

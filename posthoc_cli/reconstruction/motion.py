@@ -230,6 +230,7 @@ def fit_motion(
     distances: Sequence[PairDistance],
     steps: Steps | None = None,
     known: Motion | None = None,
+    may_have_noise: bool = True,
 ) -> Motion:
     """The motion that explains measured distances.
 
@@ -245,6 +246,7 @@ def fit_motion(
             on a walk, is fitted with enough of them.
         steps: of the run; None if unknown.
         known: an earlier estimate, from snapshots that may have been deleted. It is kept where distances add nothing.
+        may_have_noise: False where all distances tell the same of an interval.
     """
     if known is not None and not known.walk.any():
         known = None  # it stood still, which is no estimate of later motion
@@ -254,7 +256,8 @@ def fit_motion(
     segment = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
     first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
     influence = np.add.reduceat(walks, first, axis=1) * course.walk
-    if len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any()):
+    knows_noise = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any())
+    if knows_noise and may_have_noise:
         influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * course.noise))
     found = np.zeros(2 * segments)
     found[: influence.shape[1]] = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)

@@ -34,7 +34,6 @@ from posthoc_cli.reconstruction.basis import (
 )
 from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
-from posthoc_cli.reconstruction.sketch import Sketch
 
 # --- least squares
 
@@ -281,7 +280,7 @@ class MinimumVariance:
         return self._as_given(solution)
 
     def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
-        """E |error|^2 of each target with its own column of coefficients, any with sum 1: shape [targets].
+        """E |error|^2 of targets, each with its column of coefficients of sum 1: shape [motion and rounding, targets].
 
         What comes from motion is measured, or else widened where the motion is in doubt; what comes from rounding was
         measured. Of coefficients that were `solved` for, each measured number is as if it had been left out.
@@ -295,7 +294,7 @@ class MinimumVariance:
             motion = np.sum(measured**2, axis=0) / self._root**2
         # What coefficients make is what they make, whatever the decays are.
         errors = self._errors if goals.targets else self._rounding
-        return np.asarray(motion + np.sum((errors @ ordered) ** 2, axis=0))
+        return np.stack((motion, np.sum((errors @ ordered) ** 2, axis=0)))
 
     @property
     def is_measured(self) -> bool:
@@ -308,6 +307,11 @@ class MinimumVariance:
         numbers = 0 if self._prior.sketch is None else sum(self._prior.sketch.means.shape) + 1
         return slice(self._rows.shape[0] - numbers, self._rows.shape[0])
 
+    @property
+    def unsure(self) -> float:
+        """How far a measured square may be off, relative to it: of an error in one direction, of D projections."""
+        return 0.0 if self._prior.sketch is None else float(np.sqrt(2 / self._prior.sketch.means.shape[1]))
+
     @cached_property
     def _left_out(self) -> FloatArray:
         """What a residual of each of these rows is, relative to what it would be had it not been solved for."""
@@ -318,9 +322,9 @@ class MinimumVariance:
         """That of the motion, beyond what is usual."""
         return max(0.0, self._prior.doubt - _SURE)
 
-    def expected_errors(self, squares: FloatArray, goals: Goals) -> FloatArray:
+    def expected_errors(self, squares: FloatArray, coefficients: FloatArray, goals: Goals) -> FloatArray:
         """The roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
-        norms, errors = self._norms(goals), np.sqrt(squares)
+        norms, errors = self._norms(coefficients, goals), np.sqrt(squares.sum(axis=0))
         found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
         return np.where((norms > 0) | (errors > 0), found, 0.0)
 
@@ -330,27 +334,24 @@ class MinimumVariance:
         columns = np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size))))
         return Losses(self._as_given(self._stacked.T).T, columns, goals.unreachable)
 
-    def _norms(self, goals: Goals) -> FloatArray:
-        """Probable norms of targets: shape [targets].
+    def _norms(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """Probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
 
-        The root mean square of the averages' norms, weighted by nearness; the norm of the nearest alone would jump by
-        up to a tenth between lengths. Weights fall with the fourth power of the distance, so that many far averages do
-        not outweigh the nearest. What a sketch says of the difference of two norms is added.
+        Projections tell them, but for the factor by which they are off of the stored averages in use. Without, from a
+        place theta_0 on, |theta_i|^2 = |theta_0|^2 + |sum of the motion in it|^2 is expected of stored averages and of
+        targets; it is at least a quarter of the least norm's square.
         """
-        apart = np.sum(self._rows**2, axis=0)[:, None] - 2 * self._rows.T @ goals.columns + goals.squares
-        apart = np.maximum(apart, np.finfo(np.float64).tiny)  # 0 if the target is stored
-        weight = (apart.min(axis=0) / apart) ** 2
-        norms = self._prior.norm[:, None]
-        if (sketch := self._prior.sketch) is not None:
-            first, numbers = (
-                sketch.means[:1].T,
-                slice(self._measured.start, self._measured.start + sketch.means.shape[1]),
-            )
-            own, wanted = (
-                np.sum((first + rows[numbers] / self._root) ** 2, axis=0) for rows in (self._rows, goals.columns)
-            )
-            norms = np.maximum(norms + wanted - own[:, None], np.minimum(norms, wanted) / 2)
-        return np.asarray(np.sqrt(np.sum(norms * weight, axis=0) / weight.sum(axis=0)))
+        ordered, norms, rows = coefficients[self._order], self._prior.norm, self._rows
+        if (sketch := self._prior.sketch) is None:
+            squares = (norms - np.sum(rows**2, axis=0)) @ ordered + goals.norms
+            return np.asarray(np.sqrt(np.maximum(squares, norms.min() / 4)))
+        projections = slice(self._measured.start, self._measured.start + sketch.means.shape[1])
+        projected, wanted = (
+            np.sum((sketch.means[:1].T + values[projections] / self._root) ** 2, axis=0)
+            for values in (rows, goals.columns)
+        )
+        total, own = (squares @ np.abs(ordered) for squares in (norms, projected))
+        return np.asarray(np.sqrt(wanted * np.divide(total, own, out=np.zeros_like(own), where=own > 0)))
 
     @cached_property
     def _rounding(self) -> FloatArray:
@@ -417,49 +418,34 @@ class _Integral:
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """A sum over the updates of intervals that have few, with the roots of their variances, [M], and the profiles'
-    values at them, [M, n]."""
+class _Listed:
+    """Rows that are listed one by one: of the updates of intervals that have few, or measured: [rows, profiles]."""
 
-    root: FloatArray
     values: Callable[[Sequence[Profile]], FloatArray]
+    root: FloatArray | float = 1.0
 
     def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
         return self.of_targets(profiles)[0]
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        columns = np.asarray(self.root[:, None] * self.values(targets), dtype=np.float64)
+        columns = np.asarray((self.root * self.values(targets).T).T, dtype=np.float64)
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-@dataclass(frozen=True)
-class _Sketched:
-    """The errors that were measured: of projections, and unseen ones."""
-
-    sketch: Sketch
-
-    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        return self.of_targets(profiles)[0]
-
-    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        columns = np.vstack(self.sketch.measured(targets))
-        return columns, np.asarray(np.sum(columns**2, axis=0))
-
-
-def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum | _Sketched]:
+def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Listed]:
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
-    terms: list[_Integral | _Sum | _Sketched] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Integral | _Listed] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
     if few.size:
-        terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
+        terms.append(_Listed(cells.tails, np.sqrt(walk[few] * cells.stride)))
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
         densities = Densities(stored, cells.edges, cells.stride * cells.duration)
         terms.append(_Integral(densities, np.sqrt(noise * cells.duration), most))
         if few.size:
-            terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
-    if prior.sketch is not None:
-        terms.append(_Sketched(prior.sketch))
+            terms.append(_Listed(cells.masses, np.sqrt(noise[few] / cells.stride)))
+    if (sketch := prior.sketch) is not None:
+        terms.append(_Listed(lambda profiles: np.vstack(sketch.measured(profiles))))
     return terms
 
 
@@ -634,25 +620,28 @@ class _Problem:
         for column, row in stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
-        return columns, self._variance.expected_errors(expected, goals), errors
+        return columns, self._variance.expected_errors(expected, columns, goals), errors
 
     def _measured(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
-        """The coefficients of least measured error, the published ones unless others are clearly better; its square.
+        """The own coefficients if they are clearly better than others, else the best others; its squares.
 
-        Of these, the published ones, and those of the newest snapshots alone.
+        Others are the published ones, and each newest snapshot alone. Projections show too much or too little motion,
+        of all coefficients alike if it has one direction; rounding is known. So the own ones must be better either way.
         """
-        squares = self._variance.expected_squares(own, goals, solved=True)
-        there = self._variance.expected_squares(published, goals)
-        is_own = squares < _CLEARLY * there
-        columns, squares = np.where(is_own, own, published), np.where(is_own, squares, there)
-        for alone in self._newest(goals):
-            found = self._variance.expected_squares(alone, goals)
-            columns, squares = np.where(found < squares, alone, columns), np.minimum(found, squares)
-        return columns, squares
+        expected, every = self._variance.expected_squares, np.arange(goals.norms.size)
+        others = np.stack((published, *self._newest(goals)))
+        squares, there = expected(own, goals, solved=True), np.stack([expected(other, goals) for other in others])
+        best = there.sum(axis=1).argmin(axis=0)
+        is_own = np.ones(every.size, dtype=bool)
+        for off in (-self._variance.unsure, self._variance.unsure):
+            shown = np.array([1 + off, 1.0])
+            is_own &= shown @ squares < _CLEARLY * np.min(shown @ there, axis=0)
+        columns = np.where(is_own, own, others[best, :, every].T)
+        return columns, np.where(is_own, squares, there[best, :, every].T)
 
     def _blended(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
-        """Coefficients between both, the nearer to the published ones, the smaller the gain, and the error's square."""
-        best, there = (self._variance.expected_squares(found, goals) for found in (own, published))
+        """Coefficients between both, the nearer to the published ones, the smaller the gain, and its squares."""
+        best, there = (self._variance.expected_squares(found, goals).sum(axis=0) for found in (own, published))
         gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
         gain *= np.exp(_CAUTION * self._variance.doubt)
         sure, none = self._gains
@@ -669,7 +658,7 @@ class _Problem:
         """The predicted error of exactly these coefficients: that of the stored copies."""
         column = made.coefficients[:, None]
         goals = self._variance.made_of(column)
-        return float(self._variance.expected_errors(self._variance.expected_squares(column, goals), goals)[0])
+        return float(self._variance.expected_errors(self._variance.expected_squares(column, goals), column, goals)[0])
 
     @cached_property
     def _published(self) -> LeastSquares:

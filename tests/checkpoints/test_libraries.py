@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from ema_command import Ema
 from factories import exact_weights, flip_bit
 
-from posthoc_cli import Run, errors, files, import_checkpoints
+from posthoc_cli import Run, errors, files, import_checkpoints, synthesize
 from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.snapshots import format as fmt
@@ -97,6 +98,33 @@ def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> N
             imported(tmp_path / "x", **settings)
     with pytest.raises(errors.InvalidValueError, match="give them to an import"):
         _ = Run(tmp_path / "x").sources
+
+
+@pytest.mark.parametrize("rate", ["constant", "falling"])
+@pytest.mark.parametrize("update_every", [10, 100])
+def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, update_every: int, rate: str) -> None:
+    """Stored averages that are mostly of the first weights, far smaller ones than those of the average that is made."""
+    steps, size = 6000, 300
+    fraction, random = np.arange(steps)[:, None] / steps, np.random.default_rng(5)
+    moves = (1 - fraction if rate == "falling" else 1) * random.standard_normal((steps, size))
+    moves[0] *= 20
+    for before, row in pairwise(moves):  # momentum
+        row += 0.8 * before
+    path = np.cumsum(moves, axis=0)
+    calls = np.arange(1, steps + 1, update_every)
+    for number, width in enumerate(WIDTHS):
+        average, shares = np.zeros(size), (calls / (calls + 1)) ** (gamma_from_sigma_rel(width) + 1)
+        for call, share in zip(calls, [0, *shares[1:]], strict=True):
+            average = share * average + (1 - share) * path[call - 1]
+            if (last := call + update_every - 1) % 300 == 0:
+                value = {"initted": torch.tensor(True), "ema_model.weight": torch.from_numpy(average).half()}
+                torch.save(value, tmp_path / f"{number}.{last}.pt")
+    plan = imported(tmp_path, sigma_rels=WIDTHS, update_every=update_every).plan([0.05, 0.1, 0.15, 0.2, 0.25])
+    made = torch.stack(dict(synthesize(plan))["weight"]).double().numpy()
+    true = np.array([exact_weights(width, np.arange(1.0, steps + 1)) for width in (0.05, 0.1, 0.15, 0.2, 0.25)]) @ path
+    error = np.linalg.norm(made - true, axis=1) / np.linalg.norm(true, axis=1)
+    ratios = error / [plan.predicted_error(index) for index in range(5)]
+    assert np.all((ratios > 0.5) & (ratios < 1.7)), ratios
 
 
 def test_files_of_two_sessions_are_doubted(

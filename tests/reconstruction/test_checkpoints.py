@@ -168,7 +168,7 @@ def test_a_known_motion_gives_the_exact_expectation() -> None:
     target = PowerFunction(9.0, 1000.0)
     coefficients = np.random.default_rng(0).dirichlet(np.ones(len(everything)))
     model = MinimumVariance(everything, prior, 1000.0)
-    (found,) = model.expected_squares(coefficients[:, None], model.goals([target]))
+    found = model.expected_squares(coefficients[:, None], model.goals([target])).sum()
     missed = coefficients @ np.stack([masses(p, steps) for p in everything]) - masses(target, steps)
     tails = np.cumsum(missed[::-1])[::-1]
     assert found == pytest.approx(v * np.sum(tails[1:] ** 2) + w * np.sum(missed**2), rel=0.03)

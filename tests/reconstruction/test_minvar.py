@@ -28,6 +28,8 @@ from posthoc_cli.reconstruction import (
 
 T = 1000.0
 START = 3.0
+NORM = 1e6
+"""Of every average, so large that no motion changes it."""
 
 
 def snapshots_at(times, sigma_rels=(0.05, 0.28)) -> list[PowerFunction]:  # type: ignore[no-untyped-def]
@@ -42,7 +44,7 @@ def uneven_motion(noise: float = 0.0) -> Motion:
 
 def prior_of(snapshots, motion: Motion, rounding) -> Prior:  # type: ignore[no-untyped-def]
     r = np.broadcast_to(np.asarray(rounding, dtype=np.float64), (len(snapshots),))
-    return Prior(motion, r, np.zeros(len(snapshots)), np.full(len(snapshots), 4.0), "measured")
+    return Prior(motion, r, np.zeros(len(snapshots)), np.full(len(snapshots), NORM**2), "measured")
 
 
 def expected_square(snapshots, coefficients, target, motion: Motion, rounding) -> float:  # type: ignore[no-untyped-def]
@@ -83,8 +85,7 @@ def test_the_expected_error_is_the_integral(target, noise: float) -> None:  # ty
         pieces = motion.on(np.array(motion_edges))
         motion = Motion(np.array(motion_edges), *pieces)
     exact = expected_square(snapshots, c, target, motion, rounding)
-    # The norm is that of every average here: 2.
-    assert (2 * result.predicted_error[0]) ** 2 == pytest.approx(exact, rel=1e-6)
+    assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(exact, rel=1e-6)
     assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
 
 
@@ -216,17 +217,17 @@ def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
         chosen = [snapshots[i] for i in usable]
         result = reconstruct(chosen, [PowerFunction.from_sigma_rel(0.1, t)], prior=prior.of(usable))
         assert np.abs(result.coefficients).sum() < 10
-        assert (2 * result.predicted_error[0]) ** 2 > 0.4e-6
+        assert (NORM * result.predicted_error[0]) ** 2 > 0.4e-6
 
 
 def test_noise_at_a_point_is_that_of_one_interval() -> None:
     """A target far shorter than the time between updates is the last weights, not something infinitely noisy."""
     snapshots = snapshots_at((500, 1000))
     motion = Motion(np.array([1.0, T]), np.array([1e-9]), np.array([2.0]))  # noise of a step; of an update 2 / 10
-    prior = Prior(motion, np.zeros(4), np.zeros(4), np.full(4, 4.0), "measured", Steps(Clock.of_steps(), 10))
+    prior = Prior(motion, np.zeros(4), np.zeros(4), np.full(4, NORM**2), "measured", Steps(Clock.of_steps(), 10))
     for sigma_rel in (1e-9, 1e-5):
         result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(sigma_rel, T)], prior=prior)
-        assert (2 * result.predicted_error[0]) ** 2 <= 2.0 / 10 + 0.1
+        assert (NORM * result.predicted_error[0]) ** 2 <= 2.0 / 10 + 0.1
 
 
 @st.composite
@@ -298,38 +299,37 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot(problem, data) -> None:
     assert result.profile_error[0] == 0
 
 
-def test_the_error_is_relative_to_a_norm_that_goes_from_one_stored_length_to_the_next_without_a_jump() -> None:
-    """Longer averages of a noisy path are shorter vectors: the norm is that of a stored one where that is the target,
-    never outside of theirs, and changes with the target as little as the squared error does."""
-    snapshots = snapshots_at(np.linspace(100, T, 10))
-    norms = np.array([4.0 if p.gamma > 10 else 1.0 for p in snapshots])
-    prior = replace(prior_of(snapshots, uneven_motion(), 1e-6), norm=norms)
-    solver = MinimumVariance(snapshots, prior, T)
+def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
+    """Of a walk from a place theta0: E |theta|^2 = |theta0|^2 + integral v tail^2 ds.
 
-    def norm(sigma_rel: float) -> float:
+    Long averages of a long way may all be far shorter vectors than a late one.
+    """
+    snapshots, motion = snapshots_at(np.linspace(100, T, 10)), uneven_motion()
+    origin = PowerFunction(1e9, float(motion.edges[0]))  # whose tail is 0 where anything moves
+
+    def norm(profile: PowerFunction) -> float:
+        return 0.5 + expected_square([profile], [1.0], origin, motion, 0.0)
+
+    norms = np.array([norm(snapshot) for snapshot in snapshots])
+    solver = MinimumVariance(snapshots, replace(prior_of(snapshots, motion, 1e-6), norm=norms), T)
+    for sigma_rel in (0.02, 0.05, 0.15, 0.28):
         target = PowerFunction.from_sigma_rel(sigma_rel, T)
-        c = solved(solver, target)
-        goals = solver.goals([target])
-        error = solver.expected_errors(solver.expected_squares(c[:, None], goals), goals)[0]
-        return float(np.sqrt(squared_error(solver, c, target)) / error)
-
-    assert norm(0.05) == pytest.approx(2, rel=1e-12)
-    assert norm(0.28) == pytest.approx(1, rel=1e-12)
-    between = np.array([norm(s) for s in np.geomspace(0.05, 0.28, 400)])
-    assert np.all(np.diff(between) < 0)
-    assert np.abs(np.diff(between)).max() < 0.05  # where one length takes over at a point it is 1
+        c, goals = solved(solver, target)[:, None], solver.goals([target])
+        squares = solver.expected_squares(c, goals)
+        expected = np.sqrt(squares.sum() / norm(target))
+        assert solver.expected_errors(squares, c, goals) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
-    """Nothing moved: no error. Something did, and the norm says 0: no number."""
+    """Nothing is wrong: no error. Something is, and the norm says 0: no number."""
     snapshots = snapshots_at([500.0, T])
     zeros = np.zeros(len(snapshots))
     target = PowerFunction.from_sigma_rel(0.1, T)
-    for motion, expected in ((Motion.even(T, 0.0), 0.0), (uneven_motion(), np.nan)):
-        solver = MinimumVariance(snapshots, Prior(motion, zeros, zeros, zeros, "measured"), T)
+    for arithmetic, expected in ((zeros, 0.0), (zeros + 1, np.nan)):
+        solver = MinimumVariance(snapshots, Prior(Motion.even(T, 0.0), zeros, arithmetic, zeros, "measured"), T)
         goals = solver.goals([target])
-        squares = solver.expected_squares(solver.solve(goals), goals)
-        np.testing.assert_equal(solver.expected_errors(squares, goals), [expected])
+        c = solver.solve(goals)
+        np.testing.assert_equal(solver.expected_errors(solver.expected_squares(c, goals), c, goals), [expected])
 
 
 @given(problems(), st.randoms(use_true_random=False))
@@ -431,8 +431,8 @@ def test_a_target_after_the_last_snapshot_misses_what_the_network_moved_since() 
     target = PowerFunction.from_sigma_rel(0.05, 150.0)
     result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, 0.0))
     since = 0.25 * integrate.quad(lambda s: float(target.tail(s)) ** 2, 100, 150)[0]
-    assert (2 * result.predicted_error[0]) ** 2 >= since
-    assert (2 * result.predicted_error[0]) ** 2 == pytest.approx(since, rel=0.3)
+    assert (NORM * result.predicted_error[0]) ** 2 >= since
+    assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(since, rel=0.3)
 
 
 def test_a_network_that_never_moved_needs_no_certain_combination() -> None:
@@ -443,7 +443,7 @@ def test_a_network_that_never_moved_needs_no_certain_combination() -> None:
         result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(0.1, 100.0)], prior=prior)
         assert result.coefficients.sum() == pytest.approx(1)
         # All four copies are rounded to the same values.
-        assert (2 * result.predicted_error[0]) ** 2 == pytest.approx(rounding, rel=0.01)
+        assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(rounding, rel=0.01)
         assert np.abs(result.coefficients).sum() < 4
 
 
