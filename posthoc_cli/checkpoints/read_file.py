@@ -18,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from posthoc_cli.checkpoints.pickles import FoundTensor, Node, read_pickled
+from posthoc_cli.checkpoints.read_pickle import FoundTensor, Node, read_pickled
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
