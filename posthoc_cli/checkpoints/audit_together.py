@@ -6,8 +6,8 @@ interval. For a value of a model the covariance of all weights and averages is t
 With S the covariance over the elements and P the inverse of that sum, the most probable variances come from rounds of q
 <- q sqrt(tr(P S P C_q) / tr(P C_q)), and the best value is that of the most probable sum.
 
-So it counts that a path is pulled back, or goes on, between two checkpoints: an average of 0.1 of the training is found
-within 0.3 % in five recorded trainings, one of 0.3 within 0.1 %, where a line between the weights gives up to 18 %.
+So it counts that a path is pulled back, or goes on, between two checkpoints. In ten recorded trainings with 20
+checkpoints a time constant of 0.1 of the training is found within 0.5 %, and one of 0.3 within 0.2 %.
 """
 
 from __future__ import annotations
