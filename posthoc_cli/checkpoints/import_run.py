@@ -164,7 +164,7 @@ def _with_decay(origin: Path, given: Settings) -> tuple[Settings, str]:
         ema_decay=decay,
         ema_warmup=given.ema_warmup or audit.warm_up or None,
         ema_restarts=given.ema_restarts or tuple(round(time) for time in audit.starts),
-        ema_uncertainty=sigma,
+        ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # it is probably exact
         ema_late=0 if given.ema_restarts or not audit.starts else round(_LATE * spacing),
     )
     return found, f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)
@@ -179,12 +179,16 @@ _LATE = 0.1
 
 
 def _usual(decay: float, uncertainty: float) -> float:
-    """1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k, if its time constant is within a relative uncertainty; else the decay."""
+    """1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the decay.
+
+    That is within the relative uncertainty; within twice it as far as that is small, since such decays are far apart.
+    """
     rest = 1 - decay
     power = 10.0 ** math.floor(math.log10(rest))
     near = min((1.0, 2.0, 5.0, 10.0), key=lambda digit: abs(math.log(digit * power / rest)))
     rounded = round(1 - near * power, 15)
-    return rounded if abs(math.log((1 - rounded) / rest)) <= uncertainty else decay
+    near_enough = max(uncertainty, min(2 * uncertainty, 0.03))
+    return rounded if abs(math.log((1 - rounded) / rest)) <= near_enough else decay
 
 
 def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
