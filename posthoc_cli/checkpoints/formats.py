@@ -360,7 +360,7 @@ def _schedule(
     every = settings.update_every or found.every
     if began := [begin for begin in settings.ema_restarts if begin < step]:
         return (
-            Decay(**rule | {"copies": 0, "late": settings.ema_late}),
+            Decay(**rule | {"copies": 0, "late": settings.ema_late or 0}),
             (step - max(began)) // every,
             every,
             max(began) + every,

@@ -165,7 +165,7 @@ def _with_decay(origin: Path, given: Settings) -> tuple[Settings, str]:
         ema_warmup=given.ema_warmup or audit.warm_up or None,
         ema_restarts=given.ema_restarts or tuple(round(time) for time in audit.starts),
         ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # it is probably exact
-        ema_late=0 if given.ema_restarts or not audit.starts else round(_LATE * spacing),
+        ema_late=None if given.ema_restarts or not audit.starts else round(_LATE * spacing),
     )
     return found, f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)
 

@@ -48,7 +48,7 @@ class Settings:
     ema_warmup: str | None = None
     ema_restarts: Sequence[int] = ()
     ema_uncertainty: float | None = None
-    ema_late: int = 0
+    ema_late: int | None = None
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
@@ -110,14 +110,14 @@ class Settings:
     def given(self) -> dict[str, Any]:
         """Those that differ from their defaults, as plain values for JSON."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return {name: value for name, value in values.items() if value not in (None, "", [], 0)}
+        return {name: value for name, value in values.items() if value not in (None, "", [])}
 
     @property
     def said(self) -> Settings:
         """The same without a decay that was found, and what was found with it: more files show another one."""
         found = self.ema_uncertainty is not None
         return (
-            replace(self, ema_decay=None, ema_warmup=None, ema_restarts=(), ema_uncertainty=None, ema_late=0)
+            replace(self, ema_decay=None, ema_warmup=None, ema_restarts=(), ema_uncertainty=None, ema_late=None)
             if found
             else self
         )
