@@ -166,7 +166,7 @@ def _wrong(
     spacing = min(case.rows[i].length for i in case.usable)
     if is_swapped(fit):
         yield {"verdict": "swapped", "text": _HOW["swapped"], "found": None}
-    if fit.model.what == "decay" and value * spacing < -0.05 and 3 * uncertainty < 1:
+    if fit.model.what == "decay" and value * spacing < -0.05:
         yield {"verdict": "moves away", "text": _HOW["moves away"]}
     if case.idle:
         spans = _spans([(case.products[i].begin, case.products[i].end) for i in case.idle])

@@ -134,8 +134,8 @@ def refined(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int,
     The uncertainty has four parts: twice what the likelihood says; the difference to paths without motion that gathers;
     half the difference between the earlier and the later half; and a share for what paths there are beside these.
     """
-    if not fit.value:
-        return 0.0, math.inf
+    if fit.value <= 0:  # no average of any length
+        return fit.value, math.inf
     first = max(first, last - _MOST_CHECKPOINTS)
 
     def best(begin: int, end: int, with_gathered: bool = True) -> tuple[float, float]:
