@@ -14,8 +14,8 @@ __version__ = "0.3.0"
 
 if TYPE_CHECKING:
     from posthoc_cli import averages, errors, sweep
-    from posthoc_cli.checkpoints.importing import import_checkpoints
-    from posthoc_cli.checkpoints.opening import disk_sources
+    from posthoc_cli.checkpoints.import_run import import_checkpoints
+    from posthoc_cli.checkpoints.open_run import disk_sources
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
     from posthoc_cli.planning import Schedule, error_curve
@@ -38,9 +38,9 @@ __all__ = [
 _HOMES = {
     "Beta": "targets", "Between": "targets", "Decay": "targets", "Groups": "targets", "HalfLife": "targets",
     "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
-    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "checkpoints.opening",
+    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "checkpoints.open_run",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
-    "import_checkpoints": "checkpoints.importing", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
+    "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
     "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",
 }  # fmt: skip
 """The module of each name that is no module itself."""

@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
-from posthoc_cli.checkpoints.imported import Manifest, is_import, read_manifest
-from posthoc_cli.checkpoints.opening import (
-    decay_is_missing,
+from posthoc_cli.checkpoints.import_manifest import Manifest, is_import, read_manifest
+from posthoc_cli.checkpoints.open_run import (
     describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
     open_checkpoints,
-    open_unclaimed,
 )
+from posthoc_cli.checkpoints.source import Checkpoint, describe_checkpoints, list_checkpoints
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError, percent
 from posthoc_cli.planning import (
     EVENLY,
@@ -454,10 +452,7 @@ class Run:
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
-        sources = self.sources
-        if all(isinstance(one.profile, Point) for one in sources) and decay_is_missing(self.directory):
-            sources = [*open_unclaimed(self.directory)]
-        audits = audit_sources(sources, claimed)
+        audits = audit_sources(disk_sources(self.directory, self.also, unclaimed=True), claimed)
         if picture is not None and audits[0].intervals:
             from posthoc_cli import plots
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,10 +26,11 @@ from safetensors.torch import save_file
 from trajectories import HELD_OUT, NAMES, Trajectory, record
 
 from posthoc_cli import Run, gamma_from_sigma_rel, import_checkpoints
+from posthoc_cli.errors import InvalidValueError
 
 WIDTHS = (0.05, 0.10, 0.15, 0.25)
-LENGTHS = (0.01, 0.03, 0.1, 0.3)
-"""Time constants, as fractions of the run; of a library's EMA the third."""
+LENGTHS = (0.1, 0.3, 0.03, 0.01)
+"""Time constants, as fractions of the run; of a library's EMA the first."""
 
 EPOCH, CHECKPOINTS = 100, 20
 Save = Callable[[int], object]
@@ -155,7 +157,7 @@ def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
-    """Decay, found, uncertainty; and for each width the error, EMA's, from raw weights, plain, predicted."""
+    """Decay, found, uncertainty, whether the import asked for it; by width error, EMA's, from raw, plain, predicted."""
     steps, net, decay = run.steps, Net(run), 1 - 1 / (length * run.steps)
     times = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
     at = decays(library, decay)
@@ -166,7 +168,8 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
         for step, weights in enumerate(run.weights, 1):
             average = at(step) * average + (1 - at(step)) * weights
             forgot.append(forgot[-1] + float(np.log(max(at(step), 1e-30))))
-            net.go_to(weights)
+            if own or step in times:
+                net.go_to(weights)
             if own:
                 own[0]()
             if step in times:
@@ -177,7 +180,12 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
         said |= {"ema_decay": decay, "update_every": 1} if library == "ema-pytorch" else {}
         said |= {"update_every": 1000} if library == "edm" else {}
         said |= {"prefix": "model."} if library == "lit-ema" else {}
-        import_checkpoints(place, Path(folder) / "run", **said)
+        try:
+            import_checkpoints(place, Path(folder) / "run", **said)
+            asked = False
+        except InvalidValueError:
+            import_checkpoints(place, Path(folder) / "run", **said | {"ema_decay": decay})
+            asked = True
         (audit,) = Run(Path(folder) / "run").audit()
         made = [Run(Path(folder) / "run").average(width, dtype="float64") for width in WIDTHS]
     predicted = [one.predicted_error or np.nan for one in made]
@@ -193,11 +201,12 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
     def distance(values: np.ndarray) -> np.ndarray:
         return np.linalg.norm(values - truth, axis=1) / np.linalg.norm(truth, axis=1)
 
-    plain = distance(least_squares(tails.T, 1 - shares[:-1]).T @ np.array(ends))
+    stored = np.array(ends).astype(np.float16 if library == "plain" else np.float32).astype(np.float64)
+    plain = distance(least_squares(tails.T, 1 - shares[:-1]).T @ stored)
     raw = distance(least_squares(points.T, 1 - shares[:-1]).T @ run.weights[np.array(times) - 1])
     cells = zip(distance(vectors), distance(np.array([ends[-1]])), raw, plain, predicted, strict=True)
     told = (np.nan if audit.found is None else audit.found, np.nan if audit.uncertainty is None else audit.uncertainty)
-    return (at(steps), *told), [tuple(map(float, cell)) for cell in cells]
+    return (at(steps), *told, asked), [tuple(map(float, cell)) for cell in cells]
 
 
 def table(rows: list[tuple[str, ...]]) -> None:
@@ -215,18 +224,21 @@ def main() -> None:
     parser.add_argument("--only", help="a library, or plain")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[2]) for index, name in enumerate(LIBRARIES)]
-    jobs += [("plain", name, length) for name in NAMES for length in LENGTHS]
-    rows = [("EMA of", "training", "true decay", "found", "of the length: off by", "uncertainty")]
+    jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[0]) for index, name in enumerate(LIBRARIES)]
+    jobs += [("plain", name, length) for length in LENGTHS for name in NAMES]
+    rows = [("EMA of", "training", "true decay", "found", "of the length: off by", "uncertainty", "import")]
     errors = [("EMA of", "training", "sigma_rel", "error", "that EMA", "from raw", "plain", "predicted")]
     sets: dict[str, list[tuple[float, ...]]] = {"chosen by": [], "held out": []}
     bands: dict[str, list[float]] = {"chosen by": [], "held out": []}
     for library, name, length in jobs:
         if options.only not in (None, library):
             continue
-        (true, found, unsure), cells = measure(library, record(name, options.steps, options.cache), length)
+        (true, found, unsure, asked), cells = measure(library, record(name, options.steps, options.cache), length)
         off = float(np.log((1 - true) / (1 - found)))
-        rows.append((library, name, f"{true:.6f}", f"{found:.6f}", f"{off:+.2%}", f"{unsure:.2%}"))
+        rows.append(
+            (library, name, f"{true:.6f}", f"{found:.6f}", f"{off:+.2%}", f"{unsure:.2%}", "asked for" if asked else "")
+        )
+        print(*rows[-1], [tuple(f"{value:.1e}" for value in cell) for cell in cells], file=sys.stderr, flush=True)
         part = "held out" if name in HELD_OUT else "chosen by"
         bands[part] += [] if np.isnan(unsure + off) else [abs(off) / unsure]
         sets[part] += cells

@@ -40,7 +40,7 @@ from synthesis_cases import (
     write_sparse_snapshots,
 )
 
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import disk_sources
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis

@@ -22,8 +22,7 @@ from factories import RUN_ID, flip_bit, write_snapshot
 from safetensors.torch import load_file
 from synthesis_cases import peak_memory, write_sparse_snapshots
 
-from posthoc_cli import Between, PostHocEMA
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import Between, PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.snapshots.format import TrackedTensor

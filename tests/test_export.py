@@ -27,8 +27,7 @@ from factories import (
 )
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, files, resources
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import Run, disk_sources, files, resources
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,

@@ -113,7 +113,7 @@ def test_long_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
 
 def test_any_ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("NAMES", ("classifier-sgd",)), ("LENGTHS", (0.2, 0.3, 0.1)), ("WIDTHS", (0.05, 0.15))):
+    for name, value in (("NAMES", ("classifier-sgd",)), ("LENGTHS", (0.1, 0.03)), ("WIDTHS", (0.05, 0.15))):
         monkeypatch.setattr(any_ema, name, value)
     monkeypatch.setattr(sys, "argv", ["any_ema.py", "--steps", "600", "--only", "plain"])
     any_ema.main()

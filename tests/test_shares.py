@@ -18,8 +18,7 @@ from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, refuse_for_space
 from safetensors.torch import load_file, save_file
 
 import posthoc_cli
-from posthoc_cli import Run, files
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import Run, disk_sources, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
 from posthoc_cli.export.torchrun import divide
 from posthoc_cli.synthesis.plan import plan_synthesis

@@ -14,7 +14,7 @@ import torch
 from factories import RUN_ID, exact_gamma, write_snapshot
 from safetensors.torch import load_file
 
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor

@@ -15,9 +15,8 @@ from ema_command import Ema
 from factories import random_walk, write_run
 from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA, disk_sources, files
 from posthoc_cli import run as run_module
-from posthoc_cli.checkpoints.opening import disk_sources
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.run import with_consistent_plan

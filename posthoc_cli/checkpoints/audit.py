@@ -1,9 +1,9 @@
 """Is an average what it claims to be? From checkpoints that hold it and the weights; NumPy on a sample, float64.
 
-`fitting` finds the decay that explains how the average moved between checkpoints, and the warm-up. What is wrong shows
-in the same sums of products: nothing moves, the average is equal to the weights, the decay is above 1, or it is the
-weights that follow the average. Where the average began again from the weights it remembers nothing of before, and how
-far it is on the way between two checkpoints says when.
+`audit_decay` and `audit_together` find the decay that explains how the average moved, `audit_case` the warm-up, and
+where it began. What is wrong shows in the same sums of products: nothing moves, the average is equal to the weights,
+the decay is above 1, or it is the weights that follow the average. Where the average began again from the weights it
+remembers nothing of before, and how far it is on the way between two checkpoints says when.
 """
 
 from __future__ import annotations
@@ -11,53 +11,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.fitting import (
+from posthoc_cli.checkpoints.audit_case import (
+    PIECES,
+    SHORTEST,
+    Case,
+    Sample,
+    explained,
+    is_low,
+    is_swapped,
+    pieces_of,
+    products_of,
+    read_sample,
+    series_of,
+)
+from posthoc_cli.checkpoints.audit_decay import (
     Fit,
     Model,
     PowerModel,
     Products,
     WarmModel,
-    least,
-    passed_since,
-    refined,
-    rests,
     unexplained,
 )
+from posthoc_cli.checkpoints.audit_together import refined
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay, OrdinaryEMA
+from posthoc_cli.profiles import Point, gamma_from_sigma_rel
+from posthoc_cli.profiles.other_libraries import Decay, OrdinaryEMA
 from posthoc_cli.snapshots.format import decode_sample
-from posthoc_cli.snapshots.measurements import expected_rounding, read_values
 from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source
-
-MOST_ELEMENTS = 1_000_000
-_PIECES = 32
-"""Of which a jackknife is made, at least, as far as there are elements."""
 
 _SLACK = 1.1
 """A length that differs by less from a claimed one is as claimed."""
 
-_SHORTEST = 0.1
-"""Shorter than this share of the time between two checkpoints, a length cannot be told."""
-
-_ALL, _MANY = 0.999, 0.5
-"""Shares of elements that are equal."""
-
-_CLEARLY = 0.5
-"""An explanation that leaves less than this share of what another one leaves is the better one."""
-
 _FOREIGN = 0.8
 """With more of its motion left unexplained, an average is of other weights."""
-
-_WARMER = 2.0
-"""By so much, in e-foldings of what is left summed over the intervals, a warm-up must explain them better."""
 
 BAD = ("too long", "too short", "does not move", "stalls", "is the weights", "began again", "moves away", "swapped",
        "some tensors", "was not updated", "other weights")  # fmt: skip
@@ -127,64 +119,6 @@ class Audit:
         return asdict(self) | {"contradicted": self.is_bad}
 
 
-# --- samples
-
-
-@dataclass
-class _Sample:
-    """Elements of the weights and of the average at a time: by piece, [elements] each; variance of their rounding."""
-
-    t: float
-    weights: list[FloatArray]
-    average: list[FloatArray]
-    rounding: FloatArray
-
-
-def _pieces(sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """Parts of tensors to read: name, begin and end; all of small tensors, and as much of each larger one."""
-    names = sorted(name for name in sizes if sizes[name])
-    quota, left = MOST_ELEMENTS, MOST_ELEMENTS
-    for rest, size in zip(range(len(names), 0, -1), sorted(sizes[name] for name in names), strict=True):
-        quota = left // rest
-        if size > quota:
-            break
-        left -= size
-    parts = -(-_PIECES // max(1, len(names)))
-    found = []
-    for name in names:
-        each = max(1, min(sizes[name], max(quota, 1)) // parts)
-        starts = np.unique(np.linspace(0, sizes[name] - each, min(parts, sizes[name])).astype(np.int64))
-        found += [(name, int(start), int(start) + each) for start in starts]
-    return found
-
-
-def _read(weights: FileSource, average: FileSource, pieces: Sequence[tuple[str, int, int]]) -> _Sample:
-    values: list[list[FloatArray]] = [[], []]
-    rounding = []
-    for source, own in zip((weights, average), values, strict=True):
-        with source.open() as file:
-            for name, begin, end in pieces:
-                own.append(read_values(file, name, begin, end))
-                if source is average:
-                    dtypes = source.stored[name].dtype, "F32"
-                    rounding.append(expected_rounding(own[-1], *dtypes))
-    return _Sample(average.info.t, values[0], values[1], np.array(rounding))
-
-
-def _products(a: _Sample, b: _Sample) -> Products:
-    grams, same, copied = [], [], []
-    for x, e, later_x, later_e in zip(a.weights, a.average, b.weights, b.average, strict=True):
-        rows = np.array([later_e - x, e - x, later_x - x])
-        grams.append(rows @ rows.T)
-        same.append(np.mean(later_e == e))
-        copied.append((np.mean(e == x), np.mean(later_e == later_x)))
-    rounding = np.array([b.rounding, a.rounding])
-    gram = np.array(grams)
-    gram[:, 0, 0] = np.maximum(gram[:, 0, 0] - rounding[0], 0)
-    gram[:, 1, 1] = np.maximum(gram[:, 1, 1] - rounding[1], 0)
-    return Products(a.t, b.t, gram, rounding.sum(axis=0), np.array(same), np.array(copied).T)
-
-
 # --- verdicts
 
 _HOW = {
@@ -198,70 +132,6 @@ _HOW = {
 _SINGLE = "as in an average kept in 16 bits: keep it in float32"
 
 
-@dataclass
-class Case:
-    """An average to be judged.
-
-    Attributes:
-        name: of the average, if the run has several.
-        products: of one interval after the other.
-        doubled: the same of each interval with the next one.
-        tensors: the name of each piece's.
-        model: what it may be, or is claimed to be.
-        low: whether the average is stored, or seems to be kept, in 16 bits.
-        starts: times at which it is said to have begun again.
-        unit: of time.
-    """
-
-    name: str
-    products: Sequence[Products]
-    doubled: Sequence[Products]
-    tensors: Sequence[str]
-    model: Model
-    low: bool = False
-    starts: tuple[float, ...] = ()
-    unit: str = "steps"
-
-    def __post_init__(self) -> None:
-        moved = np.array([one.gram[:, 2, 2] > 0 for one in self.products])
-        same = np.array([one.same for one in self.products])
-        copied = np.array([one.copied for one in self.products])
-        self.moved, self.used = moved, moved.any(axis=0)
-        self.still = ((same >= _ALL) | ~moved).all(axis=0) & self.used
-        self.equal = ((copied[:, 1] >= _ALL) | ~moved).all(axis=0) & self.used
-        self.kept = self.used & ~(self.still | self.equal)
-        self.stalled = float(same[:, self.kept].mean()) > _MANY if self.kept.any() else False
-        self.notes: dict[int, str] = {}
-        for index, row in enumerate(moved):
-            if row.any() and (same[index][row] >= _ALL).all():
-                self.notes[index] = "was not updated"
-        self.idle = [*self.notes]
-        for index, row in enumerate(moved):
-            if index in self.notes or not (copied[index, 0][row] >= _ALL).all():
-                break
-            self.notes[index] = "not begun" if (copied[index, 1][row] >= _ALL).all() else "begins"
-
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """Tensors of which some piece stands still, or is copied."""
-        return tuple(dict.fromkeys(np.array(self.tensors)[self.still | self.equal].tolist()))
-
-    def fit(self, model: Model) -> Fit:
-        """Of the intervals in which nothing is wrong."""
-        return Fit(model, [self.rows[i] for i in self.usable])
-
-    @cached_property
-    def rows(self) -> list[Products]:
-        """The intervals, without the pieces that stand still or are copied."""
-        return [one.only(self.kept) for one in self.products]
-
-    @property
-    def usable(self) -> list[int]:
-        """Intervals without a note, or those that tell of it nevertheless."""
-        told = [i for i in range(len(self.rows)) if self.rows[i].gram[:, 2, 2].any() and i not in self.idle]
-        return [i for i in told if i not in self.notes] or told
-
-
 def judge(case: Case) -> Audit:
     """The verdict on an average from its intervals."""
     claimed = None if case.model.value is None else case.model.told(case.model.value)
@@ -273,9 +143,8 @@ def judge(case: Case) -> Audit:
             return replace(base, verdict=verdict, text=_HOW[verdict])
     if not case.usable:
         return replace(base, verdict="cannot be told", text="no interval tells of it")
-    fit, starts = _explained(case)
-    doubled = [case.doubled[i].only(case.kept) for i in case.usable if i + 1 in case.usable]
-    value, uncertainty = refined(fit, doubled)
+    fit, starts = explained(case)
+    value, uncertainty = refined(fit, case.series, case.kept, *case.stretch)
     found, rising = _reached(fit.model, value, case.products[-1].end)
     told = replace(
         base,
@@ -295,9 +164,9 @@ def _wrong(
 ) -> Iterator[dict[str, Any]]:
     """What contradicts an average of any length, the first thing first."""
     spacing = min(case.rows[i].length for i in case.usable)
-    if _is_swapped(fit):
+    if is_swapped(fit):
         yield {"verdict": "swapped", "text": _HOW["swapped"], "found": None}
-    if fit.model.what == "decay" and value * spacing < -0.05 and 3 * uncertainty < 1:
+    if fit.model.what == "decay" and value * spacing < -0.05:
         yield {"verdict": "moves away", "text": _HOW["moves away"]}
     if case.idle:
         spans = _spans([(case.products[i].begin, case.products[i].end) for i in case.idle])
@@ -306,6 +175,7 @@ def _wrong(
     if again:
         near = " and ".join(f"{time:,.0f}" for time in again)
         text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
+        text += f"; its decay is {fit.model.told(value):.7g} (± {uncertainty:.1%})"
         yield {"verdict": "began again", "text": text}
     gaps = [one.unexplained for one in intervals if not one.note]
     if case.model.what == "decay" and gaps and np.median(gaps) > _FOREIGN and not case.low:
@@ -325,9 +195,9 @@ def _compared(told: Audit, case: Case, fit: Fit, value: float) -> Audit:
     model, sigma, unit = fit.model, told.uncertainty or 0.0, case.unit
     length, spacing = model.length(value), min(case.rows[i].length for i in case.usable)
     own = None if model.value is None else model.length(model.value)
-    if model.what == "decay" and max(length, own or 0.0) < _SHORTEST * spacing:
-        closer = f"closer than {max(1, (own or length) / _SHORTEST):,.0f} {unit}"
-        text = f"its time constant is below {_SHORTEST * spacing:,.3g} {unit}, shorter than these checkpoints can tell"
+    if model.what == "decay" and max(length, own or 0.0) < SHORTEST * spacing:
+        closer = f"closer than {max(1, (own or length) / SHORTEST):,.0f} {unit}"
+        text = f"its time constant is below {SHORTEST * spacing:,.3g} {unit}, shorter than these checkpoints can tell"
         return replace(told, verdict="cannot be told", text=f"{text}; {closer} they could", found=None)
     if sigma > 1:
         return replace(told, verdict="cannot be told", text="the checkpoints tell nothing about its length", found=None)
@@ -349,11 +219,13 @@ def _compared(told: Audit, case: Case, fit: Fit, value: float) -> Audit:
     times = f"{max(ratio, 1 / ratio):.3g} times too {'long' if ratio > 1 else 'short'}: {shown}, not {told.claimed:.7g}"
     if case.low and case.stalled:
         return replace(told, verdict="stalls", text=f"{times}; most of its elements stand still, {_SINGLE}")
+    ends = [f"{max(ratio, 1 / ratio) * math.exp(sign * sigma):.3g}" for sign in (-1, 1)]
+    factor = " to ".join(dict.fromkeys(ends))
     if ratio > 1:
         usual = "updated at every k-th step only, or of steps that are counted twice"
-        return replace(told, verdict="too long", text=f"{times}; as if {usual} (k = {ratio:.3g})")
+        return replace(told, verdict="too long", text=f"{times}; as if {usual} (k = {factor})")
     usual = "once a microbatch, or by each of so many processes"
-    return replace(told, verdict="too short", text=f"{times}; as if updated {1 / ratio:.3g} times a step: {usual}")
+    return replace(told, verdict="too short", text=f"{times}; as if updated {factor} times a step: {usual}")
 
 
 def _reached(model: Model, value: float, end: float) -> tuple[float, bool]:
@@ -378,108 +250,6 @@ def _interval(one: Products, fit: Fit, note: str) -> Interval:
     moved = one.gram[:, 0, 0] + one.gram[:, 1, 1] - 2 * one.gram[:, 0, 1]
     left = math.sqrt(max(float(unexplained(model, fit.value, one).sum()), 0.0) / max(float(moved.sum()), 1e-300))
     return Interval(one.begin, one.end, found, own, left, note)
-
-
-def _explained(case: Case) -> tuple[Fit, dict[int, float]]:
-    """The fit of the model that explains the intervals best, and where the average began, with a note for each."""
-    starts: dict[int, float] = {}
-    begins = [i for i, note in case.notes.items() if note == "begins"]
-    for said in case.starts:
-        for index, one in enumerate(case.products):
-            if one.begin <= said < one.end:
-                case.notes[index] = f"began again at {said:,.0f}, as said"
-    fit = _best(case, ())
-    for _ in range(2):  # what began again has its warm-up again, too
-        begun = {index: _start(fit, case.rows[index])[0] for index in begins}
-        again = _restarts(case, fit)
-        if not (begun | again).keys() - starts.keys():
-            break
-        starts |= begun | again
-        case.notes |= dict.fromkeys(starts, "begins")
-        fit = _best(case, tuple(sorted(starts.values())))
-        for _ in range(3 * isinstance(fit.model, WarmModel)):
-            for index in starts:
-                starts[index] = _when(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
-            fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
-        case.notes |= {index: f"begins near step {starts[index]:,.0f}" for index in begun}
-        case.notes |= {index: f"began again near step {starts[index]:,.0f}" for index in again}
-    return fit, starts
-
-
-_RULES = (
-    Decay(0.5, "ratio"), Decay(0.5, "power"), Decay(0.5, "power", power=0.75), Decay(0.5, "ramp-up", power=RAMP_UP),
-)  # fmt: skip
-"""Warm-ups that libraries have."""
-
-
-def _best(case: Case, starts: tuple[float, ...]) -> Fit:
-    """The fit of what is claimed; else of a constant decay, or of a warm-up that explains the intervals better."""
-    fit, every = case.fit(case.model), case.model.every
-    if case.model.what == "decay" and case.model.value is None:
-        begun = (0.0, *sorted({*starts, *case.starts}))
-        warm = [case.fit(WarmModel(None, every, rule, begun)) for rule in _RULES]
-        fit = min([fit, *warm], key=lambda one: one.misfit + _WARMER * bool(one.model.warm_up))
-    return fit
-
-
-def _restarts(case: Case, fit: Fit) -> dict[int, float]:
-    """Intervals in which the average began again from the weights, and the times."""
-    found: dict[int, float] = {}
-    if fit.model.what != "decay" or len(fit.products) < 3:
-        return found
-    kept, left = fit.factors(fit.value).kept, fit.rests(fit.value)
-    for place, one in enumerate(fit.products):
-        index = next(i for i, row in enumerate(case.rows) if row is one)
-        if kept[place] < _SHORTEST or index in case.notes:
-            continue
-        alone, most = Fit(fit.model, [one]), _CLEARLY * (left[place] @ one.scale)
-        own = alone.rests(alone.value)[0] @ one.scale
-        if own < most:  # another decay than usual would explain it, or a new beginning
-            time, rest = _start(fit, one)
-            if rest @ one.scale < min(most, 1.5 * own):
-                found[index] = time
-    return found
-
-
-def _start(fit: Fit, one: Products) -> tuple[float, FloatArray]:
-    """When in an interval an average began from the weights, and what that leaves of each piece."""
-
-    def passed(share: float) -> float:
-        begin = one.begin + share * one.length
-        return share + (1 - share) * passed_since(fit.model, fit.value, begin, one.end) if share < 1 else 1.0
-
-    weights = one.scale
-    for _ in range(3):  # then each piece by what is left of it
-        share = least(lambda f: float(rests(one.gram, 0.0, passed(f)) @ weights), np.linspace(0, 1, 51))  # noqa: B023
-        left = rests(one.gram, 0.0, passed(share))
-        weights = 1 / np.maximum(left, 1e-2 / one.scale)
-    return one.begin + share * one.length, left
-
-
-def _when(fit: Fit, one: Products, others: Sequence[float]) -> float:
-    """When in an interval an average began whose warm-up began again: by the intervals after it."""
-
-    def cost(time: float) -> float:
-        model = replace(fit.model, starts=(0.0, *sorted([*others, time])))  # type: ignore[call-arg]
-        return float((fit.rests(fit.value, model) * fit.weights).sum())
-
-    return least(cost, np.linspace(one.begin, one.end, 51))
-
-
-def _is_swapped(fit: Fit) -> bool:
-    """Whether the weights follow the average much better than the other way round."""
-    turn = np.array([[0.0, -1.0, 1.0], [0.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
-    other = [replace(one, gram=turn @ one.gram @ turn.T) for one in fit.products]
-    pairs = list(zip(other, fit.products, strict=True))
-    if np.mean([one.gram[:, 2, 2].sum() < before.gram[:, 2, 2].sum() for one, before in pairs]) > 0.5:
-        return False
-    plain = Model(None, fit.model.every) if fit.model.what == "decay" else replace(fit.model, value=None)
-    turned = Fit(plain, other)
-    left = [
-        float(np.median(one.rests(one.value).sum(axis=1) / one.gram[..., 0, 0].sum(axis=1).clip(1e-300)))
-        for one in (turned, fit)
-    ]
-    return turned.value > 0 and left[0] < _CLEARLY**2 * left[1]
 
 
 def _spans(pairs: Sequence[tuple[float, float]]) -> str:
@@ -528,27 +298,19 @@ def _of_checkpoints(sources: Sequence[Source], claimed: float | None, every: int
         if len(averages) < 2:
             continue
         first = averages[0]
-        pieces = _pieces({name: math.prod(first.stored[name].shape) for name in first.info.averages})
-        samples: list[_Sample] = []
-        products, doubled, low = [], [], True
+        pieces = pieces_of({name: math.prod(first.stored[name].shape) for name in first.info.averages})
+        samples: list[Sample] = []
+        products, some, low = [], [], True
         for average in averages:
-            samples = [*samples[-2:], _read(weights[average.info.t], average, pieces)]
-            low &= all(_is_low(values) for values in samples[-1].average[:8])
-            products += [_products(*samples[-2:])] if len(samples) > 1 else []
-            doubled += [_products(samples[0], samples[2])] if len(samples) > 2 else []
+            samples = [*samples[-1:], read_sample(weights[average.info.t], average, pieces)]
+            low &= all(is_low(values) for values in samples[-1].average[:8])
+            products += [products_of(*samples)] if len(samples) > 1 else []
+            some.append(samples[-1].thinned())
         model, starts = _claim(averages, width, claimed, every)
         named = f"sigma_rel {width:g}" if width else ""
         names = [name for name, *_ in pieces]
-        made = judge(Case(named, products, doubled, names, model, low, starts, first.info.t_unit))
+        made = judge(Case(named, products, series_of(some), names, model, low, starts, first.info.t_unit))
         yield replace(made, elements=sum(end - begin for _, begin, end in pieces))
-
-
-def _is_low(values: FloatArray) -> bool:
-    """Whether all values are as bfloat16 or float16 has them."""
-    single = values.astype(np.float32)
-    with np.errstate(over="ignore"):
-        is_half = bool((single.astype(np.float16).astype(np.float32) == single).all())
-    return is_half or not (single.view(np.uint32) & 0xFFFF).any()
 
 
 def _claim(
@@ -579,7 +341,7 @@ def _of_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
     last = snapshots[-1]
     shapes = {name: last.header.tensors[name].shape for name in last.info.averages}
     names = [name for name, _ in places(shapes)]
-    cuts = np.array_split(np.arange(len(names)), min(_PIECES, len(names)))
+    cuts = np.array_split(np.arange(len(names)), min(PIECES, len(names)))
     for width in sorted({one.info.sigma_rel for one in snapshots}):
         samples = []
         for one in snapshots:
@@ -588,10 +350,10 @@ def _of_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
             weights, average = (values.astype(np.float64) for values in decode_sample(one.info.sample))
             if len(weights) == len(names):
                 parts = [[values[cut] for cut in cuts] for values in (weights, average)]
-                samples.append(_Sample(one.info.t, parts[0], parts[1], np.zeros(len(cuts))))
-        products = [_products(a, b) for a, b in pairwise(samples)]
+                samples.append(Sample(one.info.t, parts[0], parts[1], np.zeros(len(cuts))))
+        products = [products_of(a, b) for a, b in pairwise(samples)]
         if products:
-            doubled = [_products(a, b) for a, b in zip(samples, samples[2:], strict=False)]
             own = [names[cut[0]] for cut in cuts]
             model = PowerModel(gamma_from_sigma_rel(width) + 1)
-            yield replace(judge(Case(f"sigma_rel {width:g}", products, doubled, own, model)), elements=len(names))
+            made = judge(Case(f"sigma_rel {width:g}", products, series_of(samples), own, model))
+            yield replace(made, elements=len(names))

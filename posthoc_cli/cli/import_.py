@@ -11,7 +11,7 @@ from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.cli import output, values
 
 if TYPE_CHECKING:
-    from posthoc_cli.checkpoints.importing import Import
+    from posthoc_cli.checkpoints.import_run import Import
 
 EPILOG = "Example:  ema import old --sigma-rels 0.05,0.28 --update-every 10 --out run"
 
@@ -75,7 +75,7 @@ def import_(
     be moved together. With --copy it holds copies with checksums, all or none. Every command takes it. The same call
     again does nothing, or takes in what has changed in DIR.
     """
-    from posthoc_cli.checkpoints.importing import import_checkpoints
+    from posthoc_cli.checkpoints.import_run import import_checkpoints
 
     done = import_checkpoints(
         values.existing_run(directory, directory=False), out, copy=copy, overwrite=overwrite, dry_run=dry_run,

@@ -216,7 +216,7 @@ def _may_hold_weights(path: Path) -> bool:
 
 def existing_run(place: str | Path, directory: bool = True) -> Path:
     """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
-    from posthoc_cli.checkpoints.opening import is_glob
+    from posthoc_cli.checkpoints.open_run import is_glob
 
     path = files.expanded(place)
     return path if is_glob(place) else existing(path, directory, pickles=not directory)

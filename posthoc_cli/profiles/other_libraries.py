@@ -141,6 +141,7 @@ class Decay:
         stride: what the numbers of updates grow by, for libraries that count calls.
         inv_gamma, power, least: of the warm-up.
         uncertainty: of the time constant 1 / (1 - decay), relative, if the decay was found; 0 for a known one.
+        late: steps by which the first update may be later, if it was found; 0 for a known one.
     """
 
     decay: float
@@ -151,6 +152,7 @@ class Decay:
     power: float = POWER
     least: float = 0.0
     uncertainty: float = 0.0
+    late: int = 0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.decay, float) and 0 < self.decay < 1):
@@ -246,12 +248,16 @@ class OrdinaryEMA(Discrete):
         return cls(Decay(**decay), step, updates, every, first)
 
     @property
-    def other(self) -> OrdinaryEMA | None:
-        """What it may be as well, with a time constant that is longer by its uncertainty; None if that is 0."""
-        settings = self.settings | {"uncertainty": 0.0}
-        longer = 1 + float(self.settings["uncertainty"])
-        settings["decay"] = 1 - (1 - settings["decay"]) / longer
-        return OrdinaryEMA.of(int(self.t), **settings) if longer > 1 else None
+    def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
+        """What it may be as well: of a longer time constant, and begun later, by its uncertainties; itself where 0."""
+        known = self.settings | {"uncertainty": 0.0, "late": 0}
+        longer, later = 1 + float(self.settings["uncertainty"]), self.settings["late"] // self.settings["every"]
+        rest = {"decay": 1 - (1 - known["decay"]) / longer}
+        copies = {"copies": known["copies"] + min(later, known["updates"] - 1)}
+        return (
+            OrdinaryEMA.of(int(self.t), **known | rest) if longer > 1 else self,
+            OrdinaryEMA.of(int(self.t), **known | copies) if later > 0 else self,
+        )
 
     settings: dict[str, Any]
     _logs: FloatArray

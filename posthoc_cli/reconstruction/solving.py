@@ -364,17 +364,19 @@ class MinimumVariance:
 
     @cached_property
     def _errors(self) -> FloatArray:
-        """The same with the errors of decays that were found: shape [n or more, n].
+        """The same with the errors of decays and beginnings that were found: shape [n or more, n].
 
         A time constant that is off by the factor 1 + e changes each tail by e d tail / d log(tau): the same e in all,
-        of the standard deviation that the profiles have. What motion makes of the changes adds up like the errors.
+        of the standard deviation that the profiles have. What motion makes of the changes adds up like the errors. So
+        does what a beginning changes that is off.
         """
-        others = [p.other or p if isinstance(p, OrdinaryEMA) else p for p in self._stored]
-        if others == self._stored:
-            return self._rounding
-        changed = self._root * np.vstack([term.of_stored(others) for term in self._terms]) - self._rows
-        changed = changed[self._measured] / self._root if self.is_measured else changed
-        return np.vstack((self._rounding, np.linalg.qr(changed, mode="r")))
+        rows = [self._rounding]
+        for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
+            if any(one is not own for one, own in zip(others, self._stored, strict=True)):
+                changed = self._root * np.vstack([term.of_stored(others) for term in self._terms]) - self._rows
+                changed = changed[self._measured] / self._root if self.is_measured else changed
+                rows.append(np.asarray(np.linalg.qr(changed, mode="r")))
+        return np.vstack(rows)
 
     @cached_property
     def _stacked(self) -> FloatArray:

@@ -11,7 +11,7 @@ import torch
 from checking import refused
 from factories import RUN_ID, read_snapshot, write_snapshot
 
-from posthoc_cli.checkpoints.kinds import check_update_every
+from posthoc_cli.checkpoints.formats import check_update_every
 from posthoc_cli.profiles import Discrete, Point, StoredProfile, Uniform, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.reconstruction import DistanceTo, reconstruct

@@ -53,7 +53,7 @@ UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
     "still rising": (by(ratio), "ratio", (), r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
     "power": (by(lambda n: min(0.99, power(n))), "power", (), r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667"),
     "another power": (by(lambda n: power(n, 0.75)), "power:0.75", (), r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
-    "restart": (again(lambda _: 0.995), None, (850,), "begun from the weights near step 8[3-6]"),
+    "restart": (again(lambda _: 0.995), None, (850,), "began again from the weights near step 8[3-6].*decay is 0.99"),
     "restart of a warm-up": (again(lambda n: min(0.99, ratio(n))), "ratio", (850,), "near step 8[3-8]"),
     "late": (lambda step, e, x: x.copy() if step <= 430 else 0.995 * e + 0.005 * x, None, (430,), "near step 4[1-5]"),
 }  # fmt: skip
@@ -73,6 +73,17 @@ def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
     assert error < 5e-3 if begun and warm_up else 2e-3
     assert 0.2 < error / predicted < 2.5
     assert [one.verdict for one in Run(tmp_path / "run").audit()] == ["as claimed"]
+
+
+def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
+    """Of a target that ends shortly after it, so that much of the averages there is of the weights it began from."""
+    folder = write(tmp_path / "x", train(), again(lambda _: 0.999))
+    import_checkpoints(folder, tmp_path / "found")
+    import_checkpoints(folder, tmp_path / "said", ema_decay=0.999, ema_restarts=[850])
+    made = [Run(tmp_path / name).average(0.05, t=1000) for name in ("found", "said")]
+    assert made[0].predicted_error > made[1].predicted_error  # type: ignore[operator]
+    settings = json.loads((tmp_path / "found" / "ema-import.json").read_text())["settings"]
+    assert abs(settings["ema_restarts"][0] - 850) < 3 * settings["ema_late"]
 
 
 def test_a_restart_that_is_said_makes_the_true_profile(tmp_path: Path, ema: Ema) -> None:

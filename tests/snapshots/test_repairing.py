@@ -24,9 +24,8 @@ from factories import (
 from safetensors.torch import load_file
 from snapshots.recorded import Walk, call_number, failing, new_tracker
 
-from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.checkpoints.importing import import_checkpoints
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import PostHocEMA, Run, disk_sources
+from posthoc_cli.checkpoints.import_run import import_checkpoints
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots.check import Repair, plan_repair, repair, verify

@@ -21,8 +21,7 @@ from factories import RUN_ID, write_snapshot
 from safetensors.torch import save_file
 from snapshots.recorded import call_number, failing
 
-from posthoc_cli import files
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import disk_sources, files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError, WriteError
 from posthoc_cli.export.layouts import write_synthesis

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing, record
 from torture.forging import forge
 
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import disk_sources
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from factories import split_snapshot, write_snapshot
 
-from posthoc_cli import PostHocEMA
-from posthoc_cli.checkpoints.opening import disk_sources
+from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions, write_synthesis

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.checkpoint import Checkpoint, beside_snapshots, checked_run, make_checkpoint
-from posthoc_cli.checkpoints.imported import is_copy, is_import, read_copy, read_manifest
-from posthoc_cli.checkpoints.kinds import TABLE, UNSPECIFIED, Settings, check_used, kind_of, lacks_decay
-from posthoc_cli.checkpoints.layouts import NOT_WEIGHTS, index_checkpoint, model_in
-from posthoc_cli.checkpoints.steps import named_step
-from posthoc_cli.checkpoints.tensor_files import ENDINGS
+from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of, lacks_decay
+from posthoc_cli.checkpoints.import_copies import is_copy, read_copy
+from posthoc_cli.checkpoints.import_manifest import is_import, read_manifest
+from posthoc_cli.checkpoints.read_file import ENDINGS
+from posthoc_cli.checkpoints.read_model import NOT_WEIGHTS, index_checkpoint, model_in
+from posthoc_cli.checkpoints.read_step import named_step
+from posthoc_cli.checkpoints.settings import UNSPECIFIED, Settings
+from posthoc_cli.checkpoints.source import Checkpoint, beside_snapshots, checked_run, make_checkpoint
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.profiles import Point
 from posthoc_cli.snapshots.description import describe_tensors
@@ -104,12 +106,13 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.header.file_bytes}
 
 
-def disk_sources(directory: str | Path, also: str | Path | None = None) -> list[Source]:
+def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:
     """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
 
     Arguments:
         directory: of a run, or of an import; or a file, or a glob that names the files or folders of checkpoints.
         also: where checkpoints of the same training are, to be combined with the snapshots.
+        unclaimed: with ordinary EMAs of unknown decay, see `open_unclaimed`; else without.
 
     Raises:
         DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
@@ -126,7 +129,8 @@ def disk_sources(directory: str | Path, also: str | Path | None = None) -> list[
         if also is not None:
             reason = f"are added to the snapshots of a tracker, and {directory} holds none"
             raise InvalidValueError("checkpoints", reason, value=also)
-        return [*open_checkpoints(directory)]
+        is_missing = unclaimed and decay_is_missing(directory)
+        return [*(open_unclaimed if is_missing else open_checkpoints)(directory)]
     others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also))
     return by_time([*snapshots, *others])
 

@@ -12,8 +12,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from posthoc_cli.checkpoints.layouts import IndexedCheckpoint
-from posthoc_cli.checkpoints.tensor_files import ENDINGS
+from posthoc_cli.checkpoints.read_file import ENDINGS
+from posthoc_cli.checkpoints.read_model import IndexedCheckpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.tensor_file import read_small_file

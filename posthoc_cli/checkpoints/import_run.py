@@ -10,22 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import audit_sources
-from posthoc_cli.checkpoints.checkpoint import Checkpoint
-from posthoc_cli.checkpoints.imported import (
+from posthoc_cli.checkpoints.formats import TABLE
+from posthoc_cli.checkpoints.import_copies import are_copied, copy_path, write_copies
+from posthoc_cli.checkpoints.import_manifest import (
     NAME,
     Manifest,
-    are_copied,
-    copy_path,
     encode_manifest,
     is_import,
     make_manifest,
     read_manifest,
-    write_copies,
 )
-from posthoc_cli.checkpoints.kinds import TABLE, Settings
-from posthoc_cli.checkpoints.opening import decay_is_missing, holds_checkpoints, open_checkpoints, open_unclaimed
+from posthoc_cli.checkpoints.open_run import decay_is_missing, holds_checkpoints, open_checkpoints, open_unclaimed
+from posthoc_cli.checkpoints.settings import Settings
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
@@ -92,7 +93,7 @@ def import_checkpoints(
         overwrite: replace an import of something else, or with other settings.
         dry_run: read and check only.
         progress: opens a progress bar.
-        settings: the fields of `kinds.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
+        settings: the fields of `settings.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:
         InvalidValueError: a setting is missing, or does not fit the files.
@@ -106,10 +107,9 @@ def import_checkpoints(
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     _check_foreign(origin)
-    said = given.ema_decay is not None
-    given = _with_decay(origin, given)
+    given, said = _with_decay(origin, given)
     found = _found(origin, given)
-    checks = (*_checks(found, given), *_check_decay(found, said))
+    checks = (*_checks(found, given), *([said] if said else _check_decay(found)))
     paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
     written = False
     if target is not None and not dry_run:
@@ -142,40 +142,57 @@ def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
     return found
 
 
-def _with_decay(origin: Path, given: Settings) -> Settings:
-    """The settings, with the decay that ordinary EMAs show if neither they nor the settings say it."""
+def _with_decay(origin: Path, given: Settings) -> tuple[Settings, str]:
+    """The settings, with the decay that ordinary EMAs show where nothing else says it; then also a line on it."""
     if not holds_checkpoints(origin) or not decay_is_missing(origin, given):
-        return given
+        return given, ""
     sources = open_unclaimed(origin, given)
     try:
         (audit, *_) = audit_sources(sources, every=given.update_every or 1)
     except InvalidValueError:
         reason = "must be given: the files do not hold it, and it cannot be found without weights beside the averages"
         raise InvalidValueError("ema_decay", reason) from None
-    if audit.verdict not in ("found", "began again") or audit.found is None:
-        raise InvalidValueError("ema_decay", f"must be given: {audit.text}", "say which decay the EMAs have")
     sigma = audit.uncertainty or 0.0
-    decay = _shortest(audit.found, max(0.005, 2 * sigma))
-    return replace(
+    spacing = float(np.median([one.end - one.begin for one in audit.intervals] or [1.0]))
+    is_clear = audit.found is not None and sigma <= _VAGUE * (1 + spacing * (1 - audit.found)) ** 2
+    if audit.verdict not in ("found", "began again") or audit.found is None or not is_clear:
+        vague = " the files show it too vaguely:" * (audit.verdict == "found")
+        raise InvalidValueError("ema_decay", f"must be given:{vague} {audit.text}", "say which decay the EMAs have")
+    decay = _usual(audit.found, sigma)
+    found = replace(
         given,
         ema_decay=decay,
         ema_warmup=given.ema_warmup or audit.warm_up or None,
         ema_restarts=given.ema_restarts or tuple(round(time) for time in audit.starts),
-        ema_uncertainty=math.hypot(sigma, math.log((1 - decay) / (1 - audit.found))),
+        ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # it is probably exact
+        ema_late=None if given.ema_restarts or not audit.starts else round(_LATE * spacing),
     )
+    return found, f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)
 
 
-def _shortest(decay: float, uncertainty: float) -> float:
-    """The decay with the fewest digits whose time constant is within a relative uncertainty."""
-    for digits in range(1, 16):
-        rounded = round(decay, digits)
-        if 0 < rounded < 1 and abs(math.log((1 - rounded) / (1 - decay))) <= uncertainty:
-            return rounded
-    return decay
+_VAGUE = 0.05
+"""Relative uncertainty of a long time constant that is too much to go on with; of one that is shorter than the time
+between checkpoints it matters less, since an average of it is almost the weights."""
+
+_LATE = 0.1
+"""Uncertainty of a restart that was found, in times between two checkpoints."""
 
 
-def _check_decay(found: Sequence[Checkpoint], said: bool) -> Iterator[str]:
-    """Compare the decay of ordinary EMAs with what the files show."""
+def _usual(decay: float, uncertainty: float) -> float:
+    """1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the decay.
+
+    That is within the relative uncertainty; within twice it as far as that is small, since such decays are far apart.
+    """
+    rest = 1 - decay
+    power = 10.0 ** math.floor(math.log10(rest))
+    near = min((1.0, 2.0, 5.0, 10.0), key=lambda digit: abs(math.log(digit * power / rest)))
+    rounded = round(1 - near * power, 15)
+    near_enough = max(uncertainty, min(2 * uncertainty, 0.03))
+    return rounded if abs(math.log((1 - rounded) / rest)) <= near_enough else decay
+
+
+def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
+    """Compare the decay of ordinary EMAs that was said with what the files show."""
     if not any(one.info.decay for one in found):
         return
     try:
@@ -186,7 +203,7 @@ def _check_decay(found: Sequence[Checkpoint], said: bool) -> Iterator[str]:
     for audit in audits:
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
-        yield f"{'given' if said else 'found'}: {audit.text}"
+        yield f"given: {audit.text}"
 
 
 def _checks(found: Sequence[Checkpoint], settings: Settings) -> Iterator[str]:
@@ -212,8 +229,10 @@ def _referred(made: Manifest, overwrite: bool) -> bool:
             there = read_manifest(out)
             if encode_manifest(there) == content:
                 return False
-            differs = "has other settings" if there.settings != made.settings else f"is an import of {there.origin}"
-            if not overwrite and (there.settings, there.place) != (made.settings, made.place):
+            differs = (
+                "has other settings" if there.settings.said != made.settings.said else f"is an import of {there.origin}"
+            )
+            if not overwrite and (there.settings.said, there.place) != (made.settings.said, made.place):
                 raise OutputExistsError(out, differs, "choose another name, or overwrite=True to replace it")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "is there already, and holds something else", "choose another name")

@@ -24,8 +24,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from posthoc_cli.checkpoints.layouts import MODEL_GROUPS, FoundChunk, IndexedCheckpoint, index_checkpoint, tensor_shape
-from posthoc_cli.checkpoints.tensor_files import PARAMETERS
+from posthoc_cli.checkpoints.read_file import PARAMETERS
+from posthoc_cli.checkpoints.read_model import (
+    MODEL_GROUPS,
+    FoundChunk,
+    IndexedCheckpoint,
+    index_checkpoint,
+    tensor_shape,
+)
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.profiles.other_libraries import RAMP_UP
 from posthoc_cli.snapshots.headers import parse_json

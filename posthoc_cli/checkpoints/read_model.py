@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.pickles import Node, read_pickled
-from posthoc_cli.checkpoints.tensor_files import ENDINGS, index_file, names_in
+from posthoc_cli.checkpoints.read_file import ENDINGS, index_file, names_in
+from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt

@@ -12,8 +12,8 @@ from typing import Any
 
 import xxhash
 
-from posthoc_cli.checkpoints.layouts import FoundChunk, tensor_shape
-from posthoc_cli.checkpoints.tensor_files import names_in
+from posthoc_cli.checkpoints.read_file import names_in
+from posthoc_cli.checkpoints.read_model import FoundChunk, tensor_shape
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import (
@@ -102,7 +102,7 @@ class Checkpoint(FileSource):
     Its `header` says what is where, as if all were in one file.
 
     Attributes:
-        kind: one of `kinds.TABLE`; empty of a copy that an import made.
+        kind: one of `formats.TABLE`; empty of a copy that an import made.
         label: its name, where that of its file or folder is not enough.
     """
 

@@ -11,25 +11,23 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.checkpoint import Checkpoint, make_checkpoint
-from posthoc_cli.checkpoints.layouts import IndexedCheckpoint
-from posthoc_cli.checkpoints.ordinary import EDM_NAME, EDM_OPTIONS, FINDERS, FoundEMA, Tensors
-from posthoc_cli.checkpoints.steps import checked_step, read_number, step_of
-from posthoc_cli.checkpoints.tensor_files import names_in
+from posthoc_cli.checkpoints.ema_formats import EDM_NAME, EDM_OPTIONS, FINDERS, FoundEMA, Tensors
+from posthoc_cli.checkpoints.read_file import names_in
+from posthoc_cli.checkpoints.read_model import IndexedCheckpoint
+from posthoc_cli.checkpoints.read_step import checked_step, step_of
+from posthoc_cli.checkpoints.settings import Settings
+from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile, check_sigma_rel, gamma_from_sigma_rel
+from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     DEFAULT_UPDATE_AFTER_STEP,
-    POWER,
-    RAMP_UP,
     TORCHTITAN_GAMMA,
-    WARM_UPS,
     Decay,
     ema_pytorch_profile,
     posthoc_ema_profile,
@@ -37,114 +35,9 @@ from posthoc_cli.profiles.other_libraries import (
 )
 from posthoc_cli.reconstruction import Distance, DistanceTo, misfit
 from posthoc_cli.snapshots.measurements import sample_measurements
-from posthoc_cli.snapshots.selection import check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What checkpoints do not say themselves, and which of their tensors to take.
-
-    Attributes:
-        kind: one of `KINDS`; None to find that of each file.
-        step_from: a regular expression whose group is the step, searched in a path; it may be 1_500 or 1.5k, too.
-        prefix: what names of the model's tensors begin with; it is left out of the names.
-        include, exclude: globs on the names that remain.
-        sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
-        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`.
-        ema_decay: of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images; `update_every` is theirs, too.
-        ema_warmup: "ratio" of (1 + n) / (10 + n), "power" of 1 - (1 + n)**(-2/3), "power:0.75" of another power, or
-            "ramp-up" of a half-life that is 0.05 of the training so far, "ramp-up:0.1" of another share.
-        ema_restarts: steps at which an ordinary EMA began again from the weights.
-        ema_uncertainty: of the time constant, relative, where the decay was found.
-        steps_per_epoch: where files know only the epoch.
-    """
-
-    kind: str | None = None
-    step_from: str | None = None
-    prefix: str = ""
-    include: str | Iterable[str] | None = None
-    exclude: str | Iterable[str] | None = None
-    sigma_rels: Sequence[float] = ()
-    update_every: int | None = None
-    update_after_step: int | None = None
-    ema_decay: float | str | None = None
-    ema_warmup: str | None = None
-    ema_restarts: Sequence[int] = ()
-    ema_uncertainty: float | None = None
-    steps_per_epoch: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in [*TABLE]:
-            raise InvalidValueError("kind", f"must be one of {', '.join(TABLE)}", value=f"{self.kind!r}")
-        if not isinstance(self.sigma_rels, Iterable):
-            raise InvalidValueError("sigma_rels", "must be a list of widths", value=f"{self.sigma_rels!r}")
-        for sigma_rel in self.sigma_rels:
-            check_sigma_rel(sigma_rel)
-        for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise InvalidValueError(name, f"must be a whole number, at least {least}", value=value)
-        self.rule()
-        if any(type(step) is not int or step < 1 for step in self.ema_restarts):
-            raise InvalidValueError("ema_restarts", "must be steps, above 0", value=f"{self.ema_restarts!r}")
-        if not isinstance(self.prefix, str):
-            raise InvalidValueError("prefix", "must be a text", value=repr(self.prefix))
-        try:
-            groups = 1 if self.step_from is None else re.compile(self.step_from).groups
-        except (re.error, TypeError) as error:
-            reason = f"is no regular expression: {error}"
-            raise InvalidValueError("step_from", reason, value=self.step_from or "") from None
-        if groups != 1:
-            reason = r"must have one group, for the step, such as 'step(\d+)'"
-            raise InvalidValueError("step_from", reason, value=self.step_from or "")
-        selection = make_selection(self.include, self.exclude, "copy")
-        plain = {"include": selection.include, "exclude": selection.exclude}
-        plain |= {name: tuple(getattr(self, name)) for name in ("sigma_rels", "ema_restarts")}
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
-
-    def rule(self, every: float = 1.0) -> dict[str, Any]:
-        """What is given of the decays of an ordinary EMA that is updated so often, as arguments of `Decay`."""
-        rule: dict[str, Any] = {}
-        if isinstance(self.ema_decay, str):
-            half_life = read_number(self.ema_decay.removeprefix("half-life:")) or 0.0
-            if half_life <= 0:
-                reason = "must lie in (0, 1), or be a half-life such as half-life:500000"
-                raise InvalidValueError("ema_decay", reason, value=repr(self.ema_decay))
-            rule["decay"] = 0.5 ** (every / half_life)
-        elif self.ema_decay is not None:
-            rule["decay"] = self.ema_decay
-            Decay(self.ema_decay)
-        if self.ema_uncertainty is not None:
-            rule["uncertainty"] = self.ema_uncertainty
-            Decay(0.5, uncertainty=self.ema_uncertainty)
-        if self.ema_warmup is not None:
-            kind, colon, text = self.ema_warmup.partition(":")
-            usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
-            number = read_number(text) if colon else usual
-            if kind not in WARM_UPS or (kind == "ratio") is (number is not None) or number == 0:
-                reason = f"must be one of {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1"
-                raise InvalidValueError("ema_warmup", reason, value=repr(self.ema_warmup))
-            rule |= {"warm_up": kind} | ({} if number is None else {"power": float(number)})
-        return rule
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Those that differ from their defaults, as plain values for JSON."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return {name: value for name, value in values.items() if value not in (None, "", [])}
-
-    def chosen(self, found: Tensors, but: Collection[str] = ()) -> Tensors:
-        """The tensors that `include` and `exclude` leave, without those named in `but`."""
-        selection = make_selection(self.include, self.exclude, "copy")
-        check_globs(selection, found)
-        chosen = {name: find for name, find in found.items() if selection.names(name) and name not in but}
-        if not chosen:
-            raise InvalidValueError("include and exclude", "leave no tensor of the model")
-        return chosen
 
 
 @dataclass(frozen=True)
@@ -466,7 +359,12 @@ def _schedule(
     """The decays, the number of updates, the steps between them, and the first one."""
     every = settings.update_every or found.every
     if began := [begin for begin in settings.ema_restarts if begin < step]:
-        return Decay(**rule | {"copies": 0}), (step - max(began)) // every, every, max(began) + every
+        return (
+            Decay(**rule | {"copies": 0, "late": settings.ema_late or 0}),
+            (step - max(began)) // every,
+            every,
+            max(began) + every,
+        )
     later, counted = settings.update_after_step or 0, found.updates
     if counted is None:
         first = later + 1 if found.from_first else (later // every + 1) * every
@@ -488,7 +386,7 @@ def _schedule(
 
 
 _EMA_TAKES = (
-    "step_from", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty", "update_every",
+    "step_from", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty", "ema_late", "update_every",
     "update_after_step", "steps_per_epoch",
 )  # fmt: skip
 
@@ -538,5 +436,3 @@ TABLE = {
     "checkpoints": Kind(_read_weights, takes=("step_from",)),
 }  # fmt: skip
 """Every kind, in the order in which a file is asked whether it is one; `checkpoints` are weights."""
-
-UNSPECIFIED = Settings()

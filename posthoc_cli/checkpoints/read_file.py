@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.pickles import Node, read_pickled
+from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PICKLES
