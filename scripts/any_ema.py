@@ -12,7 +12,6 @@ HELD_OUT, by which no constant was chosen, are reported apart.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fidelity_runs import quiet
 from safetensors.torch import save_file
 from trajectories import HELD_OUT, NAMES, Trajectory, record
 
@@ -216,6 +216,7 @@ def table(rows: list[tuple[str, ...]]) -> None:
     print(flush=True)
 
 
+@quiet()
 def main() -> None:
     """Print the decays that are found, the errors, and whether the predictions hold."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -223,7 +224,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="a multiple of 2000")
     parser.add_argument("--only", help="a library, or plain")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
     jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[0]) for index, name in enumerate(LIBRARIES)]
     jobs += [("plain", name, length) for length in LENGTHS for name in NAMES]
     rows = [("EMA of", "training", "true decay", "found", "of the length: off by", "uncertainty", "import")]

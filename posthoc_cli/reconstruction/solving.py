@@ -339,9 +339,11 @@ class MinimumVariance:
 
         Projections tell them, but for the factor by which they are off of the stored averages in use. Without, from a
         place theta_0 on, |theta_i|^2 = |theta_0|^2 + |sum of the motion in it|^2 is expected of stored averages and of
-        targets; it is at least a quarter of the least norm's square.
+        targets; it is at least a quarter of the least norm's square. Assumed motion is relative to the stored norms.
         """
         ordered, norms, rows = coefficients[self._order], self._prior.norm, self._rows
+        if self._prior.source == ASSUMED or not norms.any():
+            return np.full(goals.norms.size, np.sqrt(norms.mean()))
         if (sketch := self._prior.sketch) is None:
             squares = (norms - np.sum(rows**2, axis=0)) @ ordered + goals.norms
             return np.asarray(np.sqrt(np.maximum(squares, norms.min() / 4)))
