@@ -8,7 +8,10 @@ Names are loaded on first use, so that importing the package is cheap.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
+
+from posthoc_cli.errors import LastResort
 
 __version__ = "0.3.0"
 
@@ -44,6 +47,8 @@ _HOMES = {
     "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine", "update_bn": "tracker.model_weights",
 }  # fmt: skip
 """The module of each name that is no module itself."""
+
+logging.getLogger(__name__).addHandler(LastResort())
 
 
 def __getattr__(name: str) -> object:

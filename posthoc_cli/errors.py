@@ -26,6 +26,7 @@ values read from files are escaped and shortened by `shown`.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 import warnings
 from typing import Any, TypeVar
@@ -67,6 +68,21 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
+
+
+class LastResort(logging.Handler):
+    """Print warnings where a program has set up no logging, as `logging.lastResort` does: each text once, and named."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line on stderr."""
+        text = record.getMessage()
+        if not logging.getLogger().handlers and text not in self._said:
+            self._said.add(text)
+            sys.stderr.write(f"posthoc_cli: {text}\n")
 
 
 class PostHocError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from html.parser import HTMLParser
 
+import forked
 import pytest
 from factories import random_walk, write_run
 
@@ -69,3 +70,16 @@ def test_what_a_notebook_shows_is_closed_and_names_do_nothing(run: Run, name: st
         "figure": "<svg",
     }
     assert kinds[name] in text
+
+
+def test_a_warning_without_logging_names_the_package_and_comes_once(run: Run) -> None:
+    code = """import sys
+from posthoc_cli import Run
+for width in (0.01, 0.01, 0.012):
+    Run(sys.argv[1]).plan([width], t=31.5)"""
+    lines = forked.check(code, run.directory).err.splitlines()
+    assert [line.partition(": predicted error")[0] for line in lines] == [
+        f"posthoc_cli: sigma_rel {width}" for width in (0.01, 0.012)
+    ]
+    quiet = forked.check(f"import logging; logging.basicConfig(level=logging.ERROR)\n{code}", run.directory)
+    assert quiet.err == ""
