@@ -106,7 +106,7 @@ class Attachment:
         self._warned = True
         what = "is gone" if own is None else "stands still" if self._has_stepped else "has not stepped since"
         log.warning(
-            "posthoc_cli: %s: the averages stand at step %d: the optimizer that the tracker is attached to %s, and %d "
+            "%s: the averages stand at step %d: the optimizer that the tracker is attached to %s, and %d "
             "later steps of another one were not counted; when an optimizer is replaced, say "
             "%sema.attach(new_optimizer), or call ema.update_(model) after each step",
             self.tracker.checkpoint_dir, self.tracker.step, what, self._missed, "" if own is None else "ema.detach(), ",
