@@ -16,7 +16,6 @@ import bench_batch_norm
 import bench_fidelity
 import bench_load
 import bench_memory
-import bench_recipes
 import bench_sharded
 import bench_sweep
 import bench_synthesis
@@ -89,11 +88,8 @@ def test_bench_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(re.findall(r"^ +\d+ +0\.\d", capsys.readouterr().out, re.MULTILINE)) == 4
 
 
-def test_bench_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_load.main(["--job", "thinned", "500", str(tmp_path / "run")])
-    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert rows == ["| 5 updates, 0 snapshots in `run`", "| 500 updates, 40 snapshots in `run`"]
-    bench_load.compare_choices(100)
+def test_bench_load(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_load.main(["--quick"])
     assert "| 50 of 100 |" in capsys.readouterr().out
 
 
@@ -154,12 +150,6 @@ def test_bench_averages(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.count("|") == 5]
     distances = {row[0][2:]: float(row[3].rstrip(" |")) for row in rows[2:]}
     assert distances["carried"] < 1e-5 < distances["window of 3"] < distances["truncated"]
-
-
-def test_bench_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_recipes.main(["--quick"])
-    rows = re.findall(r"^(.+?)  +\d+\.\d ± ", capsys.readouterr().out, re.MULTILINE)
-    assert rows == [method.label for method in (*bench_recipes.HARE, *bench_recipes.SWITCH, *bench_recipes.SWITCH)]
 
 
 def test_bench_batch_norm_finds_averaged_statistics_near_measured_ones(capsys: pytest.CaptureFixture[str]) -> None:
