@@ -347,7 +347,7 @@ def _sigma_axis(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
     margin = (high / low) ** 0.01  # for marks at the ends
     axes.set_xlim(low / margin, high * margin)
     _round_ticks(axes.xaxis)
-    axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
+    axes.set_xlabel("sigma_rel (width, as a fraction of training)")
 
 
 def _good_range(curve: ErrorCurve) -> str:
