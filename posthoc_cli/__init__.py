@@ -11,7 +11,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING
 
-from posthoc_cli.errors import LastResort
+from posthoc_cli.errors import EachOnce, show_unhandled
 
 __version__ = "0.3.0"
 
@@ -48,7 +48,7 @@ _HOMES = {
 }  # fmt: skip
 """The module of each name that is no module itself."""
 
-logging.getLogger(__name__).addHandler(LastResort())
+logging.getLogger(__name__).addHandler(EachOnce(show_unhandled))
 
 
 def __getattr__(name: str) -> object:

@@ -29,6 +29,7 @@ import copy
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 _LONGEST = 200
@@ -70,19 +71,26 @@ def warn(message: str) -> None:
     warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
 
 
-class LastResort(logging.Handler):
-    """Print warnings where a program has set up no logging, as `logging.lastResort` does: each text once, and named."""
+class EachOnce(logging.Handler):
+    """Give each warning of the log once to `show`, with the name of its level."""
 
-    def __init__(self) -> None:
+    def __init__(self, show: Callable[[str, str], None]) -> None:
         super().__init__(logging.WARNING)
+        self._show = show
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line on stderr."""
+        """Show it, if it was not shown before."""
         text = record.getMessage()
-        if not logging.getLogger().handlers and text not in self._said:
+        if text not in self._said:
             self._said.add(text)
-            sys.stderr.write(f"posthoc_cli: {text}\n")
+            self._show(record.levelname.lower(), text)
+
+
+def show_unhandled(_: str, text: str) -> None:
+    """Print a warning with the package's name where a program has set up no logging, as `logging.lastResort` does."""
+    if not logging.getLogger().handlers:
+        sys.stderr.write(f"posthoc_cli: {text}\n")
 
 
 class PostHocError(Exception):

@@ -149,24 +149,10 @@ def percent(error: float | None) -> str:
     return "unknown" if error is None else errors.percent(error)
 
 
-class _Warnings(logging.Handler):
-    """The library's warnings on stderr, each once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._said: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
-        message = record.getMessage()
-        if message not in self._said:
-            self._said.add(message)
-            print_note(f"ema: {record.levelname.lower()}: {message}")
-
-
 def log_to_stderr() -> None:
-    """Show the library's warnings."""
-    logging.basicConfig(handlers=[_Warnings()], force=True)
+    """Show the library's warnings, each once."""
+    show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {text}"))
+    logging.basicConfig(handlers=[show], force=True)
 
 
 def progress_bar(unit: str = "") -> ProgressBar:
