@@ -92,18 +92,18 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
         (lambda: as_target(None), "target", "None"),
         (lambda: as_target([0.1, 0.2]), "target", "[0.1, 0.2]"),
         (lambda: as_target(Beta), "target", "must be a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999'"),
-        (lambda: Groups({1: 0.1}), "group", "1: must be a glob on names"),  # type: ignore[dict-item]
+        (lambda: Groups({1: 0.1}), "group", "{1: 0.1}: must be globs on names"),  # type: ignore[dict-item]
         (lambda: as_target("abc"), "target", "abc: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, "),
         (lambda: as_target("beta:0.99,0.999"), "target", "must name one average, not 2"),
         (lambda: as_target(0.99999999), "sigma_rel", "there is beta:0.99999999"),
         (lambda: HalfLife(0.5), "half-life", "0.5: must be at least 1 step"),
-        (lambda: Beta(0.0), "beta", "0.0: must lie in (0, 1)"),
-        (lambda: Beta(math.nan), "beta", "finite"),
+        (lambda: Beta(0.0), "beta", "0: must lie in [0.5, 1)"),
+        (lambda: Beta(math.nan), "beta", "nan: must lie in [0.5, 1)"),
         (lambda: Beta("0.9"), "beta", "'0.9'"),  # type: ignore[arg-type]
         (lambda: Window(True), "window", "True"),
         (lambda: Between(5, 5), "between", "5:5"),
         (lambda: Between(0, math.inf), "between", "finite"),
-        (lambda: Decay("sqrt"), "decay", "'sqrt': must be 1-sqrt, linear, cosine"),
+        (lambda: Decay("sqrt"), "decay", "'sqrt': must be one of 1-sqrt, linear, cosine"),
         (lambda: Decay("linear", 0), "over", "0: must be a part of training in (0, 1]"),
         (lambda: Decay("linear", (5, 3)), "over", "two growing times"),
         (lambda: Decay("linear", (1, 2, 3)), "over", "two growing times"),  # type: ignore[arg-type]

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.averages.pairing import WideBuffers, check_number, is_narrow
-from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.tracker.settings import check_count
+from posthoc_cli.averages.pairing import WideBuffers, is_narrow
+from posthoc_cli.errors import InvalidValueError, NotReadyError, check_count, check_number
 
 _STATISTICS = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
@@ -75,8 +74,8 @@ class EMAStats(WideBuffers):
         center_with_running_mean: bool = True,
     ) -> None:
         super().__init__()
-        self.dim_x = check_count("dim_x", dim_x, 1)
-        self.dim_y = self.dim_x if dim_y is None else check_count("dim_y", dim_y, 1)
+        self.dim_x = check_count("dim_x", dim_x)
+        self.dim_y = self.dim_x if dim_y is None else check_count("dim_y", dim_y)
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m <= 1, "lie in (0, 1]")
         self.eps = check_number("eps", eps, lambda e: 0 <= e < math.inf, "be finite and at least 0")
         self.center_with_running_mean = center_with_running_mean

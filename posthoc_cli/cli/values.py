@@ -250,8 +250,7 @@ def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: 
     path = files.expanded(path)
     if path.suffix not in endings:
         raise InvalidValueError(option, f"must end in {', '.join(endings)}", value=path)
-    if not path.parent.is_dir():
-        raise InvalidValueError(option, "its folder does not exist", value=path)
+    files.check_parent(option, path)
     if path.exists() and not overwrite:
         raise OutputExistsError(path, "is there already", "choose another name, or --overwrite to replace it")
     return path

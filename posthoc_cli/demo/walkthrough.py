@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import files, plots
 from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Settings, Validation, make_waves, train
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
+from posthoc_cli.errors import OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
 from posthoc_cli.sweep.results import RAW, Record, draw
@@ -218,8 +218,7 @@ class Folder:
 
     def prepare(self, overwrite: bool) -> None:
         """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
-        if not self.root.parent.is_dir():
-            raise InvalidValueError("out", "its parent folder does not exist", value=self.root)
+        files.check_parent("out", self.root)
         if self.root.exists() and not self.root.is_dir():
             raise OutputExistsError(self.root, "is a file", "name a folder")
         marker = self.root / _MARKER

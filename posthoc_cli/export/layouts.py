@@ -29,6 +29,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     VanishedError,
     WriteError,
+    check_word,
     shown,
 )
 from posthoc_cli.snapshots import format as fmt
@@ -175,8 +176,7 @@ def layout_of(path: Path, layout: str | None) -> str:
             hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
             raise InvalidValueError(path, "its ending names no layout", hint)
         return named or "sharded"
-    if layout not in LAYOUTS:
-        raise InvalidValueError("layout", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+    check_word("layout", layout, LAYOUTS)
     if named not in (None, layout) and not path.is_dir():
         accepted = LAYOUTS[layout]
         wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
@@ -353,8 +353,7 @@ def make_sink(
     layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
 ) -> Sink:
     """A sink for the tensors of one output; call its `discard` at the end in any case."""
-    if not path.parent.is_dir():
-        raise InvalidValueError("out", "its folder does not exist", value=path)
+    files.check_parent("out", path)
     if options.overwrite:
         check_no_snapshot(path)
     for folder in (path.parent, path):

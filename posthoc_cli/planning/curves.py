@@ -7,12 +7,11 @@ import io
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError, printable, shown
+from posthoc_cli.errors import InvalidValueError, check_number, printable
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
@@ -319,18 +318,15 @@ def _kind(profile: StoredProfile) -> str:
 
 def check_within(name: str, value: float, known: Collection[float]) -> float:
     """A time or a step between those of the first snapshot and of the last, or an InvalidValueError."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidValueError(name, "must be a number", value=shown(value))
-    if not min(known) <= value <= max(known):
-        ends = f"the first snapshot, {min(known):,.12g}, and the last, {max(known):,.12g}"
-        raise InvalidValueError(name, f"must lie between {ends}", value=f"{value:.12g}")
-    return value
+    low, high = min(known), max(known)
+    accepted = f"lie between the first snapshot, {low:,.12g}, and the last, {high:,.12g}"
+    return check_number(name, value, lambda time: low <= time <= high, accepted)
 
 
 def check_max_error(max_error: float | None) -> None:
     """Raise an InvalidValueError unless it is None or a number above 0."""
-    if max_error is not None and not (isinstance(max_error, Real) and max_error > 0):
-        raise InvalidValueError("max_error", "must be a number above 0, such as 0.01", value=shown(max_error))
+    if max_error is not None:
+        check_number("max_error", max_error, lambda error: error > 0, "be a number above 0, such as 0.01")
 
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:

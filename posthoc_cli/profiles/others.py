@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_count
 from posthoc_cli.profiles.tracked import Clock, FloatArray, Profile, gamma_from_sigma_rel, sigma_rel_from_gamma
 
 
@@ -74,8 +74,6 @@ def classical_beta(sigma_rel: float, steps: int) -> float:
 
 def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     """The inverse of `classical_beta`, for beta below 1 - 2 / (steps + 1), which has the uniform average's mean age."""
-    if steps < 2:
-        raise InvalidValueError("steps", "must be at least 2", value=steps)
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         reason = f"after {steps:,} steps it must lie in (0, {longest:.7g}), below the mean age of the uniform average"
@@ -119,8 +117,7 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
     Raises:
         InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
     """
-    if not 1 <= steps <= 10**15:
-        raise InvalidValueError("steps", "must be from 1 to 1e15", value=f"{steps:g}")
+    check_count("steps", steps, most=10**15)
     pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
     pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
     gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in pairs]

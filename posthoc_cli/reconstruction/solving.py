@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, brief, check_word
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.reconstruction.basis import (
@@ -494,8 +494,7 @@ def check_method(method: str | None) -> str:
     """`method`, the default for None, or an InvalidValueError that lists the methods."""
     if method is None:
         return METHODS[0]
-    if method not in METHODS:
-        raise InvalidValueError("method", f"must be one of {', '.join(METHODS)}", value=f"{method!r}")
+    check_word("method", method, METHODS)
     return method
 
 
@@ -526,7 +525,7 @@ def reconstruct(
     for wanted in targets:
         if not all(callable(getattr(wanted, name, None)) for name in ("density", "tail")):
             reason = "must be a profile with density(s) and tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
-            raise InvalidValueError("target", reason, value=" ".join(repr(wanted)[:40].split()))
+            raise InvalidValueError("target", reason, value=brief(wanted))
     last = max(p.t for p in snapshots)
     if t is None:
         t = min((p.t for p in targets if isinstance(p, PowerFunction)), default=last)
