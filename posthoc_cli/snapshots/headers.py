@@ -153,9 +153,7 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
         if file_kind(header) is not None:
             raise FileFormatError(path, "ema.checksums: is missing")
         return {}
-    raw = parse_json(path, header.metadata["ema.checksums"], "ema.checksums")
-    if not isinstance(raw, dict):
-        raise FileFormatError(path, "ema.checksums must map names to checksums")
+    raw = parse_object(path, header.metadata["ema.checksums"], "ema.checksums")
     for name, entry in header.tensors.items():
         value = raw.get(name)
         if not isinstance(value, str) or len(value) != len(fmt.blank_checksums(entry.nbytes)):
@@ -303,6 +301,14 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
         if "\\u" in text:  # only escapes can make invalid text
             _check_text(value)
         return value
+
+
+def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
+    """The same where it must be an object."""
+    found = parse_json(path, data, what)
+    if not isinstance(found, dict):
+        raise FileFormatError(path, f"damaged {what}: must be a JSON object")
+    return found
 
 
 @contextmanager
