@@ -199,16 +199,11 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
         InvalidValueError: several targets, but one output for them or for two of them; or a pattern that a target
             cannot fill in.
     """
-    if not out:
-        hint = f"name a file, a folder, or a pattern with {_SIGMA_REL} or {_TARGET}"
-        raise InvalidValueError("out", "is empty", hint)
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
         raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
-    path, pattern, folder = files.expanded(out), out, None
+    path, pattern, folder = files.expanded(files.given_path("out", out)), out, None
     if _SIGMA_REL not in out and _TARGET not in out:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
         is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
             return [path], None
