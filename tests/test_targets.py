@@ -112,7 +112,7 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
         (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "last:3", "names checkpoints"),
         (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),
         (lambda: GivenProfile(Uniform(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
-         "9.99999e-07 of its mass lies after"),
+         "tail is 9.99999e-07 at s = 1,000,000; must lie in [0, 1]"),
     ],
 )  # fmt: skip
 def test_an_impossible_target_is_refused(make: Callable[[], object], subject: str, words: str) -> None:
@@ -149,9 +149,15 @@ def test_sound_profiles_are_taken_as_they_are(profile: object) -> None:
         (Written(density=lambda s: math.exp(s)), "density fails for an array of times: only "),
         (Written(tail=lambda s: np.full(s.shape, np.inf)), "tail is inf at s = -100"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
-        (Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)), "0.5 of its mass lies before 0"),
-        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "0.5 of its mass lies after t = 100"),
-        (Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))), "grows after s = 39.94140"),
+        (
+            Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)),
+            "is 0.5 at s = -100; must lie in [0, 1], be 1",
+        ),
+        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "tail is 0.5 at s = 100; must lie in [0, 1]"),
+        (
+            Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))),
+            "at s = 40.0390625; must never",
+        ),
         (Written(tail=lambda _: 1 / 0), "tail fails for an array of times: division by zero"),
     ],
 )

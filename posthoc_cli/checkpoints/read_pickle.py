@@ -86,7 +86,7 @@ def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
         raise FileFormatError(file.path, f"cannot be read as tensors: {error}") from error
 
 
-class _PickleError(ValueError):
+class _PickleError(Exception):
     """What is wrong with a pickle, in words that follow the file's name."""
 
 
@@ -254,8 +254,6 @@ def _unpickled(
     stream = _Range(file, begin, end)
     try:
         return _Unpickler(stream, calls, locate).load(), stream.position
-    except _PickleError:
-        raise
     except (
         pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError, OverflowError,
         struct.error, RecursionError, MemoryError,

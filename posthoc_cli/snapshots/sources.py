@@ -5,6 +5,7 @@ What is known of several sources together is here, too: their order and their cl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class Stored(Generic[_Info]):
 
 
 @dataclass(frozen=True, repr=False)
-class FileSource(Stored[SourceInfo]):
+class FileSource(Stored[SourceInfo], ABC):
     """A snapshot on disk, or another program's checkpoint."""
 
     def __repr__(self) -> str:
@@ -147,9 +148,9 @@ class FileSource(Stored[SourceInfo]):
         return self.path.name
 
     @property
+    @abstractmethod
     def profile(self) -> StoredProfile:
         """What its averages are of."""
-        raise NotImplementedError
 
     @property
     def identity(self) -> str:
