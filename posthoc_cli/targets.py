@@ -453,15 +453,11 @@ def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS, typed: str | N
     items = [item.strip() for item in text.split(",")]
     found: list[Decimal] = []
     for index, item in enumerate(items):
-        if item == "...":
-            if not 2 <= index < len(items) - 1:
-                raise _bad(name, whole, "'...' needs two numbers before it and one after")
+        ends = item.split(":")
+        if item == "..." and 2 <= index < len(items) - 1:
             last, step = found[-1], found[-1] - found[-2]
             found += _steps(last + step, _decimal(items[index + 1], name, form, typed), step, name, whole)
-        elif ":" in item:
-            ends = item.split(":")
-            if len(ends) != 3:
-                raise _bad(name, whole, f"a range is START:STOP:STEP; must be {form}")
+        elif len(ends) == 3:
             start, stop, step = (_decimal(end, name, form, typed) for end in ends)
             found += _steps(start, stop, step, name, whole)
         else:
@@ -490,10 +486,8 @@ def _decays(text: str, name: str, typed: str) -> Iterator[Decay]:
 
 def _ends(text: str, name: str, typed: str) -> tuple[float, float]:
     form = "START:END, two training times, such as 50000:80000"
-    ends = [float(_decimal(end, name, form, typed)) for end in text.split(":")]
-    if len(ends) != 2:
-        raise _bad(name, typed, f"must have {form}")
-    return ends[0], ends[1]
+    start, _, end = text.partition(":")
+    return float(_decimal(start, name, form, typed)), float(_decimal(end, name, form, typed))
 
 
 def _decimal(text: str, name: str, form: str, typed: str | None) -> Decimal:

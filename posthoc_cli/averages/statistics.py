@@ -87,13 +87,9 @@ class EMAStats(WideBuffers):
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Take a batch into the statistics in train mode; return it unchanged, `(x, x)` if y was left out."""
         if y is None:
-            if not self._y_may_be_x:
-                raise InvalidValueError("y", f"is missing; must have the shape [n, {self.dim_y}]")
-            y = x
+            y = x if self._y_may_be_x else x.new_empty(0)
         self._check("x", x, self.dim_x)
-        self._check("y", y, self.dim_y)
-        if x.shape[0] != y.shape[0]:
-            raise InvalidValueError("y", f"has {y.shape[0]} rows, x has {x.shape[0]}; must be as many")
+        self._check("y", y, self.dim_y, x.shape[0])
         if self.training:
             with _without_autocast(x.device.type):
                 self._update(x.to(self.cov_xx.dtype), y.to(self.cov_xx.dtype))
@@ -144,9 +140,10 @@ class EMAStats(WideBuffers):
         count = {"num_batches_tracked": torch.tensor(0, device=device)}
         return {name: value.to(device, dtype) for name, value in statistics.items()} | count
 
-    def _check(self, name: str, batch: torch.Tensor, dim: int) -> None:
-        if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0:
-            raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be [n, {dim}] with n at least 1")
+    def _check(self, name: str, batch: torch.Tensor, dim: int, rows: int | None = None) -> None:
+        if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0 or rows not in (None, batch.shape[0]):
+            wanted = f"[n, {dim}] with n at least 1" if rows is None else [rows, dim]
+            raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be {wanted}")
         own = self.cov_xx.dtype
         if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
             reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
