@@ -408,7 +408,7 @@ NUMBER_FORMS = {
     "window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
     "last": "a whole number of checkpoints, a list such as 5,10 or a range such as 5:20:5",
 }
-_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
+_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a range such as 0.05:0.25:0.05"
 
 
 def parse_target(text: str) -> Target:

@@ -211,6 +211,8 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
             place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
             example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
             raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
+        if path.exists() and not path.is_dir():
+            raise InvalidValueError("out", "is no folder", "name a file with its ending, or a folder", value=out)
         pattern, folder = str(path / f"{_TARGET}{suffix_of(layout)}"), path
     taken: dict[Path, Target] = {}
     for target in targets:
@@ -589,11 +591,10 @@ class _DcpSink(_MemorySink):
     """A folder of torch.distributed.checkpoint, which appears complete or not at all."""
 
     def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
-        if os.path.lexists(folder) and not (folder.is_dir() and not folder.is_symlink()):
-            raise OutputExistsError(folder, "is no folder, which this layout needs", "choose another name")
-        there = list(folder.iterdir()) if folder.is_dir() else []
-        if there and not (overwrite and _is_dcp_folder(there)):
-            what = "holds a model already" if _is_dcp_folder(there) else "holds something else"
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        there = list(folder.iterdir()) if is_folder else []
+        if os.path.lexists(folder) and not (is_folder and (not there or (overwrite and _is_dcp_folder(there)))):
+            what = "holds a model already" if _is_dcp_folder(there) else "is or holds something else"
             raise OutputExistsError(folder, what, "choose another folder, or overwrite=True to replace a model")
         super().__init__(specs)
         self._folder, self._made = folder, files.temporary_path(folder.parent)

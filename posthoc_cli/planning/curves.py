@@ -6,12 +6,13 @@ import csv
 import io
 import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError, check_number, printable
+from posthoc_cli.errors import InvalidValueError, brief, check_number, printable
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
@@ -331,14 +332,9 @@ def check_max_error(max_error: float | None) -> None:
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
     """The two ends of a range of sigma_rel, the lower one first, or an InvalidValueError."""
-    try:
-        low, high = (check_sigma_rel(s) for s in sigma_range)
-    except InvalidValueError as error:
-        raise InvalidValueError("sigma_range", str(error)) from error
-    except (TypeError, ValueError) as error:
-        reason = "must be two numbers, such as (0.05, 0.28)"
-        raise InvalidValueError("sigma_range", reason, value=f"{sigma_range!r}") from error
-    if not low < high:
-        reason = f"the first must be below the second, both in (0, {UNIFORM_SIGMA_REL:.4f})"
-        raise InvalidValueError("sigma_range", reason, value=f"{low:g}:{high:g}")
-    return low, high
+    with suppress(TypeError, ValueError):
+        low, high = map(check_sigma_rel, sigma_range)
+        if low < high:
+            return low, high
+    reason = f"must be two numbers in (0, {UNIFORM_SIGMA_REL:.4f}), the first below the second"
+    raise InvalidValueError("sigma_range", reason, value=brief(sigma_range))
