@@ -36,8 +36,8 @@ _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
-class CheckpointInfo(fmt.ByRole):
-    """What is known of a checkpoint beside its tensors: see `sources.SourceInfo`.
+class CheckpointInfo(fmt.SourceInfo):
+    """What is known of a checkpoint beside its tensors: see `format.SourceInfo`.
 
     Attributes:
         profile: what its tensors are of: the weights at one time (`Point`), or an average.
@@ -67,7 +67,7 @@ class CheckpointInfo(fmt.ByRole):
     sketch: str = ""
 
     @property
-    def t(self) -> float:
+    def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
         """Its time."""
         return self.profile.t
 

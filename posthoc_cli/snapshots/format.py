@@ -150,6 +150,7 @@ import json
 import math
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
@@ -279,10 +280,43 @@ class TrackedTensor:
     dtype: Dtype
 
 
-class ByRole:
-    """Names of tensors by how a run treats them."""
+class SourceInfo:
+    """What is known of a stored average beside its tensors; of a snapshot its header has it.
 
+    Attributes:
+        run_id: 32 hexadecimal digits, the same for all sources of a run.
+        t: training time of the average.
+        t_unit: what `t` counts.
+        step: of the training up to `t`.
+        sigma_rel: the width that the average was tracked for; 0 without one.
+        t_first: the earliest time that has mass in averages of the run, as far as this source tells.
+        tensors: role and own dtype of each stored tensor.
+        aliases: further names of tensors, each with the name that it is stored under.
+        left_out: names of the model's state that were not tracked.
+        measurements: what was measured of it; None where it must be estimated.
+        sketch: the weights' path up to its time, see `encode_path`; empty where it is unknown.
+    """
+
+    run_id: str
+    t: float
+    t_unit: str
+    step: int
+    sigma_rel: float
+    t_first: float
     tensors: dict[str, TrackedTensor]
+    aliases: dict[str, str]
+    left_out: tuple[str, ...]
+    measurements: Measurements | None
+    sketch: str
+
+    @property
+    @abstractmethod
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """Known pairs of step and time, growing."""
+
+    @abstractmethod
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """What reconstruction uses of it, with this profile where that is no power function."""
 
     @property
     def copies(self) -> list[str]:
@@ -313,7 +347,7 @@ class TrackingSchedule:
 
 
 @dataclass(frozen=True)
-class SnapshotInfo(ByRole):
+class SnapshotInfo(SourceInfo):
     """All metadata of a snapshot, in a header's order; from `selection` on empty where it has none."""
 
     run_id: RunId
