@@ -219,16 +219,13 @@ class Folder:
     def prepare(self, overwrite: bool) -> None:
         """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
         files.check_parent("out", self.root)
-        if self.root.exists() and not self.root.is_dir():
-            raise OutputExistsError(self.root, "is a file", "name a folder")
         marker = self.root / _MARKER
-        if self.root.is_dir() and any(self.root.iterdir()):
-            if not marker.is_file():
-                raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
-            if not overwrite:
-                raise OutputExistsError(
-                    self.root, "holds an earlier demo", "name another folder, or overwrite=True to replace it"
-                )
+        is_empty = self.root.is_dir() and not any(self.root.iterdir())
+        if self.root.exists() and not (is_empty or marker.is_file()):
+            raise OutputExistsError(self.root, "is there already, and no earlier demo made it", "name another folder")
+        if marker.is_file() and not overwrite:
+            hint = "name another folder, or overwrite=True to replace it"
+            raise OutputExistsError(self.root, "holds an earlier demo", hint)
         for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
             if folder.is_symlink():
                 raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")
