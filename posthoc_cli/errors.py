@@ -207,15 +207,14 @@ def check_number(name: str, value: object, accepts: Callable[[float], bool], acc
     return number
 
 
-def check_count(name: str, value: object, least: int = 1, most: float = math.inf, of: str = "") -> int:
-    """`value` as an int from `least` to `most`, or an InvalidValueError; `of` names what is counted."""
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int, at least `least`, or an InvalidValueError."""
     try:
         count = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         count = least - 1
-    if not least <= count <= most:
-        ends = f"at least {least}" if most == math.inf else f"from {least} to {most:.12g}"
-        raise InvalidValueError(name, f"must be a whole number{of and f' of {of}'}, {ends}", value=brief(value))
+    if count < least:
+        raise InvalidValueError(name, f"must be a whole number, at least {least}", value=brief(value))
     return count
 
 

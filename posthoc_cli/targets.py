@@ -283,7 +283,8 @@ class Decay(_Named):
         check_word("decay", self.shape, SHAPES)
         ends, most = (self.over, math.inf) if isinstance(self.over, tuple) else ((0.0, self.over), 1.0)
         accepted = "be a part of training in (0, 1], such as 0.2, or two growing times"
-        end = check_number("over", ends[-1], lambda end: len(ends) == 2 and 0 <= ends[0] < end <= most, accepted)
+        last = ends[-1] if len(ends) == 2 else None
+        end = check_number("over", last, lambda end: last is not None and 0 <= ends[0] < end <= most, accepted)
         object.__setattr__(self, "over", (float(ends[0]), end) if isinstance(self.over, tuple) else end)
 
     def _text(self) -> str:

@@ -106,6 +106,7 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
         (lambda: Decay("sqrt"), "decay", "'sqrt': must be one of 1-sqrt, linear, cosine"),
         (lambda: Decay("linear", 0), "over", "0: must be a part of training in (0, 1]"),
         (lambda: Decay("linear", (5, 3)), "over", "two growing times"),
+        (lambda: Decay("linear", ()), "over", "two growing times"),  # type: ignore[arg-type]
         (lambda: Decay("linear", (1, 2, 3)), "over", "two growing times"),  # type: ignore[arg-type]
         (lambda: Decay("linear", (5, 2e6)).profile(1e6, IMAGES, 1280.0), "decay:linear:5:2000000", "ends after"),
         (lambda: Mean(2.5), "last", "must be a whole number of checkpoints"),  # type: ignore[arg-type]

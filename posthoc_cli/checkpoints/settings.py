@@ -11,7 +11,7 @@ from typing import Any
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.ema_formats import Tensors
 from posthoc_cli.checkpoints.read_step import read_number
-from posthoc_cli.errors import InvalidValueError, check_count, check_word
+from posthoc_cli.errors import InvalidValueError, brief, check_count, check_word
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.profiles.other_libraries import POWER, RAMP_UP, WARM_UPS, Decay
 from posthoc_cli.snapshots.selection import check_globs, make_selection
@@ -55,6 +55,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.kind is not None:
             check_word("kind", self.kind, KINDS)
+        if not isinstance(self.sigma_rels, Iterable):
+            raise InvalidValueError("sigma_rels", "must be a list of widths", value=brief(self.sigma_rels))
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel)
         for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1)):

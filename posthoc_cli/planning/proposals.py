@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError, check_count, percent
+from posthoc_cli.errors import InvalidValueError, check_number, percent
 from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
@@ -78,7 +78,7 @@ class Task:
         counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
         for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():
             if value is not None:
-                check_count(name, value, most=10**15)
+                check_number(name, value, lambda count: 1 <= count <= 10**15, "be a whole number from 1 to 1e15")
         if self.dtype is not None:
             relative_rounding(self.dtype)
         if self.checkpoint_every is not None:

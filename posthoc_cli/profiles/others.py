@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import InvalidValueError, check_count
+from posthoc_cli.errors import InvalidValueError, check_number
 from posthoc_cli.profiles.tracked import Clock, FloatArray, Profile, gamma_from_sigma_rel, sigma_rel_from_gamma
 
 
@@ -117,7 +117,7 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
     Raises:
         InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
     """
-    check_count("steps", steps, most=10**15)
+    check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
     pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
     pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
     gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in pairs]

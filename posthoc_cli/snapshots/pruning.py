@@ -168,7 +168,7 @@ def plan_pruning(
 
 
 def _check_keep(keep: int, snapshots: Sequence[Snapshot]) -> None:
-    check_count("keep", keep, of="snapshots")
+    check_count("keep", keep)
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
     if keep > most:
         there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import InexactError, InvalidValueError, check_alone, check_count, percent, shown
+from posthoc_cli.errors import InexactError, InvalidValueError, check_alone, check_number, percent, shown
 from posthoc_cli.planning import Candidate, check_max_error, check_within, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
@@ -342,7 +342,7 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     check_alone(t=t, step=step)
     if step is None:
         return max(times.values()) if t is None else float(t)
-    check_count("step", step)
+    check_number("step", step, float.is_integer, "be a whole number")
     if step in times or all(t == s for s, t in times.items()):
         return times.get(step, float(step))
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
