@@ -65,6 +65,8 @@ class Settings:
         self.rule()
         if any(type(step) is not int or step < 1 for step in self.ema_restarts):
             raise InvalidValueError("ema_restarts", "must be steps, above 0", value=f"{self.ema_restarts!r}")
+        if not isinstance(self.prefix, str):
+            raise InvalidValueError("prefix", "must be a text", value=brief(self.prefix))
         groups = 0
         with suppress(re.error, TypeError):
             groups = 1 if self.step_from is None else re.compile(self.step_from).groups
