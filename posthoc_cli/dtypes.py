@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_word
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +64,7 @@ def parse_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> str |
         InvalidValueError: listing the accepted words; its subject is `option`.
     """
     word = "keep" if dtype is None else str(dtype).removeprefix("torch.")
-    if word != "keep" and word not in WORDS:
-        raise InvalidValueError(option, f"must be one of {', '.join(WORDS)}, keep", value=word)
+    check_word(option, word, [*WORDS, "keep"])
     return WORDS.get(word)
 
 

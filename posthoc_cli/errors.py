@@ -27,9 +27,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+import operator
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, TypeVar
 
 _LONGEST = 200
@@ -52,6 +55,11 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     return f"a {type(value).__name__}"
+
+
+def brief(value: object) -> str:
+    """A value from a program for a message: in one line, and short."""
+    return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
 def percent(error: float) -> str:
@@ -186,3 +194,38 @@ class WriteError(PostHocError, OSError):
 
 class NotReadyError(PostHocError, RuntimeError):
     """An average that does not exist yet, because no update was made."""
+
+
+# --- checks of what users give: the errors say what would be accepted
+
+
+def check_number(name: str, value: object, accepts: Callable[[float], bool], accepted: str) -> float:
+    """`value` as a float, or an InvalidValueError that it "must" be as `accepted` says; `accepts` is False for nan."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not accepts(number):
+        raise InvalidValueError(name, f"must {accepted}", value=brief(value))
+    return number
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int, at least `least`, or an InvalidValueError."""
+    try:
+        count = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = least - 1
+    if count < least:
+        raise InvalidValueError(name, f"must be a whole number, at least {least}", value=brief(value))
+    return count
+
+
+def check_alone(least: int = 0, **given: object) -> None:
+    """An InvalidValueError if more than one of these arguments is given, or fewer than `least`; None, False are not."""
+    if not least <= sum(value is not None and value is not False for value in given.values()) <= 1:
+        *names, last = given
+        raise InvalidValueError(f"{', '.join(names)} and {last}", "give one of them")
+
+
+def check_word(name: str, value: object, accepted: Iterable[object]) -> None:
+    """An InvalidValueError unless `value` is one of the accepted words."""
+    if value not in (words := [*accepted]):
+        raise InvalidValueError(name, f"must be one of {', '.join(map(str, words))}", value=brief(value))

@@ -141,6 +141,12 @@ def _local(path: str | Path, name: str = "") -> Path:
     return Path(path)
 
 
+def check_parent(name: str, path: Path) -> None:
+    """An InvalidValueError about the argument of that `name` unless the folder that an output goes into is there."""
+    if not path.parent.is_dir():
+        raise InvalidValueError(name, "its folder does not exist", value=path)
+
+
 def is_gone(path: Path) -> bool:
     """Whether a path no longer exists; False if that is unknown, as in a folder that cannot be entered."""
     try:

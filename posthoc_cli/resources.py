@@ -38,10 +38,9 @@ def parse_bytes(size: str, option: str) -> int:
         InvalidValueError: anything else, or less than 1; its subject is `option`.
     """
     value = parse_amount(size, _UNITS)
-    if value is None:
-        raise InvalidValueError(option, "must be a size above 0, such as 60GB, 500MiB or 1.5TB", value=f"{size!r}")
-    if value > MOST:
-        raise InvalidValueError(option, "must be at most 9,223,372 TB", value=f"{size!r}")
+    if value is None or value > MOST:
+        reason = "must be a size above 0, up to 9,223,372 TB, such as 60GB, 500MiB or 1.5TB"
+        raise InvalidValueError(option, reason, value=f"{size!r}")
     return round(value)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
 from posthoc_cli.profiles import (
     SHAPES,
     ClassicalEMA,
@@ -83,10 +84,10 @@ def as_target(value: object) -> Target:
     if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # checked there
     accepted = "a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999', or an object with density and tail"
-    raise InvalidValueError("target", f"must be {accepted}", value=_shown(value))
+    raise InvalidValueError("target", f"must be {accepted}", value=brief(value))
 
 
-class _Named:
+class _Named(ABC):
     """The names of a target, both from its text form."""
 
     @property
@@ -99,9 +100,9 @@ class _Named:
         """For people: `sigma_rel 0.15`, `beta:0.9999`, `window:1000`."""
         return self._text()
 
+    @abstractmethod
     def _text(self) -> str:
         """The target as `parse_target` reads it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,9 @@ class Beta(_Named):
     sigma_rel = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "beta", _number("beta", self.beta))
-        if not 0 < self.beta < 1:
-            raise InvalidValueError("beta", "must lie in (0, 1)", value=repr(self.beta))
-        if self.beta < SHORTEST_BETA:
-            reason = f"must be at least {SHORTEST_BETA:g}; below that the mean age is less than one step"
-            raise InvalidValueError("beta", reason, value=repr(self.beta))
+        accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
+        beta = check_number("beta", self.beta, lambda beta: SHORTEST_BETA <= beta < 1, accepted)
+        object.__setattr__(self, "beta", beta)
 
     def _text(self) -> str:
         return f"beta:{self.beta!r}"
@@ -165,9 +163,8 @@ class HalfLife(_Named):
     sigma_rel = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", _number("half-life", self.steps))
-        if self.steps < 1:
-            raise InvalidValueError("half-life", "must be at least 1 step", value=_plain(self.steps))
+        steps = check_number("half-life", self.steps, lambda steps: 1 <= steps < math.inf, "be at least 1 step")
+        object.__setattr__(self, "steps", steps)
 
     def _text(self) -> str:
         return f"half-life:{_plain(self.steps)}"
@@ -185,9 +182,7 @@ class Window(_Named):
     sigma_rel = None
 
     def __post_init__(self) -> None:
-        steps = _number("window", self.steps)
-        if steps < 1 or steps != math.floor(steps):
-            raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
+        steps = check_number("window", self.steps, _is_count, "be a whole number of steps, at least 1")
         object.__setattr__(self, "steps", int(steps))
 
     def _text(self) -> str:
@@ -208,11 +203,9 @@ class Between(_Named):
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            object.__setattr__(self, name, _number("between", getattr(self, name)))
-        if self.start < 0:
-            raise self._error("must start at 0 or later")
-        if self.start >= self.end:
-            raise self._error("must end after its start")
+            object.__setattr__(self, name, check_number("between", getattr(self, name), math.isfinite, "be finite"))
+        if not 0 <= self.start < self.end:
+            raise self._error("must start at 0 or later, and end after its start")
 
     def _text(self) -> str:
         return f"between:{_plain(self.start)}:{_plain(self.end)}"
@@ -243,7 +236,7 @@ class GivenProfile(_Named):
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and re.fullmatch(r"\w[\w.+-]*", self.name)):
             reason = "the name must be letters, digits and ._+-, a letter or digit first"
-            raise InvalidValueError("profile", reason, value=_shown(self.name))
+            raise InvalidValueError("profile", reason, value=brief(self.name))
         missing = [name for name in ("density", "tail") if not callable(getattr(self.given, name, None))]
         if missing:
             reason = f"{type(self.given).__name__} has no {' and no '.join(missing)}"
@@ -287,24 +280,12 @@ class Decay(_Named):
     sigma_rel = None
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise InvalidValueError("decay", f"must be {', '.join(SHAPES)}", value=_shown(self.shape))
-        if isinstance(self.over, tuple):
-            if len(self.over) != 2:
-                raise self._bad_part()
-            start, end = (_number("over", time) for time in self.over)
-            if not 0 <= start < end:
-                raise self._bad_part()
-            object.__setattr__(self, "over", (start, end))
-        else:
-            part = _number("over", self.over)
-            if not 0 < part <= 1:
-                raise self._bad_part()
-            object.__setattr__(self, "over", part)
-
-    def _bad_part(self) -> InvalidValueError:
-        reason = "must be a part of training in (0, 1], such as 0.2, or two growing times"
-        return InvalidValueError("over", reason, value=_shown(self.over))
+        check_word("decay", self.shape, SHAPES)
+        ends, most = (self.over, math.inf) if isinstance(self.over, tuple) else ((0.0, self.over), 1.0)
+        accepted = "be a part of training in (0, 1], such as 0.2, or two growing times"
+        last = ends[-1] if len(ends) == 2 else None
+        end = check_number("over", last, lambda end: last is not None and 0 <= ends[0] < end <= most, accepted)
+        object.__setattr__(self, "over", (float(ends[0]), end) if isinstance(self.over, tuple) else end)
 
     def _text(self) -> str:
         if isinstance(self.over, tuple):
@@ -330,11 +311,9 @@ class Groups(_Named):
     sigma_rel = None
 
     def __post_init__(self) -> None:
-        if not self.widths:
-            raise InvalidValueError("group", "is missing: a glob and its sigma_rel")
-        for glob in self.widths:
-            if not isinstance(glob, str):
-                raise InvalidValueError("group", "must be a glob on names, such as 'unet.*'", value=_shown(glob))
+        if not self.widths or not all(isinstance(glob, str) for glob in self.widths):
+            accepted = "must be globs on names, each with its sigma_rel, such as {'unet.*': 0.1}"
+            raise InvalidValueError("group", accepted, value=brief(self.widths))
         object.__setattr__(self, "widths", {glob: SigmaRel(width).sigma_rel for glob, width in self.widths.items()})
 
     def __hash__(self) -> int:
@@ -372,9 +351,7 @@ class Mean(_Named):
     sigma_rel = None
 
     def __post_init__(self) -> None:
-        last = _number("last", self.last)
-        if last < 1 or last != math.floor(last):
-            raise InvalidValueError("last", "must be a whole number of checkpoints, at least 1", value=self.last)
+        last = check_number("last", self.last, _is_count, "be a whole number of checkpoints, at least 1")
         object.__setattr__(self, "last", int(last))
 
     def _text(self) -> str:
@@ -402,14 +379,8 @@ class Mean(_Named):
         return coefficients
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InvalidValueError(name, "must be a finite number", value=_shown(value))
-    return float(value)
-
-
-def _shown(value: object) -> str:
-    return " ".join(repr(value)[:40].split())
+def _is_count(value: float) -> bool:
+    return 1 <= value < math.inf and value == math.floor(value)
 
 
 def _plain(value: float) -> str:
@@ -438,7 +409,7 @@ NUMBER_FORMS = {
     "window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
     "last": "a whole number of checkpoints, a list such as 5,10 or a range such as 5:20:5",
 }
-_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
+_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a range such as 0.05:0.25:0.05"
 
 
 def parse_target(text: str) -> Target:
@@ -483,15 +454,11 @@ def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS, typed: str | N
     items = [item.strip() for item in text.split(",")]
     found: list[Decimal] = []
     for index, item in enumerate(items):
-        if item == "...":
-            if not 2 <= index < len(items) - 1:
-                raise _bad(name, whole, "'...' needs two numbers before it and one after")
+        ends = item.split(":")
+        if item == "..." and 2 <= index < len(items) - 1:
             last, step = found[-1], found[-1] - found[-2]
             found += _steps(last + step, _decimal(items[index + 1], name, form, typed), step, name, whole)
-        elif ":" in item:
-            ends = item.split(":")
-            if len(ends) != 3:
-                raise _bad(name, whole, f"a range is START:STOP:STEP; must be {form}")
+        elif len(ends) == 3:
             start, stop, step = (_decimal(end, name, form, typed) for end in ends)
             found += _steps(start, stop, step, name, whole)
         else:
@@ -520,10 +487,8 @@ def _decays(text: str, name: str, typed: str) -> Iterator[Decay]:
 
 def _ends(text: str, name: str, typed: str) -> tuple[float, float]:
     form = "START:END, two training times, such as 50000:80000"
-    ends = [float(_decimal(end, name, form, typed)) for end in text.split(":")]
-    if len(ends) != 2:
-        raise _bad(name, typed, f"must have {form}")
-    return ends[0], ends[1]
+    start, _, end = text.partition(":")
+    return float(_decimal(start, name, form, typed)), float(_decimal(end, name, form, typed))
 
 
 def _decimal(text: str, name: str, form: str, typed: str | None) -> Decimal:

@@ -132,7 +132,7 @@ def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:
         with refused(str(tmp_path / "mine"), "no earlier demo", kind=OutputExistsError):
             Folder(tmp_path / "mine").prepare(overwrite)
     assert list((tmp_path / "mine").rglob("*")) == [mine.parent, mine]
-    with refused(str(mine), "is a file", kind=OutputExistsError):
+    with refused(str(mine), "no earlier demo", kind=OutputExistsError):
         Folder(mine).prepare(overwrite=True)
 
 

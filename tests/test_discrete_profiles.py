@@ -29,17 +29,11 @@ def test_a_discrete_average_is_the_sum_that_it_names() -> None:
     assert profile.tail(times[-1]) == 0
 
 
-@pytest.mark.parametrize("t", [0, -1, float("nan"), float("inf")])
-def test_a_checkpoint_is_taken_after_the_start(t: float) -> None:
-    with pytest.raises(InvalidValueError, match="above 0"):
-        Point(t)
-
-
 @pytest.mark.parametrize(
     ("times", "masses", "t"),
     [([], [], 0), ([1, 2], [1], 0), ([2, 1], [0.5, 0.5], 0), ([0, 1], [0.5, 0.5], 0), ([1, 2], [0.5, 0.6], 0),
      ([1, 2], [1.5, -0.5], 0), ([1, 2], [0.5, 0.5], 1.5), ([1, float("nan")], [0.5, 0.5], 0)],
 )  # fmt: skip
 def test_a_discrete_average_names_what_is_wrong(times: list[float], masses: list[float], t: float) -> None:
-    with pytest.raises(InvalidValueError, match=r"^(times|masses)"):
+    with pytest.raises(InvalidValueError, match=r"^times and masses"):
         Discrete(times, masses, t)

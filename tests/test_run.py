@@ -121,7 +121,7 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
         (lambda run: run.prune(keep="20"), "keep", "'20': must be a whole number, at least 1"),
         (lambda run: run.prune(keep=2.5), "keep", "2.5: must be a whole number"),
         (lambda run: run.prune(keep=True), "keep", "True: must be a whole number"),
-        (lambda run: run.error_curve(t="x"), "t", "'x': must be a number"),
+        (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
     ],
 )
 def test_an_impossible_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:

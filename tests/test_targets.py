@@ -92,27 +92,28 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
         (lambda: as_target(None), "target", "None"),
         (lambda: as_target([0.1, 0.2]), "target", "[0.1, 0.2]"),
         (lambda: as_target(Beta), "target", "must be a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999'"),
-        (lambda: Groups({1: 0.1}), "group", "1: must be a glob on names"),  # type: ignore[dict-item]
+        (lambda: Groups({1: 0.1}), "group", "{1: 0.1}: must be globs on names"),  # type: ignore[dict-item]
         (lambda: as_target("abc"), "target", "abc: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, "),
         (lambda: as_target("beta:0.99,0.999"), "target", "must name one average, not 2"),
         (lambda: as_target(0.99999999), "sigma_rel", "there is beta:0.99999999"),
         (lambda: HalfLife(0.5), "half-life", "0.5: must be at least 1 step"),
-        (lambda: Beta(0.0), "beta", "0.0: must lie in (0, 1)"),
-        (lambda: Beta(math.nan), "beta", "finite"),
+        (lambda: Beta(0.0), "beta", "0: must lie in [0.5, 1)"),
+        (lambda: Beta(math.nan), "beta", "nan: must lie in [0.5, 1)"),
         (lambda: Beta("0.9"), "beta", "'0.9'"),  # type: ignore[arg-type]
         (lambda: Window(True), "window", "True"),
         (lambda: Between(5, 5), "between", "5:5"),
         (lambda: Between(0, math.inf), "between", "finite"),
-        (lambda: Decay("sqrt"), "decay", "'sqrt': must be 1-sqrt, linear, cosine"),
+        (lambda: Decay("sqrt"), "decay", "'sqrt': must be one of 1-sqrt, linear, cosine"),
         (lambda: Decay("linear", 0), "over", "0: must be a part of training in (0, 1]"),
         (lambda: Decay("linear", (5, 3)), "over", "two growing times"),
+        (lambda: Decay("linear", ()), "over", "two growing times"),  # type: ignore[arg-type]
         (lambda: Decay("linear", (1, 2, 3)), "over", "two growing times"),  # type: ignore[arg-type]
         (lambda: Decay("linear", (5, 2e6)).profile(1e6, IMAGES, 1280.0), "decay:linear:5:2000000", "ends after"),
         (lambda: Mean(2.5), "last", "must be a whole number of checkpoints"),  # type: ignore[arg-type]
         (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "last:3", "names checkpoints"),
         (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),
         (lambda: GivenProfile(Uniform(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
-         "9.99999e-07 of its mass lies after"),
+         "tail is 9.99999e-07 at s = 1,000,000; must lie in [0, 1]"),
     ],
 )  # fmt: skip
 def test_an_impossible_target_is_refused(make: Callable[[], object], subject: str, words: str) -> None:
@@ -149,9 +150,15 @@ def test_sound_profiles_are_taken_as_they_are(profile: object) -> None:
         (Written(density=lambda s: math.exp(s)), "density fails for an array of times: only "),
         (Written(tail=lambda s: np.full(s.shape, np.inf)), "tail is inf at s = -100"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
-        (Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)), "0.5 of its mass lies before 0"),
-        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "0.5 of its mass lies after t = 100"),
-        (Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))), "grows after s = 39.94140"),
+        (
+            Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)),
+            "is 0.5 at s = -100; must lie in [0, 1], be 1",
+        ),
+        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "tail is 0.5 at s = 100; must lie in [0, 1]"),
+        (
+            Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))),
+            "at s = 40.0390625; must never",
+        ),
         (Written(tail=lambda _: 1 / 0), "tail fails for an array of times: division by zero"),
     ],
 )
@@ -214,14 +221,14 @@ def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
         ("", "(empty): must be a number, a list such as 0.05,0.10"),
         ("betta:0.9", "betta:0.9: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, half-life:5000, "),
         ("beta:", "beta:: must be a number, a list such as 0.999,0.9999"),
-        ("beta:0.9:0.99", "a range is START:STOP:STEP"),
+        ("beta:0.9:0.99", "or a range such as 0.99:0.999:0.003"),
         ("window:1e400", "must be a whole number of steps, a list"),
         ("last:x", "must be a whole number of checkpoints"),
-        ("between:5", "must have START:END, two training times"),
+        ("between:5", "must be START:END, two training times"),
         ("between:nan:3", "must be START:END, two training times"),
         ("decay:linear", "must be decay:SHAPE:PART with a shape of 1-sqrt, linear, cosine"),
         ("decay:sqrt:20%", "must be decay:SHAPE:PART"),
-        ("decay:linear:5%:50%", "a range is START:STOP:STEP"),
+        ("decay:linear:5%:50%", "must be decay:SHAPE:PART"),
         ("window:1:1e9:1", "makes more than 10,000 values"),
         ("window:5:1:1", "the step must lead from the start to the stop"),
     ],

@@ -11,9 +11,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from posthoc_cli.averages.pairing import WideBuffers, check_number
-from posthoc_cli.errors import InvalidValueError, NotReadyError, warn
-from posthoc_cli.tracker.settings import check_count
+from posthoc_cli.averages.pairing import WideBuffers
+from posthoc_cli.errors import InvalidValueError, NotReadyError, check_count, check_number, check_word, warn
 
 MODES = ("truncated", "window", "carried", "full")
 _ACCUMULATORS = (torch.float32, torch.float64)
@@ -91,16 +90,14 @@ class DifferentiableEMA(WideBuffers):
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
-        if dtype not in _ACCUMULATORS:
-            raise InvalidValueError("dtype", f"must be torch.float32 or torch.float64, not {dtype}")
-        if mode not in MODES:
-            raise InvalidValueError("mode", f"must be one of {', '.join(MODES)}", value=f"{mode!r}")
+        check_word("dtype", dtype, _ACCUMULATORS)
+        check_word("mode", mode, MODES)
         if (window is not None) != (mode == "window"):
             reason = "the number of values to keep, must be given in mode 'window' and only there"
             raise InvalidValueError("window", reason)
         accepted = "lie in [0, 1); 0.99 averages over about 100 values"
         self.decay = check_number("decay", decay, lambda d: 0 <= d < 1, accepted)
-        self.mode, self._window = mode, None if window is None else check_count("window", window, 1)
+        self.mode, self._window = mode, None if window is None else check_count("window", window)
         self.register_buffer("average", torch.zeros(shape, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
         self._start_anew()

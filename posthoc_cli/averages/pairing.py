@@ -7,8 +7,6 @@ is less than half of a weight's last bit, so that an average rounded after every
 from __future__ import annotations
 
 import copy
-import math
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -233,12 +231,3 @@ class HostNumber:
         buffer.fill_(value)
         self._buffer, self._version = buffer, buffer._version
         self._value = float(torch.tensor(value, dtype=buffer.dtype))
-
-
-def check_number(name: str, value: float, accepts: Callable[[float], bool], accepted: str) -> float:
-    """`value` as a float, or an InvalidValueError that says what is `accepted`; `accepts` is False for nan."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = float(value) if is_number else math.nan
-    if not accepts(number):
-        raise InvalidValueError(name, f"must {accepted}", value=repr(value))
-    return number

@@ -11,11 +11,10 @@ from typing import Protocol, cast
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_count
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.model_weights import load_weights
-from posthoc_cli.tracker.settings import check_count
 
 
 class AveragedModule(Protocol):
@@ -37,7 +36,7 @@ class _CopiedBack:
 
     def __init__(self, average: PostHocEMA | AveragedModule, every: int | None, sigma_rel: Wanted | None) -> None:
         update_every = _check_average(self._names[0], average, sigma_rel)
-        if every is not None and check_count(self._names[1], every, 1) % update_every:
+        if every is not None and check_count(self._names[1], every) % update_every:
             reason = f"must be a multiple of the tracker's update_every {update_every}"
             raise InvalidValueError(self._names[1], reason, value=every)
         self._average, self._every, self._sigma_rel = average, every, sigma_rel

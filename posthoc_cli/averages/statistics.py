@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.averages.pairing import WideBuffers, check_number, is_narrow
-from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.tracker.settings import check_count
+from posthoc_cli.averages.pairing import WideBuffers, is_narrow
+from posthoc_cli.errors import InvalidValueError, NotReadyError, check_count, check_number
 
 _STATISTICS = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
@@ -75,8 +74,8 @@ class EMAStats(WideBuffers):
         center_with_running_mean: bool = True,
     ) -> None:
         super().__init__()
-        self.dim_x = check_count("dim_x", dim_x, 1)
-        self.dim_y = self.dim_x if dim_y is None else check_count("dim_y", dim_y, 1)
+        self.dim_x = check_count("dim_x", dim_x)
+        self.dim_y = self.dim_x if dim_y is None else check_count("dim_y", dim_y)
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m <= 1, "lie in (0, 1]")
         self.eps = check_number("eps", eps, lambda e: 0 <= e < math.inf, "be finite and at least 0")
         self.center_with_running_mean = center_with_running_mean
@@ -88,13 +87,9 @@ class EMAStats(WideBuffers):
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Take a batch into the statistics in train mode; return it unchanged, `(x, x)` if y was left out."""
         if y is None:
-            if not self._y_may_be_x:
-                raise InvalidValueError("y", f"is missing; must have the shape [n, {self.dim_y}]")
-            y = x
+            y = x if self._y_may_be_x else x.new_empty(0)
         self._check("x", x, self.dim_x)
-        self._check("y", y, self.dim_y)
-        if x.shape[0] != y.shape[0]:
-            raise InvalidValueError("y", f"has {y.shape[0]} rows, x has {x.shape[0]}; must be as many")
+        self._check("y", y, self.dim_y, x.shape[0])
         if self.training:
             with _without_autocast(x.device.type):
                 self._update(x.to(self.cov_xx.dtype), y.to(self.cov_xx.dtype))
@@ -145,9 +140,10 @@ class EMAStats(WideBuffers):
         count = {"num_batches_tracked": torch.tensor(0, device=device)}
         return {name: value.to(device, dtype) for name, value in statistics.items()} | count
 
-    def _check(self, name: str, batch: torch.Tensor, dim: int) -> None:
-        if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0:
-            raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be [n, {dim}] with n at least 1")
+    def _check(self, name: str, batch: torch.Tensor, dim: int, rows: int | None = None) -> None:
+        if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0 or rows not in (None, batch.shape[0]):
+            wanted = f"[n, {dim}] with n at least 1" if rows is None else [rows, dim]
+            raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be {wanted}")
         own = self.cov_xx.dtype
         if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
             reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"

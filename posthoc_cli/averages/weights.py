@@ -13,17 +13,15 @@ from posthoc_cli.averages.pairing import (
     WideBuffers,
     average_,
     average_unless_equal_,
-    check_number,
     copy_,
     is_averaged,
     make_average,
     paired,
     wide_averages,
 )
-from posthoc_cli.errors import warn
+from posthoc_cli.errors import check_count, check_number, warn
 from posthoc_cli.tracker.model_tensors import check_model
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.settings import check_count
 
 SUSPICIOUS_MOMENTUM = 0.5
 
@@ -89,7 +87,7 @@ class ExponentialMovingAverage(torch.nn.Module):
         if self.momentum > SUSPICIOUS_MOMENTUM:
             text = f"momentum {momentum:g}: is the share of the new value and usually small; for a decay of"
             warn(f"{text} {momentum:g} pass {1 - momentum:.4g}")
-        self.interval = check_count("interval", interval, 1)
+        self.interval = check_count("interval", interval)
         self.update_buffers = update_buffers
         self.warmup = warmup
         self.module = make_average(model, device)

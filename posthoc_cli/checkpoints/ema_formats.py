@@ -34,7 +34,7 @@ from posthoc_cli.checkpoints.read_model import (
 )
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.profiles.other_libraries import RAMP_UP
-from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.headers import parse_object
 from posthoc_cli.snapshots.tensor_file import read_small_file
 
 Tensors = Mapping[str, Callable[[], list[FoundChunk]]]
@@ -209,7 +209,7 @@ def _edm(indexed: IndexedCheckpoint) -> FoundEMA | None:
     weights = _group(indexed, ("net",)) or _group(indexed, ("G",))
     beside, said = path.with_name(EDM_OPTIONS), {}
     if beside.is_file():
-        said = parse_json(beside, read_small_file(beside, 10_000_000), "options of a training")
+        said = parse_object(beside, read_small_file(beside, 10_000_000), "options of a training")
     batch, thousands, share = (
         next((said[name] for name in names if isinstance(said.get(name), int | float)), default)
         for names, default in (

@@ -200,9 +200,8 @@ def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, 
         return
     about = "about " * (found * EPS.get(dtype, 0.0) >= 1)
     told = f"{path.name} has counted {found:,.12g} of {step:,} calls, as {about}{step - found + 1:,.12g} makes it"
-    if given is None:
-        raise InvalidValueError("update_after_step", f"must be given: it is not {value}, the default; {told}")
-    raise InvalidValueError("update_after_step", f"does not fit the files: {told}", value=value)
+    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {told}"
+    raise InvalidValueError("update_after_step", reason, value=value)
 
 
 def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: Settings) -> str:

@@ -113,8 +113,7 @@ def import_checkpoints(
     paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
     written = False
     if target is not None and not dry_run:
-        if not target.parent.is_dir():
-            raise InvalidValueError("out", "its folder does not exist", value=target)
+        files.check_parent("out", target)
         if copy:
             written = _copied(found, target, overwrite, progress)
         else:

@@ -24,7 +24,7 @@ from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.format import TensorEntry
-from posthoc_cli.snapshots.headers import is_sizes, parse_json
+from posthoc_cli.snapshots.headers import is_sizes, parse_object
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.reading import sampled_identity
 from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file
@@ -46,7 +46,6 @@ MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model"
 first where `state_dict` is an average."""
 _OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
 _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter", "ss_steps")
-_MOST_METADATA = 1_000_000_000
 _MOST_CONFIG = 10_000_000
 
 
@@ -194,7 +193,7 @@ def model_in(folder: Path) -> Path | None:
 def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
     """An average of diffusers as the group "ema", with the weights in the folder beside it as the group "model"."""
     config = average / CONFIG
-    settings = parse_json(config, read_small_file(config, _MOST_CONFIG), "configuration")
+    settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
     tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
     beside = folder / average.name.removesuffix(EMA_ENDING)
     for group, place in (("model", beside), ("ema", average)):
@@ -247,9 +246,9 @@ def _of_chunks(folder: Path) -> IndexedCheckpoint:
     held: dict[str, list[FoundChunk]] = {}
     for path in sorted(folder.glob(f"*{fmt.SUFFIX}")):
         file = index_file(path)
-        offsets = parse_json(path, file.metadata["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
+        offsets = parse_object(path, file.metadata["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
         for (name,), tensor in file.content.items():
-            entry = offsets.get(name) if isinstance(offsets, dict) else None
+            entry = offsets.get(name)
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
             if not is_sizes(offset) or len(offset) != len(tensor.shape):
                 raise FileFormatError(path, f"tensor {shown(name)}: DCP_SHARDING_INFO must give its offsets")
@@ -270,8 +269,6 @@ def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
 def _of_distributed(metadata: Path) -> IndexedCheckpoint:
     folder = metadata.parent
     with OpenedFile(metadata) as file:
-        if file.size > _MOST_METADATA:
-            raise FileFormatError(metadata, f"has {file.size:,} bytes; at most {_MOST_METADATA:,} are allowed")
         state = _state(read_pickled(file, 0, file.size))
     listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
@@ -309,21 +306,14 @@ def _found_chunks(
 ) -> list[FoundChunk]:
     """The chunks of a tensor."""
     metadata = files.folder / DCP_METADATA
-    found = []
-    listed: Any = described["chunks"]
-    for chunk in map(_state, listed):
-        offset: Any = chunk.get("offsets")
-        shape: Any = chunk.get("sizes")
-        if not (is_sizes(offset) and is_sizes(shape) and len(offset) == len(shape)):
-            raise FileFormatError(metadata, f"tensor {shown(name)}: a chunk is malformed")
-        place = places.get((name, tuple(offset))) or places.get((name, ())) or {}
-        found.append(files.chunk(name, Box(tuple(offset), tuple(shape)), place))
     size: Any = described.get("size")
-    if not is_sizes(size) or any(len(chunk.box.shape) != len(size) for chunk in found):
-        raise FileFormatError(metadata, f"tensor {shown(name)}: its shape is malformed")
-    if problem := cover_problem(tuple(size), [chunk.box for chunk in found]):
+    listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described["chunks"])]
+    if not all(is_sizes(one) and len(one) == len(size) for pair in ((size, size), *listed) for one in pair):
+        raise FileFormatError(metadata, f"tensor {shown(name)}: its shape, or that of a chunk, is malformed")
+    boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
+    if problem := cover_problem(tuple(size), boxes):
         raise FileFormatError(metadata, f"tensor {shown(name)}: {problem}")
-    return found
+    return [files.chunk(name, box, places.get((name, box.offset)) or places.get((name, ())) or {}) for box in boxes]
 
 
 class _ChunkFiles:

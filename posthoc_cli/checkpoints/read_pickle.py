@@ -86,7 +86,7 @@ def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
         raise FileFormatError(file.path, f"cannot be read as tensors: {error}") from error
 
 
-class _PickleError(ValueError):
+class _PickleError(Exception):
     """What is wrong with a pickle, in words that follow the file's name."""
 
 
@@ -131,20 +131,18 @@ def _read_stream(file: OpenedFile, begin: int, end: int, calls: Mapping[str, _Ca
     begins: dict[str, int] = {}
 
     def locate(key: str, nbytes: int) -> int:
-        if sizes.setdefault(key, nbytes) != nbytes:
-            raise _PickleError("a damaged file: a storage of two sizes")
+        sizes[key] = max(nbytes, sizes.get(key, 0))
         return begins.get(key, 0)
 
     # The order of the storages is behind the pickle that refers to them, so that it is read twice.
     _, behind = _unpickled(file, start, end, calls, locate)
     keys, position = _unpickled(file, behind, end, calls)
     for key in keys if isinstance(keys, list) else ():
-        if not isinstance(key, str) or key not in sizes or key in begins:
-            raise _PickleError("a damaged file: its storages are not those of its tensors")
-        begins[key] = position + 8
-        position += 8 + sizes[key]
+        if isinstance(key, str):
+            begins[key] = position + 8
+            position += 8 + sizes.get(key, 0)
     if position > end or begins.keys() != sizes.keys():
-        raise _PickleError("truncated: it ends within a tensor")
+        raise _PickleError("truncated, or its storages are not those of its tensors")
     return _unpickled(file, start, end, calls, locate)[0]
 
 
@@ -167,12 +165,10 @@ def _read_zip(file: OpenedFile, begin: int, end: int) -> Any:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise _PickleError("is a compressed or encrypted archive, which torch.save never makes")
         head = file.read_at(_LOCAL_HEADER.size, begin + info.header_offset)
-        if len(head) < _LOCAL_HEADER.size or not head.startswith(_ZIP):
-            raise _PickleError("a damaged archive: a member is not where it should be")
-        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head)
+        _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head.ljust(_LOCAL_HEADER.size))
         at = begin + info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        if at + info.file_size > end:
-            raise _PickleError("truncated: the archive ends within a tensor")
+        if not head.startswith(_ZIP) or at + info.file_size > end:
+            raise _PickleError("a truncated archive, or a member is not where it should be")
         return _Bytes(at, info.file_size)
 
     def locate(key: str, nbytes: int) -> int:
@@ -258,8 +254,6 @@ def _unpickled(
     stream = _Range(file, begin, end)
     try:
         return _Unpickler(stream, calls, locate).load(), stream.position
-    except _PickleError:
-        raise
     except (
         pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError, OverflowError,
         struct.error, RecursionError, MemoryError,
@@ -287,11 +281,9 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """The storage of ("storage", type, key, location, number of elements, ...)."""
         known = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
-        if self._locate is None or not known:
-            raise _PickleError("refers to objects outside the file")
+        if self._locate is None or not known or not is_sizes(pid[4:5]):
+            raise _PickleError("refers to objects outside the file, or to a storage without a size")
         dtype, count = _storage_dtype(pid[1]), pid[4]
-        if not is_sizes((count,)):
-            raise _PickleError("a tensor with a malformed size")
         nbytes = count * (ITEM_BYTES[dtype] if dtype else 1)
         return _Bytes(self._locate(pid[2], nbytes), nbytes, dtype)
 
@@ -358,10 +350,9 @@ def _checked_pairs(pairs: Any) -> dict[Any, Any]:
     made = {}
     for key, value in pairs:
         for part in key if isinstance(key, tuple) else (key,):
-            if not isinstance(part, str | int | float | Node | _Name | None):
-                raise _PickleError(f"a key of a dict is a {type(part).__name__}")
-            if isinstance(part, int) and abs(part) >= 2**63:  # as text it may take forever, too
-                raise _PickleError("a key of a dict is an int of many digits")
+            is_long = isinstance(part, int) and abs(part) >= 2**63  # as text it may take forever, too
+            if is_long or not isinstance(part, str | int | float | Node | _Name | None):
+                raise _PickleError(f"a key of a dict is a {type(part).__name__}, or an int of many digits")
         made[key] = value
     return made
 
@@ -381,11 +372,10 @@ def _storage_dtype(kind: Any) -> str | None:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> TensorEntry:
-    if not isinstance(storage, _Bytes):
-        raise _PickleError("a tensor without a storage")
-    own, fits = dtype or storage.dtype, is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
+    own = dtype or storage.dtype if isinstance(storage, _Bytes) else None
+    fits = is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
     if own is None or not fits or not len(shape) == len(strides) <= 64 or math.prod(s or 1 for s in shape) >= 2**60:
-        raise _PickleError("a tensor with a malformed shape")
+        raise _PickleError("a tensor without a storage, or with a malformed shape")
     item, count, reach = ITEM_BYTES[own], math.prod(shape), 0
     if count:
         reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))

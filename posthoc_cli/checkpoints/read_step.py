@@ -15,7 +15,7 @@ from typing import NamedTuple
 from posthoc_cli.checkpoints.read_file import ENDINGS
 from posthoc_cli.checkpoints.read_model import IndexedCheckpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
-from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.headers import parse_object
 from posthoc_cli.snapshots.tensor_file import read_small_file
 
 _TRAINER_STATE = "trainer_state.json"
@@ -129,8 +129,7 @@ def _trainer_step(path: Path) -> float | None:
     state = path / _TRAINER_STATE
     if not (path.is_dir() and state.is_file()):
         return None
-    found = parse_json(state, read_small_file(state, _MOST_STATE), "state of a Trainer")
-    step = found.get("global_step") if isinstance(found, dict) else None
+    step = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer").get("global_step")
     if type(step) is not int:
         raise FileFormatError(state, "has no global_step")
     return step

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.ema_formats import Tensors
 from posthoc_cli.checkpoints.read_step import read_number
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, brief, check_count, check_word
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.profiles.other_libraries import POWER, RAMP_UP, WARM_UPS, Decay
 from posthoc_cli.snapshots.selection import check_globs, make_selection
@@ -52,28 +53,25 @@ class Settings:
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS:
-            raise InvalidValueError("kind", f"must be one of {', '.join(KINDS)}", value=f"{self.kind!r}")
+        if self.kind is not None:
+            check_word("kind", self.kind, KINDS)
         if not isinstance(self.sigma_rels, Iterable):
-            raise InvalidValueError("sigma_rels", "must be a list of widths", value=f"{self.sigma_rels!r}")
+            raise InvalidValueError("sigma_rels", "must be a list of widths", value=brief(self.sigma_rels))
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel)
         for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise InvalidValueError(name, f"must be a whole number, at least {least}", value=value)
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, least)
         self.rule()
         if any(type(step) is not int or step < 1 for step in self.ema_restarts):
             raise InvalidValueError("ema_restarts", "must be steps, above 0", value=f"{self.ema_restarts!r}")
         if not isinstance(self.prefix, str):
-            raise InvalidValueError("prefix", "must be a text", value=repr(self.prefix))
-        try:
+            raise InvalidValueError("prefix", "must be a text", value=brief(self.prefix))
+        groups = 0
+        with suppress(re.error, TypeError):
             groups = 1 if self.step_from is None else re.compile(self.step_from).groups
-        except (re.error, TypeError) as error:
-            reason = f"is no regular expression: {error}"
-            raise InvalidValueError("step_from", reason, value=self.step_from or "") from None
         if groups != 1:
-            reason = r"must have one group, for the step, such as 'step(\d+)'"
+            reason = r"must be a regular expression with one group, for the step, such as 'step(\d+)'"
             raise InvalidValueError("step_from", reason, value=self.step_from or "")
         selection = make_selection(self.include, self.exclude, "copy")
         plain = {"include": selection.include, "exclude": selection.exclude}

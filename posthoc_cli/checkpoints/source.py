@@ -30,13 +30,14 @@ from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.reading import Part
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
+_CHOOSE = "import with `include`, `exclude` or `prefix`"
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
 
 @dataclass(frozen=True)
-class CheckpointInfo(fmt.ByRole):
-    """What is known of a checkpoint beside its tensors: see `sources.SourceInfo`.
+class CheckpointInfo(fmt.SourceInfo):
+    """What is known of a checkpoint beside its tensors: see `format.SourceInfo`.
 
     Attributes:
         profile: what its tensors are of: the weights at one time (`Point`), or an average.
@@ -66,7 +67,7 @@ class CheckpointInfo(fmt.ByRole):
     sketch: str = ""
 
     @property
-    def t(self) -> float:
+    def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
         """Its time."""
         return self.profile.t
 
@@ -212,7 +213,8 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     ordered = _named(ordered)
     first = ordered[0]
     for one in ordered[1:]:
-        _check_alike(first, one)
+        if (difference := _difference(first, one)) is not None:
+            raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
     ids = {one.info.run_id for one in ordered}
     if len(ids) > 1:
         other = next(one for one in ordered if one.info.run_id != first.info.run_id)
@@ -254,18 +256,16 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
         if not isinstance(one.profile, Point):
             raise MismatchError(pair, "are averages of two libraries", "open one of them")
         for name, tensor in newest.info.tensors.items():
-            found = one.stored.get(name)
+            own, found = newest.stored[name], one.stored.get(name)
             if found is None:
-                raise MismatchError(
-                    pair,
-                    f"are of different models: {one.name} has no {shown(name)}",
-                    "import with `include`, `exclude` or `prefix`",
-                )
-            if found.shape != newest.stored[name].shape:
-                reason = f"have shapes {list(newest.stored[name].shape)} and {list(found.shape)}"
-                raise MismatchError(f"tensor {shown(name)} of {pair}", reason)
-            if tensor.role == "average" and found.dtype not in EPS:
-                raise MismatchError(f"tensor {shown(name)} of {pair}", "is no floating-point number in the latter")
+                reason = f"are of different models: {one.name} has no {shown(name)}"
+            elif found.shape != own.shape:
+                reason = f"have shapes {list(own.shape)} and {list(found.shape)} of tensor {shown(name)}"
+            elif tensor.role == "average" and found.dtype not in EPS:
+                reason = f"do not match: tensor {shown(name)} is no floating-point number in the latter"
+            else:
+                continue
+            raise MismatchError(pair, reason, _CHOOSE)
         t = float(clock.time_at(one.info.step))
         like = newest.info
         info = replace(
@@ -276,27 +276,24 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
     return made
 
 
-def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
-    pair = f"{first.path} and {other.path}"
+def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
+    """Why two checkpoints cannot be of one model, to follow their names; None if they can."""
     names = [{*one.stored, *one.info.aliases} for one in (first, other)]
-    if names[0] != names[1]:
-        differing = sorted(names[0] ^ names[1])
+    if differing := sorted(names[0] ^ names[1]):
         only = first if differing[0] in names[0] else other
-        reason = f"are of different models: only {only.name} has {names_in(differing[:1])}"
-        reason += f", and {len(differing) - 1} more differ" * (len(differing) > 1)
-        raise MismatchError(pair, reason, "import with `include`, `exclude` or `prefix`")
+        more = f", and {len(differing) - 1} more differ" * (len(differing) > 1)
+        return f"are of different models: only {only.name} has {names_in(differing[:1])}{more}"
     if first.info.aliases != other.info.aliases:
         tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
-        raise MismatchError(pair, f"differ in what {shown(tied[0])} is tied to")
+        return f"differ in what {shown(tied[0])} is tied to"
     for name, entry in first.stored.items():
         found = other.stored[name]
         if entry.shape != found.shape:
-            reason = f"have shapes {list(entry.shape)} and {list(found.shape)}"
-            raise MismatchError(f"tensor {shown(name)} of {pair}", reason)
-        roles = {one.info.tensors[name].role for one in (first, other)}
-        if len(roles) > 1:
-            words = [DTYPES[one.stored[name].dtype].torch_name for one in (first, other)]
-            raise MismatchError(f"tensor {shown(name)} of {pair}", f"is of {words[0]} and of {words[1]}")
+            return f"have shapes {list(entry.shape)} and {list(found.shape)} of tensor {shown(name)}"
+        if first.info.tensors[name].role != other.info.tensors[name].role:
+            words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
+            return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
+    return None
 
 
 def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:

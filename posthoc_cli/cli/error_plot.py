@@ -91,8 +91,6 @@ def _schedules(sigma_rels: list[str], steps: list[str], every: list[str], most: 
 
 def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     """The value for each schedule: one for all, or one each."""
-    if schedules and not texts:
-        raise InvalidValueError(option, "is missing; a schedule needs it")
     if len(texts) not in (1, schedules):
         times = f"give it once, or once for each --sigma-rels ({schedules}); it came {len(texts)} times"
         raise InvalidValueError(option, times)

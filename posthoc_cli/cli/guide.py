@@ -9,7 +9,7 @@ from importlib.resources import files
 from typer import Argument
 
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import check_word
 
 EPILOG = "Example:  ema guide training"
 WIDEST = 120
@@ -34,8 +34,8 @@ def guide(
     On a terminal the page is rendered, in the pager; in a pipe it is the Markdown source.
     """
     guides = _read_guides()
-    if name is not None and name not in guides:
-        raise InvalidValueError("guide", f"must be one of {', '.join(guides)}", value=name)
+    if name is not None:
+        check_word("guide", name, guides)
     # Each begins with a line such as "# Training: record averages while a model trains".
     about = {page: source.splitlines()[0].partition(": ")[2] for page, source in guides.items()}
     if as_json:

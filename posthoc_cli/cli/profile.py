@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_alone
 from posthoc_cli.targets import NUMBER_FORMS, parse_numbers
 
 EPILOG = (
@@ -32,8 +32,7 @@ def profile(
     """
     from posthoc_cli.profiles import convert
 
-    if sigma_rel is not None and beta is not None:
-        raise InvalidValueError("--sigma-rel and --beta", "give one of them")
+    check_alone(sigma_rel=sigma_rel, beta=beta)
     if beta is not None and steps is None:
         reason = "is missing: a decay has another sigma_rel for each length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")

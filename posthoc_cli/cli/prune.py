@@ -9,7 +9,7 @@ import typer
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import check_alone
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.pruning import Pruning
@@ -38,8 +38,7 @@ def prune(
     from posthoc_cli.run import Run
     from posthoc_cli.snapshots.pruning import file_bytes
 
-    if [keep, max_size, max_error].count(None) != 2:
-        raise InvalidValueError("--keep, --max-size and --max-error", "give one of them")
+    check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
     count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
     max_bytes = values.optional(resources.parse_bytes, max_size, "--max-size")
     error = values.optional(values.parse_max_error, max_error)

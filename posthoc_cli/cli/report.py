@@ -11,7 +11,7 @@ from typer import Argument
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError, check_alone
 
 if TYPE_CHECKING:
     from posthoc_cli.run import Run
@@ -53,8 +53,7 @@ def report(
     for folder in folders:
         if not folder.is_dir():
             raise InvalidValueError("--sweep", "is not a folder", "name the folder of a sweep", value=folder)
-    if watch and as_json:
-        raise InvalidValueError("--watch and --json", "give one of them")
+    check_alone(watch=watch, as_json=as_json)
     if watch:
         for run in runs:
             if not run.directory.is_dir():

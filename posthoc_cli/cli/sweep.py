@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_alone
 
 if TYPE_CHECKING:
     from posthoc_cli.sweep import SweepReport
@@ -100,8 +100,7 @@ def sweep(
 
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
-    if sigma_rel is not None and target is not None:
-        raise InvalidValueError("--sigma-rel and --target", "give one of them")
+    check_alone(sigma_rel=sigma_rel, target=target)
     length = values.optional(Axis.of_kind, sigma_rel, "--sigma-rel")
     axis = values.optional(Axis.parse, target, "--target") or length
     out = files.expanded(out)

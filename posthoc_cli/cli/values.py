@@ -112,10 +112,8 @@ _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
     """A whole number from 1.2e9, 1.2B, 350M or 350,000,000."""
     value = resources.parse_amount(text, _COUNTS)
-    if value is None or value != value.to_integral_value():
-        raise bad(option, text, f"must be a whole number, at least 1, such as {example}")
-    if value > resources.MOST:
-        raise bad(option, text, f"must be at most {resources.MOST:,}")
+    if value is None or value > resources.MOST or value != value.to_integral_value():
+        raise bad(option, text, f"must be a whole number from 1 to {resources.MOST:.1e}, such as {example}")
     return int(value)
 
 
@@ -136,9 +134,9 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
 
     try:
         low, high = (float(end) for end in text.split(":"))
+        return check_sigma_range((low, high))
     except ValueError:
-        raise bad("--sigma-range", text, "must be LOW:HIGH, such as 0.05:0.28") from None
-    return check_sigma_range((low, high))
+        raise bad("--sigma-range", text, "must be LOW:HIGH in (0, 0.2887), such as 0.05:0.28") from None
 
 
 def parse_max_error(text: str) -> float:
@@ -250,8 +248,7 @@ def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: 
     path = files.expanded(path)
     if path.suffix not in endings:
         raise InvalidValueError(option, f"must end in {', '.join(endings)}", value=path)
-    if not path.parent.is_dir():
-        raise InvalidValueError(option, "its folder does not exist", value=path)
+    files.check_parent(option, path)
     if path.exists() and not overwrite:
         raise OutputExistsError(path, "is there already", "choose another name, or --overwrite to replace it")
     return path

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import files, plots
 from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Settings, Validation, make_waves, train
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
+from posthoc_cli.errors import OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
 from posthoc_cli.sweep.results import RAW, Record, draw
@@ -218,18 +218,14 @@ class Folder:
 
     def prepare(self, overwrite: bool) -> None:
         """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
-        if not self.root.parent.is_dir():
-            raise InvalidValueError("out", "its parent folder does not exist", value=self.root)
-        if self.root.exists() and not self.root.is_dir():
-            raise OutputExistsError(self.root, "is a file", "name a folder")
+        files.check_parent("out", self.root)
         marker = self.root / _MARKER
-        if self.root.is_dir() and any(self.root.iterdir()):
-            if not marker.is_file():
-                raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
-            if not overwrite:
-                raise OutputExistsError(
-                    self.root, "holds an earlier demo", "name another folder, or overwrite=True to replace it"
-                )
+        is_empty = self.root.is_dir() and not any(self.root.iterdir())
+        if self.root.exists() and not (is_empty or marker.is_file()):
+            raise OutputExistsError(self.root, "is there already, and no earlier demo made it", "name another folder")
+        if marker.is_file() and not overwrite:
+            hint = "name another folder, or overwrite=True to replace it"
+            raise OutputExistsError(self.root, "holds an earlier demo", hint)
         for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
             if folder.is_symlink():
                 raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")

@@ -213,10 +213,9 @@ def _read_file(
         info = decode_output(file.path, file.header)
         roles = dict.fromkeys(entries, "average") | dict.fromkeys(running_statistics(entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
-    elif kind == "state":
-        raise FileFormatError(file.path, "is a tracker's state, not weights", "export a snapshot, or a synthesis")
     elif kind is not None:
-        raise FileFormatError(file.path, f"its ema.format is {shown(kind)}, which this release does not know")
+        reason = f"its ema.format is {shown(kind)}: no weights, or of a later release"
+        raise FileFormatError(file.path, reason, "export a snapshot, or a synthesis")
     return {name: _planned(file, name, entry.dtype, roles[name], dtype) for name, entry in entries.items()}, info
 
 

@@ -29,6 +29,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     VanishedError,
     WriteError,
+    check_word,
     shown,
 )
 from posthoc_cli.snapshots import format as fmt
@@ -175,8 +176,7 @@ def layout_of(path: Path, layout: str | None) -> str:
             hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
             raise InvalidValueError(path, "its ending names no layout", hint)
         return named or "sharded"
-    if layout not in LAYOUTS:
-        raise InvalidValueError("layout", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+    check_word("layout", layout, LAYOUTS)
     if named not in (None, layout) and not path.is_dir():
         accepted = LAYOUTS[layout]
         wanted = f"must end in {', '.join(accepted)}" if accepted else "must be that of a folder"
@@ -199,16 +199,11 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
         InvalidValueError: several targets, but one output for them or for two of them; or a pattern that a target
             cannot fill in.
     """
-    if not out:
-        hint = f"name a file, a folder, or a pattern with {_SIGMA_REL} or {_TARGET}"
-        raise InvalidValueError("out", "is empty", hint)
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
         raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
-    path, pattern, folder = files.expanded(out), out, None
+    path, pattern, folder = files.expanded(files.given_path("out", out)), out, None
     if _SIGMA_REL not in out and _TARGET not in out:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
         is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
         if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
             return [path], None
@@ -216,6 +211,8 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
             place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
             example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
             raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
+        if path.exists() and not path.is_dir():
+            raise InvalidValueError("out", "is no folder", "name a file with its ending, or a folder", value=out)
         pattern, folder = str(path / f"{_TARGET}{suffix_of(layout)}"), path
     taken: dict[Path, Target] = {}
     for target in targets:
@@ -353,8 +350,7 @@ def make_sink(
     layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
 ) -> Sink:
     """A sink for the tensors of one output; call its `discard` at the end in any case."""
-    if not path.parent.is_dir():
-        raise InvalidValueError("out", "its folder does not exist", value=path)
+    files.check_parent("out", path)
     if options.overwrite:
         check_no_snapshot(path)
     for folder in (path.parent, path):
@@ -595,11 +591,10 @@ class _DcpSink(_MemorySink):
     """A folder of torch.distributed.checkpoint, which appears complete or not at all."""
 
     def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
-        if os.path.lexists(folder) and not (folder.is_dir() and not folder.is_symlink()):
-            raise OutputExistsError(folder, "is no folder, which this layout needs", "choose another name")
-        there = list(folder.iterdir()) if folder.is_dir() else []
-        if there and not (overwrite and _is_dcp_folder(there)):
-            what = "holds a model already" if _is_dcp_folder(there) else "holds something else"
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        there = list(folder.iterdir()) if is_folder else []
+        if os.path.lexists(folder) and not (is_folder and (not there or (overwrite and _is_dcp_folder(there)))):
+            what = "holds a model already" if _is_dcp_folder(there) else "is or holds something else"
             raise OutputExistsError(folder, what, "choose another folder, or overwrite=True to replace a model")
         super().__init__(specs)
         self._folder, self._made = folder, files.temporary_path(folder.parent)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_alone
 from posthoc_cli.export.layouts import PICKLES, OutputOptions, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -106,8 +107,8 @@ class Outputs:
         options = replace(asked, device=check_device(device), layout=layout)
         paths, container = ([], None) if out is None else output_paths(targets, str(out), layout)
         for path in paths:
-            if not asked.dry_run and not (container or path).parent.is_dir():
-                raise InvalidValueError("out", "its folder does not exist", value=container or path)
+            if not asked.dry_run:
+                files.check_parent("out", container or path)
             if like is None:
                 options.check_layout(path)
         if asked.dry_run:
@@ -143,8 +144,7 @@ class Outputs:
 def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
     """Check options that contradict each other."""
     asked.shard_bytes  # noqa: B018  checks it, also where nothing is written
-    if asked.overwrite and asked.skip_existing:
-        raise InvalidValueError("overwrite and skip_existing", "give one of them")
+    check_alone(overwrite=asked.overwrite, skip_existing=asked.skip_existing)
     if out is None and not asked.dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if asked.like is None and asked.component is not None:

@@ -52,7 +52,7 @@ class PostHocWeightAveraging(Callback):
     ) -> None:  # fmt: skip
         if copy_at_end and (validate is None or isinstance(validate, list | tuple)):
             raise InvalidValueError("copy_at_end", "needs one length of the average", "say validate=0.15")
-        self._lengths = lengths("validate", validate)
+        self._lengths = lengths(validate)
         self._single = None if isinstance(validate, list | tuple) else next(iter(self._lengths.values()), None)
         self._saved = self._single  # the average in checkpoints
         self._found: dict[str, Any] = {}  # metrics of several

@@ -53,7 +53,7 @@ class PostHocCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         if folders and evaluate is None:
             raise InvalidValueError("folders", "needs the length of the average to save", "say evaluate=0.15")
-        self._lengths = lengths("evaluate", evaluate)
+        self._lengths = lengths(evaluate)
         names = "ema_{}" if isinstance(evaluate, list | tuple) else "ema"
         self._names = {label: names.format(label) for label in self._lengths}  # of metrics, and of folders
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options

@@ -6,13 +6,13 @@ import csv
 import io
 import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError, printable, shown
+from posthoc_cli.errors import InvalidValueError, brief, check_number, printable
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
@@ -319,30 +319,22 @@ def _kind(profile: StoredProfile) -> str:
 
 def check_within(name: str, value: float, known: Collection[float]) -> float:
     """A time or a step between those of the first snapshot and of the last, or an InvalidValueError."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidValueError(name, "must be a number", value=shown(value))
-    if not min(known) <= value <= max(known):
-        ends = f"the first snapshot, {min(known):,.12g}, and the last, {max(known):,.12g}"
-        raise InvalidValueError(name, f"must lie between {ends}", value=f"{value:.12g}")
-    return value
+    low, high = min(known), max(known)
+    accepted = f"lie between the first snapshot, {low:,.12g}, and the last, {high:,.12g}"
+    return check_number(name, value, lambda time: low <= time <= high, accepted)
 
 
 def check_max_error(max_error: float | None) -> None:
     """Raise an InvalidValueError unless it is None or a number above 0."""
-    if max_error is not None and not (isinstance(max_error, Real) and max_error > 0):
-        raise InvalidValueError("max_error", "must be a number above 0, such as 0.01", value=shown(max_error))
+    if max_error is not None:
+        check_number("max_error", max_error, lambda error: error > 0, "be a number above 0, such as 0.01")
 
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
     """The two ends of a range of sigma_rel, the lower one first, or an InvalidValueError."""
-    try:
-        low, high = (check_sigma_rel(s) for s in sigma_range)
-    except InvalidValueError as error:
-        raise InvalidValueError("sigma_range", str(error)) from error
-    except (TypeError, ValueError) as error:
-        reason = "must be two numbers, such as (0.05, 0.28)"
-        raise InvalidValueError("sigma_range", reason, value=f"{sigma_range!r}") from error
-    if not low < high:
-        reason = f"the first must be below the second, both in (0, {UNIFORM_SIGMA_REL:.4f})"
-        raise InvalidValueError("sigma_range", reason, value=f"{low:g}:{high:g}")
-    return low, high
+    with suppress(TypeError, ValueError):
+        low, high = map(check_sigma_rel, sigma_range)
+        if low < high:
+            return low, high
+    reason = f"must be two numbers in (0, {UNIFORM_SIGMA_REL:.4f}), the first below the second"
+    raise InvalidValueError("sigma_range", reason, value=brief(sigma_range))

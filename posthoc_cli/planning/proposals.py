@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.errors import InvalidValueError, check_number, percent
 from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
@@ -77,8 +77,8 @@ class Task:
         check_sigma_range(self.sigma_range)
         counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
         for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():
-            if value is not None and not 1 <= value <= 10**15:
-                raise InvalidValueError(name, "must be a whole number from 1 to 1e15", value=value)
+            if value is not None:
+                check_number(name, value, lambda count: 1 <= count <= 10**15, "be a whole number from 1 to 1e15")
         if self.dtype is not None:
             relative_rounding(self.dtype)
         if self.checkpoint_every is not None:

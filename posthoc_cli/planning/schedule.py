@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, percent
+from posthoc_cli.errors import InvalidValueError, check_number, check_word, percent
 from posthoc_cli.planning.thinning import USEFUL_RANGE, range_of, snapshots_to_drop
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import ASSUMED_STRETCH, ROUNDING, Motion, Prior, assumed_prior, expected_errors
@@ -34,8 +34,7 @@ def relative_rounding(dtype: str) -> float:
     Raises:
         InvalidValueError: a dtype that no plan has.
     """
-    if dtype not in PLANNED_BYTES:
-        raise InvalidValueError("dtype", f"must be one of {', '.join(PLANNED_BYTES)}", value=f"{dtype!r}")
+    check_word("dtype", dtype, PLANNED_BYTES)
     return ROUNDING * EPS[WORDS[dtype]]
 
 
@@ -60,12 +59,9 @@ class Schedule:
     def __post_init__(self) -> None:
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel)
-        for name, value in (("steps", self.steps), ("checkpoint_every", self.checkpoint_every)):
-            if value < 1:
-                raise InvalidValueError(name, "must be at least 1", value=value)
-        if self.max_checkpoints is not None and self.max_checkpoints < 1:
-            reason = "must be at least 1, or None to keep all"
-            raise InvalidValueError("max_checkpoints", reason, value=self.max_checkpoints)
+        for name in ("steps", "checkpoint_every", "max_checkpoints"):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, lambda count: count >= 1, "be at least 1")
         check_interval(self.checkpoint_every, self.steps)
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:

@@ -28,8 +28,6 @@ class Point:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "t", float(self.t))
-        if not 0 < self.t < math.inf:
-            raise InvalidValueError("t", "must be above 0 and finite", value=f"{self.t:,.12g}")
 
     @property
     def t_first(self) -> float:
@@ -68,16 +66,13 @@ class Discrete:
         self, times: Sequence[float] | FloatArray, masses: Sequence[float] | FloatArray, t: float = 0.0
     ) -> None:
         at, mass = np.array(times, dtype=np.float64), np.array(masses, dtype=np.float64)
-        if at.ndim != 1 or at.size == 0 or at.shape != mass.shape:
-            found = f"times of shape {at.shape} with masses of shape {mass.shape}"
-            raise InvalidValueError("masses", f"must be one for each time, one at least, not {found}")
-        end = float(t) if t else float(at[-1])
-        if not (np.all(np.diff(at, prepend=0.0) > 0) and at[-1] <= end < math.inf):
-            raise InvalidValueError("times", "must be finite and grow from above 0, up to t at most")
-        total = float(mass.sum())
-        if not (np.all(mass >= 0) and abs(total - 1) <= _SUM):
-            raise InvalidValueError("masses", f"must be 0 or above, with sum 1, not {total:.6g}")
-        mass /= total
+        is_alike = at.ndim == 1 and at.shape == mass.shape and at.size > 0
+        end = float(at[-1]) if is_alike and not t else float(t)
+        if not (is_alike and np.all(np.diff(at, prepend=0.0) > 0) and at[-1] <= end < math.inf
+                and np.all(mass >= 0) and abs(mass.sum() - 1) <= _SUM):  # fmt: skip
+            reason = "must grow from above 0 up to t, each time with a mass, of sum 1"
+            raise InvalidValueError("times and masses", reason)
+        mass /= mass.sum()
         for name, value in (("times", at), ("masses", mass), ("t", end)):
             object.__setattr__(self, name, value)
 

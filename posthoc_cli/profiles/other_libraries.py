@@ -47,9 +47,6 @@ def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int
     Raises:
         InvalidValueError: a value is out of its range.
     """
-    for name, value, least in (("step", step, 1), ("update_every", update_every, 1), ("started", started, 0)):
-        if value < least:
-            raise InvalidValueError(name, f"must be at least {least}", value=value)
     calls = _calls(1, step, update_every)
     return _product(calls + started, (gamma + 1) * np.log1p(-1 / (calls + 1)), update_every, step + started)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_number
 from posthoc_cli.profiles.tracked import Clock, FloatArray, Profile, gamma_from_sigma_rel, sigma_rel_from_gamma
 
 
@@ -74,8 +74,6 @@ def classical_beta(sigma_rel: float, steps: int) -> float:
 
 def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     """The inverse of `classical_beta`, for beta below 1 - 2 / (steps + 1), which has the uniform average's mean age."""
-    if steps < 2:
-        raise InvalidValueError("steps", "must be at least 2", value=steps)
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         reason = f"after {steps:,} steps it must lie in (0, {longest:.7g}), below the mean age of the uniform average"
@@ -119,8 +117,7 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
     Raises:
         InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
     """
-    if not 1 <= steps <= 10**15:
-        raise InvalidValueError("steps", "must be from 1 to 1e15", value=f"{steps:g}")
+    check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
     pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
     pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
     gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in pairs]
@@ -180,6 +177,8 @@ class StepWindow:
         """Mass after `s`: (n(t) - n(s)) / steps, between 0 and 1."""
         return np.clip((self.clock.step_at(self.t) - self.clock.step_at(s)) / self.steps, 0.0, 1.0)
 
+
+BoolArray = npt.NDArray[np.bool_]
 
 _SLACK = 1e-9
 """Accepted rounding error of a tail."""
@@ -247,24 +246,20 @@ def try_profile(profile: Profile, t: float, title: str) -> None:
     near = np.geomspace(1e-9, 1e-3, 61)
     inside = np.unique(np.concatenate((np.arange(1, 1025) / 1024, near, 1 - near))) * t
     density = _values(profile, "density", inside, title)
-    if np.any(density < 0):
-        lowest = density.argmin()
-        reason = f"density is {density[lowest]:.6g} at s = {inside[lowest]:,.12g}; must not be below 0"
-        raise InvalidValueError(title, reason)
+    _check(title, "density", inside, density, density < 0, "must not be below 0")
     times = np.concatenate(([-t, -1e-6 * t, 0.0], inside, [1.5 * t]))
     tail = _values(profile, "tail", times, title)
-    outside, growth = np.maximum(tail - 1, -tail), np.diff(tail)
-    if outside.max() > _SLACK:
-        worst = outside.argmax()
-        reason = f"tail is {tail[worst]:.6g} at s = {times[worst]:,.12g}; must lie in [0, 1], and be 1 before 0"
-        raise InvalidValueError(title, reason)
-    before, after = 1 - tail[times < 0].min(), tail[times >= t].max()
-    for mass, where in ((before, "before 0"), (after, f"after t = {t:,.12g}")):
-        if mass > _SLACK:
-            raise InvalidValueError(title, f"{mass:.6g} of its mass lies {where}; must lie within the run, (0, t]")
-    if growth.max() > _SLACK:
-        reason = f"tail grows after s = {times[growth.argmax()]:,.12g}; the mass after s must never grow"
-        raise InvalidValueError(title, reason)
+    least, most = np.where(times < 0, 1.0, 0.0), np.where(times >= t, 0.0, 1.0)
+    accepted = f"must lie in [0, 1], be 1 before 0, and 0 from t = {t:,.12g} on"
+    _check(title, "tail", times, tail, (tail < least - _SLACK) | (tail > most + _SLACK), accepted)
+    _check(title, "tail", times[1:], tail[1:], np.diff(tail) > _SLACK, "must never grow")
+
+
+def _check(title: str, name: str, times: FloatArray, values: FloatArray, is_wrong: BoolArray, accepted: str) -> None:
+    """Raise an InvalidValueError about the first time at which one of the functions is wrong."""
+    if is_wrong.any():
+        first = is_wrong.argmax()
+        raise InvalidValueError(title, f"{name} is {values[first]:.6g} at s = {times[first]:,.12g}; {accepted}")
 
 
 def _values(profile: Profile, name: str, times: FloatArray, title: str) -> FloatArray:
@@ -278,7 +273,5 @@ def _values(profile: Profile, name: str, times: FloatArray, title: str) -> Float
     if result.shape != times.shape:
         reason = f"{name} of times of shape {times.shape} has shape {result.shape}; must have the same"
         raise InvalidValueError(title, reason)
-    if not np.all(np.isfinite(result)):
-        worst = np.argmin(np.isfinite(result))
-        raise InvalidValueError(title, f"{name} is {result[worst]} at s = {times[worst]:,.12g}; must be finite")
+    _check(title, name, times, result, ~np.isfinite(result), "must be finite")
     return result

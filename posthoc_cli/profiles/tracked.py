@@ -109,8 +109,6 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain of such
     updates leaves on each value the power function's mass on the interval before it. `t_prev` = 0 is the first update.
     """
-    if not 0 <= t_prev < t:
-        raise InvalidValueError("t", f"must grow; the last update was at t = {t_prev:,.12g}", value=f"{t:,.12g}")
     if t_prev == 0:
         return 1.0
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))

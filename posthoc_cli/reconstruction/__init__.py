@@ -1,10 +1,12 @@
 """Coefficients of the linear combination of stored averages that is nearest to a wanted one.
 
 `solving` has both methods: the published one, and minimum variance, the default. `prior` and `motion` are what the
-latter knows of a run, `basis` the closed forms of both. NumPy serves but for rare problems, which import SciPy.
+latter knows of a run, `basis` the closed forms of both, `least_squares` their linear algebra. NumPy serves but for rare
+problems, which import SciPy.
 """
 
 from posthoc_cli.reconstruction.basis import points_of, relative_width
+from posthoc_cli.reconstruction.least_squares import Losses
 from posthoc_cli.reconstruction.motion import Motion, Steps
 from posthoc_cli.reconstruction.prior import (
     ASSUMED,
@@ -25,7 +27,6 @@ from posthoc_cli.reconstruction.sketch import Sketch
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,
-    Losses,
     MinimumVariance,
     Reconstruction,
     check_method,

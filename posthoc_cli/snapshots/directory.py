@@ -350,8 +350,6 @@ def _check_parts(parts: list[Snapshot]) -> None:
             raise MismatchError(pair, "are both part {} of {}".format(*(part.info.part or (0, 0))), "remove one")
     for part in parts[1:]:
         pair = f"{first.path} and {part.path}"
-        if first.info.run_id != part.info.run_id:
-            raise MismatchError(pair, f"are of different runs ({first.info.run_id[:8]} and {part.info.run_id[:8]})")
         for key, value in vars(first.info).items():
             if key not in _OWN and getattr(part.info, key) != value:
                 raise MismatchError(pair, f"are not of one snapshot: they differ in ema.{key}")
@@ -577,10 +575,9 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
     Nothing there is replaced; missing paths are skipped. A DirectoryError if it is a link or no folder.
     """
-    if folder.is_symlink():
-        raise DirectoryError(folder, "is a symbolic link; snapshots would leave the directory", "remove it")
-    if folder.exists() and not folder.is_dir():
-        raise DirectoryError(folder, "is not a directory; snapshots are set aside in one of that name", "move it away")
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        reason = "is a link or no directory; snapshots are set aside in a directory of that name"
+        raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []

@@ -150,6 +150,7 @@ import json
 import math
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
@@ -279,10 +280,43 @@ class TrackedTensor:
     dtype: Dtype
 
 
-class ByRole:
-    """Names of tensors by how a run treats them."""
+class SourceInfo:
+    """What is known of a stored average beside its tensors; of a snapshot its header has it.
 
+    Attributes:
+        run_id: 32 hexadecimal digits, the same for all sources of a run.
+        t: training time of the average.
+        t_unit: what `t` counts.
+        step: of the training up to `t`.
+        sigma_rel: the width that the average was tracked for; 0 without one.
+        t_first: the earliest time that has mass in averages of the run, as far as this source tells.
+        tensors: role and own dtype of each stored tensor.
+        aliases: further names of tensors, each with the name that it is stored under.
+        left_out: names of the model's state that were not tracked.
+        measurements: what was measured of it; None where it must be estimated.
+        sketch: the weights' path up to its time, see `encode_path`; empty where it is unknown.
+    """
+
+    run_id: str
+    t: float
+    t_unit: str
+    step: int
+    sigma_rel: float
+    t_first: float
     tensors: dict[str, TrackedTensor]
+    aliases: dict[str, str]
+    left_out: tuple[str, ...]
+    measurements: Measurements | None
+    sketch: str
+
+    @property
+    @abstractmethod
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """Known pairs of step and time, growing."""
+
+    @abstractmethod
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """What reconstruction uses of it, with this profile where that is no power function."""
 
     @property
     def copies(self) -> list[str]:
@@ -313,7 +347,7 @@ class TrackingSchedule:
 
 
 @dataclass(frozen=True)
-class SnapshotInfo(ByRole):
+class SnapshotInfo(SourceInfo):
     """All metadata of a snapshot, in a header's order; from `selection` on empty where it has none."""
 
     run_id: RunId
@@ -581,20 +615,13 @@ def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArr
     data = base64.b64decode(text, validate=True)
     counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
     windows, numbers, size, _ = counts
-    if not (0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)):
-        raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
     first = 32 + 8 * (3 * windows + 2)
     rest = first + 4 * numbers * (windows if size == 4 else 1)
-    if len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
-        raise ValueError(f"has {len(data):,} bytes, which are not {windows:,} windows of {numbers:,} numbers")
+    is_sketch = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)
+    if not is_sketch or len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
+        raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
     pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
     known, means, steps = (np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces)
-    times = known[: windows + 1]
-    in_order = 0 < times[0] <= times[1] and np.all(np.diff(times[1:]) > 0)
-    if not (in_order and np.all(known >= 0) and np.all(known[windows + 1 : 2 * windows + 1] >= 1)):
-        raise ValueError("its times must grow, and no number be negative")
-    if not all(np.abs(part).max(initial=0.0) < _MOST for part in (known, means, steps)):
-        raise ValueError(f"its numbers must be below {_MOST:g}")
     return counts, known, means.reshape(-1, numbers), steps.reshape(-1, numbers)
 
 

@@ -73,18 +73,16 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
     if rest is None:
         metadata, tensors = cache.once("whole header", text, lambda: _decode_whole(path, text))
     else:
-        tensors = cache.once("header", rest, lambda: _decode_entries(path, parse_json(path, rest, "header")))
+        tensors = cache.once("header", rest, lambda: _decode_entries(path, parse_object(path, rest, "header")))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(path, "__metadata__ must map names to strings")
     header = fmt.FileHeader(cache.texts(metadata), tensors, len(start))
     if file_bytes is not None and header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "too long"
         raise FileFormatError(path, f"{state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
-    if "ema.checksum" in metadata or "ema.format" in metadata:
-        if start.count(fmt.CHECKSUM_MARK) != 1:
-            raise FileFormatError(path, "the header has no checksum, or several")
-        if not has_header_checksum(start, fmt.header_checksum(start)):
-            raise FileFormatError(path, "damaged header: its checksum does not match")
+    has_checksum = start.count(fmt.CHECKSUM_MARK) == 1 and has_header_checksum(start, fmt.header_checksum(start))
+    if ("ema.checksum" in metadata or "ema.format" in metadata) and not has_checksum:
+        raise FileFormatError(path, "damaged header: its checksum does not match")
     return header
 
 
@@ -100,14 +98,11 @@ def _split(text: str) -> tuple[Any, str | None]:
 
 
 def _decode_whole(path: Path, text: str) -> tuple[Any, dict[str, fmt.TensorEntry]]:
-    raw = parse_json(path, text, "header")
-    metadata = raw.pop("__metadata__", {}) if isinstance(raw, dict) else {}
-    return metadata, _decode_entries(path, raw)
+    raw = parse_object(path, text, "header")
+    return raw.pop("__metadata__", {}), _decode_entries(path, raw)
 
 
-def _decode_entries(path: Path, raw: Any) -> dict[str, fmt.TensorEntry]:
-    if not isinstance(raw, dict):
-        raise FileFormatError(path, "the header is not a JSON object; not a safetensors file")
+def _decode_entries(path: Path, raw: dict[str, Any]) -> dict[str, fmt.TensorEntry]:
     if "__metadata__" in raw:  # was taken out before
         raise FileFormatError(path, "damaged header: the same key twice")
     _check_count(path, len(raw))  # their keys may be escaped
@@ -153,9 +148,7 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
         if file_kind(header) is not None:
             raise FileFormatError(path, "ema.checksums: is missing")
         return {}
-    raw = parse_json(path, header.metadata["ema.checksums"], "ema.checksums")
-    if not isinstance(raw, dict):
-        raise FileFormatError(path, "ema.checksums must map names to checksums")
+    raw = parse_object(path, header.metadata["ema.checksums"], "ema.checksums")
     for name, entry in header.tensors.items():
         value = raw.get(name)
         if not isinstance(value, str) or len(value) != len(fmt.blank_checksums(entry.nbytes)):
@@ -303,6 +296,14 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
         if "\\u" in text:  # only escapes can make invalid text
             _check_text(value)
         return value
+
+
+def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
+    """The same where it must be an object."""
+    found = parse_json(path, data, what)
+    if not isinstance(found, dict):
+        raise FileFormatError(path, f"damaged {what}: must be a JSON object")
+    return found
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.directory import is_parts_folder, list_folder
 from posthoc_cli.snapshots.format import OutputInfo
-from posthoc_cli.snapshots.headers import file_kind, parse_json
+from posthoc_cli.snapshots.headers import file_kind, parse_object
 from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -99,8 +99,8 @@ def read_index(path: Path) -> dict[str, list[str]]:
 
 def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardIndex:
     """The checked index of a sharded model: names, with these endings, lead to files beside it and nowhere else."""
-    found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
-    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    found = parse_object(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict):
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}

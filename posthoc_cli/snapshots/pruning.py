@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError, shown
+from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError, check_alone, check_count
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     Forecast,
@@ -113,8 +112,7 @@ def plan_pruning(
         InvalidValueError: `keep` is more than there are, or `max_bytes` less than the newest ones take.
         InexactError: all snapshots together miss `max_error`.
     """
-    if sum(wish is not None for wish in (keep, max_bytes, max_error)) != 1:
-        raise InvalidValueError("keep, max_size and max_error", "give one of them")
+    check_alone(1, keep=keep, max_size=max_bytes, max_error=max_error)
     check_max_error(max_error)
     if keep is not None:
         _check_keep(keep, snapshots)
@@ -170,9 +168,7 @@ def plan_pruning(
 
 
 def _check_keep(keep: int, snapshots: Sequence[Snapshot]) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:
-        reason = "must be a whole number, at least 1; the newest snapshot of each profile stays"
-        raise InvalidValueError("keep", reason, value=shown(keep))
+    check_count("keep", keep)
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
     if keep > most:
         there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, check_word
 
 BUFFERS = ("statistics", "copy", "average")
 """Treatments of buffers."""
@@ -51,8 +51,7 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str) -> Selection:
     """A selection from a user's arguments; an InvalidValueError names the argument and what would be accepted."""
-    if buffers not in BUFFERS:
-        raise InvalidValueError("buffers", f"must be one of {', '.join(BUFFERS)}", value=f"{buffers!r}")
+    check_word("buffers", buffers, BUFFERS)
     named = _globs("include", include)
     return Selection(not named, named, _globs("exclude", exclude), buffers)
 

@@ -5,6 +5,7 @@ What is known of several sources together is here, too: their order and their cl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.profiles import Clock, Point, PowerFunction, StoredProfile
-from posthoc_cli.reconstruction import Measurements, StoredAverage, thinned_subset
+from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.reading import ElementRange, Part, TensorReader
@@ -23,69 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 _Info = TypeVar("_Info")
-
-
-class SourceInfo(Protocol):
-    """What is known of a stored average beside its tensors; of a snapshot its header has it."""
-
-    @property
-    def run_id(self) -> str:
-        """32 hexadecimal digits, the same for all sources of a run."""
-
-    @property
-    def t(self) -> float:
-        """Training time of the average."""
-
-    @property
-    def t_unit(self) -> str:
-        """What `t` counts."""
-
-    @property
-    def step(self) -> int:
-        """Steps of the training up to `t`."""
-
-    @property
-    def t_first(self) -> float:
-        """The earliest time that has mass in averages of the run, as far as this source tells."""
-
-    @property
-    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """Known pairs of step and time, growing."""
-
-    @property
-    def sigma_rel(self) -> float:
-        """The width that the average was tracked for; 0 without one."""
-
-    @property
-    def tensors(self) -> dict[str, fmt.TrackedTensor]:
-        """Role and own dtype of each stored tensor."""
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Further names of tensors, each with the name that it is stored under."""
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """Names of the model's state that were not tracked."""
-
-    @property
-    def copies(self) -> list[str]:
-        """Names of the copied tensors."""
-
-    @property
-    def averages(self) -> list[str]:
-        """Names of the averaged weights."""
-
-    @property
-    def measurements(self) -> Measurements | None:
-        """What was measured of it; None where it must be estimated."""
-
-    @property
-    def sketch(self) -> str:
-        """The weights' path up to its time, see `format.encode_path`; empty where it is unknown."""
-
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """What reconstruction uses of it, with this profile where that is no power function."""
 
 
 ReadRanges = Callable[[Sequence["ElementRange"]], Sequence["torch.Tensor"]]
@@ -100,7 +38,7 @@ class Source(Protocol):
         """The file's name, or a description of an average in memory."""
 
     @property
-    def info(self) -> SourceInfo:
+    def info(self) -> fmt.SourceInfo:
         """What is known of it beside its tensors."""
 
     @property
@@ -135,7 +73,7 @@ class Stored(Generic[_Info]):
 
 
 @dataclass(frozen=True, repr=False)
-class FileSource(Stored[SourceInfo]):
+class FileSource(Stored[fmt.SourceInfo], ABC):
     """A snapshot on disk, or another program's checkpoint."""
 
     def __repr__(self) -> str:
@@ -147,9 +85,9 @@ class FileSource(Stored[SourceInfo]):
         return self.path.name
 
     @property
+    @abstractmethod
     def profile(self) -> StoredProfile:
         """What its averages are of."""
-        raise NotImplementedError
 
     @property
     def identity(self) -> str:
@@ -207,7 +145,7 @@ def _order(source: Source) -> tuple[float, float, bool]:
     return source.info.t, source.info.sigma_rel, isinstance(source.profile, Point)
 
 
-def run_clock(infos: Sequence[SourceInfo]) -> Clock:
+def run_clock(infos: Sequence[fmt.SourceInfo]) -> Clock:
     """The run's steps over its time, from all its snapshots' clocks; a MismatchError if two contradict each other."""
     pairs = sorted({pair for info in infos for pair in info.clock_pairs})
     for (step, t), (next_step, next_t) in pairwise(pairs):

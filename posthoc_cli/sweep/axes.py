@@ -36,8 +36,6 @@ class Axis:
     values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise InvalidValueError("axis", f"must be one of {', '.join(_KINDS)}", value=self.kind)
         for end in (self.low, self.high, *(self.values or ())):
             self.target(end)  # checks it
         if not self.low < self.high and not self.is_given:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
+from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, check_alone, check_count, check_number
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.lock import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.axes import Axis
@@ -138,14 +138,11 @@ class Sweep:
         if self.metric.file is not None and "{dir}" not in self.command:
             reason = "must have {dir}, the folder in which the file with the metric is looked for"
             raise InvalidValueError("command", reason, value=self.command)
-        if self.jobs < 1:
-            raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
-        if self.raw is not None and self.guide is not None:
-            raise InvalidValueError("raw and guide", "give one of them", "evaluate the two networks' raw weights apart")
-        if self.keep and self.disk is not None:
-            raise InvalidValueError("keep_weights and disk", "give one of them")
-        if self.timeout is not None and not self.timeout > 0:
-            raise InvalidValueError("timeout", "must be above 0 seconds", value=f"{self.timeout:g}")
+        check_count("jobs", self.jobs)
+        check_alone(raw=self.raw, guide=self.guide)
+        check_alone(keep_weights=self.keep, disk=self.disk)
+        if self.timeout is not None:
+            check_number("timeout", self.timeout, lambda seconds: seconds > 0, "be above 0 seconds")
         if self.out.exists() and not self.out.is_dir():
             raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
         if self.raw is not None and not self.raw.exists():
@@ -155,8 +152,7 @@ class Sweep:
     @contextmanager
     def _folder(self) -> Iterator[None]:
         """The folder of the sweep, locked; the averages that a killed one has left are removed."""
-        if not self.out.parent.is_dir():
-            raise InvalidValueError("out", "its parent folder does not exist", value=self.out)
+        files.check_parent("out", self.out)
         there = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
         if there - {LOCK_NAME, HOLDER_NAME, _LOGS, _SCRATCH, _KEPT} and not there & {TRIALS, RESULT}:
             # Something in it may be named as what a sweep replaces or removes.

@@ -86,10 +86,11 @@ class Metric:
                 continue
             value, end = _json_at(text, start + len(line) - len(line.lstrip()))
             if self.key is not None and isinstance(value, dict):
-                try:
-                    found = _holder(value, self.key)
-                except KeyError as error:
-                    names += error.args[0]
+                held = _holder(value, self.key)
+                if isinstance(held, tuple):
+                    found = held
+                else:
+                    names += held
         if isinstance(found, tuple):
             return _pair(*found)
         if found is not None:
@@ -103,14 +104,17 @@ class Metric:
         paths = [path for path in folder.rglob("*") if path.relative_to(folder).match(pattern) and path.is_file()]
         reasons = []
         for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True):
+            if path.stat().st_size > _MOST_BYTES:
+                reasons.append(f"{path.name} has more than {_MOST_BYTES:,} bytes")
+                continue
             try:
-                if path.stat().st_size > _MOST_BYTES:
-                    raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-                return _pair(*_holder(json.loads(path.read_text(encoding="utf-8-sig")), key))
-            except KeyError as error:
-                reasons.append(f"{path.name} has no member {shown(key)}{_there(error.args[0])}")
+                held = _holder(json.loads(path.read_text(encoding="utf-8-sig")), key)
             except (ValueError, RecursionError) as error:
                 reasons.append(f"{path.name} cannot be read: {error}")
+                continue
+            if isinstance(held, tuple):
+                return _pair(*held)
+            reasons.append(f"{path.name} has no member {shown(key)}{_there(held)}")
         there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         raise MissingMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_there(there)}"))
 
@@ -133,24 +137,23 @@ def _json_at(text: str, start: int) -> tuple[Any, int]:
     return (value, end) if _REST_OF_LINE.match(text, end) else (None, 0)
 
 
-def _holder(value: Any, key: str) -> tuple[dict[str, Any], str]:
+def _holder(value: Any, key: str) -> tuple[dict[str, Any], str] | list[str]:
     """The object that has the member of a dotted key, and its name in it; names may themselves have dots in them.
 
-    Raises:
-        KeyError: there is none; with the list of names of the nearest object.
+    The names in the nearest object where there is none.
     """
     if not isinstance(value, dict):
-        raise KeyError([])
+        return []
     if key in value:
         return value, key
-    missing = KeyError(list(value))
+    nearest = list(value)
     for name in value:
         if key.startswith(f"{name}."):
-            try:
-                return _holder(value[name], key[len(name) + 1 :])
-            except KeyError as error:
-                missing = error
-    raise missing
+            found = _holder(value[name], key[len(name) + 1 :])
+            if isinstance(found, tuple):
+                return found
+            nearest = found
+    return nearest
 
 
 def _pair(values: dict[str, Any], name: str) -> tuple[float, float | None]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError
 from posthoc_cli.sweep import search
 from posthoc_cli.sweep.axes import Axis
 from posthoc_cli.targets import Target
@@ -65,19 +64,9 @@ class Records:
         self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
 
     def read(self) -> list[Record]:
-        """The trials of this question; a line that a crash has cut off is none.
-
-        Raises:
-            FileFormatError: the file cannot be read.
-        """
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise FileFormatError(self._path, (error.strerror or str(error)).lower()) from error
+        """The trials of this question; a line that a crash has cut off is none."""
         found = []
-        for line in lines:
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 entry = json.loads(line)
                 if entry["question"] == self._question:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from posthoc_cli.errors import InvalidValueError, PostHocError
+from posthoc_cli.errors import InvalidValueError, PostHocError, check_count
 from posthoc_cli.sweep import search
 from posthoc_cli.sweep.axes import GOOD_ERROR, Axis
 from posthoc_cli.sweep.results import Record
@@ -164,5 +164,4 @@ def check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
     least = search.FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
     if budget < least:
         raise InvalidValueError("budget", f"must be at least {least}, the first batch", value=budget)
-    if repeats < 1:
-        raise InvalidValueError("repeats", "must be at least 1", value=repeats)
+    check_count("repeats", repeats)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import InexactError, InvalidValueError, percent, shown
+from posthoc_cli.errors import InexactError, InvalidValueError, check_alone, check_number, percent, shown
 from posthoc_cli.planning import Candidate, check_max_error, check_within, error_curve
 from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
@@ -339,12 +339,10 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     for name, value, known in (("t", t, times.values()), ("step", step, times.keys())):
         if value is not None:
             check_within(name, value, known)
-    if t is not None and step is not None:
-        raise InvalidValueError("t and step", "give one of them")
+    check_alone(t=t, step=step)
     if step is None:
         return max(times.values()) if t is None else float(t)
-    if step != int(step):
-        raise InvalidValueError("step", "must be a whole number", value=repr(step))
+    check_number("step", step, float.is_integer, "be a whole number")
     if step in times or all(t == s for s, t in times.items()):
         return times.get(step, float(step))
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)

@@ -20,6 +20,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     MismatchError,
     ModelMismatchError,
+    check_count,
     percent,
     shown,
 )
@@ -36,7 +37,7 @@ from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.tracker.averages import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
-from posthoc_cli.tracker.settings import Progress, Settings, check_count
+from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Group
 from posthoc_cli.tracker.state import (
     STATE_NAME,
@@ -248,7 +249,7 @@ def snapshots_until(
     """The snapshots up to a call, which must have one of every profile; all for None. Errors name the `argument`."""
     if step is None:
         return snapshots
-    step = check_count(argument, step, 1)
+    step = check_count(argument, step)
     there = sorted({found[0].info.step for found in _complete(snapshots, sigma_rels)})
     if step not in there:
         known = ", ".join(f"{one:,}" for one in there[-_MOST_NAMED:]) or "none"

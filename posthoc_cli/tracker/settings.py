@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, warn
+from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_count, check_word, warn
 from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
@@ -39,9 +38,7 @@ class Settings:
         if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():
             reason = "must name what t counts, such as 'steps' or 'images'"
             raise InvalidValueError("t_unit", reason, value=f"{self.t_unit!r}")
-        if self.on_nonfinite not in ("raise", "skip"):
-            reason = "must be 'raise' or 'skip'"
-            raise InvalidValueError("on_nonfinite", reason, value=f"{self.on_nonfinite!r}")
+        check_word("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
 
     def tracked_index(self, tracked: float) -> int:
         """Which of the tracked profiles a sigma_rel is; an InvalidValueError names them if it is none."""
@@ -143,26 +140,15 @@ def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
     return checked
 
 
-def check_count(name: str, value: int, least: int) -> int:
-    """`value` as an int, or an InvalidValueError that says what is accepted."""
-    try:
-        count = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = -1
-    if count < least:
-        raise InvalidValueError(name, f"must be a whole number, at least {least}", value=f"{value!r}")
-    return count
-
-
 def make_schedule(
     profiles: Sequence[float], update_every: int, checkpoint_every: int, update_after_step: int,
     max_checkpoints: int | None, checkpoint_dtype: torch.dtype | str | None,
 ) -> TrackingSchedule:  # fmt: skip
     """A checked schedule of the arguments of `from_model`; snapshots are kept for the lengths of the `profiles`."""
-    every = check_count("update_every", update_every, 1)
-    snapshots = check_count("checkpoint_every", checkpoint_every, 1)
+    every = check_count("update_every", update_every)
+    snapshots = check_count("checkpoint_every", checkpoint_every)
     after = check_count("update_after_step", update_after_step, 0)
-    most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints, 1)
+    most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
     if snapshots % every:
         reason = f"must be a multiple of update_every {every}, so that a snapshot holds the average of its own time"
         raise InvalidValueError("checkpoint_every", reason, value=snapshots)

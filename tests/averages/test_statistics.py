@@ -290,9 +290,9 @@ WRONG: list[tuple[Any, Any, str, str]] = [
         (torch.ones(shape), torch.ones(4, 2), "x", f"has the shape {list(shape)}; must be [n, 3]")
         for shape in ((4,), (1, 4, 3), (4, 2), (0, 3))
     ),
-    (torch.ones(4, 3), torch.ones(4, 3), "y", "has the shape [4, 3]; must be [n, 2]"),
-    (torch.ones(4, 3), torch.ones(5, 2), "y", "has 5 rows, x has 4"),
-    (torch.ones(4, 3), None, "y", "is missing"),
+    (torch.ones(4, 3), torch.ones(4, 3), "y", "has the shape [4, 3]; must be [4, 2]"),
+    (torch.ones(4, 3), torch.ones(5, 2), "y", "has the shape [5, 2]; must be [4, 2]"),
+    (torch.ones(4, 3), None, "y", "has the shape [0]; must be [4, 2]"),
     (torch.ones(4, 3).long(), torch.ones(4, 2), "x", "is torch.int64, the statistics are torch.float32"),
     (torch.ones(4, 3), torch.ones(4, 2).double(), "y", "is torch.float64, the statistics are torch.float32"),
     (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 2), "x", "is torch.complex64"),

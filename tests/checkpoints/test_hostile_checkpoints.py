@@ -179,6 +179,14 @@ def test_chunks_lead_nowhere_else(tmp_path: Path) -> None:
     assert "__1_0.distcp: cannot be opened" in read(tmp_path)
 
 
+def test_a_configuration_must_be_an_object(tmp_path: Path) -> None:
+    average = tmp_path / "checkpoint-1" / "unet_ema"
+    average.mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, average / "model.safetensors")
+    (average / "config.json").write_text("[]")
+    assert read(tmp_path) == f"{average}/config.json: damaged configuration: must be a JSON object"
+
+
 def test_archives_of_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "step1.pt"
     torch.save({"w": torch.ones(300)}, path)

@@ -189,8 +189,8 @@ def test_a_wrong_update_after_step_is_named(
     first = min(path.name for path in (tmp_path / "x").iterdir())
     run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=true)
     assert distance(run.average(0.1), history, 0.1) < 0.03
-    told = "must be given: it is not 100, the default;" if wrong is None else "does not fit the files:"
-    with pytest.raises(errors.InvalidValueError, match=f"update_after_step.*: {told} {first} has counted") as error:
+    told = f"{100 if wrong is None else wrong}: does not fit the files, whose default is 100:"
+    with pytest.raises(errors.InvalidValueError, match=f"update_after_step {told} {first} has counted") as error:
         imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=wrong)
     assert f" {max(true, 1)} makes it" in str(error.value)
     if true == 100:

@@ -94,7 +94,7 @@ def test_steps_come_from_what_is_there(tmp_path: Path, imported: Imported) -> No
         steps(step_from=r"\b(?:a|of)-(\d+)")
     (tmp_path / "lora-000001.safetensors").unlink()
     assert steps(step_from=r"\b(?:a|of)-(\d+)") == [3, 9, 10, 100]
-    for wrong, reason in ((r"a-\d+", "must have one group"), ("(", "no regular expression")):
+    for wrong, reason in ((r"a-\d+", "with one group"), ("(", "must be a regular expression")):
         with pytest.raises(errors.InvalidValueError, match=reason):
             steps(step_from=wrong)
     save_file({"w": torch.ones(3)}, tmp_path / "x-9.safetensors")

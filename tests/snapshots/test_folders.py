@@ -285,7 +285,7 @@ def truncated(part: Path) -> None:
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
-    (other_run, "are of different runs"),
+    (other_run, "are not of one snapshot: they differ in ema.run_id"),
     (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
     (other_shape, r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),
     (overlapping, "tensor '0.weight': both hold some of its elements"),

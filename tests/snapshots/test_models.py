@@ -62,7 +62,9 @@ def test_a_size_that_is_no_whole_number_says_nothing(tmp_path: Path, total: Any)
     assert decode_index(tmp_path / INDEX_NAME).total_size is None
 
 
-@pytest.mark.parametrize(("text", "told"), [("[]", "no weight_map"), ("{}", "no weight_map"), ("{", "damaged index")])
+@pytest.mark.parametrize(
+    ("text", "told"), [("[]", "must be a JSON object"), ("{}", "no weight_map"), ("{", "damaged index")]
+)
 def test_what_is_no_index_is_said_so(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(FileFormatError, match=told):

@@ -96,7 +96,7 @@ def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) 
     assert re.search(r"kind +state(.|\n)*sigma_rels +0\.05, 0\.28", ema("info", path).out)
     refused = ema("export", path, "--out", tmp_path / "out.pt")
     assert refused.code == 1
-    assert "is a tracker's state, not weights" in refused.err
+    assert "'state': no weights" in refused.err
 
 
 WITHOUT_GROUP = pytest.mark.filterwarnings("ignore")  # torch warns where there is no process group

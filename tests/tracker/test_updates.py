@@ -300,7 +300,7 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"sigma_rels": ()}, "at least one profile"),
         ({"sigma_rels": (0.05, 0.05)}, "must not name a profile twice"),
         ({"sigma_rels": (0.05, 0.3)}, "sigma_rel 0.3: must lie in"),
-        ({"checkpoint_dtype": "int8"}, "dtype int8: must be one of"),
+        ({"checkpoint_dtype": "int8"}, "dtype 'int8': must be one of"),
         ({"t_unit": ""}, "t_unit"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
         ({"device": "cuda"}, "device 'cuda': must be 'cpu'"),
