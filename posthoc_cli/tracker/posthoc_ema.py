@@ -128,7 +128,8 @@ class PostHocEMA(Tracker):
         settings = Settings(profiles, make_schedule(profiles, *given), t_unit, selection, on_nonfinite, keep_state)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = check_path("checkpoint_dir", checkpoint_dir)
-        if resume is None and is_first_of_group(model) is None and is_followed(directory, collect_tensors(model, selection)):
+        in_group = is_first_of_group(model) is not None
+        if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
             resume = "auto"  # a notebook's cell that is run again
         wait_for_writers(directory, last_too=True)
         stored = [] if resume is None else going_on.stored_to_resume(directory, resume)
