@@ -46,10 +46,11 @@ def import_(
     ),
     ema_warmup: str | None = values.RUN(
         None,
-        metavar="ratio|power|ramp-up",
+        metavar="RULE",
         autocompletion=values.one_of("ratio", "power", "ramp-up"),
         show_default="the files', else found by comparing",
-        help="Of ordinary EMAs: (1 + n) / (10 + n), 1 - (1 + n)^-2/3 (power:0.75: ^-0.75), or EDM's.",
+        help="Of ordinary EMAs: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); or EDM's "
+        "ramp-up.",
     ),
     ema_restarts: list[int] = values.RUN(
         [],
