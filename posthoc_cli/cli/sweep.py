@@ -59,7 +59,7 @@ def sweep(
     budget: int = values.HOW(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
     jobs: int = values.HOW(1, metavar="COUNT", help="Trials at a time; each gets its share of the visible devices."),
     timeout: float | None = values.HOW(
-        None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."
+        None, metavar="SECONDS", help="End a trial that takes longer; it counts as failed."
     ),
     disk: str | None = values.HOW(
         None, metavar="SIZE", show_default="one round's", help="Most disk for averages at a time: 50GB."
