@@ -26,30 +26,28 @@ def main() -> None:
     assert package.parent.name == "site-packages", f"{package} is not an installed wheel"
     blocks = re.findall(r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
-        ema(folder, "--version")
-        ema(folder, "guide", "training")
-        ema(folder, "demo", "--steps", "300", "--out", "demo")
+        run(folder, "ema", "--version")
+        run(folder, "ema", "guide", "training")
+        run(folder, "ema", "demo", "--steps", "300", "--out", "demo")
         for language, text in blocks:
             name = text.partition("\n")[0].removeprefix("# ")
             if language == "python":
                 Path(folder, name).write_text(text)
-            if name in ("before.py", "train.py"):
-                subprocess.run([sys.executable, name], cwd=folder, check=True)
         for language, text in blocks:
-            for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", text, re.MULTILINE) if language == "console" else ():
-                ema(folder, *shlex.split(line))
+            for line in re.findall(r"^\$ (.*?)\s*(?:#.*)?$", text, re.MULTILINE) if language == "console" else ():
+                run(folder, *shlex.split(line))
     print(
         f"posthoc-cli {posthoc_cli.__version__} works with Python {sys.version.split()[0]}, torch {torch.__version__}"
     )
 
 
-def ema(folder: str, *arguments: str) -> None:
-    """Run the installed command."""
+def run(folder: str, program: str, *arguments: str) -> None:
+    """Run the installed command, or Python."""
     programs = Path(sys.executable).parent
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
-    print("$ ema", *arguments, flush=True)
+    print("$", program, *arguments, flush=True)
     subprocess.run(
-        [str(programs / "ema"), *arguments],
+        [str(programs / program), *arguments],
         cwd=folder, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path},
     )  # fmt: skip
 

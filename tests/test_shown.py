@@ -10,6 +10,7 @@ import pytest
 from factories import random_walk, write_run
 
 from posthoc_cli import Run, Schedule
+from posthoc_cli.checkpoints.audit import Audit, Interval
 from posthoc_cli.planning import Task
 from posthoc_cli.run import error_report, plan_training
 from posthoc_cli.sweep import sweep
@@ -35,6 +36,7 @@ THINGS: dict[str, Callable[[Run], object]] = {
     "curves": lambda run: error_report([run] * 15, [Schedule((0.05, 0.28), 1000, 100)]),
     "proposals": lambda _: plan_training(Task(10_000, 1000, 10**6)),
     "check": lambda run: run.check(),
+    "audit": lambda _: [Audit("", "found", "decay 0.99", intervals=(Interval(1, 2, 100.0, None, 0.1),) * 100)],
     "pruning": lambda run: run.prune(keep=20, dry_run=True),
     "sweep": lambda run: sweep(run, lambda weights: abs(weights["a"].norm().item()), values=[0.05, 0.1, 0.2]),
     "estimate": lambda run: sweep(run, lambda weights: weights["a"].norm().item(), values=[0.05, 0.1, 0.2]).found,

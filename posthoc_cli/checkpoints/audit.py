@@ -109,6 +109,9 @@ class Audit:
     intervals: tuple[Interval, ...] = ()
     elements: int = 0
 
+    def __repr__(self) -> str:
+        return f"Audit({self.text})"
+
     @property
     def is_bad(self) -> bool:
         """Whether the average is not what it claims to be."""

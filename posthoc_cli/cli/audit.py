@@ -28,9 +28,9 @@ def audit(
 ) -> None:
     """Find which decay an average really has.
 
-    Compares averages with the weights beside them, between one checkpoint and the next, on a sample of a million
-    elements: the decay by interval, and what is wrong, such as a sign, an update once a microbatch, an average that
-    does not move or began again at a resume. Of a tracker's snapshots the found sigma_rel.
+    Compares averages with the weights beside them, from one checkpoint to the next, on a sample of a million elements.
+    Shows the decay of each interval, and what is wrong: a wrong sign, an update once a microbatch, an average that does
+    not move or that began again at a resume. For a tracker's snapshots it shows the sigma_rel.
 
     Exit code 1 if an average is not what it claims to be.
     """

@@ -30,34 +30,37 @@ def import_(
     step_from: str | None = values.RUN(
         None, metavar="PATTERN", show_default="content or name", help=r"A regular expression of the steps: 'step(\d+)'."
     ),
-    prefix: str = values.RUN("", help="Take tensors whose names begin so, such as model., without it."),
+    prefix: str = values.RUN(
+        "", help="Take the tensors whose names begin with this, such as model., and leave it out of the names."
+    ),
     include: list[str] = values.RUN([], metavar="GLOB", help="Take tensors of these names only."),
     exclude: list[str] = values.RUN([], metavar="GLOB", help="Leave tensors of these names out."),
     sigma_rels: str | None = values.RUN(None, help="The averages' widths, in the order of their numbers: 0.05,0.28."),
-    update_every: int | None = values.RUN(None, help="Of averages: calls between updates."),
+    update_every: int | None = values.RUN(None, help="Calls from one update of the averages to the next."),
     update_after_step: int | None = values.RUN(
-        None, show_default="the library's", help="Of averages: calls before the first update."
+        None, show_default="the library's", help="Calls before the first update of the averages."
     ),
     ema_decay: str | None = values.RUN(
         None,
         metavar="DECAY",
         show_default="the files', else found by comparing",
-        help="Of ordinary EMAs: 0.9999, or half-life:500000.",
+        help="The decay of ordinary EMAs: 0.9999, or half-life:500000.",
     ),
     ema_warmup: str | None = values.RUN(
         None,
-        metavar="ratio|power|ramp-up",
+        metavar="RULE",
         autocompletion=values.one_of("ratio", "power", "ramp-up"),
         show_default="the files', else found by comparing",
-        help="Of ordinary EMAs: (1 + n) / (10 + n), 1 - (1 + n)^-2/3 (power:0.75: ^-0.75), or EDM's.",
+        help="How their decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); or EDM's "
+        "ramp-up.",
     ),
     ema_restarts: list[int] = values.RUN(
         [],
         metavar="STEP",
         show_default="found by comparing",
-        help="Where ordinary EMAs began again from the weights.",
+        help="A step at which they began again from the weights.",
     ),
-    steps_per_epoch: int | None = values.RUN(None, help="Where files with EMAs know only their epoch."),
+    steps_per_epoch: int | None = values.RUN(None, help="For files of EMAs that say only their epoch."),
     copy: bool = values.flag(
         values.OUTPUT, "--copy", help="Write copies with checksums, in place of referring to the files."
     ),
@@ -69,11 +72,10 @@ def import_(
 ) -> None:
     """Make a run of other programs' checkpoints.
 
-    For what their files do not say. Folders that describe themselves need no import.
+    Needed where the files do not say all, such as an update_every: say it here once, and every command takes RUN.
 
-    RUN refers to the files where they are, by a manifest of a few kB with their sizes and identities; it and they can
-    be moved together. With --copy it holds copies with checksums, all or none. Every command takes it. The same call
-    again does nothing, or takes in what has changed in DIR.
+    RUN is a manifest of a few kB that refers to the files where they are: move both together. With --copy it holds
+    copies with checksums, all or none. The same call again does nothing, or takes in what has changed in DIR.
     """
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 

@@ -15,7 +15,9 @@ _COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g
 
 
 def profile(
-    sigma_rel: str | None = values.TARGETS(None, show_default=_DEFAULT, help="Widths: a number, list or range."),
+    sigma_rel: str | None = values.TARGETS(
+        None, show_default="a table of usual ones", help="Widths: a number, list or range."
+    ),
     beta: str | None = values.TARGETS(
         None, help="The other way: decays of a classical EMA, a number, list or range; needs --steps."
     ),

@@ -29,9 +29,9 @@ def sweep(
     ),
     target: str | None = values.TARGETS(
         None,
-        metavar="KIND:LOW:HIGH",
-        help="Search averages of another kind instead: beta:0.99:0.9999, half-life:500:10000, window:1000:50000 or "
-        "decay:linear:5%:50%, or a list to measure.",
+        metavar="KIND:VALUE",
+        help="The same of averages of another kind, such as beta:0.99:0.9999, half-life:500:9000, decay:linear:5%:50% "
+        "or window:1000:50000.",
     ),
     guide_sigma_rel: str | None = values.TARGETS(
         None,
@@ -47,22 +47,22 @@ def sweep(
     ),
     metric: str | None = values.HOW(
         None,
-        metavar="KEY|FILE.json:KEY",
+        metavar="KEY",
         show_default="the last line that is a number",
-        help="The metric: loss in the last JSON object of standard output, or results.json:results.acc in the newest "
-        "such file in {dir}.",
+        help="The metric: loss in the last JSON object of standard output, or r.json:acc in the newest r.json in "
+        "{dir}.",
     ),
     minimize: bool | None = values.HOW(
         None, "--minimize/--maximize", metavar="", help="Whether lower or higher is better."
     ),
     repeats: int = values.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
     budget: int = values.HOW(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
-    jobs: int = values.HOW(1, metavar="COUNT", help="Trials at a time; they share out CUDA_VISIBLE_DEVICES."),
+    jobs: int = values.HOW(1, metavar="COUNT", help="Trials at a time; each gets its share of the visible devices."),
     timeout: float | None = values.HOW(
-        None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."
+        None, metavar="SECONDS", help="End a trial that takes longer; it counts as failed."
     ),
     disk: str | None = values.HOW(
-        None, metavar="SIZE", show_default="a round", help="Bound of the averages on the disk: 50GB."
+        None, metavar="SIZE", show_default="one round's", help="Most disk for averages at a time: 50GB."
     ),
     raw: Path | None = values.HOW(
         None, metavar="FILE", show_default="the newest checkpoint", help="Raw weights, measured for comparison."
@@ -75,7 +75,7 @@ def sweep(
     like: Path | None = values.LIKE_MODEL,
     component: str | None = values.COMPONENT,
     keep_weights: bool = values.flag(
-        values.OUTPUT, "--keep-weights", help="Leave all averages in OUT/weights, where another metric uses them again."
+        values.OUTPUT, "--keep-weights", help="Keep all averages in OUT/weights, for a search by another metric."
     ),
     as_json: bool = values.JSON,
     checkpoints: str | None = values.CHECKPOINTS,

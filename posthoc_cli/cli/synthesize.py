@@ -122,6 +122,7 @@ def _print(report: SynthesisReport) -> None:
 def _print_coefficients(plan: Plan) -> None:
     """The snapshots with the largest coefficients, by time."""
     from posthoc_cli.profiles import Point
+    from posthoc_cli.snapshots.sources import kind_of
 
     for target, column in zip(separate(plan.targets), plan.reconstruction.coefficients.T.tolist(), strict=True):
         rows = []
@@ -129,7 +130,7 @@ def _print_coefficients(plan: Plan) -> None:
             kind = "weights" if isinstance(source.profile, Point) else "EMA"
             tracked = f"{source.info.sigma_rel:g}" if source.info.sigma_rel else kind
             rows.append([source.name, f"{source.info.t:,.12g}", tracked, f"{value:+.6f}"])
-        output.print_largest(["snapshot", "t", "tracked", f"c({target.label})"], rows, column)
+        output.print_largest([kind_of(plan.sources[0]), "t", "tracked", f"c({target.label})"], rows, column)
         output.print_line()
 
 

@@ -78,7 +78,7 @@ LIKE_MODEL = OUTPUT(
 )
 TIME = RUN(None, metavar="TIME", show_default="the last", help="The averages as they stood at this training time.")
 STEP = RUN(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
-MAX_SHARD_SIZE = OUTPUT(None, metavar="SIZE", show_default="5GB", help="Of a sharded output.")
+MAX_SHARD_SIZE = OUTPUT(None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output.")
 LIKE = RUN(
     None,
     metavar="DIR|GLOB",

@@ -341,6 +341,8 @@ def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> Fil
     try:
         with open_file(path) as file, closing(file.check_payload()) as found:
             report = _described(FileReport(path, unit), file.header)
+            nbytes = file.header.payload_start
+            progress(nbytes)
             for checked in found:
                 if checked.error is not None:
                     damaged |= dict.fromkeys(checked.damaged, checked.error)

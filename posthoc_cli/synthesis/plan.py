@@ -390,11 +390,11 @@ def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
     titles = [target.title for index, target in enumerate(separate(plan.targets)) if index in poor]
     below = error_curve(candidate, t=plan.t, method=plan.method).ranges_text(POOR_ERROR)
     log.warning(
-        "%s: predicted error %s%s from the %s snapshots up to t = %s%s; %s",
+        "%s: predicted error %s%s from the %s up to t = %s%s; %s",
         ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
         "up to " * (len(poor) > 1),
         percent(float(errors[poor].max())),
-        f"{sum(profile.t <= plan.t for profile in candidate.snapshots):,}",
+        counted(plan.sources, sum(profile.t <= plan.t for profile in candidate.snapshots)),
         f"{plan.t:,.12g}",
         f", if {candidate.assumption}" if candidate.assumption else "",
         f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",

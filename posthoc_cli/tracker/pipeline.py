@@ -452,9 +452,22 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members | No
         raise DirectoryError(error.subject, error.reason, error.hint) from error
 
 
+def _writers(directory: Path) -> list[Pipeline]:
+    return [one for one in list(_at_work) if one._process == os.getpid() and one.writes_to(directory)]
+
+
+def is_followed(directory: Path, tensors: ModelTensors) -> bool:
+    """Whether a tracker of this process that was not closed writes averages of these very tensors in a directory."""
+    sources = [one._source[0].averaged for one in _writers(directory) if one._source and not one._ended]
+    averaged = tensors.averaged
+    return any(
+        own.keys() == averaged.keys() and all(own[name].is_set_to(averaged[name]) for name in own) for own in sources
+    )
+
+
 def _make_way(directory: Path) -> bool:
     """Close an earlier tracker of this process that writes in a directory, such as that of a notebook's cell."""
-    found = [one for one in list(_at_work) if one._process == os.getpid() and one.writes_to(directory)]
+    found = _writers(directory)
     for pipeline in found:
         log.warning("%s: an earlier tracker of this process is closed: this one goes on in its place", directory)
         hint = "go on with that one, or give each tracker a directory of its own"

@@ -37,7 +37,7 @@ from posthoc_cli.tracker.model_weights import (
     warn_of_statistics,
 )
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.pipeline import wait_for_writers
+from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
 from posthoc_cli.tracker.settings import (
     Settings,
     check_path,
@@ -114,7 +114,8 @@ class PostHocEMA(Tracker):
             resume: "auto" to go on where the directory holds a run of this model: from the newest snapshots at or
                 before the place of the model's weights on the run's path. Restore its checkpoint before; a model that
                 is not on the path by the first `update_`, or `load_state_dict`, is an error there. A number to go on
-                from the snapshots of that call of `update_`, whatever the weights. None for a new run only.
+                from the snapshots of that call of `update_`, whatever the weights. None for a new run; "auto" where a
+                tracker of this process writes averages of this very model there, as when a notebook's cell runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -127,7 +128,10 @@ class PostHocEMA(Tracker):
         settings = Settings(profiles, make_schedule(profiles, *given), t_unit, selection, on_nonfinite, keep_state)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         directory = check_path("checkpoint_dir", checkpoint_dir)
-        wait_for_writers(directory, last_too=resume is not None)
+        in_group = is_first_of_group(model) is not None
+        if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
+            resume = "auto"  # a notebook's cell that is run again
+        wait_for_writers(directory, last_too=True)
         stored = [] if resume is None else going_on.stored_to_resume(directory, resume)
         if stored:
             settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))

@@ -51,6 +51,13 @@ def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
     assert report["like"] == str(run / "own")
 
 
+def test_checkpoints_are_called_so(ema: Ema, run: Path) -> None:
+    made = ema("synthesize", run / "own", "--target", "between:383:387", "--dry-run")
+    assert made.out.startswith("checkpoint ")
+    assert re.search(r"predicted error \S+ % from the 40 checkpoints up to t = 400", made.err)
+    assert "snapshot" not in made.out + made.err
+
+
 def test_a_sweep_and_its_page_name_what_to_repeat(
     ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

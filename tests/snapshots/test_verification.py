@@ -104,8 +104,7 @@ def test_a_run_is_whole_and_each_file_has_its_line(run: Path) -> None:
     assert found.files[0].what == "snapshot sigma_rel 0.05 at t = 10"
     assert found.files[-1].what == "state at t = 60"
     assert {(report.state, report.detail) for report in found.files} == {("intact", "")}
-    tensors = [entry for path in run.glob("*.safetensors") for entry in read_header(path).tensors.values()]
-    assert found.nbytes == sum(entry.nbytes for entry in tensors) > 0
+    assert found.nbytes == sum(path.stat().st_size for path in run.glob("*.safetensors"))
 
 
 def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards: Path, tmp_path: Path) -> None:
@@ -219,7 +218,8 @@ def test_all_that_is_wrong_is_counted_wherever_it_lies(tmp_path: Path, size: int
     assert (state, detail.endswith(" (and 1 tensor more)")) == ("damaged", True)
     assert detail.startswith("tensor 'a' is damaged: ")
     (report,) = verified(path).files
-    assert (report.what, report.kind, report.nbytes) == ("snapshot sigma_rel 0.05 at t = 10", "snapshot", 20 * size)
+    assert (report.what, report.kind) == ("snapshot sigma_rel 0.05 at t = 10", "snapshot")
+    assert report.nbytes == path.stat().st_size > 20 * size
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])

@@ -282,11 +282,15 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path: Path, mon
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
-def test_a_cell_that_is_run_again_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its first tracker is still there, as in the notebook's list of results, and was interrupted between snapshots."""
+@pytest.mark.parametrize("resume", ["auto", None])
+@pytest.mark.parametrize("first", [17, 9], ids=["between snapshots", "before the first snapshot"])
+def test_a_cell_that_is_run_again_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int, resume: str | None
+) -> None:
+    """Its first tracker is still there, as in the notebook's list of results, and was interrupted."""
     model, trackers = network(), []
-    for last in (17, 35):
-        trackers.append(PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto"))
+    for last in (first, 35):
+        trackers.append(PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=resume))
         train(model, trackers[-1], trackers[-1].step + 1, last)
     told = [record.message for record in caplog.records if "an earlier tracker of this process" in record.message]
     assert len(told) == 1
@@ -296,6 +300,24 @@ def test_a_cell_that_is_run_again_goes_on(tmp_path: Path, caplog: pytest.LogCapt
     trackers[0].close()
     trackers[1].close()
     assert repr(trackers[1]) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
+
+
+def test_a_cell_that_makes_its_model_anew_is_refused_and_leaves_the_first_tracker_as_it_is(tmp_path: Path) -> None:
+    """Two networks are never in one average."""
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 17)
+        with pytest.raises(MismatchError, match=r"up to step 16; .* for a new run name another directory"):
+            PostHocEMA.from_model(network(), tmp_path, **SETTINGS)
+        train(model, tracker, 18, 20)
+        other = network().state_dict()
+        tracker.flush()
+        model.load_state_dict(other)  # the same tensors with another network's values
+        again = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+        with pytest.raises(ModelMismatchError, match="not on the path"):
+            again.update_(model)
+    with pytest.raises(MismatchError, match="holds snapshots"):  # the tracker is closed: a finished run
+        PostHocEMA.from_model(model, tmp_path, **SETTINGS)
 
 
 def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
