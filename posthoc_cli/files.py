@@ -118,27 +118,41 @@ _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 """As a path it would mean a folder named `s3:`. Of two slashes a Path keeps one; a single letter is a drive."""
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether it names something in an object store."""
+    return _URL.match(str(path)) is not None
+
+
 def given_path(name: str, path: str | Path) -> Path:
-    """An argument as a path, or an InvalidValueError for a URL, and for an empty one: the working directory is "."."""
+    """An argument as a path, or an InvalidValueError for an empty one: the working directory is "."."""
     if path == "":
         raise InvalidValueError(name, EMPTY)
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise InvalidValueError(name, "must be a path", value=shown(path))
-    return _local(path, name)
+    return as_path(path)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user. A URL is an error."""
-    return Path(os.path.expanduser(_local(path)))  # noqa: PTH111 - pathlib raises for an unknown user
+    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user."""
+    path = as_path(path)
+    return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 
-def _local(path: str | Path, name: str = "") -> Path:
-    """The path, or an InvalidValueError for a URL, about the argument of that `name` if there is one."""
-    if _URL.match(text := str(path)):
-        url = text if "://" in text else text.replace(":/", "://", 1)
-        reason = "is a URL; must be a path on a file system of this machine"
-        raise InvalidValueError(name or url, reason, value=url if name else "")
-    return Path(path)
+def as_path(path: str | Path) -> Path:
+    """The path of a text, or of a URL."""
+    if not is_url(path):
+        return Path(path)
+    from posthoc_cli.remote.path import RemotePath, remote_path
+
+    return path if isinstance(path, RemotePath) else remote_path(str(path))
+
+
+def local_path(name: str, path: str | Path) -> Path:
+    """As `given_path`, or an InvalidValueError for a URL."""
+    found = given_path(name, path)
+    if is_url(found):
+        raise InvalidValueError(name, "is a URL; must be a path on a file system of this machine", value=found)
+    return found
 
 
 def is_gone(path: Path) -> bool:

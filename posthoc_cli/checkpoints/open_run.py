@@ -121,7 +121,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
     snapshots = []
     if not (is_glob(directory) or is_import(directory)):
         try:
-            snapshots = read_directory(Path(directory))
+            snapshots = read_directory(files.as_path(directory))
         except DirectoryError:
             if not holds_checkpoints(directory):
                 raise
@@ -152,7 +152,12 @@ def _places(place: str | Path) -> list[Path]:
     """The files and folders that may each be a checkpoint."""
     path = files.expanded(place)
     if is_glob(path):
-        found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
+        if files.is_url(path):
+            from posthoc_cli.remote.path import matching
+
+            found = matching(path)
+        else:
+            found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
         if not found:
             raise DirectoryError(place, "no file or folder has such a name")
         for one in found:

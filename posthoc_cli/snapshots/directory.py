@@ -21,7 +21,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, shown
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, RemoteError, shown
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
@@ -114,6 +114,8 @@ def list_directory(directory: Path) -> Listing:
         raise DirectoryError(directory, "no such directory", WANTED) from error
     except NotADirectoryError as error:
         raise DirectoryError(directory, "is not a directory", WANTED) from error
+    except RemoteError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise DirectoryError(f"{str(directory)!r}", f"cannot be read: {reason.lower()}") from error

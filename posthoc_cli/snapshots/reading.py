@@ -86,8 +86,13 @@ class Part:
 
 
 def sampled_identity(file: OpenedFile) -> str:
-    """16 hexadecimal digits of a file's size and of pieces of its content, from the first to the last."""
-    digest = xxhash.xxh3_64(file.size.to_bytes(8, "little"))
+    """16 hexadecimal digits of a file's size and of pieces of its content, from the first to the last.
+
+    Of an object with a tag they are of its size and that.
+    """
+    digest = xxhash.xxh3_64(file.size.to_bytes(8, "little") + file.tag.encode())
+    if file.tag:
+        return digest.hexdigest()
     last = max(0, file.size - _SAMPLE)
     for index in range(_SAMPLES):
         digest.update(file.read_at(_SAMPLE, last * index // (_SAMPLES - 1)))

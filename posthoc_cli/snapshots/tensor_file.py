@@ -25,13 +25,15 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, torch_dtype
-from posthoc_cli.errors import FileFormatError, VanishedError
+from posthoc_cli.errors import FileFormatError, RemoteError, VanishedError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.headers import DecodeCache
 
 if TYPE_CHECKING:
     import torch
+
+    from posthoc_cli.remote.ranges import RemoteBytes
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of pickles and of archives of torch.save."""
@@ -47,6 +49,8 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
     """Turn the system's errors of the block into a FileFormatError: the file cannot be opened, or read."""
     try:
         yield
+    except RemoteError:
+        raise
     except OSError as error:
         raise _cannot(path, verb, error) from error
     except ValueError as error:
@@ -60,16 +64,13 @@ def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
     return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
 
 
-class OpenedFile:
-    """A regular file, open for reading at any place by any number of threads; a context manager.
+class _LocalBytes:
+    """The bytes of a regular file."""
 
-    All that readers ask of a file: its `size` and `stamp`, and its bytes at an offset by `read_into`.
-    """
+    tag = ""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with named_on_error(path, "opened"):
-            self._descriptor = files.system.open(path)
+        self._descriptor = files.system.open(path)
         known = os.fstat(self._descriptor)
         self.size = known.st_size
         if not stat.S_ISREG(known.st_mode):
@@ -78,18 +79,56 @@ class OpenedFile:
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """Another one when the file has been written to."""
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
+
+    def expect(self, begin: int, end: int) -> None:
+        """The system reads ahead itself."""
+
+    def read(self, view: memoryview, offset: int) -> int:
+        return files.system.read(self._descriptor, view, offset)
+
+    def close(self) -> None:
+        files.system.close(self._descriptor)
+
+
+class OpenedFile:
+    """A regular file or an object in a store, open for reading at any place by any number of threads.
+
+    All that readers ask of a file: its `size` and `stamp`, and its bytes at an offset by `read_into`. A context
+    manager.
+
+    Attributes:
+        tag: what tells an object from others of its name; empty for a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes: _LocalBytes | RemoteBytes
+        with named_on_error(path, "opened"):
+            if files.is_url(path):
+                from posthoc_cli.remote.ranges import RemoteBytes
+
+                self._bytes = RemoteBytes(path)
+            else:
+                self._bytes = _LocalBytes(path)
+        self.size, self.tag = self._bytes.size, self._bytes.tag
+
+    @property
+    def stamp(self) -> tuple[int, int | str]:
+        """Another one when the file has been written to."""
+        return self._bytes.stamp
+
+    def expect(self, begin: int, end: int) -> None:
+        """Say that this thread will read these bytes in order: of an object they are asked for ahead."""
+        self._bytes.expect(begin, end)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; returns how many, fewer only at the end of the file."""
         done = 0
-        try:
-            while done < len(view) and (count := files.system.read(self._descriptor, view[done:], offset + done)):
+        with named_on_error(self.path, "read"):
+            while done < len(view) and (count := self._bytes.read(view[done:], offset + done)):
                 done += count
-        except OSError as error:
-            raise _cannot(self.path, "read", error) from error
         return done
 
     def read_at(self, count: int, offset: int) -> bytes:
@@ -99,7 +138,7 @@ class OpenedFile:
 
     def close(self) -> None:
         """Close the file."""
-        files.system.close(self._descriptor)
+        self._bytes.close()
 
     def __enter__(self: _File) -> _File:
         return self
