@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,9 @@ _KEPT = 64
 
 _LEAST, _MOST = 64 * 1024, 4 * 1024 * 1024
 """Bytes of a request ahead."""
+
+_NEAR = 64 * 1024
+"""Bytes between two ranges that are read rather than passed over by another request."""
 
 _THREADS = 4
 """Ranges of one file that are read at a time, for the size of requests."""
@@ -63,13 +67,22 @@ class RemoteBytes:
         found = self._known if self.tag else store.head(self._url)
         return found.size, found.tag or str(found.modified)
 
-    def expect(self, begin: int, end: int) -> None:
-        """Ask ahead for bytes that the calling thread will read in order."""
-        if begin < end:
-            piece = max(_LEAST, min(_MOST, AHEAD // (2 * _THREADS * len(_open))))
-            stream = _Stream(self, begin, end, piece)
-            with _lock:
-                self._streams.append(stream)
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Ask ahead for bytes that the calling thread will read in order; ranges that are near each other are one."""
+        piece = max(_LEAST, min(_MOST, AHEAD // (2 * _THREADS * len(_open))))
+        joined: list[tuple[int, int]] = []
+        for begin, end in sorted(one for one in ranges if max(one[0], START) < one[1]):  # the start is there
+            if joined and begin - joined[-1][1] <= _NEAR:
+                joined[-1] = joined[-1][0], max(end, joined[-1][1])
+            else:
+                joined.append((begin, end))
+        streams = [_Stream(self, begin, end, piece) for begin, end in joined]
+        own = threading.get_ident()
+        with _lock:
+            gone = [one for one in self._streams if one.thread == own]
+            self._streams = [one for one in self._streams if one.thread != own] + streams
+        for one in gone:
+            one.cancel()
 
     def read(self, view: memoryview, offset: int) -> int:
         """Fill the beginning of a view from a place on; returns how many bytes, 0 only at the end of the object."""

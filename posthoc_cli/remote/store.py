@@ -121,6 +121,8 @@ def _opened(root: str, endpoint: str) -> Any:
 def head(url: str) -> Known:
     """What the store knows of an object; a FileNotFoundError if there is none."""
     store, key = _place(url)
+    if not key:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)  # a bucket
     with told(url):
         return _known(store.head(key))
 
@@ -164,16 +166,31 @@ def revisions(url: str) -> list[str]:
         return list(store.revisions(key))
 
 
-def put(url: str, data: bytes | memoryview | Path | Iterator[bytes], *, create: bool = True, tag: str = "") -> str:
-    """Write an object, complete or not at all; returns its tag. A file, or parts, may be of any size.
+_WHOLE, _PART, _MOST_PARTS = 64 * 1024 * 1024, 8 * 1024 * 1024, 9_000
+"""Bytes that are sent by one request, and of a part of more; S3 takes 10,000 parts."""
+
+
+def put(url: str, data: bytes | memoryview | Path, *, create: bool = True, tag: str = "") -> str:
+    """Write an object, complete or not at all; returns its tag.
 
     With `create` a FileExistsError if it is there, else it is replaced; with a tag only if it still has this one, or a
     RemoteError with the errno ESTALE. Both are one request, or of a store without such requests a RemoteError, ENOTSUP.
+    Only files above 64 MiB go in parts, and no store can refuse these: that there is no such object is asked before.
     """
     store, key = _place(url)
     mode: Any = {"e_tag": tag} if tag else "create" if create else "overwrite"
+    size = data.stat().st_size if isinstance(data, Path) else len(data)
     with told(url, "written"):
-        return str(store.put(key, data, mode=mode).get("e_tag") or "")
+        if size <= _WHOLE:
+            return str(store.put(key, data, mode=mode, use_multipart=False).get("e_tag") or "")
+        if create and not tag:
+            try:
+                store.head(key)
+                raise FileExistsError
+            except FileNotFoundError:
+                pass
+        part = max(_PART, -(-size // _MOST_PARTS))
+        return str(store.put(key, data, chunk_size=part, max_concurrency=4).get("e_tag") or "")
 
 
 def delete(url: str) -> None:
@@ -241,7 +258,7 @@ def told(url: str, verb: str = "read") -> Iterator[None]:
 def _as_os_error(url: str, verb: str, error: Exception) -> OSError:
     text = str(error)
     code = next(iter(re.findall(r"<Code>(\w{1,60})</Code>", text)), "")
-    if type(error).__name__ == "AlreadyExistsError":
+    if isinstance(error, FileExistsError) or type(error).__name__ == "AlreadyExistsError":
         return FileExistsError(errno.EEXIST, "is there already", url)
     if isinstance(error, FileNotFoundError) and code not in _REASONS:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)

@@ -82,7 +82,7 @@ class _LocalBytes:
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
 
-    def expect(self, begin: int, end: int) -> None:
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
         """The system reads ahead itself."""
 
     def read(self, view: memoryview, offset: int) -> int:
@@ -119,9 +119,9 @@ class OpenedFile:
         """Another one when the file has been written to."""
         return self._bytes.stamp
 
-    def expect(self, begin: int, end: int) -> None:
-        """Say that this thread will read these bytes in order: of an object they are asked for ahead."""
-        self._bytes.expect(begin, end)
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Say which bytes this thread will read next, in order: of an object they are asked for ahead."""
+        self._bytes.expect(ranges)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; returns how many, fewer only at the end of the file."""
