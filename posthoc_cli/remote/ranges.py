@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from posthoc_cli.errors import RemoteError
 from posthoc_cli.remote import store
+from posthoc_cli.remote.store import Known
 
 START = 256 * 1024
 """Bytes of the first request, which has the header of most files; small reads elsewhere ask for as many."""
 
-REQUESTS = 32
+REQUESTS = 16
 """Requests ahead that are in flight at a time, of all files."""
 
 AHEAD = 64 * 1024 * 1024
 """Bytes that are asked for ahead, or have come and wait to be read, of all files."""
+
+_OPENING = 16
+"""Objects whose start is asked for ahead."""
 
 _KEPT = 64
 """Pieces of small reads that are kept, of all files."""
@@ -37,6 +41,7 @@ _lock = threading.Lock()
 _kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
 _open: set[int] = set()
 _ahead = 0
+_starts: dict[str, Future[tuple[memoryview, Known]]] = {}
 
 
 @lru_cache(maxsize=1)
@@ -44,12 +49,29 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(REQUESTS, "ema-remote")
 
 
+def starts_ahead(paths: Iterable[Path]) -> Iterator[Path]:
+    """The same paths, of objects that will be opened one after the other: the starts of the next ones are asked for."""
+    waiting: deque[Path] = deque()
+    try:
+        for path in paths:
+            _starts[str(path)] = _threads().submit(store.get, str(path), 0, START)
+            waiting.append(path)
+            if len(waiting) > _OPENING:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        for path in waiting:
+            _starts.pop(str(path), None)
+
+
 class RemoteBytes:
     """An object that is read at any place by any number of threads; one that was replaced meanwhile is an error."""
 
     def __init__(self, path: Path) -> None:
         self._url = str(path)
-        start, self._known = store.get(self._url, 0, START)
+        asked = _starts.pop(self._url, None)
+        start, self._known = asked.result() if asked else store.get(self._url, 0, START)
         self.size = self._known.size
         self._streams: list[_Stream] = []
         _keep((id(self), 0), start)

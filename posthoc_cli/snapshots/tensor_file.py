@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -145,6 +145,16 @@ class OpenedFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def opened_in_turn(paths: Iterable[Path]) -> Iterator[Path]:
+    """The same paths, of files that will be opened one after the other: objects are asked for ahead."""
+    paths = list(paths)
+    if not any(map(files.is_url, paths)):
+        return iter(paths)
+    from posthoc_cli.remote.ranges import starts_ahead
+
+    return starts_ahead(paths)
 
 
 def read_small_file(path: Path, most: int) -> bytes:
