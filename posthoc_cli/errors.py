@@ -14,6 +14,7 @@
     ├── MissingDependencyError         1   an optional library that is not installed
     ├── RankError                      1   another process of a torchrun job that failed or died
     ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
+    ├── RemoteError (OSError)          1   an object store that refused a request, or did not answer
     └── NotReadyError (RuntimeError)   1   an average that does not exist yet
 
 On the command line a path that does not exist is wrong usage, exit code 2.
@@ -184,12 +185,20 @@ class RankError(PostHocError):
     """Another process of a job failed or died; this one stops."""
 
 
-class WriteError(PostHocError, OSError):
-    """A write that the system refused (disk full, no permission). Nothing partial is left."""
+class _SystemError(PostHocError, OSError):
+    """An error with the number of the system's own."""
 
     def __init__(self, subject: object, reason: str, hint: str = "", *, errno: int | None = None) -> None:
         super().__init__(subject, reason, hint)
         self.errno, self.strerror = errno, reason  # OSError would derive others from its arguments
+
+
+class WriteError(_SystemError):
+    """A write that the system refused (disk full, no permission). Nothing partial is left."""
+
+
+class RemoteError(_SystemError):
+    """A request that an object store refused or did not answer."""
 
 
 class NotReadyError(PostHocError, RuntimeError):

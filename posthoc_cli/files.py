@@ -22,12 +22,13 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError, shown
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError, WriteError, shown
 
 log = logging.getLogger(__name__)
 
@@ -118,32 +119,46 @@ _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 """As a path it would mean a folder named `s3:`. Of two slashes a Path keeps one; a single letter is a drive."""
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether it names something in an object store."""
+    return _URL.match(str(path)) is not None
+
+
 def given_path(name: str, path: str | Path) -> Path:
-    """An argument as a path, or an InvalidValueError for a URL, and for an empty one: the working directory is "."."""
+    """An argument as a path, or an InvalidValueError for an empty one: the working directory is "."."""
     if path == "":
         raise InvalidValueError(name, EMPTY)
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise InvalidValueError(name, "must be a path", value=shown(path))
-    return _local(path, name)
+    return as_path(path)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user. A URL is an error."""
-    return Path(os.path.expanduser(_local(path)))  # noqa: PTH111 - pathlib raises for an unknown user
+    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user."""
+    path = as_path(path)
+    return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 
-def _local(path: str | Path, name: str = "") -> Path:
-    """The path, or an InvalidValueError for a URL, about the argument of that `name` if there is one."""
-    if _URL.match(text := str(path)):
-        url = text if "://" in text else text.replace(":/", "://", 1)
-        reason = "is a URL; must be a path on a file system of this machine"
-        raise InvalidValueError(name or url, reason, value=url if name else "")
-    return Path(path)
+def as_path(path: str | Path) -> Path:
+    """The path of a text, or of a URL."""
+    if not is_url(path):
+        return Path(path)
+    from posthoc_cli.remote.path import RemotePath, remote_path
+
+    return path if isinstance(path, RemotePath) else remote_path(str(path))
+
+
+def local_path(name: str, path: str | Path) -> Path:
+    """As `given_path`, or an InvalidValueError for a URL."""
+    found = given_path(name, path)
+    if is_url(found):
+        raise InvalidValueError(name, "is a URL; must be a path on a file system of this machine", value=found)
+    return found
 
 
 def check_parent(name: str, path: Path) -> None:
     """An InvalidValueError about the argument of that `name` unless the folder that an output goes into is there."""
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise InvalidValueError(name, "its folder does not exist", value=path)
 
 
@@ -165,8 +180,11 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def make_directory(path: Path) -> list[Path]:
-    """Make a directory and its parents, durably; returns those that were made, the outermost first."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
+    """Make a directory and its parents, durably; returns those that were made, the outermost first.
+
+    A store needs none.
+    """
+    missing = [] if is_url(path) else [p for p in (path, *path.parents) if not p.exists()]
     made = []
     try:
         for directory in reversed(missing):
@@ -178,6 +196,11 @@ def make_directory(path: Path) -> list[Path]:
         remove_directories(made)
         raise
     return made
+
+
+def is_folder(path: Path) -> bool:
+    """Whether files can be made in a folder: it is there, or would be in a store, which needs none."""
+    return is_url(path) or path.is_dir()
 
 
 def remove_directories(made: list[Path]) -> None:
@@ -262,7 +285,7 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
     """Turn an OSError within the block into a WriteError about `path` that could not be `refused`: written, removed."""
     try:
         yield
-    except (WriteError, OutputExistsError):
+    except (WriteError, OutputExistsError, RemoteError):
         raise
     except OSError as error:
         reason = error.strerror or str(error)
@@ -273,13 +296,16 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
 class PendingFile:
     """A file being written, which appears under its name by `publish`; leaving the `with` block without it removes it.
 
+    One of a store is written to the folder for temporary files first.
+
     Raises:
         OutputExistsError: `path` exists and `overwrite` is False: at the start, and again without races in `publish`.
         WriteError: the system refused.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self.path, self._overwrite, self.temporary = path, overwrite, temporary_path(path.parent)
+        self.path, self._overwrite = path, overwrite
+        self.temporary = temporary_path(Path(tempfile.gettempdir()) if is_url(path) else path.parent)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -292,7 +318,13 @@ class PendingFile:
             write_at(self.descriptor, data, offset)
 
     def publish(self) -> None:
-        """Make the content durable, then give it its name; a new name is removed if a later step fails."""
+        """Make the content durable, then give it its name; a new name is removed if a later step fails.
+
+        To a store it is sent, and appears when all has arrived.
+        """
+        if is_url(self.path):
+            self._send()
+            return
         with reported_as_write_error(self.path):
             system.fsync(self.descriptor)
             replaces = self._overwrite and os.path.lexists(self.path)
@@ -308,6 +340,16 @@ class PendingFile:
                     with suppress(OSError):
                         system.unlink(self.path)
                 raise
+
+    def _send(self) -> None:
+        from posthoc_cli.remote import store
+
+        with reported_as_write_error(self.path):
+            try:
+                store.put(str(self.path), self.temporary, create=not self._overwrite)
+            except FileExistsError as error:
+                raise _exists(self.path) from error
+        self.discard()
 
     def discard(self) -> None:
         """Remove the temporary, if there is one. A call that a signal interrupted is finished by the next."""
@@ -370,6 +412,12 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
+    if is_url(path):
+        if not str(path).startswith(("s3:", "gs:", "az:")):
+            raise WriteError(path, "cannot be written: only s3://, gs:// and az:// take outputs")
+        if not overwrite and path.is_file():
+            raise _exists(path)
+        return
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

@@ -11,8 +11,8 @@ The manifest holds the settings that the files lack. It is `ema-import.json` in 
     files        an object: path -> [bytes, 16 hexadecimal digits of its size and of a sample of its content]
     checksum     XXH3 (64 bits, seed 0) of all this as compact JSON without this key, 16 hexadecimal digits
 
-Paths are relative to the folder of the run, so that both may be moved or copied together. Files that stay behind, that
-have another size or were replaced are an error that names the first one.
+Paths are URLs, or relative to the folder of the run, so that both may be moved or copied together. Files that stay
+behind, that have another size or were replaced are an error that names the first one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Manifest:
     @property
     def place(self) -> str:
         """What was imported, whatever the working directory is."""
-        return os.path.realpath(self.origin)
+        return str(self.origin) if files.is_url(self.origin) else os.path.realpath(self.origin)
 
     def check_file(self, path: Path) -> None:
         """A FileFormatError if a file is not there, or not the one that was imported."""
@@ -99,7 +99,8 @@ def foreign_parts(checkpoint: Checkpoint) -> list[Part]:
 
 def is_import(path: str | Path) -> bool:
     """Whether a path is a folder with a manifest."""
-    return os.path.lexists(Path(path) / NAME)
+    place = files.as_path(path) / NAME
+    return place.is_file() if files.is_url(place) else os.path.lexists(place)
 
 
 def make_manifest(folder: Path, origin: Path, settings: Settings, checkpoints: Sequence[Checkpoint]) -> Manifest:
@@ -124,7 +125,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     base = os.path.realpath(manifest.folder)
 
     def relative(path: Path) -> str:
-        text = os.path.relpath(path.absolute(), base)
+        text = str(path) if files.is_url(path) else os.path.relpath(path.absolute(), base)
         try:
             text.encode()
         except UnicodeError:
@@ -150,7 +151,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("is of another format or version")
         if raw.pop("checksum") != _checksum(raw):
             raise ValueError("its checksum does not match")
-        base = folder if os.path.realpath(folder) == str(folder.absolute()) else Path(os.path.realpath(folder))
+        is_real = files.is_url(folder) or os.path.realpath(folder) == str(folder.absolute())
+        base = folder if is_real else Path(os.path.realpath(folder))
         settings = Settings(**raw["settings"])
         listed = tuple((_place(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
         known = {_place(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
@@ -166,7 +168,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _place(base: Path, text: str) -> Path:
     """A path that the manifest has."""
-    return Path(os.path.normpath(base / files.given_path("path", text)))
+    path = files.given_path("path", text)
+    return path if files.is_url(path) else files.as_path(os.path.normpath(str(base / path)))
 
 
 def _checksum(values: dict[str, Any]) -> str:

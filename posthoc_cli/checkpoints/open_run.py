@@ -121,7 +121,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
     snapshots = []
     if not (is_glob(directory) or is_import(directory)):
         try:
-            snapshots = read_directory(Path(directory))
+            snapshots = read_directory(files.as_path(directory))
         except DirectoryError:
             if not holds_checkpoints(directory):
                 raise
@@ -137,7 +137,8 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
 
 def is_glob(place: str | Path) -> bool:
     """Whether a name is a pattern, and not the name of something that is there."""
-    return glob.has_magic(str(place)) and not files.expanded(place).exists()
+    path = files.expanded(place)
+    return glob.has_magic(str(path)) and not path.exists()
 
 
 def holds_checkpoints(place: str | Path) -> bool:
@@ -152,7 +153,12 @@ def _places(place: str | Path) -> list[Path]:
     """The files and folders that may each be a checkpoint."""
     path = files.expanded(place)
     if is_glob(path):
-        found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
+        if files.is_url(path):
+            from posthoc_cli.remote.path import matching
+
+            found = matching(path)
+        else:
+            found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
         if not found:
             raise DirectoryError(place, "no file or folder has such a name")
         for one in found:

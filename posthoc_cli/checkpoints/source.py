@@ -12,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from posthoc_cli import files
 from posthoc_cli.checkpoints.read_file import names_in
 from posthoc_cli.checkpoints.read_model import FoundChunk, tensor_shape
 from posthoc_cli.dtypes import DTYPES, EPS
@@ -229,7 +230,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 def _named(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """The same, each with a name of its own: coefficients and reports refer to it."""
     paths = {one.path for one in checkpoints}
-    above = Path(os.path.commonpath([path.parent for path in paths]))
+    above = files.as_path(os.path.commonpath([str(path.parent) for path in paths]))
     is_short = len({path.name for path in paths}) == len(paths)
     counts = Counter(one.path for one in checkpoints)
     made = []

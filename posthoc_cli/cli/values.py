@@ -202,7 +202,7 @@ def _runs_in(directory: Path) -> list[str]:
 def _may_hold_weights(path: Path) -> bool:
     """Whether a file begins as safetensors, JSON, an archive or a pickle does; also one that cannot be read, or is a
     pipe or device, which is told later."""
-    if not path.is_file():
+    if files.is_url(path) or not path.is_file():
         return True
     try:
         with path.open("rb") as file:

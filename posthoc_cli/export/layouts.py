@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,7 +134,7 @@ def write_synthesis(
     sinks: list[Sink] = []
     with ExitStack() as stack:
         for folder in folders:
-            if folder.parent.is_dir():
+            if files.is_folder(folder.parent):
                 stack.enter_context(files.new_directory(folder))
         for index, path in enumerate(paths):
             metadata = kept | output_metadata(plan.output_info(index)) | dict(marks[index] if marks else {})
@@ -150,7 +151,8 @@ def check_space(outputs: Mapping[Path, int]) -> None:
     """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room."""
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, nbytes in outputs.items():
-        place = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
+        here = Path(tempfile.gettempdir()) / path.name if files.is_url(path) else path  # where it is written first
+        place = next((folder for folder in (here, *here.parents) if folder.is_dir()), None)
         if place is not None:  # else making the output raises an error
             disks[place.stat().st_dev].append((place, nbytes))
     for places in disks.values():
@@ -232,7 +234,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
 
 def output_exists(path: Path, layout: str) -> bool:
     """Whether an output is there already."""
-    return holds_model(path) if layout == "sharded" else os.path.lexists(path)
+    return holds_model(path) if layout == "sharded" else not files.is_gone(path)
 
 
 def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = None) -> set[int]:
@@ -354,7 +356,7 @@ def make_sink(
     if options.overwrite:
         check_no_snapshot(path)
     for folder in (path.parent, path):
-        if folder.is_dir():
+        if not files.is_url(folder) and folder.is_dir():
             files.remove_leftovers(folder)
     if layout == "pt":
         return _TorchSink(path, specs, options.overwrite)
@@ -385,6 +387,8 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Check that shards may be written into a folder: it is no file, and holds no model that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(folder, "is a file; shards need a folder")
+    if files.is_url(folder) and holds_model(folder):  # one object after the other would be replaced
+        raise OutputExistsError(folder, "holds a model already", "choose another folder")
     if not overwrite and holds_model(folder):
         raise OutputExistsError(folder, "holds a model already", OTHER_FOLDER)
 
@@ -509,7 +513,8 @@ class _ShardedSink(FileSink):
         with files.reported_as_write_error(self._folder):
             for path in self._old.keys() - set(self._published):
                 files.unlink_if_there(path)
-            files.system.fsync_directory(self._folder)
+            if not files.is_url(self._folder):
+                files.system.fsync_directory(self._folder)
         self._committed = True
         files.discard(self._old.values())
 

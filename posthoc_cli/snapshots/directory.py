@@ -21,7 +21,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, shown
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, RemoteError, shown
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
@@ -29,7 +29,7 @@ from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kin
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
 from posthoc_cli.snapshots.reading import Part
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.tensor_file import opened_in_turn, read_header
 
 SUPERSEDED = "superseded"
 """The folder for snapshots later than the time that training went back to."""
@@ -114,6 +114,8 @@ def list_directory(directory: Path) -> Listing:
         raise DirectoryError(directory, "no such directory", WANTED) from error
     except NotADirectoryError as error:
         raise DirectoryError(directory, "is not a directory", WANTED) from error
+    except RemoteError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise DirectoryError(f"{str(directory)!r}", f"cannot be read: {reason.lower()}") from error
@@ -149,7 +151,7 @@ def inspect_directory(directory: Path) -> Inspection:
     problems: list[PostHocError] = []
     apart: list[str] = []
     cache = DecodeCache()
-    for path in listing.files:
+    for path in opened_in_turn(listing.files):
         try:
             header = read_header(path, cache)
             if file_kind(header) not in OTHERS:
@@ -301,7 +303,7 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
     found: dict[tuple[int, int], list[Snapshot]] = {}
-    for path in list_folder(folder).files:
+    for path in opened_in_turn(list_folder(folder).files):
         try:
             header = read_header(path, caches[path.name])
             if file_kind(header) in OTHERS:

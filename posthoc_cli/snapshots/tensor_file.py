@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -25,13 +25,15 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, torch_dtype
-from posthoc_cli.errors import FileFormatError, VanishedError
+from posthoc_cli.errors import FileFormatError, RemoteError, VanishedError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.headers import DecodeCache
 
 if TYPE_CHECKING:
     import torch
+
+    from posthoc_cli.remote.ranges import RemoteBytes
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of pickles and of archives of torch.save."""
@@ -47,6 +49,8 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
     """Turn the system's errors of the block into a FileFormatError: the file cannot be opened, or read."""
     try:
         yield
+    except RemoteError:
+        raise
     except OSError as error:
         raise _cannot(path, verb, error) from error
     except ValueError as error:
@@ -60,16 +64,13 @@ def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
     return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
 
 
-class OpenedFile:
-    """A regular file, open for reading at any place by any number of threads; a context manager.
+class _LocalBytes:
+    """The bytes of a regular file."""
 
-    All that readers ask of a file: its `size` and `stamp`, and its bytes at an offset by `read_into`.
-    """
+    tag = ""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with named_on_error(path, "opened"):
-            self._descriptor = files.system.open(path)
+        self._descriptor = files.system.open(path)
         known = os.fstat(self._descriptor)
         self.size = known.st_size
         if not stat.S_ISREG(known.st_mode):
@@ -78,18 +79,56 @@ class OpenedFile:
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """Another one when the file has been written to."""
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """The system reads ahead itself."""
+
+    def read(self, view: memoryview, offset: int) -> int:
+        return files.system.read(self._descriptor, view, offset)
+
+    def close(self) -> None:
+        files.system.close(self._descriptor)
+
+
+class OpenedFile:
+    """A regular file or an object in a store, open for reading at any place by any number of threads.
+
+    All that readers ask of a file: its `size` and `stamp`, and its bytes at an offset by `read_into`. A context
+    manager.
+
+    Attributes:
+        tag: what tells an object from others of its name; empty for a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes: _LocalBytes | RemoteBytes
+        with named_on_error(path, "opened"):
+            if files.is_url(path):
+                from posthoc_cli.remote.ranges import RemoteBytes
+
+                self._bytes = RemoteBytes(path)
+            else:
+                self._bytes = _LocalBytes(path)
+        self.size, self.tag = self._bytes.size, self._bytes.tag
+
+    @property
+    def stamp(self) -> tuple[int, int | str]:
+        """Another one when the file has been written to."""
+        return self._bytes.stamp
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Say which bytes this thread will read next, in order: of an object they are asked for ahead."""
+        self._bytes.expect(ranges)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; returns how many, fewer only at the end of the file."""
         done = 0
-        try:
-            while done < len(view) and (count := files.system.read(self._descriptor, view[done:], offset + done)):
+        with named_on_error(self.path, "read"):
+            while done < len(view) and (count := self._bytes.read(view[done:], offset + done)):
                 done += count
-        except OSError as error:
-            raise _cannot(self.path, "read", error) from error
         return done
 
     def read_at(self, count: int, offset: int) -> bytes:
@@ -99,13 +138,23 @@ class OpenedFile:
 
     def close(self) -> None:
         """Close the file."""
-        files.system.close(self._descriptor)
+        self._bytes.close()
 
     def __enter__(self: _File) -> _File:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def opened_in_turn(paths: Iterable[Path]) -> Iterator[Path]:
+    """The same paths, of files that will be opened one after the other: objects are asked for ahead."""
+    paths = list(paths)
+    if not any(map(files.is_url, paths)):
+        return iter(paths)
+    from posthoc_cli.remote.ranges import starts_ahead
+
+    return starts_ahead(paths)
 
 
 def read_small_file(path: Path, most: int) -> bytes:

@@ -124,7 +124,7 @@ def _number(t: float) -> float:
 
 def check_path(name: str, path: str | Path) -> Path:
     """An absolute path: the working directory may change later."""
-    return files.given_path(name, path).absolute()
+    return files.local_path(name, path).absolute()
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:

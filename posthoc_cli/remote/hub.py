@@ -1,0 +1,93 @@
+"""Repositories of the Hub of Hugging Face, asked in the same way as an object store.
+
+A key is `org/model@revision/file`. A revision is looked up once and then stays the commit that it was: a branch that
+moves on meanwhile changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from huggingface_hub import HfApi, HfFileSystem
+
+_KINDS = {"model": "", "dataset": "datasets/", "space": "spaces/"}
+_OPEN = 256
+"""Files whose addresses are kept."""
+
+
+class Hub:
+    """What is asked of a store, for the Hub."""
+
+    def __init__(self) -> None:
+        self._api: Any = HfApi()
+        self._files: Any = HfFileSystem(skip_instance_cache=True)
+        self._commit = lru_cache(maxsize=None)(self._find_commit)
+        self._open = lru_cache(maxsize=_OPEN)(self._open_file)
+
+    def _find_commit(self, kind: str, repository: str, revision: str) -> str:
+        found = self._api.repo_info(repository, revision=revision, repo_type=kind)
+        return str(found.sha)
+
+    def _pinned(self, key: str) -> str:
+        """The same file or folder at the commit of its revision."""
+        place = self._files.resolve_path(key)
+        commit = self._commit(place.repo_type, place.repo_id, place.revision)
+        return f"{_KINDS[place.repo_type]}{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
+
+    def _open_file(self, pinned: str) -> Any:
+        return self._files.open(pinned, "rb", cache_type="none")
+
+    def head(self, key: str) -> dict[str, Any]:
+        """What is known of a file."""
+        pinned = self._pinned(key)
+        folder = pinned.rpartition("/")[0]
+        for one in self._files.ls(folder, detail=True) if "@" in folder else ():
+            if one["name"] == pinned and one["type"] == "file":
+                return _described(one)
+        raise FileNotFoundError
+
+    def list_with_delimiter(self, key: str) -> dict[str, Any]:
+        """What is directly in a folder."""
+        pinned = self._pinned(key)
+        found = [one for one in self._files.ls(pinned, detail=True) if one["name"] != pinned]
+        folders = [one["name"] for one in found if one["type"] == "directory"]
+        return {"common_prefixes": folders, "objects": [_described(one) for one in found if one["type"] == "file"]}
+
+    def list(self, key: str, chunk_size: int) -> Iterator[Sequence[dict[str, Any]]]:  # noqa: ARG002
+        """What is directly in a folder, folders included."""
+        found = self.list_with_delimiter(key)
+        yield [*found["objects"], *({"path": name} for name in found["common_prefixes"])]
+
+    def get(self, key: str, options: dict[str, Any]) -> _Answer:
+        """A range of a file, at the commit of its revision."""
+        found = self.head(key)
+        begin, end = options["range"]
+        end = min(end, found["size"])
+        return _Answer(self._open(self._pinned(key))._fetch_range(begin, end) if begin < end else b"", found)
+
+    def revisions(self, key: str) -> Sequence[str]:
+        """The names of the branches and tags of a repository."""
+        place = self._files.resolve_path(key)
+        found = self._api.list_repo_refs(place.repo_id, repo_type=place.repo_type)
+        return [one.name for one in (*found.branches, *found.tags)]
+
+    def put(self, *_: Any, **__: Any) -> Any:
+        """Refuse: commits are made by the Hub's own tools."""
+        raise NotImplementedError
+
+    delete = put
+
+
+class _Answer:
+    def __init__(self, data: bytes, meta: dict[str, Any]) -> None:
+        self._data, self.meta = data, meta
+
+    def bytes(self) -> bytes:
+        """What was read."""
+        return self._data
+
+
+def _described(found: dict[str, Any]) -> dict[str, Any]:
+    return {"path": found["name"], "size": found["size"], "e_tag": found.get("blob_id"), "last_modified": None}
