@@ -35,6 +35,9 @@ RETRIES: dict[str, Any] = {
 }
 """Of requests that fail in a way which may pass: 17 seconds of waiting together."""
 
+_PART, _MOST_PARTS, _AT_ONCE = 8 * 1024 * 1024, 5_000, 4
+"""Of a large file that is written: bytes of a part, unless there would be more parts than this, and parts in flight."""
+
 _SECRETS: dict[str, tuple[str, str]] = {}
 """By a shown URL of a web server: the user with a password, and the query, that it was given with."""
 
@@ -42,13 +45,14 @@ _SECRETS: dict[str, tuple[str, str]] = {}
 class Known(NamedTuple):
     """What a store says of an object: `key` is its name in the store, a `tag` is another one for other content.
 
-    A tag may be missing. `modified` is in seconds since 1970.
+    A tag may be missing. `modified` is in seconds since 1970. Some stores tell content apart by a `version` instead.
     """
 
     key: str
     size: int
     tag: str = ""
     modified: float = 0.0
+    version: str = ""
 
 
 def shown_url(text: str) -> str:
@@ -92,7 +96,12 @@ def split(url: str) -> tuple[str, str]:
 
 def opened(root: str) -> Any:
     """The store of a URL from `split`, one for each endpoint."""
-    return _opened(root, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    return _opened(root, endpoint())
+
+
+def endpoint() -> str:
+    """The server that is asked in place of Amazon's; empty for none."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 @lru_cache(maxsize=64)
@@ -164,16 +173,30 @@ def revisions(url: str) -> list[str]:
         return list(store.revisions(key))
 
 
-def put(url: str, data: bytes | memoryview | Path | Iterator[bytes], *, create: bool = True, tag: str = "") -> str:
-    """Write an object, complete or not at all; returns its tag. A file, or parts, may be of any size.
+def put(
+    url: str, data: bytes | memoryview | Path | Iterator[bytes], *, create: bool = True, replaces: Known | None = None
+) -> Known:
+    """Write an object, complete or not at all. A file, or parts, may be of any size.
 
-    With `create` a FileExistsError if it is there, else it is replaced; with a tag only if it still has this one, or a
-    RemoteError with the errno ESTALE. Both are one request, or of a store without such requests a RemoteError, ENOTSUP.
+    With `create` a FileExistsError if it is there, else it is replaced; with `replaces` only if it still is that one,
+    or a RemoteError with the errno ESTALE. Both are one request, which holds all data in memory, or of a store without
+    such requests a RemoteError, ENOTSUP.
     """
     store, key = _place(url)
-    mode: Any = {"e_tag": tag} if tag else "create" if create else "overwrite"
+    mode: Any = "create" if create else "overwrite"
+    if replaces is not None:
+        mode = {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
+    size = data.stat().st_size if isinstance(data, Path) else 0
     with told(url, "written"):
-        return str(store.put(key, data, mode=mode).get("e_tag") or "")
+        done = store.put(key, data, mode=mode, chunk_size=max(_PART, size // _MOST_PARTS), max_concurrency=_AT_ONCE)
+    return Known(key, size, done.get("e_tag") or "", version=done.get("version") or "")
+
+
+def copy(url: str, to: str) -> None:
+    """Give an object a second name in its store."""
+    store, key = _place(url)
+    with told(to, "written"):
+        store.copy(key, _place(to)[1])
 
 
 def delete(url: str) -> None:
@@ -194,7 +217,8 @@ def _place(url: str) -> tuple[Any, str]:
 
 def _known(found: Any) -> Known:
     modified: datetime | None = found["last_modified"]
-    return Known(found["path"], found["size"], found["e_tag"] or "", modified.timestamp() if modified else 0.0)
+    seconds = modified.timestamp() if modified else 0.0
+    return Known(found["path"], found["size"], found["e_tag"] or "", seconds, found.get("version") or "")
 
 
 # --- errors
