@@ -13,15 +13,18 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from posthoc_cli.errors import InvalidValueError, MissingDependencyError, RemoteError
+
+Result = TypeVar("Result")
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 
@@ -190,6 +193,20 @@ def put(
     with told(url, "written"):
         done = store.put(key, data, mode=mode, chunk_size=max(_PART, size // _MOST_PARTS), max_concurrency=_AT_ONCE)
     return Known(key, size, done.get("e_tag") or "", version=done.get("version") or "")
+
+
+def repeated(request: Callable[[], Result]) -> Result:
+    """The result of a request with a condition, made again if that fails: no library repeats one whose answer was lost.
+
+    It may have been done then, so that the condition does not hold any more: whoever calls finds out.
+    """
+    try:
+        return request()
+    except RemoteError as error:
+        if error.errno != errno.EIO:
+            raise
+    time.sleep(0.5)
+    return request()
 
 
 def copy(url: str, to: str) -> None:

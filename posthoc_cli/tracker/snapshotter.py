@@ -24,6 +24,7 @@ from posthoc_cli.errors import (
     MismatchError,
     NonFiniteError,
     PostHocError,
+    RemoteError,
     WriteError,
 )
 from posthoc_cli.profiles import PowerFunction
@@ -44,6 +45,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import (
     SnapshotInfo,
     TensorSpec,
+    TrackingSchedule,
     encode_path,
     snapshot_metadata,
 )
@@ -223,7 +225,7 @@ class Snapshotter:
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
         self._spool: Spool | None = None
-        self._uploads = Worker("uploads")
+        self._uploads, self._has_waited = Worker("uploads"), False
         if not self._leads and not files.is_url(directory):
             _check_shared(directory)
         try:
@@ -272,7 +274,7 @@ class Snapshotter:
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
         """The stored snapshots, or those on the schedule; of several processes another one may have removed some."""
         among = self._stored if off_schedule else on_schedule(self._stored)
-        return [one for one in among if self._members is None or one.path.exists()]
+        return [one for one in among if self._members is None or _is_there(one.path)]
 
     def read_again(self) -> None:
         """Know the snapshots of which this process has written parts as complete ones, as states do."""
@@ -359,8 +361,12 @@ class Snapshotter:
         """Return when the spool of a run by URL can take more."""
         if self._spool is None or self._spool.has_room():
             return
-        what = "%s: the network is slower than the training: it waits for uploads, since what waits for them takes half"
-        log.warning(what + " of the room that the disk has", self.directory)
+        if not self._has_waited:
+            what = (
+                "%s: training waits for uploads: files that wait for theirs take more than is free on the spool's disk"
+            )
+            log.warning(what, self.directory)
+            self._has_waited = True
         while not self._spool.has_room():
             self._uploads.call(self._spool.sync)
             time.sleep(0.1)
@@ -407,7 +413,12 @@ class Snapshotter:
         if self._members is None:
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
             return
-        self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
+        with suppress(RemoteError):  # of a store that does not answer: the next snapshots thin
+            self._thin_together(schedule)
+
+    def _thin_together(self, schedule: TrackingSchedule) -> None:
+        """Thin snapshots of which each process has written its part."""
+        self._stored = [snapshot for snapshot in self._stored if _is_there(snapshot.path)]
         if self._leads:
             self._warn_of_incomplete()
         if self._leads and schedule.max_checkpoints is not None:
@@ -433,11 +444,12 @@ class Snapshotter:
 
     def close(self) -> None:
         """Let another writer in, when everything written is uploaded, or that was tried."""
-        if self._spool is not None:
-            self._spool.kept = frozenset()
-            self._uploads.submit(self._spool.sync)
+        spool, self._spool = self._spool, None
+        if spool is not None:
+            spool.kept = frozenset()
+            self._uploads.submit(spool.sync)
             self._uploads.close()
-            self._spool.close()
+            spool.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -493,11 +505,19 @@ def _check_shared(directory: Path) -> None:
         time.sleep(0.1)
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a snapshot is there; also where its store does not answer."""
+    try:
+        return path.exists()
+    except RemoteError:
+        return True
+
+
 def _is_earlier(path: Path, own: SnapshotInfo) -> bool:
     """Whether there is a part of an earlier training under a name."""
-    if own.part is None or not path.exists():
+    if own.part is None:
         return False
-    with suppress(FileFormatError):
+    with suppress(FileFormatError, RemoteError):  # or there is none
         return decode_snapshot(path, read_header(path)).session < own.session
     return False
 

@@ -18,9 +18,10 @@ from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, InvalidValueError, LockedError, WriteError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, LockedError, RemoteError, WriteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.lease import Lease
 from posthoc_cli.remote.path import RemotePath
@@ -43,7 +44,7 @@ _TOKENS = ".ema.spool"
 _names = threading.Lock()
 """Held while a name in a spool is given to another file, or removed because the file was uploaded."""
 
-_open: dict[Path, Spool] = {}
+_open: WeakValueDictionary[Path, Spool] = WeakValueDictionary()
 """The spools of this process by their runs."""
 
 
@@ -115,11 +116,12 @@ class SpooledPath(RemotePath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove it here now; from the store when everything written before is there."""
-        spool = self._spool
-        if self._is_asked and spool is not None:
+        spool, is_asked = self._spool, self._is_asked
+        if is_asked and spool is not None:
             spool.gone[self] = None
-            missing_ok = True
-        self.here.unlink(missing_ok)
+        self.here.unlink(missing_ok or is_asked)
+        if is_asked and spool is None:
+            store.delete(str(self))
 
     def replace(self, target: Any) -> Any:
         """Give it another name, also in the store."""
@@ -212,13 +214,10 @@ class Spool:
         is a WriteError. A LockedError if another process has taken the run.
         """
         try:
-            for path in self.waiting:
-                self._check_lease()
-                stamp = _stamp(path)
-                if _upload(path, self._is_conditional):
-                    self._uploaded[path] = stamp
-                    log.info("uploaded %s", path)
-            for path in [*self.gone]:
+            gone = self._upload_waiting()
+            while gone is None:
+                gone = self._upload_waiting()
+            for path in gone:
                 self._check_lease()
                 if not os.path.lexists(path):  # else it was written again
                     store.delete(str(path))
@@ -227,13 +226,14 @@ class Spool:
             raise
         except OSError as error:
             reason = getattr(error, "reason", None) or error.strerror or str(error)
+            reason += f"; {error.hint}" if isinstance(error, RemoteError) and error.hint else ""
             hint = f"they are kept in {self._directory.here}, and uploaded later, or by the next tracker of this run"
             failure = WriteError(self._directory, f"snapshots are not uploaded: {reason}", hint, errno=error.errno)
+            is_told, self._is_told = self._is_told, True
             if must:
                 raise failure from error
-            if not self._is_told:
+            if not is_told:
                 log.warning("%s", failure)
-            self._is_told = True
         else:
             self._is_told = False
         for path in [path for path in self._uploaded if path not in self.kept]:
@@ -249,6 +249,22 @@ class Spool:
         _open.pop(self._directory, None)
         if self._lease is not None:
             self._lease.release()
+
+    def _upload_waiting(self) -> list[SpooledPath] | None:
+        """Upload what waits; returns what was gone before: all that has taken its place is in the store.
+
+        None where thinning has removed some of that: what has taken the place of these may have come since.
+        """
+        gone, is_whole = [*self.gone], True
+        for path in self.waiting:
+            self._check_lease()
+            stamp = _stamp(path)
+            if _upload(path, self._is_conditional):
+                self._uploaded[path] = stamp
+                log.info("uploaded %s", path)
+            else:
+                is_whole = False
+        return gone if is_whole else None
 
     def _check_lease(self) -> None:
         if self._lease is not None:
@@ -336,7 +352,7 @@ def _upload(path: SpooledPath, is_conditional: bool) -> bool:
     here, url = path.here, str(path)
     try:
         if is_conditional and here.stat().st_size <= WHOLE:
-            store.put(url, here)
+            store.repeated(lambda: store.put(url, here))
         elif RemotePath(url).is_file():
             raise FileExistsError
         else:
