@@ -22,12 +22,13 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError, shown
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError, WriteError, shown
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,11 @@ def is_url(path: str | Path) -> bool:
     return _URL.match(str(path)) is not None
 
 
+def is_remote(path: Path) -> bool:
+    """Whether it is in a store only; what a tracker writes to a store is in a spool first, which the system knows."""
+    return is_url(path) and not getattr(path, "is_spooled", False)
+
+
 def given_path(name: str, path: str | Path) -> Path:
     """An argument as a path, or an InvalidValueError for an empty one: the working directory is "."."""
     if path == "":
@@ -173,8 +179,11 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def make_directory(path: Path) -> list[Path]:
-    """Make a directory and its parents, durably; returns those that were made, the outermost first."""
-    missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110 - of a run in a store, here
+    """Make a directory and its parents, durably; returns those that were made, the outermost first.
+
+    A store needs none.
+    """
+    missing = [] if is_remote(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
     made = []
     try:
         for directory in reversed(missing):
@@ -186,6 +195,11 @@ def make_directory(path: Path) -> list[Path]:
         remove_directories(made)
         raise
     return made
+
+
+def is_folder(path: Path) -> bool:
+    """Whether files can be made in a folder: it is there, or would be in a store, which needs none."""
+    return is_remote(path) or path.is_dir()
 
 
 def remove_directories(made: list[Path]) -> None:
@@ -270,7 +284,7 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
     """Turn an OSError within the block into a WriteError about `path` that could not be `refused`: written, removed."""
     try:
         yield
-    except (WriteError, OutputExistsError):
+    except (WriteError, OutputExistsError, RemoteError):
         raise
     except OSError as error:
         reason = error.strerror or str(error)
@@ -281,13 +295,16 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
 class PendingFile:
     """A file being written, which appears under its name by `publish`; leaving the `with` block without it removes it.
 
+    One of a store is written to the folder for temporary files first.
+
     Raises:
         OutputExistsError: `path` exists and `overwrite` is False: at the start, and again without races in `publish`.
         WriteError: the system refused.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self.path, self._overwrite, self.temporary = path, overwrite, temporary_path(path.parent)
+        self.path, self._overwrite = path, overwrite
+        self.temporary = temporary_path(Path(tempfile.gettempdir()) if is_remote(path) else path.parent)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -300,7 +317,13 @@ class PendingFile:
             write_at(self.descriptor, data, offset)
 
     def publish(self) -> None:
-        """Make the content durable, then give it its name; a new name is removed if a later step fails."""
+        """Make the content durable, then give it its name; a new name is removed if a later step fails.
+
+        To a store it is sent, and appears when all has arrived.
+        """
+        if is_remote(self.path):
+            self._send()
+            return
         with reported_as_write_error(self.path):
             system.fsync(self.descriptor)
             replaces = self._overwrite and os.path.lexists(self.path)
@@ -316,6 +339,16 @@ class PendingFile:
                     with suppress(OSError):
                         system.unlink(self.path)
                 raise
+
+    def _send(self) -> None:
+        from posthoc_cli.remote import store
+
+        with reported_as_write_error(self.path):
+            try:
+                store.put(str(self.path), self.temporary, create=not self._overwrite)
+            except FileExistsError as error:
+                raise _exists(self.path) from error
+        self.discard()
 
     def discard(self) -> None:
         """Remove the temporary, if there is one. A call that a signal interrupted is finished by the next."""
@@ -378,6 +411,10 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
+    if is_remote(path):
+        if not overwrite and path.is_file():
+            raise _exists(path)
+        return
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

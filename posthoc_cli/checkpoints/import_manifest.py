@@ -168,7 +168,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _place(base: Path, text: str) -> Path:
     """A path that the manifest has."""
-    return files.as_path(os.path.normpath(str(base / files.given_path("path", text))))
+    path = files.given_path("path", text)
+    return path if files.is_url(path) else files.as_path(os.path.normpath(str(base / path)))
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -250,7 +250,7 @@ def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: 
     path = files.expanded(path)
     if path.suffix not in endings:
         raise InvalidValueError(option, f"must end in {', '.join(endings)}", value=path)
-    if not path.parent.is_dir():
+    if not files.is_folder(path.parent):
         raise InvalidValueError(option, "its folder does not exist", value=path)
     if path.exists() and not overwrite:
         raise OutputExistsError(path, "is there already", "choose another name, or --overwrite to replace it")

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,7 +133,7 @@ def write_synthesis(
     sinks: list[Sink] = []
     with ExitStack() as stack:
         for folder in folders:
-            if folder.parent.is_dir():
+            if files.is_folder(folder.parent):
                 stack.enter_context(files.new_directory(folder))
         for index, path in enumerate(paths):
             metadata = kept | output_metadata(plan.output_info(index)) | dict(marks[index] if marks else {})
@@ -150,6 +151,8 @@ def check_space(outputs: Mapping[Path, int]) -> None:
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, nbytes in outputs.items():
         place = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
+        if files.is_url(path):  # it is written here first
+            place = Path(tempfile.gettempdir())
         if place is not None:  # else making the output raises an error
             disks[place.stat().st_dev].append((place, nbytes))
     for places in disks.values():
@@ -235,7 +238,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
 
 def output_exists(path: Path, layout: str) -> bool:
     """Whether an output is there already."""
-    return holds_model(path) if layout == "sharded" else os.path.lexists(path)
+    return holds_model(path) if layout == "sharded" else not files.is_gone(path)
 
 
 def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = None) -> set[int]:
@@ -353,12 +356,12 @@ def make_sink(
     layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
 ) -> Sink:
     """A sink for the tensors of one output; call its `discard` at the end in any case."""
-    if not path.parent.is_dir():
+    if not files.is_folder(path.parent):
         raise InvalidValueError("out", "its folder does not exist", value=path)
     if options.overwrite:
         check_no_snapshot(path)
     for folder in (path.parent, path):
-        if folder.is_dir():
+        if not files.is_url(folder) and folder.is_dir():
             files.remove_leftovers(folder)
     if layout == "pt":
         return _TorchSink(path, specs, options.overwrite)
@@ -475,6 +478,8 @@ class _ShardedSink(FileSink):
         for path in model_files_in(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
+        if files.is_url(folder) and holds_model(folder):  # one object after the other would be replaced
+            raise OutputExistsError(folder, "holds a model already", "choose another folder")
         self._folder, self._overwrite = folder, options.overwrite
         self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
         self._published: list[Path] = []
@@ -513,7 +518,8 @@ class _ShardedSink(FileSink):
         with files.reported_as_write_error(self._folder):
             for path in self._old.keys() - set(self._published):
                 files.unlink_if_there(path)
-            files.system.fsync_directory(self._folder)
+            if not files.is_url(self._folder):
+                files.system.fsync_directory(self._folder)
         self._committed = True
         files.discard(self._old.values())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.export.layouts import PICKLES, OutputOptions, existing_outputs, output_paths, write_synthesis
@@ -106,7 +107,7 @@ class Outputs:
         options = replace(asked, device=check_device(device), layout=layout)
         paths, container = ([], None) if out is None else output_paths(targets, str(out), layout)
         for path in paths:
-            if not asked.dry_run and not (container or path).parent.is_dir():
+            if not asked.dry_run and not files.is_folder((container or path).parent):
                 raise InvalidValueError("out", "its folder does not exist", value=container or path)
             if like is None:
                 options.check_layout(path)

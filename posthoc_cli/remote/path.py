@@ -96,6 +96,10 @@ class RemotePath(PosixPath):
         """The same as `stat`: there are no links."""
         return self.stat()
 
+    def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not say
+        """Remove the object, if there is one."""
+        store.delete(str(self))
+
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """What is in the folder; a FileNotFoundError if there is none, a NotADirectoryError of an object."""
         folders, objects = ([], []) if self.known else store.listed(str(self))

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from posthoc_cli.errors import RemoteError
 from posthoc_cli.remote import store
+from posthoc_cli.remote.store import Known
 
 START = 256 * 1024
 """Bytes of the first request, which has the header of most files; small reads elsewhere ask for as many."""
 
-REQUESTS = 32
+REQUESTS = 16
 """Requests ahead that are in flight at a time, of all files."""
 
 AHEAD = 64 * 1024 * 1024
 """Bytes that are asked for ahead, or have come and wait to be read, of all files."""
+
+_OPENING = 16
+"""Objects whose start is asked for ahead."""
 
 _KEPT = 64
 """Pieces of small reads that are kept, of all files."""
 
 _LEAST, _MOST = 64 * 1024, 4 * 1024 * 1024
 """Bytes of a request ahead."""
+
+_NEAR = 64 * 1024
+"""Bytes between two ranges that are read rather than passed over by another request."""
 
 _THREADS = 4
 """Ranges of one file that are read at a time, for the size of requests."""
@@ -33,6 +42,7 @@ _lock = threading.Lock()
 _kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
 _open: set[int] = set()
 _ahead = 0
+_starts: dict[str, Future[tuple[memoryview, Known]]] = {}
 
 
 @lru_cache(maxsize=1)
@@ -40,12 +50,30 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(REQUESTS, "ema-remote")
 
 
+def starts_ahead(paths: Iterable[Path]) -> Iterator[Path]:
+    """The same paths, of objects that will be opened one after the other: the starts of the next ones are asked for."""
+    waiting: deque[Path] = deque()
+    try:
+        for path in paths:
+            if not (getattr(path, "is_spooled", False) and os.path.lexists(path)):
+                _starts[str(path)] = _threads().submit(store.get, str(path), 0, START)
+            waiting.append(path)
+            if len(waiting) > _OPENING:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        for path in waiting:
+            _starts.pop(str(path), None)
+
+
 class RemoteBytes:
     """An object that is read at any place by any number of threads; one that was replaced meanwhile is an error."""
 
     def __init__(self, path: Path) -> None:
         self._url = str(path)
-        start, self._known = store.get(self._url, 0, START)
+        asked = _starts.pop(self._url, None)
+        start, self._known = asked.result() if asked else store.get(self._url, 0, START)
         self.size = self._known.size
         self._streams: list[_Stream] = []
         _keep((id(self), 0), start)
@@ -63,13 +91,22 @@ class RemoteBytes:
         found = self._known if self.tag else store.head(self._url)
         return found.size, found.tag or str(found.modified)
 
-    def expect(self, begin: int, end: int) -> None:
-        """Ask ahead for bytes that the calling thread will read in order."""
-        if begin < end:
-            piece = max(_LEAST, min(_MOST, AHEAD // (2 * _THREADS * len(_open))))
-            stream = _Stream(self, begin, end, piece)
-            with _lock:
-                self._streams.append(stream)
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Ask ahead for bytes that the calling thread will read in order; ranges that are near each other are one."""
+        piece = max(_LEAST, min(_MOST, AHEAD // (2 * _THREADS * len(_open))))
+        joined: list[tuple[int, int]] = []
+        for begin, end in sorted(one for one in ranges if max(one[0], START) < one[1]):  # the start is there
+            if joined and begin - joined[-1][1] <= _NEAR:
+                joined[-1] = joined[-1][0], max(end, joined[-1][1])
+            else:
+                joined.append((begin, end))
+        streams = [_Stream(self, begin, end, piece) for begin, end in joined]
+        own = threading.get_ident()
+        with _lock:
+            gone = [one for one in self._streams if one.thread == own]
+            self._streams = [one for one in self._streams if one.thread != own] + streams
+        for one in gone:
+            one.cancel()
 
     def read(self, view: memoryview, offset: int) -> int:
         """Fill the beginning of a view from a place on; returns how many bytes, 0 only at the end of the object."""

@@ -38,9 +38,6 @@ RETRIES: dict[str, Any] = {
 }
 """Of requests that fail in a way which may pass: 17 seconds of waiting together."""
 
-_PART, _MOST_PARTS, _AT_ONCE = 8 * 1024 * 1024, 5_000, 4
-"""Of a large file that is written: bytes of a part, unless there would be more parts than this, and parts in flight."""
-
 _SECRETS: dict[str, tuple[str, str]] = {}
 """By a shown URL of a web server: the user with a password, and the query, that it was given with."""
 
@@ -133,6 +130,8 @@ def _opened(root: str, endpoint: str) -> Any:
 def head(url: str) -> Known:
     """What the store knows of an object; a FileNotFoundError if there is none."""
     store, key = _place(url)
+    if not key:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)  # a bucket
     with told(url):
         return _known(store.head(key))
 
@@ -176,23 +175,39 @@ def revisions(url: str) -> list[str]:
         return list(store.revisions(key))
 
 
-def put(
-    url: str, data: bytes | memoryview | Path | Iterator[bytes], *, create: bool = True, replaces: Known | None = None
-) -> Known:
-    """Write an object, complete or not at all. A file, or parts, may be of any size.
+_WHOLE, _PART, _MOST_PARTS = 64 * 1024 * 1024, 8 * 1024 * 1024, 9_000
+"""Bytes that are sent by one request, and of a part of more; S3 takes 10,000 parts."""
 
-    With `create` a FileExistsError if it is there, else it is replaced; with `replaces` only if it still is that one,
-    or a RemoteError with the errno ESTALE. Both are one request, which holds all data in memory, or of a store without
-    such requests a RemoteError, ENOTSUP.
+
+def put(url: str, data: bytes | memoryview | Path, *, create: bool = True, replaces: Known | None = None) -> Known:
+    """Write an object, complete or not at all; returns what the store says of it.
+
+    With `create` a FileExistsError if it is there, else it is replaced; with `replaces` only if it is still this one,
+    or a RemoteError with the errno ESTALE. Both are one request, or of a store without such requests a RemoteError,
+    ENOTSUP. Only files above 64 MiB go in parts, and no store can refuse these: that there is no such object is asked
+    before.
     """
     store, key = _place(url)
     mode: Any = "create" if create else "overwrite"
     if replaces is not None:
         mode = {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
-    size = data.stat().st_size if isinstance(data, Path) else 0
+    size = data.stat().st_size if isinstance(data, Path) else len(data)
+    if size > _WHOLE and create and _is_there(url):
+        raise FileExistsError(errno.EEXIST, "is there already", url)
     with told(url, "written"):
-        done = store.put(key, data, mode=mode, chunk_size=max(_PART, size // _MOST_PARTS), max_concurrency=_AT_ONCE)
+        if size <= _WHOLE:
+            done = store.put(key, data, mode=mode, use_multipart=False)
+        else:
+            done = store.put(key, data, chunk_size=max(_PART, -(-size // _MOST_PARTS)), max_concurrency=4)
     return Known(key, size, done.get("e_tag") or "", version=done.get("version") or "")
+
+
+def _is_there(url: str) -> bool:
+    try:
+        head(url)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def repeated(request: Callable[[], Result]) -> Result:
@@ -282,7 +297,7 @@ def told(url: str, verb: str = "read") -> Iterator[None]:
 def _as_os_error(url: str, verb: str, error: Exception) -> OSError:
     text = str(error)
     code = next(iter(re.findall(r"<Code>(\w{1,60})</Code>", text)), "")
-    if type(error).__name__ == "AlreadyExistsError":
+    if isinstance(error, FileExistsError) or type(error).__name__ == "AlreadyExistsError":
         return FileExistsError(errno.EEXIST, "is there already", url)
     if isinstance(error, FileNotFoundError) and code not in _REASONS:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)

@@ -193,7 +193,7 @@ def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
         return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [_parts(path)]
     if path.is_dir():
         return _listed_directory(path)
-    if not os.path.lexists(path):
+    if files.is_gone(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     if path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
@@ -526,6 +526,7 @@ def plan_repair(found: Verification) -> Repair:
         hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
         reason = "holds no snapshots of a tracker, and only these are set aside"
         raise DirectoryError(found.path, reason, hint if any(report.kind for report in found.files) else "")
+    files.local_path("directory", found.path)
     units = {report.unit for report in found.files if report.state in MOVED}
     # A model whose shards are in the directory itself is moved file by file.
     moving = (r.path if r.unit == found.path else r.unit for r in found.files if r.unit in units)

@@ -29,7 +29,7 @@ from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kin
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
 from posthoc_cli.snapshots.reading import Part
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.tensor_file import opened_in_turn, read_header
 
 SUPERSEDED = "superseded"
 """The folder for snapshots later than the time that training went back to."""
@@ -151,7 +151,7 @@ def inspect_directory(directory: Path) -> Inspection:
     problems: list[PostHocError] = []
     apart: list[str] = []
     cache = DecodeCache()
-    for path in listing.files:
+    for path in opened_in_turn(listing.files):
         try:
             header = read_header(path, cache)
             if file_kind(header) not in OTHERS:
@@ -303,7 +303,7 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
     found: dict[tuple[int, int], list[Snapshot]] = {}
-    for path in list_folder(folder).files:
+    for path in opened_in_turn(list_folder(folder).files):
         try:
             header = read_header(path, caches[path.name])
             if file_kind(header) in OTHERS:

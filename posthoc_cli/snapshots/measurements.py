@@ -194,6 +194,9 @@ def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
     rounded = not isinstance(snapshot.profile, Point)  # a checkpoint is what the network was
     with snapshot.open() as file:
+        items = {name: ITEM_BYTES[entry.dtype] for name, entry in snapshot.stored.items()}
+        places = [(name, begin * items[name], end * items[name]) for name, begin, end in ranges]
+        file.expect(places, is_verified=False)
         for one in ranges:
             stored, values = snapshot.stored[one.name].dtype, read_values(file, *one)
             if not np.isfinite(values).all():

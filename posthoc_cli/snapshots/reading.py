@@ -22,11 +22,12 @@ import numpy.typing as npt
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
+from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.chunks import Box, ForwardReader, copy_range
+from posthoc_cli.snapshots.chunks import Box, ForwardReader, boxes_of_range, copy_range
 from posthoc_cli.snapshots.tensor_file import (
     OpenedFile,
     decode_values,
@@ -139,6 +140,7 @@ class TensorReader:
                 if held != {} or boxes is None:
                     self._files.append(stack.enter_context(_File(part, held)))
             self._opened = stack.pop_all()
+        self._is_remote = any(file.is_remote for file in self._files)
 
     def _held_by(self, part: Part) -> dict[str, Box]:
         """The boxes of a part that hold elements of tensors that are read."""
@@ -151,6 +153,7 @@ class TensorReader:
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, verified: shape [nbytes]."""
         data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
+        self.expect([(name, 0, data.size)])
         reader = self.read_range(name, 0, data.size)
         for begin in range(0, data.size, fmt.BLOCK_BYTES):  # checksums find a block in the cache
             reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
@@ -159,6 +162,27 @@ class TensorReader:
     def read_range(self, name: str, begin: int, end: int) -> FileRange | TensorRange:
         """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order; each block is verified."""
         return self._range(name, begin, end, is_verified=True)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]], is_verified: bool = True) -> None:
+        """Say which bytes of which tensors this thread will read next, with whole blocks if they will be verified."""
+        spans: dict[_File, list[tuple[int, int]]] = {}
+        for name, begin, end in ranges if self._is_remote else ():
+            for file in self._files:
+                if file.holds(name) and (span := self._span(file, name, begin, end)):
+                    spans.setdefault(file, []).append(file.place(name, *span, is_verified))
+        for file, found in spans.items():
+            file.expect(found)
+
+    def _span(self, file: _File, name: str, begin: int, end: int) -> tuple[int, int] | None:
+        """The bytes of a file's own tensor that hold what is in a range of the tensor as it is read."""
+        if self._is_single:
+            return begin, end
+        entry, own, stored = self.header.tensors[name], file.box(name), file.header.tensors[name].dtype
+        box, item = Box.whole(entry.shape) if self._boxes is None else self._boxes[name], DTYPES[entry.dtype].nbytes
+        boxes = [own.meet(one) for one in boxes_of_range(box, begin // item, end // item)]
+        found = [own.span(one) for one in boxes if one.size]
+        size = DTYPES[stored].nbytes
+        return (min(a for a, _ in found) * size, max(b for _, b in found) * size) if found else None
 
     def read_sample(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin]."""
@@ -266,6 +290,24 @@ class _File:
     def box(self, name: str) -> Box:
         """The elements of a tensor that it has."""
         return Box.whole(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is an object in a store."""
+        return files.is_url(self._file.path)
+
+    def place(self, name: str, begin: int, end: int, is_verified: bool) -> tuple[int, int]:
+        """Where bytes of a tensor are in the file, with whole blocks if they will be verified."""
+        entry = self.header.tensors[name]
+        if is_verified and self.checksum(name, 0) is not None:
+            begin -= begin % fmt.BLOCK_BYTES
+            end = min(-(-end // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES, entry.nbytes)
+        start = self.header.payload_start + entry.begin
+        return (start, start) if entry.strides else (start + begin, start + end)
+
+    def expect(self, places: Sequence[tuple[int, int]]) -> None:
+        """Say which bytes of the file this thread will read next."""
+        self._file.expect(places)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""

@@ -5,8 +5,8 @@ What is known of several sources together is here, too: their order and their cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from posthoc_cli.reconstruction import Measurements, StoredAverage, thinned_subs
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.reading import ElementRange, Part, TensorReader
+from posthoc_cli.snapshots.tensor_file import opened_in_turn
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +180,20 @@ class Snapshot(FileSource):
 
 
 # --- several sources
+
+
+@contextmanager
+def all_open(sources: Sequence[Source]) -> Iterator[list[TensorReader | ReadRanges]]:
+    """All sources, open for the block."""
+    stored = [source for source in sources if isinstance(source, FileSource)]
+    turn = opened_in_turn(part.path for one in stored for part in one.parts or (one,))
+    with ExitStack() as stack:
+        opened = []
+        for source in sources:
+            for _ in (source.parts or (source,)) if isinstance(source, FileSource) else ():
+                next(turn)
+            opened.append(stack.enter_context(source.open()))
+        yield opened
 
 
 _Source = TypeVar("_Source", bound=Source)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
@@ -82,7 +82,7 @@ class _LocalBytes:
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
 
-    def expect(self, begin: int, end: int) -> None:
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
         """The system reads ahead itself."""
 
     def read(self, view: memoryview, offset: int) -> int:
@@ -125,9 +125,9 @@ class OpenedFile:
         """Another one when the file has been written to."""
         return self._bytes.stamp
 
-    def expect(self, begin: int, end: int) -> None:
-        """Say that this thread will read these bytes in order: of an object they are asked for ahead."""
-        self._bytes.expect(begin, end)
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Say which bytes this thread will read next, in order: of an object they are asked for ahead."""
+        self._bytes.expect(ranges)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; returns how many, fewer only at the end of the file."""
@@ -151,6 +151,16 @@ class OpenedFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def opened_in_turn(paths: Iterable[Path]) -> Iterator[Path]:
+    """The same paths, of files that will be opened one after the other: objects are asked for ahead."""
+    paths = list(paths)
+    if not any(map(files.is_url, paths)):
+        return iter(paths)
+    from posthoc_cli.remote.ranges import starts_ahead
+
+    return starts_ahead(paths)
 
 
 def read_small_file(path: Path, most: int) -> bytes:

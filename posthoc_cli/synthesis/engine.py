@@ -22,9 +22,10 @@ import torch
 
 from posthoc_cli.dtypes import ITEM_BYTES, torch_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.files import is_url
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import FileSource, ReadRanges, Snapshot
+from posthoc_cli.snapshots.sources import FileSource, ReadRanges, Snapshot, all_open
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
@@ -135,6 +136,11 @@ CHUNK = 32_768
 """The same for several targets, whose sums need room for a row a source and a row a target."""
 
 
+REMOTE_CHUNK, REMOTE_THREADS = 131_072, 4
+"""The same for one target of objects in a store, so that the chunks of all sources fit into what is asked for ahead;
+and threads at least, of which some wait for the network while others work."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How tensors are made. None of it changes a value beyond its last rounding.
@@ -188,10 +194,13 @@ def synthesize_into(
         chunk, tile_elements: elements a thread works on, or makes, at a time; measured values for None.
     """
     device = check_device(options.device)
-    size = chunk or (ONE_TARGET_CHUNK if len(plan.targets) == 1 else CHUNK)
+    is_remote = any(isinstance(one, FileSource) and is_url(one.path) for one in plan.sources)
+    alone = REMOTE_CHUNK if is_remote else ONE_TARGET_CHUNK
+    size = chunk or (alone if len(plan.targets) == 1 else CHUNK)
     wide = "F32" if device.type == "mps" else None  # which has no float64
     tiles = deque((one, tile) for one in plan.passes() for tile in cut_tiles(one, size, tile_elements, wide))
-    workers = min(worker_count(options.workers), max(1, len(tiles)))
+    least = REMOTE_THREADS if is_remote and options.workers is None else 1
+    workers = min(max(least, worker_count(options.workers)), max(1, len(tiles)))
     own, stop, threads = threading.local(), threading.Event(), torch.get_num_threads()
     waiting: deque[Future[Tile]] = deque()
 
@@ -207,7 +216,7 @@ def synthesize_into(
         return tile
 
     with ExitStack() as stack:
-        opened = [stack.enter_context(source.open()) for source in plan.sources]
+        opened = stack.enter_context(all_open(plan.sources))
         # One thread of torch in each of these: the tiles run side by side instead.
         pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
         try:

@@ -178,7 +178,9 @@ class _FileRange:
     def __init__(self, file: TensorReader, wanted: ElementRange) -> None:
         self._dtype = file.header.tensors[wanted.name].dtype
         self._size = ITEM_BYTES[self._dtype]
-        self._range = file.read_range(wanted.name, wanted.begin * self._size, wanted.end * self._size)
+        place = wanted.name, wanted.begin * self._size, wanted.end * self._size
+        file.expect([place])
+        self._range = file.read_range(*place)
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
         room = scratch.next()
@@ -192,6 +194,7 @@ class _FileBatch:
     def __init__(self, file: TensorReader, tile: Tile) -> None:
         self._file, self._tile = file, tile
         self._entries = [file.header.tensors[name] for name in tile.names]
+        file.expect((name, 0, entry.nbytes) for name, entry in zip(tile.names, self._entries, strict=True))
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
         entries, bounds = self._entries, self._tile.bounds

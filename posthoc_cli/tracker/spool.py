@@ -35,9 +35,6 @@ log = logging.getLogger(__name__)
 
 STORES = ("s3", "gs", "az")
 
-WHOLE = 16 * 1024 * 1024
-"""Files up to this size are sent in one request, which fails where the name is taken; larger ones in parts."""
-
 _TOKENS = ".ema.spool"
 """Of the leases that processes with this spool held last."""
 
@@ -351,12 +348,9 @@ def _upload(path: SpooledPath, is_conditional: bool) -> bool:
     """Have a file in the store, in place of an older one of its name; returns False where it was removed meanwhile."""
     here, url = path.here, str(path)
     try:
-        if is_conditional and here.stat().st_size <= WHOLE:
-            store.repeated(lambda: store.put(url, here))
-        elif RemotePath(url).is_file():
+        if not is_conditional and RemotePath(url).is_file():
             raise FileExistsError
-        else:
-            store.put(url, here, create=False)
+        store.repeated(lambda: store.put(url, here, create=is_conditional))
     except FileExistsError:
         if read_header(path) != _stored_header(path):
             store.put(url, here, create=False)

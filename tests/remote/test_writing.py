@@ -112,7 +112,7 @@ def test_a_run_is_in_the_store_when_the_tracker_is_closed(
 
 
 def test_large_files_are_sent_in_parts(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spools, "WHOLE", 1000)
+    monkeypatch.setattr(store, "_WHOLE", 1000)
     monkeypatch.setattr(store, "_PART", 5 * 1024 * 1024)  # the smallest that S3 knows
     large = torch.nn.Linear(2000, 1500, bias=False)
     with PostHocEMA.from_model(large, URL, update_every=1, checkpoint_every=2) as tracker:

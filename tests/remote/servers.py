@@ -1,0 +1,146 @@
+"""A web server on the loopback interface that gives out files by ranges, can be told to fail, and counts requests.
+
+It speaks as much S3 as a read of a bucket needs, so that each request of a run can be made to fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+
+class Server(ThreadingHTTPServer):
+    """Gives out the files of a folder.
+
+    Attributes:
+        asked: a line a request: its method, path and range.
+        sent: bytes of bodies.
+        fault: called with the number of a request and its handler; whether it has answered.
+        latency: seconds before each answer.
+    """
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.asked, self.sent, self.latency = folder, list[str](), 0, 0.0
+        self.fault: Callable[[int, Any], bool] = lambda _number, _handler: False
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client may go away."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        """Silence."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.asked.append(f"{self.command} {self.path} {self.headers.get('range', '')}".strip())
+            number = len(self.server.asked)
+        time.sleep(self.server.latency)
+        if self.server.fault(number, self):
+            return
+        url = urlsplit(self.path)
+        query, path = parse_qs(url.query), self.server.folder / unquote(url.path).lstrip("/")
+        if "list-type" in query:
+            self._list(path, query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
+        elif path.is_file():
+            self._send(path)
+        else:
+            self.refuse(404, "NoSuchKey")
+
+    def _send(self, path: Path) -> None:
+        size, tag = path.stat().st_size, f'"{hashlib.md5(str(path.stat().st_mtime_ns).encode()).hexdigest()}"'
+        if self.headers.get("if-match", tag) != tag:
+            self.refuse(412, "PreconditionFailed")
+            return
+        begin, end, wanted = 0, size, self.headers.get("range")
+        if wanted:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            begin, end = int(first), min(int(last) + 1 if last else size, size)
+            if begin >= size:
+                self.refuse(416, "InvalidRange")
+                return
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
+        for name, value in (("Content-Length", end - begin), ("ETag", tag), ("Accept-Ranges", "bytes")):
+            self.send_header(name, str(value))
+        self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
+        self.end_headers()
+        self.wfile.flush()
+        if self.command == "GET":
+            self.body(path, begin, end)
+
+    def body(self, path: Path, begin: int, end: int) -> None:
+        """Send bytes of a file."""
+        with path.open("rb") as file:
+            while begin < end and (count := os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)):
+                begin += count
+                with self.server.lock:
+                    self.server.sent += count
+
+    def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
+        keys = [path.relative_to(bucket).as_posix() for path in sorted(bucket.rglob("*")) if path.is_file()]
+        keys = [key for key in keys if key.startswith(prefix)]
+        inner = [key for key in keys if delimiter and delimiter in key[len(prefix) :]]
+        folders = sorted({prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in inner})
+        text = "".join(f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in folders)
+        for key in (key for key in keys if key not in inner):
+            known = f"<Size>{(bucket / key).stat().st_size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            text += f"<Contents><Key>{escape(key)}</Key>{known}<ETag>&quot;x&quot;</ETag></Contents>"
+        self.answer(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode())
+
+    def refuse(self, status: int, code: str = "", message: str = "secret") -> bool:
+        """Answer with an error of S3."""
+        self.answer(status, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode())
+        return True
+
+    def answer(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def reset(self) -> bool:
+        """Break the connection."""
+        self.close_connection = True
+        self.connection.shutdown(2)
+        return True
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """The server, in a thread."""
+    server = Server(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
