@@ -168,8 +168,11 @@ def spooled(path: Path) -> SpooledPath:
     base = Path(os.environ.get("EMA_SPOOL") or f"{caches}/posthoc-ema").expanduser().absolute()
     endpoint = hashlib.sha256(store.endpoint().encode()).hexdigest()[:8]
     made = SpooledPath(base, endpoint, f"{scheme}:", rest)
-    with files.reported_as_write_error(made.here):
+    try:
         files.make_directory(made.here)
+    except OSError as error:
+        reason = f"cannot be made, for what is uploaded to {made}: {(error.strerror or str(error)).lower()}"
+        raise WriteError(made.here, reason, "set EMA_SPOOL to a folder of this machine", errno=error.errno) from error
     return made
 
 
@@ -196,7 +199,7 @@ class Spool:
         self._is_conditional = os.environ.get("EMA_LEASE") != "off"
         self._lease = _lease(directory) if leads and self._is_conditional else None
         self._uploaded: dict[SpooledPath, _Stamp | None] = {}
-        self._is_told = False
+        self._is_told, self._process = False, os.getpid()
         _open[directory] = self
 
     @property
@@ -238,11 +241,14 @@ class Spool:
 
     def has_room(self) -> bool:
         """Whether what waits takes no more than what is free on the spool's disk."""
+        files.make_directory(self._directory.here)  # again, where a cache was cleared
         waits = sum(stamp.size for path in self.waiting if (stamp := _stamp(path)) is not None)
         return waits <= shutil.disk_usage(self._directory.here).free
 
     def close(self) -> None:
-        """Let another writer in."""
+        """Let another writer in; of a forked process nothing."""
+        if self._process != os.getpid():
+            return
         _open.pop(self._directory, None)
         if self._lease is not None:
             self._lease.release()
@@ -269,17 +275,22 @@ class Spool:
 
 
 def finish(directory: SpooledPath) -> None:
-    """Upload what an earlier tracker has left in the spool, unless a tracker of this machine is at it, or of another.
+    """Upload what an earlier tracker has left in the spool, unless one of this machine is at it.
 
     Where the run has gone on elsewhere since, what is left is of another attempt, and is set aside.
 
     Raises:
+        LockedError: a process of another machine writes to the run.
         RemoteError, WriteError: the store cannot be read, or written to.
         FileFormatError, MismatchError: of the snapshots in the store.
     """
     if not _files(directory):
         return
-    with suppress(LockedError), DirectoryLock(directory):
+    try:
+        lock = DirectoryLock(directory)
+    except LockedError:
+        return
+    with lock:
         spool = Spool(directory)
         try:
             there = find_snapshots(RemotePath(str(directory)))

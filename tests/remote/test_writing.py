@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import urllib.request
@@ -21,6 +22,7 @@ from posthoc_cli.remote.lease import Lease
 from posthoc_cli.remote.path import RemotePath, remote_path
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
+from posthoc_cli.tracker import pipeline
 from posthoc_cli.tracker import spool as spools
 
 SETTINGS = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": 4}
@@ -233,8 +235,11 @@ def test_what_is_left_of_another_attempt_is_set_aside(
     monkeypatch.setenv("EMA_SPOOL", str(tmp_path / "other machine"))
     with PostHocEMA.from_model(model, URL, **SETTINGS, resume=20) as tracker:
         train(model, tracker, 21, 60)
-    before = {s.name: s.identity for s in find_snapshots(RemotePath(URL))}
-    monkeypatch.setenv("EMA_SPOOL", str(spool))
+        tracker.flush()
+        before = {s.name: s.identity for s in find_snapshots(RemotePath(URL))}
+        monkeypatch.setenv("EMA_SPOOL", str(spool))
+        with pytest.raises(LockedError, match="is writing here"):  # what is left would be read, too
+            PostHocEMA.from_path(URL, model)
     PostHocEMA.from_path(URL, model)
     assert "has gone on elsewhere" in caplog.text
     assert {s.name: s.identity for s in find_snapshots(RemotePath(URL))} == before
@@ -257,6 +262,26 @@ def test_averages_can_be_had_while_uploads_are_under_way(
             local.flush()
             assert torch.equal(tracker.state_dict(sigma_rel=0.1)["weight"], local.state_dict(sigma_rel=0.1)["weight"])
         assert tracker.run.plan([0.1]).t == 70
+
+
+def test_a_spool_that_is_removed_while_training_is_made_again(
+    server: FaultyServer, spool: Path, model: torch.nn.Linear
+) -> None:
+    with PostHocEMA.from_model(model, URL, **SETTINGS | {"max_checkpoints": None}) as tracker:
+        train(model, tracker, 1, 15)
+        tracker.flush()
+        shutil.rmtree(spool)
+        train(model, tracker, 16, 45)
+    assert {s.info.step for s in find_snapshots(RemotePath(URL))} == {10, 20, 30, 40, 45}
+
+
+def test_a_spool_that_cannot_be_made_is_an_error_that_names_the_variable(
+    model: torch.nn.Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EMA_SPOOL", str(tmp_path / "file"))
+    with pytest.raises(WriteError, match=r"file/.*: cannot be made, .*s3://bucket/some/run: .*; set EMA_SPOOL to"):
+        PostHocEMA.from_model(model, URL)
 
 
 # --- one writer
@@ -301,19 +326,35 @@ def test_a_lease_that_another_process_has_taken_ends_the_training(
 def test_a_lease_is_taken_over_when_it_has_expired(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1e9)  # no clock of this machine has a part in it
     run = RemotePath(URL)
-    monkeypatch.setattr(lease, "SECONDS", 3.0)
+    monkeypatch.setattr(lease, "SECONDS", 2.0)
     held = Lease(run, "first")
-    time.sleep(4.5)  # it was renewed
+    time.sleep(3.5)  # it was renewed
     held.check()
     with pytest.raises(LockedError, match="is writing here"):
         Lease(run, "second")
     held._released.set()  # as if the process had been stopped
-    time.sleep(6)
+    time.sleep(4)
     Lease(run, "second").release()
     with pytest.raises(LockedError):
         held.check()
     Lease(run, "third")
     Lease(run, "fourth", ["third"]).release()
+
+
+def test_a_forked_process_does_not_end_the_lease(
+    server: FaultyServer, model: torch.nn.Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "SECONDS", 0.0)
+    with PostHocEMA.from_model(model, URL, **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+        tracker.flush()
+        child = os.fork()
+        if child == 0:
+            pipeline.finish()  # as at the end of the process
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert json.loads(bytes(store.get(f"{URL}/{lease.NAME}", 0, 1000)[0]))["process"] == os.getpid()
+        train(model, tracker, 11, 20)
 
 
 def test_a_lease_survives_answers_that_are_lost(server: FaultyServer) -> None:
@@ -368,16 +409,15 @@ with PostHocEMA.from_model(model, url, **SETTINGS, resume="auto") as ema:
 """
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_processes_upload_what_they_write(server: FaultyServer, spool: Path, tmp_path: Path, kind: str) -> None:
-    assert check_group(GROUP, 2, tmp_path, kind, URL, 8) == ["0\n", "0\n"]
+def test_processes_upload_what_they_write(server: FaultyServer, spool: Path, tmp_path: Path) -> None:
+    assert check_group(GROUP, 2, tmp_path, "fsdp", URL, 8) == ["0\n", "0\n"]
     server.answer = lambda request: 503 if is_upload(request) and "000010" in request["PATH_INFO"] else None
-    failed = run_group(GROUP, 2, tmp_path, kind, URL, 10)  # the last snapshots stay in the spool
+    failed = run_group(GROUP, 2, tmp_path, "fsdp", URL, 10)  # the last snapshots stay in the spool
     assert {result.out for result in failed} == {"8\n"}
     assert any("are not uploaded: cannot be written: the server answers 503" in result.err for result in failed)
     assert {s.info.step for s in find_snapshots(RemotePath(URL))} == {4, 8}
     server.answer = lambda _: None
-    assert check_group(GROUP, 2, tmp_path, kind, URL, 12) == ["10\n", "10\n"]
+    assert check_group(GROUP, 2, tmp_path, "fsdp", URL, 12) == ["10\n", "10\n"]
     assert not waiting(spool)
     alone(tmp_path / "alone", 12)
     for there, here in zip(
