@@ -124,6 +124,11 @@ def is_url(path: str | Path) -> bool:
     return _URL.match(str(path)) is not None
 
 
+def is_remote(path: Path) -> bool:
+    """Whether it is in a store only; what a tracker writes to a store is in a spool first, which the system knows."""
+    return is_url(path) and not getattr(path, "is_spooled", False)
+
+
 def given_path(name: str, path: str | Path) -> Path:
     """An argument as a path, or an InvalidValueError for an empty one: the working directory is "."."""
     if path == "":
@@ -184,7 +189,7 @@ def make_directory(path: Path) -> list[Path]:
 
     A store needs none.
     """
-    missing = [] if is_url(path) else [p for p in (path, *path.parents) if not p.exists()]
+    missing = [] if is_remote(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
     made = []
     try:
         for directory in reversed(missing):
@@ -200,7 +205,7 @@ def make_directory(path: Path) -> list[Path]:
 
 def is_folder(path: Path) -> bool:
     """Whether files can be made in a folder: it is there, or would be in a store, which needs none."""
-    return is_url(path) or path.is_dir()
+    return is_remote(path) or path.is_dir()
 
 
 def remove_directories(made: list[Path]) -> None:
@@ -305,7 +310,7 @@ class PendingFile:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path, self._overwrite = path, overwrite
-        self.temporary = temporary_path(Path(tempfile.gettempdir()) if is_url(path) else path.parent)
+        self.temporary = temporary_path(Path(tempfile.gettempdir()) if is_remote(path) else path.parent)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -322,7 +327,7 @@ class PendingFile:
 
         To a store it is sent, and appears when all has arrived.
         """
-        if is_url(self.path):
+        if is_remote(self.path):
             self._send()
             return
         with reported_as_write_error(self.path):
@@ -412,7 +417,7 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
-    if is_url(path):
+    if is_remote(path):
         if not str(path).startswith(("s3:", "gs:", "az:")):
             raise WriteError(path, "cannot be written: only s3://, gs:// and az:// take outputs")
         if not overwrite and path.is_file():

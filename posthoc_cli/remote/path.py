@@ -25,8 +25,10 @@ class RemotePath(PosixPath):
 
     Attributes:
         known: what the listing that this path is from has said of the object; None for a folder, and without one.
+        is_spooled: whether the system may have the file, too, under the path's name for it.
     """
 
+    is_spooled = False
     known: Known | None = None
     _is_listed = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,7 +55,8 @@ def starts_ahead(paths: Iterable[Path]) -> Iterator[Path]:
     waiting: deque[Path] = deque()
     try:
         for path in paths:
-            _starts[str(path)] = _threads().submit(store.get, str(path), 0, START)
+            if not (getattr(path, "is_spooled", False) and os.path.lexists(path)):
+                _starts[str(path)] = _threads().submit(store.get, str(path), 0, START)
             waiting.append(path)
             if len(waiting) > _OPENING:
                 yield waiting.popleft()

@@ -13,15 +13,18 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from posthoc_cli.errors import InvalidValueError, MissingDependencyError, RemoteError
+
+Result = TypeVar("Result")
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 
@@ -42,13 +45,14 @@ _SECRETS: dict[str, tuple[str, str]] = {}
 class Known(NamedTuple):
     """What a store says of an object: `key` is its name in the store, a `tag` is another one for other content.
 
-    A tag may be missing. `modified` is in seconds since 1970.
+    A tag may be missing. `modified` is in seconds since 1970. Some stores tell content apart by a `version` instead.
     """
 
     key: str
     size: int
     tag: str = ""
     modified: float = 0.0
+    version: str = ""
 
 
 def shown_url(text: str) -> str:
@@ -92,7 +96,12 @@ def split(url: str) -> tuple[str, str]:
 
 def opened(root: str) -> Any:
     """The store of a URL from `split`, one for each endpoint."""
-    return _opened(root, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    return _opened(root, endpoint())
+
+
+def endpoint() -> str:
+    """The server that is asked in place of Amazon's; empty for none."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 @lru_cache(maxsize=64)
@@ -170,27 +179,56 @@ _WHOLE, _PART, _MOST_PARTS = 64 * 1024 * 1024, 8 * 1024 * 1024, 9_000
 """Bytes that are sent by one request, and of a part of more; S3 takes 10,000 parts."""
 
 
-def put(url: str, data: bytes | memoryview | Path, *, create: bool = True, tag: str = "") -> str:
-    """Write an object, complete or not at all; returns its tag.
+def put(url: str, data: bytes | memoryview | Path, *, create: bool = True, replaces: Known | None = None) -> Known:
+    """Write an object, complete or not at all; returns what the store says of it.
 
-    With `create` a FileExistsError if it is there, else it is replaced; with a tag only if it still has this one, or a
-    RemoteError with the errno ESTALE. Both are one request, or of a store without such requests a RemoteError, ENOTSUP.
-    Only files above 64 MiB go in parts, and no store can refuse these: that there is no such object is asked before.
+    With `create` a FileExistsError if it is there, else it is replaced; with `replaces` only if it is still this one,
+    or a RemoteError with the errno ESTALE. Both are one request, or of a store without such requests a RemoteError,
+    ENOTSUP. Only files above 64 MiB go in parts, and no store can refuse these: that there is no such object is asked
+    before.
     """
     store, key = _place(url)
-    mode: Any = {"e_tag": tag} if tag else "create" if create else "overwrite"
+    mode: Any = "create" if create else "overwrite"
+    if replaces is not None:
+        mode = {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
     size = data.stat().st_size if isinstance(data, Path) else len(data)
+    if size > _WHOLE and create and _is_there(url):
+        raise FileExistsError(errno.EEXIST, "is there already", url)
     with told(url, "written"):
         if size <= _WHOLE:
-            return str(store.put(key, data, mode=mode, use_multipart=False).get("e_tag") or "")
-        if create and not tag:
-            try:
-                store.head(key)
-                raise FileExistsError
-            except FileNotFoundError:
-                pass
-        part = max(_PART, -(-size // _MOST_PARTS))
-        return str(store.put(key, data, chunk_size=part, max_concurrency=4).get("e_tag") or "")
+            done = store.put(key, data, mode=mode, use_multipart=False)
+        else:
+            done = store.put(key, data, chunk_size=max(_PART, -(-size // _MOST_PARTS)), max_concurrency=4)
+    return Known(key, size, done.get("e_tag") or "", version=done.get("version") or "")
+
+
+def _is_there(url: str) -> bool:
+    try:
+        head(url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def repeated(request: Callable[[], Result]) -> Result:
+    """The result of a request with a condition, made again if that fails: no library repeats one whose answer was lost.
+
+    It may have been done then, so that the condition does not hold any more: whoever calls finds out.
+    """
+    try:
+        return request()
+    except RemoteError as error:
+        if error.errno != errno.EIO:
+            raise
+    time.sleep(0.5)
+    return request()
+
+
+def copy(url: str, to: str) -> None:
+    """Give an object a second name in its store."""
+    store, key = _place(url)
+    with told(to, "written"):
+        store.copy(key, _place(to)[1])
 
 
 def delete(url: str) -> None:
@@ -211,7 +249,8 @@ def _place(url: str) -> tuple[Any, str]:
 
 def _known(found: Any) -> Known:
     modified: datetime | None = found["last_modified"]
-    return Known(found["path"], found["size"], found["e_tag"] or "", modified.timestamp() if modified else 0.0)
+    seconds = modified.timestamp() if modified else 0.0
+    return Known(found["path"], found["size"], found["e_tag"] or "", seconds, found.get("version") or "")
 
 
 # --- errors

@@ -584,7 +584,7 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
         files.make_directory(folder)
         moved = []
         for path in paths:
-            if os.path.lexists(path):
+            if os.path.lexists(path) or path.exists():
                 free = _free_name(folder / path.name)
                 files.system.rename(path, free)
                 moved.append(free)
@@ -596,4 +596,4 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 def _free_name(path: Path) -> Path:
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-    return next(candidate for candidate in chain([path], numbered) if not os.path.lexists(candidate))
+    return next(free for free in chain([path], numbered) if not (os.path.lexists(free) or free.exists()))

@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -92,6 +92,18 @@ class _LocalBytes:
         files.system.close(self._descriptor)
 
 
+def _opened(path: Path) -> _LocalBytes | RemoteBytes:
+    if not files.is_url(path):
+        return _LocalBytes(path)
+    from posthoc_cli.remote.path import RemotePath
+    from posthoc_cli.remote.ranges import RemoteBytes
+
+    if isinstance(path, RemotePath) and path.is_spooled:
+        with suppress(FileNotFoundError):
+            return _LocalBytes(path)
+    return RemoteBytes(path)
+
+
 class OpenedFile:
     """A regular file or an object in a store, open for reading at any place by any number of threads.
 
@@ -104,14 +116,8 @@ class OpenedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._bytes: _LocalBytes | RemoteBytes
         with named_on_error(path, "opened"):
-            if files.is_url(path):
-                from posthoc_cli.remote.ranges import RemoteBytes
-
-                self._bytes = RemoteBytes(path)
-            else:
-                self._bytes = _LocalBytes(path)
+            self._bytes = _opened(path)
         self.size, self.tag = self._bytes.size, self._bytes.tag
 
     @property

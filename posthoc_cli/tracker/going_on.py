@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from posthoc_cli import files
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -147,6 +148,15 @@ def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
         reason = "must be 'auto', a call of update_ that has snapshots, or None"
         raise InvalidValueError("resume", reason, value=f"{resume!r}")
     return find_snapshots(directory) if resume == "auto" else read_directory(directory)
+
+
+def finish_uploads(directory: Path) -> None:
+    """Upload what an earlier tracker of a run by URL has left on this machine."""
+    if files.is_url(directory):
+        from posthoc_cli.tracker.spool import SpooledPath, finish
+
+        assert isinstance(directory, SpooledPath)
+        finish(directory)
 
 
 def check_no_run(directory: Path) -> None:

@@ -258,13 +258,19 @@ class Pipeline:
             self.write_missing(at_end=True)
 
     def flush(self) -> None:
-        """Return when everything is done and durable."""
+        """Return when everything is done and durable, of a run in a store in its spool."""
         self._updates.wait()
         self._writes.wait()
 
+    def upload(self) -> None:
+        """Return when everything written is in the run's store, if it has one; a WriteError if that fails."""
+        if self.snapshotter is not None:
+            self.snapshotter.upload()
+
     def take_error(self) -> Exception | None:
         """An error of the work beside the training; each is returned once."""
-        return self._updates.take_error() or self._writes.take_error()
+        uploads = None if self.snapshotter is None else self.snapshotter.take_error()
+        return self._updates.take_error() or self._writes.take_error() or uploads
 
     @contextmanager
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:

@@ -92,7 +92,8 @@ class PostHocEMA(Tracker):
 
         Arguments:
             model: to be tracked, wrapped or bare: names are those of the bare model.
-            checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
+            checkpoint_dir: the directory for the snapshots, made when it is missing; or a URL, s3://, gs:// or az://,
+                see `ema guide remote`. One run a directory.
             sigma_rels: profiles to track; two reach almost everything between them, see `ema error-plot`.
             update_every, update_after_step: averages are updated at multiples of the first, after the second.
             checkpoint_every: snapshots are due at multiples of it; a multiple of update_every.
@@ -132,6 +133,7 @@ class PostHocEMA(Tracker):
         if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
             resume = "auto"  # a notebook's cell that is run again
         wait_for_writers(directory, last_too=True)
+        going_on.finish_uploads(directory)
         stored = [] if resume is None else going_on.stored_to_resume(directory, resume)
         if stored:
             settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))
@@ -174,6 +176,7 @@ class PostHocEMA(Tracker):
         """
         directory = check_path("checkpoint_dir", checkpoint_dir)
         wait_for_writers(directory)
+        going_on.finish_uploads(directory)
         stored = read_directory(directory)
         profiles = stored[-1].info.sigma_rels
         snapshots = going_on.snapshots_until(stored, profiles, step)

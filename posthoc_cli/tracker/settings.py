@@ -123,8 +123,13 @@ def _number(t: float) -> float:
 
 
 def check_path(name: str, path: str | Path) -> Path:
-    """An absolute path: the working directory may change later."""
-    return files.local_path(name, path).absolute()
+    """An absolute path: the working directory may change later. Of a URL one that a tracker can write to."""
+    found = files.given_path(name, path).absolute()
+    if not files.is_url(found):
+        return found
+    from posthoc_cli.tracker.spool import spooled
+
+    return spooled(found)
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,7 @@ from posthoc_cli.errors import (
     MismatchError,
     NonFiniteError,
     PostHocError,
+    RemoteError,
     WriteError,
 )
 from posthoc_cli.profiles import PowerFunction
@@ -43,6 +45,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import (
     SnapshotInfo,
     TensorSpec,
+    TrackingSchedule,
     encode_path,
     snapshot_metadata,
 )
@@ -60,6 +63,10 @@ from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
 from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
+from posthoc_cli.tracker.worker import Worker
+
+if TYPE_CHECKING:
+    from posthoc_cli.tracker.spool import Spool
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +224,16 @@ class Snapshotter:
         with files.reported_as_write_error(directory):
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
-        if not self._leads:
+        self._spool: Spool | None = None
+        self._uploads, self._has_waited = Worker("uploads"), False
+        if not self._leads and not files.is_url(directory):
             _check_shared(directory)
         try:
+            if files.is_url(directory):
+                from posthoc_cli.tracker import spool
+
+                assert isinstance(directory, spool.SpooledPath)
+                self._spool = spool.Spool(directory, members.part if members else None, self._leads)
             if self._leads:
                 remove_leftovers(directory)
                 # Parts of a killed attempt and of this one could look like one snapshot.
@@ -260,7 +274,7 @@ class Snapshotter:
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
         """The stored snapshots, or those on the schedule; of several processes another one may have removed some."""
         among = self._stored if off_schedule else on_schedule(self._stored)
-        return [one for one in among if self._members is None or one.path.exists()]
+        return [one for one in among if self._members is None or _is_there(one.path)]
 
     def read_again(self) -> None:
         """Know the snapshots of which this process has written parts as complete ones, as states do."""
@@ -312,6 +326,7 @@ class Snapshotter:
         Of `state` the averages are `staged`. Without `is_due` only what is not stored yet is written.
         """
         standing = state.averages.standing
+        self._wait_for_room()
         if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             try:
@@ -329,6 +344,40 @@ class Snapshotter:
             info = state_info(replace(exact, snapshots=self.checksums), self._settings)
             write_state(self.directory / STATE_NAME, exact, info)
             self._kept_step = exact.progress.step
+        if self._spool is not None:
+            self._spool.kept = frozenset([*self._newest(), self.directory / STATE_NAME])
+            self._uploads.submit(self._spool.sync)
+
+    def upload(self) -> None:
+        """Return when everything written is in the store of a run by URL; a WriteError if it cannot be uploaded."""
+        if self._spool is not None:
+            self._uploads.call(partial(self._spool.sync, must=True))
+
+    def take_error(self) -> Exception | None:
+        """An error of uploading; each is returned once."""
+        return self._uploads.take_error()
+
+    def _wait_for_room(self) -> None:
+        """Return when the spool of a run by URL can take more."""
+        if self._spool is None or self._spool.has_room():
+            return
+        if not self._has_waited:
+            what = (
+                "%s: training waits for uploads: files that wait for theirs take more than is free on the spool's disk"
+            )
+            log.warning(what, self.directory)
+            self._has_waited = True
+        while not self._spool.has_room():
+            self._uploads.call(self._spool.sync)
+            time.sleep(0.1)
+
+    def _newest(self) -> list[Path]:
+        """The snapshots that the next ones are measured against, see `newest_before`."""
+        kept = []
+        for stored in (self._stored, on_schedule(self._stored)):
+            for sigma_rel in self._settings.sigma_rels:
+                kept += [one.path for one in stored if one.sigma_rel == sigma_rel][-2:]
+        return kept
 
     def write(self, infos: Sequence[SnapshotInfo], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
         """Write the snapshots of one time, each durably, with their measurements, or none where one is not finite.
@@ -364,7 +413,12 @@ class Snapshotter:
         if self._members is None:
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
             return
-        self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
+        with suppress(RemoteError):  # of a store that does not answer: the next snapshots thin
+            self._thin_together(schedule)
+
+    def _thin_together(self, schedule: TrackingSchedule) -> None:
+        """Thin snapshots of which each process has written its part."""
+        self._stored = [snapshot for snapshot in self._stored if _is_there(snapshot.path)]
         if self._leads:
             self._warn_of_incomplete()
         if self._leads and schedule.max_checkpoints is not None:
@@ -389,7 +443,13 @@ class Snapshotter:
         return {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
 
     def close(self) -> None:
-        """Let another writer in."""
+        """Let another writer in, when everything written is uploaded, or that was tried."""
+        spool, self._spool = self._spool, None
+        if spool is not None:
+            spool.kept = frozenset()
+            self._uploads.submit(spool.sync)
+            self._uploads.close()
+            spool.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -445,11 +505,19 @@ def _check_shared(directory: Path) -> None:
         time.sleep(0.1)
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a snapshot is there; also where its store does not answer."""
+    try:
+        return path.exists()
+    except RemoteError:
+        return True
+
+
 def _is_earlier(path: Path, own: SnapshotInfo) -> bool:
     """Whether there is a part of an earlier training under a name."""
-    if own.part is None or not path.exists():
+    if own.part is None:
         return False
-    with suppress(FileFormatError):
+    with suppress(FileFormatError, RemoteError):  # or there is none
         return decode_snapshot(path, read_header(path)).session < own.session
     return False
 

@@ -196,10 +196,18 @@ class Tracker:
     def flush(self) -> None:
         """Return when all updates are in the averages and all due snapshots are durable, or this process's parts.
 
+        Of a run by URL they are in the store then.
+
         Raises:
-            WriteError, NonFiniteError: what went wrong since the last call; raised once.
+            WriteError, NonFiniteError: what went wrong since the last call; raised once. Snapshots cannot be uploaded.
+            LockedError: another process has taken the run by URL.
             RankError: another process that keeps a part of the averages has failed.
         """
+        self._finish_writing()
+        self._pipeline.upload()
+
+    def _finish_writing(self) -> None:
+        """As `flush`; of a run by URL when all is durable on this machine."""
         self._calls.check_process()
         if self._attachment is not None:
             self._attachment.check_steps()
@@ -298,7 +306,7 @@ class Tracker:
             self._pipeline.set(loaded)
 
     def _unpacked(self, stored: Mapping[str, Any]) -> Tracking:
-        self.flush()
+        self._finish_writing()
         loaded = unpack_state(stored, self.settings, self._pipeline.now.tracked)
         if self.keeps_averages:
             return loaded
@@ -336,7 +344,7 @@ class Tracker:
         return own, replace(group.from_first(read_info), inherited=total, sketch=sketch)
 
     def _read_exactly(self) -> Tracking:
-        self.flush()
+        self._finish_writing()
         if self._pipeline.now.resumes:
             return self._start.read(self._pipeline.now)
         reading = self._pipeline.read_exactly()

@@ -17,14 +17,14 @@ from posthoc_cli.snapshots.tensor_file import OpenedFile
 
 def test_an_object_is_put_once_read_by_ranges_and_removed(bucket: str) -> None:
     url = f"{bucket}/run/a b%20+ü"
-    tag = store.put(url, b"0123456789")
+    tag = store.put(url, b"0123456789").tag
     with pytest.raises(FileExistsError):
         store.put(url, b"other")
     data, known = store.get(url, 2, 100, tag)
     assert (bytes(data), known.size, known.tag, known) == (b"23456789", 10, tag, store.head(url))
     assert bytes(store.get(url, 10, 12)[0]) == b""
-    newer = store.put(url, b"replaced", tag=tag)
-    for call in (lambda: store.get(url, 0, 1, tag), lambda: store.put(url, b"", tag=tag)):
+    newer = store.put(url, b"replaced", replaces=known)
+    for call in (lambda: store.get(url, 0, 1, tag), lambda: store.put(url, b"", replaces=known)):
         with pytest.raises(RemoteError, match="was replaced while it was being used") as caught:
             call()
         assert caught.value.errno == errno.ESTALE
