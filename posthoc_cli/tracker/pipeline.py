@@ -321,7 +321,7 @@ class Pipeline:
         made, kept = self._outline(known, exact=True), known.averages.tensors
         if kept is not None and room is not None:
             with self._streams.beside_training():
-                kept.copy_to(room)
+                kept.copy_to(room, known.averages.standing.early)
             made.averages.tensors = room
         return made
 
@@ -412,7 +412,7 @@ class Pipeline:
         """Have the path sketched from the first update on, or from where it is known."""
         before, sketcher = averages.known_path, averages.sketcher
         if sketcher is not None and sketcher.subset is not storage.subset:
-            before, sketcher = averages.path(), None
+            before, sketcher = averages.path(exact=True), None
         if sketcher is None and (before is not None or not averages.exist):
             sketcher = Sketcher(storage.subset, 0 if tracked.members is None else tracked.members.rank)
             if before is not None and not sketcher.goes_on(before):  # of a model in other parts
