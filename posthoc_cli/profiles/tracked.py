@@ -165,14 +165,15 @@ def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t
 def roundings(gamma: float, updates: int) -> float:
     """The number of independent roundings, of its own size, that so many updates left in a float32 average.
 
-    Reading rounds once. A mean of n updates is rounded at each, which fades as k / n to n / 3 roundings. Over means it
-    averages out: with masses p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1)
-    n / `updates`. Folds early in a run, N updates long, round by chance, each with the variance of two roundings, which
-    fade with the average, as (s / t)^(gamma + 1): 2 N / n / (2 gamma + 3) are left of them then.
+    Reading rounds once. A mean of n updates is rounded at each, which fades as k / n to n / 3 roundings; as the average
+    does, (s / t)^(gamma + 1), where it is of most of training: `updates` / (2 gamma + 3). Over means it averages out:
+    with masses p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n / `updates`.
+    Each fold early in a run, which has N updates, rounds once: what is added to round evenly does not add up. Of that
+    N / n / (2 gamma + 3) are left at its end, and fade with the average.
     """
-    n, early = min(WINDOW, updates), min(updates, WINDOW / LONGEST)
-    means = n / 3 * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
-    return 1 + means + 2 * early / n / (2 * gamma + 3) * math.pow(early / updates, 2 * gamma + 2)
+    n, early, fading = min(WINDOW, updates), min(updates, WINDOW / LONGEST), 2 * gamma + 3
+    means = min(n / 3, updates / fading) * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+    return 1 + means + early / n / fading * math.pow(early / updates, 2 * gamma + 2)
 
 
 @dataclass(frozen=True)

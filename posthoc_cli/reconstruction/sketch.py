@@ -75,7 +75,8 @@ class Sketch:
         length = np.diff(self.edges) / self.folds / self.edges[1:]
         steeper = np.array([largest - profile.gamma for profile in profiles])
         masses = -np.diff(np.stack([profile.tail(self.edges) for profile in profiles], axis=1), axis=0)
-        part = np.where(np.logical_or.accumulate(length * WINDOW <= LONGEST * counts), part, 0.0)
+        late = np.logical_or.accumulate((length > 0) & (length * WINDOW <= LONGEST * counts))
+        part = np.where(late, part, 0.0)
         bend = (part * length / self.folds / 12)[:, None] * steeper * masses
         # Of n folds with noise s and a walk v each, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) +
         # 19/144 v (n - 1/n), and `_squares` 6 s / n + v n.
