@@ -1,33 +1,43 @@
 """The running averages: state, and the arithmetic of one update.
 
 An average over millions of updates cannot be kept in float32 alone: a change of less than half its last digit is lost,
-always in the same direction. And two averages that each update reads and writes cost more time than the model itself.
-So all profiles share one float32 `mean` of the values since they were last folded in (the window), and each has an
-average up to then, `high` in float32 and `low`, what that rounds away, in bfloat16:
+always in the same direction. So the values since averages were last changed (the window) are kept as float32 means, and
+each profile has an average up to then, `high` in float32. A fold takes a mean into each, with that one's own mass:
 
-    average = high + low + m (mean - high - low),    m = 1 - (t_folded / t)^(gamma + 1)
+    average = high + m (mean - high),    m = 1 - (t_folded / t)^(gamma + 1)
 
-An update changes the mean only, weighted as the profile of the largest gamma weights the window. A fold takes the
-mean into each average with that one's own mass m, and is exact in the sum high + low:
+**Early** in a run there are two means: `mean`, weighted as the profile of the largest gamma weights the window, and
+`second`, as that of the smallest. An update is one linear interpolation of each, which is what other hooks do. For two
+profiles windows are exact, and end after `WINDOW` updates, when the means' own roundings would begin to count. A third
+one takes a mean on the line between both, by gamma, which is right to second order: then windows end earlier, see
+`profiles.window_ends`. A fold must not lose small steps always in the same direction, either. So before the sum is
+rounded, a share u of the last digit is added, |u| < 1/2, where there is a step at all:
+
+    high' = fl(high + m (mean - high) + u ulp(high))
+
+with multiples of the golden ratio, modulo 1, by the number of the fold: the same for all elements, and so whatever the
+threads, parts and devices. They even out, and each fold leaves one rounding.
+
+**Later** these roundings would add up: n folds leave (n / (2 gamma + 3))^(1/2) of them. So when `WINDOW` updates take
+less than a thousandth of training, in which all profiles may share one `mean`, the memory of `second` goes to `low`,
+what rounding takes away, in bfloat16. An update changes one mean only, and a fold is exact in the sum high + low:
 
     low <- low + m ((mean - high) - low),    high' = high + low,    low <- low - (high' - high)
 
-A window ends after `WINDOW` updates, when the mean's own roundings would begin to count, or earlier, where time has
-grown by a thousandth: the mean has the largest gamma's weights, those of another gamma' differ within a window of
-relative length L by (gamma - gamma') L. Noise of variance w leaves ((gamma - gamma') L)^2 / 12 of its share in the
-average, drift (gamma - gamma') L^2 / 12 of the path: 1.4e-6 of pure noise of 3 %. See `profiles.window_ends`; a profile
-alone has its own weights, in windows of any length. The newest value goes into each profile's mean with its own share,
-so that windows of one value or two are exact.
+The weights of another gamma' differ from the mean's within a window of relative length L by (gamma - gamma') L. Noise
+of variance w leaves ((gamma - gamma') L)^2 / 12 of its share in the average, drift (gamma - gamma') L^2 / 12 of the
+path. The newest value goes into each profile's mean with its own share, so that windows of one value or two are exact.
 
 Relative L2 error against sums in float64, sigma_rel 0.05 / 0.28 (scripts/long_runs.py):
 
-    updates, at the end           10,000             100,000            1,000,000          the largest at any time
-    Adam, rate a cosine to 0      2.8e-8 / 1.1e-7    2.5e-8 / 1.4e-7    2.8e-8 / 2.8e-8    4.0e-8 / 4.5e-7
-    random walk, the same         2.6e-8 / 9.3e-8    2.4e-8 / 7.5e-8    2.6e-8 / 2.7e-8    3.7e-8 / 2.1e-7
-    noise of 3 %, the same        2.5e-8 / 4.4e-7    2.5e-8 / 2.2e-7    2.6e-8 / 3.4e-8    3.8e-8 / 1.3e-6
-    pure noise of 3 %             2.6e-8 / 1.1e-6    2.6e-8 / 3.0e-7    2.6e-8 / 3.4e-8    3.7e-8 / 1.3e-6
+                                  at 100,000 updates   the largest until then
+    Adam, rate a cosine to 0      2.5e-8 / 1.4e-7      1.3e-7 / 4.3e-7
+    random walk, the same         2.5e-8 / 1.3e-7      1.3e-7 / 4.1e-7
+    noise of 3 %, the same        2.5e-8 / 1.7e-7      1.4e-7 / 4.5e-7
+    pure noise of 3 %             2.7e-8 / 2.4e-7      1.4e-7 / 4.6e-7
+    drift on sines                7.4e-8 / 2.2e-7      2.1e-7 / 4.3e-7
 
-Reading rounds to float32, which is 2.3e-8 of this.
+The largest are where low parts begin. Reading rounds to float32, which is 2.3e-8 of this.
 
 Averages of float64 parameters are float64, and take in every value at once; their mean is for `sketcher` only.
 """
@@ -47,7 +57,7 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, is_late, new_value_share,
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of, zeros
-from posthoc_cli.tracker.sketching import Sketcher
+from posthoc_cli.tracker.sketching import Sketcher, closed
 from posthoc_cli.tracker.worker import ALONE, Crew
 
 EXPONENT = 0x7F80_0000
@@ -411,15 +421,16 @@ class RunningAverages:
 
     @torch.no_grad()
     def path(self, crew: Crew = ALONE, exact: bool = False) -> Path | None:
-        """The path of the weights up to the last update; the open window as if it ended then, or `exact`, as open."""
+        """The path of the weights up to the last update, the open window as if it ended then, unless `exact`."""
         kept, sketcher, standing = self.tensors, self.sketcher, self.standing
         if kept is None or sketcher is None:
-            return None
+            return self.known_path if exact or self.known_path is None else closed(self.known_path)
         is_open = standing.window > 0 and not exact and not standing.early
         if is_open:
             flats = kept.mean.flats
             crew.each(lambda tile, _: sketcher.take(tile, flats[tile.bucket][tile.where]), tiles_of(kept.layout))
-        return sketcher.path(standing.t if is_open else None, exact)
+        found = sketcher.path(standing.t if is_open else None)
+        return found if exact or found is None else closed(found)
 
     def _scratch_of(self, tile: Tile, thread: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Two rooms for a tile, of this thread's own, in the averages' dtype."""

@@ -308,10 +308,10 @@ class Pipeline:
 
     def _outline(self, known: Tracking, exact: bool = False) -> Tracking:
         """The same with copies on the host, and without averages; the path's sketch is as it would be stored."""
-        averages, path = known.averages, known.averages.known_path
+        averages = known.averages
         with self._streams.beside_training():
-            if averages.sketcher is not None and averages.tensors is not None:
-                path = averages.path(self._crew_for(averages.tensors.layout), exact=exact)
+            crew = ALONE if averages.tensors is None else self._crew_for(averages.tensors.layout)
+            path = averages.path(crew, exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
         read = RunningAverages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
         return replace(known, averages=read)

@@ -63,12 +63,8 @@ class Sketcher:
         """Go on from a path, if it is of the same projection; a last window of no folds is open."""
         is_own = path.projection == self._projection
         if is_own:
-            known = path.sketch
-            if known.folds[-1] < 1:
-                self._open, self._t = known.means[-1:], float(known.edges[-1])
-                known = Sketch(known.edges[:-1], known.folds[:-1], known.means[:-1], known.spread[:-1])
-            self._sketch, self._begin = known, float(known.edges[-1])
-            self._t = max(self._t, self._begin)
+            self._sketch, self._open = _opened(path.sketch)
+            self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
         return is_own
 
     def take(self, tile: Tile, values: torch.Tensor) -> None:
@@ -85,17 +81,17 @@ class Sketcher:
         share = new_value_share(gammas[0], before, t) / new_value_share(gammas[0], begin, t)
         self._add(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
 
-    def path(self, t: float | None = None, exact: bool = False) -> Path | None:
-        """The path so far, with the open window as if it ended now; `exact`, it has no folds, see `goes_on`.
+    def path(self, t: float | None = None) -> Path | None:
+        """The path so far, where a window is open with a last one of no folds, see `closed`.
 
-        With `t` of a window of which all tiles have been taken in, whose last update was then.
+        With `t` as if a window ended then, of which all tiles have been taken in.
         """
         self._fetch()
         found = self._sketch
         if t is not None:
             found = _appended(found, t, _numbers(self._projected()))
         elif self._open is not None and found is not None:
-            found = _with_window(found, self._t, self._open, 0.0) if exact else _appended(found, self._t, self._open)
+            found = _with_window(found, self._t, self._open, 0.0)
         return None if found is None else Path(self._projection, found)
 
     def _add(self, t: float, share: float, ends: bool) -> None:
@@ -124,6 +120,19 @@ class Sketcher:
             total[: len(made) - rows] += made[rows:]
             found.append(total)
         return found
+
+
+def closed(path: Path) -> Path:
+    """The path as if a window that is open ended now."""
+    sketch, is_open = _opened(path.sketch)
+    return path if is_open is None else path._replace(sketch=_appended(sketch, path.sketch.edges[-1], is_open))
+
+
+def _opened(sketch: Sketch) -> tuple[Sketch, Numbers | None]:
+    """The ended windows, and the mean of the open one."""
+    if sketch.folds[-1] >= 1:
+        return sketch, None
+    return Sketch(sketch.edges[:-1], sketch.folds[:-1], sketch.means[:-1], sketch.spread[:-1]), sketch.means[-1:]
 
 
 def _numbers(sums: list[torch.Tensor]) -> Numbers:

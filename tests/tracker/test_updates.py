@@ -21,7 +21,7 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteE
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import layout
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.layout import TileReader, lay_out, tiles_of
+from posthoc_cli.tracker.layout import Tile, TileReader, lay_out, tiles_of
 from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.sketching import Sketcher
 
@@ -133,6 +133,66 @@ def test_float32_averages_are_right_wherever_windows_end(
                 # One rounding is 0.2 * 2^-23 of the norm. Each update leaves one at most, in the mean or the average,
                 # which fade, and reading leaves one; windows weight what moves in them, 0.01 an update, by 1/60 off.
                 assert away < 0.2 * 2**-23 * math.sqrt(1 + k) + 0.01 / 60 * min(1, every * k / t) ** 1.5 / 4
+
+
+def test_small_steps_are_not_lost_early_in_a_run() -> None:
+    """Of 1e-4 over all of it, 0.05 units in the last place an update: rounding to nearest would leave 2e-6."""
+    size, steps = 1000, 8000
+    base, running = np.random.default_rng(0).standard_normal(size), RunningAverages.none_yet(SIGMA_RELS)
+    model = torch.zeros(size)
+    reader = TileReader.of_tensors(lay_out({"w": model}), {"w": model})
+    exact = [np.zeros(size) for _ in SIGMA_RELS]
+    for t in range(1, steps + 1):
+        model.copy_(torch.from_numpy(base * (1 + 1e-4 * t / steps)))
+        running.update_(reader, {}, float(t), t)
+        for kept, sigma_rel in zip(exact, SIGMA_RELS, strict=True):
+            kept += (1 - ((t - 1) / t) ** (exact_gamma(sigma_rel) + 1)) * (model.double().numpy() - kept)
+    for index, kept in enumerate(exact):
+        found = running.values(Tile(0, 0, 0, size), index).double().numpy()
+        assert np.linalg.norm(found - kept) < 3e-7 * np.linalg.norm(kept)
+
+
+def test_what_stands_still_stays_to_the_last_bit(tmp_path: Path) -> None:
+    """Powers of two, below which numbers lie closer, too, and the smallest and the largest numbers."""
+    values = [0.0, 1.0, -0.5, 2.0**-126, 1e-40, -3.0e38, 2.0**127, math.pi, 1 + 2**-23, 1 - 2**-24]
+    model = Scalar(torch.float32)
+    model.weight.data = torch.tensor(values)
+    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28), update_every=1, checkpoint_every=10**6) as tracker:
+        for _ in range(700):
+            tracker.update_(model)
+        for sigma_rel in (0.05, 0.1, 0.28):
+            assert torch.equal(tracker.state_dict(sigma_rel=sigma_rel)["weight"], model.weight.data)
+
+
+@pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.28,), (0.05, 0.15), (0.15, 0.28)])
+def test_averages_go_on_as_exactly_when_low_parts_begin(tmp_path: Path, kept: tuple[float, ...]) -> None:
+    """At 32 updates a thousandth of training; amid a window before, a run goes on from a state with fewer profiles."""
+    model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
+    model.weight.data = torch.randn(500, generator=generator)
+    path, times, options = [], [], {"update_every": 1, "checkpoint_every": 10**6}
+
+    def train(tracker: PostHocEMA, until: int) -> None:
+        for t in range(int(times[-1] if times else 31_850) + 1, until + 1):
+            model.weight.data.add_(1e-3 * torch.randn(500, generator=generator))
+            tracker.update_(model, t=float(t))
+            path.append(model.weight.data.double().numpy())
+            times.append(float(t))
+
+    with PostHocEMA.from_model(model, tmp_path / "all", (0.05, 0.15, 0.28), **options) as tracker:
+        train(tracker, 31_900)
+        before = tracker.metrics()["bytes"]
+        state = tracker.state_dict()
+    assert state["window"] > 0
+    with PostHocEMA.from_model(model, tmp_path / "fewer", kept, **options) as tracker:
+        tracker.load_state_dict(state)
+        for until, is_late in ((31_900, False), (31_990, False), (32_100, True)):
+            train(tracker, until)
+            assert (tracker.state_dict()["folds"] is None) == is_late
+            for sigma_rel in kept:
+                exact = exact_average(path, sigma_rel, times)
+                found = tracked(tracker, sigma_rel)
+                assert np.linalg.norm(found - exact) < 1.5e-7 * np.linalg.norm(exact)
+        assert tracker.metrics()["bytes"] <= before
 
 
 def test_the_predicted_error_knows_what_shared_means_leave(tmp_path: Path) -> None:
