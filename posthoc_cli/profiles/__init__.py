@@ -34,9 +34,11 @@ from posthoc_cli.profiles.tracked import (
     StoredProfile,
     check_sigma_rel,
     gamma_from_sigma_rel,
+    is_late,
     new_value_share,
     roundings,
     sigma_rel_from_gamma,
+    sketched_window_ends,
     window_ends,
 )  # fmt: skip
 
@@ -44,7 +46,7 @@ __all__ = [
     "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination",
     "Conversion", "Discrete", "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile",
     "RecordedPowerFunction", "StepWindow", "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
-    "gamma_from_sigma_rel", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",
-    "sigma_rel_from_gamma", "try_profile",
+    "gamma_from_sigma_rel", "is_late", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",
+    "sigma_rel_from_gamma", "sketched_window_ends", "try_profile",
     "window_ends",
 ]  # fmt: skip

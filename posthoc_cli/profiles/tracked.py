@@ -123,6 +123,9 @@ UNEVEN = 1 / 60
 LONGEST = 1 / 1000
 """The time that a shared mean of more than two values may cover, relative to all of training so far."""
 
+BETWEEN = 1 / 4
+"""The same as `UNEVEN` where there are means of the shortest profile and the longest, for those in between."""
+
 
 def reach(gammas: Sequence[float]) -> float:
     """The time that a mean of more than two values may cover for these profiles, relative to training so far."""
@@ -130,23 +133,45 @@ def reach(gammas: Sequence[float]) -> float:
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
 
-def window_ends(gammas: Sequence[float], window: int, begin: float, t: float) -> bool:
-    """Whether averages take in the mean of `window` values, those after `begin`, at the update at time `t`.
+def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, early: bool) -> bool:
+    """Whether averages take in the means of `window` values, those after `begin`, at the update at time `t`.
 
-    They do at the first update, which begins them. Means of two values are exact, however far these are apart.
+    They do at the first update, which begins them. Early in a run the shortest profile and the longest have means of
+    their own; later all share one: of two values it is exact, however far these are apart.
     """
-    return begin == 0 or window >= WINDOW or (window > 1 and t - begin > reach(gammas) * t)
+    if begin == 0 or window >= WINDOW:
+        return True
+    if early:
+        return len(gammas) > 2 and (t - begin) * (max(gammas) - min(gammas)) > BETWEEN * t
+    return window > 1 and t - begin > reach(gammas) * t
 
 
-def roundings(gamma: float, updates: int, gammas: Sequence[float]) -> float:
+def is_late(window: int, begin: float, t: float) -> bool:
+    """Whether a mean of `WINDOW` updates, as long as these `window` ones after `begin` until `t`, may be shared."""
+    return (t - begin) * WINDOW <= LONGEST * t * window
+
+
+def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t: float) -> bool:
+    """Whether the path's window after `begin` ends at `t`, early in a run, where the last update was at `before`.
+
+    It has the length of a shared mean; where that would be of two values, each has a window of its own.
+    """
+    least = 2 if begin == before else 1
+    return (t - begin) * least > reach(gammas) * t
+
+
+def roundings(gamma: float, updates: int) -> float:
     """The number of independent roundings, of its own size, that so many updates left in a float32 average.
 
-    `gammas` are of all profiles that share the mean. Reading rounds once. A mean of n updates is rounded at each, which
-    fades as k / n to n / 3 roundings. Over means it averages out: with masses p(s) n dt the sum of their squares is
-    n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n / `updates`.
+    Reading rounds once. A mean of n updates is rounded at each, which fades as k / n to n / 3 roundings; as the average
+    does, (s / t)^(gamma + 1), where it is of most of training: `updates` / (2 gamma + 3). Over means it averages out:
+    with masses p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n / `updates`.
+    Each fold early in a run, which has N updates, rounds once: what is added to round evenly does not add up. Of that
+    N / n / (2 gamma + 3) are left at its end, and fade with the average.
     """
-    n = min(WINDOW, max(2.0, updates * reach(gammas)))
-    return 1 + n / 3 * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+    n, early, fading = min(WINDOW, updates), min(updates, WINDOW / LONGEST), 2 * gamma + 3
+    means = min(n / 3, updates / fading) * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+    return 1 + means + early / n / fading * math.pow(early / updates, 2 * gamma + 2)
 
 
 @dataclass(frozen=True)

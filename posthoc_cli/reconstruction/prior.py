@@ -135,7 +135,7 @@ class StoredAverage:
     def roundings(self) -> float:
         """The number of independent roundings, of an average's size, that its updates left in it."""
         if isinstance(self.profile, RecordedPowerFunction):
-            return roundings(self.profile.gamma, self.updates, self.gammas or (self.profile.gamma,))
+            return roundings(self.profile.gamma, self.updates)
         if isinstance(self.profile, Point):
             return 0.0
         # Each update rounds, and its error is kept as the values up to then are.

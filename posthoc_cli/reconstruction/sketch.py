@@ -21,6 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
+from posthoc_cli.profiles.tracked import LONGEST, WINDOW
 
 _POINTS = 4
 """Points in a window at which tails are taken."""
@@ -67,13 +68,15 @@ class Sketch:
         error, noise that leaves the variance s in a fold's mean adds u^2 m^2 s / 12, and a walk of v across the
         fold u^2 m^2 v / 120, a third of which is seen as steady. Averages of one profile share what their common folds
         leave. `updates` are those until each edge: folds of two are exact, since the newest value has each profile's
-        own weight.
+        own weight, and early in a run means are not shared.
         """
         counts = np.maximum(np.diff(updates) / self.folds, 2.0)
         part = (counts - 1) * (counts - 2) / counts**2
         length = np.diff(self.edges) / self.folds / self.edges[1:]
         steeper = np.array([largest - profile.gamma for profile in profiles])
         masses = -np.diff(np.stack([profile.tail(self.edges) for profile in profiles], axis=1), axis=0)
+        late = np.logical_or.accumulate((length > 0) & (length * WINDOW <= LONGEST * counts))
+        part = np.where(late, part, 0.0)
         bend = (part * length / self.folds / 12)[:, None] * steeper * masses
         # Of n folds with noise s and a walk v each, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) +
         # 19/144 v (n - 1/n), and `_squares` 6 s / n + v n.

@@ -114,18 +114,24 @@ t, t_unit, checksums and checksum as above, and
 
 A *state* (from which a tracker continues exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
 sigma_rels, schedule, t_first, max_interval, checksums and checksum as a snapshot; t and step are those of
-the last call, t_first is 0 before the first update. Its version is "3". An average is kept in three tensors: one
-named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels; what its rounding to F32 took away, in BF16, named
-`low-<sigma_rel>/<name>` (not of F64); and, for all profiles, the mean of the values after ema.folded_t, named
-`mean/<name>`. With m = 1 - (ema.folded_t / ema.averages_t)^(gamma + 1) the average is high + low + m (mean - high -
-low), of F64 high alone. The copies are named `copy/<name>`. There are no tensors before the first update. And
+the last call, t_first is 0 before the first update. Its version is "4". An average is kept in three tensors: one
+named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels; what its rounding to F32 took away, the bits of a
+BF16 as I16, named `low-<sigma_rel>/<name>` (not of F64); and, for all profiles, the mean of the values after
+ema.folded_t, named `mean/<name>`. With m = 1 - (ema.folded_t / ema.averages_t)^(gamma + 1) the average is high + low +
+m (mean - high - low), of F64 high alone. Unless ema.folds is "null" there is no low, and the mean is another one
+for the first profile, the last, and each in between, by gamma on the line between the two: of the 32 bits of these two,
+`mean/` has the upper 16 of the first one as its lower ones, and the upper 16 of the last one, and `low-` of these
+profiles the lower 16 of their own; of one profile alone `mean/` has the mean itself. The copies are named
+`copy/<name>`. There are no tensors before the first update. And
 
     ema.averages_t, ema.averages_step  time and calls at the last update; 0 before
     ema.updates          number of updates; "null" if unknown
     ema.window           number of updates in the mean
     ema.folded_t         time of the update at which a mean was last taken into the averages
+    ema.folds            how often one was, early in the run; "null" later
     ema.inherited        JSON list: ema.inherited of each profile
-    ema.sketch           as of a snapshot, exact, up to ema.folded_t; empty where there is none
+    ema.sketch           as of a snapshot, exact, up to ema.folded_t, or, unless ema.folds is "null", to
+                         ema.averages_t: a last window of 0 folds is open then; empty where there is none
     ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
@@ -177,7 +183,7 @@ from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
 """Of snapshots and outputs."""
-STATE_VERSION = "3"
+STATE_VERSION = "4"
 """Of states."""
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000

@@ -39,7 +39,7 @@ def low_prefix(sigma_rel: float) -> str:
 class StateInfo:
     """All of a tracker's state that is no tensor: of the last call, and with `averages_` of the last update.
 
-    Zeros before the first update; `updates` is None if unknown. `window`, `folded_t` and `inherited` are as in
+    Zeros before the first update; `updates` is None if unknown. `window`, `folded_t`, `folds` and `inherited` are as in
     `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are header checksums of those on
     disk.
     """
@@ -56,6 +56,7 @@ class StateInfo:
     updates: int | None
     window: int
     folded_t: float
+    folds: int | None
     inherited: tuple[float, ...]
     schedule: fmt.TrackingSchedule
     clock: tuple[float, ...]
@@ -97,7 +98,8 @@ def _as_now(header: fmt.FileHeader) -> fmt.FileHeader:
     said = header.metadata
     if said.get("ema.version") != "2":
         return header
-    new = {"version": fmt.STATE_VERSION, "window": "0", "folded_t": said.get("ema.averages_t", "0"), "sketch": ""}
+    new = {"version": fmt.STATE_VERSION, "window": "0", "folded_t": said.get("ema.averages_t", "0")}
+    new |= {"folds": "null", "sketch": ""}
     return replace(header, metadata=said | {f"ema.{key}": text for key, text in new.items()})
 
 

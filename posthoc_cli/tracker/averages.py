@@ -1,51 +1,70 @@
 """The running averages: state, and the arithmetic of one update.
 
 An average over millions of updates cannot be kept in float32 alone: a change of less than half its last digit is lost,
-always in the same direction. And two averages that each update reads and writes cost more time than the model itself.
-So all profiles share one float32 `mean` of the values since they were last folded in (the window), and each has an
-average up to then, `high` in float32 and `low`, what that rounds away, in bfloat16:
+always in the same direction. So the values since averages were last changed (the window) are kept as float32 means, and
+each profile has an average up to then, `high` in float32. A fold takes a mean into each, with that one's own mass:
 
-    average = high + low + m (mean - high - low),    m = 1 - (t_folded / t)^(gamma + 1)
+    average = high + m (mean - high),    m = 1 - (t_folded / t)^(gamma + 1)
 
-An update changes the mean only, weighted as the profile of the largest gamma weights the window. A fold takes the
-mean into each average with that one's own mass m, and is exact in the sum high + low:
+**Early** in a run there are two means: `mean`, weighted as the profile of the largest gamma weights the window, and
+`second`, as that of the smallest. An update is one linear interpolation of each, which is what other hooks do. For two
+profiles windows are exact, and end after `WINDOW` updates, when the means' own roundings would begin to count. A third
+one takes a mean on the line between both, by gamma, which is right to second order: then windows end earlier, see
+`profiles.window_ends`. A fold must not lose small steps always in the same direction, either. So before the sum is
+rounded, a share u of the last digit is added, |u| < 1/2, where there is a step at all:
+
+    high' = fl(high + m (mean - high) + u ulp(high))
+
+with multiples of the golden ratio, modulo 1, by the number of the fold: the same for all elements, and so whatever the
+threads, parts and devices. They even out, and each fold leaves one rounding.
+
+**Later** these roundings would add up: n folds leave (n / (2 gamma + 3))^(1/2) of them. So when `WINDOW` updates take
+less than a thousandth of training, in which all profiles may share one `mean`, the memory of `second` goes to `low`,
+what rounding takes away, in bfloat16. An update changes one mean only, and a fold is exact in the sum high + low:
 
     low <- low + m ((mean - high) - low),    high' = high + low,    low <- low - (high' - high)
 
-A window ends after `WINDOW` updates, when the mean's own roundings would begin to count, or earlier, where time has
-grown by a thousandth: the mean has the largest gamma's weights, those of another gamma' differ within a window of
-relative length L by (gamma - gamma') L. Noise of variance w leaves ((gamma - gamma') L)^2 / 12 of its share in the
-average, drift (gamma - gamma') L^2 / 12 of the path: 1.4e-6 of pure noise of 3 %. See `profiles.window_ends`; a profile
-alone has its own weights, in windows of any length. The newest value goes into each profile's mean with its own share,
-so that windows of one value or two are exact.
+The weights of another gamma' differ from the mean's within a window of relative length L by (gamma - gamma') L. Noise
+of variance w leaves ((gamma - gamma') L)^2 / 12 of its share in the average, drift (gamma - gamma') L^2 / 12 of the
+path. The newest value goes into each profile's mean with its own share, so that windows of one value or two are exact.
 
 Relative L2 error against sums in float64, sigma_rel 0.05 / 0.28 (scripts/long_runs.py):
 
-    updates, at the end           10,000             100,000            1,000,000          the largest at any time
-    Adam, rate a cosine to 0      2.8e-8 / 1.1e-7    2.5e-8 / 1.4e-7    2.8e-8 / 2.8e-8    4.0e-8 / 4.5e-7
-    random walk, the same         2.6e-8 / 9.3e-8    2.4e-8 / 7.5e-8    2.6e-8 / 2.7e-8    3.7e-8 / 2.1e-7
-    noise of 3 %, the same        2.5e-8 / 4.4e-7    2.5e-8 / 2.2e-7    2.6e-8 / 3.4e-8    3.8e-8 / 1.3e-6
-    pure noise of 3 %             2.6e-8 / 1.1e-6    2.6e-8 / 3.0e-7    2.6e-8 / 3.4e-8    3.7e-8 / 1.3e-6
+                                  at 100,000 updates   the largest until then
+    Adam, rate a cosine to 0      2.5e-8 / 1.4e-7      1.3e-7 / 4.3e-7
+    random walk, the same         2.5e-8 / 1.3e-7      1.3e-7 / 4.1e-7
+    noise of 3 %, the same        2.5e-8 / 1.7e-7      1.4e-7 / 4.5e-7
+    pure noise of 3 %             2.7e-8 / 2.4e-7      1.4e-7 / 4.6e-7
+    drift on sines                7.4e-8 / 2.2e-7      2.1e-7 / 4.3e-7
 
-Reading rounds to float32, which is 2.3e-8 of this.
+The largest are where low parts begin. Reading rounds to float32, which is 2.3e-8 of this.
 
 Averages of float64 parameters are float64, and take in every value at once; their mean is for `sketcher` only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 
 import torch
 
-from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share, window_ends
+from posthoc_cli.profiles import gamma_from_sigma_rel, is_late, new_value_share, window_ends
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of
-from posthoc_cli.tracker.sketching import Sketcher
+from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of, zeros
+from posthoc_cli.tracker.sketching import Sketcher, closed
 from posthoc_cli.tracker.worker import ALONE, Crew
+
+EXPONENT = 0x7F80_0000
+"""The bits of a float32 that are its exponent: alone, the power of two at or below its size."""
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, modulo 1, are spread the most evenly, however many there are."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,7 @@ class Standing:
         t_first, max_interval: time of the first update, and the longest time between two so far.
         updates, window: their number, None where unknown, and that of those since the last fold.
         folded_t: time of the last fold.
+        folds: number of folds early in the run, None later.
         inherited: expected squared norms of the errors left from the rounded snapshots that it was resumed from.
     """
 
@@ -66,10 +86,11 @@ class Standing:
     updates: int | None = 0
     window: int = 0
     folded_t: float = 0.0
+    folds: int | None = 0
     inherited: tuple[float, ...] = ()
 
     def after(self, shares: Sequence[float], t: float, step: int) -> Standing:
-        """The standing after an update in which the new values have these shares."""
+        """The standing after an update without fold in which the new values have these shares."""
         return replace(
             self,
             t=t,
@@ -81,6 +102,11 @@ class Standing:
             inherited=tuple(error * (1 - share) ** 2 for error, share in zip(self.inherited, shares, strict=True)),
         )
 
+    @property
+    def early(self) -> bool:
+        """Whether there are no low parts yet."""
+        return self.folds is not None
+
     def masses(self, gammas: Sequence[float]) -> list[float]:
         """The share that the values since the last fold have in each average."""
         return [new_value_share(gamma, self.folded_t, self.t) if self.window else 0.0 for gamma in gammas]
@@ -89,40 +115,101 @@ class Standing:
 class AverageTensors:
     """What averages of the same tensors are kept in: the mean of the last values; `high` and `low` of each profile.
 
-    `low` has float32 averages only.
+    Early in a run the memory of two profiles' `low` holds the `second` mean. Both have float32 averages only.
     """
 
     def __init__(self, layout: Layout, profiles: int) -> None:
         self.layout = layout
-        wide = [bucket.wide for bucket in layout]
-        short = [None if dtype == torch.float64 else torch.bfloat16 for dtype in wide]
-        self.mean = FlatTensors(layout, wide)
-        self.high = tuple(FlatTensors(layout, wide) for _ in range(profiles))
-        self.low = tuple(FlatTensors(layout, short) for _ in range(profiles))
 
-    @property
-    def all(self) -> tuple[FlatTensors, ...]:
-        """The mean, and what each profile has."""
-        return (self.mean, *self.high, *self.low)
+        def wide() -> FlatTensors:
+            return FlatTensors(layout, [zeros(own.bounds[-1:], own.wide, own.device) for own in layout])
+
+        self.mean, self.high = wide(), tuple(wide() for _ in range(profiles))
+        self._rests = [
+            None if own.wide == torch.float64 else zeros((profiles, own.bounds[-1]), torch.bfloat16, own.device)
+            for own in layout
+        ]
+        self.low = tuple(self._of_rests(itemgetter(index)) for index in range(profiles))
+        self.second = self._of_rests(_as_second) if profiles > 1 else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(flat.nbytes for own in self.all for flat in own.flats)
+        return sum(flat.nbytes for own in (self.mean, *self.high, *self.low) for flat in own.flats)
 
-    def moved(self, layout: Layout) -> AverageTensors:
+    @property
+    def bits(self) -> tuple[FlatTensors, ...]:
+        """The bits of each profile's `low`."""
+        return tuple(self._of_rests(partial(_bits, index=index)) for index in range(len(self.low)))
+
+    def clear_rests(self) -> None:
+        """Begin `low` with zeros, in place of `second`."""
+        for rest in self._rests:
+            if rest is not None:
+                rest.zero_()
+
+    def means(self, early: bool) -> tuple[FlatTensors, ...]:
+        """The means that there are."""
+        return (self.mean, self.second) if early and self.second is not None else (self.mean,)
+
+    def moved(self, layout: Layout, early: bool) -> AverageTensors:
         """The same in another layout, by name."""
         made = AverageTensors(layout, len(self.high))
-        for own, other in zip(made.all, self.all, strict=True):
+        pairs = [*zip(made.means(early) + made.high, self.means(early) + self.high, strict=True)]
+        if not early:
+            pairs += zip(made.low, self.low, strict=True)
+        for own, other in pairs:
             for name, view in own.views.items():
                 view.copy_(other.views[name])
         return made
 
-    def copy_to(self, room: AverageTensors) -> None:
-        """Copy all of it, to the same layout on the host."""
-        for own, source in zip(room.all, self.all, strict=True):
+    def copy_to(self, room: AverageTensors, early: bool) -> None:
+        """Copy all of it, to the same layout on the host, as states have it.
+
+        Each profile must be there without the others. So of two means, the one in the state has the upper bits of both,
+        and `low` of the first profile and the last the lower bits of its own.
+        """
+        second = self.second if early else None
+        pairs = [*zip((room.mean, *room.high), (self.mean, *self.high), strict=True)]
+        if second is None:
+            pairs += zip(room.low, self.low, strict=True)
+        for own, source in pairs:
             for flat, values in zip(own.flats, source.flats, strict=True):
                 flat.copy_(values, non_blocking=True)
+        for at, rest in enumerate(room._rests):
+            if second is not None and rest is not None:
+                upper, first, last = (_halves(own.flats[at]) for own in (room.mean, self.mean, second))
+                upper[:, 0].copy_(first[:, 1], non_blocking=True)
+                upper[:, 1].copy_(last[:, 1], non_blocking=True)
+                rest[1:-1].zero_()
+                _bits(rest, 0).copy_(first[:, 0], non_blocking=True)
+                _bits(rest, -1).copy_(last[:, 0], non_blocking=True)
+
+    def unpack_(self) -> None:
+        """Restore both means, in place of what a state has."""
+        for at, rest in enumerate(self._rests):
+            if self.second is not None and rest is not None:
+                lower = [_bits(rest, index).clone() for index in (0, -1)]
+                first, last = (_halves(own.flats[at]) for own in (self.mean, self.second))
+                last[:, 1] = first[:, 1]
+                first[:, 1] = first[:, 0]
+                first[:, 0], last[:, 0] = lower
+
+    def _of_rests(self, part: Callable[[torch.Tensor], torch.Tensor]) -> FlatTensors:
+        return FlatTensors(self.layout, [None if rest is None else part(rest) for rest in self._rests])
+
+
+def _as_second(rest: torch.Tensor) -> torch.Tensor:
+    return rest[:2].flatten().view(torch.float32)
+
+
+def _bits(rest: torch.Tensor, index: int) -> torch.Tensor:
+    return rest[index].view(torch.int16)
+
+
+def _halves(flat: torch.Tensor) -> torch.Tensor:
+    """The lower and the upper bits of each float32: shape [elements, 2]."""
+    return flat.view(torch.int16).view(len(flat), 2)
 
 
 @dataclass
@@ -130,9 +217,9 @@ class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
 
     There are no tensors before the first update. A copy is as its tensor was at the last, never changed in place.
-    `sample` are values of the model at that time, where known: elements of a snapshot's sample, a bucket each. In each
-    fold, `sketcher` gets each tile of the window's mean, as the first profile weights it, or of two values both: of
-    weights that alternate the mean tells nothing. `known_path` is what it goes on from, or of a reading what it gave.
+    `sample` are values of the model at that time, where known: elements of a snapshot's sample, a bucket each. The
+    `sketcher` gets each tile of every value early in a run, and later of each window's mean, as the first profile
+    weights it. `known_path` is what it goes on from, or of a reading what it gave.
     """
 
     sigma_rels: tuple[float, ...]
@@ -145,6 +232,8 @@ class RunningAverages:
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
+        most, least = self.gammas[0], self.gammas[-1]
+        self._places = [(most - gamma) / (most - least) if gamma < most else 0.0 for gamma in self.gammas]
         self._scratch: dict[tuple[int, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
@@ -171,63 +260,118 @@ class RunningAverages:
         if kept is None:
             kept = AverageTensors(values.layout, len(self.gammas))
         elif kept.layout != values.layout:
-            kept = kept.moved(values.layout)
+            kept = kept.moved(values.layout, self.standing.early)
         self.tensors = kept
         for at in range(len(values.layout)):  # before anything is changed: memory may be short
             for thread in range(crew.size):
                 self._scratch_of(Tile(0, at, 0, 0), thread)
-        before = self.standing
+        before, sketcher = self.standing, self.sketcher
         shares = [new_value_share(gamma, before.t, t) for gamma in self.gammas]
         after = before.after(shares, t, step)
         masses = after.masses(self.gammas)
         factors = [share / mass for share, mass in zip(shares, masses, strict=True)]
-        folds = window_ends(self.gammas, after.window, before.folded_t, t)
+        folds = window_ends(self.gammas, after.window, before.folded_t, t, before.early)
+        means = [*zip(kept.means(before.early), (factors[0], factors[-1]), strict=False)]
 
         def work(tile: Tile, thread: int) -> None:
-            own, mean = values.values(tile, thread), kept.mean.flats[tile.bucket][tile.where]
+            own = values.values(tile, thread)
             for elements, room in wanted:
                 elements.take(tile, own, room)
+            if sketcher is not None and before.early:
+                sketcher.take(tile, own)
             if own.dtype == torch.float64:
                 for high, share in zip(kept.high, shares, strict=True):
                     average = high.flats[tile.bucket][tile.where]
                     torch.lerp(average, own, share, out=average)
+                if before.early:
+                    return
             if folds:
-                self._fold(kept, tile, own, after.window, factors, masses, thread)
-            elif after.window > 1:
-                torch.lerp(mean, own, factors[0], out=mean)
-            else:
-                mean.copy_(own)
+                self._fold(tile, own, factors, masses, thread)
+                return
+            for mean, factor in means:
+                kept_mean = mean.flats[tile.bucket][tile.where]
+                if after.window > 1:
+                    torch.lerp(kept_mean, own, factor, out=kept_mean)
+                else:
+                    kept_mean.copy_(own)
 
-        if folds and self.sketcher is not None and after.window == 2:
-            self._sketch_mean(self.sketcher, crew)
-            self.sketcher.end_window(before.t)
         crew.each(work, values.tiles)
-        if folds and self.sketcher is not None:
-            self.sketcher.end_window(t)
+        if folds:
+            after = self._folded(after)
+        if sketcher is not None and before.early:
+            sketcher.end_value(self.gammas, t, not after.early)
+        elif sketcher is not None and folds:
+            sketcher.end_window(t)
         self.copies = copies
-        self.standing = replace(after, window=0, folded_t=t) if folds else after
+        self.standing = after
+
+    def _folded(self, standing: Standing) -> Standing:
+        """The standing after the fold of a window; late in a run low parts begin."""
+        count = None if standing.folds is None else standing.folds + 1
+        if count is not None and is_late(standing.window, standing.folded_t, standing.t):
+            assert self.tensors is not None
+            self.tensors.clear_rests()
+            count = None
+        return replace(standing, window=0, folded_t=standing.t, folds=count)
 
     def _fold(
-        self, kept: AverageTensors, tile: Tile, newest: torch.Tensor, window: int, shares: Sequence[float],
-        masses: Sequence[float], thread: int,
-    ) -> None:  # fmt: skip
-        """Take in a tile of the mean, in which the newest of `window` values has these shares."""
-        at, where = tile.bucket, tile.where
-        scratch, mean = self._scratch_of(tile, thread), kept.mean.flats[at][where]
+        self, tile: Tile, newest: torch.Tensor, shares: Sequence[float], masses: Sequence[float], thread: int
+    ) -> None:
+        """Take in a tile of the means, and the newest value, which has these shares in them."""
+        kept, at, where, before = self.tensors, tile.bucket, tile.where, self.standing
+        assert kept is not None
+        scratch, rest = self._scratch_of(tile, thread)
         for profile, (share, mass) in enumerate(zip(shares, masses, strict=True)):
-            low, rest = scratch
-            taken = newest if window == 1 else torch.lerp(mean, newest, share, out=rest)
-            if profile == 0 and self.sketcher is not None:
-                self.sketcher.take(tile, newest if window == 2 else taken)
+            taken = newest
+            if before.window:
+                taken = torch.lerp(self._mean(tile, profile, rest), newest, share, out=rest)
+            if profile == 0 and self.sketcher is not None and before.folds is None:
+                self.sketcher.take(tile, taken)
             if taken.dtype == torch.float64:
                 return  # these averages have it already
             high = kept.high[profile].flats[at][where]
-            stored = kept.low[profile].flats[at][where]
             torch.sub(taken, high, out=rest)
-            torch.lerp(low.copy_(stored), rest, mass, out=low)
+            if before.folds is not None:
+                torch.sign(rest, out=scratch).mul_(high).view(torch.int32).bitwise_and_(EXPONENT)
+                dither = (GOLDEN * (before.folds + 1) % 1 - 0.5) * 2**-23
+                high.add_(rest.mul_(mass).add_(scratch, alpha=dither))
+                continue
+            stored = kept.low[profile].flats[at][where]
+            torch.lerp(scratch.copy_(stored), rest, mass, out=scratch)
             rest.copy_(high)
-            high.add_(low)
-            stored.copy_(low.add_(rest.sub_(high)))
+            high.add_(scratch)
+            stored.copy_(scratch.add_(rest.sub_(high)))
+
+    def _mean(self, tile: Tile, profile: int, room: torch.Tensor) -> torch.Tensor:
+        """A tile of the mean as a profile takes it in; one that is between two others is put in the room."""
+        kept, at, where, place = self.tensors, tile.bucket, tile.where, self._places[profile]
+        assert kept is not None
+        mean = kept.mean.flats[at][where]
+        if not self.standing.early or kept.second is None or place == 0 or mean.dtype == torch.float64:
+            return mean
+        second = kept.second.flats[at][where]
+        return second if place == 1 else torch.lerp(mean, second, place, out=room)
+
+    @torch.no_grad()
+    def of(self, sigma_rels: Sequence[float]) -> RunningAverages:
+        """Those of some of the profiles."""
+        kept, standing = self.tensors, self.standing
+        assert kept is not None
+        made = AverageTensors(kept.layout, len(sigma_rels))
+        chosen = [self.sigma_rels.index(sigma_rel) for sigma_rel in sigma_rels]
+        sources = [*zip(made.high, [kept.high[index] for index in chosen], strict=True)]
+        if not standing.early:
+            sources += zip(made.low, [kept.low[index] for index in chosen], strict=True)
+        means = [*zip(made.means(standing.early), (chosen[0], chosen[-1]), strict=False)]
+        for tile in tiles_of(kept.layout):
+            at, where = tile.bucket, tile.where
+            for room, source in sources:
+                room.flats[at][where] = source.flats[at][where]
+            for room, index in means:
+                own = room.flats[at][where]
+                own.copy_(self._mean(tile, index, self._scratch_of(tile, 0)[0])[: len(own)])
+        standing = replace(standing, inherited=tuple(standing.inherited[index] for index in chosen))
+        return RunningAverages(tuple(sigma_rels), standing, made, self.copies, known_path=self.known_path)
 
     @torch.no_grad()
     def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
@@ -241,10 +385,13 @@ class RunningAverages:
         high = kept.high[profile].flats[at][where]
         if high.dtype == torch.float64:
             return found.copy_(high)
+        window, mass = self.standing.window, self.standing.masses(self.gammas)[profile]
+        if self.standing.early:
+            return torch.lerp(high, self._mean(tile, profile, rest), mass, out=found) if window else found.copy_(high)
         found.copy_(kept.low[profile].flats[at][where])
-        if self.standing.window:
+        if window:
             torch.sub(kept.mean.flats[at][where], high, out=rest)
-            torch.lerp(found, rest, self.standing.masses(self.gammas)[profile], out=found)
+            torch.lerp(found, rest, mass, out=found)
         return found.add_(high)
 
     @torch.no_grad()
@@ -274,21 +421,16 @@ class RunningAverages:
 
     @torch.no_grad()
     def path(self, crew: Crew = ALONE, exact: bool = False) -> Path | None:
-        """The path of the weights up to the last update, values since the last fold as one window unless `exact`."""
-        sketcher, standing = self.sketcher, self.standing
-        if self.tensors is None or sketcher is None:
-            return None
-        is_open = standing.window > 0 and not exact
+        """The path of the weights up to the last update, the open window as if it ended then, unless `exact`."""
+        kept, sketcher, standing = self.tensors, self.sketcher, self.standing
+        if kept is None or sketcher is None:
+            return self.known_path if exact or self.known_path is None else closed(self.known_path)
+        is_open = standing.window > 0 and not exact and not standing.early
         if is_open:
-            self._sketch_mean(sketcher, crew)
-        return sketcher.path(standing.t if is_open else None)
-
-    def _sketch_mean(self, sketcher: Sketcher, crew: Crew) -> None:
-        """Have the mean of the open window taken in."""
-        kept = self.tensors
-        assert kept is not None
-        flats = kept.mean.flats
-        crew.each(lambda tile, _: sketcher.take(tile, flats[tile.bucket][tile.where]), tiles_of(kept.layout))
+            flats = kept.mean.flats
+            crew.each(lambda tile, _: sketcher.take(tile, flats[tile.bucket][tile.where]), tiles_of(kept.layout))
+        found = sketcher.path(standing.t if is_open else None)
+        return found if exact or found is None else closed(found)
 
     def _scratch_of(self, tile: Tile, thread: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Two rooms for a tile, of this thread's own, in the averages' dtype."""

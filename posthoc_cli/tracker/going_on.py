@@ -322,7 +322,7 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     inherited = tuple(_read_average(snapshot, own, held) for snapshot, own in zip(chosen, kept.high, strict=True))
     with chosen[0].open(held.boxes()) as file:
         copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}
-    standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, inherited)
+    standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
     averages = RunningAverages(
         tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
         known_path=fmt.path_of_part(chosen[0].info.sketch, tracked.part),

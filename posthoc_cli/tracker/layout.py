@@ -126,21 +126,21 @@ def tiles_of(layout: Layout) -> list[Tile]:
 
 
 class FlatTensors:
-    """One flat buffer of zeros a bucket, in these dtypes, and the tensors in it by name.
+    """One flat tensor a bucket, and the tensors in it by name; a bucket with None has no elements and no views."""
 
-    A bucket without dtype has no elements and no views.
-    """
-
-    def __init__(self, layout: Layout, dtypes: Iterable[torch.dtype | None]) -> None:
-        self.flats = []
+    def __init__(self, layout: Layout, flats: Iterable[torch.Tensor | None]) -> None:
+        self.flats: list[torch.Tensor] = []
         self.views: dict[str, torch.Tensor] = {}
-        for bucket, dtype in zip(layout, dtypes, strict=True):
-            flat = torch.empty(0 if dtype is None else bucket.bounds[-1], dtype=dtype, device=bucket.device)
-            flat.zero_()  # so that the system allocates the memory now, and not at the first write
-            self.flats.append(flat)
-            if dtype is not None:
+        for bucket, flat in zip(layout, flats, strict=True):
+            self.flats.append(torch.empty(0, device=bucket.device) if flat is None else flat)
+            if flat is not None:
                 shapes = zip(bucket.places.items(), bucket.shapes, strict=True)
                 self.views.update((name, flat[begin:end].view(shape)) for (name, (begin, end)), shape in shapes)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, for which the system allocates memory now, and not at the first write."""
+    return torch.empty(shape, dtype=dtype, device=device).zero_()
 
 
 class HostTensors:

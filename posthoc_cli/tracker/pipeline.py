@@ -314,10 +314,10 @@ class Pipeline:
 
     def _outline(self, known: Tracking, exact: bool = False) -> Tracking:
         """The same with copies on the host, and without averages; the path's sketch is as it would be stored."""
-        averages, path = known.averages, known.averages.known_path
+        averages = known.averages
         with self._streams.beside_training():
-            if averages.sketcher is not None and averages.tensors is not None:
-                path = averages.path(self._crew_for(averages.tensors.layout), exact=exact)
+            crew = ALONE if averages.tensors is None else self._crew_for(averages.tensors.layout)
+            path = averages.path(crew, exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
         read = RunningAverages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
         return replace(known, averages=read)
@@ -327,7 +327,7 @@ class Pipeline:
         made, kept = self._outline(known, exact=True), known.averages.tensors
         if kept is not None and room is not None:
             with self._streams.beside_training():
-                kept.copy_to(room)
+                kept.copy_to(room, known.averages.standing.early)
             made.averages.tensors = room
         return made
 
@@ -418,7 +418,7 @@ class Pipeline:
         """Have the path sketched from the first update on, or from where it is known."""
         before, sketcher = averages.known_path, averages.sketcher
         if sketcher is not None and sketcher.subset is not storage.subset:
-            before, sketcher = averages.path(), None
+            before, sketcher = averages.path(exact=True), None
         if sketcher is None and (before is not None or not averages.exist):
             sketcher = Sketcher(storage.subset, 0 if tracked.members is None else tracked.members.rank)
             if before is not None and not sketcher.goes_on(before):  # of a model in other parts

@@ -93,7 +93,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
     return _plain(info) | {
         "mean": packed(kept.mean.views),
         "high": {key: packed(own.views) for key, own in zip(keys, kept.high, strict=True)},
-        "low": {key: packed(own.views) for key, own in zip(keys, kept.low, strict=True)},
+        "low": {key: packed(own.views) for key, own in zip(keys, kept.bits, strict=True)},
         "copies": packed({name: value.clone() for name, value in copies.items()}),
     }
 
@@ -120,25 +120,38 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     averages = RunningAverages.none_yet(wanted)
     if info.averages_t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, wanted)
-        places = [info.sigma_rels.index(sigma_rel) for sigma_rel in wanted]
-        inherited = tuple(info.inherited[place] if tracked.leads else 0.0 for place in places)
+        inherited = tuple(error if tracked.leads else 0.0 for error in info.inherited)
         standing = Standing(
             info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window,
-            info.folded_t, inherited,
+            info.folded_t, info.folds, inherited,
         )  # fmt: skip
-        kept = AverageTensors(host_layout(tracked), len(wanted))
+        kept = AverageTensors(host_layout(tracked), len(info.sigma_rels))
         sets = [(state["mean"], kept.mean)]
-        for key, high, low in zip(map(repr, wanted), kept.high, kept.low, strict=True):
-            sets += [(state["high"][key], high), (state["low"][key], low)]
+        # Early in a run the means of the shortest profile and the longest are in what those two have.
+        ends = {info.sigma_rels[0], info.sigma_rels[-1]}
+        needed = ends if standing.early and not (len(wanted) == 1 and ends.issuperset(wanted)) else set[float]()
+        for sigma_rel, high, low in zip(info.sigma_rels, kept.high, kept.bits, strict=True):
+            key = repr(sigma_rel)
+            if sigma_rel in wanted:
+                sets.append((state["high"][key], high))
+            if sigma_rel in needed.union(wanted):
+                sets.append((state["low"][key], low))
         for stored, room in sets:
             _check_names(stored, room.views, tracked)
             for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
                 own.copy_(_own_part(name, stored, tracked, own.dtype))
+        if standing.early:
+            kept.unpack_()
+        for parts in kept.means(True) if standing.early else kept.low:
+            if (damaged := nonfinite_name(parts.views)) is not None:
+                raise NonFiniteError(f"tensor {damaged!r}", "the state's average of it holds nan or infinity")
         dtypes = tracked.dtypes(copied=True)
         _check_names(state["copies"], dtypes, tracked)
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
         path = fmt.path_of_part(info.sketch, tracked.part)
-        averages = RunningAverages(wanted, standing, kept, copies, known_path=path)
+        averages = RunningAverages(info.sigma_rels, standing, kept, copies, known_path=path)
+        if info.sigma_rels != wanted:
+            averages = averages.of(wanted)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t), info.averages_step)
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
@@ -150,7 +163,7 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         run_id=state.run_id, step=progress.step, t=progress.t, t_unit=settings.t_unit,
         sigma_rels=averages.sigma_rels, averages_t=standing.t, averages_step=standing.step,
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
-        window=standing.window, folded_t=standing.folded_t, inherited=standing.inherited,
+        window=standing.window, folded_t=standing.folded_t, folds=standing.folds, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
         sketch=sketch_of(averages),
         snapshots=tuple(sorted(state.snapshots)),
@@ -227,7 +240,7 @@ def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
     sets: dict[str, Mapping[str, torch.Tensor]] = {}
     if kept is not None:  # else before the first update
         sets[states.MEAN] = kept.mean.views
-        for sigma_rel, high, low in zip(averages.sigma_rels, kept.high, kept.low, strict=True):
+        for sigma_rel, high, low in zip(averages.sigma_rels, kept.high, kept.bits, strict=True):
             sets |= {high_prefix(sigma_rel): high.views, low_prefix(sigma_rel): low.views}
     sets[states.COPY] = averages.copies
     tensors = {states.tensor_name(prefix, name): one for prefix, own in sets.items() for name, one in own.items()}
@@ -297,7 +310,7 @@ class _OlderTensors(_StoredTensors):
         total, mean = super().__getitem__(name), read_tensor(self._file, self._means[name])
         exact = total + self._mass * (mean - total)
         high = exact.to(mean.dtype)
-        return (exact - high).to(torch.bfloat16) if self._is_low else high
+        return (exact - high).to(torch.bfloat16).view(torch.int16) if self._is_low else high
 
 
 def read_tensor(file: TensorReader, name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from factories import exact_gamma, exact_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,8 @@ from posthoc_cli.reconstruction import (
     reconstruct,
 )
 from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, PairDistance, cells_between, fit_motion, influences
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.layout import Tile, TileReader, lay_out
 
 START = 2.0
 TIMES = [float(t) for t in range(50, 1001, 50)]
@@ -288,25 +291,24 @@ def test_the_weights_count_where_they_are_much_shorter_than_the_average(
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
-@pytest.mark.parametrize("steps", [9, 31, 201, 1001])
-def test_the_rounding_of_updates_is_that_of_float32_averages_of_shared_means(steps: int, sigma_rel: float) -> None:
-    """Means of two, which are rounded at each update, and an average that is rounded when it is read."""
-    size = 20_000
+@pytest.mark.parametrize("steps", [9, 31, 201, 1001, 4001])
+def test_the_rounding_of_updates_is_that_of_the_hooks_averages(steps: int, sigma_rel: float) -> None:
+    """Means of 32 values, which are rounded at each, averages that are at each fold, and once more when read."""
+    size = 2000
     generator = np.random.default_rng(0)
-    path = np.cumsum(generator.normal(size=(steps, size)).astype(np.float32) * np.float32(0.01), axis=0)
-    path += generator.normal(size=size).astype(np.float32)
-    gamma = exact_gamma(sigma_rel)
-    found = path[0].astype(float)
-    for k in range(3, steps + 1, 2):
-        first, both = (1 - (since / k) ** (gamma + 1) for since in (k - 1, k - 2))
-        mean = path[k - 2] + np.float32(first / both) * (path[k - 1] - path[k - 2])
-        found += both * (mean - found)
-    exact = exact_weights(sigma_rel, np.arange(1, k + 1)) @ path[:k]
+    model = torch.from_numpy(generator.normal(size=size).astype(np.float32))
+    reader = TileReader.of_tensors(lay_out({"w": model}), {"w": model})
+    averages, both = RunningAverages.none_yet((0.05, 0.28)), (exact_gamma(0.05), exact_gamma(0.28))
+    gamma, exact = exact_gamma(sigma_rel), np.zeros(size)
+    for k in range(1, steps + 1):
+        model += torch.from_numpy(generator.normal(size=size).astype(np.float32) * 0.01)
+        averages.update_(reader, {}, float(k), k)
+        exact += (1 - ((k - 1) / k) ** (gamma + 1)) * (model.double().numpy() - exact)
+    found = averages.values(Tile(0, 0, 0, size), both.index(gamma)).double().numpy()
     profile, measured = RecordedPowerFunction(gamma, float(k), 1.0, 1.0), Measurements(float(exact @ exact), 0.0)
-    both = (exact_gamma(0.05), exact_gamma(0.28))
     stored = StoredAverage(profile, k, 2.0**-23, measured, gammas=both)
-    error = np.sum((found.astype(np.float32) - exact) ** 2) / measured_prior([stored]).arithmetic[0]
-    assert 0.7 < error < 1.5
+    error = np.sum((found - exact) ** 2) / measured_prior([stored]).arithmetic[0]
+    assert 0.5 < error < 1.6
 
 
 def test_without_motion_or_without_distances_something_is_assumed() -> None:

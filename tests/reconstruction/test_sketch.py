@@ -9,6 +9,7 @@ import pytest
 
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, Prior, Sketch, reconstruct
+from posthoc_cli.reconstruction import sketch as sketches
 
 T, SIZE = 600, 40
 FloatArray = np.ndarray
@@ -108,13 +109,19 @@ def test_a_path_of_one_window_or_two_has_an_error_too() -> None:
 
 @pytest.mark.parametrize("length", [3, 6, 20])
 @pytest.mark.parametrize("motion", ["noise", "walk", "wave"])
-def test_errors_from_means_that_profiles_share_are_known_with_their_likeness(motion: str, length: int) -> None:
+def test_errors_from_means_that_profiles_share_are_known_with_their_likeness(
+    motion: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Folds whose older values have another profile's weights, as the hook's, from time 2,000 on; a sketch of fours."""
+    monkeypatch.setattr(sketches, "LONGEST", np.inf)  # from the first fold on
     updates, before, random = 7201, 2000, np.random.default_rng(6)
     free = random.standard_normal((updates, SIZE))
     slow = np.sin(np.arange(updates) / 300 + 1)[:, None] * random.standard_normal(SIZE)
     path = {"noise": free, "walk": np.cumsum(0.1 * free, axis=0), "wave": 9 * slow}[motion]
-    short, profiles = PowerFunction(17.0, 1.0), [PowerFunction(g, t) for g, t in ((0.2, 6e3), (0.2, 9e3), (5.0, 9e3))]
+    short, profiles = (
+        PowerFunction(17.0, 1.0),
+        [PowerFunction(g, t) for g, t in ((0.2, 6e3), (0.2, 9e3), (5.0, 9e3))],
+    )
     ends = np.array([1, *range(1 + length, updates, length)])
     errors = np.zeros((3, SIZE))
     for profile, error in zip(profiles, errors, strict=True):
@@ -135,6 +142,15 @@ def test_errors_from_means_that_profiles_share_are_known_with_their_likeness(mot
     np.testing.assert_allclose(size, true, rtol=0.35)
     # A walk is in few directions, of forty.
     np.testing.assert_allclose(expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4)
+
+
+def test_means_are_shared_from_when_32_updates_are_a_thousandth_of_training() -> None:
+    """Windows of two folds of four updates each, after the first update: those after t = 32,000 leave errors."""
+    edges = np.array([1.0, 1.0, *range(9, 64_002, 8)])
+    means = np.random.default_rng(0).standard_normal((len(edges) - 1, SIZE))
+    sketch = Sketch(edges, np.array([1.0, *[2.0] * (len(edges) - 2)]), means, np.ones(len(means)))
+    _, unseen = sketch.of_shared_means([PowerFunction(0.2, edges[-1])], 17.0, edges)
+    assert edges[1:][unseen[:, 0] > 0].min() == pytest.approx(32_000, abs=8)
 
 
 def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_distances_say() -> None:

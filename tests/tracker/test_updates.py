@@ -21,7 +21,7 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteE
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import layout
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.layout import TileReader, lay_out
+from posthoc_cli.tracker.layout import Tile, TileReader, lay_out, tiles_of
 from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.sketching import Sketcher
 
@@ -135,18 +135,79 @@ def test_float32_averages_are_right_wherever_windows_end(
                 assert away < 0.2 * 2**-23 * math.sqrt(1 + k) + 0.01 / 60 * min(1, every * k / t) ** 1.5 / 4
 
 
+def test_small_steps_are_not_lost_early_in_a_run() -> None:
+    """Of 1e-4 over all of it, 0.05 units in the last place an update: rounding to nearest would leave 2e-6."""
+    size, steps = 1000, 8000
+    base, running = np.random.default_rng(0).standard_normal(size), RunningAverages.none_yet(SIGMA_RELS)
+    model = torch.zeros(size)
+    reader = TileReader.of_tensors(lay_out({"w": model}), {"w": model})
+    exact = [np.zeros(size) for _ in SIGMA_RELS]
+    for t in range(1, steps + 1):
+        model.copy_(torch.from_numpy(base * (1 + 1e-4 * t / steps)))
+        running.update_(reader, {}, float(t), t)
+        for kept, sigma_rel in zip(exact, SIGMA_RELS, strict=True):
+            kept += (1 - ((t - 1) / t) ** (exact_gamma(sigma_rel) + 1)) * (model.double().numpy() - kept)
+    for index, kept in enumerate(exact):
+        found = running.values(Tile(0, 0, 0, size), index).double().numpy()
+        assert np.linalg.norm(found - kept) < 3e-7 * np.linalg.norm(kept)
+
+
+def test_what_stands_still_stays_to_the_last_bit(tmp_path: Path) -> None:
+    """Powers of two, below which numbers lie closer, too, and the smallest and the largest numbers."""
+    values = [0.0, 1.0, -0.5, 2.0**-126, 1e-40, -3.0e38, 2.0**127, math.pi, 1 + 2**-23, 1 - 2**-24]
+    model = Scalar(torch.float32)
+    model.weight.data = torch.tensor(values)
+    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28), update_every=1, checkpoint_every=10**6) as tracker:
+        for _ in range(700):
+            tracker.update_(model)
+        for sigma_rel in (0.05, 0.1, 0.28):
+            assert torch.equal(tracker.state_dict(sigma_rel=sigma_rel)["weight"], model.weight.data)
+
+
+@pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.28,), (0.05, 0.15), (0.15, 0.28)])
+def test_averages_go_on_as_exactly_when_low_parts_begin(tmp_path: Path, kept: tuple[float, ...]) -> None:
+    """At 32 updates a thousandth of training; amid a window before, a run goes on from a state with fewer profiles."""
+    model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
+    model.weight.data = torch.randn(500, generator=generator)
+    path, times, options = [], [], {"update_every": 1, "checkpoint_every": 10**6}
+
+    def train(tracker: PostHocEMA, until: int) -> None:
+        for t in range(int(times[-1] if times else 31_850) + 1, until + 1):
+            model.weight.data.add_(1e-3 * torch.randn(500, generator=generator))
+            tracker.update_(model, t=float(t))
+            path.append(model.weight.data.double().numpy())
+            times.append(float(t))
+
+    with PostHocEMA.from_model(model, tmp_path / "all", (0.05, 0.15, 0.28), **options) as tracker:
+        train(tracker, 31_900)
+        before = tracker.metrics()["bytes"]
+        state = tracker.state_dict()
+    assert state["window"] > 0
+    with PostHocEMA.from_model(model, tmp_path / "fewer", kept, **options) as tracker:
+        tracker.load_state_dict(state)
+        for until, is_late in ((31_900, False), (31_990, False), (32_100, True)):
+            train(tracker, until)
+            assert (tracker.state_dict()["folds"] is None) == is_late
+            for sigma_rel in kept:
+                exact = exact_average(path, sigma_rel, times)
+                found = tracked(tracker, sigma_rel)
+                assert np.linalg.norm(found - exact) < 1.5e-7 * np.linalg.norm(exact)
+        assert tracker.metrics()["bytes"] <= before
+
+
 def test_the_predicted_error_knows_what_shared_means_leave(tmp_path: Path) -> None:
-    """Noise of 3 % around a point, the worst case: 50 times the roundings of float32, with twenty float32 snapshots."""
-    model, size, updates = Scalar(torch.float32), 1000, 6000
+    """Noise of 10 % around a point where means begin to be shared, the worst case; with twenty float32 snapshots."""
+    model, size, first, updates = Scalar(torch.float32), 1000, 32_000, 6000
     model.weight.data = torch.zeros(size)
     generator, kept = torch.Generator().manual_seed(0), np.zeros(size)
     center, share = torch.randn(size, generator=generator), exact_gamma(0.28) + 1
     options = {"update_every": 1, "checkpoint_every": 300, "checkpoint_dtype": torch.float32}
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for k in range(1, updates + 1):
-            model.weight.data.copy_(center + 0.03 * torch.randn(size, generator=generator))
-            tracker.update_(model)
-            kept += (1 - (1 - 1 / k) ** share) * (model.weight.data.double().numpy() - kept)
+            model.weight.data.copy_(center + 0.1 * torch.randn(size, generator=generator))
+            tracker.update_(model, t=float(first + k))
+            newest = 1.0 if k == 1 else 1 - (1 - 1 / (first + k)) ** share
+            kept += newest * (model.weight.data.double().numpy() - kept)
     found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"].double().numpy()
     error = np.linalg.norm(found - kept) / np.linalg.norm(kept)
     predicted = plan_synthesis(disk_sources(tmp_path), [0.28]).predicted_error(0)
@@ -170,42 +231,39 @@ def test_averages_take_six_bytes_a_parameter_and_profile_and_four_for_all(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("first", "window"), [(1500, 2), (3500, 4)])
-def test_a_fold_shows_every_tile_of_the_mean_once_and_of_two_values_both(
-    dtype: torch.dtype, first: int, window: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (40_000, [1, 32, 32, 5])])
+def test_the_path_is_of_means_over_a_thousandth_of_training(
+    dtype: torch.dtype, first: int, windows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A window covers a thousandth of training, or two values."""
-    monkeypatch.setattr(layout, "TILE", 300)
+    """Of each value where that would be two, and of 32 at most; a last window may be open. Tiles do not matter."""
     generator, gamma = torch.Generator().manual_seed(0), exact_gamma(0.05)
     weights = torch.zeros(1000, dtype=dtype)
-    reader = TileReader.of_tensors(lay_out({"w": weights}), {"w": weights})
-    seen: list[tuple[int, int, torch.Tensor]] = []
-    ended: list[float] = []
-    running = RunningAverages.none_yet(SIGMA_RELS)
-    recorder = Sketcher(Subset(reader.layout, {"w"}))
-    monkeypatch.setattr(recorder, "take", lambda tile, mean: seen.append((tile.begin, tile.end, mean.clone())))
-    monkeypatch.setattr(recorder, "end_window", ended.append)
-    running.sketcher = recorder
-    path = []
-    for k, t in enumerate(range(first, first + window + 2)):
-        path.append(torch.randn(1000, generator=generator, dtype=dtype))
-        weights.copy_(path[-1])
-        begin = running.standing.folded_t
-        running.update_(reader, {}, float(t), k)
-        if t not in (first, first + window):
-            assert (seen, running.standing.folded_t) == ([], begin)
-            continue
-        shown = torch.cat([part for *_, part in seen])
-        assert [ends for *ends, _ in seen][-4:] == [[0, 300], [300, 600], [600, 900], [900, 1000]]
-        if t > first and window == 2:
-            assert torch.equal(shown, torch.cat(path[-2:]))
-        else:
-            steps = np.arange(first, t + 1)
-            shares = [1.0] if t == first else np.diff((steps / t) ** (gamma + 1))
-            mean = sum(s * one for s, one in zip(shares / np.sum(shares), path[-len(shares) :], strict=True))
-            assert torch.allclose(shown, mean, rtol=2e-6, atol=1e-6)
-        seen.clear()
-    assert ended == [first, *([first + 1] if window == 2 else []), first + window]
+    found = []
+    for tile in (1000, 300):
+        monkeypatch.setattr(layout, "TILE", tile)
+        reader = TileReader.of_tensors(lay_out({"w": weights}), {"w": weights})
+        running = RunningAverages.none_yet(SIGMA_RELS)
+        running.sketcher, exact = (Sketcher(Subset(reader.layout, {"w"})) for _ in range(2))
+        generator.manual_seed(0)
+        t = first - 1
+        for window in windows:
+            times = np.arange(t + 1, t + window + 1)
+            shares = [1.0] if t < first else np.diff((np.append(t, times) / times[-1]) ** (gamma + 1))
+            mean = torch.zeros(1000, dtype=torch.float64)
+            for t, share in zip(times.tolist(), shares / np.sum(shares), strict=True):
+                weights.copy_(torch.randn(1000, generator=generator, dtype=dtype))
+                running.update_(reader, {}, float(t), t)
+                mean += share * weights.double()
+            for part in tiles_of(reader.layout):
+                exact.take(part, mean[part.where].to(dtype))
+            exact.end_window(float(t))
+        path, expected = running.path(), exact.path()
+        assert path is not None
+        assert expected is not None
+        np.testing.assert_array_equal(path.sketch.edges, expected.sketch.edges)
+        np.testing.assert_allclose(path.sketch.means, expected.sketch.means, atol=1e-4)
+        found.append(path.sketch.means)
+    np.testing.assert_allclose(*found, rtol=1e-6)
 
 
 def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
