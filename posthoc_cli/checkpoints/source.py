@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from posthoc_cli import files
@@ -28,12 +29,16 @@ from posthoc_cli.profiles import (
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.description import describe_tensors
+from posthoc_cli.snapshots.measurements import read_values
 from posthoc_cli.snapshots.reading import Part
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
 _CHOOSE = "import with `include`, `exclude` or `prefix`"
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
+
+_COMPARED = 1024
+"""Elements of a tensor by which a copy is known."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +208,18 @@ def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:
 def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """The same checkpoints by time, as one run: with a common run id, and aliases that all have.
 
+    Of copies, such as a file `last` or `best` beside the numbered ones, it takes the first by name.
+
     Raises:
-        MismatchError: two of them are of different models, or of one time; both are named.
+        MismatchError: two of them are of different models, or of one time with other values; both are named.
     """
-    ordered = by_time(checkpoints)
-    for one, other in pairwise(ordered):
-        if (one.info.t, one.info.holds) == (other.info.t, other.info.holds):
+    kept: dict[tuple[float, str], Checkpoint] = {}
+    for other in by_time(checkpoints):
+        one = kept.setdefault((other.info.t, other.info.holds), other)
+        if one is not other and not _is_copy(one, other):
             reason = f"are both of step {one.info.t:,.12g}"
             raise MismatchError(f"{one.path} and {other.path}", reason, "name those of one run, by a glob")
-    ordered = _named(ordered)
+    ordered = _named([*kept.values()])
     first = ordered[0]
     for one in ordered[1:]:
         if (difference := _difference(first, one)) is not None:
@@ -225,6 +233,18 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
+
+
+def _is_copy(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two hold the same averages, or weights, by the first elements of each tensor."""
+    sizes = [{name: math.prod(source.stored[name].shape) for name in source.info.averages} for source in (one, other)]
+    if sizes[0] != sizes[1]:
+        return False
+    with one.open() as a, other.open() as b:
+        return all(
+            np.array_equal(*(read_values(file, name, 0, min(size, _COMPARED)) for file in (a, b)), equal_nan=True)
+            for name, size in sizes[0].items()
+        )
 
 
 def _named(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

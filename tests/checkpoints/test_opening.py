@@ -98,6 +98,8 @@ def test_steps_come_from_what_is_there(tmp_path: Path, imported: Imported) -> No
         with pytest.raises(errors.InvalidValueError, match=reason):
             steps(step_from=wrong)
     save_file({"w": torch.ones(3)}, tmp_path / "x-9.safetensors")
+    assert steps(step_from=r"\b(?:a|of|x)-(\d+)") == [3, 9, 10, 100]  # the same weights
+    save_file({"w": torch.tensor([1.0, 1, 2])}, tmp_path / "x-9.safetensors")
     with pytest.raises(errors.MismatchError, match=r"a-9.safetensors and .*x-9.safetensors: are both of step 9"):
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
     save_file({"w": torch.ones(3)}, tmp_path / "x-0.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,120 @@ def mmengine(folder: Path) -> dict[str, Any]:
     return {"ema_decay": DECAY}
 
 
-LIBRARIES = [timm, plain, two_files, diffusers, averaged_model, lightning, ema_pytorch, lit_ema, torch_ema, mmengine]
+# --- files that the libraries themselves write, where they are installed
+
+
+def timm_itself(folder: Path, average: type | None = None, **settings: Any) -> dict[str, Any]:
+    """As its training script: an update after each step, a file after each epoch of `EVERY`."""
+    utils = pytest.importorskip("timm.utils")
+    own = (average or utils.ModelEmaV2)(network(), decay=DECAY, **settings)
+    model, counted = network(), iter(range(1, STEPS + 1))
+    saver = utils.CheckpointSaver(model, torch.optim.SGD(model.parameters(), 0.1), model_ema=own, max_history=STEPS,
+                                  checkpoint_dir=str(folder), recovery_dir=str(folder))  # fmt: skip
+
+    def update(now: torch.nn.Module) -> None:
+        model.load_state_dict(now.state_dict())
+        own.update(model, **({"step": next(counted)} if average else {}))
+
+    replay(update, lambda step, _: saver.save_checkpoint(step // EVERY - 1))
+    return {"steps_per_epoch": EVERY, "ema_decay": DECAY}
+
+
+def timm_v3(folder: Path) -> dict[str, Any]:
+    average = pytest.importorskip("timm.utils").ModelEmaV3
+    return timm_itself(folder, average, use_warmup=True) | {"ema_warmup": "power"}
+
+
+def lightning_itself(folder: Path) -> dict[str, Any]:
+    """Its Trainer, its callback and its checkpoints; each step takes the recorded weights."""
+    lightning = pytest.importorskip("lightning.pytorch", "2.6", reason="Lightning 2.6 is not installed")
+    weights = iter(train())
+
+    class Replay(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization = network(), False
+
+        def training_step(self, *_: object) -> None:
+            self.optimizers().step()
+            self.net.load_state_dict(named(next(weights)))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    callbacks = [
+        lightning.callbacks.EMAWeightAveraging(decay=DECAY),
+        lightning.callbacks.ModelCheckpoint(folder, every_n_train_steps=EVERY, save_top_k=-1),
+    ]
+    off = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the library's own
+        trainer = lightning.Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, **off)
+        trainer.fit(Replay(), torch.utils.data.DataLoader(range(STEPS)))
+    return {"ema_decay": DECAY, "prefix": "net."}
+
+
+def lit_ema_itself(folder: Path) -> dict[str, Any]:
+    """Of latent diffusion, whose package is `ldm`, as a part of the module whose state is saved."""
+    module = torch.nn.Module()
+    module.model = network()
+    module.model_ema = pytest.importorskip("ldm.modules.ema").LitEma(module.model, decay=DECAY)
+
+    def update(now: torch.nn.Module) -> None:
+        module.model.load_state_dict(now.state_dict())
+        module.model_ema(module.model)
+
+    def save(step: int, _: torch.nn.Module) -> None:
+        torch.save({"state_dict": module.state_dict(), "global_step": step}, folder / f"step={step}.ckpt")
+
+    replay(update, save)
+    return {"prefix": "model."}
+
+
+def torch_ema_itself(folder: Path) -> dict[str, Any]:
+    average = pytest.importorskip("torch_ema").ExponentialMovingAverage(network().parameters(), decay=DECAY)
+
+    def save(step: int, model: torch.nn.Module) -> None:
+        content = {"model": model.state_dict(), "ema": average.state_dict(), "step": step}
+        torch.save(content, folder / f"{step}.pt")
+
+    replay(lambda model: average.update(model.parameters()), save)
+    return {}
+
+
+def mmengine_itself(folder: Path) -> dict[str, Any]:
+    """Its Runner, its EMAHook and its checkpoints; each step takes the recorded weights."""
+    pytest.importorskip("mmengine.hooks")
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    weights = iter(train())
+
+    class Replay(BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def train_step(self, *_: object, **__: object) -> dict[str, torch.Tensor]:
+            self.net.load_state_dict(named(next(weights)))
+            return {"loss": torch.zeros(())}
+
+        def forward(self, *_: object) -> None:
+            raise NotImplementedError
+
+    Runner(
+        Replay(), str(folder), torch.utils.data.DataLoader(range(STEPS)),
+        train_cfg={"by_epoch": False, "max_iters": STEPS},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": EVERY}},
+        custom_hooks=[{"type": "EMAHook", "momentum": 1 - DECAY}],
+        log_level="ERROR",
+    ).train()  # fmt: skip
+    return {"ema_decay": DECAY, "prefix": "net."}
+
+
+LIBRARIES = [timm, plain, two_files, diffusers, averaged_model, lightning, ema_pytorch, lit_ema, torch_ema, mmengine,
+             timm_itself, timm_v3, lightning_itself, lit_ema_itself, torch_ema_itself, mmengine_itself]  # fmt: skip
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
