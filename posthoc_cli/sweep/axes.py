@@ -65,10 +65,14 @@ class Axis:
         """LOW:HIGH to search, or a list or LOW:HIGH:STEP to measure."""
         numbers, ends = text.replace("%", "e-2"), text.split(":")
         form = f"a range LOW:HIGH, such as {_RANGES.get(kind, '5%:50%')}, or a list"
-        if len(ends) != 2:
-            return cls.of_values(kind, parse_numbers(numbers, name, form, text))
-        low, high = (parse_numbers(end, name, form, text)[0] for end in numbers.split(":"))
-        return cls(kind, low, high)
+        try:
+            if len(ends) != 2:
+                return cls.of_values(kind, parse_numbers(numbers, name, form, text))
+            low, high = (parse_numbers(end, name, form, text)[0] for end in numbers.split(":"))
+            return cls(kind, low, high)
+        except InvalidValueError as error:
+            typed = text if kind == "sigma_rel" else f"{kind}:{text}"
+            raise InvalidValueError(name, error.reason, error.hint, value=typed or "(empty)") from error
 
     @property
     def is_given(self) -> bool:
