@@ -30,8 +30,8 @@ def sweep(
     target: str | None = values.TARGETS(
         None,
         metavar="KIND:LOW:HIGH",
-        help="Search averages of another kind instead: beta:0.99:0.9999, half-life:500:10000, window:1000:50000 or "
-        "decay:linear:5%:50%, or a list to measure.",
+        help="Search averages of another kind instead: beta:0.99:0.9999, half-life:500:10000, window:1000:50000, "
+        "last:2:20 or decay:linear:5%:50%, or a list to measure.",
     ),
     guide_sigma_rel: str | None = values.TARGETS(
         None,
