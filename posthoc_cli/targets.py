@@ -166,12 +166,17 @@ class HalfLife(_Named):
         steps = check_number("half-life", self.steps, lambda steps: 1 <= steps < math.inf, "be at least 1 step")
         object.__setattr__(self, "steps", steps)
 
+    @property
+    def beta(self) -> float:
+        """The decay."""
+        return float(0.5 ** (1 / self.steps))
+
     def _text(self) -> str:
         return f"half-life:{_plain(self.steps)}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
         """The classical average that starts as a copy of the weights at `t_first`."""
-        return Beta(0.5 ** (1 / self.steps)).profile(t, clock, t_first)
+        return Beta(self.beta).profile(t, clock, t_first)
 
 
 @dataclass(frozen=True)

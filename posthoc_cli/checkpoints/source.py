@@ -242,8 +242,8 @@ def _is_copy(one: Checkpoint, other: Checkpoint) -> bool:
         return False
     with one.open() as a, other.open() as b:
         return all(
-            np.array_equal(*(read_values(file, name, 0, min(size, _COMPARED)) for file in (a, b)), equal_nan=True)
-            for name, size in sizes[0].items()
+            np.array_equal(read_values(a, name, 0, most), read_values(b, name, 0, most), equal_nan=True)
+            for name, most in ((name, min(size, _COMPARED)) for name, size in sizes[0].items())
         )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, check_alone
-from posthoc_cli.targets import NUMBER_FORMS, parse_numbers
+from posthoc_cli.targets import Beta, HalfLife, parse_targets
 
 EPILOG = (
-    "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000   or   ema profile --beta 0.9999 --steps 100000"
+    "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000   or   "
+    "ema profile --target beta:0.9999 --steps 100000"
 )
 
 _DEFAULT = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
@@ -18,8 +19,10 @@ def profile(
     sigma_rel: str | None = values.TARGETS(
         None, show_default="a table of usual ones", help="Widths: a number, list or range."
     ),
-    beta: str | None = values.TARGETS(
-        None, help="The other way: decays of a classical EMA, a number, list or range; needs --steps."
+    target: str | None = values.TARGETS(
+        None,
+        metavar="KIND:VALUE",
+        help="The other way: classical EMAs, as beta:0.9999 or half-life:5000, a list or range; needs --steps.",
     ),
     steps: str | None = values.HOW(
         None, metavar="COUNT", show_default="1000", help="Length of training, in steps: 100000, 1e5."
@@ -34,16 +37,25 @@ def profile(
     """
     from posthoc_cli.profiles import convert
 
-    check_alone(sigma_rel=sigma_rel, beta=beta)
-    if beta is not None and steps is None:
+    check_alone(sigma_rel=sigma_rel, target=target)
+    if target is not None and steps is None:
         reason = "is missing: a decay has another sigma_rel for each length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = values.parse_count(steps or "1000", "--steps")
-    widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if beta is None else []
-    betas = [] if beta is None else parse_numbers(beta, "--beta", NUMBER_FORMS["beta"])
+    widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if target is None else []
+    betas = [] if target is None else _betas(target)
     rows = [row.to_dict() for row in convert(count, widths, betas)]
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
     else:
         output.print_table(list(_COLUMNS), [[format(row[key], spec) for key, spec in _COLUMNS.items()] for row in rows])
         output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
+
+
+def _betas(text: str) -> list[float]:
+    """The decays that `--target` names."""
+    targets = parse_targets(text, "--target")
+    betas = [one.beta for one in targets if isinstance(one, Beta | HalfLife)]
+    if len(betas) < len(targets):
+        raise values.bad("--target", text, "must be beta:0.9999 or half-life:5000, also a list or a range")
+    return betas

@@ -6,7 +6,7 @@ Only the public tracker is used here.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from posthoc_cli.errors import MismatchError
+from posthoc_cli.errors import MismatchError, NotReadyError
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA
 
@@ -35,12 +35,20 @@ def make_tracker(model: torch.nn.Module, checkpoint_dir: str | Path, options: di
     return PostHocEMA.from_model(model, checkpoint_dir, **{"resume": "auto"} | options)
 
 
+def check_found(where: str, release: str, found: Mapping[str, bool]) -> None:
+    """Raise a NotReadyError if a release of a framework lacks one of these names."""
+    missing = [name for name, is_there in found.items() if not is_there]
+    if missing:
+        reason = f"found no {' and no '.join(missing)} in {release}"
+        raise NotReadyError(where, reason, "use a release that the guide `trainers` names")
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether processes hold chunks of the model."""
     return any(hasattr(one, "placements") for one in model.parameters())
 
 
-def save_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0) -> None:
+def write_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0) -> None:
     """Write a tracker's own state into a checkpoint, complete or not at all; every process calls it.
 
     Arguments:
@@ -62,7 +70,7 @@ def save_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, numb
     dist.barrier()
 
 
-def load_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
+def read_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
     """Continue from the state in a checkpoint, which may be of another arrangement of processes; False if it has none.
 
     Raises:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from accelerate import Accelerator
 
-from posthoc_cli.integrations import figures, load_state, make_tracker, save_state
+from posthoc_cli.integrations import figures, make_tracker, read_state, write_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ def prepare(
     number = _free_place(accelerator, model)
 
     def save(models: object, weights: object, folder: str) -> None:
-        save_state(ema, folder, model, number)
+        write_state(ema, folder, model, number)
 
     def load(models: object, folder: str) -> None:
-        if not load_state(ema, folder, number) and accelerator.is_main_process:
+        if not read_state(ema, folder, number) and accelerator.is_main_process:
             log.warning("%s was saved without this tracker: its averages begin here", folder)
 
     hooks = ExitStack()

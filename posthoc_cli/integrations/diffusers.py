@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import STATE_NAME, is_sharded, load_state, make_tracker, save_state
+from posthoc_cli.integrations import STATE_NAME, is_sharded, make_tracker, read_state, write_state
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
@@ -106,7 +106,7 @@ class PostHocEMAModel:
             return
         with self._averaged() as filled:
             filled.save_pretrained(path)
-        save_state(ema, path, self._tracking()[1])
+        write_state(ema, path, self._tracking()[1])
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model_cls: Any = None, foreach: bool = False) -> PostHocEMAModel:
@@ -125,7 +125,7 @@ class PostHocEMAModel:
         """Continue exactly from a state."""
         ema, _ = self._tracking()
         if _FOLDER in state_dict:
-            load_state(ema, state_dict[_FOLDER])
+            read_state(ema, state_dict[_FOLDER])
         else:
             ema.load_state_dict(state_dict)
 

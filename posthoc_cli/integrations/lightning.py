@@ -10,11 +10,21 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, __version__, callbacks
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import figures, is_sharded, lengths, load_state, make_tracker, save_state, was_left_out
+from posthoc_cli.integrations import (
+    check_found,
+    figures,
+    is_sharded,
+    lengths,
+    make_tracker,
+    read_state,
+    was_left_out,
+    write_state,
+)
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -81,7 +91,7 @@ class PostHocWeightAveraging(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second callback of this kind: checkpoints have room for the average of one.
+        """Refuse a second callback of this kind: checkpoints have room for the average of one. And unfit releases.
 
         And have `save_checkpoint` tell where it saves, which callbacks are not told.
         """
@@ -89,6 +99,10 @@ class PostHocWeightAveraging(Callback):
         if stage == "fit" and len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
             reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
             raise InvalidValueError("callbacks", reason, "leave one; its snapshots give averages of all lengths")
+        if self._single is None and self._lengths:
+            loop = getattr(getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None), "val_loop", None)
+            found = {f"val_loop.{name}": hasattr(loop, name) for name in ("run", "skip", "setup_data")}
+            check_found("validate", f"lightning {__version__}", found)
         if trainer not in _saving:
             _watch_saving(trainer)
 
@@ -105,7 +119,7 @@ class PostHocWeightAveraging(Callback):
             ema.load_state_dict(self._state)
         # A tuner loads a checkpoint of its own, before there are averages.
         elif (
-            self._resumed and trainer.ckpt_path is not None and not load_state(ema, trainer.ckpt_path) and not ema.step
+            self._resumed and trainer.ckpt_path is not None and not read_state(ema, trainer.ckpt_path) and not ema.step
         ):
             log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
         self._state, self._resumed = None, False
@@ -184,7 +198,7 @@ class PostHocWeightAveraging(Callback):
         if is_sharded(pl_module):
             folder = trainer.strategy.broadcast(_saving[trainer])
             Path(folder).mkdir(parents=True, exist_ok=True)
-            save_state(ema, folder, pl_module)
+            write_state(ema, folder, pl_module)
             return
         checkpoint["averaging_state"] = ema.state_dict()
         for block in ema.models(pl_module, [self._saved]).values() if self._saved and ema.has_average else ():
@@ -216,17 +230,17 @@ class PostHocWeightAveraging(Callback):
 
     def _validate_each(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have each validation of this training begin with one of every average."""
-        loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+        loop = trainer.fit_loop.epoch_loop.val_loop
         run = loop.run
 
         def run_each() -> Any:
             loop.setup_data()
             if loop.skip or self.ema is None:
                 return run()
-            others, known = trainer.callbacks, trainer.callback_metrics
+            others, loggers, known = trainer.callbacks, trainer.loggers, trainer.callback_metrics
             before = dict(known)
             try:  # no callback or logger sees these passes
-                trainer.callbacks, connector.log_metrics = [], lambda *_, **__: None
+                trainer.callbacks, trainer.loggers = [], [DummyLogger()] if loggers else []
                 for label, block in self.ema.models(pl_module, [*self._lengths.values()]).items():
                     known.clear()
                     with block:
@@ -234,8 +248,7 @@ class PostHocWeightAveraging(Callback):
                     for name, value in known.items():
                         self._found[f"ema_{label}_{name}".replace("/dataloader_idx", "_dataloader_idx")] = value
             finally:
-                trainer.callbacks = others
-                del connector.log_metrics
+                trainer.callbacks, trainer.loggers = others, loggers
                 known.clear()
                 known.update(before)
             return run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -16,7 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import figures, lengths, load_state, make_tracker, save_state, was_left_out
+from posthoc_cli.integrations import check_found, figures, lengths, make_tracker, read_state, was_left_out, write_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -70,9 +71,11 @@ class PostHocCallback(TrainerCallback):
             InvalidValueError: the trainer has another one.
             NotReadyError: this release of transformers has changed.
         """
-        if not hasattr(trainer, "_load_best_model"):
-            reason = f"found no Trainer._load_best_model in transformers {transformers.__version__}"
-            raise NotReadyError("install", reason, "use a release that the guide `trainers` names")
+        found = {
+            "Trainer._load_best_model": hasattr(trainer, "_load_best_model"),
+            "Trainer.save_model(_internal_call=)": "_internal_call" in signature(Trainer.save_model).parameters,
+        }
+        check_found("install", f"transformers {transformers.__version__}", found)
         present = trainer.callback_handler.callbacks
         if self not in present:
             _check_alone([*present, self])
@@ -99,7 +102,7 @@ class PostHocCallback(TrainerCallback):
             ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values())))
         else:  # memory was too short: the loop begins again, with the weights as they are
             log.warning("training begins again with smaller batches; its averages go on from step %d", ema.step)
-        if folder is not None and not load_state(ema, folder):
+        if folder is not None and not read_state(ema, folder):
             where = f"go on from the snapshots of step {ema.step}" if ema.step else "begin here"
             log.warning("%s was saved without the state of this callback: its averages %s", folder, where)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
@@ -147,7 +150,7 @@ class PostHocCallback(TrainerCallback):
             )
             return
         trainer, folder = _trainer_of(state), Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        save_state(self.ema, folder, trainer.model)
+        write_state(self.ema, folder, trainer.model)
         chosen = self._chosen(args)
         saved = [one for label, one in self._lengths.items() if self.folders or label == chosen]
         for label, block in (self.ema.models(trainer.model, saved) if saved else {}).items():

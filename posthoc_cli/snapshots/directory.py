@@ -216,6 +216,9 @@ def read_directory(directory: Path) -> list[Snapshot]:
         raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
     if is_parts_folder(directory):
         raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
+    if any(file_kind(read_header(path)) == "checkpoint" for path in found.listing.files):
+        reason = "holds copies of checkpoints that `ema import` wrote, no snapshots of a tracker"
+        raise DirectoryError(directory, reason, "delete the folder to remove them")
     others = [path.name for path in found.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     what = f"; {others[0]} is not a snapshot of this package" if others else ""
     raise DirectoryError(directory, f"no snapshots here{what}", WANTED)

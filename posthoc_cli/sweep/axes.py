@@ -11,7 +11,7 @@ from typing import Any
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import SHAPES
 from posthoc_cli.run import Run
-from posthoc_cli.targets import Beta, Decay, HalfLife, SigmaRel, Target, Window, parse_numbers
+from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
 
 GOOD_ERROR = 0.01
 """Predicted error of the lengths that are searched unless others are named, and beyond those."""
@@ -24,8 +24,8 @@ class Axis:
     """What is searched: a kind of target with one parameter.
 
     Attributes:
-        kind: "sigma_rel", "beta", "half-life" or "window"; "decay:1-sqrt", "decay:linear" or "decay:cosine", whose
-            values are parts of training.
+        kind: "sigma_rel", "beta", "half-life", "window" or "last"; "decay:1-sqrt", "decay:linear" or "decay:cosine",
+            whose values are parts of training.
         low, high: ends of the range.
         values: measure exactly these; None for a search. One alone is given, and not searched.
     """
@@ -63,10 +63,14 @@ class Axis:
         """LOW:HIGH to search, or a list or LOW:HIGH:STEP to measure."""
         numbers, ends = text.replace("%", "e-2"), text.split(":")
         form = f"a range LOW:HIGH, such as {_RANGES.get(kind, '5%:50%')}, or a list"
-        if len(ends) != 2:
-            return cls.of_values(kind, parse_numbers(numbers, name, form, text))
-        low, high = (parse_numbers(end, name, form, text)[0] for end in numbers.split(":"))
-        return cls(kind, low, high)
+        try:
+            if len(ends) != 2:
+                return cls.of_values(kind, parse_numbers(numbers, name, form, text))
+            low, high = (parse_numbers(end, name, form, text)[0] for end in numbers.split(":"))
+            return cls(kind, low, high)
+        except InvalidValueError as error:
+            typed = text if kind == "sigma_rel" else f"{kind}:{text}"
+            raise InvalidValueError(name, error.reason, error.hint, value=typed or "(empty)") from error
 
     @property
     def is_given(self) -> bool:
@@ -102,23 +106,32 @@ class Axis:
         """The value of a parameter with so many digits, of a beta in 1 - beta."""
         if self.kind == "beta":
             return round(1 - float(f"{1 / x:.{digits}g}"), 12)
-        return round(x) if self.kind == "window" else float(f"{x:.{digits}g}")
+        return round(x) if self.kind in ("window", "last") else float(f"{x:.{digits}g}")
 
     def widened(self, upwards: bool, run: Run, t: float | None) -> Axis | None:
         """The range with its upper end, or its lower one, further out; None where averages there are not exact."""
         x = self.scaled(self.high if upwards else self.low)
         for stride in _STRIDES:
             value = self._rounded(x * stride if upwards else x / stride, 3)
-            is_part = self.kind not in ("beta", "half-life", "window")
+            is_part = self.kind not in ("beta", "half-life", "window", "last")
             if self.low <= value <= self.high or (is_part and value * run.step < 1):
                 continue  # there is no whole number in between; or it is less than a step
             try:
-                (point,) = run.error_curve((0.1, 0.2), t=t, others=[self.target(value)]).others
+                error = _predicted_error(self.target(value), run, t)
             except InvalidValueError:  # there is no such average, or the run is too short for it
                 continue
-            if point.predicted_error < GOOD_ERROR:
+            if error < GOOD_ERROR:
                 return replace(self, high=value) if upwards else replace(self, low=value)
         return None
+
+
+def _predicted_error(target: Target, run: Run, t: float | None) -> float:
+    """Of an average; a mean of checkpoints is made as it is asked for, if there are so many."""
+    if isinstance(target, Mean):
+        run.plan([target], t=t)
+        return 0.0
+    (point,) = run.error_curve((0.1, 0.2), t=t, others=[target]).others
+    return point.predicted_error
 
 
 _KINDS: dict[str, Callable[[Any], Target]] = {
@@ -126,10 +139,12 @@ _KINDS: dict[str, Callable[[Any], Target]] = {
     "beta": Beta,
     "half-life": HalfLife,
     "window": Window,
+    "last": Mean,
     **{f"decay:{shape}": functools.partial(Decay, shape) for shape in SHAPES},
 }
 _RANGES = {
     "sigma_rel": "0.02:0.28", "beta": "0.99:0.9999", "half-life": "100:10000", "window": "1000:50000",
+    "last": "2:20",
 }  # fmt: skip
 
 

@@ -160,6 +160,12 @@ def test_nothing_that_it_refers_to_is_deleted(write: Write, tmp_path: Path, ema:
     before = contents(tmp_path)
     refused = ema("prune", new, "--keep", "2", "--yes")
     assert (refused.code, refused.error) == (1, f"{new}: refers to files of other programs, which are never deleted")
+    import_checkpoints(folder, tmp_path / "copies", copy=True)
+    before = contents(tmp_path)
+    refused = ema("prune", tmp_path / "copies", "--keep", "2", "--yes")
+    assert refused.code == 1
+    assert refused.error.startswith(f"{tmp_path / 'copies'}: holds copies of checkpoints that `ema import` wrote")
+    assert "delete the folder to remove them" in refused.error
     assert "only these are set aside" in ema("verify", new, "--repair", "--yes").error
     checked = ema("verify", new)
     assert checked.code == 0

@@ -209,7 +209,9 @@ def test_the_table_that_users_know_and_both_ways(ema: Ema) -> None:
     assert [row[0] for row in rows[1:9]] == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
     known = [0.3700, 0.9055, 0.9680, 0.9808, 0.9911, 0.9944, 0.9962, 0.9979]
     assert [float(row[4]) for row in rows[1:9]] == pytest.approx(known, abs=0.002)
-    (row,) = ema("profile", "--beta", "0.9999", "--steps", "100000", "--json").json["profiles"]
+    (row,) = ema("profile", "--target", "beta:0.9999", "--steps", "100000", "--json").json["profiles"]
+    (same,) = ema("profile", "--target", "half-life:5000", "--steps", "100000", "--json").json["profiles"]
+    assert same["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
     back = ema("profile", "--sigma-rel", row["sigma_rel"], "--steps", "100000", "--json").json
     assert back["profiles"][0]["beta"] == pytest.approx(0.9999, rel=1e-12)
 

@@ -102,7 +102,7 @@ EXIT_CODES = {
     2: [
         "info text", "info absent", "info run --nothing", "nothing", "synthesize run --sigma-rel 0.4 --dry-run",
         "synthesize run --out x.pt", "synthesize model.safetensors --sigma-rel 0.1 --out x.pt", "plan",
-        "synthesize run --sigma-rel 0.1 --out no/such/x.pt", "profile --beta 0.999", "guide nothing",
+        "synthesize run --sigma-rel 0.1 --out no/such/x.pt", "profile --target beta:0.999", "guide nothing",
         "sweep run --run 'echo {weights}' --metric loss --minimize --sigma-rel 0.1,0.2 --out named",
     ],
 }  # fmt: skip

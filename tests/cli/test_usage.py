@@ -130,7 +130,7 @@ def test_each_example_of_the_help_has_a_line_of_its_own(ema: Ema, monkeypatch: p
     examples = [line.strip() for line in lines if "ema profile --" in line]
     assert examples == [
         "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
-        "or:       ema profile --beta 0.9999 --steps 100000",
+        "or:       ema profile --target beta:0.9999 --steps 100000",
     ]
 
 

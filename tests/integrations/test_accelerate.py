@@ -24,7 +24,7 @@ from integrations.truth import assert_exact, distance, exact, live, recorded
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError
-from posthoc_cli.integrations import STATE_NAME, load_state
+from posthoc_cli.integrations import STATE_NAME, read_state
 from posthoc_cli.integrations.accelerate import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
@@ -327,8 +327,8 @@ def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytes
 def test_states_of_two_arrangements_in_one_checkpoint_are_not_taken_for_each_other(tmp_path: Path) -> None:
     """A checkpoint that was saved again under another arrangement of processes keeps the earlier state."""
     ema = Training(tmp_path).ema
-    assert not load_state(ema, tmp_path)
+    assert not read_state(ema, tmp_path)
     (tmp_path / f"{STATE_NAME}.pt").touch()
     (tmp_path / STATE_NAME).mkdir()
     with pytest.raises(MismatchError, match=rf"{STATE_NAME}\.pt and .*{STATE_NAME}.*two saves"):
-        load_state(ema, tmp_path)
+        read_state(ema, tmp_path)

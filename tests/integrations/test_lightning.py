@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 from posthoc_cli.snapshots.directory import read_directory
 
@@ -169,6 +169,15 @@ def test_several_averages_without_a_checkpoint_that_one_of_them_chooses(
     assert distance(torch.load(tmp_path / "five/out/step=4.ckpt", weights_only=True)["state_dict"], whole[3]) == 0
     with pytest.raises(InvalidValueError, match="copy_at_end: needs one length"):
         PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True, validate=[0.2])
+
+
+@pytest.mark.parametrize("name", ["run", "skip", "setup_data"])
+def test_a_release_that_has_changed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    one = trainer(tmp_path, PostHocWeightAveraging(tmp_path / "ema", validate=[0.2]))
+    loop = one.fit_loop.epoch_loop.val_loop
+    monkeypatch.delattr(next(kind for kind in type(loop).mro() if name in vars(kind)), name)
+    with pytest.raises(NotReadyError, match=rf"^validate: found no val_loop\.{name} in lightning "):
+        one.fit(Regression(), loader())
 
 
 class Manual(Regression):

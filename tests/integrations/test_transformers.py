@@ -475,6 +475,9 @@ def test_a_release_that_has_changed_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delattr(Trainer, "_load_best_model")
     with pytest.raises(NotReadyError, match=r"found no Trainer\._load_best_model in transformers"):
         trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
+    monkeypatch.setattr(Trainer, "save_model", lambda self, output_dir=None: None)
+    with pytest.raises(NotReadyError, match=r"and no Trainer\.save_model\(_internal_call=\) in transformers"):
+        trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.15))
 
 
 def test_without_the_callback_the_trainer_is_as_before(tmp_path: Path) -> None:

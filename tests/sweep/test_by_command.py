@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -567,6 +568,20 @@ def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run:
     assert [trial.value for trial in same.trials] == [trial.value for trial in report.trials]
     assert not model.a.any()
     assert model.training
+
+
+def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
+    """It goes on beyond the end of the range: a plain mean needs no more than that many checkpoints."""
+    (tmp_path / "checkpoints").mkdir()
+    for step in range(1, 31):
+        save_file({"a": torch.full((4,), float(step))}, tmp_path / f"checkpoints/step-{step}.safetensors")
+    program = "import sys; from safetensors import numpy; print(abs(numpy.load_file(sys.argv[1])['a'][0] - 22.5))"
+    run, command = Run(tmp_path / "checkpoints"), shlex.join([sys.executable, "-c", program, "{weights}"])
+    report = swept(run, tmp_path / "out", command, axis=Axis.parse("last:2:12", "target"), budget=12)
+    made = {int(trial.target.removeprefix("last:")): trial.value for trial in report.trials if trial.target != "raw"}
+    assert made == pytest.approx({n: abs(8 - n / 2) for n in made})  # the mean of the last n is 30.5 - n / 2
+    assert max(made) > 12
+    assert report.value_of(report.found.best) == pytest.approx(16, abs=1)
 
 
 def test_in_python_raw_weights_are_measured_where_they_are_at_hand(run: Run, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ PATIENCE = 180.0
 TRAIN = f"""
 import torch.distributed as dist
 from posthoc_cli import PostHocEMA
-from posthoc_cli.integrations import load_state, save_state
+from posthoc_cli.integrations import read_state, write_state
 kind, most, *saves = arguments
 model = groups.spread(groups.Net(), kind)
 (folder / f"durable-{{rank}}").write_text("0")
@@ -45,7 +45,7 @@ with PostHocEMA.from_model(
     model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most), resume="auto"
 ) as ema:
     if saves:
-        load_state(ema, folder)
+        read_state(ema, folder)
     for step in range(ema.step + 1, {STEPS} + 1):
         groups.move(model, step)
         ema.update_(model)
@@ -53,7 +53,7 @@ with PostHocEMA.from_model(
             ema.flush()
             (folder / f"durable-{{rank}}").write_text(str(step))
         if saves and step % int(saves[0]) == 0:
-            save_state(ema, folder, model)
+            write_state(ema, folder, model)
             (folder / f"saved-{{rank}}").write_text(str(step))
         dist.barrier()  # in place of the training's own collectives
 """
