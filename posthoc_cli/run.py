@@ -424,10 +424,6 @@ class Run:
         fits = [profile_fit(candidate, target, t, method=method) for target in targets]
         return plots.error_figure([curve], fits, method == "paper")
 
-    def scaled_to(self, steps: int) -> EarlierRun:
-        """The motion of the network and the rounding of its stored averages, scaled to a run of `steps` steps."""
-        return scaled_run([one for one in self.sources if isinstance(one, FileSource)], steps)
-
     # --- care
 
     def check(self, progress: ProgressBar = no_bar) -> Verification:
@@ -577,7 +573,7 @@ def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:
     """What an earlier run says about one of so many steps, and what is assumed, in words that follow "if"."""
     if like is None:
         return EarlierRun(None, {}), EVENLY
-    earlier = like.scaled_to(steps)
+    earlier = scaled_run([one for one in like.sources if isinstance(one, FileSource)], steps)
     known = f"the network moves as in {like.directory}"
     return earlier, f"{EVENLY}: the motion of {like.directory} is not known" if earlier.motion is None else known
 

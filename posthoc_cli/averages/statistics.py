@@ -100,7 +100,8 @@ class EMAStats(WideBuffers):
 
         A constant column has correlation 0. The result is differentiable like the statistics.
         """
-        self._check_ready("correlation")
+        if int(self.num_batches_tracked) == 0:
+            raise NotReadyError("correlation", "no batch was tracked yet", "call the module in train mode first")
         scale_x, scale_y = ((cov.diagonal() + self.eps).rsqrt() for cov in (self.cov_xx, self.cov_yy))
         return self.cov_xy * torch.outer(scale_x, scale_y)
 
@@ -148,10 +149,6 @@ class EMAStats(WideBuffers):
         if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
             reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
             raise InvalidValueError(name, reason, "double() makes the statistics float64")
-
-    def _check_ready(self, what: str) -> None:
-        if int(self.num_batches_tracked) == 0:
-            raise NotReadyError(what, "no batch was tracked yet", "call the module in train mode first")
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles cannot hold a graph.

@@ -268,6 +268,8 @@ def _errors(curves: Sequence[ErrorCurve]) -> Callable[[], Figure]:
 
 def _sweep_picture(found: dict[str, Any], name: str) -> list[_Picture]:
     xs = [shown_at(found, point["x"]) for point in found["curve"]]
+    if not xs:
+        raise ValueError("an empty curve")
     return _picture(partial(draw, found), name, (xs, [float(point["estimate"]) for point in found["curve"]]))
 
 
