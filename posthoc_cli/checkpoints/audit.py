@@ -280,8 +280,8 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None, every
     Raises:
         InvalidValueError: nothing can be audited, or `claimed` is no decay.
     """
-    if claimed is not None:
-        Decay(claimed)
+    if claimed is not None and not 0 < claimed < 1:
+        raise InvalidValueError("claimed", "must lie in (0, 1)", value=claimed)
     snapshots = [one for one in sources if isinstance(one, Snapshot)]
     found = list(_of_snapshots(snapshots)) if snapshots else list(_of_checkpoints(sources, claimed, every))
     if not found:
