@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
+from factories import random_walk, write_run
 from trained import EVERY, STEPS, Average, named, network, train, write
 from trained import ema as averaged
 
@@ -175,3 +176,9 @@ def test_the_command(tmp_path: Path, ema: Ema) -> None:
     (found,) = done.json["audits"]
     assert found["verdict"] == "found"
     assert len(found["intervals"]) == len(range(EVERY, STEPS, EVERY))
+
+
+def test_a_claim_that_is_no_decay_is_named_as_it_was_given(ema: Ema, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", random_walk(60, {"a": (30,)}), range(10, 61, 10))
+    refused = ema("audit", tmp_path / "run", "--claimed", "7")
+    assert (refused.code, refused.error) == (2, "--claimed 7.0: must lie in (0, 1)")
