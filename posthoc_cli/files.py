@@ -412,6 +412,8 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 def _check_free(path: Path, overwrite: bool) -> None:
     if is_remote(path):
+        if not str(path).startswith(("s3:", "gs:", "az:")):
+            raise WriteError(path, "cannot be written: only s3://, gs:// and az:// take outputs")
         if not overwrite and path.is_file():
             raise _exists(path)
         return

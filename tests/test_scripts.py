@@ -16,6 +16,7 @@ import bench_batch_norm
 import bench_fidelity
 import bench_load
 import bench_memory
+import bench_remote
 import bench_sharded
 import bench_sweep
 import bench_synthesis
@@ -44,6 +45,14 @@ def test_bench_synthesis(capsys: pytest.CaptureFixture[str]) -> None:
     bench_synthesis.main(["--quick"])
     rows = re.findall(r"^  (\S.*?)  +\d", capsys.readouterr().out, re.MULTILINE)
     assert len(rows) == 2 * 10 + 5 * 2
+
+
+def test_bench_remote(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("obstore")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "")  # and what it sets is undone
+    bench_remote.main(["--quick"])
+    assert len(re.findall(r"^\| \d", capsys.readouterr().out, re.MULTILINE)) == 1
 
 
 def test_evidence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

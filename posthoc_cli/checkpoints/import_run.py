@@ -103,7 +103,7 @@ def import_checkpoints(
         WriteError: the system refused.
     """
     given, origin = Settings(**settings), files.expanded(files.given_path("directory", directory))
-    target = None if out is None else files.expanded(files.given_path("out", out))
+    target = None if out is None else files.expanded(files.local_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     _check_foreign(origin)

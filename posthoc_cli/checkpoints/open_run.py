@@ -137,7 +137,8 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
 
 def is_glob(place: str | Path) -> bool:
     """Whether a name is a pattern, and not the name of something that is there."""
-    return glob.has_magic(str(place)) and not files.expanded(place).exists()
+    path = files.expanded(place)
+    return glob.has_magic(str(path)) and not path.exists()
 
 
 def holds_checkpoints(place: str | Path) -> bool:

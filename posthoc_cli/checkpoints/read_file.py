@@ -15,9 +15,9 @@ from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PICKLES
-from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.headers import decode_header, file_kind
 from posthoc_cli.snapshots.reading import sampled_identity
-from posthoc_cli.snapshots.tensor_file import OpenedFile, read_header
+from posthoc_cli.snapshots.tensor_file import OpenedFile, read_start
 
 ENDINGS = (fmt.SUFFIX, *PICKLES, ".pth.tar")
 
@@ -45,17 +45,16 @@ class IndexedFile:
 
 def index_file(path: Path) -> IndexedFile:
     """Find the tensors of a file that is no snapshot or state. A FileFormatError names it and says what is wrong."""
-    if path.suffix == fmt.SUFFIX:
-        header = read_header(path)
+    with OpenedFile(path) as file:
+        if path.suffix != fmt.SUFFIX:
+            return IndexedFile(_leaves(path, read_pickled(file, 0, file.size)), {}, sampled_identity(file))
+        header = decode_header(path, read_start(file), file.size)
         if file_kind(header) in ("snapshot", "state"):
             raise FileFormatError(path, f"is a {file_kind(header)} of this package, no checkpoint")
         found: dict[tuple[str, ...], Any] = {
             (name,): replace(entry, begin=header.payload_start + entry.begin) for name, entry in header.tensors.items()
         }
-        with OpenedFile(path) as file:
-            return IndexedFile(found, header.metadata, sampled_identity(file))
-    with OpenedFile(path) as file:
-        return IndexedFile(_leaves(path, read_pickled(file, 0, file.size)), {}, sampled_identity(file))
+        return IndexedFile(found, header.metadata, sampled_identity(file))
 
 
 def _leaves(path: Path, value: Any) -> dict[tuple[str, ...], Any]:

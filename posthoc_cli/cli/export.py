@@ -61,6 +61,7 @@ def export(
     """
     from posthoc_cli.export.convert import export_file
 
+    out = files.expanded(out)
     wanted = values.parse_targets(sigma_rel, target)
     if merge is not None:
         _check_merge(wanted, base is not None or bool(prefix or strip_prefix))
@@ -73,7 +74,7 @@ def export(
     else:
         base = None if base is None else values.existing(base)
         report = export_file(
-            values.existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite,
+            values.existing(file), out, layout, dtype, base, prefix, strip_prefix, overwrite,
             max_shard_size, output.progress_bar(),
         )  # fmt: skip
     output.print_report(report, as_json, _print, merge or base, out)

@@ -150,9 +150,8 @@ def check_space(outputs: Mapping[Path, int]) -> None:
     """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room."""
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, nbytes in outputs.items():
-        place = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
-        if files.is_url(path):  # it is written here first
-            place = Path(tempfile.gettempdir())
+        here = Path(tempfile.gettempdir()) / path.name if files.is_url(path) else path  # where it is written first
+        place = next((folder for folder in (here, *here.parents) if folder.is_dir()), None)
         if place is not None:  # else making the output raises an error
             disks[place.stat().st_dev].append((place, nbytes))
     for places in disks.values():
@@ -392,6 +391,8 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Check that shards may be written into a folder: it is no file, and holds no model that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(folder, "is a file; shards need a folder")
+    if files.is_url(folder) and holds_model(folder):  # one object after the other would be replaced
+        raise OutputExistsError(folder, "holds a model already", "choose another folder")
     if not overwrite and holds_model(folder):
         raise OutputExistsError(folder, "holds a model already", OTHER_FOLDER)
 
@@ -478,8 +479,6 @@ class _ShardedSink(FileSink):
         for path in model_files_in(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
-        if files.is_url(folder) and holds_model(folder):  # one object after the other would be replaced
-            raise OutputExistsError(folder, "holds a model already", "choose another folder")
         self._folder, self._overwrite = folder, options.overwrite
         self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
         self._published: list[Path] = []

@@ -51,10 +51,7 @@ class Hub:
     def list_with_delimiter(self, key: str) -> dict[str, Any]:
         """What is directly in a folder."""
         pinned = self._pinned(key)
-        try:
-            found = [one for one in self._files.ls(pinned, detail=True) if one["name"] != pinned]
-        except FileNotFoundError:
-            found = []
+        found = [one for one in self._files.ls(pinned, detail=True) if one["name"] != pinned]
         folders = [one["name"] for one in found if one["type"] == "directory"]
         return {"common_prefixes": folders, "objects": [_described(one) for one in found if one["type"] == "file"]}
 

@@ -73,9 +73,15 @@ class RemotePath(PosixPath):
 
     def is_dir(self, **_: Any) -> bool:
         """Whether an object is below it."""
-        if not self._is_listed and not str(self).startswith("http") and not self.is_file():
-            self._is_listed = store.holds(str(self))
+        if not self._is_listed and not self._is_web and not self.is_file():
+            with suppress(FileNotFoundError):
+                self._is_listed = store.holds(str(self))
         return self._is_listed and self.known is None
+
+    @property
+    def _is_web(self) -> bool:
+        """Whether it is of a web server, which has no folders."""
+        return str(self).startswith("http")
 
     def exists(self, **_: Any) -> bool:
         """Whether it is either."""
@@ -102,14 +108,23 @@ class RemotePath(PosixPath):
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """What is in the folder; a FileNotFoundError if there is none, a NotADirectoryError of an object."""
-        folders, objects = ([], []) if self.known else store.listed(str(self))
-        if not folders and not objects:
-            store.head(str(self))
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
+        folders, objects = self._listed()
         for key, known in (*((key, None) for key in folders), *((one.key, one) for one in objects)):
             child = self / key.rpartition("/")[2]
             child.known, child._is_listed = known, True
             yield child
+
+    def _listed(self) -> tuple[list[str], list[Known]]:
+        try:
+            found = ([], []) if self.known or self._is_web else store.listed(str(self))
+        except RemoteError:  # of an object it is the same that folders cannot be listed
+            if not self.is_file():
+                raise
+            found = [], []
+        if not any(found):
+            store.head(str(self))
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
+        return found
 
     def _children(self) -> list[RemotePath]:
         with suppress(FileNotFoundError, NotADirectoryError):

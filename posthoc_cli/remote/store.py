@@ -280,6 +280,9 @@ _STATUS = {
     412: ("was replaced while it was being used", "run again"),
     429: ("the store asks for fewer requests", "try again later"),
 }
+_LOGIN = re.compile(r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential")
+"""In the text of a request for credentials that are not in the environment."""
+
 _NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 412: errno.ESTALE, 501: errno.ENOTSUP}
 
 
@@ -299,16 +302,17 @@ def _as_os_error(url: str, verb: str, error: Exception) -> OSError:
     code = next(iter(re.findall(r"<Code>(\w{1,60})</Code>", text)), "")
     if isinstance(error, FileExistsError) or type(error).__name__ == "AlreadyExistsError":
         return FileExistsError(errno.EEXIST, "is there already", url)
-    if isinstance(error, FileNotFoundError) and code not in _REASONS:
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
     known = getattr(getattr(error, "response", None), "status_code", None)
     status = int(known or next(iter(re.findall(r"status code: (\d{3})", text)), 0))
-    is_login = bool(re.search(r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)", text)) or "credential" in text
+    if (isinstance(error, FileNotFoundError) or status == 404) and code not in _REASONS:
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    is_login = _LOGIN.search(text) is not None
     if is_login:
         reason, hint = "no credentials were found", _ACCESS
     elif code in _REASONS:
         reason, hint = _REASONS[code]
-    elif status in _STATUS:
+    elif status in _STATUS or "redirect without LOCATION" in text:
+        status = status or 301
         reason, hint = _STATUS[status]
     elif status:
         reason, hint = f"the server answers {status}{f' ({code})' * bool(code)}", ""

@@ -6,6 +6,7 @@ It speaks as much S3 as a read of a bucket needs, so that each request of a run 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 import time
@@ -47,6 +48,7 @@ class Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    is_cut = False
     server: Server
 
     def log_message(self, *_: Any) -> None:
@@ -63,8 +65,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.fault(number, self):
             return
         url = urlsplit(self.path)
-        query, path = parse_qs(url.query), self.server.folder / unquote(url.path).lstrip("/")
-        if "list-type" in query:
+        place = unquote(url.path).replace("/resolve/", "/").lstrip("/")  # as the Hub has it
+        query, path = parse_qs(url.query), self.server.folder / place
+        if url.path.startswith("/api/models/"):
+            self._tell_of_repository(unquote(url.path).split("/")[3:])
+        elif "list-type" in query:
             self._list(path, query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
         elif path.is_file():
             self._send(path)
@@ -95,12 +100,38 @@ class _Handler(BaseHTTPRequestHandler):
             self.body(path, begin, end)
 
     def body(self, path: Path, begin: int, end: int) -> None:
-        """Send bytes of a file."""
+        """Send bytes of a file; of an answer that is cut, half of them."""
+        if self.is_cut:
+            end = (begin + end) // 2
         with path.open("rb") as file:
             while begin < end and (count := os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)):
                 begin += count
                 with self.server.lock:
                     self.server.sent += count
+        if self.is_cut:
+            self.reset()
+
+    def _tell_of_repository(self, parts: list[str]) -> None:
+        """What the Hub says: `org/model` is a folder with one a revision, which is its own commit."""
+        repository = self.server.folder.joinpath(*parts[:2])
+        what, revision, *within = [*parts[2:], "", ""][: max(2, len(parts) - 2)]
+        folder = repository.joinpath(revision or "main", *within)
+        if what == "refs":
+            names = sorted(path.name for path in repository.iterdir())
+            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": name} for name in names]
+            found: Any = {"branches": refs, "tags": [], "converts": []}
+        elif not folder.is_dir():
+            self.refuse(404, "RevisionNotFound")
+            return
+        elif what == "tree":
+            found = [
+                {"type": "file" if path.is_file() else "directory", "path": path.relative_to(folder).as_posix(),
+                 "oid": f"{path.stat().st_mtime_ns:040x}", "size": path.stat().st_size}
+                for path in sorted(folder.iterdir())
+            ]  # fmt: skip
+        else:
+            found = {"id": "/".join(parts[:2]), "sha": revision or "main", "siblings": []}
+        self.answer(200, json.dumps(found).encode())
 
     def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
         keys = [path.relative_to(bucket).as_posix() for path in sorted(bucket.rglob("*")) if path.is_file()]
@@ -121,15 +152,30 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if status == 404:
+            self.send_header("X-Error-Code", "RevisionNotFound")  # of the Hub
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+    def cut(self) -> bool:
+        """Let the body of the answer end before it is complete."""
+        self.is_cut = True
+        return False
 
     def reset(self) -> bool:
         """Break the connection."""
         self.close_connection = True
         self.connection.shutdown(2)
         return True
+
+
+@contextmanager
+def serving_as_s3(folder: Path) -> Iterator[str]:
+    """The URL of the run in the only folder of a folder, for a user of the server."""
+    with serving(folder) as server:
+        os.environ |= {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+        yield f"s3://{next(folder.iterdir()).name}/run"
 
 
 @contextmanager

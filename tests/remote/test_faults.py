@@ -1,0 +1,205 @@
+"""What goes wrong on the way to a store: it is repeated where that helps, else it is one line without a secret."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ema_command import Ema
+from factories import random_walk, write_run
+from remote.servers import Server, serving
+
+from posthoc_cli import Run
+from posthoc_cli.errors import PostHocError
+from posthoc_cli.remote import store
+
+LARGE = {"large": (700, 600), "small": (7,)}
+"""Of more than the first request of a file has."""
+
+
+@pytest.fixture(scope="session")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "bucket/run").mkdir(parents=True)
+    write_run(folder / "bucket/run", random_walk(6, LARGE), (3, 6), dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture
+def served(_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that can be told to fail; each request is made again three times."""
+    retries = store.RETRIES | {
+        "max_retries": 3,
+        "backoff": {**store.RETRIES["backoff"], "init_backoff": SHORT, "max_backoff": SHORT},
+    }
+    monkeypatch.setattr(store, "RETRIES", retries)
+    store._opened.cache_clear()
+    with serving(_folder) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASECRET")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+        yield server
+    store._opened.cache_clear()
+
+
+SHORT = timedelta(milliseconds=5)
+RUN = "s3://bucket/run"
+
+
+def once(number: int, act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
+    """A fault of one request."""
+    return lambda asked, handler: asked == number and act(handler)
+
+
+ACTS = (lambda h: h.reset(), lambda h: h.refuse(500, "InternalError"), lambda h: h.cut())
+
+
+def requests_of_a_synthesis(server: Server, out: Path) -> int:
+    server.asked.clear()
+    Run(RUN).write(0.1, out)
+    return len(server.asked)
+
+
+def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(served: Server, tmp_path: Path) -> None:
+    count = requests_of_a_synthesis(served, tmp_path / "sound.safetensors")
+    assert count > 20
+    for number in range(1, count + 1):
+        for act in ACTS[:1] if number % 3 else ACTS:
+            served.fault = once(number, act)
+            requests_of_a_synthesis(served, tmp_path / "again.safetensors")
+            assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "sound.safetensors").read_bytes()
+            (tmp_path / "again.safetensors").unlink()
+
+
+def always(status: int, code: str) -> Callable[[int, Any], bool]:
+    """A refusal of all requests for content; one for a head has no content, and says nothing."""
+    return lambda _number, handler: handler.command == "GET" and bool(handler.refuse(status, code))
+
+
+def listing(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
+    return lambda _number, handler: "list-type" in handler.path and act(handler)
+
+
+def bodies(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
+    return lambda _number, handler: ".safetensors" in handler.path and handler.command == "GET" and act(handler)
+
+
+LIST = f"{RUN}: cannot be listed: "
+FAULTS = {
+    "500s": (always(500, "InternalError"), LIST + "the server answers 500 (InternalError)"),
+    "resets": (bodies(lambda h: h.reset()), "cannot be read: the connection was lost, or the answer is incomplete"),
+    "short answers": (
+        bodies(lambda h: h.cut()),
+        "cannot be read: the connection was lost, or the answer is incomplete",
+    ),
+    "no bucket": (always(404, "NoSuchBucket"), LIST + "there is no such bucket"),
+    "expired": (always(400, "ExpiredToken"), LIST + "the credentials have expired; renew them"),
+    "not accepted": (always(403, "InvalidAccessKeyId"), LIST + "the credentials are not accepted; `ema guide remote`"),
+    "no permission": (always(403, "AccessDenied"), LIST + "access is denied"),
+    "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
+    "not to read": (bodies(lambda h: h.refuse(403, "AccessDenied")), "safetensors: cannot be read: access is denied"),
+    "a wrong clock": (always(403, "RequestTimeTooSkewed"), LIST + "the clock of this machine is wrong; set it"),
+    "another region": (always(301, "PermanentRedirect"), LIST + "the region is another one; set AWS_REGION"),
+    "too many": (always(503, "SlowDown"), LIST + "the store asks for fewer requests; try again later"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_what_does_not_pass_is_one_line(
+    served: Server, ema: Ema, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.fault, wanted = FAULTS[what]
+    done = ema("synthesize", RUN, "--sigma-rel", "0.1", "--out", tmp_path / "out.safetensors")
+    assert done.code in (1, 2)
+    assert wanted in done.error
+    assert not list(tmp_path.iterdir())
+    assert "ecret" not in done.err.lower().replace("aws_secret_access_key", "") and "AKIA" not in done.err + caplog.text
+
+
+def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, ema: Ema) -> None:
+    """Of what is not there such a store says the same as of what must not be read."""
+
+    def fault(_number: int, handler: Any) -> bool:
+        is_there = (served.folder / handler.path.lstrip("/").partition("?")[0]).is_file()
+        return not is_there and bool(handler.refuse(403, "AccessDenied"))
+
+    served.fault = fault
+    file = f"{RUN}/0000000000000006-0.05.safetensors"
+    assert ema("info", file).code == 0
+    assert "all intact" in ema("verify", file).out
+    assert ema("verify", f"{RUN}/none.safetensors").error.endswith("access is denied")
+
+
+def test_an_object_that_is_replaced_meanwhile_is_an_error(served: Server, tmp_path: Path) -> None:
+    file = next((served.folder / "bucket/run").iterdir())
+    data, total = file.read_bytes(), requests_of_a_synthesis(served, tmp_path / "sound.safetensors")
+    seen = []
+    for number in range(total // 2, total + 1, 4):
+
+        def replace(handler: Any, number: int = number) -> bool:
+            time.sleep(0.002)  # so that its time is another one
+            file.write_bytes(data)
+            return False
+
+        served.fault = once(number, replace)
+        try:
+            requests_of_a_synthesis(served, tmp_path / "again.safetensors")
+            (tmp_path / "again.safetensors").unlink()
+        except PostHocError as error:
+            assert "was replaced while it was being used; run again" in str(error)
+            seen.append(number)
+        assert [path.name for path in tmp_path.iterdir()] == ["sound.safetensors"]
+    assert seen
+
+
+def test_without_credentials_the_error_says_where_they_are_read_from(
+    served: Server, ema: Ema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{served.url}/metadata.nothing")
+    store._opened.cache_clear()
+    assert ema("info", RUN).error == (
+        f"{RUN}: cannot be read: no credentials were found; `ema guide remote` says where they are read from"
+    )
+
+
+def test_where_nothing_listens_the_error_names_the_endpoint(
+    served: Server, ema: Ema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+        assert "no connection to the server; check the URL, the endpoint and the network" in ema("info", RUN).error
+
+
+def test_slow_answers_keep_the_memory_bounded(served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posthoc_cli.remote import ranges
+
+    monkeypatch.setattr(ranges, "AHEAD", 512 * 1024)
+    served.latency, most, ended = 0.01, [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            most[0] = max(most[0], ranges._ahead)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        Run(RUN).write(0.1, tmp_path / "out.safetensors")
+    finally:
+        ended.set()
+        watcher.join()
+    assert 0 < most[0] <= 512 * 1024 and ranges._ahead == 0
+    served.latency = 0.0
+    local = tmp_path / "local.safetensors"
+    Run(served.folder / "bucket/run").write(0.1, local)
+    assert (tmp_path / "out.safetensors").read_bytes() == local.read_bytes()

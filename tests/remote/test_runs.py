@@ -1,0 +1,179 @@
+"""Runs and checkpoints in a bucket: each command does what it does with the same files on a disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from factories import random_walk, split_snapshot, write_run
+from safetensors.torch import load_file, save_file
+
+from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.remote import store
+
+COUNTED = f"{sys.executable} -c 'import sys; print(sum(open(sys.argv[1], \"rb\").read()))' {{weights}}"
+SHAPES = {"large": (600, 500), "small": (7,), "scalar": ()}
+STEPS = (10, 20, 30, 40)
+
+
+@pytest.fixture(scope="session")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, walk = tmp_path_factory.mktemp("made"), random_walk(max(STEPS), SHAPES)
+    (folder / "run").mkdir()
+    write_run(folder / "run", walk, STEPS, dtype=torch.float16)
+    shutil.copytree(folder / "run", folder / "parted")
+    for path in sorted((folder / "parted").iterdir()):
+        split_snapshot(path)
+    for step in STEPS:
+        weights = {name: torch.tensor(value, dtype=torch.float32) for name, value in walk[step - 1].items()}
+        (folder / f"folders/checkpoint-{step}").mkdir(parents=True)
+        save_file(weights, folder / f"folders/checkpoint-{step}/model.safetensors")
+        (folder / "pickles").mkdir(exist_ok=True)
+        torch.save({"state_dict": weights, "global_step": step}, folder / f"pickles/step{step}.pt")
+    return folder
+
+
+@pytest.fixture
+def made(_made: Path, bucket: str) -> Path:
+    """Runs and checkpoints on the disk, which are in the bucket, too."""
+    for path in _made.rglob("*"):
+        if path.is_file():
+            store.put(f"{bucket}/{path.relative_to(_made).as_posix()}", path)
+    return _made
+
+
+def mean_of_last(folder: Path, count: int) -> dict[str, np.ndarray]:
+    """The mean of the last checkpoints, in float64."""
+    found = [load_file(folder / f"checkpoint-{step}/model.safetensors") for step in STEPS[-count:]]
+    return {name: np.mean([one[name].double().numpy() for one in found], axis=0) for name in found[0]}
+
+
+@contextmanager
+def no_more_files_in(folder: Path) -> Iterator[None]:
+    before = sorted(folder.rglob("*"))
+    yield
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["run", "parted"])
+def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(made: Path, bucket: str, name: str) -> None:
+    local, remote = Run(made / name), Run(f"{bucket}/{name}")
+    assert repr(remote) == repr(local).replace(str(made), bucket)
+    for target in (0.15, "window:10"):
+        wanted, found = local.average(target), remote.average(target)
+        assert found.predicted_error == wanted.predicted_error
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted) and found.keys() == wanted.keys()
+    facts = [run.info() | {"path": "", "bytes": 0} for run in (local, remote)]
+    assert json.dumps(facts[1], default=str).replace(bucket, str(made)) == json.dumps(facts[0], default=str)
+
+
+@pytest.mark.parametrize("place", ["folders", "folders/checkpoint-*", "pickles", "pickles/step*.pt"])
+def test_checkpoints_in_a_bucket_are_averaged(made: Path, bucket: str, place: str) -> None:
+    found = Run(f"{bucket}/{place}").average("last:3")
+    for key, value in mean_of_last(made / "folders", 3).items():
+        np.testing.assert_allclose(found[key].numpy(), value, rtol=3e-7, atol=1e-7)
+
+
+def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: Path) -> None:
+    run, out = f"{bucket}/run", tmp_path / "out.safetensors"
+    assert ema("info", run, "--json").json["path"] == run
+    assert ema("error-plot", run, "--out", tmp_path / "error.png").code == 0
+    planned = ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--dry-run").out
+    assert f"would read {sum(path.stat().st_size for path in (made / 'run').iterdir()) / 1e6:.3g}"[:14] in planned
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out).code == 0
+    for path in (run, f"{run}/0000000000000040-0.05.safetensors", f"{bucket}/parted"):
+        assert "all intact" in ema("verify", path).out
+    assert ema("report", run, "--out", tmp_path / "report.html").code == 0
+    assert ema("export", f"{run}/0000000000000040-0.05.safetensors", "--out", tmp_path / "one.pt").code == 0
+    counted = (
+        "sweep",
+        run,
+        "--sigma-rel",
+        "0.1,0.2",
+        "--run",
+        COUNTED,
+        "--minimize",
+        "--out",
+        tmp_path / "sweep",
+    )
+    assert ema(*counted).code == 0
+    assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
+    beside = ("--checkpoints", f"{bucket}/folders", "--out", tmp_path / "beside.safetensors")
+    assert ema("synthesize", run, *beside, "--sigma-rel", "0.1").code == 0
+    for command in (("prune", run, "--keep", "3", "--yes"), ("verify", run, "--repair", "--yes")):
+        assert ema(*command).error == f"directory {run}: is a URL; must be a path on a file system of this machine"
+
+
+def test_an_import_refers_to_objects_and_sees_that_one_was_replaced(made: Path, bucket: str, tmp_path: Path) -> None:
+    import_checkpoints(f"{bucket}/pickles", tmp_path / "imported")
+    found = Run(tmp_path / "imported").average("last:3")
+    for key, value in mean_of_last(made / "folders", 3).items():
+        np.testing.assert_allclose(found[key].numpy(), value, rtol=3e-7, atol=1e-7)
+    store.put(f"{bucket}/pickles/step30.pt", made / "pickles/step20.pt", create=False)
+    with pytest.raises(FileFormatError, match=r"step30\.pt: was replaced since"):
+        Run(tmp_path / "imported").average("last:3")
+    with pytest.raises(InvalidValueError, match="is a URL"):
+        import_checkpoints(made / "pickles", f"{bucket}/imported")
+
+
+def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
+    made: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run, local = Run(f"{bucket}/run"), tmp_path / "local.safetensors"
+    run.write(0.15, local)
+    with no_more_files_in(tmp_path):
+        for name in ("one.safetensors", "one.pt"):
+            run.write(0.15, f"{bucket}/out/{name}")
+            with pytest.raises(OutputExistsError, match=f"^{bucket}/out/{name}: is there already"):
+                run.write(0.2, f"{bucket}/out/{name}")
+        run.write(0.15, f"{bucket}/out/one.safetensors", overwrite=True)
+        assert bytes(store.get(f"{bucket}/out/one.safetensors", 0, 10**9)[0]) == local.read_bytes()
+        assert run.write(0.15, f"{bucket}/out/one.safetensors", skip_existing=True).existing == {0}
+        run.write([0.15, 0.2], f"{bucket}/several/")
+        run.write(0.15, f"{bucket}/shards", layout="sharded", max_shard_size="100KB")
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(OutputExistsError, match="shards: holds a model already"):
+                run.write(0.2, f"{bucket}/shards", layout="sharded", **options)
+    keys = [one.key for folder in ("out", "several") for one in store.listed(f"{bucket}/{folder}")[1]]
+    assert sorted(keys) == [
+        "out/one.pt", "out/one.safetensors", "several/sigma_rel-0.15.safetensors", "several/sigma_rel-0.2.safetensors",
+    ]  # fmt: skip
+    found = Run(f"{bucket}/shards").info()
+    assert found["kind"] == "output" or found["kind"] == "outputs"
+
+
+def test_an_output_that_came_meanwhile_stays(made: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is looked up at the start, and again by the store when the output is sent."""
+    url, put = f"{bucket}/out.safetensors", store.put
+
+    def later(*arguments: object, **options: bool) -> str:
+        put(url, b"other's", create=False)
+        return put(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "put", later)
+    with pytest.raises(OutputExistsError, match=f"^{url}: is there already"):
+        Run(f"{bucket}/run").write(0.15, url)
+    assert bytes(store.get(url, 0, 100)[0]) == b"other's"
+
+
+def test_a_large_file_goes_in_parts_and_replaces_nothing(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_WHOLE", 1024)
+    data = np.random.default_rng(0).bytes(20_000_000)
+    (tmp_path / "large").write_bytes(data)
+    tag = store.put(f"{bucket}/large", tmp_path / "large")
+    assert "-" in tag  # S3's tag of an object in parts
+    assert bytes(store.get(f"{bucket}/large", 0, len(data))[0]) == data
+    with pytest.raises(FileExistsError):
+        store.put(f"{bucket}/large", tmp_path / "large")

@@ -1,0 +1,87 @@
+"""Files of a web server, and repositories of the Hub by its own client."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from remote.servers import Server, serving
+from safetensors.torch import load_file, save_file
+
+from posthoc_cli import Run
+from posthoc_cli.remote.path import remote_path
+
+STEPS = (1000, 3000, 512000)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Server]:
+    """A server of a repository with a checkpoint a revision."""
+    rng = np.random.default_rng(0)
+    for step in STEPS:
+        folder = tmp_path / f"served/org/model-160m/step{step}"
+        folder.mkdir(parents=True)
+        weights = {"w": torch.from_numpy(rng.normal(size=(300, 400)).astype(np.float32))}
+        torch.save(weights, folder / "pytorch_model.bin")
+        save_file(weights, folder / "model.safetensors")
+    (tmp_path / "served/org/model-160m/main").mkdir()
+    with serving(tmp_path / "served") as server:
+        yield server
+
+
+def test_a_file_of_a_web_server_is_read_by_ranges(served: Server, ema: Ema) -> None:
+    file = f"{served.url}/org/model-160m/step1000/model.safetensors"
+    assert ema("info", file, "--json").json["path"] == file
+    with_step = remote_path(file)
+    assert with_step.is_file() and not with_step.is_dir() and with_step.stat().st_size > 480_000
+    assert ema("info", f"{served.url}/org").error.endswith("no such file or directory")
+    with pytest.raises(FileNotFoundError):
+        list(remote_path(f"{served.url}/org").iterdir())
+
+
+def test_what_a_url_holds_of_secrets_is_sent_and_never_shown(served: Server, ema: Ema) -> None:
+    address = served.url.removeprefix("http://")
+    shown = f"{served.url}/org/model-160m/step1000"
+    for name, code in (("model.safetensors", 0), ("none.safetensors", 2)):
+        served.asked.clear()
+        done = ema("info", f"http://user:topsecret@{address}/org/model-160m/step1000/{name}?signature=topsecret%2F1")
+        assert done.code == code and "topsecret" not in done.out + done.err
+        assert f"{shown}/{name}" in done.out + done.err
+        assert served.asked and all("?signature=topsecret%2F1" in line for line in served.asked)
+
+
+def test_revisions_of_a_repository_are_checkpoints_of_a_run(served: Server, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "HF_ENDPOINT": served.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_topsecret",
+    }
+    place, out = "hf://org/model-160m@step*", tmp_path / "mean.safetensors"
+
+    def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    told = json.loads(ema("info", place, "--json").stdout)
+    assert [one["t"] for one in told["checkpoints"]] == list(STEPS)
+    done = ema("synthesize", place, "--target", "last:2", "--out", out)
+    assert done.returncode == 0, done.stderr
+    last = [load_file(tmp_path / f"served/org/model-160m/step{step}/model.safetensors")["w"] for step in STEPS[-2:]]
+    np.testing.assert_allclose(load_file(out)["w"], torch.stack(last).double().mean(0), rtol=3e-7, atol=1e-8)
+    sent = sum(path.stat().st_size for path in (tmp_path / "served").rglob("model.safetensors"))
+    assert served.sent < 4 * sent and not any((tmp_path / "home").rglob("*.safetensors"))
+    for wrong, reason in (("hf://org/none@main", "no such"), ("hf://org/model-160m@none", "no such")):
+        refused = ema("info", wrong)
+        assert refused.returncode == 2 and reason in refused.stderr and len(refused.stderr.splitlines()) == 1
+        assert "topsecret" not in refused.stderr
+    refused = ema("synthesize", place, "--target", "last:2", "--out", "hf://org/model-160m@main/out.safetensors")
+    assert "main/out.safetensors: cannot be written: only s3://, gs:// and az:// take outputs" in refused.stderr
+    assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
