@@ -112,7 +112,7 @@ system = FileSystem()
 """The one object that tests replace, to make operations fail."""
 
 
-EMPTY = "is empty; the working directory is '.'"
+EMPTY = "is empty; for the working directory give '.'"
 """What is wrong with an empty path, which would mean that directory."""
 
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")

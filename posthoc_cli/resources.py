@@ -39,7 +39,7 @@ def parse_bytes(size: str, option: str) -> int:
     """
     value = parse_amount(size, _UNITS)
     if value is None or value > MOST:
-        reason = "must be a size above 0, up to 9,223,372 TB, such as 60GB, 500MiB or 1.5TB"
+        reason = "must be a size above 0, such as 60GB, 500MiB or 1.5TB"
         raise InvalidValueError(option, reason, value=f"{size!r}")
     return round(value)
 

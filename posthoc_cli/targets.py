@@ -467,7 +467,7 @@ def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS, typed: str | N
             start, stop, step = (_decimal(end, name, form, typed) for end in ends)
             found += _steps(start, stop, step, name, whole)
         else:
-            found.append(_decimal(item, name, form, typed))
+            found.append(_decimal(item, name, form, whole if item == "..." else typed))
     return list(dict.fromkeys(map(float, found)))
 
 

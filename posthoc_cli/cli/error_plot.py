@@ -92,8 +92,8 @@ def _schedules(sigma_rels: list[str], steps: list[str], every: list[str], most: 
 def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     """The value for each schedule: one for all, or one each."""
     if len(texts) not in (1, schedules):
-        times = f"give it once, or once for each --sigma-rels ({schedules}); it came {len(texts)} times"
-        raise InvalidValueError(option, times)
+        given = f"was given {len(texts)} times" if texts else "is missing"
+        raise InvalidValueError(option, f"{given}; give it once, or once for each of {schedules} --sigma-rels")
     return [values.parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 

@@ -113,7 +113,8 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
     """A whole number from 1.2e9, 1.2B, 350M or 350,000,000."""
     value = resources.parse_amount(text, _COUNTS)
     if value is None or value > resources.MOST or value != value.to_integral_value():
-        raise bad(option, text, f"must be a whole number from 1 to {resources.MOST:.1e}, such as {example}")
+        accepted = "at most 9e18" if value is not None and value > resources.MOST else "at least 1"
+        raise bad(option, text, f"must be a whole number, {accepted}, such as {example}")
     return int(value)
 
 
