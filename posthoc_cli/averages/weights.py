@@ -240,7 +240,7 @@ class ShadowModel(WideBuffers):
             self.num_updates = num_updates
         else:
             self.register_buffer("num_updates", torch.tensor(check_count("num_updates", num_updates, 0)))
-        self._counts = "num_updates" in self._buffers
+        self._counts = "num_updates" in dict(self.named_buffers(recurse=False))
         if zero_debias:
             self.register_buffer("debias_mass", torch.tensor(0.0, dtype=torch.float32))
         self._read_updates, self._read_mass = HostNumber(), HostNumber()

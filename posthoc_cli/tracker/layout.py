@@ -77,7 +77,7 @@ class Bucket:
 
     def edges(self) -> list[int]:
         """Where its tiles end, beginning with 0."""
-        return [*range(0, self.bounds[-1], self.tile), self.bounds[-1]]
+        return _edges(self.bounds[-1], self.tile)
 
     def cut(self, edges: Sequence[int]) -> list[list[ElementRange]]:
         """The ranges of tensors between each two of these elements."""
@@ -144,14 +144,14 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 class HostTensors:
-    """Tensors of a layout on the host, without values, end to end in slabs, each a multiple of a tile but the last.
+    """Tensors of a layout on the host, without values, end to end in slabs. Each tile is in one of them.
 
-    Slabs have powers of two of elements, down to a tile of an accelerator: torch rounds pinned memory up to these.
+    torch rounds pinned memory up to powers of two, which all slabs have but the last, of at most a tile on the CPU.
     """
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
         self.layout = layout
-        self.edges = [_slab_edges(bucket.bounds[-1]) for bucket in layout]
+        self.edges = [_edges(bucket.bounds[-1], SLAB) for bucket in layout]
         self.slabs = [
             [torch.empty(end - begin, dtype=bucket.dtype, pin_memory=pinned) for begin, end in pairwise(edges)]
             for bucket, edges in zip(layout, self.edges, strict=True)
@@ -169,10 +169,11 @@ class HostTensors:
         return [slabs[at][max(begin - edges[at], 0) : end - edges[at]] for at in held]
 
 
-def _slab_edges(count: int) -> list[int]:
+def _edges(count: int, most: int) -> list[int]:
+    """Cut elements into powers of two, the largest first, down to a last piece of at most a tile on the CPU."""
     edges = [0]
     while left := count - edges[-1]:
-        edges.append(edges[-1] + (left if left <= DEVICE_TILE else min(SLAB, 2 ** (left.bit_length() - 1))))
+        edges.append(edges[-1] + (left if left <= TILE else min(most, 2 ** (left.bit_length() - 1))))
     return edges
 
 

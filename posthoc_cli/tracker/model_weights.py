@@ -205,7 +205,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     holders = (
         id(module)
         for module in model.modules()
-        if any(id(own) in new_dtypes for own in chain(module._parameters.values(), module._buffers.values()))
+        if any(id(own) in new_dtypes for own in chain(module.parameters(recurse=False), module.buffers(recurse=False)))
     )
     held = frozenset(chain(new_dtypes, holders))
     with ExitStack() as stack:  # it restores all of it even if one callback fails
@@ -348,10 +348,10 @@ def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device)
         if isinstance(tensor, torch.nn.Parameter):
             new[key] = torch.nn.Parameter(new[key], tensor.requires_grad)
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, value in own.items():
+        for own in (module.named_parameters, module.named_buffers):
+            for name, value in [*own(recurse=False, remove_duplicate=False)]:
                 if id(value) in new:
-                    own[name] = new[id(value)]  # type: ignore[assignment]
+                    setattr(module, name, new[id(value)])
 
 
 def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], copies: Collection[str]) -> bool:

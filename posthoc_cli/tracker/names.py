@@ -66,13 +66,15 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     return [replace(tensor, name=renamed[tensor.raw]) if tensor.raw in renamed else tensor for tensor in tensors]
 
 
-def named_modules(model: torch.nn.Module, path: str = "", raw: str = "") -> Iterator[NamedModule]:
+def named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
     """Every module by every path, wrappers too (under the path of the module they wrap)."""
-    yield NamedModule(path, raw, model)
-    wrapped = wrapped_child(model)
-    for key, child in model._modules.items():
-        if child is not None:
-            yield from named_modules(child, path if key == wrapped else _join(path, key), _join(raw, key))
+    found: dict[str, tuple[str, str | None]] = {}  # the path of each, and the child that it wraps
+    for raw, module in model.named_modules(remove_duplicate=False):
+        parent, _, key = raw.rpartition(".")
+        above, wrapped = found.get(parent, ("", ""))
+        path = above if key == wrapped else _join(above, key)
+        found[raw] = path, wrapped_child(module)
+        yield NamedModule(path, raw, module)
 
 
 def wrapped_child(module: torch.nn.Module) -> str | None:
@@ -87,9 +89,7 @@ def wrapped_child(module: torch.nn.Module) -> str | None:
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside all of its wrappers."""
     while (child := wrapped_child(model)) is not None:
-        inner = model._modules[child]
-        assert inner is not None
-        model = inner
+        model = model.get_submodule(child)
     return model
 
 
@@ -102,19 +102,18 @@ def _parameters(modules: list[NamedModule]) -> Iterator[NamedTensor]:
     for place in modules:
         if is_fsdp(place.module):
             _check_unsharded(place)
-        for key, parameter in place.module._parameters.items():
-            if parameter is not None and getattr(parameter, "_is_flat_param", False):
+        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
+            if getattr(parameter, "_is_flat_param", False):
                 yield from _in_flat_parameter(place, parameter)
-            elif parameter is not None:
+            else:
                 yield NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, parameter, True)
 
 
 def _buffers(modules: list[NamedModule]) -> Iterator[NamedTensor]:
     for place in modules:
-        for key, buffer in place.module._buffers.items():
-            if buffer is not None:
-                in_state = key not in place.module._non_persistent_buffers_set
-                yield NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, buffer, False, in_state)
+        for key, buffer in place.module.named_buffers(recurse=False, remove_duplicate=False):
+            in_state = key not in place.module._non_persistent_buffers_set
+            yield NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, buffer, False, in_state)
 
 
 def _check_unsharded(place: NamedModule) -> None:

@@ -312,7 +312,7 @@ def test_values_that_are_not_measured_are_stored_or_refused_as_others_are(
 ) -> None:
     """Of 20 elements of each tensor, one that float16 cannot hold, or one that is infinite as an average."""
     monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", 60)
-    monkeypatch.setattr(layout, "TILE", 300)
+    monkeypatch.setattr(layout, "TILE", 256)
     model = torch.nn.Sequential(*(torch.nn.Linear(40, 25, bias=False) for _ in range(3)))
     model.norm = torch.nn.BatchNorm1d(7, affine=False)
     settings: dict = {"update_every": 1, "checkpoint_every": 4, "device": device}
