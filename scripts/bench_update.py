@@ -8,10 +8,10 @@ twice. Ours does all its checks: names, shapes, dtypes and finiteness. A run is 
 takes in at once, and ends when all is done. A cell is the median over runs of an update's mean time, and in parentheses
 of the processor time of all threads, which other programs on the machine change less.
 
-**Ours, late in a run** is at t = 10^6, where averages take in means of 32 updates; in the first thousand, of one or
-two. **The bytes once** is a pass over what no update of float32 averages can do without: the parameters are read and
-both averages are read and written. **The share of a step** is what a run of training with the hook takes more than one
-without, at update_every=10, which lies in the middle between the ends of a run.
+**Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 32,000, at one update a step, it
+changes two. **The bytes once** is a pass over what no update of float32 averages can do without: the parameters are
+read and both averages are read and written. **The share of a step** is what a run of training with the hook takes more
+than one without, at update_every=10, which lies in the middle between the ends of a run.
 
 With `--device cuda` the models are on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
 """
