@@ -244,6 +244,15 @@ def test_a_url_of_an_unknown_kind_is_an_error(url: str, kind: Callable[[str], st
         assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [("s3://", "s3:: must name a bucket"), ("s3://key:secret@bucket/run", "s3://bucket/run: holds credentials")],
+)
+def test_a_url_that_names_no_place_or_holds_credentials_is_an_error(url: str, reason: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"^{reason}"):
+        Run(url)
+
+
 @pytest.mark.parametrize("name", ["a:b", "s3:", "1:/x", "./s3:/x", "C:/x", "a b:/c", "/s3://x", "~/s3:/"])
 def test_a_path_with_a_colon_is_no_url(name: str) -> None:
     assert files.given_path("x", name) == Path(name)

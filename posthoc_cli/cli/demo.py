@@ -36,7 +36,8 @@ def demo(
 
     count = values.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else print_line
-    result = run(files.expanded(out), count, overwrite, say, output.progress_bar(unit="steps"))
+    out = files.expanded(files.local_path("--out", out))
+    result = run(out, count, overwrite, say, output.progress_bar(unit="steps"))
     output.print_report(result, as_json, _print)
 
 

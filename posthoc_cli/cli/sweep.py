@@ -103,7 +103,7 @@ def sweep(
     check_alone(sigma_rel=sigma_rel, target=target)
     length = values.optional(Axis.of_kind, sigma_rel, "--sigma-rel")
     axis = values.optional(Axis.parse, target, "--target") or length
-    out = files.expanded(out)
+    out = files.expanded(files.local_path("--out", out))
     stored = values.open_run(directory, checkpoints)
     output.warn_of_statistics(stored.sources[-1].info.copies)
     say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)

@@ -72,6 +72,8 @@ def shown_url(text: str) -> str:
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise InvalidValueError(shown, f"is a URL of an unknown kind; must be a path, or begin with one of {known}")
+    if not host:
+        raise InvalidValueError(shown, "must name a bucket, a host or a repository")
     if user and not is_web:
         raise InvalidValueError(shown, "holds credentials, which are read from the environment only")
     if user or query:
@@ -268,7 +270,6 @@ _REASONS = {
     "RequestTimeTooSkewed": ("the clock of this machine is wrong", "set it"),
     "AuthorizationHeaderMalformed": ("the region is another one", "set AWS_REGION"),
     "PermanentRedirect": ("the region is another one", "set AWS_REGION"),
-    "SlowDown": ("the store asks for fewer requests", "try again later"),
 }
 """By the code of a store: what is wrong, and what to do."""
 
@@ -279,6 +280,7 @@ _STATUS = {
     405: ("the server does not list folders or take files", "name a file"),
     412: ("was replaced while it was being used", "run again"),
     429: ("the store asks for fewer requests", "try again later"),
+    503: ("the store asks for fewer requests, or is not available", "try again later"),
 }
 _LOGIN = re.compile(r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential")
 """In the text of a request for credentials that are not in the environment."""
@@ -316,6 +318,8 @@ def _as_os_error(url: str, verb: str, error: Exception) -> OSError:
         reason, hint = _STATUS[status]
     elif status:
         reason, hint = f"the server answers {status}{f' ({code})' * bool(code)}", ""
+    elif isinstance(error, ValueError):
+        reason, hint = "the store takes no such name", ""
     elif "Connect" in text or "dns error" in text:
         reason, hint = "no connection to the server", "check the URL, the endpoint and the network"
     elif "Timeout" in text or "timed out" in text:

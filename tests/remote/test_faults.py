@@ -94,7 +94,7 @@ def bodies(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
 
 LIST = f"{RUN}: cannot be listed: "
 FAULTS = {
-    "500s": (always(500, "InternalError"), LIST + "the server answers 500 (InternalError)"),
+    "500s": (always(500, "InternalError"), LIST + "the server answers 500"),
     "resets": (bodies(lambda h: h.reset()), "cannot be read: the connection was lost, or the answer is incomplete"),
     "short answers": (
         bodies(lambda h: h.cut()),
@@ -108,7 +108,7 @@ FAULTS = {
     "not to read": (bodies(lambda h: h.refuse(403, "AccessDenied")), "safetensors: cannot be read: access is denied"),
     "a wrong clock": (always(403, "RequestTimeTooSkewed"), LIST + "the clock of this machine is wrong; set it"),
     "another region": (always(301, "PermanentRedirect"), LIST + "the region is another one; set AWS_REGION"),
-    "too many": (always(503, "SlowDown"), LIST + "the store asks for fewer requests; try again later"),
+    "too many": (always(503, "SlowDown"), LIST + "the store asks for fewer requests, or is not available; try again"),
 }
 
 
