@@ -346,7 +346,9 @@ class Snapshotter:
             self._kept_step = exact.progress.step
         if self._spool is not None:
             self._spool.kept = frozenset([*self._newest(), self.directory / STATE_NAME])
-            self._uploads.submit(self._spool.sync)
+            if not self._spool.is_due:  # while a store fails, each takes long
+                self._spool.is_due = True
+                self._uploads.submit(self._spool.sync)
 
     def upload(self) -> None:
         """Return when everything written is in the store of a run by URL; a WriteError if it cannot be uploaded."""

@@ -186,6 +186,7 @@ class Spool:
     Attributes:
         kept: uploaded files that stay in the spool.
         gone: what was removed, and is to be removed from the store.
+        is_due: whether a `sync` was asked for that has not begun.
 
     Raises:
         LockedError, RemoteError: see `Lease`.
@@ -194,6 +195,7 @@ class Spool:
     def __init__(self, directory: SpooledPath, part: tuple[int, int] | None = None, leads: bool = True) -> None:
         self.kept: frozenset[Path] = frozenset()
         self.gone: dict[SpooledPath, None] = {}
+        self.is_due = False
         self._directory = directory
         self._own = "" if part is None else f"part-{part[0]:05d}-of-"
         self._is_conditional = os.environ.get("EMA_LEASE") != "off"
@@ -213,6 +215,7 @@ class Spool:
         What fails for the store's or the network's reasons is left for the next call, with one warning; with `must` it
         is a WriteError. A LockedError if another process has taken the run.
         """
+        self.is_due = False
         try:
             gone = self._upload_waiting()
             while gone is None:

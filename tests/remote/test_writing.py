@@ -178,6 +178,27 @@ def test_training_never_waits_for_a_slow_store(server: FaultyServer, model: torc
     assert {s.info.step for s in find_snapshots(RemotePath(URL))} >= {60}
 
 
+def test_uploads_that_fail_do_not_pile_up(
+    server: FaultyServer, model: torch.nn.Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = PostHocEMA.from_model(model, URL, **SETTINGS | {"checkpoint_every": 1})
+    train(model, tracker, 1, 1)
+    tried = []
+
+    def fail(*_: object, **__: object) -> None:
+        tried.append(time.sleep(0.3))
+        raise RemoteError(URL, "cannot be written: no connection to the server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spools.store, "put", fail)
+        train(model, tracker, 2, 40)
+        so_far = len(tried)
+        with pytest.raises(WriteError, match="no connection"):
+            tracker.flush()
+        assert len(tried) - so_far <= 4
+    tracker.close()
+
+
 def test_a_full_spool_makes_training_wait_with_one_warning(
     server: FaultyServer, spool: Path, tmp_path: Path, model: torch.nn.Linear, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
