@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from posthoc_cli.checkpoints.audit_decay import Fit, Model, Products, WarmModel, least, passed_since, rests
-from posthoc_cli.checkpoints.audit_together import Series
+from posthoc_cli.checkpoints.audit_together import Series, misfit
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay
 from posthoc_cli.snapshots.measurements import expected_rounding, read_values
@@ -231,9 +231,16 @@ def _best(case: Case, starts: tuple[float, ...]) -> Fit:
     fit, every = case.fit(case.model), case.model.every
     if case.model.what == "decay" and case.model.value is None:
         begun = (0.0, *sorted({*starts, *case.starts}))
-        warm = [case.fit(WarmModel(None, every, rule, begun)) for rule in _RULES]
-        fit = min([fit, *warm], key=lambda one: one.misfit + _WARMER * bool(one.model.warm_up))
+        warm = min((case.fit(WarmModel(None, every, rule, begun)) for rule in _RULES), key=lambda one: one.misfit)
+        if warm.misfit + _WARMER < fit.misfit and _is_likelier(case, warm, fit):
+            return warm
     return fit
+
+
+def _is_likelier(case: Case, warm: Fit, constant: Fit) -> bool:
+    """Whether a warm-up also explains all checkpoints together better: a path that turns back looks like one."""
+    one, other = (misfit(fit, case.series, case.kept, *case.stretch) for fit in (warm, constant))
+    return one < other
 
 
 def _restarts(case: Case, fit: Fit) -> dict[int, float]:

@@ -30,8 +30,8 @@ _MOST_CHECKPOINTS, _CELLS = 24, 32
 _NOISE, _GATHERED = (0.03, 0.3, 1.0, 3.0), (0.03, 0.1, 0.3, 1.0)
 """Times in which answers to impulses end, and in which others are complete, in times of that between checkpoints."""
 
-_ROUNDS = 100
-"""Of improving the variances of a path."""
+_ROUNDS, _FEW_ROUNDS = 100, 25
+"""Of improving the variances of a path: to find a value, and to compare models."""
 
 _BEND = 0.01
 """At which distance of logarithms the curvature of a likelihood is taken."""
@@ -114,18 +114,24 @@ class _Paths:
         return np.array([*made, np.outer(start, start)])
 
 
-def _misfit(matrices: FloatArray, covariance: FloatArray, rounding: FloatArray) -> float:
+def _misfit(matrices: FloatArray, covariance: FloatArray, rounding: FloatArray, rounds: int) -> float:
     """-2 / elements of the logarithm of the likelihood, with the most probable variances."""
     flat, traces = matrices.reshape(len(matrices), -1), np.trace(matrices, axis1=1, axis2=2)
     size = np.trace(covariance) / len(covariance)
     known = rounding + 1e-9 * size * np.eye(len(covariance))
     variances = np.where(traces > 0, size / 3 / np.maximum(traces, 1e-300), 0.0)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         inverse = np.linalg.inv(known + np.tensordot(variances, matrices, 1))
         fit, own = flat @ (inverse @ covariance @ inverse).ravel(), flat @ inverse.ravel()
         variances = variances * np.sqrt(np.maximum(fit, 0) / np.maximum(own, 1e-300))
     total = known + np.tensordot(variances, matrices, 1)
     return float(np.linalg.slogdet(total)[1] + np.trace(np.linalg.solve(total, covariance)))
+
+
+def misfit(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> float:
+    """-2 log of a model's likelihood near the value of a fit, in few rounds: to be compared between models."""
+    cost = _cost(fit, series, pieces, max(first, last - _MOST_CHECKPOINTS), last, rounds=_FEW_ROUNDS)
+    return float(minimize_scalar(cost, bounds=(-0.7, 0.7), method="bounded", options={"xatol": 0.01}).fun)
 
 
 def refined(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int, last: int) -> tuple[float, float]:
@@ -137,21 +143,12 @@ def refined(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int,
     if fit.value <= 0:  # no average of any length
         return fit.value, math.inf
     first = max(first, last - _MOST_CHECKPOINTS)
-
-    def best(begin: int, end: int, with_gathered: bool = True) -> tuple[float, float]:
-        """The logarithm of the value, in times of the one that is known, and its uncertainty."""
-        covariance, rounding, elements = series.covariance(pieces, begin, end)
-        paths = _Paths(fit.model, series.times[begin:end], with_gathered)
-
-        def cost(log: float) -> float:
-            return _misfit(paths.matrices(fit.value * math.exp(log)), covariance, rounding)
-
-        return _lowest(cost, elements)
-
-    log, sigma = best(first, last)
-    others = best(first, last, False)[0] - log
-    half = (last - first) // 2
-    change = (best(first, last - half)[0] - best(last - half - 1, last)[0]) / 2 if half > 2 else 0.0
+    log, sigma = _lowest(_cost(fit, series, pieces, first, last))
+    others = _lowest(_cost(fit, series, pieces, first, last, with_gathered=False))[0] - log
+    half, change = (last - first) // 2, 0.0
+    if half > 2:
+        earlier, later = ((first, last - half), (last - half - 1, last))
+        change = (_lowest(_cost(fit, series, pieces, *earlier))[0] - _lowest(_cost(fit, series, pieces, *later))[0]) / 2
     value = fit.value * math.exp(log)
     share = 0.0
     if fit.model.what == "decay":
@@ -159,8 +156,22 @@ def refined(fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], first: int,
     return value, math.hypot(2 * sigma, others, change, _UNLIKE * share / math.sqrt(last - first))
 
 
-def _lowest(cost: Callable[[float], float], elements: int) -> tuple[float, float]:
-    """Where a function is least, near 0, and the uncertainty if it is -2 / elements of the log of a likelihood."""
+def _cost(
+    fit: Fit, series: Series, pieces: npt.NDArray[np.bool_], begin: int, end: int, *, with_gathered: bool = True,
+    rounds: int = _ROUNDS,
+) -> Callable[[float], float]:  # fmt: skip
+    """-2 log of the likelihood, of the logarithm of a value in times of that of a fit."""
+    covariance, rounding, elements = series.covariance(pieces, begin, end)
+    paths = _Paths(fit.model, series.times[begin:end], with_gathered)
+
+    def cost(log: float) -> float:
+        return elements * _misfit(paths.matrices(fit.value * math.exp(log)), covariance, rounding, rounds)
+
+    return cost
+
+
+def _lowest(cost: Callable[[float], float]) -> tuple[float, float]:
+    """Where a function is least, near 0, and the uncertainty if it is -2 log of a likelihood."""
     places = [-0.7, 0.0, 0.7]
     costs = [cost(place) for place in places]
     while costs[1] > min(costs) and abs(places[1]) < 3:
@@ -169,4 +180,4 @@ def _lowest(cost: Callable[[float], float], elements: int) -> tuple[float, float
         costs = [*costs[1:], cost(places[2])] if onward > 0 else [cost(places[0]), *costs[:2]]
     found = minimize_scalar(cost, bounds=(places[0], places[2]), method="bounded", options={"xatol": 1e-4})
     bend = cost(found.x - _BEND) + cost(found.x + _BEND) - 2 * found.fun
-    return float(found.x), _BEND * math.sqrt(2 / max(bend * elements, 1e-9))
+    return float(found.x), _BEND * math.sqrt(2 / max(bend, 1e-9))

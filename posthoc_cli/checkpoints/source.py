@@ -241,9 +241,10 @@ def _is_copy(one: Checkpoint, other: Checkpoint) -> bool:
     if sizes[0] != sizes[1]:
         return False
     with one.open() as a, other.open() as b:
+        counts = {name: min(size, _COMPARED) for name, size in sizes[0].items()}
         return all(
-            np.array_equal(read_values(a, name, 0, most), read_values(b, name, 0, most), equal_nan=True)
-            for name, most in ((name, min(size, _COMPARED)) for name, size in sizes[0].items())
+            np.array_equal(read_values(a, name, 0, count), read_values(b, name, 0, count), equal_nan=True)
+            for name, count in counts.items()
         )
 
 
