@@ -27,7 +27,7 @@ from posthoc_cli.profiles import (
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.description import describe_tensors
-from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.reading import BackingFile
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
@@ -170,7 +170,7 @@ def make_checkpoint(
             layers.setdefault((chunk.path, layer), {})[name] = chunk
             identities[chunk.path] = chunk.identity
     parts = tuple(
-        Part(
+        BackingFile(
             file,
             fmt.FileHeader({}, {name: chunk.tensor for name, chunk in held.items()}, 0),
             {name: chunk.box for name, chunk in held.items()},
