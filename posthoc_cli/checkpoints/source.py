@@ -172,7 +172,7 @@ def make_checkpoint(
     parts = tuple(
         BackingFile(
             file,
-            fmt.FileHeader({}, {name: chunk.tensor for name, chunk in held.items()}, 0),
+            fmt.FileHeader.of_foreign({name: chunk.tensor for name, chunk in held.items()}),
             {name: chunk.box for name, chunk in held.items()},
             identities[file],
         )
@@ -184,7 +184,7 @@ def make_checkpoint(
         {name: _tracked(name, entry.dtype) for name, entry in entries.items()}, aliases,
         sigma_rel, gamma_from_sigma_rel(sigma_rel) if sigma_rel else 0.0, decay,
     )  # fmt: skip
-    return Checkpoint(path, fmt.FileHeader({}, dict(stored), 0), info, parts, kind)
+    return Checkpoint(path, fmt.FileHeader.of_foreign(stored), info, parts, kind)
 
 
 def first_time(profile: StoredProfile) -> float:

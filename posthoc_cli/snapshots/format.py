@@ -226,11 +226,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """The header of any safetensors file: what is where."""
+    """What is where in a file: the header of a safetensors file, or the index of another program's."""
 
     metadata: dict[str, str]
     tensors: dict[str, TensorEntry]
     payload_start: int
+
+    @classmethod
+    def of_foreign(cls, tensors: Mapping[str, TensorEntry]) -> FileHeader:
+        """The index of another program's file, of any format: places count from its beginning, no metadata."""
+        return cls({}, dict(tensors), 0)
 
     @property
     def file_bytes(self) -> int:
