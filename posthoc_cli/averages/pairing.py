@@ -81,7 +81,7 @@ def copy_(pairs: Sequence[Pair]) -> None:
         torch._foreach_copy_([pair.average for pair in pairs], [pair.source for pair in pairs])
 
 
-def average_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) -> None:
+def average_(pairs: Iterable[Pair], accumulators: WideAverages, share: float) -> None:
     """average <- average + share (source - average) for `is_averaged` tensors, one fused pass a device and dtype."""
     for averages, sources in wide_averages(pairs, accumulators):
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -93,7 +93,7 @@ def average_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) ->
             torch._foreach_lerp_(*group, share)
 
 
-def average_unless_equal_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) -> None:
+def average_unless_equal_(pairs: Iterable[Pair], accumulators: WideAverages, share: float) -> None:
     """The same, but equal elements stay: the average of two infinities in a mask would be nan."""
     for averages, sources in wide_averages(pairs, accumulators):
         for average, source in zip(averages, sources, strict=True):
@@ -101,7 +101,7 @@ def average_unless_equal_(pairs: Iterable[Pair], accumulators: Accumulators, sha
 
 
 def wide_averages(
-    pairs: Iterable[Pair], accumulators: Accumulators
+    pairs: Iterable[Pair], accumulators: WideAverages
 ) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """Averages to be changed in place, and sources on their devices and in their dtypes, some pairs at a time.
 
@@ -167,7 +167,7 @@ class WideBuffers(torch.nn.Module):
         return self
 
 
-class Accumulators(torch.nn.Module):
+class WideAverages(torch.nn.Module):
     """The float32 averages of half-precision tensors by name; part of the state dict, one key a tensor.
 
     An element is valid while it rounds to the tensor's element. Otherwise the tensor was written to since (a swap, a
@@ -194,7 +194,7 @@ class Accumulators(torch.nn.Module):
         self.values.update(known)
         return known
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Accumulators:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WideAverages:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.values = {name: _kept_wide(value, fn(value)) for name, value in self.values.items()}
         return self

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from posthoc_cli.averages.pairing import (
-    Accumulators,
     HostNumber,
     Pair,
+    WideAverages,
     WideBuffers,
     average_,
     average_unless_equal_,
@@ -91,7 +91,7 @@ class ExponentialMovingAverage(torch.nn.Module):
         self.update_buffers = update_buffers
         self.warmup = warmup
         self.module = make_average(model, device)
-        self.accumulators = Accumulators()
+        self.accumulators = WideAverages()
         with torch.inference_mode(False):
             self.register_buffer("steps", torch.tensor(0, device=device))
         self._steps = HostNumber()
@@ -235,7 +235,7 @@ class ShadowModel(WideBuffers):
         self.zero_debias = zero_debias
         self.model = check_model(model)
         self.shadow = make_average(model).eval()
-        self.accumulators = Accumulators()
+        self.accumulators = WideAverages()
         if num_updates is None or isinstance(num_updates, torch.Tensor):
             self.num_updates = num_updates
         else:

@@ -19,7 +19,7 @@ from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.reading import BackingFile
 from posthoc_cli.snapshots.tensor_file import (
     TensorFileWriter,
     holds_nonfinite,
@@ -140,9 +140,8 @@ def read_copy(path: Path) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
     boxes = {name: Box.whole(entry.shape) for name, entry in header.tensors.items()}
-    return Checkpoint(
-        path, header, CheckpointInfo(profile, t_first=first_time(profile), **values), (Part(path, header, boxes),)
-    )
+    info = CheckpointInfo(profile, t_first=first_time(profile), **values)
+    return Checkpoint(path, header, info, (BackingFile(path, header, boxes),))
 
 
 _KINDS = {

@@ -34,7 +34,7 @@ from posthoc_cli.checkpoints.settings import Settings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
 from posthoc_cli.snapshots.headers import is_whole, parse_json
-from posthoc_cli.snapshots.reading import Part, sampled_identity
+from posthoc_cli.snapshots.reading import BackingFile, sampled_identity
 from posthoc_cli.snapshots.tensor_file import (
     OpenedFile,
     read_small_file,
@@ -92,7 +92,7 @@ class Manifest:
         return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
 
 
-def foreign_parts(checkpoint: Checkpoint) -> list[Part]:
+def foreign_parts(checkpoint: Checkpoint) -> list[BackingFile]:
     """The files of a checkpoint, as far as they are other programs'."""
     return [part for part in checkpoint.parts if part.identity]
 

@@ -30,7 +30,7 @@ from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.measurements import read_values
-from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.reading import BackingFile
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
 _CHOOSE = "import with `include`, `exclude` or `prefix`"
@@ -177,9 +177,9 @@ def make_checkpoint(
             layers.setdefault((chunk.path, layer), {})[name] = chunk
             identities[chunk.path] = chunk.identity
     parts = tuple(
-        Part(
+        BackingFile(
             file,
-            fmt.FileHeader({}, {name: chunk.tensor for name, chunk in held.items()}, 0),
+            fmt.FileHeader.of_foreign({name: chunk.tensor for name, chunk in held.items()}),
             {name: chunk.box for name, chunk in held.items()},
             identities[file],
         )
@@ -191,7 +191,7 @@ def make_checkpoint(
         {name: _tracked(name, entry.dtype) for name, entry in entries.items()}, aliases,
         sigma_rel, gamma_from_sigma_rel(sigma_rel) if sigma_rel else 0.0, decay,
     )  # fmt: skip
-    return Checkpoint(path, fmt.FileHeader({}, dict(stored), 0), info, parts, kind)
+    return Checkpoint(path, fmt.FileHeader.of_foreign(stored), info, parts, kind)
 
 
 def first_time(profile: StoredProfile) -> float:

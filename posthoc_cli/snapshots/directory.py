@@ -27,7 +27,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.path import index_within, joined_sample, places
-from posthoc_cli.snapshots.reading import Part
+from posthoc_cli.snapshots.reading import BackingFile
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import opened_in_turn, read_header
 
@@ -376,7 +376,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
         sketch=fmt.joined_paths([part.info.sketch for part in parts]),
         part=None, chunks={},
     )  # fmt: skip
-    made = (Part(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
+    made = (BackingFile(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
     return Snapshot(folder, header, info, tuple(made))
 
 

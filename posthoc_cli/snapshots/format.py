@@ -72,8 +72,8 @@ a run of P profiles. Each names its partner's t, in [ema.t_first, ema.t], and si
 named twice, nor is the snapshot itself. A partner may have been deleted since. No number is negative.
 
 The motion is constant on intervals of training: `edges` are their ends, growing, from above 0 to at most ema.t, of at
-most MAX_PIECES intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times a
-step, summed over all elements, one number an interval each, none negative.
+most MAX_INTERVALS intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times
+a step, summed over all elements, one number an interval each, none negative.
 
 The elements of a sample: of the names of averaged tensors with elements, sorted and counted from 0, number n of N has
 for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name") modulo its number of elements, each
@@ -190,7 +190,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
 """Of one file: twice as many as the largest models have. A header of many empty ones would keep a reader busy."""
 MAX_KNOTS = 1_000
-MAX_PIECES = 1_000
+MAX_INTERVALS = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
 """Limits of training times: products of others overflow."""
 SUFFIX = ".safetensors"
@@ -233,11 +233,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """The header of any safetensors file: what is where."""
+    """What is where in a file: the header of a safetensors file, or the index of another program's."""
 
     metadata: dict[str, str]
     tensors: dict[str, TensorEntry]
     payload_start: int
+
+    @classmethod
+    def of_foreign(cls, tensors: Mapping[str, TensorEntry]) -> FileHeader:
+        """The index of another program's file, of any format: places count from its beginning, no metadata."""
+        return cls({}, dict(tensors), 0)
 
     @property
     def file_bytes(self) -> int:

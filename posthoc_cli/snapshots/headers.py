@@ -377,10 +377,10 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
 def check_motion(motion: Motion) -> None:
     """A ValueError unless it has a value for each of its intervals."""
     if (
-        not 1 <= len(motion.walk) <= fmt.MAX_PIECES
+        not 1 <= len(motion.walk) <= fmt.MAX_INTERVALS
         or not len(motion.walk) == len(motion.noise) == len(motion.edges) - 1
     ):
-        wanted = f"1 to {fmt.MAX_PIECES:,} values of walk, as many of noise, and one more of edges"
+        wanted = f"1 to {fmt.MAX_INTERVALS:,} values of walk, as many of noise, and one more of edges"
         raise ValueError(f"ema.motion: must have {wanted}")
 
 

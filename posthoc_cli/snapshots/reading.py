@@ -1,7 +1,7 @@
 """Reading stored tensors: of one file or several, complete or a box of each; every byte of a result is verified.
 
 A snapshot is one file, or parts that each hold boxes of its tensors; a checkpoint of another program is the same,
-without checksums. A reader asks the files behind it for nothing but ranges of bytes, see `Part.open`.
+without checksums. A reader asks the files behind it for nothing but ranges of bytes, see `BackingFile.open`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Part:
+class BackingFile:
     """A file with stored tensors: what is where in it, and the box of each tensor; no boxes if all are complete.
 
     A file that was indexed as another program's is known by its `identity`, see `sampled_identity`; any other by its
@@ -111,7 +111,7 @@ class ElementRange(NamedTuple):
 def open_file(path: Path) -> TensorReader:
     """A reader of the tensors of one file."""
     header = read_header(path)
-    return TensorReader(path, header, (Part(path, header),))
+    return TensorReader(path, header, (BackingFile(path, header),))
 
 
 class TensorReader:
@@ -126,7 +126,7 @@ class TensorReader:
     """
 
     def __init__(
-        self, path: Path, header: fmt.FileHeader, parts: Sequence[Part], boxes: Mapping[str, Box] | None = None
+        self, path: Path, header: fmt.FileHeader, parts: Sequence[BackingFile], boxes: Mapping[str, Box] | None = None
     ) -> None:
         self.path, self.header, self._boxes = path, header, boxes
         self._is_single = boxes is None and len(parts) == 1 and parts[0].header.tensors == header.tensors
@@ -142,7 +142,7 @@ class TensorReader:
             self._opened = stack.pop_all()
         self._is_remote = any(file.is_remote for file in self._files)
 
-    def _held_by(self, part: Part) -> dict[str, Box]:
+    def _held_by(self, part: BackingFile) -> dict[str, Box]:
         """The boxes of a part that hold elements of tensors that are read."""
         stored = part.header.tensors
         boxes = part.boxes or {n: Box.whole(entry.shape) for n, entry in stored.items()}
@@ -266,7 +266,7 @@ class TensorRange:
 class _File:
     """A part, opened; `boxes` are those of its tensors that are read, None if all are complete. A context manager."""
 
-    def __init__(self, part: Part, boxes: Mapping[str, Box] | None) -> None:
+    def __init__(self, part: BackingFile, boxes: Mapping[str, Box] | None) -> None:
         self.header, self._boxes = part.header, boxes
         self._checksums = headers.decode_checksums(part.path, part.header)
         self._gathered: dict[str, npt.NDArray[np.uint8]] = {}
@@ -459,7 +459,7 @@ class Checked(NamedTuple):
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
     """Read a file, whose header must still be this, and check each block of each tensor. Memory: a block a thread."""
-    with TensorReader(path, header, (Part(path, header),)) as file, closing(file.check_payload()) as found:
+    with TensorReader(path, header, (BackingFile(path, header),)) as file, closing(file.check_payload()) as found:
         for checked in found:
             if checked.error is not None:
                 raise checked.error

@@ -18,7 +18,7 @@ from posthoc_cli.profiles import Clock, Point, PowerFunction, StoredProfile
 from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.reading import ElementRange, Part, TensorReader
+from posthoc_cli.snapshots.reading import BackingFile, ElementRange, TensorReader
 from posthoc_cli.snapshots.tensor_file import opened_in_turn
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ class Stored(Generic[_Info]):
     path: Path
     header: fmt.FileHeader
     info: _Info
-    parts: tuple[Part, ...] = ()
+    parts: tuple[BackingFile, ...] = ()
 
     def open(self, boxes: Mapping[str, Box] | None = None) -> TensorReader:
         """Open it, or boxes of some tensors as if these were all; its files must be those whose headers were read."""
-        parts = self.parts or (Part(self.path, self.header),)
+        parts = self.parts or (BackingFile(self.path, self.header),)
         return TensorReader(self.path, self.header, parts, boxes)
 
 
