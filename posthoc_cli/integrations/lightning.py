@@ -91,7 +91,8 @@ class PostHocWeightAveraging(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second callback of this kind: checkpoints have room for the average of one. And unfit releases.
+        """Refuse a second callback of this kind, since checkpoints have room for one average, and releases without what
+        `validate=[...]` needs.
 
         And have `save_checkpoint` tell where it saves, which callbacks are not told.
         """
@@ -240,7 +241,7 @@ class PostHocWeightAveraging(Callback):
             others, loggers, known = trainer.callbacks, trainer.loggers, trainer.callback_metrics
             before = dict(known)
             try:  # no callback or logger sees these passes
-                trainer.callbacks, trainer.loggers = [], [DummyLogger()] if loggers else []
+                trainer.callbacks, trainer.loggers = [], [_Silent(trainer.log_dir)] if loggers else []
                 for label, block in self.ema.models(pl_module, [*self._lengths.values()]).items():
                     known.clear()
                     with block:
@@ -261,6 +262,19 @@ class PostHocWeightAveraging(Callback):
         self._handles.close()
         if self.ema is not None:
             self.ema.close()
+
+
+class _Silent(DummyLogger):
+    """A logger that takes everything and keeps nothing, so that a module's own calls of it go on working."""
+
+    def __init__(self, save_dir: str | None) -> None:
+        super().__init__()
+        self._save_dir = save_dir
+
+    @property
+    def save_dir(self) -> str | None:
+        """The folder of the loggers that it stands for."""
+        return self._save_dir
 
 
 _saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()

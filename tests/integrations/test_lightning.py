@@ -100,6 +100,8 @@ def test_several_averages_are_validated_and_nobody_else_sees_their_passes(
 
         def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
             self.log("val_loss", self.loss(batch))
+            self.logger.log_metrics({"own": float(len(passes))})  # kept once a validation, of the weights
+            assert self.trainer.log_dir == logger.log_dir
             passes[-1][1].append(float(self.loss(batch)))
 
     class Counting(callbacks.Callback):
