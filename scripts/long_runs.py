@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli.profiles import new_value_share
-from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.layout import Tile, TileReader, lay_out
+from posthoc_cli.tracker.running import RunningAverages
 
 Weights = npt.NDArray[np.float64]
 SIZE = 400

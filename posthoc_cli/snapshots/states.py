@@ -40,7 +40,7 @@ class StateInfo:
     """All of a tracker's state that is no tensor: of the last call, and with `averages_` of the last update.
 
     Zeros before the first update; `updates` is None if unknown. `window`, `folded_t`, `folds` and `inherited` are as in
-    `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are header checksums of those on
+    `tracker.running.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are header checksums of those on
     disk.
     """
 

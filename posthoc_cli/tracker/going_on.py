@@ -35,9 +35,9 @@ from posthoc_cli.snapshots.path import Found, find, path_of
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.states import StateInfo, decode_state
 from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.tracker.averages import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
+from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Group
 from posthoc_cli.tracker.state import (

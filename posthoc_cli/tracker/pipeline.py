@@ -42,9 +42,9 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.averages import AverageTensors, RunningAverages
 from posthoc_cli.tracker.layout import HostTensors, Layout, TileReader, lay_out, on_host
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
+from posthoc_cli.tracker.running import AverageTensors, RunningAverages
 from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.sketching import Sketcher

@@ -162,15 +162,14 @@ def make_schedule(
 
 
 def check_place(directory: Path) -> None:
-    """Raise a DirectoryError if no tracker can write to a directory, which may be missing yet."""
-    for place in (directory, *directory.parents):
-        if place.is_symlink() or place.exists():
-            if not place.is_dir():
-                reason = f"is not a directory; snapshots are written to the directory {directory}"
-                raise DirectoryError(place, reason, "name another one, or move the file away")
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise DirectoryError(place, f"cannot be written to; snapshots are written to the directory {directory}")
-            return
+    """Raise a DirectoryError or WriteError if no tracker can write to a directory, which may be missing yet."""
+    with files.reported_as_write_error(directory):  # the name may be too long
+        place = next(place for place in (directory, *directory.parents) if place.is_symlink() or place.exists())
+    if not place.is_dir():
+        reason = f"is not a directory; snapshots are written to the directory {directory}"
+        raise DirectoryError(place, reason, "name another one, or move the file away")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DirectoryError(place, f"cannot be written to; snapshots are written to the directory {directory}")
 
 
 # --- groups of processes ---

@@ -55,10 +55,10 @@ from posthoc_cli.snapshots.pruning import on_schedule, thin
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.going_on import ways_on
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
+from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages

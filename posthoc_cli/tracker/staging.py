@@ -18,7 +18,6 @@ import torch
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.snapshots.format import encode_sample
 from posthoc_cli.snapshots.reading import ElementRange
-from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.layout import (
     Bucket,
     Elements,
@@ -33,6 +32,7 @@ from posthoc_cli.tracker.layout import (
 )
 from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
+from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.worker import ALONE, Crew
 
 FREE_SHARE = 0.1

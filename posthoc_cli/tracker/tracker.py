@@ -24,7 +24,6 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.format import joined_paths
 from posthoc_cli.snapshots.states import StateInfo
-from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
@@ -37,6 +36,7 @@ from posthoc_cli.tracker.model_tensors import (
 )
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline
+from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.settings import Progress, Settings, is_first_of_group, is_in_group
 from posthoc_cli.tracker.sharding import THIS_PROCESS, Callers, Group, check_times
 from posthoc_cli.tracker.staging import squared_norms

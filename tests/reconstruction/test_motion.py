@@ -24,8 +24,8 @@ from posthoc_cli.reconstruction import (
     reconstruct,
 )
 from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, PairDistance, cells_between, fit_motion, influences
-from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.layout import Tile, TileReader, lay_out
+from posthoc_cli.tracker.running import RunningAverages
 
 START = 2.0
 TIMES = [float(t) for t in range(50, 1001, 50)]

@@ -280,6 +280,8 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path: Path, mon
     with pytest.raises(DirectoryError, match=f"{tmp_path.name}: cannot be written to"):
         PostHocEMA.from_model(network(), tmp_path / "new" / "run", **SETTINGS)
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    with pytest.raises(WriteError, match="aaa: cannot be written: file name too long"):
+        PostHocEMA.from_model(network(), tmp_path / ("a" * 300), **SETTINGS)
 
 
 @pytest.mark.parametrize("resume", ["auto", None])

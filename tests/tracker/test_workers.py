@@ -22,7 +22,7 @@ from torture.tearing import Equal, Truth, start, wrong_state
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.tracker import averages, layout, staging
-from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.worker import Crew, Worker, end_threads
 
 
