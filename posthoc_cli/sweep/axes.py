@@ -56,11 +56,11 @@ class Axis:
             kind = f"decay:{shape}"
         if kind not in _KINDS:
             raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}", value=text)
-        return cls.of_kind(rest, name, kind)
+        return cls.of_kind(rest, name, kind, text)
 
     @classmethod
-    def of_kind(cls, text: str, name: str, kind: str = "sigma_rel") -> Axis:
-        """LOW:HIGH to search, or a list or LOW:HIGH:STEP to measure."""
+    def of_kind(cls, text: str, name: str, kind: str = "sigma_rel", typed: str = "") -> Axis:
+        """LOW:HIGH to search, or a list or LOW:HIGH:STEP to measure; errors show it as `typed`."""
         numbers, ends = text.replace("%", "e-2"), text.split(":")
         form = f"a range LOW:HIGH, such as {_RANGES.get(kind, '5%:50%')}, or a list"
         try:
@@ -69,8 +69,7 @@ class Axis:
             low, high = (parse_numbers(end, name, form, text)[0] for end in numbers.split(":"))
             return cls(kind, low, high)
         except InvalidValueError as error:
-            typed = text if kind == "sigma_rel" else f"{kind}:{text}"
-            raise InvalidValueError(name, error.reason, error.hint, value=typed or "(empty)") from error
+            raise InvalidValueError(name, error.reason, error.hint, value=typed or text or "(empty)") from error
 
     @property
     def is_given(self) -> bool:
