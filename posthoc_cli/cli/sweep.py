@@ -29,9 +29,9 @@ def sweep(
     ),
     target: str | None = values.TARGETS(
         None,
-        metavar="KIND:LOW:HIGH",
+        metavar="KIND:VALUE",
         help="The same of averages of another kind: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, "
-        "last:2:20 or decay:linear:5%:50%, or a list to measure.",
+        "last:2:20, a list, or decay:linear:5%:50%.",
     ),
     guide_sigma_rel: str | None = values.TARGETS(
         None,

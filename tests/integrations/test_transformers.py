@@ -255,7 +255,7 @@ def mean(weights: list[Any], count: int) -> dict[str, torch.Tensor]:
 
 
 def test_what_may_be_evaluated(tmp_path: Path) -> None:
-    for wanted, message in ((0.4, "must lie in"), ([0.1, None], "evaluate None: must be a sigma_rel"), ("x", "x")):
+    for wanted, message in ((0.4, "must lie in"), ([0.1, None], "target None: must be a sigma_rel"), ("x", "x")):
         with pytest.raises(InvalidValueError, match=message):
             PostHocCallback(tmp_path, evaluate=wanted)
     callback = PostHocCallback(tmp_path / "ema", evaluate=[0.2, 0.1], folders=True, **EVERY)

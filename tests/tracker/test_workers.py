@@ -21,7 +21,7 @@ from torture.tearing import Equal, Truth, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.tracker import averages, layout, staging
+from posthoc_cli.tracker import layout, running, staging
 from posthoc_cli.tracker.running import RunningAverages
 from posthoc_cli.tracker.worker import Crew, Worker, end_threads
 
@@ -188,7 +188,7 @@ def test_calls_amid_an_update_are_after_or_before_it(
         with suppress(NotReadyError):
             found.append(calls[way]())
 
-    monkeypatch.setattr(averages.torch, "lerp", lerp)
+    monkeypatch.setattr(running.torch, "lerp", lerp)
     training, other = threading.Thread(target=train, args=(2,)), threading.Thread(target=call)
     training.start()
     assert inside.wait(60)
