@@ -31,7 +31,7 @@ def sweep(
         None,
         metavar="KIND:VALUE",
         help="The same of averages of another kind: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, "
-        "last:2:20, a list, or decay:linear:5%:50%.",
+        "last:2:20, decay:linear:5%:50% or a list.",
     ),
     guide_sigma_rel: str | None = values.TARGETS(
         None,

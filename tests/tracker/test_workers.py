@@ -28,7 +28,7 @@ from posthoc_cli.tracker.worker import Crew, Worker, end_threads
 
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "TILE", 300)
+    monkeypatch.setattr(layout, "TILE", 256)  # a power of two
 
 
 @pytest.fixture
