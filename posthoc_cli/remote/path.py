@@ -41,10 +41,6 @@ class RemotePath(PosixPath):
         """Refuse to be a name for the system."""
         raise PostHocError(self, "is a URL; must be a path on a file system of this machine here")
 
-    def is_absolute(self) -> bool:
-        """Always: the working directory has no part in it."""
-        return True
-
     def absolute(self) -> RemotePath:
         """The path itself."""
         return self

@@ -130,6 +130,9 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         # Early in a run the means of the shortest profile and the longest are in what those two have.
         ends = {info.sigma_rels[0], info.sigma_rels[-1]}
         needed = ends if standing.early and not (len(wanted) == 1 and ends.issuperset(wanted)) else set[float]()
+        if absent := sorted(one for one in needed if repr(one) not in state["low"]):
+            reason = f"lacks profile {absent[0]:g}, which those in between need early in a run"
+            raise InvalidValueError("state", reason, f"track {absent[0]:g} too, or load the complete state")
         for sigma_rel, high, low in zip(info.sigma_rels, kept.high, kept.bits, strict=True):
             key = repr(sigma_rel)
             if sigma_rel in wanted:

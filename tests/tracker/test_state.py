@@ -142,6 +142,19 @@ def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path, s
     assert same(own, both[repr(sigma_rel)])
 
 
+@WITHOUT_GROUP
+def test_a_profile_between_two_others_alone_through_it(tmp_path: Path) -> None:
+    """Early in a run it is made of what the two others have, which a checkpoint is not asked for."""
+    model = torch.nn.Linear(3, 3)
+    tracker = PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | {"sigma_rels": (0.05, 0.1, 0.28)})
+    train(model, tracker, 1, 4)
+    tracker.close()
+    alone = PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | {"sigma_rels": (0.1,)})
+    dcp.save({"ema": tracker}, checkpoint_id=tmp_path / "dcp")
+    with pytest.raises(Exception, match=r"lacks profile 0.05, which those in between need early.*track 0.05 too"):
+        dcp.load({"ema": alone}, checkpoint_id=tmp_path / "dcp")
+
+
 @pytest.mark.parametrize("steps", [1, 15])
 def test_torch_loads_it_weights_only_and_it_is_made_of_plain_things(tmp_path: Path, steps: int) -> None:
     state = trained(tmp_path / "run", steps, "images").tracker.state_dict()
