@@ -1,6 +1,6 @@
 """What the hook costs training: an update beside those of others, a call that takes snapshots, the share of a step.
 
-    python scripts/bench_update.py [--device cpu] [--repeats 5] [--quick]
+    python scripts/bench_update.py [--device cpu] [--busy 0] [--repeats 5] [--quick]
 
 All keep two averages of the same model, are asked for an update after every step through public interfaces, and take
 turns. Ours and both PyPI peers track sigma_rel 0.05 and 0.28; torch's `swa_utils` knows one classical average and runs
@@ -13,6 +13,8 @@ changes two. **The bytes once** is a pass over what no update of float32 average
 read and both averages are read and written. **The share of a step** is what a run of training with the hook takes more
 than one without, at update_every=10, which lies in the middle between the ends of a run.
 
+With `--busy 4` so many other processes compute all the while, as data loaders do.
+
 With `--device cuda` the models are on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
 """
 
@@ -22,9 +24,12 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -56,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure everything and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="where the models are: cpu or cuda")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="other processes that compute all the while")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     many, large = small_tensors(2000 // scale), large_tensors(50_000_000 // scale, 24)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, busy_processes(asked.busy):
         folder = Path(name)
         columns = {
             f"{len(many):,} tensors of 64 x 64": updates(many, torch.float32, device, folder / "many", repeats),
@@ -78,6 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"| {label} | {' | '.join(column.get(label, '') for column in columns.values())} |")
         snapshots(large, device, folder / "snapshots", repeats)
         training(device, folder / "training", repeats, 64 if asked.quick else 256, 20)
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many processes of one thread each, which compute until the end of the block, or of this process."""
+    code = "import os; began_by = os.getppid()\nwhile os.getppid() == began_by: pass"
+    found = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in found:
+            process.kill()
+            process.wait()
 
 
 def times(

@@ -158,12 +158,10 @@ class WideBuffers(torch.nn.Module):
     """A module whose own buffers move between devices, but keep their precision under `half()` and `bfloat16()`."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WideBuffers:
-        before = dict(self._buffers)
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None:
-                self._buffers[name] = _kept_wide(old, new)
+        for name, new in dict(self.named_buffers(recurse=False)).items():
+            setattr(self, name, _kept_wide(before[name], new))
         return self
 
 

@@ -152,7 +152,7 @@ class EMAStats(WideBuffers):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles cannot hold a graph.
-        buffers = {name: None if value is None else value.detach() for name, value in self._buffers.items()}
+        buffers = {name: value.detach() for name, value in self.named_buffers()}
         return {**self.__dict__, "_buffers": buffers}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -160,8 +160,8 @@ class EMAStats(WideBuffers):
             if f"{prefix}running_{name}" in state_dict:  # symm-learning's names
                 state_dict[prefix + name] = state_dict.pop(f"{prefix}running_{name}")
         # Values are loaded in place, which must not change tensors of a graph or of a saved state.
-        for name, value in self._buffers.items():
-            self._buffers[name] = None if value is None else value.detach().clone()
+        for name, value in dict(self.named_buffers()).items():
+            setattr(self, name, value.detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -31,13 +31,13 @@ from posthoc_cli.errors import (
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.chunks import Box, Chunk
-from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
+from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
-from posthoc_cli.tracker.model_tensors import collect_tensors
+from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors
 from posthoc_cli.tracker.model_weights import check_weights, copied_weights, on_disk
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
@@ -53,7 +53,6 @@ from posthoc_cli.tracker.sharding import (
 )
 from posthoc_cli.tracker.snapshotter import (
     LiveSource,
-    current_sources,
     measured,
     run_snapshots,
     with_older,
@@ -88,7 +87,7 @@ class Recipe:
         specs: of the stored tensors of each average, complete.
         names: every name of each of them, its own first.
         sources: name and header checksum of each; no checksum of a live average.
-        plan: without sources and targets; None for the first source as it is.
+        plan: without sources and targets; None where all averages are refused.
         errors: the predicted and the profile's error of each average.
         refused: why some averages cannot be made yet, by label.
     """
@@ -97,7 +96,7 @@ class Recipe:
     names: Mapping[str, Sequence[str]]
     sources: tuple[tuple[str, str], ...]
     plan: Plan | None
-    errors: Sequence[tuple[float | None, float]] = ((None, 0.0),)
+    errors: Sequence[tuple[float | None, float]]
     refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -110,15 +109,6 @@ class Recipe:
         )
         errors = [(plan.predicted_error(index), plan.profile_error(index)) for index in range(len(plan.targets))]
         return cls(specs, plan.names, tuple(sources), replace(plan, sources=(), targets=()), errors, refused)
-
-    @classmethod
-    def of_live(cls, source: LiveSource) -> Recipe:
-        """A live average as it is."""
-        names = {name: [name] for name in source.stored}
-        for alias, name in source.info.aliases.items():
-            names[name].append(alias)
-        log.info("live average of sigma_rel %g at t = %.12g: exact", source.info.sigma_rel, source.info.t)
-        return cls({**source.stored}, names, ((source.name, ""),), None)
 
 
 @dataclass(frozen=True)
@@ -140,9 +130,7 @@ class Evaluation:
 
         Before the first update it is the weights as they are, with a warning, as of the other two.
         """
-        target = as_target(query.wanted)
-        made, _ = self._made({"": target}, lambda own: Recipe.of_plan(self._plan_from(own, query), {}), query.dtype)
-        return made[""]()
+        return self._one(query, lambda sources: self._plan_from(sources, query))
 
     def each(self, wanted: Mapping[str, Target]) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
         """By label what gives each of several averages, as they are now, and why others cannot be made yet.
@@ -159,15 +147,16 @@ class Evaluation:
     def live_weights(self, index: int) -> Weights:
         """The same as `weights` of the live average of the tracked profile of this index, as it is."""
 
-        def recipe(live: list[Source]) -> Recipe:
+        query, tracked = Query(self.tracker.settings.sigma_rels[index]), self._pipeline.now.tracked
+        wide = torch.float64 if torch.float64 in tracked.dtypes(copied=False).values() else torch.float32
+
+        def plan(live: list[Source]) -> Plan:
             if not live:
                 raise self._not_yet("live average")
-            source = live[index]
-            assert isinstance(source, LiveSource)
-            return Recipe.of_live(source)
+            log.info("live average of sigma_rel %g at t = %.12g: exact", query.wanted, live[index].info.t)
+            return plan_synthesis([live[index]], [query.wanted], dtype=wide)
 
-        target = as_target(self.tracker.settings.sigma_rels[index])
-        return self._made({"": target}, recipe, live_only=True)[0][""]()
+        return self._one(query, plan, live_only=True)
 
     def check(self, weights: Weights, own_dtypes: bool = True, accept_meta: bool = False) -> None:
         """Raise in all processes if the weights do not fit the model in one. Alone, whoever fills the model checks."""
@@ -228,12 +217,17 @@ class Evaluation:
 
     def sources(self, live_only: bool = False) -> list[Source]:
         """The snapshots and live averages of complete tensors that there are now."""
-        if not self._pipeline.now.resumes:  # else the writer, too, has only what is on disk
-            self._check_keeps()
+        if not (self._pipeline.now.resumes or self.tracker.keeps_averages):
+            raise NotReadyError(
+                "this process keeps no averages, the first one of its group does",
+                "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
+                "new PostHocEMA.from_path(directory), before any update_ of it",
+            )
         self.tracker.flush()
         if live_only:
-            return [*self.live()]
-        return self._going_on(current_sources(self.tracker.checkpoint_dir, self.tracker.run_id, self.live()))
+            return [*self._pipeline.live()]
+        live, snapshots = self._pipeline.live(), run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
+        return self._going_on(with_older(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots))
 
     def _going_on(self, sources: list[Source]) -> list[Source]:
         """Without those that are later than where the run goes on from."""
@@ -241,17 +235,13 @@ class Evaluation:
             return [source for source in sources if source.info.step <= self.tracker._start.step]
         return sources
 
-    def live(self) -> list[LiveSource]:
-        """The live averages that this process keeps, see `Pipeline.live`."""
-        return self._pipeline.live()
-
     def _joined_live(self) -> tuple[list[LiveSource], list[LiveSource]]:
         """The live averages here and, measured by all processes together, without values, those of complete tensors."""
 
         def measure_own() -> list[LiveSource]:
             self.tracker.flush()
             snapshotter = self._pipeline.snapshotter
-            return measured(self.live(), [] if snapshotter is None else snapshotter.stored())
+            return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
 
         own, progress = self.group.together(measure_own), self._pipeline.progress
         told = (progress.step, progress.t), [(source.info, dict(source.stored)) for source in own]
@@ -274,15 +264,13 @@ class Evaluation:
         hint = "model(model, sigma_rel=...) reads the snapshots"
         return NotReadyError(f"no {what} yet", reason, hint * (what == "live average" and self._pipeline.now.resumes))
 
-    def _check_keeps(self) -> None:
-        if not self.tracker.keeps_averages:
-            raise NotReadyError(
-                "this process keeps no averages, the first one of its group does",
-                "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
-                "new PostHocEMA.from_path(directory), before any update_ of it",
-            )
-
     # --- making them
+
+    def _one(self, query: Query, plan: Callable[[list[Source]], Plan], live_only: bool = False) -> Weights:
+        """One average, as the first process plans it."""
+        wanted = {"": as_target(query.wanted)}
+        made, _ = self._made(wanted, lambda sources: Recipe.of_plan(plan(sources), {}), query.dtype, live_only)
+        return made[""]()
 
     def _made(
         self,
@@ -325,7 +313,7 @@ class Evaluation:
             for name, checksum in shared.sources
         ]
         if shared.plan is None:
-            return [Weights(source.tensors) for source in sources if isinstance(source, LiveSource)]
+            return []
         subset = frozenset(boxes) if boxes else None
         plan = replace(shared.plan, sources=tuple(sources), targets=tuple(targets), subset=subset)
         return [make_weights(plan)] if len(targets) == 1 else on_disk(plan, directory)
@@ -336,8 +324,8 @@ class Evaluation:
             return {}
         tracked, tensors = self._pipeline.now.tracked, self._tensors
         boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
-        for name, spec in shared.specs.items():
-            _check_spread(name, spec.shape, boxes.get(name), tensors)
+        for name in boxes:
+            _check_spread(name, tracked, tensors.get(name))
         return boxes
 
     @property
@@ -420,18 +408,16 @@ class _Boxes:
         return cls(snapshot.name, snapshot.info, snapshot.profile, stored, partial(snapshot.open, boxes))
 
 
-def _check_spread(name: str, shape: tuple[int, ...], box: Box | None, model: Mapping[str, torch.Tensor]) -> None:
-    """Raise a ModelMismatchError unless a model has the tensor, and here the chunk of it that this process owns."""
-    if name not in model:
-        raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
-    if tuple(model[name].shape) != shape:
-        reason = f"has the shape {list(model[name].shape)} in the model, {list(shape)} in the averaged weights"
-        raise ModelMismatchError(f"tensor {name!r}", reason)
-    local, chunk = local_part(name, model[name])
-    here = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape))
-    if box not in (None, here):
-        reason = "is spread over the processes in another way than in the tracked model"
-        raise ModelMismatchError(f"tensor {name!r}", reason)
+def _check_spread(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) -> None:
+    """Raise a ModelMismatchError unless a model holds the chunk here that this process owns."""
+    if tensor is not None:
+        shape = tuple(tensor.shape)
+        local, chunk = local_part(name, tensor)
+        here = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape))
+        if (shape, here) == (tracked.complete_shape(name), tracked.box(name)):
+            return
+    reason = "is missing in the model, of another shape, or spread over the processes in another way than when tracked"
+    raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:

@@ -39,7 +39,7 @@ from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.settings import Progress, Settings
-from posthoc_cli.tracker.sharding import Group
+from posthoc_cli.tracker.sharding import Group, led, mesh_of
 from posthoc_cli.tracker.state import (
     STATE_NAME,
     Tracking,
@@ -70,7 +70,7 @@ class Start:
         self._seen: tuple[Mapping[int, float], float] | None = None
 
     def choose(
-        self, now: Tracking, sample: Mapping[int, float] | None, group: Group, writes: bool, is_first_call: bool
+        self, now: Tracking, sample: Mapping[int, float], group: Group, writes: bool, is_first_call: bool
     ) -> Tracking:
         """What goes on from the newest snapshots at or before the model's place on the run's path.
 
@@ -79,7 +79,7 @@ class Start:
 
         Arguments:
             now: what the tracker has.
-            sample: the model's values at the elements that snapshots sample; None where it is not as it was tracked.
+            sample: the model's values at the elements that snapshots sample.
             group: the processes that decide together.
             writes: whether this process writes snapshots.
             is_first_call: of `update_`.
@@ -87,13 +87,13 @@ class Start:
         Raises:
             ModelMismatchError: at the first call, if the model is not on the path, and no step was named.
         """
-        if self.step == 0 or (sample is not None and self._is_near(sample)):
+        if self._is_near(sample):
             return now
         # One that only counts must not see what the writer sets aside meanwhile.
         stored = find_snapshots(self._directory) if writes else self._stored
-        place = group.from_first(lambda: find_place(stored, self._settings.sigma_rels, sample or {}))
-        level, text, subject = logging.WARNING, "", str(self._directory)
-        if place is None or sample is None:
+        place = group.from_first(lambda: find_place(stored, self._settings.sigma_rels, sample))
+        level, text = logging.WARNING, ""
+        if place is None:
             if is_first_call:
                 text = "whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
         elif self._is_given:
@@ -102,10 +102,8 @@ class Start:
                 where = f"those of step {step:,}, or a little later" if step else "not on the run's path"
                 text = f"the averages go on from step {self.step}, as asked; the model's weights are {where}"
         elif place[0].step is None:
-            error = off_path(self._directory, *place)
             if is_first_call:
-                raise error
-            level, text, subject = logging.INFO, f"{error.reason}; {error.hint}", error.subject
+                raise off_path(self._directory, *place)
         else:
             found, newest = place
             now, self._seen = self._at(now, found.step, newest, stored), (sample, found.reach)
@@ -115,7 +113,7 @@ class Start:
             else:
                 text += f"; later snapshots, up to step {newest:,}, will be set aside"
         if text and group.leads and writes:
-            log.log(level, "%s: %s", subject, text)
+            log.log(level, "%s: %s", self._directory, text)
         return now
 
     def _at(self, now: Tracking, step: int | None, newest: int, stored: Sequence[Snapshot]) -> Tracking:
@@ -150,13 +148,17 @@ def stored_to_resume(directory: Path, resume: str | int) -> Sequence[Snapshot]:
     return find_snapshots(directory) if resume == "auto" else read_directory(directory)
 
 
-def finish_uploads(directory: Path) -> None:
-    """Upload what an earlier tracker of a run by URL has left on this machine."""
+def finish_uploads(directory: Path, model: torch.nn.Module | None) -> None:
+    """Upload what an earlier tracker of a run by URL has left on this machine; of a sharded model on any of them."""
     if files.is_url(directory):
-        from posthoc_cli.tracker.spool import SpooledPath, finish
+        from posthoc_cli.tracker.spool import SpooledPath, finish, hold
 
         assert isinstance(directory, SpooledPath)
-        finish(directory)
+        if model is None or not mesh_of(model):
+            finish(directory)
+        else:
+            with led(lambda: hold(directory), "uploaded what it had left"):
+                finish(directory, leads=False)
 
 
 def check_no_run(directory: Path) -> None:

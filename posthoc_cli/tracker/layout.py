@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,14 +25,14 @@ from posthoc_cli.tracker.worker import ALONE, Crew
 
 HOST = torch.device("cpu")
 
-TILE, DEVICE_TILE = 2**18, 2**22
+TILE, DEVICE_TILE = 2**19, 2**22
 """Elements of a tile on the CPU, which one thread works on, and on an accelerator, where starting a kernel costs more
 than leaving the cache."""
 
 SLAB = 2**26
 """Elements of the largest slabs of memory on the host."""
 
-_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # whose sums of ordinary values stay finite
+_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # whose norms of ordinary values stay finite
 
 Values = npt.NDArray[Any]
 
@@ -232,35 +233,50 @@ class TileReader:
         """A tile's values as they are now, in flat tensors, one after the other."""
         return [*map(_current, self._sources[tile.number])]
 
-    def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
-        """A tile's values, flat, in the averages' dtype; valid until the same thread's next call."""
+    def flat(self, tile: Tile, thread: int = 0) -> torch.Tensor:
+        """A tile's values, flat, in a dtype with the range of float32; valid until the same thread's next call."""
         first, *others = found = self.current(tile)
-        room = self._scratch[thread][tile.bucket][: tile.end - tile.begin]
-        if not others and first.dtype == room.dtype:
+        if not others and first.dtype in _LIKE_FLOAT32:
             return first
+        room = self._room(tile, thread)
         return torch.cat(found, out=room) if others else room.copy_(first)
 
-    def surely_finite(self, crew: Crew = ALONE) -> bool:
-        """Whether no value is nan or infinite; may be false for large finite values. Waits once a bucket."""
-        totals: dict[int, list[torch.Tensor]] = {tile.bucket: [] for tile in self.tiles}
+    def wide(self, flat: torch.Tensor, tile: Tile, thread: int = 0) -> torch.Tensor:
+        """A tile's `flat` values in the averages' dtype; valid until the same thread's next call."""
+        room = self._room(tile, thread)
+        return flat if flat.dtype == room.dtype else room.copy_(flat)
 
-        def add(tile: Tile, thread: int) -> None:  # no nan and no infinity can hide in a sum
-            first, *others = self.current(tile)
-            plain = not others and first.dtype in _LIKE_FLOAT32
-            totals[tile.bucket].append((first if plain else self.values(tile, thread)).sum())
+    def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
+        """A tile's values, flat, in the averages' dtype; valid until the same thread's next call."""
+        return self.wide(self.flat(tile, thread), tile, thread)
 
-        crew.each(add, self.tiles)
-        return all(bool(torch.stack(own).isfinite().all()) for own in totals.values())
+    def norms(self, crew: Crew = ALONE) -> list[float]:
+        """The norm of each tile's values: not finite where one is not, or where they are too large to be squared.
 
-    def nonfinite_name(self) -> str | None:
-        """The first tensor that holds a nan or an infinity."""
+        Waits for an accelerator once a bucket.
+        """
+        found = [torch.empty(0)] * len(self.tiles)
+
+        def measure(tile: Tile, thread: int) -> None:
+            found[tile.number] = torch.linalg.vector_norm(self.flat(tile, thread))
+
+        crew.each(measure, self.tiles)
+        buckets = groupby(self.tiles, attrgetter("bucket"))
+        return [norm for _, own in buckets for norm in torch.stack([found[tile.number] for tile in own]).tolist()]
+
+    def nonfinite_name(self, tiles: Iterable[Tile]) -> str | None:
+        """The first tensor that holds a nan or an infinity in these tiles."""
         ranges = [own for bucket in self.layout for own in bucket.cut(bucket.edges())]
-        for tile, own in zip(self.tiles, ranges, strict=True):
+        for tile in tiles:
+            own = ranges[tile.number]
             parts = torch.split(self.values(tile), [one.end - one.begin for one in own])
             for one, values in zip(own, parts, strict=True):
                 if not bool(values.isfinite().all()):
                     return one.name
         return None
+
+    def _room(self, tile: Tile, thread: int) -> torch.Tensor:
+        return self._scratch[thread][tile.bucket][: tile.end - tile.begin]
 
 
 # --- some of the elements

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -19,7 +19,7 @@ from posthoc_cli.snapshots.format import TrackedTensor, encode_sample
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
+from posthoc_cli.tracker.names import NamedTensor, named_tensors
 from posthoc_cli.tracker.sharding import Members, is_sharded, local_part, local_tensors, reshard
 
 Value = TypeVar("Value")
@@ -284,11 +284,11 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     averaged: dict[str, torch.Tensor] = {}
     copied: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    left_out = list(_extra_state_names(check_model(model)))
+    left_out: list[str] = []
     frozen: set[str] = set()
     first_name: dict[int, str] = {}
     chunks: dict[str, Chunk] = {}
-    reshard(model)
+    reshard(check_model(model))
     tensors = named_tensors(model)
     # A tied parameter is one tensor: any of its names will do.
     copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
@@ -352,30 +352,16 @@ def nonfinite_error(name: str | None, tracked: Mapping[str, TrackedTensor], step
     return NonFiniteError(f"parameter {name!r}", reason)
 
 
-def _extra_state_names(model: torch.nn.Module) -> Iterator[str]:
-    """Names of state that is no tensor (`get_extra_state`)."""
-    plain = torch.nn.Module.get_extra_state
-    seen: set[int] = set()
-    for place in named_modules(model):
-        module = place.module
-        if id(module) not in seen and wrapped_child(module) is None and type(module).get_extra_state is not plain:
-            yield f"{place.path}._extra_state" if place.path else "_extra_state"
-        seen.add(id(module))
-
-
 def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
     """Whether a tensor is averaged, or else copied; an InvalidValueError if it should be averaged and cannot be."""
     if not found.is_parameter:
         return selection.buffers == "average" and found.tensor.dtype in AVERAGED_DTYPES
     name, tensor = found.name, found.tensor
-    if tensor.is_complex():
-        hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={name!r}"
-        reason = "is complex, and only real numbers are averaged"
-        raise InvalidValueError("parameter", reason, hint, value=f"{name!r}")
-    if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES):
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
         reason = f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
-        raise InvalidValueError("parameter", reason, value=f"{name!r}")
+        hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={name!r}"
+        raise InvalidValueError("parameter", reason, hint if tensor.is_complex() else "", value=f"{name!r}")
     return tensor.is_floating_point()
 
 
@@ -401,8 +387,8 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
 class ModelWatch:
     """Cache of the model's tensors, invalidated when the model changes.
 
-    Walking through the modules at every update would cost more than comparing names, objects, storage addresses,
-    shapes, strides, dtypes and whether gradients are required.
+    Walking through the modules at every update would cost more than comparing names, objects, places in memory, dtypes
+    and whether gradients are required.
     """
 
     def __init__(self, selection: Selection, members: Members | None = None) -> None:
@@ -413,6 +399,7 @@ class ModelWatch:
         self._state_tensors: list[torch.Tensor] = []
         self._are_sharded = False
         self._held: list[object] = []
+        self._views: list[torch.Tensor | None] = []
         self._fingerprint: tuple[object, ...] = ()
         self._tensors: ModelTensors | None = None
         self._checked: tuple[ModelTensors, TrackedModel] | None = None
@@ -420,7 +407,7 @@ class ModelWatch:
     def tensors(self, model: torch.nn.Module) -> ModelTensors:
         """The model's tensors: the object of the last call, unless the model has changed."""
         same_model = self._model is not None and self._model() is model
-        if self._tensors is not None and same_model and self._fingerprint == self._take_fingerprint():
+        if self._tensors is not None and same_model and self._is_same():
             return self._tensors
         self._tensors = None
         found = self._collect(model)
@@ -434,7 +421,9 @@ class ModelWatch:
         self._are_sharded = any(map(is_sharded, self._state_tensors))
         self._filled = [contents for contents in self._contents if contents]
         self._held = [*chain.from_iterable(map(dict.values, self._filled))]
-        self._fingerprint = self._take_fingerprint()
+        local = self._local()
+        self._views = [p.detach() if p.layout == torch.strided else None for p in local]
+        self._fingerprint = self._take_fingerprint(local)
         self._tensors = found
         return found
 
@@ -447,15 +436,15 @@ class ModelWatch:
                 raise error.with_hint(_CHANGED) from None
             self._checked = tensors, tracked
 
-    def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> None:
-        """Raise a ModelMismatchError unless the model is the tracked one; it may be frozen, to be filled only."""
-        tracked.check(TrackedModel.of_model(self._collect(model, tracked.known_names), self._members))
+    def check_model(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
+        """The model's tensors, or a ModelMismatchError unless they are the tracked ones, frozen or not."""
+        found = self._collect(model, tracked.known_names)
+        tracked.check(TrackedModel.of_model(found, self._members))
+        return found
 
-    def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float] | None:
-        """The part of a snapshot's sample that is here, of the model; None where a tensor is not as it was tracked."""
-        found = self._collect(model, tracked.known_names).averaged
-        if any(name not in found or tuple(found[name].shape) != tracked.shapes[name] for name, _ in tracked.sampled):
-            return None
+    def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
+        """The part of a snapshot's sample that is here, of the model, which must be the tracked one."""
+        found = self.check_model(model, tracked).averaged
         known = {name: found[name].detach().reshape(-1) for name, _ in tracked.sampled}
         return {number: known[name][index].float().item() for number, (name, index) in tracked.numbered_sample.items()}
 
@@ -466,16 +455,23 @@ class ModelWatch:
             return found
         return found.of(self._members)
 
-    def _take_fingerprint(self) -> tuple[object, ...]:
-        """Differs if the tensors do. `_held` keeps ids from being used again."""
-        tensors = local_tensors(self._state_tensors) if self._are_sharded else self._state_tensors
+    def _local(self) -> Sequence[torch.Tensor]:
+        """What is here of the model's tensors."""
+        return local_tensors(self._state_tensors) if self._are_sharded else self._state_tensors
+
+    def _is_same(self) -> bool:
+        """Whether nothing has changed; of tensors that are sparse their place does not say it."""
+        local = self._local()
+        return self._fingerprint == self._take_fingerprint(local) and all(
+            view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
+        )
+
+    def _take_fingerprint(self, local: Sequence[torch.Tensor]) -> tuple[object, ...]:
+        """Differs if the tensors do, but for their places. `_held` keeps ids from being used again."""
         return (
             [*map(len, self._contents)],
             [*chain.from_iterable(self._filled)],
             [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
-            [p.data_ptr() for p in tensors if p.layout == torch.strided],
-            [p.requires_grad for p in tensors],
-            [p.dtype for p in tensors],
-            [p.shape for p in tensors],
-            [p.stride() for p in tensors if p.layout == torch.strided],
+            [p.requires_grad for p in local],
+            [p.dtype for p in local],
         )

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, shown, warn
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, warn
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import check_device, synthesize
@@ -54,9 +54,6 @@ class WithStatement(Generic[Given]):
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """Raise a NotReadyError: only what the block gives can be called."""
         raise NotReadyError(f"{self._name}(...)", self._advice("averaged(...)"))
-
-    def __reduce__(self) -> NoReturn:
-        raise NotReadyError(f"{self._name}(...)", self._advice("torch.save(averaged.state_dict(), ...)"))
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"{self._name}(...): {self._advice(f'averaged.{name}')}")
@@ -200,7 +197,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     """
     reshard(check_model(model))
     targets = check_weights(model, weights, own_dtypes)
-    new_dtypes = {id(target.registered): weights[name].dtype for name, target in targets.items()}
+    new_dtypes = {id(target.tensor): weights[name].dtype for name, target in targets.items()}
     # The tensors may be replaced while they are swapped, the modules that hold them not.
     holders = (
         id(module)
@@ -331,7 +328,7 @@ def fill(
         targets = {found.name: found for found in named_tensors(model)}
         for name, value in weights:
             load_weight(targets[name].tensor, value, own_dtypes)
-    left = [*{id(found.registered): found.name for found in named_tensors(model) if found.registered.is_meta}.values()]
+    left = [*{id(found.tensor): found.name for found in named_tensors(model) if found.tensor.is_meta}.values()]
     if left:
         warn(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
@@ -341,8 +338,8 @@ def fill(
 
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
     """Give room to tensors on `meta` that will be filled; tied ones stay tied, under whatever names."""
-    named = named_tensors(model)
-    old = {id(found.registered): found.registered for found in named if found.tensor.is_meta and found.name in filled}
+    on_meta = (found for found in named_tensors(model) if found.tensor.is_meta and found.name in filled)
+    old = {id(found.tensor): found.tensor for found in on_meta}
     new = {key: torch.empty_like(tensor, device=device) for key, tensor in old.items()}
     for key, tensor in old.items():
         if isinstance(tensor, torch.nn.Parameter):
@@ -382,8 +379,6 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
             InvalidValueError. After any error the statistics are as before.
     """
     layers = [module for module in check_model(model).modules() if isinstance(module, _BatchNorm)]
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise InvalidValueError("loader", "must yield batches, as a DataLoader does", value=shown(loader))
     if not layers:
         return
     first = next(model.parameters(), next(model.buffers(), None))

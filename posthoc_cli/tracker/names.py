@@ -8,9 +8,8 @@ child called `module`. Tensors of a PEFT adapter have the names under which PEFT
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ import torch
 from posthoc_cli.errors import InvalidValueError
 
 _WRAPPERS = (
-    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
-    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+    ("torch._dynamo.eval_frame", "OptimizedModule"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
+    _FSDP := ("torch.distributed.fsdp", "FullyShardedDataParallel"),
 )
-"""Where each wrapper is defined, its class, and the child that it wraps."""
+"""Where each wrapper is defined, and its class. It has one child, the module that it wraps."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,12 @@ class NamedModule:
 class NamedTensor:
     """A parameter or buffer, under one of its names: without wrappers, and as torch's. Tied names have one `tensor`.
 
-    `registered` is what the module holds: `tensor` or the flat parameter that contains it. `in_state` are all but
-    transient buffers.
+    `in_state` are all but transient buffers.
     """
 
     name: str
     raw: str
     tensor: torch.Tensor
-    registered: torch.Tensor
     is_parameter: bool
     in_state: bool = True
 
@@ -56,9 +53,10 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """Parameters, then buffers, in the order of the modules, tied names included.
 
     Raises:
-        InvalidValueError: the model is sharded over processes by the first FSDP.
+        InvalidValueError: the first FSDP has sharded the model, or laid its parameters end to end in another one.
     """
     modules = list(named_modules(model))
+    _check_unsharded(modules)
     tensors = [*_parameters(modules), *_buffers(modules)]
     renamed: dict[str, str] = {}
     for root, adapter in _adapter_roots(modules):
@@ -79,10 +77,8 @@ def named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
 
 def wrapped_child(module: torch.nn.Module) -> str | None:
     """The name of the child that a wrapper wraps; None for a module that is no wrapper."""
-    for where, kind, child in _WRAPPERS:
-        found = getattr(sys.modules.get(where), kind, None)  # a class that nobody has imported wraps nothing
-        if found is not None and isinstance(module, found):
-            return child
+    if any(_is_a(module, wrapper) for wrapper in _WRAPPERS):
+        return next(name for name, _ in module.named_children())
     return None
 
 
@@ -95,52 +91,43 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 def is_fsdp(module: torch.nn.Module) -> bool:
     """Whether a module is a wrapper of the first FSDP (`fully_shard` wraps nothing)."""
-    return wrapped_child(module) == "_fsdp_wrapped_module"
+    return _is_a(module, _FSDP)
+
+
+def _is_a(module: torch.nn.Module, wrapper: tuple[str, str]) -> bool:
+    where, kind = wrapper
+    # What nobody has imported wraps nothing. That another release of torch has no such class is an error.
+    return where in sys.modules and isinstance(module, getattr(sys.modules[where], kind))
 
 
 def _parameters(modules: list[NamedModule]) -> Iterator[NamedTensor]:
     for place in modules:
-        if is_fsdp(place.module):
-            _check_unsharded(place)
         for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
-            if getattr(parameter, "_is_flat_param", False):
-                yield from _in_flat_parameter(place, parameter)
-            else:
-                yield NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, parameter, True)
+            yield NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, True)
 
 
 def _buffers(modules: list[NamedModule]) -> Iterator[NamedTensor]:
     for place in modules:
         for key, buffer in place.module.named_buffers(recurse=False, remove_duplicate=False):
             in_state = key not in place.module._non_persistent_buffers_set
-            yield NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, buffer, False, in_state)
+            yield NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, False, in_state)
 
 
-def _check_unsharded(place: NamedModule) -> None:
-    strategy = getattr(getattr(place.module, "sharding_strategy", None), "name", None)
-    if strategy != "NO_SHARD":
-        reason = (
-            f"FSDP has laid its parameters end to end and cut them ({strategy or 'unknown'}), which no average fits"
-        )
-        hint = "use torch.distributed.fsdp.fully_shard, DistributedDataParallel, or FSDP with NO_SHARD"
-        raise InvalidValueError(f"module {place.path!r}" if place.path else "the model", reason, hint)
+def _check_unsharded(modules: Iterable[NamedModule]) -> None:
+    for place in modules:
+        if not is_fsdp(place.module):
+            continue
+        from torch.distributed.fsdp import FlatParameter, ShardingStrategy
 
-
-def _in_flat_parameter(place: NamedModule, flat: torch.nn.Parameter) -> Iterator[NamedTensor]:
-    """The parameters that FSDP without `use_orig_params` has laid end to end in one, as views of it."""
-    views: dict[str, torch.Tensor] = {}
-    info = vars(flat)
-    sizes, paddings = info["_numels_with_padding"], info["_is_padding_mask"]
-    begins = [begin for begin, padding in zip(accumulate((0, *sizes)), paddings, strict=False) if not padding]
-    values = flat.detach()
-    for name, begin, size, shape in zip(info["_fqns"], begins, info["_numels"], info["_shapes"], strict=True):
-        views[name] = values[begin : begin + size].view(shape).requires_grad_(flat.requires_grad)
-    for shared in info["_shared_param_infos"]:
-        own = _join(shared.prim_module_name, shared.prim_param_name)
-        views[_join(shared.module_name, shared.param_name)] = views[own]
-    for name, view in views.items():
-        # FSDP has removed wrappers' prefixes from these names itself.
-        yield NamedTensor(_join(place.path, name), _join(place.raw, name), view, flat, True)
+        where = f"module {place.path!r}" if place.path else "the model"
+        if place.module.sharding_strategy != ShardingStrategy.NO_SHARD:
+            reason = f"FSDP has laid its parameters end to end and cut them ({place.module.sharding_strategy})"
+            hint = "use torch.distributed.fsdp.fully_shard, DistributedDataParallel, or FSDP with NO_SHARD"
+            raise InvalidValueError(where, reason, hint)
+        if any(isinstance(parameter, FlatParameter) for parameter in place.module.parameters()):
+            raise InvalidValueError(
+                where, "FSDP has laid its parameters end to end", "say use_orig_params=True to FSDP"
+            )
 
 
 def _join(path: str, key: str) -> str:

@@ -139,7 +139,9 @@ class Attachment:
                 self._is_updating = True
                 self.tracker.update_(model, None if self._t is None else self._t())
         except BaseException:
-            _forget_scale(optimizer)
+            # If a step raises, a GradScaler leaves these there, and multiplies the next scale.
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
             raise
         finally:
             self._is_updating = False
@@ -182,10 +184,9 @@ def attach(
 ) -> Attachment:
     """Attach a tracker to an optimizer in place of `before`; closes other trackers that are attached for its model."""
     unit = tracker.settings.t_unit
-    if t is not None and not callable(t):
-        raise InvalidValueError("attach", f"t {t!r}: must be a function that gives the training time, or None")
-    if t is None and unit != "steps":
-        raise InvalidValueError("attach", f"this run counts {unit}", "give it the clock: attach(optimizer, t=function)")
+    if not callable(t) and (t is not None or unit != "steps"):
+        reason = f"t {t!r}: must be a function that gives the training time in {unit}"
+        raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
     if model is None:
         reason = "this tracker was made without a model"
         raise InvalidValueError("attach", reason, "give it to from_model or from_path")
@@ -225,9 +226,8 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
         if "grad_scaler" in inspect.signature(optimizer.step).parameters:
             raise InvalidValueError("attach", f"{kind} takes the GradScaler, and may skip a step unseen", _BY_HAND)
         return optimizer
-    if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
-        raise InvalidValueError("attach", f"{kind} is a scheduler of learning rates", "attach to its optimizer")
-    if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+    is_scheduler = isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler)
+    if isinstance(optimizer, torch.optim.Optimizer) or (hasattr(optimizer, "optimizer") and not is_scheduler):
         reason = f"{kind} is a wrapper around an optimizer, which may make other steps than the training"
         raise InvalidValueError("attach", reason, _BY_HAND)
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
@@ -256,11 +256,3 @@ def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
     return not any(
         gradient.layout != torch.strided or bool(gradient.any()) for gradient in gradients if gradient is not None
     )
-
-
-def _forget_scale(optimizer: torch.optim.Optimizer) -> None:
-    """Remove a GradScaler's attributes for one step: if that raises it leaves them, and multiplies the next scale."""
-    if getattr(optimizer, "found_inf", None) is not None:
-        for name in ("grad_scale", "found_inf"):
-            if hasattr(optimizer, name):
-                delattr(optimizer, name)

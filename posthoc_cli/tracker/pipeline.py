@@ -399,31 +399,31 @@ class Pipeline:
         """Update the averages and the counters; returns why not, or what is measured of the model if that is stored."""
         self._check_open()
         now, averages, storage = self.now, self.now.averages, self._storage_of(values.layout)
-        crew, network = self._crew_for(values.layout), None
+        crew = self._crew_for(values.layout)
         if is_due := self._settings.snapshot_is_due(progress.step):
             self._room_for(storage)  # before anything is changed: memory may be short
-        name = None if values.surely_finite(crew) else values.nonfinite_name()
-        if name is None:
-            for reading in list(self._readings):
-                reading.keep()
-            self._sketch(averages, storage, now.tracked)
-            sample, network = storage.sample.room(), storage.subset.room() if is_due else None
-            wanted = [(storage.sample, sample), *([] if network is None else [(storage.subset, network)])]
-            averages.update_(values, copies, progress.t, progress.step, crew, wanted)
-            averages.sample = sample
+        for reading in list(self._readings):
+            reading.keep()
+        sample, network = storage.sample.room(), storage.subset.room() if is_due else None
+        wanted = [(storage.sample, sample), *([] if network is None else [(storage.subset, network)])]
+        sketcher = self._sketcher(averages, storage, now.tracked)
+        name = averages.update_(values, copies, progress.t, progress.step, crew, wanted, sketcher)
         self.now = replace(now, progress=progress)
-        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step), network
+        if name is not None:
+            return nonfinite_error(name, now.tracked.tensors, progress.step), None
+        averages.sample = sample
+        return None, network
 
-    def _sketch(self, averages: RunningAverages, storage: StorageLayout, tracked: TrackedModel) -> None:
-        """Have the path sketched from the first update on, or from where it is known."""
+    def _sketcher(self, averages: RunningAverages, storage: StorageLayout, tracked: TrackedModel) -> Sketcher | None:
+        """What sketches the path from the first update on, or from where it is known."""
         before, sketcher = averages.known_path, averages.sketcher
         if sketcher is not None and sketcher.subset is not storage.subset:
             before, sketcher = averages.path(exact=True), None
         if sketcher is None and (before is not None or not averages.exist):
             sketcher = Sketcher(storage.subset, 0 if tracked.members is None else tracked.members.rank)
             if before is not None and not sketcher.goes_on(before):  # of a model in other parts
-                sketcher = None
-        averages.sketcher, averages.known_path = sketcher, None
+                return None
+        return sketcher
 
     def _have_written(self, known: Tracking, network: Sequence[torch.Tensor] | None, is_due: bool = True) -> None:
         """Have the averages written as they are now; `network` has what is measured of the model then."""

@@ -101,7 +101,8 @@ class PostHocEMA(Tracker):
                 between the tracked ones. None keeps all.
             checkpoint_dtype: that averages are stored in, float32 where values do not fit; None for each parameter's.
             t_unit: the unit of `t`, if you pass a clock of your own to `update_`.
-            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn.
+            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn. Both
+                leave averages as they are, but for some last digits of the mean of the last updates.
             include: globs on names, such as "decoder.*": only matching tensors are tracked, those that require no
                 gradients, too. None: all but parameters that require no gradients.
             exclude: globs on names of tensors to be left out.
@@ -133,7 +134,7 @@ class PostHocEMA(Tracker):
         if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
             resume = "auto"  # a notebook's cell that is run again
         wait_for_writers(directory, last_too=True)
-        going_on.finish_uploads(directory)
+        going_on.finish_uploads(directory, model)
         stored = [] if resume is None else going_on.stored_to_resume(directory, resume)
         if stored:
             settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))
@@ -176,7 +177,7 @@ class PostHocEMA(Tracker):
         """
         directory = check_path("checkpoint_dir", checkpoint_dir)
         wait_for_writers(directory)
-        going_on.finish_uploads(directory)
+        going_on.finish_uploads(directory, model)
         stored = read_directory(directory)
         profiles = stored[-1].info.sigma_rels
         snapshots = going_on.snapshots_until(stored, profiles, step)

@@ -30,16 +30,22 @@ path. The newest value goes into each profile's mean with its own share, so that
 
 Relative L2 error against sums in float64, sigma_rel 0.05 / 0.28 (scripts/long_runs.py):
 
-                                  at 100,000 updates   the largest until then
-    Adam, rate a cosine to 0      2.5e-8 / 1.4e-7      1.3e-7 / 4.3e-7
-    random walk, the same         2.5e-8 / 1.3e-7      1.3e-7 / 4.1e-7
-    noise of 3 %, the same        2.5e-8 / 1.7e-7      1.4e-7 / 4.5e-7
-    pure noise of 3 %             2.7e-8 / 2.4e-7      1.4e-7 / 4.6e-7
-    drift on sines                7.4e-8 / 2.2e-7      2.1e-7 / 4.3e-7
+                                  at 1,000,000 updates  the largest until then
+    Adam, rate a cosine to 0      2.8e-8 / 2.8e-8       1.4e-7 / 4.9e-7
+    random walk, the same         2.6e-8 / 2.7e-8       1.4e-7 / 4.1e-7
+    noise of 3 %, the same        2.6e-8 / 3.1e-8       1.4e-7 / 4.6e-7
+    pure noise of 3 %             2.6e-8 / 3.4e-8       1.4e-7 / 4.6e-7
+    drift on sines                1.2e-7 / 5.2e-8       4.1e-7 / 3.9e-7
 
 The largest are where low parts begin. Reading rounds to float32, which is 2.3e-8 of this.
 
 Averages of float64 parameters are float64, and take in every value at once; their mean is for `sketcher` only.
+
+On the CPU an update reads the model once. A tile whose norm is finite, and at most twice that at the last update, is
+taken in at once, while it is in the cache. The others wait until all values are known to be finite. If one is not, a
+share f is taken out again, which is an interpolation by f / (f - 1): means of values up to A are as before to 50 u A
+at most, with u = 2^-24. All values are checked before where that would be more (f above `MOST_UNDONE`), at a fold,
+after a refused update, so that this does not add up, and on accelerators, where one would wait for each tile.
 """
 
 from __future__ import annotations
@@ -62,6 +68,9 @@ from posthoc_cli.tracker.worker import ALONE, Crew
 
 EXPONENT = 0x7F80_0000
 """The bits of a float32 that are its exponent: alone, the power of two at or below its size."""
+
+MOST_UNDONE = 3 / 4
+"""The largest share of a new value in a mean that is taken out again: roundings grow by 1 / (1 - share)."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, modulo 1, are spread the most evenly, however many there are."""
@@ -234,6 +243,7 @@ class RunningAverages:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
         most, least = self.gammas[0], self.gammas[-1]
         self._places = [(most - gamma) / (most - least) if gamma < most else 0.0 for gamma in self.gammas]
+        self._limits: list[float] = []  # norms of tiles up to which they are taken in at once; none: check all before
         self._scratch: dict[tuple[int, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @classmethod
@@ -249,61 +259,82 @@ class RunningAverages:
     @torch.no_grad()
     def update_(
         self, values: TileReader, copies: Mapping[str, torch.Tensor], t: float, step: int, crew: Crew = ALONE,
-        wanted: Sequence[tuple[Elements, Sequence[torch.Tensor]]] = (),
-    ) -> None:  # fmt: skip
+        wanted: Sequence[tuple[Elements, Sequence[torch.Tensor]]] = (), sketcher: Sketcher | None = None,
+    ) -> str | None:  # fmt: skip
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
         The averages move to the layout of `values` if it has changed; `copies` are kept as they are given. The `wanted`
-        elements of the values are put into their rooms.
+        elements of the values are put into their rooms, and the `sketcher` gets what it is for from here on. Returns
+        the first tensor that holds a nan or an infinity, if one does: then nothing is taken in.
         """
-        kept = self.tensors
-        if kept is None:
-            kept = AverageTensors(values.layout, len(self.gammas))
-        elif kept.layout != values.layout:
-            kept = kept.moved(values.layout, self.standing.early)
-        self.tensors = kept
-        for at in range(len(values.layout)):  # before anything is changed: memory may be short
-            for thread in range(crew.size):
-                self._scratch_of(Tile(0, at, 0, 0), thread)
-        before, sketcher = self.standing, self.sketcher
+        before, kept, limits = self.standing, self.tensors, self._limits
         shares = [new_value_share(gamma, before.t, t) for gamma in self.gammas]
         after = before.after(shares, t, step)
         masses = after.masses(self.gammas)
         factors = [share / mass for share, mass in zip(shares, masses, strict=True)]
         folds = window_ends(self.gammas, after.window, before.folded_t, t, before.early)
-        means = [*zip(kept.means(before.early), (factors[0], factors[-1]), strict=False)]
+        self._limits = []  # after an update that is refused, or fails, the next one is checked before
+        moves = kept is None or kept.layout != values.layout
+        checked = folds or moves or not limits or max(factors if before.window else shares) > MOST_UNDONE
+        norms = values.norms(crew) if checked else [0.0] * len(values.tiles)
+        bad = [tile for tile, norm in zip(values.tiles, norms, strict=True) if not math.isfinite(norm)]
+        if bad and (name := values.nonfinite_name(bad)) is not None:
+            return name
+        if kept is None:
+            kept = AverageTensors(values.layout, len(self.gammas))
+        elif moves:
+            kept = kept.moved(values.layout, before.early)
+        self.tensors, self.sketcher, self.known_path = kept, sketcher, None
+        for at in range(len(values.layout)):  # before anything is changed: memory may be short
+            for thread in range(crew.size):
+                self._scratch_of(Tile(0, at, 0, 0), thread)
+        last = (factors[0], factors[-1]) if before.window else (1.0, 1.0)
+        means = [] if folds else [*zip(kept.means(before.early), last, strict=False)]
+        doubles = [*zip(kept.high, shares, strict=True), *([] if before.early else means)]
+        waiting: list[Tile] = []
 
-        def work(tile: Tile, thread: int) -> None:
-            own = values.values(tile, thread)
+        def interpolate(tile: Tile, own: torch.Tensor, back: bool = False) -> None:
+            for flat, factor in doubles if own.dtype == torch.float64 else means:
+                changed = flat.flats[tile.bucket][tile.where]
+                if factor < 1:
+                    torch.lerp(changed, own, factor / (factor - 1) if back else factor, out=changed)
+                else:  # what was there before does not count
+                    changed.copy_(own)
+
+        def take(tile: Tile, own: torch.Tensor, thread: int) -> None:
             for elements, room in wanted:
                 elements.take(tile, own, room)
             if sketcher is not None and before.early:
                 sketcher.take(tile, own)
-            if own.dtype == torch.float64:
-                for high, share in zip(kept.high, shares, strict=True):
-                    average = high.flats[tile.bucket][tile.where]
-                    torch.lerp(average, own, share, out=average)
-                if before.early:
-                    return
+            interpolate(tile, own)
             if folds:
                 self._fold(tile, own, factors, masses, thread)
-                return
-            for mean, factor in means:
-                kept_mean = mean.flats[tile.bucket][tile.where]
-                if after.window > 1:
-                    torch.lerp(kept_mean, own, factor, out=kept_mean)
-                else:
-                    kept_mean.copy_(own)
+
+        def work(tile: Tile, thread: int) -> None:
+            flat = values.flat(tile, thread)
+            if not checked:
+                norms[tile.number] = norm = float(torch.linalg.vector_norm(flat))
+                if not norm <= limits[tile.number]:
+                    waiting.append(tile)
+                    return
+            take(tile, values.wide(flat, tile, thread), thread)
 
         crew.each(work, values.tiles)
+        if waiting and (name := values.nonfinite_name(sorted(waiting))) is not None:
+            taken = {*values.tiles}.difference(waiting)
+            crew.each(lambda tile, thread: interpolate(tile, values.values(tile, thread), back=True), taken)
+            return name
+        crew.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), waiting)
         if folds:
             after = self._folded(after)
         if sketcher is not None and before.early:
             sketcher.end_value(self.gammas, t, not after.early)
         elif sketcher is not None and folds:
             sketcher.end_window(t)
-        self.copies = copies
-        self.standing = after
+        self.copies, self.standing = copies, after
+        if all(bucket.device.type == "cpu" for bucket in values.layout):
+            self._limits = [min(2 * norm, torch.finfo(torch.float32).max) for norm in norms]
+        return None
 
     def _folded(self, standing: Standing) -> Standing:
         """The standing after the fold of a window; late in a run low parts begin."""

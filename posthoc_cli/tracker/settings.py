@@ -20,7 +20,7 @@ from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.tracker.names import is_fsdp, named_modules, wrapped_child
+from posthoc_cli.tracker.names import is_fsdp, named_modules
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,10 @@ class Progress:
         if t is None and unit != "steps":
             raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
         time = float(step) if t is None else _number(t)
-        if not math.isfinite(time) or not time > self.t:
-            reason = f"must be finite, and larger than at the last call, {self.t:,.12g} {unit}"
+        if not fmt.EARLIEST <= time <= fmt.LATEST or time <= self.t:
+            within = f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}"
+            reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
             raise InvalidValueError("t", reason, value=f"{time:.12g}")
-        if not fmt.EARLIEST <= time <= fmt.LATEST:
-            raise InvalidValueError("t", f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}", value=f"{time:g}")
         updated = step if settings.update_is_due(step) else self.updated
         return Progress(self.clock.add(step, time), t is not None, updated)
 
@@ -134,15 +133,12 @@ def check_path(name: str, path: str | Path) -> Path:
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
     """Tracked profiles, ascending; an InvalidValueError unless there is one, all are in range, none twice."""
-    if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable):
-        reason = "must be a sequence of numbers, such as (0.05, 0.28)"
+    given = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
+    checked = sorted(check_sigma_rel(sigma_rel) for sigma_rel in given)
+    if not checked or len(set(checked)) < len(checked):
+        reason = "must be a sequence of different numbers, such as (0.05, 0.28)"
         raise InvalidValueError("sigma_rels", reason, value=f"{sigma_rels!r}")
-    checked = tuple(sorted(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels))
-    if not checked:
-        raise InvalidValueError("sigma_rels", "at least one profile must be tracked, such as (0.05, 0.28)")
-    if len(set(checked)) < len(checked):
-        raise InvalidValueError("sigma_rels", "must not name a profile twice", value=checked)
-    return checked
+    return tuple(checked)
 
 
 def make_schedule(
@@ -165,11 +161,10 @@ def check_place(directory: Path) -> None:
     """Raise a DirectoryError or WriteError if no tracker can write to a directory, which may be missing yet."""
     with files.reported_as_write_error(directory):  # the name may be too long
         place = next(place for place in (directory, *directory.parents) if place.is_symlink() or place.exists())
-    if not place.is_dir():
-        reason = f"is not a directory; snapshots are written to the directory {directory}"
-        raise DirectoryError(place, reason, "name another one, or move the file away")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise DirectoryError(place, f"cannot be written to; snapshots are written to the directory {directory}")
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if place.is_dir() else "is not a directory"
+        reason = f"{what}; snapshots are written to the directory {directory}"
+        raise DirectoryError(place, reason, "name another one")
 
 
 # --- groups of processes ---
@@ -184,19 +179,11 @@ def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None  # there may be a group later
-    wrapper = None if model is None else _replicating(model)
-    return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
+    modules = () if model is None else (place.module for place in named_modules(model))
+    replicated = (one for one in modules if is_fsdp(one) or isinstance(one, torch.nn.parallel.DistributedDataParallel))
+    return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
 
 
 def is_in_group() -> bool:
     """Whether this is one of several processes that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _replicating(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The wrapper that keeps a model, or a part of it, the same in several processes."""
-    for place in named_modules(model):
-        is_ddp = isinstance(place.module, torch.nn.parallel.DistributedDataParallel)
-        if is_fsdp(place.module) or (is_ddp and wrapped_child(place.module) == "module"):
-            return place.module
-    return None

@@ -13,8 +13,8 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from posthoc_cli.errors import InvalidValueError, PostHocError, RankError, VanishedError
 from posthoc_cli.snapshots.chunks import Chunk, row_major
@@ -111,12 +111,14 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
     if not is_sharded(tensor):
         return tensor.detach(), None
     check_torch()
+    from torch.distributed.tensor import Shard
+
     found: Any = tensor
     for axis, placement in enumerate(found.placements):
         if placement.is_partial():
             reason = f"has the placement {placement}: no process holds its values"
             raise InvalidValueError("tensor", reason, "reduce it first", value=f"{name!r}")
-        if type(placement).__name__ == "_StridedShard":
+        if not placement.is_replicate() and type(placement) is not Shard:
             _check_strided(name, found, axis)
     with torch.no_grad():
         local = found.to_local()
@@ -394,8 +396,7 @@ class Members:
 
     def wait_for_writer(self) -> None:
         """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
-        refused = _wait(self.store, "writer", 0, "has not taken the directory yet")
-        if refused:
+        if refused := _wait(self.store, "writer", 0, "has not taken the directory yet"):
             raise RankError("rank 0", refused)
 
     def check(self) -> None:
@@ -469,6 +470,44 @@ def meet(
     return Members(rank, callers, holders, number, *ids, frozenset(tensors), mesh, device, store)
 
 
+@contextmanager
+def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
+    """A block that no process leaves before all have done it; rank 0 holds something meanwhile.
+
+    Each process comes, in the same order.
+
+    Arguments:
+        take: takes it, and returns what releases it.
+        what: the block does, for people.
+
+    Raises:
+        RankError: a process did not come, or failed; names it.
+    """
+    rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("led")
+    own, held = f"done/{rank}", ExitStack()
+    try:
+        if rank == 0:
+            own = "led"
+            held.callback(take())
+            store.set("led", "")
+            own = "done/0"
+        elif refused := _wait(store, "led", 0, "made no tracker of this model"):
+            raise RankError("rank 0", refused)
+        store.set(f"here/{rank}", "")
+        for other in range(world):
+            _wait(store, f"here/{other}", other, "made no tracker of this model")
+        yield
+        store.set(own, "")
+        for other in range(world):
+            if failed := _wait(store, f"done/{other}", other, f"has not {what}", 60.0):
+                raise RankError(f"rank {other}", failed)
+    except BaseException as error:
+        store.set(own, str(error))
+        raise
+    finally:
+        held.close()
+
+
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
     """The largest arrangement of processes that a model's parameters are sharded over, as a header has it."""
     meshes: list[Any] = [found.device_mesh for found in model.parameters() if hasattr(found, "device_mesh")]
@@ -477,6 +516,9 @@ def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _new_store(name: str) -> Store:
+    # torch has no public name for it. Without this one no tracker can be made in a group, and others can.
+    from torch.distributed.distributed_c10d import _get_default_store
+
     _made[name] += 1
     return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
 

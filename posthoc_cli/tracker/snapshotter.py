@@ -91,13 +91,6 @@ class LiveSource:
     read: Callable[[Sequence[ElementRange]], list[torch.Tensor]]
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors, made now."""
-        ranges = [ElementRange(name, 0, math.prod(spec.shape)) for name, spec in self.stored.items()]
-        found = zip(self.stored.items(), self.read(ranges), strict=True)
-        return {name: values.view(spec.shape) for (name, spec), values in found}
-
-    @property
     def name(self) -> str:
         """For messages, in place of a file name."""
         return f"live average of sigma_rel {self.info.sigma_rel:g}"
@@ -153,12 +146,6 @@ def live_sources(
         ]
 
     return [LiveSource(info, specs, partial(own, index)) for index, info in enumerate(headers(settings, state))]
-
-
-def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
-    """Snapshots of a run on disk and, where they are newer, its live averages, measured; none of them twice."""
-    snapshots = run_snapshots(directory, run_id)
-    return with_older(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots)
 
 
 def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:

@@ -14,11 +14,10 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path, PosixPath
-from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, LockedError, RemoteError, WriteError
@@ -35,14 +34,14 @@ log = logging.getLogger(__name__)
 
 STORES = ("s3", "gs", "az")
 
-_TOKENS = ".ema.spool"
-"""Of the leases that processes with this spool held last."""
+_TOKEN = ".ema.spool"
+"""A file with what tells this spool from others: of the processes with one, the holder of the lock has the lease."""
 
 _names = threading.Lock()
 """Held while a name in a spool is given to another file, or removed because the file was uploaded."""
 
-_open: WeakValueDictionary[Path, Spool] = WeakValueDictionary()
-"""The spools of this process by their runs."""
+_gone: dict[SpooledPath, None] = {}
+"""What was removed, and is to be removed from the store."""
 
 
 class SpooledPath(RemotePath):
@@ -113,45 +112,33 @@ class SpooledPath(RemotePath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove it here now; from the store when everything written before is there."""
-        spool, is_asked = self._spool, self._is_asked
-        if is_asked and spool is not None:
-            spool.gone[self] = None
+        if is_asked := self._is_asked:
+            _gone[self] = None
         self.here.unlink(missing_ok or is_asked)
-        if is_asked and spool is None:
-            store.delete(str(self))
 
     def replace(self, target: Any) -> Any:
         """Give it another name, also in the store."""
         with _names:
             if os.path.lexists(self) or not self._is_asked:
                 self.here.replace(target)
+        pairs: list[tuple[Path, Path]] = []
         if self._is_asked:
-            _move_objects(self, target)
+            try:
+                pairs = [(child, target / child.name) for child in RemotePath(str(self)).iterdir()]
+            except NotADirectoryError:
+                pairs = [(self, target)]
+            except FileNotFoundError:
+                return target
+        for old, new in pairs:
+            if not os.path.lexists(new):  # else it is uploaded from here
+                store.copy(str(old), str(new))
+            store.delete(str(old))
         return target
-
-    @property
-    def _spool(self) -> Spool | None:
-        return next((_open[path] for path in (self, *self.parents) if path in _open), None)
 
     @property
     def _is_asked(self) -> bool:
         """Whether it can be in the store."""
-        spool = self._spool
-        return not self.name.startswith(".") and files.is_url(self) and (spool is None or self not in spool.gone)
-
-
-def _move_objects(path: Path, target: Path) -> None:
-    """Give an object, or those in a folder, other names in the store, but for files that are here under these names."""
-    try:
-        pairs: list[tuple[Path, Path]] = [(child, target / child.name) for child in RemotePath(str(path)).iterdir()]
-    except NotADirectoryError:
-        pairs = [(RemotePath(str(path)), target)]
-    except FileNotFoundError:
-        return
-    for old, new in pairs:
-        if not os.path.lexists(new):
-            store.copy(str(old), str(new))
-        store.delete(str(old))
+        return not self.name.startswith(".") and files.is_url(self) and self not in _gone
 
 
 def spooled(path: Path) -> SpooledPath:
@@ -185,7 +172,6 @@ class Spool:
 
     Attributes:
         kept: uploaded files that stay in the spool.
-        gone: what was removed, and is to be removed from the store.
         is_due: whether a `sync` was asked for that has not begun.
 
     Raises:
@@ -194,15 +180,13 @@ class Spool:
 
     def __init__(self, directory: SpooledPath, part: tuple[int, int] | None = None, leads: bool = True) -> None:
         self.kept: frozenset[Path] = frozenset()
-        self.gone: dict[SpooledPath, None] = {}
         self.is_due = False
         self._directory = directory
         self._own = "" if part is None else f"part-{part[0]:05d}-of-"
         self._is_conditional = os.environ.get("EMA_LEASE") != "off"
         self._lease = _lease(directory) if leads and self._is_conditional else None
-        self._uploaded: dict[SpooledPath, _Stamp | None] = {}
+        self._uploaded: dict[SpooledPath, _Stamp] = {}
         self._is_told, self._process = False, os.getpid()
-        _open[directory] = self
 
     @property
     def waiting(self) -> list[SpooledPath]:
@@ -224,7 +208,7 @@ class Spool:
                 self._check_lease()
                 if not os.path.lexists(path):  # else it was written again
                     store.delete(str(path))
-                del self.gone[path]
+                del _gone[path]
         except LockedError:
             raise
         except OSError as error:
@@ -245,14 +229,15 @@ class Spool:
     def has_room(self) -> bool:
         """Whether what waits takes no more than what is free on the spool's disk."""
         files.make_directory(self._directory.here)  # again, where a cache was cleared
-        waits = sum(stamp.size for path in self.waiting if (stamp := _stamp(path)) is not None)
+        waits = sum(size for path in self.waiting for size in _stamp(path)[2:])
         return waits <= shutil.disk_usage(self._directory.here).free
 
     def close(self) -> None:
         """Let another writer in; of a forked process nothing."""
         if self._process != os.getpid():
             return
-        _open.pop(self._directory, None)
+        for path in self._removed():
+            del _gone[path]
         if self._lease is not None:
             self._lease.release()
 
@@ -261,7 +246,7 @@ class Spool:
 
         None where thinning has removed some of that: what has taken the place of these may have come since.
         """
-        gone, is_whole = [*self.gone], True
+        gone, is_whole = self._removed(), True
         for path in self.waiting:
             self._check_lease()
             stamp = _stamp(path)
@@ -272,13 +257,28 @@ class Spool:
                 is_whole = False
         return gone if is_whole else None
 
+    def _removed(self) -> list[SpooledPath]:
+        return [path for path in [*_gone] if path.is_relative_to(self._directory)]
+
     def _check_lease(self) -> None:
         if self._lease is not None:
             self._lease.check()
 
 
-def finish(directory: SpooledPath) -> None:
+def hold(directory: SpooledPath) -> Callable[[], None]:
+    """Take the lease of a run, unless a tracker of this machine has it, and return what releases it."""
+    try:
+        lock = DirectoryLock(directory)
+    except LockedError:
+        return lambda: None
+    with lock:
+        return Spool(directory).close
+
+
+def finish(directory: SpooledPath, leads: bool = True) -> None:
     """Upload what an earlier tracker has left in the spool, unless one of this machine is at it.
+
+    Without `leads` under the lease of another process.
 
     Where the run has gone on elsewhere since, what is left is of another attempt, and is set aside.
 
@@ -294,7 +294,7 @@ def finish(directory: SpooledPath) -> None:
     except LockedError:
         return
     with lock:
-        spool = Spool(directory)
+        spool = Spool(directory, leads=leads)
         try:
             there = find_snapshots(RemotePath(str(directory)))
             others = [path for path in spool.waiting if there and _is_of_another(path, directory, there[-1].info)]
@@ -325,21 +325,15 @@ def _is_of_another(path: SpooledPath, run: Path, newest: SnapshotInfo) -> bool:
 # --- files of a spool
 
 
-class _Stamp(NamedTuple):
-    """Another one for another file of the same name."""
-
-    inode: int
-    modified: int
-    size: int
+_Stamp = tuple[int, ...]
 
 
-def _stamp(path: SpooledPath) -> _Stamp | None:
-    """None where there is no file."""
-    try:
+def _stamp(path: SpooledPath) -> _Stamp:
+    """Another one for another file of the same name: its inode, time and size; empty where there is none."""
+    with suppress(FileNotFoundError):
         found = path.here.stat()
-    except FileNotFoundError:
-        return None
-    return _Stamp(found.st_ino, found.st_mtime_ns, found.st_size)
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    return ()
 
 
 def _files(directory: SpooledPath, own: str = "") -> list[SpooledPath]:
@@ -351,10 +345,10 @@ def _files(directory: SpooledPath, own: str = "") -> list[SpooledPath]:
     return sorted(found)
 
 
-def _drop(path: SpooledPath, stamp: _Stamp | None) -> None:
+def _drop(path: SpooledPath, stamp: _Stamp) -> None:
     """Remove a file from the spool, unless it was replaced since."""
     with _names:
-        if stamp is not None and _stamp(path) == stamp:
+        if stamp and _stamp(path) == stamp:
             path.here.unlink()
 
 
@@ -383,9 +377,8 @@ def _stored_header(path: SpooledPath) -> FileHeader | None:
 
 
 def _lease(directory: SpooledPath) -> Lease:
-    """The lease of a run; at once where the last holder had this spool, since it has ended."""
-    place = directory.here / _TOKENS
-    ended = place.read_text().split() if place.is_file() else []
-    token = secrets.token_hex(16)
-    files.write_whole(place, " ".join([*ended[-3:], token]).encode(), overwrite=True)
-    return Lease(RemotePath(str(directory)), token, ended)
+    """The lease of a run, for the holder of the lock of its spool: at once where the last holder had this spool."""
+    place = directory.here / _TOKEN
+    if not place.is_file():
+        files.write_whole(place, secrets.token_hex(16).encode())
+    return Lease(RemotePath(str(directory)), place.read_text())

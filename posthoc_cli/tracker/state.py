@@ -106,13 +106,10 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     Profiles that only the state has are dropped; one that only the tracker has cannot begin in mid-run. Of complete
     tensors, a process of several takes what it owns.
     """
-    if not isinstance(state, Mapping):
-        raise InvalidValueError("state", f"must be the dict that state_dict() gives, not {shown(state)}")
-    if not state:
-        reason, hint = "is empty: it is of a process that keeps no averages", "load the one of the group's writer"
-        raise InvalidValueError("state", reason, hint)
-    if (version := state.get("version")) != STATE_VERSION:
-        raise InvalidValueError("state", f"has version {shown(version)}; this release reads {STATE_VERSION}")
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if version != STATE_VERSION:
+        reason = f"must be what state_dict() of the process that keeps averages gives, of version {STATE_VERSION}"
+        raise InvalidValueError("state", f"{reason}, not {shown(version)}")
     info = states.state_from(state, settings.schedule)
     if info.t_unit != settings.t_unit:
         raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
@@ -145,9 +142,6 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
                 own.copy_(_own_part(name, stored, tracked, own.dtype))
         if standing.early:
             kept.unpack_()
-        for parts in kept.means(True) if standing.early else kept.low:
-            if (damaged := nonfinite_name(parts.views)) is not None:
-                raise NonFiniteError(f"tensor {damaged!r}", "the state's average of it holds nan or infinity")
         dtypes = tracked.dtypes(copied=True)
         _check_names(state["copies"], dtypes, tracked)
         copies = {name: _own_part(name, state["copies"], tracked, dtype).clone() for name, dtype in dtypes.items()}
@@ -256,22 +250,19 @@ def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
 
 @contextmanager
 def open_state(path: Path) -> Iterator[dict[str, Any]]:
-    """A state as `pack_state` gives it, except that each tensor is read when it is used; errors name the path."""
+    """A state as `pack_state` gives it, except that each tensor is read when it is used."""
     stored = states.read_state(path)
     info, header = stored.info, stored.header
     prefixes = [states.MEAN, *map(high_prefix, info.sigma_rels), *map(low_prefix, info.sigma_rels), states.COPY]
     names = {prefix: states.tensors_with(prefix, header) for prefix in prefixes}
-    try:
-        with stored.open() as file:
-            if (masses := states.older_masses(header)) is not None:
-                yield _plain(info) | _converted(file, info, masses)
-                return
-            found = {prefix: _StoredTensors(file, own) for prefix, own in names.items()}
-            high = {repr(sigma_rel): found[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-            low = {repr(sigma_rel): found[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-            yield _plain(info) | {"mean": found[states.MEAN], "high": high, "low": low, "copies": found[states.COPY]}
-    except (InvalidValueError, ModelMismatchError, NonFiniteError) as error:
-        raise type(error)(path, str(error)) from error
+    with stored.open() as file:
+        if (masses := states.older_masses(header)) is not None:
+            yield _plain(info) | _converted(file, info, masses)
+            return
+        found = {prefix: _StoredTensors(file, own) for prefix, own in names.items()}
+        high = {repr(sigma_rel): found[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+        low = {repr(sigma_rel): found[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+        yield _plain(info) | {"mean": found[states.MEAN], "high": high, "low": low, "copies": found[states.COPY]}
 
 
 class _StoredTensors(Mapping[str, torch.Tensor]):

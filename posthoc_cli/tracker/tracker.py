@@ -441,10 +441,11 @@ class Tracker:
 
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Go on from the model's place on the run's path, see `Start.choose`."""
-        group = self._chunk_holders("update_" if is_first_call else "this tracker")
-        now = self._pipeline.now
-        parts = group.from_all(None if self._start.step == 0 else self._watch.sample(model, now.tracked))
-        sample = None if None in parts else dict(ChainMap(*(part for part in parts if part is not None)))
+        if self._start.step == 0:
+            return
+        group, now = self._chunk_holders("update_" if is_first_call else "this tracker"), self._pipeline.now
+        own = group.together(lambda: self._watch.sample(model, now.tracked))
+        sample = dict(ChainMap(*group.from_all(own)))
         chosen = self._start.choose(now, sample, group, self._writer is not False, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from posthoc_cli.tracker import sharding
-
 
 @pytest.fixture
 def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,4 +18,4 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda _=None: 1)
-    monkeypatch.setattr(sharding, "_get_default_store", torch.distributed.HashStore)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", torch.distributed.HashStore)

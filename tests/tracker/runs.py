@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import DirectoryError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reading import open_file
 
@@ -42,6 +44,12 @@ def walk(
         with torch.no_grad():
             model.weight.copy_(VALUES[number] * scale)
         tracker.update_(model, t * number if t else None)
+
+
+def wait_for_writers(folder: Path) -> None:
+    """Return when what this process's trackers have due there is on disk, or has failed: they keep their errors."""
+    with suppress(DirectoryError):  # there is no snapshot yet
+        PostHocEMA.from_path(folder)
 
 
 def times(folder: Path) -> set[float]:

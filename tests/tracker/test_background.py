@@ -17,7 +17,7 @@ import forked
 import pytest
 import torch
 from factories import refuse_for_space
-from tracker.runs import contents, scheduled, step, times, train
+from tracker.runs import contents, scheduled, step, times, train, wait_for_writers
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
@@ -187,7 +187,7 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
         with monkeypatch.context() as fault:
             fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
-            tracker._pipeline.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
+            wait_for_writers(tmp_path)  # it has failed by now, and nobody knows
         if next_fails:
             with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
                 tracker.update_(model, t=5.0)

@@ -319,11 +319,12 @@ class Positional(Network):
         return super().forward(batch["pixels"])
 
 
-@pytest.mark.parametrize("kind", ["tensors", "pairs", "keywords", "dicts"])
+@pytest.mark.parametrize("kind", ["tensors", "pairs", "lists", "iterator", "keywords", "dicts"])
 def test_update_bn_needs_no_tracker_and_takes_what_loaders_give(kind: str) -> None:
     parts = [inputs(seed) for seed in range(5)]
     loader = {
-        "tensors": parts, "pairs": [(part, 0) for part in parts],
+        "tensors": parts, "pairs": [(part, 0) for part in parts], "lists": [[part] for part in parts],
+        "iterator": iter(parts),
         "keywords": [{"pixels": part / 2, "mask": torch.full((4,), 2.0)} for part in parts],
         "dicts": [{"pixels": part, "labels": torch.zeros(16)} for part in parts],
     }[kind]  # fmt: skip

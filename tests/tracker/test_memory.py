@@ -32,15 +32,14 @@ def run(path, model, steps):
         for _ in range(steps):
             tracker.update_(model)
         tracker.flush()
-        kept = tracker._pipeline.now.averages.tensors.nbytes
         if sys.argv[3] == "query":
             tracker.update_(model)
             tracker.state_dict(0.05)
-        return kept, tracker.metrics()["bytes"]
+        return tracker.metrics()["bytes"]
 
 run(sys.argv[1] + "/small", torch.nn.Linear(300, 300), 4)  # what torch and the threads take once
 before = resident("VmRSS")
-kept, held = run(sys.argv[1] + "/large", model, 12)
+held, kept = run(sys.argv[1] + "/large", model, 12), 16 * count
 print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
 """
 

@@ -11,7 +11,7 @@ from factories import exact_average
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reading import ElementRange, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
@@ -107,6 +107,12 @@ def test_of_tied_names_the_one_that_is_taken_names_the_tensor(tmp_path: Path) ->
     assert roles(tmp_path / "taken") == {"1.weight": "average", "1.bias": "average"}
     assert read_directory(tmp_path / "taken")[-1].info.aliases == {}
     PostHocEMA.from_path(tmp_path / "taken").load_into(model, sigma_rel=0.2)
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+    model[2].weight = model[0].weight
+    tracked(model, tmp_path / "both")
+    model[2].weight = model[1].weight
+    with pytest.raises(ModelMismatchError, match=r"'2\.weight': is not tied to the tensor that it was tied to"):
+        PostHocEMA.from_path(tmp_path / "both", model)
 
 
 def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path: Path) -> None:
@@ -119,6 +125,8 @@ def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path
     for name in ("1.running_mean", "0.weight"):
         expected = exact_average([state[name] for state in states], 0.28, range(1, 7))
         np.testing.assert_allclose(weights[name], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelMismatchError, match="is copied now, and was averaged when tracking began"):
+        PostHocEMA.from_model(network(), tmp_path, **SETTINGS, buffers="copy", resume="auto")
 
 
 COPIED = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
@@ -154,7 +162,9 @@ def test_what_is_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: Path)
 def test_complex_tensors_are_copied_where_they_are_buffers_and_what_is_left_out_stays_so(tmp_path: Path) -> None:
     model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
     model.register_buffer("rotation", torch.polar(torch.ones(3), torch.arange(3.0)))
-    with pytest.raises(InvalidValueError, match=r"'phase': is complex, .*view_as_real.*exclude='phase'"):
+    with pytest.raises(
+        InvalidValueError, match=r"'phase': dtype torch\.complex64 cannot be averaged.*view_as_real.*exclude='phase'"
+    ):
         PostHocEMA.from_model(model, tmp_path)
     tracked(model, tmp_path / "left out", exclude="phase", buffers="average")
     assert roles(tmp_path / "left out") == {"w": "average", "rotation": "copy"}

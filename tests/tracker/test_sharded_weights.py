@@ -106,12 +106,15 @@ assert equal(held(model), raw) and model.training
 with ema.averaged(model, tracked=0.2):
     pass
 assert equal(held(model), raw)
+refused(ema.averaged(spread(Net(), "tp"), tracked=0.2).__enter__)
 ema.close()
 """
-    first, second = check_group(TRAINED + code, 2, tmp_path, "fsdp")
+    (first, other), (second, another) = map(str.splitlines, check_group(TRAINED + code, 2, tmp_path, "fsdp"))
     assert first.startswith("RankError rank 1: ")
     assert "is damaged" in first
     assert second.startswith("FileFormatError ")
+    for text in (other, another):
+        assert "of another shape, or spread over the processes in another way than when tracked" in text
 
 
 def test_weights_are_restored_in_a_process_that_fails_within_the_block(tmp_path: Path) -> None:

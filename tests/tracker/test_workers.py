@@ -131,7 +131,6 @@ def test_threads_of_training_are_left_alone(
         for _ in range(3):
             tracker.update_(model)
             seen["training"].append(torch.get_num_threads())
-        assert tracker._pipeline._crew.size == 2
     later()
     assert seen == {"averages": [1] * 3, "training": [2] * 3, "later": [2] * 4}
     assert torch.get_num_threads() == 2

@@ -78,7 +78,8 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 
 def fsdp(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
     strategy = ShardingStrategy.NO_SHARD
-    return FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"), **options)
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")} | options
+    return FullyShardedDataParallel(model, sharding_strategy=strategy, **options)
 
 
 def with_part(name: str, wrap: Callable[..., Any]) -> Callable[[torch.nn.Module], torch.nn.Module]:
@@ -96,8 +97,7 @@ WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     "compiled and replicated": lambda model: compiled(DistributedDataParallel(compiled(model))),
     "compiled part": with_part("head", compiled),
     "checkpointed part": with_part("head", checkpoint_wrapper),
-    "fsdp, named": lambda model: fsdp(model, use_orig_params=True),
-    "fsdp, flat": lambda model: fsdp(model, use_orig_params=False),
+    "fsdp": fsdp,
     "fsdp, parts": lambda model: fsdp(with_part("module", fsdp)(model)),
 }
 
@@ -160,8 +160,20 @@ def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path
             tracker.update_(torch.nn.DataParallel(model))
 
 
+def test_a_release_of_torch_without_one_of_the_wrappers_is_told_when_a_tracker_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else names would have the wrapper's prefix from then on."""
+    model = compiled(network())
+    monkeypatch.delattr(type(model).__module__ + ".OptimizedModule")
+    with pytest.raises(AttributeError, match="OptimizedModule"):
+        PostHocEMA.from_model(model, tmp_path)
+
+
 def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) -> None:
-    model = fsdp(network(), use_orig_params=False)
+    with pytest.raises(InvalidValueError, match=r"the model: FSDP has laid its parameters .*use_orig_params=True"):
+        PostHocEMA.from_model(fsdp(network(), use_orig_params=False), tmp_path)
+    model = fsdp(network())
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     tracker.update_(model)
     for call in (tracker.load_into, lambda *a, **k: tracker.model(*a, **k).__enter__()):
@@ -199,7 +211,8 @@ elif what == "part":
     model[0], model[2] = DistributedDataParallel(model[0]), DistributedDataParallel(model[2])
 else:
     strategy = ShardingStrategy.FULL_SHARD if what == "sharded" else ShardingStrategy.NO_SHARD
-    model = FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"))
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    model = FullyShardedDataParallel(model, sharding_strategy=strategy, **options)
 if what == "sharded":
     refused(lambda: PostHocEMA.from_model(model, folder / "run"))
 else:
