@@ -1,6 +1,6 @@
 """Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file is executed.
 
-    read_pickle, read_file, read_model, read_step   where in a file the bytes of each tensor are, those of a model, when
+    read_pickle, read_model, read_step              where in a file the bytes of each tensor are, those of a model, when
     formats, ema_formats, settings                  what other programs store, and what must be told of it
     source, open_run                                a checkpoint to average from; all that are in a folder
     import_run, import_manifest, import_copies      what `ema import` does, and what it leaves

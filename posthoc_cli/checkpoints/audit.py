@@ -85,7 +85,8 @@ class Audit:
         verdict: in a few words, one of `BAD`, or "as claimed", "found", "cannot be told".
         text: what it means, for people.
         what: "decay" or "sigma_rel".
-        found, uncertainty: of all intervals; None where nothing can be told. The latter is relative, of the length.
+        found, length: of all intervals; None where nothing can be told.
+        uncertainty: of the length, relative.
         claimed: None without.
         ratio: found length / claimed length.
         warm_up: the rule by which the decay rose, as settings name it; empty for none.
@@ -100,6 +101,7 @@ class Audit:
     text: str
     what: str = "decay"
     found: float | None = None
+    length: float | None = None
     uncertainty: float | None = None
     claimed: float | None = None
     ratio: float | None = None
@@ -152,6 +154,7 @@ def judge(case: Case) -> Audit:
     told = replace(
         base,
         found=found,
+        length=None if rising else fit.model.length(value),
         uncertainty=None if rising else uncertainty,
         warm_up=fit.model.warm_up,
         starts=tuple(starts.values()),

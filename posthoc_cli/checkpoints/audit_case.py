@@ -10,6 +10,7 @@ import numpy as np
 
 from posthoc_cli.checkpoints.audit_decay import Fit, Model, Products, WarmModel, least, passed_since, rests
 from posthoc_cli.checkpoints.audit_together import Series, misfit
+from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay
 from posthoc_cli.snapshots.measurements import expected_rounding, read_values
@@ -77,6 +78,8 @@ def read_sample(weights: FileSource, average: FileSource, pieces: Sequence[tuple
         with source.open() as file:
             for name, begin, end in pieces:
                 own.append(read_values(file, name, begin, end))
+                if not np.isfinite(own[-1]).all():
+                    raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
                 if source is average:
                     dtypes = source.stored[name].dtype, "F32"
                     rounding.append(expected_rounding(own[-1], *dtypes))

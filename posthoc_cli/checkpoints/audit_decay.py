@@ -211,8 +211,10 @@ class Fit:
         self.times = _points(self.model, begin, end)
         self.grid = self.model.grid(self.products)
         self.gram = np.array([one.gram for one in self.products])
-        self.weights = 1 / np.maximum(self.gram[..., 0, 0] + self.gram[..., 2, 2], 1e-300)
-        floor = 1e-4 * self.gram[..., 2, 2] + 1e-300
+        moved = self.gram[..., 0, 0] + self.gram[..., 2, 2]
+        least_moved = 1e-20 * moved.max() + 1e-300  # also of a piece that stands still
+        self.weights = 1 / np.maximum(moved, least_moved)
+        floor = 1e-4 * self.gram[..., 2, 2] + least_moved
         rounding = np.array([one.rounding for one in self.products])
         self.value = self.best(self.weights)
         for _ in range(3):

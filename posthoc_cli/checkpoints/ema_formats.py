@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from posthoc_cli.checkpoints.read_file import PARAMETERS
 from posthoc_cli.checkpoints.read_model import (
     MODEL_GROUPS,
+    PARAMETERS,
     FoundChunk,
     IndexedCheckpoint,
     index_checkpoint,

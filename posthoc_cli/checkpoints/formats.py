@@ -11,20 +11,19 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.ema_formats import EDM_NAME, EDM_OPTIONS, FINDERS, FoundEMA, Tensors
-from posthoc_cli.checkpoints.read_file import names_in
-from posthoc_cli.checkpoints.read_model import IndexedCheckpoint
+from posthoc_cli.checkpoints.read_model import IndexedCheckpoint, names_in
 from posthoc_cli.checkpoints.read_step import checked_step, step_of
 from posthoc_cli.checkpoints.settings import Settings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile, gamma_from_sigma_rel
+from posthoc_cli.profiles import Discrete, Point, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     DEFAULT_UPDATE_AFTER_STEP,
     TORCHTITAN_GAMMA,
@@ -33,7 +32,7 @@ from posthoc_cli.profiles.other_libraries import (
     posthoc_ema_profile,
     torchtitan_profile,
 )
-from posthoc_cli.reconstruction import Distance, DistanceTo, misfit
+from posthoc_cli.reconstruction import DistanceTo, misfit
 from posthoc_cli.snapshots.measurements import sample_measurements
 from posthoc_cli.snapshots.sources import FileSource
 
@@ -265,12 +264,13 @@ def check_update_every(
     found = {}
     for every in sorted({claimed, *(value for value in _EVERY if value <= shortest)}):
         profiles = {source.profile: profile(source, every) for source in sources}
+        apart = [
+            tuple(DistanceTo(**vars(one) | {"profile": profiles[one.other]}) for one in own.distances)
+            for own in measured
+        ]
         averages = [
-            replace(
-                source.info.average(profiles[source.profile]),
-                measurements=replace(own, distances=tuple(_claimed(one, profiles) for one in own.distances)),
-            )
-            for source, own in zip(sources, measured, strict=True)
+            replace(source.info.average(profiles[source.profile]), measurements=replace(own, distances=distances))
+            for source, own, distances in zip(sources, measured, apart, strict=True)
         ]
         if not math.isnan(fit := misfit(averages)):
             found[every] = fit
@@ -285,10 +285,6 @@ def check_update_every(
     if found[claimed] > _POOR:
         log.warning("the distances between the averages fit no update_every; %s", hint)
     return dict(sorted(found.items(), key=lambda one: one[1]))
-
-
-def _claimed(distance: Distance, profiles: Mapping[StoredProfile, Discrete]) -> Distance:
-    return DistanceTo(**{**vars(distance), "profile": profiles[distance.other]})
 
 
 def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:

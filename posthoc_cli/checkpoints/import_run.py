@@ -24,10 +24,11 @@ from posthoc_cli.checkpoints.import_manifest import (
     make_manifest,
     read_manifest,
 )
-from posthoc_cli.checkpoints.open_run import decay_is_missing, holds_checkpoints, open_checkpoints, open_unclaimed
+from posthoc_cli.checkpoints.open_run import open_checkpoints
 from posthoc_cli.checkpoints.settings import Settings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
 
@@ -106,48 +107,45 @@ def import_checkpoints(
     target = None if out is None else files.expanded(files.local_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
-    _check_foreign(origin)
-    given, said = _with_decay(origin, given)
     found = _found(origin, given)
-    checks = (*_checks(found, given), *([said] if said else _check_decay(found)))
+    said, profiles = "", [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
+    if profiles and given.update_every is None:  # what the files show together, and one alone may not
+        given = replace(given, update_every=profiles[-1].settings["every"])
+    if any(isinstance(one.profile, OrdinaryEMA) and not one.info.decay for one in found):
+        given, said = _with_decay(found, given)
+        found = open_checkpoints(origin, given)
+    of_kind = [(kind, [one for one in found if one.kind == name]) for name, kind in TABLE.items()]
+    checks = [kind.check(own, given) for kind, own in of_kind if own and kind.check]
+    checks += [said] if said else _check_decay(found)
     paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
     written = False
     if target is not None and not dry_run:
         files.check_parent("out", target)
         if copy:
-            written = _copied(found, target, overwrite, progress)
+            written = not are_copied(found, target)
+            if written:
+                write_copies(found, target, overwrite, progress)
         else:
             written = _referred(make_manifest(target, origin, given, found), overwrite)
-    return Import(tuple(found), target, paths, checks, written, dry_run)
-
-
-def _check_foreign(origin: Path) -> None:
-    """A DirectoryError if it holds our own files."""
-    if is_import(origin):
-        raise _is_again(origin)
-    if origin.is_dir() and inspect_directory(origin).snapshots:
-        raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
-
-
-def _is_again(origin: Path) -> DirectoryError:
-    return DirectoryError(origin, "is an import", "import the files that it was made of")
+    return Import(tuple(found), target, paths, tuple(checks), written, dry_run)
 
 
 def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
-    """Other programs' files."""
-    found = open_checkpoints(origin, settings)
-    if not all(one.kind for one in found):
-        raise _is_again(origin)
-    return found
+    """Other programs' files, with EMAs of unknown decay; a DirectoryError if it holds our own."""
+    if not is_import(origin):
+        if origin.is_dir() and inspect_directory(origin).snapshots:
+            raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
+        found = open_checkpoints(origin, settings, unclaimed=True)
+        if all(one.kind for one in found):
+            return found
+    raise DirectoryError(origin, "is an import", "import the files that it was made of")
 
 
-def _with_decay(origin: Path, given: Settings) -> tuple[Settings, str]:
-    """The settings, with the decay that ordinary EMAs show where nothing else says it; then also a line on it."""
-    if not holds_checkpoints(origin) or not decay_is_missing(origin, given):
-        return given, ""
-    sources = open_unclaimed(origin, given)
+def _with_decay(sources: Sequence[Checkpoint], given: Settings) -> tuple[Settings, str]:
+    """The settings with the decay that ordinary EMAs show, and a line on it."""
+    unclaimed = [replace(one, info=replace(one.info, decay=0.0)) for one in sources]  # also those that say theirs
     try:
-        (audit, *_) = audit_sources(sources, every=given.update_every or 1)
+        (audit, *_) = audit_sources(unclaimed, every=given.update_every or 1)
     except InvalidValueError:
         reason = "must be given: the files do not hold it, and it cannot be found without weights beside the averages"
         raise InvalidValueError("ema_decay", reason) from None
@@ -180,14 +178,13 @@ _LATE = 0.1
 def _usual(decay: float, uncertainty: float) -> float:
     """1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the decay.
 
-    That is within the relative uncertainty; within twice it as far as that is small, since such decays are far apart.
+    That is within twice the relative uncertainty, and within 3 %: such decays are far apart.
     """
     rest = 1 - decay
     power = 10.0 ** math.floor(math.log10(rest))
     near = min((1.0, 2.0, 5.0, 10.0), key=lambda digit: abs(math.log(digit * power / rest)))
     rounded = round(1 - near * power, 15)
-    near_enough = max(uncertainty, min(2 * uncertainty, 0.03))
-    return rounded if abs(math.log((1 - rounded) / rest)) <= near_enough else decay
+    return rounded if abs(math.log((1 - rounded) / rest)) <= min(2 * uncertainty, 0.03) else decay
 
 
 def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
@@ -203,21 +200,6 @@ def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
         yield f"given: {audit.text}"
-
-
-def _checks(found: Sequence[Checkpoint], settings: Settings) -> Iterator[str]:
-    for name, kind in TABLE.items():
-        own = [one for one in found if one.kind == name]
-        if own and kind.check is not None:
-            yield kind.check(own, settings)
-
-
-def _copied(found: Sequence[Checkpoint], out: Path, overwrite: bool, progress: ProgressBar) -> bool:
-    """Write copies, unless they are there."""
-    if are_copied(found, out):
-        return False
-    write_copies(found, out, overwrite, progress)
-    return True
 
 
 def _referred(made: Manifest, overwrite: bool) -> bool:

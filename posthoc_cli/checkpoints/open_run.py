@@ -9,21 +9,24 @@ from __future__ import annotations
 import glob
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of, lacks_decay
 from posthoc_cli.checkpoints.import_copies import is_copy, read_copy
 from posthoc_cli.checkpoints.import_manifest import is_import, read_manifest
-from posthoc_cli.checkpoints.read_file import ENDINGS
-from posthoc_cli.checkpoints.read_model import NOT_WEIGHTS, index_checkpoint, model_in
+from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in
 from posthoc_cli.checkpoints.read_step import named_step
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, Settings
 from posthoc_cli.checkpoints.source import Checkpoint, beside_snapshots, checked_run, make_checkpoint
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import Point
+from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.sources import Source, by_time
@@ -33,8 +36,11 @@ log = logging.getLogger(__name__)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
-def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> list[Checkpoint]:
+def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED, unclaimed: bool = False) -> list[Checkpoint]:
     """The checkpoints in a directory, or those that a glob names, by time. Reads headers, indexes and pickles only.
+
+    Ordinary EMAs whose decay nobody says are left out with a warning. With `unclaimed` they are among them, to find
+    which decay it is: theirs is 0, and their profiles are not to be used.
 
     Raises:
         DirectoryError: nothing is there that can be opened.
@@ -47,9 +53,9 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
     paths = _places(place)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
     passed_over: list[Path] = []
-    made = [one for path in paths for one in _read(path, settings, by_word, passed_over)]
+    made = [one for path in paths for one in _read(path, settings, by_word, unclaimed, passed_over)]
     if settings.ema_decay is not None and settings.kind is None and {one.kind for one in made} == {"checkpoints"}:
-        return open_checkpoints(place, replace(settings, kind="ema"))  # all are averages, under any name
+        return open_checkpoints(place, replace(settings, kind="ema"), unclaimed)  # all are averages, under any name
     if not made and passed_over:
         reason = "holds EMAs, and neither their decay nor weights beside them"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
@@ -58,7 +64,9 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
             place, "holds no checkpoints", "name their folder, a file, or a glob such as 'out/step*.pt'"
         )
     check_used(settings, {one.kind for one in made} - {""})
-    if passed_over:
+    if settings.update_every is None and (every := _common_interval(made)):
+        return open_checkpoints(place, replace(settings, update_every=every), unclaimed)
+    if passed_over and not unclaimed:
         what = f"{len(passed_over):,} EMA{'s' * (len(passed_over) > 1)}, such as {passed_over[0].name}"
         log.warning(
             "%s: %s, left out of averages: their files do not say the decay; `ema import` finds it, or takes it",
@@ -68,22 +76,35 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED) -> lis
     return checked_run(made)
 
 
-def decay_is_missing(place: str | Path, settings: Settings = UNSPECIFIED) -> bool:
-    """Whether there are ordinary EMAs whose files do not hold their decay, and it was not given."""
-    if settings.ema_decay is not None or is_import(place):
-        return False
-    indexes = ((path, index_checkpoint(path)) for path in _places(place))
-    return any(lacks_decay(indexed, kind_of(path, indexed, settings)) for path, indexed in indexes
-               if not is_copy(indexed.values))  # fmt: skip
+def _common_interval(made: Sequence[Checkpoint]) -> int | None:
+    """The steps between updates that EMAs together have counted, where each alone shows another number.
+
+    Raises:
+        MismatchError: their counts and steps fit no such number.
+    """
+    averages = [(one.path, one.info.step, one.profile.settings) for one in by_time(made)
+                if isinstance(one.profile, OrdinaryEMA)]  # fmt: skip
+    if len({counted["every"] for *_, counted in averages}) < 2:
+        return None
+    pairs = [
+        (f"{path} and {other}", later - step, after["updates"] - before["updates"])
+        for (path, step, before), (other, later, after) in pairwise(averages)
+        if after["updates"] > before["updates"]  # else it began again
+    ]
+    every = max(1, round(median(steps / updates for _, steps, updates in pairs))) if pairs else 1
+    for both, steps, updates in pairs:
+        if abs(steps - every * updates) > every:
+            reason = f"have counted {updates:,} updates of their EMAs in the {steps:,} steps between them"
+            hint = f"others count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
+            raise MismatchError(both, reason, hint)
+    return every
 
 
-def open_unclaimed(place: str | Path, settings: Settings = UNSPECIFIED) -> list[Checkpoint]:
-    """The checkpoints, with ordinary EMAs of any decay, to find which it is: their profiles are not to be used."""
-    found = open_checkpoints(place, replace(settings, ema_decay=0.999))
-    return [replace(one, info=replace(one.info, decay=0.0)) for one in found]
+_ANY_DECAY = 0.999
+"""In place of one that is not known."""
 
 
-def _read(path: Path, settings: Settings, by_word: str, passed_over: list[Path]) -> list[Checkpoint]:
+def _read(path: Path, settings: Settings, by_word: str, unclaimed: bool, passed_over: list[Path]) -> list[Checkpoint]:
     """The sources in a file or folder; none in an output of this package, and in what is from before the training.
 
     One with an ordinary EMA of unknown decay is added to `passed_over`.
@@ -94,10 +115,13 @@ def _read(path: Path, settings: Settings, by_word: str, passed_over: list[Path])
     if is_copy(indexed.values):
         return [read_copy(path)]
     kind = kind_of(path, indexed, settings)
-    if settings.ema_decay is None and lacks_decay(indexed, kind):
-        passed_over.append(path)
     step = TABLE[kind].step(path, indexed, settings, by_word)
-    return TABLE[kind].read(path, indexed, step, settings) if step else []
+    is_unknown = settings.ema_decay is None and lacks_decay(indexed, kind)
+    if is_unknown:
+        passed_over.append(path)
+        settings = replace(settings, ema_decay=_ANY_DECAY) if unclaimed else settings
+    made = TABLE[kind].read(path, indexed, step, settings) if step else []
+    return [replace(one, info=replace(one.info, decay=0.0)) for one in made] if is_unknown else made
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -112,7 +136,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
     Arguments:
         directory: of a run, or of an import; or a file, or a glob that names the files or folders of checkpoints.
         also: where checkpoints of the same training are, to be combined with the snapshots.
-        unclaimed: with ordinary EMAs of unknown decay, see `open_unclaimed`; else without.
+        unclaimed: with ordinary EMAs of unknown decay, see `open_checkpoints`.
 
     Raises:
         DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
@@ -129,8 +153,7 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
         if also is not None:
             reason = f"are added to the snapshots of a tracker, and {directory} holds none"
             raise InvalidValueError("checkpoints", reason, value=also)
-        is_missing = unclaimed and decay_is_missing(directory)
-        return [*(open_unclaimed if is_missing else open_checkpoints)(directory)]
+        return [*open_checkpoints(directory, unclaimed=unclaimed)]
     others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also))
     return by_time([*snapshots, *others])
 

@@ -1,5 +1,9 @@
 """What one checkpoint holds: a file, the shards of a model, or a folder of torch.distributed.checkpoint.
 
+Files are safetensors, or what `torch.save` and `pickle.dump` make. Each is indexed once, and its tensors are then read
+from where they are. They have no checksums of blocks: what tells that a file is still the one that was indexed is its
+size, the places of its tensors, and a sample of its content.
+
 Tensors are found by the keys that lead to them, since a checkpoint often holds more than the model: the model is chosen
 by `model_tensors`. A tensor is one chunk, or several, each a box of it in some file.
 
@@ -11,26 +15,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from posthoc_cli.checkpoints.read_file import ENDINGS, index_file, names_in
 from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.format import TensorEntry
-from posthoc_cli.snapshots.headers import is_sizes, parse_object
+from posthoc_cli.snapshots.headers import decode_header, file_kind, is_sizes, parse_object
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.reading import sampled_identity
-from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file
+from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file, read_start
 
 Keys = tuple[str, ...]
 
+ENDINGS = (fmt.SUFFIX, *PICKLES, ".pth.tar")
+PARAMETERS = "shadow_params"
+"""Under which averages are a list, in the order of the model's parameters."""
+_MOST_VALUES = 1_000_000
+_DEEPEST = 100
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
 EMA_ENDING = "_ema"
@@ -177,7 +186,7 @@ def model_in(folder: Path) -> Path | None:
             return folder / listed[0]
         if not listed and len(own) == 1:
             return folder / own[0]
-        if ending and len(own) > 1 and all("DCP_SHARDING_INFO" in index_file(folder / name).metadata for name in own):
+        if ending and len(own) > 1 and all("DCP_SHARDING_INFO" in _of_file(folder / name).values for name in own):
             return folder
         if len(listed or own) > 1:
             raise FileFormatError(folder, f"holds several models: {names_in(listed or own)}", "name one by a glob")
@@ -207,21 +216,79 @@ def _whole(path: Path, identity: str, tensor: TensorEntry) -> list[FoundChunk]:
 
 
 def _of_file(path: Path) -> IndexedCheckpoint:
-    file = index_file(path)
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {
-        keys: functools.partial(_whole, path, file.identity, tensor)
-        for keys, tensor in file.content.items()
-        if isinstance(tensor, TensorEntry)
-    }
-    unread = {keys: value for keys, value in file.content.items() if isinstance(value, Node)}
-    tensors |= {keys: functools.partial(_refuse, path, keys, value) for keys, value in unread.items()}
-    values = {".".join(keys): value for keys, value in file.content.items() if keys not in tensors}
-    return IndexedCheckpoint(path, tensors, {**file.metadata, **values})
+    """What a file holds that is no snapshot or state; the metadata of safetensors are among the values."""
+    values: dict[str, Any] = {}
+    with OpenedFile(path) as file:
+        if path.suffix == fmt.SUFFIX:
+            header = decode_header(path, read_start(file), file.size)
+            if file_kind(header) in ("snapshot", "state"):
+                raise FileFormatError(path, f"is a {file_kind(header)} of this package, no checkpoint")
+            start, values = header.payload_start, dict(header.metadata)
+            content: dict[Keys, Any] = {
+                (name,): replace(entry, begin=start + entry.begin) for name, entry in header.tensors.items()
+            }
+        else:
+            content = _leaves(path, read_pickled(file, 0, file.size))
+        identity = sampled_identity(file)
+    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    for keys, value in content.items():
+        if isinstance(value, TensorEntry):
+            tensors[keys] = functools.partial(_whole, path, identity, value)
+        elif isinstance(value, Node):
+            tensors[keys] = functools.partial(_refuse, path, keys, value)
+        else:
+            values[".".join(keys)] = value
+    return IndexedCheckpoint(path, tensors, values)
 
 
 def _refuse(path: Path, keys: Keys, node: Node) -> list[FoundChunk]:
     kind = node.name.removeprefix("torch._utils._rebuild_")
     raise FileFormatError(path, f"tensor {shown('.'.join(keys))} is of a kind that is not read ({shown(kind)})")
+
+
+def _leaves(path: Path, value: Any) -> dict[Keys, Any]:
+    """The tensors, numbers and texts within dicts, and those of averages in lists, by the keys that lead to each.
+
+    A tensor of a kind that is not read (sparse, quantized, spread over processes) stays a node. The names of modules
+    within a pickled module are one key, joined by dots, as in a state dict.
+    """
+    found: dict[Keys, Any] = {}
+    left: list[tuple[Keys, Any, int, bool]] = [((), value, 0, False)]
+    count = 0
+    while left:
+        keys, one, depth, within = left.pop()
+        if isinstance(one, list) and keys[-1:] == (PARAMETERS,):
+            one = dict(enumerate(one))
+        if not isinstance(one, dict) or (isinstance(one, Node) and one.name.startswith("torch._utils._rebuild")):
+            if isinstance(one, Node | TensorEntry | int | float | str):
+                found[keys] = one
+        elif depth < _DEEPEST:
+            module = _module_tensors(one) if isinstance(one, Node) else None
+            is_module, held = module is not None, module or one
+            count += len(held)
+            if count > _MOST_VALUES:
+                raise FileFormatError(path, f"cannot be read as tensors: holds more than {_MOST_VALUES:,} values")
+            for key in reversed(held):
+                if isinstance(key, str | int):
+                    name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and within else (*keys, str(key))
+                    left.append((name, held[key], depth + 1, is_module))
+    return found
+
+
+def _module_tensors(node: Node) -> dict[Any, Any] | None:
+    """The parameters, buffers and inner modules of a pickled torch module; None of something else.
+
+    Its attributes are its state, or are among what it is made of, also one level further down under `state`.
+    """
+    for value in (node.state, *node.arguments):
+        for state in (value, value.get("state")) if isinstance(value, dict) else ():
+            if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
+                own = [state[key] for key in ("_parameters", "_buffers", "_modules")]
+                held = {key: value for part in own if isinstance(part, dict) for key, value in part.items()}
+                unsaved = state.get("_non_persistent_buffers_set")
+                names = {key for key in unsaved if isinstance(key, str)} if isinstance(unsaved, list) else set()
+                return {key: held[key] for key in held if key not in names}
+    return None
 
 
 def _of_shards(index: Path) -> IndexedCheckpoint:
@@ -245,14 +312,14 @@ def _of_chunks(folder: Path) -> IndexedCheckpoint:
     """Safetensors files of chunks, as the HuggingFaceStorageWriter makes them."""
     held: dict[str, list[FoundChunk]] = {}
     for path in sorted(folder.glob(f"*{fmt.SUFFIX}")):
-        file = index_file(path)
-        offsets = parse_object(path, file.metadata["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
-        for (name,), tensor in file.content.items():
-            entry = offsets.get(name)
+        file = _of_file(path)
+        offsets = parse_object(path, file.values["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
+        for (name,), find in file.tensors.items():
+            (chunk,), entry = find(), offsets.get(name)
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
-            if not is_sizes(offset) or len(offset) != len(tensor.shape):
+            if not is_sizes(offset) or len(offset) != len(chunk.tensor.shape):
                 raise FileFormatError(path, f"tensor {shown(name)}: DCP_SHARDING_INFO must give its offsets")
-            held.setdefault(name, []).append(FoundChunk(path, file.identity, tensor, Box(tuple(offset), tensor.shape)))
+            held.setdefault(name, []).append(chunk._replace(box=Box(tuple(offset), chunk.tensor.shape)))
     for name, chunks in held.items():
         if problem := cover_problem(tensor_shape(chunks), [chunk.box for chunk in chunks]):
             raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
@@ -349,3 +416,8 @@ class _ChunkFiles:
             if begin + length > file.size:
                 raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
             return path, read_pickled(file, begin, begin + length)
+
+
+def names_in(names: Sequence[str]) -> str:
+    """A few names for a message."""
+    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -12,9 +12,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from posthoc_cli.checkpoints.read_file import ENDINGS
-from posthoc_cli.checkpoints.read_model import IndexedCheckpoint
-from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
+from posthoc_cli.checkpoints.read_model import ENDINGS, IndexedCheckpoint
+from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.snapshots.headers import parse_object
 from posthoc_cli.snapshots.tensor_file import read_small_file
 
@@ -130,9 +129,7 @@ def _trainer_step(path: Path) -> float | None:
     if not (path.is_dir() and state.is_file()):
         return None
     step = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer").get("global_step")
-    if type(step) is not int:
-        raise FileFormatError(state, "has no global_step")
-    return step
+    return step if type(step) is int else None
 
 
 def read_number(text: str) -> float | None:

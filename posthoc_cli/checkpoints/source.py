@@ -14,8 +14,7 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.read_file import names_in
-from posthoc_cli.checkpoints.read_model import FoundChunk, tensor_shape
+from posthoc_cli.checkpoints.read_model import FoundChunk, names_in, tensor_shape
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import (
@@ -33,7 +32,7 @@ from posthoc_cli.snapshots.measurements import read_values
 from posthoc_cli.snapshots.reading import BackingFile
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
 
-_CHOOSE = "import with `include`, `exclude` or `prefix`"
+_CHOOSE = "name those of one run by a glob, or import with `include`, `exclude` or `prefix`"
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
@@ -224,11 +223,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     for one in ordered[1:]:
         if (difference := _difference(first, one)) is not None:
             raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
-    ids = {one.info.run_id for one in ordered}
-    if len(ids) > 1:
-        other = next(one for one in ordered if one.info.run_id != first.info.run_id)
-        raise MismatchError(f"{first.path} and {other.path}", "are of different runs", "name those of one, by a glob")
-    if ids != {""}:
+    if first.info.run_id:
         return ordered
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
@@ -299,7 +294,7 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
 
 
 def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
-    """Why two checkpoints cannot be of one model, to follow their names; None if they can."""
+    """Why two checkpoints cannot be of one run, to follow their names; None if they can."""
     names = [{*one.stored, *one.info.aliases} for one in (first, other)]
     if differing := sorted(names[0] ^ names[1]):
         only = first if differing[0] in names[0] else other
@@ -315,7 +310,7 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
         if first.info.tensors[name].role != other.info.tensors[name].role:
             words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
             return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
-    return None
+    return None if first.info.run_id == other.info.run_id else "are of different runs"
 
 
 def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:

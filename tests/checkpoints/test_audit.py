@@ -43,7 +43,7 @@ HEALTHY = {
         "constant": {}, "falling": {"falls": True}, "sgd": {"rate": 1e-2, "optimizer": "SGD"},
     }.items()
     for decay in (0.98, 0.995, 0.999)
-}  # fmt: skip
+} | {"falling sgd 0.99": ({"falls": True, "rate": 1e-2, "optimizer": "SGD"}, 0.99)}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -60,6 +60,18 @@ def test_a_healthy_average_is_as_claimed(case: str, dtype: torch.dtype, tmp_path
     assert (found.warm_up, found.starts) == ("", ())
     (found,) = run.audit(decay)
     assert (found.verdict, found.is_bad) == ("as claimed", False), found.text
+
+
+def test_steps_that_correlate_over_many_checkpoints(tmp_path: Path) -> None:
+    """A random walk whose mean step lasts for ten intervals, against the decay that the average was made with."""
+    random, weights = np.random.default_rng(0), np.zeros_like(train())
+    mean = random.standard_normal(weights.shape[1])
+    for step in range(1, STEPS):
+        mean += (2 / (10 * EVERY)) ** 0.5 * random.standard_normal(mean.size) - mean / (10 * EVERY)
+        weights[step] = weights[step - 1] + 1e-3 * mean + 1e-2 * random.standard_normal(mean.size)
+    (found,) = Run(write(tmp_path / "x", weights, averaged(DECAY))).audit()
+    assert found.found is not None
+    assert abs(math.log((1 - found.found) / (1 - DECAY))) < 2e-3
 
 
 def test_a_bfloat16_copy_of_a_healthy_average_is_as_claimed(tmp_path: Path) -> None:
@@ -138,6 +150,15 @@ def test_swapped_weights_and_averages(tmp_path: Path) -> None:
     assert found.verdict == "swapped", found.text
 
 
+def test_an_average_that_is_not_finite_is_named_with_its_tensor(tmp_path: Path) -> None:
+    run = write(tmp_path / "x", train(), averaged(DECAY))
+    content = torch.load(run / "step700.pt")
+    content["state_dict_ema"]["2.weight"][0, 0] = math.nan
+    torch.save(content, run / "step700.pt")
+    with pytest.raises(errors.NonFiniteError, match=r"step700\.pt: tensor '2\.weight': holds nan or infinity"):
+        Run(run).audit()
+
+
 def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
     (found,) = Run(write(tmp_path / "short", train(), averaged(0.5))).audit(0.5)
     assert (found.verdict, found.found) == ("cannot be told", None)
@@ -175,6 +196,7 @@ def test_the_command(tmp_path: Path, ema: Ema) -> None:
     done = ema("audit", run, "--json")
     (found,) = done.json["audits"]
     assert found["verdict"] == "found"
+    assert found["length"] == pytest.approx(1 / (1 - DECAY**8), rel=0.1)
     assert len(found["intervals"]) == len(range(EVERY, STEPS, EVERY))
 
 

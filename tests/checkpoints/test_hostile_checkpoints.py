@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import edm2_layout
 import pytest
@@ -108,6 +109,9 @@ OPCODES = {
     "attributes of a name": b"\x80\x04cos\nsystem\n}(\x8c\x01xNub.",
     "call of a text": b"\x80\x04\x8c\x01x)R.",
     "tensor of nothing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89NtR.",
+    "big-endian": b"".join(pickle.dumps(one) for one in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": False})),
+    "a text filled": b"\x80\x04\x8c\x01xNNs.",
+    "tensor of a text": b"\x80\x04ctorch.storage\n_load_from_bytes\n\x8c\x01x\x85R.",
     "stream in itself": b"\x80\x04ctorch.storage\n_load_from_bytes\nC\x05\x80\x04N..\x85R.",
 }  # fmt: skip
 
@@ -179,6 +183,64 @@ def test_chunks_lead_nowhere_else(tmp_path: Path) -> None:
     assert "__1_0.distcp: cannot be opened" in read(tmp_path)
 
 
+def harm_chunk(part: dict[str, Any], **changed: Any) -> None:
+    part["w"].chunks[0].__dict__.update(changed)
+
+
+def harm_place(part: dict[Any, Any], **changed: Any) -> None:
+    for place in part.values():
+        place.__dict__.update(changed)
+
+
+DISTRIBUTED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a shape of texts": (lambda m: harm_chunk(m.state_dict_metadata, sizes=["x"]), "its shape, or that of a chunk, is"),
+    "a hole": (lambda m: harm_chunk(m.state_dict_metadata, sizes=torch.Size([299])), "'w': "),
+    "another shape": (
+        lambda m: (setattr(m.state_dict_metadata["w"], "size", torch.Size([200])),
+                   harm_chunk(m.state_dict_metadata, sizes=torch.Size([200]))),
+        "'w': holds no tensor of shape [200]",
+    ),
+    "no place": (lambda m: m.storage_data.clear(), "'w': its place is missing"),
+    "a far end": (lambda m: harm_place(m.storage_data, length=10**9), "truncated: 'w' would end beyond it"),
+    "compressed": (lambda m: harm_place(m.storage_data, transform_descriptors=["zstd"]), "compressed or encrypted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", DISTRIBUTED)
+def test_metadata_that_do_not_fit_are_one_line(harm: str, tmp_path: Path) -> None:
+    distributed(tmp_path / "step-10", {"w": torch.full((300,), 1.0)})
+    metadata, (change, said) = tmp_path / "step-10" / ".metadata", DISTRIBUTED[harm]
+    content = pickle.loads(metadata.read_bytes())
+    change(content)
+    metadata.write_bytes(pickle.dumps(content))
+    assert said in read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "dtype", "said"),
+    [
+        ([[0], [3]], "float32", ""), ([[0], [2]], "float32", "'w': "), ([[0], [3]], "float16", "are of several dtypes"),
+        ([[0], None], "float32", "must give its offsets"), ([[0], [3, 0]], "float32", "must give its offsets"),
+    ],
+)  # fmt: skip
+def test_chunks_make_a_whole_tensor_of_one_dtype(tmp_path: Path, offsets: Any, dtype: str, said: str) -> None:
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    for part, offset in enumerate(offsets):
+        info = json.dumps({"w": {"saved_offsets": offset}})
+        values = torch.ones(3, dtype=getattr(torch, dtype) if part else torch.float32)
+        save_file({"w": values}, folder / f"model-{part}.safetensors", {"DCP_SHARDING_INFO": info})
+    message = read(tmp_path)
+    assert said in message
+    assert bool(said) == bool(message)
+
+
+@pytest.mark.parametrize("name", ["", "__metadata__", "a\0b", "\ud800"])
+def test_a_name_that_no_tensor_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3), name: torch.ones(2)}, tmp_path / "step1.pt")
+    assert "a model's tensor cannot have this name" in read(tmp_path)
+
+
 def test_a_configuration_must_be_an_object(tmp_path: Path) -> None:
     average = tmp_path / "checkpoint-1" / "unet_ema"
     average.mkdir(parents=True)
@@ -206,6 +268,7 @@ def test_archives_of_another_kind(tmp_path: Path) -> None:
     assert "two members of one name" in refusal(twice=True)
     assert "big-endian" in refusal(byteorder=b"big")
     assert "damaged pickle" in refusal(data_pkl=b"\x80\x02(.")
+    assert "a tensor reaches beyond its storage" in refusal(**{"0": b"short"})
     del members["step1/data/0"]
     assert "it has no 'data/0'" in refusal()
     with zipfile.ZipFile(path, "w") as archive:

@@ -191,15 +191,21 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
     assert not import_checkpoints(folder / "step?0*.pt", folder / "run").written
     one = import_checkpoints(folder / "step40.pt", tmp_path / "one")
     assert Run(one.out or "").step == 40
-    with pytest.raises(errors.DirectoryError, match="is an import; import the files"):
-        import_checkpoints(folder / "run", tmp_path / "two")
+    import_checkpoints(folder / "step40.pt", tmp_path / "copy", copy=True)
+    for place in (folder / "run", tmp_path / "copy"):
+        with pytest.raises(errors.DirectoryError, match="is an import; import the files"):
+            import_checkpoints(place, tmp_path / "two")
+    assert Run(tmp_path / "copy").info()["checkpoints"][0]["identity"]
+    (folder / "step40.pt").rename(folder / os.fsdecode(b"step40-\xff.pt"))
+    with pytest.raises(errors.InvalidValueError, match="its name is no valid text"):
+        import_checkpoints(folder / "step40*", tmp_path / "two")
     with pytest.raises(TypeError, match="update_evry"):
         import_checkpoints(folder, tmp_path / "two", update_evry=3)
 
 
 WRONG: dict[str, Any] = {
     "kind": [], "step_from": 5, "prefix": 5, "include": [5], "exclude": "", "sigma_rels": 0.1, "update_every": True,
-    "update_after_step": -1,
+    "update_after_step": -1, "ema_decay": "much", "ema_restarts": [0],
 }  # fmt: skip
 
 

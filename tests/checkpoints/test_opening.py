@@ -146,6 +146,10 @@ def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
     distributed(tmp_path / "step-999999999999", content)
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
         _ = Run(tmp_path / "step-999999999999").sources
+    averaged = {"decay": 0.9, "num_updates": 10**12, "shadow_params": [torch.ones(3)]}
+    torch.save({"model": {"a": torch.ones(3)}, "ema": averaged, "step": 10**12}, tmp_path / "ordinary.pt")
+    with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
+        _ = Run(tmp_path / "ordinary.pt").sources
     (tmp_path / "checkpoint-1").mkdir()
     save_file({"w": torch.ones(2)}, tmp_path / "checkpoint-1" / "model.safetensors")
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(f'{{"global_step": {10**400}}}')
@@ -204,6 +208,9 @@ def test_tensors_can_be_chosen(tmp_path: Path, imported: Imported) -> None:
     with pytest.raises(
         errors.FileFormatError, match=r"tensor 'state_dict\.s' is of a kind that is not read \('sparse_t"
     ):
+        _ = Run(tmp_path).tensors
+    torch.save({"state_dict": {"c": torch.ones(2, dtype=torch.complex128)}}, tmp_path / "step3.ckpt")
+    with pytest.raises(errors.FileFormatError, match="a tensor of ComplexDoubleStorage, which is not read"):
         _ = Run(tmp_path).tensors
     torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
@@ -268,11 +275,14 @@ def test_objects_of_any_class_stand_beside_the_weights(protocol: int, tmp_path: 
         "\u20ac\n", None, b"x" * 100_000, np.arange(50_000), "\u20ac" * 50_000,
     ]  # fmt: skip
     for zipped in (True, False):
-        content = {"args": objects, "step": 7, "state_dict": {"w": torch.arange(5.0), "v": torch.ones(2, 2)[1]}}
+        model = {"w": torch.arange(5.0), "v": torch.ones(2, 2)[1], "n": torch.tensor([1, 2], dtype=torch.uint16)}
+        content = {"args": objects, "step": 7, "state_dict": model}
         torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
         run = Run(tmp_path / "x.pt")
         assert run.step == 7
-        assert {name: value.tolist() for name, value in run.average(0.2).items()} == {"w": [*range(5)], "v": [1, 1]}
+        assert {name: value.tolist() for name, value in run.average(0.2).items()} == {
+            "w": [*range(5)], "v": [1, 1], "n": [1, 2],
+        }  # fmt: skip
 
 
 def test_two_models_never_mix(tmp_path: Path) -> None:
@@ -287,6 +297,21 @@ def test_two_models_never_mix(tmp_path: Path) -> None:
     assert "only step2.safetensors has 'b'" in refusal({"a": ones}, {"a": ones, "b": ones + 1})
     assert "have shapes [2, 3] and [3, 2]" in refusal({"a": ones}, {"a": torch.ones(3, 2)})
     assert "is of float32 and of int64" in refusal({"a": ones}, {"a": torch.ones(2, 3, dtype=torch.int64)})
+    (tmp_path / "copy").mkdir()
+    for name in ("step1", "x-1"):  # of one step, and not the same
+        save_file({"a": torch.ones(2 if name == "x-1" else 3)}, tmp_path / "copy" / f"{name}.safetensors")
+    with pytest.raises(errors.MismatchError, match="are both of step 1"):
+        import_checkpoints(tmp_path / "copy", None, dry_run=True, step_from=r"-?(\d)\.")
+    for step, name in enumerate(("one", "two"), 1):  # copies, which say of which run they are
+        torch.save({"a": ones * step}, tmp_path / "copy" / f"step{step}.pt")
+        import_checkpoints(tmp_path / "copy" / f"step{step}.pt", tmp_path / name, copy=True)
+    with pytest.raises(errors.MismatchError, match="are of different runs; name those of one run by a glob"):
+        _ = Run(tmp_path / "[ot]*" / "*.safetensors").sources
+    for name, second in (("step1", ones), ("step2", ones + 1)):
+        tied = {"a": ones, "b": second} if name == "step2" else {"a": ones, "b": ones}
+        torch.save(tied, tmp_path / "copy" / f"{name}.pt")
+    with pytest.raises(errors.MismatchError, match="differ in what 'b' is tied to"):
+        _ = Run(tmp_path / "copy" / "*.pt").sources
     save_file({"a": ones.half()}, tmp_path / "step2.safetensors")  # another dtype is still the same model
     assert Run(tmp_path).average(0.2)["a"].dtype == torch.float16
     save_file({"a": ones * float("nan")}, tmp_path / "step2.safetensors")
@@ -354,10 +379,17 @@ def test_checkpoints_stand_beside_snapshots(tmp_path: Path) -> None:
     assert second.predicted_error < first.predicted_error
     with pytest.raises(errors.InvalidValueError, match="are added to the snapshots of a tracker"):
         _ = Run(tmp_path / "own", also=tmp_path / "ema").sources
-    for path in (tmp_path / "own").iterdir():
-        torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(20)}, path)
-    with pytest.raises(errors.MismatchError, match="have shapes"):
-        _ = both.sources
+    for weight, reason in (
+        (torch.ones(2, 2), "have shapes"), (torch.ones(20, 30, dtype=torch.int64), "is no floating-point number"),
+        (None, "has no 'weight'"),
+    ):  # fmt: skip
+        for path in (tmp_path / "own").iterdir():
+            content = {"bias": torch.ones(20), "other": torch.ones(2)}
+            torch.save(content if weight is None else content | {"weight": weight}, path)
+        with pytest.raises(errors.MismatchError, match=reason):
+            _ = both.sources
+    with pytest.raises(errors.FileFormatError, match="is a snapshot of this package, no checkpoint"):
+        _ = Run(tmp_path / "ema" / "*.safetensors").sources
 
 
 def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path, imported: Imported) -> None:

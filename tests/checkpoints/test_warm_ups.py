@@ -13,28 +13,10 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
-from trained import EVERY, STEPS, TIMES, Average, ema, named, network, train, true_average, write
+from trained import EVERY, STEPS, TIMES, Average, by, ema, error_of, named, network, ratio, train, write
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.profiles import Point
-
-
-def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "") -> tuple[float, float]:
-    """The relative distance of an average from the true one, over every step in float64; and what was predicted."""
-    made = run.average(sigma_rel, dtype="float64")
-    vector = np.concatenate([made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()])
-    truth = true_average(train(), sigma_rel)
-    assert made.predicted_error is not None
-    return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error
-
-
-def by(decay: Callable[[int], float]) -> Average:
-    """An EMA whose n-th update keeps decay(n)."""
-    return lambda step, average, weights: decay(step) * average + (1 - decay(step)) * weights
-
-
-def ratio(n: float) -> float:
-    return (1 + n) / (10 + n)
 
 
 def power(n: float, exponent: float = 2 / 3) -> float:
