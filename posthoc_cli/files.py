@@ -273,6 +273,37 @@ def temporary_path(directory: Path) -> Path:
     return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
+def made_at(path: Path) -> Path:
+    """A new name for what will have that of `path` when it is complete: beside it, or where temporary files are.
+
+    A WriteError for a URL that takes no outputs.
+    """
+    if not is_remote(path):
+        return temporary_path(path.parent)
+    if not str(path).startswith(("s3:", "gs:", "az:")):
+        raise WriteError(path, "cannot be written: only s3://, gs:// and az:// take outputs")
+    return temporary_path(Path(tempfile.gettempdir()))
+
+
+def give_name(folder: Path, path: Path) -> None:
+    """Give a complete folder its name, or send its files to a store: the indexes last, and all of them or none."""
+    if not is_remote(path):
+        system.rename(folder, path)
+        system.fsync_directory(path.parent)
+        return
+    from posthoc_cli.remote import store
+
+    sent = []
+    try:
+        for file in sorted(folder.rglob("*"), key=lambda one: (one.suffix == ".json", one.name == ".metadata", one)):
+            if file.is_file():
+                store.put(str(path / file.relative_to(folder)), file)
+                sent.append(path / file.relative_to(folder))
+    except BaseException:
+        discard(sent)
+        raise
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[None]:
     """Make a directory for the block; it is removed if the block fails and leaves it empty."""
@@ -310,7 +341,7 @@ class PendingFile:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path, self._overwrite = path, overwrite
-        self.temporary = temporary_path(Path(tempfile.gettempdir()) if is_remote(path) else path.parent)
+        self.temporary = made_at(path)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -418,8 +449,6 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 def _check_free(path: Path, overwrite: bool) -> None:
     if is_remote(path):
-        if not str(path).startswith(("s3:", "gs:", "az:")):
-            raise WriteError(path, "cannot be written: only s3://, gs:// and az:// take outputs")
         if not overwrite and path.is_file():
             raise _exists(path)
         return

@@ -163,8 +163,9 @@ def sweep_figure(
 
 
 def audit_figure(
-    title: str, spans: FloatArray, found: FloatArray, claimed: float | None, unexplained: FloatArray, word: str
-) -> Figure:
+    title: str, spans: FloatArray, found: FloatArray, claimed: float | None, unexplained: FloatArray, word: str,
+    band: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
     """The length of an average over training, with what is claimed as a line; below it what remains unexplained.
 
     Arguments:
@@ -173,12 +174,15 @@ def audit_figure(
         found, unexplained: of each, [intervals].
         claimed: the length.
         word: what the length is.
+        band: between which lengths the one of all intervals together is.
     """
     figure = _figure(_WIDTH, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     middle = spans.mean(axis=1)
     upper.hlines(found, spans[:, 0], spans[:, 1], color="C0")
     upper.plot(middle, found, "o", color="C0", markersize=4, label="found")
+    if band is not None:
+        upper.axhspan(*band, color="C0", alpha=0.25, linewidth=0, label="found, all together")
     if claimed is not None:
         upper.axhline(claimed, color="C1", label="claimed")
     upper.set_yscale("log")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -527,7 +528,7 @@ def error_report(
     drawings = len(targets) * (len(runs) + len(schedules))
     is_table = out is not None and out.suffix == ".csv"
     if out is not None and not is_table and drawings > MOST_DRAWINGS:
-        reason = f"{drawings} drawings over training time; at most {MOST_DRAWINGS} fit"
+        reason = f"{drawings} drawings; at most {MOST_DRAWINGS} fit"
         raise InvalidValueError("out", reason, value=out)
     candidates = [run.candidate(t) for run in runs]
     for schedule in schedules:
@@ -600,7 +601,10 @@ def _audit_figure(audit: Audit) -> Figure:
     )
     word = "time constant (steps)" if audit.what == "decay" else "sigma_rel"
     title = f"{audit.name}: " * bool(audit.name) + audit.verdict
-    return plots.audit_figure(title, spans, found, audit.intervals[0].claimed, rest, word)
+    length, sigma, band = audit.length or 0.0, audit.uncertainty or 0.0, None
+    if audit.found is not None and 0 < length < math.inf and sigma <= 1:
+        band = length / math.exp(sigma), length * math.exp(sigma)
+    return plots.audit_figure(title, spans, found, audit.intervals[0].claimed, rest, word, band)
 
 
 def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:

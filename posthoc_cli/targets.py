@@ -321,9 +321,6 @@ class Groups(_Named):
             raise InvalidValueError("group", accepted, value=brief(self.widths))
         object.__setattr__(self, "widths", {glob: SigmaRel(width).sigma_rel for glob, width in self.widths.items()})
 
-    def __hash__(self) -> int:
-        return hash(tuple(self.widths.items()))
-
     @property
     def title(self) -> str:
         """For people: `sigma_rel 0.12 (unet.up.*), 0.08 (*)`."""

@@ -223,6 +223,10 @@ def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, 
         Run(run).merge("last:2", base, out)
     assert not isinstance(missing.value, VanishedError)
     save_file(weights, base)
+    both = checkpoints(tmp_path / "both", history, every=40)
+    again = {name.removeprefix("base_model.model."): value.clone() for name, value in peft_names(history[0]).items()}
+    save_file(peft_names(history[0]) | again, both / "checkpoint-40/adapter_model.safetensors")
+    refused("are both of 'blocks.0.query.weight'", "--target", "last:1", code=2, folder=both)
     other = run / "checkpoint-20"
     save_file(peft_names(trajectory(rank=4)[5]), other / "adapter_model.safetensors")
     refused("[4, 6]")

@@ -98,17 +98,6 @@ def test_posthoc_ema(tmp_path: Path, update_every: int, update_after_step: int) 
             assert (profile.t, profile.t_first) == (step, max(update_after_step, 1))
 
 
-def test_posthoc_ema_begins_anew_when_it_is_resumed(tmp_path: Path) -> None:
-    network, path = model(), walk()
-    NextmlEMA.from_model(network, tmp_path, sigma_rels=WIDTHS)
-    again = NextmlEMA.from_path(tmp_path, network, sigma_rels=WIDTHS, update_every=10, checkpoint_every=EVERY)
-    run(again.update_, network, path[500:])
-    stored = torch.load(tmp_path / "1.500.pt", weights_only=True)["weight"]
-    profile = posthoc_ema_profile(gamma_from_sigma_rel(0.28), 500, 10, started=500)
-    torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
-    assert (profile.t, profile.t_first) == (STEPS, 600)
-
-
 def test_very_many_updates_are_joined() -> None:
     gamma, step = gamma_from_sigma_rel(0.1), 10 * MOST_TIMES + 7
     profile = ema_pytorch_profile(gamma, step, 1)

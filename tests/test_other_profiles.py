@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import ClassicalEMA, Clock, ClockRecorder, Profile, StepWindow, Uniform
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import (
+    ClassicalEMA,
+    Clock,
+    ClockRecorder,
+    Discrete,
+    Point,
+    PowerFunction,
+    Profile,
+    StepWindow,
+    Uniform,
+)
 
 # --- the clock -----------------------------------------------------------------------------------
 
@@ -176,6 +187,8 @@ OTHERS: dict[str, tuple[Profile, list[float]]] = {
     "window": (StepWindow(30, 90.0, Clock.of_steps()), [60]),
     "window, uneven": (StepWindow(65, 85.0, UNEVEN), [5, 80, 85]),
     "uniform": (Uniform(20.0, 70.0), [20, 70]),
+    "power function": (PowerFunction.from_sigma_rel(0.07, 90.0), []),
+    "uniform power function": (PowerFunction(0.0, 90.0), []),
 }
 
 
@@ -263,3 +276,38 @@ def test_tails_fall_from_one_to_zero(data: st.DataObject) -> None:
         assert tail[0] == 1
         assert np.all(tail[at >= t] == 0)
         assert np.all(profile.density(at) >= 0)
+
+
+# --- checkpoints, and averages over known times
+
+
+def test_a_checkpoint_has_all_mass_at_its_time() -> None:
+    point = Point(100)
+    assert point.tail([0, 99.9, 100, 101]).tolist() == [1, 1, 0, 0]
+    assert not point.density(np.linspace(0, 200, 9)).any()
+    assert (point.t, point.t_first, point.jumps.tolist()) == (100.0, 1.0, [100.0])
+
+
+def test_a_discrete_average_is_the_sum_that_it_names() -> None:
+    rng = np.random.default_rng(0)
+    masses = rng.dirichlet(np.ones(7))
+    times = np.cumsum(rng.integers(1, 9, 7)).astype(float)
+    path = rng.normal(size=60).cumsum()
+    # By parts: theta(0) + sum over steps of tail(before the step) times the step's increment.
+    increments = np.diff(path, prepend=0.0)
+    profile = Discrete(times, masses, t=60)
+    by_tail = profile.tail(np.arange(60)) @ increments
+    assert by_tail == pytest.approx(masses @ path[times.astype(int) - 1], abs=1e-12)
+    assert (profile.t, profile.t_first) == (60.0, times[0])
+    assert profile.tail(-1) == profile.tail(0) == 1
+    assert profile.tail(times[-1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "masses", "t"),
+    [([], [], 0), ([1, 2], [1], 0), ([2, 1], [0.5, 0.5], 0), ([0, 1], [0.5, 0.5], 0), ([1, 2], [0.5, 0.6], 0),
+     ([1, 2], [1.5, -0.5], 0), ([1, 2], [0.5, 0.5], 1.5), ([1, float("nan")], [0.5, 0.5], 0)],
+)  # fmt: skip
+def test_a_discrete_average_names_what_is_wrong(times: list[float], masses: list[float], t: float) -> None:
+    with pytest.raises(InvalidValueError, match=r"^times and masses"):
+        Discrete(times, masses, t)

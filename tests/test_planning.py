@@ -267,6 +267,8 @@ def test_the_alternatives_come_best_first_and_are_different() -> None:
     assert len({p.label for p in proposals}) == len(proposals) <= 7
     assert all(proposal.last_step == TASK.steps for proposal in proposals)  # where steps can be divided
     assert all(proposal.last_step > 0.98 * 39_989 for proposal in propose(replace(TASK, steps=39_989)))  # a prime
+    # Of disk for two places in half precision only one profile can be tracked.
+    assert {len(p.schedule.sigma_rels) for p in propose(replace(TASK, max_bytes=4 * 10**6))} == {1}
     assert propose(replace(TASK, rounding={"float16": 0.1, "bfloat16": 0.1}))[0].dtype == "float32"
 
 

@@ -17,7 +17,7 @@ from ema_command import Ema
 from factories import flip_bit, random_walk, snapshot_files, write_run
 from safetensors.torch import load_file
 
-from posthoc_cli import Beta, Between, PostHocEMA, PowerFunction, Run, Schedule, Window
+from posthoc_cli import Beta, Between, Groups, PostHocEMA, PowerFunction, Run, Schedule, Window
 from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, OutputExistsError
 from posthoc_cli.planning import Task
 from posthoc_cli.run import error_report, plan_training
@@ -122,6 +122,10 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
         (lambda run: run.prune(keep=2.5), "keep", "2.5: must be a whole number"),
         (lambda run: run.prune(keep=True), "keep", "True: must be a whole number"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
+        (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
+        (lambda run: run.write([TARGETS["given"]] * 2, "out"), "out", "would both become out/given.safetensors"),
+        (lambda run: run.plot_errors(draw=Groups({"*": 0.1})), "sigma_rel 0.1 (*)", "has a profile for each group"),
+        (lambda run: error_report([run], draw=[0.1] * 25, out=Path("x.png")), "out", "25 drawings; at most 24 fit"),
     ],
 )
 def test_an_impossible_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:

@@ -74,7 +74,7 @@ def test_the_tables_of_the_guide_are_those_of_the_record() -> None:
 def test_bench_update(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    bench_update.main(["--quick", "--device", device])
+    bench_update.main(["--quick", "--device", device, "--busy", "1"])
     out = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:5]] == ["ours, late in a run", "ours, at its beginning", "`ema_pytorch`"]

@@ -140,31 +140,3 @@ def test_an_open_file_that_another_host_removes_has_gone_away_too(
     assert torch.equal(average(tmp_path), expected)
     (record,) = caplog.records
     assert ".safetensors: cannot be read: stale file handle; planning again" in record.getMessage()
-
-
-def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each reading is of a set of snapshots that were there together: the average of constant weights is constant."""
-    real = plan_synthesis
-    model = torch.nn.Linear(3, 2, bias=False)
-    torch.nn.init.constant_(model.weight, 7.0)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1, max_checkpoints=3) as writer:
-        for _ in range(4):
-            writer.update_(model)
-        writer.flush()
-        steps: list[int] = []
-
-        def plan_and_train(*arguments: object, **options: object) -> Plan:
-            plan = real(*arguments, **options)  # type: ignore[arg-type]
-            for _ in range(steps.pop() if steps else 0):
-                writer.update_(model)
-            writer.flush()
-            return plan
-
-        monkeypatch.setattr(evaluation, "plan_synthesis", plan_and_train)
-        for number in range(20):
-            steps[:] = [number % 4, 1, number % 3]
-            found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["weight"]
-            assert torch.allclose(found, model.weight, rtol=1e-3)
-    assert writer.step > 40

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from posthoc_cli import Run
+
 STEPS, EVERY = 1500, 100
 TIMES = range(EVERY, STEPS + 1, EVERY)
 Average = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """What an average becomes at a step, from what it was and the weights after the step."""
+Errors = tuple[float, float]
 
 
 def network() -> torch.nn.Module:
@@ -51,8 +54,18 @@ def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> dict[str, t
     return found
 
 
+def by(decay: Callable[[int], float]) -> Average:
+    """An EMA whose n-th update keeps decay(n)."""
+    return lambda step, average, weights: decay(step) * average + (1 - decay(step)) * weights
+
+
 def ema(decay: float) -> Average:
-    return lambda _, average, weights: decay * average + (1 - decay) * weights
+    return by(lambda _: decay)
+
+
+def ratio(n: float) -> float:
+    """A decay that rises."""
+    return (1 + n) / (10 + n)
 
 
 def write(folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32) -> Path:
@@ -72,3 +85,12 @@ def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
     roots = np.polynomial.Polynomial.fromroots([-2, -2, -3]) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
     gamma = float(roots.roots().real.max())
     return np.diff((np.arange(STEPS + 1) / STEPS) ** (gamma + 1)) @ weights
+
+
+def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None) -> Errors:
+    """The relative distance of an average from the true one, over every step in float64; and what was predicted."""
+    made = run.average(sigma_rel, dtype="float64")
+    vector = np.concatenate([made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()])
+    truth = true_average(train() if weights is None else weights, sigma_rel)
+    assert made.predicted_error is not None
+    return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import PlanReport
@@ -19,15 +18,11 @@ EPILOG = (
 
 
 def plan(
-    steps: str | None = values.RUN(
-        None, metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K. Needed."
+    steps: str = values.RUN(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
+    params: str = values.RUN(
+        ..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."
     ),
-    params: str | None = values.RUN(
-        None, metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M. Needed."
-    ),
-    max_size: str | None = values.RUN(
-        None, metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB. Needed."
-    ),
+    max_size: str = values.RUN(..., metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB."),
     like: Path | None = values.LIKE,
     sigma_range: str = values.SIGMA_RANGE,
     max_error: str = values.TARGETS(
@@ -62,11 +57,6 @@ def plan(
     from posthoc_cli.planning import Task
     from posthoc_cli.run import plan_training
 
-    needed = {"--steps 400K": steps, "--params 1.2B": params, "--max-size 60GB": max_size}
-    missing = [option for option, value in needed.items() if value is None]
-    if missing or steps is None or params is None or max_size is None:
-        names = [option.split()[0] for option in missing]
-        raise InvalidValueError(", ".join(names), "must be given", f"such as {' '.join(missing)}")
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
     widths = None if sigma_rels is None else tuple(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))
     task = Task(

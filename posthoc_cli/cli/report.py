@@ -50,9 +50,6 @@ def report(
     assert page is not None
     runs = values.open_runs(directories, checkpoints)
     folders = [files.expanded(folder) for folder in sweep]
-    for folder in folders:
-        if not folder.is_dir():
-            raise InvalidValueError("--sweep", "is not a folder", "name the folder of a sweep", value=folder)
     check_alone(watch=watch, as_json=as_json)
     if watch:
         for run in runs:

@@ -144,9 +144,9 @@ def _print(report: SweepReport) -> None:
         ("equal within the noise", f"{low} to {high}"),
     ]
     if report.second is not None:
-        known = f"{report.second.low:.12g} to {report.second.high:.12g} are equal within the noise"
-        rows.append(("guide", f"sigma_rel {report.second.value:.12g}; {known}"))
-    if report.second is None:
+        known = "{low:.12g} to {high:.12g} are equal within the noise".format(**report.second)
+        rows.append(("guide", f"sigma_rel {report.second['value']:.12g}; {known}"))
+    else:
         rows.append(("raw weights", raw if report.raw is None else f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")
     failed = f", {len(report.failed)} of which failed" if report.failed else ""

@@ -217,7 +217,7 @@ def existing_run(place: str | Path, directory: bool = True) -> Path:
     """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
     from posthoc_cli.checkpoints.open_run import is_glob
 
-    path = files.expanded(place)
+    path = files.expanded(files.given_path("--checkpoints", place))
     return path if is_glob(place) else existing(path, directory, pickles=not directory)
 
 
@@ -225,8 +225,6 @@ def open_run(place: Path | None, checkpoints: str | None, directory: bool = True
     """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
     from posthoc_cli.run import Run
 
-    if checkpoints == "":
-        raise InvalidValueError("--checkpoints", files.EMPTY)
     if place is not None:
         also = None if checkpoints is None else existing_run(checkpoints, directory=False)
         return Run(existing_run(place, directory), also=also)

@@ -13,7 +13,7 @@ from posthoc_cli.cli import output, values
 from posthoc_cli.errors import PostHocError
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.check import Repair, Verification
+    from posthoc_cli.snapshots.check import Verification
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
@@ -37,7 +37,7 @@ def verify(
     error. It asks first, and works only while no tracker writes to the directory.
     """
     from posthoc_cli.run import check_path
-    from posthoc_cli.snapshots.check import plan_repair
+    from posthoc_cli.snapshots.check import check_repairable
 
     if repair:
         values.check_confirmation(yes, as_json)
@@ -47,17 +47,20 @@ def verify(
     for path in [values.existing(path) for path in paths]:
         found = check_path(path, output.progress_bar())
         report, broken = found.to_dict(), bool(found.broken)
-        plan = plan_repair(found) if repair else None
+        if repair:
+            check_repairable(found)
         if not as_json:
             if len(paths) > 1:  # files are named within their path
                 if reports:
                     output.print_line()
                 output.print_line(f"{found.path}:")
-            _print(found, offer=plan is None)
-        if plan is not None:
-            plan = _repair(plan, yes, as_json)
-            report["repair"] = plan.to_dict()
-            broken = bool(plan.staying) if plan.done or not plan.gone else broken
+            _print(found, offer=not repair)
+        if repair:
+            moved = _repair(found, yes, as_json)
+            told = {"gone": found.going, "moved": moved or ()}
+            report["repair"] = {key: [found.name(one) for one in each] for key, each in told.items()}
+            report["repair"]["done"] = moved is not None
+            broken = broken if found.going and moved is None else bool(found.staying)
         reports.append(report)
         fine = fine and not (found.problems or broken)
     if as_json:
@@ -66,21 +69,22 @@ def verify(
         raise typer.Exit(1)
 
 
-def _repair(plan: Repair, yes: bool, as_json: bool) -> Repair:
+def _repair(found: Verification, yes: bool, as_json: bool) -> tuple[Path, ...] | None:
+    """The new paths of what was set aside; None if nothing was to be."""
     from posthoc_cli.snapshots.check import repair
 
-    what = f"{output.counted(len(plan.gone), 'file')} aside in {plan.directory / 'damaged'}"
+    what, moved = f"{output.counted(len(found.going), 'file')} aside in {found.path / 'damaged'}", None
     # Asked without the lock, so that an open question does not stop a training.
-    if plan.gone and (yes or typer.confirm(f"set {what}?", err=True)):
-        plan = repair(plan)
+    if found.going and (yes or typer.confirm(f"set {what}?", err=True)):
+        moved = repair(found)
     if not as_json:
-        output.print_outcome(plan.gone, plan.done, False, "", f"set {what}", "set aside")
-        if plan.moved:
-            _print_error(plan.directory)
-        if plan.staying:
-            names = ", ".join(report.path.name for report in plan.staying[:3]) + ", ..." * (len(plan.staying) > 3)
-            output.print_line(f"{names}: left where {'it is' if len(plan.staying) == 1 else 'they are'}; see above")
-    return plan
+        output.print_outcome([*found.going], moved is not None, False, "", f"set {what}", "set aside")
+        if moved:
+            _print_error(found.path)
+        if found.staying:
+            names = ", ".join(report.path.name for report in found.staying[:3]) + ", ..." * (len(found.staying) > 3)
+            output.print_line(f"{names}: left where {'it is' if len(found.staying) == 1 else 'they are'}; see above")
+    return moved
 
 
 def _print(found: Verification, offer: bool) -> None:

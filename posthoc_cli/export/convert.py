@@ -154,8 +154,8 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
     for path in paths if not overwrite else ():
         if output_exists(path, layout_of(path, layout)):
             raise OutputExistsError(path, "is there already", OTHER_FOLDER)
-    if folder.parent.is_dir():
-        files.make_directory(folder)
+    files.check_parent("out", folder)
+    files.make_directory(folder)
     return paths
 
 
@@ -194,8 +194,7 @@ def _read_source(
         own, info = _read_file(file, model, dtype)
         found.append((file.path, info))
         check_alike(*found[0], *found[-1])
-        twice = own.keys() & tensors.keys()
-        if twice:
+        if twice := own.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= own
     return tensors, found[0][1] if found else None

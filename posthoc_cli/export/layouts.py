@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import re
 import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -127,24 +126,34 @@ def write_synthesis(
         OutputExistsError: an output is there already, and `options.overwrite` is False.
         FileFormatError, NonFiniteError: as `synthesize`.
     """
-    check_space(dict.fromkeys(paths, plan.nbytes))
+    check_space({path: _bytes_here(plan, path, options) for path in paths})
     newest, kept = plan.newest, {}
     if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
         kept = training_metadata(read_header(newest.path))
     sinks: list[Sink] = []
     with ExitStack() as stack:
         for folder in folders:
-            if files.is_folder(folder.parent):
-                stack.enter_context(files.new_directory(folder))
+            stack.enter_context(files.new_directory(folder))
         for index, path in enumerate(paths):
             metadata = kept | output_metadata(plan.output_info(index)) | dict(marks[index] if marks else {})
             sinks.append(make_sink(layout_of(path, options.layout), path, plan.specs(), metadata, options))
             stack.callback(sinks[-1].discard)
-        with closing(synthesize_into(plan, sinks, options)) as made:
-            for _ in made:
-                pass
+        shards = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
+        for part in shards[0].parts(plan) if shards else [plan]:
+            with closing(synthesize_into(part, sinks, options)) as made:
+                for _ in made:
+                    pass
+            for one in shards:
+                one.publish_next()
         for sink in sinks:
             sink.commit()
+
+
+def _bytes_here(plan: Plan, path: Path, options: OutputOptions) -> int:
+    """What an output takes on a disk of this machine: of shards that go to a store no more than one at a time."""
+    if not files.is_url(path) or layout_of(path, options.layout) != "sharded":
+        return plan.nbytes
+    return min(plan.nbytes, max(options.shard_bytes, *(spec.nbytes for spec in plan.specs())))
 
 
 def check_space(outputs: Mapping[Path, int]) -> None:
@@ -152,9 +161,8 @@ def check_space(outputs: Mapping[Path, int]) -> None:
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, nbytes in outputs.items():
         here = Path(tempfile.gettempdir()) / path.name if files.is_url(path) else path  # where it is written first
-        place = next((folder for folder in (here, *here.parents) if folder.is_dir()), None)
-        if place is not None:  # else making the output raises an error
-            disks[place.stat().st_dev].append((place, nbytes))
+        place = next(folder for folder in (here, *here.parents) if folder.is_dir())
+        disks[place.stat().st_dev].append((place, nbytes))
     for places in disks.values():
         place, needed = places[0][0], sum(nbytes for _, nbytes in places)
         free = shutil.disk_usage(place).free
@@ -475,7 +483,7 @@ class _ShardedSink(FileSink):
         for path in model_files_in(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
-        self._folder, self._overwrite = folder, options.overwrite
+        self.folder, self._overwrite = folder, options.overwrite
         self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
         self._published: list[Path] = []
         self._committed = False
@@ -500,23 +508,36 @@ class _ShardedSink(FileSink):
         super().__init__(writers)
 
     def commit(self) -> None:
-        with files.reported_as_write_error(self._folder):
-            for path in model_files_in(self._folder) if self._overwrite else ():
+        with files.reported_as_write_error(self.folder):
+            for path in model_files_in(self.folder) if self._overwrite else ():
                 self._keep(path)
-        for writer in self._writers:
-            writer.commit()
-            self._published.append(writer.path)
+        while len(self._published) < len(self._writers):
+            self.publish_next()
         if self._split.is_sharded:
             text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
-            files.write_whole(self._folder / INDEX_NAME, text, self._overwrite)
-            self._published.append(self._folder / INDEX_NAME)
-        with files.reported_as_write_error(self._folder):
+            files.write_whole(self.folder / INDEX_NAME, text, self._overwrite)
+            self._published.append(self.folder / INDEX_NAME)
+        with files.reported_as_write_error(self.folder):
             for path in self._old.keys() - set(self._published):
                 files.unlink_if_there(path)
-            if not files.is_url(self._folder):
-                files.system.fsync_directory(self._folder)
+            if not files.is_url(self.folder):
+                files.system.fsync_directory(self.folder)
         self._committed = True
         files.discard(self._old.values())
+
+    def parts(self, plan: Plan) -> Iterator[Plan]:
+        """A plan for each file, with what it needs beside those before."""
+        left = dict(plan.names)
+        for names in map(set, self._writers.values()):
+            own = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
+            left = {name: aliases for name, aliases in left.items() if name not in own}
+            yield replace(plan, subset=own)
+
+    def publish_next(self) -> None:
+        """Let the next file appear."""
+        writer = [*self._writers][len(self._published)]
+        writer.commit()
+        self._published.append(writer.path)
 
     def discard(self) -> None:
         super().discard()
@@ -532,7 +553,7 @@ class _ShardedSink(FileSink):
 
     def _keep(self, path: Path) -> None:
         """Give a file of the old model a second name. The index loses its first: no index leads to two models."""
-        self._old[path] = files.temporary_path(self._folder)
+        self._old[path] = files.temporary_path(self.folder)
         if path.name != INDEX_NAME:
             try:
                 return files.system.link(path, self._old[path])
@@ -596,13 +617,15 @@ class _DcpSink(_MemorySink):
     """A folder of torch.distributed.checkpoint, which appears complete or not at all."""
 
     def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
-        is_folder = folder.is_dir() and not folder.is_symlink()
+        self._folder, self._made = folder, files.made_at(folder)
+        is_folder, is_url = folder.is_dir() and not folder.is_symlink(), files.is_url(folder)
         there = list(folder.iterdir()) if is_folder else []
-        if os.path.lexists(folder) and not (is_folder and (not there or (overwrite and _is_dcp_folder(there)))):
+        is_free = not there or (overwrite and _is_dcp_folder(there) and not is_url)
+        if (folder.is_symlink() or folder.exists()) and not (is_folder and is_free):
             what = "holds a model already" if _is_dcp_folder(there) else "is or holds something else"
-            raise OutputExistsError(folder, what, "choose another folder, or overwrite=True to replace a model")
+            hint = "choose another folder" + ", or overwrite=True to replace a model" * (not is_url)
+            raise OutputExistsError(folder, what, hint)
         super().__init__(specs)
-        self._folder, self._made = folder, files.temporary_path(folder.parent)
 
     def commit(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import
@@ -615,11 +638,10 @@ class _DcpSink(_MemorySink):
             except CheckpointException as error:
                 cause = next(iter(error.failures.values()))[0]
                 raise cause if isinstance(cause, OSError) else error from error
-            old = files.temporary_path(self._folder.parent)
-            if self._folder.exists():
+            old = files.made_at(self._folder)
+            if not files.is_url(self._folder) and self._folder.exists():
                 files.system.rename(self._folder, old)
-            files.system.rename(self._made, self._folder)
-            files.system.fsync_directory(self._folder.parent)
+            files.give_name(self._made, self._folder)
             shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:

@@ -138,6 +138,7 @@ class ModelFolder:
             NonFiniteError: a dtype of the folder cannot hold a value.
             WriteError: the system refused.
         """
+        temporary = [files.made_at(out) for out in outs]
         for out in outs:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise OutputExistsError(out, "is there already", "name a new folder: a model folder is not replaced")
@@ -149,7 +150,6 @@ class ModelFolder:
         copied = sum((self.path / name).stat().st_size for name in self.others)
         check_space(dict.fromkeys(outs, copied + sum(entry.nbytes for _, entry in self.entries.values())))
         absent = [name for name in averaged if not any(alias in self.entries for alias in plan.names[name])]
-        temporary = [files.temporary_path(out.parent) for out in outs]
         try:
             with (
                 nullcontext() if container is None else files.new_directory(container),
@@ -164,8 +164,7 @@ class ModelFolder:
                 for folder, out in zip(temporary, outs, strict=True):
                     self._copy_others(folder)
                     _make_durable(folder)
-                    files.system.rename(folder, out)
-                    files.system.fsync_directory(out.parent)
+                    files.give_name(folder, out)
         finally:
             for folder in temporary:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ from posthoc_cli.planning.curves import (
     profile_fit,
 )  # fmt: skip
 from posthoc_cli.planning.proposals import PlanReport, Proposal, Task, evaluate, propose
-from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, forecast_at, listed, relative_rounding
+from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, listed, relative_rounding
 from posthoc_cli.planning.thinning import (
     USEFUL_RANGE,
     errors_after_each,
@@ -31,6 +31,6 @@ from posthoc_cli.planning.thinning import (
 __all__ = [
     "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
     "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_max_error", "check_sigma_range", "check_within",
-    "error_curve", "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of",
+    "error_curve", "errors_after_each", "evaluate", "exchanged", "forecast", "listed", "losses_of",
     "profile_fit", "propose", "range_of", "relative_rounding", "removal_order", "snapshots_to_drop",
 ]  # fmt: skip

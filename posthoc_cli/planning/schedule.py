@@ -176,12 +176,11 @@ def forecast(
     sigma_range: tuple[float, float] = USEFUL_RANGE,
     points: int = 41,
 ) -> Forecast:
-    """Expected errors of averages made of these snapshots, at least one, over a range of sigma_rel."""
-    return forecast_at(snapshots, prior, np.clip(np.geomspace(*sigma_range, points), *sigma_range))
+    """Expected errors of averages made of these snapshots, at least one, over a range of sigma_rel.
 
-
-def forecast_at(snapshots: Sequence[PowerFunction], prior: Prior, sigma_rels: FloatArray) -> Forecast:
-    """As `forecast`, at these sigma_rels. Weights of norm 0 are exact."""
+    Weights of norm 0 are exact.
+    """
+    sigma_rels = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
     t = max(p.t for p in snapshots)
     targets = [PowerFunction.from_sigma_rel(float(s), t) for s in sigma_rels]
     predicted, profile = expected_errors(snapshots, targets, prior, t)

@@ -9,7 +9,7 @@ mass at its start, which the tail contains and the density leaves out.
 `density` and `tail` is a `Profile`, too.
 """
 
-from posthoc_cli.profiles.discrete import Combination, Discrete, Point
+from posthoc_cli.profiles.discrete import Discrete, Point
 from posthoc_cli.profiles.others import (
     SHAPES,
     ClassicalEMA,
@@ -43,7 +43,7 @@ from posthoc_cli.profiles.tracked import (
 )  # fmt: skip
 
 __all__ = [
-    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination",
+    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder",
     "Conversion", "Discrete", "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile",
     "RecordedPowerFunction", "StepWindow", "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
     "gamma_from_sigma_rel", "is_late", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",

@@ -1,4 +1,4 @@
-"""Averages of single weights (one checkpoint, or values at known times), and combinations of stored averages.
+"""Averages of single weights: one checkpoint, or values at known times.
 
 A checkpoint has mass at points only, so that its density is 0 everywhere and its tail falls in jumps.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles.tracked import FloatArray, StoredProfile
+from posthoc_cli.profiles.tracked import FloatArray
 
 _SUM = 1e-6
 """Accepted difference of a sum of masses from 1; the masses are scaled to a sum of 1."""
@@ -100,23 +100,3 @@ class Discrete:
         later = np.append(np.cumsum(self.masses[::-1])[::-1], 0.0)
         later[0] = 1.0
         return later
-
-
-@dataclass(frozen=True, eq=False)
-class Combination:
-    """sum_i coefficients_i times the stored average i: what exactly these coefficients make."""
-
-    stored: Sequence[StoredProfile]
-    coefficients: FloatArray
-
-    def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s`, without mass at points; below 0 where a coefficient is."""
-        return np.asarray(sum(c * p.density(s) for c, p in self._used), dtype=np.float64)
-
-    def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`."""
-        return np.asarray(sum(c * p.tail(s) for c, p in self._used), dtype=np.float64)
-
-    @property
-    def _used(self) -> list[tuple[float, StoredProfile]]:
-        return [(c, p) for c, p in zip(self.coefficients.tolist(), self.stored, strict=True) if c]

@@ -42,7 +42,7 @@ def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int
         gamma: exponent of the power function that it was asked for.
         step: the number in the file's name, its calls of `update` so far: at least 1.
         update_every: its setting, at least 1.
-        started: steps of the training before its first call, also where a new object began anew after a resume.
+        started: steps of the training before its first call.
 
     Raises:
         InvalidValueError: a value is out of its range.
@@ -56,9 +56,8 @@ DEFAULT_UPDATE_AFTER_STEP = 100
 
 
 def posthoc_ema_profile(
-    gamma: float, step: int, update_every: int = 10, update_after_step: int = DEFAULT_UPDATE_AFTER_STEP,
-    started: int = 0,
-) -> Discrete:  # fmt: skip
+    gamma: float, step: int, update_every: int = 10, update_after_step: int = DEFAULT_UPDATE_AFTER_STEP
+) -> Discrete:
     """What `pytorch-posthoc-ema` stores at its call `step` of `update_`; its first update is at `update_after_step`.
 
     Arguments, errors and clock as in `ema_pytorch_profile`; the defaults are those of the package.
@@ -67,7 +66,7 @@ def posthoc_ema_profile(
     if step <= before:
         reason = f"must be at least update_after_step, {update_after_step}"
         raise InvalidValueError("step", reason, value=step)
-    return ema_pytorch_profile(gamma, step - before, update_every, before + started)
+    return ema_pytorch_profile(gamma, step - before, update_every, before)
 
 
 TORCHTITAN_GAMMA = 20 * math.log(2) - 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeGuard
 
 import numpy as np
@@ -138,13 +137,12 @@ class StoredFunctions(ABC):
 
     def _by_quadrature(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """The projection of the target, [K, G], and the integrals of its square, [K]."""
-        nodes = resolving_nodes(target, self._edges)
-        index = nodes.interval
-        values = self._values(target, nodes.points, index)
-        powers = (nodes.points / self._ends[index])[:, None] ** self._exponents / self._norms[index]
+        points, weights, index = resolving_nodes(target, self._edges)
+        values = self._values(target, points, index)
+        powers = (points / self._ends[index])[:, None] ** self._exponents / self._norms[index]
         overlap, squares = np.zeros((self._ends.size, self._exponents.size)), np.zeros(self._ends.size)
-        np.add.at(overlap, index, powers * (values * nodes.weights)[:, None])
-        np.add.at(squares, index, values**2 * nodes.weights)
+        np.add.at(overlap, index, powers * (values * weights)[:, None])
+        np.add.at(squares, index, values**2 * weights)
         return np.einsum("kgj,kg->kj", self._to_basis, overlap), squares
 
 
@@ -199,18 +197,10 @@ _ORDER = 16
 _BISECTIONS = 100
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """Points and weights of a quadrature over all intervals, and the interval that each point is in: [M] each."""
+def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, FloatArray, npt.NDArray[np.intp]]:
+    """Points and weights for integrals of functions of the profile, and the interval that each is in: [M] each.
 
-    points: FloatArray
-    weights: FloatArray
-    interval: npt.NDArray[np.intp]
-
-
-def resolving_nodes(profile: Profile, edges: FloatArray) -> Nodes:
-    """Nodes for integrals of functions of the profile over the intervals between `edges`.
-
+    The intervals are those between `edges`.
     Each interval is cut at quantiles of the profile's mass, even ones and ones that approach both ends geometrically.
     That resolves an average over a few of thousands of steps, and finds the edges of a window up to rounding.
     """
@@ -226,7 +216,7 @@ def resolving_nodes(profile: Profile, edges: FloatArray) -> Nodes:
     half = np.diff(cuts)[:, None] / 2
     points = (cuts[:-1, None] + half) + half * abscissae
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
-    return Nodes(points.reshape(-1), (half * weights).reshape(-1), np.repeat(interval, _ORDER))
+    return points.reshape(-1), (half * weights).reshape(-1), np.repeat(interval, _ORDER)
 
 
 def relative_width(profile: Profile, t: float) -> float:
@@ -234,7 +224,7 @@ def relative_width(profile: Profile, t: float) -> float:
 
     With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 - 2 integral s F.
     """
-    nodes = resolving_nodes(profile, np.array([0.0, t]))
-    below = (1 - profile.tail(nodes.points)) * nodes.weights
+    points, weights, _ = resolving_nodes(profile, np.array([0.0, t]))
+    below = (1 - profile.tail(points)) * weights
     mean = t - float(below.sum())
-    return float(np.sqrt(max(t * t - 2 * float(below @ nodes.points) - mean**2, 0.0))) / t
+    return float(np.sqrt(max(t * t - 2 * float(below @ points) - mean**2, 0.0))) / t

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
-from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.reconstruction.basis import (
     Densities,
@@ -347,7 +347,7 @@ def check_method(method: str | None) -> str:
 
 def reconstruct(
     snapshots: Sequence[StoredProfile],
-    targets: Sequence[Profile],
+    targets: Sequence[Profile | FloatArray],
     method: str | None = None,
     prior: Prior | None = None,
     t: float | None = None,
@@ -357,8 +357,8 @@ def reconstruct(
     Arguments:
         snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
             one, distinct, none after `t`.
-        targets: the wanted profiles; power functions are treated in closed form, others by quadrature, and a
-            `Combination` of the snapshots, in their order, is taken as it is.
+        targets: the wanted profiles; power functions are treated in closed form, others by quadrature. Or
+            coefficients of the snapshots, [snapshots], which are taken as they are.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last snapshot.
@@ -370,7 +370,8 @@ def reconstruct(
     if not snapshots:
         raise InvalidValueError("snapshots", "must be at least one")
     for wanted in targets:
-        if not all(callable(getattr(wanted, name, None)) for name in ("density", "tail")):
+        is_profile = all(callable(getattr(wanted, name, None)) for name in ("density", "tail"))
+        if not (is_profile or isinstance(wanted, np.ndarray)):
             reason = "must be a profile with density(s) and tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
             raise InvalidValueError("target", reason, value=brief(wanted))
     last = max(p.t for p in snapshots)
@@ -383,8 +384,8 @@ def reconstruct(
     # One by one, so that the rounding of a target's coefficients does not depend on the other targets.
     columns, predicted, profile = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
     for k, target in enumerate(targets):
-        if isinstance(target, Combination):
-            columns[:, k], predicted[k] = target.coefficients, problem.error_of(target)
+        if isinstance(target, np.ndarray):
+            columns[:, k], predicted[k] = target, problem.error_of(target)
         else:
             columns[:, k : k + 1], predicted[k : k + 1], profile[k : k + 1] = problem.solve([target], method)
     return Reconstruction(columns, profile, predicted, prior)
@@ -451,7 +452,8 @@ class _Problem:
         total = solution.sum(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = np.where((total > 0) & (total < np.inf), solution / total, np.nan)
-        stored = [(k, row) for k, target in enumerate(targets) if (row := self._row(target)) is not None]
+        powers = [(k, target) for k, target in enumerate(targets) if isinstance(target, PowerFunction)]
+        stored = [(k, self._snapshots[target]) for k, target in powers if target in self._snapshots]
         for column, row in stored:
             columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
         if method == METHODS[0]:
@@ -504,18 +506,15 @@ class _Problem:
             if snapshot.t == self._last:
                 yield np.repeat(np.eye(len(self._snapshots))[:, [row]], goals.norms.size, axis=1)
 
-    def error_of(self, made: Combination) -> float:
+    def error_of(self, coefficients: FloatArray) -> float:
         """The predicted error of exactly these coefficients: that of the stored copies."""
-        column = made.coefficients[:, None]
+        column = coefficients[:, None]
         goals = self._variance.made_of(column)
         return float(self._variance.expected_errors(self._variance.expected_squares(column, goals), column, goals)[0])
 
     @cached_property
     def _published(self) -> LeastSquares:
         return LeastSquares(self._factor)
-
-    def _row(self, target: Profile) -> int | None:
-        return self._snapshots.get(target) if isinstance(target, PowerFunction) else None
 
 
 # --- very many snapshots

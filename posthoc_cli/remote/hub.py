@@ -6,8 +6,9 @@ moves on meanwhile changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import HfApi, HfFileSystem
@@ -55,38 +56,19 @@ class Hub:
         folders = [one["name"] for one in found if one["type"] == "directory"]
         return {"common_prefixes": folders, "objects": [_described(one) for one in found if one["type"] == "file"]}
 
-    def list(self, key: str, chunk_size: int) -> Iterator[Sequence[dict[str, Any]]]:  # noqa: ARG002
-        """What is directly in a folder, folders included."""
-        found = self.list_with_delimiter(key)
-        yield [*found["objects"], *({"path": name} for name in found["common_prefixes"])]
-
-    def get(self, key: str, options: dict[str, Any]) -> _Answer:
+    def get(self, key: str, options: dict[str, Any]) -> Any:
         """A range of a file, at the commit of its revision."""
         found = self.head(key)
         begin, end = options["range"]
         end = min(end, found["size"])
-        return _Answer(self._open(self._pinned(key))._fetch_range(begin, end) if begin < end else b"", found)
+        data = self._open(self._pinned(key))._fetch_range(begin, end) if begin < end else b""
+        return SimpleNamespace(bytes=lambda: data, meta=found)
 
     def revisions(self, key: str) -> Sequence[str]:
         """The names of the branches and tags of a repository."""
         place = self._files.resolve_path(key)
         found = self._api.list_repo_refs(place.repo_id, repo_type=place.repo_type)
         return [one.name for one in (*found.branches, *found.tags)]
-
-    def put(self, *_: Any, **__: Any) -> Any:
-        """Refuse: commits are made by the Hub's own tools."""
-        raise NotImplementedError
-
-    delete = put
-
-
-class _Answer:
-    def __init__(self, data: bytes, meta: dict[str, Any]) -> None:
-        self._data, self.meta = data, meta
-
-    def bytes(self) -> bytes:
-        """What was read."""
-        return self._data
 
 
 def _described(found: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Collection
 from contextlib import suppress
 
 from posthoc_cli.errors import LockedError, RemoteError, printable
@@ -35,19 +34,18 @@ class Lease:
 
     Arguments:
         run: where the snapshots are.
-        token: what tells this holder from all others.
-        ended: tokens of holders that are known to have ended.
+        token: what tells this holder from all others; an earlier one with this token has ended.
 
     Raises:
         LockedError: another process holds it.
         RemoteError: the store refuses, or has no conditional put.
     """
 
-    def __init__(self, run: RemotePath, token: str, ended: Collection[str] = ()) -> None:
+    def __init__(self, run: RemotePath, token: str) -> None:
         self._run, self._token, self._url, self._until = run, token, str(run / NAME), 0.0
         self._lost: LockedError | None = None
         self._one_at_a_time, self._released = threading.Lock(), threading.Event()
-        self._known = self._taken(ended)
+        self._known = self._free()
         self._check_store()
         self.renew()
         # The thread has no part in the lease's life: of a tracker that is forgotten the lease runs out.
@@ -83,20 +81,14 @@ class Lease:
             with self._one_at_a_time, suppress(OSError):
                 store.put(self._url, b"{}", replaces=self._known)
 
-    def _taken(self, ended: Collection[str]) -> Known:
-        """Take the lease."""
+    def _free(self) -> Known:
+        """What is to be replaced: a note that was not there, that has expired, or that is of this token."""
         with suppress(FileExistsError):
             return self._put()
         known, note = self._read()
-        token = note.get("token", "")
-        if token not in ("", self._token, *ended) and self._store_time() < known.modified + SECONDS + 1:
+        if note.get("token", "") not in ("", self._token) and self._store_time() < known.modified + SECONDS + 1:
             raise self._refusal(note)
-        try:
-            return self._put(known)
-        except RemoteError as error:
-            if error.errno != errno.ESTALE:
-                raise
-            return self._still_own()
+        return known
 
     def _still_own(self) -> Known:
         """What the store has of the lease where an answer was lost, but the request was done."""

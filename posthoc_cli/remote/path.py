@@ -71,7 +71,7 @@ class RemotePath(PosixPath):
         """Whether an object is below it."""
         if not self._is_listed and not self._is_web and not self.is_file():
             with suppress(FileNotFoundError):
-                self._is_listed = store.holds(str(self))
+                self._is_listed = any(store.listed(str(self)))
         return self._is_listed and self.known is None
 
     @property
@@ -122,17 +122,13 @@ class RemotePath(PosixPath):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
         return found
 
-    def _children(self) -> list[RemotePath]:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return list(self.iterdir())
-        return []
-
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]
         """What matches in this folder and, by a pattern with slashes, below it; nothing is left out for its dot.
 
         Of a repository of the Hub, `model@step*` are its revisions.
         """
         first, _slash, rest = pattern.partition("/")
+        found: list[RemotePath] = []
         if not glob.has_magic(first):
             found = [self / first] if rest or (self / first).exists() else []
         elif str(self).startswith("hf://") and "@" in first:
@@ -140,7 +136,8 @@ class RemotePath(PosixPath):
             names = store.revisions(str(self / repository))
             found = [self / f"{repository}@{quote(name, safe='')}" for name in names if fnmatchcase(name, wanted)]
         else:
-            found = [child for child in self._children() if fnmatchcase(child.name, first)]
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found = [child for child in self.iterdir() if fnmatchcase(child.name, first)]
         for child in found:
             if rest:
                 yield from child.glob(rest)

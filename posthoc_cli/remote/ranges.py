@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakSet
 
 from posthoc_cli.errors import RemoteError
 from posthoc_cli.remote import store
@@ -26,9 +27,6 @@ AHEAD = 64 * 1024 * 1024
 _OPENING = 16
 """Objects whose start is asked for ahead."""
 
-_KEPT = 64
-"""Pieces of small reads that are kept, of all files."""
-
 _LEAST, _MOST = 64 * 1024, 4 * 1024 * 1024
 """Bytes of a request ahead."""
 
@@ -39,10 +37,8 @@ _THREADS = 4
 """Ranges of one file that are read at a time, for the size of requests."""
 
 _lock = threading.Lock()
-_kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
-_open: set[int] = set()
 _ahead = 0
-_starts: dict[str, Future[tuple[memoryview, Known]]] = {}
+_starts: dict[Path, Future[tuple[memoryview, Known]]] = {}
 
 
 @lru_cache(maxsize=1)
@@ -50,40 +46,35 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(REQUESTS, "ema-remote")
 
 
-def starts_ahead(paths: Iterable[Path]) -> Iterator[Path]:
+def starts_ahead(paths: Sequence[Path]) -> Iterator[Path]:
     """The same paths, of objects that will be opened one after the other: the starts of the next ones are asked for."""
-    waiting: deque[Path] = deque()
     try:
-        for path in paths:
-            if not (getattr(path, "is_spooled", False) and os.path.lexists(path)):
-                _starts[str(path)] = _threads().submit(store.get, str(path), 0, START)
-            waiting.append(path)
-            if len(waiting) > _OPENING:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
+        for number, path in enumerate(paths):
+            for one in paths[number : number + _OPENING]:
+                if one not in _starts and not (getattr(one, "is_spooled", False) and os.path.lexists(one)):
+                    _starts[one] = _threads().submit(store.get, str(one), 0, START)
+            yield path
     finally:
-        for path in waiting:
-            _starts.pop(str(path), None)
+        for path in paths:
+            _starts.pop(path, None)
 
 
 class RemoteBytes:
-    """An object that is read at any place by any number of threads; one that was replaced meanwhile is an error."""
+    """An object that is read at any place by any number of threads; one that was replaced meanwhile is an error.
+
+    Attributes:
+        tag: what tells the object from others of its name; may be empty.
+    """
 
     def __init__(self, path: Path) -> None:
         self._url = str(path)
-        asked = _starts.pop(self._url, None)
-        start, self._known = asked.result() if asked else store.get(self._url, 0, START)
-        self.size = self._known.size
-        self._streams: list[_Stream] = []
-        _keep((id(self), 0), start)
-        with _lock:
-            _open.add(id(self))
-
-    @property
-    def tag(self) -> str:
-        """What tells the object from others of its name; may be empty."""
-        return self._known.tag
+        asked = _starts.pop(path, None)
+        self._start: memoryview | None
+        self._start, self._known = asked.result() if asked else store.get(self._url, 0, START)
+        self.size, self.tag = self._known.size, self._known.tag
+        self._plans: dict[int, _Plan] = {}
+        _open.add(self)
+        _piece(self, 0)
 
     @property
     def stamp(self) -> tuple[int, str]:
@@ -93,51 +84,33 @@ class RemoteBytes:
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Ask ahead for bytes that the calling thread will read in order; ranges that are near each other are one."""
-        piece = max(_LEAST, min(_MOST, AHEAD // (2 * _THREADS * len(_open))))
         joined: list[tuple[int, int]] = []
         for begin, end in sorted(one for one in ranges if max(one[0], START) < one[1]):  # the start is there
             if joined and begin - joined[-1][1] <= _NEAR:
                 joined[-1] = joined[-1][0], max(end, joined[-1][1])
             else:
                 joined.append((begin, end))
-        streams = [_Stream(self, begin, end, piece) for begin, end in joined]
         own = threading.get_ident()
-        with _lock:
-            gone = [one for one in self._streams if one.thread == own]
-            self._streams = [one for one in self._streams if one.thread != own] + streams
-        for one in gone:
-            one.cancel()
+        if own in self._plans:
+            self._plans.pop(own).cancel()
+        if joined:
+            self._plans[own] = _Plan(self, joined)
 
     def read(self, view: memoryview, offset: int) -> int:
         """Fill the beginning of a view from a place on; returns how many bytes, 0 only at the end of the object."""
-        own = threading.get_ident()
-        with _lock:
-            stream = next((one for one in self._streams if one.thread == own and one.at <= offset < one.end), None)
-        if stream is not None:
-            data = stream.take(offset, len(view))
-            if stream.at == stream.end:
-                with _lock:
-                    self._streams.remove(stream)
-        elif len(view) < START:
-            data = self._small(offset)
-        else:
-            data = self.get(offset, min(offset + len(view), self.size))
+        plan = self._plans.get(threading.get_ident())
+        data = plan.take(offset, len(view)) if plan else None
+        if data is None and len(view) < START:
+            data = _piece(self, offset - offset % START)[offset % START :]
+        elif data is None:
+            data = self.get(offset, offset + len(view))
         count = min(len(view), len(data))
         view[:count] = data[:count]
         return count
 
-    def _small(self, offset: int) -> memoryview:
-        """The bytes from a place to the end of the piece that it is in."""
-        first = offset - offset % START
-        with _lock:
-            piece = _kept.get((id(self), first))
-        if piece is None:
-            piece = self.get(first, min(first + START, self.size))
-            _keep((id(self), first), piece)
-        return piece[offset - first :]
-
     def get(self, begin: int, end: int) -> memoryview:
-        """The bytes of a range, by one request."""
+        """The bytes of a range, by one request; fewer at the end of the object."""
+        end = min(end, self.size)
         if begin >= end:
             return memoryview(b"")
         data, found = store.get(self._url, begin, end, self.tag)
@@ -147,69 +120,79 @@ class RemoteBytes:
             raise RemoteError(self._url, f"cannot be read: the answer has {len(data):,} bytes of {end - begin:,}")
         return data
 
+    def take_start(self) -> memoryview | None:
+        """What the first request has brought, once."""
+        start, self._start = self._start, None
+        return start
+
     def close(self) -> None:
         """Drop what was asked for."""
-        with _lock:
-            streams, self._streams = self._streams, []
-            _open.discard(id(self))
-            for key in [key for key in _kept if key[0] == id(self)]:
-                del _kept[key]
-        for stream in streams:
-            stream.cancel()
+        _open.discard(self)
+        for plan in self._plans.values():
+            plan.cancel()
 
 
-def _keep(key: tuple[int, int], piece: memoryview) -> None:
-    with _lock:
-        _kept[key] = piece
-        if len(_kept) > _KEPT:
-            _kept.popitem(last=False)
+_open: WeakSet[RemoteBytes] = WeakSet()
 
 
-class _Stream:
-    """A range that one thread reads in order, in pieces: two are asked for ahead while there is room for them."""
+@lru_cache(maxsize=64)
+def _piece(file: RemoteBytes, begin: int) -> memoryview:
+    """The piece from a place on of a file that is read in small parts."""
+    return file.take_start() or file.get(begin, begin + START)
 
-    def __init__(self, file: RemoteBytes, begin: int, end: int, piece: int) -> None:
-        self.thread, self.at, self.end = threading.get_ident(), begin, end
-        self._file, self._piece, self._next = file, piece, begin
-        self._asked: list[tuple[int, int, Future[memoryview]]] = []
+
+class _Plan:
+    """Ranges that one thread reads in order, in pieces: two are asked for ahead while there is room for them."""
+
+    def __init__(self, file: RemoteBytes, ranges: Sequence[tuple[int, int]]) -> None:
+        self._file, self._size = file, max(_LEAST, min(_MOST, AHEAD // (2 * _THREADS * len(_open))))
+        size = self._size
+        self._todo = deque((at, min(at + size, end)) for begin, end in ranges for at in range(begin, end, size))
+        self._asked: deque[tuple[int, int, Future[memoryview]]] = deque()
         self._ask()
 
     def _ask(self) -> None:
         global _ahead
-        while len(self._asked) < 2 and self._next < self.end:
-            begin, end = self._next, min(self._next + self._piece, self.end)
+        free = 2 * self._size - sum(end - begin for begin, end, _ in self._asked)
+        while self._todo and (count := self._todo[0][1] - self._todo[0][0]) <= free:
             with _lock:
-                if _ahead + end - begin > AHEAD:
+                if _ahead + count > AHEAD:
                     return
-                _ahead += end - begin
+                _ahead += count
+            free -= count
+            begin, end = self._todo.popleft()
             self._asked.append((begin, end, _threads().submit(self._file.get, begin, end)))
-            self._next = end
 
-    def take(self, offset: int, count: int) -> memoryview:
-        """The bytes from a place on, as many as one piece has of those that are wanted."""
+    def take(self, offset: int, count: int) -> memoryview | None:
+        """The bytes from a place on, as many as one piece has of those that are wanted; None where none has any."""
         while self._asked and self._asked[0][1] <= offset:
             self._drop()
-        if not self._asked:  # there was no room, or the place is behind what was asked for
-            self.at = self._next = min(offset + count, self.end)
-            self._ask()
-            return self._file.get(offset, self.at)
+        while not self._asked and self._todo and self._todo[0][1] <= offset:
+            self._todo.popleft()
+        self._ask()
+        if not self._asked and self._todo and self._todo[0][0] <= offset:  # there is no room
+            end = self._todo.popleft()[1]
+            if offset + count < end:
+                self._todo.appendleft((offset + count, end))
+            return self._file.get(offset, min(offset + count, end))
+        if not self._asked or self._asked[0][0] > offset:
+            return None
         begin, end, asked = self._asked[0]
         data = asked.result()[offset - begin :][:count]
-        self.at = offset + len(data)
-        if self.at == end:
+        if offset + len(data) == end:
             self._drop()
-        self._ask()
+            self._ask()
         return data
 
     def _drop(self) -> None:
         global _ahead
-        begin, end, asked = self._asked.pop(0)
+        begin, end, asked = self._asked.popleft()
         asked.cancel()
         with _lock:
             _ahead -= end - begin
 
     def cancel(self) -> None:
         """Drop all that was asked for."""
-        self._next = self.end
+        self._todo.clear()
         while self._asked:
             self._drop()

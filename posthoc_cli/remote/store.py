@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -134,8 +134,13 @@ def head(url: str) -> Known:
     store, key = _place(url)
     if not key:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)  # a bucket
-    with told(url):
-        return _known(store.head(key))
+    try:
+        with told(url):
+            return _known(store.head(key))
+    except RemoteError as error:
+        if error.errno != errno.EACCES:
+            raise
+    return get(url, 0, 1)[1]  # whose answer has a body, which says why
 
 
 def listed(url: str) -> tuple[list[str], list[Known]]:
@@ -145,13 +150,6 @@ def listed(url: str) -> tuple[list[str], list[Known]]:
         found = store.list_with_delimiter(key or None)
         own = [_known(one) for one in found["objects"]]
     return list(found["common_prefixes"]), [one for one in own if one.key != key]
-
-
-def holds(url: str) -> bool:
-    """Whether an object is in a folder, or in one below it."""
-    store, key = _place(url)
-    with told(url, "listed"):
-        return any(one["path"] != key for some in store.list(key or None, chunk_size=2) for one in some)
 
 
 def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Known]:
@@ -194,22 +192,16 @@ def put(url: str, data: bytes | memoryview | Path, *, create: bool = True, repla
     if replaces is not None:
         mode = {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
     size = data.stat().st_size if isinstance(data, Path) else len(data)
-    if size > _WHOLE and create and _is_there(url):
-        raise FileExistsError(errno.EEXIST, "is there already", url)
+    if size > _WHOLE and create:
+        with suppress(FileNotFoundError):
+            head(url)
+            raise FileExistsError(errno.EEXIST, "is there already", url)
     with told(url, "written"):
         if size <= _WHOLE:
             done = store.put(key, data, mode=mode, use_multipart=False)
         else:
             done = store.put(key, data, chunk_size=max(_PART, -(-size // _MOST_PARTS)), max_concurrency=4)
     return Known(key, size, done.get("e_tag") or "", version=done.get("version") or "")
-
-
-def _is_there(url: str) -> bool:
-    try:
-        head(url)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def repeated(request: Callable[[], Result]) -> Result:
@@ -236,11 +228,8 @@ def copy(url: str, to: str) -> None:
 def delete(url: str) -> None:
     """Remove an object; one that is not there is no error."""
     store, key = _place(url)
-    with told(url, "removed"):
-        try:
-            store.delete(key)
-        except FileNotFoundError:
-            return
+    with told(url, "removed"), suppress(FileNotFoundError):
+        store.delete(key)
 
 
 def _place(url: str) -> tuple[Any, str]:
@@ -259,33 +248,38 @@ def _known(found: Any) -> Known:
 
 
 _ACCESS = "`ema guide remote` says where they are read from"
-_REASONS = {
-    "NoSuchBucket": ("there is no such bucket", ""),
-    "ContainerNotFound": ("there is no such container", ""),
-    "ExpiredToken": ("the credentials have expired", "renew them"),
-    "TokenRefreshRequired": ("the credentials have expired", "renew them"),
-    "InvalidAccessKeyId": ("the credentials are not accepted", _ACCESS),
-    "SignatureDoesNotMatch": ("the credentials are not accepted", _ACCESS),
-    "InvalidToken": ("the credentials are not accepted", _ACCESS),
-    "RequestTimeTooSkewed": ("the clock of this machine is wrong", "set it"),
-    "AuthorizationHeaderMalformed": ("the region is another one", "set AWS_REGION"),
-    "PermanentRedirect": ("the region is another one", "set AWS_REGION"),
-}
-"""By the code of a store: what is wrong, and what to do."""
-
-_STATUS = {
-    301: ("the region is another one", "set AWS_REGION"),
-    401: ("the credentials are missing or not accepted", _ACCESS),
-    403: ("access is denied", ""),
-    405: ("the server does not list folders or take files", "name a file"),
-    412: ("was replaced while it was being used", "run again"),
-    429: ("the store asks for fewer requests", "try again later"),
-    503: ("the store asks for fewer requests, or is not available", "try again later"),
-}
-_LOGIN = re.compile(r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential")
-"""In the text of a request for credentials that are not in the environment."""
-
-_NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 412: errno.ESTALE, 501: errno.ENOTSUP}
+_REASONS = (
+    ("<Code>NoSuchBucket<", errno.EIO, "there is no such bucket", ""),
+    ("<Code>ContainerNotFound<", errno.EIO, "there is no such container", ""),
+    ("status code: 404", errno.ENOENT, "", ""),
+    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential",
+     errno.EACCES, "no credentials were found", _ACCESS),
+    ("MissingAccount", errno.EACCES, "no account is named", "set AZURE_STORAGE_ACCOUNT_NAME"),
+    ("OpenCredentials|DecodeCredentials|InvalidAccessKey {", errno.EACCES, "the credentials cannot be read", _ACCESS),
+    ("<Code>(ExpiredToken|TokenRefreshRequired)<", errno.EACCES, "the credentials have expired", "renew them"),
+    ("<Code>(InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken)<",
+     errno.EACCES, "the credentials are not accepted", _ACCESS),
+    ("<Code>RequestTimeTooSkewed<", errno.EACCES, "the clock of this machine is wrong", "set it"),
+    ("<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect without LOCATION",
+     errno.EIO, "the region is another one", "set AWS_REGION"),
+    ("status code: 401", errno.EACCES, "the credentials are missing or not accepted", _ACCESS),
+    ("status code: 403|<Code>AccessDenied<", errno.EACCES, "access is denied", ""),
+    ("status code: 405", errno.EIO, "the server does not list folders or take files", "name a file"),
+    ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
+    ("status code: 429", errno.EIO, "the store asks for fewer requests", "try again later"),
+    ("status code: 503|<Code>SlowDown<",
+     errno.EIO, "the store asks for fewer requests, or is not available", "try again later"),
+    ("status code: 501", errno.ENOTSUP, "the server answers 501", ""),
+    (r"status code: (400)(?:.*<Code>(\w{1,60})<)?", errno.EACCES, r"the server answers \1 \2", ""),
+    (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?", errno.EIO, r"the server answers \1 \2", ""),
+    (r"<Code>(\w{1,60})<", errno.EIO, r"the server answers \1", ""),
+    ("^ValueError", errno.EIO, "the store takes no such name", ""),
+    ("Connect|dns error", errno.EIO, "no connection to the server", "check the URL, the endpoint and the network"),
+    ("Timeout|timed out", errno.EIO, "the server did not answer in time", ""),
+    ("^NotImplementedError", errno.ENOTSUP, "the store does not know this kind of request", ""),
+    ("", errno.EIO, "the connection was lost, or the answer is incomplete", ""),
+)  # fmt: skip
+"""By what the text of an error holds, the first that fits: its number, what is wrong, and what to do."""
 
 
 @contextmanager
@@ -300,35 +294,17 @@ def told(url: str, verb: str = "read") -> Iterator[None]:
 
 
 def _as_os_error(url: str, verb: str, error: Exception) -> OSError:
-    text = str(error)
-    code = next(iter(re.findall(r"<Code>(\w{1,60})</Code>", text)), "")
-    if isinstance(error, FileExistsError) or type(error).__name__ == "AlreadyExistsError":
+    kind, answer = type(error).__name__, getattr(error, "response", None)
+    if kind in ("FileExistsError", "AlreadyExistsError"):
         return FileExistsError(errno.EEXIST, "is there already", url)
-    known = getattr(getattr(error, "response", None), "status_code", None)
-    status = int(known or next(iter(re.findall(r"status code: (\d{3})", text)), 0))
-    if (isinstance(error, FileNotFoundError) or status == 404) and code not in _REASONS:
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
-    is_login = _LOGIN.search(text) is not None
-    if is_login:
-        reason, hint = "no credentials were found", _ACCESS
-    elif code in _REASONS:
-        reason, hint = _REASONS[code]
-    elif status in _STATUS or "redirect without LOCATION" in text:
-        status = status or 301
-        reason, hint = _STATUS[status]
-    elif status:
-        reason, hint = f"the server answers {status}{f' ({code})' * bool(code)}", ""
-    elif isinstance(error, ValueError):
-        reason, hint = "the store takes no such name", ""
-    elif "Connect" in text or "dns error" in text:
-        reason, hint = "no connection to the server", "check the URL, the endpoint and the network"
-    elif "Timeout" in text or "timed out" in text:
-        reason, hint = "the server did not answer in time", ""
-    elif type(error).__name__ == "NotImplementedError":
-        reason, hint, status = "the store does not know this kind of request", "", 501
-    else:
-        reason, hint = "the connection was lost, or the answer is incomplete", ""
-    if status == 412:
-        return RemoteError(url, reason, hint, errno=errno.ESTALE)
-    number = errno.EACCES if is_login else _NUMBERS.get(status, errno.EIO)
-    return RemoteError(url, f"cannot be {verb}: {reason}", hint, errno=number)
+    status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
+    text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
+    text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # of one removal among several
+    number, reason, hint = next(
+        (number, found.expand(reason).strip(), hint)
+        for pattern, number, reason, hint in _REASONS
+        if (found := re.search(pattern, text, re.DOTALL))
+    )
+    if number == errno.ENOENT:
+        return FileNotFoundError(number, os.strerror(number), url)
+    return RemoteError(url, reason if number == errno.ESTALE else f"cannot be {verb}: {reason}", hint, errno=number)

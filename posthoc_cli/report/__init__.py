@@ -16,7 +16,6 @@ import shlex
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,8 @@ _THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(-
 """Colours of the figures that follow the page's."""
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """A figure as SVG, and the curve whose values a reader can point at, as JSON."""
-
-    svg: Markup
-    curve: str
+_Picture = dict[str, str]
+"""A figure: `svg`, and the `curve` whose values a reader can point at, as JSON."""
 
 
 def render(
@@ -259,7 +254,7 @@ def _drawn(
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{name}">', svg, count=1)
     points = {"xs": list(x), "ys": list(y), **frames[0]}
-    return _Picture(Markup(svg), json.dumps(points))
+    return {"svg": Markup(svg), "curve": json.dumps(points)}
 
 
 def _errors(curves: Sequence[ErrorCurve]) -> Callable[[], Figure]:

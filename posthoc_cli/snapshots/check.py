@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import CancelledError
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +44,7 @@ from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
-from posthoc_cli.snapshots.reading import in_order, open_file, worker_threads
+from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import COPY, decode_state, tensors_with
 from posthoc_cli.snapshots.tensor_file import read_header
@@ -68,9 +66,6 @@ MOVED = frozenset({DAMAGED, MISSING, NONFINITE, MISMATCHED})
 
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 """Errors of opening or reading that are the file's fault: a bad disk, a broken link, no regular file."""
-
-_UNITS_AT_A_TIME = 3
-"""While the header of one is decoded, the payload of another is read."""
 
 
 # --- reports
@@ -110,7 +105,8 @@ class Verification:
 
     `problems` are files that contradict each other, both named; `notes` are unusual and not wrong. `leftovers` are
     temporaries of interrupted writes, or of writes in progress. `superseded` counts snapshots that were set aside,
-    `moved` broken files that a repair has moved to `damaged/`.
+    `moved` broken files that a repair has moved to `damaged/`. `going` is what a repair would move, each with its
+    identity, to notice a file that was replaced.
     """
 
     path: Path
@@ -122,6 +118,7 @@ class Verification:
     superseded: int = 0
     moved: int = 0
     seconds: float = 0.0
+    going: Mapping[Path, tuple[int, ...] | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         wrong = len(self.broken) + len(self.problems)
@@ -131,6 +128,11 @@ class Verification:
     def broken(self) -> tuple[Path, ...]:
         """What is moved if it is broken: units with something wrong."""
         return tuple(dict.fromkeys(report.unit for report in self.files if not report.is_fine))
+
+    @property
+    def staying(self) -> tuple[FileReport, ...]:
+        """What is not fine, but may be valid, and is not moved."""
+        return tuple(one for one in self.files if not (one.is_fine or {one.unit, one.path} & self.going.keys()))
 
     @property
     def is_fine(self) -> bool:
@@ -274,7 +276,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     started = time.perf_counter()
     found, units = _listed(path)
     with progress("verifying", _size(units)) as advance:
-        reports = _read_units(units, advance)
+        reports = [report for unit in units for report in _read_unit(unit, advance)]
     own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
     problems = directories.contradictions(own)
     if own and not problems:
@@ -285,9 +287,12 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     notes = [f"{found.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
     if found.is_directory:
         notes += directories.missing_at_newest(own)
+    broken = {report.unit for report in reports if report.state in MOVED}
+    # A model whose shards are in the directory itself is moved file by file.
+    going = (report.path if report.unit == path else report.unit for report in reports if report.unit in broken)
     return replace(
         found, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *found.notes),
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started, going={one: _stamp(one) for one in going},
     )  # fmt: skip
 
 
@@ -301,23 +306,6 @@ def _size(units: Sequence[_Unit]) -> int:
 
 
 # --- reading a file
-
-
-def _read_units(units: Sequence[_Unit], progress: Callable[[int], object]) -> list[FileReport]:
-    """Reports of all files; `progress` gets the numbers of bytes that were read, from several threads."""
-    stopped = threading.Event()
-
-    def advance(nbytes: int) -> None:
-        if stopped.is_set():
-            raise CancelledError
-        progress(nbytes)
-
-    with worker_threads(_UNITS_AT_A_TIME) as pool:
-        try:
-            read = in_order(pool, lambda unit: _read_unit(unit, advance), units)
-            return [report for of_unit in read for report in of_unit]
-        finally:  # after an interrupt the threads do not read on
-            stopped.set()
 
 
 def _read_unit(unit: _Unit, progress: Callable[[int], object]) -> list[FileReport]:
@@ -498,60 +486,29 @@ def _index_fault(unit: _Unit, index: Path, there: Sequence[FileReport]) -> tuple
 # --- setting aside what is broken
 
 
-@dataclass(frozen=True)
-class Repair:
-    """A plan of what to set aside, and what was done of it.
-
-    `staying` have a problem, but may be valid, and are not moved. `stamps` are the identities of `gone`, to notice
-    files that were replaced; `moved` their new paths.
-    """
-
-    directory: Path
-    gone: tuple[Path, ...]
-    staying: tuple[FileReport, ...]
-    stamps: tuple[tuple[int, ...] | None, ...]
-    moved: tuple[Path, ...] = ()
-    done: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data for JSON."""
-        return {
-            "gone": [str(path.relative_to(self.directory)) for path in self.gone],
-            "moved": [str(path.relative_to(self.directory)) for path in self.moved],
-            "done": self.done,
-        }
-
-
-def plan_repair(found: Verification) -> Repair:
-    """Plan what `repair` sets aside; a DirectoryError if it is no directory of snapshots."""
+def check_repairable(found: Verification) -> None:
+    """A DirectoryError if it is no directory of snapshots, an InvalidValueError if it is in a store."""
     if not found.is_of_tracker:
         hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
         reason = "holds no snapshots of a tracker, and only these are set aside"
         raise DirectoryError(found.path, reason, hint if any(report.kind for report in found.files) else "")
     files.local_path("directory", found.path)
-    units = {report.unit for report in found.files if report.state in MOVED}
-    # A model whose shards are in the directory itself is moved file by file.
-    moving = (r.path if r.unit == found.path else r.unit for r in found.files if r.unit in units)
-    gone = tuple(dict.fromkeys(moving))
-    staying = tuple(report for report in found.files if not report.is_fine and report.unit not in units)
-    return Repair(found.path, gone, staying, tuple(map(_stamp, gone)))
 
 
-def repair(plan: Repair) -> Repair:
-    """Set aside what was planned, durably, while the directory is locked; returns the plan with the new paths.
+def repair(found: Verification) -> tuple[Path, ...]:
+    """Set aside what is broken, durably, while the directory is locked; returns the new paths.
 
     Raises:
         LockedError: a tracker is writing to the directory.
         MismatchError, DirectoryError: a file has changed since, or `damaged` is no folder; nothing was moved.
         WriteError: the system refused. What was moved is in the folder `damaged`, the rest where it was.
     """
-    with DirectoryLock(plan.directory):
-        directories.remove_leftovers(plan.directory)
-        for path, known in zip(plan.gone, plan.stamps, strict=True):
+    with DirectoryLock(found.path):
+        directories.remove_leftovers(found.path)
+        for path, known in found.going.items():
             if _stamp(path) not in (known, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        moved = directories.move_aside(plan.gone, plan.directory / BROKEN) if plan.gone else []
-    return replace(plan, moved=tuple(moved), done=True)
+        return tuple(directories.move_aside([*found.going], found.path / BROKEN)) if found.going else ()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

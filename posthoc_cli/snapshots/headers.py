@@ -71,7 +71,8 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
         text = start[8:].decode("utf-8")
         metadata, rest = _split(text)
     if rest is None:
-        metadata, tensors = cache.once("whole header", text, lambda: _decode_whole(path, text))
+        raw = parse_object(path, text, "header")
+        metadata, tensors = raw.pop("__metadata__", {}), _decode_entries(path, raw)
     else:
         tensors = cache.once("header", rest, lambda: _decode_entries(path, parse_object(path, rest, "header")))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -95,11 +96,6 @@ def _split(text: str) -> tuple[Any, str | None]:
         _check_text(metadata)
     # The padding depends on the length of the metadata.
     return metadata, "{" + text[end + 1 :].rstrip(" ") if text.startswith(',"', end) else None
-
-
-def _decode_whole(path: Path, text: str) -> tuple[Any, dict[str, fmt.TensorEntry]]:
-    raw = parse_object(path, text, "header")
-    return raw.pop("__metadata__", {}), _decode_entries(path, raw)
 
 
 def _decode_entries(path: Path, raw: dict[str, Any]) -> dict[str, fmt.TensorEntry]:

@@ -50,10 +50,8 @@ def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
 def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
     """Whether two outputs have equally many snapshots and the same coefficients."""
     pairs = [[c for _, c in info.snapshots if c] for info in (found, wanted)]
-    if len(pairs[0]) != len(pairs[1]):
-        return False
     most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
-    return all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
+    return len(pairs[0]) == len(pairs[1]) and all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
@@ -92,11 +90,6 @@ class ShardIndex:
     total_size: int | None
 
 
-def read_index(path: Path) -> dict[str, list[str]]:
-    """The tensors in each file of a sharded model, by the file's name, growing. Errors as in `decode_index`."""
-    return decode_index(path).shards
-
-
 def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardIndex:
     """The checked index of a sharded model: names, with these endings, lead to files beside it and nowhere else."""
     found = parse_object(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
@@ -133,7 +126,7 @@ def model_files(path: Path) -> dict[Path, list[str] | None]:
     """The files of the model or snapshot at a path, each with the tensors that an index names; None without one."""
     index = index_of(path)
     if index is not None:
-        return {index.parent / name: names for name, names in read_index(index).items()}
+        return {index.parent / name: names for name, names in decode_index(index).shards.items()}
     if is_parts_folder(path):
         return dict.fromkeys(list_folder(path).files)
     return {path / SINGLE_NAME if path.is_dir() else path: None}
@@ -171,16 +164,9 @@ def models_at(path: Path) -> list[Path]:
     if not found:
         hint = "name a .safetensors file, an index of shards, or a folder of these"
         raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
-    if any(map(_is_snapshot, found)):
+    if any(file_kind(read_header(file)) == "snapshot" for entry in found for file in model_files(entry)):
         raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
     return found
-
-
-def _is_snapshot(path: Path) -> bool:
-    try:
-        return any(file_kind(read_header(file)) == "snapshot" for file in model_files(path))
-    except FileFormatError:  # raised again when it is opened
-        return False
 
 
 def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -> None:

@@ -197,23 +197,15 @@ def _has_passed(
 
 def _rounded_as(model: Floats, points: Sequence[npt.NDArray[np.float64]]) -> list[npt.NDArray[np.float64]]:
     """Points as they are after the rounding that a model's checkpoint has had, if its values show one."""
-    for rounded in (_to_bfloat16, _to_float16):
-        if np.array_equal(rounded(model), model):
-            found = [rounded(point.astype(np.float32)).astype(np.float64) for point in points]
+    import torch  # as the model's caller has
+
+    for dtype in (torch.bfloat16, torch.float16):
+        own = torch.from_numpy(model)
+        if torch.equal(own.to(dtype).float(), own):
+            found = [torch.from_numpy(point).float().to(dtype).double().numpy() for point in points]
             if all(np.isfinite(point).all() for point in found):
                 return found
     return list(points)
-
-
-def _to_bfloat16(values: Floats) -> Floats:
-    bits = values.view(np.uint32).astype(np.uint64)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return nearest.astype(np.uint32).view(np.float32)
-
-
-def _to_float16(values: Floats) -> Floats:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(np.float32)
 
 
 def _square(values: npt.NDArray[np.float64]) -> float:

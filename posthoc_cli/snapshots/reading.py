@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,6 @@ _SKIPPED = 256 * 1024
 
 _SAMPLES, _SAMPLE = 16, 4096
 """Pieces of a file's content that tell it from others, and bytes of each."""
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -496,8 +493,16 @@ def _check_payload(file: _File) -> Generator[Checked, None, None]:
     if len(first) < 2:  # threads take longer to start than to read a small file
         yield from map(check, first)
         return
-    with worker_threads() as pool:
-        yield from in_order(pool, check, chain(first, blocks))
+    pool, in_work = ThreadPoolExecutor(THREADS, "ema-verify"), deque[Future[Checked]]()
+    try:
+        for block in chain(first, blocks):
+            in_work.append(pool.submit(check, block))
+            if len(in_work) > 4 * THREADS:
+                yield in_work.popleft().result()
+        while in_work:
+            yield in_work.popleft().result()
+    finally:  # also on an error or an interrupt: what was begun is finished, and nothing else
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Span(NamedTuple):
@@ -522,24 +527,3 @@ def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
             size += end - begin
     if batch:
         yield batch
-
-
-@contextmanager
-def worker_threads(count: int = THREADS) -> Iterator[Executor]:
-    """Threads for the block; at its end, also on error, they finish what they have begun and nothing else."""
-    pool = ThreadPoolExecutor(count, "ema-verify")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def in_order(pool: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """The function's result for each item, in their order; a limited number are in work at a time."""
-    in_work: deque[Future[_Result]] = deque()
-    for item in items:
-        in_work.append(pool.submit(function, item))
-        if len(in_work) > 4 * THREADS:
-            yield in_work.popleft().result()
-    while in_work:
-        yield in_work.popleft().result()

@@ -34,10 +34,7 @@ class Selection:
         return _matches(name, self.copy_only)
 
     def going_on(self, roles: Mapping[str, str]) -> Selection:
-        """The same for a run of tensors of these roles, which an earlier release may have begun.
-
-        Running statistics that were copied stay copies; "copy" left them averaged then.
-        """
+        """The same for a run of tensors of these roles: running statistics stay averages, or copies, as they were."""
         if self.buffers == "copy" and "statistic" in roles.values():
             return replace(self, buffers="statistics").going_on(roles)
         copies = running_statistics(name for name, role in roles.items() if role == "copy")

@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
-from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
+from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.sources import Stored
@@ -131,8 +130,6 @@ def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> Sta
             raise InvalidValueError("state", f"{key}: {error}") from error
     info = StateInfo(**checked | {"schedule": schedule})
     try:
-        if not info.sigma_rels or any(a >= b for a, b in pairwise(map(check_sigma_rel, info.sigma_rels))):
-            raise InvalidValueError("sigma_rels", "must grow, each profile once")
         if len(info.inherited) != len(info.sigma_rels):
             raise InvalidValueError("inherited", f"must be one for each profile, not {len(info.inherited)}")
         clock_at(list(info.clock or ()), info.step, info.t)

@@ -22,7 +22,7 @@ from posthoc_cli.sweep.axes import Axis
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.networks import Network
 from posthoc_cli.sweep.processes import Command, run_all
-from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, SecondLength, SweepReport
+from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, SweepReport
 from posthoc_cli.sweep.rounds import Search, check_counts
 from posthoc_cli.sweep.search import NEXT
 from posthoc_cli.targets import Mean
@@ -36,11 +36,6 @@ _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|weights:guide|sigma_rel:guide|s
 _SCRATCH, _LOGS, _KEPT = ".scratch", "logs", "weights"
 _TURNS = 3
 """Searches of one length at most, each with the other as it was found before."""
-
-Say = Callable[[Record], None]
-"""Told of every trial as it ends."""
-Watch = Callable[[str, int, int], None]
-"""Told what is being done, in words, and how many trials of at most how many have ended."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,8 @@ class Sweep:
         dtype, layout, like, component: as in `Run.write`.
         keep: leave the averages in the folder `weights`, for other metrics.
         again: the command line that asks for this.
-        say: called with every trial.
-        watch: called when something begins.
+        say: called with every trial as it ends.
+        watch: called when something begins: what, in words, and how many trials of at most how many have ended.
     """
 
     run: Run
@@ -91,8 +86,8 @@ class Sweep:
     component: str | None = None
     keep: bool = False
     again: str = ""
-    say: Say = lambda _: None
-    watch: Watch = lambda _what, _done, _most: None
+    say: Callable[[Record], None] = lambda _: None
+    watch: Callable[[str, int, int], None] = lambda _what, _done, _most: None
 
     def run_all(self) -> SweepReport:
         """Do it. A call that was stopped is continued by the next one like it.
@@ -240,7 +235,8 @@ class _Job:
             if other.name in self._found:
                 found = self._found[other.name].found
                 low, high = map(self._found[other.name].axis.value, (found.low, found.high))
-                second = SecondLength(lengths[other.name], low, high, found.mean, found.standard_error)
+                second = {"value": lengths[other.name], "low": low, "high": high}
+                second |= {"estimate": found.mean, "standard_error": found.standard_error}
         return SweepReport(
             metric=asked.metric.label, minimize=asked.minimize, axis=searched.axis,
             searched=first.name or first.axis.kind, trials=tuple(trials), found=searched.found,

@@ -76,7 +76,7 @@ class Network:
         digest = hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:8]
         pattern = str(folder / f"{{target}}-{digest}{self._suffix}")
         paths = dict(zip(wanted, output_paths([*wanted.values()], pattern, None)[0], strict=True))
-        there = [value for value in wanted if self._exists(paths[value])]
+        there = [value for value, path in paths.items() if self._exists(path)]
         missing = [value for value in wanted if value not in there]
         how: dict[str, Any] = {"t": self.plan.t, "dtype": self.options.get("dtype")}
         plans = [self.run.plan([wanted[value] for value in there], **how)] if there else []
@@ -94,17 +94,15 @@ class Network:
 
     @property
     def _like(self) -> Path | None:
-        like: Path | None = self.options.get("like")
-        return like
+        return self.options.get("like")
 
     @property
     def _suffix(self) -> str:
         return "" if self._like is not None else suffix_of(self.options.get("layout"))
 
     def _exists(self, path: Path) -> bool:
-        if self._like is not None:
-            return path.exists()
-        return output_exists(path, layout_of(path, self.options.get("layout")))
+        is_folder = self._like is not None
+        return path.exists() if is_folder else output_exists(path, layout_of(path, self.options.get("layout")))
 
     def _write(self, targets: Sequence[Target], out: str, overwrite: bool = False) -> Plan:
         how = self.options | {"t": self.plan.t, "overwrite": overwrite}

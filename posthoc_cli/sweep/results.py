@@ -90,23 +90,6 @@ class Records:
                 files.system.close(descriptor)
 
 
-@dataclass(frozen=True)
-class SecondLength:
-    """The length of the second network's average, where both were searched.
-
-    Attributes:
-        value: the best sigma_rel.
-        low, high: ends of the range that is equal to it within the noise.
-        estimate, standard_error: the metric at the best.
-    """
-
-    value: float
-    low: float
-    high: float
-    estimate: float
-    standard_error: float
-
-
 @dataclass(frozen=True, repr=False)
 class SweepReport:
     """What a sweep has found.
@@ -126,7 +109,8 @@ class SweepReport:
         beside: what the titles of the trials of `found` end in: the length of the other network.
         outputs: files that stay.
         settings: what makes the trials comparable.
-        second: the length of the second network's average, where both were searched.
+        second: of the second network's average, where both were searched, the best length, "value", "low" and "high" of
+            the range that is equal to it within the noise, and the metric at the best, "estimate" and "standard_error".
         guide: directory of the second network.
         again: the command line that does it again.
     """
@@ -145,7 +129,7 @@ class SweepReport:
     beside: str = ""
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    second: SecondLength | None = None
+    second: dict[str, float] | None = None
     guide: Path | None = None
     again: str = ""
 
@@ -203,7 +187,7 @@ class SweepReport:
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": self.axis.unscaled(x), "estimate": y, "standard_error": error} for x, y, error in curve],
             "beside": self.beside,
-            "second": None if self.second is None else vars(self.second),
+            "second": self.second,
             "guide": None if self.guide is None else str(self.guide),
             "again": self.again,
             "outputs": list(map(str, self.outputs)),

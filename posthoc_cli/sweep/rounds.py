@@ -10,7 +10,6 @@ from posthoc_cli.sweep import search
 from posthoc_cli.sweep.axes import GOOD_ERROR, Axis
 from posthoc_cli.sweep.results import Record
 
-Beyond = Callable[[Axis, bool], Axis | None]
 Measure = Callable[[Sequence[tuple[float, int]]], Iterable[Record]]
 """Measures values, as a user writes them, each with a seed, and gives a record of each."""
 
@@ -38,7 +37,8 @@ class Search:
 
     def __init__(
         self, axis: Axis, known: Iterable[Record] = (), *, minimize: bool, budget: int, repeats: int = 1,
-        again: bool = False, batch: int = search.NEXT, beyond: Beyond = lambda _axis, _upwards: None,
+        again: bool = False, batch: int = search.NEXT,
+        beyond: Callable[[Axis, bool], Axis | None] = lambda _axis, _upwards: None,
     ) -> None:  # fmt: skip
         self._minimize, self._budget, self._repeats = minimize, budget, repeats
         self._again, self._batch, self._beyond = again, batch, beyond

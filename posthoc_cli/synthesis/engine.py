@@ -390,13 +390,13 @@ class Maker:
                 try:
                     check_finite(tile, begin, result)
                 except NonFiniteError:
-                    self._check_checkpoints(tile, end)
+                    self._check_checkpoints(tile)
                     raise
             for total, writer in zip(result, writers, strict=True):
                 writer.write(begin, self._cast(total, tile.dtype))
 
-    def _check_checkpoints(self, tile: Tile, last: int) -> None:
-        """Raise a NonFiniteError that names the checkpoint which holds what is not finite, up to an element of a tile.
+    def _check_checkpoints(self, tile: Tile) -> None:
+        """Raise a NonFiniteError that names the checkpoint which holds what is not finite in a tile.
 
         A snapshot has none: its tracker refused it.
         """
@@ -411,8 +411,6 @@ class Maker:
                     at = begin + int(values.isfinite().logical_not().nonzero()[0])
                     name = tile.names[bisect_right(tile.bounds, at) - 1]
                     raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
-                if end >= last:
-                    break
 
     def _cast(self, total: torch.Tensor, dtype: str) -> torch.Tensor:
         if total.dtype == torch_dtype(dtype):

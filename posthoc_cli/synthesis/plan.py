@@ -17,7 +17,7 @@ import numpy as np
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import InexactError, InvalidValueError, check_alone, check_number, percent, shown
 from posthoc_cli.planning import Candidate, check_max_error, check_within, error_curve
-from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor
 from posthoc_cli.snapshots.measurements import source_prior
@@ -288,8 +288,7 @@ def plan_synthesis(
     clock, first = run_clock([source.info for source in sources]), min(source.info.t_first for source in usable)
     solved = snapshots[: len(usable)]
     profiles = [
-        Combination(solved, named[index]) if index in named else target.profile(time, clock, first)
-        for index, target in enumerate(each)
+        named[index] if index in named else target.profile(time, clock, first) for index, target in enumerate(each)
     ]
     result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)

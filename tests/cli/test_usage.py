@@ -21,6 +21,7 @@ from posthoc_cli.cli import app, main
 from posthoc_cli.dtypes import WORDS
 from posthoc_cli.export.layouts import LAYOUTS
 from posthoc_cli.reconstruction import METHODS
+from posthoc_cli.targets import FORMS
 
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
@@ -172,6 +173,7 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
         wrong = ema(*command)
         assert wrong.code == 2
         assert "synthesise" in wrong.error
+    assert all(f"{kind}:" in ema("help", "targets").out for kind in FORMS)
     assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
     assert re.search(rf"--method +{re.escape('|'.join(METHODS))} ", ema("synthesize", "--help").out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ema_command import Asked, Ema
-from factories import contents, flip_bit, snapshot_files
+from factories import OTHER_RUN_ID, contents, flip_bit, rewrite_snapshot, snapshot_files, write_tensors
 from safetensors.torch import save_file
 
 from posthoc_cli import Run
@@ -85,6 +86,20 @@ def test_of_many_files_only_what_is_wrong_has_a_line_and_the_report_has_all(ema:
     assert report["notes"] == []
     assert report["bytes"] == sum(file["bytes"] for file in report["files"])
     assert report["seconds"] > 0
+
+
+def test_files_that_may_be_valid_stay_and_contradictions_are_told(ema: Ema, run: Path) -> None:
+    """A snapshot of another run, and a file of a later release."""
+    files = snapshot_files(run)
+    rewrite_snapshot(files[3], run_id=OTHER_RUN_ID)
+    result = ema("verify", run)
+    assert result.code == 1
+    assert re.search(rf"^problem: .*{files[3].name}: are of different runs", result.out, re.MULTILINE)
+    write_tensors(files[3], {"w": torch.ones(2)}, {"ema.format": "future", "ema.version": "9"}, overwrite=True)
+    result = ema("verify", run, "--repair", "--yes")
+    assert result.code == 1
+    assert f"{files[3].name}: left where it is; see above" in result.out
+    assert files[3].exists()
 
 
 def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from posthoc_cli.profiles import (
     Clock,
-    Combination,
     Discrete,
     EmulatedDecay,
     FloatArray,
@@ -214,7 +213,7 @@ def test_named_coefficients_are_taken_as_they_are(method: str) -> None:
     stored = points(4)
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
     prior = even_prior(4, float(STEPS))
-    targets = [PowerFunction.from_sigma_rel(0.1, STEPS), Combination(stored, wanted)]
+    targets = [PowerFunction.from_sigma_rel(0.1, STEPS), wanted]
     found = reconstruct(stored, targets, method, prior, float(STEPS))
     assert found.coefficients[:, 1].tolist() == wanted.tolist()
     assert (found.predicted_error[1], found.profile_error[1]) == (0, 0)

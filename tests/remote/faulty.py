@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 Answer = Callable[[dict[str, Any]], int | str | None]
-"""Of a request: None to answer it, a status, or a status with the code of an error, as "403 ExpiredToken"."""
+"""Of a request: None to answer it, a status, a status with the code of an error, as "403 ExpiredToken", or what the
+connection does: "reset", or "stall" for a while first."""
 
 
 class _Quiet(WSGIRequestHandler):
@@ -33,7 +35,8 @@ class FaultyServer:
     def _serve(self, environ: dict[str, Any], start: Any) -> Any:
         key = environ["PATH_INFO"].partition("/")[2].partition("/")[2]
         said = self.answer(environ)
-        if said == "reset":
+        if said in ("reset", "stall"):
+            time.sleep(1.5 * (said == "stall"))
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionAbortedError
         if said is not None:

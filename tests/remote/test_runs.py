@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ema_command import Ema
 from factories import random_walk, split_snapshot, write_run
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, RemoteError, WriteError
 from posthoc_cli.remote import store
 
 COUNTED = f"{sys.executable} -c 'import sys; print(sum(open(sys.argv[1], \"rb\").read()))' {{weights}}"
@@ -150,6 +152,81 @@ def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
     ]  # fmt: skip
     found = Run(f"{bucket}/shards").info()
     assert found["kind"] == "output" or found["kind"] == "outputs"
+
+
+def test_shards_go_up_one_by_one_and_away_if_one_fails(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, sent, taken = store.put, list[str](), list[int]()
+
+    def watch(url: str, data: Path, **options: bool) -> Any:
+        taken.append(sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()))
+        if "00003-of" in url and not sent:
+            raise RemoteError(url, "cannot be written: access is denied")
+        return put(url, data, **options)
+
+    torch.save({f"w{n}": torch.randn(300, 1000) for n in range(5)} | {"b": torch.randn(3)}, tmp_path / "step1.pt")
+    store.put(f"{bucket}/step1.pt", tmp_path / "step1.pt")
+    (tmp_path / "step1.pt").unlink()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(store, "put", watch)
+    options = {"layout": "sharded", "max_shard_size": "1300KB"}
+    with pytest.raises(RemoteError, match="access is denied"):
+        Run(f"{bucket}/step1.pt").write("last:1", f"{bucket}/shards", **options)
+    assert not any(store.listed(f"{bucket}/shards")) and not [*tmp_path.iterdir()]
+    sent.append("all")
+    Run(f"{bucket}/step1.pt").write("last:1", f"{bucket}/shards", **options)
+    assert len(store.listed(f"{bucket}/shards")[1]) == 6 and max(taken) < 1_300_000
+    assert Run(f"{bucket}/shards").info()["kind"] == "output"
+    assert not [*tmp_path.iterdir()]
+
+
+def downloaded(url: str, folder: Path) -> Path:
+    """The objects directly in a folder of a store, as files."""
+    folder.mkdir()
+    for one in store.listed(url)[1]:
+        (folder / one.key.rpartition("/")[2]).write_bytes(store.get(f"{url}/{Path(one.key).name}", 0, one.size)[0])
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_folders_that_libraries_write_go_up_as_a_whole(
+    made: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, like = Run(f"{bucket}/run"), tmp_path / "like"
+    like.mkdir()
+    save_file(load_file(made / "folders/checkpoint-40/model.safetensors"), like / "model.safetensors")
+    (like / "config.json").write_text("{}")
+    wanted, temporary = run.average(0.15), tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    put, refused = store.put, list[str]()
+
+    def refuse(url: str, *arguments: Any, **options: Any) -> Any:
+        if url.endswith((".metadata", "config.json")) and not refused:
+            raise RemoteError(url, "cannot be written: access is denied")
+        return put(url, *arguments, **options)
+
+    monkeypatch.setattr(store, "put", refuse)
+    for url, options in ((f"{bucket}/dcp", {"layout": "dcp"}), (f"{bucket}/like", {"like": like})):
+        refused.clear()
+        with pytest.raises(RemoteError, match="access is denied"):
+            run.write(0.15, url, **options)
+        assert not any(store.listed(url))
+        refused.append("no more")
+        run.write(0.15, url, **options)
+        with pytest.raises(OutputExistsError):
+            run.write(0.15, url, **options)
+        with pytest.raises(WriteError, match="only s3://, gs:// and az:// take outputs"):
+            run.write(0.15, "https://127.0.0.1:1/out", **options)
+        assert not [*temporary.iterdir()]
+    run.write(0.15, tmp_path / "local", like=like)
+    for path in downloaded(f"{bucket}/like", tmp_path / "found").iterdir():
+        assert path.read_bytes() == (tmp_path / "local" / path.name).read_bytes()
+    assert len([*(tmp_path / "found").iterdir()]) == 2
+    loaded = {name: torch.empty_like(value) for name, value in wanted.items()}
+    dcp.load(loaded, checkpoint_id=downloaded(f"{bucket}/dcp", tmp_path / "loaded"), no_dist=True)
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
 
 
 def test_an_output_that_came_meanwhile_stays(made: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

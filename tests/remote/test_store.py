@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from moto.iam.models import iam_backends
 
 from posthoc_cli.errors import PostHocError, RemoteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.path import RemotePath, remote_path
 from posthoc_cli.snapshots.tensor_file import OpenedFile
+
+UNREAD = "the credentials cannot be read; `ema guide remote` says where they are read from"
 
 
 def test_an_object_is_put_once_read_by_ranges_and_removed(bucket: str) -> None:
@@ -82,6 +85,47 @@ def test_an_opened_object_is_read_by_ranges_and_seen_to_be_replaced(bucket: str)
         store.put(url, bytes(len(data)), create=False)
         with pytest.raises(RemoteError, match=f"^{url}: was replaced while it was being used; run again$"):
             file.read_at(10, 999_999)
+
+
+@pytest.mark.parametrize(
+    ("url", "settings", "wanted"),
+    [
+        ("az://none/x", {}, "no account is named; set AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az://key/x", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "?"}, UNREAD),
+        ("gs://none/x", {"GOOGLE_APPLICATION_CREDENTIALS": "/none.json"}, UNREAD),
+        ("gs://bad/x", {"GOOGLE_APPLICATION_CREDENTIALS": __file__}, UNREAD),
+    ],
+)
+def test_settings_that_cannot_be_used_are_said(
+    url: str, settings: dict[str, str], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RemoteError) as caught:
+        store.head(url)
+    assert str(caught.value) == f"{url}: cannot be opened: {wanted}"
+
+
+def test_credentials_that_the_server_checks_and_refuses(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = iam_backends["123456789012"]["aws"]
+    backend.create_user("us-east-1", "user")
+    key = backend.create_access_key("user")
+    store.put(f"{bucket}/x", b"1")
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)
+    for name, secret, wanted in (
+        ("AKIAUNKNOWN", "secret", "the credentials are not accepted"),
+        (key.access_key_id, "wrong", "the credentials are not accepted"),
+        (key.access_key_id, key.secret_access_key, "access is denied"),
+    ):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", name)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        store._opened.cache_clear()
+        for request in (store.head, store.listed, store.delete, lambda url: store.put(url, b"2")):
+            with pytest.raises(RemoteError, match=wanted) as caught:
+                request(f"{bucket}/x")
+            assert caught.value.errno == errno.EACCES and name not in str(caught.value)
+    backend.delete_access_key(key.access_key_id, "user")
+    backend.delete_user("user")
 
 
 def test_nothing_of_the_room_is_loaded_where_no_url_is_used(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_large_files_are_sent_in_parts(server: FaultyServer, monkeypatch: pytest
     [
         (500, "the server answers 500"),
         ("reset", "the connection was lost"),
+        ("stall", "the server did not answer in time"),
         ("403 AccessDenied", "access is denied"),
         ("400 ExpiredToken", "the credentials have expired; renew them"),
         ("403 RequestTimeTooSkewed", "the clock of this machine is wrong"),
@@ -137,11 +138,14 @@ def test_large_files_are_sent_in_parts(server: FaultyServer, monkeypatch: pytest
 )
 def test_training_goes_on_while_the_store_fails(
     server: FaultyServer, spool: Path, tmp_path: Path, model: torch.nn.Linear, answer: object, reason: str,
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     tracker = PostHocEMA.from_model(model, URL, **SETTINGS)
     train(model, tracker, 1, 25)
     tracker.flush()
+    if answer == "stall":
+        monkeypatch.setitem(store.CLIENT, "timeout", "1s")
+        store._opened.cache_clear()
     server.answer = only_snapshots(answer)
     train(model, tracker, 26, 75)
     with pytest.raises(WriteError, match=reason) as caught:
@@ -359,7 +363,7 @@ def test_a_lease_is_taken_over_when_it_has_expired(server: FaultyServer, monkeyp
     with pytest.raises(LockedError):
         held.check()
     Lease(run, "third")
-    Lease(run, "fourth", ["third"]).release()
+    Lease(run, "third").release()  # of the same spool, whose lock the new one holds
 
 
 def test_a_forked_process_does_not_end_the_lease(
@@ -427,6 +431,7 @@ with PostHocEMA.from_model(model, url, **SETTINGS, resume="auto") as ema:
     train(model, ema.step + 1, int(last), ema)
     if ema.keeps_averages and int(last) == 8:
         ema.flush()
+        PostHocEMA.from_path(url, model)  # while this one writes
 """
 
 
@@ -453,6 +458,20 @@ def test_processes_upload_what_they_write(server: FaultyServer, spool: Path, tmp
             for name, entry in here.header.tensors.items():
                 values = (tensor_from_bytes(file.read(name), entry.dtype, entry.shape) for file in (ours, theirs))
                 torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+
+
+NODES = f"import os\nos.environ['EMA_SPOOL'] += f'/node{{rank}}'\n{GROUP}"
+
+
+def test_each_node_finishes_what_its_own_spool_has_left(server: FaultyServer, spool: Path, tmp_path: Path) -> None:
+    server.answer = lambda request: 503 if is_upload(request) and "000008" in request["PATH_INFO"] else None
+    run_group(NODES, 2, tmp_path, "fsdp", URL, 8)
+    assert {path.relative_to(spool).parts[0] for path in waiting(spool)} == {"node0", "node1"}
+    assert {s.info.step for s in find_snapshots(RemotePath(URL))} == {4}
+    server.answer = lambda request: time.sleep(0.3) if is_upload(request) else None
+    assert check_group(NODES, 2, tmp_path, "fsdp", URL, 12) == ["8\n", "8\n"]
+    assert not waiting(spool)
+    assert {s.info.step for s in find_snapshots(RemotePath(URL))} == {4, 8, 12}
 
 
 # --- the gate

@@ -166,6 +166,7 @@ def test_a_watched_page_follows_the_run_and_reloads_until_ctrl_c(tmp_path: Path)
 
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-m", "posthoc_cli", "report", str(tmp_path / "run"), "--watch", "--out", str(page)]
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with (
         subprocess.Popen(command, stderr=subprocess.DEVNULL, env=unmeasured_environment()) as watching,
         PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=4) as tracker,
@@ -181,6 +182,7 @@ def test_a_watched_page_follows_the_run_and_reloads_until_ctrl_c(tmp_path: Path)
             assert watching.wait(60) == 130
         finally:
             watching.kill()  # it would run on after a failure
+            signal.signal(signal.SIGINT, usual)
     assert shows("8 steps")
     assert 'http-equiv="refresh"' not in page.read_text()
 

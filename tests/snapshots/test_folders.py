@@ -29,7 +29,7 @@ from posthoc_cli import PostHocEMA, PostHocError, Run, export_file
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import directory as directories
-from posthoc_cli.snapshots.check import plan_repair, repair, verify
+from posthoc_cli.snapshots.check import repair, verify
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot
@@ -269,8 +269,17 @@ def overlapping(part: Path) -> None:
     rewrite_snapshot(part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], offset=(6, 0))})
 
 
+def beyond(part: Path) -> None:
+    chunks = read_snapshot(part).info.chunks
+    rewrite_snapshot(part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], offset=(16, 0))})
+
+
 def twice(part: Path) -> None:
     rewrite_snapshot(part, part=(1, 4))
+
+
+def no_part(part: Path) -> None:
+    rewrite_snapshot(part, part=None, chunks={})
 
 
 def gap(part: Path) -> None:
@@ -289,7 +298,9 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
     (other_shape, r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),
     (overlapping, "tensor '0.weight': both hold some of its elements"),
+    (beyond, r"ema.chunks: tensor '0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]"),
     (twice, "are both part 1 of 4"),
+    (no_part, "is no part of a snapshot, in a folder of parts"),
     (gap, "tensor '0.weight': elements are missing"),
     (truncated, "truncated"),
 ]
@@ -306,8 +317,7 @@ def test_parts_that_do_not_belong_together_are_named(run: Path, harm: Callable[[
     assert str(folders[-1]) in str(raised.value)
     checked = verify(run)
     assert [report.unit for report in checked.files if not report.is_fine] == [folders[-1]]
-    done = repair(plan_repair(checked))
-    assert done.moved == (run / "damaged" / folders[-1].name,)
+    assert repair(checked) == (run / "damaged" / folders[-1].name,)
     assert len(read_directory(run)) == len(folders) - 1
 
 
@@ -320,7 +330,7 @@ def test_a_flipped_bit_is_found_and_its_part_is_named(run: Path) -> None:
     checked = verify(run)
     (report,) = [report for report in checked.files if not report.is_fine]
     assert (report.path, report.state) == (bad, "damaged")
-    assert plan_repair(checked).gone == (folders[-1],)
+    assert [*checked.going] == [folders[-1]]
 
 
 def test_a_snapshot_off_the_schedule_that_is_being_replaced_is_incomplete(run: Path) -> None:

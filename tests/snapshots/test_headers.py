@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,5 @@ def test_a_selection_is_read_as_it_was_made(tmp_path: Path, copy_only: tuple[str
     written = {"only_trainable": True, "include": ["a*"], "exclude": ["b", "c"], "buffers": "copy"}
     written |= {"copy_only": list(copy_only)} if copy_only else {}
     assert found.header.metadata["ema.selection"] == json.dumps(written, separators=(",", ":"))
+    statistics = dict.fromkeys(("n.running_mean", "n.running_var"), "statistic") | {"n.num_batches_tracked": "copy"}
+    assert given.going_on(statistics) == replace(given, buffers="statistics")

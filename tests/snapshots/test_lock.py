@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -146,13 +147,6 @@ def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path, text: b
     refused(tmp_path, "another process is writing here")
 
 
-def taken_over(directory: Path, caplog: pytest.LogCaptureFixture, **changes: object) -> str:
-    """The warning, after training has gone on in a directory with such a note and no lock."""
-    (directory / lock.LOCK_NAME).touch()
-    (directory / lock.HOLDER_NAME).write_text(note(**changes))
-    return warned(directory, caplog)
-
-
 def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
     model = tiny_model()
     with PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=1) as tracker:
@@ -162,18 +156,20 @@ def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
     return record.getMessage()
 
 
-def test_a_note_from_before_a_reboot_is_taken_over_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, f"process 4194305 on {socket.gethostname()} died without releasing it; taken over"),
+        ({"host": "node-7"}, "on node-7 has not released it, and .*: make sure that it is not running any more"),
+    ],
+)
+def test_a_note_without_a_lock_is_taken_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], told: str
 ) -> None:
-    warning = taken_over(tmp_path, caplog)
-    assert f"process 4194305 on {socket.gethostname()} died without rel" in warning
-
-
-def test_a_note_of_another_host_may_be_of_one_that_is_running(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """On a mount that keeps locks to one host the lock is free, whoever writes elsewhere."""
-    warning = taken_over(tmp_path, caplog, host="node-7", process=os.getpid())
-    assert f"process {os.getpid()} on node-7 has not released it, and holds no" in warning
-    assert warning.endswith("taken over: make sure that it is not running any more")
+    """From before a reboot; or, on a mount that keeps locks to one host, of another host that may be running."""
+    (tmp_path / lock.LOCK_NAME).touch()
+    (tmp_path / lock.HOLDER_NAME).write_text(note(**changes))
+    assert re.search(f"{told}$", warned(tmp_path, caplog))
 
 
 # --- what the system refuses

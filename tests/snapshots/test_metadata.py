@@ -24,21 +24,15 @@ NUMBERS = ["x", "--1", "0x10", "1,5", "1_0", "١", "+1", ".5", "1.", "", "nan", 
 WHOLE = ["", "1.5", "-1", "1e3", "\u0663", "9" * 20, "nan"]
 OBJECTS = ["", "{", "[]", "null", "1", '{"a":1,"a":1}', "{'a':1}", "[" * 10**5, '"\ud800"', "NaN"]
 LISTS = ["", "{", "{}", "null", "[" * 10**5, "[1]", '[["a"]]', '[{"a":1}]', "[null]", '["\ud800', "[NaN]"]
-MALFORMED: dict[str, dict[str, Sequence[str]]] = {
+MALFORMED: dict[str, dict[str, Sequence[str]]] = {  # a key of each form, which is its annotation
     "snapshot": {
-        **dict.fromkeys(("ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_first", "ema.inherited"), NUMBERS),
-        **dict.fromkeys(("ema.step", "ema.updates"), WHOLE),
+        **dict.fromkeys(("ema.gamma", "ema.t"), NUMBERS), "ema.step": WHOLE, "ema.left_out": LISTS,
         **dict.fromkeys(("ema.schedule", "ema.tensors", "ema.aliases"), OBJECTS),
-        **{key: [text for text in OBJECTS if text != "null"] for key in ("ema.measurements", "ema.motion")},
-        **dict.fromkeys(("ema.left_out", "ema.clock"), LISTS),
-        "ema.sigma_rels": [text for text in LISTS if text != "[1]"],
-        "ema.t_unit": ["", "\x1b[31m", "a\nb", "\u202e"],
-        "ema.off_schedule": ["yes"],
+        "ema.t_unit": ["", "\x1b[31m", "a\nb", "\u202e"], "ema.off_schedule": ["yes"],
         "ema.checksums": ["{}", "[]", '{"a":1,"b":1}', '"\ud800"', f'{{"a":"{"0" * 32}","b":"{"0" * 16}"}}'],
     },
     "output": {
-        **dict.fromkeys(("ema.profile_error", "ema.predicted_error", "ema.t"), NUMBERS),
-        "ema.copies": LISTS,
+        "ema.predicted_error": NUMBERS,
         "ema.snapshots": [
             *LISTS, *(f'[{{"file":"x","coefficient":{c}}}]' for c in ("1" * 400, "1e999", "true", '"1"', "null"))
         ],
@@ -82,10 +76,8 @@ SNAPSHOT = {
     "ema.version": [("2", "")],
     "ema.run_id": [("short", ""), ("\x1b[31m" + "0" * 27, "")],
     # With a time this small nothing can be reckoned.
-    "ema.t": [("-10", ""), ("-1.0", "at least 0, not -1.0"), ("1e300", "must be a time of training, not 1e+300")],
+    "ema.t": [("-1.0", "at least 0, not -1.0"), ("1e300", "must be a time of training, not 1e+300")],
     "ema.t_first": [("0", "must be a time of training, not 0"), ("5e-324", "must be a time of training")],
-    "ema.max_interval": [("-1", "")],
-    "ema.inherited": [("-0.5", "at least 0, not -0.5")],
     "ema.schedule": [
         ('{"update_every":1}', ""), (schedule(update_every=True), ""), (schedule(update_every=None), ""),
         (schedule(max_checkpoints=1.0), ""), (schedule(checkpoint_dtype="F13"), ""),
@@ -110,42 +102,29 @@ SNAPSHOT = {
         (selection(exclude=["a", 1]), ""), (selection(buffers=1), ""), ("{}", "only_trainable: is missing"),
     ],
     "ema.measurements": [
-        (measured(norm=-1), wrong("norm", "-1")), (measured(norm=True), wrong("norm", "True")),
-        (measured(norm="1"), wrong("norm", "'1'")), (measured(norm=None), wrong("norm", "None")),
+        *((measured(norm=value), wrong("norm", repr(value))) for value in (-1, True, "1", None)),
         (measured(rounding=10**400), wrong("rounding", "an int of many digits")),
         (measured(norm=1).replace("1,", "1e999,", 1), wrong("norm", "inf")),
-        (measured(norm=float("nan")), "NaN is not JSON"), (measured({"squared": -1e-300}), wrong("squared", "-1e-300")),
-        (measured({"rounding": float("inf")}), "Infinity is not JSON"), (measured({"t": -1}), wrong("t", "-1")),
-        (measured({"t": [1]}), wrong("t", "a list")), (measured(distances={}), "distances: must be a list"),
+        (measured({"rounding": float("inf")}), "Infinity is not JSON"), (measured({"t": [1]}), wrong("t", "a list")),
+        (measured(distances={}), "distances: must be a list"), ('{"rounding":0,"distances":[]}', "norm: is missing"),
         (measured(distances=[1]), "distances: must be a JSON object, not 1"),
-        ('{"rounding":0,"distances":[]}', "norm: is missing"),
     ],
     "ema.motion": [
         (motion(walk=[-1, 1]), "walk: must be a list of finite numbers, at least 0"),
-        (motion(noise=[0, "1"]), "noise: must be a list of finite numbers"),
-        (motion(edges={}), "edges: must be a list"), (motion(walk=[1, 10**400]), "walk: must be a list of finite"),
         (motion(walk=[1]), f"{FEW} of walk, as many of noise, and one more"), (motion(noise=[1, 1, 1]), FEW),
         (motion(edges=[1, 10]), FEW), (motion(edges=[1], walk=[], noise=[]), FEW),
         (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), FEW),
-        (motion(walk=[float("nan"), 1]), "NaN is not JSON"),
     ],
-    "ema.sigma_rels": [
-        ("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers"),
-    ],
+    "ema.sigma_rels": [("[]", "must be a list of numbers"), ("[true]", "must be a list of finite numbers")],
     "ema.clock": [
         ("[4,10]", "must be a list of 2, not 4"), ("[[4,4.5,1],[10,10]]", "must be a list"),
-        *((f"[[{pair}],[10,10]]", "ema.clock")
-          for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "4,1" + "0" * 400, "-1,0.5", f"1{'0' * 400},4.5")),
-        ("[[4,NaN],[10,10]]", "NaN is not JSON"), (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000"),
+        *((f"[[{pair}],[10,10]]", "ema.clock") for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "-1,0.5")),
+        (json.dumps([[k, k] for k in range(1, 1002)]), "at most 1,000"),
     ],
     "ema.checksums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
     "ema.format": [("output", "ema.profile: is missing"), ("elsewhere", "")],
 }  # fmt: skip
-OUTPUT = {
-    "ema.t": [("-1.0", "at least 0, not -1.0"), ("1e300", "a time of training, not 1e+300")],
-    "ema.profile_error": [("-0.1", "at least 0, not -0.1")],
-    "ema.predicted_error": [("-1e-9", "at least 0, not -1e-09")],
-}
+OUTPUT = {"ema.t": [("1e300", "a time of training, not 1e+300")], "ema.predicted_error": [("-1e-9", "not -1e-09")]}
 STATE = {
     "ema.schedule": SNAPSHOT["ema.schedule"], "ema.t": [("-1.0", "must be a finite number, at least 0, not -1.0")],
     "ema.step": [("61", "ema.clock: ends at step 1, t 1.0; the training is at step 61, t 1.0")],
@@ -220,26 +199,23 @@ def test_an_output_of_a_kind_that_is_not_known_is_not_exported_as_a_foreign_file
 
 
 @pytest.mark.parametrize(
-    ("text", "is_text"),
+    ("key", "text", "is_text"),
     [
-        ('["a\\u0000"]', False), ('["b","\\udbff"]', False), ('["\\udc00\\ud800"]', False), ('["\\ud800","b"]', False),
-        ('["\\u0001","b"]', True), ('["\\ud7ff","\\ue000"]', True), ('["\\ud83d\\ude00"]', True), ('["\\u0041"]', True),
+        *(("left_out", text, False) for text in ('["a\\u0000"]', '["b","\\udbff"]', '["\\udc00\\ud800"]')),
+        *(("left_out", text, True) for text in ('["\\u0001","b"]', '["\\ud7ff","\\ue000"]', '["\\ud83d\\ude00"]')),
+        *(("aliases", text, False) for text in (r'{"a":{"\udc00":1}}', r'{"a":{"b":"\udc00\ud800"},"l":"b"}')),
     ],
 )  # fmt: skip
-def test_escapes_make_text_or_are_refused(small: Small, text: str, is_text: bool) -> None:
+def test_escapes_make_text_or_are_refused_however_deep_they_lie(
+    small: Small, key: str, text: str, is_text: bool
+) -> None:
     """Halves of a character and zero bytes are none."""
-    path = forge(small("snapshot"), {"ema.left_out": text})
+    path = forge(small("snapshot"), {f"ema.{key}": text})
     if is_text:
         assert read_snapshot(path).info.left_out == tuple(json.loads(text))
         return
-    with pytest.raises(FileFormatError, match=r"damaged ema\.left_out: .*is not Unicode text, or has a zero byte$"):
+    with pytest.raises(FileFormatError, match=rf"damaged ema\.{key}: .*is not Unicode text, or has a zero byte$"):
         read_snapshot(path)
-
-
-@pytest.mark.parametrize("text", [r'{"a":["\ud800"]}', r'{"a":{"\udc00":1}}', r'{"a":{"b":"\udc00\ud800"},"l":"b"}'])
-def test_escapes_are_refused_however_deep_they_lie(small: Small, text: str) -> None:
-    with pytest.raises(FileFormatError, match="is not Unicode text, or has a zero byte"):
-        read_snapshot(forge(small("snapshot"), {"ema.aliases": text}))
 
 
 def test_a_foreign_file_is_no_snapshot(small: Small) -> None:

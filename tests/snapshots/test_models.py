@@ -63,8 +63,13 @@ def test_a_size_that_is_no_whole_number_says_nothing(tmp_path: Path, total: Any)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("[]", "must be a JSON object"), ("{}", "no weight_map"), ("{", "damaged index")]
-)
+    ("text", "told"),
+    [
+        ("", "damaged index"), ("[]", "must be a JSON object"), ("{}", "no weight_map"), ("{", "damaged index"),
+        ("[" * 100_000, "damaged index"), ('{"weight_map":{"a":1}}', "1 is not the name of a file beside it"),
+        ('{"weight_map":{"a":"\\ud800"}}', "is not Unicode text"),
+    ],
+)  # fmt: skip
 def test_what_is_no_index_is_said_so(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(FileFormatError, match=told):

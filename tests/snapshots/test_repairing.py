@@ -28,15 +28,11 @@ from posthoc_cli import PostHocEMA, Run, disk_sources
 from posthoc_cli.checkpoints.import_run import import_checkpoints
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.snapshots.check import Repair, plan_repair, repair, verify
+from posthoc_cli.snapshots.check import check_repairable, repair, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.synthesis.plan import plan_synthesis
-
-
-def planned(run: Path) -> Repair:
-    return plan_repair(verify(run))
 
 
 def is_whole(run: Path, snapshots: int) -> bool:
@@ -59,8 +55,8 @@ def break_some(run: Path, which: tuple[int, ...]) -> list[Path]:
 def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_path: Path, which: tuple[int]) -> None:
     bar = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
     broken = break_some(run, which)
-    plan, before = planned(run), sorted(contents(run).values())
-    assert {path.name for path in repair(plan).moved} == {path.name for path in broken}
+    plan, before = verify(run), sorted(contents(run).values())
+    assert {path.name for path in repair(plan)} == {path.name for path in broken}
     assert [path for path in sorted(contents(run).values()) if path] == [path for path in before if path]
     assert is_whole(run, 12 - len(which))
     now = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
@@ -75,7 +71,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
 @pytest.mark.parametrize("which", [(0,), (-1,), (-2, -1)])
 def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
     break_some(run, which)
-    repair(planned(run))
+    repair(verify(run))
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model, step=PostHocEMA.from_path(run).step) as tracker:
         walk.train(tracker, 20)
@@ -87,7 +83,7 @@ def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
 def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path: Path, which: tuple[int]) -> None:
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     lost = break_some(run, which)
-    repair(planned(run))
+    repair(verify(run))
     for folder in (run, whole):
         walk = Walk()
         with new_tracker(walk, folder, resume="auto") as tracker:
@@ -108,9 +104,9 @@ def test_states_outputs_and_what_is_no_file_go_too_and_contradictions_stay(run: 
     os.mkfifo(run / "fifo.safetensors")
     (run / "nowhere.safetensors").symlink_to("nowhere")
     (run / INDEX_NAME).write_text("{")
-    plan = repair(planned(run))
+    moved = repair(verify(run))
     names = {INDEX_NAME, "state.safetensors", "fifo.safetensors", "nowhere.safetensors"}
-    assert {path.name for path in plan.moved} == names
+    assert {path.name for path in moved} == names
     (run / "copy.safetensors").unlink()
     (run / "stranger.safetensors").unlink()
     assert is_whole(run, 12)
@@ -122,32 +118,10 @@ def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> 
     path.rename(elsewhere)
     flip_bit(elsewhere)
     path.symlink_to(elsewhere)
-    (moved,) = repair(planned(run)).moved
+    (moved,) = repair(verify(run))
     assert moved.is_symlink()
     assert elsewhere.is_file()
     assert not elsewhere.is_symlink()
-
-
-def test_nothing_in_damaged_is_replaced(run: Path) -> None:
-    path = snapshot_files(run)[3]
-    kept = path.read_bytes()
-    for k in range(3):
-        path.write_bytes(kept[: -1 - k])
-        repair(planned(run))
-    assert {p.read_bytes() for p in (run / "damaged").iterdir()} == {kept[: -1 - k] for k in range(3)}
-
-
-@pytest.mark.parametrize("is_link", [True, False])
-def test_a_damaged_folder_that_leads_elsewhere_or_is_a_file_stays(run: Path, tmp_path: Path, is_link: bool) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    if is_link:
-        (run / "damaged").symlink_to(tmp_path / "elsewhere")
-    else:
-        (run / "damaged").write_text("mine")
-    break_some(run, (0,))
-    with pytest.raises(DirectoryError, match=r"damaged: is a link or no directory; .* move it away"):
-        repair(planned(run))
-    assert len(snapshot_files(run)) == 12
 
 
 def synthesize_shards(ema: Ema, run: Path, out: Path) -> None:
@@ -162,15 +136,7 @@ def test_shards_of_an_output_in_the_directory_itself(ema: Ema, run: Path) -> Non
     assert len(shards) > 1
     assert is_whole(run, 12)
     flip_bit(shards[0])
-    assert {path.name for path in repair(planned(run)).moved} == {INDEX_NAME, *(path.name for path in shards)}
-    assert is_whole(run, 12)
-
-
-def test_a_superseded_one_is_set_aside_too(run: Path) -> None:
-    (run / "superseded").mkdir()
-    flip_bit(Path(shutil.copy(snapshot_files(run)[0], run / "superseded")))
-    (moved,) = repair(planned(run)).moved
-    assert moved.parent == run / "damaged"
+    assert {path.name for path in repair(verify(run))} == {INDEX_NAME, *(path.name for path in shards)}
     assert is_whole(run, 12)
 
 
@@ -178,16 +144,17 @@ def test_only_in_a_snapshot_directory(tmp_path: Path) -> None:
     snapshot = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(3)})
     output = tmp_path / "outputs" / "model.safetensors"
     output.parent.mkdir()
+    check_repairable(verify(snapshot.parent))
     export_file(snapshot, output)
     flip_bit(output)
     for path in (output.parent, output, snapshot):
         with pytest.raises(DirectoryError, match="only these are set aside"):
-            planned(path)
+            check_repairable(verify(path))
 
 
 def test_what_has_changed_since_is_not_moved_and_what_has_gone_passed_over(run: Path) -> None:
     first, second = break_some(run, (0, 1))
-    plan = planned(run)
+    plan = verify(run)
     first.unlink()
     kept = second.read_bytes()
     second.unlink()
@@ -196,25 +163,25 @@ def test_what_has_changed_since_is_not_moved_and_what_has_gone_passed_over(run: 
         repair(plan)
     assert not (run / "damaged").exists()
     second.unlink()
-    assert repair(plan).moved == ()
+    assert repair(plan) == ()
 
 
 def test_nothing_wrong_means_nothing_to_do(run: Path) -> None:
-    plan = planned(run)
-    assert (plan.gone, plan.staying) == ((), ())
-    assert repair(plan).moved == ()
+    plan = verify(run)
+    assert (plan.going, plan.staying) == ({}, ())
+    assert repair(plan) == ()
     assert not (run / "damaged").exists()
 
 
 def test_not_while_another_one_writes(run: Path) -> None:
     break_some(run, (0,))
     leftover = leave(run / ".ema-1.tmp", 7200)
-    plan = planned(run)
+    plan = verify(run)
     with DirectoryLock(run), pytest.raises(LockedError, match="is writing here"):
         repair(plan)
     assert len(snapshot_files(run)) == 12
     assert leftover.exists()
-    assert len(repair(plan).moved) == 1
+    assert len(repair(plan)) == 1
     assert not leftover.exists()
 
 
@@ -223,14 +190,14 @@ def test_not_while_another_one_writes(run: Path) -> None:
 def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(run: Path, operation: str, after: int) -> None:
     break_some(run, (0, 1, 2))
     before = sorted(contents(run).values())
-    plan = planned(run)
+    plan = verify(run)
     with failing(operation, errno.EIO, call_number(after)):
         try:
             repair(plan)
         except WriteError as error:
             assert "damaged" in str(error)
     assert [data for data in sorted(contents(run).values()) if data] == [data for data in before if data]
-    repair(planned(run))
+    repair(verify(run))
     assert is_whole(run, 9)
     DirectoryLock(run).release()  # it was given back
 
@@ -252,7 +219,7 @@ def goes_on(run: Path) -> None:
 
 
 def repaired(run: Path) -> None:
-    repair(planned(run))
+    repair(verify(run))
 
 
 def pruned(run: Path) -> None:
@@ -319,8 +286,9 @@ def test_nothing_of_another_directory_is_moved_or_deleted(ema: Ema, run: Path, t
     before = contents(other), contents(shards)
     (run / "superseded").symlink_to(other)
     (run / "linked").symlink_to(shards)
+    (run / "0000000000000070-0.1").symlink_to(other)  # named as a snapshot
     found = verify(run)
     assert (found.leftovers, found.superseded) == ((), 0)
     assert "superseded/ is a symbolic link; not read" in found.notes
-    assert repair(plan_repair(found)).moved == (run / "damaged" / "linked",)  # the link itself
+    assert repair(found) == (run / "damaged" / "linked",)  # the link itself
     assert (contents(other), contents(shards)) == before

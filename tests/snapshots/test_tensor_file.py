@@ -23,12 +23,12 @@ from snapshots.recorded import call_number, failing
 
 from posthoc_cli import disk_sources, files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, VanishedError, WriteError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
 from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.headers import decode_checksums
-from posthoc_cli.snapshots.reading import BackingFile, TensorReader, open_file
+from posthoc_cli.snapshots.reading import BackingFile, open_file
 from posthoc_cli.snapshots.tensor_file import (
     TensorFileWriter,
     read_header,
@@ -223,38 +223,6 @@ def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begi
         whole[start + position] ^= 1
 
 
-class Remote(nullcontext[Any]):
-    """A file that is not on this machine, and is read by ranges of bytes."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self._data = path, path.read_bytes()
-        self.size = self.stamp = len(self._data)
-
-    def read_into(self, view: memoryview, offset: int) -> int:
-        found = self._data[offset : offset + len(view)]
-        view[: len(found)] = found
-        return len(found)
-
-
-class Elsewhere(BackingFile):
-    def open(self) -> Any:
-        return Remote(self.path)
-
-
-@pytest.mark.usefixtures("_small_blocks")
-def test_a_reader_asks_for_ranges_of_bytes_alone(tmp_path: Path) -> None:
-    path = write_pieces(tmp_path / "x.safetensors", 1000)
-    header = read_header(path)
-    with TensorReader(path, header, (Elsewhere(path, header),)) as file:
-        assert file.read("x").tobytes() == DATA
-    path.write_bytes(path.read_bytes()[:-3])
-    with TensorReader(path, header, (Elsewhere(path, header),)) as file:
-        assert file.read("before").tobytes() == b"abc"
-        with pytest.raises(FileFormatError, match="'x': the file became shorter"):
-            file.read("x")
-
-
 # --- writing
 
 SPECS = [fmt.TensorSpec("a", "U8", (4,)), fmt.TensorSpec("b", "F32", (1,))]
@@ -268,9 +236,9 @@ def write(path: Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def refused(folder: Path, match: str, kind: type[BaseException] = InvalidValueError) -> Iterator[None]:
+def refused(folder: Path, match: str) -> Iterator[None]:
     """The block raises, and leaves nothing in the folder."""
-    with pytest.raises(kind, match=match) as caught:
+    with pytest.raises(InvalidValueError, match=match) as caught:
         yield
     assert len(str(caught.value)) < 300
     assert list(folder.iterdir()) == []
@@ -292,26 +260,6 @@ def test_a_model_without_tensors_is_a_file(tmp_path: Path) -> None:
         writer.commit()
     with open_file(tmp_path / "x") as file:
         assert file.header.tensors == {}
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize(
-    ("operation", "number"),
-    [
-        ("open_new", 0), ("write", 0), ("write", 1), ("write", 2), ("fsync", 0), ("link", 0), ("unlink", 0),
-        ("fsync_directory", 0),
-    ],
-)  # fmt: skip
-def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path: Path, operation: str, number: int, code: int) -> None:
-    """Two tensors and the header are three writes."""
-    with refused(tmp_path, os.strerror(code).lower(), WriteError), failing(operation, code, call_number(number)):
-        write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(3), "v": torch.ones(2)})
-
-
-def test_a_file_that_was_not_committed_leaves_nothing(tmp_path: Path) -> None:
-    with TensorFileWriter(tmp_path / "x", SPECS, {}) as writer:
-        writer.write("a", b"abcd")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -347,14 +295,6 @@ def test_a_number_that_json_lacks_is_never_written(number: float) -> None:
     info = OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, 7.0, 1.0, "steps", "paper", 0.0, None, (("a", number),))
     with pytest.raises(ValueError, match="JSON"):
         output_metadata(info)
-
-
-def test_a_snapshot_is_never_replaced(tmp_path: Path) -> None:
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(3)})
-    before = path.read_bytes()
-    with pytest.raises(OutputExistsError):
-        write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.zeros(3)})
-    assert path.read_bytes() == before
 
 
 def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_path: Path) -> None:

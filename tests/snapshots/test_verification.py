@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, flip_bit, rewrite_snapshot, snapshot_files, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, flip_bit, rewrite_snapshot, snapshot_files, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing, record
 from torture.forging import forge
@@ -27,17 +27,16 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.check import Verification, verify
+from posthoc_cli.snapshots import reading
+from posthoc_cli.snapshots.check import Verification, repair, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
-from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
+from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.reading import open_file, verify_payload
 from posthoc_cli.snapshots.tensor_file import (
-    TensorFileWriter,
     decode_values,
     holds_nonfinite,
     read_header,
-    tensor_bytes,
 )
 from posthoc_cli.synthesis.plan import plan_synthesis
 
@@ -132,7 +131,12 @@ def harm(path: Path, names: str | list[str]) -> None:
         flip_bit(path, header.payload_start + header.tensors[name].begin + header.tensors[name].nbytes - 1)
 
 
-def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """And in constant memory: so many blocks a thread are in work at most."""
+    monkeypatch.setattr(reading, "THREADS", threads)
     generator = torch.Generator().manual_seed(0)
     sizes = [0, 1, 3, 1_000_000, 2**21, 2**21 + 1, 5_000_000, *[7] * 2000, 1_048_575]
     values = {f"{k}": torch.randn(size, generator=generator).half() for k, size in enumerate(sizes)}
@@ -242,27 +246,17 @@ def test_what_is_finite_is_told_from_the_bits(dtype: str) -> None:
     assert not holds_nonfinite(memoryview(b""), dtype)
 
 
-def write_anew(path: Path, values: dict[str, torch.Tensor]) -> None:
-    """Write a file of any kind anew, with right checksums and other values."""
-    metadata = {k: v for k, v in read_header(path).metadata.items() if k not in ("ema.checksum", "ema.checksums")}
-    specs = [TensorSpec(key, stored_name(value.dtype), tuple(value.shape)) for key, value in values.items()]
-    with TensorFileWriter(path, specs, metadata, overwrite=True) as writer:
-        for key, value in values.items():
-            writer.write(key, tensor_bytes(value))
-        writer.commit()
-
-
 def test_nan_in_an_output_and_in_a_state_is_named_and_in_copies_noted(tmp_path: Path) -> None:
     run = record(tmp_path / "copies", buffers="copy", keep_state=True)
     output = synthesize(run, 0.1, tmp_path / "output.safetensors")
     for path, name in ((output, "0.weight"), (run / "state.safetensors", "0.05/0.weight")):
-        values = load_file(path)
+        values, metadata = load_file(path), read_header(path).metadata
         first, second = sorted(name for name in values if "running" in name)
         values[first][2] = values[second][3] = np.nan
-        write_anew(path, values)
+        write_tensors(path, values, metadata, overwrite=True)
         assert notes(path) == (f"{path}: copy {first!r} holds nan or infinity (and 1 tensor more)",)
         values[name][2, 2] = np.nan
-        write_anew(path, values)
+        write_tensors(path, values, metadata, overwrite=True)
         assert only_wrong(path) == ("nonfinite", f"average {name!r} holds nan or infinity")
 
 
@@ -341,6 +335,9 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
         state, detail = only_wrong(shards)
         assert (state, name in detail, "its target is sigma_rel 0." in detail) == ("mismatched", True, True)
         (shards / name).write_bytes(kept)
+    used = read_header(shards / last).metadata["ema.snapshots"]
+    forge(shards / last, {"ema.snapshots": json.dumps(json.loads(used)[1:])})
+    assert only_wrong(shards)[1].endswith("its coefficients differ")
     save_file({name: value.clone() for name, value in load_file(shards / last).items()}, shards / last)
     state, detail = only_wrong(shards)
     assert (state, "only one of them is of a synthesis" in detail) == ("mismatched", True)
@@ -420,7 +417,9 @@ def test_superseded_snapshots_are_read_and_do_not_mix(run: Path) -> None:
     assert (found.is_fine, found.superseded) == (True, 2)
     assert found.files[-1].what == "superseded snapshot sigma_rel 0.05 at t = 10"
     flip_bit(again)
-    assert verified(run).broken == (again,)
+    found = verified(run)
+    assert found.broken == (again,)
+    assert repair(found) == (run / "damaged/again.safetensors",)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".pkl"])

@@ -13,7 +13,7 @@ import numpy as np
 from factories import RUN_ID, exact_gamma
 
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.outputs import INDEX_NAME, read_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
 from torture.commands import HungError, time_limit
 from torture.forging import Inner, Pairs, seal, take_apart
 from torture.tally import Tally
@@ -38,7 +38,7 @@ def bound(folder: Path, share: float, _: int) -> Tally:
     for what, text in _texts(size):
         index = folder / INDEX_NAME
         index.write_bytes(text)
-        _measure(tally, f"index, {what}", index, read_index)
+        _measure(tally, f"index, {what}", index, decode_index)
     return tally
 
 

@@ -19,8 +19,6 @@ EXPERIMENTS = [
     Experiment("every command stopped at a random moment", partial(apart, "killing signalled_commands", 600), 0.01),
     Experiment("every flipped bit", damage.flip_bits, 0.05),
     Experiment("every truncation", damage.truncate, 0.3),
-    Experiment("blocks swapped, zeroed, repeated, appended", damage.move_blocks, 0.2),
-    Experiment("false headers with correct checksums", damage.lie, 0.05),
     Experiment("random headers with correct checksums", damage.fuzz, 0.01),
     Experiment("checkpoints of other programs, damaged at random", foreign.damaged, 0.05),
     Experiment("pipes, devices, links and pickles in place of files", strangers.meet, 0.05),
@@ -31,10 +29,6 @@ EXPERIMENTS = [
     Experiment("averages read while another thread updates them", partial(apart, "tearing torn_reads", 10_000), 0.01),
     Experiment("updates interrupted by signal handlers", partial(apart, "tearing torn_states", 10_000), 0.03),
     Experiment("one process of a sharded training killed", sharded.killed_ranks, 0.01),
-    Experiment(
-        "one process of a sharded training killed, its state saved now and then", sharded.killed_after_saving, 0.025
-    ),
     Experiment("a full disk for one process of a sharded training", sharded.full_disks, 0.01),
     Experiment("two sharded trainings on one directory", sharded.two_jobs, 0.01),
-    Experiment("parts of snapshots harmed and exchanged", sharded.harmed_parts, 0.05),
 ]

@@ -22,7 +22,7 @@ from posthoc_cli import Run, files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.outputs import read_index
+from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.sweep import Axis, Sweep
 from posthoc_cli.sweep.metrics import Metric
@@ -209,7 +209,7 @@ def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str
         if not (data.startswith(b"\x89PNG") and b"IEND" in data[-12:]):
             found.append(f"{path.name} is not whole")
     for index in work.rglob("*.index.json"):
-        for name, tensors in read_index(index).items():
+        for name, tensors in decode_index(index).shards.items():
             path = index.parent / name
             if not path.exists() or set(read_header(path).tensors) != set(tensors):
                 found.append(f"{index.parent.name}: the index leads to a shard that is not there or another one")

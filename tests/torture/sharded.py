@@ -16,14 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from factories import snapshot_files, split_snapshot
 from forked import Forked
 from groups import Net, check_group, move, run_group, start_group, truth
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import PostHocError
 from posthoc_cli.integrations import STATE_NAME
-from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
+from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from torture.tally import Tally
 
@@ -123,70 +121,48 @@ def in_one_process(directory: Path, most: int | None) -> dict[str, dict[str, tor
 
 
 def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
-    """Kill any one process, 100 times in all; each training goes on in other processes until it comes to its end."""
+    """Kill any one process, 100 times in all; each training goes on in other processes until it comes to its end.
+
+    Some save their state now and then, and go on from there as if nothing had been; others go on from snapshots.
+    """
     started = time.monotonic()
     run_group(TRAIN, 2, folder / "unkilled", "fsdp", None)
     seconds = time.monotonic() - started
+    whole, shadow = in_one_process(folder / "whole", None), folder / "shadow"
+    average = Run(folder / "whole").average(0.15, method="paper")
     tally, chance = Tally(), random.Random(seed)
     while tally.tried < (times := max(1, round(100 * share))):
-        place, most, durable = folder / "killed", chance.choice((None, 3)), 0
-        for where, start, is_last in _attempts(tally, times, place, most, chance):
-            before, shadow = read(place / "run"), folder / "shadow"
-            if before:
+        place, most, saves, durable = folder / "killed", chance.choice((None, 3)), chance.choice(((), (3,), (5,))), 0
+        for where, start, is_last in _attempts(tally, times, place, most, chance, *saves):
+            saved = saved_step(place / STATE_NAME)
+            if saves and saved is None:  # training begins again
+                shutil.rmtree(place, ignore_errors=True)
+            before = read(place / "run")
+            if before and not saves:
                 shutil.copytree(place / "run", shadow)
             processes = start()
             if not is_last:
                 time.sleep(chance.uniform(0.2, 1.0) * seconds)
                 chance.choice(processes).kill()
             codes = end(processes, PATIENCE if is_last else 10)
-            now, right = read(place / "run"), in_one_process(shadow, most)
-            shutil.rmtree(shadow)
+            now, right = read(place / "run"), whole if saves else before | in_one_process(shadow, most)
+            shutil.rmtree(shadow, ignore_errors=True)
             durable = max(durable, noted(place, "durable", len(processes)))
-            if most is None:
+            if most is None and not saves:
                 gone = [*missing(now, durable), *(f"{name} is gone" for name in before.keys() - now.keys())]
                 tally.lost += [f"{where}: was durable: {line}" for line in gone]
-            tally.lost += [f"{where}: {line}" for line in [*differing(now, before | right), *wrong_averages(now)]]
+            least = max(saved or 0, noted(place, "saved", len(processes)))
+            if (step := saved_step(place / STATE_NAME) or 0) < least:
+                tally.lost.append(f"{where}: the state of step {least} was durable, and is of step {step}")
+            tally.lost += [f"{where}: {line}" for line in [*differing(now, right), *wrong_averages(now)]]
             if is_last and any(codes):
-                tally.missed.append(f"{where}: going on ended with {codes}")
+                said = [one.communicate()[1][-300:] for one in processes]
+                tally.missed.append(f"{where}: going on ended with {codes}: {said}")
             if not any(codes):
                 break
         # What thinning had removed before a kill cannot come back.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
-        shutil.rmtree(place)
-    return tally
-
-
-def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
-    """The same 40 times with states that are saved now and then: from each, the run goes on as if nothing had been."""
-    tally, chance = Tally(), random.Random(seed)
-    whole = in_one_process(folder / "whole", None)
-    average = Run(folder / "whole").average(0.15, method="paper")
-    while tally.tried < (times := max(1, round(40 * share))):
-        place, most, every = folder / "killed", chance.choice((None, 3)), chance.choice((3, 5))
-        for where, start, is_last in _attempts(tally, times, place, most, chance, every):
-            saved = saved_step(place / STATE_NAME)
-            if saved is None:  # training begins again
-                shutil.rmtree(place, ignore_errors=True)
-            processes = start()
-            if not is_last:
-                at = str(chance.randrange(min(saved or 0, STEPS - 4) // 4 * 4, STEPS, 4))
-                while processes[0].poll() is None and not is_noted(place / "durable-0", at):
-                    time.sleep(0.002)
-                time.sleep(chance.uniform(0.0, 0.3))
-                chance.choice(processes).kill()
-            codes = end(processes, PATIENCE if is_last else 10)
-            least = max(saved or 0, noted(place, "saved", len(processes)))
-            if (now := saved_step(place / STATE_NAME) or 0) < least:
-                tally.lost.append(f"{where}: the state of step {least} was durable, and is of step {now}")
-            there = read(place / "run")
-            tally.lost += [f"{where}: {line}" for line in [*differing(there, whole), *wrong_averages(there)]]
-            if is_last and any(codes):
-                said = [one.communicate()[1][-300:] for one in processes]
-                tally.missed.append(f"{where}: going on ended with {said}")
-            if not any(codes):
-                break
-        tally.lost += [f"{where}: {line}" for line in missing(there, first=4 if most is None else STEPS)]
-        if there.keys() == whole.keys():
+        if saves and now.keys() == whole.keys():
             made = Run(place / "run").average(0.15, method="paper")
             tally.lost += [f"{where}: {line}" for line in differing({"": made}, {"": average})]
         shutil.rmtree(place)
@@ -212,11 +188,6 @@ def noted(place: Path, what: str, ranks: int) -> int:
     """The last step that every process has noted as durable, or saved."""
     notes = [int(note.read_text() or 0) for note in place.glob(f"{what}-*")]
     return min(notes) if len(notes) == ranks else 0
-
-
-def is_noted(note: Path, step: str) -> bool:
-    """Whether a process has come to a step."""
-    return note.exists() and note.read_text() == step
 
 
 def saved_step(state: Path) -> int | None:
@@ -339,58 +310,4 @@ def two_jobs(folder: Path, share: float, seed: int) -> Tally:
         wrong = [f"ended with {codes}: {[one.communicate()[1][-300:] for one in holder]}"] if any(codes) else []
         tally.lost += [f"{where}: {line}" for line in (*wrong, *wrong_averages(now), *missing(now))]
         shutil.rmtree(place)
-    return tally
-
-
-# --- parts that are harmed or exchanged
-
-
-def harmed_parts(folder: Path, share: float, seed: int) -> Tally:
-    """A part is harmed, or another one is in its place: the snapshot is left out and told, or the error names it."""
-    tally, chance = Tally(), random.Random(seed)
-    run, halves, other = (folder / name for name in ("run", "halves", "other"))
-    for directory in (run, other):
-        in_one_process(directory, None)
-    shutil.copytree(run, halves)
-    for directory, parts in ((run, 3), (halves, 2), (other, 3)):
-        for path in snapshot_files(directory):
-            split_snapshot(path, parts)
-    snapshots = [snapshot.path for snapshot in find_snapshots(run)]
-    intact = Run(run).average(0.15)
-    for _ in range(max(7, round(700 * share))):
-        tally.tried += 1
-        victim, foreign = chance.sample(snapshots, 2)
-        part = chance.choice(sorted(victim.iterdir()))
-        kept, at = part.read_bytes(), chance.randrange(part.stat().st_size)
-        flipped = bytes([kept[at] ^ 1 << chance.randrange(8)])
-        contents = {
-            "deleted": None,
-            f"cut to {at} bytes": kept[:at],
-            f"a bit of byte {at} flipped": kept[:at] + flipped + kept[at + 1 :],
-            "exchanged with a sibling": chance.choice(sorted(victim.iterdir())).read_bytes(),
-            f"of {foreign.name}": (foreign / part.name).read_bytes(),
-            "of another run": (other / victim.name / part.name).read_bytes(),
-            "of another division": chance.choice(sorted((halves / victim.name).iterdir())).read_bytes(),
-        }
-        what, content = chance.choice([*contents.items()])
-        where = f"{victim.name}/{part.name}, {what}"
-        part.unlink()
-        if content is not None:
-            part.write_bytes(content)
-        if content == kept:
-            continue
-        try:
-            made = Run(run).average(0.15)
-        except PostHocError as error:
-            if str(victim) not in str(error):
-                tally.missed.append(f"{where}: {error} does not name it")
-        else:
-            if not any(victim.name in note for note in inspect_directory(run).notes):
-                tally.missed.append(f"{where}: is not told")
-            victim.rename(folder / "aside")
-            if differing({"": Run(run).average(0.15)}, {"": made}):
-                tally.lost.append(f"{where}: is in the average")
-            (folder / "aside").rename(victim)
-        part.write_bytes(kept)
-    tally.lost += differing({"": Run(run).average(0.15)}, {"": intact})
     return tally

@@ -17,7 +17,7 @@ from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
-from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, decode_output
 from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.states import decode_state
 from posthoc_cli.synthesis.plan import plan_synthesis
@@ -44,7 +44,7 @@ def examine(path: Path) -> Content:
     if path.name != INDEX_NAME:
         return _content(path)
     content: Content = {}
-    for shard in read_index(path):
+    for shard in decode_index(path).shards:
         content |= _content(path.parent / shard)
     return content
 
