@@ -66,6 +66,7 @@ class Training:
             if number == 5:
                 self.accelerator.save_state(str(self.folder / "saved"))
             if number == killed_at > 0:
+                self.ema.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -93,19 +94,22 @@ def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.Monke
     assert_exact(training.ema, training.model, training.weights)
 
 
-def test_a_killed_training_resumes_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed_at", [10, 13])
+def test_a_killed_training_resumes_exactly(tmp_path: Path, killed_at: int) -> None:
+    """Killed before the first snapshot, and after it, which is of a later step than the state."""
     program = (
         "import sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path\n"
-        "from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at=13)"
+        f"from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at={killed_at})"
     )
     assert start("-c", program, tmp_path).wait(250) == -signal.SIGKILL
     assert (tmp_path / "saved/posthoc_ema.pt").exists()
+    assert bool(list((tmp_path / "ema").glob("*.safetensors"))) == (killed_at == 13)
     assert not list((tmp_path / "saved").glob("custom_checkpoint*"))
     whole = Training(tmp_path / "whole")
     whole.run()
     whole.ema.close()
     _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
-    resumed = Training(tmp_path)
+    resumed = Training(tmp_path, resume="auto")
     resumed.accelerator.load_state(str(tmp_path / "saved"))
     assert resumed.ema.step == 2
     resumed.run(first=6)
