@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ class Recorder(TrainerCallback):
     def __init__(self, killed_at: int = 0, fails_at: int = 0) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
         self._killed_at, self._fails_at = killed_at, fails_at
+        self.before_end: Callable[[], None] = lambda: None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         self.weights.append(recorded(model))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self._killed_at:
+            self.before_end()
             os.kill(os.getpid(), signal.SIGKILL)
         if state.global_step == self._fails_at:
             raise KeyError("the training fails here")
@@ -58,6 +61,8 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **argu
 if __name__ == "__main__":
     place, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
     one = trainer(place, recorder, eval_strategy="steps")
-    PostHocCallback(place / "ema", evaluate=0.2, folders=True, **EVERY).install(one)
+    callback = PostHocCallback(place / "ema", evaluate=0.2, folders=True, **EVERY)
+    callback.install(one)
+    recorder.before_end = lambda: callback.ema.flush()  # the snapshots of step 4 are there
     one.train()
     torch.save(recorder.weights, place / f"weights-{one.args.process_index}.pt")
