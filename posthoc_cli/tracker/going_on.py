@@ -319,11 +319,10 @@ def _warn_of_damage(error: FileFormatError) -> None:
 def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Tracking:
     """The averages as the snapshots of one time, one a profile, hold them."""
     last = chosen[0].info
-    held = TrackedModel.of_snapshot(chosen[0]) if tracked.members is None else tracked
-    kept = AverageTensors(host_layout(held), len(chosen))
-    inherited = tuple(_read_average(snapshot, own, held) for snapshot, own in zip(chosen, kept.high, strict=True))
-    with chosen[0].open(held.boxes()) as file:
-        copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}
+    kept = AverageTensors(host_layout(tracked), len(chosen))
+    inherited = tuple(_read_average(snapshot, own, tracked) for snapshot, own in zip(chosen, kept.high, strict=True))
+    with chosen[0].open(tracked.boxes()) as file:
+        copies = {name: read_tensor(file, name) for name, own in tracked.tensors.items() if own.role == "copy"}
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
     averages = RunningAverages(
         tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
@@ -336,7 +335,8 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
 def _read_average(snapshot: Snapshot, room: FlatTensors, tracked: TrackedModel) -> float:
     """Fill room for an average with a snapshot; returns the expected squared norm of the error of that."""
     expected = norm = 0.0
-    with snapshot.open(tracked.boxes()) as file:
+    boxes = tracked.boxes()
+    with snapshot.open(boxes) as file:
         for name, own in room.views.items():
             value = read_tensor(file, name)
             own.copy_(value)
@@ -352,6 +352,6 @@ def _read_average(snapshot: Snapshot, room: FlatTensors, tracked: TrackedModel) 
     moved, share = (math.inf, 1.0) if last is None else (last.squared, 1 - (last.t / info.t) ** (info.gamma + 1))
     rounding = expected if measured is None else measured.rounding
     # What the snapshot says is of the complete tensors; this process may own a part of them.
-    part = 1.0 if tracked.members is None or measured is None else norm / measured.norm if measured.norm else 0.0
+    part = 1.0 if boxes is None or measured is None else norm / measured.norm if measured.norm else 0.0
     found = error_after_rounding(part * info.inherited, part * rounding, expected, part * moved, share)
     return found if math.isfinite(found) else 0.0

@@ -22,16 +22,13 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to
-from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.tracker import going_on
-from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, plan_possible
+from posthoc_cli.tracker.evaluation import ChunkEvaluation, Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.model_weights import (
     WithStatement,
-    fill,
-    fill_model,
     swapped_in,
     update_bn,
     warn_of_statistics,
@@ -43,10 +40,9 @@ from posthoc_cli.tracker.settings import (
     check_path,
     check_place,
     check_sigma_rels,
-    is_first_of_group,
     make_schedule,
 )
-from posthoc_cli.tracker.sharding import THIS_PROCESS, meet, mesh_of
+from posthoc_cli.tracker.sharding import Group, is_first_of_group, meet, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.tracker import Tracker
@@ -260,12 +256,9 @@ class PostHocEMA(Tracker):
         """
         if sigma_rel is None:
             return self._own_state()
-        model, query = self._model_of_chunks(), Query(sigma_rel, t, step, dtype, method)
-        evaluation = self._evaluation(model, alone, f"state_dict({query}{', full' * full})")
-        made = evaluation.weights(query)
-        if self._members is None or model is None:
-            return made
-        return as_dtensors(made, model, full)
+        model, query = self._chunked_model(), Query(sigma_rel, t, step, dtype, method)
+        made = self._evaluation(model, alone, f"state_dict({query}{', full' * full})").weights(query)
+        return made if model is None else as_dtensors(made, model, full)
 
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -371,14 +364,8 @@ class PostHocEMA(Tracker):
         Raises:
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
-        query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
-        evaluation = self._evaluation(model, alone, f"load_into({query})")
-        if evaluation.group.is_alone and self._members is None and self.has_average:
-            evaluation.planned(query, lambda plan: fill_model(model, plan, device))
-            return
-        weights = evaluation.weights(query)
-        evaluation.check(weights, own_dtypes, accept_meta=self._members is None)
-        fill(model, weights, weights.items(), own_dtypes, check_device(device))
+        query = Query(sigma_rel, t, step, dtype, method)
+        self._evaluation(model, alone, f"load_into({query})").fill(query, device)
 
     update_bn = staticmethod(update_bn)
 
@@ -391,8 +378,10 @@ class PostHocEMA(Tracker):
         """
         from posthoc_cli import plots
 
-        evaluation = self._evaluation(None, self._members is None, "reconstruction_error()")
-        curve = error_curve(evaluation.of_sources(self._candidate), sigma_range, method=method)
+        candidate = self._evaluation_by(self._members.keepers("reconstruction_error()"), None).of_sources(
+            self._candidate
+        )
+        curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def _candidate(self, sources: list[Source]) -> Candidate:
@@ -410,16 +399,13 @@ class PostHocEMA(Tracker):
 
     def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
         """One call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
-        group = THIS_PROCESS
-        if self._members is not None:
-            if alone:
-                raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
-            group = self._chunk_holders(call)
-        elif not (alone or self._callers is None or self._pipeline.now.resumes) and torch.distributed.is_initialized():
-            own = self._tracked_model() or model
-            tensor = None if own is None else next(own.parameters(), None)
-            group = self._callers.gather(HOST if tensor is None else tensor.device, call)
-        return Evaluation(self, group, model)  # before tracking goes on, each replica reads what is on disk
+        own = self._tracked_model() or model
+        tensor = None if own is None else next(own.parameters(), None)
+        device = HOST if tensor is None else tensor.device
+        return self._evaluation_by(self._members.askers(call, alone, not self._pipeline.now.resumes, device), model)
+
+    def _evaluation_by(self, group: Group, model: torch.nn.Module | None) -> Evaluation:
+        return (ChunkEvaluation if self._members.is_chunked else Evaluation)(self, group, model)
 
 
 def _joined(

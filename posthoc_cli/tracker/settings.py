@@ -10,7 +10,6 @@ from numbers import Real
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
@@ -20,7 +19,6 @@ from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.tracker.names import is_fsdp, named_modules
 
 
 @dataclass(frozen=True)
@@ -165,25 +163,3 @@ def check_place(directory: Path) -> None:
         what = "cannot be written to" if place.is_dir() else "is not a directory"
         reason = f"{what}; snapshots are written to the directory {directory}"
         raise DirectoryError(place, reason, "name another one")
-
-
-# --- groups of processes ---
-
-
-def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
-    """Whether this process keeps the averages of a model and writes them; None where that is not known yet.
-
-    That is the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model.
-    Of a model without wrapper it is the first of all processes: training scripts make their tracker before they wrap
-    the model, and the processes must not all write to one directory.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return None  # there may be a group later
-    modules = () if model is None else (place.module for place in named_modules(model))
-    replicated = (one for one in modules if is_fsdp(one) or isinstance(one, torch.nn.parallel.DistributedDataParallel))
-    return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
-
-
-def is_in_group() -> bool:
-    """Whether this is one of several processes that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -13,11 +13,10 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +24,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from posthoc_cli.errors import InvalidValueError, PostHocError, RankError, VanishedError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NotReadyError,
+    PostHocError,
+    RankError,
+    VanishedError,
+)
 from posthoc_cli.snapshots.chunks import Chunk, row_major
 from posthoc_cli.tracker.layout import HOST
+from posthoc_cli.tracker.names import is_fsdp, named_modules
 
 Result = TypeVar("Result")
 
@@ -39,6 +46,8 @@ PATIENCE = 60.0
 GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
 """Seconds that the first call of an evaluation waits for trackers that are not there yet; that any call waits for the
 processes that have one before it warns; and before it gives up."""
+
+_FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
 _made: Counter[str] = Counter()
 """Trackers that this process has made, of sharded models and of each directory; every process in the same order."""
@@ -356,63 +365,194 @@ class Callers:
         return self._known
 
 
-@dataclass(frozen=True)
 class Members:
-    """The processes that track one model together, as they have met.
+    """The processes that track one model: who keeps its averages, and what they tell each other.
+
+    Here each has the model complete: one of them, or the only one, keeps the averages and writes, and the others count.
+    Which one is decided for good when the tracker is made, or once there is a group.
 
     Attributes:
-        rank: of this process.
-        callers: their trackers, to make calls together.
-        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
-            owns it: it averages and writes it.
-        part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
-        run_id: of the run.
-        session: of this training, from when they met; later ones have larger numbers.
-        names: of all tensors of the model that are tracked, here or elsewhere.
+        is_chunked: whether each process keeps chunks of the averages, see `Owners`.
+        rank: of this process among those that keep averages; the first one has the directory's lock, and thins.
+        part: number of the files that it writes, from 1, and how many a snapshot has; None for complete ones, or none.
+        session: of this training, from when the processes met; later ones have larger numbers.
+        names: of all tensors of the model that are tracked, where some are tracked elsewhere.
         mesh: the processes' arrangement, as a snapshot's header has it.
-        device: where the process group exchanges tensors.
     """
 
-    rank: int
-    callers: Callers
-    holders: Mapping[str, tuple[int, ...]]
-    part: tuple[int, int] | None
-    run_id: str
-    session: int
-    names: frozenset[str]
-    mesh: dict[str, Any]
-    device: torch.device
-    store: Store
+    is_chunked = False
 
-    @cached_property
-    def owned(self) -> frozenset[str]:
-        """Names of the tensors whose chunk here this process averages and writes."""
-        return frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
+    def __init__(self) -> None:
+        self.rank, self.session = 0, 0
+        self.part: tuple[int, int] | None = None
+        self.names: frozenset[str] = frozenset()
+        self.mesh: dict[str, Any] = {}
+        self._keeps: bool | None = None
+        self._callers: Callers | None = None
 
-    def announce(self, key: str, message: str) -> None:
-        """Leave a message for the other processes, if the group is still there."""
-        with suppress(RuntimeError):  # it was destroyed, or its first process has ended
-            self.store.set(key, message)
+    def keeps(self, model: torch.nn.Module | None, directory: Path) -> bool:
+        """Whether this process keeps averages, and writes them to a directory."""
+        if self._keeps is None:
+            self._keeps = is_first_of_group(model)
+        keeps = self._keeps is not False
+        if self._callers is None and model is not None and is_in_group():
+            self._callers = Callers.of_replicas(directory, keeps)
+        return keeps
+
+    def owned(self, here: Set[str]) -> Set[str]:
+        """Of these tensors of the model, those that this process averages and writes, wholly or its chunk of them."""
+        return here
+
+    def check_kind(self, model: torch.nn.Module) -> None:
+        """Raise a ModelMismatchError if the model is sharded whose tracker was made before, or without it."""
+        if any(map(is_sharded, model.parameters())):
+            reason = "is sharded over processes, and was not when this tracker was made"
+            hint = (
+                "shard the model first; then make the tracker in every process, with from_model or "
+                "from_path(path, model)"
+            )
+            raise ModelMismatchError("model", reason, hint)
+
+    @contextmanager
+    def taking_directory(self) -> Iterator[None]:
+        """A block in which this process becomes the directory's writer, or one of them."""
+        yield
+        self._keeps = True
 
     def wait_for_writer(self) -> None:
-        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
-        if refused := _wait(self.store, "writer", 0, "has not taken the directory yet"):
-            raise RankError("rank 0", refused)
+        """Return when the directory has its writer, where another process needs that."""
+
+    def announce_failure(self, error: Exception) -> None:
+        """Let the other processes know that this one's part is missing."""
 
     def check(self) -> None:
         """Raise a RankError if another process has announced that it failed."""
+
+    def keepers(self, _call: str) -> Group:
+        """The processes that keep averages, all of which make a call; this one alone where it keeps all."""
+        return THIS_PROCESS
+
+    def askers(self, call: str, alone: bool, is_tracking: bool, device: torch.device) -> Group:
+        """The processes that make a call for averages, or `alone` this one.
+
+        Arguments:
+            call: in words, the same in all of them.
+            is_tracking: whether tracking has begun here; before, each reads what is on disk.
+            device: where they exchange tensors.
+        """
+        if alone or self._callers is None or not is_tracking or not dist.is_initialized():
+            return THIS_PROCESS
+        return self._callers.gather(device, call)
+
+
+class Owners(Members):
+    """The processes that track one sharded model, as they have met; each keeps the averages of the chunks that it owns.
+
+    Attributes:
+        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
+            owns it: it averages and writes it.
+        run_id: of the run.
+    """
+
+    is_chunked = True
+
+    def __init__(
+        self, callers: Callers, store: Store, answer: Mapping[str, Any], holders: Mapping[str, tuple[int, ...]],
+        names: frozenset[str], mesh: dict[str, Any], device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.rank, self.session, self.run_id = dist.get_rank(), int(answer["session"]), str(answer["run_id"])
+        self.part = answer["part"] and tuple(answer["part"])
+        self.names, self.mesh, self.holders = names, mesh, holders
+        self._owned = frozenset(name for name, ranks in holders.items() if ranks[0] == self.rank)
+        self._own_callers, self._store, self._device = callers, store, device
+
+    def keeps(self, *_: object) -> bool:
+        """Whether this process owns a chunk."""
+        return self.part is not None
+
+    def owned(self, here: Set[str]) -> Set[str]:
+        """Those whose chunk here this process owns, and what was not there when the processes met."""
+        return self._owned | (here - self.names)
+
+    def check_kind(self, model: torch.nn.Module) -> None:
+        """Nothing: the chunks are compared with those that were tracked."""
+
+    @contextmanager
+    def taking_directory(self) -> Iterator[None]:
+        """As above: rank 0 first, and the others hear how it went."""
+        if self.rank:
+            self.wait_for_writer()
+        try:
+            yield
+        except BaseException as error:
+            if self.rank:
+                self._announce("failed", f"rank {self.rank}: {error}")
+            else:
+                self._announce("writer", str(error))
+            raise
+        if not self.rank:
+            self._announce("writer", "")
+
+    def wait_for_writer(self) -> None:
+        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
+        if refused := _wait(self._store, "writer", 0, "has not taken the directory yet"):
+            raise RankError("rank 0", refused)
+
+    def announce_failure(self, error: Exception) -> None:
+        """As above."""
+        self._announce("failed", f"rank {self.rank}: {error}")
+
+    def check(self) -> None:
+        """As above."""
         failed = ""
-        with suppress(RuntimeError):  # as in `announce`
-            failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
+        with suppress(RuntimeError):  # as in `_announce`
+            failed = self._store.get("failed").decode() if self._store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
             raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to go on")
 
+    def keepers(self, call: str) -> Group:
+        """All processes of the model."""
+        if not dist.is_initialized():
+            reason = "need all processes of the model, and their group was destroyed"
+            raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
+        return self._own_callers.gather(self._device, call)
+
+    def askers(self, call: str, alone: bool, *_: object) -> Group:
+        """All processes of the model."""
+        if alone:
+            raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
+        return self.keepers(call)
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so; each calls it. The one collective operation of tracking."""
-        found = torch.tensor(float(flag), device=self.device)
+        found = torch.tensor(float(flag), device=self._device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found.item())
+
+    def _announce(self, key: str, message: str) -> None:
+        with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
+            self._store.set(key, message)
+
+
+def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
+    """Whether this process keeps the averages of a model and writes them; None where that is not known yet.
+
+    That is the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model.
+    Of a model without wrapper it is the first of all processes: training scripts make their tracker before they wrap
+    the model, and the processes must not all write to one directory.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None  # there may be a group later
+    modules = () if model is None else (place.module for place in named_modules(model))
+    replicated = (one for one in modules if is_fsdp(one) or isinstance(one, torch.nn.parallel.DistributedDataParallel))
+    return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
+
+
+def is_in_group() -> bool:
+    """Whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def meet(
@@ -421,7 +561,7 @@ def meet(
     options: Mapping[str, str],
     run_id: str,
     mesh: dict[str, Any],
-) -> Members:
+) -> Owners:
     """Decide with the other processes who owns which chunk. Each process calls it, in the same order of trackers.
 
     A chunk belongs to the lowest rank that holds it; one without elements to nobody, unless its tensor has none.
@@ -465,9 +605,7 @@ def meet(
         raise RankError(answer["rank"], answer["reason"])
     device = next((tensor.device for tensor in tensors.values()), HOST)
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
-    number = answer["part"] and tuple(answer["part"])
-    ids = answer["run_id"], answer["session"]
-    return Members(rank, callers, holders, number, *ids, frozenset(tensors), mesh, device, store)
+    return Owners(callers, store, answer, holders, frozenset(tensors), mesh, device)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
 
     Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
     the tensors are zeros (`averages_t` = 0 says so): loaders that fill the tensors of a fresh object's state, such as
-    torch.distributed.checkpoint, find them in their places. What this process owns of a sharded `model` are DTensors.
+    torch.distributed.checkpoint, find them in their places. With a sharded `model` what this process owns are DTensors.
     """
     averages, tracked = state.averages, state.tracked
     kept, copies = averages.tensors, averages.copies
@@ -83,7 +83,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
     spread = {}
-    if tracked.members is not None and model is not None:
+    if model is not None:
         reshard(model)
         spread = {found.name: found.tensor for found in named_tensors(model)}
 
@@ -186,9 +186,7 @@ def host_layout(tracked: TrackedModel) -> Layout:
 
 
 def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel) -> None:
-    elsewhere = frozenset() if tracked.members is None else tracked.members.names
-    differing = (set(expected) - set(tensors)) | (set(tensors) - set(expected) - elsewhere)
-    if differing:
+    if differing := (set(expected) - set(tensors)) | (set(tensors) - set(expected) - tracked.members.names):
         reason = "is in the state or in the model, but not in both"
         hint = "make the tracker with the include, exclude and buffers of the one that the state is of"
         raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
