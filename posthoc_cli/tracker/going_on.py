@@ -1,4 +1,4 @@
-"""Where a run goes on from its directory: from the snapshots at or before the model's place on the run's path.
+"""Where a run begins, or goes on: from the snapshots at or before the model's place on the run's path.
 
 Snapshots hold the averages rounded to their storage dtype. An exact state of their time is used in their place.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +39,11 @@ from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
-from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Group, led, mesh_of
 from posthoc_cli.tracker.state import (
     STATE_NAME,
+    Progress,
+    Settings,
     Tracking,
     check_profiles,
     host_layout,
@@ -161,9 +163,25 @@ def finish_uploads(directory: Path, model: torch.nn.Module | None) -> None:
                 finish(directory, leads=False)
 
 
-def check_no_run(directory: Path) -> None:
-    """Raise a MismatchError where a directory holds snapshots: a new run cannot begin there."""
-    for newest in find_snapshots(directory)[-1:]:
+def check_path(path: str | Path) -> Path:
+    """An absolute path: the working directory may change later. Of a URL one that a tracker can write to."""
+    found = files.given_path("checkpoint_dir", path).absolute()
+    if not files.is_url(found):
+        return found
+    from posthoc_cli.tracker.spool import spooled
+
+    return spooled(found)
+
+
+def check_place(directory: Path, is_new: bool) -> None:
+    """Raise an error if no tracker can write to a directory, which may be missing yet, or begin a new run there."""
+    with files.reported_as_write_error(directory):  # the name may be too long
+        place = next(place for place in (directory, *directory.parents) if place.is_symlink() or place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if place.is_dir() else "is not a directory"
+        reason = f"{what}; snapshots are written to the directory {directory}"
+        raise DirectoryError(place, reason, "name another one")
+    for newest in find_snapshots(directory)[-1:] if is_new else ():
         reason = f"holds snapshots of run {newest.info.run_id[:8]}, up to step {newest.info.step:,}"
         raise MismatchError(directory, reason, f"{ways_on(newest.info.step)}; for a new run name another directory")
 

@@ -45,12 +45,11 @@ from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import HostTensors, Layout, TileReader, lay_out, on_host
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages
-from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import LiveSource, PartSnapshotter, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
-from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.state import Progress, Settings, Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads
 
 log = logging.getLogger(__name__)

@@ -35,16 +35,9 @@ from posthoc_cli.tracker.model_weights import (
 )
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
-from posthoc_cli.tracker.settings import (
-    Settings,
-    check_path,
-    check_place,
-    check_sigma_rels,
-    make_schedule,
-)
-from posthoc_cli.tracker.sharding import Group, is_first_of_group, meet, mesh_of
+from posthoc_cli.tracker.sharding import Group, Owners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
-from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.state import Settings, Tracking
 from posthoc_cli.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -120,12 +113,13 @@ class PostHocEMA(Tracker):
             DirectoryError, MismatchError: nobody can write to the directory, or it holds a run and `resume` is None.
             others: of a run that is to go on, as `from_path`.
         """
-        profiles = check_sigma_rels(sigma_rels)
-        given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype)
         selection = make_selection(include, exclude, buffers)
-        settings = Settings(profiles, make_schedule(profiles, *given), t_unit, selection, on_nonfinite, keep_state)
+        settings = Settings.checked(
+            sigma_rels, update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype,
+            t_unit, selection, on_nonfinite, keep_state,
+        )  # fmt: skip
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
-        directory = check_path("checkpoint_dir", checkpoint_dir)
+        directory = going_on.check_path(checkpoint_dir)
         in_group = is_first_of_group(model) is not None
         if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
             resume = "auto"  # a notebook's cell that is run again
@@ -136,13 +130,11 @@ class PostHocEMA(Tracker):
             settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))
         found = collect_tensors(model, settings.selection)
         if found.chunks or is_first_of_group(model) is not False:
-            check_place(directory)
-            if resume is None:
-                going_on.check_no_run(directory)
+            going_on.check_place(directory, is_new=resume is None)
         tracked = TrackedModel.of_model(found)
         tracked.check_header()
         start = None if resume is None else going_on.find_run(directory, stored, settings, tracked, resume)
-        tracking, step = start or (Tracking.new(secrets.token_hex(16), tracked, profiles), None)
+        tracking, step = start or (Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None)
         tracking = _joined(tracking, model, found, settings, directory)
         made = cls.__new__(cls)
         made._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
@@ -171,7 +163,7 @@ class PostHocEMA(Tracker):
             DirectoryError, FileFormatError, MismatchError, ModelMismatchError: of the directory, and of the model.
             InvalidValueError: an argument, or a `step` without snapshots; names those that have some.
         """
-        directory = check_path("checkpoint_dir", checkpoint_dir)
+        directory = going_on.check_path(checkpoint_dir)
         wait_for_writers(directory)
         going_on.finish_uploads(directory, model)
         stored = read_directory(directory)
@@ -424,8 +416,7 @@ def _joined(
     options = {name: str(value) for name, value in values.items() if name not in left_out}
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
-    tensors = found.averaged | found.copied
-    members = meet(tensors, found.chunks, options, tracking.run_id, mesh_of(model))
+    members = Owners(found.averaged | found.copied, found.chunks, options, tracking.run_id, mesh_of(model))
     everywhere = TrackedModel.of_model(found).complete_shapes
     own = replace(TrackedModel.of_model(found.of(members), members), everywhere=everywhere)
     return replace(tracking, run_id=members.run_id, tracked=own)

@@ -49,6 +49,8 @@ processes that have one before it warns; and before it gives up."""
 
 _FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
+_NO_WRITER = "has not taken the directory yet"
+
 _made: Counter[str] = Counter()
 """Trackers that this process has made, of sharded models and of each directory; every process in the same order."""
 
@@ -388,14 +390,14 @@ class Members:
         self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}
         self._keeps: bool | None = None
-        self._callers: Callers | None = None
+        self._callers: Callers | None = None  # of the other replicas' trackers
 
     def keeps(self, model: torch.nn.Module | None, directory: Path) -> bool:
         """Whether this process keeps averages, and writes them to a directory."""
         if self._keeps is None:
             self._keeps = is_first_of_group(model)
         keeps = self._keeps is not False
-        if self._callers is None and model is not None and is_in_group():
+        if self._callers is None and model is not None and _is_in_group():
             self._callers = Callers.of_replicas(directory, keeps)
         return keeps
 
@@ -422,7 +424,7 @@ class Members:
     def wait_for_writer(self) -> None:
         """Return when the directory has its writer, where another process needs that."""
 
-    def announce_failure(self, error: Exception) -> None:
+    def announce_failure(self, error: BaseException) -> None:
         """Let the other processes know that this one's part is missing."""
 
     def check(self) -> None:
@@ -448,24 +450,59 @@ class Members:
 class Owners(Members):
     """The processes that track one sharded model, as they have met; each keeps the averages of the chunks that it owns.
 
+    Each process makes this object, in the same order of trackers. A chunk belongs to the lowest rank that holds it; one
+    without elements to nobody, unless its tensor has none.
+
+    Arguments:
+        tensors: what is here of each tensor.
+        chunks: where it belongs, if it is not all of it.
+        options: what must be the same in every process, by what a user would call it.
+        run_id: of the run to begin, or of the one that was found; rank 0's counts.
+        mesh: as above.
+
     Attributes:
-        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
-            owns it: it averages and writes it.
+        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing; its owner first.
         run_id: of the run.
+
+    Raises:
+        RankError: a process did not come, or has other options; names it.
     """
 
     is_chunked = True
 
     def __init__(
-        self, callers: Callers, store: Store, answer: Mapping[str, Any], holders: Mapping[str, tuple[int, ...]],
-        names: frozenset[str], mesh: dict[str, Any], device: torch.device,
+        self, tensors: Mapping[str, torch.Tensor], chunks: Mapping[str, Chunk], options: Mapping[str, str], run_id: str,
+        mesh: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
-        self.rank, self.session, self.run_id = dist.get_rank(), int(answer["session"]), str(answer["run_id"])
-        self.part = answer["part"] and tuple(answer["part"])
-        self.names, self.mesh, self.holders = names, mesh, holders
-        self._owned = frozenset(name for name, ranks in holders.items() if ranks[0] == self.rank)
-        self._own_callers, self._store, self._device = callers, store, device
+        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self._store = _new_store("members")
+        self._all_callers = Callers(self._store, keeps=self.rank == 0)
+        self._store.set(f"here/{self.rank}", "")
+        with _rank_0_first(self._store, "met", "made no tracker of this model", 2.0):
+            hint = "call from_model or from_path in every process, with the same arguments"
+            for other in range(0 if self.rank else world):
+                _wait(self._store, f"here/{other}", other, f"made no tracker of this model; {hint}")
+        held = {
+            name: _digest(name, tuple(tensor.shape), chunks.get(name))
+            for name, tensor in tensors.items()
+            if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
+        }
+        told = Group(self.rank, tuple(range(world))).from_all((options, [*held.values()], run_id, time.time_ns()))
+        first, _, self.run_id, self.session = told[0]
+        holding: dict[str, list[int]] = defaultdict(list)
+        for other, (own, digests, *_) in enumerate(told):
+            for option, value in first.items():
+                if own[option] != value:
+                    raise RankError(f"rank {other}", f"has {option} {own[option]}, and rank 0 has {value}")
+            for digest in digests:
+                holding[digest].append(other)
+        self.holders = {name: tuple(holding[digest]) for name, digest in held.items()}
+        self._owned = frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
+        owners = sorted({ranks[0] for ranks in holding.values()})
+        self.part = (owners.index(self.rank) + 1, len(owners)) if self.rank in owners else None
+        self.names, self.mesh = frozenset(tensors), mesh
+        self._device = next((tensor.device for tensor in tensors.values()), HOST)
 
     def keeps(self, *_: object) -> bool:
         """Whether this process owns a chunk."""
@@ -480,28 +517,23 @@ class Owners(Members):
 
     @contextmanager
     def taking_directory(self) -> Iterator[None]:
-        """As above: rank 0 first, and the others hear how it went."""
-        if self.rank:
-            self.wait_for_writer()
-        try:
-            yield
-        except BaseException as error:
-            if self.rank:
-                self._announce("failed", f"rank {self.rank}: {error}")
-            else:
-                self._announce("writer", str(error))
-            raise
-        if not self.rank:
-            self._announce("writer", "")
+        """As above: rank 0 first."""
+        with _rank_0_first(self._store, "writer", _NO_WRITER):
+            try:
+                yield
+            except BaseException as error:
+                if self.rank:
+                    self.announce_failure(error)
+                raise
 
     def wait_for_writer(self) -> None:
         """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
-        if refused := _wait(self._store, "writer", 0, "has not taken the directory yet"):
-            raise RankError("rank 0", refused)
+        with _rank_0_first(self._store, "writer", _NO_WRITER):
+            pass
 
-    def announce_failure(self, error: Exception) -> None:
+    def announce_failure(self, error: BaseException) -> None:
         """As above."""
-        self._announce("failed", f"rank {self.rank}: {error}")
+        _announce(self._store, "failed", f"rank {self.rank}: {error}")
 
     def check(self) -> None:
         """As above."""
@@ -517,7 +549,7 @@ class Owners(Members):
         if not dist.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
             raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
-        return self._own_callers.gather(self._device, call)
+        return self._all_callers.gather(self._device, call)
 
     def askers(self, call: str, alone: bool, *_: object) -> Group:
         """All processes of the model."""
@@ -531,9 +563,10 @@ class Owners(Members):
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found.item())
 
-    def _announce(self, key: str, message: str) -> None:
-        with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
-            self._store.set(key, message)
+
+def _is_in_group() -> bool:
+    """Whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
@@ -550,64 +583,6 @@ def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
     return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
 
 
-def is_in_group() -> bool:
-    """Whether this is one of several processes that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def meet(
-    tensors: Mapping[str, torch.Tensor],
-    chunks: Mapping[str, Chunk],
-    options: Mapping[str, str],
-    run_id: str,
-    mesh: dict[str, Any],
-) -> Owners:
-    """Decide with the other processes who owns which chunk. Each process calls it, in the same order of trackers.
-
-    A chunk belongs to the lowest rank that holds it; one without elements to nobody, unless its tensor has none.
-
-    Arguments:
-        tensors: what is here of each tensor.
-        chunks: where it belongs, if it is not all of it.
-        options: what must be the same in every process, by what a user would call it.
-        run_id: of the run to begin, or of the one that was found; rank 0's counts.
-        mesh: as in `Members`.
-
-    Raises:
-        RankError: a process did not come, or has other options; names it.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    store = _new_store("members")
-    callers = Callers(store, keeps=rank == 0)
-    held = {
-        name: _digest(name, tuple(tensor.shape), chunks.get(name))
-        for name, tensor in tensors.items()
-        if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
-    }
-    store.set(f"here/{rank}", json.dumps({"options": dict(options), "held": list(held.values())}))
-    if rank == 0:
-        try:
-            sets, numbers = _holders(store, world, options)
-        except RankError as error:
-            refusal = json.dumps({"rank": error.subject, "reason": error.reason})
-            for other in range(1, world):
-                store.set(f"answer/{other}", refusal)
-            raise
-        owners = {ranks[0] for ranks in sets}
-        parts, session = [other for other in range(world) if other in owners], time.time_ns()
-        for other in range(world):
-            part = [parts.index(other) + 1, len(parts)] if other in parts else None
-            own = sorted(set(numbers[other]))
-            table = {"sets": [sets[number] for number in own], "held": [own.index(number) for number in numbers[other]]}
-            store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id, "session": session}))
-    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2.0))
-    if "reason" in answer:
-        raise RankError(answer["rank"], answer["reason"])
-    device = next((tensor.device for tensor in tensors.values()), HOST)
-    holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
-    return Owners(callers, store, answer, holders, frozenset(tensors), mesh, device)
-
-
 @contextmanager
 def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
     """A block that no process leaves before all have done it; rank 0 holds something meanwhile.
@@ -621,29 +596,50 @@ def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
     Raises:
         RankError: a process did not come, or failed; names it.
     """
-    rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("led")
-    own, held = f"done/{rank}", ExitStack()
-    try:
-        if rank == 0:
-            own = "led"
-            held.callback(take())
-            store.set("led", "")
-            own = "done/0"
-        elif refused := _wait(store, "led", 0, "made no tracker of this model"):
-            raise RankError("rank 0", refused)
-        store.set(f"here/{rank}", "")
-        for other in range(world):
-            _wait(store, f"here/{other}", other, "made no tracker of this model")
-        yield
-        store.set(own, "")
+    rank, world, store, absent = (
+        dist.get_rank(),
+        dist.get_world_size(),
+        _new_store("led"),
+        "made no tracker of this model",
+    )
+    with ExitStack() as held:
+        with _rank_0_first(store, "led", absent):
+            if rank == 0:
+                held.callback(take())
+        try:
+            store.set(f"here/{rank}", "")
+            for other in range(world):
+                _wait(store, f"here/{other}", other, absent)
+            yield
+        except BaseException as error:
+            store.set(f"done/{rank}", str(error))
+            raise
+        store.set(f"done/{rank}", "")
         for other in range(world):
             if failed := _wait(store, f"done/{other}", other, f"has not {what}", 60.0):
                 raise RankError(f"rank {other}", failed)
+
+
+@contextmanager
+def _rank_0_first(store: Store, key: str, what: str, patience: float = 1.0) -> Iterator[None]:
+    """A block that each process does when rank 0 has done it; the error of that is raised in all of them."""
+    rank = dist.get_rank()
+    if rank and (refused := _wait(store, key, 0, what, patience)):
+        raise RankError(*json.loads(refused))
+    try:
+        yield
     except BaseException as error:
-        store.set(own, str(error))
+        if rank == 0:
+            told = (error.subject, error.reason) if isinstance(error, RankError) else ("rank 0", str(error))
+            _announce(store, key, json.dumps(told))
         raise
-    finally:
-        held.close()
+    if rank == 0:
+        _announce(store, key, "")
+
+
+def _announce(store: Store, key: str, message: str) -> None:
+    with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
+        store.set(key, message)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -664,24 +660,6 @@ def _new_store(name: str) -> Store:
 def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
     place = [] if chunk is None else [chunk.shape, chunk.offset, shape]
     return hashlib.sha256(json.dumps([name, place]).encode()).hexdigest()[:16]
-
-
-def _holders(store: Store, world: int, options: Mapping[str, str]) -> tuple[list[tuple[int, ...]], list[list[int]]]:
-    """The sets of ranks that hold a chunk, and for each rank the number of the set of each chunk that it holds."""
-    holding: dict[str, list[int]] = defaultdict(list)
-    held = []
-    for rank in range(world):
-        what = "made no tracker of this model; call from_model or from_path in every process, with the same arguments"
-        here = json.loads(_wait(store, f"here/{rank}", rank, what))
-        for option, value in options.items():
-            if here["options"][option] != value:
-                raise RankError(f"rank {rank}", f"has {option} {here['options'][option]}, and rank 0 has {value}")
-        held.append(here["held"])
-        for digest in here["held"]:
-            holding[digest].append(rank)
-    sets: dict[tuple[int, ...], int] = {}
-    numbers = {digest: sets.setdefault(tuple(ranks), len(sets)) for digest, ranks in holding.items()}
-    return [*sets], [[numbers[digest] for digest in digests] for digests in held]
 
 
 def _wait(store: Store, key: str, rank: int, what: str, patience: float = 1.0) -> str:

@@ -59,10 +59,9 @@ from posthoc_cli.tracker.going_on import ways_on
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
-from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Settings, Tracking, state_info, write_state
 from posthoc_cli.tracker.worker import Worker
 
 if TYPE_CHECKING:

@@ -36,10 +36,9 @@ from posthoc_cli.tracker.model_tensors import (
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Group, Owners, check_times
 from posthoc_cli.tracker.staging import squared_norms
-from posthoc_cli.tracker.state import Tracking, pack_state, sketch_of, state_info, unpack_state
+from posthoc_cli.tracker.state import Progress, Settings, Tracking, pack_state, sketch_of, state_info, unpack_state
 from posthoc_cli.tracker.worker import Calls
 
 Own = TypeVar("Own", bound="Tracker")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -379,35 +378,6 @@ ema.close()
     assert [path.name for path in snapshots[0].path.iterdir()] == ["part-00001-of-00001.safetensors"]
     for name, tensor in truth(0.2, [2, 4, 6, 8]).items():
         assert torch.allclose(Run(tmp_path / "run").average(0.2)[name].double(), tensor, rtol=1e-6, atol=1e-6), name
-
-
-MEET = """
-import json
-from posthoc_cli.tracker import sharding
-model = spread(Net(), arguments[0])
-bare = getattr(model, "module", model)
-parts = {name: sharding.local_part(name, tensor) for name, tensor in bare.named_parameters()}
-tensors = {name: tensor for name, (tensor, _) in parts.items()}
-chunks = {name: chunk for name, (_, chunk) in parts.items() if chunk is not None}
-members = sharding.meet(tensors, chunks, {}, f"run of {rank}", sharding.mesh_of(bare))
-owned = {name: [chunks[name].offset, tensors[name].shape] if name in chunks else None for name in members.owned}
-print(json.dumps([owned, members.part, members.run_id]))
-"""
-
-
-@pytest.mark.parametrize(("kind", "ranks"), SPREAD)
-def test_each_element_has_one_owner(kind: str, ranks: int, tmp_path: Path) -> None:
-    found = [json.loads(out) for out in check_group(MEET, ranks, tmp_path, kind)]
-    owners = [rank for rank, (owned, *_) in enumerate(found) if owned]
-    for rank, (_, part, run) in enumerate(found):
-        assert part == ([owners.index(rank) + 1, len(owners)] if rank in owners else None)
-        assert run == "run of 0"
-    for name, parameter in Net().named_parameters():
-        boxes = [
-            Box.whole(parameter.shape) if place is None else Box(*map(tuple, place))
-            for place in (owned[name] for owned, *_ in found if name in owned)
-        ]
-        assert cover_problem(parameter.shape, boxes) is None
 
 
 GO_ON = """
