@@ -49,6 +49,7 @@ processes that have one before it warns; and before it gives up."""
 
 _FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
+_ABSENT = "made no tracker of this model"
 _NO_WRITER = "has not taken the directory yet"
 
 _made: Counter[str] = Counter()
@@ -479,10 +480,10 @@ class Owners(Members):
         self._store = _new_store("members")
         self._all_callers = Callers(self._store, keeps=self.rank == 0)
         self._store.set(f"here/{self.rank}", "")
-        with _rank_0_first(self._store, "met", "made no tracker of this model", 2.0):
+        with _rank_0_first(self._store, "met", _ABSENT, 2.0):
             hint = "call from_model or from_path in every process, with the same arguments"
             for other in range(0 if self.rank else world):
-                _wait(self._store, f"here/{other}", other, f"made no tracker of this model; {hint}")
+                _wait(self._store, f"here/{other}", other, f"{_ABSENT}; {hint}")
         held = {
             name: _digest(name, tuple(tensor.shape), chunks.get(name))
             for name, tensor in tensors.items()
@@ -596,20 +597,15 @@ def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
     Raises:
         RankError: a process did not come, or failed; names it.
     """
-    rank, world, store, absent = (
-        dist.get_rank(),
-        dist.get_world_size(),
-        _new_store("led"),
-        "made no tracker of this model",
-    )
+    rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("led")
     with ExitStack() as held:
-        with _rank_0_first(store, "led", absent):
+        with _rank_0_first(store, "led", _ABSENT):
             if rank == 0:
                 held.callback(take())
         try:
             store.set(f"here/{rank}", "")
             for other in range(world):
-                _wait(store, f"here/{other}", other, absent)
+                _wait(store, f"here/{other}", other, _ABSENT)
             yield
         except BaseException as error:
             store.set(f"done/{rank}", str(error))
