@@ -77,17 +77,8 @@ class Start:
         """What goes on from the newest snapshots at or before the model's place on the run's path.
 
         The first call of `update_` decides, for all processes alike: a model may be restored after its tracker was
-        made. When that is made, a place on the path is taken, so that `step` is right, and any other one waits.
-
-        Arguments:
-            now: what the tracker has.
-            sample: the model's values at the elements that snapshots sample.
-            group: the processes that decide together.
-            writes: whether this process writes snapshots.
-            is_first_call: of `update_`.
-
-        Raises:
-            ModelMismatchError: at the first call, if the model is not on the path, and no step was named.
+        made. When that is made, a place on the path is taken, so that `step` is right, and any other one waits. A
+        ModelMismatchError at the first call, if the model is not on the path, and no step was named.
         """
         if self._is_near(sample):
             return now

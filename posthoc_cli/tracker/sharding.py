@@ -277,12 +277,7 @@ class Callers:
     """Trackers of several processes that belong together, which gather when a call needs all of them.
 
     They do so through the store: a process that does not make the call is named, where a collective operation would
-    wait for it in silence. Making a tracker waits for nobody.
-
-    Arguments:
-        store: of these trackers alone.
-        keeps: whether this process makes the plan; one of them does.
-        hint: what to do where not all make the call.
+    wait for it in silence. Making a tracker waits for nobody. The one that `keeps` averages makes the plan.
     """
 
     def __init__(self, store: Store, keeps: bool, hint: str = "make this call in every process") -> None:
@@ -304,8 +299,7 @@ class Callers:
     def gather(self, device: torch.device, call: str) -> Group:
         """The processes that make this `call`; only this one where no other has a tracker, or none keeps averages.
 
-        Raises:
-            RankError: a process that has a tracker does not come, or makes another call; names it.
+        A RankError names a process that has a tracker and does not come, or makes another call.
         """
         began = time.monotonic()
         while len(made := self._made()) < self._world and self._keeps and self._graceful:
@@ -436,13 +430,7 @@ class Members:
         return THIS_PROCESS
 
     def askers(self, call: str, alone: bool, is_tracking: bool, device: torch.device) -> Group:
-        """The processes that make a call for averages, or `alone` this one.
-
-        Arguments:
-            call: in words, the same in all of them.
-            is_tracking: whether tracking has begun here; before, each reads what is on disk.
-            device: where they exchange tensors.
-        """
+        """The processes that make a call for averages; `alone`, or before tracking begins here, this one."""
         if alone or self._callers is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
         return self._callers.gather(device, call)
@@ -451,22 +439,13 @@ class Members:
 class Owners(Members):
     """The processes that track one sharded model, as they have met; each keeps the averages of the chunks that it owns.
 
-    Each process makes this object, in the same order of trackers. A chunk belongs to the lowest rank that holds it; one
-    without elements to nobody, unless its tensor has none.
-
-    Arguments:
-        tensors: what is here of each tensor.
-        chunks: where it belongs, if it is not all of it.
-        options: what must be the same in every process, by what a user would call it.
-        run_id: of the run to begin, or of the one that was found; rank 0's counts.
-        mesh: as above.
+    Each process makes this object, in the same order of trackers, with what is here of each tensor, and where that
+    belongs, if it is not all of it. A chunk belongs to the lowest rank that holds it; one without elements to nobody,
+    unless its tensor has none. A RankError names a process that does not come, or has other `options`.
 
     Attributes:
         holders: by name, the ranks that hold the same chunk of a tensor as this process, growing; its owner first.
-        run_id: of the run.
-
-    Raises:
-        RankError: a process did not come, or has other options; names it.
+        run_id: of the run; of a new one that of rank 0.
     """
 
     is_chunked = True
@@ -476,34 +455,23 @@ class Owners(Members):
         mesh: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
-        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.names, self.mesh = dist.get_rank(), frozenset(tensors), mesh
+        self._device = next((tensor.device for tensor in tensors.values()), HOST)
         self._store = _new_store("members")
         self._all_callers = Callers(self._store, keeps=self.rank == 0)
-        self._store.set(f"here/{self.rank}", "")
-        with _rank_0_first(self._store, "met", _ABSENT, 2.0):
-            hint = "call from_model or from_path in every process, with the same arguments"
-            for other in range(0 if self.rank else world):
-                _wait(self._store, f"here/{other}", other, f"{_ABSENT}; {hint}")
         held = {
             name: _digest(name, tuple(tensor.shape), chunks.get(name))
             for name, tensor in tensors.items()
             if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
         }
-        told = Group(self.rank, tuple(range(world))).from_all((options, [*held.values()], run_id, time.time_ns()))
-        first, _, self.run_id, self.session = told[0]
-        holding: dict[str, list[int]] = defaultdict(list)
-        for other, (own, digests, *_) in enumerate(told):
-            for option, value in first.items():
-                if own[option] != value:
-                    raise RankError(f"rank {other}", f"has {option} {own[option]}, and rank 0 has {value}")
-            for digest in digests:
-                holding[digest].append(other)
-        self.holders = {name: tuple(holding[digest]) for name, digest in held.items()}
+        self._store.set(f"here/{self.rank}", json.dumps([dict(options), [*held.values()]]))
+        with _rank_0_first(self._store, "met", _ABSENT, 2.0):
+            if self.rank == 0:
+                _tell_owners(self._store, options, run_id)
+        self.run_id, self.session, part, holders = json.loads(self._store.get(f"answer/{self.rank}"))
+        self.part, names = part and tuple(part), [*held]
+        self.holders = {names[number]: tuple(ranks) for ranks, numbers in holders for number in numbers}
         self._owned = frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
-        owners = sorted({ranks[0] for ranks in holding.values()})
-        self.part = (owners.index(self.rank) + 1, len(owners)) if self.rank in owners else None
-        self.names, self.mesh = frozenset(tensors), mesh
-        self._device = next((tensor.device for tensor in tensors.values()), HOST)
 
     def keeps(self, *_: object) -> bool:
         """Whether this process owns a chunk."""
@@ -588,14 +556,8 @@ def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
 def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
     """A block that no process leaves before all have done it; rank 0 holds something meanwhile.
 
-    Each process comes, in the same order.
-
-    Arguments:
-        take: takes it, and returns what releases it.
-        what: the block does, for people.
-
-    Raises:
-        RankError: a process did not come, or failed; names it.
+    `take` takes that, and returns what releases it; `what` says what the block does. A RankError names a process that
+    does not come, or fails.
     """
     rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("led")
     with ExitStack() as held:
@@ -651,6 +613,28 @@ def _new_store(name: str) -> Store:
 
     _made[name] += 1
     return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
+
+
+def _tell_owners(store: Store, options: Mapping[str, str], run_id: str) -> None:
+    """In rank 0: wait for all processes, and tell each of them its part, and which ranks hold each of its chunks."""
+    holding: dict[str, list[int]] = defaultdict(list)
+    held: list[list[str]] = []
+    what = f"{_ABSENT}; call from_model or from_path in every process, with the same arguments"
+    for rank in range(dist.get_world_size()):
+        own, digests = json.loads(_wait(store, f"here/{rank}", rank, what))
+        for option, value in options.items():
+            if own[option] != value:
+                raise RankError(f"rank {rank}", f"has {option} {own[option]}, and rank 0 has {value}")
+        held.append(digests)
+        for digest in digests:
+            holding[digest].append(rank)
+    owners, session = sorted({ranks[0] for ranks in holding.values()}), time.time_ns()
+    for rank, digests in enumerate(held):
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, digest in enumerate(digests):
+            alike[tuple(holding[digest])].append(number)
+        part = (owners.index(rank) + 1, len(owners)) if rank in owners else None
+        store.set(f"answer/{rank}", json.dumps([run_id, session, part, [*alike.items()]]))
 
 
 def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:

@@ -252,10 +252,6 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        writes = self._pipeline.snapshotter is not None and not self._calls.closed
-        if error is not None and writes:
-            ended = "%s: %s ended the training at step %d; a last snapshot is written"
-            log.warning(ended, self.checkpoint_dir, type(error).__name__, self.step)
         try:
             self.close()
         except PostHocError:
