@@ -266,7 +266,7 @@ def check_times(times: Sequence[tuple[int, float]]) -> None:
             raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
 
 
@@ -502,7 +502,7 @@ class Owners(Members):
 
     def announce_failure(self, error: BaseException) -> None:
         """As above."""
-        _announce(self._store, "failed", f"rank {self.rank}: {error}")
+        _announce(self._store, "failed", f"rank {self.rank}: {_in_words(error)}")
 
     def check(self) -> None:
         """As above."""
@@ -570,7 +570,7 @@ def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
                 _wait(store, f"here/{other}", other, _ABSENT)
             yield
         except BaseException as error:
-            store.set(f"done/{rank}", str(error))
+            store.set(f"done/{rank}", _in_words(error))
             raise
         store.set(f"done/{rank}", "")
         for other in range(world):
@@ -588,7 +588,7 @@ def _rank_0_first(store: Store, key: str, what: str, patience: float = 1.0) -> I
         yield
     except BaseException as error:
         if rank == 0:
-            told = (error.subject, error.reason) if isinstance(error, RankError) else ("rank 0", str(error))
+            told = (error.subject, error.reason) if isinstance(error, RankError) else ("rank 0", _in_words(error))
             _announce(store, key, json.dumps(told))
         raise
     if rank == 0:

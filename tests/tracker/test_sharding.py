@@ -272,6 +272,23 @@ if rank == 1:
     assert not list(tmp_path.rglob("*4-*/part-*"))
 
 
+def test_processes_hear_at_once_that_the_first_was_interrupted(tmp_path: Path) -> None:
+    code = """
+from posthoc_cli.tracker import snapshotter
+model = spread(Net(), "fsdp")
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+def interrupt(_):
+    raise KeyboardInterrupt
+if rank == 0:
+    snapshotter.DirectoryLock = interrupt
+    refused(lambda: ema.update_(model), KeyboardInterrupt)
+else:
+    refused(lambda: ema.update_(model))
+"""
+    _, told = check_group(code, 2, tmp_path)
+    assert told.startswith("RankError rank 0: KeyboardInterrupt")
+
+
 LATE = """
 import shutil
 from posthoc_cli.snapshots.directory import inspect_directory
