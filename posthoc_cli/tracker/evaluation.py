@@ -30,7 +30,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.chunks import Box, Chunk
+from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
 from posthoc_cli.snapshots.reading import TensorReader
@@ -46,10 +46,9 @@ from posthoc_cli.tracker.sharding import (
     Group,
     Owners,
     as_dtensor,
-    check_times,
+    held_box,
     held_part,
     is_sharded,
-    local_part,
     reshard,
 )
 from posthoc_cli.tracker.snapshotter import (
@@ -345,9 +344,8 @@ class ChunkEvaluation(Evaluation):
             return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
 
         own, progress = self.group.together(measure_own), self._pipeline.progress
-        told = (progress.step, progress.t), [(source.info, dict(source.stored)) for source in own]
-        times, parts = zip(*self.group.from_all(told), strict=True)
-        check_times(times)
+        told = [(source.info, dict(source.stored)) for source in own]
+        parts = self.group.from_all_at(progress.step, progress.t, told)
         return own, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
     @torch.inference_mode(False)
@@ -444,12 +442,9 @@ class _Boxes:
 
 def _check_spread(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) -> None:
     """Raise a ModelMismatchError unless a model holds the chunk here that this process owns."""
-    if tensor is not None:
-        shape = tuple(tensor.shape)
-        local, chunk = local_part(name, tensor)
-        here = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape))
-        if (shape, here) == (tracked.complete_shape(name), tracked.box(name)):
-            return
+    expected = tracked.complete_shape(name), tracked.box(name)
+    if tensor is not None and (tuple(tensor.shape), held_box(name, tensor)[1]) == expected:
+        return
     reason = "is missing in the model, of another shape, or spread over the processes in another way than when tracked"
     raise ModelMismatchError(f"tensor {name!r}", reason)
 

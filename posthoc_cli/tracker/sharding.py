@@ -32,7 +32,7 @@ from posthoc_cli.errors import (
     RankError,
     VanishedError,
 )
-from posthoc_cli.snapshots.chunks import Chunk, row_major
+from posthoc_cli.snapshots.chunks import Box, Chunk, row_major
 from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.names import is_fsdp, named_modules
 
@@ -138,6 +138,13 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
     return local.detach().view(tuple(place.sizes)), Chunk(tuple(found.shape), tuple(place.offsets))
 
 
+def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+    """As `local_part`, with the box of the complete tensor that these elements are."""
+    local, chunk = local_part(name, tensor)
+    shape = tuple(local.shape)
+    return local, Box.whole(shape) if chunk is None else chunk.box(shape)
+
+
 def _check_strided(name: str, tensor: Any, axis: int) -> None:
     """Raise an InvalidValueError unless the rows here are next to each other."""
     strided, mesh = tensor.placements[axis], tensor.device_mesh
@@ -194,6 +201,19 @@ class Group:
             dist.all_gather_object(every, value, group=self.handle)
         return every
 
+    def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
+        """The same in processes that are at one step and t; a RankError names one that is not."""
+        times, values = zip(*self.from_all(((step, t), value)), strict=True)
+        first, t_first = times[0]
+        for rank, (other, t_other) in enumerate(times):
+            if other != first:
+                hint = "make this call in every process between the same two calls of update_"
+                raise RankError(f"rank {rank}", f"is at step {other} of update_, and rank 0 at step {first}", hint)
+            if t_other != t_first:
+                reason = f"is at t = {t_other:,.12g} at step {other}, and rank 0 at t = {t_first:,.12g}"
+                raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
+        return [*values]
+
     def together(self, work: Callable[[], Result]) -> Result:
         """The result of work that every process does. An error of one is raised in all, before anyone goes on.
 
@@ -204,10 +224,8 @@ class Group:
         failure: Exception | None = None
         try:
             result = work()
-        except Exception as error:
-            if self.is_alone:
-                raise
-            failure = error  # raised again below, when the others know
+        except Exception as error:  # noqa: BLE001  raised again below, when the others know
+            failure = error
         own = None if failure is None else (_in_words(failure), isinstance(failure, VanishedError))
         every = zip(sorted(self.ranks), self.from_all(own), strict=True)
         failed = [(rank, *one) for rank, one in every if one is not None]
@@ -252,18 +270,6 @@ class Group:
             dist.recv(room, ranks[0])
         if self.rank != ranks[0]:
             value.copy_(room.cpu().view(value.dtype).view(value.shape))
-
-
-def check_times(times: Sequence[tuple[int, float]]) -> None:
-    """Raise a RankError for a process that is at another step or t than rank 0."""
-    first, t_first = times[0]
-    for rank, (step, t) in enumerate(times):
-        if step != first:
-            hint = "make this call in every process between the same two calls of update_"
-            raise RankError(f"rank {rank}", f"is at step {step} of update_, and rank 0 at step {first}", hint)
-        if t != t_first:
-            reason = f"is at t = {t:,.12g} at step {step}, and rank 0 at t = {t_first:,.12g}"
-            raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
 
 
 def _in_words(error: BaseException) -> str:

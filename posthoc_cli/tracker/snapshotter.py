@@ -154,14 +154,9 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
 
 def with_older(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
     """Live averages, and the snapshots of other averages up to their time."""
-    sources: list[Source] = list(live)
-    now = live[0].info.t if live else max((snapshot.info.t for snapshot in snapshots), default=0.0)
-    held = {source.info.sigma_rel for source in live}
-    for snapshot in snapshots:
-        info = snapshot.info
-        if info.t < now or (info.t == now and info.sigma_rel not in held):
-            sources.append(snapshot)
-    return sources
+    now, held = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
+    times = ((snapshot, snapshot.info.t) for snapshot in snapshots)
+    return [*live, *(one for one, t in times if t < now or (t == now and one.info.sigma_rel not in held))]
 
 
 def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> list[LiveSource]:

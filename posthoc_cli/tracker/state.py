@@ -29,7 +29,6 @@ from posthoc_cli.planning import range_of
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
-from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import Selection
@@ -39,7 +38,7 @@ from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
-from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
+from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
 
 STATE_NAME = "state.safetensors"  # the file beside the snapshots that a tracker keeps its exact state in
 STATE_VERSION = int(fmt.STATE_VERSION)
@@ -318,11 +317,10 @@ def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tra
 def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     """What this process owns of a tensor, checked."""
     subject, own, found = f"tensor {name!r}", tracked.tensors[name], tensors[name]
-    local, chunk = local_part(name, found)
     shape = tuple(found.shape)
     if shape != (expected := tracked.complete_shape(name)):
         raise ModelMismatchError(subject, f"has the shape {list(shape)} in the state, {list(expected)} in the model")
-    held, wanted = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape)), tracked.box(name)
+    (local, held), wanted = held_box(name, found), tracked.box(name)
     if held.meet(wanted) != wanted:
         reason = "is spread over the processes in another way in the state than in the model"
         raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")

@@ -36,7 +36,7 @@ from posthoc_cli.tracker.model_tensors import (
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.sharding import Group, Owners, check_times
+from posthoc_cli.tracker.sharding import Group, Owners
 from posthoc_cli.tracker.staging import squared_norms
 from posthoc_cli.tracker.state import Progress, Settings, Tracking, pack_state, sketch_of, state_info, unpack_state
 from posthoc_cli.tracker.worker import Calls
@@ -317,9 +317,8 @@ class Tracker:
         """What a tracker would continue from: its tensors are copies of this process's."""
         group = self._members.keepers("state_dict()")
         own = group.together(self._read_exactly)
-        told = (self.step, self.t), own.averages.standing.inherited, sketch_of(own.averages)
-        times, inherited, sketches = zip(*group.from_all(told), strict=True)
-        check_times(times)
+        told = own.averages.standing.inherited, sketch_of(own.averages)
+        inherited, sketches = zip(*group.from_all_at(self.step, self.t, told), strict=True)
         # Each process knows the rounding and the path of its own part, and some of them have no average.
         total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
 
