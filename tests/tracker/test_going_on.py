@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import averages_in, exact_average, flip_bit
+from factories import exact_average, flip_bit
 from safetensors.torch import load_file
-from tracker.runs import STEPS, VALUES, matrix, scheduled, times, walk
+from tracker.runs import STEPS, VALUES, matrix, scheduled, times, tracked_error, walk
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NotReadyError
@@ -38,14 +38,7 @@ def begun(folder: Path, last: int, t: float = 0.0, **settings: object) -> torch.
 
 
 def error(tracker: PostHocEMA, last: int) -> float:
-    """Largest distance of a tracked average, relative to its norm, from the sum over the updates in float64."""
-    found, updates = averages_in(tracker.state_dict()), range(2, last + 1, 2)
-    distances = []
-    for sigma_rel in tracker.settings.sigma_rels:
-        exact = exact_average(VALUES[2 : last + 1 : 2].numpy(), sigma_rel, updates)
-        own = found[repr(sigma_rel)]["weight"].numpy()
-        distances.append(float(np.linalg.norm(own - exact) / np.linalg.norm(exact)))
-    return max(distances)
+    return tracked_error(tracker, "weight", VALUES[2 : last + 1 : 2].numpy(), range(2, last + 1, 2))
 
 
 def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
