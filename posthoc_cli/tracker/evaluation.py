@@ -187,7 +187,7 @@ class Evaluation:
 
     def _raw(self, dtype: torch.dtype | str | None) -> Weights:
         """The weights as they are, of the tracked model or this one, with a warning."""
-        own, settings = self.tracker._tracked_model() or self.model, self.tracker.settings
+        own, settings = self.tracker._tracked_model(self.model), self.tracker.settings
         if own is None:
             raise NotReadyError("no average yet", "the model that is tracked is gone")
         every, after = settings.schedule.update_every, settings.schedule.update_after_step

@@ -391,7 +391,7 @@ class PostHocEMA(Tracker):
 
     def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
         """One call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
-        own = self._tracked_model() or model
+        own = self._tracked_model(model)
         tensor = None if own is None else next(own.parameters(), None)
         device = HOST if tensor is None else tensor.device
         return self._evaluation_by(self._members.askers(call, alone, not self._pipeline.now.resumes, device), model)

@@ -454,9 +454,10 @@ class Tracker:
             self._start.read_at = progress.step
             self._pipeline.set(found)
 
-    def _tracked_model(self) -> torch.nn.Module | None:
-        """The model that this was made with, if it is still there."""
-        return None if self._model is None else self._model()
+    def _tracked_model(self, other: torch.nn.Module | None = None) -> torch.nn.Module | None:
+        """The model that this was made with, if it is still there; else another one."""
+        own = None if self._model is None else self._model()
+        return other if own is None else own  # no `or`: it would ask for a model's length
 
     def _is_first(self, cause: str) -> bool:
         """Whether the user has not been told of this cause yet."""
