@@ -230,7 +230,7 @@ def test_without_an_update_there_is_no_live_average(tmp_path: Path) -> None:
 
 def test_before_the_first_update_a_compiled_model_gives_its_weights(tmp_path: Path) -> None:
     """It has no length, and must not be asked for one."""
-    model = torch.compile(torch.nn.Linear(2, 2))
+    model = torch.compile(torch.nn.Linear(2, 2), backend="eager")
     tracker = PostHocEMA.from_model(model, tmp_path)
     with pytest.warns(RuntimeWarning, match="no average yet"):
         assert torch.equal(tracker.state_dict(sigma_rel=0.1)["weight"], model.weight)
