@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -30,25 +30,25 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Wanted, Weights, make_weights, with_consistent_plan
-from posthoc_cli.snapshots.chunks import Box, Chunk
+from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot, sum_of_parts
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.sources import Snapshot, Source
+from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors
-from posthoc_cli.tracker.model_weights import check_weights, copied_weights, on_disk
+from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fill, fill_model, on_disk
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.sharding import (
     Group,
-    Members,
+    Owners,
     as_dtensor,
-    check_times,
+    held_box,
     held_part,
     is_sharded,
-    local_part,
     reshard,
 )
 from posthoc_cli.tracker.snapshotter import (
@@ -113,7 +113,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a tracker's averages are at one call, which all processes of the group make.
+    """What a tracker's averages are at one call, which all processes of the group make: the first one makes everything.
 
     Attributes:
         tracker: that has them.
@@ -124,6 +124,9 @@ class Evaluation:
     tracker: Tracker
     group: Group
     model: torch.nn.Module | None
+
+    accept_meta: ClassVar[bool] = True
+    """Whether tensors of the model may be on the meta device, when it is filled."""
 
     def weights(self, query: Query) -> Weights:
         """An average, or of a sharded model the chunks of it that this process holds.
@@ -164,9 +167,18 @@ class Evaluation:
         if not self.group.is_alone and model is not None:
             self.group.together(lambda: check_weights(model, weights, own_dtypes, accept_meta))
 
-    def planned(self, query: Query, use: Callable[[Plan], Result]) -> Result:
-        """What `use` makes of how complete tensors of an average are made; alone."""
-        return with_consistent_plan(lambda: self._plan_from(self.sources(), query), use)
+    def fill(self, query: Query, device: torch.device | str) -> None:
+        """Fill the model with an average for good."""
+        model, own_dtypes = self.model, query.dtype is None
+        assert model is not None
+        if self.accept_meta and self.group.is_alone and self.tracker.has_average:  # tensor by tensor
+            with_consistent_plan(
+                lambda: self._plan_from(self.sources(), query), lambda plan: fill_model(model, plan, device)
+            )
+            return
+        weights = self.weights(query)
+        self.check(weights, own_dtypes, self.accept_meta)
+        fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
     def of_sources(self, work: Callable[[list[Source]], Result]) -> Result:
         """The result of work on snapshots and live averages of complete tensors, of the first process, in each."""
@@ -175,7 +187,7 @@ class Evaluation:
 
     def _raw(self, dtype: torch.dtype | str | None) -> Weights:
         """The weights as they are, of the tracked model or this one, with a warning."""
-        own, settings = self.tracker._tracked_model() or self.model, self.tracker.settings
+        own, settings = self.tracker._tracked_model(self.model), self.tracker.settings
         if own is None:
             raise NotReadyError("no average yet", "the model that is tracked is gone")
         every, after = settings.schedule.update_every, settings.schedule.update_after_step
@@ -190,28 +202,14 @@ class Evaluation:
     def _pipeline(self) -> Pipeline:
         return self.tracker._pipeline
 
-    @property
-    def _members(self) -> Members | None:
-        return self._pipeline.now.tracked.members
-
     def _found(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
-        """The sources at hand here by name, and what gives the first process those of complete tensors to plan with.
-
-        Of a sharded model the live averages here are at hand; else, in the first process, all that were given.
-        """
+        """The sources at hand here by name, and what gives the first process those of complete tensors to plan with."""
         at_hand: dict[str, Source] = {}
-        joined: list[LiveSource] = []
-        if self._members is not None:
-            own, joined = self._joined_live()
-            at_hand.update((source.name, source) for source in own)
 
         def find() -> list[Source]:
-            if self._members is None:
-                found = self.sources(live_only)
-                at_hand.update((source.name, source) for source in found)
-                return found
-            older = [] if live_only else run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-            return self._going_on(with_older(joined, older))
+            found = self.sources(live_only)
+            at_hand.update((source.name, source) for source in found)
+            return found
 
         return at_hand, find
 
@@ -234,20 +232,6 @@ class Evaluation:
         if self._pipeline.now.resumes and self.tracker._start.step is not None:
             return [source for source in sources if source.info.step <= self.tracker._start.step]
         return sources
-
-    def _joined_live(self) -> tuple[list[LiveSource], list[LiveSource]]:
-        """The live averages here and, measured by all processes together, without values, those of complete tensors."""
-
-        def measure_own() -> list[LiveSource]:
-            self.tracker.flush()
-            snapshotter = self._pipeline.snapshotter
-            return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
-
-        own, progress = self.group.together(measure_own), self._pipeline.progress
-        told = (progress.step, progress.t), [(source.info, dict(source.stored)) for source in own]
-        times, parts = zip(*self.group.from_all(told), strict=True)
-        check_times(times)
-        return own, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
     def _plan_from(self, sources: list[Source], query: Query) -> Plan:
         plan = plan_synthesis(self._some(sources), [query.wanted], query.t, query.step, query.method, dtype=query.dtype)
@@ -283,8 +267,6 @@ class Evaluation:
         if not self.group.from_first(lambda: self.tracker.has_average):
             raw = self._raw(dtype)
             return dict.fromkeys(wanted, lambda: raw), {}
-        if self._members is not None and self.model is not None:
-            reshard(self.model)
 
         def tell() -> tuple[Recipe, dict[str, Source]]:
             at_hand, find = self._found(live_only)
@@ -300,54 +282,104 @@ class Evaluation:
         given = zip(made.items(), shared.errors, strict=True)
         return {label: partial(self._exchanged, shared, own, errors) for (label, own), errors in given}, shared.refused
 
+    def _own(self, shared: Recipe, targets: Sequence[Target], at_hand: Mapping[str, Source]) -> list[Weights]:
+        """What this process makes of each average: the first one everything."""
+        if not self.group.leads:
+            return [Weights() for _ in targets]
+        return self._synthesized(shared, targets, [at_hand[name] for name, _ in shared.sources])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _synthesized(
+        self, shared: Recipe, targets: Sequence[Target], sources: Sequence[Source], subset: frozenset[str] | None = None
+    ) -> list[Weights]:
+        """These averages from these sources, or a subset of their tensors."""
+        if shared.plan is None:
+            return []
+        plan = replace(shared.plan, sources=tuple(sources), targets=tuple(targets), subset=subset)
+        return [make_weights(plan)] if len(targets) == 1 else on_disk(plan, self.tracker.checkpoint_dir)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _exchanged(self, shared: Recipe, own: Weights, errors: tuple[float | None, float]) -> Weights:
+        """What this process holds of an average, under all names, on the host: what others made, too."""
+        made, holds = Weights(), self._holding()
+        made.predicted_error, made.profile_error = errors
+        for name, spec in shared.specs.items():
+            shape, ranks = holds(spec)
+            value = own.get(name)
+            if value is None:
+                value = torch.empty(shape, dtype=torch_dtype(spec.dtype))
+            self.group.exchange(value, ranks)
+            made.update(dict.fromkeys(shared.names[name], value))
+        return made
+
+    def _holding(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
+        """Which shape this process holds of a tensor, and the ranks that hold the same elements, their maker first."""
+        return lambda spec: (spec.shape, self.group.ranks)
+
+
+@dataclass(frozen=True)
+class ChunkEvaluation(Evaluation):
+    """As above of a sharded model: each process makes the chunks that it owns."""
+
+    accept_meta: ClassVar[bool] = False
+
+    def _found(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
+        """As above; at hand are the live averages of the chunks here."""
+        own, joined = self._joined_live()
+
+        def find() -> list[Source]:
+            older = [] if live_only else run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
+            return self._going_on(with_older(joined, older))
+
+        return {source.name: source for source in own}, find
+
+    def _joined_live(self) -> tuple[list[LiveSource], list[LiveSource]]:
+        """The live averages here and, measured by all processes together, without values, those of complete tensors."""
+
+        def measure_own() -> list[LiveSource]:
+            self.tracker.flush()
+            snapshotter = self._pipeline.snapshotter
+            return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
+
+        own, progress = self.group.together(measure_own), self._pipeline.progress
+        told = [(source.info, dict(source.stored)) for source in own]
+        parts = self.group.from_all_at(progress.step, progress.t, told)
+        return own, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def _own(self, shared: Recipe, targets: Sequence[Target], at_hand: Mapping[str, Source]) -> list[Weights]:
-        """What this process owns of each average: of a sharded model its chunks, else all in the first process."""
-        boxes = self._own_boxes(shared)
-        if not boxes and not (self._members is None and self.group.leads):
+        """What this process makes of each average: the chunks that it owns, checked."""
+        tracked, tensors = self._pipeline.now.tracked, self._tensors()
+        boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
+        if not boxes:
             return [Weights() for _ in targets]
+        for name in boxes:
+            _check_spread(name, tracked, tensors.get(name))
         directory = self.tracker.checkpoint_dir
         sources = [
             at_hand[name] if name in at_hand else _Boxes.of(_read_again(directory / name, checksum), boxes)
             for name, checksum in shared.sources
         ]
-        if shared.plan is None:
-            return []
-        subset = frozenset(boxes) if boxes else None
-        plan = replace(shared.plan, sources=tuple(sources), targets=tuple(targets), subset=subset)
-        return [make_weights(plan)] if len(targets) == 1 else on_disk(plan, directory)
+        return self._synthesized(shared, targets, sources, frozenset(boxes))
 
-    def _own_boxes(self, shared: Recipe) -> dict[str, Box]:
-        """The chunks that this process owns of a sharded model, checked; none of another one."""
-        if self._members is None:
-            return {}
-        tracked, tensors = self._pipeline.now.tracked, self._tensors
-        boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
-        for name in boxes:
-            _check_spread(name, tracked, tensors.get(name))
-        return boxes
+    def _holding(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
+        """As above: of the chunks here."""
+        tensors, members = self._tensors(), self._pipeline.now.tracked.members
+        assert isinstance(members, Owners)
+        holders = members.holders
+        return lambda spec: (
+            held_part(tensors[spec.name]).shape if spec.name in tensors else spec.shape,
+            holders.get(spec.name, ()),
+        )
 
-    @property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the model by name."""
-        return {} if self.model is None else {found.name: found.tensor for found in named_tensors(self.model)}
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _exchanged(self, shared: Recipe, own: Weights, errors: tuple[float | None, float]) -> Weights:
-        """What this process holds of an average, under all names, on the host: what others own, too."""
-        members, tensors = self._members, {} if self._members is None else self._tensors
-        made = Weights()
-        made.predicted_error, made.profile_error = errors
-        for name, spec in shared.specs.items():
-            value = own.get(name)
-            if value is None:
-                shape = held_part(tensors[name]).shape if name in tensors else spec.shape
-                value = torch.empty(shape, dtype=torch_dtype(spec.dtype))
-            self.group.exchange(value, self.group.ranks if members is None else members.holders.get(name, ()))
-            made.update(dict.fromkeys(shared.names[name], value))
-        return made
+        """Those of the model by name, of which this process holds its chunks again."""
+        assert self.model is not None
+        reshard(self.model)
+        return {found.name: found.tensor for found in named_tensors(self.model)}
 
 
 def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[Plan | None, dict[str, str]]:
@@ -410,12 +442,9 @@ class _Boxes:
 
 def _check_spread(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) -> None:
     """Raise a ModelMismatchError unless a model holds the chunk here that this process owns."""
-    if tensor is not None:
-        shape = tuple(tensor.shape)
-        local, chunk = local_part(name, tensor)
-        here = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape))
-        if (shape, here) == (tracked.complete_shape(name), tracked.box(name)):
-            return
+    expected = tracked.complete_shape(name), tracked.box(name)
+    if tensor is not None and (tuple(tensor.shape), held_box(name, tensor)[1]) == expected:
+        return
     reason = "is missing in the model, of another shape, or spread over the processes in another way than when tracked"
     raise ModelMismatchError(f"tensor {name!r}", reason)
 

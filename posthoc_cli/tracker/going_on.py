@@ -1,4 +1,4 @@
-"""Where a run goes on from its directory: from the snapshots at or before the model's place on the run's path.
+"""Where a run begins, or goes on: from the snapshots at or before the model's place on the run's path.
 
 Snapshots hold the averages rounded to their storage dtype. An exact state of their time is used in their place.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +39,11 @@ from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.tracker.layout import FlatTensors
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
-from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Group, led, mesh_of
 from posthoc_cli.tracker.state import (
     STATE_NAME,
+    Progress,
+    Settings,
     Tracking,
     check_profiles,
     host_layout,
@@ -75,17 +77,8 @@ class Start:
         """What goes on from the newest snapshots at or before the model's place on the run's path.
 
         The first call of `update_` decides, for all processes alike: a model may be restored after its tracker was
-        made. When that is made, a place on the path is taken, so that `step` is right, and any other one waits.
-
-        Arguments:
-            now: what the tracker has.
-            sample: the model's values at the elements that snapshots sample.
-            group: the processes that decide together.
-            writes: whether this process writes snapshots.
-            is_first_call: of `update_`.
-
-        Raises:
-            ModelMismatchError: at the first call, if the model is not on the path, and no step was named.
+        made. When that is made, a place on the path is taken, so that `step` is right, and any other one waits. A
+        ModelMismatchError at the first call, if the model is not on the path, and no step was named.
         """
         if self._is_near(sample):
             return now
@@ -161,9 +154,25 @@ def finish_uploads(directory: Path, model: torch.nn.Module | None) -> None:
                 finish(directory, leads=False)
 
 
-def check_no_run(directory: Path) -> None:
-    """Raise a MismatchError where a directory holds snapshots: a new run cannot begin there."""
-    for newest in find_snapshots(directory)[-1:]:
+def check_path(path: str | Path) -> Path:
+    """An absolute path: the working directory may change later. Of a URL one that a tracker can write to."""
+    found = files.given_path("checkpoint_dir", path).absolute()
+    if not files.is_url(found):
+        return found
+    from posthoc_cli.tracker.spool import spooled
+
+    return spooled(found)
+
+
+def check_place(directory: Path, is_new: bool) -> None:
+    """Raise an error if no tracker can write to a directory, which may be missing yet, or begin a new run there."""
+    with files.reported_as_write_error(directory):  # the name may be too long
+        place = next(place for place in (directory, *directory.parents) if place.is_symlink() or place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if place.is_dir() else "is not a directory"
+        reason = f"{what}; snapshots are written to the directory {directory}"
+        raise DirectoryError(place, reason, "name another one")
+    for newest in find_snapshots(directory)[-1:] if is_new else ():
         reason = f"holds snapshots of run {newest.info.run_id[:8]}, up to step {newest.info.step:,}"
         raise MismatchError(directory, reason, f"{ways_on(newest.info.step)}; for a new run name another directory")
 
@@ -319,11 +328,10 @@ def _warn_of_damage(error: FileFormatError) -> None:
 def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Tracking:
     """The averages as the snapshots of one time, one a profile, hold them."""
     last = chosen[0].info
-    held = TrackedModel.of_snapshot(chosen[0]) if tracked.members is None else tracked
-    kept = AverageTensors(host_layout(held), len(chosen))
-    inherited = tuple(_read_average(snapshot, own, held) for snapshot, own in zip(chosen, kept.high, strict=True))
-    with chosen[0].open(held.boxes()) as file:
-        copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}
+    kept = AverageTensors(host_layout(tracked), len(chosen))
+    inherited = tuple(_read_average(snapshot, own, tracked) for snapshot, own in zip(chosen, kept.high, strict=True))
+    with chosen[0].open(tracked.boxes()) as file:
+        copies = {name: read_tensor(file, name) for name, own in tracked.tensors.items() if own.role == "copy"}
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)
     averages = RunningAverages(
         tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies,
@@ -336,7 +344,8 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
 def _read_average(snapshot: Snapshot, room: FlatTensors, tracked: TrackedModel) -> float:
     """Fill room for an average with a snapshot; returns the expected squared norm of the error of that."""
     expected = norm = 0.0
-    with snapshot.open(tracked.boxes()) as file:
+    boxes = tracked.boxes()
+    with snapshot.open(boxes) as file:
         for name, own in room.views.items():
             value = read_tensor(file, name)
             own.copy_(value)
@@ -352,6 +361,6 @@ def _read_average(snapshot: Snapshot, room: FlatTensors, tracked: TrackedModel) 
     moved, share = (math.inf, 1.0) if last is None else (last.squared, 1 - (last.t / info.t) ** (info.gamma + 1))
     rounding = expected if measured is None else measured.rounding
     # What the snapshot says is of the complete tensors; this process may own a part of them.
-    part = 1.0 if tracked.members is None or measured is None else norm / measured.norm if measured.norm else 0.0
+    part = 1.0 if boxes is None or measured is None else norm / measured.norm if measured.norm else 0.0
     found = error_after_rounding(part * info.inherited, part * rounding, expected, part * moved, share)
     return found if math.isfinite(found) else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -67,8 +67,8 @@ class ModelTensors:
     statistics: frozenset[str] = frozenset()
 
     def of(self, members: Members) -> ModelTensors:
-        """What this process owns of them, and what was not there when the processes met."""
-        names = members.owned | ((self.averaged.keys() | self.copied.keys()) - members.names)
+        """What this process averages and writes of them."""
+        names = members.owned(self.averaged.keys() | self.copied.keys())
         return replace(
             self,
             averaged=_within(names, self.averaged),
@@ -78,7 +78,7 @@ class ModelTensors:
         )
 
 
-def _within(names: frozenset[str], values: Mapping[str, Value]) -> dict[str, Value]:
+def _within(names: Set[str], values: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in values.items() if name in names}
 
 
@@ -86,8 +86,8 @@ def _within(names: frozenset[str], values: Mapping[str, Value]) -> dict[str, Val
 class TrackedModel:
     """What a run tracks of a model: the entries of a snapshot's header that must not change in a run.
 
-    In a process that has met others to track one model, `members`, it is what that process owns; `everywhere` are the
-    shapes of all averages then, complete.
+    In a process that has met others to track one sharded model, `members`, it is what that process owns; `everywhere`
+    are the shapes of all averages then, complete.
     """
 
     tensors: dict[str, TrackedTensor]
@@ -96,7 +96,7 @@ class TrackedModel:
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     chunks: dict[str, Chunk] = field(default_factory=dict)
-    members: Members | None = None
+    members: Members = field(default_factory=Members)
     everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -106,10 +106,11 @@ class TrackedModel:
         averaged = {n: TrackedTensor(roles[n], stored_name(t.dtype, n)) for n, t in found.averaged.items()}
         copied = {name: TrackedTensor("copy", stored_name(t.dtype, name)) for name, t in found.copied.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in (found.averaged | found.copied).items()}
-        if members is None:  # nothing is owned yet: the complete model
+        members = members or Members()
+        if not members.is_chunked:  # nothing is owned yet: the complete model
             shapes |= {name: chunk.shape for name, chunk in found.chunks.items()}
         whole = {name: Chunk(shape, (0,) * len(shape)) for name, shape in shapes.items()}
-        chunks = {} if members is None else whole | found.chunks
+        chunks = whole | found.chunks if members.is_chunked else {}
         return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen, chunks, members)
 
     @classmethod
@@ -159,13 +160,13 @@ class TrackedModel:
         return {number: (name, index) for number, name, index in found if index is not None}
 
     def boxes(self) -> dict[str, Box] | None:
-        """What is here of each tensor, in a process that has met others."""
-        return None if self.members is None else {name: self.box(name) for name in self.tensors}
+        """What is here of each tensor of a sharded model; None of any other one."""
+        return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else None
 
     @property
     def part(self) -> tuple[int, int] | None:
         """Number of the part of a snapshot that this process writes, from 1, and how many there are; None for none."""
-        return None if self.members is None else self.members.part
+        return self.members.part
 
     @property
     def leads(self) -> bool:
@@ -242,16 +243,6 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
-
-
-def check_complete(model: torch.nn.Module) -> None:
-    """Raise a ModelMismatchError if a model is sharded whose tracker was made before, or without it."""
-    if any(map(is_sharded, model.parameters())):
-        reason = "is sharded over processes, and was not when this tracker was made"
-        hint = (
-            "shard the model first; then make the tracker in every process, with from_model or from_path(path, model)"
-        )
-        raise ModelMismatchError("model", reason, hint)
 
 
 swapped: list[frozenset[int]] = []
@@ -391,7 +382,7 @@ class ModelWatch:
     and whether gradients are required.
     """
 
-    def __init__(self, selection: Selection, members: Members | None = None) -> None:
+    def __init__(self, selection: Selection, members: Members) -> None:
         self._selection, self._members = selection, members
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._contents: list[dict[str, Any]] = []
@@ -450,9 +441,7 @@ class ModelWatch:
 
     def _collect(self, model: torch.nn.Module, also: frozenset[str] = frozenset()) -> ModelTensors:
         found = collect_tensors(model, self._selection, also)
-        if self._members is None:
-            check_complete(model)
-            return found
+        self._members.check_kind(model)
         return found.of(self._members)
 
     def _local(self) -> Sequence[torch.Tensor]:

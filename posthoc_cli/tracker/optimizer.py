@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.names import unwrapped
-from posthoc_cli.tracker.settings import Settings
+from posthoc_cli.tracker.state import Settings
 
 log = logging.getLogger(__name__)
 _BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"

@@ -45,12 +45,11 @@ from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import HostTensors, Layout, TileReader, lay_out, on_host
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages
-from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.sketching import Sketcher
-from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, live_sources
+from posthoc_cli.tracker.snapshotter import LiveSource, PartSnapshotter, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
-from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.state import Progress, Settings, Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads
 
 log = logging.getLogger(__name__)
@@ -275,26 +274,19 @@ class Pipeline:
     @contextmanager
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
         """The directory's writer; if the block fails, this pipeline has one only if it had before."""
-        before, members = self.snapshotter, self.now.tracked.members
-        if members is not None and members.rank > 0:
-            members.wait_for_writer()
-        snapshotter = before
-        try:
-            snapshotter = before or _open_snapshotter(directory, self._settings, members)
-            snapshotter.check_run(run_id)
-            self.snapshotter = snapshotter
-            yield snapshotter
-            if members is not None and members.rank == 0:
-                members.announce("writer", "")
-        except BaseException as error:
-            if members is not None and members.rank == 0:
-                members.announce("writer", str(error))
-            elif members is not None:
-                members.announce("failed", f"rank {members.rank}: {error}")
-            if before is None and snapshotter is not None:
-                self.snapshotter = None
-                snapshotter.close()
-            raise
+        before = snapshotter = self.snapshotter
+        members = self.now.tracked.members
+        with members.taking_directory():
+            try:
+                snapshotter = before or _open_snapshotter(directory, self._settings, members)
+                snapshotter.check_run(run_id)
+                self.snapshotter = snapshotter
+                yield snapshotter
+            except BaseException:
+                if before is None and snapshotter is not None:
+                    self.snapshotter = None
+                    snapshotter.close()
+                raise
 
     def refuse(self, error: NotReadyError) -> None:
         """Take in nothing that was not handed over yet: later calls raise `error`."""
@@ -420,7 +412,7 @@ class Pipeline:
         if sketcher is not None and sketcher.subset is not storage.subset:
             before, sketcher = averages.path(exact=True), None
         if sketcher is None and (before is not None or not averages.exist):
-            sketcher = Sketcher(storage.subset, 0 if tracked.members is None else tracked.members.rank)
+            sketcher = Sketcher(storage.subset, tracked.members.rank)
             if before is not None and not sketcher.goes_on(before):  # of a model in other parts
                 return None
         return sketcher
@@ -444,16 +436,17 @@ class Pipeline:
 _at_work: WeakSet[Pipeline] = WeakSet()
 
 
-def _open_snapshotter(directory: Path, settings: Settings, members: Members | None) -> Snapshotter:
+def _open_snapshotter(directory: Path, settings: Settings, members: Members) -> Snapshotter:
     """The directory's writer, when other trackers of this process that hold it have ended."""
+    kind = PartSnapshotter if members.is_chunked else Snapshotter
     wait_for_writers(directory)  # a forgotten tracker may still be writing its last snapshot
     try:
         try:
-            return Snapshotter(directory, settings, members)
+            return kind(directory, settings, members)
         except LockedError:
             if not _make_way(directory):
                 raise
-            return Snapshotter(directory, settings, members)
+            return kind(directory, settings, members)
     except WriteError as error:  # a WriteError of `update_` would say that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
 

@@ -22,33 +22,22 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.sources import Source, chosen_up_to
-from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.tracker import going_on
-from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, plan_possible
+from posthoc_cli.tracker.evaluation import ChunkEvaluation, Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.model_weights import (
     WithStatement,
-    fill,
-    fill_model,
     swapped_in,
     update_bn,
     warn_of_statistics,
 )
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
-from posthoc_cli.tracker.settings import (
-    Settings,
-    check_path,
-    check_place,
-    check_sigma_rels,
-    is_first_of_group,
-    make_schedule,
-)
-from posthoc_cli.tracker.sharding import THIS_PROCESS, meet, mesh_of
+from posthoc_cli.tracker.sharding import Group, Owners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
-from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.state import Settings, Tracking
 from posthoc_cli.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -124,12 +113,13 @@ class PostHocEMA(Tracker):
             DirectoryError, MismatchError: nobody can write to the directory, or it holds a run and `resume` is None.
             others: of a run that is to go on, as `from_path`.
         """
-        profiles = check_sigma_rels(sigma_rels)
-        given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype)
         selection = make_selection(include, exclude, buffers)
-        settings = Settings(profiles, make_schedule(profiles, *given), t_unit, selection, on_nonfinite, keep_state)
+        settings = Settings.checked(
+            sigma_rels, update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype,
+            t_unit, selection, on_nonfinite, keep_state,
+        )  # fmt: skip
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
-        directory = check_path("checkpoint_dir", checkpoint_dir)
+        directory = going_on.check_path(checkpoint_dir)
         in_group = is_first_of_group(model) is not None
         if resume is None and not in_group and is_followed(directory, collect_tensors(model, selection)):
             resume = "auto"  # a notebook's cell that is run again
@@ -140,13 +130,11 @@ class PostHocEMA(Tracker):
             settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))
         found = collect_tensors(model, settings.selection)
         if found.chunks or is_first_of_group(model) is not False:
-            check_place(directory)
-            if resume is None:
-                going_on.check_no_run(directory)
+            going_on.check_place(directory, is_new=resume is None)
         tracked = TrackedModel.of_model(found)
         tracked.check_header()
         start = None if resume is None else going_on.find_run(directory, stored, settings, tracked, resume)
-        tracking, step = start or (Tracking.new(secrets.token_hex(16), tracked, profiles), None)
+        tracking, step = start or (Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None)
         tracking = _joined(tracking, model, found, settings, directory)
         made = cls.__new__(cls)
         made._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
@@ -175,7 +163,7 @@ class PostHocEMA(Tracker):
             DirectoryError, FileFormatError, MismatchError, ModelMismatchError: of the directory, and of the model.
             InvalidValueError: an argument, or a `step` without snapshots; names those that have some.
         """
-        directory = check_path("checkpoint_dir", checkpoint_dir)
+        directory = going_on.check_path(checkpoint_dir)
         wait_for_writers(directory)
         going_on.finish_uploads(directory, model)
         stored = read_directory(directory)
@@ -260,12 +248,9 @@ class PostHocEMA(Tracker):
         """
         if sigma_rel is None:
             return self._own_state()
-        model, query = self._model_of_chunks(), Query(sigma_rel, t, step, dtype, method)
-        evaluation = self._evaluation(model, alone, f"state_dict({query}{', full' * full})")
-        made = evaluation.weights(query)
-        if self._members is None or model is None:
-            return made
-        return as_dtensors(made, model, full)
+        model, query = self._chunked_model(), Query(sigma_rel, t, step, dtype, method)
+        made = self._evaluation(model, alone, f"state_dict({query}{', full' * full})").weights(query)
+        return made if model is None else as_dtensors(made, model, full)
 
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
@@ -371,14 +356,8 @@ class PostHocEMA(Tracker):
         Raises:
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
-        query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
-        evaluation = self._evaluation(model, alone, f"load_into({query})")
-        if evaluation.group.is_alone and self._members is None and self.has_average:
-            evaluation.planned(query, lambda plan: fill_model(model, plan, device))
-            return
-        weights = evaluation.weights(query)
-        evaluation.check(weights, own_dtypes, accept_meta=self._members is None)
-        fill(model, weights, weights.items(), own_dtypes, check_device(device))
+        query = Query(sigma_rel, t, step, dtype, method)
+        self._evaluation(model, alone, f"load_into({query})").fill(query, device)
 
     update_bn = staticmethod(update_bn)
 
@@ -391,8 +370,10 @@ class PostHocEMA(Tracker):
         """
         from posthoc_cli import plots
 
-        evaluation = self._evaluation(None, self._members is None, "reconstruction_error()")
-        curve = error_curve(evaluation.of_sources(self._candidate), sigma_range, method=method)
+        candidate = self._evaluation_by(self._members.keepers("reconstruction_error()"), None).of_sources(
+            self._candidate
+        )
+        curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def _candidate(self, sources: list[Source]) -> Candidate:
@@ -410,16 +391,13 @@ class PostHocEMA(Tracker):
 
     def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
         """One call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
-        group = THIS_PROCESS
-        if self._members is not None:
-            if alone:
-                raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
-            group = self._chunk_holders(call)
-        elif not (alone or self._callers is None or self._pipeline.now.resumes) and torch.distributed.is_initialized():
-            own = self._tracked_model() or model
-            tensor = None if own is None else next(own.parameters(), None)
-            group = self._callers.gather(HOST if tensor is None else tensor.device, call)
-        return Evaluation(self, group, model)  # before tracking goes on, each replica reads what is on disk
+        own = self._tracked_model(model)
+        tensor = None if own is None else next(own.parameters(), None)
+        device = HOST if tensor is None else tensor.device
+        return self._evaluation_by(self._members.askers(call, alone, not self._pipeline.now.resumes, device), model)
+
+    def _evaluation_by(self, group: Group, model: torch.nn.Module | None) -> Evaluation:
+        return (ChunkEvaluation if self._members.is_chunked else Evaluation)(self, group, model)
 
 
 def _joined(
@@ -438,8 +416,7 @@ def _joined(
     options = {name: str(value) for name, value in values.items() if name not in left_out}
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
-    tensors = found.averaged | found.copied
-    members = meet(tensors, found.chunks, options, tracking.run_id, mesh_of(model))
+    members = Owners(found.averaged | found.copied, found.chunks, options, tracking.run_id, mesh_of(model))
     everywhere = TrackedModel.of_model(found).complete_shapes
     own = replace(TrackedModel.of_model(found.of(members), members), everywhere=everywhere)
     return replace(tracking, run_id=members.run_id, tracked=own)

@@ -13,11 +13,10 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +24,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from posthoc_cli.errors import InvalidValueError, PostHocError, RankError, VanishedError
-from posthoc_cli.snapshots.chunks import Chunk, row_major
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NotReadyError,
+    PostHocError,
+    RankError,
+    VanishedError,
+)
+from posthoc_cli.snapshots.chunks import Box, Chunk, row_major
 from posthoc_cli.tracker.layout import HOST
+from posthoc_cli.tracker.names import is_fsdp, named_modules
 
 Result = TypeVar("Result")
 
@@ -39,6 +46,11 @@ PATIENCE = 60.0
 GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
 """Seconds that the first call of an evaluation waits for trackers that are not there yet; that any call waits for the
 processes that have one before it warns; and before it gives up."""
+
+_FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
+
+_ABSENT = "made no tracker of this model"
+_NO_WRITER = "has not taken the directory yet"
 
 _made: Counter[str] = Counter()
 """Trackers that this process has made, of sharded models and of each directory; every process in the same order."""
@@ -126,6 +138,13 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
     return local.detach().view(tuple(place.sizes)), Chunk(tuple(found.shape), tuple(place.offsets))
 
 
+def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+    """As `local_part`, with the box of the complete tensor that these elements are."""
+    local, chunk = local_part(name, tensor)
+    shape = tuple(local.shape)
+    return local, Box.whole(shape) if chunk is None else chunk.box(shape)
+
+
 def _check_strided(name: str, tensor: Any, axis: int) -> None:
     """Raise an InvalidValueError unless the rows here are next to each other."""
     strided, mesh = tensor.placements[axis], tensor.device_mesh
@@ -182,6 +201,19 @@ class Group:
             dist.all_gather_object(every, value, group=self.handle)
         return every
 
+    def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
+        """The same in processes that are at one step and t; a RankError names one that is not."""
+        times, values = zip(*self.from_all(((step, t), value)), strict=True)
+        first, t_first = times[0]
+        for rank, (other, t_other) in enumerate(times):
+            if other != first:
+                hint = "make this call in every process between the same two calls of update_"
+                raise RankError(f"rank {rank}", f"is at step {other} of update_, and rank 0 at step {first}", hint)
+            if t_other != t_first:
+                reason = f"is at t = {t_other:,.12g} at step {other}, and rank 0 at t = {t_first:,.12g}"
+                raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
+        return [*values]
+
     def together(self, work: Callable[[], Result]) -> Result:
         """The result of work that every process does. An error of one is raised in all, before anyone goes on.
 
@@ -192,10 +224,8 @@ class Group:
         failure: Exception | None = None
         try:
             result = work()
-        except Exception as error:
-            if self.is_alone:
-                raise
-            failure = error  # raised again below, when the others know
+        except Exception as error:  # noqa: BLE001  raised again below, when the others know
+            failure = error
         own = None if failure is None else (_in_words(failure), isinstance(failure, VanishedError))
         every = zip(sorted(self.ranks), self.from_all(own), strict=True)
         failed = [(rank, *one) for rank, one in every if one is not None]
@@ -242,19 +272,7 @@ class Group:
             value.copy_(room.cpu().view(value.dtype).view(value.shape))
 
 
-def check_times(times: Sequence[tuple[int, float]]) -> None:
-    """Raise a RankError for a process that is at another step or t than rank 0."""
-    first, t_first = times[0]
-    for rank, (step, t) in enumerate(times):
-        if step != first:
-            hint = "make this call in every process between the same two calls of update_"
-            raise RankError(f"rank {rank}", f"is at step {step} of update_, and rank 0 at step {first}", hint)
-        if t != t_first:
-            reason = f"is at t = {t:,.12g} at step {step}, and rank 0 at t = {t_first:,.12g}"
-            raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
-
-
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
 
 
@@ -265,12 +283,7 @@ class Callers:
     """Trackers of several processes that belong together, which gather when a call needs all of them.
 
     They do so through the store: a process that does not make the call is named, where a collective operation would
-    wait for it in silence. Making a tracker waits for nobody.
-
-    Arguments:
-        store: of these trackers alone.
-        keeps: whether this process makes the plan; one of them does.
-        hint: what to do where not all make the call.
+    wait for it in silence. Making a tracker waits for nobody. The one that `keeps` averages makes the plan.
     """
 
     def __init__(self, store: Store, keeps: bool, hint: str = "make this call in every process") -> None:
@@ -292,8 +305,7 @@ class Callers:
     def gather(self, device: torch.device, call: str) -> Group:
         """The processes that make this `call`; only this one where no other has a tracker, or none keeps averages.
 
-        Raises:
-            RankError: a process that has a tracker does not come, or makes another call; names it.
+        A RankError names a process that has a tracker and does not come, or makes another call.
         """
         began = time.monotonic()
         while len(made := self._made()) < self._world and self._keeps and self._graceful:
@@ -356,156 +368,242 @@ class Callers:
         return self._known
 
 
-@dataclass(frozen=True)
 class Members:
-    """The processes that track one model together, as they have met.
+    """The processes that track one model: who keeps its averages, and what they tell each other.
+
+    Here each has the model complete: one of them, or the only one, keeps the averages and writes, and the others count.
+    Which one is decided for good when the tracker is made, or once there is a group.
 
     Attributes:
-        rank: of this process.
-        callers: their trackers, to make calls together.
-        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
-            owns it: it averages and writes it.
-        part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
-        run_id: of the run.
-        session: of this training, from when they met; later ones have larger numbers.
-        names: of all tensors of the model that are tracked, here or elsewhere.
+        is_chunked: whether each process keeps chunks of the averages, see `Owners`.
+        rank: of this process among those that keep averages; the first one has the directory's lock, and thins.
+        part: number of the files that it writes, from 1, and how many a snapshot has; None for complete ones, or none.
+        session: of this training, from when the processes met; later ones have larger numbers.
+        names: of all tensors of the model that are tracked, where some are tracked elsewhere.
         mesh: the processes' arrangement, as a snapshot's header has it.
-        device: where the process group exchanges tensors.
     """
 
-    rank: int
-    callers: Callers
-    holders: Mapping[str, tuple[int, ...]]
-    part: tuple[int, int] | None
-    run_id: str
-    session: int
-    names: frozenset[str]
-    mesh: dict[str, Any]
-    device: torch.device
-    store: Store
+    is_chunked = False
 
-    @cached_property
-    def owned(self) -> frozenset[str]:
-        """Names of the tensors whose chunk here this process averages and writes."""
-        return frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
+    def __init__(self) -> None:
+        self.rank, self.session = 0, 0
+        self.part: tuple[int, int] | None = None
+        self.names: frozenset[str] = frozenset()
+        self.mesh: dict[str, Any] = {}
+        self._keeps: bool | None = None
+        self._callers: Callers | None = None  # of the other replicas' trackers
 
-    def announce(self, key: str, message: str) -> None:
-        """Leave a message for the other processes, if the group is still there."""
-        with suppress(RuntimeError):  # it was destroyed, or its first process has ended
-            self.store.set(key, message)
+    def keeps(self, model: torch.nn.Module | None, directory: Path) -> bool:
+        """Whether this process keeps averages, and writes them to a directory."""
+        if self._keeps is None:
+            self._keeps = is_first_of_group(model)
+        keeps = self._keeps is not False
+        if self._callers is None and model is not None and _is_in_group():
+            self._callers = Callers.of_replicas(directory, keeps)
+        return keeps
+
+    def owned(self, here: Set[str]) -> Set[str]:
+        """Of these tensors of the model, those that this process averages and writes, wholly or its chunk of them."""
+        return here
+
+    def check_kind(self, model: torch.nn.Module) -> None:
+        """Raise a ModelMismatchError if the model is sharded whose tracker was made before, or without it."""
+        if any(map(is_sharded, model.parameters())):
+            reason = "is sharded over processes, and was not when this tracker was made"
+            hint = (
+                "shard the model first; then make the tracker in every process, with from_model or "
+                "from_path(path, model)"
+            )
+            raise ModelMismatchError("model", reason, hint)
+
+    @contextmanager
+    def taking_directory(self) -> Iterator[None]:
+        """A block in which this process becomes the directory's writer, or one of them."""
+        yield
+        self._keeps = True
 
     def wait_for_writer(self) -> None:
-        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
-        if refused := _wait(self.store, "writer", 0, "has not taken the directory yet"):
-            raise RankError("rank 0", refused)
+        """Return when the directory has its writer, where another process needs that."""
+
+    def announce_failure(self, error: BaseException) -> None:
+        """Let the other processes know that this one's part is missing."""
 
     def check(self) -> None:
         """Raise a RankError if another process has announced that it failed."""
+
+    def keepers(self, _call: str) -> Group:
+        """The processes that keep averages, all of which make a call; this one alone where it keeps all."""
+        return THIS_PROCESS
+
+    def askers(self, call: str, alone: bool, is_tracking: bool, device: torch.device) -> Group:
+        """The processes that make a call for averages; `alone`, or before tracking begins here, this one."""
+        if alone or self._callers is None or not is_tracking or not dist.is_initialized():
+            return THIS_PROCESS
+        return self._callers.gather(device, call)
+
+
+class Owners(Members):
+    """The processes that track one sharded model, as they have met; each keeps the averages of the chunks that it owns.
+
+    Each process makes this object, in the same order of trackers, with what is here of each tensor, and where that
+    belongs, if it is not all of it. A chunk belongs to the lowest rank that holds it; one without elements to nobody,
+    unless its tensor has none. A RankError names a process that does not come, or has other `options`.
+
+    Attributes:
+        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing; its owner first.
+        run_id: of the run; of a new one that of rank 0.
+    """
+
+    is_chunked = True
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], chunks: Mapping[str, Chunk], options: Mapping[str, str], run_id: str,
+        mesh: dict[str, Any],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.rank, self.names, self.mesh = dist.get_rank(), frozenset(tensors), mesh
+        self._device = next((tensor.device for tensor in tensors.values()), HOST)
+        self._store = _new_store("members")
+        self._all_callers = Callers(self._store, keeps=self.rank == 0)
+        held = {
+            name: _digest(name, tuple(tensor.shape), chunks.get(name))
+            for name, tensor in tensors.items()
+            if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
+        }
+        self._store.set(f"here/{self.rank}", json.dumps([dict(options), [*held.values()]]))
+        with _rank_0_first(self._store, "met", _ABSENT, 2.0):
+            if self.rank == 0:
+                _tell_owners(self._store, options, run_id)
+        self.run_id, self.session, part, holders = json.loads(self._store.get(f"answer/{self.rank}"))
+        self.part, names = part and tuple(part), [*held]
+        self.holders = {names[number]: tuple(ranks) for ranks, numbers in holders for number in numbers}
+        self._owned = frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
+
+    def keeps(self, *_: object) -> bool:
+        """Whether this process owns a chunk."""
+        return self.part is not None
+
+    def owned(self, here: Set[str]) -> Set[str]:
+        """Those whose chunk here this process owns, and what was not there when the processes met."""
+        return self._owned | (here - self.names)
+
+    def check_kind(self, model: torch.nn.Module) -> None:
+        """Nothing: the chunks are compared with those that were tracked."""
+
+    @contextmanager
+    def taking_directory(self) -> Iterator[None]:
+        """As above: rank 0 first."""
+        with _rank_0_first(self._store, "writer", _NO_WRITER):
+            try:
+                yield
+            except BaseException as error:
+                if self.rank:
+                    self.announce_failure(error)
+                raise
+
+    def wait_for_writer(self) -> None:
+        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
+        with _rank_0_first(self._store, "writer", _NO_WRITER):
+            pass
+
+    def announce_failure(self, error: BaseException) -> None:
+        """As above."""
+        _announce(self._store, "failed", f"rank {self.rank}: {_in_words(error)}")
+
+    def check(self) -> None:
+        """As above."""
         failed = ""
-        with suppress(RuntimeError):  # as in `announce`
-            failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
+        with suppress(RuntimeError):  # as in `_announce`
+            failed = self._store.get("failed").decode() if self._store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
             raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to go on")
 
+    def keepers(self, call: str) -> Group:
+        """All processes of the model."""
+        if not dist.is_initialized():
+            reason = "need all processes of the model, and their group was destroyed"
+            raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
+        return self._all_callers.gather(self._device, call)
+
+    def askers(self, call: str, alone: bool, *_: object) -> Group:
+        """All processes of the model."""
+        if alone:
+            raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
+        return self.keepers(call)
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so; each calls it. The one collective operation of tracking."""
-        found = torch.tensor(float(flag), device=self.device)
+        found = torch.tensor(float(flag), device=self._device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found.item())
 
 
-def meet(
-    tensors: Mapping[str, torch.Tensor],
-    chunks: Mapping[str, Chunk],
-    options: Mapping[str, str],
-    run_id: str,
-    mesh: dict[str, Any],
-) -> Members:
-    """Decide with the other processes who owns which chunk. Each process calls it, in the same order of trackers.
+def _is_in_group() -> bool:
+    """Whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    A chunk belongs to the lowest rank that holds it; one without elements to nobody, unless its tensor has none.
 
-    Arguments:
-        tensors: what is here of each tensor.
-        chunks: where it belongs, if it is not all of it.
-        options: what must be the same in every process, by what a user would call it.
-        run_id: of the run to begin, or of the one that was found; rank 0's counts.
-        mesh: as in `Members`.
+def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
+    """Whether this process keeps the averages of a model and writes them; None where that is not known yet.
 
-    Raises:
-        RankError: a process did not come, or has other options; names it.
+    That is the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model.
+    Of a model without wrapper it is the first of all processes: training scripts make their tracker before they wrap
+    the model, and the processes must not all write to one directory.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    store = _new_store("members")
-    callers = Callers(store, keeps=rank == 0)
-    held = {
-        name: _digest(name, tuple(tensor.shape), chunks.get(name))
-        for name, tensor in tensors.items()
-        if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
-    }
-    store.set(f"here/{rank}", json.dumps({"options": dict(options), "held": list(held.values())}))
-    if rank == 0:
-        try:
-            sets, numbers = _holders(store, world, options)
-        except RankError as error:
-            refusal = json.dumps({"rank": error.subject, "reason": error.reason})
-            for other in range(1, world):
-                store.set(f"answer/{other}", refusal)
-            raise
-        owners = {ranks[0] for ranks in sets}
-        parts, session = [other for other in range(world) if other in owners], time.time_ns()
-        for other in range(world):
-            part = [parts.index(other) + 1, len(parts)] if other in parts else None
-            own = sorted(set(numbers[other]))
-            table = {"sets": [sets[number] for number in own], "held": [own.index(number) for number in numbers[other]]}
-            store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id, "session": session}))
-    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2.0))
-    if "reason" in answer:
-        raise RankError(answer["rank"], answer["reason"])
-    device = next((tensor.device for tensor in tensors.values()), HOST)
-    holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
-    number = answer["part"] and tuple(answer["part"])
-    ids = answer["run_id"], answer["session"]
-    return Members(rank, callers, holders, number, *ids, frozenset(tensors), mesh, device, store)
+    if not (dist.is_available() and dist.is_initialized()):
+        return None  # there may be a group later
+    modules = () if model is None else (place.module for place in named_modules(model))
+    replicated = (one for one in modules if is_fsdp(one) or isinstance(one, torch.nn.parallel.DistributedDataParallel))
+    return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
 
 
 @contextmanager
 def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
     """A block that no process leaves before all have done it; rank 0 holds something meanwhile.
 
-    Each process comes, in the same order.
-
-    Arguments:
-        take: takes it, and returns what releases it.
-        what: the block does, for people.
-
-    Raises:
-        RankError: a process did not come, or failed; names it.
+    `take` takes that, and returns what releases it; `what` says what the block does. A RankError names a process that
+    does not come, or fails.
     """
     rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("led")
-    own, held = f"done/{rank}", ExitStack()
-    try:
-        if rank == 0:
-            own = "led"
-            held.callback(take())
-            store.set("led", "")
-            own = "done/0"
-        elif refused := _wait(store, "led", 0, "made no tracker of this model"):
-            raise RankError("rank 0", refused)
-        store.set(f"here/{rank}", "")
-        for other in range(world):
-            _wait(store, f"here/{other}", other, "made no tracker of this model")
-        yield
-        store.set(own, "")
+    with ExitStack() as held:
+        with _rank_0_first(store, "led", _ABSENT):
+            if rank == 0:
+                held.callback(take())
+        try:
+            store.set(f"here/{rank}", "")
+            for other in range(world):
+                _wait(store, f"here/{other}", other, _ABSENT)
+            yield
+        except BaseException as error:
+            store.set(f"done/{rank}", _in_words(error))
+            raise
+        store.set(f"done/{rank}", "")
         for other in range(world):
             if failed := _wait(store, f"done/{other}", other, f"has not {what}", 60.0):
                 raise RankError(f"rank {other}", failed)
+
+
+@contextmanager
+def _rank_0_first(store: Store, key: str, what: str, patience: float = 1.0) -> Iterator[None]:
+    """A block that each process does when rank 0 has done it; the error of that is raised in all of them."""
+    rank = dist.get_rank()
+    if rank and (refused := _wait(store, key, 0, what, patience)):
+        raise RankError(*json.loads(refused))
+    try:
+        yield
     except BaseException as error:
-        store.set(own, str(error))
+        if rank == 0:
+            told = (error.subject, error.reason) if isinstance(error, RankError) else ("rank 0", _in_words(error))
+            _announce(store, key, json.dumps(told))
         raise
-    finally:
-        held.close()
+    if rank == 0:
+        _announce(store, key, "")
+
+
+def _announce(store: Store, key: str, message: str) -> None:
+    with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
+        store.set(key, message)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -523,27 +621,31 @@ def _new_store(name: str) -> Store:
     return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
 
 
+def _tell_owners(store: Store, options: Mapping[str, str], run_id: str) -> None:
+    """In rank 0: wait for all processes, and tell each of them its part, and which ranks hold each of its chunks."""
+    holding: dict[str, list[int]] = defaultdict(list)
+    held: list[list[str]] = []
+    what = f"{_ABSENT}; call from_model or from_path in every process, with the same arguments"
+    for rank in range(dist.get_world_size()):
+        own, digests = json.loads(_wait(store, f"here/{rank}", rank, what))
+        for option, value in options.items():
+            if own[option] != value:
+                raise RankError(f"rank {rank}", f"has {option} {own[option]}, and rank 0 has {value}")
+        held.append(digests)
+        for digest in digests:
+            holding[digest].append(rank)
+    owners, session = sorted({ranks[0] for ranks in holding.values()}), time.time_ns()
+    for rank, digests in enumerate(held):
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, digest in enumerate(digests):
+            alike[tuple(holding[digest])].append(number)
+        part = (owners.index(rank) + 1, len(owners)) if rank in owners else None
+        store.set(f"answer/{rank}", json.dumps([run_id, session, part, [*alike.items()]]))
+
+
 def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
     place = [] if chunk is None else [chunk.shape, chunk.offset, shape]
     return hashlib.sha256(json.dumps([name, place]).encode()).hexdigest()[:16]
-
-
-def _holders(store: Store, world: int, options: Mapping[str, str]) -> tuple[list[tuple[int, ...]], list[list[int]]]:
-    """The sets of ranks that hold a chunk, and for each rank the number of the set of each chunk that it holds."""
-    holding: dict[str, list[int]] = defaultdict(list)
-    held = []
-    for rank in range(world):
-        what = "made no tracker of this model; call from_model or from_path in every process, with the same arguments"
-        here = json.loads(_wait(store, f"here/{rank}", rank, what))
-        for option, value in options.items():
-            if here["options"][option] != value:
-                raise RankError(f"rank {rank}", f"has {option} {here['options'][option]}, and rank 0 has {value}")
-        held.append(here["held"])
-        for digest in here["held"]:
-            holding[digest].append(rank)
-    sets: dict[tuple[int, ...], int] = {}
-    numbers = {digest: sets.setdefault(tuple(ranks), len(sets)) for digest, ranks in holding.items()}
-    return [*sets], [[numbers[digest] for digest in digests] for digests in held]
 
 
 def _wait(store: Store, key: str, rank: int, what: str, patience: float = 1.0) -> str:

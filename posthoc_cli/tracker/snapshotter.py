@@ -59,10 +59,9 @@ from posthoc_cli.tracker.going_on import ways_on
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.staging import StagedAverages
-from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Settings, Tracking, state_info, write_state
 from posthoc_cli.tracker.worker import Worker
 
 if TYPE_CHECKING:
@@ -118,8 +117,7 @@ def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> 
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
             selection=settings.selection, updates=standing.updates,
             inherited=inherited, off_schedule=off_schedule, sketch=sketch, chunks=tracked.chunks,
-            part=members.part if members else None, mesh=members.mesh if members else {},
-            session=members.session if members else 0,
+            part=members.part, mesh=members.mesh, session=members.session,
         )
         for sigma_rel, gamma, inherited in zip(averages.sigma_rels, averages.gammas, standing.inherited, strict=True)
     ]  # fmt: skip
@@ -156,14 +154,9 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
 
 def with_older(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
     """Live averages, and the snapshots of other averages up to their time."""
-    sources: list[Source] = list(live)
-    now = live[0].info.t if live else max((snapshot.info.t for snapshot in snapshots), default=0.0)
-    held = {source.info.sigma_rel for source in live}
-    for snapshot in snapshots:
-        info = snapshot.info
-        if info.t < now or (info.t == now and info.sigma_rel not in held):
-            sources.append(snapshot)
-    return sources
+    now, held = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
+    times = ((snapshot, snapshot.info.t) for snapshot in snapshots)
+    return [*live, *(one for one, t in times if t < now or (t == now and one.info.sigma_rel not in held))]
 
 
 def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> list[LiveSource]:
@@ -192,8 +185,6 @@ def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> li
 class Snapshotter:
     """The one writer of a directory, which it makes when it is missing, from its construction until `close`.
 
-    Of several `members` each writes its part; the first one holds the directory's lock, and thins.
-
     Attributes:
         written: how often snapshots were written, and the bytes of the last ones.
 
@@ -203,11 +194,11 @@ class Snapshotter:
             another one than rank 0's, on a disk of this process's own.
     """
 
-    def __init__(self, directory: Path, settings: Settings, members: Members | None = None) -> None:
+    def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
         self.directory = directory
         self.written = (0, 0)
         self._settings, self._members = settings, members
-        self._leads = members is None or members.rank == 0
+        self._leads = members.rank == 0
         with files.reported_as_write_error(directory):
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
@@ -220,7 +211,7 @@ class Snapshotter:
                 from posthoc_cli.tracker import spool
 
                 assert isinstance(directory, spool.SpooledPath)
-                self._spool = spool.Spool(directory, members.part if members else None, self._leads)
+                self._spool = spool.Spool(directory, members.part, self._leads)
             if self._leads:
                 remove_leftovers(directory)
                 # Parts of a killed attempt and of this one could look like one snapshot.
@@ -239,15 +230,12 @@ class Snapshotter:
 
     @property
     def checksums(self) -> frozenset[str]:
-        """Header checksums of the stored snapshots; of several processes, of those that are complete."""
-        if self._members is None:
-            return frozenset(snapshot.checksum for snapshot in self._stored)
-        own, complete = {(one.t, one.sigma_rel) for one in self._stored}, self._complete()
-        return frozenset(one.checksum for key, one in complete.items() if key in own)
+        """Header checksums of the stored snapshots."""
+        return frozenset(snapshot.checksum for snapshot in self._stored)
 
     def distances(self) -> dict[float, float]:
         """How far each average was from the network when it was last stored, relative to its norm, by sigma_rel."""
-        newest = {one.sigma_rel: one.info.measurements for one in self._stored if self._members is None}
+        newest = {one.sigma_rel: one.info.measurements for one in self._stored}
         known = {sigma_rel: one for sigma_rel, one in newest.items() if one is not None and one.weights is not None}
         return {sigma_rel: math.sqrt((one.weights or 0.0) / one.norm) for sigma_rel, one in known.items() if one.norm}
 
@@ -259,14 +247,11 @@ class Snapshotter:
             raise MismatchError(self.directory, reason, hint)
 
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
-        """The stored snapshots, or those on the schedule; of several processes another one may have removed some."""
-        among = self._stored if off_schedule else on_schedule(self._stored)
-        return [one for one in among if self._members is None or _is_there(one.path)]
+        """The stored snapshots, or those on the schedule."""
+        return self._stored if off_schedule else on_schedule(self._stored)
 
     def read_again(self) -> None:
-        """Know the snapshots of which this process has written parts as complete ones, as states do."""
-        if any(snapshot.info.part is not None for snapshot in self._stored):
-            self._stored = [*self._complete().values()]
+        """Know the stored snapshots as states do: as complete ones."""
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
         """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""
@@ -324,8 +309,7 @@ class Snapshotter:
                 self.write([replace(info, sample=one) for info, one in infos], staged, state.averages.copies)
                 self._thin()
             except PostHocError as error:
-                if self._members is not None:
-                    self._members.announce("failed", f"rank {self._members.rank}: {error}")
+                self._members.announce_failure(error)
                 raise
         if exact is not None:  # after the snapshots, so that it is never of a later time
             info = state_info(replace(exact, snapshots=self.checksums), self._settings)
@@ -386,50 +370,24 @@ class Snapshotter:
             if copy.is_floating_point() and bool(copy.isnan().any()):
                 log.warning("tensor %r holds nan; it is copied as it is", name)
         infos = [replace(info, measurements=one) for info, one in zip(infos, found, strict=True)]
-        # The newest snapshots, as many as a motion is fitted to.
-        known = (snapshot for snapshot in reversed(behind) if snapshot.info.measurements)
-        fitted = [snapshot.info for snapshot in islice(known, _FITTED) if snapshot.t < infos[0].t][::-1]
-        # Of several processes each knows the measurements of its own part only.
-        motion = _motion_so_far([*fitted, *infos]) if self._members is None else None
+        motion = self._motion(behind, infos)
         nbytes = 0
         for index, (info, is_due) in enumerate(zip(infos, due, strict=True)):
             if is_due:
                 nbytes += self._write_one(replace(info, motion=motion), staged, index, copies)
         self.written = (self.written[0] + 1, nbytes)
 
+    def _motion(self, behind: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> Motion | None:
+        """The motion up to these snapshots, for their headers; None if too few were measured."""
+        known = (snapshot for snapshot in reversed(behind) if snapshot.info.measurements)
+        fitted = [snapshot.info for snapshot in islice(known, _FITTED) if snapshot.t < infos[0].t][::-1]
+        prior = measured_prior([info.average() for info in [*fitted, *infos]])
+        is_known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
+        return prior.motion.handed_on() if is_known else None
+
     def _thin(self) -> None:
         schedule = self._settings.schedule
-        if self._members is None:
-            self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
-            return
-        with suppress(RemoteError):  # of a store that does not answer: the next snapshots thin
-            self._thin_together(schedule)
-
-    def _thin_together(self, schedule: TrackingSchedule) -> None:
-        """Thin snapshots of which each process has written its part."""
-        self._stored = [snapshot for snapshot in self._stored if _is_there(snapshot.path)]
-        if self._leads:
-            self._warn_of_incomplete()
-        if self._leads and schedule.max_checkpoints is not None:
-            # Only times of which everything is there: another process may die before it has written its part.
-            complete = self._complete()
-            unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in complete}
-            finished = [complete[s.t, s.sigma_rel] for s in self._stored if s.t not in unfinished]
-            left = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
-            kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
-            self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
-
-    def _warn_of_incomplete(self) -> None:
-        """Warn of the third newest snapshots if they still lack parts: each process writes one time after the other."""
-        times = sorted({snapshot.t for snapshot in self._stored})
-        for path, part in [(s.path, s.info.part) for s in self._stored if s.t in times[-3:-2]]:
-            if part is not None and (there := len(list_folder(path.parent).files)) < part[1]:
-                what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
-                log.warning(what, path.parent, there, part[1], ON_ONE_FILE_SYSTEM)
-
-    def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
-        """The snapshots of which all parts are there, by time and sigma_rel."""
-        return {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
+        self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
 
     def close(self) -> None:
         """Let another writer in, when everything written is uploaded, or that was tried."""
@@ -456,7 +414,7 @@ class Snapshotter:
                 files.make_directory(path.parent)
         earlier = [snapshot for snapshot in self._stored if snapshot.path != path]
         # One off the schedule, of the same average; or of a process that has outlived its training.
-        replaces = len(earlier) < len(self._stored) or _is_earlier(path, info)
+        replaces = len(earlier) < len(self._stored) or (info.part is not None and _is_earlier(path, info))
         with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
             for names, flats in staged.flats(index):
                 if len(flats) == 1:
@@ -484,6 +442,64 @@ class Snapshotter:
         return any(not (scheduled and s.info.off_schedule) for s in same)
 
 
+class PartSnapshotter(Snapshotter):
+    """One of the processes that write to a directory together, each its part of every snapshot.
+
+    The first one has the directory's lock, and thins.
+    """
+
+    @property
+    def checksums(self) -> frozenset[str]:
+        """Header checksums of the stored snapshots that are complete."""
+        own, complete = {(one.t, one.sigma_rel) for one in self._stored}, self._complete()
+        return frozenset(one.checksum for key, one in complete.items() if key in own)
+
+    def distances(self) -> dict[float, float]:
+        """None: each process has measured its own part only."""
+        return {}
+
+    def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
+        """As above, without those that another process has removed."""
+        return [*filter(_is_there, super().stored(off_schedule))]
+
+    def read_again(self) -> None:
+        """As above: this process knows the parts that it has written."""
+        self._stored = [*self._complete().values()]
+
+    def _motion(self, behind: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> None:
+        """None: each process has measured its own part only."""
+
+    def _thin(self) -> None:
+        with suppress(RemoteError):  # of a store that does not answer: the next snapshots thin
+            self._stored = [*filter(_is_there, self._stored)]
+            if self._leads:
+                self._warn_of_incomplete()
+                self._thin_complete(self._settings.schedule)
+
+    def _thin_complete(self, schedule: TrackingSchedule) -> None:
+        """Thin the times of which everything is there: another process may die before it has written its part."""
+        if schedule.max_checkpoints is None:
+            return
+        complete = self._complete()
+        unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in complete}
+        finished = [complete[s.t, s.sigma_rel] for s in self._stored if s.t not in unfinished]
+        left = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
+        kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
+        self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
+
+    def _warn_of_incomplete(self) -> None:
+        """Warn of the third newest snapshots if they still lack parts: each process writes one time after the other."""
+        times = sorted({snapshot.t for snapshot in self._stored})
+        for path, part in [(s.path, s.info.part) for s in self._stored if s.t in times[-3:-2]]:
+            if part is not None and (there := len(list_folder(path.parent).files)) < part[1]:
+                what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
+                log.warning(what, path.parent, there, part[1], ON_ONE_FILE_SYSTEM)
+
+    def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
+        """The snapshots of which all parts are there, by time and sigma_rel."""
+        return {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
+
+
 def _check_shared(directory: Path) -> None:
     """Raise a DirectoryError unless this process sees the lock that rank 0 has made; a network may show it late."""
     until = time.monotonic() + PATIENCE
@@ -494,25 +510,16 @@ def _check_shared(directory: Path) -> None:
         time.sleep(0.1)
 
 
-def _is_there(path: Path) -> bool:
+def _is_there(snapshot: StoredSnapshot) -> bool:
     """Whether a snapshot is there; also where its store does not answer."""
     try:
-        return path.exists()
+        return snapshot.path.exists()
     except RemoteError:
         return True
 
 
 def _is_earlier(path: Path, own: SnapshotInfo) -> bool:
     """Whether there is a part of an earlier training under a name."""
-    if own.part is None:
-        return False
     with suppress(FileFormatError, RemoteError):  # or there is none
         return decode_snapshot(path, read_header(path)).session < own.session
     return False
-
-
-def _motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
-    """The motion up to the newest snapshots, for their headers; None if too few were measured."""
-    prior = measured_prior([info.average() for info in infos])
-    known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
-    return prior.motion.handed_on() if known else None

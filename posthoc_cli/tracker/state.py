@@ -1,44 +1,166 @@
-"""A tracker's state: in memory, as a dict, as a file, and where a run goes on from its directory.
+"""What a tracker has, its settings and its state: in memory, as a dict, and as a file.
 
 A dict and a file hold the averages exactly; snapshots hold them rounded to their storage dtype.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from posthoc_cli.dtypes import stored_name, torch_dtype
+from posthoc_cli.dtypes import parse_dtype, stored_name, torch_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
+    check_count,
+    check_word,
     shown,
+    warn,
 )
+from posthoc_cli.planning import range_of
+from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
-from posthoc_cli.snapshots.chunks import Chunk
+from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reading import TensorReader
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.states import StateInfo, high_prefix, low_prefix
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
-from posthoc_cli.tracker.settings import Progress, Settings
-from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
-
-log = logging.getLogger(__name__)
+from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
 
 STATE_NAME = "state.safetensors"  # the file beside the snapshots that a tracker keeps its exact state in
 STATE_VERSION = int(fmt.STATE_VERSION)
-_MOST_NAMED = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a tracker; the arguments of `PostHocEMA.from_model`."""
+
+    sigma_rels: tuple[float, ...]
+    schedule: TrackingSchedule
+    t_unit: str = "steps"
+    selection: Selection = field(default_factory=Selection)
+    on_nonfinite: str = "raise"
+    keep_state: bool = False
+
+    @classmethod
+    def checked(
+        cls, sigma_rels: Sequence[float], update_every: int, checkpoint_every: int, update_after_step: int,
+        max_checkpoints: int | None, checkpoint_dtype: torch.dtype | str | None, t_unit: str, selection: Selection,
+        on_nonfinite: str, keep_state: bool,
+    ) -> Settings:  # fmt: skip
+        """The settings of these arguments; an InvalidValueError names one that cannot be. Profiles are ascending."""
+        given = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
+        profiles = sorted(check_sigma_rel(sigma_rel) for sigma_rel in given)
+        if not profiles or len(set(profiles)) < len(profiles):
+            reason = "must be a sequence of different numbers, such as (0.05, 0.28)"
+            raise InvalidValueError("sigma_rels", reason, value=f"{sigma_rels!r}")
+        every = check_count("update_every", update_every)
+        snapshots = check_count("checkpoint_every", checkpoint_every)
+        after = check_count("update_after_step", update_after_step, 0)
+        most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
+        if snapshots % every:
+            reason = f"must be a multiple of update_every {every}, so that a snapshot holds the average of its own time"
+            raise InvalidValueError("checkpoint_every", reason, value=snapshots)
+        dtype = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
+        if not isinstance(t_unit, str) or not t_unit or not t_unit.isprintable():
+            reason = "must name what t counts, such as 'steps' or 'images'"
+            raise InvalidValueError("t_unit", reason, value=f"{t_unit!r}")
+        check_word("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        schedule = TrackingSchedule(every, snapshots, after, most, dtype, range_of(profiles))
+        return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite, keep_state)
+
+    def tracked_index(self, tracked: float) -> int:
+        """Which of the tracked profiles a sigma_rel is; an InvalidValueError names them if it is none."""
+        for index, own in enumerate(self.sigma_rels):
+            if isinstance(tracked, Real) and math.isclose(tracked, own, rel_tol=1e-6):  # also 0.05 of float32
+                return index
+        reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in self.sigma_rels)}"
+        hint = "for any other use model(model, sigma_rel=...)"
+        raise InvalidValueError("tracked", reason, hint, value=f"{tracked!r}")
+
+    def update_is_due(self, step: int) -> bool:
+        """Whether averages take in the model at this call."""
+        return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
+
+    def snapshot_is_due(self, step: int) -> bool:
+        """Whether snapshots are written at this call, if averages exist."""
+        return step % self.schedule.checkpoint_every == 0
+
+    def skip_update(self, error: NonFiniteError) -> None:
+        """Leave out an update as `on_nonfinite` says: raise the error, or warn."""
+        if self.on_nonfinite == "raise":
+            raise error
+        warn(f"update skipped: {error}")
+
+    def first_update(self, step: int) -> str:
+        """When the first average comes, in words, after so many calls."""
+        every, after = self.schedule.update_every, self.schedule.update_after_step
+        return f"the first update is at call {(max(after, step) // every + 1) * every:,} of update_"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is: the clock of all calls, and the last one at which an update was due.
+
+    `own_clock` says whether the calls pass a time; None while unknown.
+    """
+
+    clock: ClockRecorder = field(default_factory=ClockRecorder)
+    own_clock: bool | None = None
+    updated: int = 0
+
+    @classmethod
+    def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> Progress:
+        """The progress of a resumed run; whether it passes `t` is unknown where time and step are equal."""
+        return cls(clock, True if clock.t != clock.step else None, clock.step if updated is None else updated)
+
+    @property
+    def step(self) -> int:
+        """The last call; 0 before the first."""
+        return self.clock.step
+
+    @property
+    def t(self) -> float:
+        """Its time."""
+        return self.clock.t
+
+    def after(self, t: float | None, settings: Settings) -> Progress:
+        """The progress after one more call, with the caller's `t`, which is checked against the last one."""
+        unit, step = settings.t_unit, self.step + 1
+        if self.own_clock is not None and self.own_clock != (t is not None):
+            habit = "passed t" if self.own_clock else "did not pass t"
+            reason = f"earlier calls of update_ in this run {habit}"
+            raise InvalidValueError("t", reason, "pass it at every call or at none")
+        if t is None and unit != "steps":
+            raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
+        time = float(step) if t is None else _number(t)
+        if not fmt.EARLIEST <= time <= fmt.LATEST or time <= self.t:
+            within = f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}"
+            reason = f"{within}, and be larger than at the last call, {self.t:,.12g} {unit}"
+            raise InvalidValueError("t", reason, value=f"{time:.12g}")
+        updated = step if settings.update_is_due(step) else self.updated
+        return Progress(self.clock.add(step, time), t is not None, updated)
+
+
+def _number(t: float) -> float:
+    """`t` as a float; nan if it is no number."""
+    try:
+        return math.nan if isinstance(t, str) else float(t)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -73,7 +195,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
 
     Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
     the tensors are zeros (`averages_t` = 0 says so): loaders that fill the tensors of a fresh object's state, such as
-    torch.distributed.checkpoint, find them in their places. What this process owns of a sharded `model` are DTensors.
+    torch.distributed.checkpoint, find them in their places. With a sharded `model` what this process owns are DTensors.
     """
     averages, tracked = state.averages, state.tracked
     kept, copies = averages.tensors, averages.copies
@@ -83,7 +205,7 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
     spread = {}
-    if tracked.members is not None and model is not None:
+    if model is not None:
         reshard(model)
         spread = {found.name: found.tensor for found in named_tensors(model)}
 
@@ -186,9 +308,7 @@ def host_layout(tracked: TrackedModel) -> Layout:
 
 
 def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel) -> None:
-    elsewhere = frozenset() if tracked.members is None else tracked.members.names
-    differing = (set(expected) - set(tensors)) | (set(tensors) - set(expected) - elsewhere)
-    if differing:
+    if differing := (set(expected) - set(tensors)) | (set(tensors) - set(expected) - tracked.members.names):
         reason = "is in the state or in the model, but not in both"
         hint = "make the tracker with the include, exclude and buffers of the one that the state is of"
         raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
@@ -197,11 +317,10 @@ def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tra
 def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     """What this process owns of a tensor, checked."""
     subject, own, found = f"tensor {name!r}", tracked.tensors[name], tensors[name]
-    local, chunk = local_part(name, found)
     shape = tuple(found.shape)
     if shape != (expected := tracked.complete_shape(name)):
         raise ModelMismatchError(subject, f"has the shape {list(shape)} in the state, {list(expected)} in the model")
-    held, wanted = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape)), tracked.box(name)
+    (local, held), wanted = held_box(name, found), tracked.box(name)
     if held.meet(wanted) != wanted:
         reason = "is spread over the processes in another way in the state than in the model"
         raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")

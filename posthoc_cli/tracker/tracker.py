@@ -28,7 +28,6 @@ from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
-    check_complete,
     check_model,
     is_swapped,
     nonfinite_error,
@@ -37,17 +36,14 @@ from posthoc_cli.tracker.model_tensors import (
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.settings import Progress, Settings, is_first_of_group, is_in_group
-from posthoc_cli.tracker.sharding import THIS_PROCESS, Callers, Group, check_times
+from posthoc_cli.tracker.sharding import Group, Owners
 from posthoc_cli.tracker.staging import squared_norms
-from posthoc_cli.tracker.state import Tracking, pack_state, sketch_of, state_info, unpack_state
+from posthoc_cli.tracker.state import Progress, Settings, Tracking, pack_state, sketch_of, state_info, unpack_state
 from posthoc_cli.tracker.worker import Calls
 
 Own = TypeVar("Own", bound="Tracker")
 
 log = logging.getLogger(__name__)
-
-_FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
 
 class Tracker:
@@ -72,15 +68,13 @@ class Tracker:
         # Also where nobody closes it. It must not wait for a thread: that may be collecting the garbage.
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
-        self._writer = is_first_of_group(model) if members is None else members.part is not None
-        self._callers = None if members is None else members.callers
         self._start = start
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
         self._told: set[str] = set()
         self._calls = Calls(directory)
-        self._is_writer(model)
+        members.keeps(model, directory)
         if model is not None and tracking.resumes and start.step is None:
             self._choose_start(model, is_first_call=False)
 
@@ -112,7 +106,7 @@ class Tracker:
     @property
     def keeps_averages(self) -> bool:
         """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
-        return self._is_writer(self._tracked_model())
+        return self._members.keeps(self._tracked_model(), self.checkpoint_dir)
 
     @property
     def has_average(self) -> bool:
@@ -214,8 +208,7 @@ class Tracker:
         self._pipeline.flush()
         self._pending = self._take_error()
         self._raise_pending()
-        if self._members is not None:
-            self._members.check()
+        self._members.check()
 
     def snapshot(self) -> None:
         """Write a snapshot of every profile now, if not all updates are in the newest, and return when it is durable.
@@ -259,10 +252,6 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        writes = self._pipeline.snapshotter is not None and not self._calls.closed
-        if error is not None and writes:
-            ended = "%s: %s ended the training at step %d; a last snapshot is written"
-            log.warning(ended, self.checkpoint_dir, type(error).__name__, self.step)
         try:
             self.close()
         except PostHocError:
@@ -292,12 +281,12 @@ class Tracker:
             RankError: another process failed.
         """
         self._calls.check_open()
-        if self._members is None and not self.keeps_averages and not state:
+        if not (state or self._has_state):
             # The writer has other averages from here on than those on disk.
             progress = replace(self._pipeline.now.progress, updated=max(1, self.step))
             self._pipeline.set(replace(self._pipeline.now, progress=progress, resumes=False))
             return
-        group = self._chunk_holders("load_state_dict(...)")
+        group = self._members.keepers("load_state_dict(...)")
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
             loaded = group.together(lambda: self._unpacked(state))
@@ -322,17 +311,14 @@ class Tracker:
 
     def _own_state(self) -> dict[str, Any]:
         """What `state_dict()` gives."""
-        if self._members is None and not self.keeps_averages:
-            return {}
-        return pack_state(*self._state(), self._model_of_chunks())
+        return pack_state(*self._state(), self._chunked_model()) if self._has_state else {}
 
     def _state(self) -> tuple[Tracking, StateInfo]:
         """What a tracker would continue from: its tensors are copies of this process's."""
-        group = self._chunk_holders("state_dict()")
+        group = self._members.keepers("state_dict()")
         own = group.together(self._read_exactly)
-        told = (self.step, self.t), own.averages.standing.inherited, sketch_of(own.averages)
-        times, inherited, sketches = zip(*group.from_all(told), strict=True)
-        check_times(times)
+        told = own.averages.standing.inherited, sketch_of(own.averages)
+        inherited, sketches = zip(*group.from_all_at(self.step, self.t, told), strict=True)
         # Each process knows the rounding and the path of its own part, and some of them have no average.
         total, sketch = tuple(map(sum, zip(*inherited, strict=True))), joined_paths([*filter(None, sketches)])
 
@@ -355,13 +341,13 @@ class Tracker:
 
     def _advance(self, model: torch.nn.Module, t: float | None) -> None:
         self._calls.check_open()
-        if self._members is not None and self.settings.snapshot_is_due(self.step + 1):
+        if self.settings.snapshot_is_due(self.step + 1):
             self._members.check()
         # Errors of work beside the training since the last call; they stay if this call fails itself.
         self._pending = self._take_error()
         if self._pipeline.now.resumes:
             self._choose_start(model, is_first_call=True)
-        if self._is_writer(model):
+        if self._members.keeps(model, self.checkpoint_dir):
             self._keep(model, t)
         else:
             self._only_count(model, t)
@@ -379,10 +365,9 @@ class Tracker:
     def _only_count(self, model: torch.nn.Module, t: float | None) -> None:
         """One call in a process that keeps no averages."""
         progress = self._after(t)
-        if self._members is None:
-            if self.settings.update_is_due(progress.step):
-                check_complete(model)
-        elif self._pipeline.now.resumes or not self.step:  # the first call
+        if self.settings.update_is_due(progress.step):
+            self._members.check_kind(model)
+        if self._pipeline.now.resumes or not self.step:  # the first call
             self._members.wait_for_writer()
         self._refused_anywhere(None, progress)
         self._pipeline.count(progress)
@@ -421,7 +406,7 @@ class Tracker:
     def _refused_anywhere(self, tensors: ModelTensors | None, progress: Progress) -> NonFiniteError | None:
         """Why all processes of a sharded model leave an update out; None if they do not, or each raises an error."""
         asks = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
-        if self._members is None or not asks:
+        if not (asks and isinstance(self._members, Owners)):
             return None
         name = None if tensors is None else nonfinite_name(tensors.averaged)
         if not self._members.any(name is not None):
@@ -443,10 +428,11 @@ class Tracker:
         """Go on from the model's place on the run's path, see `Start.choose`."""
         if self._start.step == 0:
             return
-        group, now = self._chunk_holders("update_" if is_first_call else "this tracker"), self._pipeline.now
+        group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.now
         own = group.together(lambda: self._watch.sample(model, now.tracked))
         sample = dict(ChainMap(*group.from_all(own)))
-        chosen = self._start.choose(now, sample, group, self._writer is not False, is_first_call)
+        writes = self._members.keeps(model, self.checkpoint_dir)
+        chosen = self._start.choose(now, sample, group, writes, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
 
@@ -468,18 +454,10 @@ class Tracker:
             self._start.read_at = progress.step
             self._pipeline.set(found)
 
-    def _is_writer(self, model: torch.nn.Module | None) -> bool:
-        """Whether this process keeps averages: decided for good when the tracker is made, or once there is a group."""
-        if self._writer is None and self._pipeline.snapshotter is None:
-            self._writer = is_first_of_group(model)
-        keeps = self._writer is not False
-        if self._callers is None and model is not None and is_in_group():
-            self._callers = Callers.of_replicas(self.checkpoint_dir, keeps)
-        return keeps
-
-    def _tracked_model(self) -> torch.nn.Module | None:
-        """The model that this was made with, if it is still there."""
-        return None if self._model is None else self._model()
+    def _tracked_model(self, other: torch.nn.Module | None = None) -> torch.nn.Module | None:
+        """The model that this was made with, if it is still there; else another one."""
+        own = None if self._model is None else self._model()
+        return other if own is None else own  # no `or`: it would ask for a model's length
 
     def _is_first(self, cause: str) -> bool:
         """Whether the user has not been told of this cause yet."""
@@ -506,19 +484,17 @@ class Tracker:
 
     # --- calls that several processes make
 
-    def _chunk_holders(self, call: str) -> Group:
-        """The processes that keep parts of the averages, all of which call; this one alone where it keeps all."""
-        if self._members is None:
-            return THIS_PROCESS
-        if not torch.distributed.is_initialized():
-            reason = "need all processes of the model, and their group was destroyed"
-            raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
-        return self._members.callers.gather(self._members.device, call)
+    @property
+    def _has_state(self) -> bool:
+        """Whether this process has a share in the tracker's own state."""
+        return self._members.is_chunked or self.keeps_averages
 
-    def _model_of_chunks(self) -> torch.nn.Module | None:
-        """The model, if it is still there; of a sharded one it must be."""
+    def _chunked_model(self) -> torch.nn.Module | None:
+        """The model of which each process keeps chunks, which must still be there; None of any other one."""
+        if not self._members.is_chunked:
+            return None
         model = self._tracked_model()
-        if self._members is not None and model is None:
+        if model is None:
             raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
         return model
 

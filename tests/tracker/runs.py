@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+from factories import averages_in, exact_average
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError
@@ -44,6 +47,15 @@ def walk(
         with torch.no_grad():
             model.weight.copy_(VALUES[number] * scale)
         tracker.update_(model, t * number if t else None)
+
+
+def tracked_error(tracker: PostHocEMA, name: str, values: np.ndarray, updates: Sequence[int]) -> float:
+    """Largest distance of a tensor's tracked averages from the float64 sum over the updates, relative to its norm."""
+    found, distances = averages_in(tracker.state_dict()), []
+    for sigma_rel in tracker.settings.sigma_rels:
+        exact = exact_average(values, sigma_rel, updates)
+        distances.append(np.linalg.norm(found[repr(sigma_rel)][name].numpy() - exact) / np.linalg.norm(exact))
+    return float(max(distances))
 
 
 def wait_for_writers(folder: Path) -> None:

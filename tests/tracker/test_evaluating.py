@@ -228,6 +228,14 @@ def test_without_an_update_there_is_no_live_average(tmp_path: Path) -> None:
         again.averaged(run.model, tracked=0.05).__enter__()
 
 
+def test_before_the_first_update_a_compiled_model_gives_its_weights(tmp_path: Path) -> None:
+    """It has no length, and must not be asked for one."""
+    model = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    tracker = PostHocEMA.from_model(model, tmp_path)
+    with pytest.warns(RuntimeWarning, match="no average yet"):
+        assert torch.equal(tracker.state_dict(sigma_rel=0.1)["weight"], model.weight)
+
+
 def test_a_live_average_is_exact_also_where_the_parameters_are_not(tmp_path: Path) -> None:
     model, wide, values = torch.nn.Linear(4, 4).bfloat16(), torch.nn.Linear(4, 4), []
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:

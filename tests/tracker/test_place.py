@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from factories import averages_in, exact_average, rewrite_snapshot
+from factories import rewrite_snapshot
 from groups import check_group
 from integrations.truth import recorded
 from safetensors.torch import load_file
-from tracker.runs import as_if_killed, contents, times
+from tracker.runs import as_if_killed, contents, times, tracked_error
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, ModelMismatchError
@@ -76,16 +76,10 @@ def finished(folder: Path, last: int = 200, saved: Sequence[int] = (), kind: str
 
 
 def error(ema: PostHocEMA, path: Sequence[Mapping[str, torch.Tensor]]) -> float:
-    """Largest relative distance of a tracked average from the float64 sum over the weights of a path."""
+    """Of the tensor that is farthest from the average over the weights of a path."""
     assert ema.t == len(path)
-    found, worst = averages_in(ema.state_dict()), 0.0
-    for sigma_rel in ema.settings.sigma_rels:
-        for name in path[0]:
-            values = np.stack([weights[name].numpy() for weights in path])
-            exact = exact_average(values, sigma_rel, range(1, len(path) + 1))
-            own = found[repr(sigma_rel)][name].numpy()
-            worst = max(worst, float(np.linalg.norm(own - exact) / np.linalg.norm(exact)))
-    return worst
+    values = {name: np.stack([weights[name].numpy() for weights in path]) for name in path[0]}
+    return max(tracked_error(ema, name, own, range(1, len(path) + 1)) for name, own in values.items())
 
 
 def trackers(model: torch.nn.Module, folder: Path, way: str) -> PostHocEMA:

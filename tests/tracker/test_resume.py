@@ -352,16 +352,6 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
         train(model, again, 11, 20)
 
 
-def test_the_second_process_of_a_group_only_counts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as writer:
-        train(model, writer, 1, 10)
-        request.getfixturevalue("second_of_two")
-        other = PostHocEMA.from_path(tmp_path, model)
-        other.update_(model)
-        assert (other.step, other.keeps_averages) == (11, False)
-
-
 def test_a_state_of_another_run_is_refused_where_this_one_has_begun(tmp_path: Path) -> None:
     _, state, other = begun(tmp_path / "other", 10)
     model, run = network(), tmp_path / "run"
