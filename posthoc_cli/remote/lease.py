@@ -18,8 +18,7 @@ from contextlib import suppress
 
 from posthoc_cli.errors import LockedError, RemoteError, printable
 from posthoc_cli.remote import store
-from posthoc_cli.remote.path import RemotePath
-from posthoc_cli.remote.store import Known
+from posthoc_cli.remote.store import Known, RemotePath
 
 NAME = ".ema.lease"
 
@@ -117,7 +116,7 @@ class Lease:
     def _put(self, replaces: Known | None = None) -> Known:
         """Write the note where there is none, or in place of a known one."""
         try:
-            return store.repeated(lambda: store.put(self._url, self._note(), replaces=replaces))
+            return store.put(self._url, self._note(), replaces=replaces)
         except RemoteError as error:
             if error.errno == errno.ENOTSUP:
                 raise self._unconditional() from error

@@ -19,7 +19,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import LockedError, MismatchError, RemoteError, WriteError
 from posthoc_cli.remote import lease, store
 from posthoc_cli.remote.lease import Lease
-from posthoc_cli.remote.path import RemotePath, remote_path
+from posthoc_cli.remote.store import RemotePath, remote_path
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from posthoc_cli.tracker import pipeline
