@@ -24,7 +24,8 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 
 from posthoc_cli import Between, PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
-from posthoc_cli.export.layouts import OutputOptions, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.synthesis import engine

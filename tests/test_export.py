@@ -37,7 +37,8 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.layouts import layout_of, output_exists, write_synthesis
+from posthoc_cli.export.layouts import layout_of, output_exists
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.outputs import decode_output

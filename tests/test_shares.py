@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import posthoc_cli
 from posthoc_cli import Run, disk_sources, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
-from posthoc_cli.export.torchrun import divide
+from posthoc_cli.export.writing import divide
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX_NAME = "model.safetensors.index.json"

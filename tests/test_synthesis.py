@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
-from posthoc_cli.export.layouts import write_synthesis
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
 from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis

@@ -9,9 +9,9 @@ import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,28 +30,21 @@ from posthoc_cli.errors import (
     VanishedError,
     WriteError,
     check_word,
-    shown,
 )
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
-from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TensorSpec, output_metadata
+from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     SINGLE_NAME,
     check_indexed,
-    decode_output,
     encode_index,
     model_files,
-    output_difference,
-    same_coefficients,
-    training_metadata,
 )
-from posthoc_cli.snapshots.reading import TensorReader, open_file, verify_payload
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.reading import TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds, synthesize_into
-from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
 
@@ -105,71 +98,32 @@ class OutputOptions(Options):
             reason = f"is for a sharded output, and this layout is {layout}"
             raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
 
-
-def write_synthesis(
-    plan: Plan,
-    paths: Sequence[Path],
-    options: OutputOptions = OutputOptions(),
-    folders: Sequence[Path] = (),
-    marks: Sequence[Mapping[str, str]] = (),
-) -> None:
-    """Synthesize every target of a plan into its path; none appears before all are complete.
-
-    Arguments:
-        plan: from `plan_synthesis`.
-        paths: an output a target.
-        folders: of the outputs, each created if it is missing.
-        marks: further metadata of each output.
-
-    Raises:
-        WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
-        OutputExistsError: an output is there already, and `options.overwrite` is False.
-        FileFormatError, NonFiniteError: as `synthesize`.
-    """
-    check_space({path: _bytes_here(plan, path, options) for path in paths})
-    newest, kept = plan.newest, {}
-    if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
-        kept = training_metadata(read_header(newest.path))
-    sinks: list[Sink] = []
-    with ExitStack() as stack:
-        for folder in folders:
-            stack.enter_context(files.new_directory(folder))
-        for index, path in enumerate(paths):
-            metadata = kept | output_metadata(plan.output_info(index)) | dict(marks[index] if marks else {})
-            sinks.append(make_sink(layout_of(path, options.layout), path, plan.specs(), metadata, options))
-            stack.callback(sinks[-1].discard)
-        shards = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
-        for part in shards[0].parts(plan) if shards else [plan]:
-            with closing(synthesize_into(part, sinks, options)) as made:
-                for _ in made:
-                    pass
-            for one in shards:
-                one.publish_next()
-        for sink in sinks:
-            sink.commit()
-
-
-def _bytes_here(plan: Plan, path: Path, options: OutputOptions) -> int:
-    """What an output takes on a disk of this machine: of shards that go to a store no more than one at a time."""
-    if not files.is_url(path) or layout_of(path, options.layout) != "sharded":
-        return plan.nbytes
-    return min(plan.nbytes, max(options.shard_bytes, *(spec.nbytes for spec in plan.specs())))
+    def bytes_here(self, path: Path, layout: str, tensors: Sequence[int]) -> int:
+        """What an output takes on a disk of this machine: of shards that go to a store no more than one at a time."""
+        if not files.is_url(path) or layout != "sharded":
+            return sum(tensors)
+        return min(sum(tensors), max(self.shard_bytes, *tensors))
 
 
 def check_space(outputs: Mapping[Path, int]) -> None:
-    """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room."""
-    disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room.
+
+    Those for a store are in the folder for temporary files first.
+    """
+    disks: dict[int, list[tuple[Path, int, str]]] = defaultdict(list)
     for path, nbytes in outputs.items():
-        here = Path(tempfile.gettempdir()) / path.name if files.is_url(path) else path  # where it is written first
+        here, hint = path, ""
+        if files.is_url(path):  # it is written here first
+            here, hint = Path(tempfile.gettempdir()), "set TMPDIR to a folder with room, or max_shard_size to less"
         place = next(folder for folder in (here, *here.parents) if folder.is_dir())
-        disks[place.stat().st_dev].append((place, nbytes))
+        disks[place.stat().st_dev].append((place, nbytes, hint))
     for places in disks.values():
-        place, needed = places[0][0], sum(nbytes for _, nbytes in places)
+        (place, _, hint), needed = places[0], sum(nbytes for _, nbytes, _ in places)
         free = shutil.disk_usage(place).free
         if needed > free:
             count = "the output takes" if len(places) == 1 else f"the {len(places)} outputs take"
             reason = f"{count} {needed:,} bytes, and {free:,} are free on this disk; nothing was written"
-            raise WriteError(place, reason, errno=errno.ENOSPC)
+            raise WriteError(place, reason, hint, errno=errno.ENOSPC)
 
 
 # --- layouts and names -------------------------------------------------------------------------------
@@ -237,59 +191,9 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     return [*taken], folder
 
 
-# --- outputs that are there already ------------------------------------------------------------------
-
-
 def output_exists(path: Path, layout: str) -> bool:
     """Whether an output is there already."""
     return holds_model(path) if layout == "sharded" else not files.is_gone(path)
-
-
-def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = None) -> set[int]:
-    """The targets of a plan, by index, whose output is there already; every byte of it is verified.
-
-    An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not say.
-    """
-    kinds = [layout_of(path, layout) for path in paths]
-    there = {index for index, path in enumerate(paths) if output_exists(path, kinds[index])}
-    for index in sorted(there):
-        if kinds[index] in ("pt", "dcp"):
-            reason = f"is there already, and this layout, {kinds[index]}, does not say which average it holds"
-            raise OutputExistsError(paths[index], reason, ANOTHER_NAME)
-        try:
-            _check_output(paths[index], plan, plan.output_info(index))
-        except (FileFormatError, MismatchError) as error:
-            raise OutputExistsError(error.subject, error.reason, ANOTHER_NAME) from error
-    return there
-
-
-def _check_output(path: Path, plan: Plan, wanted: OutputInfo) -> None:
-    """Check that an output is there as it would be made: FileFormatError or MismatchError."""
-    found: dict[str, str] = {}
-    for shard in model_files(path):
-        header = check_info(shard, wanted, {})
-        verify_payload(shard, header)
-        found |= {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in header.tensors.items()}
-    expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
-    for name in sorted(found.keys() | expected.keys()):
-        one, other = found.get(name, "absent"), expected.get(name, "absent")
-        if one != other:
-            raise MismatchError(path, f"is another output: its tensor {shown(name)} is {one}, not {other}")
-
-
-def check_info(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
-    """The header of an output that is there, if that says what it would say: FileFormatError or MismatchError."""
-    header = read_header(path)
-    info = decode_output(path, header)
-    difference = output_difference(info, wanted)
-    used, own = ([name for name, coefficient in one.snapshots if coefficient] for one in (info, wanted))
-    if difference is None and (used != own or not same_coefficients(info, wanted)):
-        difference = "its snapshots or their coefficients are others"
-    elif difference is None and not marks.items() <= header.metadata.items():
-        difference = "its release, snapshots, dtype, tensors or number of shards are others"
-    if difference is not None:
-        raise MismatchError(path, f"is another output: {difference}")
-    return header
 
 
 # --- tensors that go into outputs --------------------------------------------------------------------
@@ -324,18 +228,22 @@ def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
 
 def write_tensors(
     path: Path,
-    specs: Sequence[TensorSpec],
+    specs: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
-    values: Iterable[torch.Tensor],
+    read: Callable[[str], torch.Tensor],
     options: OutputOptions,
     advance: Callable[[int], object],
 ) -> None:
     """Write an output of these tensors, one at a time; tells how many bytes are written. It appears whole or not."""
-    sink = make_sink(layout_of(path, options.layout), path, specs, metadata, options)
+    layout = layout_of(path, options.layout)
+    check_space({path: options.bytes_here(path, layout, [spec.nbytes for spec in specs.values()])})
+    sink = make_sink(layout, path, list(specs.values()), metadata, options)
     try:
-        for spec, value in zip(specs, values, strict=True):
-            sink.write(spec.name, value)
-            advance(spec.nbytes)
+        for names in sink.turns():
+            for name in names:
+                sink.write(name, read(name))
+                advance(specs[name].nbytes)
+            sink.end_turn()
         sink.commit()
     finally:
         sink.discard()
@@ -411,7 +319,7 @@ class FileSink:
         writers: the files, each with the names of its tensors.
     """
 
-    def __init__(self, writers: Mapping[TensorFileWriter, Iterable[str]]) -> None:
+    def __init__(self, writers: Mapping[TensorFileWriter, list[str]]) -> None:
         self._writers = writers
         self._places = {name: writer for writer, names in writers.items() for name in names}
 
@@ -422,6 +330,13 @@ class FileSink:
     def open_tile(self, tile: Tile) -> TileWriter:
         """See `synthesis.engine.Output`."""
         return _FileTile(self._places, tile)
+
+    def turns(self) -> list[list[str]]:
+        """The tensors to write before each `end_turn`."""
+        return [list(self._places)]
+
+    def end_turn(self) -> None:
+        """These tensors are written, those of the next turn are not."""
 
     def commit(self) -> None:
         """Let the files appear."""
@@ -512,7 +427,7 @@ class _ShardedSink(FileSink):
             for path in model_files_in(self.folder) if self._overwrite else ():
                 self._keep(path)
         while len(self._published) < len(self._writers):
-            self.publish_next()
+            self._publish_next()
         if self._split.is_sharded:
             text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
             files.write_whole(self.folder / INDEX_NAME, text, self._overwrite)
@@ -525,16 +440,15 @@ class _ShardedSink(FileSink):
         self._committed = True
         files.discard(self._old.values())
 
-    def parts(self, plan: Plan) -> Iterator[Plan]:
-        """A plan for each file, with what it needs beside those before."""
-        left = dict(plan.names)
-        for names in map(set, self._writers.values()):
-            own = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
-            left = {name: aliases for name, aliases in left.items() if name not in own}
-            yield replace(plan, subset=own)
+    def turns(self) -> list[list[str]]:
+        """To a store the shards go one by one: no more than one is on the disk."""
+        return [*self._writers.values()] if files.is_url(self.folder) else super().turns()
 
-    def publish_next(self) -> None:
-        """Let the next file appear."""
+    def end_turn(self) -> None:
+        if files.is_url(self.folder):
+            self._publish_next()
+
+    def _publish_next(self) -> None:
         writer = [*self._writers][len(self._published)]
         writer.commit()
         self._published.append(writer.path)
@@ -577,6 +491,12 @@ class _MemorySink(TensorOutput):
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         super().__init__({spec.name: spec.shape for spec in specs}, torch.device("cpu"))
+
+    def turns(self) -> list[list[str]]:
+        return [list(self._shapes)]
+
+    def end_turn(self) -> None:
+        pass
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[name] = tensor.cpu()
@@ -667,5 +587,5 @@ class _Stream(io.RawIOBase):
 
 
 Sink = FileSink | _TorchSink | _DcpSink
-"""Takes the tensors of one target: complete (`write`), or as an `Output` in tiles. They appear by `commit`; `discard`
-removes what was not committed."""
+"""Takes the tensors of one target in turns: complete (`write`), or as an `Output` in tiles. They appear by `commit`;
+`discard` removes what was not committed."""

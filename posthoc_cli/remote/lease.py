@@ -49,10 +49,8 @@ class Lease:
         self.renew()
         # The thread has no part in the lease's life: of a tracker that is forgotten the lease runs out.
         weakref.finalize(self, self._released.set).atexit = False
-        keeping = threading.Thread(
-            target=_keep, args=(weakref.ref(self), self._released), name="ema-lease", daemon=True
-        )
-        keeping.start()
+        kept = weakref.ref(self), self._released
+        threading.Thread(target=_keep, args=kept, name="ema-lease", daemon=True).start()
 
     def check(self) -> None:
         """Raise a LockedError if another process has taken it over; a RemoteError if that cannot be known."""
@@ -68,7 +66,7 @@ class Lease:
             try:
                 self._known = self._put(self._known)
             except OSError as error:
-                if not (isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE):
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
                     raise
                 self._known = self._still_own()
             self._until = began + SECONDS
@@ -94,7 +92,7 @@ class Lease:
         try:
             known, note = self._read()
         except FileNotFoundError:
-            known, note = Known("", 0), {}
+            known, note = Known(0), {}
         if note.get("token") != self._token:
             self._lost = self._refusal(note)
             raise self._lost
@@ -105,13 +103,11 @@ class Lease:
         for known in (None, self._known._replace(tag='"0"', version="0" * bool(self._known.version))):
             try:
                 self._put(known)
-            except FileExistsError:
-                continue
-            except RemoteError as error:
-                if error.errno != errno.ESTALE:
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ESTALE):
                     raise
-                continue
-            raise self._unconditional()
+            else:
+                raise self._unconditional()
 
     def _put(self, replaces: Known | None = None) -> Known:
         """Write the note where there is none, or in place of a known one."""

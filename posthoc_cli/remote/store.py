@@ -11,6 +11,7 @@ A request raises an OSError, which callers give the name of what they do: a File
 from __future__ import annotations
 
 import errno
+import fnmatch
 import glob
 import mmap
 import os
@@ -20,7 +21,6 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
@@ -45,12 +45,11 @@ _SECRETS: dict[str, tuple[str, str]] = {}
 
 
 class Known(NamedTuple):
-    """What a store says of an object: `key` is its name in the store, a `tag` is another one for other content.
+    """What a store says of an object: a `tag`, which may be missing, is another one for other content.
 
-    A tag may be missing. `modified` is in seconds since 1970. Some stores tell content apart by a `version` instead.
+    `modified` is in seconds since 1970. Some stores tell content apart by a `version` instead.
     """
 
-    key: str
     size: int
     tag: str = ""
     modified: float = 0.0
@@ -89,12 +88,14 @@ def endpoint() -> str:
 
 
 def _place(url: str, seconds: int = 0) -> tuple[Any, str]:
-    """The store of a shown URL, with what is secret, and the key in it; `seconds` are for one request, if it needs more."""
+    """The store of a shown URL, with what is secret, and the key in it; a request may take `seconds`, or `CLIENT`'s."""
     scheme, _, rest = url.partition("://")
     host, _, key = rest.partition("/")
     with told(url, "opened"):
         if scheme == "hf":
-            return _opened("hf://", "", 0), rest
+            from posthoc_cli.remote import hub
+
+            return hub, rest
         above = [known for known in _SECRETS if f"{url}/".startswith(f"{known}/")]  # a query is for what is below, too
         user, query = _SECRETS[max(above, key=len)] if above else ("", "")
         root = f"{scheme}://{user}{'@' * bool(user)}{host}/{'?' * bool(query)}{query}"
@@ -104,10 +105,6 @@ def _place(url: str, seconds: int = 0) -> tuple[Any, str]:
 @lru_cache(maxsize=64)
 def _opened(root: str, endpoint: str, seconds: int) -> Any:
     scheme = urlsplit(root).scheme
-    if scheme == "hf":
-        from posthoc_cli.remote.hub import Hub
-
-        return Hub()
     try:
         from obstore.store import HTTPStore, from_url
     except ImportError:
@@ -176,7 +173,7 @@ class RemotePath(PosixPath):
         """Whether an object is below it."""
         if not self._is_listed and not self._is_web and not self.is_file():
             with suppress(FileNotFoundError):
-                self._is_listed = any(listed(str(self)))
+                self._is_listed = bool(listed(str(self)))
         return self._is_listed and self.known is None
 
     @property
@@ -200,7 +197,7 @@ class RemotePath(PosixPath):
         return os.stat_result((stat.S_IFREG | 0o666, 0, 0, 1, 0, 0, found.size, when, when, when))
 
     def lstat(self) -> os.stat_result:
-        """The same as `stat`: there are no links."""
+        """The same: there are no links."""
         return self.stat()
 
     def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not say
@@ -209,45 +206,30 @@ class RemotePath(PosixPath):
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """What is in the folder; a FileNotFoundError if there is none, a NotADirectoryError of an object."""
-        folders, objects = self._listed()
-        for key, known in (*((key, None) for key in folders), *((one.key, one) for one in objects)):
-            child = self / key.rpartition("/")[2]
-            child.known, child._is_listed = known, True
-            yield child
-
-    def _listed(self) -> tuple[list[str], list[Known]]:
+        found: dict[str, Known | None] = {}
         try:
-            found = ([], []) if self.known or self._is_web else listed(str(self))
+            if not self.known and not self._is_web:
+                found = listed(str(self))
         except RemoteError:  # of an object it is the same that folders cannot be listed
             if not self.is_file():
                 raise
-            found = [], []
-        if not any(found):
+        if not found:
             head(str(self))
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
-        return found
+        for name, known in found.items():
+            child = self / name
+            child.known, child._is_listed = known, True
+            yield child
 
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]
-        """What matches in this folder and, by a pattern with slashes, below it; nothing is left out for its dot.
-
-        Of a repository of the Hub, `model@step*` are its revisions.
-        """
-        first, _slash, rest = pattern.partition("/")
-        found: list[RemotePath] = []
-        if not glob.has_magic(first):
-            found = [self / first] if rest or (self / first).exists() else []
-        elif str(self).startswith("hf://") and "@" in first:
-            repository, _at, wanted = first.partition("@")
-            names = revisions(str(self / repository))
-            found = [self / f"{repository}@{quote(name, safe='')}" for name in names if fnmatchcase(name, wanted)]
+        """What matches in this folder; nothing is left out for its dot. `model@step*` are revisions of the Hub's."""
+        if str(self).startswith("hf://") and "@" in pattern:
+            repository, _at, wanted = pattern.partition("@")
+            names = fnmatch.filter(revisions(str(self / repository)), wanted)
+            yield from (self / f"{repository}@{quote(name, safe='')}" for name in names)
         else:
             with suppress(FileNotFoundError, NotADirectoryError):
-                found = [child for child in self.iterdir() if fnmatchcase(child.name, first)]
-        for child in found:
-            if rest:
-                yield from child.glob(rest)
-            else:
-                yield child
+                yield from (child for child in self.iterdir() if fnmatch.fnmatchcase(child.name, pattern))
 
 
 def remote_path(text: str) -> RemotePath:
@@ -257,9 +239,12 @@ def remote_path(text: str) -> RemotePath:
 
 def matching(pattern: Path) -> list[Path]:
     """What a pattern that is a URL names, sorted; nothing where its folder is absent."""
-    parts = pattern.parts
-    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    return sorted(RemotePath(*parts[:first]).glob("/".join(parts[first:])))
+    first, *parts = pattern.parts
+    found = [RemotePath(first)]
+    for part in parts:
+        is_name = not glob.has_magic(part)
+        found = [one for folder in found for one in ([folder / part] if is_name else folder.glob(part))]
+    return sorted(one for one in found if not is_name or one.exists())
 
 
 # --- requests
@@ -279,13 +264,14 @@ def head(url: str) -> Known:
     return get(url, 0, 1)[1]  # whose answer has a body, which says why
 
 
-def listed(url: str) -> tuple[list[str], list[Known]]:
-    """The folders and the objects directly in a folder, by their keys; both empty where there is no such folder."""
+def listed(url: str) -> dict[str, Known | None]:
+    """The folders, without more, and the objects directly in a folder, by name; none where there is no such folder."""
     store, key = _place(url)
     with told(url, "listed"):
         found = store.list_with_delimiter(key or None)
-        own = [_known(one) for one in found["objects"]]
-    return list(found["common_prefixes"]), [one for one in own if one.key != key]
+    objects = {one["path"]: _known(one) for one in found["objects"] if one["path"] != key}
+    places = dict.fromkeys(found["common_prefixes"]) | objects
+    return {place.rpartition("/")[2]: known for place, known in places.items()}
 
 
 def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Known]:
@@ -357,7 +343,7 @@ def put(url: str, data: bytes | Path, *, create: bool = True, replaces: Known | 
             raise
         time.sleep(0.5)
         done = send()
-    return Known(key, size, done.get("e_tag") or "", version=done.get("version") or "")
+    return Known(size, done.get("e_tag") or "", version=done.get("version") or "")
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:
@@ -384,7 +370,7 @@ def delete(url: str) -> None:
 def _known(found: Any) -> Known:
     modified: datetime | None = found["last_modified"]
     seconds = modified.timestamp() if modified else 0.0
-    return Known(found["path"], found["size"], found["e_tag"] or "", seconds, found.get("version") or "")
+    return Known(found["size"], found["e_tag"] or "", seconds, found.get("version") or "")
 
 
 # --- errors
@@ -392,8 +378,7 @@ def _known(found: Any) -> Known:
 
 _ACCESS = "`ema guide remote` says where they are read from"
 _REASONS = (
-    ("<Code>NoSuchBucket<", errno.EIO, "there is no such bucket", ""),
-    ("<Code>ContainerNotFound<", errno.EIO, "there is no such container", ""),
+    ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket", ""),
     ("status code: 404", errno.ENOENT, "", ""),
     (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential",
      errno.EACCES, "no credentials were found", _ACCESS),
@@ -409,8 +394,7 @@ _REASONS = (
     ("status code: 403|<Code>AccessDenied<", errno.EACCES, "access is denied", ""),
     ("status code: 405", errno.EIO, "the server does not list folders or take files", "name a file"),
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
-    ("status code: 429", errno.EIO, "the store asks for fewer requests", "try again later"),
-    ("status code: 503|<Code>SlowDown<",
+    ("status code: (429|503)|<Code>SlowDown<",
      errno.EIO, "the store asks for fewer requests, or is not available", "try again later"),
     ("status code: 501", errno.ENOTSUP, "the server answers 501", ""),
     (r"status code: (400)(?:.*<Code>(\w{1,60})<)?", errno.EACCES, r"the server answers \1 \2", ""),
@@ -433,21 +417,18 @@ def told(url: str, verb: str = "read") -> Iterator[None]:
     except (MissingDependencyError, RemoteError):
         raise
     except Exception as error:  # noqa: BLE001 - the libraries of three stores have theirs
-        raise _as_os_error(url, verb, error) from None  # its text holds the request
-
-
-def _as_os_error(url: str, verb: str, error: Exception) -> OSError:
-    kind, answer = type(error).__name__, getattr(error, "response", None)
-    if kind in ("FileExistsError", "AlreadyExistsError"):
-        return FileExistsError(errno.EEXIST, "is there already", url)
-    status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
-    text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
-    text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # of one removal among several
-    number, reason, hint = next(
-        (number, found.expand(reason).strip(), hint)
-        for pattern, number, reason, hint in _REASONS
-        if (found := re.search(pattern, text, re.DOTALL))
-    )
-    if number == errno.ENOENT:
-        return FileNotFoundError(number, os.strerror(number), url)
-    return RemoteError(url, reason if number == errno.ESTALE else f"cannot be {verb}: {reason}", hint, errno=number)
+        kind, answer = type(error).__name__, getattr(error, "response", None)
+        if kind in ("FileExistsError", "AlreadyExistsError"):
+            raise FileExistsError(errno.EEXIST, "is there already", url) from None
+        status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
+        text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
+        text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # of one removal among several
+        number, reason, hint = next(
+            (number, found.expand(reason).strip(), hint)
+            for pattern, number, reason, hint in _REASONS
+            if (found := re.search(pattern, text, re.DOTALL))
+        )
+        if number == errno.ENOENT:
+            raise FileNotFoundError(number, os.strerror(number), url) from None
+        said = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
+        raise RemoteError(url, said, hint, errno=number) from None  # the library's text holds the request
