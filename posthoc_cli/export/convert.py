@@ -6,9 +6,10 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ from posthoc_cli.export.layouts import (
     OTHER_FOLDER,
     PICKLES,
     OutputOptions,
+    Sink,
     check_shape,
     converted,
     layout_of,
     open_model,
     output_exists,
     plain,
+    stored_tensor,
     suffix_of,
-    write_tensors,
+    write_outputs,
 )
 from posthoc_cli.profiles import Point
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -59,7 +62,7 @@ from posthoc_cli.snapshots.outputs import (
 from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.selection import running_statistics
 from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensor_file import read_header, tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.synthesis.plan import Plan
 
 
@@ -146,10 +149,31 @@ def export_file(
                 if len(model_files(model)) == 1:
                     unchanged = wanted is None and not (prefix or strip_prefix or base)
                     metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
-                specs = {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-                write_tensors(path, specs, metadata, lambda name: tensors[name].read(), options, advance)  # noqa: B023
-            made[path] = Exported(len(tensors), len(tensors) - len(own), sum(spec.nbytes for spec in specs.values()))
+                specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+                read = {name: tensor.read for name, tensor in tensors.items()}
+                made[path] = _write(path, specs, len(tensors) - len(own), metadata, read, options, advance)
     return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
+
+
+def _write(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    from_base: int,
+    metadata: Mapping[str, str],
+    read: Mapping[str, Callable[[], torch.Tensor]],
+    options: OutputOptions,
+    advance: Callable[[int], object],
+) -> Exported:
+    """Write an output of these tensors, one at a time; tells how many bytes are written. It appears whole or not."""
+
+    def fill(names: Sequence[str], sinks: Sequence[Sink]) -> None:
+        for name in names:
+            tensor = read[name]()
+            sinks[0].write(name, tensor)
+            advance(tensor.nbytes)
+
+    write_outputs([path], specs, [metadata], options, fill)
+    return Exported(len(specs), from_base, sum(spec.nbytes for spec in specs))
 
 
 def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overwrite: bool) -> list[Path]:
@@ -179,7 +203,7 @@ class _PlannedTensor:
         return self.file.header.tensors[self.name].shape
 
     def read(self) -> torch.Tensor:
-        stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
+        stored = stored_tensor(self.file, self.name)
         where = f"{self.file.path}: tensor {self.name!r}"
         if self.role in ("average", "statistic") and not bool(plain(stored).isfinite().all()):
             raise NonFiniteError(where, "holds nan or infinity")
@@ -323,14 +347,13 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
         opened = [stack.enter_context(source.open()) for source in sources]
         stored = {name: (file, one) for file in open_model(stack, base) for name, one in file.header.tensors.items()}
         placed = _placed(modules, base, {name: entry.dtype for name, (_, entry) in stored.items()})
-        specs = {
-            name: TensorSpec(name, plan.dtype if plan.dtype and entry.dtype in _MERGED else entry.dtype, entry.shape)
-            for name, (_, entry) in stored.items()
-        }
+        dtypes = {name: plan.dtype if entry.dtype in _MERGED else None for name, (_, entry) in stored.items()}
+        specs = [TensorSpec(name, dtypes[name] or entry.dtype, entry.shape) for name, (_, entry) in stored.items()]
 
         def merged(name: str) -> torch.Tensor:
-            (file, entry), own = stored[name], torch_dtype(specs[name].dtype)
-            value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
+            file, entry = stored[name]
+            value = stored_tensor(file, name)
+            own = torch_dtype(dtypes[name] or entry.dtype)
             if (module := placed.get(name)) is None:
                 return converted(f"tensor {name!r}", value, own)
             coefficients = plan.reconstruction.coefficients[:, plan.columns_of(module.down)[0]].tolist()
@@ -343,11 +366,12 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
                 raise NonFiniteError(f"{file.path}: tensor {name!r}", "holds nan or infinity after the merge")
             return converted(f"tensor {name!r}", value, own)
 
-        nbytes = sum(spec.nbytes for spec in specs.values())
-        metadata = output_metadata(replace(plan.output_info(0), copies=()))
-        advance = stack.enter_context(progress("merging", nbytes))
-        write_tensors(out, specs, metadata, merged, options, advance)
-    made = Exported(len(specs), len(specs) - len(placed), nbytes)
+        read, metadata = (
+            {name: partial(merged, name) for name in stored},
+            output_metadata(replace(plan.output_info(0), copies=())),
+        )
+        advance = stack.enter_context(progress("merging", sum(spec.nbytes for spec in specs)))
+        made = _write(out, specs, len(specs) - len(placed), metadata, read, options, advance)
     return ExportReport({out: made}, False, time.perf_counter() - started)
 
 
@@ -355,9 +379,8 @@ def _change(module: _Module, opened: Sequence[Any], coefficients: Sequence[float
     """The average of a module's products, in float32: shape [out, in], of a convolution [out, in x its window]."""
     downs, ups, scale = [], [], 0.0
     for file, coefficient in zip(opened, coefficients, strict=True):
-        entries = file.header.tensors
         names = [name for name in (module.down, module.up, module.alpha) if isinstance(name, str)]
-        down, up, *alpha = (tensor_from_bytes(file.read(n), entries[n].dtype, entries[n].shape).float() for n in names)
+        down, up, *alpha = (stored_tensor(file, name).float() for name in names)
         scale = (float(alpha[0]) if alpha else float(module.alpha)) / down.shape[0] ** module.power
         downs.append(down.flatten(1) * (1.0 if are_weights else coefficient))
         ups.append(up.flatten(1) * (coefficient * scale if are_weights else coefficient))

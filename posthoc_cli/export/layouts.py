@@ -43,7 +43,7 @@ from posthoc_cli.snapshots.outputs import (
     model_files,
 )
 from posthoc_cli.snapshots.reading import TensorReader, open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
 from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
@@ -53,7 +53,6 @@ LAYOUTS = {"safetensors": (fmt.SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".
 
 DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = LAYOUTS["pt"]
-ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
 
@@ -97,12 +96,6 @@ class OutputOptions(Options):
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
             raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
-
-    def bytes_here(self, path: Path, layout: str, tensors: Sequence[int]) -> int:
-        """What an output takes on a disk of this machine: of shards that go to a store no more than one at a time."""
-        if not files.is_url(path) or layout != "sharded":
-            return sum(tensors)
-        return min(sum(tensors), max(self.shard_bytes, *tensors))
 
 
 def check_space(outputs: Mapping[Path, int]) -> None:
@@ -226,27 +219,10 @@ def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
     return opened
 
 
-def write_tensors(
-    path: Path,
-    specs: Mapping[str, TensorSpec],
-    metadata: Mapping[str, str],
-    read: Callable[[str], torch.Tensor],
-    options: OutputOptions,
-    advance: Callable[[int], object],
-) -> None:
-    """Write an output of these tensors, one at a time; tells how many bytes are written. It appears whole or not."""
-    layout = layout_of(path, options.layout)
-    check_space({path: options.bytes_here(path, layout, [spec.nbytes for spec in specs.values()])})
-    sink = make_sink(layout, path, list(specs.values()), metadata, options)
-    try:
-        for names in sink.turns():
-            for name in names:
-                sink.write(name, read(name))
-                advance(specs[name].nbytes)
-            sink.end_turn()
-        sink.commit()
-    finally:
-        sink.discard()
+def stored_tensor(file: TensorReader, name: str) -> torch.Tensor:
+    """A verified tensor of a file, as it is stored."""
+    entry = file.header.tensors[name]
+    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -264,10 +240,45 @@ MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 
 
-def make_sink(
+def write_outputs(
+    paths: Sequence[Path],
+    specs: Sequence[TensorSpec],
+    metadata: Sequence[Mapping[str, str]],
+    options: OutputOptions,
+    fill: Callable[[list[str], Sequence[Sink]], object],
+    folders: Sequence[Path] = (),
+) -> None:
+    """Write outputs of the same tensors; none appears before all are complete.
+
+    Arguments:
+        paths, metadata: of each output.
+        options: the layout, the size of shards, and whether outputs are replaced.
+        fill: writes some of the tensors, by their names, into the sinks of all outputs.
+        folders: of the outputs, each created if it is missing.
+    """
+    layout, sizes = layout_of(paths[0], options.layout), [spec.nbytes for spec in specs]
+    one_by_one = layout == "sharded" and files.is_url(paths[0])  # no more than one shard is here
+    here = min(sum(sizes), max([options.shard_bytes, *sizes])) if one_by_one else sum(sizes)
+    check_space(dict.fromkeys(paths, here))
+    sinks: list[Sink] = []
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(files.new_directory(folder))
+        for path, own in zip(paths, metadata, strict=True):
+            sinks.append(_sink(layout, path, specs, own, options))
+            stack.callback(sinks[-1].discard)
+        shards = [sink for sink in sinks if one_by_one and isinstance(sink, _ShardedSink)]
+        for names in shards[0].files if shards else [[spec.name for spec in specs]]:
+            fill(names, sinks)
+            for one in shards:
+                one.publish_next()
+        for sink in sinks:
+            sink.commit()
+
+
+def _sink(
     layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
 ) -> Sink:
-    """A sink for the tensors of one output; call its `discard` at the end in any case."""
     files.check_parent("out", path)
     if options.overwrite:
         check_no_snapshot(path)
@@ -330,13 +341,6 @@ class FileSink:
     def open_tile(self, tile: Tile) -> TileWriter:
         """See `synthesis.engine.Output`."""
         return _FileTile(self._places, tile)
-
-    def turns(self) -> list[list[str]]:
-        """The tensors to write before each `end_turn`."""
-        return [list(self._places)]
-
-    def end_turn(self) -> None:
-        """These tensors are written, those of the next turn are not."""
 
     def commit(self) -> None:
         """Let the files appear."""
@@ -427,7 +431,7 @@ class _ShardedSink(FileSink):
             for path in model_files_in(self.folder) if self._overwrite else ():
                 self._keep(path)
         while len(self._published) < len(self._writers):
-            self._publish_next()
+            self.publish_next()
         if self._split.is_sharded:
             text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
             files.write_whole(self.folder / INDEX_NAME, text, self._overwrite)
@@ -440,15 +444,13 @@ class _ShardedSink(FileSink):
         self._committed = True
         files.discard(self._old.values())
 
-    def turns(self) -> list[list[str]]:
-        """To a store the shards go one by one: no more than one is on the disk."""
-        return [*self._writers.values()] if files.is_url(self.folder) else super().turns()
+    @property
+    def files(self) -> list[list[str]]:
+        """The tensors of each file."""
+        return [*self._writers.values()]
 
-    def end_turn(self) -> None:
-        if files.is_url(self.folder):
-            self._publish_next()
-
-    def _publish_next(self) -> None:
+    def publish_next(self) -> None:
+        """Let the next file appear."""
         writer = [*self._writers][len(self._published)]
         writer.commit()
         self._published.append(writer.path)
@@ -491,12 +493,6 @@ class _MemorySink(TensorOutput):
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         super().__init__({spec.name: spec.shape for spec in specs}, torch.device("cpu"))
-
-    def turns(self) -> list[list[str]]:
-        return [list(self._shapes)]
-
-    def end_turn(self) -> None:
-        pass
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self.tensors[name] = tensor.cpu()
@@ -587,5 +583,5 @@ class _Stream(io.RawIOBase):
 
 
 Sink = FileSink | _TorchSink | _DcpSink
-"""Takes the tensors of one target in turns: complete (`write`), or as an `Output` in tiles. They appear by `commit`;
-`discard` removes what was not committed."""
+"""Takes the tensors of one target: complete (`write`), or as an `Output` in tiles. They appear by `commit`; `discard`
+removes what was not committed."""

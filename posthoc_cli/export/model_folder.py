@@ -25,11 +25,11 @@ from posthoc_cli.errors import (
     MismatchError,
     OutputExistsError,
 )
-from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted
+from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted, stored_tensor
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
@@ -191,7 +191,7 @@ class ModelFolder:
             for file, specs in by_file.items():
                 with open_file(file) as source:
                     for spec in (spec for spec in specs if spec.name not in known):
-                        value = tensor_from_bytes(source.read(spec.name), spec.dtype, spec.shape)
+                        value = stored_tensor(source, spec.name)
                         for sink in sinks:
                             sink.write(spec.name, value)
             for name, values in synthesize(plan, options):

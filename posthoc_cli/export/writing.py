@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -49,10 +49,10 @@ from posthoc_cli.export.layouts import (
     check_no_snapshot,
     check_space,
     layout_of,
-    make_sink,
     model_files_in,
     output_exists,
     output_paths,
+    write_outputs,
 )
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -222,31 +222,23 @@ def write_synthesis(
         OutputExistsError: an output is there already, and `options.overwrite` is False.
         FileFormatError, NonFiniteError: as `synthesize`.
     """
-    layouts = [layout_of(path, options.layout) for path in paths]
-    sizes = [spec.nbytes for spec in plan.specs()]
-    check_space({path: options.bytes_here(path, kind, sizes) for path, kind in zip(paths, layouts, strict=True)})
-    newest, kept = plan.newest, {}
+    newest, kept, left = plan.newest, {}, dict(plan.names)
     if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
         kept = training_metadata(read_header(newest.path))
-    sinks: list[Sink] = []
-    with ExitStack() as stack:
-        for folder in folders:
-            stack.enter_context(files.new_directory(folder))
-        for index, (path, layout) in enumerate(zip(paths, layouts, strict=True)):
-            metadata = kept | output_metadata(plan.output_info(index)) | dict(marks[index] if marks else {})
-            sinks.append(make_sink(layout, path, plan.specs(), metadata, options))
-            stack.callback(sinks[-1].discard)
-        left = dict(plan.names)
-        for names in map(set, sinks[0].turns()):
-            own = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
-            left = {name: aliases for name, aliases in left.items() if name not in own}
-            with closing(synthesize_into(replace(plan, subset=own), sinks, options)) as made:
-                for _ in made:
-                    pass
-            for sink in sinks:
-                sink.end_turn()
-        for sink in sinks:
-            sink.commit()
+    metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
+    for own, mark in zip(metadata, marks, strict=bool(marks)):
+        own |= mark
+
+    def fill(names: list[str], sinks: Sequence[Sink]) -> None:
+        """Make those of the tensors that were not made before under other names."""
+        own = frozenset(name for name, aliases in left.items() if not set(names).isdisjoint(aliases))
+        for name in own:
+            del left[name]
+        with closing(synthesize_into(replace(plan, subset=own), sinks, options)) as made:
+            for _ in made:
+                pass
+
+    write_outputs(paths, plan.specs(), metadata, options, fill, folders)
 
 
 # --- outputs that are there already
