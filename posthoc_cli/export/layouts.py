@@ -256,18 +256,19 @@ def write_outputs(
         fill: writes some of the tensors, by their names, into the sinks of all outputs.
         folders: of the outputs, each created if it is missing.
     """
-    layout, sizes = layout_of(paths[0], options.layout), [spec.nbytes for spec in specs]
-    one_by_one = layout == "sharded" and files.is_url(paths[0])  # no more than one shard is here
-    here = min(sum(sizes), max([options.shard_bytes, *sizes])) if one_by_one else sum(sizes)
-    check_space(dict.fromkeys(paths, here))
+    sizes, here = [spec.nbytes for spec in specs], {}
+    for path in paths:
+        is_shards = layout_of(path, options.layout) == "sharded" and files.is_url(path)  # no more than one at a time
+        here[path] = min(sum(sizes), max([options.shard_bytes, *sizes])) if is_shards else sum(sizes)
+    check_space(here)
     sinks: list[Sink] = []
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(files.new_directory(folder))
         for path, own in zip(paths, metadata, strict=True):
-            sinks.append(_sink(layout, path, specs, own, options))
+            sinks.append(_sink(path, specs, own, options))
             stack.callback(sinks[-1].discard)
-        shards = [sink for sink in sinks if one_by_one and isinstance(sink, _ShardedSink)]
+        shards = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
         for names in shards[0].files if shards else [[spec.name for spec in specs]]:
             fill(names, sinks)
             for one in shards:
@@ -276,9 +277,8 @@ def write_outputs(
             sink.commit()
 
 
-def _sink(
-    layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
-) -> Sink:
+def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions) -> Sink:
+    layout = layout_of(path, options.layout)
     files.check_parent("out", path)
     if options.overwrite:
         check_no_snapshot(path)

@@ -303,7 +303,7 @@ _WHOLE = 5_000 * 1024 * 1024
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
 """Bytes of a part of more, and how many there are at most; S3 takes 10,000."""
 
-_SLOWEST = 2_000_000
+_SLOWEST = 500_000
 """Bytes a second that one request has at least, the time of `CLIENT` aside."""
 
 
