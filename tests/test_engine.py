@@ -502,9 +502,6 @@ def test_the_number_of_threads_of_torch_is_as_it_was(mixed: Path) -> None:
         torch.set_num_threads(before)
 
 
-# --- progress --------------------------------------------------------------------------------------
-
-
 # --- filling a model -------------------------------------------------------------------------------
 
 

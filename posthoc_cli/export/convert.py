@@ -217,11 +217,11 @@ def _read_source(
     model = source.name if (index := index_of(source)) is None else index.parent.name
     if is_parts_folder(source):
         parts = read_snapshot(source)
-        return _read_snapshot(stack.enter_context(parts.open()), parts.info, model, dtype)
+        return _read_file(stack.enter_context(parts.open()), parts.info, model, dtype)
     tensors: dict[str, _PlannedTensor] = {}
     found: list[tuple[Path, OutputInfo | None]] = []
     for file in open_model(stack, source):
-        own, info = _read_file(file, model, dtype)
+        own, info = _read_file(file, None, model, dtype)
         found.append((file.path, info))
         check_alike(*found[0], *found[-1])
         if twice := own.keys() & tensors.keys():
@@ -231,35 +231,31 @@ def _read_source(
 
 
 def _read_file(
-    file: TensorReader, model: str, dtype: str | None
+    file: TensorReader, snapshot: SnapshotInfo | None, model: str, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """The tensors of a file, under all their names, and its metadata; `model` names the source."""
     kind, entries, info = file_kind(file.header), file.header.tensors, None
-    roles = dict.fromkeys(entries, "other")
-    if kind == "snapshot":
-        return _read_snapshot(file, decode_snapshot(file.path, file.header), model, dtype)
-    if kind == "output":
+    found = {name: (name, entry.dtype, "other") for name, entry in entries.items()}
+    if kind == "snapshot" and snapshot is None:
+        snapshot = decode_snapshot(file.path, file.header)
+        if snapshot.part is not None:
+            raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
+    if snapshot is not None:
+        names = {name: name for name in snapshot.tensors} | snapshot.aliases
+        found = {name: (own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for name, own in names.items()}
+        info = OutputInfo(
+            snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
+            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
+        )  # fmt: skip
+    elif kind == "output":
         info = decode_output(file.path, file.header)
         roles = dict.fromkeys(entries, "average") | dict.fromkeys(running_statistics(entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
+        found = {name: (name, entry.dtype, roles[name]) for name, entry in entries.items()}
     elif kind is not None:
         reason = f"its ema.format is {shown(kind)}: no weights, or of a later release"
         raise FileFormatError(file.path, reason, "export a snapshot, or a synthesis")
-    return {name: _planned(file, name, entry.dtype, roles[name], dtype) for name, entry in entries.items()}, info
-
-
-def _read_snapshot(
-    file: TensorReader, snapshot: SnapshotInfo, model: str, dtype: str | None
-) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
-    if snapshot.part is not None:
-        raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
-    names = {name: name for name in snapshot.tensors} | snapshot.aliases
-    info = OutputInfo(
-        snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
-        snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
-    )  # fmt: skip
-    tracked = {name: snapshot.tensors[own] for name, own in names.items()}
-    return {n: _planned(file, own, tracked[n].dtype, tracked[n].role, dtype) for n, own in names.items()}, info
+    return {name: _planned(file, *one, dtype) for name, one in found.items()}, info
 
 
 def _planned(file: TensorReader, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:

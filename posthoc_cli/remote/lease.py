@@ -42,7 +42,6 @@ class Lease:
 
     def __init__(self, run: RemotePath, token: str) -> None:
         self._run, self._token, self._url, self._until = run, token, str(run / NAME), 0.0
-        self._lost: LockedError | None = None
         self._one_at_a_time, self._released = threading.Lock(), threading.Event()
         self._known = self._free()
         self._check_store()
@@ -54,10 +53,8 @@ class Lease:
 
     def check(self) -> None:
         """Raise a LockedError if another process has taken it over; a RemoteError if that cannot be known."""
-        if self._lost is None and time.monotonic() > self._until:
+        if time.monotonic() > self._until:
             self.renew()
-        if self._lost is not None:
-            raise self._lost
 
     def renew(self) -> None:
         """Hold it for longer; raises as `check`."""
@@ -73,7 +70,7 @@ class Lease:
 
     def release(self) -> None:
         """Let another writer in."""
-        if not self._released.is_set() and self._lost is None:
+        if not self._released.is_set():
             self._released.set()
             with self._one_at_a_time, suppress(OSError):
                 store.put(self._url, b"{}", replaces=self._known)
@@ -94,8 +91,8 @@ class Lease:
         except FileNotFoundError:
             known, note = Known(0), {}
         if note.get("token") != self._token:
-            self._lost = self._refusal(note)
-            raise self._lost
+            self._until = 0.0
+            raise self._refusal(note)
         return known
 
     def _check_store(self) -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,18 +27,9 @@ SETTINGS = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": 4}
 CONDITIONS = ("HTTP_IF_NONE_MATCH", "HTTP_IF_MATCH")
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    """A server with a bucket `bucket`; requests that fail are repeated once."""
-    with FaultyServer().running() as running:
-        environment = {"AWS_ENDPOINT_URL": running.url, "AWS_REGION": "us-east-1"}
-        environment |= {"AWS_ACCESS_KEY_ID": "AKIASECRETID", "AWS_SECRET_ACCESS_KEY": "topsecret"}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setitem(store.RETRIES, "max_retries", 1)
-        urllib.request.urlopen(f"{running.url}/moto-api/reset", b"")
-        urllib.request.urlopen(urllib.request.Request(f"{running.url}/bucket", method="PUT"))
-        yield running
+@pytest.fixture(autouse=True)
+def _repeated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(store.RETRIES, "max_retries", 1)
 
 
 @pytest.fixture(autouse=True)
