@@ -347,7 +347,7 @@ def put(url: str, data: bytes | Path, *, create: bool = True, replaces: Known | 
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:
-    """The content of a file, whose pages are the system's, to drop where memory is short."""
+    """The content of a file that nobody shortens meanwhile; the system drops its pages where memory is short."""
     with path.open("rb") as file, suppress(ValueError):  # of an empty one
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return b""

@@ -310,14 +310,15 @@ def test_a_large_file_is_not_held_in_memory(bucket: str, tmp_path: Path) -> None
 
 def test_a_large_upload_has_time_as_its_size(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, asked = store._opened, list[int]()
-    monkeypatch.setattr(store, "_SLOWEST", 1000)
 
     def open_and_tell(*place: Any) -> Any:
         asked.append(place[-1])
         return opened(*place)
 
-    monkeypatch.setattr(store, "_opened", open_and_tell)
-    for size in (60_000, 300_000):
-        (tmp_path / "file").write_bytes(bytes(size))
-        store.put(f"{bucket}/{size}", tmp_path / "file")
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_SLOWEST", 1000)
+        patched.setattr(store, "_opened", open_and_tell)
+        for size in (60_000, 300_000):
+            (tmp_path / "file").write_bytes(bytes(size))
+            store.put(f"{bucket}/{size}", tmp_path / "file")
     assert asked == [0, 360]

@@ -103,17 +103,6 @@ def test_a_run_is_in_the_store_when_the_tracker_is_closed(
     assert all(min(own[own.index(4) :]) == 4 and max(own) > 4 for own in counts.values())
 
 
-def test_large_files_are_sent_in_parts(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_WHOLE", 1000)
-    monkeypatch.setattr(store, "_PART", 5 * 1024 * 1024)  # the smallest that S3 knows
-    large = torch.nn.Linear(2000, 1500, bias=False)
-    with PostHocEMA.from_model(large, URL, update_every=1, checkpoint_every=2) as tracker:
-        for _ in range(2):
-            tracker.update_(large)
-    assert any(seen.startswith("POST some/run/0000000000000002-0.05") for seen in server.seen)
-    assert torch.equal(Run(URL).average(0.15)["weight"], large.weight.half().float())
-
-
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
