@@ -323,17 +323,10 @@ class _Module:
 
 
 def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: ProgressBar = no_bar) -> ExportReport:
-    """Write a base model with the average of an adapter's products added. One tensor at a time, sums in float32.
+    """Write a base model with the average of an adapter's products added, of a plan for one target: see `Run.merge`.
 
-    Arguments:
-        plan: for one target, with the dtype of the output's floating-point tensors; None for those of the base.
-        base: a safetensors file, an index of shards, or a folder of one of these.
-        out, options, progress: as in `Run.merge`.
-
-    Raises:
-        MismatchError: the base lacks a module, or has another shape or quantized weights; or the adapter is not of
-            LoRA, or says nothing about its scale.
-        FileFormatError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
+    One tensor at a time, sums in float32. A MismatchError if the base lacks a module, or has another shape or quantized
+    weights; or if the adapter is not of LoRA, or says nothing about its scale.
     """
     started = time.perf_counter()
     options.check_layout(out)

@@ -248,13 +248,13 @@ def write_outputs(
     fill: Callable[[list[str], Sequence[Sink]], object],
     folders: Sequence[Path] = (),
 ) -> None:
-    """Write outputs of the same tensors; none appears before all are complete.
+    """Write outputs of the same tensors, each with its metadata; none appears before all are complete.
 
-    Arguments:
-        paths, metadata: of each output.
-        options: the layout, the size of shards, and whether outputs are replaced.
-        fill: writes some of the tensors, by their names, into the sinks of all outputs.
-        folders: of the outputs, each created if it is missing.
+    `fill` writes some of the tensors, by their names, into the sinks of all outputs. The folders are made if missing.
+
+    Raises:
+        WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
+        OutputExistsError: an output is there already, and `options.overwrite` is False.
     """
     sizes, here = [spec.nbytes for spec in specs], {}
     for path in paths:

@@ -128,15 +128,8 @@ class ModelFolder:
     ) -> tuple[str, ...]:
         """Write a folder for each target of a plan, in a `container` to make; each appears complete or not at all.
 
-        Returns:
-            The names of the tensors that the run does not have, and that are those of the folder.
-
-        Raises:
-            OutputExistsError: there is something under an output's name; folders are not replaced.
-            MismatchError: a tensor of the run has another shape in the folder, or is neither there nor in the library;
-                or the folder's weights are quantized, or its library cannot load it.
-            NonFiniteError: a dtype of the folder cannot hold a value.
-            WriteError: the system refused.
+        Returns the tensors that the run does not have, and that are those of the folder. A MismatchError if a tensor of
+        the run has another shape there, or is in neither the folder nor the library, or if the weights are quantized.
         """
         temporary = [files.made_at(out) for out in outs]
         for out in outs:

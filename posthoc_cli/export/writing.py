@@ -155,10 +155,7 @@ class Outputs:
             self.paths, self.container = [], None
 
     def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
-        """Make the targets of a plan, but those that are there and may be skipped.
-
-        Errors as `write_synthesis` and `ModelFolder.write`.
-        """
+        """Make the targets of a plan, but those that are there and may be skipped."""
         existing = existing_outputs(plan, self.paths, self.options.layout) if self.options.skip_existing else set()
         wanted = [index for index in range(len(self.paths)) if index not in existing]
         taken: tuple[str, ...] = ()
@@ -209,19 +206,7 @@ def write_synthesis(
     folders: Sequence[Path] = (),
     marks: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Synthesize every target of a plan into its path; none appears before all are complete.
-
-    Arguments:
-        plan: from `plan_synthesis`.
-        paths: an output a target.
-        folders: of the outputs, each created if it is missing.
-        marks: further metadata of each output.
-
-    Raises:
-        WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
-        OutputExistsError: an output is there already, and `options.overwrite` is False.
-        FileFormatError, NonFiniteError: as `synthesize`.
-    """
+    """Synthesize every target of a plan into its path, with further metadata; see `synthesize` and `write_outputs`."""
     newest, kept, left = plan.newest, {}, dict(plan.names)
     if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
         kept = training_metadata(read_header(newest.path))
@@ -346,7 +331,7 @@ class Shards:
         check_space(missing)
 
     def make(self, part: int, progress: Progress) -> None:
-        """Make the shards of one part, if there is one, that are not there yet. Errors as `write_synthesis`."""
+        """Make the shards of one part, if there is one, that are not there yet."""
         targets = range(len(self._folders)) if part < len(self.parts) else ()
         missing = [target for target in targets if not self._is_there(part, target, verify=True)]
         if missing:

@@ -422,11 +422,7 @@ class Maker:
 
 
 def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
-    """Check that the output's dtype can hold the sums, shape [targets, n], of a tile's elements from `begin` on.
-
-    Raises:
-        NonFiniteError: naming the tensor.
-    """
+    """A NonFiniteError if the output's dtype cannot hold the sums, shape [targets, n], of a tile from `begin` on."""
     dtype = torch_dtype(tile.dtype)
     # Casting is monotone, and both bounds are nan where a value is.
     if not sums.numel() or holds(dtype, torch.stack(torch.aminmax(sums))):

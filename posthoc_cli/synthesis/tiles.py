@@ -71,10 +71,8 @@ class Tile:
 def cut_tiles(plan: Plan, chunk: int, wide_dtype: str | None) -> list[Tile]:
     """All tiles of a synthesis; tiles of one tensor follow each other.
 
-    Arguments:
-        plan: what will be made.
-        chunk: elements that a thread has room for, a power of two up to 2**19; tensors up to that size are batched.
-        wide_dtype: of all sums, in place of float64 and float32, unless None.
+    A thread has room for `chunk` elements, a power of two up to 2**19: tensors up to that size are batched. All sums
+    are in `wide_dtype`, if it is not None.
     """
     tiles: list[Tile] = []
     batches: dict[tuple[str, str, str], _Batch] = {}
