@@ -304,7 +304,7 @@ _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
 """Bytes of a part of more, and how many there are at most; S3 takes 10,000."""
 
 _SLOWEST = 500_000
-"""Bytes a second that one request has at least, the time of `CLIENT` aside."""
+"""Bytes a second that are sent by one request at least."""
 
 
 def put(url: str, data: bytes | Path, *, create: bool = True, replaces: Known | None = None) -> Known:
@@ -319,8 +319,8 @@ def put(url: str, data: bytes | Path, *, create: bool = True, replaces: Known | 
     been done then, so that the condition does not hold any more: whoever calls finds out.
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
-    more = size // _SLOWEST
-    store, key = _place(url, more + 60 if more > 60 else 0)
+    minutes = size // (60 * _SLOWEST)
+    store, key = _place(url, 60 * (1 + minutes) if minutes else 0)
     content: Any = data
     how: dict[str, Any] = {"chunk_size": max(_PART, -(-size // _MOST_PARTS)), "max_concurrency": 4}
     if create and size > _WHOLE:
