@@ -314,10 +314,9 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Check that shards may be written into a folder: it is no file, and holds no model that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(folder, "is a file; shards need a folder")
-    if files.is_url(folder) and holds_model(folder):  # one object after the other would be replaced
-        raise OutputExistsError(folder, "holds a model already", "choose another folder")
-    if not overwrite and holds_model(folder):
-        raise OutputExistsError(folder, "holds a model already", OTHER_FOLDER)
+    is_url = files.is_url(folder)  # whose objects would be replaced one after the other
+    if (is_url or not overwrite) and holds_model(folder):
+        raise OutputExistsError(folder, "holds a model already", "choose another folder" if is_url else OTHER_FOLDER)
 
 
 # --- safetensors -------------------------------------------------------------------------------------

@@ -418,8 +418,6 @@ def told(url: str, verb: str = "read") -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 - the libraries of three stores have theirs
         kind, answer = type(error).__name__, getattr(error, "response", None)
-        if kind in ("FileExistsError", "AlreadyExistsError"):
-            raise FileExistsError(errno.EEXIST, "is there already", url) from None
         status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
         text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
         text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # of one removal among several
@@ -428,7 +426,10 @@ def told(url: str, verb: str = "read") -> Iterator[None]:
             for pattern, number, reason, hint in _REASONS
             if (found := re.search(pattern, text, re.DOTALL))
         )
-        if number == errno.ENOENT:
-            raise FileNotFoundError(number, os.strerror(number), url) from None
         said = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
-        raise RemoteError(url, said, hint, errno=number) from None  # the library's text holds the request
+        made: OSError = RemoteError(url, said, hint, errno=number)
+        if kind in ("FileExistsError", "AlreadyExistsError"):
+            made = FileExistsError(errno.EEXIST, "is there already", url)
+        elif number == errno.ENOENT:
+            made = FileNotFoundError(number, os.strerror(number), url)
+        raise made from None  # the library's text holds the request

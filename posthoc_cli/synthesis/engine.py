@@ -431,11 +431,11 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
         own = sums[:, max(0, start - begin) : max(0, end - begin)]
         if holds(dtype, own):
             continue
+        reason, hint = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows", ""
         if bool(own.isfinite().all()):
             reason = f"{dtype} cannot hold its largest value, {float(own.abs().max()):.6g}"
-            raise NonFiniteError(f"tensor {name!r}", reason, "take float32 or bfloat16")
-        reason = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows"
-        raise NonFiniteError(f"tensor {name!r}", reason)
+            hint = "take float32 or bfloat16"
+        raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
