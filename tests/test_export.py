@@ -646,11 +646,10 @@ def spoil(folder: Path, kind: str) -> str:
     if kind == "weights":
         (folder / "model.safetensors").unlink()
     targets = {
-        "secret": "../outside/secret.json", "absolute": str(outside / "secret.json"), "endless": "/dev/zero",
-        "terminal": "/dev/tty", "nowhere": "nowhere", "loop": "extra.json", "folder": "../outside", "inner": "assets",
-        "weights": "../outside/model.safetensors", "config": "/dev/zero",
+        "secret": "../outside/secret.json", "endless": "/dev/zero", "nowhere": "nowhere", "loop": "extra.json",
+        "inner": "assets", "weights": "../outside/model.safetensors",
     }  # fmt: skip
-    name = {"weights": "model.safetensors", "config": "config.json", "nested": "assets/a.json"}.get(kind, "extra.json")
+    name = {"weights": "model.safetensors", "nested": "assets/a.json"}.get(kind, "extra.json")
     if kind == "nested":
         (folder / "more.json").symlink_to(outside / "secret.json")
     (folder / name).unlink(missing_ok=True)
@@ -658,14 +657,8 @@ def spoil(folder: Path, kind: str) -> str:
     return f"{name} is a link to "
 
 
-KINDS = [
-    "secret", "absolute", "endless", "terminal", "nowhere", "loop", "folder", "inner", "weights", "config", "nested",
-    "fifo",
-]  # fmt: skip
-
-
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["secret", "endless", "nowhere", "loop", "inner", "weights", "nested", "fifo"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_nothing_that_a_link_leads_to_elsewhere_is_copied(tmp_path: Path, run: Run, kind: str, cached: bool) -> None:
     """A secret would end in a folder that is uploaded, a device fill the disk or hang."""

@@ -107,7 +107,10 @@ def check_space(outputs: Mapping[Path, int]) -> None:
     for path, nbytes in outputs.items():
         here, hint = path, ""
         if files.is_url(path):  # it is written here first
-            here, hint = Path(tempfile.gettempdir()), "set TMPDIR to a folder with room, or max_shard_size to less"
+            here, hint = (
+                Path(tempfile.gettempdir()),
+                "set TMPDIR to a folder with room, or make smaller shards: max_shard_size",
+            )
         place = next(folder for folder in (here, *here.parents) if folder.is_dir())
         disks[place.stat().st_dev].append((place, nbytes, hint))
     for places in disks.values():

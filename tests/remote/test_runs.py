@@ -187,7 +187,9 @@ def test_shards_go_up_one_by_one_and_away_if_one_fails(
     sent.append("all")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_400_000))
-    with pytest.raises(WriteError, match=r"takes 6,000,012 bytes, .*; set TMPDIR to .*, or max_shard_size to less$"):
+    with pytest.raises(
+        WriteError, match=r"takes 6,000,012 bytes, .*; set TMPDIR to .*, or make smaller shards: max_shard_size$"
+    ):
         make("10MB")
     make("1300KB")
     assert len(store.listed(f"{bucket}/shards")) == 6 and max(taken) < 1_300_000
