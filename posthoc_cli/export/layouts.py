@@ -103,23 +103,19 @@ def check_space(outputs: Mapping[Path, int]) -> None:
 
     Those for a store are in the folder for temporary files first.
     """
-    disks: dict[int, list[tuple[Path, int, str]]] = defaultdict(list)
-    for path, nbytes in outputs.items():
-        here, hint = path, ""
-        if files.is_url(path):  # it is written here first
-            here, hint = (
-                Path(tempfile.gettempdir()),
-                "set TMPDIR to a folder with room, or make smaller shards: max_shard_size",
-            )
+    disks: dict[int, list[tuple[Path, Path]]] = defaultdict(list)
+    for path in outputs:
+        here = Path(tempfile.gettempdir()) if files.is_url(path) else path
         place = next(folder for folder in (here, *here.parents) if folder.is_dir())
-        disks[place.stat().st_dev].append((place, nbytes, hint))
-    for places in disks.values():
-        (place, _, hint), needed = places[0], sum(nbytes for _, nbytes, _ in places)
+        disks[place.stat().st_dev].append((path, place))
+    for paths in disks.values():
+        (first, place), needed = paths[0], sum(outputs[path] for path, _ in paths)
         free = shutil.disk_usage(place).free
         if needed > free:
-            count = "the output takes" if len(places) == 1 else f"the {len(places)} outputs take"
+            count = "the output takes" if len(paths) == 1 else f"the {len(paths)} outputs take"
             reason = f"{count} {needed:,} bytes, and {free:,} are free on this disk; nothing was written"
-            raise WriteError(place, reason, hint, errno=errno.ENOSPC)
+            hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
+            raise WriteError(place, reason, hint if files.is_url(first) else "", errno=errno.ENOSPC)
 
 
 # --- layouts and names -------------------------------------------------------------------------------
