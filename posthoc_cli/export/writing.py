@@ -216,7 +216,8 @@ def write_synthesis(
 
     def fill(names: list[str], sinks: Sequence[Sink]) -> None:
         """Make those of the tensors that were not made before under other names."""
-        own = frozenset(name for name, aliases in left.items() if not set(names).isdisjoint(aliases))
+        wanted = set(names)
+        own = frozenset(name for name, aliases in left.items() if not wanted.isdisjoint(aliases))
         for name in own:
             del left[name]
         with closing(synthesize_into(replace(plan, subset=own), sinks, options)) as made:
