@@ -323,7 +323,7 @@ class Run:
         """
         from posthoc_cli.export.layouts import OutputOptions
         from posthoc_cli.export.model_folder import ModelFolder
-        from posthoc_cli.export.writing import Outputs
+        from posthoc_cli.export.writing import Outputs, Ranks, write_shards
 
         plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
@@ -334,8 +334,6 @@ class Run:
             self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype
         )
         if asked.distributed:
-            from posthoc_cli.export.writing import Ranks, write_shards
-
             with Ranks() as ranks:
                 with ranks.together():
                     made = plan()
