@@ -148,7 +148,7 @@ def as_path(path: str | Path) -> Path:
     """The path of a text, or of a URL."""
     if not is_url(path):
         return Path(path)
-    from posthoc_cli.remote.path import RemotePath, remote_path
+    from posthoc_cli.remote.store import RemotePath, remote_path
 
     return path if isinstance(path, RemotePath) else remote_path(str(path))
 

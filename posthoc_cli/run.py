@@ -323,19 +323,17 @@ class Run:
         """
         from posthoc_cli.export.layouts import OutputOptions
         from posthoc_cli.export.model_folder import ModelFolder
-        from posthoc_cli.export.writing import Outputs
+        from posthoc_cli.export.writing import Outputs, Ranks, write_shards
 
         plain = ("t", "step", "method", "max_error", "dtype", "progress")
         _check_names("write", plain, options, OutputOptions)
         wanted, asked = as_targets(targets), OutputOptions(**options)
         like = None if asked.like is None else ModelFolder.find(asked.like, asked.component, self.tensors)
-        outputs = Outputs.asked(wanted, out, dtype, asked, like)
+        outputs = Outputs(wanted, out, dtype, asked, like)
         plan = functools.partial(
             self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=outputs.dtype
         )
         if asked.distributed:
-            from posthoc_cli.export.torchrun import Ranks, write_shards
-
             with Ranks() as ranks:
                 with ranks.together():
                     made = plan()
@@ -371,8 +369,8 @@ class Run:
         Raises:
             InvalidValueError, FileFormatError, MismatchError, OutputExistsError, WriteError, NonFiniteError.
         """
+        from posthoc_cli.export.convert import merge
         from posthoc_cli.export.layouts import OutputOptions
-        from posthoc_cli.export.merging import merge
 
         _check_names("merge", ("t", "step", "method", "dtype", "progress"), options, OutputOptions)
         base, out = files.expanded(base), files.expanded(out)

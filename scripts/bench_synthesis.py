@@ -41,7 +41,8 @@ from synthesis_cases import (
 )
 
 from posthoc_cli import disk_sources
-from posthoc_cli.export.layouts import OutputOptions, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 

@@ -156,7 +156,7 @@ _PEAK = """
 import re, resource, sys, torch
 if len(sys.argv) > 1:
     from pathlib import Path
-    from posthoc_cli.export.layouts import write_synthesis
+    from posthoc_cli.export.writing import write_synthesis
     from posthoc_cli import disk_sources, plan_synthesis
     plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15], dtype="float32")
     write_synthesis(plan, [Path(sys.argv[2])])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from posthoc_cli.errors import InvalidValueError, PostHocError
 
@@ -32,6 +35,19 @@ def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
+
+
+def load_output(path: Path) -> dict[str, torch.Tensor]:
+    """What others load: torch a .pt file, safetensors a file, and of a folder the shards that its index names."""
+    if path.suffix == ".pt":
+        return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(path / "model.safetensors" if path.is_dir() else path)
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shards = {name: load_file(path / name) for name in sorted(set(weight_map.values()))}
+    assert sorted(weight_map) == sorted(name for shard in shards.values() for name in shard)
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def saved_and_loaded(module: Module) -> Module:

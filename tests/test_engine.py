@@ -24,7 +24,8 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 
 from posthoc_cli import Between, PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
-from posthoc_cli.export.layouts import OutputOptions, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.synthesis import engine
@@ -138,13 +139,13 @@ def assert_sums(made: Iterable[tuple[str, list[torch.Tensor]]], expected: Expect
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("chunk", [COLUMNS, 4 * COLUMNS, 2**18])
-@pytest.mark.parametrize("tile", [1, 3 * 2**20])
-def test_tiles_chunks_and_threads_of_any_number_give_the_same_bytes(
-    mixed: Path, workers: int, chunk: int, tile: int
+def test_chunks_and_threads_of_any_number_give_the_same_bytes(
+    mixed: Path, workers: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, kept, told = plan_of(mixed), Kept(), list[int]()
     reference = bits(plan, workers=1)
-    list(synthesize_into(plan, kept.outputs(), Options(workers=workers, progress=told.append), chunk, tile))
+    monkeypatch.setattr(engine, "CHUNK", chunk)
+    list(synthesize_into(plan, kept.outputs(), Options(workers=workers, progress=told.append)))
     for name in ("large", "changing", "own", "counter"):
         for target in range(len(TARGETS)):
             assert kept.joined(name, target) == reference[name][target], name
@@ -499,9 +500,6 @@ def test_the_number_of_threads_of_torch_is_as_it_was(mixed: Path) -> None:
             assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
-
-
-# --- progress --------------------------------------------------------------------------------------
 
 
 # --- filling a model -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from checking import assert_same_tensors, refused
+from checking import assert_same_tensors, load_output, refused
 from factories import (
     RUN_ID,
     exact_gamma,
@@ -37,7 +37,8 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.layouts import layout_of, output_exists, write_synthesis
+from posthoc_cli.export.layouts import layout_of, output_exists
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.outputs import decode_output
@@ -64,16 +65,6 @@ def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...]
     return path
 
 
-def load(path: Path) -> Tensors:
-    """What others load from an output: torch for .pt, safetensors for a file, and for a folder through its index."""
-    if path.suffix == ".pt":
-        return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
-    if (path / INDEX).exists():
-        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-        return {name: load_file(path / file)[name] for name, file in weight_map.items()}
-    return load_file(path / "model.safetensors" if path.is_dir() else path)
-
-
 def tree(directory: Path) -> dict[str, bytes | None]:
     """Everything under a directory, with its content."""
     paths = sorted(directory.rglob("*"))
@@ -86,7 +77,7 @@ def exported(
     """What is loaded from the export of an output, out.safetensors."""
     source = write_output(tmp_path / "in.safetensors", tensors, copies)
     export_file(source, tmp_path / "out.safetensors", overwrite=True, **options)
-    return load(tmp_path / "out.safetensors")
+    return load_output(tmp_path / "out.safetensors")
 
 
 OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
@@ -104,7 +95,7 @@ def test_every_layout_holds_the_same_tensors(tmp_path: Path, layout: str) -> Non
     source, size = write_output(tmp_path / "in.safetensors"), SIZE.get(layout)
     report = export_file(source, out, max_shard_size=size, progress=lambda *_: bar)
     (made,) = report.made.values()
-    assert_same_tensors(load(out), WEIGHTS)
+    assert_same_tensors(load_output(out), WEIGHTS)
     assert (made.tensors, made.from_base, made.nbytes) == (4, 0, 40 + 80 + 8 + 8)
     assert sum(told) == made.nbytes
 
@@ -189,7 +180,7 @@ def test_averages_take_the_dtype_and_copies_keep_theirs(tmp_path: Path, layout: 
     wanted = {"float16": torch.float16, "bf16": torch.bfloat16}.get(str(dtype), torch.float64)
     out = tmp_path / OUTPUTS[layout]
     export_file(write_output(tmp_path / "in.safetensors"), out, dtype=dtype)
-    assert_same_tensors(load(out), {**WEIGHTS, "a": WEIGHTS["a"].to(wanted), "b": WEIGHTS["b"].to(wanted)})
+    assert_same_tensors(load_output(out), {**WEIGHTS, "a": WEIGHTS["a"].to(wanted), "b": WEIGHTS["b"].to(wanted)})
 
 
 TOO_LARGE, NOT_FINITE = ".* cannot hold its largest value", "holds nan or infinity"
@@ -222,7 +213,7 @@ def test_infinity_in_a_buffer_or_in_a_foreign_file_is_as_it_should_be(tmp_path: 
     assert_same_tensors(exported(tmp_path, mask, ("mask",), dtype="fp16"), mask)
     save_file({**mask, "codes": codes}, tmp_path / "foreign.safetensors")
     export_file(tmp_path / "foreign.safetensors", tmp_path / "b.safetensors", dtype="fp16")
-    assert_same_tensors(load(tmp_path / "b.safetensors"), {"mask": mask["mask"].half(), "codes": codes.half()})
+    assert_same_tensors(load_output(tmp_path / "b.safetensors"), {"mask": mask["mask"].half(), "codes": codes.half()})
 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -246,12 +237,12 @@ def test_a_snapshot_comes_in_the_models_own_dtypes_under_all_its_names(tmp_path:
     out = tmp_path / "out.safetensors"
     for path, name in ((source, source.name), (folder, "10"), (folder / INDEX, "10")):
         export_file(path, out, overwrite=True)
-        assert_same_tensors(load(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
+        assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
         info = decode_output(out, read_header(out))
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
         assert (info.snapshots, sorted(info.copies)) == (((name, 1.0),), ["var", "var too"])
     export_file(source, tmp_path / "half.pt", dtype="float16")
-    assert_same_tensors(load(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
+    assert_same_tensors(load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
 
 
 # --- names -----------------------------------------------------------------------------------------
@@ -302,10 +293,12 @@ def test_a_base_completes_what_was_not_averaged(tmp_path: Path, layout: str, kin
     made = export_file(write_output(tmp_path / "in.safetensors"), out, base=base, max_shard_size=SIZE.get(layout)).made[
         out
     ]
-    assert_same_tensors(load(out), {**BASE, **WEIGHTS})
+    assert_same_tensors(load_output(out), {**BASE, **WEIGHTS})
     assert (made.tensors, made.from_base) == (6, 2)
     export_file(base, out, dtype="bf16", overwrite=True)
-    assert_same_tensors(load(out), {**{name: tensor.bfloat16() for name, tensor in BASE.items()}, "ids": BASE["ids"]})
+    assert_same_tensors(
+        load_output(out), {**{name: tensor.bfloat16() for name, tensor in BASE.items()}, "ids": BASE["ids"]}
+    )
     if kind == "index":
         (base / "ids.safetensors").write_bytes((base / "a.safetensors").read_bytes())
         with pytest.raises(FileFormatError, match=r"ids\.safetensors: tensor 'ids' is not in it, as the index says"):
@@ -371,7 +364,7 @@ def test_an_output_that_is_there_stays_unless_it_may_be_replaced(tmp_path: Path,
         export_file(new, out)
     assert tree(tmp_path) == before
     export_file(new, out, overwrite=True)
-    assert_same_tensors(load(out), WEIGHTS)
+    assert_same_tensors(load_output(out), WEIGHTS)
 
 
 @pytest.mark.parametrize("old_size", ["60", "100", "5GB"])
@@ -387,7 +380,7 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(
     export_file(write_output(tmp_path / "new.safetensors"), out, max_shard_size=new_size, overwrite=True)
     export_file(tmp_path / "new.safetensors", tmp_path / "fresh", max_shard_size=new_size)
     assert tree(out) == {**tree(tmp_path / "fresh"), "config.json": b"{}"}
-    assert_same_tensors(load(out), WEIGHTS)
+    assert_same_tensors(load_output(out), WEIGHTS)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -404,14 +397,14 @@ def test_a_folder_is_replaced_or_kept_without_hard_links_too(
     assert (tree(out) == before) == fails
     assert (out / "model.safetensors").exists() == fails
     if not fails:
-        assert_same_tensors(load(out), WEIGHTS)
+        assert_same_tensors(load_output(out), WEIGHTS)
 
 
 def test_a_model_can_be_replaced_by_an_export_of_itself(tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_file(write_output(tmp_path / "in.safetensors"), out)
     export_file(out / "model.safetensors", out, dtype="bf16", max_shard_size="30", overwrite=True)
-    assert_same_tensors(load(out), {**WEIGHTS, "a": WEIGHTS["a"].bfloat16(), "b": WEIGHTS["b"].bfloat16()})
+    assert_same_tensors(load_output(out), {**WEIGHTS, "a": WEIGHTS["a"].bfloat16(), "b": WEIGHTS["b"].bfloat16()})
     assert not (out / "model.safetensors").exists()
 
 
@@ -468,7 +461,7 @@ def arm(
 def holds(folder: Path, expected: Tensors) -> bool:
     """Whether these are the tensors of the model in a folder, and the model is whole."""
     try:
-        assert_same_tensors(load(folder), expected)
+        assert_same_tensors(load_output(folder), expected)
     except (OSError, AssertionError):
         return False
     return True
@@ -503,7 +496,7 @@ def test_shards_that_fail_at_any_operation_leave_the_folder_as_it_was(
         break
     files.remove_unfinished()  # as the end of the process does
     assert not files.leftovers(out)
-    assert_same_tensors(load(out), WEIGHTS)
+    assert_same_tensors(load_output(out), WEIGHTS)
 
 
 def test_at_no_moment_does_an_index_lead_to_shards_of_two_models(
@@ -537,7 +530,7 @@ def test_the_pt_file_of_one_of_many_targets_is_no_larger_than_of_one_alone(tmp_p
     write_synthesis(plan_synthesis(sources, many), [tmp_path / f"{target}.pt" for target in many])
     for target in many:
         assert (tmp_path / f"{target}.pt").stat().st_size == (tmp_path / "alone.pt").stat().st_size
-        found = load(tmp_path / f"{target}.pt")
+        found = load_output(tmp_path / f"{target}.pt")
         assert found["tied"].data_ptr() == found["w"].data_ptr()
 
 
@@ -653,11 +646,10 @@ def spoil(folder: Path, kind: str) -> str:
     if kind == "weights":
         (folder / "model.safetensors").unlink()
     targets = {
-        "secret": "../outside/secret.json", "absolute": str(outside / "secret.json"), "endless": "/dev/zero",
-        "terminal": "/dev/tty", "nowhere": "nowhere", "loop": "extra.json", "folder": "../outside", "inner": "assets",
-        "weights": "../outside/model.safetensors", "config": "/dev/zero",
+        "secret": "../outside/secret.json", "endless": "/dev/zero", "nowhere": "nowhere", "loop": "extra.json",
+        "inner": "assets", "weights": "../outside/model.safetensors",
     }  # fmt: skip
-    name = {"weights": "model.safetensors", "config": "config.json", "nested": "assets/a.json"}.get(kind, "extra.json")
+    name = {"weights": "model.safetensors", "nested": "assets/a.json"}.get(kind, "extra.json")
     if kind == "nested":
         (folder / "more.json").symlink_to(outside / "secret.json")
     (folder / name).unlink(missing_ok=True)
@@ -665,14 +657,8 @@ def spoil(folder: Path, kind: str) -> str:
     return f"{name} is a link to "
 
 
-KINDS = [
-    "secret", "absolute", "endless", "terminal", "nowhere", "loop", "folder", "inner", "weights", "config", "nested",
-    "fifo",
-]  # fmt: skip
-
-
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["secret", "endless", "nowhere", "loop", "inner", "weights", "nested", "fifo"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_nothing_that_a_link_leads_to_elsewhere_is_copied(tmp_path: Path, run: Run, kind: str, cached: bool) -> None:
     """A secret would end in a folder that is uploaded, a device fill the disk or hang."""

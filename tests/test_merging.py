@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,21 +230,20 @@ def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, 
     other = run / "checkpoint-20"
     save_file(peft_names(trajectory(rank=4)[5]), other / "adapter_model.safetensors")
     refused("[4, 6]")
+
+    def rewrite(change: Callable[[Factors], Factors], config: str = json.dumps(CONFIG)) -> None:
+        for step in range(10, 41, 10):
+            save_file(change(peft_names(history[step - 1])), run / f"checkpoint-{step}/adapter_model.safetensors")
+            (run / f"checkpoint-{step}/adapter_config.json").write_text(config)
+
     magnitude = {"base_model.model.blocks.0.query.lora_magnitude_vector.weight": torch.ones(8)}
-    for step in range(10, 41, 10):
-        save_file(peft_names(history[step]) | magnitude if step < 40 else peft_names(history[-1]) | magnitude,
-                  run / f"checkpoint-{step}/adapter_model.safetensors")  # fmt: skip
+    rewrite(lambda factors: factors | magnitude)
     refused("lora_magnitude_vector.weight' is no factor of LoRA")
-    for step in range(10, 41, 10):
-        save_file({"w": torch.ones(2)}, run / f"checkpoint-{step}/adapter_model.safetensors")
+    rewrite(lambda _: {"w": torch.ones(2)})
     refused("'w' is no factor of LoRA")
-    for step in range(10, 41, 10):
-        half = {name: value for name, value in peft_names(history[0]).items() if "lora_A" in name}
-        save_file(half, run / f"checkpoint-{step}/adapter_model.safetensors")
+    rewrite(lambda factors: {name: value for name, value in factors.items() if "lora_A" in name})
     refused("'base_model.model.blocks.0.query' has only one of its two factors")
-    for step in range(10, 41, 10):
-        save_file(peft_names(history[step - 1]), run / f"checkpoint-{step}/adapter_model.safetensors")
-        (run / f"checkpoint-{step}/adapter_config.json").write_text('{"lora_alpha": null}')
+    rewrite(lambda factors: factors, '{"lora_alpha": null}')
     refused("is no configuration of LoRA with a number lora_alpha")
     with pytest.raises(InvalidValueError, match="has no argument 'lik'"):
         Run(run).merge(0.1, base, out, lik=3)

@@ -3,7 +3,6 @@ mix, and no index before all shards are there."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checking import assert_same_tensors
+from checking import assert_same_tensors, load_output
 from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, refuse_for_space, write_snapshot
 from safetensors.torch import load_file, save_file
 
 import posthoc_cli
 from posthoc_cli import Run, disk_sources, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
-from posthoc_cli.export.torchrun import divide
+from posthoc_cli.export.writing import divide
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,13 +51,6 @@ def run(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "run"))
 
 
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
-    shards = {name: load_file(folder / name) for name in set(weight_map.values())}
-    assert sorted(weight_map) == sorted(name for shard in shards.values() for name in shard)
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
-
-
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """This process is a job of its own."""
@@ -85,14 +77,14 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     Run(run).write([0.1, 0.2], tmp_path / "whole", dtype=dtype)
     for target in ("sigma_rel-0.1", "sigma_rel-0.2"):
         folder, whole = tmp_path / "out" / target, load_file(tmp_path / "whole" / f"{target}.safetensors")
-        made = load(folder)
+        made = load_output(folder)
         assert made.keys() == whole.keys()
         for name, value in whole.items():
             torch.testing.assert_close(made[name], value, rtol=0 if dtype is None else 0.01, atol=1e-6)
         assert sorted(contents(folder)) == [*(path.name for path in shards(folder)), INDEX_NAME]
     write(run, tmp_path / "one", 0.1, size, dtype=dtype)
     Run(run).write(0.1, tmp_path / "one.safetensors", dtype=dtype)
-    assert_same_tensors(load(tmp_path / "one"), load_file(tmp_path / "one.safetensors"))
+    assert_same_tensors(load_output(tmp_path / "one"), load_file(tmp_path / "one.safetensors"))
 
 
 def test_shards_have_nearly_equal_bytes_and_are_never_empty(run: Path) -> None:

@@ -177,7 +177,7 @@ def _places(place: str | Path) -> list[Path]:
     path = files.expanded(place)
     if is_glob(path):
         if files.is_url(path):
-            from posthoc_cli.remote.path import matching
+            from posthoc_cli.remote.store import matching
 
             found = matching(path)
         else:

@@ -9,9 +9,9 @@ import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,28 +30,21 @@ from posthoc_cli.errors import (
     VanishedError,
     WriteError,
     check_word,
-    shown,
 )
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
-from posthoc_cli.snapshots.format import FileHeader, OutputInfo, TensorSpec, output_metadata
+from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     SINGLE_NAME,
     check_indexed,
-    decode_output,
     encode_index,
     model_files,
-    output_difference,
-    same_coefficients,
-    training_metadata,
 )
-from posthoc_cli.snapshots.reading import TensorReader, open_file, verify_payload
-from posthoc_cli.snapshots.sources import FileSource
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
-from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds, synthesize_into
-from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.snapshots.reading import TensorReader, open_file
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes, tensor_from_bytes
+from posthoc_cli.synthesis.engine import Options, TensorOutput, TileWriter, holds
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
 
@@ -60,7 +53,6 @@ LAYOUTS = {"safetensors": (fmt.SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".
 
 DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = LAYOUTS["pt"]
-ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
 
@@ -106,70 +98,24 @@ class OutputOptions(Options):
             raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
 
 
-def write_synthesis(
-    plan: Plan,
-    paths: Sequence[Path],
-    options: OutputOptions = OutputOptions(),
-    folders: Sequence[Path] = (),
-    marks: Sequence[Mapping[str, str]] = (),
-) -> None:
-    """Synthesize every target of a plan into its path; none appears before all are complete.
-
-    Arguments:
-        plan: from `plan_synthesis`.
-        paths: an output a target.
-        folders: of the outputs, each created if it is missing.
-        marks: further metadata of each output.
-
-    Raises:
-        WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
-        OutputExistsError: an output is there already, and `options.overwrite` is False.
-        FileFormatError, NonFiniteError: as `synthesize`.
-    """
-    check_space({path: _bytes_here(plan, path, options) for path in paths})
-    newest, kept = plan.newest, {}
-    if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
-        kept = training_metadata(read_header(newest.path))
-    sinks: list[Sink] = []
-    with ExitStack() as stack:
-        for folder in folders:
-            stack.enter_context(files.new_directory(folder))
-        for index, path in enumerate(paths):
-            metadata = kept | output_metadata(plan.output_info(index)) | dict(marks[index] if marks else {})
-            sinks.append(make_sink(layout_of(path, options.layout), path, plan.specs(), metadata, options))
-            stack.callback(sinks[-1].discard)
-        shards = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
-        for part in shards[0].parts(plan) if shards else [plan]:
-            with closing(synthesize_into(part, sinks, options)) as made:
-                for _ in made:
-                    pass
-            for one in shards:
-                one.publish_next()
-        for sink in sinks:
-            sink.commit()
-
-
-def _bytes_here(plan: Plan, path: Path, options: OutputOptions) -> int:
-    """What an output takes on a disk of this machine: of shards that go to a store no more than one at a time."""
-    if not files.is_url(path) or layout_of(path, options.layout) != "sharded":
-        return plan.nbytes
-    return min(plan.nbytes, max(options.shard_bytes, *(spec.nbytes for spec in plan.specs())))
-
-
 def check_space(outputs: Mapping[Path, int]) -> None:
-    """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room."""
-    disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
-    for path, nbytes in outputs.items():
-        here = Path(tempfile.gettempdir()) / path.name if files.is_url(path) else path  # where it is written first
+    """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room.
+
+    Those for a store are in the folder for temporary files first.
+    """
+    disks: dict[int, list[tuple[Path, Path]]] = defaultdict(list)
+    for path in outputs:
+        here = Path(tempfile.gettempdir()) if files.is_url(path) else path
         place = next(folder for folder in (here, *here.parents) if folder.is_dir())
-        disks[place.stat().st_dev].append((place, nbytes))
-    for places in disks.values():
-        place, needed = places[0][0], sum(nbytes for _, nbytes in places)
+        disks[place.stat().st_dev].append((path, place))
+    for paths in disks.values():
+        (first, place), needed = paths[0], sum(outputs[path] for path, _ in paths)
         free = shutil.disk_usage(place).free
         if needed > free:
-            count = "the output takes" if len(places) == 1 else f"the {len(places)} outputs take"
+            count = "the output takes" if len(paths) == 1 else f"the {len(paths)} outputs take"
             reason = f"{count} {needed:,} bytes, and {free:,} are free on this disk; nothing was written"
-            raise WriteError(place, reason, errno=errno.ENOSPC)
+            hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
+            raise WriteError(place, reason, hint if files.is_url(first) else "", errno=errno.ENOSPC)
 
 
 # --- layouts and names -------------------------------------------------------------------------------
@@ -237,59 +183,9 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     return [*taken], folder
 
 
-# --- outputs that are there already ------------------------------------------------------------------
-
-
 def output_exists(path: Path, layout: str) -> bool:
     """Whether an output is there already."""
     return holds_model(path) if layout == "sharded" else not files.is_gone(path)
-
-
-def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = None) -> set[int]:
-    """The targets of a plan, by index, whose output is there already; every byte of it is verified.
-
-    An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not say.
-    """
-    kinds = [layout_of(path, layout) for path in paths]
-    there = {index for index, path in enumerate(paths) if output_exists(path, kinds[index])}
-    for index in sorted(there):
-        if kinds[index] in ("pt", "dcp"):
-            reason = f"is there already, and this layout, {kinds[index]}, does not say which average it holds"
-            raise OutputExistsError(paths[index], reason, ANOTHER_NAME)
-        try:
-            _check_output(paths[index], plan, plan.output_info(index))
-        except (FileFormatError, MismatchError) as error:
-            raise OutputExistsError(error.subject, error.reason, ANOTHER_NAME) from error
-    return there
-
-
-def _check_output(path: Path, plan: Plan, wanted: OutputInfo) -> None:
-    """Check that an output is there as it would be made: FileFormatError or MismatchError."""
-    found: dict[str, str] = {}
-    for shard in model_files(path):
-        header = check_info(shard, wanted, {})
-        verify_payload(shard, header)
-        found |= {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in header.tensors.items()}
-    expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
-    for name in sorted(found.keys() | expected.keys()):
-        one, other = found.get(name, "absent"), expected.get(name, "absent")
-        if one != other:
-            raise MismatchError(path, f"is another output: its tensor {shown(name)} is {one}, not {other}")
-
-
-def check_info(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
-    """The header of an output that is there, if that says what it would say: FileFormatError or MismatchError."""
-    header = read_header(path)
-    info = decode_output(path, header)
-    difference = output_difference(info, wanted)
-    used, own = ([name for name, coefficient in one.snapshots if coefficient] for one in (info, wanted))
-    if difference is None and (used != own or not same_coefficients(info, wanted)):
-        difference = "its snapshots or their coefficients are others"
-    elif difference is None and not marks.items() <= header.metadata.items():
-        difference = "its release, snapshots, dtype, tensors or number of shards are others"
-    if difference is not None:
-        raise MismatchError(path, f"is another output: {difference}")
-    return header
 
 
 # --- tensors that go into outputs --------------------------------------------------------------------
@@ -322,23 +218,10 @@ def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
     return opened
 
 
-def write_tensors(
-    path: Path,
-    specs: Sequence[TensorSpec],
-    metadata: Mapping[str, str],
-    values: Iterable[torch.Tensor],
-    options: OutputOptions,
-    advance: Callable[[int], object],
-) -> None:
-    """Write an output of these tensors, one at a time; tells how many bytes are written. It appears whole or not."""
-    sink = make_sink(layout_of(path, options.layout), path, specs, metadata, options)
-    try:
-        for spec, value in zip(specs, values, strict=True):
-            sink.write(spec.name, value)
-            advance(spec.nbytes)
-        sink.commit()
-    finally:
-        sink.discard()
+def stored_tensor(file: TensorReader, name: str) -> torch.Tensor:
+    """A verified tensor of a file, as it is stored."""
+    entry = file.header.tensors[name]
+    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
@@ -356,10 +239,45 @@ MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 
 
-def make_sink(
-    layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
-) -> Sink:
-    """A sink for the tensors of one output; call its `discard` at the end in any case."""
+def write_outputs(
+    paths: Sequence[Path],
+    specs: Sequence[TensorSpec],
+    metadata: Sequence[Mapping[str, str]],
+    options: OutputOptions,
+    fill: Callable[[list[str], Sequence[Sink]], object],
+    folders: Sequence[Path] = (),
+) -> None:
+    """Write outputs of the same tensors, each with its metadata; none appears before all are complete.
+
+    `fill` writes some of the tensors, by their names, into the sinks of all outputs. The folders are made if missing.
+
+    Raises:
+        WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
+        OutputExistsError: an output is there already, and `options.overwrite` is False.
+    """
+    sizes, here = [spec.nbytes for spec in specs], {}
+    for path in paths:
+        is_shards = layout_of(path, options.layout) == "sharded" and files.is_url(path)  # no more than one at a time
+        here[path] = min(sum(sizes), max([options.shard_bytes, *sizes])) if is_shards else sum(sizes)
+    check_space(here)
+    sinks: list[Sink] = []
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(files.new_directory(folder))
+        for path, own in zip(paths, metadata, strict=True):
+            sinks.append(_sink(path, specs, own, options))
+            stack.callback(sinks[-1].discard)
+        shards = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
+        for names in shards[0].files if shards else [[spec.name for spec in specs]]:
+            fill(names, sinks)
+            for one in shards:
+                one.publish_next()
+        for sink in sinks:
+            sink.commit()
+
+
+def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions) -> Sink:
+    layout = layout_of(path, options.layout)
     files.check_parent("out", path)
     if options.overwrite:
         check_no_snapshot(path)
@@ -395,10 +313,9 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Check that shards may be written into a folder: it is no file, and holds no model that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(folder, "is a file; shards need a folder")
-    if files.is_url(folder) and holds_model(folder):  # one object after the other would be replaced
-        raise OutputExistsError(folder, "holds a model already", "choose another folder")
-    if not overwrite and holds_model(folder):
-        raise OutputExistsError(folder, "holds a model already", OTHER_FOLDER)
+    is_url = files.is_url(folder)  # whose objects would be replaced one after the other
+    if (is_url or not overwrite) and holds_model(folder):
+        raise OutputExistsError(folder, "holds a model already", "choose another folder" if is_url else OTHER_FOLDER)
 
 
 # --- safetensors -------------------------------------------------------------------------------------
@@ -411,7 +328,7 @@ class FileSink:
         writers: the files, each with the names of its tensors.
     """
 
-    def __init__(self, writers: Mapping[TensorFileWriter, Iterable[str]]) -> None:
+    def __init__(self, writers: Mapping[TensorFileWriter, list[str]]) -> None:
         self._writers = writers
         self._places = {name: writer for writer, names in writers.items() for name in names}
 
@@ -525,13 +442,10 @@ class _ShardedSink(FileSink):
         self._committed = True
         files.discard(self._old.values())
 
-    def parts(self, plan: Plan) -> Iterator[Plan]:
-        """A plan for each file, with what it needs beside those before."""
-        left = dict(plan.names)
-        for names in map(set, self._writers.values()):
-            own = frozenset(name for name, aliases in left.items() if not names.isdisjoint(aliases))
-            left = {name: aliases for name, aliases in left.items() if name not in own}
-            yield replace(plan, subset=own)
+    @property
+    def files(self) -> list[list[str]]:
+        """The tensors of each file."""
+        return [*self._writers.values()]
 
     def publish_next(self) -> None:
         """Let the next file appear."""

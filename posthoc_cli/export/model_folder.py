@@ -25,11 +25,11 @@ from posthoc_cli.errors import (
     MismatchError,
     OutputExistsError,
 )
-from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted
+from posthoc_cli.export.layouts import FileSink, OutputOptions, check_shape, check_space, converted, stored_tensor
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reading import open_file
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_from_bytes
+from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header
 from posthoc_cli.synthesis.engine import Options, synthesize
 from posthoc_cli.synthesis.plan import Plan
 
@@ -128,15 +128,8 @@ class ModelFolder:
     ) -> tuple[str, ...]:
         """Write a folder for each target of a plan, in a `container` to make; each appears complete or not at all.
 
-        Returns:
-            The names of the tensors that the run does not have, and that are those of the folder.
-
-        Raises:
-            OutputExistsError: there is something under an output's name; folders are not replaced.
-            MismatchError: a tensor of the run has another shape in the folder, or is neither there nor in the library;
-                or the folder's weights are quantized, or its library cannot load it.
-            NonFiniteError: a dtype of the folder cannot hold a value.
-            WriteError: the system refused.
+        Returns the tensors that the run does not have, and that are those of the folder. A MismatchError if a tensor of
+        the run has another shape there, or is in neither the folder nor the library, or if the weights are quantized.
         """
         temporary = [files.made_at(out) for out in outs]
         for out in outs:
@@ -191,7 +184,7 @@ class ModelFolder:
             for file, specs in by_file.items():
                 with open_file(file) as source:
                     for spec in (spec for spec in specs if spec.name not in known):
-                        value = tensor_from_bytes(source.read(spec.name), spec.dtype, spec.shape)
+                        value = stored_tensor(source, spec.name)
                         for sink in sinks:
                             sink.write(spec.name, value)
             for name, values in synthesize(plan, options):

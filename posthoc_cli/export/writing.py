@@ -1,36 +1,80 @@
-"""Averages of a run as files: in one process, or by the processes of a torchrun job."""
+"""Averages of a run as files: in one process, or by those of a torchrun job, each of which writes shards of its own.
+
+Headers alone divide a plan into shards of complete tensors, so that every process knows all of them. A shard appears
+complete or not at all, and its metadata holds the plan's fingerprint: a job that was killed is run again, and keeps
+what is there. The first process writes the index at the end. Without it a folder is no model to any reader; no index
+stays beside shards of another plan.
+
+No tensor is exchanged: after each shard the processes tell each other by torch.distributed whether they go on. One that
+has died is noticed by the launcher, which ends the others, or by those that wait for it.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import xxhash
 
+import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
-from posthoc_cli.errors import InvalidValueError, check_alone
-from posthoc_cli.export.layouts import PICKLES, OutputOptions, existing_outputs, output_paths, write_synthesis
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    OutputExistsError,
+    PostHocError,
+    RankError,
+    check_alone,
+    shown,
+)
+from posthoc_cli.export.layouts import (
+    OTHER_FOLDER,
+    PICKLES,
+    OutputOptions,
+    Sink,
+    check_free_folder,
+    check_no_snapshot,
+    check_space,
+    layout_of,
+    model_files_in,
+    output_exists,
+    output_paths,
+    write_outputs,
+)
 from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots.format import SUFFIX
-from posthoc_cli.synthesis.engine import check_device
+from posthoc_cli.resources import worker_count
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.directory import ON_ONE_FILE_SYSTEM
+from posthoc_cli.snapshots.format import SUFFIX, FileHeader, OutputInfo, output_metadata
+from posthoc_cli.snapshots.outputs import (
+    INDEX_NAME,
+    decode_output,
+    encode_index,
+    model_files,
+    output_difference,
+    same_coefficients,
+    training_metadata,
+)
+from posthoc_cli.snapshots.reading import verify_payload
+from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
+from posthoc_cli.synthesis.engine import Progress, check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
-
-
-def is_rank() -> bool:
-    """Whether this process is one of several of a torchrun job."""
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
-
-
-def local_rank() -> tuple[int, int]:
-    """The number of this process among those on this machine, and how many they are."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -69,76 +113,68 @@ class SynthesisReport:
         return report
 
 
-@dataclass(frozen=True)
 class Outputs:
-    """Where averages go as files, and how: checked before anything is read.
+    """The outputs that a caller of `Run.write` asks for, checked before anything is read.
+
+    Arguments:
+        like: the model folder that they are to be like.
 
     Attributes:
         paths: one a target; none in a dry run.
         container: a folder to make for them.
         dtype: of the averages.
         options: with the device and the layout that follow from what was asked for.
-        like: the model folder that they are to be like.
-        started: when they were asked for.
+
+    Raises:
+        InvalidValueError: saying what cannot be.
     """
 
-    paths: tuple[Path, ...]
-    container: Path | None
-    dtype: torch.dtype | str | None
-    options: OutputOptions
-    like: ModelFolder | None
-    started: float = field(default_factory=time.perf_counter)
-
-    @classmethod
-    def asked(
-        cls,
-        targets: tuple[Target, ...],
+    def __init__(
+        self,
+        targets: Sequence[Target],
         out: str | Path | None,
         dtype: torch.dtype | str | None,
         asked: OutputOptions,
         like: ModelFolder | None,
-    ) -> Outputs:
-        """The outputs that a caller of `Run.write` asks for; an InvalidValueError says what cannot be."""
+    ) -> None:
         _check(out, dtype, asked)
+        self._like, self._started = like, time.perf_counter()
+        self.dtype = dtype if like is None else like.dtype
         device = str(asked.device)
         if asked.distributed and device == "cuda":  # each rank of a machine takes one of its own
-            device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
+            device = f"cuda:{_local_rank()[0] % max(1, torch.cuda.device_count())}"
         layout = "sharded" if asked.distributed or like is not None else asked.layout
-        options = replace(asked, device=check_device(device), layout=layout)
-        paths, container = ([], None) if out is None else output_paths(targets, str(out), layout)
-        for path in paths:
+        self.options = replace(asked, device=check_device(device), layout=layout)
+        self.paths, self.container = ([], None) if out is None else output_paths(targets, str(out), layout)
+        for path in self.paths:
             if not asked.dry_run:
-                files.check_parent("out", container or path)
+                files.check_parent("out", self.container or path)
             if like is None:
-                options.check_layout(path)
+                self.options.check_layout(path)
         if asked.dry_run:
-            paths, container = [], None
-        return cls(tuple(paths), container, dtype if like is None else like.dtype, options, like)
+            self.paths, self.container = [], None
 
     def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
-        """Make the targets of a plan, but those that are there and may be skipped.
-
-        Errors as `write_synthesis` and `ModelFolder.write`.
-        """
+        """Make the targets of a plan, but those that are there and may be skipped."""
         existing = existing_outputs(plan, self.paths, self.options.layout) if self.options.skip_existing else set()
         wanted = [index for index in range(len(self.paths)) if index not in existing]
         taken: tuple[str, ...] = ()
         if wanted:
             with progress("synthesizing", plan.read_bytes) as advance:
                 options = replace(self.options, progress=advance)
-                if self.like is None:
+                if self._like is None:
                     paths = [self.paths[index] for index in wanted]
                     write_synthesis(plan.only(wanted), paths, options, [*filter(None, [self.container])])
                 else:
-                    taken = self.like.write(plan, self.paths, options, self.container)
+                    taken = self._like.write(plan, self.paths, options, self.container)
         return self.report(plan, frozenset(existing), taken)
 
     def report(
         self, plan: Plan, existing: frozenset[int] = frozenset(), taken: tuple[str, ...] = ()
     ) -> SynthesisReport:
         """What became of a plan, now."""
-        seconds = time.perf_counter() - self.started
-        return SynthesisReport(plan, self.paths, existing, taken, str(self.options.device), seconds)
+        seconds = time.perf_counter() - self._started
+        return SynthesisReport(plan, tuple(self.paths), existing, taken, str(self.options.device), seconds)
 
 
 def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
@@ -158,3 +194,301 @@ def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: Outpu
         name, value = ("out", out) if asked.layout is None else ("layout", asked.layout)
         reason = "a job of several processes makes a folder of shards; name a folder"
         raise InvalidValueError(name, reason, "an export makes one file of it", value=value)
+
+
+# --- the synthesis
+
+
+def write_synthesis(
+    plan: Plan,
+    paths: Sequence[Path],
+    options: OutputOptions = OutputOptions(),
+    folders: Sequence[Path] = (),
+    marks: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Synthesize every target of a plan into its path, with further metadata; see `synthesize` and `write_outputs`."""
+    newest, kept, left = plan.newest, {}, dict(plan.names)
+    if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
+        kept = training_metadata(read_header(newest.path))
+    metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
+    for own, mark in zip(metadata, marks, strict=bool(marks)):
+        own |= mark
+
+    def fill(names: list[str], sinks: Sequence[Sink]) -> None:
+        """Make those of the tensors that were not made before under other names."""
+        wanted = set(names)
+        own = frozenset(name for name, aliases in left.items() if not wanted.isdisjoint(aliases))
+        for name in own:
+            del left[name]
+        with closing(synthesize_into(replace(plan, subset=own), sinks, options)) as made:
+            for _ in made:
+                pass
+
+    write_outputs(paths, plan.specs(), metadata, options, fill, folders)
+
+
+# --- outputs that are there already
+
+
+def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> set[int]:
+    """The targets of a plan, by index, whose output is there already; every byte of it is verified.
+
+    An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not say.
+    """
+    hint, there = "choose another name, or overwrite=True to replace it", set()
+    expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
+    for index, path in enumerate(paths):
+        kind = layout_of(path, layout)
+        if not output_exists(path, kind):
+            continue
+        if kind in ("pt", "dcp"):
+            reason = f"is there already, and this layout, {kind}, does not say which average it holds"
+            raise OutputExistsError(path, reason, hint)
+        found: dict[str, str] = {}
+        try:
+            for shard in model_files(path):
+                header = _checked_header(shard, plan.output_info(index), {})
+                verify_payload(shard, header)
+                found |= {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in header.tensors.items()}
+            for name in sorted(found.keys() | expected.keys()):
+                one, other = found.get(name, "absent"), expected.get(name, "absent")
+                if one != other:
+                    raise MismatchError(path, f"is another output: its tensor {shown(name)} is {one}, not {other}")
+        except (FileFormatError, MismatchError) as error:
+            raise OutputExistsError(error.subject, error.reason, hint) from error
+        there.add(index)
+    return there
+
+
+def _checked_header(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
+    """The header of an output that is there, if that says what it would say: FileFormatError or MismatchError."""
+    header = read_header(path)
+    info = decode_output(path, header)
+    difference = output_difference(info, wanted)
+    used, own = ([name for name, coefficient in one.snapshots if coefficient] for one in (info, wanted))
+    if difference is None and (used != own or not same_coefficients(info, wanted)):
+        difference = "its snapshots or their coefficients are others"
+    elif difference is None and not marks.items() <= header.metadata.items():
+        difference = "its release, snapshots, dtype, tensors or number of shards are others"
+    if difference is not None:
+        raise MismatchError(path, f"is another output: {difference}")
+    return header
+
+
+# --- shards of several processes
+
+
+def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressBar) -> SynthesisReport | None:
+    """Make the shards of this process, whose others do the same; None in all but the first."""
+    if outputs.paths:
+        wanted = ranks.world * max(1, -(-plan.nbytes // (outputs.options.shard_bytes * ranks.world)))
+        shards = Shards(plan, outputs, wanted)
+        with ranks.together():
+            if not ranks.rank:
+                shards.begin()
+        own = range(ranks.rank, len(shards.parts), ranks.world)
+        bar = no_bar if ranks.rank else progress
+        with bar("synthesizing", sum(shards.parts[part].read_bytes for part in own)) as advance:
+            for first in range(0, len(shards.parts), ranks.world):
+                with ranks.together():
+                    shards.make(first + ranks.rank, advance)
+        with ranks.together():
+            if not ranks.rank:
+                shards.finish()
+    return None if ranks.rank else outputs.report(plan)
+
+
+class Shards:
+    """The shards of the models of a plan's targets, a folder each.
+
+    Arguments:
+        wanted: how many; fewer if there are fewer tensors.
+    """
+
+    def __init__(self, plan: Plan, outputs: Outputs, wanted: int) -> None:
+        workers = max(1, worker_count() // _local_rank()[1])
+        self._options = replace(outputs.options, layout="safetensors", workers=workers)
+        self._folders = outputs.paths
+        self._made = [*filter(None, [outputs.container]), *outputs.paths]
+        division = divide(plan, wanted)
+        self.parts = [replace(plan, subset=frozenset(names)) for names in division]
+        self._marks = [{"ema.plan": fingerprint(plan, target, division)} for target in range(len(self._folders))]
+
+    def begin(self) -> None:
+        """Check that all shards may be written and fit on the disk; remove the index of a model to be replaced."""
+        missing: dict[Path, int] = {}
+        for target, folder in enumerate(self._folders):
+            check_free_folder(folder, overwrite=True)
+            check_no_snapshot(folder)
+            parts = [part for part in range(len(self.parts)) if not self._is_there(part, target)]
+            index, is_there = folder / INDEX_NAME, os.path.lexists(folder / INDEX_NAME)
+            is_same = is_there and _holds(index, self._index(folder))
+            others = [*self._others(folder), *([index] if is_there and not is_same else ())]
+            if others and not self._options.overwrite:
+                raise OutputExistsError(others[0], "is of another model", OTHER_FOLDER)
+            if is_there and (parts or not is_same):
+                _remove(index)
+            missing |= {self._path(part, folder): self.parts[part].nbytes for part in parts}
+        check_space(missing)
+
+    def make(self, part: int, progress: Progress) -> None:
+        """Make the shards of one part, if there is one, that are not there yet."""
+        targets = range(len(self._folders)) if part < len(self.parts) else ()
+        missing = [target for target in targets if not self._is_there(part, target, verify=True)]
+        if missing:
+            paths = [self._path(part, self._folders[target]) for target in missing]
+            marks = [self._marks_of(part, target) for target in missing]
+            options = replace(self._options, progress=progress)
+            write_synthesis(self.parts[part].only(missing), paths, options, self._made, marks)
+
+    def finish(self) -> None:
+        """Check that all shards are there, remove what is left of replaced models, and write the indexes."""
+        for target, folder in enumerate(self._folders):
+            for part in range(len(self.parts)):
+                if not self._is_there(part, target):
+                    raise DirectoryError(self._path(part, folder), "is missing", ON_ONE_FILE_SYSTEM)
+        for folder in self._folders:
+            for path in self._others(folder):
+                _remove(path)
+            files.write_whole(folder / INDEX_NAME, self._index(folder), overwrite=True)
+
+    def _path(self, part: int, folder: Path) -> Path:
+        return folder / f"model-{part + 1:05d}-of-{len(self.parts):05d}.safetensors"
+
+    def _marks_of(self, part: int, target: int) -> dict[str, str]:
+        return self._marks[target] | {"ema.part": f"{part + 1}/{len(self.parts)}"}
+
+    def _is_there(self, part: int, target: int, verify: bool = False) -> bool:
+        """Whether a shard is there; an OutputExistsError if another file has its name and may not be replaced."""
+        path = self._path(part, self._folders[target])
+        if not os.path.lexists(path):
+            return False
+        try:
+            header = _checked_header(path, self.parts[part].output_info(target), self._marks_of(part, target))
+            if verify:
+                verify_payload(path, header)
+        except (FileFormatError, MismatchError) as error:
+            if not self._options.overwrite:
+                raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
+            return False
+        return True
+
+    def _index(self, folder: Path) -> bytes:
+        paths = [self._path(part, folder) for part in range(len(self.parts))]
+        places = {spec.name: path.name for path, plan in zip(paths, self.parts, strict=True) for spec in plan.specs()}
+        return encode_index(places, sum(plan.nbytes for plan in self.parts))
+
+    def _others(self, folder: Path) -> list[Path]:
+        """Files of other models in a folder: readers may take them for this one."""
+        own = {INDEX_NAME, *(self._path(part, folder).name for part in range(len(self.parts)))}
+        return [path for path in model_files_in(folder) if path.name not in own]
+
+
+def divide(plan: Plan, parts: int) -> list[list[str]]:
+    """The stored tensors of each part, neighbours together; parts have nearly equal bytes to read and write."""
+    costs = {}
+    for name, aliases in plan.names.items():
+        written = fmt.TensorSpec(name, plan.output_dtype(name), plan.newest.stored[name].shape).nbytes
+        costs[name] = len(plan.targets) * len(aliases) * written + sum(s.stored[name].nbytes for s in plan.sources)
+    division: dict[int, list[str]] = {}
+    total, done = sum(costs.values()) or 1, 0
+    for name, cost in costs.items():
+        division.setdefault(min(parts - 1, parts * (2 * done + cost) // (2 * total)), []).append(name)
+        done += cost
+    return list(division.values())
+
+
+def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> str:
+    """32 hexadecimal digits that two shards share when they belong together.
+
+    Not over coefficients, which another processor computes with other roundings: see `outputs.SAME_COEFFICIENT`.
+    """
+    columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
+    used = [source for source, row in zip(plan.sources, columns, strict=True) if row.any()]
+    info, checksums = plan.output_info(target), [one.identity for one in used if isinstance(one, FileSource)]
+    facts = [
+        fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
+        checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
+    ]  # fmt: skip
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode())
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    with suppress(FileFormatError):
+        return read_small_file(path, len(content)) == content
+    return False
+
+
+def _remove(path: Path) -> None:
+    with files.reported_as_write_error(path, "removed"):
+        files.unlink_if_there(path)
+        files.system.fsync_directory(path.parent)
+
+
+# --- processes
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several of a torchrun job."""
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
+
+
+def _local_rank() -> tuple[int, int]:
+    """The number of this process among those on this machine, and how many they are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+WAIT = timedelta(minutes=30)
+"""How long a process waits for the others to begin, or to write the shards that they are at."""
+
+
+class Ranks:
+    """The processes of a job, from their meeting to the end of the `with` block: they end together.
+
+    Raises:
+        RankError: they did not meet, or the launcher has ended this one; from `together`: another one failed or died.
+    """
+
+    def __init__(self) -> None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch prints a trace of a process that has died
+        self._is_own = not dist.is_initialized()
+        try:
+            if self._is_own:
+                dist.init_process_group("gloo", timeout=WAIT)
+            self._group = dist.new_group(backend="gloo", timeout=WAIT)
+        except (RuntimeError, ValueError) as error:
+            reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
+            raise RankError("the processes of this job", reason) from error
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.rank:  # the first one logs for all
+            logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that ends when all processes have done theirs; a RankError if another one could not."""
+        failure = None
+        try:
+            yield
+        except PostHocError as error:
+            failure = error
+        told: list[str | None] = [None] * self.world
+        try:
+            dist.all_gather_object(told, failure and str(failure), self._group)
+        except RuntimeError as error:
+            raise failure or RankError("another process of this job", "failed or died; nothing was finished") from error
+        if failure is not None:
+            raise failure
+        for rank, said in enumerate(told):
+            if said is not None:
+                raise RankError(f"rank {rank}", f"failed: {said}")
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with suppress(RuntimeError):
+            dist.destroy_process_group(None if self._is_own else self._group)
+        if isinstance(error, SystemExit):
+            reason = "was ended by a signal, as a launcher does when another process fails or dies"
+            raise RankError("this process of the job", reason) from None

@@ -18,8 +18,7 @@ from contextlib import suppress
 
 from posthoc_cli.errors import LockedError, RemoteError, printable
 from posthoc_cli.remote import store
-from posthoc_cli.remote.path import RemotePath
-from posthoc_cli.remote.store import Known
+from posthoc_cli.remote.store import Known, RemotePath
 
 NAME = ".ema.lease"
 
@@ -43,24 +42,19 @@ class Lease:
 
     def __init__(self, run: RemotePath, token: str) -> None:
         self._run, self._token, self._url, self._until = run, token, str(run / NAME), 0.0
-        self._lost: LockedError | None = None
         self._one_at_a_time, self._released = threading.Lock(), threading.Event()
         self._known = self._free()
         self._check_store()
         self.renew()
         # The thread has no part in the lease's life: of a tracker that is forgotten the lease runs out.
         weakref.finalize(self, self._released.set).atexit = False
-        keeping = threading.Thread(
-            target=_keep, args=(weakref.ref(self), self._released), name="ema-lease", daemon=True
-        )
-        keeping.start()
+        kept = weakref.ref(self), self._released
+        threading.Thread(target=_keep, args=kept, name="ema-lease", daemon=True).start()
 
     def check(self) -> None:
         """Raise a LockedError if another process has taken it over; a RemoteError if that cannot be known."""
-        if self._lost is None and time.monotonic() > self._until:
+        if time.monotonic() > self._until:
             self.renew()
-        if self._lost is not None:
-            raise self._lost
 
     def renew(self) -> None:
         """Hold it for longer; raises as `check`."""
@@ -69,14 +63,14 @@ class Lease:
             try:
                 self._known = self._put(self._known)
             except OSError as error:
-                if not (isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE):
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
                     raise
                 self._known = self._still_own()
             self._until = began + SECONDS
 
     def release(self) -> None:
         """Let another writer in."""
-        if not self._released.is_set() and self._lost is None:
+        if not self._released.is_set():
             self._released.set()
             with self._one_at_a_time, suppress(OSError):
                 store.put(self._url, b"{}", replaces=self._known)
@@ -95,10 +89,10 @@ class Lease:
         try:
             known, note = self._read()
         except FileNotFoundError:
-            known, note = Known("", 0), {}
+            known, note = Known(0), {}
         if note.get("token") != self._token:
-            self._lost = self._refusal(note)
-            raise self._lost
+            self._until = 0.0
+            raise self._refusal(note)
         return known
 
     def _check_store(self) -> None:
@@ -106,18 +100,16 @@ class Lease:
         for known in (None, self._known._replace(tag='"0"', version="0" * bool(self._known.version))):
             try:
                 self._put(known)
-            except FileExistsError:
-                continue
-            except RemoteError as error:
-                if error.errno != errno.ESTALE:
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ESTALE):
                     raise
-                continue
-            raise self._unconditional()
+            else:
+                raise self._unconditional()
 
     def _put(self, replaces: Known | None = None) -> Known:
         """Write the note where there is none, or in place of a known one."""
         try:
-            return store.repeated(lambda: store.put(self._url, self._note(), replaces=replaces))
+            return store.put(self._url, self._note(), replaces=replaces)
         except RemoteError as error:
             if error.errno == errno.ENOTSUP:
                 raise self._unconditional() from error

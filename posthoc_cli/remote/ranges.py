@@ -167,14 +167,11 @@ class _Plan:
         """The bytes from a place on, as many as one piece has of those that are wanted; None where none has any."""
         while self._asked and self._asked[0][1] <= offset:
             self._drop()
-        while not self._asked and self._todo and self._todo[0][1] <= offset:
+        while self._todo and self._todo[0][1] <= offset:
             self._todo.popleft()
+        if self._todo and self._todo[0][0] < offset:  # there was no room for what is before
+            self._todo[0] = offset, self._todo[0][1]
         self._ask()
-        if not self._asked and self._todo and self._todo[0][0] <= offset:  # there is no room
-            end = self._todo.popleft()[1]
-            if offset + count < end:
-                self._todo.appendleft((offset + count, end))
-            return self._file.get(offset, min(offset + count, end))
         if not self._asked or self._asked[0][0] > offset:
             return None
         begin, end, asked = self._asked[0]

@@ -95,8 +95,8 @@ class _LocalBytes:
 def _opened(path: Path) -> _LocalBytes | RemoteBytes:
     if not files.is_url(path):
         return _LocalBytes(path)
-    from posthoc_cli.remote.path import RemotePath
     from posthoc_cli.remote.ranges import RemoteBytes
+    from posthoc_cli.remote.store import RemotePath
 
     if isinstance(path, RemotePath) and path.is_spooled:
         with suppress(FileNotFoundError):

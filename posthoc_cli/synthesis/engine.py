@@ -135,7 +135,6 @@ other's short calls (measured on two cores: 65,536 elements 5.6 GB/s, 262,144 11
 CHUNK = 32_768
 """The same for several targets, whose sums need room for a row a source and a row a target."""
 
-
 REMOTE_CHUNK, REMOTE_THREADS = 131_072, 4
 """The same for one target of objects in a store, so that the chunks of all sources fit into what is asked for ahead;
 and threads at least, of which some wait for the network while others work."""
@@ -177,13 +176,7 @@ def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, 
                 del values  # not held while the next tensor is made
 
 
-def synthesize_into(
-    plan: Plan,
-    outputs: Sequence[Output],
-    options: Options = Options(),
-    chunk: int | None = None,
-    tile_elements: int | None = None,
-) -> Generator[Tile, None, None]:
+def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Options()) -> Generator[Tile, None, None]:
     """Synthesize into outputs; yields the tiles as they are complete, in order.
 
     No more than two tiles a thread are under way. Whatever ends the iteration, an error in a thread, Ctrl-C or a
@@ -191,14 +184,13 @@ def synthesize_into(
 
     Arguments:
         outputs: one a target. Tiles are opened in the caller's thread, and written in another.
-        chunk, tile_elements: elements a thread works on, or makes, at a time; measured values for None.
     """
     device = check_device(options.device)
     is_remote = any(isinstance(one, FileSource) and is_url(one.path) for one in plan.sources)
     alone = REMOTE_CHUNK if is_remote else ONE_TARGET_CHUNK
-    size = chunk or (alone if len(plan.targets) == 1 else CHUNK)
+    size = alone if len(plan.targets) == 1 else CHUNK
     wide = "F32" if device.type == "mps" else None  # which has no float64
-    tiles = deque((one, tile) for one in plan.passes() for tile in cut_tiles(one, size, tile_elements, wide))
+    tiles = deque((one, tile) for one in plan.passes() for tile in cut_tiles(one, size, wide))
     least = REMOTE_THREADS if is_remote and options.workers is None else 1
     workers = min(max(least, worker_count(options.workers)), max(1, len(tiles)))
     own, stop, threads = threading.local(), threading.Event(), torch.get_num_threads()
@@ -430,11 +422,7 @@ class Maker:
 
 
 def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
-    """Check that the output's dtype can hold the sums, shape [targets, n], of a tile's elements from `begin` on.
-
-    Raises:
-        NonFiniteError: naming the tensor.
-    """
+    """A NonFiniteError if the output's dtype cannot hold the sums, shape [targets, n], of a tile from `begin` on."""
     dtype = torch_dtype(tile.dtype)
     # Casting is monotone, and both bounds are nan where a value is.
     if not sums.numel() or holds(dtype, torch.stack(torch.aminmax(sums))):
@@ -443,11 +431,11 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
         own = sums[:, max(0, start - begin) : max(0, end - begin)]
         if holds(dtype, own):
             continue
+        reason, hint = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows", ""
         if bool(own.isfinite().all()):
             reason = f"{dtype} cannot hold its largest value, {float(own.abs().max()):.6g}"
-            raise NonFiniteError(f"tensor {name!r}", reason, "take float32 or bfloat16")
-        reason = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows"
-        raise NonFiniteError(f"tensor {name!r}", reason)
+            hint = "take float32 or bfloat16"
+        raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:

@@ -26,7 +26,6 @@ from posthoc_cli.synthesis.plan import Plan
 MAX_BATCH = 1024
 """Small tensors in one tile at most, so that a tile takes milliseconds even if tensors have one element."""
 
-
 PARTED_BLOCKS = 4
 """Blocks in a tile, for each chunk in a row, where chunks end within blocks: these are read once for each tile."""
 
@@ -69,14 +68,11 @@ class Tile:
             yield begin, min(begin + chunk, self.bounds[-1])
 
 
-def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dtype: str | None = None) -> list[Tile]:
+def cut_tiles(plan: Plan, chunk: int, wide_dtype: str | None) -> list[Tile]:
     """All tiles of a synthesis; tiles of one tensor follow each other.
 
-    Arguments:
-        plan: what will be made.
-        chunk: elements that a thread has room for, a power of two up to 2**19; tensors up to that size are batched.
-        tile_elements: wanted elements a tile, rounded to a number of blocks; one block for None.
-        wide_dtype: of all sums, in place of float64 and float32.
+    A thread has room for `chunk` elements, a power of two up to 2**19: tensors up to that size are batched. All sums
+    are in `wide_dtype`, if it is not None.
     """
     tiles: list[Tile] = []
     batches: dict[tuple[str, str, str], _Batch] = {}
@@ -91,7 +87,7 @@ def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dty
         if count > chunk:
             block = BLOCK_BYTES // min(ITEM_BYTES[made], *sizes)
             cells = max(source.cells(name) if isinstance(source, FileSource) else 0 for source in plan.sources)
-            step = block * max(1, round((tile_elements or block) / block), PARTED_BLOCKS * cells)
+            step = block * max(1, PARTED_BLOCKS * cells)
             for begin in range(0, count, step):
                 end = min(begin + step, count)
                 own = (ElementRange(name, begin, end),)

@@ -23,7 +23,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, LockedError, RemoteError, WriteError
 from posthoc_cli.remote import store
 from posthoc_cli.remote.lease import Lease
-from posthoc_cli.remote.path import RemotePath
+from posthoc_cli.remote.store import RemotePath
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.format import SUFFIX, FileHeader, SnapshotInfo
 from posthoc_cli.snapshots.headers import file_kind
@@ -358,7 +358,7 @@ def _upload(path: SpooledPath, is_conditional: bool) -> bool:
     try:
         if not is_conditional and RemotePath(url).is_file():
             raise FileExistsError
-        store.repeated(lambda: store.put(url, here, create=is_conditional))
+        store.put(url, here, create=is_conditional)
     except FileExistsError:
         if read_header(path) != _stored_header(path):
             store.put(url, here, create=False)

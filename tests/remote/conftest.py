@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-import logging
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from posthoc_cli.remote import store
 
 pytest.importorskip("obstore")
-moto = pytest.importorskip("moto.server")
+pytest.importorskip("moto.server")
+
+from remote.faulty import FaultyServer
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The address of a server that speaks S3."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def _s3_server() -> Iterator[FaultyServer]:
+    with FaultyServer().running() as running:
+        yield running
 
 
 @pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """The URL of a new bucket; the environment is that of a user of this server."""
-    environment = {"AWS_ENDPOINT_URL": s3_server, "AWS_REGION": "us-east-1"}
-    environment |= {"AWS_ACCESS_KEY_ID": "AKIASECRETID", "AWS_SECRET_ACCESS_KEY": "topsecret"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-    name = f"bucket-{abs(hash(request.node.nodeid)):x}"[:40]
-    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT"))
+def use_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Makes the environment that of a user of the server with an address."""
+
+    def use(url: str) -> None:
+        environment = {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
+        environment |= {"AWS_ACCESS_KEY_ID": "AKIASECRETID", "AWS_SECRET_ACCESS_KEY": "topsecret"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+        store._opened.cache_clear()
+
+    yield use
     store._opened.cache_clear()
-    return f"s3://{name}"
+
+
+@pytest.fixture
+def server(_s3_server: FaultyServer, use_server: Callable[[str], None]) -> FaultyServer:
+    """A server that speaks S3 and can be told to fail, with an empty bucket `bucket`."""
+    _s3_server.answer, _s3_server.seen = (lambda _: None), []
+    urllib.request.urlopen(f"{_s3_server.url}/moto-api/reset", b"")
+    urllib.request.urlopen(urllib.request.Request(f"{_s3_server.url}/bucket", method="PUT"))
+    use_server(_s3_server.url)
+    return _s3_server
+
+
+@pytest.fixture
+def bucket(server: FaultyServer) -> str:
+    """The URL of the bucket."""
+    return "s3://bucket"

@@ -34,21 +34,16 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def served(_folder: Path, monkeypatch: pytest.MonkeyPatch, use_server: Callable[[str], None]) -> Iterator[Server]:
     """A server that can be told to fail; each request is made again three times."""
     retries = store.RETRIES | {
         "max_retries": 3,
         "backoff": {**store.RETRIES["backoff"], "init_backoff": SHORT, "max_backoff": SHORT},
     }
     monkeypatch.setattr(store, "RETRIES", retries)
-    store._opened.cache_clear()
     with serving(_folder) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASECRET")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+        use_server(server.url)
         yield server
-    store._opened.cache_clear()
 
 
 SHORT = timedelta(milliseconds=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from ema_command import Ema
 from factories import random_walk, split_snapshot, write_run
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, RemoteError, WriteError
 from posthoc_cli.remote import store
+from posthoc_cli.remote.store import remote_path
 
 COUNTED = f"{sys.executable} -c 'import sys; print(sum(open(sys.argv[1], \"rb\").read()))' {{weights}}"
 SHAPES = {"large": (600, 500), "small": (7,), "scalar": ()}
@@ -146,7 +148,7 @@ def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
         for options in ({}, {"overwrite": True}):
             with pytest.raises(OutputExistsError, match="shards: holds a model already"):
                 run.write(0.2, f"{bucket}/shards", layout="sharded", **options)
-    keys = [one.key for folder in ("out", "several") for one in store.listed(f"{bucket}/{folder}")[1]]
+    keys = [f"{folder}/{name}" for folder in ("out", "several") for name in store.listed(f"{bucket}/{folder}")]
     assert sorted(keys) == [
         "out/one.pt", "out/one.safetensors", "several/sigma_rel-0.15.safetensors", "several/sigma_rel-0.2.safetensors",
     ]  # fmt: skip
@@ -154,8 +156,9 @@ def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
     assert found["kind"] == "output" or found["kind"] == "outputs"
 
 
+@pytest.mark.parametrize("way", ["write", "export"])
 def test_shards_go_up_one_by_one_and_away_if_one_fails(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     put, sent, taken = store.put, list[str](), list[int]()
 
@@ -165,27 +168,41 @@ def test_shards_go_up_one_by_one_and_away_if_one_fails(
             raise RemoteError(url, "cannot be written: access is denied")
         return put(url, data, **options)
 
-    torch.save({f"w{n}": torch.randn(300, 1000) for n in range(5)} | {"b": torch.randn(3)}, tmp_path / "step1.pt")
-    store.put(f"{bucket}/step1.pt", tmp_path / "step1.pt")
-    (tmp_path / "step1.pt").unlink()
+    source = f"{bucket}/step1.safetensors"
+    save_file({f"w{n}": torch.randn(300, 1000) for n in range(5)} | {"b": torch.randn(3)}, tmp_path / "step1")
+    store.put(source, tmp_path / "step1")
+    (tmp_path / "step1").unlink()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(store, "put", watch)
-    options = {"layout": "sharded", "max_shard_size": "1300KB"}
+
+    def make(size: str) -> None:
+        if way == "write":
+            Run(source).write("last:1", f"{bucket}/shards", layout="sharded", max_shard_size=size)
+        else:
+            export_file(remote_path(source), remote_path(f"{bucket}/shards"), max_shard_size=size)
+
     with pytest.raises(RemoteError, match="access is denied"):
-        Run(f"{bucket}/step1.pt").write("last:1", f"{bucket}/shards", **options)
-    assert not any(store.listed(f"{bucket}/shards")) and not [*tmp_path.iterdir()]
+        make("1300KB")
+    assert not store.listed(f"{bucket}/shards") and not [*tmp_path.iterdir()]
     sent.append("all")
-    Run(f"{bucket}/step1.pt").write("last:1", f"{bucket}/shards", **options)
-    assert len(store.listed(f"{bucket}/shards")[1]) == 6 and max(taken) < 1_300_000
-    assert Run(f"{bucket}/shards").info()["kind"] == "output"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_400_000))
+    with pytest.raises(
+        WriteError, match=r"takes 6,000,012 bytes, .*; set TMPDIR to .*, or make smaller shards: max_shard_size$"
+    ):
+        make("10MB")
+    make("1300KB")
+    assert len(store.listed(f"{bucket}/shards")) == 6 and max(taken) < 1_300_000
+    assert Run(f"{bucket}/shards").info()["kind"] in ("output", "safetensors")
     assert not [*tmp_path.iterdir()]
 
 
 def downloaded(url: str, folder: Path) -> Path:
     """The objects directly in a folder of a store, as files."""
     folder.mkdir()
-    for one in store.listed(url)[1]:
-        (folder / one.key.rpartition("/")[2]).write_bytes(store.get(f"{url}/{Path(one.key).name}", 0, one.size)[0])
+    for name, known in store.listed(url).items():
+        assert known is not None
+        (folder / name).write_bytes(store.get(f"{url}/{name}", 0, known.size)[0])
     return folder
 
 
@@ -212,7 +229,7 @@ def test_folders_that_libraries_write_go_up_as_a_whole(
         refused.clear()
         with pytest.raises(RemoteError, match="access is denied"):
             run.write(0.15, url, **options)
-        assert not any(store.listed(url))
+        assert not store.listed(url)
         refused.append("no more")
         run.write(0.15, url, **options)
         with pytest.raises(OutputExistsError):
@@ -243,14 +260,53 @@ def test_an_output_that_came_meanwhile_stays(made: Path, bucket: str, monkeypatc
     assert bytes(store.get(url, 0, 100)[0]) == b"other's"
 
 
-def test_a_large_file_goes_in_parts_and_replaces_nothing(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_large_file_replaces_nothing(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_parts: bool
 ) -> None:
-    monkeypatch.setattr(store, "_WHOLE", 1024)
+    """The store itself refuses; that of a file in parts there is none is asked before."""
+    monkeypatch.setattr(store, *(("_WHOLE", 1024) if in_parts else ("head", pytest.fail)))
     data = np.random.default_rng(0).bytes(20_000_000)
     (tmp_path / "large").write_bytes(data)
     tag = store.put(f"{bucket}/large", tmp_path / "large").tag
-    assert "-" in tag  # S3's tag of an object in parts
+    assert ("-" in tag) is in_parts  # S3's tag of an object in parts
     assert bytes(store.get(f"{bucket}/large", 0, len(data))[0]) == data
     with pytest.raises(FileExistsError):
         store.put(f"{bucket}/large", tmp_path / "large")
+    assert "-" in store.put(f"{bucket}/large", tmp_path / "large", create=False).tag
+    (tmp_path / "empty").touch()
+    assert store.put(f"{bucket}/empty", tmp_path / "empty").size == 0
+
+
+SENT = """
+import re, resource, sys
+from pathlib import Path
+from posthoc_cli.remote import store
+store.put(f"{sys.argv[1]}/small", b"1")
+held = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + 100_000_000,) * 2)
+store.put(f"{sys.argv[1]}/large", Path(sys.argv[2]))
+"""
+
+
+def test_a_large_file_is_not_held_in_memory(bucket: str, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(250_000_000)
+    subprocess.run([sys.executable, "-c", SENT, bucket, tmp_path / "large"], check=True)
+    assert store.head(f"{bucket}/large").size == 250_000_000
+
+
+def test_a_large_upload_has_time_as_its_size(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, asked = store._opened, list[int]()
+
+    def open_and_tell(*place: Any) -> Any:
+        asked.append(place[-1])
+        return opened(*place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_SLOWEST", 1000)
+        patched.setattr(store, "_opened", open_and_tell)
+        for size in (50_000, 300_000):
+            (tmp_path / "file").write_bytes(bytes(size))
+            store.put(f"{bucket}/{size}", tmp_path / "file")
+    assert asked == [0, 360]

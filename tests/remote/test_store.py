@@ -12,7 +12,7 @@ from moto.iam.models import iam_backends
 
 from posthoc_cli.errors import PostHocError, RemoteError
 from posthoc_cli.remote import store
-from posthoc_cli.remote.path import RemotePath, remote_path
+from posthoc_cli.remote.store import RemotePath, matching, remote_path
 from posthoc_cli.snapshots.tensor_file import OpenedFile
 
 UNREAD = "the credentials cannot be read; `ema guide remote` says where they are read from"
@@ -50,7 +50,8 @@ def test_a_path_of_a_url_asks_the_store(bucket: str) -> None:
     assert run.is_dir() and not run.is_file() and run.exists() and not (run / "none").exists()
     assert (run / "a.bin").stat().st_size == 2 and (run / "a.bin").is_file() and not (run / "a.bin").is_dir()
     assert [one.name for one in sorted(place.glob("*.bin"))] == ["c.bin"]
-    assert [one.name for one in sorted(place.glob("r*/*.bin"))] == ["a.bin"]
+    assert [one.name for one in matching(place / "r*/*.bin")] == ["a.bin"]
+    assert matching(place / "r*/a.bin") == [run / "a.bin"] and not matching(place / "n*/a.bin")
     with pytest.raises(NotADirectoryError):
         list((run / "a.bin").iterdir())
     with pytest.raises(FileNotFoundError):

@@ -17,7 +17,7 @@ from remote.servers import Server, serving
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
-from posthoc_cli.remote.path import remote_path
+from posthoc_cli.remote.store import remote_path
 
 STEPS = (1000, 3000, 512000)
 

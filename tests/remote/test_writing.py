@@ -7,8 +7,6 @@ import os
 import shutil
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import LockedError, MismatchError, RemoteError, WriteError
 from posthoc_cli.remote import lease, store
 from posthoc_cli.remote.lease import Lease
-from posthoc_cli.remote.path import RemotePath, remote_path
+from posthoc_cli.remote.store import RemotePath, remote_path
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
 from posthoc_cli.tracker import pipeline
@@ -31,18 +29,9 @@ SETTINGS = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": 4}
 CONDITIONS = ("HTTP_IF_NONE_MATCH", "HTTP_IF_MATCH")
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    """A server with a bucket `bucket`; requests that fail are repeated once."""
-    with FaultyServer().running() as running:
-        environment = {"AWS_ENDPOINT_URL": running.url, "AWS_REGION": "us-east-1"}
-        environment |= {"AWS_ACCESS_KEY_ID": "AKIASECRETID", "AWS_SECRET_ACCESS_KEY": "topsecret"}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setitem(store.RETRIES, "max_retries", 1)
-        urllib.request.urlopen(f"{running.url}/moto-api/reset", b"")
-        urllib.request.urlopen(urllib.request.Request(f"{running.url}/bucket", method="PUT"))
-        yield running
+@pytest.fixture(autouse=True)
+def _repeated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(store.RETRIES, "max_retries", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -114,17 +103,6 @@ def test_a_run_is_in_the_store_when_the_tracker_is_closed(
             sigma_rel = name.removesuffix(".safetensors").rpartition("-")[2]
             counts[sigma_rel].append(counts[sigma_rel][-1] + (1 if method == "PUT" else -1))
     assert all(min(own[own.index(4) :]) == 4 and max(own) > 4 for own in counts.values())
-
-
-def test_large_files_are_sent_in_parts(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_WHOLE", 1000)
-    monkeypatch.setattr(store, "_PART", 5 * 1024 * 1024)  # the smallest that S3 knows
-    large = torch.nn.Linear(2000, 1500, bias=False)
-    with PostHocEMA.from_model(large, URL, update_every=1, checkpoint_every=2) as tracker:
-        for _ in range(2):
-            tracker.update_(large)
-    assert any(seen.startswith("POST some/run/0000000000000002-0.05") for seen in server.seen)
-    assert torch.equal(Run(URL).average(0.15)["weight"], large.weight.half().float())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from snapshots.recorded import call_number, failing
 from posthoc_cli import disk_sources, files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
-from posthoc_cli.export.layouts import write_synthesis
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.headers import decode_checksums

@@ -25,7 +25,7 @@ from posthoc_cli import disk_sources
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.layouts import write_synthesis
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import reading
 from posthoc_cli.snapshots.check import Verification, repair, verify

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 from posthoc_cli.errors import LockedError, PostHocError
-from posthoc_cli.export.layouts import OutputOptions, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning, prune

@@ -13,7 +13,8 @@ from factories import split_snapshot, write_snapshot
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.layouts import OutputOptions, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions
+from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
