@@ -17,19 +17,17 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError, check_number, percent
-from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, several
+from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, forecast, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
-    Forecast,
+    USEFUL_RANGE,
     Schedule,
     check_interval,
-    forecast,
     listed,
     relative_rounding,
 )
-from posthoc_cli.planning.thinning import USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, MinimumVariance, Motion, assumed_prior, one_blas_thread
+from posthoc_cli.reconstruction import MinimumVariance, Motion, assumed_prior, one_blas_thread
 
 MOST_KEPT = 64
 """Default limit of the snapshots a profile: more gain little, and slow synthesis down."""
@@ -94,7 +92,7 @@ class Task:
     @property
     def expected_motion(self) -> Motion:
         """The motion of the network over training, relative to its norm."""
-        return Motion.even(self.steps, ASSUMED_STRETCH**2) if self.motion is None else self.motion
+        return self.motion or Motion.even(self.steps)
 
     def rounding_of(self, dtype: str) -> float:
         """Root mean square error of an average stored in a dtype, relative to its norm."""
@@ -167,13 +165,11 @@ class Proposal:
     schedule: Schedule
     dtype: str
     nbytes: int
-    errors: Forecast
+    errors: ErrorCurve
 
     def __repr__(self) -> str:
-        schedule, worst = self.schedule, percent(self.errors.worst)
-        return (
-            f"Proposal({self.label}, every {schedule.checkpoint_every:,}, {self.nbytes:,} bytes, worst error {worst})"
-        )
+        every, worst = self.schedule.checkpoint_every, percent(self.errors.worst)
+        return f"Proposal({self.errors.label}, every {every:,}, {self.nbytes:,} bytes, worst error {worst})"
 
     @property
     def update_every(self) -> int:
@@ -198,17 +194,6 @@ class Proposal:
     def last_step(self) -> int:
         """Step of the last snapshot."""
         return self.schedule.taken * self.schedule.checkpoint_every
-
-    @property
-    def label(self) -> str:
-        """For a legend."""
-        return f"{listed(self.schedule.sigma_rels)} in {self.dtype}, {self.schedule.kept} each"
-
-    @property
-    def curve(self) -> ErrorCurve:
-        """The expected errors, for a picture."""
-        errors = self.errors.sigma_rels, self.errors.profile_error, self.errors.predicted_error
-        return ErrorCurve(self.label, self.last_step, *errors, self.schedule.sigma_rels)
 
     def call(self) -> str:
         """The Python call that makes a tracker of this kind."""
@@ -303,7 +288,8 @@ def evaluate(task: Task, schedule: Schedule, dtype: str) -> Proposal:
     """The proposal of a schedule."""
     motion = task.expected_motion
     snapshots = schedule.snapshots(motion)
-    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), task.sigma_range, 81)
+    label = f"{listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
+    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), task.sigma_range, 81, label)
     return Proposal(schedule, dtype, _fullest(schedule) * task.snapshot_bytes(dtype), errors)
 
 

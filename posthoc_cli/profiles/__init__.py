@@ -5,11 +5,11 @@ the weights of the network after each step; its profile spreads w_k over the int
 the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
 mass at its start, which the tail contains and the density leaves out.
 
-`tracked` is what a run records, `discrete` has the profiles of checkpoints, `others` are targets; any object with
-`density` and `tail` is a `Profile`, too.
+`tracked` is what a run records, `other_libraries` has the averages of other programs, `others` are targets; any object
+with `density` and `tail` is a `Profile`, too.
 """
 
-from posthoc_cli.profiles.discrete import Discrete, Point
+from posthoc_cli.profiles.other_libraries import Discrete, Point
 from posthoc_cli.profiles.others import (
     SHAPES,
     ClassicalEMA,

@@ -15,7 +15,7 @@ from averages.models import numbers, random_steps, rounding
 from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray, tiny_model
 
-from posthoc_cli.averages import ExponentialMovingAverage, pairing
+from posthoc_cli.averages import ExponentialMovingAverage, weights
 from posthoc_cli.errors import ModelMismatchError
 
 
@@ -136,7 +136,7 @@ def test_tensors_are_averaged_a_few_at_a_time(dtype: torch.dtype, monkeypatch: p
     twin = copy.deepcopy(ema)
     for _ in random_steps(model, 1):
         ema.update_parameters(model)
-    monkeypatch.setattr(pairing, "ELEMENTS_AT_A_TIME", 6)
+    monkeypatch.setattr(weights, "ELEMENTS_AT_A_TIME", 6)
     twin.update_parameters(model)
     assert_same_tensors(twin.state_dict(), ema.state_dict())
 

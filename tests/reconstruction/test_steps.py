@@ -8,7 +8,8 @@ from factories import exact_gamma, exact_weights, solved, squared_error
 
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, Steps
-from posthoc_cli.reconstruction.motion import FEW, PairDistance, fit_motion
+from posthoc_cli.reconstruction.basis import FEW
+from posthoc_cli.reconstruction.motion import PairDistance, fit_motion
 
 
 def simulated_square(c, snapshots, sigma_rel, updates, rate):  # type: ignore[no-untyped-def]
