@@ -169,18 +169,45 @@ def fit_motion(
     """
     if known is not None and not known.walk.any():
         known = None  # it stood still, which is no estimate of later motion
-    course = _Course.first(start, times) if known is None else _Course.after(known, times)
-    segments = course.walk.size
-    cells, walks, noises, rounding = _relative(course.edges, distances, steps)
-    segment = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
+    edges, walk, noise, anchors = _first_course(start, times) if known is None else _course_after(known, times)
+    segments = walk.size
+    cells, walks, noises, rounding = influences(edges, distances, steps)
+    segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
     first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
-    influence = np.add.reduceat(walks, first, axis=1) * course.walk
+    influence = np.add.reduceat(walks, first, axis=1) * walk
     knows_noise = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any())
     if knows_noise and may_have_noise:
-        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * course.noise))
+        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * noise))
     found = np.zeros(2 * segments)
-    found[: influence.shape[1]] = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
-    return Motion(course.edges, course.walk * found[:segments], course.noise * found[segments:])
+    found[: influence.shape[1]] = _solve(influence, rounding, anchors[: influence.shape[1]], segments)
+    return Motion(edges, walk * found[:segments], noise * found[segments:])
+
+
+# Segments of training between edges, v and w in each for unknowns of 1, [segments] each, and estimates of the unknowns
+# without distances, of the walk and then of the noise, nan for none, [2 * segments].
+_Course = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
+
+
+def _first_course(start: float, times: Sequence[float]) -> _Course:
+    """Without an earlier estimate."""
+    inner = np.unique([t for t in times if t > start])
+    if inner.size > MOST_SEGMENTS:
+        inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
+    edges = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
+    ones = np.ones(edges.size - 1)
+    return edges, ones, ones, np.full(2 * ones.size, np.nan)
+
+
+def _course_after(known: Motion, times: Sequence[float]) -> _Course:
+    """Relative to an earlier estimate, and after it to its last segment; noise to the mean where it has none."""
+    later = np.unique([t for t in times if t > known.edges[-1]])
+    unseen = np.full(later.size, np.nan)
+    walk = np.maximum(known.walk, _LEAST_SHARE * known.walk.max(initial=0.0))
+    noise = np.maximum(known.noise, known.noise.mean())
+    seen = np.divide(known.noise, noise, out=np.zeros_like(noise), where=noise > 0)
+    noise = np.where(noise > 0, noise, walk[-1])
+    walk, noise = (np.append(own, np.full(later.size, own[-1])) for own in (walk, noise))
+    return np.append(known.edges, later), walk, noise, np.concatenate((np.ones(seen.size), unseen, seen, unseen))
 
 
 def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:
@@ -270,68 +297,18 @@ def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
     return np.asarray(np.divide(share.T @ constant, weight, out=anywhere, where=weight > 1e-9))
 
 
-@dataclass(frozen=True)
-class _Course:
-    """Segments of training between `edges`, and v and w in each for unknowns of 1: shape [segments] each.
-
-    `anchors` are estimates of the unknowns without distances, of the walk and then of the noise, nan for none: shape
-    [2 * segments].
-    """
-
-    edges: FloatArray
-    walk: FloatArray
-    noise: FloatArray
-    anchors: FloatArray
-
-    @classmethod
-    def first(cls, start: float, times: Sequence[float]) -> _Course:
-        """Without an earlier estimate."""
-        inner = np.unique([t for t in times if t > start])
-        if inner.size > MOST_SEGMENTS:
-            inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
-        edges = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
-        ones = np.ones(edges.size - 1)
-        return cls(edges, ones, ones, np.full(2 * ones.size, np.nan))
-
-    @classmethod
-    def after(cls, known: Motion, times: Sequence[float]) -> _Course:
-        """Relative to an earlier estimate, and after it to its last segment; noise to the mean where it has none."""
-        later = np.unique([t for t in times if t > known.edges[-1]])
-        unseen = np.full(later.size, np.nan)
-        walk = np.maximum(known.walk, _LEAST_SHARE * known.walk.max(initial=0.0))
-        noise = np.maximum(known.noise, known.noise.mean())
-        seen = np.divide(known.noise, noise, out=np.zeros_like(noise), where=noise > 0)
-        noise = np.where(noise > 0, noise, walk[-1])
-        walk, noise = (np.append(own, np.full(later.size, own[-1])) for own in (walk, noise))
-        anchors = np.concatenate((np.ones(seen.size), unseen, seen, unseen))
-        return cls(np.concatenate((known.edges, later)), walk, noise, anchors)
-
-
 # --- integrals -------------------------------------------------------------------------------------
 
 
-def _relative(
+def influences(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
 ) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
-    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding."""
-    profiles = {profile for distance in distances for profile in (distance.later, distance.earlier)}
-    cells = cells_between(edges, profiles, steps)
-    walk, noise = influences(cells, distances)
-    squared, rounding = np.array([(distance.squared, distance.rounding) for distance in distances]).T
-    walk, noise = (np.maximum(influence, 0.0) / squared[:, None] for influence in (walk, noise))
-    return cells, walk, noise, np.minimum(rounding / squared, 1.0)
+    """The cells between `edges`, and, relative to each measured distance, what makes it.
 
-
-def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
-    """What the motion says of each measured distance, relative to it: shape [distances]."""
-    cells, walks, noises, rounding = _relative(motion.edges, distances, steps)
-    walk, noise = motion.on(cells.edges)
-    return np.asarray(walks @ walk + noises @ noise + rounding)
-
-
-def influences(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatArray, FloatArray]:
-    """The distances that a walk and a noise of intensity 1 in one interval make: shape [distances, K] each."""
+    These are a walk and a noise of intensity 1 in one cell alone, [distances, K] each, and rounding, [distances].
+    """
     later, earlier = [distance.later for distance in distances], [distance.earlier for distance in distances]
+    cells = cells_between(edges, {*later, *earlier}, steps)
     if are_powers(later) and are_powers(earlier):
         walk, noise = _integrals(cells.edges, later, earlier)
     else:
@@ -340,7 +317,16 @@ def influences(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatAr
     if cells.interval.size:
         np.add.at(walk.T, cells.interval, cells.stride * (cells.tails(later) - cells.tails(earlier)) ** 2)
         np.add.at(noise.T, cells.interval, (cells.masses(later) - cells.masses(earlier)) ** 2 / cells.stride)
-    return walk, noise
+    squared, rounding = np.array([(distance.squared, distance.rounding) for distance in distances]).T
+    walk, noise = (np.maximum(influence, 0.0) / squared[:, None] for influence in (walk, noise))
+    return cells, walk, noise, np.minimum(rounding / squared, 1.0)
+
+
+def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
+    """What the motion says of each measured distance, relative to it: shape [distances]."""
+    cells, walks, noises, rounding = influences(motion.edges, distances, steps)
+    walk, noise = motion.on(cells.edges)
+    return np.asarray(walks @ walk + noises @ noise + rounding)
 
 
 def _by_basis(

@@ -67,7 +67,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class DistanceTo(Distance):
-    """A distance to one that is no power function."""
+    """A distance to one that is no power function; headers have none."""
 
     profile: StoredProfile
 

@@ -486,7 +486,9 @@ class _Problem:
         of all coefficients alike if it has one direction; rounding is known. So the own ones must be better either way.
         """
         expected, every = self.variance.expected_squares, np.arange(goals.norms.size)
-        others = np.stack((published, *self._newest(goals)))
+        newest = [row for snapshot, row in self._snapshots.items() if snapshot.t == self._last]
+        alone = np.eye(len(self._snapshots))[:, newest]
+        others = np.stack((published, *(np.repeat(one[:, None], every.size, axis=1) for one in alone.T)))
         squares, there = expected(own, goals, solved=True), np.stack([expected(other, goals) for other in others])
         best = there.sum(axis=1).argmin(axis=0)
         is_own = np.ones(every.size, dtype=bool)
@@ -504,12 +506,6 @@ class _Problem:
         sure, none = self._gains
         columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (published - own)
         return columns, self.variance.expected_squares(columns, goals)
-
-    def _newest(self, goals: Goals) -> Iterator[FloatArray]:
-        """The coefficients of each newest snapshot alone, for all targets."""
-        for snapshot, row in self._snapshots.items():
-            if snapshot.t == self._last:
-                yield np.repeat(np.eye(len(self._snapshots))[:, [row]], goals.norms.size, axis=1)
 
     @cached_property
     def _published(self) -> LeastSquares:

@@ -22,7 +22,6 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.basis import cells_between
 from posthoc_cli.reconstruction.motion import ASSUMED_STRETCH, MOST_SEGMENTS, PairDistance, fit_motion, influences
 from posthoc_cli.tracker.layout import Tile, TileReader, lay_out
 from posthoc_cli.tracker.running import RunningAverages
@@ -139,7 +138,7 @@ def test_the_influence_of_each_segment_is_its_integral() -> None:
         for s, t, u, v in ((0.05, 90, 0.28, 90), (0.1, 90, 0.1, 50), (0.28, 90, 0.05, 20), (0.07, 50, 0.2, 35))
     ]
     distances = [PairDistance(p, q, 1.0, 0.0) for p, q in pairs]
-    for part, found in enumerate(influences(cells_between(edges, [], None), distances)):
+    for part, found in enumerate(influences(edges, distances, None)[1:3]):
         for piece in range(3):
             only = np.where(np.arange(3) == piece, 1.0, 0.0)
             motion = Motion(edges, *((only, 0 * only) if part == 0 else (0 * only, only)))
