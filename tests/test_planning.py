@@ -308,10 +308,17 @@ def test_short_averages_are_updated_more_often() -> None:
         assert {p.update_every for p in propose(replace(task, sigma_rels=(low, 0.28)))} == {every}
 
 
-@pytest.mark.parametrize(("name", "subject"), [("steps", "steps"), ("parameters", "params")])
-def test_a_task_of_nothing_is_refused(name: str, subject: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "subject"),
+    [("steps", 0, "steps"), ("steps", 10.5, "steps"), ("parameters", 0, "params"), ("sigma_rels", (), "sigma_rels"),
+     ("sigma_rels", (0.1, 0.4), "sigma_rel"), ("max_checkpoints", 0, "max_checkpoints")],
+)  # fmt: skip
+def test_a_task_or_a_schedule_of_nothing_or_of_fractions_is_refused(name: str, value: object, subject: str) -> None:
     with refused(subject):
-        replace(TASK, **{name: 0})
+        replace(TASK, **{name: value})
+    if name != "parameters":
+        with refused(subject):
+            replace(Schedule((0.1,), 1000, 100), **{name: value})
 
 
 def test_the_drawing_of_checkpoints_spreads_each_over_the_time_since_the_last() -> None:

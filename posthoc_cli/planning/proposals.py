@@ -23,6 +23,7 @@ from posthoc_cli.planning.schedule import (
     USEFUL_RANGE,
     Schedule,
     check_interval,
+    check_tracked,
     listed,
     relative_rounding,
 )
@@ -76,7 +77,10 @@ class Task:
         counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
         for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():
             if value is not None:
-                check_number(name, value, lambda count: 1 <= count <= 10**15, "be a whole number from 1 to 1e15")
+                accepted = "be a whole number from 1 to 1e15"
+                check_number(name, value, lambda count: 1 <= count <= 10**15 and count % 1 == 0, accepted)
+        if self.sigma_rels is not None:
+            check_tracked(self.sigma_rels)
         if self.dtype is not None:
             relative_rounding(self.dtype)
         if self.checkpoint_every is not None:

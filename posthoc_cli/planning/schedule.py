@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, check_number, check_word
+from posthoc_cli.errors import InvalidValueError, check_count, check_word
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import (
     MOST_SOLVED,
@@ -71,11 +71,10 @@ class Schedule:
     rounding: float = 0.0
 
     def __post_init__(self) -> None:
-        for sigma_rel in self.sigma_rels:
-            check_sigma_rel(sigma_rel)
+        check_tracked(self.sigma_rels)
         for name in ("steps", "checkpoint_every", "max_checkpoints"):
             if (value := getattr(self, name)) is not None:
-                check_number(name, value, lambda count: count >= 1, "be at least 1")
+                check_count(name, value)
         check_interval(self.checkpoint_every, self.steps)
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
@@ -134,6 +133,14 @@ class Schedule:
             counts = np.minimum(counts, self.taken - number[::-1])
             spread += [PowerFunction(gamma, float(count * self.checkpoint_every)) for count in counts]
         return sorted(spread, key=lambda p: (p.t, -p.gamma))
+
+
+def check_tracked(sigma_rels: Sequence[float]) -> None:
+    """Raise an InvalidValueError unless these can be tracked."""
+    if not sigma_rels:
+        raise InvalidValueError("sigma_rels", "must be at least one")
+    for sigma_rel in sigma_rels:
+        check_sigma_rel(sigma_rel)
 
 
 def check_interval(checkpoint_every: int, steps: int) -> None:

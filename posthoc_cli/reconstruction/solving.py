@@ -62,14 +62,9 @@ class Goals:
     norms: FloatArray
 
     @cached_property
-    def squares(self) -> FloatArray:
-        """Squared norms of the columns: shape [targets]."""
-        return np.asarray(np.sum(self.columns**2, axis=0))
-
-    @property
     def unreachable(self) -> FloatArray:
         """The share of the squared norms that no coefficients reach: shape [targets]."""
-        return np.maximum(self.norms - self.squares, 0.0)
+        return np.maximum(self.norms - np.sum(self.columns**2, axis=0), 0.0)
 
 
 class MinimumVariance:
@@ -376,8 +371,9 @@ def reconstruct(
         raise InvalidValueError("snapshots", "must be at least one")
     for wanted in targets:
         is_profile = all(callable(getattr(wanted, name, None)) for name in ("density", "tail"))
-        if not (is_profile or isinstance(wanted, np.ndarray)):
+        if not (is_profile or (isinstance(wanted, np.ndarray) and wanted.shape == (len(snapshots),))):
             reason = "must be a profile with density(s) and tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
+            reason += f", or an array of {len(snapshots)} coefficients"
             raise InvalidValueError("target", reason, value=brief(wanted))
     last = max(p.t for p in snapshots)
     if t is None:
