@@ -411,21 +411,17 @@ class EMAStats(WideBuffers):
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         # Compared on the device: reading the number would wait for a GPU at every batch.
         first = self.num_batches_tracked == 0
-        for name, batch in zip(_STATISTICS, self._batch_statistics(x, y, first), strict=True):
-            average = (1 - self.momentum) * getattr(self, name).detach() + self.momentum * batch
-            setattr(self, name, torch.where(first, batch, average))
-        self.num_batches_tracked = self.num_batches_tracked + 1
-
-    def _batch_statistics(self, x: torch.Tensor, y: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The batch's own statistics, in the order of `_STATISTICS`."""
-        mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
-        center_x, center_y = mean_x, mean_y
+        centers = means = x.mean(dim=0), y.mean(dim=0)
         if self.center_with_running_mean:
-            center_x = torch.where(first, mean_x, self.mean_x.detach())
-            center_y = torch.where(first, mean_y, self.mean_y.detach())
-        x, y = x - center_x, y - center_y
+            running = self.mean_x.detach(), self.mean_y.detach()
+            centers = torch.where(first, means[0], running[0]), torch.where(first, means[1], running[1])
+        x, y = x - centers[0], y - centers[1]
         degrees = max(1, x.shape[0] - 1)
-        return mean_x, mean_y, *(scatter / degrees for scatter in (x.mT @ x, y.mT @ y, x.mT @ y))
+        batch = *means, *(scatter / degrees for scatter in (x.mT @ x, y.mT @ y, x.mT @ y))
+        for name, own in zip(_STATISTICS, batch, strict=True):
+            average = (1 - self.momentum) * getattr(self, name).detach() + self.momentum * own
+            setattr(self, name, torch.where(first, own, average))
+        self.num_batches_tracked = self.num_batches_tracked + 1
 
     def _initial(self, dtype: torch.dtype, device: torch.device | None) -> dict[str, torch.Tensor]:
         x, y = self.dim_x, self.dim_y

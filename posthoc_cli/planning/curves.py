@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError, brief, check_number, printable
-from posthoc_cli.planning.schedule import USEFUL_RANGE, Schedule, listed
+from posthoc_cli.planning.schedule import USEFUL_RANGE, Schedule, listed, powers
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
@@ -211,9 +211,9 @@ def error_curve(
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
     if check_method(method) == METHODS[0]:
-        predicted, profile_error = expected_errors(usable, _powers(grid, t), prior, t)
+        predicted, profile_error = expected_errors(usable, powers(grid, t), prior, t)
     else:
-        result = reconstruct(usable, _powers(grid, t), method, prior, t)
+        result = reconstruct(usable, powers(grid, t), method, prior, t)
         predicted, profile_error = result.predicted_error, result.profile_error
     profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
     found = reconstruct(usable, profiles, method, prior, t)
@@ -234,12 +234,8 @@ def forecast(
     """The error curve of these snapshots, at least one, at the time of the last one, by minimum variance."""
     grid = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
     t = max(p.t for p in snapshots)
-    predicted, profile_error = expected_errors(snapshots, _powers(grid, t), prior, t)
+    predicted, profile_error = expected_errors(snapshots, powers(grid, t), prior, t)
     return ErrorCurve(label, t, grid, profile_error, _or_exact(predicted), _tracked(snapshots))
-
-
-def _powers(sigma_rels: FloatArray, t: float) -> list[PowerFunction]:
-    return [PowerFunction.from_sigma_rel(float(sigma_rel), t) for sigma_rel in sigma_rels]
 
 
 def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -25,9 +24,10 @@ from posthoc_cli.planning.schedule import (
     check_interval,
     check_tracked,
     listed,
+    powers,
     relative_rounding,
 )
-from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MinimumVariance, Motion, assumed_prior, one_blas_thread
 
 MOST_KEPT = 64
@@ -110,12 +110,10 @@ class Task:
         """Snapshots of each profile that fit the budget."""
         return self.max_bytes // (self.snapshot_bytes(dtype) * profiles)
 
-    def kept(self, dtype: str, profiles: int) -> int:
-        """Snapshots of each profile that are kept, at most."""
-        places, kept = self.places(dtype, profiles), self.max_checkpoints or MOST_KEPT
-        if self.taken_most <= min(places, kept):
-            return self.taken_most
-        return max(1, min(kept, places - 1))
+    def kept(self, dtype: str, profiles: int, taken: int | None = None) -> int:
+        """Snapshots of each profile that are kept of so many, or at most."""
+        taken, places, kept = taken or self.taken_most, self.places(dtype, profiles), self.max_checkpoints or MOST_KEPT
+        return taken if taken <= min(places, kept) else max(1, min(kept, places - 1))
 
     @property
     def taken_most(self) -> int:
@@ -389,14 +387,11 @@ def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) ->
     # Below the limit of the budget, as many are taken as are kept.
     dense = task.taken_most > kept == task.kept(dtype, len(sigma_rels))
     times = task.steps * (1 - (1 - x) ** LATER if dense else x)
-    snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
+    snapshots = [PowerFunction.from_sigma_rel(s, float(t)) for t in times for s in sigma_rels]
     prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.expected_motion)
     t = snapshots[-1].t
-    targets = [PowerFunction(_gamma(float(s)), t) for s in np.geomspace(*task.sigma_range, 15)]
+    targets = powers(np.geomspace(*task.sigma_range, 15), t)
     return math.sqrt(MinimumVariance(snapshots, prior, t).losses(targets).squares.max())
-
-
-_gamma = lru_cache(maxsize=1024)(gamma_from_sigma_rel)
 
 
 # --- Finalists --------------------------------------------------------------------------------------
@@ -419,7 +414,8 @@ def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
 
 def _evaluated(task: Task, option: _Option, multiples: Sequence[int]) -> list[Proposal]:
     """Proposals that take snapshots at multiples of the number that they keep, one for each interval."""
-    kept, places = task.kept(option.dtype, option.profiles), _places(task, option)
+    kept = task.kept(option.dtype, option.profiles)
+    places = min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
     different: dict[int, Schedule] = {}
     for multiple in multiples:
         schedule = _schedule(task, option, places if multiple == 1 else kept * multiple)
@@ -427,16 +423,10 @@ def _evaluated(task: Task, option: _Option, multiples: Sequence[int]) -> list[Pr
     return [evaluate(task, schedule, option.dtype) for schedule in different.values()]
 
 
-def _places(task: Task, option: _Option) -> int:
-    return min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
-
-
 def _schedule(task: Task, option: _Option, count: int) -> Schedule:
     """A schedule with snapshots at about `count` times, of which it keeps as many as fit."""
     every = task.checkpoint_every or _round_interval(task.steps, count)
-    taken = task.steps // every
-    fitting = taken if taken <= _places(task, option) else task.kept(option.dtype, option.profiles)
-    keep = task.max_checkpoints or fitting
+    keep = task.max_checkpoints or task.kept(option.dtype, option.profiles, task.steps // every)
     return Schedule(option.sigma_rels, task.steps, every, keep, task.rounding_of(option.dtype))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
@@ -133,6 +132,11 @@ class Schedule:
             counts = np.minimum(counts, self.taken - number[::-1])
             spread += [PowerFunction(gamma, float(count * self.checkpoint_every)) for count in counts]
         return sorted(spread, key=lambda p: (p.t, -p.gamma))
+
+
+def powers(sigma_rels: FloatArray, t: float) -> list[PowerFunction]:
+    """The power functions of these widths at one time."""
+    return [PowerFunction.from_sigma_rel(float(sigma_rel), t) for sigma_rel in sigma_rels]
 
 
 def check_tracked(sigma_rels: Sequence[float]) -> None:
@@ -292,12 +296,7 @@ def losses_of(
 ) -> Losses:
     """The costs of losing snapshots for targets over the range, at the time of the last one."""
     t = max(p.t for p in snapshots)
-    return MinimumVariance(snapshots, prior, t).losses([PowerFunction(gamma, t) for gamma in _gammas(sigma_range)])
-
-
-@lru_cache(maxsize=16)
-def _gammas(sigma_range: tuple[float, float]) -> tuple[float, ...]:
-    return tuple(gamma_from_sigma_rel(float(s)) for s in np.geomspace(*sigma_range, _TARGETS))
+    return MinimumVariance(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
 
 
 def errors_after_each(losses: Losses) -> FloatArray:

@@ -64,7 +64,7 @@ class Goals:
     @cached_property
     def unreachable(self) -> FloatArray:
         """The share of the squared norms that no coefficients reach: shape [targets]."""
-        return np.maximum(self.norms - np.sum(self.columns**2, axis=0), 0.0)
+        return np.asarray(np.maximum(self.norms - np.sum(self.columns**2, axis=0), 0.0))
 
 
 class MinimumVariance:
@@ -78,7 +78,7 @@ class MinimumVariance:
     Minimising it over c is a least-squares problem, whose residual is the expected squared error; the last coefficient
     is eliminated by the constraint. The second term is the published method; most networks are closer to a walk.
 
-    Where the path of the weights was sketched, the error of any coefficients is measured (see `sketch`), and that is
+    Where the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is
     the error bar. What is minimised is the mean of the measured and the expected error: the projections are fewer than
     the directions in which the weights move, and coefficients that suit them alone suit the others less.
 
@@ -145,7 +145,7 @@ class MinimumVariance:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the errors of any coefficients are measured, see `sketch`."""
+        """Whether the errors of any coefficients are measured, see `Sketch`."""
         return self._prior.sketch is not None
 
     @cached_property
