@@ -150,9 +150,9 @@ class MinimumVariance:
 
     @cached_property
     def _measured(self) -> slice:
-        """The rows of measured errors."""
-        numbers = 0 if self._prior.sketch is None else sum(self._prior.sketch.means.shape) + 1
-        return slice(self._rows.shape[0] - numbers, self._rows.shape[0])
+        """The rows of measured errors; all of them where none are."""
+        rows = self._rows.shape[0]
+        return slice(0 if self._prior.sketch is None else rows - sum(self._prior.sketch.means.shape) - 1, rows)
 
     @property
     def unsure(self) -> float:
@@ -205,7 +205,7 @@ class MinimumVariance:
     @cached_property
     def _rounding(self) -> FloatArray:
         """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
-        rows = self._rows[self._measured] / self._root if self.is_measured else self._rows
+        rows = self._rows[self._measured] / self._root
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
@@ -223,8 +223,7 @@ class MinimumVariance:
         for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
             if any(one is not own for one, own in zip(others, self._stored, strict=True)):
                 changed = self._root * np.vstack([term.of_stored(others) for term in self._terms]) - self._rows
-                changed = changed[self._measured] / self._root if self.is_measured else changed
-                rows.append(np.asarray(np.linalg.qr(changed, mode="r")))
+                rows.append(np.asarray(np.linalg.qr(changed[self._measured] / self._root, mode="r")))
         return np.vstack(rows)
 
     @cached_property
