@@ -40,6 +40,7 @@ from posthoc_cli.planning import (
     profile_fit,
     propose,
     relative_rounding,
+    time_between,
 )
 from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -388,7 +389,7 @@ class Run:
         sources = self.sources
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
-        usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))
+        usable, later = chosen_up_to(sources, time_between([source.profile for source in sources], t))
         last, known = usable[-1].info.t, [*usable, *later]
         count = sum(info.t <= last for info in infos)
         label = f"{self.directory}: {counted(sources, len(usable), count)} up to {last:,.12g} {unit}"
@@ -564,7 +565,7 @@ def plan_training(
         task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
     proposals = tuple(propose(task))
     if picture is not None:
-        _draw(picture, [proposal.curve for proposal in proposals], overwrite=overwrite)
+        _draw(picture, [proposal.errors for proposal in proposals], overwrite=overwrite)
     return PlanReport(task, proposals, assumption, None if like is None else str(like.directory))
 
 

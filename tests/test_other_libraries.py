@@ -12,8 +12,7 @@ from posthoc_ema import PostHocEMA as NextmlEMA
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import gamma_from_sigma_rel
-from posthoc_cli.profiles.discrete import Discrete
+from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     MOST_TIMES,
     ema_pytorch_profile,

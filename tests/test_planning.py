@@ -22,16 +22,14 @@ from posthoc_cli.planning import (
     Schedule,
     Task,
     error_curve,
-    errors_after_each,
     evaluate,
     forecast,
-    losses_of,
     profile_fit,
     propose,
     relative_rounding,
     snapshots_to_drop,
 )
-from posthoc_cli.planning.schedule import PLANNED_BYTES
+from posthoc_cli.planning.schedule import PLANNED_BYTES, errors_after_each, losses_of
 from posthoc_cli.profiles import Point, PowerFunction, Uniform
 from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
@@ -264,7 +262,7 @@ def test_the_alternatives_come_best_first_and_are_different() -> None:
     assert {p.dtype for p in proposals} == set(PLANNED_BYTES)
     assert {len(p.schedule.sigma_rels) for p in proposals} == {1, 2, 3}
     assert any(p.nbytes <= TASK.max_bytes / 2 for p in proposals)
-    assert len({p.label for p in proposals}) == len(proposals) <= 7
+    assert len({p.errors.label for p in proposals}) == len(proposals) <= 7
     assert all(proposal.last_step == TASK.steps for proposal in proposals)  # where steps can be divided
     assert all(proposal.last_step > 0.98 * 39_989 for proposal in propose(replace(TASK, steps=39_989)))  # a prime
     # Of disk for two places in half precision only one profile can be tracked.
@@ -310,15 +308,22 @@ def test_short_averages_are_updated_more_often() -> None:
         assert {p.update_every for p in propose(replace(task, sigma_rels=(low, 0.28)))} == {every}
 
 
-@pytest.mark.parametrize(("name", "subject"), [("steps", "steps"), ("parameters", "params")])
-def test_a_task_of_nothing_is_refused(name: str, subject: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "subject"),
+    [("steps", 0, "steps"), ("steps", 10.5, "steps"), ("parameters", 0, "params"), ("sigma_rels", (), "sigma_rels"),
+     ("sigma_rels", (0.1, 0.4), "sigma_rel"), ("max_checkpoints", 0, "max_checkpoints")],
+)  # fmt: skip
+def test_a_task_or_a_schedule_of_nothing_or_of_fractions_is_refused(name: str, value: object, subject: str) -> None:
     with refused(subject):
-        replace(TASK, **{name: 0})
+        replace(TASK, **{name: value})
+    if name != "parameters":
+        with refused(subject):
+            replace(Schedule((0.1,), 1000, 100), **{name: value})
 
 
 def test_the_drawing_of_checkpoints_spreads_each_over_the_time_since_the_last() -> None:
     stored = [Point(100.0), Point(300.0), Point(400.0)]
-    fit = profile_fit(Candidate("run", stored), as_target(Uniform(0.0, 400.0)), points=400)
+    fit = profile_fit(Candidate("run", stored, assumed_prior(stored)), as_target(Uniform(0.0, 400.0)), points=400)
     coefficients = fit.coefficients["checkpoints"]
     wanted = np.repeat(coefficients / (100, 200, 100), (100, 200, 100))
     np.testing.assert_allclose(fit.reconstructed, wanted, rtol=1e-9)

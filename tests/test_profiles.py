@@ -1,13 +1,16 @@
-"""Profiles against mpmath and against sums and integrals written here."""
+"""Profiles against mpmath, against sums and integrals written here, and against averages simulated here."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import mpmath
 import numpy as np
 import pytest
+from checking import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
@@ -15,14 +18,20 @@ from scipy import integrate
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
+    ClassicalEMA,
+    Clock,
+    ClockRecorder,
+    Discrete,
+    Point,
     PowerFunction,
-    classical_beta,
+    Profile,
+    StepWindow,
+    Uniform,
     gamma_from_sigma_rel,
-    mean_age,
     new_value_share,
-    sigma_rel_from_classical_beta,
     sigma_rel_from_gamma,
 )
+from posthoc_cli.profiles.others import classical_beta, mean_age, sigma_rel_from_classical_beta
 
 # beta for sigma_rel after 1,000 steps, as users of another library know it.
 KNOWN_TABLE = {0.001: 0.3700, 0.01: 0.9055, 0.03: 0.9680, 0.05: 0.9808, 0.1: 0.9911, 0.15: 0.9944, 0.2: 0.9962}
@@ -61,13 +70,6 @@ def test_an_impossible_sigma_rel_is_refused_with_the_range(sigma_rel: float) -> 
         sigma_rel_from_gamma(0.0)
 
 
-def test_the_share_of_an_update_follows_the_true_interval() -> None:
-    gamma = gamma_from_sigma_rel(0.05)
-    assert new_value_share(gamma, 990, 1000) == pytest.approx(1 - 0.99 ** (gamma + 1), rel=1e-13)
-    assert new_value_share(gamma, 990, 1000) > 1 - (1 - 1 / 1000) ** (gamma + 1)  # what an interval of 1 would give
-    assert new_value_share(16.97, 0, 10) == 1.0  # the first update is taken whole
-
-
 def test_the_share_of_a_new_value_keeps_its_digits_late_in_training() -> None:
     gamma = gamma_from_sigma_rel(0.28)
     with mpmath.workdps(50):
@@ -89,10 +91,8 @@ def test_a_chain_of_updates_leaves_the_profiles_own_mass_on_each_value(sigma_rel
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.15, 0.28])
-def test_density_and_tail_are_those_of_one_distribution(sigma_rel: float) -> None:
+def test_sigma_rel_is_the_standard_deviation_of_the_density(sigma_rel: float) -> None:
     profile = PowerFunction.from_sigma_rel(sigma_rel, 500.0)
-    for s in (1.0, 100.0, 450.0, 499.0):
-        assert profile.tail(s) == pytest.approx(integrate.quad(profile.density, s, 500)[0], rel=1e-9)
     mean = integrate.quad(lambda s: s * profile.density(s), 0, 500)[0]
     variance = integrate.quad(lambda s: (s - mean) ** 2 * profile.density(s), 0, 500)[0]
     assert math.sqrt(variance) / 500 == pytest.approx(sigma_rel, rel=1e-8)
@@ -132,3 +132,290 @@ def test_training_has_at_least_a_step() -> None:
     for steps in (1, 3):  # the latter is the uniform average's
         with pytest.raises(InvalidValueError, match="must lie in"):
             sigma_rel_from_classical_beta(0.5, steps)
+
+
+# --- the clock -----------------------------------------------------------------------------------
+
+UNEVEN = Clock((10, 40, 100), (5.0, 80.0, 90.0))
+"""Steps of half a unit, then of two and a half, then of a sixth."""
+
+
+def uneven_time(step: int) -> float:
+    if step <= 10:
+        return step / 2
+    return 5 + (step - 10) * 2.5 if step <= 40 else 80 + (step - 40) / 6
+
+
+def test_steps_are_as_long_as_the_known_pairs_around_them_say() -> None:
+    steps = np.arange(101)
+    times = np.array([uneven_time(step) for step in steps])
+    np.testing.assert_allclose(UNEVEN.step_at(times), steps, rtol=1e-14)
+    np.testing.assert_allclose(UNEVEN.time_at(steps), times, rtol=1e-14)
+    np.testing.assert_allclose(UNEVEN.step_at([[-3.0, 0.0], [100.0, 150.0]]), [[0, 0], [160, 460]])
+    np.testing.assert_allclose(UNEVEN.steps_per_time([-1, 0, 5, 5.1, 80, 80.1, 90, 91]), [0, 0, 2, 0.4, 0.4, 6, 6, 6])
+    at = np.array([0.0, 0.5, 1.0, 12345.0, 1e9])
+    for clock in (Clock.of_steps(), Clock(np.arange(1, 50), np.arange(1, 50))):
+        np.testing.assert_array_equal(clock.step_at(at), at)
+        np.testing.assert_array_equal(clock.steps_per_time(at), [0, 1, 1, 1, 1])
+
+
+# --- recording a clock ---------------------------------------------------------------------------
+
+
+def recorded(times: np.ndarray) -> ClockRecorder:
+    recorder = ClockRecorder()
+    for step, t in enumerate(times.tolist(), 1):
+        recorder = recorder.add(step, t)
+    return recorder
+
+
+def worst(knots: Sequence[tuple[int, float]], times: np.ndarray) -> float:
+    """By how many steps the knots are wrong at most, at the times of all steps."""
+    steps, knot_times = zip(*knots, strict=True)
+    return float(np.abs(Clock(steps, knot_times).step_at(times) - np.arange(1, len(times) + 1)).max())
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=200))
+def test_a_recorded_clock_is_right_within_half_a_step(intervals: list[float]) -> None:
+    times = np.cumsum(intervals)
+    times = times[np.diff(times, prepend=0) > 0]
+    recorder = recorded(times)
+    for count in {1, len(times) // 2 + 1, len(times)}:
+        knots = recorder.knots_until(count, float(times[count - 1]))
+        if knots:
+            assert knots[-1] == (count, times[count - 1])
+            assert all(times[step - 1] == t for step, t in knots)
+            assert worst(knots, times[:count]) <= 0.5 + 1e-6
+    again = ClockRecorder.of_state(recorder.state())
+    assert again.state() == recorder.state()
+
+
+def lengths(name: str, steps: int = 50_000) -> np.ndarray:
+    """How long each step is."""
+    generator = np.random.default_rng(0)
+    return {
+        "20 % up and down": generator.uniform(0.8, 1.2, steps),
+        "1 to 1000": generator.integers(1, 1001, steps).astype(np.float64),
+        "growing": np.linspace(1, 16, steps),
+        "heavy tail": np.exp(generator.normal(0, 1, steps)),
+        "alternating": np.where(np.arange(steps) // 20 % 2, 256.0, 64.0),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps_off"),
+    [("20 % up and down", 3), ("1 to 1000", 15), ("growing", 0.5), ("heavy tail", 30), ("alternating", 20)],
+)
+def test_256_knots_are_enough_for_any_clock(name: str, steps_off: float) -> None:
+    """The clock of 50,000 steps is right within so many."""
+    times = np.cumsum(lengths(name))
+    recorder = recorded(times)
+    knots = recorder.knots_until(recorder.step, recorder.t)
+    assert len(knots) <= 256
+    assert worst(knots, times) <= steps_off
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 100, 9999, 10_000, 25_000])
+def test_recording_continues_exactly_from_a_state_and_closely_from_knots(interrupted_at: int) -> None:
+    times = np.cumsum(lengths("20 % up and down", 30_000))
+    whole, part = recorded(times), recorded(times[:interrupted_at])
+    exact = ClockRecorder.of_state(part.state())
+    near = ClockRecorder.of_knots(part.knots_until(part.step, part.t))
+    for step, t in enumerate(times[interrupted_at:].tolist(), interrupted_at + 1):
+        exact, near = exact.add(step, t), near.add(step, t)
+    assert exact.state() == whole.state()
+    knots = near.knots_until(near.step, near.t)
+    assert len(knots) <= 256
+    assert worst(knots, times) <= 3
+
+
+@pytest.mark.parametrize(
+    ("times", "knots"),
+    [
+        (np.arange(1.0, 1001), ()),  # the step clock
+        (7.0 * np.arange(1, 1001), ((1000, 7000.0),)),
+        (3.0 * np.arange(1, 1001) + 4.0 * np.arange(-99, 901).clip(min=0), ((100, 300.0), (1000, 6600.0))),
+    ],
+)
+def test_steps_of_one_length_have_no_turn_however_often_a_run_goes_on(times: np.ndarray, knots: tuple) -> None:
+    """The slope of a run that goes on from its knots is that of the last piece, not of all training."""
+    recorder = ClockRecorder()
+    for step, t in enumerate(times.tolist(), 1):
+        recorder = recorder.add(step, t)
+        if step % 50 == 0 and recorder.knots_until(step, t):
+            recorder = ClockRecorder.of_knots(recorder.knots_until(step, t))
+    assert recorder.knots_until(1000, times[-1]) == knots
+
+
+def test_the_knot_that_goes_is_the_one_that_is_missed_least() -> None:
+    """The first one too, whose line begins at step 0 and time 0."""
+    turns = [(10 * k, 10.0 * k + (3 if k % 2 else -3)) for k in range(2, 259)]
+    turns[:2] = (20, 20.1), (30, 30.2)  # 1/30 step from the line
+    turns[50] = (520, 523.1)  # 0.1 step
+    kept = [knot for knot in turns if knot != (20, 20.1)]
+    assert list(ClockRecorder.of_knots(turns).knots_until(*turns[-1])) == kept
+
+
+BEGUN = [0.5, 0.0, math.inf, 0, 0]
+FULL = [0.5, 0.9, 1.1, *(number for step in range(1, 257) for number in (step, float(step)))]
+
+
+@pytest.mark.parametrize("state", [BEGUN, FULL, [0.5, 1.0, 1.0, 5, 5.0], [7.25, 0.0, 2.0, 5, 2.5, 6, 2**62]])
+def test_a_recorder_continues_from_a_state(state: list[float]) -> None:
+    recorder = ClockRecorder.of_state(state)
+    assert recorder.state() == state
+    assert (recorder.step, recorder.t) == (state[-2], state[-1])
+    assert ClockRecorder().state() == BEGUN
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {}, tuple(BEGUN), BEGUN[:3], BEGUN[:4], [*BEGUN, 1], [*FULL, 257], [*FULL, 257, 257.0], [*FULL, *FULL[3:]],
+        [*BEGUN[:4], "0"], [True, *BEGUN[1:]], [0.5, 0.9, 1.1, 2**63, 4.0], [0.5, 0.9, 1.1, 4, 2**63],
+        *([tolerance, 0.9, 1.1, 4, 4.0] for tolerance in (0.49, math.inf, math.nan)),
+        *([0.5, lowest, 1.1, 4, 4.0] for lowest in (-0.1, 1.2)),
+        *([0.5, 0.9, 1.1, *pair] for pair in ((4.0, 4.0), (0, 4.0), (4, 0.0), (4, math.inf), (4, math.nan))),
+        *([0.5, 0.9, 1.1, 4, 4.0, *pair] for pair in ((4, 5.0), (5, 4.0), (3, 5.0), (5, 3.0))),
+    ],
+)  # fmt: skip
+def test_what_is_no_state_is_refused(state: list[float]) -> None:
+    with refused("clock", "must be a list"):
+        ClockRecorder.of_state(state)
+
+
+# --- other profiles ------------------------------------------------------------------------------
+
+# Each with the times at which its density jumps or bends.
+OTHERS: dict[str, tuple[Profile, list[float]]] = {
+    "classical": (ClassicalEMA(0.98, 90.0, Clock.of_steps()), []),
+    "classical, uneven": (ClassicalEMA(0.97, 90.0, UNEVEN), [5, 80]),
+    "classical, late": (ClassicalEMA(0.97, 85.0, UNEVEN, start=3.0), [3, 5, 80, 85]),
+    "classical, short": (ClassicalEMA(0.5, 90.0, Clock((30,), (90,))), []),
+    "window": (StepWindow(30, 90.0, Clock.of_steps()), [60]),
+    "window, uneven": (StepWindow(65, 85.0, UNEVEN), [5, 80, 85]),
+    "uniform": (Uniform(20.0, 70.0), [20, 70]),
+    "power function": (PowerFunction.from_sigma_rel(0.07, 90.0), []),
+    "uniform power function": (PowerFunction(0.0, 90.0), []),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_tail_is_the_integral_of_the_density(name: str) -> None:
+    profile, kinks = OTHERS[name]
+    for s in (0.0, 1.0, 3.0, 5.5, 10.3, 33.0, 69.0, 81.0, 89.0):
+        edges = [s, *(kink for kink in kinks if kink > s), 90.0]
+        spans = itertools.pairwise(edges)
+        mass = sum(integrate.quad(profile.density, a, b, epsabs=1e-13, epsrel=1e-10, limit=200)[0] for a, b in spans)
+        before_start = isinstance(profile, ClassicalEMA) and s < profile.start
+        at_once = 1 - profile.tail(profile.start) if before_start else 0.0
+        assert mass + at_once == pytest.approx(float(profile.tail(s)), abs=1e-11)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_times_of_any_dtype_are_computed_in_float64_and_those_outside_the_run_have_no_mass(name: str) -> None:
+    profile, _ = OTHERS[name]
+    times = np.array([0.0, 1.0, 3.0, 60.0, 69.0, 90.0, 97.0])
+    for method in (profile.density, profile.tail):
+        found = method(times.astype(np.float32))
+        assert np.asarray(found).dtype == np.float64
+        np.testing.assert_array_equal(found, method(times))
+    np.testing.assert_array_equal(profile.tail([[-5.0, -1e-9], [90.0, 1e6]]), [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(profile.density([[-5.0, 0.0], [90.1, 1e6]]), np.zeros((2, 2)))
+
+
+def later_weights(weights: np.ndarray) -> np.ndarray:
+    """The sum of the weights after each step."""
+    return np.append(np.cumsum(weights[::-1])[::-1], 0.0)[1:]
+
+
+def simulated(decay: float, steps: int, first: int = 1) -> np.ndarray:
+    """`later_weights` of what x <- decay x + (1 - decay) theta_k, from x = theta_first, leaves on each step."""
+    weights = np.zeros(steps + 1)
+    weights[first] = 1.0
+    for step in range(first + 1, steps + 1):
+        weights *= decay
+        weights[step] += 1 - decay
+    return later_weights(weights)
+
+
+CLOCKS = ((Clock.of_steps(), np.arange(101.0)), (UNEVEN, np.array([uneven_time(step) for step in range(101)])))
+"""With the times of steps 0 to 100."""
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 0.9999, 1 - 1e-12, 1e-3])
+@pytest.mark.parametrize("first", [1, 7])
+def test_the_classical_profile_is_what_its_recursion_leaves(decay: float, first: int) -> None:
+    for clock, times in CLOCKS:
+        profile = ClassicalEMA(decay, times[-1], clock, start=times[first])
+        np.testing.assert_allclose(profile.tail(times), simulated(decay, 100, first), rtol=1e-12, atol=1e-15)
+        whole = ClassicalEMA(decay, times[-1], clock)
+        np.testing.assert_allclose(whole.tail(times[1:]), simulated(decay, 100)[1:], rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 30, 100])
+def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
+    weights = np.zeros(101)
+    weights[-steps:] = 1 / steps
+    for clock, times in CLOCKS:
+        profile = StepWindow(steps, times[-1], clock)
+        np.testing.assert_allclose(profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-12)
+        assert profile.start == pytest.approx(times[100 - steps], abs=1e-12)
+
+
+@given(st.data())
+def test_tails_fall_from_one_to_zero(data: st.DataObject) -> None:
+    positive = st.floats(1e-3, 1e3)
+    gaps = data.draw(st.lists(st.tuples(positive, positive), min_size=1, max_size=6))
+    steps, times = np.cumsum(gaps, axis=0).T
+    clock, t = Clock(steps, times), float(times[-1])
+    decay = data.draw(st.floats(0, 1, exclude_min=True, exclude_max=True))
+    profiles = [
+        ClassicalEMA(decay, t, clock, start=t * data.draw(st.floats(0, 1))),
+        Uniform(t * data.draw(st.floats(0, 0.99)), t),
+        *(StepWindow(data.draw(st.integers(1, int(most))), t, clock) for most in steps[-1:] if most >= 1),
+    ]
+    at = np.sort(np.concatenate((np.linspace(-t, 1.5 * t, 101), times, np.nextafter(times, 0))))
+    for profile in profiles:
+        tail = profile.tail(at)
+        # Rounding in a clock's step number, up to 1e-16 of it, is all that may lift a tail.
+        assert np.all(np.diff(tail) <= 1e-12)
+        assert np.all((tail >= 0) & (tail <= 1))
+        assert tail[0] == 1
+        assert np.all(tail[at >= t] == 0)
+        assert np.all(profile.density(at) >= 0)
+
+
+# --- checkpoints, and averages over known times
+
+
+def test_a_checkpoint_has_all_mass_at_its_time() -> None:
+    point = Point(100)
+    assert point.tail([0, 99.9, 100, 101]).tolist() == [1, 1, 0, 0]
+    assert not point.density(np.linspace(0, 200, 9)).any()
+    assert (point.t, point.t_first, point.jumps.tolist()) == (100.0, 1.0, [100.0])
+
+
+def test_a_discrete_average_is_the_sum_that_it_names() -> None:
+    rng = np.random.default_rng(0)
+    masses = rng.dirichlet(np.ones(7))
+    times = np.cumsum(rng.integers(1, 9, 7)).astype(float)
+    path = rng.normal(size=60).cumsum()
+    # By parts: theta(0) + sum over steps of tail(before the step) times the step's increment.
+    increments = np.diff(path, prepend=0.0)
+    profile = Discrete(times, masses, t=60)
+    by_tail = profile.tail(np.arange(60)) @ increments
+    assert by_tail == pytest.approx(masses @ path[times.astype(int) - 1], abs=1e-12)
+    assert (profile.t, profile.t_first) == (60.0, times[0])
+    assert profile.tail(-1) == profile.tail(0) == 1
+    assert profile.tail(times[-1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "masses", "t"),
+    [([], [], 0), ([1, 2], [1], 0), ([2, 1], [0.5, 0.5], 0), ([0, 1], [0.5, 0.5], 0), ([1, 2], [0.5, 0.6], 0),
+     ([1, 2], [1.5, -0.5], 0), ([1, 2], [0.5, 0.5], 1.5), ([1, float("nan")], [0.5, 0.5], 0)],
+)  # fmt: skip
+def test_a_discrete_average_names_what_is_wrong(times: list[float], masses: list[float], t: float) -> None:
+    with pytest.raises(InvalidValueError, match=r"^times and masses"):
+        Discrete(times, masses, t)

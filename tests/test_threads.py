@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg  # noqa: F401  # its OpenBLAS is another than NumPy's
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.planning import Task, proposals, propose, snapshots_to_drop, thinning
+from posthoc_cli.planning import Task, proposals, propose, schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import assumed_prior, one_blas_thread
 
@@ -52,7 +52,7 @@ def test_blas_has_one_thread_in_a_block_and_as_many_as_before_afterwards() -> No
 
 def test_planning_and_thinning_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[int]] = []
-    for module, name in ((thinning, "losses_of"), (proposals, "forecast")):
+    for module, name in ((schedule, "losses_of"), (proposals, "forecast")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, **k: (seen.append(blas_threads()), real(*a, **k))[1])
     propose(Task(100, 10, 10**6, sigma_rels=(0.1,), dtype="float16", max_checkpoints=4, checkpoint_every=20))

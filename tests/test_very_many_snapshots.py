@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.planning import snapshots_to_drop, thinning
+from posthoc_cli.planning import schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.run import Run
@@ -95,7 +95,7 @@ def test_the_choice_loses_little_and_less_than_even_spacing(rounding: float, coo
 
 def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = regular(60)
-    monkeypatch.setattr(thinning, "MOST_SOLVED", 60)
+    monkeypatch.setattr(schedule, "MOST_SOLVED", 60)
     found = snapshots_to_drop(snapshots, assumed_prior(snapshots, 2e-4), 3)
     first = sorted(set(range(120)) - set(thinned_subset(snapshots, 48, 3)))
     assert found[: len(first)] == first

@@ -14,23 +14,24 @@ from posthoc_cli.planning.curves import (
     check_sigma_range,
     check_within,
     error_curve,
+    forecast,
     profile_fit,
+    time_between,
 )  # fmt: skip
-from posthoc_cli.planning.proposals import PlanReport, Proposal, Task, evaluate, propose
-from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, listed, relative_rounding
-from posthoc_cli.planning.thinning import (
+from posthoc_cli.planning.proposals import PlanReport, Task, evaluate, propose
+from posthoc_cli.planning.schedule import (
     USEFUL_RANGE,
-    errors_after_each,
+    Schedule,
     exchanged,
-    losses_of,
     range_of,
+    relative_rounding,
     removal_order,
     snapshots_to_drop,
 )  # fmt: skip
 
 __all__ = [
-    "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
-    "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_max_error", "check_sigma_range", "check_within",
-    "error_curve", "errors_after_each", "evaluate", "exchanged", "forecast", "listed", "losses_of",
-    "profile_fit", "propose", "range_of", "relative_rounding", "removal_order", "snapshots_to_drop",
+    "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "PlanReport", "ProfileFit",
+    "Schedule", "Task", "check_max_error", "check_sigma_range", "check_within", "error_curve", "evaluate", "exchanged",
+    "forecast", "profile_fit", "propose", "range_of", "relative_rounding", "removal_order", "snapshots_to_drop",
+    "time_between",
 ]  # fmt: skip

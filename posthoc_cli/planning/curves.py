@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError, brief, check_number, printable
-from posthoc_cli.planning.schedule import Schedule, listed
+from posthoc_cli.planning.schedule import USEFUL_RANGE, Schedule, listed, powers
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
@@ -50,46 +50,40 @@ class Candidate:
     Attributes:
         label: for a legend.
         snapshots: their profiles.
-        prior: None where nothing is known, as for an even motion.
+        prior: of these snapshots.
         t_unit: of their times.
         clock: steps over training time.
         t_first: time of the first update.
-        assumption: behind the predicted errors, by default that the network moves evenly; empty where the motion was
-            measured.
+        assumption: behind the predicted errors where the motion is assumed, by default that it is even; else empty.
     """
 
     label: str
     snapshots: Sequence[StoredProfile]
-    prior: Prior | None = None
+    prior: Prior
     t_unit: str = "steps"
     clock: Clock = field(default_factory=Clock.of_steps)
     t_first: float = 1.0
     assumption: str = ""
 
     def __post_init__(self) -> None:
-        if not self.assumption and (self.prior is None or self.prior.source == ASSUMED):
+        if not self.assumption and self.prior.source == ASSUMED:
             object.__setattr__(self, "assumption", EVENLY)
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
         """The snapshots that a schedule will leave; `motion` is relative to the norm, by default even."""
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
-        motion = schedule.even_motion if motion is None else motion
+        motion = motion or Motion.even(schedule.steps)
         snapshots = schedule.snapshots(motion)
         return cls(label, snapshots, assumed_prior(snapshots, schedule.rounding, motion), assumption=assumption)
-
-    def time(self, t: float | None) -> float:
-        """A time between the first snapshot and the last, which is the default; else an InvalidValueError."""
-        times = [profile.t for profile in self.snapshots]
-        return max(times) if t is None else check_within("t", t, times)
 
     def __repr__(self) -> str:
         return f"Candidate({self.label})"
 
-    def up_to(self, t: float) -> tuple[list[StoredProfile], Prior | None]:
+    def up_to(self, t: float) -> tuple[list[StoredProfile], Prior]:
         """The snapshots at or before `t`, and their prior."""
         usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
-        return [self.snapshots[i] for i in usable], None if self.prior is None else self.prior.of(usable)
+        return [self.snapshots[i] for i in usable], self.prior.of(usable)
 
 
 @dataclass(frozen=True)
@@ -128,6 +122,16 @@ class ErrorCurve:
 
     def __repr__(self) -> str:
         return f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
+
+    @property
+    def worst(self) -> float:
+        """The largest predicted error."""
+        return float(self.predicted_error.max())
+
+    @property
+    def median(self) -> float:
+        """The median of the predicted errors."""
+        return float(np.median(self.predicted_error))
 
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
         """The ranges of sigma_rel, of two points or more, in which the predicted error is below `threshold`."""
@@ -201,29 +205,46 @@ def error_curve(
     low, high = check_sigma_range(sigma_range)
     if isinstance(candidate, Schedule):
         candidate = Candidate.of_schedule(candidate)
-    t = candidate.time(t)
+    t = time_between(candidate.snapshots, t)
     usable, prior = candidate.up_to(t)
-    tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)}))
+    tracked = _tracked(usable)
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, _POINTS), inside))), low, high)
-    prior = assumed_prior(usable) if prior is None else prior
-    targets = [PowerFunction.from_sigma_rel(float(s), t) for s in grid]
     if check_method(method) == METHODS[0]:
-        predicted, profile_error = expected_errors(usable, targets, prior, t)
+        predicted, profile_error = expected_errors(usable, powers(grid, t), prior, t)
     else:
-        result = reconstruct(usable, targets, method, prior, t)
+        result = reconstruct(usable, powers(grid, t), method, prior, t)
         predicted, profile_error = result.predicted_error, result.profile_error
     profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
     found = reconstruct(usable, profiles, method, prior, t)
     widths = (relative_width(profile, t) for profile in profiles)
-    exact = np.nan_to_num(found.predicted_error, nan=0.0)  # weights of norm 0 are
-    each = zip(others, widths, found.profile_error.tolist(), exact.tolist(), strict=True)
-    return ErrorCurve(
-        label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label, t=t,
-        sigma_rels=grid, profile_error=profile_error, predicted_error=np.nan_to_num(predicted, nan=0.0),
-        tracked=tracked, others=tuple(ErrorPoint(one.title, *numbers) for one, *numbers in each),
-        assumption=candidate.assumption,
-    )  # fmt: skip
+    each = zip(others, widths, found.profile_error.tolist(), _or_exact(found.predicted_error).tolist(), strict=True)
+    points = tuple(ErrorPoint(one.title, *numbers) for one, *numbers in each)
+    label = f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label
+    return ErrorCurve(label, t, grid, profile_error, _or_exact(predicted), tracked, points, candidate.assumption)
+
+
+def forecast(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    points: int = 41,
+    label: str = "forecast",
+) -> ErrorCurve:
+    """The error curve of these snapshots, at least one, at the time of the last one, by minimum variance."""
+    grid = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
+    t = max(p.t for p in snapshots)
+    predicted, profile_error = expected_errors(snapshots, powers(grid, t), prior, t)
+    return ErrorCurve(label, t, grid, profile_error, _or_exact(predicted), _tracked(snapshots))
+
+
+def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:
+    return tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in snapshots if isinstance(p, PowerFunction)}))
+
+
+def _or_exact(predicted_error: FloatArray) -> FloatArray:
+    """The errors, where weights of norm 0 are exact."""
+    return np.nan_to_num(predicted_error, nan=0.0)
 
 
 @dataclass(frozen=True)
@@ -285,7 +306,7 @@ def profile_fit(
     candidate: Candidate, target: Target, t: float | None = None, points: int = 1000, method: str | None = None
 ) -> ProfileFit:
     """The reconstructed profile of one target, and the profile of the target itself."""
-    t = candidate.time(t)
+    t = time_between(candidate.snapshots, t)
     wanted = target.profile(t, candidate.clock, candidate.t_first)
     usable, prior = candidate.up_to(t)
     column = reconstruct(usable, [wanted], method, prior, t).coefficients[:, 0]
@@ -315,6 +336,12 @@ def _kind(profile: StoredProfile) -> str:
     if isinstance(profile, PowerFunction):
         return f"sigma_rel {profile.sigma_rel:.4g}"
     return "checkpoints" if isinstance(profile, Point) else "other averages"
+
+
+def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
+    """A time between the first snapshot and the last, which is the default; else an InvalidValueError."""
+    times = [profile.t for profile in snapshots]
+    return max(times) if t is None else check_within("t", t, times)
 
 
 def check_within(name: str, value: float, known: Collection[float]) -> float:

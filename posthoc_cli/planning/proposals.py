@@ -10,26 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError, check_number, percent
-from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, several
+from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, forecast, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
-    Forecast,
+    USEFUL_RANGE,
     Schedule,
     check_interval,
-    forecast,
+    check_tracked,
     listed,
+    powers,
     relative_rounding,
 )
-from posthoc_cli.planning.thinning import USEFUL_RANGE
-from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, MinimumVariance, Motion, assumed_prior, one_blas_thread
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import MinimumVariance, Motion, assumed_prior, one_blas_thread
 
 MOST_KEPT = 64
 """Default limit of the snapshots a profile: more gain little, and slow synthesis down."""
@@ -78,7 +77,10 @@ class Task:
         counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
         for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():
             if value is not None:
-                check_number(name, value, lambda count: 1 <= count <= 10**15, "be a whole number from 1 to 1e15")
+                accepted = "be a whole number from 1 to 1e15"
+                check_number(name, value, lambda count: 1 <= count <= 10**15 and count % 1 == 0, accepted)
+        if self.sigma_rels is not None:
+            check_tracked(self.sigma_rels)
         if self.dtype is not None:
             relative_rounding(self.dtype)
         if self.checkpoint_every is not None:
@@ -94,7 +96,7 @@ class Task:
     @property
     def expected_motion(self) -> Motion:
         """The motion of the network over training, relative to its norm."""
-        return Motion.even(self.steps, ASSUMED_STRETCH**2) if self.motion is None else self.motion
+        return self.motion or Motion.even(self.steps)
 
     def rounding_of(self, dtype: str) -> float:
         """Root mean square error of an average stored in a dtype, relative to its norm."""
@@ -108,12 +110,10 @@ class Task:
         """Snapshots of each profile that fit the budget."""
         return self.max_bytes // (self.snapshot_bytes(dtype) * profiles)
 
-    def kept(self, dtype: str, profiles: int) -> int:
-        """Snapshots of each profile that are kept, at most."""
-        places, kept = self.places(dtype, profiles), self.max_checkpoints or MOST_KEPT
-        if self.taken_most <= min(places, kept):
-            return self.taken_most
-        return max(1, min(kept, places - 1))
+    def kept(self, dtype: str, profiles: int, taken: int | None = None) -> int:
+        """Snapshots of each profile that are kept of so many, or at most."""
+        taken, places, kept = taken or self.taken_most, self.places(dtype, profiles), self.max_checkpoints or MOST_KEPT
+        return taken if taken <= min(places, kept) else max(1, min(kept, places - 1))
 
     @property
     def taken_most(self) -> int:
@@ -167,13 +167,11 @@ class Proposal:
     schedule: Schedule
     dtype: str
     nbytes: int
-    errors: Forecast
+    errors: ErrorCurve
 
     def __repr__(self) -> str:
-        schedule, worst = self.schedule, percent(self.errors.worst)
-        return (
-            f"Proposal({self.label}, every {schedule.checkpoint_every:,}, {self.nbytes:,} bytes, worst error {worst})"
-        )
+        every, worst = self.schedule.checkpoint_every, percent(self.errors.worst)
+        return f"Proposal({self.errors.label}, every {every:,}, {self.nbytes:,} bytes, worst error {worst})"
 
     @property
     def update_every(self) -> int:
@@ -198,17 +196,6 @@ class Proposal:
     def last_step(self) -> int:
         """Step of the last snapshot."""
         return self.schedule.taken * self.schedule.checkpoint_every
-
-    @property
-    def label(self) -> str:
-        """For a legend."""
-        return f"{listed(self.schedule.sigma_rels)} in {self.dtype}, {self.schedule.kept} each"
-
-    @property
-    def curve(self) -> ErrorCurve:
-        """The expected errors, for a picture."""
-        errors = self.errors.sigma_rels, self.errors.profile_error, self.errors.predicted_error
-        return ErrorCurve(self.label, self.last_step, *errors, self.schedule.sigma_rels)
 
     def call(self) -> str:
         """The Python call that makes a tracker of this kind."""
@@ -303,7 +290,8 @@ def evaluate(task: Task, schedule: Schedule, dtype: str) -> Proposal:
     """The proposal of a schedule."""
     motion = task.expected_motion
     snapshots = schedule.snapshots(motion)
-    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), task.sigma_range, 81)
+    label = f"{listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
+    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), task.sigma_range, 81, label)
     return Proposal(schedule, dtype, _fullest(schedule) * task.snapshot_bytes(dtype), errors)
 
 
@@ -399,14 +387,11 @@ def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) ->
     # Below the limit of the budget, as many are taken as are kept.
     dense = task.taken_most > kept == task.kept(dtype, len(sigma_rels))
     times = task.steps * (1 - (1 - x) ** LATER if dense else x)
-    snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
+    snapshots = [PowerFunction.from_sigma_rel(s, float(t)) for t in times for s in sigma_rels]
     prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.expected_motion)
     t = snapshots[-1].t
-    targets = [PowerFunction(_gamma(float(s)), t) for s in np.geomspace(*task.sigma_range, 15)]
+    targets = powers(np.geomspace(*task.sigma_range, 15), t)
     return math.sqrt(MinimumVariance(snapshots, prior, t).losses(targets).squares.max())
-
-
-_gamma = lru_cache(maxsize=1024)(gamma_from_sigma_rel)
 
 
 # --- Finalists --------------------------------------------------------------------------------------
@@ -429,7 +414,8 @@ def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
 
 def _evaluated(task: Task, option: _Option, multiples: Sequence[int]) -> list[Proposal]:
     """Proposals that take snapshots at multiples of the number that they keep, one for each interval."""
-    kept, places = task.kept(option.dtype, option.profiles), _places(task, option)
+    kept = task.kept(option.dtype, option.profiles)
+    places = min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
     different: dict[int, Schedule] = {}
     for multiple in multiples:
         schedule = _schedule(task, option, places if multiple == 1 else kept * multiple)
@@ -437,16 +423,10 @@ def _evaluated(task: Task, option: _Option, multiples: Sequence[int]) -> list[Pr
     return [evaluate(task, schedule, option.dtype) for schedule in different.values()]
 
 
-def _places(task: Task, option: _Option) -> int:
-    return min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
-
-
 def _schedule(task: Task, option: _Option, count: int) -> Schedule:
     """A schedule with snapshots at about `count` times, of which it keeps as many as fit."""
     every = task.checkpoint_every or _round_interval(task.steps, count)
-    taken = task.steps // every
-    fitting = taken if taken <= _places(task, option) else task.kept(option.dtype, option.profiles)
-    keep = task.max_checkpoints or fitting
+    keep = task.max_checkpoints or task.kept(option.dtype, option.profiles, task.steps // every)
     return Schedule(option.sigma_rels, task.steps, every, keep, task.rounding_of(option.dtype))
 
 

@@ -1,17 +1,30 @@
-"""A schedule of snapshots before training: what a tracker with these settings will hold."""
+"""Schedules of snapshots before training, and thinning: which snapshots stay.
+
+Those stay without which the predicted error would be largest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, check_number, check_word, percent
-from posthoc_cli.planning.thinning import USEFUL_RANGE, range_of, snapshots_to_drop
+from posthoc_cli.errors import InvalidValueError, check_count, check_word
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, ROUNDING, Motion, Prior, assumed_prior, expected_errors
+from posthoc_cli.reconstruction import (
+    MOST_SOLVED,
+    ROUNDING,
+    Losses,
+    MinimumVariance,
+    Motion,
+    Prior,
+    assumed_prior,
+    one_blas_thread,
+    thinned_subset,
+)
 
 MOST_TIMES = 20_000
 MOST_SNAPSHOTS = 2_048
@@ -57,11 +70,10 @@ class Schedule:
     rounding: float = 0.0
 
     def __post_init__(self) -> None:
-        for sigma_rel in self.sigma_rels:
-            check_sigma_rel(sigma_rel)
+        check_tracked(self.sigma_rels)
         for name in ("steps", "checkpoint_every", "max_checkpoints"):
             if (value := getattr(self, name)) is not None:
-                check_number(name, value, lambda count: count >= 1, "be at least 1")
+                check_count(name, value)
         check_interval(self.checkpoint_every, self.steps)
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
@@ -80,14 +92,9 @@ class Schedule:
         """Snapshots of each profile at the end."""
         return min(self.taken, self.max_checkpoints or self.taken)
 
-    @property
-    def even_motion(self) -> Motion:
-        """The assumed motion of the network, relative to its norm, where nothing is known."""
-        return Motion.even(self.steps, ASSUMED_STRETCH**2)
-
     def snapshots(self, motion: Motion | None = None) -> list[PowerFunction]:
-        """Profiles of the snapshots at the end, by time; motion is even by default."""
-        motion = self.even_motion if motion is None else motion
+        """Profiles of the snapshots at the end, by time; motion is relative to the norm, by default even."""
+        motion = motion or Motion.even(self.steps)
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         if self.kept == self.taken:
             counts = range(1, self.taken + 1)
@@ -101,8 +108,7 @@ class Schedule:
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
-                kept_for = range_of(self.sigma_rels)
-                dropped = set(snapshots_to_drop(left, prior, self.kept, kept_for))
+                dropped = set(snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels)))
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
@@ -128,6 +134,19 @@ class Schedule:
         return sorted(spread, key=lambda p: (p.t, -p.gamma))
 
 
+def powers(sigma_rels: FloatArray, t: float) -> list[PowerFunction]:
+    """The power functions of these widths at one time."""
+    return [PowerFunction.from_sigma_rel(float(sigma_rel), t) for sigma_rel in sigma_rels]
+
+
+def check_tracked(sigma_rels: Sequence[float]) -> None:
+    """Raise an InvalidValueError unless these can be tracked."""
+    if not sigma_rels:
+        raise InvalidValueError("sigma_rels", "must be at least one")
+    for sigma_rel in sigma_rels:
+        check_sigma_rel(sigma_rel)
+
+
 def check_interval(checkpoint_every: int, steps: int) -> None:
     """Raise an InvalidValueError if no snapshot would be taken."""
     if checkpoint_every > steps:
@@ -140,48 +159,152 @@ def listed(sigma_rels: Sequence[float]) -> str:
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """Errors over a range of sigma_rel, at the time of the last snapshot.
+# --- thinning --------------------------------------------------------------------------------------
 
-    Attributes:
-        sigma_rels: widths of the averages: shape [points].
-        predicted_error: expected relative L2 error of the weights: shape [points].
-        profile_error: relative L2 error of the profile: shape [points].
-    """
-
-    sigma_rels: FloatArray
-    predicted_error: FloatArray
-    profile_error: FloatArray
-
-    def __repr__(self) -> str:
-        low, high = self.sigma_rels[0], self.sigma_rels[-1]
-        errors = f"worst error {percent(self.worst)}, median error {percent(self.median)}"
-        return f"Forecast(sigma_rel {low:g} to {high:g}: {errors})"
-
-    @property
-    def worst(self) -> float:
-        """The largest predicted error in the range."""
-        return float(self.predicted_error.max())
-
-    @property
-    def median(self) -> float:
-        """The median of the predicted errors in the range."""
-        return float(np.median(self.predicted_error))
+USEFUL_RANGE = (0.05, 0.28)
+"""The default range of sigma_rel that snapshots are kept for."""
 
 
-def forecast(
+def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
+    """The range that snapshots of these profiles are kept for: theirs, or the default one where it is a single one."""
+    return (min(sigma_rels), max(sigma_rels)) if len(sigma_rels) > 1 else USEFUL_RANGE
+
+
+_SIMULATED = 8
+"""Of very many snapshots, thinning is simulated from so many times those kept; more make little difference."""
+
+_TARGETS = 12
+_NORM = 8
+"""Errors over the range are combined by their 8-norm: close to the worst one, but every target counts."""
+
+
+@one_blas_thread()
+def snapshots_to_drop(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
+    keep: int,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
-    points: int = 41,
-) -> Forecast:
-    """Expected errors of averages made of these snapshots, at least one, over a range of sigma_rel.
+) -> list[int]:
+    """Which snapshots to drop so that `keep` of each profile remain: indices, in the order to drop.
 
-    Weights of norm 0 are exact.
+    Drops the one without which the predicted error over `sigma_range`, at the time of the last snapshot, stays lowest,
+    and so on; of equal ones (where nothing moved) the one whose neighbours are closest together. Then exchanges improve
+    the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside of a
+    subset (`thinned_subset`) go first.
+
+    The snapshots, and their prior, may have any order.
     """
-    sigma_rels = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
+    left = list(range(len(snapshots)))
+    beyond: list[int] = []
+    if len(left) > MOST_SOLVED:
+        profiles = len({p.gamma for p in snapshots})
+        left = thinned_subset(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep)
+        beyond = sorted(set(range(len(snapshots))) - set(left))
+    ends = {gamma: max(p.t for p in snapshots if p.gamma == gamma) for gamma in {p.gamma for p in snapshots}}
+    newest = {index for index, p in enumerate(snapshots) if p.t == ends[p.gamma]}
+    dropped = removal_order(snapshots, prior, left, keep, newest, sigma_range)
+    kept = sorted({*left} - {*dropped})
+    return [*beyond, *exchanged(snapshots, prior, kept, dropped, newest, sigma_range)]
+
+
+def removal_order(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    among: Sequence[int],
+    keep: int,
+    needed: Collection[int],
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+) -> list[int]:
+    """The snapshots to drop of those `among` all, the least needed first, until `keep` of each profile remain.
+
+    `among` and `needed`, which must stay, are indices.
+    """
+    left = list(among)
+    losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
+    column = {index: number for number, index in enumerate(left)}
+    counts = Counter(snapshots[i].gamma for i in left)
+    dropped: list[int] = []
+    while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in needed]:
+        errors = errors_after_each(losses)[[column[i] for i in may_go]]
+        equals = [may_go[place] for place in np.flatnonzero(errors == errors.min())]
+        index = _closest_together(snapshots, left, equals)
+        losses.lose(column[index])
+        left.remove(index)
+        dropped.append(index)
+        counts[snapshots[index].gamma] -= 1
+    return dropped
+
+
+_MOST_EXCHANGED = 16
+_MOST_TRIED = 240
+_LEAST_GAIN = 0.99
+"""Exchanges, a solve each, pay where few snapshots are left: with 3 of 20 they halve the error at best, with 20 of 40
+they gain nothing. One that lowers the error by less than a hundredth is not made."""
+
+
+def exchanged(
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    kept: Sequence[int],
+    dropped: Sequence[int],
+    needed: Collection[int],
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+) -> list[int]:
+    """The snapshots to drop, in order, after exchanges of a dropped one for a kept one of the same profile.
+
+    Greedy drops are not always the best set: a snapshot that was spared early may be of little use in the end. `kept`,
+    `dropped` (in the order to drop) and `needed`, which must stay, are indices.
+    """
+    kept, order = list(kept), list(dropped)
+    if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
+        return order
+    everyone = [*kept, *order]
+    losses = losses_of([snapshots[i] for i in everyone], prior.of(everyone), sigma_range)
+    place = {index: number for number, index in enumerate(everyone)}
+    least = float(_combined(losses.of([place[i] for i in kept]).squares[:, None])[0])
+    for _ in range(_MOST_TRIED // max(len(order), 1)):
+        trials = []
+        for coming in order:
+            errors = errors_after_each(losses.of([place[i] for i in (*kept, coming)]))
+            trials += [
+                (float(error), coming, leaving)
+                for error, leaving in zip(errors, kept, strict=False)
+                if leaving not in needed and snapshots[leaving].gamma == snapshots[coming].gamma
+            ]
+        error, coming, leaving = min(trials, default=(least, -1, -1))
+        if error >= _LEAST_GAIN * least:
+            break
+        least = error
+        kept[kept.index(leaving)] = coming
+        order[order.index(coming)] = leaving
+    return order
+
+
+def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]) -> int:
+    """The snapshot whose neighbours of the same profile are closest together, the latest of several."""
+    gaps = dict.fromkeys(equals, float("inf"))  # without two neighbours
+    for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
+        own = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
+        for before, index, after in zip(own, own[1:], own[2:], strict=False):
+            if index in gaps:
+                gaps[index] = snapshots[after].t - snapshots[before].t
+    return min(equals, key=lambda i: (gaps[i], -snapshots[i].t))
+
+
+def losses_of(
+    snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float] = USEFUL_RANGE
+) -> Losses:
+    """The costs of losing snapshots for targets over the range, at the time of the last one."""
     t = max(p.t for p in snapshots)
-    targets = [PowerFunction.from_sigma_rel(float(s), t) for s in sigma_rels]
-    predicted, profile = expected_errors(snapshots, targets, prior, t)
-    return Forecast(sigma_rels, np.nan_to_num(predicted, nan=0.0), profile)
+    return MinimumVariance(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
+
+
+def errors_after_each(losses: Losses) -> FloatArray:
+    """The 8-norm of the expected errors over the range when one more is lost: shape [n]."""
+    return _combined(losses.squares_without_each())
+
+
+def _combined(squares: FloatArray) -> FloatArray:
+    """The 8-norm over targets of the roots: shape [targets, n] to [n]."""
+    scale = float(squares.max()) or 1.0
+    return np.asarray(np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale))

@@ -5,22 +5,18 @@ the weights of the network after each step; its profile spreads w_k over the int
 the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
 mass at its start, which the tail contains and the density leaves out.
 
-`tracked` is what a run records, `discrete` has the profiles of checkpoints, `others` are targets; any object with
-`density` and `tail` is a `Profile`, too.
+`tracked` is what a run records, `other_libraries` has the averages of other programs, `others` are targets; any object
+with `density` and `tail` is a `Profile`, too.
 """
 
-from posthoc_cli.profiles.discrete import Discrete, Point
+from posthoc_cli.profiles.other_libraries import Discrete, Point
 from posthoc_cli.profiles.others import (
     SHAPES,
     ClassicalEMA,
-    Conversion,
     EmulatedDecay,
     StepWindow,
     Uniform,
-    classical_beta,
     convert,
-    mean_age,
-    sigma_rel_from_classical_beta,
     try_profile,
 )  # fmt: skip
 from posthoc_cli.profiles.tracked import (
@@ -43,10 +39,8 @@ from posthoc_cli.profiles.tracked import (
 )  # fmt: skip
 
 __all__ = [
-    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder",
-    "Conversion", "Discrete", "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile",
-    "RecordedPowerFunction", "StepWindow", "StoredProfile", "Uniform", "check_sigma_rel", "classical_beta", "convert",
-    "gamma_from_sigma_rel", "is_late", "mean_age", "new_value_share", "roundings", "sigma_rel_from_classical_beta",
-    "sigma_rel_from_gamma", "sketched_window_ends", "try_profile",
-    "window_ends",
+    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Discrete", "EmulatedDecay",
+    "FloatArray", "Point", "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "StoredProfile",
+    "Uniform", "check_sigma_rel", "convert", "gamma_from_sigma_rel", "is_late", "new_value_share", "roundings",
+    "sigma_rel_from_gamma", "sketched_window_ends", "try_profile", "window_ends",
 ]  # fmt: skip

@@ -1,32 +1,115 @@
-"""The profiles that other libraries' averages really have.
+"""The profiles that averages of other programs really have: checkpoints, averages over known times, ordinary EMAs.
 
-`ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 count the calls of their update from 1. They update at the calls
-c = 1, 1 + m, 1 + 2 m, ... with m = `update_every`, and keep the share
-
-    beta = (1 - 1 / (c + 1))**(gamma + 1) = (c / (c + 1))**(gamma + 1)
-
-of the average, whatever m is. So the weights of update k have the mass (1 - beta_k) prod_(j > k) beta_j, and those of
-the first one the rest. With m = 1 that is the power function of `gamma`, shifted by a step; with larger m it is close
-to the power function of the exponent (gamma + 1) / m - 1, a longer average.
-
-torchtitan's `EMAOptimizersContainer` (main branch, 2026) updates at the steps `start_step` + k m with
-m = `update_every_n_steps`, and keeps 2**(-20 / max(k, 1)) of the average, unless its `half_life_fraction`, 0.05, is
-changed. Since k counts updates, that is nearly the power function of the exponent 20 ln 2 - 1 for any m.
+A checkpoint has mass at points only, so that its density is 0 everywhere and its tail falls in jumps.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles.discrete import Discrete
 from posthoc_cli.profiles.tracked import FloatArray
+
+_SUM = 1e-6
+"""Accepted difference of a sum of masses from 1; the masses are scaled to a sum of 1."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The weights at time `t` > 0 themselves: an ordinary checkpoint."""
+
+    t: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "t", float(self.t))
+
+    @property
+    def t_first(self) -> float:
+        """The first step of a training on a clock of steps: its averages begin there, not at the first checkpoint."""
+        return min(1.0, self.t)
+
+    @property
+    def jumps(self) -> FloatArray:
+        """The times at which it has mass: shape [1]."""
+        return np.array([self.t])
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """0: all mass is at one point."""
+        return np.zeros(np.shape(s))
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`: 1 before `t`, 0 from `t` on."""
+        return np.where(np.asarray(s, dtype=np.float64) < self.t, 1.0, 0.0)
+
+
+class Discrete:
+    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`.
+
+    Attributes:
+        times: growing from above 0, at least one, none after `t`.
+        masses: 0 or above, with sum 1: one for each of `times`.
+        t: by default the last of `times`.
+    """
+
+    def __init__(
+        self, times: Sequence[float] | FloatArray, masses: Sequence[float] | FloatArray, t: float = 0.0
+    ) -> None:
+        at, mass = np.array(times, dtype=np.float64), np.array(masses, dtype=np.float64)
+        is_alike = at.ndim == 1 and at.shape == mass.shape and at.size > 0
+        end = float(at[-1]) if is_alike and not t else float(t)
+        if not (is_alike and np.all(np.diff(at, prepend=0.0) > 0) and at[-1] <= end < math.inf
+                and np.all(mass >= 0) and abs(mass.sum() - 1) <= _SUM):  # fmt: skip
+            reason = "must grow from above 0 up to t, each time with a mass, of sum 1"
+            raise InvalidValueError("times and masses", reason)
+        self.times, self.masses, self.t = at, mass / mass.sum(), end
+
+    @property
+    def t_first(self) -> float:
+        """The time of the earliest weights in it."""
+        return float(self.times[0])
+
+    @property
+    def jumps(self) -> FloatArray:
+        """The times at which it has mass."""
+        return self.times
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """0: all mass is at points."""
+        return np.zeros(np.shape(s))
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`."""
+        return self._later[np.searchsorted(self.times, np.asarray(s, dtype=np.float64), side="right")]
+
+    @cached_property
+    def _later(self) -> FloatArray:
+        """Mass from each of the times on, and 0: summed from the end, where small tails keep their digits."""
+        later = np.append(np.cumsum(self.masses[::-1])[::-1], 0.0)
+        later[0] = 1.0
+        return later
+
+
+# --- libraries of power functions -------------------------------------------------------------------
+#
+# `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 count the calls of their update from 1. They update at the calls
+# c = 1, 1 + m, 1 + 2 m, ... with m = `update_every`, and keep the share
+#
+#     beta = (1 - 1 / (c + 1))**(gamma + 1) = (c / (c + 1))**(gamma + 1)
+#
+# of the average, whatever m is. So the weights of update k have the mass (1 - beta_k) prod_(j > k) beta_j, and those of
+# the first one the rest. With m = 1 that is the power function of `gamma`, shifted by a step; with larger m it is close
+# to the power function of the exponent (gamma + 1) / m - 1, a longer average.
+#
+# torchtitan's `EMAOptimizersContainer` (main branch, 2026) updates at the steps `start_step` + k m with
+# m = `update_every_n_steps`, and keeps 2**(-20 / max(k, 1)) of the average, unless its `half_life_fraction`, 0.05, is
+# changed. Since k counts updates, that is nearly the power function of the exponent 20 ln 2 - 1 for any m.
 
 MOST_UPDATES = 20_000_000
 """Of one average; far more than a training makes, and few enough for its memory."""
@@ -108,7 +191,7 @@ def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Disc
     return Discrete(means, joined, t)
 
 
-# --- ordinary EMAs: one decay, perhaps with a warm-up
+# --- ordinary EMAs: one decay, perhaps with a warm-up -----------------------------------------------
 
 WARM_UPS = ("ratio", "power", "ramp-up")
 POWER, RAMP_UP = 2 / 3, 0.05
@@ -199,7 +282,7 @@ class Decay:
         return OrdinaryEMA(self, step, updates, every, first or step // every * every - (updates - 1) * every)
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def _kept_logs(decay: Decay, most: int) -> FloatArray:
     with np.errstate(divide="ignore"):
         logs = np.log(decay.at(np.arange(1.0, most + 1)))
@@ -214,11 +297,9 @@ class OrdinaryEMA(Discrete):
     """
 
     def __init__(self, decay: Decay, step: int, updates: int, every: int, first: int) -> None:
-        logs = decay.kept_logs(updates)
-        start = max(float(first - every), 0.5)
-        settings = vars(decay) | {"updates": updates, "every": every, "first": first}
-        for name, value in (("settings", settings), ("_logs", logs), ("_start", start)):
-            object.__setattr__(self, name, value)
+        logs = self._logs = decay.kept_logs(updates)
+        self._start = max(float(first - every), 0.5)
+        self.settings: dict[str, Any] = vars(decay) | {"updates": updates, "every": every, "first": first}
         numbers = np.arange(1, updates + 1)
         # Groups by the number of the update alone, so that averages of different times have the same ones.
         level = np.floor(np.maximum(np.cumsum(np.maximum(np.diff(logs), -1.0)), _COPY) * -_FINEST)
@@ -226,7 +307,7 @@ class OrdinaryEMA(Discrete):
         place = np.floor((numbers - 1) / size) * size
         is_end = np.append((np.diff(level) > 0) | (np.diff(place) > 0), np.ones(min(1, updates), bool))
         ends = numbers[is_end & (logs[1:] - logs[-1] < _FORGOTTEN)]
-        times = np.append(start, first + every * (ends - 1.0))
+        times = np.append(self._start, first + every * (ends - 1.0))
         masses = np.diff(np.exp(logs[-1] - logs[np.append(0, ends)]), prepend=0.0)
         super().__init__(times, masses, step)
 
@@ -254,7 +335,3 @@ class OrdinaryEMA(Discrete):
             OrdinaryEMA.of(int(self.t), **known | rest) if longer > 1 else self,
             OrdinaryEMA.of(int(self.t), **known | copies) if later > 0 else self,
         )
-
-    settings: dict[str, Any]
-    _logs: FloatArray
-    _start: float

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -81,7 +81,11 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     x > 0, and x = 1 / sigma_rel lies right of both roots, so that Newton's method from there falls monotonically onto
     the larger root.
     """
-    sigma_rel = check_sigma_rel(sigma_rel)
+    return _gamma(check_sigma_rel(sigma_rel))
+
+
+@lru_cache(maxsize=4096)
+def _gamma(sigma_rel: float) -> float:
     if sigma_rel < 1e-6:
         # x = 1/sigma_rel - 2 - sigma_rel/2 + O(sigma_rel**2); beyond that, f overflows or loses digits.
         return 1 / sigma_rel - 3 - sigma_rel / 2

@@ -1,16 +1,13 @@
 """Coefficients of the linear combination of stored averages that is nearest to a wanted one.
 
 `solving` has both methods: the published one, and minimum variance, the default. `prior` and `motion` are what the
-latter knows of a run, `basis` the closed forms of both, `least_squares` their linear algebra. NumPy serves but for rare
-problems, which import SciPy.
+latter knows of a run, `basis` the linear algebra of both. NumPy serves but for rare problems, which import SciPy.
 """
 
-from posthoc_cli.reconstruction.basis import points_of, relative_width
-from posthoc_cli.reconstruction.least_squares import Losses
-from posthoc_cli.reconstruction.motion import Motion, Steps
+from posthoc_cli.reconstruction.basis import Losses, Steps, points_of, relative_width
+from posthoc_cli.reconstruction.motion import Motion, Sketch
 from posthoc_cli.reconstruction.prior import (
     ASSUMED,
-    ASSUMED_STRETCH,
     MEASURED,
     ROUNDING,
     Distance,
@@ -23,7 +20,6 @@ from posthoc_cli.reconstruction.prior import (
     measured_prior,
     misfit,
 )  # fmt: skip
-from posthoc_cli.reconstruction.sketch import Sketch
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,
@@ -37,7 +33,7 @@ from posthoc_cli.reconstruction.solving import (
 )
 
 __all__ = [
-    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "Distance",
+    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "Distance",
     "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Sketch", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
     "misfit", "one_blas_thread", "points_of", "reconstruct", "relative_width", "thinned_subset",

@@ -1,22 +1,28 @@
-"""Orthonormal functions on the intervals between snapshot times, and integrals of profiles over them.
+"""The linear algebra of both methods: functions on the intervals between snapshot times, and least squares.
 
 Within one interval every stored profile, and its tail, is a sum of a few powers of s: of a power function its own, of
 one with mass at points a constant, since intervals end at these points. A small matrix in closed form
 gives an orthonormal basis of their span; functions of different intervals are orthogonal. In that basis the distance
 between two averages is a sum of squares, and a reconstruction a least-squares problem with few rows, whose condition
 number is the *square root* of that of the Gram matrix (9e4 against 8e9 for 512 snapshots of two profiles).
+
+Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
+hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
+are summed, since an average ignores how the network moved between updates.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
 
 MOST_POINTS = 16_384
 """Points of mass that intervals end at; of more, evenly chosen ones."""
@@ -50,6 +56,96 @@ def points_of(profiles: Iterable[StoredProfile]) -> FloatArray:
 def are_powers(profiles: Sequence[Profile]) -> TypeGuard[Sequence[PowerFunction]]:
     """Whether all are power functions, so that closed forms hold."""
     return all(isinstance(profile, PowerFunction) for profile in profiles)
+
+
+# --- steps and updates -----------------------------------------------------------------------------
+
+FEW = 8
+"""Up to so many updates an interval is summed. With more, integral and sum differ by less than a tenth."""
+
+_SAME = 1e-9
+"""Relative difference below which two times, or numbers of updates, are equal."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Intervals of training, each with steps of one length, and the updates in those that have few.
+
+    Attributes:
+        edges: of the intervals, growing: shape [K + 1].
+        density: steps per unit of time within each interval; 0 where its updates are listed instead: shape [K].
+        before, after, interval: of each listed update, times of the one before and of itself, and the index of its
+            interval: shape [M].
+        stride: steps between updates.
+    """
+
+    edges: FloatArray
+    density: FloatArray
+    before: FloatArray
+    after: FloatArray
+    interval: npt.NDArray[np.intp]
+    stride: float
+
+    @property
+    def duration(self) -> FloatArray:
+        """Time of a step within each interval; 0 where its updates are listed instead: shape [K]."""
+        return np.divide(1.0, self.density, out=np.zeros_like(self.density), where=self.density > 0)
+
+    def tails(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Mass that averages have at or after each listed update: shape [M, n]."""
+        return self._mass_after(self.before, profiles)
+
+    def masses(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Mass that averages have on each listed update: shape [M, n]."""
+        return self.tails(profiles) - self._mass_after(self.after, profiles)
+
+    def _mass_after(self, s: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
+        """Tails; 0 for power functions that do not include the update."""
+        ends = np.array([p.t * (1 + _SAME) if isinstance(p, PowerFunction) else np.inf for p in profiles])
+        tails = np.stack([profile.tail(s) for profile in profiles], axis=1)
+        return np.where(self.after[:, None] <= ends, tails, 0.0)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A run's clock, and the steps between its updates."""
+
+    clock: Clock
+    stride: int = 1
+
+
+def cells_between(edges: FloatArray, profiles: Iterable[StoredProfile], run: Steps | None) -> Cells:
+    """The intervals between `edges`, cut at points of mass, and where the length of a step changes.
+
+    Unknown steps are one unit of time.
+    """
+    edges = with_points(edges, profiles, run)
+    if run is None:
+        none = np.zeros(0)
+        return Cells(edges, np.ones(edges.size - 1), none, none, np.zeros(0, dtype=np.intp), 0.0)
+    knots = np.asarray(run.clock.times)
+    edges = np.union1d(edges, knots[(knots > edges[0]) & (knots < edges[-1])])
+    steps = run.clock.step_at(edges)
+    # An update at an edge belongs to the interval before it.
+    count = np.floor(steps / run.stride * (1 + _SAME) + _SAME).astype(np.int64)
+    few = np.diff(count) <= FEW
+    interval = np.repeat(np.flatnonzero(few), np.diff(count)[few])
+    listed = [np.arange(a, b) for a, b in zip(count[:-1][few], count[1:][few], strict=True)]
+    number = np.concatenate([np.zeros(0), *listed])
+    before = np.maximum(run.clock.time_at(number * run.stride), edges[0])
+    after = run.clock.time_at((number + 1) * run.stride)
+    density = np.where(few, 0.0, np.diff(steps) / np.diff(edges))
+    return Cells(edges, density, before, after, interval, float(run.stride))
+
+
+def with_points(edges: FloatArray, profiles: Iterable[StoredProfile], run: Steps | None) -> FloatArray:
+    """The edges and, within them, the points of mass of profiles, and a step before each: the weights that it is on."""
+    points = points_of(profiles)
+    before = points - 1 if run is None else run.clock.time_at(run.clock.step_at(points) - run.stride)
+    return np.unique(np.concatenate((edges, np.clip(np.append(points, before), edges[0], edges[-1]))))
+
+
+# --- functions --------------------------------------------------------------------------------------
 
 
 class StoredFunctions(ABC):
@@ -228,3 +324,156 @@ def relative_width(profile: Profile, t: float) -> float:
     below = (1 - profile.tail(points)) * weights
     mean = t - float(below.sum())
     return float(np.sqrt(max(t * t - 2 * float(below @ points) - mean**2, 0.0))) / t
+
+
+# --- least squares -------------------------------------------------------------------------------
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+class LeastSquares:
+    """argmin_x || factor x - goals || for goals, [rows, goals], one after another, by QR.
+
+    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which NumPy lacks.
+    """
+
+    def __init__(self, factor: FloatArray) -> None:
+        self.factor, self._order = factor, np.arange(factor.shape[1])
+        q, r = np.linalg.qr(factor) if factor.size else (factor, factor[:0])
+        if factor.shape[1] and _inverse(factor, r) is None:
+            from scipy import linalg  # slow to import, and rarely needed
+
+            q, r, order = linalg.qr(factor, mode="economic", pivoting=True, check_finite=False)
+            diagonal = np.abs(np.diag(r))
+            self._order = order[: int(np.sum(diagonal > diagonal[0] * _EPS * max(factor.shape)))]
+        rank = self._order.size
+        self._q_transposed, self._r = np.ascontiguousarray(q[:, :rank].T), r[:rank, :rank]
+
+    def solve(self, goals: FloatArray) -> FloatArray:
+        """Shape [columns, goals]."""
+        return self._spread(self._q_transposed @ goals)
+
+    @property
+    def leverage(self) -> FloatArray:
+        """How much of a change in each row of a goal the solution takes up, in [0, 1]: shape [rows]."""
+        return np.asarray(np.sum(self._q_transposed**2, axis=0))
+
+    def inverse_factor(self) -> FloatArray:
+        """W with W W^T = (factor^T factor)^-1 on the independent columns: shape [columns, rank]."""
+        return self._spread(np.eye(self._order.size))
+
+    def _spread(self, values: FloatArray) -> FloatArray:
+        """R^-1 times the values, for all columns: 0 for the dependent ones."""
+        solution = np.zeros((self.factor.shape[1], values.shape[1]))
+        if self._order.size:
+            solution[self._order] = np.linalg.solve(self._r, values)
+        return solution
+
+
+def _inverse(factor: FloatArray, r: FloatArray) -> FloatArray | None:
+    """R^-1 of a QR decomposition; None if columns depend on others up to rounding."""
+    if factor.shape[0] < factor.shape[1]:
+        return None
+    try:
+        inverse = np.asarray(np.linalg.inv(r), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    condition = np.linalg.norm(r, 1) * np.linalg.norm(inverse, 1)
+    return inverse if condition < 1 / (_EPS * max(factor.shape)) else None
+
+
+def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """argmin_x || factor x - goals || of many goals, [rows, goals], the squared residuals, and W.
+
+    W W^T = (factor^T factor)^-1; W has fewer columns than rows if columns of `factor` depend on others up to rounding.
+    Takes one triangle and no orthogonal matrix, several times faster than `LeastSquares`.
+    """
+    count = factor.shape[1]
+    triangle = _triangle_of(factor, goals)
+    r = triangle[:count, :count]
+    if count == 0:
+        return np.zeros((0, goals.shape[1])), np.sum(triangle**2, axis=0), np.zeros((0, 0))
+    root = _inverse(factor, r)
+    if root is None:
+        problem = LeastSquares(factor)
+        solution = problem.solve(goals)
+        return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
+    solution = np.asarray(np.linalg.solve(r, triangle[:count, count:]), dtype=np.float64)
+    return solution, np.sum(triangle[count:, count:] ** 2, axis=0), root
+
+
+def _triangle_of(factor: FloatArray, goals: FloatArray) -> FloatArray:
+    return np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"), dtype=np.float64)
+
+
+_REFRESH = 0.25
+"""The share of the snapshots that are lost before the problem is solved again, since each loss costs digits."""
+
+
+class Losses:
+    """Expected squared errors of targets, as snapshots are lost one after another, from one factorisation.
+
+    All coefficients but the last are unknowns of a least-squares problem, whose residuals are the squared errors. Where
+    c are its coefficients and P = W W^T is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a
+    squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
+
+    Arguments:
+        factor: one column a snapshot: shape [rows, n].
+        goals: one column a target: shape [rows, targets].
+        unreachable: the part of each squared error that no coefficients change: shape [targets].
+
+    Attributes:
+        squares: expected squared errors of the targets with the remaining snapshots: shape [targets].
+    """
+
+    def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
+        self._factor, self._goals, self._unreachable = factor, goals, unreachable
+        self._left = np.arange(factor.shape[1])
+        self.squares: FloatArray
+        self._columns: FloatArray  # [targets, n]
+        self._root: FloatArray  # W: [n, less than n]
+        self._solve()
+
+    def squares_without_each(self) -> FloatArray:
+        """Expected squared errors when one more is lost: shape [targets, n]; `squares` for lost ones."""
+        spread = np.sum(self._root**2, axis=1)
+        costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
+        return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
+
+    def lose(self, snapshot: int) -> None:
+        """Continue without one of the remaining snapshots."""
+        self._left = self._left[self._left != snapshot]
+        if self._is_degenerate or self._left.size <= (1 - _REFRESH) * self._solved:
+            self._solve()
+            return
+        own, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
+        square = own @ own
+        pivot = self._root @ own / square
+        self.squares = self.squares + lost * lost / square
+        self._columns -= np.multiply.outer(lost, pivot)
+        self._root -= np.multiply.outer(pivot, own)
+        self._columns[:, snapshot] = self._root[snapshot] = 0.0
+
+    def of(self, snapshots: Sequence[int]) -> Losses:
+        """The same for some of all the snapshots, renumbered."""
+        factor, goals = self._reduced
+        return Losses(factor[:, snapshots], goals, self._unreachable)
+
+    def _solve(self) -> None:
+        left, count = self._left, self._factor.shape[1]
+        factor, goals = (self._factor, self._goals) if left.size == count else self._reduced
+        others, last = factor[:, left[:-1]] - factor[:, left[-1:]], factor[:, left[-1:]]
+        solution, missed, root = solve_once(others, goals - last)
+        self._solved = left.size
+        self._is_degenerate = root.shape[1] < others.shape[1]
+        self.squares = self._unreachable + missed
+        self._columns, self._root = np.zeros((goals.shape[1], count)), np.zeros((count, root.shape[1]))
+        self._columns[:, left[:-1]], self._columns[:, left[-1]] = solution.T, 1 - solution.sum(axis=0)
+        self._root[left[:-1]], self._root[left[-1]] = root, -root.sum(axis=0)
+
+    @cached_property
+    def _reduced(self) -> tuple[FloatArray, FloatArray]:
+        """Factor and goals with at most as many rows as columns."""
+        count = self._factor.shape[1]
+        triangle = _triangle_of(self._factor, self._goals)
+        return triangle[:, :count], triangle[:, count:]

@@ -1,4 +1,4 @@
-"""The motion of the network, fitted to the measured distances between its averages.
+"""The motion of the network: fitted to the measured distances between its averages, and sketched by the hook.
 
 Model: a random walk with independent increments of variance v(s) ds, which follows the learning rate, and noise of
 intensity w(s) that forgets faster than snapshots are apart, as of a network that is pulled back. With an average
@@ -9,115 +9,34 @@ averages, one of them stored with a rounding error of variance r_j, is
 
 linear in v and w. With both constant on segments of training, every measured distance is a
 linear equation for their values.
-
-Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
-hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
-are summed, since an average ignores how the network moved between updates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction.basis import Densities, Tails, are_powers, gammas_and_times, points_of
-
-# --- steps and updates -----------------------------------------------------------------------------
-
-FEW = 8
-"""Up to so many updates an interval is summed. With more, integral and sum differ by less than a tenth."""
-
-_SAME = 1e-9
-"""Relative difference below which two times, or numbers of updates, are equal."""
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Intervals of training, each with steps of one length, and the updates in those that have few.
-
-    Attributes:
-        edges: of the intervals, growing: shape [K + 1].
-        density: steps per unit of time within each interval; 0 where its updates are listed instead: shape [K].
-        before, after, interval: of each listed update, times of the one before and of itself, and the index of its
-            interval: shape [M].
-        stride: steps between updates.
-    """
-
-    edges: FloatArray
-    density: FloatArray
-    before: FloatArray
-    after: FloatArray
-    interval: npt.NDArray[np.intp]
-    stride: float
-
-    @property
-    def duration(self) -> FloatArray:
-        """Time of a step within each interval; 0 where its updates are listed instead: shape [K]."""
-        return np.divide(1.0, self.density, out=np.zeros_like(self.density), where=self.density > 0)
-
-    def tails(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Mass that averages have at or after each listed update: shape [M, n]."""
-        return self._mass_after(self.before, profiles)
-
-    def masses(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Mass that averages have on each listed update: shape [M, n]."""
-        return self.tails(profiles) - self._mass_after(self.after, profiles)
-
-    def _mass_after(self, s: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
-        """Tails; 0 for power functions that do not include the update."""
-        if not are_powers(profiles):
-            columns = [self._mass_after(s, [p])[:, 0] if are_powers([p]) else p.tail(s) for p in profiles]
-            return np.stack(columns, axis=1)
-        gamma, t = gammas_and_times(profiles)
-        ratio = np.minimum(s[:, None] / t, 1.0)
-        with np.errstate(divide="ignore"):  # all of the mass is after time 0
-            tails = -np.expm1((gamma + 1) * np.log(ratio))
-        return np.where(self.after[:, None] <= t * (1 + _SAME), tails, 0.0)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A run's clock, and the steps between its updates."""
-
-    clock: Clock
-    stride: int = 1
-
-
-def cells_between(edges: FloatArray, run: Steps | None) -> Cells:
-    """The intervals between `edges`, cut where the length of a step changes; unknown steps are one unit of time."""
-    if run is None:
-        none = np.zeros(0)
-        return Cells(edges, np.ones(edges.size - 1), none, none, np.zeros(0, dtype=np.intp), 0.0)
-    knots = np.asarray(run.clock.times)
-    edges = np.union1d(edges, knots[(knots > edges[0]) & (knots < edges[-1])])
-    steps = run.clock.step_at(edges)
-    # An update at an edge belongs to the interval before it.
-    count = np.floor(steps / run.stride * (1 + _SAME) + _SAME).astype(np.int64)
-    few = np.diff(count) <= FEW
-    interval = np.repeat(np.flatnonzero(few), np.diff(count)[few])
-    listed = [np.arange(a, b) for a, b in zip(count[:-1][few], count[1:][few], strict=True)]
-    number = np.concatenate([np.zeros(0), *listed])
-    before = np.maximum(run.clock.time_at(number * run.stride), edges[0])
-    after = run.clock.time_at((number + 1) * run.stride)
-    density = np.where(few, 0.0, np.diff(steps) / np.diff(edges))
-    return Cells(edges, density, before, after, interval, float(run.stride))
-
-
-def with_points(edges: FloatArray, profiles: Iterable[StoredProfile], run: Steps | None) -> FloatArray:
-    """The edges and, within them, the points of mass of profiles, and a step before each: the weights that it is on."""
-    points = points_of(profiles)
-    if points.size == 0:
-        return edges
-    before = points - 1 if run is None else run.clock.time_at(run.clock.step_at(points) - run.stride)
-    return np.unique(np.concatenate((edges, np.clip(np.append(points, before), edges[0], edges[-1]))))
-
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles.tracked import LONGEST, WINDOW
+from posthoc_cli.reconstruction.basis import (
+    Cells,
+    Densities,
+    Steps,
+    Tails,
+    are_powers,
+    cells_between,
+    gammas_and_times,
+)
 
 # --- motion ----------------------------------------------------------------------------------------
+
+ASSUMED_STRETCH = 0.25
+"""Assumed root mean square length of the walk over all of training, relative to the norm of the weights. Recorded runs
+have 0.01 (rate cut to nothing) to 0.45 (constant rate)."""
 
 _MOST_STORED = 96
 """Limit of the segments in a snapshot's header."""
@@ -139,8 +58,8 @@ class Motion:
     noise: FloatArray
 
     @classmethod
-    def even(cls, t: float, variance: float, steps: Steps | None = None) -> Motion:
-        """A walk of the given variance over (0, t]."""
+    def even(cls, t: float, variance: float = ASSUMED_STRETCH**2, steps: Steps | None = None) -> Motion:
+        """A walk of the given variance over (0, t], by default the assumed one, relative to a squared norm."""
         count = t if steps is None else float(steps.clock.step_at(t))
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
 
@@ -250,18 +169,45 @@ def fit_motion(
     """
     if known is not None and not known.walk.any():
         known = None  # it stood still, which is no estimate of later motion
-    course = _Course.first(start, times) if known is None else _Course.after(known, times)
-    segments = course.walk.size
-    cells, walks, noises, rounding = _relative(course.edges, distances, steps)
-    segment = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
+    edges, walk, noise, anchors = _first_course(start, times) if known is None else _course_after(known, times)
+    segments = walk.size
+    cells, walks, noises, rounding = influences(edges, distances, steps)
+    segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, segments - 1)
     first = np.flatnonzero(np.diff(segment, prepend=-1))  # the first cell of each segment
-    influence = np.add.reduceat(walks, first, axis=1) * course.walk
+    influence = np.add.reduceat(walks, first, axis=1) * walk
     knows_noise = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any())
     if knows_noise and may_have_noise:
-        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * course.noise))
+        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) * noise))
     found = np.zeros(2 * segments)
-    found[: influence.shape[1]] = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
-    return Motion(course.edges, course.walk * found[:segments], course.noise * found[segments:])
+    found[: influence.shape[1]] = _solve(influence, rounding, anchors[: influence.shape[1]], segments)
+    return Motion(edges, walk * found[:segments], noise * found[segments:])
+
+
+# Segments of training between edges, v and w in each for unknowns of 1, [segments] each, and estimates of the unknowns
+# without distances, of the walk and then of the noise, nan for none, [2 * segments].
+_Course = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
+
+
+def _first_course(start: float, times: Sequence[float]) -> _Course:
+    """Without an earlier estimate."""
+    inner = np.unique([t for t in times if t > start])
+    if inner.size > MOST_SEGMENTS:
+        inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
+    edges = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
+    ones = np.ones(edges.size - 1)
+    return edges, ones, ones, np.full(2 * ones.size, np.nan)
+
+
+def _course_after(known: Motion, times: Sequence[float]) -> _Course:
+    """Relative to an earlier estimate, and after it to its last segment; noise to the mean where it has none."""
+    later = np.unique([t for t in times if t > known.edges[-1]])
+    unseen = np.full(later.size, np.nan)
+    walk = np.maximum(known.walk, _LEAST_SHARE * known.walk.max(initial=0.0))
+    noise = np.maximum(known.noise, known.noise.mean())
+    seen = np.divide(known.noise, noise, out=np.zeros_like(noise), where=noise > 0)
+    noise = np.where(noise > 0, noise, walk[-1])
+    walk, noise = (np.append(own, np.full(later.size, own[-1])) for own in (walk, noise))
+    return np.append(known.edges, later), walk, noise, np.concatenate((np.ones(seen.size), unseen, seen, unseen))
 
 
 def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:
@@ -351,68 +297,18 @@ def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
     return np.asarray(np.divide(share.T @ constant, weight, out=anywhere, where=weight > 1e-9))
 
 
-@dataclass(frozen=True)
-class _Course:
-    """Segments of training between `edges`, and v and w in each for unknowns of 1: shape [segments] each.
-
-    `anchors` are estimates of the unknowns without distances, of the walk and then of the noise, nan for none: shape
-    [2 * segments].
-    """
-
-    edges: FloatArray
-    walk: FloatArray
-    noise: FloatArray
-    anchors: FloatArray
-
-    @classmethod
-    def first(cls, start: float, times: Sequence[float]) -> _Course:
-        """Without an earlier estimate."""
-        inner = np.unique([t for t in times if t > start])
-        if inner.size > MOST_SEGMENTS:
-            inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
-        edges = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
-        ones = np.ones(edges.size - 1)
-        return cls(edges, ones, ones, np.full(2 * ones.size, np.nan))
-
-    @classmethod
-    def after(cls, known: Motion, times: Sequence[float]) -> _Course:
-        """Relative to an earlier estimate, and after it to its last segment; noise to the mean where it has none."""
-        later = np.unique([t for t in times if t > known.edges[-1]])
-        unseen = np.full(later.size, np.nan)
-        walk = np.maximum(known.walk, _LEAST_SHARE * known.walk.max(initial=0.0))
-        noise = np.maximum(known.noise, known.noise.mean())
-        seen = np.divide(known.noise, noise, out=np.zeros_like(noise), where=noise > 0)
-        noise = np.where(noise > 0, noise, walk[-1])
-        walk, noise = (np.append(own, np.full(later.size, own[-1])) for own in (walk, noise))
-        anchors = np.concatenate((np.ones(seen.size), unseen, seen, unseen))
-        return cls(np.concatenate((known.edges, later)), walk, noise, anchors)
-
-
 # --- integrals -------------------------------------------------------------------------------------
 
 
-def _relative(
+def influences(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
 ) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
-    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding."""
-    profiles = {profile for distance in distances for profile in (distance.later, distance.earlier)}
-    cells = cells_between(with_points(edges, profiles, steps), steps)
-    walk, noise = influences(cells, distances)
-    squared, rounding = np.array([(distance.squared, distance.rounding) for distance in distances]).T
-    walk, noise = (np.maximum(influence, 0.0) / squared[:, None] for influence in (walk, noise))
-    return cells, walk, noise, np.minimum(rounding / squared, 1.0)
+    """The cells between `edges`, and, relative to each measured distance, what makes it.
 
-
-def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
-    """What the motion says of each measured distance, relative to it: shape [distances]."""
-    cells, walks, noises, rounding = _relative(motion.edges, distances, steps)
-    walk, noise = motion.on(cells.edges)
-    return np.asarray(walks @ walk + noises @ noise + rounding)
-
-
-def influences(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatArray, FloatArray]:
-    """The distances that a walk and a noise of intensity 1 in one interval make: shape [distances, K] each."""
+    These are a walk and a noise of intensity 1 in one cell alone, [distances, K] each, and rounding, [distances].
+    """
     later, earlier = [distance.later for distance in distances], [distance.earlier for distance in distances]
+    cells = cells_between(edges, {*later, *earlier}, steps)
     if are_powers(later) and are_powers(earlier):
         walk, noise = _integrals(cells.edges, later, earlier)
     else:
@@ -421,7 +317,16 @@ def influences(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatAr
     if cells.interval.size:
         np.add.at(walk.T, cells.interval, cells.stride * (cells.tails(later) - cells.tails(earlier)) ** 2)
         np.add.at(noise.T, cells.interval, (cells.masses(later) - cells.masses(earlier)) ** 2 / cells.stride)
-    return walk, noise
+    squared, rounding = np.array([(distance.squared, distance.rounding) for distance in distances]).T
+    walk, noise = (np.maximum(influence, 0.0) / squared[:, None] for influence in (walk, noise))
+    return cells, walk, noise, np.minimum(rounding / squared, 1.0)
+
+
+def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
+    """What the motion says of each measured distance, relative to it: shape [distances]."""
+    cells, walks, noises, rounding = influences(motion.edges, distances, steps)
+    walk, noise = motion.on(cells.edges)
+    return np.asarray(walks @ walk + noises @ noise + rounding)
 
 
 def _by_basis(
@@ -460,3 +365,138 @@ def _moment(
     """Integral of (s/t)^p (s/u)^q from a to b, with 0 < a <= b <= t, u."""
     peak = b * (b / t) ** p * (b / u) ** q
     return np.asarray(peak * -np.expm1(-(p + q + 1) * np.log(b / a)) / (p + q + 1), dtype=np.float64)
+
+
+# --- the sketch ------------------------------------------------------------------------------------
+
+_POINTS = 4
+"""Points in a window at which tails are taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """The path of the weights as the hook measured it: random projections of their mean over each window.
+
+    A projection S is fixed, linear, and keeps squared lengths in the mean: of D numbers, up to 1 +- sqrt(2 / D). With
+    x_k = S m_k for the mean m_k of the k-th window, the error of coefficients c, which put the weight
+    g_k = sum_i c_i P_i(k) - P(k) on that window, is measured, whatever the motion is:
+
+        |error|^2 = |sum_k g_k m_k|^2 ~ |sum_k g_k x_k|^2 = |sum_k G_k (x_k+1 - x_k)|^2,    G = sum_i c_i tail_i - tail,
+
+    with G at the ends of the windows. That takes G as linear in between: it is as exact as the windows are short. In a
+    window, G departs from the line by b_k in the mean, and what the weights do there is known from outside only. Their
+    steady motion, from the window before to the one after, adds b_k times that to the error; the rest is unseen: motion
+    that neighbours do not foretell, as of a walk, and what a window's own spread has beyond its steady motion, as of
+    noise.
+
+    Attributes:
+        edges: the time of the first update, then that of the last update in each window: shape [K + 1].
+        folds: of which each window is made: shape [K].
+        means: of the windows, projected: shape [K, D].
+        spread: mean squared distance of the folds' weights from their window's mean: shape [K].
+    """
+
+    edges: FloatArray
+    folds: FloatArray
+    means: FloatArray
+    spread: FloatArray
+
+    def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        """Columns whose combinations are errors: as projected, [D, n], and unseen, [K + 1, n].
+
+        Averages are relative to the weights of the first window.
+        """
+        tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
+        within = np.stack(
+            [profile.tail(self._within).reshape(-1, _POINTS).mean(axis=1) for profile in profiles], axis=1
+        )
+        bend = within - (tails[1:] + tails[:-1]) / 2
+        seen = np.diff(self.means, axis=0).T @ tails[1:-1] + self._steady.T @ bend
+        # Noise may be alike in all windows, as of weights that alternate: its parts may add up.
+        alike = self._noise @ bend
+        return seen, np.vstack((np.hypot(self._walk, self._noise)[:, None] * bend, alike))
+
+    def of_shared_means(
+        self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Columns of the errors that means with the weights of the `largest` gamma leave: projected, and unseen.
+
+        Within a fold of relative length L these weights are steeper by u = (largest - gamma) L. An average in which the
+        fold has the mass m is off by u m / 12 of the steady motion across it, which projections show. To the squared
+        error, noise that leaves the variance s in a fold's mean adds u^2 m^2 s / 12, and a walk of v across the
+        fold u^2 m^2 v / 120, a third of which is seen as steady. Averages of one profile share what their common folds
+        leave. `updates` are those until each edge: folds of two are exact, since the newest value has each profile's
+        own weight, and early in a run means are not shared.
+        """
+        counts = np.maximum(np.diff(updates) / self.folds, 2.0)
+        part = (counts - 1) * (counts - 2) / counts**2
+        length = np.diff(self.edges) / self.folds / self.edges[1:]
+        steeper = np.array([largest - profile.gamma for profile in profiles])
+        masses = -np.diff(np.stack([profile.tail(self.edges) for profile in profiles], axis=1), axis=0)
+        late = np.logical_or.accumulate((length > 0) & (length * WINDOW <= LONGEST * counts))
+        part = np.where(late, part, 0.0)
+        bend = (part * length / self.folds / 12)[:, None] * steeper * masses
+        # Of n folds with noise s and a walk v each, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) +
+        # 19/144 v (n - 1/n), and `_squares` 6 s / n + v n.
+        n = np.maximum(self.folds, 2.0)
+        noise = np.maximum(self._beyond - 19 / 144 * self._inner * self._squares, 0.0)
+        noise /= (1 - 1 / n) * (1 - 5 / 6 * (1 + 1 / n) / n)
+        walk = np.maximum(self._squares - 6 * noise / n, 0.0) / n
+        unseen = 12 * noise / np.where(part > 0, part, 1.0) + 144 / 120 * 2 / 3 * walk
+        return self._across.T @ bend, np.sqrt(unseen * self.folds)[:, None] * bend
+
+    @cached_property
+    def _within(self) -> FloatArray:
+        place = (np.arange(_POINTS) + 0.5) / _POINTS
+        return (self.edges[:-1, None] + np.diff(self.edges)[:, None] * place).ravel()
+
+    @cached_property
+    def _inner(self) -> FloatArray:
+        """The share of a window's motion that is within it, and not at its ends: none of a single fold's."""
+        return np.asarray(1 - 1 / self.folds**2)
+
+    @cached_property
+    def _middle(self) -> FloatArray:
+        return (self.edges[1:] + self.edges[:-1]) / 2
+
+    @cached_property
+    def _across(self) -> FloatArray:
+        """Steady motion across each window: shape [K, D]."""
+        if len(self.means) < 2:
+            return np.zeros_like(self.means)
+        return np.asarray(np.gradient(self.means, self._middle, axis=0) * np.diff(self.edges)[:, None])
+
+    @cached_property
+    def _steady(self) -> FloatArray:
+        return self._across * self._inner[:, None]
+
+    @cached_property
+    def _walk(self) -> FloatArray:
+        """The size of the unseen part of a walk, for b = 1: shape [K].
+
+        G, a parabola in a window, departs from its line by 6/5 b^2 in the mean square.
+        """
+        return np.sqrt(6 / 5 * self._inner * self._squares)
+
+    @cached_property
+    def _squares(self) -> FloatArray:
+        """The squared length of a walk across each window: shape [K].
+
+        Of a walk with variance v w in a window, a mean misses the line between its neighbours' by v w / 4.
+        """
+        squares = np.full(len(self.means), np.sum(np.diff(self.means, axis=0) ** 2))
+        if len(self.means) > 2:
+            place = (self._middle[1:-1] - self._middle[:-2]) / (self._middle[2:] - self._middle[:-2])
+            line = self.means[:-2] + (self.means[2:] - self.means[:-2]) * place[:, None]
+            squares = np.pad(4 * np.sum((self.means[1:-1] - line) ** 2, axis=1), 1, mode="edge")
+        return np.asarray(squares, dtype=np.float64)
+
+    @cached_property
+    def _noise(self) -> FloatArray:
+        """The same of noise: of n folds with the variance s each, s / n 12 b^2."""
+        return np.asarray(np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1)))
+
+    @cached_property
+    def _beyond(self) -> FloatArray:
+        """The spread of each window's folds beyond steady motion: shape [K]."""
+        return np.asarray(np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0))

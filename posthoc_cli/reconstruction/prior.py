@@ -22,15 +22,17 @@ from posthoc_cli.profiles import (
     StoredProfile,
     roundings,
 )
-from posthoc_cli.reconstruction.basis import gammas_and_times, order_of
-from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, expected_distances, fit_motion
-from posthoc_cli.reconstruction.sketch import Sketch
+from posthoc_cli.reconstruction.basis import Steps, gammas_and_times, order_of
+from posthoc_cli.reconstruction.motion import (
+    ASSUMED_STRETCH,
+    Motion,
+    PairDistance,
+    Sketch,
+    expected_distances,
+    fit_motion,
+)
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
-
-ASSUMED_STRETCH = 0.25
-"""Assumed root mean square length of the walk over all of training, relative to the norm of the weights. Recorded runs
-have 0.01 (rate cut to nothing) to 0.45 (constant rate)."""
 
 _MEMORY = 12
 """Steps over which training is smooth (momentum 0.9 remembers 10): the weights at one moment move like an average of
@@ -65,7 +67,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class DistanceTo(Distance):
-    """A distance to one that is no power function."""
+    """A distance to one that is no power function; headers have none."""
 
     profile: StoredProfile
 
@@ -198,8 +200,7 @@ def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, mot
     `rounding` is the root mean square error of a stored copy, `motion` by default an even walk.
     """
     ones = np.ones(len(snapshots))
-    if motion is None:
-        motion = Motion.even(max(p.t for p in snapshots), ASSUMED_STRETCH**2)
+    motion = motion or Motion.even(max(p.t for p in snapshots))
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
 
 

@@ -25,15 +25,19 @@ from posthoc_cli.errors import InvalidValueError, brief, check_word
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.reconstruction.basis import (
+    Cells,
     Densities,
+    LeastSquares,
+    Losses,
     StoredFunctions,
     Tails,
     are_powers,
+    cells_between,
     gammas_of,
     order_of,
+    solve_once,
+    with_points,
 )
-from posthoc_cli.reconstruction.least_squares import LeastSquares, Losses, solve_once
-from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
 
 # --- minimum variance
@@ -58,14 +62,9 @@ class Goals:
     norms: FloatArray
 
     @cached_property
-    def squares(self) -> FloatArray:
-        """Squared norms of the columns: shape [targets]."""
-        return np.asarray(np.sum(self.columns**2, axis=0))
-
-    @property
     def unreachable(self) -> FloatArray:
         """The share of the squared norms that no coefficients reach: shape [targets]."""
-        return np.maximum(self.norms - self.squares, 0.0)
+        return np.asarray(np.maximum(self.norms - np.sum(self.columns**2, axis=0), 0.0))
 
 
 class MinimumVariance:
@@ -79,7 +78,7 @@ class MinimumVariance:
     Minimising it over c is a least-squares problem, whose residual is the expected squared error; the last coefficient
     is eliminated by the constraint. The second term is the published method; most networks are closer to a walk.
 
-    Where the path of the weights was sketched, the error of any coefficients is measured (see `sketch`), and that is
+    Where the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is
     the error bar. What is minimised is the mean of the measured and the expected error: the projections are fewer than
     the directions in which the weights move, and coefficients that suit them alone suit the others less.
 
@@ -94,7 +93,7 @@ class MinimumVariance:
         times = [profile.t for profile in self._stored]
         start = prior.motion.edges[0]
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
-        cells = cells_between(with_points(edges, self._stored, prior.steps), prior.steps)
+        cells = cells_between(edges, self._stored, prior.steps)
         self._terms = _terms(prior, cells, self._stored)
         self._root = np.sqrt(0.5) if self.is_measured else 1.0  # of the share of each kind of rows
         self._rows = self._root * np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
@@ -103,11 +102,6 @@ class MinimumVariance:
         """What the other methods ask for."""
         columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
         return Goals(targets, self._root * np.vstack(columns), self._root**2 * np.sum(norms, axis=0))
-
-    def made_of(self, coefficients: FloatArray) -> Goals:
-        """The averages with these coefficients, as goals."""
-        columns = self._rows @ coefficients[self._order]
-        return Goals((), columns, np.sum(columns**2, axis=0))
 
     def solve(self, goals: Goals, at_once: bool = False) -> FloatArray:
         """The coefficients of least expected error; those of a target sum to 1.
@@ -139,20 +133,26 @@ class MinimumVariance:
         else:
             measured = missed[self._measured] / (self._left_out[:, None] if solved else 1.0)
             motion = np.sum(measured**2, axis=0) / self._root**2
-        # What coefficients make is what they make, whatever the decays are.
-        errors = self._errors if goals.targets else self._rounding
-        return np.stack((motion, np.sum((errors @ ordered) ** 2, axis=0)))
+        return np.stack((motion, np.sum((self._errors @ ordered) ** 2, axis=0)))
+
+    def error_of(self, coefficients: FloatArray) -> float:
+        """The predicted error of exactly these coefficients, [n]: that of the stored copies, whatever decays are."""
+        column = coefficients[:, None]
+        ordered = column[self._order]
+        made = self._rows @ ordered
+        squares = np.sum((self._rounding @ ordered) ** 2, axis=0, keepdims=True)
+        return float(self.expected_errors(squares, column, Goals((), made, np.sum(made**2, axis=0)))[0])
 
     @property
     def is_measured(self) -> bool:
-        """Whether the errors of any coefficients are measured, see `sketch`."""
+        """Whether the errors of any coefficients are measured, see `Sketch`."""
         return self._prior.sketch is not None
 
     @cached_property
     def _measured(self) -> slice:
-        """The rows of measured errors."""
-        numbers = 0 if self._prior.sketch is None else sum(self._prior.sketch.means.shape) + 1
-        return slice(self._rows.shape[0] - numbers, self._rows.shape[0])
+        """The rows of measured errors; all of them where none are."""
+        rows = self._rows.shape[0]
+        return slice(0 if self._prior.sketch is None else rows - sum(self._prior.sketch.means.shape) - 1, rows)
 
     @property
     def unsure(self) -> float:
@@ -205,7 +205,7 @@ class MinimumVariance:
     @cached_property
     def _rounding(self) -> FloatArray:
         """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
-        rows = self._rows[self._measured] / self._root if self.is_measured else self._rows
+        rows = self._rows[self._measured] / self._root
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
@@ -223,8 +223,7 @@ class MinimumVariance:
         for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
             if any(one is not own for one, own in zip(others, self._stored, strict=True)):
                 changed = self._root * np.vstack([term.of_stored(others) for term in self._terms]) - self._rows
-                changed = changed[self._measured] / self._root if self.is_measured else changed
-                rows.append(np.asarray(np.linalg.qr(changed, mode="r")))
+                rows.append(np.asarray(np.linalg.qr(changed[self._measured] / self._root, mode="r")))
         return np.vstack(rows)
 
     @cached_property
@@ -371,8 +370,9 @@ def reconstruct(
         raise InvalidValueError("snapshots", "must be at least one")
     for wanted in targets:
         is_profile = all(callable(getattr(wanted, name, None)) for name in ("density", "tail"))
-        if not (is_profile or isinstance(wanted, np.ndarray)):
+        if not (is_profile or (isinstance(wanted, np.ndarray) and wanted.shape == (len(snapshots),))):
             reason = "must be a profile with density(s) and tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
+            reason += f", or an array of {len(snapshots)} coefficients"
             raise InvalidValueError("target", reason, value=brief(wanted))
     last = max(p.t for p in snapshots)
     if t is None:
@@ -385,7 +385,7 @@ def reconstruct(
     columns, predicted, profile = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
     for k, target in enumerate(targets):
         if isinstance(target, np.ndarray):
-            columns[:, k], predicted[k] = target, problem.error_of(target)
+            columns[:, k], predicted[k] = target, problem.variance.error_of(target)
         else:
             columns[:, k : k + 1], predicted[k : k + 1], profile[k : k + 1] = problem.solve([target], method)
     return Reconstruction(columns, profile, predicted, prior)
@@ -430,7 +430,7 @@ class _Problem:
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         self._snapshots = {snapshot: row for row, snapshot in enumerate(snapshots)}
-        self._variance = MinimumVariance(snapshots, prior, t)
+        self.variance = MinimumVariance(snapshots, prior, t)
         times = [snapshot.t for snapshot in snapshots]
         self._last = max(times)
         edges = with_points(np.unique(np.concatenate(([0.0], times, [t]))), snapshots, prior.steps)
@@ -444,7 +444,7 @@ class _Problem:
         self, targets: Sequence[Profile], method: str, at_once: bool = False
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Coefficients, [snapshots, targets], predicted and profile errors, [targets]."""
-        goals = self._variance.goals(targets)
+        goals = self.variance.goals(targets)
         rows, squares = self._densities.of_targets(targets)
         profiles, norms = rows.reshape(-1, len(targets)), squares.sum(axis=0)
         # Algorithm 3 of the paper, divided by the sum; nan without mass.
@@ -457,22 +457,22 @@ class _Problem:
         for column, row in stored:
             columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
         if method == METHODS[0]:
-            own = self._variance.solve(goals, at_once)
+            own = self.variance.solve(goals, at_once)
             columns = np.where(np.isnan(columns) | (not self._may_blend), own, columns)
-            blend = self._measured if self._variance.is_measured else self._blended
+            blend = self._measured if self.variance.is_measured else self._blended
             columns, expected = blend(own, columns, goals)
         elif np.isnan(columns).any():
             reason = "none of its mass lies before the last snapshot in use"
             raise InvalidValueError("target", reason, "use the time of a snapshot")
         else:
-            expected = self._variance.expected_squares(columns, goals)
+            expected = self.variance.expected_squares(columns, goals)
         # || sum_i c_i p_i - p || / || p ||, outside and inside of the span of the basis.
         unreachable = np.maximum(norms - np.sum(profiles**2, axis=0), 0.0)
         errors = np.sqrt((unreachable + np.sum((self._factor @ columns - profiles) ** 2, axis=0)) / norms)
         for column, row in stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
-        return columns, self._variance.expected_errors(expected, columns, goals), errors
+        return columns, self.variance.expected_errors(expected, columns, goals), errors
 
     def _measured(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """The own coefficients if they are clearly better than others, else the best others; its squares.
@@ -480,12 +480,14 @@ class _Problem:
         Others are the published ones, and each newest snapshot alone. Projections show too much or too little motion,
         of all coefficients alike if it has one direction; rounding is known. So the own ones must be better either way.
         """
-        expected, every = self._variance.expected_squares, np.arange(goals.norms.size)
-        others = np.stack((published, *self._newest(goals)))
+        expected, every = self.variance.expected_squares, np.arange(goals.norms.size)
+        newest = [row for snapshot, row in self._snapshots.items() if snapshot.t == self._last]
+        alone = np.eye(len(self._snapshots))[:, newest]
+        others = np.stack((published, *(np.repeat(one[:, None], every.size, axis=1) for one in alone.T)))
         squares, there = expected(own, goals, solved=True), np.stack([expected(other, goals) for other in others])
         best = there.sum(axis=1).argmin(axis=0)
         is_own = np.ones(every.size, dtype=bool)
-        for off in (-self._variance.unsure, self._variance.unsure):
+        for off in (-self.variance.unsure, self.variance.unsure):
             shown = np.array([1 + off, 1.0])
             is_own &= shown @ squares < _CLEARLY * np.min(shown @ there, axis=0)
         columns = np.where(is_own, own, others[best, :, every].T)
@@ -493,24 +495,12 @@ class _Problem:
 
     def _blended(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
         """Coefficients between both, the nearer to the published ones, the smaller the gain, and its squares."""
-        best, there = (self._variance.expected_squares(found, goals).sum(axis=0) for found in (own, published))
+        best, there = (self.variance.expected_squares(found, goals).sum(axis=0) for found in (own, published))
         gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
-        gain *= np.exp(_CAUTION * self._variance.doubt)
+        gain *= np.exp(_CAUTION * self.variance.doubt)
         sure, none = self._gains
         columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (published - own)
-        return columns, self._variance.expected_squares(columns, goals)
-
-    def _newest(self, goals: Goals) -> Iterator[FloatArray]:
-        """The coefficients of each newest snapshot alone, for all targets."""
-        for snapshot, row in self._snapshots.items():
-            if snapshot.t == self._last:
-                yield np.repeat(np.eye(len(self._snapshots))[:, [row]], goals.norms.size, axis=1)
-
-    def error_of(self, coefficients: FloatArray) -> float:
-        """The predicted error of exactly these coefficients: that of the stored copies."""
-        column = coefficients[:, None]
-        goals = self._variance.made_of(column)
-        return float(self._variance.expected_errors(self._variance.expected_squares(column, goals), column, goals)[0])
+        return columns, self.variance.expected_squares(columns, goals)
 
     @cached_property
     def _published(self) -> LeastSquares:

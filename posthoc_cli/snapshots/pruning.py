@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError, check_alone, check_count
+from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError, check_alone, check_count, percent
 from posthoc_cli.planning import (
     USEFUL_RANGE,
-    Forecast,
+    ErrorCurve,
     check_max_error,
     exchanged,
     forecast,
@@ -53,14 +53,15 @@ class Pruning:
 
     kept: tuple[Snapshot, ...]
     gone: tuple[Snapshot, ...]
-    before: Forecast
-    after: Forecast
+    before: ErrorCurve
+    after: ErrorCurve
     source: str
     deleted: bool = False
 
     def __repr__(self) -> str:
         count, left = len(self.kept) + len(self.gone), len(self.kept)
-        return f"Pruning({left} of {count} snapshots stay: {self.after!r}, before {self.before!r})"
+        errors = f"worst error {percent(self.after.worst)}, before {percent(self.before.worst)}"
+        return f"Pruning({left} of {count} snapshots stay: {errors})"
 
     @property
     def read_bytes(self) -> int:
@@ -122,7 +123,7 @@ def plan_pruning(
     prior = source_prior([snapshots[index] for index in solved])
     before = forecast([profiles[index] for index in solved], prior, sigma_range)
 
-    def errors_without(gone: Sequence[int]) -> Forecast:
+    def errors_without(gone: Sequence[int]) -> ErrorCurve:
         left = sorted(set(range(len(profiles))) - set(gone))
         chosen = [left[place] for place in thinned_subset([profiles[index] for index in left])]
         if set(chosen) <= set(solved):

@@ -1,4 +1,4 @@
-"""The path of the network's weights, projected to a few numbers at every fold: see `reconstruction.sketch`.
+"""The path of the network's weights, projected to a few numbers at every fold: see `reconstruction.Sketch`.
 
 Of the elements that are measured (`measuring.Subset`) each is multiplied by a random sign and the root of how many it
 stands for, and added to one of the numbers, which is drawn for its place in a row. It is linear, and depends on the

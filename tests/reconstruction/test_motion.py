@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import PowerFunction, RecordedPowerFunction
+from posthoc_cli.profiles import Clock, PowerFunction, RecordedPowerFunction
 from posthoc_cli.reconstruction import (
-    ASSUMED_STRETCH,
     Distance,
     Measurements,
     Motion,
+    Steps,
     StoredAverage,
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, PairDistance, cells_between, fit_motion, influences
+from posthoc_cli.reconstruction.motion import ASSUMED_STRETCH, MOST_SEGMENTS, PairDistance, fit_motion, influences
 from posthoc_cli.tracker.layout import Tile, TileReader, lay_out
 from posthoc_cli.tracker.running import RunningAverages
 
@@ -139,12 +139,31 @@ def test_the_influence_of_each_segment_is_its_integral() -> None:
         for s, t, u, v in ((0.05, 90, 0.28, 90), (0.1, 90, 0.1, 50), (0.28, 90, 0.05, 20), (0.07, 50, 0.2, 35))
     ]
     distances = [PairDistance(p, q, 1.0, 0.0) for p, q in pairs]
-    for part, found in enumerate(influences(cells_between(edges, None), distances)):
+    for part, found in enumerate(influences(edges, distances, None)[1:3]):
         for piece in range(3):
             only = np.where(np.arange(3) == piece, 1.0, 0.0)
             motion = Motion(edges, *((only, 0 * only) if part == 0 else (0 * only, only)))
             expected = [distance(p, q, motion).squared for p, q in pairs]
             np.testing.assert_allclose(found[:, piece], expected, rtol=1e-8, atol=1e-14)
+
+
+def test_the_rate_of_a_walk_is_found_where_a_snapshot_is_an_update() -> None:
+    """Squared distances of averages one update apart, by the weights: the walk that made them is found again."""
+    updates = np.arange(10.0, 401.0, 10.0)
+    distances = []
+    for index in range(1, updates.size):
+        rows = []
+        for s, last in ((0.05, index), (0.28, index), (0.05, index - 1)):
+            row = np.zeros(updates.size)
+            row[: last + 1] = exact_weights(s, updates[: last + 1])
+            rows.append((exact_gamma(s), float(updates[last]), np.cumsum(row[::-1])[::-1][1:]))
+        (a, t, first), others = rows[0], rows[1:]
+        for b, u, second in others:
+            distances.append(
+                PairDistance(PowerFunction(a, t), PowerFunction(b, u), 30.0 * float(np.sum((first - second) ** 2)), 0.0)
+            )
+    found = fit_motion(10.0, updates.tolist(), distances, Steps(Clock.of_steps(), 10))
+    np.testing.assert_allclose(found.on(updates)[0], 3.0, rtol=0.05)
 
 
 def test_what_was_known_stays_where_no_distance_tells_more() -> None:

@@ -139,8 +139,8 @@ def test_misuse_is_named() -> None:
         reconstruct([later], [target])
     with refused("snapshots", "at or before"):
         reconstruct([later], [Uniform(1, 5)], t=10.0)
-    for number in (0.15, [0.15], None):
+    for wrong in (0.15, [0.15], None, np.ones(2)):
         with refused("target", "must be a profile"):
-            reconstruct([target], [number])  # type: ignore[list-item]
+            reconstruct([target], [wrong])  # type: ignore[list-item]
     with refused("method", "minvar, paper"):
         check_method("magic")

@@ -9,7 +9,7 @@ import pytest
 
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, Prior, Sketch, reconstruct
-from posthoc_cli.reconstruction import sketch as sketches
+from posthoc_cli.reconstruction import motion as sketches
 
 T, SIZE = 600, 40
 FloatArray = np.ndarray

@@ -16,7 +16,7 @@ from snapshots.recorded import Walk, call_number, failing, record
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError, LockedError, MismatchError, WriteError
-from posthoc_cli.planning import Forecast, forecast, removal_order, snapshots_to_drop
+from posthoc_cli.planning import ErrorCurve, forecast, removal_order, snapshots_to_drop
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
@@ -49,7 +49,7 @@ def profiles_of(snapshots: Sequence[Snapshot]) -> list[PowerFunction]:
     return [snapshot.info.profile.pure for snapshot in snapshots]
 
 
-def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) -> Forecast:
+def errors_of(snapshots: Sequence[Snapshot], *sigma_range: tuple[float, float]) -> ErrorCurve:
     return forecast(profiles_of(snapshots), source_prior(snapshots), *sigma_range)
 
 
