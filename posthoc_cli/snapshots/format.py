@@ -157,7 +157,7 @@ import math
 import re
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -520,6 +520,25 @@ def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:
     """Checksums of the 4 MiB blocks of a tensor's bytes."""
     view = memoryview(data)
     return [xxhash.xxh3_64_hexdigest(view[begin : begin + BLOCK_BYTES]) for begin in range(0, len(view), BLOCK_BYTES)]
+
+
+class BlockChecksums:
+    """Checksums of a tensor's blocks, whose bytes go by in order, in parts of any size, from `position` on."""
+
+    def __init__(self, position: int, nbytes: int) -> None:
+        self.position, self._nbytes = position, nbytes
+        self._hash = xxhash.xxh3_64()
+
+    def of(self, view: memoryview) -> Iterator[tuple[int, str]]:
+        """The blocks that end within the bytes that come next, by number, each with its checksum."""
+        while view:
+            left = BLOCK_BYTES - self.position % BLOCK_BYTES
+            part, view = view[:left], view[left:]
+            self._hash.update(part)
+            self.position += len(part)
+            if len(part) == left or self.position == self._nbytes:
+                yield (self.position - 1) // BLOCK_BYTES, self._hash.hexdigest()
+                self._hash.reset()
 
 
 def blank_checksums(nbytes: int) -> str:

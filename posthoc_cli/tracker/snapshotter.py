@@ -465,7 +465,6 @@ class Snapshotter:
                     out = writer.write_range(names[0], 0)
                     for flat in flats:
                         out.write(tensor_bytes(flat))
-                    out.close()
             for name, tensor in (others | dict(copies)).items():
                 writer.write(name, tensor_bytes(tensor))
             checksum = writer.commit()

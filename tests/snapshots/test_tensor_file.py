@@ -28,7 +28,7 @@ from posthoc_cli.export.layouts import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.headers import decode_checksums
-from posthoc_cli.snapshots.reading import BackingFile, open_file
+from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.tensor_file import (
     TensorFileWriter,
     read_header,
@@ -103,7 +103,7 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
     """One of the same size, whose header may carry the checksum of the other, wrongly."""
     path = small(kind)
     header = read_header(path)
-    BackingFile(path, header).open().close()
+    open_file(path, header).close()
     start = path.read_bytes()
     other = bytearray(start.replace(b'"ema.t":"10.0"', b'"ema.t":"11.0"'))
     assert other != start
@@ -115,7 +115,7 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
     path.write_bytes(other)
     told = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
     with pytest.raises(FileFormatError, match=told):
-        BackingFile(path, header).open()
+        open_file(path, header)
 
 
 def test_a_file_without_checksums_that_is_written_to_meanwhile_is_an_error(small: Small, tmp_path: Path) -> None:
@@ -175,7 +175,6 @@ def write_pieces(path: Path, size: int, cut: int = 2 * BLOCK) -> Path:
             part = writer.write_range("x", begin)
             for at in range(begin, end, size):
                 part.write(memoryview(DATA)[at : min(at + size, end)])
-            part.close()
         writer.write("before", b"abc")
         writer.write("after", b"de")
         writer.commit()
