@@ -282,6 +282,11 @@ Knots = Annotated[
 SampleText = Annotated[str, Rule("a sample", lambda text: decode_sample(text))]
 SketchText = Annotated[str, Rule("a sketch", lambda text: not text or [*map(_path_arrays, text.split(_AND))])]
 
+_INTERVALS = Rule(
+    f"1 to {MAX_INTERVALS:,} values of walk, as many of noise, and one more of edges",
+    lambda own: 1 <= len(own.walk) <= MAX_INTERVALS and len(own.walk) == len(own.noise) == len(own.edges) - 1,
+)
+
 
 @dataclass(frozen=True)
 class TrackedTensor:
@@ -380,7 +385,7 @@ class SnapshotInfo(SourceInfo):
     inherited: float = 0.0
     off_schedule: bool = False
     measurements: Measurements | None = None
-    motion: Motion | None = None
+    motion: Annotated[Motion, _INTERVALS] | None = None
     sample: SampleText = ""
     sketch: SketchText = ""
     part: tuple[int, int] | None = None
@@ -494,20 +499,16 @@ def encode_metadata(kind: str, values: Mapping[str, object]) -> dict[str, str]:
 
 
 def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
-    """The metadata of a snapshot, without its checksums."""
+    """The metadata of a snapshot, without its checksums; of a part with what torch.distributed.checkpoint reads."""
     values = {key: value for key, value in vars(info).items() if key not in OPTIONAL or value}
     if info.selection is not None and not info.selection.copy_only:  # for readers that do not know it
         values["selection"] = {key: value for key, value in vars(info.selection).items() if key != "copy_only"}
     if info.part is None:
         return encode_metadata("snapshot", values)
     values["part"] = "{}/{}".format(*info.part)
-    return encode_metadata("snapshot", values) | dcp_metadata(info.chunks)
-
-
-def dcp_metadata(chunks: Mapping[str, Chunk]) -> dict[str, str]:
-    """What torch.distributed.checkpoint reads of a part: where its tensors belong, by name."""
-    offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in sorted(chunks.items())}
-    return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
+    offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in sorted(info.chunks.items())}
+    for_dcp = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
+    return encode_metadata("snapshot", values) | for_dcp
 
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:

@@ -68,7 +68,7 @@ class BackingFile:
             return sampled_identity(file) == self.identity
         start, checksum = read_start(file), self.header.metadata.get("ema.checksum")
         same_size = (len(start), file.size) == (self.header.payload_start, self.header.file_bytes)
-        if same_size and checksum is not None and headers.has_header_checksum(start, checksum):
+        if same_size and checksum is not None and headers.has_checksum(start, checksum):
             return True
         return headers.decode_header(self.path, start, file.size) == self.header
 

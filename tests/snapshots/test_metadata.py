@@ -71,7 +71,7 @@ def selection(**changes: Any) -> str:
     return json.dumps({"only_trainable": True, "include": ["a*"], "exclude": ["b"], "buffers": "copy", **changes})
 
 
-FEW = "must have 1 to 1,000 values"
+FEW = "must be 1 to 1,000 values"
 SNAPSHOT = {
     "ema.version": [("2", "")],
     "ema.run_id": [("short", ""), ("\x1b[31m" + "0" * 27, "")],
