@@ -42,12 +42,12 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
-from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import COPY, decode_state, tensors_with
 from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock, move_aside, remove_leftovers
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -504,11 +504,11 @@ def repair(found: Verification) -> tuple[Path, ...]:
         WriteError: the system refused. What was moved is in the folder `damaged`, the rest where it was.
     """
     with DirectoryLock(found.path):
-        directories.remove_leftovers(found.path)
+        remove_leftovers(found.path)
         for path, known in found.going.items():
             if _stamp(path) not in (known, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        return tuple(directories.move_aside([*found.going], found.path / BROKEN)) if found.going else ()
+        return tuple(move_aside([*found.going], found.path / BROKEN)) if found.going else ()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

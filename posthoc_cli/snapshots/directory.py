@@ -5,15 +5,13 @@ Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers 
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import chain, combinations, count, pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +34,6 @@ SUPERSEDED = "superseded"
 
 BROKEN = "damaged"
 """The folder for broken files, which a repair moves there."""
-
-STILL_SECONDS = 60.0
-"""Temporaries in a locked directory are removed if they are older: a synthesis into it takes no lock."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles, and are never opened."""
@@ -536,67 +531,3 @@ def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> l
         if all(len(found) == 2 for found in newest.values()):
             break
     return [snapshot for found in newest.values() for snapshot in found]
-
-
-# --- removing from a directory
-
-
-def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot; a missing one is no error. A WriteError if the system refuses.
-
-    A folder of parts stays where something else is in it, or where a network file system keeps a file that is read.
-    """
-    with files.reported_as_write_error(path, "removed"):
-        if path.is_symlink() or not path.is_dir():
-            files.unlink_if_there(path)
-            return
-        with suppress(FileNotFoundError):
-            listing = Listing(path, tuple(sorted(files.system.list(path))))
-            for file in (*listing.files, *listing.leftovers):
-                files.unlink_if_there(file)
-            try:
-                files.system.remove_directory(path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove temporaries of interrupted writes from a directory, and from the snapshots in it, while it is locked."""
-    for folder in (directory, *list_directory(directory).folders):
-        if folder.is_dir() and not folder.is_symlink():
-            files.remove_leftovers(folder, STILL_SECONDS)
-
-
-def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
-    """Move snapshots to the folder `superseded` beside them; returns their new paths. See `move_aside`."""
-    if not stored:
-        return []
-    return move_aside([snapshot.path for snapshot in stored], stored[0].path.parent / SUPERSEDED)
-
-
-def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Move files and directories, durably, into a folder of the same file system; returns their new paths.
-
-    Nothing there is replaced; missing paths are skipped. A DirectoryError if it is a link or no folder.
-    """
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-        reason = "is a link or no directory; snapshots are set aside in a directory of that name"
-        raise DirectoryError(folder, reason, "move it away")
-    with files.reported_as_write_error(folder):
-        files.make_directory(folder)
-        moved = []
-        for path in paths:
-            if os.path.lexists(path) or path.exists():
-                free = _free_name(folder / path.name)
-                files.system.rename(path, free)
-                moved.append(free)
-        # The new names first, so that a crash in between loses no file.
-        for directory in (folder, *sorted({path.parent for path in paths})):
-            files.system.fsync_directory(directory)
-    return moved
-
-
-def _free_name(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-    return next(free for free in chain([path], numbered) if not (os.path.lexists(free) or free.exists()))

@@ -25,11 +25,10 @@ from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
     inspect_directory,
     read_directory,
-    set_aside,
     snapshot_path,
 )
 from posthoc_cli.snapshots.measurements import with_sampled_measurements
-from posthoc_cli.snapshots.pruning import thin
+from posthoc_cli.snapshots.writer import set_aside, thin
 
 W = {"w": torch.ones(2, 3)}
 

@@ -32,9 +32,9 @@ from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots.check import repair, verify
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe
-from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.pruning import thin
+from posthoc_cli.snapshots.writer import remove_snapshot, set_aside, thin
 from posthoc_cli.synthesis.engine import Options, synthesize
 
 GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
@@ -380,7 +380,7 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     left = thin(stored, 2)
     assert [one.path for one in left] == [snapshot.path for snapshot in read_directory(run)]
     assert len(left) < len(stored)
-    moved = directories.set_aside(left[-2:])
+    moved = set_aside(left[-2:])
     assert [path.parent for path in moved] == [run / "superseded"] * 2
     assert len(read_directory(run)) == len(left) - 2
 

@@ -30,8 +30,8 @@ from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, Write
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots.check import check_repairable, repair, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
-from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.writer import DirectoryLock
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 
