@@ -45,11 +45,20 @@ from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import writer
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
-from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.measurements import EarlierRun, scaled_run, source_prior
-from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source, chosen_up_to, counted, run_clock
+from posthoc_cli.snapshots.outputs import describe
+from posthoc_cli.snapshots.sources import (
+    EarlierRun,
+    FileSource,
+    Snapshot,
+    Source,
+    chosen_up_to,
+    counted,
+    run_clock,
+    scaled_run,
+    source_prior,
+)
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 

@@ -20,7 +20,7 @@ from posthoc_cli import run as run_module
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.run import with_consistent_plan
-from posthoc_cli.snapshots import measurements
+from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import evaluation
@@ -108,7 +108,7 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
 ) -> None:
     """Headers without measurements: the plan itself reads tensors."""
     write_run(tmp_path, random_walk(80, {"weight": (3,)}), range(10, 81, 10))
-    real, removed = measurements.sample_measurements, []
+    real, removed = sources.sample_measurements, []
 
     def sample(snapshots: Sequence[Snapshot], local: bool = False) -> list[Measurements]:
         if not removed:
@@ -116,7 +116,7 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
             snapshots[3].path.unlink()
         return real(snapshots, local)
 
-    monkeypatch.setattr("posthoc_cli.snapshots.measurements.sample_measurements", sample)
+    monkeypatch.setattr("posthoc_cli.snapshots.sources.sample_measurements", sample)
     found = average(tmp_path)
     assert f"{removed[0]}: cannot be opened: no such file or directory; planning again" in caplog.text
     assert torch.equal(found, average(tmp_path))

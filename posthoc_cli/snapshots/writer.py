@@ -52,9 +52,8 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import measured_prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import SUPERSEDED, Listing, StoredSnapshot, list_directory, read_directory
-from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.reading import verify_payload
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.sources import Snapshot, source_prior
 from posthoc_cli.snapshots.tensor_file import read_small_file
 
 log = logging.getLogger(__name__)

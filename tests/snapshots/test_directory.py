@@ -27,7 +27,7 @@ from posthoc_cli.snapshots.directory import (
     read_directory,
     snapshot_path,
 )
-from posthoc_cli.snapshots.measurements import with_sampled_measurements
+from posthoc_cli.snapshots.sources import with_sampled_measurements
 from posthoc_cli.snapshots.writer import set_aside, thin
 
 W = {"w": torch.ones(2, 3)}

@@ -31,9 +31,9 @@ from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots.check import repair, verify
 from posthoc_cli.snapshots.chunks import Box
-from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory
 from posthoc_cli.snapshots.format import BLOCK_BYTES
+from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.writer import remove_snapshot, set_aside, thin
 from posthoc_cli.synthesis.engine import Options, synthesize
 

@@ -20,8 +20,7 @@ from posthoc_cli.planning import Forecast, forecast, removal_order, snapshots_to
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.measurements import scaled_run, source_prior
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.sources import Snapshot, scaled_run, source_prior
 from posthoc_cli.snapshots.writer import DirectoryLock, plan_pruning, prune
 
 
