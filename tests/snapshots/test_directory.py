@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshots.recorded import failing
 
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
+from posthoc_cli.errors import DirectoryError, MismatchError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
@@ -140,14 +140,6 @@ def test_two_snapshots_of_one_time_and_profile_are_refused_and_both_named(tmp_pa
     with pytest.raises(MismatchError, match=r"both hold sigma_rel 0\.05 at t = 10; remove one") as caught:
         read_directory(tmp_path)
     assert caught.value.subject == f"{original} and {copy}"
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
-def test_what_is_no_file_under_a_snapshots_name_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    write_times(tmp_path, [10])
-    make(tmp_path / "x.safetensors")
-    with pytest.raises(FileFormatError, match=r"x\.safetensors"):
-        read_directory(tmp_path)
 
 
 def fill(name: str) -> Callable[[Path], object]:
