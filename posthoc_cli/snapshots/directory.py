@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -146,23 +146,32 @@ def inspect_directory(directory: Path) -> Inspection:
     problems: list[PostHocError] = []
     apart: list[str] = []
     cache = DecodeCache()
-    for path in opened_in_turn(listing.files):
-        try:
-            header = read_header(path, cache)
-            if file_kind(header) not in OTHERS:
-                info = decode_snapshot(path, header, cache)
-                if info.part is None:
-                    snapshots.append(Snapshot(path, header, info))
-                else:
-                    apart.append(f"{path.name}: is a part of a snapshot, outside the folder of the others; not read")
-        except FileFormatError as error:
-            if not files.is_gone(path):  # else a writer has thinned it away
-                problems.append(error)
+    for found in _snapshots_in(listing.files, lambda _: cache):
+        if isinstance(found, FileFormatError):
+            problems.append(found)
+        elif found.info.part is None:
+            snapshots.append(found)
+        else:
+            apart.append(f"{found.name}: is a part of a snapshot, outside the folder of the others; not read")
     folders = read_folders(listing)
     snapshots = sorted([*snapshots, *folders.snapshots.values()], key=time_order)
     problems += [*folders.problems.values(), *contradictions(snapshots)]
     notes = (*missing_at_newest(snapshots), *apart, *folders.notes)
     return Inspection(listing, tuple(snapshots), tuple(problems), notes, folders.incomplete)
+
+
+def _snapshots_in(
+    paths: Sequence[Path], cache_of: Callable[[str], DecodeCache]
+) -> Iterator[Snapshot | FileFormatError]:
+    """The snapshots, and parts of them, among files; or what is wrong with a file that has not been thinned away."""
+    for path in opened_in_turn(paths):
+        try:
+            header = read_header(path, cache_of(path.name))
+            if file_kind(header) not in OTHERS:
+                yield Snapshot(path, header, decode_snapshot(path, header, cache_of(path.name)))
+        except FileFormatError as error:
+            if not files.is_gone(path):
+                yield error
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -301,19 +310,13 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
     found: dict[tuple[int, int], list[Snapshot]] = {}
-    for path in opened_in_turn(list_folder(folder).files):
-        try:
-            header = read_header(path, caches[path.name])
-            if file_kind(header) in OTHERS:
-                continue
-            info = decode_snapshot(path, header, caches[path.name])
-        except FileFormatError:
-            if files.is_gone(path):
-                continue
-            raise
-        if info.part is None:
-            raise FileFormatError(path, "is no part of a snapshot, in a folder of parts", "move it to the directory")
-        found.setdefault((info.part[1], info.session), []).append(Snapshot(path, header, info))
+    for one in _snapshots_in(list_folder(folder).files, caches.__getitem__):
+        if isinstance(one, FileFormatError):
+            raise one
+        if one.info.part is None:
+            what = "is no part of a snapshot, in a folder of parts"
+            raise FileFormatError(one.path, what, "move it to the directory")
+        found.setdefault((one.info.part[1], one.info.session), []).append(one)
     for parts in found.values():
         _check_parts(parts)
     complete = [

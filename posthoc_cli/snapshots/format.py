@@ -152,6 +152,7 @@ digits, the same in all parts of a plan) and ema.release (the release that wrote
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import re
@@ -436,10 +437,7 @@ class OutputInfo:
     copies: tuple[str, ...] = ()
 
 
-OPTIONAL = (
-    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part",
-    "chunks", "mesh", "session",
-)  # fmt: skip
+OPTIONAL = (*itertools.dropwhile(lambda name: name != "selection", SnapshotInfo.__dataclass_fields__),)
 """Metadata that a snapshot may lack."""
 
 
