@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -49,9 +49,6 @@ from posthoc_cli.snapshots.tensor_file import decode_values, opened_in_turn
 
 if TYPE_CHECKING:
     import torch
-
-_Info = TypeVar("_Info")
-
 
 ReadRanges = Callable[[Sequence["ElementRange"]], Sequence["torch.Tensor"]]
 """Reads ranges of tensors in memory."""
@@ -84,24 +81,19 @@ class Source(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Stored(Generic[_Info]):
-    """A file, its header, and what it says about itself; or a folder of `parts`, as if they were one file."""
+@dataclass(frozen=True, repr=False)
+class FileSource(ABC):
+    """A snapshot on disk, or another program's checkpoint: a file, or a folder of `parts`, as if they were one file."""
 
     path: Path
     header: fmt.FileHeader
-    info: _Info
+    info: fmt.SourceInfo
     parts: tuple[BackingFile, ...] = ()
 
     def open(self, boxes: Mapping[str, Box] | None = None) -> TensorReader:
         """Open it, or boxes of some tensors as if these were all; its files must be those whose headers were read."""
         parts = self.parts or (BackingFile(self.path, self.header),)
         return TensorReader(self.path, self.header, parts, boxes)
-
-
-@dataclass(frozen=True, repr=False)
-class FileSource(Stored[fmt.SourceInfo], ABC):
-    """A snapshot on disk, or another program's checkpoint."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {len(self.stored)} tensors at t = {self.info.t:,.12g})"
