@@ -25,17 +25,18 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
     BROKEN,
     PICKLES,
     SUPERSEDED,
     Listing,
+    contradictions,
     is_parts_folder,
     is_snapshot_name,
     list_directory,
     list_folder,
+    missing_at_newest,
     read_folder,
     read_folders,
     time_order,
@@ -278,7 +279,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     with progress("verifying", _size(units)) as advance:
         reports = [report for unit in units for report in _read_unit(unit, advance)]
     own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
-    problems = directories.contradictions(own)
+    problems = contradictions(own)
     if own and not problems:
         try:
             run_clock([snapshot.info for snapshot in own])
@@ -286,7 +287,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
             problems = [error]
     notes = [f"{found.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
     if found.is_directory:
-        notes += directories.missing_at_newest(own)
+        notes += missing_at_newest(own)
     broken = {report.unit for report in reports if report.state in MOVED}
     # A model whose shards are in the directory itself is moved file by file.
     going = (report.path if report.unit == path else report.unit for report in reports if report.unit in broken)
