@@ -37,6 +37,7 @@ from posthoc_cli.snapshots.directory import (
     list_directory,
     list_folder,
     missing_at_newest,
+    parts_folders,
     read_folder,
     read_folders,
     time_order,
@@ -217,7 +218,7 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     inner = [_readable(folder) for folder in (*sharded_in, *parted.snapshots, *parted.problems)]
     aside = _readable(directory / SUPERSEDED, notes)
     old = [_Unit(path, {path: ()}, superseded=True) for path in aside.files]
-    old += [_parts(path)._replace(superseded=True) for path in aside.folders]
+    old += [_parts(path)._replace(superseded=True) for path in parts_folders(aside)]
     leftovers = sorted([*parted.incomplete, *(path for one in (listing, *inner, aside) for path in one.leftovers)])
     moved, count = len(_readable(directory / BROKEN).entries), len(listing.pickles)
     if not (units or old or leftovers or moved):

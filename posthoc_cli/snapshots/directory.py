@@ -135,7 +135,7 @@ class Inspection:
         """The number of snapshots set aside; 0 where their folder cannot be read."""
         with suppress(DirectoryError):
             aside = list_folder(self.listing.path / SUPERSEDED)
-            return len(aside.files) + len(aside.folders)
+            return len(aside.files) + len(parts_folders(aside))
         return 0
 
 
@@ -296,6 +296,11 @@ def is_parts_folder(path: Path) -> bool:
     listing = list_folder(path)
     named = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
     return bool(named) and all(named) and not listing.folders
+
+
+def parts_folders(listing: Listing) -> list[Path]:
+    """Folders of parts, whatever their names: one that was set aside may have a number in it."""
+    return [path for path in listing.entries if path.suffix != fmt.SUFFIX and is_parts_folder(path)]
 
 
 def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> Snapshot | str:

@@ -52,6 +52,7 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import measured_prior, one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import SUPERSEDED, Listing, StoredSnapshot, list_directory, read_directory
+from posthoc_cli.snapshots.format import SUFFIX
 from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.sources import Snapshot, source_prior
 from posthoc_cli.snapshots.tensor_file import read_small_file
@@ -232,7 +233,8 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _free_name(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
+    numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
     return next(free for free in chain([path], numbered) if not (os.path.lexists(free) or free.exists()))
 
 
@@ -361,6 +363,8 @@ def plan_pruning(
     check_alone(1, keep=keep, max_size=max_bytes, max_error=max_error)
     check_max_error(max_error)
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
+    if max_bytes is not None:
+        check_count("max_bytes", max_bytes)
     if keep is not None and check_count("keep", keep) > most:
         there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
         raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)

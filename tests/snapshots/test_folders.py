@@ -361,6 +361,11 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     moved = set_aside(left[-2:])
     assert [path.parent for path in moved] == [run / "superseded"] * 2
     assert len(read_directory(run)) == len(left) - 2
+    (folder,) = [path for path in moved if path.is_dir()]
+    shutil.copytree(folder, run / folder.name)  # another attempt of the same time
+    again = set_aside([one for one in stored if one.path == run / folder.name])
+    assert again == [folder.with_name(f"{folder.name}.1")]
+    assert inspect_directory(run).superseded == verify(run).superseded == 3
 
 
 def test_a_folder_with_something_else_in_it_stays(run: Path) -> None:
