@@ -390,19 +390,18 @@ def _fault(error: FileFormatError) -> tuple[str, str]:
 
 
 def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
-    """The report of a file that cannot be read, with what its header says if that is valid, or else its name."""
+    """The report of a file that cannot be read, with what its name says."""
     state, detail = _fault(error)
     if is_snapshot_name(report.unit):
         report = replace(report, what="snapshot, by its name", kind="snapshot")
     with suppress(FileFormatError):
-        header = read_header(report.path, check_size=False)
+        header = read_header(report.path)
         kind, version = file_kind(header), header.metadata.get("ema.version")
         known = fmt.version_of(kind)
         if kind not in (None, "snapshot", "output", "state", "checkpoint"):
             state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
         elif version not in (None, known):
             state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"
-        report = _described(report, header)
     return replace(report, state=state, detail=detail)
 
 

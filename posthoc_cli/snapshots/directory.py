@@ -253,13 +253,8 @@ class Folders:
 
     @property
     def notes(self) -> list[str]:
-        """A line for each file that is none of the parts beside it, and for each incomplete snapshot."""
-        own = {part.path for snapshot in self.snapshots.values() for part in snapshot.parts}
-        others = [path for folder in self.snapshots for path in list_folder(folder).files if path not in own]
-        return [
-            *(f"{one.parent.name}/{one.name}: is no part of the complete snapshot there; not read" for one in others),
-            *(f"{folder.name}/: has {there}" for folder, there in self.incomplete.items()),
-        ]
+        """A line for each incomplete snapshot."""
+        return [f"{folder.name}/: has {there}" for folder, there in self.incomplete.items()]
 
 
 def read_folders(listing: Listing) -> Folders:

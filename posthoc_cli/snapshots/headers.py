@@ -52,8 +52,8 @@ class DecodeCache:
 # --- the header
 
 
-def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: DecodeCache | None = None) -> fmt.FileHeader:
-    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes; None skips the check of its size.
+def decode_header(path: Path, start: bytes, file_bytes: int, cache: DecodeCache | None = None) -> fmt.FileHeader:
+    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes.
 
     Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes, offsets that
     tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
@@ -72,7 +72,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
         raise FileFormatError(path, "__metadata__ must map names to strings")
     metadata = {key: sys.intern(text) for key, text in metadata.items()}  # alike in all headers of a run
     header = fmt.FileHeader(metadata, tensors, len(start))
-    if file_bytes is not None and header.file_bytes != file_bytes:
+    if header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "too long"
         raise FileFormatError(path, f"{state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
     if metadata.keys() & {"ema.checksum", "ema.format"} and not has_checksum(start, metadata.get("ema.checksum", "")):

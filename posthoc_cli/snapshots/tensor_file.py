@@ -170,10 +170,10 @@ def read_small_file(path: Path, most: int) -> bytes:
         return file.read_at(file.size, 0)
 
 
-def read_header(path: Path, cache: DecodeCache | None = None, check_size: bool = True) -> fmt.FileHeader:
-    """The checked header of a safetensors file; without `check_size` also of a truncated file."""
+def read_header(path: Path, cache: DecodeCache | None = None) -> fmt.FileHeader:
+    """The checked header of a safetensors file."""
     with OpenedFile(path) as file:
-        return headers.decode_header(path, read_start(file), file.size if check_size else None, cache)
+        return headers.decode_header(path, read_start(file), file.size, cache)
 
 
 def read_start(file: OpenedFile) -> bytes:

@@ -322,9 +322,6 @@ def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, w
     old = split_snapshot(snapshot_files(whole)[-1], 2)
     shutil.copy(parts_of(old)[0], folder)
     assert len(read_directory(run)[-1].parts) == 4
-    note = f"{folder.name}/{parts_of(old)[0].name}: is no part of the complete snapshot there; not read"
-    assert note in inspect_directory(run).notes
-    assert note in verify(run).notes
     shutil.copy(parts_of(old)[1], folder)
     with pytest.raises(MismatchError, match="are parts of two complete snapshots"):
         read_directory(run)

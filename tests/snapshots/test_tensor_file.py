@@ -243,17 +243,6 @@ def refused(folder: Path, match: str) -> Iterator[None]:
     assert list(folder.iterdir()) == []
 
 
-def test_tensors_may_come_in_any_order(tmp_path: Path) -> None:
-    write(tmp_path / "x")
-    with TensorFileWriter(tmp_path / "y", SPECS, {}) as writer:
-        writer.write("b", bytes(4))
-        writer.write("a", bytearray(b"abcd"))
-        writer.commit()
-    with open_file(tmp_path / "y") as file:
-        assert file.read("a").tobytes() == b"abcd"
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
-
-
 def test_a_model_without_tensors_is_a_file(tmp_path: Path) -> None:
     with TensorFileWriter(tmp_path / "x", [], {}) as writer:
         writer.commit()
