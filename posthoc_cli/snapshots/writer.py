@@ -44,6 +44,7 @@ from posthoc_cli.planning import (
     USEFUL_RANGE,
     Forecast,
     check_max_error,
+    check_sigma_range,
     exchanged,
     forecast,
     removal_order,
@@ -362,6 +363,7 @@ def plan_pruning(
     """
     check_alone(1, keep=keep, max_size=max_bytes, max_error=max_error)
     check_max_error(max_error)
+    check_sigma_range(sigma_range)
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
     if max_bytes is not None:
         check_count("max_bytes", max_bytes)
