@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -70,7 +69,8 @@ def decode_header(path: Path, start: bytes, file_bytes: int, cache: DecodeCache 
         tensors = cache.once("header", rest, lambda: _decode_entries(path, parse_object(path, rest, "header")))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(path, "__metadata__ must map names to strings")
-    metadata = {key: sys.intern(text) for key, text in metadata.items()}  # alike in all headers of a run
+    # Alike in all headers of a run, which keep one string of it.
+    metadata = {key: cache.once(f"text of {key}", text, partial(str, text)) for key, text in metadata.items()}
     header = fmt.FileHeader(metadata, tensors, len(start))
     if header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "too long"

@@ -175,7 +175,7 @@ def _chosen(items: Sequence[_Source]) -> list[_Source]:
 
 
 def _order(source: Source) -> tuple[float, float, bool]:
-    return source.info.t, source.info.sigma_rel, isinstance(source.profile, Point)
+    return source.info.t, *_kind(source)
 
 
 def run_clock(infos: Sequence[fmt.SourceInfo]) -> Clock:
@@ -266,8 +266,8 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
     found: dict[int, Measurements] = {}
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
-    by_time = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].info.t, *_kind(snapshots[i])))
-    for _, there in groupby(by_time, key=lambda i: snapshots[i].info.t):
+    ordered = sorted(range(len(snapshots)), key=lambda index: _order(snapshots[index]))
+    for _, there in groupby(ordered, key=lambda i: snapshots[i].info.t):
         now = {index: _read(snapshots[index], ranges) for index in there}
         earlier = [other for kind in sorted(newest) for others in newest[kind] for other in others]
         recent: dict[int, DistanceTo] = {}
@@ -315,9 +315,9 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     return float(np.dot(spacing, spacing)) / 12
 
 
-def _kind(snapshot: FileSource) -> tuple[float, bool]:
+def _kind(source: Source) -> tuple[float, bool]:
     """Its width, and whether it is a checkpoint."""
-    return snapshot.info.sigma_rel, isinstance(snapshot.profile, Point)
+    return source.info.sigma_rel, isinstance(source.profile, Point)
 
 
 @dataclass(frozen=True)
