@@ -174,14 +174,18 @@ def test_a_note_without_a_lock_is_taken_over_with_a_warning(
 # --- what the system refuses
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refuse_locks(monkeypatch, code)
     warning = warned(tmp_path, caplog)
     assert f"{tmp_path}: no locks on this file system ({os.strerror(code).lower()})" in warning
     assert warning.endswith("make sure that nothing else writes")
@@ -194,11 +198,8 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
 
 
 def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     with monkeypatch.context() as patched:
-        patched.setattr(fcntl, "flock", refuse)
+        refuse_locks(patched, errno.EIO)
         with pytest.raises(WriteError, match="cannot be written: input/output error"):
             DirectoryLock(tmp_path)
     (tmp_path / "file").touch()
