@@ -163,7 +163,7 @@ def local_path(name: str, path: str | Path) -> Path:
 
 def check_parent(name: str, path: Path) -> None:
     """An InvalidValueError about the argument of that `name` unless the folder that an output goes into is there."""
-    if not is_folder(path.parent):
+    if not (is_remote(path.parent) or path.parent.is_dir()):  # a store needs no folders
         raise InvalidValueError(name, "its folder does not exist", value=path)
 
 
@@ -203,24 +203,11 @@ def make_directory(path: Path) -> list[Path]:
     return made
 
 
-def is_folder(path: Path) -> bool:
-    """Whether files can be made in a folder: it is there, or would be in a store, which needs none."""
-    return is_remote(path) or path.is_dir()
-
-
 def remove_directories(made: list[Path]) -> None:
     """Undo `make_directory`, for directories that are empty."""
     with suppress(OSError):
         for directory in reversed(made):
             system.remove_directory(directory)
-
-
-def read_at(descriptor: int, count: int, offset: int) -> bytes:
-    """Up to `count` bytes from `offset` on; fewer where the file ends before."""
-    view, done = memoryview(bytearray(count)), 0
-    while done < count and (read := system.read(descriptor, view[done:], offset + done)):
-        done += read
-    return view[:done].tobytes()
 
 
 def unlink_if_there(path: Path) -> None:

@@ -44,13 +44,22 @@ from posthoc_cli.planning import (
 )
 from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots import pruning
+from posthoc_cli.snapshots import writer
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
-from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.measurements import EarlierRun, scaled_run, source_prior
-from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source, chosen_up_to, counted, run_clock
+from posthoc_cli.snapshots.outputs import describe
+from posthoc_cli.snapshots.sources import (
+    EarlierRun,
+    FileSource,
+    Snapshot,
+    Source,
+    chosen_up_to,
+    counted,
+    run_clock,
+    scaled_run,
+    source_prior,
+)
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 
@@ -463,9 +472,9 @@ class Run:
         max_error: float | None = None,
         sigma_range: tuple[float, float] = USEFUL_RANGE,
         dry_run: bool = False,
-        agree: Callable[[pruning.Pruning], bool] = lambda _: True,
+        agree: Callable[[writer.Pruning], bool] = lambda _: True,
         progress: ProgressBar = no_bar,
-    ) -> pruning.Pruning:
+    ) -> writer.Pruning:
         """Delete the snapshots that matter least. Arguments and errors as in `plan_pruning`, and:
 
         Arguments:
@@ -480,13 +489,13 @@ class Run:
         """
         if is_import(self.directory):
             raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
-        planned = pruning.plan_pruning(self.snapshots, keep, max_bytes, max_error, sigma_range)
+        planned = writer.plan_pruning(self.snapshots, keep, max_bytes, max_error, sigma_range)
         if not dry_run:
             files.local_path("directory", self.directory)
         if dry_run or not planned.gone or not agree(planned):
             return planned
         with progress("verifying what stays", planned.read_bytes) as advance:
-            return pruning.prune(self.directory, planned, advance)
+            return writer.prune(self.directory, planned, advance)
 
 
 MOST_DRAWINGS = 24

@@ -8,11 +8,12 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from snapshots.recorded import call_number, failing
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
@@ -22,22 +23,9 @@ NEW, OLD = b"new content", b"what was there before"
 STEPS_OF_A_NEW_FILE = ("open_new", "write", "fsync", "link", "unlink", "fsync_directory")
 
 
-@pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes one function of `files` fail at its first call, and work again after it."""
-
-    def install(operation: str, code: int = errno.EIO, kind: type[BaseException] = OSError) -> None:
-        real, failed = getattr(files.system, operation), list[bool]()
-
-        def fail_once(*arguments: object) -> object:
-            if failed:
-                return real(*arguments)
-            failed.append(True)
-            raise kind(code, os.strerror(code))
-
-        monkeypatch.setattr(files.system, operation, fail_once)
-
-    return install
+def first(operation: str, error: int | BaseException = errno.EIO) -> AbstractContextManager[None]:
+    """In the block the first call of an operation fails."""
+    return failing(operation, error, call_number(0))
 
 
 def free_descriptor() -> int:
@@ -87,10 +75,10 @@ def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> Non
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, None])
 @pytest.mark.parametrize("operation", STEPS_OF_A_NEW_FILE)
 def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reason(
-    tmp_path: Path, refuse: Callable[..., None], operation: str, code: int | None
+    tmp_path: Path, operation: str, code: int | None
 ) -> None:
-    refuse(operation, code or 0, KeyboardInterrupt if code is None else OSError)
-    with pytest.raises(KeyboardInterrupt if code is None else WriteError) as caught:
+    kind = KeyboardInterrupt if code is None else WriteError
+    with first(operation, code or KeyboardInterrupt()), pytest.raises(kind) as caught:
         files.write_whole(tmp_path / "a", NEW)
     assert names(tmp_path) == []
     if isinstance(caught.value, WriteError):
@@ -102,26 +90,22 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reas
 
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("operation", ["open_new", "write", "fsync", "rename", "fsync_directory"])
-def test_a_refused_step_of_a_replacement_keeps_what_was_there(
-    tmp_path: Path, refuse: Callable[..., None], operation: str, existing: bool
-) -> None:
+def test_a_refused_step_of_a_replacement_keeps_what_was_there(tmp_path: Path, operation: str, existing: bool) -> None:
     """But for the last step, after which the new file is whole, and the failure is told."""
     if existing:
         (tmp_path / "a").write_bytes(OLD)
-    refuse(operation)
-    with pytest.raises(WriteError, match="nothing partial" if existing else None):
+    with first(operation), pytest.raises(WriteError, match="nothing partial" if existing else None):
         files.write_whole(tmp_path / "a", NEW, overwrite=True)
     assert names(tmp_path) == ["a"] * existing
     assert not existing or (tmp_path / "a").read_bytes() == (NEW if operation == "fsync_directory" else OLD)
 
 
-def test_no_descriptor_stays_open(tmp_path: Path, refuse: Callable[..., None]) -> None:
+def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     before = free_descriptor()
     files.write_whole(tmp_path / "a", NEW)
     with files.PendingFile(tmp_path / "b"):
         pass
-    refuse("fsync")
-    with pytest.raises(WriteError):
+    with first("fsync"), pytest.raises(WriteError):
         files.write_whole(tmp_path / "c", NEW)
     assert free_descriptor() == before
 
@@ -136,13 +120,9 @@ def test_a_taken_name_is_refused_at_the_start(tmp_path: Path, make: Callable[[Pa
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("appears", [False, True])
-def test_a_file_that_appears_before_publish_is_not_replaced(
-    tmp_path: Path, refuse: Callable[..., None], appears: bool, links: bool
-) -> None:
+def test_a_file_that_appears_before_publish_is_not_replaced(tmp_path: Path, appears: bool, links: bool) -> None:
     """Also on a file system without hard links."""
-    if not links:
-        refuse("link", errno.EPERM)
-    with files.PendingFile(tmp_path / "a") as pending:
+    with nullcontext() if links else first("link", errno.EPERM), files.PendingFile(tmp_path / "a") as pending:
         pending.write_at(NEW, 0)
         if appears:
             (tmp_path / "a").write_bytes(OLD)
@@ -171,9 +151,8 @@ def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(
     files.make_directory(tmp_path / "a" / "b")  # no error where it is there
 
 
-def test_a_directory_that_cannot_be_synced_is_not_left_behind(tmp_path: Path, refuse: Callable[..., None]) -> None:
-    refuse("fsync_directory")
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+def test_a_directory_that_cannot_be_synced_is_not_left_behind(tmp_path: Path) -> None:
+    with first("fsync_directory"), pytest.raises(OSError, match=os.strerror(errno.EIO)):
         files.make_directory(tmp_path / "a" / "b")
     assert names(tmp_path) == []
 
@@ -192,19 +171,11 @@ def test_a_file_system_that_cannot_sync_directories_is_good_enough(
 
 @pytest.mark.parametrize("operation", ["close", "unlink"])
 @pytest.mark.parametrize("finish", ["discard", "end of the process"])
-def test_a_discard_that_was_interrupted_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, finish: str
-) -> None:
+def test_a_discard_that_was_interrupted_is_finished(tmp_path: Path, operation: str, finish: str) -> None:
     """A signal may come in the middle; whoever unwinds further discards once more, or the process ends."""
-
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
     pending = files.PendingFile(tmp_path / "x")
-    with monkeypatch.context() as patch:
-        patch.setattr(files.system, operation, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            pending.discard()
+    with failing(operation, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        pending.discard()
     assert len(list(tmp_path.iterdir())) == 1
     pending.discard() if finish == "discard" else files.remove_unfinished()
     assert list(tmp_path.iterdir()) == []

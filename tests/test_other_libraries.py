@@ -19,7 +19,7 @@ from posthoc_cli.profiles.other_libraries import (
     posthoc_ema_profile,
     torchtitan_profile,
 )
-from posthoc_cli.snapshots.measurements import with_sampled_measurements
+from posthoc_cli.snapshots.sources import with_sampled_measurements
 
 WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 1000, 250

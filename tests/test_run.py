@@ -119,6 +119,8 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
         (lambda run: run.write(0.1, "a.safetensors", max_error="1%"), "max_error", "'1%': must be a number above 0"),
         (lambda run: run.prune(max_error="1%"), "max_error", "'1%': must be a number above 0"),
         (lambda run: run.prune(keep="20"), "keep", "'20': must be a whole number, at least 1"),
+        (lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)), "sigma_range", "(0.2, 0.1): must be two numbers in"),
+        (lambda run: run.prune(max_bytes="60GB"), "max_bytes", "'60GB': must be a whole number, at least 1"),
         (lambda run: run.prune(keep=2.5), "keep", "2.5: must be a whole number"),
         (lambda run: run.prune(keep=True), "keep", "True: must be a whole number"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ import torch
 from ema_command import Ema
 from factories import random_walk, write_run
 from safetensors.torch import load_file
+from snapshots.recorded import failing
 
-from posthoc_cli import PostHocEMA, disk_sources, files
+from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli import run as run_module
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.run import with_consistent_plan
-from posthoc_cli.snapshots import measurements
+from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import evaluation
@@ -108,7 +108,7 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
 ) -> None:
     """Headers without measurements: the plan itself reads tensors."""
     write_run(tmp_path, random_walk(80, {"weight": (3,)}), range(10, 81, 10))
-    real, removed = measurements.sample_measurements, []
+    real, removed = sources.sample_measurements, []
 
     def sample(snapshots: Sequence[Snapshot], local: bool = False) -> list[Measurements]:
         if not removed:
@@ -116,27 +116,20 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
             snapshots[3].path.unlink()
         return real(snapshots, local)
 
-    monkeypatch.setattr("posthoc_cli.snapshots.measurements.sample_measurements", sample)
+    monkeypatch.setattr("posthoc_cli.snapshots.sources.sample_measurements", sample)
     found = average(tmp_path)
     assert f"{removed[0]}: cannot be opened: no such file or directory; planning again" in caplog.text
     assert torch.equal(found, average(tmp_path))
 
 
 def test_an_open_file_that_another_host_removes_has_gone_away_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On a local file system it would stay readable; a client of a network one gets ESTALE."""
     trained(tmp_path)
     expected = average(tmp_path)
-    real, refused = files.system.read, []
-
-    def read(descriptor: int, view: memoryview, offset: int) -> int:
-        if offset > 8 and not refused:  # beyond the header
-            refused.append(descriptor)
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return real(descriptor, view, offset)
-
-    monkeypatch.setattr(files.system, "read", read)
-    assert torch.equal(average(tmp_path), expected)
+    once = iter([True])
+    with failing("read", errno.ESTALE, lambda _file, _view, at: at > 8 and next(once, False)):  # beyond the header
+        assert torch.equal(average(tmp_path), expected)
     (record,) = caplog.records
     assert ".safetensors: cannot be read: stale file handle; planning again" in record.getMessage()

@@ -19,9 +19,9 @@ from posthoc_cli.planning import schedule, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots import pruning, sources
+from posthoc_cli.snapshots import sources, writer
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.pruning import plan_pruning
+from posthoc_cli.snapshots.writer import plan_pruning
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -120,7 +120,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconstructions work with 20 snapshots at most."""
-    for module in (sources, pruning):
+    for module in (sources, writer):
         monkeypatch.setattr(module, "thinned_subset", partial(thinned_subset, most=20))
 
 

@@ -13,8 +13,7 @@ from posthoc_cli.checkpoints.audit_together import Series, misfit
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay
-from posthoc_cli.snapshots.measurements import expected_rounding, read_values
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import FileSource, expected_rounding, read_values
 
 MOST_ELEMENTS, _TOGETHER = 1_000_000, 30_000
 """Of the sample; and of all checkpoints together."""

@@ -33,8 +33,7 @@ from posthoc_cli.profiles.other_libraries import (
     torchtitan_profile,
 )
 from posthoc_cli.reconstruction import DistanceTo, misfit
-from posthoc_cli.snapshots.measurements import sample_measurements
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import FileSource, sample_measurements
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +108,14 @@ def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
     with TensorFileWriter(path, specs, _metadata(checkpoint)) as writer, checkpoint.open() as file:
         for spec in specs:
             reader = file.read_range(spec.name, 0, spec.nbytes)
-            with closing(writer.write_range(spec.name, 0)) as output:
-                for begin in range(0, spec.nbytes, fmt.BLOCK_BYTES):
-                    view = room[: min(fmt.BLOCK_BYTES, spec.nbytes - begin)]
-                    reader.read_into(view)
-                    if tensors[spec.name].role == "average" and holds_nonfinite(view, spec.dtype):
-                        raise NonFiniteError(checkpoint.path, f"tensor {spec.name!r}: holds nan or infinity")
-                    output.write(view)
-                    advance(len(view))
+            output = writer.write_range(spec.name, 0)
+            for begin in range(0, spec.nbytes, fmt.BLOCK_BYTES):
+                view = room[: min(fmt.BLOCK_BYTES, spec.nbytes - begin)]
+                reader.read_into(view)
+                if tensors[spec.name].role == "average" and holds_nonfinite(view, spec.dtype):
+                    raise NonFiniteError(checkpoint.path, f"tensor {spec.name!r}: holds nan or infinity")
+                output.write(view)
+                advance(len(view))
         writer.commit()
 
 

@@ -27,8 +27,8 @@ from posthoc_cli.checkpoints.source import Checkpoint, beside_snapshots, checked
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import Point
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
-from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
+from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.sources import Source, by_time
 
 log = logging.getLogger(__name__)

@@ -27,10 +27,9 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.description import describe_tensors
-from posthoc_cli.snapshots.measurements import read_values
+from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.reading import BackingFile
-from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, run_clock
+from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, read_values, run_clock
 
 _CHOOSE = "name those of one run by a glob, or import with `include`, `exclude` or `prefix`"
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")

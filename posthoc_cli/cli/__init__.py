@@ -109,7 +109,7 @@ def _with_options(error: PostHocError, context: Any) -> PostHocError:
 def _is_run(directory: Path) -> bool:
     """Whether a tracker has written to a directory; files of others are never set aside."""
     from posthoc_cli.snapshots.directory import inspect_directory
-    from posthoc_cli.snapshots.lock import LOCK_NAME
+    from posthoc_cli.snapshots.writer import LOCK_NAME
 
     return (directory / LOCK_NAME).exists() or bool(inspect_directory(directory).snapshots)
 

@@ -12,7 +12,7 @@ from posthoc_cli.cli import output, values
 from posthoc_cli.errors import check_alone
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.pruning import Pruning
+    from posthoc_cli.snapshots.writer import Pruning
 
 EPILOG = "Example:  ema prune run/ema --keep 20 --dry-run   or   ema prune run/ema --max-error 1e-3 --yes"
 
@@ -36,7 +36,7 @@ def prune(
     tracker writes to the directory; an interruption leaves a valid directory.
     """
     from posthoc_cli.run import Run
-    from posthoc_cli.snapshots.pruning import file_bytes
+    from posthoc_cli.snapshots.writer import file_bytes
 
     check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
     count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
@@ -68,7 +68,7 @@ def prune(
 
 
 def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
-    from posthoc_cli.snapshots.pruning import file_bytes
+    from posthoc_cli.snapshots.writer import file_bytes
 
     if pruning.gone:
         rows = [

@@ -368,10 +368,6 @@ class _FileTile(TileWriter):
         if not self._ranges:
             self._write_batch(view)
 
-    def close(self) -> None:
-        for one in self._ranges:
-            one.close()
-
     def _write_batch(self, view: memoryview) -> None:
         """Write small tensors: neighbours in one file together, then each under its further names."""
         begin = 0

@@ -25,29 +25,31 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
     BROKEN,
     PICKLES,
     SUPERSEDED,
     Listing,
+    contradictions,
     is_parts_folder,
     is_snapshot_name,
     list_directory,
     list_folder,
+    missing_at_newest,
+    parts_folders,
     read_folder,
     read_folders,
     time_order,
 )
 from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
-from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import COPY, decode_state, tensors_with
 from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock, move_aside, remove_leftovers
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -216,7 +218,7 @@ def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     inner = [_readable(folder) for folder in (*sharded_in, *parted.snapshots, *parted.problems)]
     aside = _readable(directory / SUPERSEDED, notes)
     old = [_Unit(path, {path: ()}, superseded=True) for path in aside.files]
-    old += [_parts(path)._replace(superseded=True) for path in aside.folders]
+    old += [_parts(path)._replace(superseded=True) for path in parts_folders(aside)]
     leftovers = sorted([*parted.incomplete, *(path for one in (listing, *inner, aside) for path in one.leftovers)])
     moved, count = len(_readable(directory / BROKEN).entries), len(listing.pickles)
     if not (units or old or leftovers or moved):
@@ -278,7 +280,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     with progress("verifying", _size(units)) as advance:
         reports = [report for unit in units for report in _read_unit(unit, advance)]
     own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
-    problems = directories.contradictions(own)
+    problems = contradictions(own)
     if own and not problems:
         try:
             run_clock([snapshot.info for snapshot in own])
@@ -286,7 +288,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
             problems = [error]
     notes = [f"{found.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
     if found.is_directory:
-        notes += directories.missing_at_newest(own)
+        notes += missing_at_newest(own)
     broken = {report.unit for report in reports if report.state in MOVED}
     # A model whose shards are in the directory itself is moved file by file.
     going = (report.path if report.unit == path else report.unit for report in reports if report.unit in broken)
@@ -388,19 +390,18 @@ def _fault(error: FileFormatError) -> tuple[str, str]:
 
 
 def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
-    """The report of a file that cannot be read, with what its header says if that is valid, or else its name."""
+    """The report of a file that cannot be read, with what its name says."""
     state, detail = _fault(error)
     if is_snapshot_name(report.unit):
         report = replace(report, what="snapshot, by its name", kind="snapshot")
     with suppress(FileFormatError):
-        header = read_header(report.path, check_size=False)
+        header = read_header(report.path)
         kind, version = file_kind(header), header.metadata.get("ema.version")
         known = fmt.version_of(kind)
         if kind not in (None, "snapshot", "output", "state", "checkpoint"):
             state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
         elif version not in (None, known):
             state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"
-        report = _described(report, header)
     return replace(report, state=state, detail=detail)
 
 
@@ -504,11 +505,11 @@ def repair(found: Verification) -> tuple[Path, ...]:
         WriteError: the system refused. What was moved is in the folder `damaged`, the rest where it was.
     """
     with DirectoryLock(found.path):
-        directories.remove_leftovers(found.path)
+        remove_leftovers(found.path)
         for path, known in found.going.items():
             if _stamp(path) not in (known, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        return tuple(directories.move_aside([*found.going], found.path / BROKEN)) if found.going else ()
+        return tuple(move_aside([*found.going], found.path / BROKEN)) if found.going else ()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

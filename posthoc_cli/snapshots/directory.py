@@ -5,15 +5,13 @@ Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers 
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import chain, combinations, count, pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +34,6 @@ SUPERSEDED = "superseded"
 
 BROKEN = "damaged"
 """The folder for broken files, which a repair moves there."""
-
-STILL_SECONDS = 60.0
-"""Temporaries in a locked directory are removed if they are older: a synthesis into it takes no lock."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles, and are never opened."""
@@ -140,7 +135,7 @@ class Inspection:
         """The number of snapshots set aside; 0 where their folder cannot be read."""
         with suppress(DirectoryError):
             aside = list_folder(self.listing.path / SUPERSEDED)
-            return len(aside.files) + len(aside.folders)
+            return len(aside.files) + len(parts_folders(aside))
         return 0
 
 
@@ -151,23 +146,32 @@ def inspect_directory(directory: Path) -> Inspection:
     problems: list[PostHocError] = []
     apart: list[str] = []
     cache = DecodeCache()
-    for path in opened_in_turn(listing.files):
-        try:
-            header = read_header(path, cache)
-            if file_kind(header) not in OTHERS:
-                info = decode_snapshot(path, header, cache)
-                if info.part is None:
-                    snapshots.append(Snapshot(path, header, info))
-                else:
-                    apart.append(f"{path.name}: is a part of a snapshot, outside the folder of the others; not read")
-        except FileFormatError as error:
-            if not files.is_gone(path):  # else a writer has thinned it away
-                problems.append(error)
+    for found in _snapshots_in(listing.files, lambda _: cache):
+        if isinstance(found, FileFormatError):
+            problems.append(found)
+        elif found.info.part is None:
+            snapshots.append(found)
+        else:
+            apart.append(f"{found.name}: is a part of a snapshot, outside the folder of the others; not read")
     folders = read_folders(listing)
     snapshots = sorted([*snapshots, *folders.snapshots.values()], key=time_order)
     problems += [*folders.problems.values(), *contradictions(snapshots)]
     notes = (*missing_at_newest(snapshots), *apart, *folders.notes)
     return Inspection(listing, tuple(snapshots), tuple(problems), notes, folders.incomplete)
+
+
+def _snapshots_in(
+    paths: Sequence[Path], cache_of: Callable[[str], DecodeCache]
+) -> Iterator[Snapshot | FileFormatError]:
+    """The snapshots, and parts of them, among files; or what is wrong with a file that has not been thinned away."""
+    for path in opened_in_turn(paths):
+        try:
+            header = read_header(path, cache_of(path.name))
+            if file_kind(header) not in OTHERS:
+                yield Snapshot(path, header, decode_snapshot(path, header, cache_of(path.name)))
+        except FileFormatError as error:
+            if not files.is_gone(path):
+                yield error
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -249,13 +253,8 @@ class Folders:
 
     @property
     def notes(self) -> list[str]:
-        """A line for each file that is none of the parts beside it, and for each incomplete snapshot."""
-        own = {part.path for snapshot in self.snapshots.values() for part in snapshot.parts}
-        others = [path for folder in self.snapshots for path in list_folder(folder).files if path not in own]
-        return [
-            *(f"{one.parent.name}/{one.name}: is no part of the complete snapshot there; not read" for one in others),
-            *(f"{folder.name}/: has {there}" for folder, there in self.incomplete.items()),
-        ]
+        """A line for each incomplete snapshot."""
+        return [f"{folder.name}/: has {there}" for folder, there in self.incomplete.items()]
 
 
 def read_folders(listing: Listing) -> Folders:
@@ -294,6 +293,11 @@ def is_parts_folder(path: Path) -> bool:
     return bool(named) and all(named) and not listing.folders
 
 
+def parts_folders(listing: Listing) -> list[Path]:
+    """Folders of parts, whatever their names: one that was set aside may have a number in it."""
+    return [path for path in listing.entries if path.suffix != fmt.SUFFIX and is_parts_folder(path)]
+
+
 def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> Snapshot | str:
     """The snapshot of the parts in a folder, from their headers; else what is there, in words, as "2 of 4 parts".
 
@@ -306,19 +310,13 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
     found: dict[tuple[int, int], list[Snapshot]] = {}
-    for path in opened_in_turn(list_folder(folder).files):
-        try:
-            header = read_header(path, caches[path.name])
-            if file_kind(header) in OTHERS:
-                continue
-            info = decode_snapshot(path, header, caches[path.name])
-        except FileFormatError:
-            if files.is_gone(path):
-                continue
-            raise
-        if info.part is None:
-            raise FileFormatError(path, "is no part of a snapshot, in a folder of parts", "move it to the directory")
-        found.setdefault((info.part[1], info.session), []).append(Snapshot(path, header, info))
+    for one in _snapshots_in(list_folder(folder).files, caches.__getitem__):
+        if isinstance(one, FileFormatError):
+            raise one
+        if one.info.part is None:
+            what = "is no part of a snapshot, in a folder of parts"
+            raise FileFormatError(one.path, what, "move it to the directory")
+        found.setdefault((one.info.part[1], one.info.session), []).append(one)
     for parts in found.values():
         _check_parts(parts)
     complete = [
@@ -536,67 +534,3 @@ def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> l
         if all(len(found) == 2 for found in newest.values()):
             break
     return [snapshot for found in newest.values() for snapshot in found]
-
-
-# --- removing from a directory
-
-
-def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot; a missing one is no error. A WriteError if the system refuses.
-
-    A folder of parts stays where something else is in it, or where a network file system keeps a file that is read.
-    """
-    with files.reported_as_write_error(path, "removed"):
-        if path.is_symlink() or not path.is_dir():
-            files.unlink_if_there(path)
-            return
-        with suppress(FileNotFoundError):
-            listing = Listing(path, tuple(sorted(files.system.list(path))))
-            for file in (*listing.files, *listing.leftovers):
-                files.unlink_if_there(file)
-            try:
-                files.system.remove_directory(path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove temporaries of interrupted writes from a directory, and from the snapshots in it, while it is locked."""
-    for folder in (directory, *list_directory(directory).folders):
-        if folder.is_dir() and not folder.is_symlink():
-            files.remove_leftovers(folder, STILL_SECONDS)
-
-
-def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
-    """Move snapshots to the folder `superseded` beside them; returns their new paths. See `move_aside`."""
-    if not stored:
-        return []
-    return move_aside([snapshot.path for snapshot in stored], stored[0].path.parent / SUPERSEDED)
-
-
-def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Move files and directories, durably, into a folder of the same file system; returns their new paths.
-
-    Nothing there is replaced; missing paths are skipped. A DirectoryError if it is a link or no folder.
-    """
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-        reason = "is a link or no directory; snapshots are set aside in a directory of that name"
-        raise DirectoryError(folder, reason, "move it away")
-    with files.reported_as_write_error(folder):
-        files.make_directory(folder)
-        moved = []
-        for path in paths:
-            if os.path.lexists(path) or path.exists():
-                free = _free_name(folder / path.name)
-                files.system.rename(path, free)
-                moved.append(free)
-        # The new names first, so that a crash in between loses no file.
-        for directory in (folder, *sorted({path.parent for path in paths})):
-            files.system.fsync_directory(directory)
-    return moved
-
-
-def _free_name(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-    return next(free for free in chain([path], numbered) if not (os.path.lexists(free) or free.exists()))

@@ -152,12 +152,13 @@ digits, the same in all parts of a plan) and ema.release (the release that wrote
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import re
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -282,6 +283,11 @@ Knots = Annotated[
 SampleText = Annotated[str, Rule("a sample", lambda text: decode_sample(text))]
 SketchText = Annotated[str, Rule("a sketch", lambda text: not text or [*map(_path_arrays, text.split(_AND))])]
 
+_INTERVALS = Rule(
+    f"1 to {MAX_INTERVALS:,} values of walk, as many of noise, and one more of edges",
+    lambda own: 1 <= len(own.walk) <= MAX_INTERVALS and len(own.walk) == len(own.noise) == len(own.edges) - 1,
+)
+
 
 @dataclass(frozen=True)
 class TrackedTensor:
@@ -380,7 +386,7 @@ class SnapshotInfo(SourceInfo):
     inherited: float = 0.0
     off_schedule: bool = False
     measurements: Measurements | None = None
-    motion: Motion | None = None
+    motion: Annotated[Motion, _INTERVALS] | None = None
     sample: SampleText = ""
     sketch: SketchText = ""
     part: tuple[int, int] | None = None
@@ -431,10 +437,7 @@ class OutputInfo:
     copies: tuple[str, ...] = ()
 
 
-OPTIONAL = (
-    "selection", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part",
-    "chunks", "mesh", "session",
-)  # fmt: skip
+OPTIONAL = (*itertools.dropwhile(lambda name: name != "selection", SnapshotInfo.__dataclass_fields__),)
 """Metadata that a snapshot may lack."""
 
 
@@ -494,20 +497,16 @@ def encode_metadata(kind: str, values: Mapping[str, object]) -> dict[str, str]:
 
 
 def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
-    """The metadata of a snapshot, without its checksums."""
+    """The metadata of a snapshot, without its checksums; of a part with what torch.distributed.checkpoint reads."""
     values = {key: value for key, value in vars(info).items() if key not in OPTIONAL or value}
     if info.selection is not None and not info.selection.copy_only:  # for readers that do not know it
         values["selection"] = {key: value for key, value in vars(info.selection).items() if key != "copy_only"}
     if info.part is None:
         return encode_metadata("snapshot", values)
     values["part"] = "{}/{}".format(*info.part)
-    return encode_metadata("snapshot", values) | dcp_metadata(info.chunks)
-
-
-def dcp_metadata(chunks: Mapping[str, Chunk]) -> dict[str, str]:
-    """What torch.distributed.checkpoint reads of a part: where its tensors belong, by name."""
-    offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in sorted(chunks.items())}
-    return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
+    offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in sorted(info.chunks.items())}
+    for_dcp = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
+    return encode_metadata("snapshot", values) | for_dcp
 
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:
@@ -520,6 +519,25 @@ def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:
     """Checksums of the 4 MiB blocks of a tensor's bytes."""
     view = memoryview(data)
     return [xxhash.xxh3_64_hexdigest(view[begin : begin + BLOCK_BYTES]) for begin in range(0, len(view), BLOCK_BYTES)]
+
+
+class BlockChecksums:
+    """Checksums of a tensor's blocks, whose bytes go by in order, in parts of any size, from `position` on."""
+
+    def __init__(self, position: int, nbytes: int) -> None:
+        self.position, self._nbytes = position, nbytes
+        self._hash = xxhash.xxh3_64()
+
+    def of(self, view: memoryview) -> Iterator[tuple[int, str]]:
+        """The blocks that end within the bytes that come next, by number, each with its checksum."""
+        while view:
+            left = BLOCK_BYTES - self.position % BLOCK_BYTES
+            part, view = view[:left], view[left:]
+            self._hash.update(part)
+            self.position += len(part)
+            if len(part) == left or self.position == self._nbytes:
+                yield (self.position - 1) // BLOCK_BYTES, self._hash.hexdigest()
+                self._hash.reset()
 
 
 def blank_checksums(nbytes: int) -> str:

@@ -21,7 +21,6 @@ import xxhash
 
 from posthoc_cli.dtypes import EPS, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
-from posthoc_cli.reconstruction import Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
 
@@ -38,14 +37,7 @@ class DecodeCache:
     """The last decoded values, shared by the headers of a run, which may be thousands: most of their text is equal."""
 
     def __init__(self) -> None:
-        self._texts: dict[str, str] = {}
         self._decoded: dict[str, tuple[object, Any]] = {}
-
-    def texts(self, metadata: dict[str, str]) -> dict[str, str]:
-        """The same metadata, with the previous header's string objects where they are equal."""
-        last = self._texts
-        self._texts = {key: last[key] if last.get(key) == text else text for key, text in metadata.items()}
-        return self._texts
 
     def once(self, key: str, source: object, decode: Callable[[], T]) -> T:
         """The result of `decode`, or the previous one if `source`, all that it depends on, is equal."""
@@ -59,8 +51,8 @@ class DecodeCache:
 # --- the header
 
 
-def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: DecodeCache | None = None) -> fmt.FileHeader:
-    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes; None skips the check of its size.
+def decode_header(path: Path, start: bytes, file_bytes: int, cache: DecodeCache | None = None) -> fmt.FileHeader:
+    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes.
 
     Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes, offsets that
     tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
@@ -77,12 +69,13 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
         tensors = cache.once("header", rest, lambda: _decode_entries(path, parse_object(path, rest, "header")))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(path, "__metadata__ must map names to strings")
-    header = fmt.FileHeader(cache.texts(metadata), tensors, len(start))
-    if file_bytes is not None and header.file_bytes != file_bytes:
+    # Alike in all headers of a run, which keep one string of it.
+    metadata = {key: cache.once(f"text of {key}", text, partial(str, text)) for key, text in metadata.items()}
+    header = fmt.FileHeader(metadata, tensors, len(start))
+    if header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "too long"
         raise FileFormatError(path, f"{state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
-    has_checksum = start.count(fmt.CHECKSUM_MARK) == 1 and has_header_checksum(start, fmt.header_checksum(start))
-    if ("ema.checksum" in metadata or "ema.format" in metadata) and not has_checksum:
+    if metadata.keys() & {"ema.checksum", "ema.format"} and not has_checksum(start, metadata.get("ema.checksum", "")):
         raise FileFormatError(path, "damaged header: its checksum does not match")
     return header
 
@@ -152,12 +145,12 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
     return raw
 
 
-def has_header_checksum(start: bytes, checksum: str) -> bool:
-    """Whether a header carries this checksum and matches it: two headers of one checksum are equal."""
-    before, mark, after = start.partition(fmt.CHECKSUM_MARK)
-    carried, after = after[: fmt.CHECKSUM_DIGITS], after[fmt.CHECKSUM_DIGITS :]
-    blank = before + mark + b"0" * fmt.CHECKSUM_DIGITS + after
-    return carried == checksum.encode() == xxhash.xxh3_64_hexdigest(blank).encode()
+def has_checksum(start: bytes, checksum: str) -> bool:
+    """Whether a header carries this checksum, once, and matches it: two headers of one checksum are equal."""
+    carried = fmt.CHECKSUM_MARK + checksum.encode()
+    blank = start.replace(carried, fmt.CHECKSUM_MARK + b"0" * fmt.CHECKSUM_DIGITS)
+    is_once = carried in start and start.count(fmt.CHECKSUM_MARK) == 1
+    return is_once and checksum == xxhash.xxh3_64_hexdigest(blank)
 
 
 def file_kind(header: fmt.FileHeader) -> str | None:
@@ -359,8 +352,6 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     tensors, aliases, chunks = values["tensors"], values["aliases"], values.pop("chunks", {})
     try:
         cache.once("tensors", (tensors, aliases, stored), lambda: check_tensors(tensors, aliases, stored))
-        if (motion := values.get("motion")) is not None:
-            check_motion(motion)
         if "part" in values:
             number, count = map(int, values["part"].split("/"))
             cache.once("chunks", (chunks, stored), lambda: check_chunks(chunks, stored))
@@ -368,16 +359,6 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**values)
-
-
-def check_motion(motion: Motion) -> None:
-    """A ValueError unless it has a value for each of its intervals."""
-    if (
-        not 1 <= len(motion.walk) <= fmt.MAX_INTERVALS
-        or not len(motion.walk) == len(motion.noise) == len(motion.edges) - 1
-    ):
-        wanted = f"1 to {fmt.MAX_INTERVALS:,} values of walk, as many of noise, and one more of edges"
-        raise ValueError(f"ema.motion: must have {wanted}")
 
 
 def check_tensors(

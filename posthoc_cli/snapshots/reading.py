@@ -1,7 +1,7 @@
 """Reading stored tensors: of one file or several, complete or a box of each; every byte of a result is verified.
 
 A snapshot is one file, or parts that each hold boxes of its tensors; a checkpoint of another program is the same,
-without checksums. A reader asks the files behind it for nothing but ranges of bytes, see `BackingFile.open`.
+without checksums. A reader asks the files behind it for nothing but ranges of bytes, see `OpenedFile`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.chunks import Box, ForwardReader, boxes_of_range, copy_range
+from posthoc_cli.snapshots.chunks import Box, boxes_of_range, copy_range
 from posthoc_cli.snapshots.tensor_file import (
     OpenedFile,
     decode_values,
@@ -62,23 +62,13 @@ class BackingFile:
     boxes: Mapping[str, Box] = field(default_factory=dict)
     identity: str = ""
 
-    def open(self) -> OpenedFile:
-        """Open it, to be read by ranges of bytes; it must be the file that was indexed, or whose header was read."""
-        file = OpenedFile(self.path)
-        try:
-            if not self._is_in(file):
-                raise FileFormatError(self.path, "was replaced while it was being used", "run again")
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def _is_in(self, file: OpenedFile) -> bool:
+    def is_in(self, file: OpenedFile) -> bool:
+        """Whether an opened file is the one that was indexed, or whose header was read."""
         if self.identity:
             return sampled_identity(file) == self.identity
         start, checksum = read_start(file), self.header.metadata.get("ema.checksum")
         same_size = (len(start), file.size) == (self.header.payload_start, self.header.file_bytes)
-        if same_size and checksum is not None and headers.has_header_checksum(start, checksum):
+        if same_size and checksum is not None and headers.has_checksum(start, checksum):
             return True
         return headers.decode_header(self.path, start, file.size) == self.header
 
@@ -105,9 +95,9 @@ class ElementRange(NamedTuple):
     end: int
 
 
-def open_file(path: Path) -> TensorReader:
-    """A reader of the tensors of one file."""
-    header = read_header(path)
+def open_file(path: Path, header: fmt.FileHeader | None = None) -> TensorReader:
+    """A reader of the tensors of one file, which must still have this header, if one is given."""
+    header = header or read_header(path)
     return TensorReader(path, header, (BackingFile(path, header),))
 
 
@@ -137,7 +127,7 @@ class TensorReader:
                 if held != {} or boxes is None:
                     self._files.append(stack.enter_context(_File(part, held)))
             self._opened = stack.pop_all()
-        self._is_remote = any(file.is_remote for file in self._files)
+        self._is_remote = any(files.is_url(file.path) for file in self._files)
 
     def _held_by(self, part: BackingFile) -> dict[str, Box]:
         """The boxes of a part that hold elements of tensors that are read."""
@@ -209,7 +199,8 @@ class TensorReader:
         for (name, view), part in zip(views.items(), parts, strict=True):
             entry, stored = self.header.tensors[name], file.header.tensors[name].dtype
             chunk = _as_dtype(part, stored, entry.dtype)
-            copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [(file.box(name), _part_of(chunk))])
+            held = (file.box(name), lambda begin, end, chunk=chunk: chunk[begin:end])
+            copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [held])
 
     def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
         if self._is_single:
@@ -238,6 +229,18 @@ class TensorReader:
         self._opened.__exit__(*error)
 
 
+def _items(dtype: str) -> np.dtype[Any]:
+    """The NumPy dtype for copying elements bit by bit."""
+    return np.dtype(f"u{DTYPES[dtype].nbytes}")
+
+
+def _as_dtype(data: npt.NDArray[np.uint8], stored: str, wanted: str) -> npt.NDArray[Any]:
+    """Elements, to be copied bit by bit, of the same values in a dtype that holds them exactly."""
+    if stored != wanted:  # a part with values too large or too small for the run's dtype has a wider one than others
+        data = decode_values(data, stored).astype(np.dtype(DTYPES[wanted].torch_name)).view(np.uint8)
+    return data.view(_items(wanted))
+
+
 class TensorRange:
     """Elements of a box of one tensor, the bytes `begin` to `end` in it, read in order from the chunks that hold it.
 
@@ -260,25 +263,30 @@ class TensorRange:
                 stored.finish()
 
 
-class _File:
-    """A part, opened; `boxes` are those of its tensors that are read, None if all are complete. A context manager."""
+class _File(OpenedFile):
+    """A part, opened; `boxes` are those of its tensors that are read, None if all are complete."""
 
     def __init__(self, part: BackingFile, boxes: Mapping[str, Box] | None) -> None:
         self.header, self._boxes = part.header, boxes
         self._checksums = headers.decode_checksums(part.path, part.header)
         self._gathered: dict[str, npt.NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
-        self._file = part.open()
-        self._stamp = self._file.stamp
-
-    def __enter__(self) -> _File:
-        return self
+        super().__init__(part.path)
+        try:
+            if not part.is_in(self):
+                raise FileFormatError(part.path, "was replaced while it was being used", "run again")
+            self._stamp = self.stamp
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close it; a FileFormatError if there are no checksums and it was written to meanwhile."""
-        with self._file:
-            if kind is None and not self._checksums and self._file.stamp != self._stamp:
-                raise FileFormatError(self._file.path, "was changed while it was being read", "run again")
+        try:
+            if kind is None and not self._checksums and self.stamp != self._stamp:
+                raise FileFormatError(self.path, "was changed while it was being read", "run again")
+        finally:
+            self.close()
 
     def holds(self, name: str) -> bool:
         """Whether it has elements of a tensor."""
@@ -288,11 +296,6 @@ class _File:
         """The elements of a tensor that it has."""
         return Box.whole(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether it is an object in a store."""
-        return files.is_url(self._file.path)
-
     def place(self, name: str, begin: int, end: int, is_verified: bool) -> tuple[int, int]:
         """Where bytes of a tensor are in the file, with whole blocks if they will be verified."""
         entry = self.header.tensors[name]
@@ -301,10 +304,6 @@ class _File:
             end = min(-(-end // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES, entry.nbytes)
         start = self.header.payload_start + entry.begin
         return (start, start) if entry.strides else (start + begin, start + end)
-
-    def expect(self, places: Sequence[tuple[int, int]]) -> None:
-        """Say which bytes of the file this thread will read next."""
-        self._file.expect(places)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
@@ -316,9 +315,8 @@ class _File:
 
     def _read(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view` from a place in the file: `begin` counts from where a tensor is stored."""
-        if self._file.read_into(view, self.header.payload_start + self.header.tensors[name].begin + begin) < len(view):
-            told = f"tensor {shown(name)}: the file became shorter while it was read"
-            raise FileFormatError(self._file.path, told)
+        if self.read_into(view, self.header.payload_start + self.header.tensors[name].begin + begin) < len(view):
+            raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """All bytes of a tensor whose elements are not stored in their order; the last one is kept."""
@@ -367,7 +365,7 @@ class _File:
 
     def damaged(self, name: str) -> FileFormatError:
         """The error for a block that does not match its checksum."""
-        return FileFormatError(self._file.path, f"tensor {shown(name)} is damaged: its checksum does not match")
+        return FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
 
 class FileRange:
@@ -376,42 +374,34 @@ class FileRange:
     def __init__(self, file: _File, name: str, begin: int, is_verified: bool) -> None:
         entry = file.header.tensors[name]
         self.dtype, self._nbytes = entry.dtype, entry.nbytes
-        self._file, self._name, self._position = file, name, begin
+        self._file, self._name, self._sums = file, name, fmt.BlockChecksums(begin, entry.nbytes)
         self._is_verified = is_verified and file.checksum(name, 0) is not None
-        self._hash = xxhash.xxh3_64()
 
     def read_into(self, view: memoryview) -> None:
         """Fill `view` with the bytes that come next."""
-        self._file.fill(self._name, view, self._position)
+        self._file.fill(self._name, view, self._sums.position)
         if not self._is_verified:
-            self._position += len(view)
+            self._sums.position += len(view)
             return
-        while view:
-            left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
-            within, view = view[:left], view[left:]
-            self._hash.update(within)
-            self._position += len(within)
-            if self._position % fmt.BLOCK_BYTES == 0 or self._position == self._nbytes:
-                expected = self._file.checksum(self._name, (self._position - 1) // fmt.BLOCK_BYTES)
-                if self._hash.hexdigest() != expected:
-                    raise self._file.damaged(self._name)
-                self._hash.reset()
+        for block, checksum in self._sums.of(view):
+            if checksum != self._file.checksum(self._name, block):
+                raise self._file.damaged(self._name)
 
     def go_to(self, begin: int) -> None:
         """Continue at a byte, never before those that were read: within a block by reading on, for its checksum."""
         if not self._is_verified:
-            self._position = begin
+            self._sums.position = begin
             return
         first = begin - begin % fmt.BLOCK_BYTES
-        if self._position < first:
+        if self._sums.position < first:
             self.finish()
-            self._position = first
+            self._sums.position = first
         self._skip_to(begin)
 
     def finish(self) -> None:
         """Read the block that was begun to its end."""
         if self._is_verified:
-            self._skip_to(min(self._nbytes, -(-self._position // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES))
+            self._skip_to(min(self._nbytes, -(-self._sums.position // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES))
 
     def elements(self, wanted: str, begin: int, end: int) -> npt.NDArray[Any]:
         """Elements of the tensor in a dtype that holds them exactly; see `chunks.ForwardReader`."""
@@ -422,24 +412,8 @@ class FileRange:
         return _as_dtype(data, self.dtype, wanted)
 
     def _skip_to(self, end: int) -> None:
-        while self._position < end:
-            self.read_into(memoryview(bytearray(min(end - self._position, _SKIPPED))))
-
-
-def _part_of(elements: npt.NDArray[Any]) -> ForwardReader:
-    return lambda begin, end: elements[begin:end]
-
-
-def _as_dtype(data: npt.NDArray[np.uint8], stored: str, wanted: str) -> npt.NDArray[Any]:
-    """Elements, to be copied bit by bit, of the same values in a dtype that holds them exactly."""
-    if stored != wanted:  # a part with values too large or too small for the run's dtype has a wider one than others
-        data = decode_values(data, stored).astype(np.dtype(DTYPES[wanted].torch_name)).view(np.uint8)
-    return data.view(_items(wanted))
-
-
-def _items(dtype: str) -> np.dtype[Any]:
-    """The NumPy dtype for copying elements bit by bit."""
-    return np.dtype(f"u{DTYPES[dtype].nbytes}")
+        while self._sums.position < end:
+            self.read_into(memoryview(bytearray(min(end - self._sums.position, _SKIPPED))))
 
 
 # --- verifying a payload: on all cores, in constant memory
@@ -456,7 +430,7 @@ class Checked(NamedTuple):
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
     """Read a file, whose header must still be this, and check each block of each tensor. Memory: a block a thread."""
-    with TensorReader(path, header, (BackingFile(path, header),)) as file, closing(file.check_payload()) as found:
+    with open_file(path, header) as file, closing(file.check_payload()) as found:
         for checked in found:
             if checked.error is not None:
                 raise checked.error
@@ -470,13 +444,13 @@ def _check_payload(file: _File) -> Generator[Checked, None, None]:
     def check(spans: Sequence[_Span]) -> Checked:
         if not hasattr(buffers, "own"):
             buffers.own = memoryview(bytearray(fmt.BLOCK_BYTES))
-        view = buffers.own[: sum(span.end - span.begin for span in spans)]
+        view = buffers.own[: sum(end - begin for _, begin, end in spans)]
         try:
-            file.fill(spans[0].name, view, spans[0].begin)
+            file.fill(spans[0][0], view, spans[0][1])
         except FileFormatError as error:
-            return Checked(len(view), [span.name for span in spans], error)
+            return Checked(len(view), [name for name, _, _ in spans], error)
         damaged, nonfinite, at = [], [], 0
-        for dtype, alike in groupby(spans, lambda span: file.header.tensors[span.name].dtype):
+        for dtype, alike in groupby(spans, lambda span: file.header.tensors[span[0]].dtype):
             parts, start = [], at
             for name, begin, end in alike:
                 parts.append((name, view[at : at + end - begin]))
@@ -505,12 +479,8 @@ def _check_payload(file: _File) -> Generator[Checked, None, None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Span(NamedTuple):
-    """The bytes `begin` to `end` of a tensor, within one of its blocks."""
-
-    name: str
-    begin: int
-    end: int
+_Span = tuple[str, int, int]
+"""The bytes of a tensor from one to another, within one of its blocks."""
 
 
 def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
@@ -523,7 +493,7 @@ def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
             if size + end - begin > fmt.BLOCK_BYTES:
                 yield batch
                 batch, size = [], 0
-            batch.append(_Span(name, begin, end))
+            batch.append((name, begin, end))
             size += end - begin
     if batch:
         yield batch

@@ -13,15 +13,11 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.sources import Stored
+from posthoc_cli.snapshots.reading import TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import read_header
 
-COPY = "copy"
-"""The prefix of copied tensors, before the slash."""
-
-
-MEAN = "mean"
-"""The prefix of the mean of the last values, before the slash."""
+COPY, MEAN = "copy", "mean"
+"""The prefixes of copied tensors, and of the mean of the last values, before the slash."""
 
 
 def high_prefix(sigma_rel: float) -> str:
@@ -63,8 +59,17 @@ class StateInfo:
     snapshots: tuple[str, ...]
 
 
-class StoredState(Stored[StateInfo]):
+@dataclass(frozen=True)
+class StoredState:
     """The exact state that a tracker keeps beside its snapshots."""
+
+    path: Path
+    header: fmt.FileHeader
+    info: StateInfo
+
+    def open(self) -> TensorReader:
+        """Open it; it must still be the file whose header was read."""
+        return open_file(self.path, self.header)
 
 
 _STATE = headers.kinds_of(StateInfo) | {"clock": Any, "schedule": Any}

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, torch_dtype
@@ -149,7 +148,7 @@ class OpenedFile:
     def __enter__(self: _File) -> _File:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.close()
 
 
@@ -171,10 +170,10 @@ def read_small_file(path: Path, most: int) -> bytes:
         return file.read_at(file.size, 0)
 
 
-def read_header(path: Path, cache: DecodeCache | None = None, check_size: bool = True) -> fmt.FileHeader:
-    """The checked header of a safetensors file; without `check_size` also of a truncated file."""
+def read_header(path: Path, cache: DecodeCache | None = None) -> fmt.FileHeader:
+    """The checked header of a safetensors file."""
     with OpenedFile(path) as file:
-        return headers.decode_header(path, read_start(file), file.size if check_size else None, cache)
+        return headers.decode_header(path, read_start(file), file.size, cache)
 
 
 def read_start(file: OpenedFile) -> bytes:
@@ -232,8 +231,9 @@ class TensorFileWriter:
             begin = end
 
     def write_range(self, name: str, begin: int) -> RangeWriter:
-        """Write the bytes of a tensor from `begin` on, the start of a block, in order and in parts."""
-        return RangeWriter(self._file, self._blocks[name], begin, self._position(name))
+        """Write the bytes of a tensor from `begin` to an end, both of blocks, in order and in parts."""
+        sums = fmt.BlockChecksums(begin, self._entries[name].nbytes)
+        return RangeWriter(self._file, self._blocks[name], sums, self._position(name))
 
     def commit(self) -> str:
         """Fill in the header, make everything durable, and give the file its name; returns the header's checksum."""
@@ -260,31 +260,15 @@ class TensorFileWriter:
 class RangeWriter:
     """Some blocks of one tensor, written in order, in parts of any size; checksums run along."""
 
-    def __init__(self, file: files.PendingFile, blocks: list[str], begin: int, start: int) -> None:
-        self._file, self._blocks, self._position, self._start = file, blocks, begin, start
-        self._hash = xxhash.xxh3_64()
+    def __init__(self, file: files.PendingFile, blocks: list[str], sums: fmt.BlockChecksums, start: int) -> None:
+        self._file, self._blocks, self._sums, self._start = file, blocks, sums, start
 
     def write(self, data: memoryview) -> None:
         """Write the bytes that come next."""
         view = data.cast("B")
-        self._file.write_at(view, self._start + self._position)
-        while view:
-            index = self._position // fmt.BLOCK_BYTES
-            left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
-            part, view = view[:left], view[left:]
-            self._hash.update(part)
-            self._position += len(part)
-            if len(part) == left:
-                self._finish_block(index)
-
-    def close(self) -> None:
-        """Finish the last block, which may be shorter than the others."""
-        if self._position % fmt.BLOCK_BYTES:
-            self._finish_block(self._position // fmt.BLOCK_BYTES)
-
-    def _finish_block(self, index: int) -> None:
-        self._blocks[index] = self._hash.hexdigest()
-        self._hash.reset()
+        self._file.write_at(view, self._start + self._sums.position)
+        for block, checksum in self._sums.of(view):
+            self._blocks[block] = checksum
 
 
 # --- bytes and values

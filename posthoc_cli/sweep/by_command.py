@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, check_alone, check_count, check_number
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.lock import HOLDER_NAME, LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.writer import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep.axes import Axis
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.networks import Network

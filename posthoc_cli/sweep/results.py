@@ -83,7 +83,7 @@ class Records:
             try:
                 # What a crash has cut off must not take this line with it.
                 size = os.fstat(descriptor).st_size
-                torn = size > 0 and files.read_at(descriptor, 1, size - 1) != b"\n"
+                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
                 files.write_at(descriptor, f"{chr(10) * torn}{line}\n".encode(), size)
                 files.system.fsync(descriptor)
             finally:

@@ -20,9 +20,8 @@ from posthoc_cli.planning import Candidate, check_max_error, check_within, error
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, TrackedTensor
-from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.selection import running_statistics
-from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock
+from posthoc_cli.snapshots.sources import Source, by_time, chosen_up_to, counted, run_clock, source_prior
 from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:

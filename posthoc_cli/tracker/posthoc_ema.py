@@ -19,9 +19,8 @@ from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights, as_targets
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.measurements import source_prior
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
-from posthoc_cli.snapshots.sources import Source, chosen_up_to
+from posthoc_cli.snapshots.sources import Source, chosen_up_to, source_prior
 from posthoc_cli.tracker import going_on
 from posthoc_cli.tracker.evaluation import ChunkEvaluation, Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.going_on import Start

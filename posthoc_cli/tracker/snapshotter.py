@@ -37,9 +37,6 @@ from posthoc_cli.snapshots.directory import (
     list_folder,
     newest_before,
     read_folders,
-    remove_leftovers,
-    remove_snapshot,
-    set_aside,
     snapshot_path,
 )
 from posthoc_cli.snapshots.format import (
@@ -50,11 +47,18 @@ from posthoc_cli.snapshots.format import (
     snapshot_metadata,
 )
 from posthoc_cli.snapshots.headers import decode_snapshot
-from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.pruning import on_schedule, thin
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, read_header, tensor_bytes
+from posthoc_cli.snapshots.writer import (
+    LOCK_NAME,
+    DirectoryLock,
+    on_schedule,
+    remove_leftovers,
+    remove_snapshot,
+    set_aside,
+    thin,
+)
 from posthoc_cli.tracker.going_on import ways_on
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
 from posthoc_cli.tracker.measuring import Subset, measurements
@@ -423,7 +427,6 @@ class Snapshotter:
                     out = writer.write_range(names[0], 0)
                     for flat in flats:
                         out.write(tensor_bytes(flat))
-                    out.close()
             for name, tensor in (others | dict(copies)).items():
                 writer.write(name, tensor_bytes(tensor))
             checksum = writer.commit()

@@ -27,8 +27,8 @@ from posthoc_cli.remote.store import RemotePath
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.format import SUFFIX, FileHeader, SnapshotInfo
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.writer import DirectoryLock
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from posthoc_cli.profiles import Discrete, Point, StoredProfile, Uniform, gamma_
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 from posthoc_cli.reconstruction import DistanceTo, reconstruct
 from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.measurements import sample_measurements, source_prior
-from posthoc_cli.snapshots.sources import FileSource
+from posthoc_cli.snapshots.sources import FileSource, sample_measurements, source_prior
 
 WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 4000, 400

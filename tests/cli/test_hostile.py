@@ -26,8 +26,8 @@ from posthoc_cli.cli import output
 from posthoc_cli.demo.walkthrough import Folder
 from posthoc_cli.errors import OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile
-from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.tensor_file import read_header
+from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock
 
 
 @pytest.fixture

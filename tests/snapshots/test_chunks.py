@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from posthoc_cli.snapshots.chunks import Box, boxes_of_range, copy_range, cover_problem
+from posthoc_cli.snapshots.chunks import Box, copy_range, cover_problem
 
 SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
 
@@ -62,17 +62,6 @@ def test_any_chunk_is_read_from_any_other_chunks(shape: tuple[int, ...], seed: i
         for begin, end in itertools.pairwise(edges):
             copy_range(found[begin:end], wanted, begin, stored)
         assert np.array_equal(found, expected)
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if np.prod(shape)], ids=str)
-def test_a_range_is_few_boxes_in_order(shape: tuple[int, ...]) -> None:
-    positions = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    for begin in range(positions.size + 1):
-        for end in range(begin, positions.size + 1):
-            boxes = list(boxes_of_range(Box.whole(shape), begin, end))
-            found = [position for box in boxes for position in positions[slices(box)].reshape(-1).tolist()]
-            assert found == list(range(begin, end))
-            assert len(boxes) <= max(1, 2 * len(shape) - 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

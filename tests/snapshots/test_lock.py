@@ -23,14 +23,13 @@ from snapshots.recorded import failing
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, LockedError, WriteError
-from posthoc_cli.snapshots import lock
-from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.writer import HOLDER_NAME, LOCK_NAME, DirectoryLock
 
 HOLDER = """
 import os, sys
 from pathlib import Path
 from posthoc_cli.errors import LockedError
-from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.writer import DirectoryLock
 held = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
 """
@@ -123,7 +122,7 @@ def test_a_forgotten_lock_may_be_collected_while_its_directory_is_deleted(
     gc.collect()
     with DirectoryLock(tmp_path):
         assert not caplog.records
-    assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK_NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
 
 
 # --- the holder's note
@@ -136,14 +135,14 @@ def note(**changes: object) -> str:
 
 @pytest.mark.usefixtures("held")
 def test_a_strangers_host_is_shown_escaped(tmp_path: Path) -> None:
-    (tmp_path / lock.HOLDER_NAME).write_text(note(host="h\x1b[31m", process=7))
+    (tmp_path / HOLDER_NAME).write_text(note(host="h\x1b[31m", process=7))
     refused(tmp_path, r"process 7 on h\\x1b\[31m is writing here")
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"process":"x","host":1}', b"\xff"])
 @pytest.mark.usefixtures("held")
 def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / lock.HOLDER_NAME).write_bytes(text)
+    (tmp_path / HOLDER_NAME).write_bytes(text)
     refused(tmp_path, "another process is writing here")
 
 
@@ -152,7 +151,7 @@ def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
     with PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
     (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
-    assert not (directory / lock.HOLDER_NAME).exists()
+    assert not (directory / HOLDER_NAME).exists()
     return record.getMessage()
 
 
@@ -167,22 +166,26 @@ def test_a_note_without_a_lock_is_taken_over_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], told: str
 ) -> None:
     """From before a reboot; or, on a mount that keeps locks to one host, of another host that may be running."""
-    (tmp_path / lock.LOCK_NAME).touch()
-    (tmp_path / lock.HOLDER_NAME).write_text(note(**changes))
+    (tmp_path / LOCK_NAME).touch()
+    (tmp_path / HOLDER_NAME).write_text(note(**changes))
     assert re.search(f"{told}$", warned(tmp_path, caplog))
 
 
 # --- what the system refuses
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refuse_locks(monkeypatch, code)
     warning = warned(tmp_path, caplog)
     assert f"{tmp_path}: no locks on this file system ({os.strerror(code).lower()})" in warning
     assert warning.endswith("make sure that nothing else writes")
@@ -195,11 +198,8 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
 
 
 def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     with monkeypatch.context() as patched:
-        patched.setattr(fcntl, "flock", refuse)
+        refuse_locks(patched, errno.EIO)
         with pytest.raises(WriteError, match="cannot be written: input/output error"):
             DirectoryLock(tmp_path)
     (tmp_path / "file").touch()

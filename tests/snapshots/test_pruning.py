@@ -20,10 +20,8 @@ from posthoc_cli.planning import ErrorCurve, forecast, removal_order, snapshots_
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.measurements import scaled_run, source_prior
-from posthoc_cli.snapshots.pruning import plan_pruning, prune
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.sources import Snapshot, scaled_run, source_prior
+from posthoc_cli.snapshots.writer import DirectoryLock, plan_pruning, prune
 
 
 @pytest.fixture(scope="session")

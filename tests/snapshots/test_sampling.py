@@ -11,11 +11,10 @@ from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snap
 
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.snapshots import measurements
+from posthoc_cli.snapshots import sources
 from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.measurements import expected_rounding, sample_measurements, with_sampled_measurements
 from posthoc_cli.snapshots.reading import TensorReader
-from posthoc_cli.snapshots.sources import Snapshot
+from posthoc_cli.snapshots.sources import Snapshot, expected_rounding, sample_measurements, with_sampled_measurements
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -122,7 +121,7 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
 
 
 def test_estimates_are_right_on_the_average_over_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "MOST_ELEMENTS", 4_096)
+    monkeypatch.setattr(sources, "MOST_ELEMENTS", 4_096)
     values = {"small": draw(0, 700) * 5, "large": draw(1, 20_000), "odd": draw(2, 31) * 20}
     snapshot = write(tmp_path, 10, 0.05, values)
     estimates = []
@@ -169,13 +168,13 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
 
 def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each lies within one tensor, and all of a model that is no larger than the sample are read, once each."""
-    monkeypatch.setattr(measurements, "RUN_ELEMENTS", 4)
+    monkeypatch.setattr(sources, "RUN_ELEMENTS", 4)
     values = {name: torch.zeros(size) for name, size in zip("abcdefghi", [3, 0, 4, 0, 4, 0, 4, 0, 4], strict=True)}
     (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
     assert all(0 <= begin < end <= 4 * values[name].numel() for name, begin, end in parts)
     read = sorted((name, byte) for name, begin, end in parts for byte in range(begin, end, 4))
     assert read == [(name, 4 * k) for name, value in values.items() for k in range(value.numel())]
-    monkeypatch.setattr(measurements, "MOST_ELEMENTS", 8)
+    monkeypatch.setattr(sources, "MOST_ELEMENTS", 8)
     (parts,) = elements_read([write(tmp_path, 20, 0.05, values)], monkeypatch)
     assert sum(end - begin for _, begin, end in parts) in (4 * 8, 4 * (4 + 19 % 4))
 

@@ -28,7 +28,7 @@ from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.headers import decode_checksums
-from posthoc_cli.snapshots.reading import BackingFile, open_file
+from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.tensor_file import (
     TensorFileWriter,
     read_header,
@@ -103,7 +103,7 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
     """One of the same size, whose header may carry the checksum of the other, wrongly."""
     path = small(kind)
     header = read_header(path)
-    BackingFile(path, header).open().close()
+    open_file(path, header).close()
     start = path.read_bytes()
     other = bytearray(start.replace(b'"ema.t":"10.0"', b'"ema.t":"11.0"'))
     assert other != start
@@ -115,7 +115,7 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
     path.write_bytes(other)
     told = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
     with pytest.raises(FileFormatError, match=told):
-        BackingFile(path, header).open()
+        open_file(path, header)
 
 
 def test_a_file_without_checksums_that_is_written_to_meanwhile_is_an_error(small: Small, tmp_path: Path) -> None:
@@ -175,7 +175,6 @@ def write_pieces(path: Path, size: int, cut: int = 2 * BLOCK) -> Path:
             part = writer.write_range("x", begin)
             for at in range(begin, end, size):
                 part.write(memoryview(DATA)[at : min(at + size, end)])
-            part.close()
         writer.write("before", b"abc")
         writer.write("after", b"de")
         writer.commit()
@@ -242,17 +241,6 @@ def refused(folder: Path, match: str) -> Iterator[None]:
         yield
     assert len(str(caught.value)) < 300
     assert list(folder.iterdir()) == []
-
-
-def test_tensors_may_come_in_any_order(tmp_path: Path) -> None:
-    write(tmp_path / "x")
-    with TensorFileWriter(tmp_path / "y", SPECS, {}) as writer:
-        writer.write("b", bytes(4))
-        writer.write("a", bytearray(b"abcd"))
-        writer.commit()
-    with open_file(tmp_path / "y") as file:
-        assert file.read("a").tobytes() == b"abcd"
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 def test_a_model_without_tensors_is_a_file(tmp_path: Path) -> None:

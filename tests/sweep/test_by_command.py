@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.report import render
-from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.writer import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.results import Record, Records

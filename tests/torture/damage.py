@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.snapshots.description import describe
+from posthoc_cli.snapshots.outputs import describe
 from torture.forging import Inner, Pairs, Raw, places, replaced, take_apart, written
 from torture.tally import Tally
 from torture.victims import Victim, all_victims, examine, harm_all

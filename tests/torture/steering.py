@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from factories import RUN_ID, flip_bit, write_snapshot
 
-from posthoc_cli.snapshots.lock import HOLDER_NAME, DirectoryLock
+from posthoc_cli.snapshots.writer import HOLDER_NAME, DirectoryLock
 from torture.commands import HungError, run_ema
 from torture.forging import forge
 from torture.tally import Tally
