@@ -15,7 +15,7 @@ from posthoc_cli.errors import InvalidValueError, check_alone
 
 if TYPE_CHECKING:
     from posthoc_cli.sweep import SweepReport
-    from posthoc_cli.sweep.results import Record
+    from posthoc_cli.sweep.search import Trial
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
@@ -96,12 +96,12 @@ def sweep(
     """
     from posthoc_cli.run import Run
     from posthoc_cli.sweep import Axis, Sweep
-    from posthoc_cli.sweep.metrics import Metric
+    from posthoc_cli.sweep.trials import Metric
 
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
     check_alone(sigma_rel=sigma_rel, target=target)
-    length = values.optional(Axis.of_kind, sigma_rel, "--sigma-rel")
+    length = values.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = values.optional(Axis.parse, target, "--target") or length
     out = files.expanded(files.local_path("--out", out))
     stored = values.open_run(directory, checkpoints)
@@ -114,14 +114,14 @@ def sweep(
             jobs=jobs, timeout=timeout, disk=values.optional(resources.parse_bytes, disk, "--disk"),
             raw=None if raw is None else files.expanded(raw), t=t,
             guide=None if guide is None else Run(values.existing_run(guide)),
-            guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),
+            guide_axis=values.optional(Axis.parse, guide_sigma_rel, "--guide-sigma-rel", "sigma_rel"),
             dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
             keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
         ).run_all()  # fmt: skip
     output.print_report(report, as_json, _print)
 
 
-def _print_trial(out: Path, print_line: Callable[[str], None], trial: Record) -> None:
+def _print_trial(out: Path, print_line: Callable[[str], None], trial: Trial) -> None:
     what = f"{trial.target}, seed {trial.seed}"
     if trial.value is None:
         output.print_note(f"ema: warning: {what}: {trial.error}; see {out / trial.log}.err")
@@ -135,7 +135,7 @@ def _print(report: SweepReport) -> None:
 
     found = report.found
     raw = "not measured, since the run does not hold them; --raw FILE measures a file"
-    low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))
+    low, high = (f"{end:.12g}" for end in (found.low, found.high))
     measured = len({one.target for one in report.trials if one.value is not None and one.target != RAW})
     output.print_line()
     rows = [

@@ -21,7 +21,8 @@ from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Settings, Validati
 from posthoc_cli.errors import OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 from posthoc_cli.sweep import SweepReport, sweep
-from posthoc_cli.sweep.results import RAW, Record, draw
+from posthoc_cli.sweep.results import RAW, draw
+from posthoc_cli.sweep.search import Trial
 
 Say = Callable[[str], None]
 """Prints a line."""
@@ -134,7 +135,7 @@ def _measure(folder: Folder, model: Denoiser) -> SweepReport:
     def loss(measured: Denoiser) -> float:
         return float(validation(measured).mean())
 
-    raw = Record(RAW, 0.0, 0, loss(model))
+    raw = Trial(RAW, 0.0, 0, loss(model))
     swept = sweep(folder.snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
     swept = replace(swept, trials=(raw, *swept.trials))
     swept.write(folder.sweep)

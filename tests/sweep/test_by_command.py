@@ -28,8 +28,9 @@ from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
-from posthoc_cli.sweep.metrics import Metric
-from posthoc_cli.sweep.results import Record, Records
+from posthoc_cli.sweep.results import Records
+from posthoc_cli.sweep.search import Trial
+from posthoc_cli.sweep.trials import Metric
 
 LENGTHS = (0.05, 0.1, 0.2)
 PRINTED = Metric()
@@ -53,7 +54,7 @@ def names(folder: Path) -> set[str]:
 def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     report = swept(run, out, axis=Axis("sigma_rel", 0.02, 0.28))
-    low, best, high = (report.value_of(x) for x in (report.found.low, report.found.best, report.found.high))
+    low, best, high = report.found.low, report.found.best, report.found.high
     assert low <= 0.1 <= high < 1.15 * low
     assert best == pytest.approx(0.1, rel=0.05)
     assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
@@ -118,7 +119,7 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
 
 def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
     records = Records(tmp_path, {"run": "r", "t": 1})
-    trials = [Record("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
+    trials = [Trial("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
     for trial in trials[:2]:
         records.append(trial)
     path = tmp_path / "trials.jsonl"
@@ -141,7 +142,7 @@ def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None
     ],
 )
 def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
-    told: list[Record] = []
+    told: list[Trial] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
     report = swept(
@@ -200,8 +201,8 @@ def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
 def test_a_search_goes_on_beyond_an_end_that_is_best(run: Run, tmp_path: Path, axis: Axis, best: float) -> None:
     command = f"awk 'BEGIN {{ print log({{sigma_rel}} / {best}) ^ 2 }}' {{weights}}"
     report = swept(run, tmp_path / "out", command, axis=axis)
-    assert report.value_of(report.found.best) == pytest.approx(best, rel=0.1)
-    assert report.axis.low < best < report.axis.high
+    assert report.found.best == pytest.approx(best, rel=0.1)
+    assert report.found.axis.low < best < report.found.axis.high
     assert "end of the range" not in report.stopped
     evaluations = (tmp_path / "out" / "trials.jsonl").read_text().count("\n")
     again = swept(run, tmp_path / "out", command, axis=axis)
@@ -213,8 +214,8 @@ def test_it_goes_no_further_than_averages_are_exact_and_says_so(run: Run, tmp_pa
     command = "sh -c 'echo $1' sh {sigma_rel} {weights}"
     report = swept(run, tmp_path / "out", command, axis=Axis("sigma_rel", 0.1, 0.18), minimize=False)
     assert max(trial.predicted_error or 1 for trial in report.trials) < 0.01
-    assert f"end of the range, sigma_rel {report.axis.high:g}, beyond which no average is exact" in report.stopped
-    assert report.axis.high > 0.25
+    assert f"end of the range, sigma_rel {report.found.axis.high:g}, beyond which no average is exact" in report.stopped
+    assert report.found.axis.high > 0.25
     spent = swept(run, tmp_path / "spent", command, axis=Axis("sigma_rel", 0.1, 0.2), budget=6)
     assert spent.stopped.endswith("the best lies at the end of the range, sigma_rel 0.1, and may lie beyond")
     listed = swept(run, tmp_path / "listed", command, axis=GRID)
@@ -350,7 +351,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
     command = shell(f"{first}; {last}")
     script = (
         "import sys; from posthoc_cli import Run; from posthoc_cli.sweep import Axis, Sweep\n"
-        "from posthoc_cli.sweep.metrics import Metric; from pathlib import Path\n"
+        "from posthoc_cli.sweep.trials import Metric; from pathlib import Path\n"
         "Sweep(Run(sys.argv[1]), sys.argv[2], Metric('x', 'm.json'), Path(sys.argv[3]),"
         " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
     )
@@ -369,7 +370,9 @@ def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) 
     command = shell(f'ls {tmp_path}/out/.scratch/*.safetensors | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     report = swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [0.05, 0.1, 0.15, 0.2, 0.25]))
     assert [math.floor(trial.value) for trial in report.trials] == [5] * 5
-    bound = swept(run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.axis, disk=2 * size + 1)
+    bound = swept(
+        run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.found.axis, disk=2 * size + 1
+    )
     assert [math.floor(trial.value) for trial in bound.trials] == [2, 2, 2, 2, 1]
     with refused("disk", "must have room for one"):
         swept(run, tmp_path / "small", disk=size - 1)
@@ -447,7 +450,7 @@ def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, na
 )
 def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
     report = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
-    assert report.value_of(report.found.best) == pytest.approx(best, rel=0.05)
+    assert report.found.best == pytest.approx(best, rel=0.05)
     assert report.best.title.startswith(axis.kind)
     again = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
     assert again.trials == report.trials
@@ -581,7 +584,7 @@ def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
     made = {int(trial.target.removeprefix("last:")): trial.value for trial in report.trials if trial.target != "raw"}
     assert made == pytest.approx({n: abs(8 - n / 2) for n in made})  # the mean of the last n is 30.5 - n / 2
     assert max(made) > 12
-    assert report.value_of(report.found.best) == pytest.approx(16, abs=1)
+    assert report.found.best == pytest.approx(16, abs=1)
 
 
 def test_in_python_raw_weights_are_measured_where_they_are_at_hand(run: Run, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checking import refused
 
-from posthoc_cli.sweep.metrics import Metric, NoMetricError
+from posthoc_cli.sweep.trials import Metric, NoMetricError
 
 
 def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, float | None]:
