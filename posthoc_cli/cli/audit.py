@@ -35,7 +35,7 @@ def audit(
     Exit code 1 if an average is not what it claims to be.
     """
     picture = values.new_file(out, "--out", values.PICTURES, overwrite)
-    run = values.open_run(values.existing_run(directory, directory=False), None, directory=False)
+    run = values.open_run(directory, directory=False)
     audits = run.audit(claimed, picture=picture, overwrite=overwrite)
     if as_json:
         output.print_json({"audits": [one.to_dict() for one in audits]})

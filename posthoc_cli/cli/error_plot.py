@@ -71,7 +71,7 @@ def error_plot(
     if not runs and not schedules:
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
-    earlier = None if like is None else values.open_run(like, None)
+    earlier = None if like is None else values.open_run(like)
     report = error_report(
         runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=earlier,
         draw=targets, out=out, overwrite=overwrite,

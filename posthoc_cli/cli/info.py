@@ -27,8 +27,8 @@ def info(
     Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
     checks every byte.
     """
-    report = values.open_run(path, None, directory=False).info()
-    output.print_json(report) if as_json else _print(report)
+    report = values.open_run(path, directory=False).info()
+    output.print_report(report, as_json, _print)
     if report.get("problems"):
         raise typer.Exit(1)
 

@@ -94,7 +94,6 @@ def sweep(
     A standard error beside the metric (acc_stderr) counts as its noise. A failed trial is reported and does not count.
     The same call goes on where an earlier one has stopped. All is in OUT: trials.jsonl, sweep.json, logs, best.
     """
-    from posthoc_cli.run import Run
     from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.trials import Metric
 
@@ -113,7 +112,7 @@ def sweep(
             axis=axis, minimize=minimize, repeats=repeats, budget=budget,
             jobs=jobs, timeout=timeout, disk=values.optional(resources.parse_bytes, disk, "--disk"),
             raw=None if raw is None else files.expanded(raw), t=t,
-            guide=None if guide is None else Run(values.existing_run(guide)),
+            guide=None if guide is None else values.open_run(guide),
             guide_axis=values.optional(Axis.parse, guide_sigma_rel, "--guide-sigma-rel", "sigma_rel"),
             dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
             keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,

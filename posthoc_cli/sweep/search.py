@@ -116,8 +116,8 @@ class Axis:
         form = f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list"
         try:
             if rest.count(":") != 1:
-                return cls.of_values(kind, parse_numbers(numbers, name, form, rest))
-            low, high = (parse_numbers(end, name, form, rest)[0] for end in numbers.split(":"))
+                return cls.of_values(kind, parse_numbers(numbers, name, form))
+            low, high = (parse_numbers(end, name, form)[0] for end in numbers.split(":"))
             return cls(kind, low, high)
         except InvalidValueError as error:
             raise InvalidValueError(name, error.reason, error.hint, value=text or "(empty)") from error
