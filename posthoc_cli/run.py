@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -33,7 +32,6 @@ from posthoc_cli.planning import (
     ErrorCurve,
     ErrorReport,
     PlanReport,
-    ProfileFit,
     Schedule,
     Task,
     error_curve,
@@ -55,7 +53,6 @@ from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
     import torch
-    from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
     from posthoc_cli.checkpoints.audit import Audit
@@ -129,14 +126,6 @@ def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned],
         except VanishedError as error:
             log.warning("%s; planning again with what is there", error)
     return use(make())
-
-
-def _check_names(call: str, own: Sequence[str], given: Mapping[str, object], others: type[DataclassInstance]) -> None:
-    """An InvalidValueError for a keyword that is neither a call's own nor a field of the class of its others."""
-    accepted = [*own, *(field.name for field in dataclasses.fields(others) if field.name not in own)]
-    for name in given:
-        if name not in accepted:
-            raise InvalidValueError(f"{call}(...)", f"has no argument {name!r}; must be one of {', '.join(accepted)}")
 
 
 class Run:
@@ -325,8 +314,6 @@ class Run:
         from posthoc_cli.export.model_folder import ModelFolder
         from posthoc_cli.export.writing import Outputs
 
-        plain = ("t", "step", "method", "max_error", "dtype", "progress")
-        _check_names("write", plain, options, OutputOptions)
         wanted, asked = as_targets(targets), OutputOptions(**options)
         like = None if asked.like is None else ModelFolder.find(asked.like, asked.component, self.tensors)
         outputs = Outputs.asked(wanted, out, dtype, asked, like)
@@ -374,7 +361,6 @@ class Run:
         from posthoc_cli.export.layouts import OutputOptions
         from posthoc_cli.export.merging import merge
 
-        _check_names("merge", ("t", "step", "method", "dtype", "progress"), options, OutputOptions)
         base, out = files.expanded(base), files.expanded(out)
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
         return with_consistent_plan(plan, lambda made: merge(made, base, out, OutputOptions(**options), progress))
@@ -417,13 +403,8 @@ class Run:
         draw: Wanted | Sequence[Wanted] = (),
     ) -> Figure:
         """A matplotlib figure of the error curve; below it the targets in `draw` over training time."""
-        from posthoc_cli import plots
-
-        candidate, targets = self.candidate(t), as_targets(draw)
-        others = [target for target in targets if target.sigma_rel is None]
-        curve = error_curve(candidate, sigma_range, t=t, method=method, others=others)
-        fits = [profile_fit(candidate, target, t, method=method) for target in targets]
-        return plots.error_figure([curve], fits, method == "paper")
+        candidates, targets = [self.candidate(t)], as_targets(draw)
+        return _error_figure(candidates, _curves(candidates, targets, sigma_range, t, method), targets, t, method)
 
     # --- care
 
@@ -451,9 +432,7 @@ class Run:
 
         audits = audit_sources(disk_sources(self.directory, self.also, unclaimed=True), claimed)
         if picture is not None and audits[0].intervals:
-            from posthoc_cli import plots
-
-            files.write_whole(picture, plots.as_file(lambda: _audit_figure(audits[0]), picture.suffix), overwrite)
+            _write_figure(lambda: _audit_figure(audits[0]), picture, overwrite)
         return audits
 
     def prune(
@@ -535,14 +514,12 @@ def error_report(
         earlier, assumption = _earlier_run(like, schedule.steps)
         rounding = earlier.rounding.get(dtype, relative_rounding(dtype))
         candidates.append(Candidate.of_schedule(replace(schedule, rounding=rounding), earlier.motion, assumption))
-    others = [target for target in targets if target.sigma_rel is None]
-    curves = [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
+    curves = _curves(candidates, targets, sigma_range, t, method)
     report = ErrorReport(tuple(curves))
     if out is not None and is_table:
         files.write_whole(out, report.to_csv().encode(), overwrite)
     elif out is not None:
-        fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
-        _draw(out, curves, fits, method == "paper", overwrite)
+        _write_figure(lambda: _error_figure(candidates, curves, targets, t, method), out, overwrite)
     return report
 
 
@@ -566,7 +543,7 @@ def plan_training(
         task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
     proposals = tuple(propose(task))
     if picture is not None:
-        _draw(picture, [proposal.curve for proposal in proposals], overwrite=overwrite)
+        _write_figure(lambda: _error_figure((), [proposal.curve for proposal in proposals]), picture, overwrite)
     return PlanReport(task, proposals, assumption, None if like is None else str(like.directory))
 
 
@@ -579,17 +556,28 @@ def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:
     return earlier, f"{EVENLY}: the motion of {like.directory} is not known" if earlier.motion is None else known
 
 
-def _draw(
-    picture: Path,
-    curves: Sequence[ErrorCurve],
-    fits: Sequence[ProfileFit] = (),
-    profile_error: bool = False,
-    overwrite: bool = False,
-) -> None:
+def _curves(
+    candidates: Sequence[Candidate], targets: Sequence[Target], sigma_range: tuple[float, float], t: float | None,
+    method: str | None,
+) -> list[ErrorCurve]:  # fmt: skip
+    others = [target for target in targets if target.sigma_rel is None]
+    return [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
+
+
+def _error_figure(
+    candidates: Sequence[Candidate], curves: Sequence[ErrorCurve], targets: Sequence[Target] = (),
+    t: float | None = None, method: str | None = None,
+) -> Figure:  # fmt: skip
     from posthoc_cli import plots
 
-    draw = functools.partial(plots.error_figure, curves, fits, profile_error)
-    files.write_whole(picture, plots.as_file(draw, picture.suffix), overwrite)
+    fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
+    return plots.error_figure(curves, fits, method == "paper")
+
+
+def _write_figure(draw: Callable[[], Figure], out: Path, overwrite: bool) -> None:
+    from posthoc_cli import plots
+
+    files.write_whole(out, plots.as_file(draw, out.suffix), overwrite)
 
 
 def _audit_figure(audit: Audit) -> Figure:

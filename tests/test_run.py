@@ -106,12 +106,13 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
     assert written(run, 0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
     with refused("out"):
         run.write(0.1, None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'force'"):
+        run.write(0.1, tmp_path / "no.safetensors", force=True)
 
 
 @pytest.mark.parametrize(
     ("call", "subject", "words"),
     [
-        (lambda run: run.write(0.1, "a.safetensors", force=True), "write(...)", "'force'; must be one of t, step,"),
         (lambda _: Run(None), "directory", "None: must be a path"),
         (lambda run: Run(run.directory, also=5), "also", "5: must be a path"),
         (lambda run: run.average(0.1, device=99), "device", "'99': cannot be used: "),
