@@ -33,18 +33,6 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert poor.err.startswith("ema: warning: sigma_rel 0.01: predicted error ")
 
 
-@pytest.mark.parametrize(
-    ("text", "widths"),
-    [
-        ("0.05,0.10", [0.05, 0.1]), ("0.05:0.25:0.05", [0.05, 0.1, 0.15, 0.2, 0.25]),
-        ("0.05,0.06,...,0.09", [0.05, 0.06, 0.07, 0.08, 0.09]), ("0.1,0.1", [0.1]),
-    ],
-)  # fmt: skip
-def test_lists_and_ranges(ema: Ema, run: Path, text: str, widths: list[float]) -> None:
-    report = ema("synthesize", run, "--sigma-rel", text, "--dry-run", "--json").json
-    assert [target["sigma_rel"] for target in report["targets"]] == widths
-
-
 def test_several_averages_into_a_folder_or_by_a_pattern(ema: Ema, run: Path, tmp_path: Path) -> None:
     """A folder takes a file a target also for one, whether it is there or new."""
     (tmp_path / "there").mkdir()

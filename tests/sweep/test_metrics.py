@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-from checking import refused
 
 from posthoc_cli.sweep.trials import Metric, NoMetricError
 
@@ -82,12 +81,6 @@ def test_an_object_over_several_lines_counts_and_its_numbers_alone_do_not(tmp_pa
 )
 def test_a_metric_is_a_key_or_a_file_and_a_key(text: str, metric: Metric) -> None:
     assert Metric.parse(text) == metric
-
-
-@pytest.mark.parametrize("text", ["", "results.json:"])
-def test_a_metric_without_a_key_is_refused(text: str) -> None:
-    with refused("metric", "must be a key such as loss, or a file and a key"):
-        Metric.parse(text)
 
 
 def test_the_newest_file_of_the_name_counts_and_lm_evals_standard_error_is_found(tmp_path: Path) -> None:
