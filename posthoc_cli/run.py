@@ -409,8 +409,21 @@ class Run:
     # --- care
 
     def check(self, progress: ProgressBar = no_bar) -> Verification:
-        """Verify every byte, and compare the snapshots with each other; see `check_path`."""
-        return check_path(self.directory, progress)
+        """Verify every byte, and compare the snapshots with each other; also of outputs, states, parts or one file.
+
+        Raises:
+            DirectoryError: there is nothing to verify.
+        """
+        path = self.directory
+        if is_import(path):
+            return _check_import(read_manifest(path))
+        try:
+            return verify(path, progress)
+        except DirectoryError as error:
+            if not holds_checkpoints(path):
+                raise
+            reason = "holds checkpoints of other programs, which have no checksums"
+            raise DirectoryError(path, reason, "an import with copies has some") from error
 
     def audit(
         self, claimed: float | None = None, *, picture: Path | None = None, overwrite: bool = False
@@ -593,27 +606,6 @@ def _audit_figure(audit: Audit) -> Figure:
     if audit.found is not None and 0 < length < math.inf and sigma <= 1:
         band = length / math.exp(sigma), length * math.exp(sigma)
     return plots.audit_figure(title, spans, found, audit.intervals[0].claimed, rest, word, band)
-
-
-def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
-    """Verify every byte of a directory or of a file, as `ema verify` does.
-
-    Arguments:
-        path: snapshots, outputs, states, parts or shards; or one such file.
-        progress: opens a progress bar.
-
-    Raises:
-        DirectoryError: there is nothing to verify.
-    """
-    if is_import(path):
-        return _check_import(read_manifest(path))
-    try:
-        return verify(path, progress)
-    except DirectoryError as error:
-        if not holds_checkpoints(path):
-            raise
-        reason = "holds checkpoints of other programs, which have no checksums"
-        raise DirectoryError(path, reason, "an import with copies has some") from error
 
 
 def _check_import(manifest: Manifest) -> Verification:

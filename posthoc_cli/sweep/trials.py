@@ -30,12 +30,9 @@ _DEVICES = "CUDA_VISIBLE_DEVICES"
 _GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
 _TICK = 0.01
-_LONGEST_LOG = 1_000_000
 _END_OF_LOG = 300
 _TAIL = 10_000_000
 """Bytes at the end of standard output that are looked at."""
-_MOST_BYTES = 100_000_000
-"""Of a file."""
 _NAMED = 5
 """Names that a message lists."""
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
@@ -142,9 +139,6 @@ def _run(
         except NoMetricError as wrong:
             error, is_missing = str(wrong), isinstance(wrong, MissingMetricError)
     error = error and f"{error}{_end_of_logs(err, out)}"
-    for path in (out, err):
-        if path.stat().st_size > _LONGEST_LOG:
-            files.write_whole(path, read_tail(path, _LONGEST_LOG).encode(), overwrite=True)
     trial = replace(command.trial, value=value, standard_error=standard_error, seconds=seconds, error=error or None)
     return trial, is_missing
 
@@ -165,7 +159,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 def _end_of_logs(*paths: Path) -> str:
     """The end of the first log that says something, for a message."""
-    texts = (" ".join(read_tail(path, _END_OF_LOG).split()) for path in paths)
+    texts = (" ".join(_read_tail(path, _END_OF_LOG).split()) for path in paths)
     text = next(filter(None, texts), "")
     return f": {printable(text)}" if text else ", and wrote nothing"
 
@@ -217,7 +211,7 @@ class Metric:
     def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
         """The metric and its standard error, None where there is none; a NoMetricError."""
         if self.file is None or self.key is None:
-            return self._printed(read_tail(stdout, _TAIL))
+            return self._printed(_read_tail(stdout, _TAIL))
         try:
             return self._stored(folder, self.file, self.key)
         except OSError as error:
@@ -256,9 +250,6 @@ class Metric:
         paths = [path for path in folder.rglob("*") if path.relative_to(folder).match(pattern) and path.is_file()]
         reasons = []
         for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True):
-            if path.stat().st_size > _MOST_BYTES:
-                reasons.append(f"{path.name} has more than {_MOST_BYTES:,} bytes")
-                continue
             try:
                 held = _holder(json.loads(path.read_text(encoding="utf-8-sig")), key)
             except (ValueError, RecursionError) as error:
@@ -271,7 +262,7 @@ class Metric:
         raise MissingMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_there(there)}"))
 
 
-def read_tail(path: Path, count: int) -> str:
+def _read_tail(path: Path, count: int) -> str:
     """The last `count` bytes of a file as text."""
     with path.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - count))

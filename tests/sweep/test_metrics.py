@@ -120,6 +120,3 @@ def test_a_file_that_is_not_whole_or_holds_no_number_is_told(tmp_path: Path, con
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(NoMetricError, match=message):
         Metric("loss", "m.json").read(tmp_path, tmp_path)
-    os.truncate(tmp_path / "m.json", 10**9)
-    with pytest.raises(NoMetricError, match=r"m\.json has more than 100,000,000 bytes"):
-        Metric("loss", "m.json").read(tmp_path, tmp_path)
