@@ -13,7 +13,7 @@ import numbers
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
@@ -91,7 +91,9 @@ def as_target(value: object) -> Target:
 
 
 class _Named(ABC):
-    """The names of a target, both from its text form."""
+    """A target with names from its text form; no power function, unless it says so."""
+
+    sigma_rel: float | None = None
 
     @property
     def label(self) -> str:
@@ -112,7 +114,7 @@ class _Named(ABC):
 class SigmaRel(_Named):
     """The power function of a width, as a fraction of training time: in (0, 0.2887)."""
 
-    sigma_rel: float
+    sigma_rel: float = field()
 
     def __post_init__(self) -> None:
         given = self.sigma_rel
@@ -143,7 +145,6 @@ class Beta(_Named):
     """The classical average with one decay for every step, in [0.5, 1): below, its mean age is less than a step."""
 
     beta: float
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
@@ -163,7 +164,6 @@ class HalfLife(_Named):
     """The classical average in which weights lose half of their share in `steps` steps: a decay of 0.5**(1 / steps)."""
 
     steps: float
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         steps = check_number("half-life", self.steps, lambda steps: 1 <= steps < math.inf, "be at least 1 step")
@@ -187,7 +187,6 @@ class Window(_Named):
     """The mean of the last `steps` steps: a whole number, at least 1 and at most the run's."""
 
     steps: int
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         steps = check_number("window", self.steps, _is_count, "be a whole number of steps, at least 1")
@@ -207,7 +206,6 @@ class Between(_Named):
 
     start: float
     end: float
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
@@ -239,7 +237,6 @@ class GivenProfile(_Named):
 
     given: Profile
     name: str = "given"
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and re.fullmatch(r"\w[\w.+-]*", self.name)):
@@ -285,7 +282,6 @@ class Decay(_Named):
 
     shape: str = "1-sqrt"
     over: float | tuple[float, float] = 0.2
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         check_word("decay", self.shape, SHAPES)
@@ -316,7 +312,6 @@ class Groups(_Named):
     """
 
     widths: Mapping[str, float]
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         if not self.widths or not all(isinstance(glob, str) for glob in self.widths):
@@ -353,7 +348,6 @@ class Mean(_Named):
     """
 
     last: int
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         last = check_number("last", self.last, _is_count, "be a whole number of checkpoints, at least 1")

@@ -90,8 +90,9 @@ class Axis:
     values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for end in (self.low, self.high, *(self.values or ())):
-            self.target(end)  # checks it
+        for name in ("low", "high"):
+            self.target(getattr(self, name))  # checks it
+            object.__setattr__(self, name, float(getattr(self, name)))  # not NumPy's
         if not self.low < self.high and not self.is_given:
             ends = f"{self.low:g}:{self.high:g}"
             raise InvalidValueError(self.kind, "the first must be below the second", value=ends)
@@ -99,7 +100,10 @@ class Axis:
     @classmethod
     def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
         """A grid."""
-        return cls(kind, min(values), max(values), tuple(sorted(set(values))))
+        for value in values:
+            _KINDS[kind][0](value)  # checks it
+        each = sorted(set(map(float, values)))
+        return cls(kind, each[0], each[-1], tuple(each))
 
     @classmethod
     def parse(cls, text: str, name: str, kind: str = "") -> Axis:
@@ -552,6 +556,5 @@ class Search:
 def check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
     """Raise an InvalidValueError for numbers that leave nothing to search with."""
     least = FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
-    if budget < least:
-        raise InvalidValueError("budget", f"must be at least {least}, the first batch", value=budget)
+    check_count("budget", budget, least)
     check_count("repeats", repeats)

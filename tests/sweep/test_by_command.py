@@ -530,6 +530,18 @@ def test_in_python_two_lengths_are_needed(run: Run, values: list[float]) -> None
         sweep(run, lambda _: 1.0, values=values)
 
 
+def test_in_python_lengths_may_be_numpys(run: Run, tmp_path: Path) -> None:
+    """And are numbers as any other in the file of the result."""
+    for how in ({"values": np.array([0.0625, 0.125, 0.25], np.float32)}, {"low": np.float32(0.0625), "high": 0.25}):
+        report = sweep(run, lambda weights: weights["a"].norm(), **how)  # type: ignore[arg-type]
+        report.write(tmp_path)
+        assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["x"] == 0.0625
+    with refused("sigma_rel", "must be a number"):
+        sweep(run, lambda _: 1.0, values=["0.1", 0.2])  # type: ignore[list-item]
+    with refused("budget", "must be a whole number"):
+        sweep(run, lambda _: 1.0, low=0.1, high=0.2, budget=6.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("metric", [None, lambda _: "a", lambda _: (1.0, "a"), lambda _: (1.0, 0.1, 2.0)])
 def test_in_python_the_metric_is_a_function_that_gives_a_number(run: Run, metric: Any) -> None:
     with refused("metric", "must "):
