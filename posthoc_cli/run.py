@@ -41,6 +41,7 @@ from posthoc_cli.planning import (
 )
 from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.resources import size_text
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.snapshots.description import describe
@@ -158,11 +159,10 @@ class Run:
     def _repr_html_(self) -> str:
         """What `info` says, in a notebook."""
         try:
-            facts = self.info()
+            told = facts(self.info())
         except PostHocError:
             return f"<pre>{escape(repr(self))}</pre>"
-        counts = {name: f"{len(fact):,}" if isinstance(fact, list) else str(fact) for name, fact in facts.items()}
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text[:200])}</td></tr>" for name, text in counts.items())
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in told)
         return f"<table>{''.join(rows)}</table>"
 
     # --- what is there
@@ -620,6 +620,53 @@ def _check_import(manifest: Manifest) -> Verification:
         reports.append(report)
     note = "of other programs' files, which have no checksums, only the size and a sample of the content were compared"
     return Verification(manifest.folder, False, tuple(reports), notes=(note,))
+
+
+def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `Run.info` says, as names and texts for people; without what is a table of its own, and without notes."""
+    hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
+    hidden |= set() if description.get("method") == "paper" else {"profile_error"}
+    names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in description}
+    pairs = [(names[key], _text(key, value)) for key, value in description.items() if key not in hidden]
+    return [(name, text) for name, text in pairs if text]
+
+
+def brief_text(text: str) -> str:
+    """A text for a table, cut if it is long."""
+    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
+
+
+def _known(error: float | None) -> str:
+    return "unknown" if error is None else percent(error)
+
+
+_LONGEST_TEXT = 200
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "path": str,
+    "bytes": size_text,
+    "norm": "{:.4g}".format,
+    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
+    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), _known),
+}
+
+
+def _text(key: str, value: Any) -> str:
+    """A value of a report for people; empty to leave it out."""
+    if key in _FORMATS:
+        return _FORMATS[key](value)
+    if key == "snapshots" and isinstance(value, list):
+        return f"{len({one['file'] for one in value}):,}"  # that of groups of tensors lists them once a group
+    if value is None:
+        return "" if key in ("sigma_rel", "gamma") else "none"  # of a profile that is no power function
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:5])) + (f" and {len(value) - 5} more" if len(value) > 5 else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
+    return brief_text(str(value))
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

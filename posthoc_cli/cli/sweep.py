@@ -130,25 +130,16 @@ def _print_trial(out: Path, print_line: Callable[[str], None], trial: Trial) -> 
 
 
 def _print(report: SweepReport) -> None:
-    from posthoc_cli.sweep.results import RAW
+    from posthoc_cli.sweep.results import answer
 
-    found = report.found
+    told = answer(report.to_dict())
     raw = "not measured, since the run does not hold them; --raw FILE measures a file"
-    low, high = (f"{end:.12g}" for end in (found.low, found.high))
-    measured = len({one.target for one in report.trials if one.value is not None and one.target != RAW})
     output.print_line()
-    rows = [
-        ("best", report.title),
-        (f"estimate of {report.metric}", f"{found.mean:.6g} ± {found.standard_error:.2g}"),
-        ("equal within the noise", f"{low} to {high}"),
-    ]
-    if report.second is not None:
-        known = "{low:.12g} to {high:.12g} are equal within the noise".format(**report.second)
-        rows.append(("guide", f"sigma_rel {report.second['value']:.12g}; {known}"))
-    else:
-        rows.append(("raw weights", raw if report.raw is None else f"{report.raw:.6g}"))
-    trials = output.counted(len(report.trials), "trial")
-    failed = f", {len(report.failed)} of which failed" if report.failed else ""
-    rows.append(("measured", f"{output.counted(measured, 'average')} in {trials}{failed}; {report.stopped}"))
-    rows.append(("wrote", ", ".join(map(str, report.outputs))))
-    output.print_pairs(rows)
+    output.print_pairs([
+        ("best", told["best"]),
+        (f"estimate of {told['metric']}", told["estimate"]),
+        ("equal within the noise", told["equal"]),
+        ("guide", told["second"]) if told["second"] else ("raw weights", raw if report.raw is None else told["raw"]),
+        ("measured", told["measured"]),
+        ("wrote", ", ".join(map(str, report.outputs))),
+    ])  # fmt: skip

@@ -161,6 +161,30 @@ class SweepReport:
         }
 
 
+def answer(found: dict[str, Any]) -> dict[str, str]:
+    """The best length in words, from a report's `to_dict`."""
+    low, high = found["equal_within_noise"]
+    second, trials = found["second"], found["trials"]
+    failed = sum(trial["value"] is None for trial in trials)
+    measured = {trial["target"] for trial in trials if trial["value"] is not None} - {RAW}
+    told = {
+        "best": str(found["best"]["target"]),
+        "metric": str(found["metric"]),
+        "estimate": f"{found['estimate']:.6g} ± {found['standard_error']:.2g}",
+        "equal": f"{low:.12g} to {high:.12g}",
+        "raw": "not measured" if found["raw"] is None else f"{found['raw']:.6g}",
+        "measured": f"{len(measured)} averages in {len(trials)} trials"
+        + f", {failed} of which failed" * bool(failed)
+        + f"; {found['stopped']}",
+        "second": "",
+    }
+    if second is not None:
+        equal = f"{second['low']:.12g} to {second['high']:.12g} are equal within the noise"
+        estimate = f"{second['estimate']:.6g} ± {second['standard_error']:.2g}"
+        told["second"] = f"sigma_rel {second['value']:.12g}. {equal}, {found['metric']}, estimate: {estimate}"
+    return told
+
+
 def draw(found: dict[str, Any]) -> Figure:
     """The metric against the length, from a report's `to_dict`."""
     from posthoc_cli import plots

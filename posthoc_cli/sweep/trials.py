@@ -99,7 +99,8 @@ def run_all(
                 running[pool.submit(run, command)] = command
             if not running:
                 break
-            for trial in wait(running, return_when=FIRST_COMPLETED).done:
+            # Now and then this thread looks up: a signal may have been delivered to another one, which does not wake it.
+            for trial in wait(running, _GRACE, FIRST_COMPLETED).done:
                 told(running.pop(trial), *trial.result())
     finally:
         stop.set()
