@@ -24,7 +24,15 @@ from posthoc_cli.checkpoints.open_run import (
     open_checkpoints,
 )
 from posthoc_cli.checkpoints.source import Checkpoint, describe_checkpoints, list_checkpoints
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError, percent
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InvalidValueError,
+    OutputExistsError,
+    PostHocError,
+    VanishedError,
+    percent,
+)
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -426,13 +434,13 @@ class Run:
             raise DirectoryError(path, reason, "an import with copies has some") from error
 
     def audit(
-        self, claimed: float | None = None, *, picture: Path | None = None, overwrite: bool = False
+        self, claimed: float | None = None, *, out: str | Path | None = None, overwrite: bool = False
     ) -> list[Audit]:
         """Find which decay, or sigma_rel, the averages really have; see `checkpoints.audit`.
 
         Arguments:
             claimed: the decay that they should have, in (0, 1); by default what the files or an import say.
-            picture: a .png, .svg or .pdf file for the first one.
+            out: a .png, .svg or .pdf file for the first one.
             overwrite: replace it.
 
         Returns:
@@ -443,6 +451,7 @@ class Run:
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
+        picture = None if out is None else new_file(out, PICTURES, overwrite)
         audits = audit_sources(disk_sources(self.directory, self.also, unclaimed=True), claimed)
         if picture is not None and audits[0].intervals:
             _write_figure(lambda: _audit_figure(audits[0]), picture, overwrite)
@@ -485,6 +494,23 @@ class Run:
 MOST_DRAWINGS = 24
 """Drawings over training time in one picture."""
 
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
+    """An output with one of these endings, with ~ expanded; checked before any work.
+
+    Raises:
+        InvalidValueError, OutputExistsError.
+    """
+    path = files.expanded(files.given_path("out", out))
+    if path.suffix not in endings:
+        raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
+    files.check_parent("out", path)
+    if path.exists() and not overwrite:
+        raise OutputExistsError(path, "is there already", "choose another name, or overwrite=True to replace it")
+    return path
+
 
 def error_report(
     runs: Sequence[Run] = (),
@@ -496,7 +522,7 @@ def error_report(
     dtype: str = "float16",
     like: Run | None = None,
     draw: Wanted | Sequence[Wanted] = (),
-    out: Path | None = None,
+    out: str | Path | None = None,
     overwrite: bool = False,
 ) -> ErrorReport:
     """Error curves of runs and of schedules, as `ema error-plot` draws them.
@@ -516,10 +542,13 @@ def error_report(
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
     """
+    path = None if out is None else new_file(out, (*PICTURES, ".csv"), overwrite)
+    if not runs and not schedules:
+        raise InvalidValueError("runs and schedules", "name one")
     targets = as_targets(draw)
     drawings = len(targets) * (len(runs) + len(schedules))
-    is_table = out is not None and out.suffix == ".csv"
-    if out is not None and not is_table and drawings > MOST_DRAWINGS:
+    is_picture = path is not None and path.suffix in PICTURES
+    if is_picture and drawings > MOST_DRAWINGS:
         reason = f"{drawings} drawings; at most {MOST_DRAWINGS} fit"
         raise InvalidValueError("out", reason, value=out)
     candidates = [run.candidate(t) for run in runs]
@@ -529,28 +558,28 @@ def error_report(
         candidates.append(Candidate.of_schedule(replace(schedule, rounding=rounding), earlier.motion, assumption))
     curves = _curves(candidates, targets, sigma_range, t, method)
     report = ErrorReport(tuple(curves))
-    if out is not None and is_table:
-        files.write_whole(out, report.to_csv().encode(), overwrite)
-    elif out is not None:
-        _write_figure(lambda: _error_figure(candidates, curves, targets, t, method), out, overwrite)
+    if path is not None and is_picture:
+        _write_figure(lambda: _error_figure(candidates, curves, targets, t, method), path, overwrite)
+    elif path is not None:
+        files.write_whole(path, report.to_csv().encode(), overwrite)
     return report
 
 
 def plan_training(
-    task: Task, like: Run | None = None, picture: Path | None = None, overwrite: bool = False
+    task: Task, like: Run | None = None, out: str | Path | None = None, overwrite: bool = False
 ) -> PlanReport:
     """Propose what to track and store, as `ema plan` does; see `planning.propose`.
 
     Arguments:
         task: the requirements; its `motion` and `rounding` are replaced by those of the run `like`, if one is given.
         like: an earlier run that the network will move like.
-        picture: a .png, .svg or .pdf file for the error curves of the proposals.
+        out: a .png, .svg or .pdf file for the error curves of the proposals.
         overwrite: replace it.
 
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
     """
-    assumption = EVENLY
+    assumption, picture = EVENLY, None if out is None else new_file(out, PICTURES, overwrite)
     if like is not None:
         earlier, assumption = _earlier_run(like, task.steps)
         task = replace(task, motion=earlier.motion, rounding=earlier.rounding)

@@ -126,7 +126,11 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
         (lambda run: run.write([TARGETS["given"]] * 2, "out"), "out", "would both become out/given.safetensors"),
         (lambda run: run.plot_errors(draw=Groups({"*": 0.1})), "sigma_rel 0.1 (*)", "has a profile for each group"),
-        (lambda run: error_report([run], draw=[0.1] * 25, out=Path("x.png")), "out", "25 drawings; at most 24 fit"),
+        (lambda run: error_report([run], draw=[0.1] * 25, out="x.png"), "out", "25 drawings; at most 24 fit"),
+        (lambda run: error_report([run], out="x.gif"), "out", "x.gif: must end in .png, .svg, .pdf, .csv"),
+        (lambda run: run.audit(out="x.gif"), "out", "x.gif: must end in .png, .svg, .pdf"),
+        (lambda _: plan_training(Task(1000, 100, 10_000), out=5), "out", "5: must be a path"),
+        (lambda _: error_report(out="x.png"), "runs and schedules", "name one"),
     ],
 )
 def test_an_impossible_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:

@@ -61,7 +61,6 @@ def error_plot(
 
     if out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or ask for --json")
-    out = values.new_file(out, "--out", (*values.PICTURES, ".csv"), overwrite)
     targets = values.parse_targets(None, target)
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):

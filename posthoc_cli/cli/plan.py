@@ -57,7 +57,6 @@ def plan(
     from posthoc_cli.planning import Task
     from posthoc_cli.run import plan_training
 
-    out = values.new_file(out, "--out", values.PICTURES, overwrite)
     widths = None if sigma_rels is None else tuple(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))
     task = Task(
         steps=values.parse_count(steps, "--steps"),

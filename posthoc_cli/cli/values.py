@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typer import Argument, Option
 
 from posthoc_cli import files, resources, targets
-from posthoc_cli.errors import InvalidValueError, OutputExistsError
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.targets import FORMS, SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def flag(option: Callable[..., Any], *names: str, help: str) -> Any:
     return option(False, *names, metavar="", help=help)
 
 
-PICTURES = (".png", ".svg", ".pdf")
 STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Short words for the dtypes of planned snapshots."""
 STORED = one_of(*STORED_DTYPES.values())
@@ -231,19 +230,6 @@ def open_runs(places: Sequence[Path], checkpoints: str | None) -> list[Run]:
     if checkpoints is not None and len(places) > 1:
         raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
     return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
-
-
-def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
-    """An output with one of these endings that can be written, with ~ expanded; checked before any work."""
-    if path is None:
-        return None
-    path = files.expanded(path)
-    if path.suffix not in endings:
-        raise InvalidValueError(option, f"must end in {', '.join(endings)}", value=path)
-    files.check_parent(option, path)
-    if path.exists() and not overwrite:
-        raise OutputExistsError(path, "is there already", "choose another name, or --overwrite to replace it")
-    return path
 
 
 def parse_targets(sigma_rel: str | None, others: Sequence[str]) -> list[Target]:

@@ -185,7 +185,7 @@ class _Network:
     plan: Plan
     options: dict[str, Any]
     name: str
-    length: float = 0.0
+    length: float
     search: Search | None = None
 
     @classmethod
@@ -231,16 +231,15 @@ class _Network:
         digest = hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:8]
         pattern, layout = str(folder / f"{{target}}-{digest}{self._suffix}"), self.options["layout"]
         paths = dict(zip(wanted, output_paths([*wanted.values()], pattern, None)[0], strict=True))
-        there = {
-            value: path.exists() if self.like else output_exists(path, layout_of(path, layout))
+        missing = [
+            wanted[value]
             for value, path in paths.items()
-        }
-        known, missing = ([value for value in wanted if there[value] == is_there] for is_there in (True, False))
-        how: dict[str, Any] = {"t": self.plan.t, "dtype": self.options["dtype"]}
-        plans = [self.run.plan([wanted[value] for value in known], **how)] if known else []
-        plans += [self._write([wanted[value] for value in missing], pattern)] if missing else []
-        each = [plan.predicted_error(index) for plan in plans for index in range(len(plan.targets))]
-        errors = dict(zip([*known, *missing], each, strict=True))
+            if not (path.exists() if self.like else output_exists(path, layout_of(path, layout)))
+        ]
+        plan = self._write(missing, pattern) if missing else self.plan
+        if len(missing) < len(wanted):
+            plan = self.run.plan([*wanted.values()], t=self.plan.t, dtype=self.options["dtype"])
+        errors = dict(zip(wanted, map(plan.predicted_error, range(len(wanted))), strict=True))
         names = [f"{one}:{self.name}".rstrip(":") for one in ("weights", "sigma_rel")]
         return [(dict(zip(names, (paths[value], value), strict=True)), errors[value]) for value in values]
 

@@ -107,7 +107,7 @@ class Axis:
 
     @classmethod
     def parse(cls, text: str, name: str, kind: str = "") -> Axis:
-        """KIND:LOW:HIGH to search, KIND:LIST or KIND:LOW:HIGH:STEP to measure; the same without a `kind` that is known.
+        """KIND:LOW:HIGH to search, KIND:LIST or KIND:LOW:HIGH:STEP to measure; with a `kind` what follows it.
 
         An InvalidValueError about `name` says what is accepted.
         """
@@ -140,9 +140,9 @@ class Axis:
         return self.target(value).title
 
     def place(self, values: FloatArray | Sequence[float]) -> FloatArray:
-        """Where values lie in the range by their logarithm, from 0 to 1; of a decay by that of its horizon in steps."""
-        low, high, x = (self._scaled(np.array(one)) for one in (self.low, self.high, values))
-        return np.asarray(np.log(x / low) / np.log(high / low))
+        """Where values lie in the range by their logarithm, from 0 to 1; of a beta by that of its horizon in steps."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        return np.asarray(np.log(self._scaled(np.asarray(values)) / low) / math.log(high / low))
 
     def at(self, places: FloatArray) -> FloatArray:
         """The values there, exactly."""

@@ -99,7 +99,7 @@ def run_all(
                 running[pool.submit(run, command)] = command
             if not running:
                 break
-            # Now and then this thread looks up: a signal may have been delivered to another one, which does not wake it.
+            # Not for ever: a signal may have been delivered to another thread, which does not wake this one.
             for trial in wait(running, _GRACE, FIRST_COMPLETED).done:
                 told(running.pop(trial), *trial.result())
     finally:
