@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -206,15 +206,12 @@ def times_figure(lines: dict[str, tuple[FloatArray, FloatArray]], words: tuple[s
     figure = _figure(_WIDTH, 3.2)
     axes = figure.add_subplot()
     for index, (name, (times, values)) in enumerate(lines.items()):
-        colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+        line, label = _line(index), _plain(name)
         if len(times) > len(values):
-            axes.stairs(values, times, baseline=None, color=colour, linestyle=style, linewidth=1.6, label=_plain(name))
-        else:
-            # A value between two gaps has no line.
-            axes.plot(
-                times, values, color=colour, linestyle=style, linewidth=1.6, marker=MARKERS[index % len(MARKERS)],
-                markersize=2.5, label=_plain(name),
-            )  # fmt: skip
+            axes.stairs(values, times, baseline=None, linewidth=1.6, label=label, **line)
+        else:  # with markers, since a value between two gaps has no line
+            marker = MARKERS[index % len(MARKERS)]
+            axes.plot(times, values, linewidth=1.6, marker=marker, markersize=2.5, label=label, **line)
     axes.set_yscale("log")
     _round_ticks(axes.yaxis)
     axes.set_xlabel(f"training time ({_plain(words[0])})")
@@ -295,11 +292,10 @@ def _draw_errors(
     )
     axes.set_ylabel("expected relative L2 error of the weights")
     for index, curve in enumerate(curves if profile_error else ()):
+        label = None if index else "thin: relative L2 error of the profile"
         axes.plot(
-            curve.sigma_rels, curve.profile_error, color=COLOURS[index % len(COLOURS)], alpha=0.55, linewidth=0.9,
-            linestyle=STYLES[index % len(STYLES)], zorder=1.9,
-            label=None if index else "thin: relative L2 error of the profile",
-        )  # fmt: skip
+            curve.sigma_rels, curve.profile_error, alpha=0.55, linewidth=0.9, zorder=1.9, label=label, **_line(index)
+        )
     title = "Predicted error of the weights" + (f": {_good_range(curves[0])}" if len(curves) == 1 else "")
     axes.set_title(_wrapped(title, width - 1, size=12), fontsize=12)
     _sigma_axis(axes, curves)
@@ -311,14 +307,13 @@ def _draw_errors(
 
 
 def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: bool) -> None:
-    colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-    name = _plain(curve.label)
+    colour, name = COLOURS[index % len(COLOURS)], _plain(curve.label)
     heights = np.clip(curve.predicted_error, least, _MOST_ERROR)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
     outside = ", ".join(f"{s:g}" for s in curve.tracked if s not in marked)
     named = [", ".join(f"{s:g}" for s in marked)] * bool(marked) + [f"{outside} outside this range"] * bool(outside)
     label = name if alone else "; ".join([f"{name}: {_good_range(curve)}", *named[len(marked) > 0 :]])
-    axes.plot(curve.sigma_rels, heights, color=colour, linestyle=style, linewidth=1.8, label=label)
+    axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=label, **_line(index))
     if named:
         axes.plot(
             marked, np.interp(marked, curve.sigma_rels, heights), color=colour, marker=MARKERS[index % len(MARKERS)],
@@ -401,6 +396,11 @@ def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
 
 
 # --- text and axes
+
+
+def _line(index: int) -> dict[str, Any]:
+    """The look of a line among others."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
 
 
 def _round_ticks(axis: Axis) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -25,7 +24,15 @@ from posthoc_cli.checkpoints.open_run import (
     open_checkpoints,
 )
 from posthoc_cli.checkpoints.source import Checkpoint, describe_checkpoints, list_checkpoints
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, PostHocError, VanishedError, percent
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InvalidValueError,
+    OutputExistsError,
+    PostHocError,
+    VanishedError,
+    percent,
+)
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -33,7 +40,6 @@ from posthoc_cli.planning import (
     ErrorCurve,
     ErrorReport,
     PlanReport,
-    ProfileFit,
     Schedule,
     Task,
     error_curve,
@@ -44,6 +50,7 @@ from posthoc_cli.planning import (
 )
 from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.resources import size_text
 from posthoc_cli.snapshots import writer
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
@@ -65,7 +72,6 @@ from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
     import torch
-    from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
     from posthoc_cli.checkpoints.audit import Audit
@@ -141,14 +147,6 @@ def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned],
     return use(make())
 
 
-def _check_names(call: str, own: Sequence[str], given: Mapping[str, object], others: type[DataclassInstance]) -> None:
-    """An InvalidValueError for a keyword that is neither a call's own nor a field of the class of its others."""
-    accepted = [*own, *(field.name for field in dataclasses.fields(others) if field.name not in own)]
-    for name in given:
-        if name not in accepted:
-            raise InvalidValueError(f"{call}(...)", f"has no argument {name!r}; must be one of {', '.join(accepted)}")
-
-
 class Run:
     """The snapshots of one run, or its checkpoints. Reads headers only, until tensors are requested, at every call.
 
@@ -179,11 +177,10 @@ class Run:
     def _repr_html_(self) -> str:
         """What `info` says, in a notebook."""
         try:
-            facts = self.info()
+            told = facts(self.info())
         except PostHocError:
             return f"<pre>{escape(repr(self))}</pre>"
-        counts = {name: f"{len(fact):,}" if isinstance(fact, list) else str(fact) for name, fact in facts.items()}
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text[:200])}</td></tr>" for name, text in counts.items())
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in told)
         return f"<table>{''.join(rows)}</table>"
 
     # --- what is there
@@ -335,8 +332,6 @@ class Run:
         from posthoc_cli.export.model_folder import ModelFolder
         from posthoc_cli.export.writing import Outputs, Ranks, write_shards
 
-        plain = ("t", "step", "method", "max_error", "dtype", "progress")
-        _check_names("write", plain, options, OutputOptions)
         wanted, asked = as_targets(targets), OutputOptions(**options)
         like = None if asked.like is None else ModelFolder.find(asked.like, asked.component, self.tensors)
         outputs = Outputs(wanted, out, dtype, asked, like)
@@ -382,7 +377,6 @@ class Run:
         from posthoc_cli.export.convert import merge
         from posthoc_cli.export.layouts import OutputOptions
 
-        _check_names("merge", ("t", "step", "method", "dtype", "progress"), options, OutputOptions)
         base, out = files.expanded(base), files.expanded(out)
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
         return with_consistent_plan(plan, lambda made: merge(made, base, out, OutputOptions(**options), progress))
@@ -425,28 +419,36 @@ class Run:
         draw: Wanted | Sequence[Wanted] = (),
     ) -> Figure:
         """A matplotlib figure of the error curve; below it the targets in `draw` over training time."""
-        from posthoc_cli import plots
-
-        candidate, targets = self.candidate(t), as_targets(draw)
-        others = [target for target in targets if target.sigma_rel is None]
-        curve = error_curve(candidate, sigma_range, t=t, method=method, others=others)
-        fits = [profile_fit(candidate, target, t, method=method) for target in targets]
-        return plots.error_figure([curve], fits, method == "paper")
+        candidates, targets = [self.candidate(t)], as_targets(draw)
+        return _error_figure(candidates, _curves(candidates, targets, sigma_range, t, method), targets, t, method)
 
     # --- care
 
     def check(self, progress: ProgressBar = no_bar) -> Verification:
-        """Verify every byte, and compare the snapshots with each other; see `check_path`."""
-        return check_path(self.directory, progress)
+        """Verify every byte, and compare the snapshots with each other; also of outputs, states, parts or one file.
+
+        Raises:
+            DirectoryError: there is nothing to verify.
+        """
+        path = self.directory
+        if is_import(path):
+            return _check_import(read_manifest(path))
+        try:
+            return verify(path, progress)
+        except DirectoryError as error:
+            if not holds_checkpoints(path):
+                raise
+            reason = "holds checkpoints of other programs, which have no checksums"
+            raise DirectoryError(path, reason, "an import with copies has some") from error
 
     def audit(
-        self, claimed: float | None = None, *, picture: Path | None = None, overwrite: bool = False
+        self, claimed: float | None = None, *, out: str | Path | None = None, overwrite: bool = False
     ) -> list[Audit]:
         """Find which decay, or sigma_rel, the averages really have; see `checkpoints.audit`.
 
         Arguments:
             claimed: the decay that they should have, in (0, 1); by default what the files or an import say.
-            picture: a .png, .svg or .pdf file for the first one.
+            out: a .png, .svg or .pdf file for the first one.
             overwrite: replace it.
 
         Returns:
@@ -457,11 +459,10 @@ class Run:
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
+        picture = None if out is None else new_file(out, PICTURES, overwrite)
         audits = audit_sources(disk_sources(self.directory, self.also, unclaimed=True), claimed)
         if picture is not None and audits[0].intervals:
-            from posthoc_cli import plots
-
-            files.write_whole(picture, plots.as_file(lambda: _audit_figure(audits[0]), picture.suffix), overwrite)
+            _write_figure(lambda: _audit_figure(audits[0]), picture, overwrite)
         return audits
 
     def prune(
@@ -501,6 +502,23 @@ class Run:
 MOST_DRAWINGS = 24
 """Drawings over training time in one picture."""
 
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
+    """An output with one of these endings, with ~ expanded; checked before any work.
+
+    Raises:
+        InvalidValueError, OutputExistsError.
+    """
+    path = files.expanded(files.given_path("out", out))
+    if path.suffix not in endings:
+        raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
+    files.check_parent("out", path)
+    if path.exists() and not overwrite:
+        raise OutputExistsError(path, "is there already", "choose another name, or overwrite=True to replace it")
+    return path
+
 
 def error_report(
     runs: Sequence[Run] = (),
@@ -512,7 +530,7 @@ def error_report(
     dtype: str = "float16",
     like: Run | None = None,
     draw: Wanted | Sequence[Wanted] = (),
-    out: Path | None = None,
+    out: str | Path | None = None,
     overwrite: bool = False,
 ) -> ErrorReport:
     """Error curves of runs and of schedules, as `ema error-plot` draws them.
@@ -532,10 +550,13 @@ def error_report(
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
     """
+    path = None if out is None else new_file(out, (*PICTURES, ".csv"), overwrite)
+    if not runs and not schedules:
+        raise InvalidValueError("runs and schedules", "name one")
     targets = as_targets(draw)
     drawings = len(targets) * (len(runs) + len(schedules))
-    is_table = out is not None and out.suffix == ".csv"
-    if out is not None and not is_table and drawings > MOST_DRAWINGS:
+    is_picture = path is not None and path.suffix in PICTURES
+    if is_picture and drawings > MOST_DRAWINGS:
         reason = f"{drawings} drawings; at most {MOST_DRAWINGS} fit"
         raise InvalidValueError("out", reason, value=out)
     candidates = [run.candidate(t) for run in runs]
@@ -543,38 +564,36 @@ def error_report(
         earlier, assumption = _earlier_run(like, schedule.steps)
         rounding = earlier.rounding.get(dtype, relative_rounding(dtype))
         candidates.append(Candidate.of_schedule(replace(schedule, rounding=rounding), earlier.motion, assumption))
-    others = [target for target in targets if target.sigma_rel is None]
-    curves = [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
+    curves = _curves(candidates, targets, sigma_range, t, method)
     report = ErrorReport(tuple(curves))
-    if out is not None and is_table:
-        files.write_whole(out, report.to_csv().encode(), overwrite)
-    elif out is not None:
-        fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
-        _draw(out, curves, fits, method == "paper", overwrite)
+    if path is not None and is_picture:
+        _write_figure(lambda: _error_figure(candidates, curves, targets, t, method), path, overwrite)
+    elif path is not None:
+        files.write_whole(path, report.to_csv().encode(), overwrite)
     return report
 
 
 def plan_training(
-    task: Task, like: Run | None = None, picture: Path | None = None, overwrite: bool = False
+    task: Task, like: Run | None = None, out: str | Path | None = None, overwrite: bool = False
 ) -> PlanReport:
     """Propose what to track and store, as `ema plan` does; see `planning.propose`.
 
     Arguments:
         task: the requirements; its `motion` and `rounding` are replaced by those of the run `like`, if one is given.
         like: an earlier run that the network will move like.
-        picture: a .png, .svg or .pdf file for the error curves of the proposals.
+        out: a .png, .svg or .pdf file for the error curves of the proposals.
         overwrite: replace it.
 
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
     """
-    assumption = EVENLY
+    assumption, picture = EVENLY, None if out is None else new_file(out, PICTURES, overwrite)
     if like is not None:
         earlier, assumption = _earlier_run(like, task.steps)
         task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
     proposals = tuple(propose(task))
     if picture is not None:
-        _draw(picture, [proposal.errors for proposal in proposals], overwrite=overwrite)
+        _write_figure(lambda: _error_figure((), [proposal.errors for proposal in proposals]), picture, overwrite)
     return PlanReport(task, proposals, assumption, None if like is None else str(like.directory))
 
 
@@ -587,17 +606,28 @@ def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:
     return earlier, f"{EVENLY}: the motion of {like.directory} is not known" if earlier.motion is None else known
 
 
-def _draw(
-    picture: Path,
-    curves: Sequence[ErrorCurve],
-    fits: Sequence[ProfileFit] = (),
-    profile_error: bool = False,
-    overwrite: bool = False,
-) -> None:
+def _curves(
+    candidates: Sequence[Candidate], targets: Sequence[Target], sigma_range: tuple[float, float], t: float | None,
+    method: str | None,
+) -> list[ErrorCurve]:  # fmt: skip
+    others = [target for target in targets if target.sigma_rel is None]
+    return [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
+
+
+def _error_figure(
+    candidates: Sequence[Candidate], curves: Sequence[ErrorCurve], targets: Sequence[Target] = (),
+    t: float | None = None, method: str | None = None,
+) -> Figure:  # fmt: skip
     from posthoc_cli import plots
 
-    draw = functools.partial(plots.error_figure, curves, fits, profile_error)
-    files.write_whole(picture, plots.as_file(draw, picture.suffix), overwrite)
+    fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
+    return plots.error_figure(curves, fits, method == "paper")
+
+
+def _write_figure(draw: Callable[[], Figure], out: Path, overwrite: bool) -> None:
+    from posthoc_cli import plots
+
+    files.write_whole(out, plots.as_file(draw, out.suffix), overwrite)
 
 
 def _audit_figure(audit: Audit) -> Figure:
@@ -615,27 +645,6 @@ def _audit_figure(audit: Audit) -> Figure:
     return plots.audit_figure(title, spans, found, audit.intervals[0].claimed, rest, word, band)
 
 
-def check_path(path: Path, progress: ProgressBar = no_bar) -> Verification:
-    """Verify every byte of a directory or of a file, as `ema verify` does.
-
-    Arguments:
-        path: snapshots, outputs, states, parts or shards; or one such file.
-        progress: opens a progress bar.
-
-    Raises:
-        DirectoryError: there is nothing to verify.
-    """
-    if is_import(path):
-        return _check_import(read_manifest(path))
-    try:
-        return verify(path, progress)
-    except DirectoryError as error:
-        if not holds_checkpoints(path):
-            raise
-        reason = "holds checkpoints of other programs, which have no checksums"
-        raise DirectoryError(path, reason, "an import with copies has some") from error
-
-
 def _check_import(manifest: Manifest) -> Verification:
     """Whether the files that an import refers to are those that were imported."""
     reports = []
@@ -648,6 +657,53 @@ def _check_import(manifest: Manifest) -> Verification:
         reports.append(report)
     note = "of other programs' files, which have no checksums, only the size and a sample of the content were compared"
     return Verification(manifest.folder, False, tuple(reports), notes=(note,))
+
+
+def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `Run.info` says, as names and texts for people; without what is a table of its own, and without notes."""
+    hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
+    hidden |= set() if description.get("method") == "paper" else {"profile_error"}
+    names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in description}
+    pairs = [(names[key], _text(key, value)) for key, value in description.items() if key not in hidden]
+    return [(name, text) for name, text in pairs if text]
+
+
+def brief_text(text: str) -> str:
+    """A text for a table, cut if it is long."""
+    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
+
+
+def _known(error: float | None) -> str:
+    return "unknown" if error is None else percent(error)
+
+
+_LONGEST_TEXT = 200
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "path": str,
+    "bytes": size_text,
+    "norm": "{:.4g}".format,
+    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
+    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), _known),
+}
+
+
+def _text(key: str, value: Any) -> str:
+    """A value of a report for people; empty to leave it out."""
+    if key in _FORMATS:
+        return _FORMATS[key](value)
+    if key == "snapshots" and isinstance(value, list):
+        return f"{len({one['file'] for one in value}):,}"  # that of groups of tensors lists them once a group
+    if value is None:
+        return "" if key in ("sigma_rel", "gamma") else "none"  # of a profile that is no power function
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:5])) + (f" and {len(value) - 5} more" if len(value) > 5 else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
+    return brief_text(str(value))
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:

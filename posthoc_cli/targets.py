@@ -13,7 +13,7 @@ import numbers
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
@@ -69,7 +69,7 @@ class Target(Protocol):
 
 
 def as_target(value: object) -> Target:
-    """The target for a sigma_rel, a text as for `parse_target`, a target, or any object with `density` and `tail`.
+    """The target for a sigma_rel, a text that names one, a target, or any object with `density` and `tail`.
 
     Raises:
         InvalidValueError: none of these.
@@ -80,7 +80,10 @@ def as_target(value: object) -> Target:
     if any(hasattr(value, name) for name in ("density", "tail")):
         return GivenProfile(value)  # type: ignore[arg-type]  # checked there
     if isinstance(value, str):
-        return parse_target(value)
+        found = parse_targets(value)
+        if len(found) != 1:
+            raise InvalidValueError("target", f"must name one average, not {len(found)}", value=repr(value))
+        return found[0]
     if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # checked there
     accepted = "a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999', or an object with density and tail"
@@ -88,7 +91,9 @@ def as_target(value: object) -> Target:
 
 
 class _Named(ABC):
-    """The names of a target, both from its text form."""
+    """A target with names from its text form; no power function, unless it says so."""
+
+    sigma_rel: float | None = None
 
     @property
     def label(self) -> str:
@@ -102,14 +107,14 @@ class _Named(ABC):
 
     @abstractmethod
     def _text(self) -> str:
-        """The target as `parse_target` reads it."""
+        """The target as `parse_targets` reads it."""
 
 
 @dataclass(frozen=True)
 class SigmaRel(_Named):
     """The power function of a width, as a fraction of training time: in (0, 0.2887)."""
 
-    sigma_rel: float
+    sigma_rel: float = field()
 
     def __post_init__(self) -> None:
         given = self.sigma_rel
@@ -140,7 +145,6 @@ class Beta(_Named):
     """The classical average with one decay for every step, in [0.5, 1): below, its mean age is less than a step."""
 
     beta: float
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
@@ -160,7 +164,6 @@ class HalfLife(_Named):
     """The classical average in which weights lose half of their share in `steps` steps: a decay of 0.5**(1 / steps)."""
 
     steps: float
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         steps = check_number("half-life", self.steps, lambda steps: 1 <= steps < math.inf, "be at least 1 step")
@@ -184,7 +187,6 @@ class Window(_Named):
     """The mean of the last `steps` steps: a whole number, at least 1 and at most the run's."""
 
     steps: int
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         steps = check_number("window", self.steps, _is_count, "be a whole number of steps, at least 1")
@@ -204,7 +206,6 @@ class Between(_Named):
 
     start: float
     end: float
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
@@ -236,7 +237,6 @@ class GivenProfile(_Named):
 
     given: Profile
     name: str = "given"
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and re.fullmatch(r"\w[\w.+-]*", self.name)):
@@ -282,7 +282,6 @@ class Decay(_Named):
 
     shape: str = "1-sqrt"
     over: float | tuple[float, float] = 0.2
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         check_word("decay", self.shape, SHAPES)
@@ -313,7 +312,6 @@ class Groups(_Named):
     """
 
     widths: Mapping[str, float]
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         if not self.widths or not all(isinstance(glob, str) for glob in self.widths):
@@ -350,7 +348,6 @@ class Mean(_Named):
     """
 
     last: int
-    sigma_rel = None
 
     def __post_init__(self) -> None:
         last = check_number("last", self.last, _is_count, "be a whole number of checkpoints, at least 1")
@@ -414,14 +411,6 @@ NUMBER_FORMS = {
 _SIGMA_FORMS = "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a range such as 0.05:0.25:0.05"
 
 
-def parse_target(text: str) -> Target:
-    """The one target of a text: `0.15`, `beta:0.9999`, `window:1000`; an InvalidValueError if it names several."""
-    found = parse_targets(text)
-    if len(found) != 1:
-        raise InvalidValueError("target", f"must name one average, not {len(found)}", value=repr(text))
-    return found[0]
-
-
 def parse_targets(text: str, name: str = "target") -> list[Target]:
     """The targets of a text KIND:VALUES, see `FORMS`, or of numbers, which are sigma_rels; each once.
 
@@ -432,89 +421,96 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     if not colon or kind not in FORMS:
         if any(character.isalpha() for character in kind):
             known = ", ".join(form for form, _ in FORMS.values())
-            raise InvalidValueError(name, f"must be a sigma_rel in (0, 0.2887), or one of {known}", value=_typed(text))
+            raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {known}")
         return [SigmaRel(width) for width in parse_numbers(text, name)]
     found: list[Target]
-    if kind == "between":
-        found = [Between(*_ends(part, name, text)) for part in rest.split(",")]
-    elif kind == "decay":
-        found = list(_decays(rest, name, text))
-    else:
-        made: dict[str, Callable[[Any], Target]] = {"beta": Beta, "half-life": HalfLife, "window": Window, "last": Mean}
-        each = parse_numbers(rest, name, NUMBER_FORMS[kind], text)
-        found = [made[kind](int(number) if number.is_integer() else number) for number in each]
+    try:
+        if kind == "between":
+            found = [Between(*_ends(part)) for part in rest.split(",")]
+        elif kind == "decay":
+            found = [*_decays(rest)]
+        else:
+            made: dict[str, Callable[[Any], Target]] = {"beta": Beta, "half-life": HalfLife, "window": Window}
+            numbers = _numbers(rest, NUMBER_FORMS[kind])
+            found = [made.get(kind, Mean)(int(one) if one.is_integer() else one) for one in numbers]
+    except _UnreadableError as error:
+        raise bad(name, text, str(error)) from error
     return list(dict.fromkeys(found))
 
 
-def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS, typed: str | None = None) -> list[float]:
+def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]:
     """Numbers from `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the order given, each once.
 
     Steps are exact decimals, so that `0.05:0.25:0.05` ends at 0.25 and holds 0.15, not 0.15000000000000002. An
-    InvalidValueError about `name` shows the text as `typed`, and the accepted `form`.
+    InvalidValueError about `name` says which `form` is accepted.
     """
-    whole = text if typed is None else typed
+    try:
+        return _numbers(text, form)
+    except _UnreadableError as error:
+        raise bad(name, text, str(error)) from error
+
+
+def bad(name: str, text: str, reason: str) -> InvalidValueError:
+    """The error of an argument or option whose text is not accepted."""
+    return InvalidValueError(name, reason, value=text.strip() or "(empty)")
+
+
+class _UnreadableError(Exception):
+    """Says what a text must be."""
+
+
+def _numbers(text: str, form: str) -> list[float]:
     items = [item.strip() for item in text.split(",")]
     found: list[Decimal] = []
     for index, item in enumerate(items):
         ends = item.split(":")
         if item == "..." and 2 <= index < len(items) - 1:
             last, step = found[-1], found[-1] - found[-2]
-            found += _steps(last + step, _decimal(items[index + 1], name, form, typed), step, name, whole)
+            found += _steps(last + step, _decimal(items[index + 1], form), step)
         elif len(ends) == 3:
-            start, stop, step = (_decimal(end, name, form, typed) for end in ends)
-            found += _steps(start, stop, step, name, whole)
+            found += _steps(*(_decimal(end, form) for end in ends))
         else:
-            found.append(_decimal(item, name, form, whole if item == "..." else typed))
+            found.append(_decimal(item, form))
     return list(dict.fromkeys(map(float, found)))
 
 
-def _decays(text: str, name: str, typed: str) -> Iterator[Decay]:
+def _decays(text: str) -> Iterator[Decay]:
     """Decays from `linear:20%`, `linear:10%,20%`, `linear:5%:50%:5%` or `linear:50000:80000`."""
     shape, _, parts = text.partition(":")
     form = "decay:SHAPE:PART with a shape of " + ", ".join(SHAPES) + ", and 20%, a list, a range or START:END"
     if shape not in SHAPES or not parts:
-        raise _bad(name, typed, f"must be {form}")
+        raise _UnreadableError(f"must be {form}")
     try:
         for part in parts.split(","):
-            if "%" in part:
-                for percent in parse_numbers(part.replace("%", ""), name, form, typed):
-                    yield Decay(shape, percent / 100)
-            elif ":" in part:
-                yield Decay(shape, _ends(part, name, typed))
+            if ":" in part and "%" not in part:
+                yield Decay(shape, _ends(part))
             else:
-                yield from (Decay(shape, number) for number in parse_numbers(part, name, form, typed))
+                unit = 100 if "%" in part else 1
+                yield from (Decay(shape, number / unit) for number in _numbers(part.replace("%", ""), form))
     except InvalidValueError as error:
-        raise _bad(name, typed, error.reason) from error
+        raise _UnreadableError(error.reason) from error
 
 
-def _ends(text: str, name: str, typed: str) -> tuple[float, float]:
+def _ends(text: str) -> tuple[float, float]:
     form = "START:END, two training times, such as 50000:80000"
     start, _, end = text.partition(":")
-    return float(_decimal(start, name, form, typed)), float(_decimal(end, name, form, typed))
+    return float(_decimal(start, form)), float(_decimal(end, form))
 
 
-def _decimal(text: str, name: str, form: str, typed: str | None) -> Decimal:
+def _decimal(text: str, form: str) -> Decimal:
     try:
         number = Decimal(text.strip())
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
-        raise _bad(name, text if typed is None else typed, f"must be {form}")
+        raise _UnreadableError(f"must be {form}")
     return number
 
 
-def _steps(start: Decimal, stop: Decimal, step: Decimal, name: str, typed: str) -> list[Decimal]:
+def _steps(start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
     if step == 0 or (stop - start) * step < 0:
-        raise _bad(name, typed, "the step must lead from the start to the stop, and not be 0")
+        raise _UnreadableError("the step must lead from the start to the stop, and not be 0")
     count = int((stop - start) / step) + 1
     if count > MOST_VALUES:
-        raise _bad(name, typed, f"makes more than {MOST_VALUES:,} values")
+        raise _UnreadableError(f"makes more than {MOST_VALUES:,} values")
     return [start + index * step for index in range(count)]
-
-
-def _bad(name: str, text: str, reason: str) -> InvalidValueError:
-    return InvalidValueError(name, reason, value=_typed(text))
-
-
-def _typed(text: str) -> str:
-    return text.strip() or "(empty)"

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.sweep import search
-from posthoc_cli.sweep.search import Trial
+from posthoc_cli.sweep.search import Axis, Trial
 
 LOW, HIGH = 0.02, 0.28
+AXIS = Axis("sigma_rel", LOW, HIGH)
 COUNTS = (8, 12, 20)
 PUBLISHED = 31
 SHAPES = ("smooth", "flat", "skewed", "two minima", "kink")
@@ -74,15 +75,15 @@ def searched(metric: Metric) -> dict[int, search.Estimate]:
     """What the search says after so many evaluations."""
     trials: list[Trial] = []
     found: dict[int, search.Estimate] = {}
-    batch = search.first_batch(LOW, HIGH)
+    batch = search.first_batch(AXIS)
     while True:
         for x in batch:
-            trials.append(Trial(x, metric.measure(x), seed=sum(trial.x == x for trial in trials)))
+            trials.append(Trial("", x, sum(trial.x == x for trial in trials), metric.measure(x)))
             if len(trials) in COUNTS:
-                found[len(trials)] = search.estimate(trials, LOW, HIGH)
+                found[len(trials)] = search.estimate(trials, AXIS)
                 if len(trials) == max(COUNTS):
                     return found
-        batch = search.next_batch(search.estimate(trials, LOW, HIGH), trials, repeat=True)
+        batch = search.next_batch(search.estimate(trials, AXIS), trials, repeat=True)
 
 
 def grid(metric: Metric, count: int) -> float:

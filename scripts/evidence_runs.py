@@ -132,7 +132,7 @@ def measure(task: Task, training: Training, root: Path) -> None:
     lengths = SHORT + LENGTHS if training.falls else LENGTHS
     low = min(SHORT) if training.falls else 0.02
     found = sweep(run, lambda averaged: measured(averaged, "validation")["loss"], low=low, high=0.28, budget=BUDGET)
-    best = found.value_of(found.found.best)
+    best = found.found.best
     rows["best"] = measured(run.average(best))
     rows |= {f"{length:g}": measured(run.average(length)) for length in lengths}
     if "decayed" in task.schedules and training.schedule == "constant":

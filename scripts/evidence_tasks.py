@@ -15,7 +15,7 @@ from bench_batch_norm import network
 from torch import nn
 from trained_networks import SIDE, digits
 
-from posthoc_cli.demo import training as demo
+from posthoc_cli import demo
 
 F = nn.functional
 

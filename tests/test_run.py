@@ -106,12 +106,13 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
     assert written(run, 0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
     with refused("out"):
         run.write(0.1, None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'force'"):
+        run.write(0.1, tmp_path / "no.safetensors", force=True)
 
 
 @pytest.mark.parametrize(
     ("call", "subject", "words"),
     [
-        (lambda run: run.write(0.1, "a.safetensors", force=True), "write(...)", "'force'; must be one of t, step,"),
         (lambda _: Run(None), "directory", "None: must be a path"),
         (lambda run: Run(run.directory, also=5), "also", "5: must be a path"),
         (lambda run: run.average(0.1, device=99), "device", "'99': cannot be used: "),
@@ -127,7 +128,11 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
         (lambda run: run.write([TARGETS["given"]] * 2, "out"), "out", "would both become out/given.safetensors"),
         (lambda run: run.plot_errors(draw=Groups({"*": 0.1})), "sigma_rel 0.1 (*)", "has a profile for each group"),
-        (lambda run: error_report([run], draw=[0.1] * 25, out=Path("x.png")), "out", "25 drawings; at most 24 fit"),
+        (lambda run: error_report([run], draw=[0.1] * 25, out="x.png"), "out", "25 drawings; at most 24 fit"),
+        (lambda run: error_report([run], out="x.gif"), "out", "x.gif: must end in .png, .svg, .pdf, .csv"),
+        (lambda run: run.audit(out="x.gif"), "out", "x.gif: must end in .png, .svg, .pdf"),
+        (lambda _: plan_training(Task(1000, 100, 10_000), out=5), "out", "5: must be a path"),
+        (lambda _: error_report(out="x.png"), "runs and schedules", "name one"),
     ],
 )
 def test_an_impossible_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:

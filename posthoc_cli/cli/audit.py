@@ -34,16 +34,15 @@ def audit(
 
     Exit code 1 if an average is not what it claims to be.
     """
-    picture = values.new_file(out, "--out", values.PICTURES, overwrite)
-    run = values.open_run(values.existing_run(directory, directory=False), None, directory=False)
-    audits = run.audit(claimed, picture=picture, overwrite=overwrite)
+    run = values.open_run(directory, directory=False)
+    audits = run.audit(claimed, out=out, overwrite=overwrite)
     if as_json:
         output.print_json({"audits": [one.to_dict() for one in audits]})
     else:
         for one in audits:
             _print(one)
-        if picture is not None:
-            output.print_line(f"wrote {picture}")
+        if out is not None and audits[0].intervals:
+            output.print_line(f"wrote {out}")
     if any(one.is_bad for one in audits):
         raise typer.Exit(1)
 

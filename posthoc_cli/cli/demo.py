@@ -51,7 +51,7 @@ def _print(result: Result) -> None:
             mark = "<- best" if trial.x == result.best else ""
             rows.append([f"{trial.x:g}", f"{trial.value:.5f}", f"{100 * (trial.value / raw - 1):+.2f} %", mark])
     output.print_table(["sigma_rel", "validation loss", "vs raw", ""], rows, left=[""])
-    low, high = (found.value_of(x) for x in (found.found.low, found.found.high))
+    low, high = found.found.low, found.found.high
     print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise; ema sweep searches with a command of yours")
     print_line()
     print_line("Is it the true average? Distance to averages tracked during training, in float64:")

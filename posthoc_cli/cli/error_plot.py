@@ -61,7 +61,6 @@ def error_plot(
 
     if out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf) or a table (.csv), or ask for --json")
-    out = values.new_file(out, "--out", (*values.PICTURES, ".csv"), overwrite)
     targets = values.parse_targets(None, target)
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
@@ -71,7 +70,7 @@ def error_plot(
     if not runs and not schedules:
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
-    earlier = None if like is None else values.open_run(like, None)
+    earlier = None if like is None else values.open_run(like)
     report = error_report(
         runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=earlier,
         draw=targets, out=out, overwrite=overwrite,

@@ -80,7 +80,7 @@ def import_(
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
     done = import_checkpoints(
-        values.existing_run(directory, directory=False), out, copy=copy, overwrite=overwrite, dry_run=dry_run,
+        values.open_run(directory, directory=False).directory, out, copy=copy, overwrite=overwrite, dry_run=dry_run,
         progress=output.progress_bar(), kind=kind, step_from=step_from, prefix=prefix, include=include,
         exclude=exclude, sigma_rels=values.optional(values.parse_sigma_rels, sigma_rels, "--sigma-rels") or (),
         update_every=update_every, update_after_step=update_after_step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from typer import Argument
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
+from posthoc_cli.run import brief_text, facts
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
-_LONGEST_TEXT = 200
 
 
 def info(
@@ -27,18 +26,14 @@ def info(
     Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
     checks every byte.
     """
-    report = values.open_run(path, None, directory=False).info()
-    output.print_json(report) if as_json else _print(report)
+    report = values.open_run(path, directory=False).info()
+    output.print_report(report, as_json, _print)
     if report.get("problems"):
         raise typer.Exit(1)
 
 
 def _print(report: dict[str, Any]) -> None:
-    hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
-    hidden |= set() if report.get("method") == "paper" else {"profile_error"}
-    names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in report}
-    pairs = [(names[key], _text(key, value)) for key, value in report.items() if key not in hidden]
-    output.print_pairs([(name, text) for name, text in pairs if text])
+    output.print_pairs(facts(report))
     if "profiles" in report:
         _print_profiles(report["profiles"])
     if "checkpoints" in report:
@@ -69,7 +64,7 @@ def _print_outputs(outputs: list[dict[str, Any]]) -> None:
     shown = outputs[: output.MOST_ROWS]
     rows = []
     for report in shown:
-        profile = _cut(report.get("profile", report["kind"]))
+        profile = brief_text(report.get("profile", report["kind"]))
         t = f"{report['t']:,.12g}" if "t" in report else ""
         error = output.percent(report["predicted_error"]) if "predicted_error" in report else ""
         rows.append([Path(report["path"]).name, profile, t, error, resources.size_text(report["bytes"])])
@@ -81,7 +76,9 @@ def _print_outputs(outputs: list[dict[str, Any]]) -> None:
 def _print_checkpoints(checkpoints: list[dict[str, Any]]) -> None:
     """All, or the first and the last ones."""
     shown = checkpoints if len(checkpoints) <= output.MOST_ROWS else [*checkpoints[:5], *checkpoints[-5:]]
-    rows = [[_cut(one["file"]), f"{one['t']:,.12g}", one["holds"], resources.size_text(one["bytes"])] for one in shown]
+    rows = []
+    for one in shown:
+        rows.append([brief_text(one["file"]), f"{one['t']:,.12g}", one["holds"], resources.size_text(one["bytes"])])
     output.print_line()
     output.print_table(["checkpoint", "t", "holds", "size"], rows, left=["checkpoint", "holds"])
     output.print_rest(len(checkpoints) - len(shown))
@@ -90,38 +87,6 @@ def _print_checkpoints(checkpoints: list[dict[str, Any]]) -> None:
 def _print_coefficients(snapshots: list[dict[str, Any]]) -> None:
     values = [one["coefficient"] for one in snapshots]
     texts = [f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}" for value in values]
-    rows = [[_cut(one["file"]), text] for one, text in zip(snapshots, texts, strict=True)]
+    rows = [[brief_text(one["file"]), text] for one, text in zip(snapshots, texts, strict=True)]
     output.print_line()
     output.print_largest(["snapshot", "coefficient"], rows, values)
-
-
-_FORMATS: dict[str, Callable[[Any], str]] = {
-    "path": str,
-    "bytes": resources.size_text,
-    "norm": "{:.4g}".format,
-    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
-    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), output.percent),
-}
-
-
-def _text(key: str, value: Any) -> str:
-    """A value of a report for people; empty to leave it out."""
-    if key in _FORMATS:
-        return _FORMATS[key](value)
-    if key == "snapshots" and isinstance(value, list):
-        return f"{len({one['file'] for one in value}):,}"  # that of groups of tensors lists them once a group
-    if value is None:
-        return "" if key in ("sigma_rel", "gamma") else "none"  # of a profile that is no power function
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value[:5])) + (f" and {len(value) - 5} more" if len(value) > 5 else "")
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
-    return _cut(str(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."

@@ -117,8 +117,11 @@ def print_json(value: Any) -> None:
 
 
 def print_report(report: Any, as_json: bool, show: Callable[..., None], *arguments: Any) -> None:
-    """A report: what its `to_dict` gives as JSON, or for people by `show`, with these arguments."""
-    print_json(report.to_dict()) if as_json else show(report, *arguments)
+    """A report: itself or what its `to_dict` gives as JSON, or for people by `show`, with these arguments."""
+    if as_json:
+        print_json(report if isinstance(report, dict) else report.to_dict())
+    else:
+        show(report, *arguments)
 
 
 def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:
@@ -171,15 +174,7 @@ def progress_bar(unit: str = "") -> ProgressBar:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """A line with the elapsed time on stderr, on a terminal, during the block."""
-    with _live(live.SpinnerColumn(), live.TextColumn(what), live.TimeElapsedColumn()) as line:
-        line.add_task(what, total=None)
-        yield
-
-
-@contextmanager
-def standing() -> Iterator[Callable[[str, int, int], None]]:
+def standing() -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on a terminal's stderr, and the function that says what is done, and how many of how many are."""
     words = live.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     left = live.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))

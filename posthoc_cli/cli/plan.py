@@ -57,7 +57,6 @@ def plan(
     from posthoc_cli.planning import Task
     from posthoc_cli.run import plan_training
 
-    out = values.new_file(out, "--out", values.PICTURES, overwrite)
     widths = None if sigma_rels is None else tuple(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))
     task = Task(
         steps=values.parse_count(steps, "--steps"),
@@ -70,8 +69,9 @@ def plan(
         checkpoint_every=values.optional(values.parse_count, checkpoint_every, "--checkpoint-every"),
         max_checkpoints=values.optional(values.parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )
-    earlier = None if like is None else values.open_run(like, None)
-    with output.working("looking for the best schedules"):
+    earlier = None if like is None else values.open_run(like)
+    with output.standing() as watch:
+        watch("looking for the best schedules", 0, None)
         report = plan_training(task, earlier, out, overwrite)
     output.print_report(report, as_json, _print, out)
 

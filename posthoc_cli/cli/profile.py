@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, check_alone
-from posthoc_cli.targets import Beta, HalfLife, parse_targets
+from posthoc_cli.targets import Beta, HalfLife, bad, parse_targets
 
 EPILOG = (
     "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000   or   "
@@ -57,5 +57,5 @@ def _betas(text: str) -> list[float]:
     targets = parse_targets(text, "--target")
     betas = [one.beta for one in targets if isinstance(one, Beta | HalfLife)]
     if len(betas) < len(targets):
-        raise values.bad("--target", text, "must be beta:0.9999 or half-life:5000, also a list or a range")
+        raise bad("--target", text, "must be beta:0.9999 or half-life:5000, also a list or a range")
     return betas

@@ -45,9 +45,9 @@ def report(
     length is, how the network moved, all trials, and the commands to repeat it. Several runs or sweeps are compared.
     """
     from posthoc_cli.report import render
+    from posthoc_cli.run import new_file
 
-    page = values.new_file(out, "--out", (".html",), overwrite)
-    assert page is not None
+    page = new_file(out, (".html",), overwrite)
     runs = values.open_runs(directories, checkpoints)
     folders = [files.expanded(folder) for folder in sweep]
     check_alone(watch=watch, as_json=as_json)

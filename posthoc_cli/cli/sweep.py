@@ -15,7 +15,7 @@ from posthoc_cli.errors import InvalidValueError, check_alone
 
 if TYPE_CHECKING:
     from posthoc_cli.sweep import SweepReport
-    from posthoc_cli.sweep.results import Record
+    from posthoc_cli.sweep.search import Trial
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
@@ -94,14 +94,13 @@ def sweep(
     A standard error beside the metric (acc_stderr) counts as its noise. A failed trial is reported and does not count.
     The same call goes on where an earlier one has stopped. All is in OUT: trials.jsonl, sweep.json, logs, best.
     """
-    from posthoc_cli.run import Run
     from posthoc_cli.sweep import Axis, Sweep
-    from posthoc_cli.sweep.metrics import Metric
+    from posthoc_cli.sweep.trials import Metric
 
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
     check_alone(sigma_rel=sigma_rel, target=target)
-    length = values.optional(Axis.of_kind, sigma_rel, "--sigma-rel")
+    length = values.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = values.optional(Axis.parse, target, "--target") or length
     out = files.expanded(files.local_path("--out", out))
     stored = values.open_run(directory, checkpoints)
@@ -113,15 +112,15 @@ def sweep(
             axis=axis, minimize=minimize, repeats=repeats, budget=budget,
             jobs=jobs, timeout=timeout, disk=values.optional(resources.parse_bytes, disk, "--disk"),
             raw=None if raw is None else files.expanded(raw), t=t,
-            guide=None if guide is None else Run(values.existing_run(guide)),
-            guide_axis=values.optional(Axis.of_kind, guide_sigma_rel, "--guide-sigma-rel"),
+            guide=None if guide is None else values.open_run(guide),
+            guide_axis=values.optional(Axis.parse, guide_sigma_rel, "--guide-sigma-rel", "sigma_rel"),
             dtype=dtype, layout=layout, like=None if like is None else files.expanded(like), component=component,
             keep=keep_weights, again=shlex.join(["ema", *sys.argv[1:]]), say=say, watch=watch,
         ).run_all()  # fmt: skip
     output.print_report(report, as_json, _print)
 
 
-def _print_trial(out: Path, print_line: Callable[[str], None], trial: Record) -> None:
+def _print_trial(out: Path, print_line: Callable[[str], None], trial: Trial) -> None:
     what = f"{trial.target}, seed {trial.seed}"
     if trial.value is None:
         output.print_note(f"ema: warning: {what}: {trial.error}; see {out / trial.log}.err")
@@ -131,25 +130,16 @@ def _print_trial(out: Path, print_line: Callable[[str], None], trial: Record) ->
 
 
 def _print(report: SweepReport) -> None:
-    from posthoc_cli.sweep.results import RAW
+    from posthoc_cli.sweep.results import answer
 
-    found = report.found
+    told = answer(report.to_dict())
     raw = "not measured, since the run does not hold them; --raw FILE measures a file"
-    low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))
-    measured = len({one.target for one in report.trials if one.value is not None and one.target != RAW})
     output.print_line()
-    rows = [
-        ("best", report.title),
-        (f"estimate of {report.metric}", f"{found.mean:.6g} ± {found.standard_error:.2g}"),
-        ("equal within the noise", f"{low} to {high}"),
-    ]
-    if report.second is not None:
-        known = "{low:.12g} to {high:.12g} are equal within the noise".format(**report.second)
-        rows.append(("guide", f"sigma_rel {report.second['value']:.12g}; {known}"))
-    else:
-        rows.append(("raw weights", raw if report.raw is None else f"{report.raw:.6g}"))
-    trials = output.counted(len(report.trials), "trial")
-    failed = f", {len(report.failed)} of which failed" if report.failed else ""
-    rows.append(("measured", f"{output.counted(measured, 'average')} in {trials}{failed}; {report.stopped}"))
-    rows.append(("wrote", ", ".join(map(str, report.outputs))))
-    output.print_pairs(rows)
+    output.print_pairs([
+        ("best", told["best"]),
+        (f"estimate of {told['metric']}", told["estimate"]),
+        ("equal within the noise", told["equal"]),
+        ("guide", told["second"]) if told["second"] else ("raw weights", raw if report.raw is None else told["raw"]),
+        ("measured", told["measured"]),
+        ("wrote", ", ".join(map(str, report.outputs))),
+    ])  # fmt: skip

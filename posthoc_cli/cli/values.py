@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typer import Argument, Option
 
 from posthoc_cli import files, resources, targets
-from posthoc_cli.errors import InvalidValueError, OutputExistsError
-from posthoc_cli.targets import FORMS, SigmaRel, Target, parse_numbers
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.targets import FORMS, SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.run import Run
@@ -36,7 +36,6 @@ def flag(option: Callable[..., Any], *names: str, help: str) -> Any:
     return option(False, *names, metavar="", help=help)
 
 
-PICTURES = (".png", ".svg", ".pdf")
 STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Short words for the dtypes of planned snapshots."""
 STORED = one_of(*STORED_DTYPES.values())
@@ -99,11 +98,6 @@ CHECKPOINTS = RUN(
     metavar="DIR|GLOB",
     help="Checkpoints of the training, such as 'out/step*.safetensors': in place of DIR, or beside its snapshots.",
 )
-
-
-def bad(option: str, text: str, reason: str) -> InvalidValueError:
-    """The error of an option whose value, as typed, is not accepted."""
-    return InvalidValueError(option, reason, value=text.strip() or "(empty)")
 
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -175,14 +169,16 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
         is_directory = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         raise InvalidValueError(path, what, hint) from None
-    if directory and not is_directory:
+    if is_directory:
+        if (pickles or directory) and (runs := _runs_in(path)):
+            raise InvalidValueError(path, f"holds runs, and no snapshots itself: {', '.join(runs)}", "name one of them")
+        return path
+    if directory:
         raise InvalidValueError(path, "is not a directory", hint)
-    if is_directory and (pickles or directory) and (runs := _runs_in(path)):
-        raise InvalidValueError(path, f"holds runs, and no snapshots itself: {', '.join(runs)}", "name one of them")
-    if path.suffix in PICKLES and not (is_directory or pickles):
+    if path.suffix in PICKLES and not pickles:
         reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
         raise InvalidValueError(path, reason)
-    if not (is_directory or path.suffix in (".safetensors", *PICKLES) or _may_hold_weights(path)):
+    if not (path.suffix in (".safetensors", *PICKLES) or _may_hold_weights(path)):
         raise InvalidValueError(path, "is neither a safetensors file nor one of torch")
     return path
 
@@ -213,24 +209,20 @@ def _may_hold_weights(path: Path) -> bool:
     return head[8:] == b"{" or head[:1] in (b"{", b"\x80") or head[:2] == b"PK"
 
 
-def existing_run(place: str | Path, directory: bool = True) -> Path:
-    """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
-    from posthoc_cli.checkpoints.open_run import is_glob
-
-    path = files.expanded(files.given_path("--checkpoints", place))
-    return path if is_glob(place) else existing(path, directory, pickles=not directory)
-
-
-def open_run(place: Path | None, checkpoints: str | None, directory: bool = True) -> Run:
+def open_run(place: Path | None, checkpoints: str | None = None, directory: bool = True) -> Run:
     """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
+    from posthoc_cli.checkpoints.open_run import is_glob
     from posthoc_cli.run import Run
 
+    def path(named: str | Path, directory: bool) -> Path:
+        named = files.expanded(files.given_path("--checkpoints", named))
+        return named if is_glob(named) else existing(named, directory, pickles=not directory)
+
     if place is not None:
-        also = None if checkpoints is None else existing_run(checkpoints, directory=False)
-        return Run(existing_run(place, directory), also=also)
+        return Run(path(place, directory), also=None if checkpoints is None else path(checkpoints, False))
     if checkpoints is None:
         raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(existing_run(checkpoints, directory))
+    return Run(path(checkpoints, directory))
 
 
 def open_runs(places: Sequence[Path], checkpoints: str | None) -> list[Run]:
@@ -238,19 +230,6 @@ def open_runs(places: Sequence[Path], checkpoints: str | None) -> list[Run]:
     if checkpoints is not None and len(places) > 1:
         raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
     return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
-
-
-def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
-    """An output with one of these endings that can be written, with ~ expanded; checked before any work."""
-    if path is None:
-        return None
-    path = files.expanded(path)
-    if path.suffix not in endings:
-        raise InvalidValueError(option, f"must end in {', '.join(endings)}", value=path)
-    files.check_parent(option, path)
-    if path.exists() and not overwrite:
-        raise OutputExistsError(path, "is there already", "choose another name, or --overwrite to replace it")
-    return path
 
 
 def parse_targets(sigma_rel: str | None, others: Sequence[str]) -> list[Target]:

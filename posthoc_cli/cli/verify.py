@@ -36,7 +36,7 @@ def verify(
     --repair moves broken files of a snapshot directory to DIR/damaged, deletes nothing, and shows the new predicted
     error. It asks first, and works only while no tracker writes to the directory.
     """
-    from posthoc_cli.run import check_path
+    from posthoc_cli.run import Run
     from posthoc_cli.snapshots.check import check_repairable
 
     if repair:
@@ -45,7 +45,7 @@ def verify(
     fine = True
     # All paths are checked first, since reading takes long.
     for path in [values.existing(path) for path in paths]:
-        found = check_path(path, output.progress_bar())
+        found = Run(path).check(output.progress_bar())
         report, broken = found.to_dict(), bool(found.broken)
         if repair:
             check_repairable(found)

@@ -14,7 +14,6 @@ import platform
 import re
 import shlex
 import urllib.parse
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,11 +30,10 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import ErrorCurve, finite, no_formula
 from posthoc_cli.reconstruction import Motion
-from posthoc_cli.resources import size_text
-from posthoc_cli.run import Run
+from posthoc_cli.run import Run, facts
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_small_file
-from posthoc_cli.sweep.results import RESULT, draw, shown_at
+from posthoc_cli.sweep.results import RESULT, answer, draw, shown_at
 
 _MOST_BYTES = 50_000_000
 _THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(--grid)", "#595959": "var(--muted)"}
@@ -90,7 +88,7 @@ def _of_run(run: Run, number: int) -> dict[str, Any]:
     return {
         "run": run,
         "info": info,
-        "facts": _facts(info),
+        "facts": [*facts(info), ("tracked", ", ".join(f"sigma_rel {width:g}" for width in run.profiles) or "none")],
         "curve": curve,
         "error": _picture(_errors([curve]), f"error-{number}", curve),
         "good": curve.ranges_text(plots.GOOD_ERROR),
@@ -117,7 +115,8 @@ def _of_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: P
         part, trials = parts[known.index(found["settings"]["run"])], _trials(found)
         swept = {
             "folder": folder,
-            **_answer(found),
+            "axis": str(found["axis"]),
+            **answer(found),
             "picture": _sweep_picture(found, f"sweep-{number}"),
             "rows": [_cells(trial) for trial in trials],
             "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
@@ -130,26 +129,6 @@ def _of_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: P
         raise FileFormatError(path, "is no result of a sweep") from error
     part["sweeps"].append(swept)
     return swept
-
-
-def _answer(found: dict[str, Any]) -> dict[str, str]:
-    """The best length in words."""
-    low, high = found["equal_within_noise"]
-    second, answer = found["second"], {
-        "best": str(found["best"]["target"]),
-        "metric": str(found["metric"]),
-        "estimate": f"{_number(found['estimate'])} ± {found['standard_error']:.2g}",
-        "equal": f"{found['axis']} {low:.12g} to {high:.12g}",
-        "raw": "not measured" if found["raw"] is None else _number(found["raw"]),
-        "count": f"{len(found['trials'])} trials; {found['stopped']}",
-        "second": "",
-    }  # fmt: skip
-    if second is not None:
-        equal = f"{second['low']:.12g} to {second['high']:.12g} are equal within the noise"
-        estimate = f"{_number(second['estimate'])} ± {second['standard_error']:.2g}"
-        width = f"{second['value']:.12g}"
-        answer["second"] = f"The second network: sigma_rel {width}. {equal}, {found['metric']}, estimate: {estimate}."
-    return answer
 
 
 def _trials(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -191,32 +170,6 @@ def _template(name: str) -> jinja2.Template:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.6g}"
-
-
-def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
-    steps = "" if info["t_unit"] == "steps" else f" in {info['step']:,} steps"
-    facts = [
-        ("run", str(info["run"])),
-        ("training time", f"{info['t']:,.12g} {info['t_unit']}{steps}"),
-    ]
-    if schedule := info.get("schedule"):
-        every = f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
-        most = schedule["max_checkpoints"]
-        facts += [
-            ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
-            ("schedule", every + ("" if most is None else f", at most {most:,} of each average")),
-            ("snapshots", f"{len(info['snapshots']):,}, {size_text(info['bytes'])}"),
-        ]
-    if checkpoints := info.get("checkpoints"):
-        held = Counter(one["holds"] for one in checkpoints)
-        listed = ", ".join(f"{count:,} x {what}" for what, count in held.items())
-        facts.append(("checkpoints", f"{listed}, {size_text(sum(one['bytes'] for one in checkpoints))}"))
-    return [
-        *facts,
-        ("model", f"{info['parameters']:,} parameters in {info['tensors']:,} tensors"),
-        ("stored as", ", ".join(f"{dtype} ({count:,})" for dtype, count in info["dtypes"].items())),
-        ("not tracked", ", ".join(info["left_out"][:20]) or "nothing"),
-    ]
 
 
 # --- figures -----------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import re
 import shlex
 import shutil
@@ -16,22 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, check_alone, check_count, check_number
+from posthoc_cli.export.layouts import layout_of, output_exists, output_paths, suffix_of
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.writer import HOLDER_NAME, LOCK_NAME, DirectoryLock
-from posthoc_cli.sweep.axes import Axis
-from posthoc_cli.sweep.metrics import Metric
-from posthoc_cli.sweep.networks import Network
-from posthoc_cli.sweep.processes import Command, run_all
-from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Record, Records, SweepReport
-from posthoc_cli.sweep.rounds import Search, check_counts
-from posthoc_cli.sweep.search import NEXT
-from posthoc_cli.targets import Mean
+from posthoc_cli.sweep.results import RAW, RESULT, TRIALS, Records, SweepReport
+from posthoc_cli.sweep.search import NEXT, Axis, Search, Trial, check_counts, good_range
+from posthoc_cli.sweep.trials import Command, Metric, run_all
+from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.targets import Mean, SigmaRel, Target
 
 if TYPE_CHECKING:
     import torch
 
-GUIDE = "guide"
-"""The name of the second network; the first has none."""
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|weights:guide|sigma_rel:guide|seed|dir)\}")
 _SCRATCH, _LOGS, _KEPT = ".scratch", "logs", "weights"
 _TURNS = 3
@@ -86,7 +83,7 @@ class Sweep:
     component: str | None = None
     keep: bool = False
     again: str = ""
-    say: Callable[[Record], None] = lambda _: None
+    say: Callable[[Trial], None] = lambda _: None
     watch: Callable[[str, int, int], None] = lambda _what, _done, _most: None
 
     def run_all(self) -> SweepReport:
@@ -99,9 +96,9 @@ class Sweep:
         """
         words = self._checked_words()
         options = {name: getattr(self, name) for name in ("dtype", "layout", "like", "component")}
-        networks = [Network.of(self.run, self.axis, self.t, options)]
+        networks = [_Network.of(self.run, self.axis, self.t, options, "")]
         if self.guide is not None:
-            networks.append(Network.of(self.guide, self.guide_axis, None, options, GUIDE))
+            networks.append(_Network.of(self.guide, self.guide_axis, None, options, "guide"))
         axes = [network.axis for network in networks]
         if all(axis.is_given for axis in axes):
             raise InvalidValueError(axes[0].kind, "name two lengths or more", value=f"{axes[0].low:g}")
@@ -169,27 +166,117 @@ class Sweep:
                 _remove(scratch)
 
 
-_Wanted = tuple[Record, dict[str, Any]]
+@dataclass(eq=False)
+class _Network:
+    """A network, and the length of its average.
+
+    Attributes:
+        run: its snapshots.
+        axis: the length, which is searched or given.
+        plan: of any target; says which run it is, at which time, and how large an average.
+        options: dtype, layout, like and component, as in `Run.write`.
+        name: "guide" for a second network, else empty.
+        length: as it was found, or given; before it is searched, the middle of the range.
+        search: the last one of the length.
+    """
+
+    run: Run
+    axis: Axis
+    plan: Plan
+    options: dict[str, Any]
+    name: str
+    length: float
+    search: Search | None = None
+
+    @classmethod
+    def of(cls, run: Run, axis: Axis | None, t: float | None, options: dict[str, Any], name: str) -> _Network:
+        """By default with all lengths whose predicted error is good, at the time of the newest snapshot."""
+        target = SigmaRel(0.2) if axis is None else axis.target(axis.high)
+        planned = run.write(target, None, t=t, dry_run=True, **options)
+        assert planned is not None
+        axis = axis or good_range(run, planned.plan.t)
+        return cls(run, axis, planned.plan, options, name, axis.high if axis.is_given else axis.value_at(0.5))
+
+    @property
+    def like(self) -> Path | None:
+        """The model folder that averages are made like."""
+        like: Path | None = self.options["like"]
+        return like
+
+    @property
+    def nbytes(self) -> int:
+        """Of one average, on the disk."""
+        if self.like is None:
+            return self.plan.nbytes
+        return sum(path.stat().st_size for path in self.like.rglob("*") if path.is_file())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two averages of one target the same."""
+        plan, layout = self.plan, self.options["layout"]
+        same = {"run": plan.newest.info.run_id, "t": plan.t, "method": plan.method, "dtype": plan.dtype}
+        like = {"like": str(self.like.resolve()), "component": self.options["component"]} if self.like else {}
+        return same | {"layout": layout} | like
+
+    def title(self, value: float | None = None) -> str:
+        """Of a length, by default its own, for people."""
+        return f"{self.name} {self.axis.title(self.length if value is None else value)}".lstrip()
+
+    def make(self, folder: Path, values: Sequence[float]) -> list[tuple[dict[str, Any], float | None]]:
+        """Write averages into a folder, in one pass: what placeholders become, and the predicted error of each.
+
+        One that is there already, as after a search by another metric, is used again.
+        """
+        wanted = {value: self.axis.target(value) for value in values}
+        digest = hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:8]
+        pattern, layout = str(folder / f"{{target}}-{digest}{self._suffix}"), self.options["layout"]
+        paths = dict(zip(wanted, output_paths([*wanted.values()], pattern, None)[0], strict=True))
+        missing = [
+            wanted[value]
+            for value, path in paths.items()
+            if not (path.exists() if self.like else output_exists(path, layout_of(path, layout)))
+        ]
+        plan = self._write(missing, pattern) if missing else self.plan
+        if len(missing) < len(wanted):
+            plan = self.run.plan([*wanted.values()], t=self.plan.t, dtype=self.options["dtype"])
+        errors = dict(zip(wanted, map(plan.predicted_error, range(len(wanted))), strict=True))
+        names = [f"{one}:{self.name}".rstrip(":") for one in ("weights", "sigma_rel")]
+        return [(dict(zip(names, (paths[value], value), strict=True)), errors[value]) for value in values]
+
+    def write(self, folder: Path, name: str, target: Target) -> Path:
+        """Write one average under a name, in place of what is there."""
+        path = folder / f"{name}{self._suffix}"
+        if self.like is not None:  # which is made anew only
+            _remove(path)
+        self._write([target], str(path), overwrite=self.like is None)
+        return path
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.like is not None else suffix_of(self.options["layout"])
+
+    def _write(self, targets: Sequence[Target], out: str, overwrite: bool = False) -> Plan:
+        made = self.run.write(targets, out, t=self.plan.t, overwrite=overwrite, **self.options)
+        assert made is not None
+        return made.plan
+
+
+_Wanted = tuple[Trial, dict[str, Any]]
 """A trial to make, as far as it is known, and what the placeholders become."""
 
 
 class _Job:
     """The searches of a sweep: of one length, or of two in turn, each with the other as it was found before."""
 
-    def __init__(self, asked: Sweep, words: list[str], networks: list[Network]) -> None:
-        self._asked, self._words = asked, words
-        self._networks = {network.name: network for network in networks}
+    def __init__(self, asked: Sweep, words: list[str], networks: list[_Network]) -> None:
+        self._asked, self._words, self._networks = asked, words, networks
         self._searched = [network for network in networks if not network.axis.is_given]
-        self._lengths = {network.name: network.axis.high for network in networks}
         self._settings = networks[0].settings | {"command": asked.command, "metric": asked.metric.text}
-        for other in networks[1:]:
-            self._lengths[other.name] = other.axis.value(math.sqrt(other.axis.low * other.axis.high))
-            self._settings |= {other.name: other.settings}
+        self._settings |= {other.name: other.settings for other in networks[1:]}
         self._scratch = asked.out / _SCRATCH
-        self._trials: list[Record] = []
-        self._found: dict[str, Search] = {}
+        self._trials: list[Trial] = []
         self._beside = ""
-        self._best: Record | None = None
+        self._best: Trial | None = None
         self._ended, self._most = 0, 0
 
     def run(self) -> SweepReport:
@@ -202,76 +289,67 @@ class _Job:
             turns[network.name] += 1
             others = [other for other in self._searched if other not in (network, *waiting)]
             waiting += [other for other in others if moved and turns[other.name] < _TURNS]
-        return self._written(self._report(self._lengths, self._trials))
+        out = self._asked.out
+        outputs = [
+            one.write(out, f"best-{one.name}".rstrip("-"), one.axis.target(one.length)) for one in self._networks
+        ]
+        report = replace(self._report(self._trials), outputs=tuple(outputs))
+        report.write(out)
+        return report
 
-    def _search(self, network: Network) -> bool:
+    def _search(self, network: _Network) -> bool:
         """Find a length; whether that moves it by more than the noise."""
-        asked, name, axis = self._asked, network.name, network.axis
+        asked, axis, before = self._asked, network.axis, network.length
         records = Records(asked.out, self._question(network))
         if network is self._searched[0]:
             # Only the trials of the last search of it are of its curve.
-            self._beside = "".join(self._title(network, self._lengths).partition(", ")[1:])
-        search = self._found[name] = Search(
-            axis, _known(records), minimize=asked.minimize, budget=asked.budget, repeats=asked.repeats,
-            again=asked.repeats > 1 or "{seed}" in asked.command, batch=max(NEXT, asked.jobs),
-            beyond=lambda axis, upwards: axis.widened(upwards, network.run, network.plan.t),
+            self._beside = "".join(self._title(network).partition(", ")[1:])
+        search = network.search = Search(
+            axis, network.run, network.plan.t, _known(records), minimize=asked.minimize, budget=asked.budget,
+            repeats=asked.repeats, again=asked.repeats > 1 or "{seed}" in asked.command, batch=max(NEXT, asked.jobs),
         )  # fmt: skip
-        lengths, moved = self._lengths, False
+        moved = False
         self._ended, self._most = len(search.trials), asked.repeats * len(axis.values or range(asked.budget))
         for trial in search.trials:
             self._note(trial)
         for found in search.rounds(lambda wanted: self._measure(network, wanted, records)):
-            low, best, high = map(search.axis.value, (found.low, found.best, found.high))
-            lengths, moved = self._lengths | {name: best}, not low <= self._lengths[name] <= high
-            self._report(lengths, [*self._trials, *search.trials]).write(asked.out)
-        self._lengths, self._trials = lengths, [*self._trials, *search.trials]
+            network.length, moved = found.best, not found.low <= before <= found.high
+            self._report([*self._trials, *search.trials]).write(asked.out)
+        self._trials += search.trials
         return moved
 
-    def _report(self, lengths: dict[str, float], trials: Sequence[Record]) -> SweepReport:
+    def _report(self, trials: Sequence[Trial]) -> SweepReport:
         """What was found up to now."""
-        asked, first, main = self._asked, self._searched[0], self._networks[""]
-        searched, second = self._found[first.name], None
+        asked, main, first, second = self._asked, self._networks[0], self._searched[0], None
+        assert first.search is not None
         for other in self._searched[1:]:
-            if other.name in self._found:
-                found = self._found[other.name].found
-                low, high = map(self._found[other.name].axis.value, (found.low, found.high))
-                second = {"value": lengths[other.name], "low": low, "high": high}
+            if other.search is not None:
+                found = other.search.found
+                second = {"value": other.length, "low": found.low, "high": found.high}
                 second |= {"estimate": found.mean, "standard_error": found.standard_error}
         return SweepReport(
-            metric=asked.metric.label, minimize=asked.minimize, axis=searched.axis,
-            searched=first.name or first.axis.kind, trials=tuple(trials), found=searched.found,
-            stopped=searched.stopped, best=main.axis.target(lengths[""]),
-            title=self._title(first, lengths), chosen={name or main.axis.kind: lengths[name] for name in lengths},
-            kind=main.axis.kind, beside=self._beside, settings=self._question(first), second=second,
+            metric=asked.metric.label, minimize=asked.minimize, searched=first.name or first.axis.kind,
+            trials=tuple(trials), found=first.search.found, stopped=first.search.stopped,
+            best=main.axis.target(main.length), title=self._title(first),
+            chosen={one.name or main.axis.kind: one.length for one in self._networks}, kind=main.axis.kind,
+            beside=self._beside, settings=self._question(first), second=second,
             guide=None if asked.guide is None else asked.guide.directory, again=asked.again,
         )  # fmt: skip
 
-    def _written(self, report: SweepReport) -> SweepReport:
-        """Write the best averages and the report."""
-        out, outputs = self._asked.out, []
-        for name, network in self._networks.items():
-            best = f"best-{name}".rstrip("-")
-            if self._asked.like is not None:  # which is made anew only
-                _remove(out / best)
-            outputs.append(network.write(out, best, network.axis.target(self._lengths[name])))
-        report = replace(report, outputs=tuple(outputs))
-        report.write(out)
-        return report
-
-    def _question(self, network: Network) -> dict[str, Any]:
+    def _question(self, network: _Network) -> dict[str, Any]:
         """What makes the trials of a search comparable: all but the value that is searched."""
-        others = [other.title(self._lengths[name]) for name, other in self._networks.items() if other is not network]
+        others = [other.title() for other in self._networks if other is not network]
         return self._settings | {"searched": f"{network.name} {network.axis.kind}".lstrip(), "others": others}
 
-    def _title(self, network: Network, lengths: dict[str, float]) -> str:
+    def _title(self, network: _Network, value: float | None = None) -> str:
         """Of a trial: the value that is searched, then the other."""
-        others = [other for other in self._networks.values() if other is not network]
-        return ", ".join(one.title(lengths[one.name]) for one in (network, *others))
+        others = [other.title() for other in self._networks if other is not network]
+        return ", ".join([network.title(value), *others])
 
     def _measure_raw(self) -> None:
         """The file that is named, or the run's own, with all seeds that were not measured before."""
-        raw, network = self._asked.raw, self._networks[""]
-        if raw is None and (GUIDE in self._networks or not network.has_raw):
+        raw, network = self._asked.raw, self._networks[0]
+        if raw is None and (self._asked.guide is not None or not network.run.has_raw(network.plan.t)):
             return
         records = Records(self._asked.out, self._settings | {"raw": RAW if raw is None else str(raw.resolve())})
         known = {trial.seed: trial for trial in records.read() if trial.value is not None}
@@ -280,15 +358,15 @@ class _Job:
             with files.reported_as_write_error(self._scratch):
                 files.make_directory(self._scratch)
             raw = network.write(self._scratch, RAW, Mean(1))
-        wanted = [(Record(RAW, 0.0, seed), {"weights": raw, "sigma_rel": 0.0}) for seed in seeds]
+        wanted = [(Trial(RAW, 0.0, seed), {"weights": raw, "sigma_rel": 0.0}) for seed in seeds]
         self._trials += [*known.values(), *self._evaluate(wanted, records)]
 
-    def _measure(self, network: Network, wanted: Sequence[tuple[float, int]], records: Records) -> list[Record]:
+    def _measure(self, network: _Network, wanted: Sequence[tuple[float, int]], records: Records) -> list[Trial]:
         """Synthesize values in one pass, as many as the disk may hold, and run the command for each."""
         values = list(dict.fromkeys(value for value, _ in wanted))
-        size, done = len(values) or 1, list[Record]()
+        size, done = len(values) or 1, list[Trial]()
         if self._asked.disk is not None:
-            size = 1 + (self._asked.disk - sum(one.nbytes for one in self._networks.values())) // network.nbytes
+            size = 1 + (self._asked.disk - sum(one.nbytes for one in self._networks)) // network.nbytes
         for begin in range(0, len(values), size):
             made = self._make(network, values[begin : begin + size])
             some = [(value, seed) for value, seed in wanted if value in made]
@@ -296,24 +374,23 @@ class _Job:
             _remove(self._scratch)
         return done
 
-    def _make(self, network: Network, values: Sequence[float]) -> dict[float, _Wanted]:
+    def _make(self, network: _Network, values: Sequence[float]) -> dict[float, _Wanted]:
         """The averages of some values of a length, each as a trial with seed 0."""
         folder = self._asked.out / _KEPT if self._asked.keep else self._scratch
         self._say(f"making {len(values)} averages")
         with files.reported_as_write_error(folder):
             files.make_directory(folder)
-        points = [self._lengths | {network.name: value} for value in values]
-        made = [one.make(folder, [point[name] for point in points]) for name, one in self._networks.items()]
+        made = [one.make(folder, values if one is network else [one.length] * len(values)) for one in self._networks]
         trials = {}
-        for point, averages in zip(points, zip(*made, strict=True), strict=True):
+        for value, averages in zip(values, zip(*made, strict=True), strict=True):
             filled = {name: text for words, _ in averages for name, text in words.items()}
-            value, (_, error) = point[network.name], averages[0]
-            trials[value] = Record(self._title(network, point), value, 0, predicted_error=error), filled
+            _, error = averages[0]
+            trials[value] = Trial(self._title(network, value), value, 0, predicted_error=error), filled
         return trials
 
-    def _evaluate(self, wanted: Sequence[_Wanted], records: Records) -> list[Record]:
+    def _evaluate(self, wanted: Sequence[_Wanted], records: Records) -> list[Trial]:
         """Run the command for each, and write the outcomes down."""
-        asked, commands, done = self._asked, list[Command](), list[Record]()
+        asked, commands, done = self._asked, list[Command](), list[Trial]()
         with files.reported_as_write_error(self._scratch):
             files.make_directory(self._scratch)
             for trial, averages in wanted:
@@ -327,23 +404,20 @@ class _Job:
                 logged = replace(trial, log=f"{_LOGS}/{name}")
                 commands.append(Command(logged, words, folder, asked.out / logged.log))
 
-        def tell(command: Command, record: Record, is_missing: bool) -> None:
+        def tell(command: Command, trial: Trial, is_missing: bool) -> None:
             if is_missing and self._best is None:  # a wrong name, and no reason to try it with all others
-                raise InvalidValueError("metric", str(record.error), value=asked.metric.key or "")
-            records.append(record)
-            done.append(record)
+                raise InvalidValueError("metric", str(trial.error), value=asked.metric.key or "")
+            records.append(trial)
+            done.append(trial)
             _remove(command.folder)
             self._ended += 1
-            self._note(record)
-            asked.say(record)
+            self._note(trial)
+            asked.say(trial)
 
-        def began(command: Command) -> None:
-            self._say(command.trial.target)
-
-        run_all(commands, asked.metric, tell, asked.jobs, asked.timeout, began)
+        run_all(commands, asked.metric, tell, asked.jobs, asked.timeout, lambda one: self._say(one.trial.target))
         return done
 
-    def _note(self, trial: Record) -> None:
+    def _note(self, trial: Trial) -> None:
         """Remember the best measurement."""
         sign = 1 if self._asked.minimize else -1
         if trial.value is not None and (self._best is None or sign * trial.value < sign * (self._best.value or 0.0)):
@@ -354,7 +428,7 @@ class _Job:
         self._asked.watch(f"trial {self._ended + 1}: {what}{best}", self._ended, max(self._most, self._ended + 1))
 
 
-def _known(records: Records) -> list[Record]:
+def _known(records: Records) -> list[Trial]:
     """What was measured before; of a trial that was made twice the last one."""
     trials = {(trial.x, trial.seed): trial for trial in records.read()}
     return [trial for trial in trials.values() if trial.value is not None]

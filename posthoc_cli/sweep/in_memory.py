@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.errors import InvalidValueError, shown, warn
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.selection import statistics_notice
-from posthoc_cli.sweep.axes import Axis, good_range
-from posthoc_cli.sweep.results import RAW, Record, SweepReport
-from posthoc_cli.sweep.rounds import Search, check_counts
+from posthoc_cli.sweep.results import RAW, SweepReport
+from posthoc_cli.sweep.search import Axis, Search, Trial, check_counts, good_range
 from posthoc_cli.targets import Mean, SigmaRel
 
 if TYPE_CHECKING:
@@ -71,15 +70,13 @@ def sweep(
     if model is None and (notice := statistics_notice(newest.copies)):
         warn(notice)
     raw = [*trials.measure([(0.0, seed) for seed in range(repeats if trials.has_raw else 0)])]
-    search = Search(
-        axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1,
-        beyond=lambda axis, upwards: axis.widened(upwards, stored, None),
-    ).run(trials.measure)  # fmt: skip
-    best = search.axis.value(search.found.best)
+    search = Search(axis, stored, None, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1)
+    for found in search.rounds(trials.measure):
+        best = SigmaRel(found.best)
     settings = {"run": newest.run_id, "t": trials.t, "command": None}
     return SweepReport(
-        name, minimize, search.axis, axis.kind, (*raw, *search.trials), search.found, search.stopped, SigmaRel(best),
-        axis.title(best), {axis.kind: best}, settings=settings,
+        name, minimize, axis.kind, (*raw, *search.trials), search.found, search.stopped, best, best.title,
+        {axis.kind: best.sigma_rel}, settings=settings,
     )  # fmt: skip
 
 
@@ -106,8 +103,8 @@ class _Trials:
         """Whether the raw weights are at hand."""
         return self._is_own or self.run.has_raw()
 
-    def measure(self, wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
-        """Records of lengths with seeds; the length 0 is that of raw weights."""
+    def measure(self, wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
+        """Trials of lengths with seeds; the length 0 is that of raw weights."""
         for length, seed in wanted:
             started = time.perf_counter()
             with self._average(length) as (average, error):
@@ -135,7 +132,7 @@ class _Trials:
                 self._warned = warn_of_statistics(model, weights, copies)
 
 
-def _record(target: str, x: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
+def _record(target: str, x: float, seed: int, found: Any, predicted: float | None, started: float) -> Trial:
     """A trial whose metric has given `found`; an InvalidValueError where that is no number."""
     try:
         value, error = found if isinstance(found, tuple) else (found, None)
@@ -144,4 +141,4 @@ def _record(target: str, x: float, seed: int, found: Any, predicted: float | Non
     except (TypeError, ValueError, RuntimeError) as wrong_kind:
         raise InvalidValueError("metric", "must give a number, or a number and its standard error") from wrong_kind
     wrong = None if math.isfinite(value) else f"its metric is {value}"
-    return Record(target, x, seed, None if wrong else value, error, predicted, time.perf_counter() - started, wrong)
+    return Trial(target, x, seed, None if wrong else value, error, predicted, time.perf_counter() - started, wrong)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.sweep import search
-from posthoc_cli.sweep.axes import Axis
+from posthoc_cli.sweep.search import Estimate, Trial
 from posthoc_cli.targets import Target
 
 if TYPE_CHECKING:
@@ -23,33 +22,6 @@ if TYPE_CHECKING:
 TRIALS, RESULT = "trials.jsonl", "sweep.json"
 RAW = "raw"
 """The target of raw weights, which are no average."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One trial.
-
-    Attributes:
-        target: its title, such as `sigma_rel 0.15`; `raw` for weights that are no average.
-        x: the searched parameter; 0 for raw weights.
-        seed: given to the command.
-        value: the metric; None for a failed trial.
-        standard_error: of the value, where the trial states one.
-        predicted_error: of the weights, None where it is not known.
-        seconds: how long it took.
-        error: why it failed.
-        log: path of its log without the endings .out and .err, relative to the folder of the sweep.
-    """
-
-    target: str
-    x: float
-    seed: int
-    value: float | None = None
-    standard_error: float | None = None
-    predicted_error: float | None = None
-    seconds: float = 0.0
-    error: str | None = None
-    log: str = ""
 
 
 class Records:
@@ -63,21 +35,21 @@ class Records:
     def __init__(self, folder: Path, question: Mapping[str, Any]) -> None:
         self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[Trial]:
         """The trials of this question; a line that a crash has cut off is none."""
         found = []
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 entry = json.loads(line)
                 if entry["question"] == self._question:
-                    found.append(Record(**entry["trial"]))
+                    found.append(Trial(**entry["trial"]))
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
         return found
 
-    def append(self, record: Record) -> None:
+    def append(self, trial: Trial) -> None:
         """Write a trial down; a WriteError."""
-        line = json.dumps({"question": self._question, "trial": asdict(record)}, allow_nan=False)
+        line = json.dumps({"question": self._question, "trial": asdict(trial)}, allow_nan=False)
         with files.reported_as_write_error(self._path):
             descriptor = files.system.open_append(self._path)
             try:
@@ -97,10 +69,9 @@ class SweepReport:
     Attributes:
         metric: its name.
         minimize: whether lower is better.
-        axis: the values of what was searched first.
-        searched: what that was: the kind of a length, or "guide", the length of the second network's average.
+        searched: what was searched first: the kind of a length, or "guide", the length of the second network's average.
         trials: all measured ones, failed ones with their error.
-        found: the estimate; `value_of` gives its `best`, `low` and `high` as a user writes them.
+        found: the estimate.
         stopped: why no more was measured.
         best: the average whose metric is estimated to be best, which was written.
         title: what it is, for people; with the second network's average, where there is one.
@@ -117,10 +88,9 @@ class SweepReport:
 
     metric: str
     minimize: bool
-    axis: Axis
     searched: str
-    trials: tuple[Record, ...]
-    found: search.Estimate
+    trials: tuple[Trial, ...]
+    found: Estimate
     stopped: str
     best: Target
     title: str
@@ -146,7 +116,7 @@ class SweepReport:
         return plots.as_file(partial(draw, self.to_dict()), ".svg").decode().partition("?>")[2]
 
     @property
-    def failed(self) -> list[Record]:
+    def failed(self) -> list[Trial]:
         """Trials without a value."""
         return [trial for trial in self.trials if trial.value is None]
 
@@ -155,10 +125,6 @@ class SweepReport:
         """The metric of the raw weights, where they were measured."""
         values = [trial.value for trial in self.trials if trial.target == RAW and trial.value is not None]
         return sum(values) / len(values) if values else None
-
-    def value_of(self, x: float) -> float:
-        """A searched parameter as a user writes it."""
-        return self.axis.value(x)
 
     def write(self, folder: str | Path) -> None:
         """Write it to a folder, as a page takes it; a WriteError."""
@@ -179,13 +145,13 @@ class SweepReport:
             "best": {"target": self.title, **self.chosen},
             "estimate": found.mean,
             "standard_error": found.standard_error,
-            "equal_within_noise": [self.value_of(found.low), self.value_of(found.high)],
+            "equal_within_noise": [found.low, found.high],
             "expected_regret": found.regret,
             "noise": found.noise,
             "raw": self.raw,
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
-            "curve": [{"x": self.axis.unscaled(x), "estimate": y, "standard_error": error} for x, y, error in curve],
+            "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in curve],
             "beside": self.beside,
             "second": self.second,
             "guide": None if self.guide is None else str(self.guide),
@@ -193,6 +159,30 @@ class SweepReport:
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
         }
+
+
+def answer(found: dict[str, Any]) -> dict[str, str]:
+    """The best length in words, from a report's `to_dict`."""
+    low, high = found["equal_within_noise"]
+    second, trials = found["second"], found["trials"]
+    failed = sum(trial["value"] is None for trial in trials)
+    measured = {trial["target"] for trial in trials if trial["value"] is not None} - {RAW}
+    told = {
+        "best": str(found["best"]["target"]),
+        "metric": str(found["metric"]),
+        "estimate": f"{found['estimate']:.6g} ± {found['standard_error']:.2g}",
+        "equal": f"{low:.12g} to {high:.12g}",
+        "raw": "not measured" if found["raw"] is None else f"{found['raw']:.6g}",
+        "measured": f"{len(measured)} averages in {len(trials)} trials"
+        + f", {failed} of which failed" * bool(failed)
+        + f"; {found['stopped']}",
+        "second": "",
+    }
+    if second is not None:
+        equal = f"{second['low']:.12g} to {second['high']:.12g} are equal within the noise"
+        estimate = f"{second['estimate']:.6g} ± {second['standard_error']:.2g}"
+        told["second"] = f"sigma_rel {second['value']:.12g}. {equal}, {found['metric']}, estimate: {estimate}"
+    return told
 
 
 def draw(found: dict[str, Any]) -> Figure:

@@ -1,4 +1,4 @@
-"""Where the best length is, from few noisy measurements, and where to measure next. Pure: trials in, numbers out.
+"""Where the best length is, from few noisy measurements, and where to measure next.
 
 A metric is modelled as a quadratic of x, the logarithm of the length scaled to [0, 1], plus a Gaussian process with a
 Matern 5/2 kernel for what is not quadratic, plus an offset for each seed, plus noise. (Rasmussen and Williams, Gaussian
@@ -11,25 +11,35 @@ There is no state but the trials, so that a search goes on from a list of them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 
-from posthoc_cli.profiles import FloatArray
+from posthoc_cli.errors import InvalidValueError, PostHocError, check_count
+from posthoc_cli.profiles import SHAPES, FloatArray
+from posthoc_cli.run import Run
+from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
 
 POINTS = 101
 """Of the grid over the range, on which curves are drawn."""
+_GRID = np.linspace(0, 1, POINTS)
 
 FIRST, NEXT = 6, 2
 """Candidates of the first batch, which are spread evenly, and of each further one."""
 
 CONFIDENCE = 0.95
 """That the best length lies in the stated range."""
+
+GOOD_ERROR = 0.01
+"""Predicted error of the lengths that are searched unless others are named, and beyond those."""
 
 _LENGTHS = (0.1, 0.2, 0.4, 0.8)
 """Of the kernel, as a fraction of the range."""
@@ -49,6 +59,155 @@ _STATED = 1e-3, 1e6
 """Bounds of stated standard errors, relative to the spread of the values."""
 _SAME = 0.02
 """Proposals nearer to a measured length than this share of the range repeat it."""
+_STRIDES = (2.0, 1.5, 1.2)
+"""Factors by which a range whose end is best is widened: the first that leads to an average that is exact."""
+
+_KINDS: dict[str, tuple[Callable[[Any], Target], str]] = {
+    "sigma_rel": (SigmaRel, "0.02:0.28"),
+    "beta": (Beta, "0.99:0.9999"),
+    "half-life": (HalfLife, "100:10000"),
+    "window": (Window, "1000:50000"),
+    "last": (Mean, "2:20"),
+    **{f"decay:{shape}": (functools.partial(Decay, shape), "5%:50%") for shape in SHAPES},
+}
+"""What may be searched: the target of a value, and a range of them."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is searched: a kind of target with one parameter.
+
+    Attributes:
+        kind: "sigma_rel", "beta", "half-life", "window" or "last"; "decay:1-sqrt", "decay:linear" or "decay:cosine",
+            whose values are parts of training.
+        low, high: ends of the range.
+        values: measure exactly these; None for a search. One alone is given, and not searched.
+    """
+
+    kind: str
+    low: float
+    high: float
+    values: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            self.target(getattr(self, name))  # checks it
+            object.__setattr__(self, name, float(getattr(self, name)))  # not NumPy's
+        if not self.low < self.high and not self.is_given:
+            ends = f"{self.low:g}:{self.high:g}"
+            raise InvalidValueError(self.kind, "the first must be below the second", value=ends)
+
+    @classmethod
+    def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
+        """A grid."""
+        for value in values:
+            _KINDS[kind][0](value)  # checks it
+        each = sorted(set(map(float, values)))
+        return cls(kind, each[0], each[-1], tuple(each))
+
+    @classmethod
+    def parse(cls, text: str, name: str, kind: str = "") -> Axis:
+        """KIND:LOW:HIGH to search, KIND:LIST or KIND:LOW:HIGH:STEP to measure; with a `kind` what follows it.
+
+        An InvalidValueError about `name` says what is accepted.
+        """
+        rest = text
+        if not kind:
+            kind, rest = re.fullmatch(r"(decay:[^:]*|[^:]*):?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+            if kind not in _KINDS:
+                raise InvalidValueError(name, f"must be a range or a list of {', '.join([*_KINDS][1:])}", value=text)
+        numbers = rest.replace("%", "e-2")
+        form = f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list"
+        try:
+            if rest.count(":") != 1:
+                return cls.of_values(kind, parse_numbers(numbers, name, form))
+            low, high = (parse_numbers(end, name, form)[0] for end in numbers.split(":"))
+            return cls(kind, low, high)
+        except InvalidValueError as error:
+            raise InvalidValueError(name, error.reason, error.hint, value=text or "(empty)") from error
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is nothing to search."""
+        return self.values is not None and len(self.values) == 1
+
+    def target(self, value: float) -> Target:
+        """The target of a value."""
+        return _KINDS[self.kind][0](value)
+
+    def title(self, value: float) -> str:
+        """For people: `sigma_rel 0.15`."""
+        return self.target(value).title
+
+    def place(self, values: FloatArray | Sequence[float]) -> FloatArray:
+        """Where values lie in the range by their logarithm, from 0 to 1; of a beta by that of its horizon in steps."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        return np.asarray(np.log(self._scaled(np.asarray(values)) / low) / math.log(high / low))
+
+    def at(self, places: FloatArray) -> FloatArray:
+        """The values there, exactly."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        x = low * (high / low) ** places
+        return np.asarray(1 - 1 / x if self.kind == "beta" else x)
+
+    def value_at(self, place: float) -> float:
+        """The value there: one that was named, or with three digits, or as many as a narrow range needs."""
+        exact = float(self.at(np.array(place)))
+        for named in self.values or ():
+            if math.isclose(self._scaled(named), self._scaled(exact)):
+                return named
+        width = math.log(self._scaled(self.high) / self._scaled(self.low))
+        digits = max(3, 2 - math.floor(math.log10(width or 1)))
+        return min(max(self._rounded(exact, digits), self.low), self.high)
+
+    def widened(self, upwards: bool, run: Run, t: float | None) -> Axis | None:
+        """The range with its upper end, or its lower one, further out; None where averages there are not exact."""
+        end = self._scaled(self.high if upwards else self.low)
+        for stride in _STRIDES:
+            x = end * stride if upwards else end / stride
+            value = self._rounded(1 - 1 / x if self.kind == "beta" else x, 3)
+            if self.low <= value <= self.high or (self.kind.startswith("decay") and value * run.step < 1):
+                continue  # there is no whole number in between; or it is less than a step
+            try:
+                error = _predicted_error(self.target(value), run, t)
+            except InvalidValueError:  # there is no such average, or the run is too short for it
+                continue
+            if error < GOOD_ERROR:
+                return replace(self, high=value) if upwards else replace(self, low=value)
+        return None
+
+    def _scaled(self, value: Any) -> Any:
+        """What the logarithm is taken of."""
+        return 1 / (1 - value) if self.kind == "beta" else value
+
+    def _rounded(self, value: float, digits: int) -> float:
+        """A value with so many digits, of a beta in 1 - beta."""
+        if self.kind == "beta":
+            return round(1 - float(f"{1 - value:.{digits}g}"), 12)
+        return round(value) if self.kind in ("window", "last") else float(f"{value:.{digits}g}")
+
+
+def _predicted_error(target: Target, run: Run, t: float | None) -> float:
+    """Of an average; a mean of checkpoints is made as it is asked for, if there are so many."""
+    if isinstance(target, Mean):
+        run.plan([target], t=t)
+        return 0.0
+    (point,) = run.error_curve((0.1, 0.2), t=t, others=[target]).others
+    return point.predicted_error
+
+
+def good_range(run: Run, t: float | None = None) -> Axis:
+    """The widest range of sigma_rel whose predicted error is below GOOD_ERROR.
+
+    Raises:
+        InvalidValueError: there is none.
+    """
+    ranges = run.error_curve(t=t).ranges_below(GOOD_ERROR)
+    if not ranges:
+        reason = f"no length has a predicted error below {100 * GOOD_ERROR:g} %"
+        raise InvalidValueError("sigma_rel", reason, "name a range, such as 0.05:0.25")
+    low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
+    return Axis("sigma_rel", math.ceil(low * 1e4) / 1e4, math.floor(high * 1e4) / 1e4)
 
 
 @dataclass(frozen=True)
@@ -56,24 +215,38 @@ class Trial:
     """One measurement of a metric.
 
     Attributes:
-        x: the searched parameter, such as sigma_rel; above 0.
-        value: of the metric; finite.
+        target: its title, such as `sigma_rel 0.15`; `raw` for weights that are no average.
+        x: the searched value; 0 for raw weights.
+        seed: given to the command; trials of one seed share what it adds to all of them.
+        value: the metric, finite; None for a failed trial.
         standard_error: of the value, where the evaluation states one.
-        seed: trials of one seed share what it adds to all of them.
+        predicted_error: of the weights, None where it is not known.
+        seconds: how long it took.
+        error: why it failed.
+        log: path of its log without the endings .out and .err, relative to the folder of the sweep.
     """
 
+    target: str
     x: float
-    value: float
+    seed: int
+    value: float | None = None
     standard_error: float | None = None
-    seed: int = 0
+    predicted_error: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    log: str = ""
+
+
+# --- what trials say
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What trials say about the best value of a searched parameter.
+    """What trials say about the best value of what is searched.
 
     Attributes:
-        best: the estimate of the parameter, not that of the lowest measurement.
+        axis: what is searched.
+        best: the estimate of its value, not that of the lowest measurement.
         mean, standard_error: the metric there.
         low, high: the range that holds the best with a probability of CONFIDENCE; all of it is equal within the noise.
         regret: how much worse than the true best the metric at `best` is expected to be; not negative.
@@ -82,6 +255,7 @@ class Estimate:
         draws: what the curve may be, in a scale of their own, lower is better; shape [draws, POINTS].
     """
 
+    axis: Axis
     best: float
     mean: float
     standard_error: float
@@ -107,16 +281,15 @@ class Estimate:
     def edge(self) -> float | None:
         """The end of the range where the best is more likely than not to be, or to lie beyond."""
         places, margin = self.draws.argmin(axis=1), _SAME * (POINTS - 1)
-        ends = {float(self.xs[0]): places <= margin, float(self.xs[-1]): places >= POINTS - 1 - margin}
+        ends = {self.axis.low: places <= margin, self.axis.high: places >= POINTS - 1 - margin}
         return next((end for end, there in ends.items() if there.mean() > 0.5), None)
 
 
-def estimate(
-    trials: Sequence[Trial], low: float, high: float, minimize: bool = True, among: Sequence[float] | None = None
-) -> Estimate:
-    """What three trials or more say about the best parameter in [low, high], or `among` some that are there."""
+def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Estimate:
+    """What three trials or more that have not failed say about the best value."""
+    measured = [(trial, trial.value) for trial in trials if trial.value is not None]
     sign = 1.0 if minimize else -1.0
-    values = sign * np.array([trial.value for trial in trials])
+    values = sign * np.array([value for _, value in measured])
     upper = float(np.quantile(values, 0.75))
     reach = upper - float(np.sort(values)[1])
     values = np.minimum(values, upper + _FAR * reach) if reach > 0 else values
@@ -124,66 +297,69 @@ def estimate(
     values /= largest
     centre = float(values.mean())
     scale = float(values.std()) if np.ptp(values) > 0 else 1e-9 * (abs(centre) or 1.0)
-    places = _place(np.array([trial.x for trial in trials]), low, high)
-    errors = np.array([math.nan if t.standard_error is None else t.standard_error / largest / scale for t in trials])
-    _, seeds = np.unique([trial.seed for trial in trials], return_inverse=True)
-    grid = np.linspace(0, 1, POINTS)
-    draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), grid)
+    stated = (math.nan if one.standard_error is None else one.standard_error for one, _ in measured)
+    errors = np.array([error / largest / scale for error in stated])
+    _, seeds = np.unique([trial.seed for trial, _ in measured], return_inverse=True)
+    places = axis.place([trial.x for trial, _ in measured])
+    draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), _GRID)
     centre, scale = largest * centre, largest * scale
     curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
-    xs = low * (high / low) ** grid
-    choices = xs if among is None else np.array(among)
-    points = np.abs(np.log(xs / choices[:, None])).argmin(axis=1)
-    place = int(curve[points].argmin())
-    best, chosen = int(points[place]), float(choices[place])
-    tail = (1 - CONFIDENCE) / 2
-    ends = np.quantile(grid[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
-    widths = low * (high / low) ** np.clip(ends, 0, 1)
+    choices = _GRID if axis.values is None else axis.place(axis.values)
+    points = np.abs(_GRID - choices[:, None]).argmin(axis=1)
+    chosen = int(curve[points].argmin())
+    point, best = int(points[chosen]), axis.value_at(float(choices[chosen]))
+    low, high = map(axis.value_at, _likely(draws).tolist())
     return Estimate(
-        best=chosen,
-        mean=sign * float(curve[best]),
-        standard_error=float(spread[best]),
-        low=min(float(widths[0]), chosen),
-        high=max(float(widths[1]), chosen),
-        regret=scale * float((draws[:, best] - draws.min(axis=1)).mean()),
+        axis=axis,
+        best=best,
+        mean=sign * float(curve[point]),
+        standard_error=float(spread[point]),
+        low=min(low, best),
+        high=max(high, best),
+        regret=scale * float((draws[:, point] - draws.min(axis=1)).mean()),
         noise=scale * noise,
-        xs=xs,
+        xs=axis.at(_GRID),
         curve=sign * curve,
         errors=spread,
         draws=draws,
     )
 
 
-def first_batch(low: float, high: float) -> list[float]:
-    """Parameters spread evenly in the logarithm, both ends included."""
-    return [float(x) for x in np.geomspace(low, high, FIRST)]
+def first_batch(axis: Axis) -> list[float]:
+    """The values that are named, or some that are spread evenly in the logarithm, both ends included."""
+    return [*(axis.values or dict.fromkeys(map(axis.value_at, np.linspace(0, 1, FIRST).tolist())))]
 
 
 def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:
-    """Up to `count` parameters to measure next, each of which promises most beside those before.
+    """Up to `count` values to measure next, each of which promises most beside those before.
 
     That is the largest expected improvement on the lowest of the best and those before, over the drawn curves.
     (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010, chosen one after another.)
 
     With `repeat`, and where the metric differs by less than the noise from end to end of the range, one that is next to
-    a measured parameter is that parameter, to be measured with another seed.
+    a measured value is that value, to be measured with another seed.
     """
-    width = math.log(found.xs[-1] / found.xs[0])
-    known = np.array(sorted({trial.x for trial in trials}))
-    within = found.curve[(found.xs >= found.low) & (found.xs <= found.high)]
+    known = sorted({trial.x for trial in trials if trial.value is not None})
+    places = found.axis.place(known)
+    low, high = _likely(found.draws)
+    within = found.curve[(low <= _GRID) & (high >= _GRID)]
     flat = repeat and found.noise > float(np.ptp(within))
     wanted: list[float] = []
-    lowest = found.draws[:, np.abs(found.xs - found.best).argmin()]
+    lowest = found.draws[:, np.abs(_GRID - found.axis.place([found.best])).argmin()]
     for _ in range(count):
         pick = int(np.minimum(found.draws, lowest[:, None]).mean(axis=0).argmin())
-        x, lowest = float(found.xs[pick]), np.minimum(lowest, found.draws[:, pick])
-        nearest = float(known[np.argmin(np.abs(np.log(known / x)))])
-        wanted.append(nearest if flat and abs(math.log(nearest / x)) < _SAME * width else x)
+        lowest = np.minimum(lowest, found.draws[:, pick])
+        nearest = int(np.abs(places - _GRID[pick]).argmin())
+        near = flat and abs(places[nearest] - _GRID[pick]) < _SAME
+        wanted.append(known[nearest] if near else found.axis.value_at(float(_GRID[pick])))
     return list(dict.fromkeys(wanted))
 
 
-def _place(x: FloatArray, low: float, high: float) -> FloatArray:
-    return np.asarray(np.log(x / low) / math.log(high / low))
+def _likely(draws: FloatArray) -> FloatArray:
+    """The ends of the range that holds the best with a probability of CONFIDENCE, as places."""
+    tail = (1 - CONFIDENCE) / 2
+    ends = np.quantile(_GRID[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
+    return np.asarray(np.clip(ends, 0, 1))
 
 
 def _draw(
@@ -244,3 +420,141 @@ def _draw(
 def _matern(x: FloatArray, length: float) -> FloatArray:
     distance = math.sqrt(5) * np.abs(x[:, None] - x[None]) / length
     return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
+
+
+# --- the search
+
+Measure = Callable[[Sequence[tuple[float, int]]], Iterable[Trial]]
+"""Measures values, each with a seed, and gives a trial of each."""
+
+
+class Search:
+    """One search: its trials, and what they say.
+
+    Arguments:
+        axis: what is searched.
+        run, t: the averages, which say how far it may go on beyond an end that is best.
+        known: trials that are there already.
+        minimize: whether lower is better.
+        budget: lengths to measure, each `repeats` times; one that is measured again counts again.
+        again: whether a length can be measured again with another seed.
+        batch: lengths of each round after the first.
+
+    Attributes:
+        axis: what is searched, widened where its end was best.
+        trials: all of them, failed ones with their error.
+        found: what they say, after the first round.
+        stopped: why no more was measured.
+    """
+
+    found: Estimate
+
+    def __init__(
+        self, axis: Axis, run: Run, t: float | None, known: Iterable[Trial] = (), *, minimize: bool, budget: int,
+        repeats: int, again: bool, batch: int = NEXT,
+    ) -> None:  # fmt: skip
+        self._run, self._t, self._minimize = run, t, minimize
+        self._budget, self._repeats, self._again, self._batch = budget, repeats, again, batch
+        self._first, self._known = first_batch(axis), list(known)
+        self.trials: list[Trial] = []
+        self._take(axis)
+        self.stopped = "it is still measuring"
+
+    def rounds(self, measure: Measure) -> Iterator[Estimate]:
+        """Measure until the best is known within the noise, or the budget is spent; gives what is known each time.
+
+        Raises:
+            PostHocError: too few trials have succeeded.
+        """
+        wanted = self._missing(self._first)
+        while True:
+            self.trials += measure(wanted)
+            self.found = self._estimate()
+            yield self.found
+            if further := self._widen():
+                wanted = self._missing(further)
+                continue
+            values = self._next()
+            if not values:
+                return
+            wanted = []
+            for value in values:
+                start = max(self._seeds(value), default=-1) + 1
+                wanted += [(value, seed) for seed in range(start, start + self._repeats)]
+
+    def _take(self, axis: Axis) -> None:
+        """Search these values, with the trials of them that are there already."""
+        self.axis, known = axis, self._known
+        self._known = []
+        for trial in known:
+            within = trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high
+            (self.trials if within else self._known).append(trial)
+
+    def _missing(self, values: Sequence[float]) -> list[tuple[float, int]]:
+        """What is not measured yet of some values."""
+        return [(v, seed) for seed in range(self._repeats) for v in values if seed not in self._seeds(v)]
+
+    @property
+    def _left(self) -> int:
+        """Lengths that may still be measured."""
+        spent = (-(-len(self._seeds(value)) // self._repeats) for value in {trial.x for trial in self.trials})
+        return self._budget - sum(spent)
+
+    def _widen(self) -> list[float]:
+        """Go on beyond an end that is best, and give the values to measure there; none if there is nothing."""
+        edge = self.found.edge
+        if edge is None or self.axis.values is not None or self._left <= 0:
+            return []
+        wider = self.axis.widened(edge == self.axis.high, self._run, self._t)
+        if wider is None:
+            return []
+        end = wider.high if edge == self.axis.high else wider.low
+        self._take(wider)
+        middle = float(wider.place([edge, end]).mean())
+        return list(dict.fromkeys((wider.value_at(middle), end)))[: self._left]
+
+    def _next(self) -> list[float]:
+        """The values of the next round; none where the search is at its end, and then why."""
+        axis, left = self.axis, self._left
+        if axis.values is not None:
+            return self._end("all named lengths are measured")
+        if self.found.settled:
+            return self._end("the best length is known within the noise")
+        if left <= 0:
+            return self._end("the budget is spent")
+        proposed = next_batch(self.found, self.trials, min(self._batch, left), self._again)
+        failed = {trial.x for trial in self.trials if trial.value is None}
+        proposed = [v for v in proposed if v not in failed and (self._again or not self._seeds(v))]
+        return proposed or self._end("nothing is left to measure between the measured lengths")
+
+    def _end(self, why: str) -> list[float]:
+        edge = self.found.edge
+        if edge is not None:
+            kind = "list" if self.axis.values else "range"
+            why += f"; the best lies at the end of the {kind}, {self.axis.title(edge)}"
+            exact = f", beyond which no average is exact within {100 * GOOD_ERROR:g} %"
+            why += ", and may lie beyond" if self.axis.values or self._left <= 0 else exact
+        self.stopped = why
+        return []
+
+    def _seeds(self, value: float) -> set[int]:
+        """Of the trials of a value."""
+        return {trial.seed for trial in self.trials if trial.x == value}
+
+    def _estimate(self) -> Estimate:
+        good = {trial.x: trial.value for trial in self.trials if trial.value is not None}
+        if len(good) < min(3, len(self._first)):
+            failed = [trial for trial in self.trials if trial.value is None]
+            reason = f"{len(failed)} of {len(self.trials)} trials have failed, too many to choose; the last one"
+            raise PostHocError("the sweep", f"{reason}: {failed[-1].target}: {failed[-1].error}")
+        if len(good) > 1 and len({trial.value for trial in self.trials} - {None}) == 1:
+            reason = f"every trial has the same metric, {next(iter(good.values())):.12g}"
+            raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
+        return estimate(self.trials, self.axis, self._minimize)
+
+
+def check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
+    """Raise an InvalidValueError for numbers that leave nothing to search with."""
+    least = FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
+    check_count("budget", budget, least)
+    check_count("repeats", repeats)

@@ -137,18 +137,11 @@ def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tm
         assert f"{folder / name}: cannot be opened" in ema(*command).error
 
 
-def test_shards_without_an_index_are_no_model_and_with_it_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_shards_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     average = ("synthesize", run, "--sigma-rel", "0.15")
     whole, folder = tmp_path / "whole.safetensors", tmp_path / "m"
     assert ema(*average, "--out", whole).code == 0
     assert ema(*average, "--out", folder, "--layout", "sharded", "--max-shard-size", "100").code == 0
-    index, count = folder / "model.safetensors.index.json", len(list(folder.glob("*.safetensors")))
-    kept = index.read_bytes()
-    index.unlink()
-    for command in (("info", folder), ("export", folder, "--out", tmp_path / "x.safetensors")):
-        assert f"{count} of {count} shards of a model are there, and no index" in ema(*command).error
-        assert ema(*command).error.endswith("; run again the job that makes them")
-    index.write_bytes(kept)
     for name, source in (("a", folder), ("b", folder / "model.safetensors.index.json")):
         made = tmp_path / f"{name}.safetensors"
         result = ema("export", source, "--out", made)
@@ -271,16 +264,3 @@ def test_sizes_and_errors_for_people() -> None:
     errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "> 1,000 %"}
     assert {error: percent(error) for error in errors} == errors
     assert percent(None) == "unknown"
-
-
-def test_a_guide_goes_through_the_pager_on_a_terminal_and_is_markdown_in_a_pipe(
-    ema: Ema, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paged: list[str] = []
-    monkeypatch.setattr("pydoc.pager", paged.append)
-    assert ema("guide", "sweep").out.startswith("# Sweep: ")
-    assert paged == []
-    on_terminal(monkeypatch, 80)
-    assert ema("guide", "sweep").out == ""
-    assert "By a command" in paged[0]
-    assert "## By a command" not in paged[0]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torture.commands import run_ema
 
 from posthoc_cli.cli import output
-from posthoc_cli.demo.walkthrough import Folder
+from posthoc_cli.demo import Folder
 from posthoc_cli.errors import OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots.tensor_file import read_header

@@ -90,32 +90,20 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         assert found == expected
 
 
-EXIT_CODES = {
-    0: ["info run", "verify run", "synthesize run --sigma-rel 0.1 --dry-run", "profile", "guide", "--version"],
-    1: [
-        "verify flipped-payload", "verify truncated", "info other-run", "info empty", "info broken.safetensors",
-        "synthesize run --sigma-rel 0.1 --out there.safetensors",
-        "synthesize flipped-payload --sigma-rel 0.1 --out x.pt",
-        "synthesize run --sigma-rel 0.1 --max-error 1e-9 --dry-run", "prune run --max-error 1e-9 --yes",
-        "sweep run --run 'false {weights}' --minimize --sigma-rel 0.1,0.2 --out swept",
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("info other-run", 1),
+        ("sweep run --run 'false {weights}' --minimize --sigma-rel 0.1,0.2 --out swept", 1),
+        ("sweep run --run 'echo {weights}' --metric loss --minimize --sigma-rel 0.1,0.2 --out named", 2),
     ],
-    2: [
-        "info text", "info absent", "info run --nothing", "nothing", "synthesize run --sigma-rel 0.4 --dry-run",
-        "synthesize run --out x.pt", "synthesize model.safetensors --sigma-rel 0.1 --out x.pt", "plan",
-        "synthesize run --sigma-rel 0.1 --out no/such/x.pt", "profile --target beta:0.999", "guide nothing",
-        "sweep run --run 'echo {weights}' --metric loss --minimize --sigma-rel 0.1,0.2 --out named",
-    ],
-}  # fmt: skip
-"""As the guide on synthesis says. Those of signals and of closed pipes are in `test_usage` and `test_hostile`."""
-
-
-@pytest.mark.parametrize("code", EXIT_CODES)
-def test_exit_codes_are_those_of_the_guide(
-    ema: Ema, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+)
+def test_exit_codes_of_what_prints_more_than_a_line_or_has_begun_its_work(
+    ema: Ema, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, code: int
 ) -> None:
     shutil.copytree(place, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
-    assert {line: ema(*shlex.split(line)).code for line in EXIT_CODES[code]} == dict.fromkeys(EXIT_CODES[code], code)
+    assert ema(*shlex.split(command)).code == code
 
 
 def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.report import render
 from posthoc_cli.sweep import Axis, Sweep
-from posthoc_cli.sweep.metrics import Metric
+from posthoc_cli.sweep.trials import Metric
 
 EVIL = "<script>alert(1)</script>\"'&"
 VOID = {"meta", "link", "br", "circle"}

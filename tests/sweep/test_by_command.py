@@ -28,8 +28,9 @@ from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.writer import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
-from posthoc_cli.sweep.metrics import Metric
-from posthoc_cli.sweep.results import Record, Records
+from posthoc_cli.sweep.results import Records
+from posthoc_cli.sweep.search import Trial
+from posthoc_cli.sweep.trials import Metric
 
 LENGTHS = (0.05, 0.1, 0.2)
 PRINTED = Metric()
@@ -53,7 +54,7 @@ def names(folder: Path) -> set[str]:
 def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     report = swept(run, out, axis=Axis("sigma_rel", 0.02, 0.28))
-    low, best, high = (report.value_of(x) for x in (report.found.low, report.found.best, report.found.high))
+    low, best, high = report.found.low, report.found.best, report.found.high
     assert low <= 0.1 <= high < 1.15 * low
     assert best == pytest.approx(0.1, rel=0.05)
     assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
@@ -81,25 +82,16 @@ def test_a_command_gets_the_average_a_seed_and_a_folder(
     assert (kept / "0.1-0").read_text() != (kept / "0.1-1").read_text()
 
 
-def test_metrics_from_files_and_raw_weights_to_compare_with(run: Run, tmp_path: Path) -> None:
-    command = shell('printf "{\\"r\\": {\\"acc,none\\": $2, \\"acc_stderr,none\\": 0.01}}" > $4/results.json')
-    raw = tmp_path / "raw.safetensors"
-    raw.touch()
-    report = swept(
-        run, tmp_path / "out", command, Metric("r.acc,none", "results.json"), axis=GRID, minimize=False, raw=raw
-    )
-    assert report.best.sigma_rel == pytest.approx(0.2, rel=0.1)
-    assert [trial.standard_error for trial in report.trials] == [0.01] * 4
-    assert report.raw == 0.0
-    assert report.trials[0].target == "raw"
-
-
 def test_another_file_of_raw_weights_is_measured_anew_and_more_repeats_are_added(run: Run, tmp_path: Path) -> None:
-    command = shell(f'case "$1" in {tmp_path}/raw*) cat "$1";; *) echo $2;; esac')
+    """By a metric in a file, with its standard error."""
+    score = 'printf "{\\"r\\": {\\"acc,none\\": $x, \\"acc_stderr,none\\": 0.01}}" > $4/results.json'
+    command = shell(f'case "$1" in {tmp_path}/raw*) x=$(cat "$1");; *) x=$2;; esac; {score}')
+    metric = Metric("r.acc,none", "results.json")
     for name, repeats, values in (("raw-1", 1, [1.0]), ("raw-2", 1, [2.0]), ("raw-2", 3, [2.0] * 3)):
         (tmp_path / name).write_text(name[-1])
-        report = swept(run, tmp_path / "out", command, axis=GRID, raw=tmp_path / name, repeats=repeats)
+        report = swept(run, tmp_path / "out", command, metric, axis=GRID, raw=tmp_path / name, repeats=repeats)
         assert [trial.value for trial in report.trials if trial.target == "raw"] == values
+        assert {trial.standard_error for trial in report.trials} == {0.01}
 
 
 def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_path: Path) -> None:
@@ -118,7 +110,7 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
 
 def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
     records = Records(tmp_path, {"run": "r", "t": 1})
-    trials = [Record("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
+    trials = [Trial("sigma_rel 0.1", 0.1, seed, 0.5, seconds=1.0, log="logs/x") for seed in range(3)]
     for trial in trials[:2]:
         records.append(trial)
     path = tmp_path / "trials.jsonl"
@@ -141,7 +133,7 @@ def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None
     ],
 )
 def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
-    told: list[Record] = []
+    told: list[Trial] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
     report = swept(
@@ -200,8 +192,8 @@ def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
 def test_a_search_goes_on_beyond_an_end_that_is_best(run: Run, tmp_path: Path, axis: Axis, best: float) -> None:
     command = f"awk 'BEGIN {{ print log({{sigma_rel}} / {best}) ^ 2 }}' {{weights}}"
     report = swept(run, tmp_path / "out", command, axis=axis)
-    assert report.value_of(report.found.best) == pytest.approx(best, rel=0.1)
-    assert report.axis.low < best < report.axis.high
+    assert report.found.best == pytest.approx(best, rel=0.1)
+    assert report.found.axis.low < best < report.found.axis.high
     assert "end of the range" not in report.stopped
     evaluations = (tmp_path / "out" / "trials.jsonl").read_text().count("\n")
     again = swept(run, tmp_path / "out", command, axis=axis)
@@ -213,8 +205,8 @@ def test_it_goes_no_further_than_averages_are_exact_and_says_so(run: Run, tmp_pa
     command = "sh -c 'echo $1' sh {sigma_rel} {weights}"
     report = swept(run, tmp_path / "out", command, axis=Axis("sigma_rel", 0.1, 0.18), minimize=False)
     assert max(trial.predicted_error or 1 for trial in report.trials) < 0.01
-    assert f"end of the range, sigma_rel {report.axis.high:g}, beyond which no average is exact" in report.stopped
-    assert report.axis.high > 0.25
+    assert f"end of the range, sigma_rel {report.found.axis.high:g}, beyond which no average is exact" in report.stopped
+    assert report.found.axis.high > 0.25
     spent = swept(run, tmp_path / "spent", command, axis=Axis("sigma_rel", 0.1, 0.2), budget=6)
     assert spent.stopped.endswith("the best lies at the end of the range, sigma_rel 0.1, and may lie beyond")
     listed = swept(run, tmp_path / "listed", command, axis=GRID)
@@ -350,7 +342,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
     command = shell(f"{first}; {last}")
     script = (
         "import sys; from posthoc_cli import Run; from posthoc_cli.sweep import Axis, Sweep\n"
-        "from posthoc_cli.sweep.metrics import Metric; from pathlib import Path\n"
+        "from posthoc_cli.sweep.trials import Metric; from pathlib import Path\n"
         "Sweep(Run(sys.argv[1]), sys.argv[2], Metric('x', 'm.json'), Path(sys.argv[3]),"
         " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
     )
@@ -369,10 +361,10 @@ def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) 
     command = shell(f'ls {tmp_path}/out/.scratch/*.safetensors | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     report = swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [0.05, 0.1, 0.15, 0.2, 0.25]))
     assert [math.floor(trial.value) for trial in report.trials] == [5] * 5
-    bound = swept(run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.axis, disk=2 * size + 1)
+    bound = swept(
+        run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.found.axis, disk=2 * size + 1
+    )
     assert [math.floor(trial.value) for trial in bound.trials] == [2, 2, 2, 2, 1]
-    with refused("disk", "must have room for one"):
-        swept(run, tmp_path / "small", disk=size - 1)
 
 
 @pytest.mark.parametrize(
@@ -390,12 +382,10 @@ def test_jobs_run_side_by_side_and_share_out_the_devices(
     assert set((tmp_path / "given").read_text().split()) == given
 
 
-def test_long_logs_keep_their_end_and_large_folders_go(run: Run, tmp_path: Path) -> None:
-    command = shell("yes | head -c 3000000; head -c 3000000 /dev/zero > $4/large; echo $2")
-    report = swept(run, tmp_path / "out", command, axis=GRID)
+def test_what_a_trial_leaves_in_its_folder_goes(run: Run, tmp_path: Path) -> None:
+    report = swept(run, tmp_path / "out", shell("head -c 3000000 /dev/zero > $4/large; echo $2"), axis=GRID)
     assert [trial.value for trial in report.trials] == list(LENGTHS)
-    sizes = sorted(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert sizes[-1] <= 1_000_000
+    assert max(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) <= 1_000_000
 
 
 def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
@@ -447,7 +437,7 @@ def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, na
 )
 def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
     report = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
-    assert report.value_of(report.found.best) == pytest.approx(best, rel=0.05)
+    assert report.found.best == pytest.approx(best, rel=0.05)
     assert report.best.title.startswith(axis.kind)
     again = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
     assert again.trials == report.trials
@@ -540,6 +530,18 @@ def test_in_python_two_lengths_are_needed(run: Run, values: list[float]) -> None
         sweep(run, lambda _: 1.0, values=values)
 
 
+def test_in_python_lengths_may_be_numpys(run: Run, tmp_path: Path) -> None:
+    """And are numbers as any other in the file of the result."""
+    for how in ({"values": np.array([0.0625, 0.125, 0.25], np.float32)}, {"low": np.float32(0.0625), "high": 0.25}):
+        report = sweep(run, lambda weights: weights["a"].norm(), **how)  # type: ignore[arg-type]
+        report.write(tmp_path)
+        assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["x"] == 0.0625
+    with refused("sigma_rel", "must be a number"):
+        sweep(run, lambda _: 1.0, values=["0.1", 0.2])  # type: ignore[list-item]
+    with refused("budget", "must be a whole number"):
+        sweep(run, lambda _: 1.0, low=0.1, high=0.2, budget=6.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("metric", [None, lambda _: "a", lambda _: (1.0, "a"), lambda _: (1.0, 0.1, 2.0)])
 def test_in_python_the_metric_is_a_function_that_gives_a_number(run: Run, metric: Any) -> None:
     with refused("metric", "must "):
@@ -581,7 +583,7 @@ def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
     made = {int(trial.target.removeprefix("last:")): trial.value for trial in report.trials if trial.target != "raw"}
     assert made == pytest.approx({n: abs(8 - n / 2) for n in made})  # the mean of the last n is 30.5 - n / 2
     assert max(made) > 12
-    assert report.value_of(report.found.best) == pytest.approx(16, abs=1)
+    assert report.found.best == pytest.approx(16, abs=1)
 
 
 def test_in_python_raw_weights_are_measured_where_they_are_at_hand(run: Run, tmp_path: Path) -> None:

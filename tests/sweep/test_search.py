@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from posthoc_cli.sweep import Axis
-from posthoc_cli.sweep.results import Record
-from posthoc_cli.sweep.rounds import Search
 from posthoc_cli.sweep.search import NEXT, POINTS, Trial, estimate, first_batch, next_batch
 
 LOW, HIGH = 0.02, 0.28
+AXIS = Axis("sigma_rel", LOW, HIGH)
+
+
+def trial(x: float, value: float, standard_error: float | None = None, seed: int = 0) -> Trial:
+    return Trial(f"sigma_rel {x:g}", x, seed, value, standard_error)
 
 
 def bowl(x: float, best: float = 0.09) -> float:
@@ -23,12 +25,12 @@ def bowl(x: float, best: float = 0.09) -> float:
 
 def trials(noise: float, count: int = 12, seed: int = 0, sign: float = 1.0) -> list[Trial]:
     random = np.random.default_rng(seed)
-    return [Trial(x, sign * (bowl(x) + noise * random.normal())) for x in np.geomspace(LOW, HIGH, count).tolist()]
+    return [trial(x, sign * (bowl(x) + noise * random.normal())) for x in np.geomspace(LOW, HIGH, count).tolist()]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
-    found = estimate(trials(0, 6, sign=sign), LOW, HIGH, minimize=sign > 0)
+    found = estimate(trials(0, 6, sign=sign), AXIS, minimize=sign > 0)
     assert found.best == pytest.approx(0.09, rel=0.02)  # of the grid's spacing, 2.7 %
     assert found.low <= 0.09 <= found.high < 1.1 * found.low
     assert abs(found.mean) < 0.01
@@ -40,23 +42,23 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
 
 def test_the_range_holds_the_best_as_often_as_it_says() -> None:
     """Of 60 searches; a coverage of 95 % gives less than 52 once in 6,000."""
-    held = [estimate(trials(0.5, seed=seed), LOW, HIGH) for seed in range(60)]
+    held = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(60)]
     assert sum(found.low <= 0.09 <= found.high for found in held) >= 52
     assert np.mean([math.log(found.high / found.low) for found in held]) < 0.8 * math.log(HIGH / LOW)
 
 
 def test_more_noise_widens_the_range_and_a_stated_error_is_believed() -> None:
-    widths = [math.log(found.high / found.low) for found in (estimate(trials(n), LOW, HIGH) for n in (0, 0.1, 1.0))]
+    widths = [math.log(found.high / found.low) for found in (estimate(trials(n), AXIS) for n in (0, 0.1, 1.0))]
     assert widths[0] < widths[1] < widths[2]
-    unsure = [Trial(t.x, t.value, standard_error=1.0) for t in trials(0)]
-    assert estimate(unsure, LOW, HIGH).high / estimate(unsure, LOW, HIGH).low > 1.5
-    assert estimate(unsure, LOW, HIGH).noise == pytest.approx(1.0)
+    unsure = [trial(t.x, t.value, standard_error=1.0) for t in trials(0)]
+    assert estimate(unsure, AXIS).high / estimate(unsure, AXIS).low > 1.5
+    assert estimate(unsure, AXIS).noise == pytest.approx(1.0)
 
 
 def test_what_a_seed_adds_to_all_its_trials_is_no_noise() -> None:
     offset = {0: 0.0, 1: 5.0, 2: -3.0}
-    shared = [Trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(LOW, HIGH)]
-    found = estimate(shared, LOW, HIGH)
+    shared = [trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(AXIS)]
+    found = estimate(shared, AXIS)
     assert found.low <= 0.09 <= found.high < 1.25 * found.low
 
 
@@ -66,64 +68,53 @@ def test_what_a_seed_adds_to_all_its_trials_is_no_noise() -> None:
     ids=["constant", "a-step", "two-values", "an-outlier"],
 )
 def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]) -> None:
-    given = [Trial(t.x, value) for t, value in zip(trials(0), values, strict=True)]
-    found = estimate(given, LOW, HIGH)
+    given = [trial(t.x, value) for t, value in zip(trials(0), values, strict=True)]
+    found = estimate(given, AXIS)
     assert all(map(math.isfinite, (found.best, found.mean, found.standard_error, found.regret)))
     assert LOW <= found.low <= found.best <= found.high <= HIGH
     assert found.high > 1.3 * found.low
 
 
 def test_the_next_batch_lies_where_the_best_may_be_and_repeats_what_is_near() -> None:
-    first = [Trial(x, bowl(x)) for x in first_batch(LOW, HIGH)]
-    noisy = [Trial(t.x, t.value, standard_error=1.5) for t in first]
-    found = estimate(noisy, LOW, HIGH)
+    first = [trial(x, bowl(x)) for x in first_batch(AXIS)]
+    noisy = [trial(t.x, t.value, standard_error=1.5) for t in first]
+    found = estimate(noisy, AXIS)
     proposed = next_batch(found, noisy)
     assert 1 < len(proposed) <= NEXT
     assert all(found.low <= x <= found.high for x in proposed)
-    crowded = [Trial(x, bowl(x), standard_error=30.0) for x in np.geomspace(LOW, HIGH, 60).tolist()]
-    assert set(next_batch(estimate(crowded, LOW, HIGH), crowded, repeat=True)) <= {t.x for t in crowded}
+    crowded = [trial(x, bowl(x), standard_error=30.0) for x in np.geomspace(LOW, HIGH, 60).tolist()]
+    assert set(next_batch(estimate(crowded, AXIS), crowded, repeat=True)) <= {t.x for t in crowded}
 
 
 def test_the_same_trials_say_the_same_in_any_order() -> None:
-    first, again = estimate(trials(0.1), LOW, HIGH), estimate(trials(0.1)[::-1], LOW, HIGH)
-    assert estimate(trials(0.1), LOW, HIGH).best == first.best
+    first, again = estimate(trials(0.1), AXIS), estimate(trials(0.1)[::-1], AXIS)
+    assert estimate(trials(0.1), AXIS).best == first.best
     assert again.best == pytest.approx(first.best, rel=0.1)
 
 
 def test_one_far_value_does_not_hide_the_best() -> None:
     """A trial that went wrong."""
-    xs = [0.02, 0.034, 0.057, 0.097, 0.16, 0.28]
-    values = [math.log(x / 0.1) ** 2 for x in xs]
-    for place, wrong in ((1, 1000.0), (4, 1000.0)):
-        found = estimate(
-            [Trial(x, wrong if k == place else value) for k, (x, value) in enumerate(zip(xs, values, strict=True))],
-            0.02, 0.28,
-        )  # fmt: skip
+    values = {x: math.log(x / 0.1) ** 2 for x in (0.02, 0.034, 0.057, 0.097, 0.16, 0.28)}
+    for place in (0.034, 0.16):
+        found = estimate([trial(x, 1000.0 if x == place else value) for x, value in values.items()], AXIS)
         assert found.low <= 0.1 <= found.high
         assert abs(found.mean) < 10
-    well = [Trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in zip(xs, values, strict=True)]
-    assert 0.08 < estimate(well, 0.02, 0.28).best < 0.2
+    well = [trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in values.items()]
+    assert 0.08 < estimate(well, AXIS).best < 0.2
 
 
-def test_the_end_of_a_steep_metric_is_the_best() -> None:
-    def square(x: float) -> float:
-        return (x - 0.1) ** 2
-
-    for axis in (Axis("sigma_rel", 0.05, 0.2), Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])):
-
-        def measure(wanted: Sequence[tuple[float, int]], axis: Axis = axis) -> Iterator[Record]:
-            for x, seed in wanted:
-                yield Record(axis.title(x), x, seed, square(x))
-
-        found = Search(axis, minimize=False, budget=20).run(measure).found
-        assert found.best == pytest.approx(0.2)
-        assert abs(found.mean - square(0.2)) < 2 * found.standard_error
+@pytest.mark.parametrize("axis", [Axis("sigma_rel", 0.05, 0.2), Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])])
+def test_the_end_of_a_steep_metric_is_the_best(axis: Axis) -> None:
+    values = {x: (x - 0.1) ** 2 for x in first_batch(axis)}
+    found = estimate([trial(x, value) for x, value in values.items()], axis, minimize=False)
+    assert found.best == found.edge == pytest.approx(0.2)
+    assert abs(found.mean - values[0.2]) < 2 * found.standard_error
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1e300])
 def test_the_unit_of_a_metric_changes_nothing(scale: float) -> None:
-    usual = estimate(trials(0.1), LOW, HIGH)
-    found = estimate([Trial(trial.x, scale * trial.value) for trial in trials(0.1)], LOW, HIGH)
+    usual = estimate(trials(0.1), AXIS)
+    found = estimate([trial(one.x, scale * (one.value or 0.0)) for one in trials(0.1)], AXIS)
     for name in ("best", "low", "high"):
         assert getattr(found, name) == pytest.approx(getattr(usual, name))
     for name in ("mean", "standard_error", "noise", "regret"):
@@ -132,7 +123,7 @@ def test_the_unit_of_a_metric_changes_nothing(scale: float) -> None:
 
 def test_hundreds_of_trials_take_no_more_memory_than_a_few_matrices() -> None:
     tracemalloc.start()
-    estimate([Trial(x, bowl(x), seed=seed) for x in first_batch(LOW, HIGH) for seed in range(50)], LOW, HIGH)
+    estimate([trial(x, bowl(x), seed=seed) for x in first_batch(AXIS) for seed in range(50)], AXIS)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50e6  # a matrix is 0.7 MB, and 420 combinations of hyperparameters are tried
@@ -140,7 +131,7 @@ def test_hundreds_of_trials_take_no_more_memory_than_a_few_matrices() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 5.0, 0.1, -1e6])
 def test_a_metric_that_is_always_the_same_has_no_error(value: float) -> None:
-    found = estimate([Trial(x, value) for x in (0.02, 0.05, 0.1, 0.28)], 0.02, 0.28)
+    found = estimate([trial(x, value) for x in (0.02, 0.05, 0.1, 0.28)], AXIS)
     assert found.mean == pytest.approx(value, rel=1e-6, abs=1e-6)
     assert found.standard_error <= 1e-6 * max(1.0, abs(value))
-    assert (found.low, found.high) == pytest.approx((0.02, 0.28), rel=0.1)
+    assert (found.low, found.high) == pytest.approx((LOW, HIGH), rel=0.1)

@@ -1,4 +1,4 @@
-"""`ema error-plot`: the picture, the table and the numbers."""
+"""`ema error-plot`: the picture, the table and the numbers; and `ema plan`: what it prints can be pasted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from ema_command import Ema
 from factories import expected_error
+
+from posthoc_cli import PostHocEMA
 
 SCHEDULE = ("--steps", "100000", "--checkpoint-every", "1000", "--max-checkpoints", "20")
 
@@ -122,3 +125,65 @@ def test_targets_of_other_kinds_are_points_and_drawn_over_time(ema: Ema, run: Pa
     picture = (tmp_path / "e.svg").read_text()
     assert all(f"{title} from " in picture for title in ("sigma_rel 0.15", *titles))
     assert all(f"{title}: {100 * found[title]['predicted_error']:.2g} %" in picture for title in titles)
+
+
+PLANNED = ("plan", "--steps", "4000", "--params", "1M", "--max-size", "24MB")
+
+
+def test_a_plan_has_alternatives_and_a_call_that_runs(
+    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = ema(*PLANNED)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
+    assert re.split(r"  +", lines[0]) == columns
+    table, _, rest = result.out.partition("\npredicted errors")
+    assert max(map(len, table.splitlines())) <= 80
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)}
+    exec(rest[rest.index("\nema = ") :], names)
+    settings = names["ema"].settings
+    assert settings.sigma_rels == tuple(float(s) for s in lines[1].split("  ")[0].split(", "))
+    assert f"{settings.schedule.checkpoint_every:,}" in lines[1]
+    assert str(settings.schedule.max_checkpoints) in lines[1].split()
+
+
+def test_the_json_of_a_plan_has_everything_and_choices_can_be_fixed(ema: Ema) -> None:
+    report = ema(*PLANNED, "--sigma-range", "0.1:0.2", "--json").json
+    assert report["max_bytes"] == 24_000_000
+    assert report["motion"] == "assumed"
+    best = report["proposals"][0]
+    assert best["worst_error"] == max(best["predicted_error"]) <= 5e-4 == report["max_error"]
+    assert best["bytes"] <= 24_000_000
+    assert best["checkpoint_every"] % best["update_every"] == 0
+    assert report["call"].startswith("ema = PostHocEMA.from_model(")
+    fixed = ("--sigma-rels", "0.1,0.05", "--dtype", "fp16", "--checkpoint-every", "500", "--max-checkpoints", "3")
+    (best,) = ema(*PLANNED, *fixed, "--json").json["proposals"]
+    assert (best["sigma_rels"], best["dtype"]) == ([0.05, 0.1], "float16")
+    assert (best["checkpoint_every"], best["max_checkpoints"]) == (500, 3)
+
+
+def test_what_is_good_enough_can_be_said(ema: Ema) -> None:
+    fixed = (*PLANNED, "--max-size", "100MB", "--dtype", "float16", "--sigma-rels", "0.05,0.28", "--json")
+    coarse, fine = (ema(*fixed, "--max-error", error).json["proposals"] for error in ("1%", "1e-5"))
+    assert coarse[0]["worst_error"] <= 0.01
+    assert coarse[0]["bytes"] < fine[0]["bytes"]
+    assert fine[0]["worst_error"] == min(other["worst_error"] for other in fine)  # not to be had: the least
+
+
+def test_a_plan_like_another_takes_the_movement_of_a_run(ema: Ema, run: Path) -> None:
+    fixed = ("--sigma-rels", "0.05,0.28", "--dtype", "float16", "--checkpoint-every", "500", "--json")
+    plain, like = (ema(*PLANNED, *fixed, *more).json for more in ((), ("--like", run)))
+    assert like["motion"] == "like"
+    assert like["proposals"][0]["worst_error"] != pytest.approx(plain["proposals"][0]["worst_error"], rel=0.05)
+    assert f"as in {run}" in ema(*PLANNED, *fixed[:-1], "--like", run).out
+
+
+def test_a_plan_is_drawn(ema: Ema, tmp_path: Path) -> None:
+    out = tmp_path / "plan.png"
+    fixed = ("--sigma-rels", "0.05,0.28", "--out", out)
+    assert ema(*PLANNED, *fixed).out.splitlines()[-1] == f"wrote {out}"
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert "--overwrite to replace" in ema(*PLANNED, *fixed).error
+    assert ema(*PLANNED, *fixed, "--overwrite").code == 0

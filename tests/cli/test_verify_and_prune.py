@@ -1,4 +1,4 @@
-"""`ema verify`: a line a file, a summary, an exit code; asks before it changes anything."""
+"""`ema verify` and `ema prune`: what they show, and that they ask before they change anything."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_where_nothing_is_left_the_error_is_unknown(ema: Ema, run: Path) -> None
 
 
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])
-def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> None:
+def test_repairing_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
     before, questions = contents(run), asked(answer, run)
@@ -205,3 +205,50 @@ def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
         assert ema("verify", run).code == 1
         assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
     assert {name: data for name, data in contents(run).items() if "lock" not in name} == before
+
+
+def test_pruning_shows_what_goes_and_deletes_it(ema: Ema, run: Path) -> None:
+    result = ema("prune", run, "--keep", "5", "--yes")
+    assert result.code == 0
+    assert result.err == ""
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["would", "go", "t", "sigma_rel", "size"]
+    assert lines[-1].startswith("deleted 30 snapshots, ")
+    shown = {line.split()[0] for line in lines if ".safetensors" in line}
+    assert len(shown) == 30
+    left = [path.name for path in snapshot_files(run)]
+    assert len(left) == 10
+    assert not shown & set(left)
+
+
+def test_json_says_what_was_deleted(ema: Ema, run: Path) -> None:
+    everything = {path.name for path in snapshot_files(run)}
+    report = ema("prune", run, "--max-error", "30%", "--yes", "--json").json
+    assert report["deleted"] is True
+    assert report["before"]["worst_error"] <= report["after"]["worst_error"] <= 0.3
+    left = {path.name: path.stat().st_size for path in snapshot_files(run)}
+    assert set(report["kept"]) == set(left) == everything - {gone["file"] for gone in report["gone"]}
+    assert report["bytes"] == sum(left.values())
+    enough = ema("prune", run, "--max-size", "1GB", "--yes")
+    assert enough.code == 0
+    assert enough.out.splitlines()[-1] == "nothing has to be deleted"
+
+
+@pytest.mark.parametrize("wish", [("--keep", "5"), ("--max-size", "100kB"), ("--max-error", "0.5")])
+def test_a_dry_run_deletes_nothing(ema: Ema, run: Path, wish: tuple[str, str]) -> None:
+    before = contents(run)
+    result = ema("prune", run, *wish, "--dry-run")
+    assert result.code == 0
+    assert "nothing was deleted" in result.out.splitlines()[-1]
+    report = ema("prune", run, *wish, "--dry-run", "--json").json
+    assert report["deleted"] is False
+    assert report["gone"]
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 40), ("y", 0, 10), ("", 130, 40)])
+def test_pruning_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int, left: int) -> None:
+    questions = asked(answer, run)
+    result = ema("prune", run, "--keep", "5")
+    assert (result.code, questions, len(snapshot_files(run))) == (code, ["delete 30 snapshots for good?"], left)
+    assert answer != "n" or result.out.splitlines()[-1] == "nothing was deleted"
