@@ -34,6 +34,7 @@ from posthoc_cli.snapshots.reading import sampled_identity
 from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file, read_start
 
 Keys = tuple[str, ...]
+"""That lead to a tensor within a file's content."""
 
 ENDINGS = (fmt.SUFFIX, *PICKLES, ".pth.tar")
 PARAMETERS = "shadow_params"
@@ -67,6 +68,12 @@ class FoundChunk(NamedTuple):
     box: Box
 
 
+Find = Callable[[], list[FoundChunk]]
+"""Finds the chunks of a tensor."""
+Tensors = Mapping[str, Find]
+"""Tensors by their names."""
+
+
 @dataclass(frozen=True)
 class IndexedCheckpoint:
     """What a checkpoint holds.
@@ -78,7 +85,7 @@ class IndexedCheckpoint:
     """
 
     path: Path
-    tensors: Mapping[Keys, Callable[[], list[FoundChunk]]]
+    tensors: Mapping[Keys, Find]
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -106,7 +113,7 @@ class IndexedCheckpoint:
         level = len(outer)
         return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
-    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Callable[[], list[FoundChunk]]]:
+    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Find]:
         """The tensors of the model by name; with a prefix those whose names begin with it, without it.
 
         They are those of the `group`, if there is one of this name, else of one that is named as models are, also
@@ -203,7 +210,7 @@ def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
     """An average of diffusers as the group "ema", with the weights in the folder beside it as the group "model"."""
     config = average / CONFIG
     settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    tensors: dict[Keys, Find] = {}
     beside = folder / average.name.removesuffix(EMA_ENDING)
     for group, place in (("model", beside), ("ema", average)):
         if place.is_dir():
@@ -230,7 +237,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
         else:
             content = _leaves(path, read_pickled(file, 0, file.size))
         identity = sampled_identity(file)
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
         if isinstance(value, TensorEntry):
             tensors[keys] = functools.partial(_whole, path, identity, value)
@@ -293,7 +300,7 @@ def _module_tensors(node: Node) -> dict[Any, Any] | None:
 
 def _of_shards(index: Path) -> IndexedCheckpoint:
     """A model in shards, by its index."""
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).shards.items():
         shard = _of_file(index.parent / name)
@@ -334,33 +341,23 @@ def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
 
 
 def _of_distributed(metadata: Path) -> IndexedCheckpoint:
-    folder = metadata.parent
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
     listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
-    places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
-    for index, place in stored.items():
-        key: dict[str, Any] = _state(index)
-        offset: Any = key.get("offset") or ()
-        if isinstance(key.get("fqn"), str) and is_sizes(offset):
-            places[key["fqn"], tuple(offset)] = _state(place)
-    paths = planned if isinstance(planned, dict) else {}
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
-    files = _ChunkFiles(folder)
+    files = _ChunkFiles(metadata, stored)
+    tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
     for name, described in listed.items():
-        chunks = _state(described).get("chunks")
-        if not (isinstance(name, str) and isinstance(chunks, list)):
+        if not (isinstance(name, str) and isinstance(_state(described).get("chunks"), list)):
             if name in _STEP_NAMES:
-                values[name] = files.read(name, places.get((name, ()), {}))[1]
+                values[name] = files.read(name, ())[1]
             continue  # an object that is no tensor
-        keys: Any = paths.get(name)
+        keys: Any = planned.get(name) if isinstance(planned, dict) else None
         is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
-        finder = functools.partial(_found_chunks, files, name, _state(described), places)
-        tensors[tuple(map(str, keys)) if is_path else (name,)] = finder
-    return IndexedCheckpoint(folder, tensors, values)
+        tensors[tuple(map(str, keys)) if is_path else (name,)] = functools.partial(files.chunks, name, described)
+    return IndexedCheckpoint(metadata.parent, tensors, values)
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -368,48 +365,51 @@ def _state(value: Any) -> dict[str, Any]:
     return value.state if isinstance(value, Node) and isinstance(value.state, dict) else {}
 
 
-def _found_chunks(
-    files: _ChunkFiles, name: str, described: dict[str, Any], places: Mapping[Any, dict[str, Any]]
-) -> list[FoundChunk]:
-    """The chunks of a tensor."""
-    metadata = files.folder / DCP_METADATA
-    size: Any = described.get("size")
-    listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described["chunks"])]
-    if not all(is_sizes(one) and len(one) == len(size) for pair in ((size, size), *listed) for one in pair):
-        raise FileFormatError(metadata, f"tensor {shown(name)}: its shape, or that of a chunk, is malformed")
-    boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
-    if problem := cover_problem(tuple(size), boxes):
-        raise FileFormatError(metadata, f"tensor {shown(name)}: {problem}")
-    return [files.chunk(name, box, places.get((name, box.offset)) or places.get((name, ())) or {}) for box in boxes]
-
-
 class _ChunkFiles:
-    """The files of a distributed checkpoint, each with its identity."""
+    """The files of a distributed checkpoint: what its metadata say of each place, and each file's identity."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, metadata: Path, stored: dict[Any, Any]) -> None:
+        self._metadata = metadata
         self._identities: dict[Path, str] = {}
+        self._places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+        for index, place in stored.items():
+            key: dict[str, Any] = _state(index)
+            offset: Any = key.get("offset") or ()
+            if isinstance(key.get("fqn"), str) and is_sizes(offset):
+                self._places[key["fqn"], tuple(offset)] = _state(place)
 
-    def chunk(self, name: str, box: Box, place: Mapping[str, Any]) -> FoundChunk:
-        """A chunk of a tensor, where its file has it."""
-        path, found = self.read(name, place)
-        if not isinstance(found, TensorEntry) or found.shape != box.shape:
-            raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
-        return FoundChunk(path, self._identities[path], found, box)
+    def chunks(self, name: str, described: Any) -> list[FoundChunk]:
+        """The chunks of a tensor, where their files have them."""
+        size: Any = _state(described).get("size")
+        listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described.state["chunks"])]
+        if not all(is_sizes(one) and len(one) == len(size) for pair in ((size, size), *listed) for one in pair):
+            reason = f"tensor {shown(name)}: its shape, or that of a chunk, is malformed"
+            raise FileFormatError(self._metadata, reason)
+        boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
+        if problem := cover_problem(tuple(size), boxes):
+            raise FileFormatError(self._metadata, f"tensor {shown(name)}: {problem}")
+        made = []
+        for box in boxes:
+            path, found = self.read(name, box.offset)
+            if not isinstance(found, TensorEntry) or found.shape != box.shape:
+                raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
+            made.append(FoundChunk(path, self._identities[path], found, box))
+        return made
 
-    def read(self, name: str, place: Mapping[str, Any]) -> tuple[Path, Any]:
-        """The file and the object at a place."""
-        metadata = self.folder / DCP_METADATA
+    def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
+        """The file and the object of a name at an offset, or of the name alone."""
+        place = self._places.get((name, offset)) or self._places.get((name, ())) or {}
         file_name: Any = place.get("relative_path")
         begin: Any = place.get("offset")
         length: Any = place.get("length")
         if not (isinstance(file_name, str) and is_sizes((begin, length))):
-            raise FileFormatError(metadata, f"{shown(name)}: its place is missing")
+            raise FileFormatError(self._metadata, f"{shown(name)}: its place is missing")
         if Path(file_name).name != file_name or not file_name.isprintable():
-            raise FileFormatError(metadata, f"{shown(name)}: {shown(file_name)} is not the name of a file beside it")
+            reason = f"{shown(name)}: {shown(file_name)} is not the name of a file beside it"
+            raise FileFormatError(self._metadata, reason)
         if place.get("transform_descriptors"):
-            raise FileFormatError(metadata, f"{shown(name)}: is compressed or encrypted, which is not read")
-        path = self.folder / file_name
+            raise FileFormatError(self._metadata, f"{shown(name)}: is compressed or encrypted, which is not read")
+        path = self._metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self._identities:
                 self._identities[path] = sampled_identity(file)

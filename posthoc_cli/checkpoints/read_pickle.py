@@ -338,7 +338,7 @@ _CALLS: _Calls = {
     **dict.fromkeys(("builtins.set", "__builtin__.set", "torch.Size"), lambda values=(): values),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": lambda *values: _tensor(*values[:4]),
-    "torch._utils._rebuild_tensor_v3": lambda *values: _tensor(*values[:4], kind=values[6]),
+    "torch._utils._rebuild_tensor_v3": lambda *values: _tensor(*values[:4], values[6]),  # type: ignore[call-arg]
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     # A tensor with attributes, or of a subclass.
