@@ -1,9 +1,9 @@
 """Is an average what it claims to be? From checkpoints that hold it and the weights; NumPy on a sample, float64.
 
 `audit_decay` finds the decay that explains how the average moved; here the warm-up is found, and where it began. What
-is wrong shows in the same sums of products: nothing moves, the average is equal to the weights,
-the decay is above 1, or it is the weights that follow the average. Where the average began again from the weights it
-remembers nothing of before, and how far it is on the way between two checkpoints says when.
+is wrong shows in the same sums of products: nothing moves, the average is equal to the weights, the decay is above 1,
+or it is the weights that follow the average. Where the average began again from the weights it remembers nothing of
+before, and how far it is on the way between two checkpoints says when.
 """
 
 from __future__ import annotations
@@ -140,17 +140,9 @@ class Audit:
 
 @dataclass
 class _Case:
-    """An average to be judged.
+    """An average to be judged: `low` if it is stored, or seems to be kept, in 16 bits; `tensors` are those of pieces.
 
-    Attributes:
-        name: of the average, if the run has several.
-        products: of one interval after the other.
-        series: some elements at all times.
-        tensors: the name of each piece's.
-        model: what it may be, or is claimed to be.
-        low: whether the average is stored, or seems to be kept, in 16 bits.
-        starts: times at which it is said to have begun again.
-        unit: of time.
+    `starts` are times at which it is said to have begun again.
     """
 
     name: str
@@ -166,7 +158,7 @@ class _Case:
         moved = np.array([one.gram[:, 2, 2] > 0 for one in self.products])
         same = np.array([one.same for one in self.products])
         copied = np.array([one.copied for one in self.products])
-        self.moved, self.used = moved, moved.any(axis=0)
+        self.used = moved.any(axis=0)
         self.still = ((same >= _ALL) | ~moved).all(axis=0) & self.used
         self.equal = ((copied[:, 1] >= _ALL) | ~moved).all(axis=0) & self.used
         self.kept = self.used & ~(self.still | self.equal)

@@ -120,30 +120,24 @@ def pieces_of(sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
 
 def read_sample(weights: FileSource, average: FileSource, pieces: Sequence[tuple[str, int, int]]) -> Sample:
     """The pieces of the weights and of the average at one time."""
-    values: list[list[FloatArray]] = [[], []]
-    rounding = []
-    for source, own in zip((weights, average), values, strict=True):
+    read = []
+    for source in (weights, average):
         with source.open() as file:
-            for name, begin, end in pieces:
-                own.append(read_values(file, name, begin, end))
-                if not np.isfinite(own[-1]).all():
-                    raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
-                if source is average:
-                    dtypes = source.stored[name].dtype, "F32"
-                    rounding.append(expected_rounding(own[-1], *dtypes))
-    return Sample(average.info.t, values[0], values[1], np.array(rounding))
+            read.append([read_values(file, *piece) for piece in pieces])
+        for values, (name, *_) in zip(read[-1], pieces, strict=True):
+            if not np.isfinite(values).all():
+                raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+    dtypes = [average.stored[name].dtype for name, *_ in pieces]
+    rounding = [expected_rounding(values, dtype, "F32") for values, dtype in zip(read[1], dtypes, strict=True)]
+    return Sample(average.info.t, read[0], read[1], np.array(rounding))
 
 
 @dataclass
 class Products:
-    """Of the pieces in one interval: Gram matrices of y, d, v, [pieces, 3, 3], and shares of equal elements, [pieces].
+    """Of the pieces in one interval: Gram matrices of y, d, v, [pieces, 3, 3], and the part of rounding, subtracted.
 
-    Attributes:
-        begin, end: times.
-        gram: without the expected part of the rounding.
-        rounding: that part of y and d, [pieces].
-        same: elements of the average that are equal at both times.
-        copied: elements that are equal to the weights, at the begin and at the end, [2, pieces].
+    Also the shares of elements of the average that are equal at both times, and of those that are equal to the weights
+    at the begin and at the end, [2, pieces].
     """
 
     begin: float
@@ -171,12 +165,9 @@ class Products:
 
 @dataclass
 class Series:
-    """Some elements of the weights and of the average at all checkpoints.
+    """Some elements of each piece at all times: of the weights, then of the averages, [2 n, elements].
 
-    Attributes:
-        times: of the checkpoints, [n].
-        values: of each piece the weights at all times, then the averages: [2 n, elements].
-        rounding: variance of each, [pieces, 2 n].
+    With the variance of their rounding, [pieces, 2 n].
     """
 
     times: FloatArray
@@ -243,12 +234,7 @@ def is_low(values: FloatArray) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """What an average may be, but for one value: a constant decay.
-
-    Attributes:
-        value: what is claimed; None for nothing.
-        every: time between updates.
-    """
+    """What an average may be, but for one value: a constant decay; `value` is what is claimed, None for nothing."""
 
     value: float | None = None
     every: float = 1.0

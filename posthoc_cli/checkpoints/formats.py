@@ -215,14 +215,14 @@ def _numbered_profile(library: str, gamma: float, step: int, settings: Settings,
 def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
     """Compare the setting with what a file of `pytorch-posthoc-ema` has counted: calls from that of this number on."""
     value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
-    counted = indexed.value("step")
-    if counted is None or not math.isfinite(counted[0]):  # above the range of float16
+    found = indexed.number("step")
+    if found is None or not math.isfinite(found):  # above the range of float16
         return
-    found, dtype = counted
+    eps = max((EPS.get(chunk.tensor.dtype, 0.0) for chunk in indexed.tensors.get(("step",), list)()), default=0.0)
     due = step - max(value, 1) + 1
-    if abs(found - due) <= found * EPS.get(dtype, 0.0) / 2:
+    if abs(found - due) <= found * eps / 2:
         return
-    about = "about " * (found * EPS.get(dtype, 0.0) >= 1)
+    about = "about " * (found * eps >= 1)
     told = f"{path.name} has counted {found:,.12g} of {step:,} calls, as {about}{step - found + 1:,.12g} makes it"
     reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {told}"
     raise InvalidValueError("update_after_step", reason, value=value)
@@ -294,23 +294,13 @@ def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
 
 
 @dataclass(frozen=True)
-class FoundEMA:
-    """An ordinary EMA in a checkpoint.
-
-    Attributes:
-        averaged: its tensors by the names that they have in the model.
-        weights: those of the model; empty where they are not there.
-        updates: how it was updated.
-        t_unit: of the training's clock.
-    """
+class _Found:
+    """An ordinary EMA in a checkpoint, and the weights under the same names; empty where they are not there."""
 
     averaged: Tensors
     weights: Tensors = field(default_factory=dict)
     updates: Updates = field(default_factory=Updates)
     t_unit: str = "steps"
-
-
-Finder = Callable[[IndexedCheckpoint], FoundEMA | None]
 
 
 def _group(indexed: IndexedCheckpoint, place: Keys) -> dict[str, Find]:
@@ -327,13 +317,6 @@ def _model(indexed: IndexedCheckpoint, but: str) -> Tensors:
 
 def _behind(tensors: Tensors, prefix: str) -> dict[str, Find]:
     return {name.removeprefix(prefix): find for name, find in tensors.items() if name.startswith(prefix)}
-
-
-def _number(indexed: IndexedCheckpoint, *keys: str) -> Any:
-    """A number of the content, be it a value or a tensor; None if it is not there."""
-    value = indexed.values.get(".".join(keys))
-    found = None if value is not None else indexed.value(keys)
-    return value if found is None else found[0]
 
 
 def _places(indexed: IndexedCheckpoint, ending: str) -> list[Keys]:
@@ -353,7 +336,7 @@ def _copying(count: int | None) -> Updates:
     return Updates({"copies": 1}, count, from_first=True)
 
 
-def _diffusers(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _diffusers(indexed: IndexedCheckpoint) -> _Found | None:
     said = {key.removeprefix("ema."): value for key, value in indexed.values.items() if key.startswith("ema.")}
     updates = _whole(said.get("optimization_step"))
     if updates is None or not isinstance(said.get("decay"), float):
@@ -362,40 +345,40 @@ def _diffusers(indexed: IndexedCheckpoint) -> FoundEMA | None:
     rule = {"decay": said["decay"], "warm_up": warm_up, "copies": 1 + int(said.get("update_after_step") or 0)}
     rule |= {own: float(said[name]) for own, name in (("inv_gamma", "inv_gamma"), ("power", "power")) if name in said}
     rule["least"] = float(said.get("min_decay") or 0.0)
-    return FoundEMA(_group(indexed, ("ema",)), _group(indexed, ("model",)), Updates(rule, updates))
+    return _Found(_group(indexed, ("ema",)), _group(indexed, ("model",)), Updates(rule, updates))
 
 
-def _timm(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _timm(indexed: IndexedCheckpoint) -> _Found | None:
     averaged = _group(indexed, ("state_dict_ema",))
-    return FoundEMA(averaged, _group(indexed, ("state_dict",)), _copying(None)) if averaged else None
+    return _Found(averaged, _group(indexed, ("state_dict",)), _copying(None)) if averaged else None
 
 
-def _lightning(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _lightning(indexed: IndexedCheckpoint) -> _Found | None:
     weights, averaged = _group(indexed, ("current_model_state",)), _group(indexed, ("state_dict",))
-    updates = _whole(_number(indexed, "averaging_state", "n_averaged"))
-    return FoundEMA(averaged, weights, _copying(updates)) if weights and averaged and updates else None
+    updates = _whole(indexed.number("averaging_state", "n_averaged"))
+    return _Found(averaged, weights, _copying(updates)) if weights and averaged and updates else None
 
 
-def _averaged_model(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _averaged_model(indexed: IndexedCheckpoint) -> _Found | None:
     for place in _places(indexed, "n_averaged"):
         averaged = _behind(_group(indexed, place), "module.")
-        if averaged and (updates := _whole(_number(indexed, *place, "n_averaged"))):
-            return FoundEMA(averaged, _model(indexed, ".".join(place)), _copying(updates))
+        if averaged and (updates := _whole(indexed.number(*place, "n_averaged"))):
+            return _Found(averaged, _model(indexed, ".".join(place)), _copying(updates))
     return None
 
 
-def _ema_pytorch(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _ema_pytorch(indexed: IndexedCheckpoint) -> _Found | None:
     for place in _places(indexed, "initted"):
         group = _group(indexed, place)
         averaged, weights = _behind(group, "ema_model."), _behind(group, "online_model.")
-        calls = _whole(_number(indexed, *place, "step"))
+        calls = _whole(indexed.number(*place, "step"))
         if averaged and calls:
             updates = Updates({"decay": 0.9999, "warm_up": "power", "copies": 101}, calls, 10, True)
-            return FoundEMA(averaged, weights or _model(indexed, ".".join(place)), updates)
+            return _Found(averaged, weights or _model(indexed, ".".join(place)), updates)
     return None
 
 
-def _lit_ema(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _lit_ema(indexed: IndexedCheckpoint) -> _Found | None:
     places: list[Keys] = [(), *((name,) for name in indexed.groups())]
     for place in places:
         group = _group(indexed, place)
@@ -410,14 +393,14 @@ def _lit_ema(indexed: IndexedCheckpoint) -> FoundEMA | None:
             if stored.keys() <= plain.keys():
                 averaged = {plain[name]: find for name, find in stored.items()}
                 weights = {name: others[name] for name in others if name.startswith(prefix)}
-                value, count = (_number(indexed, *place, f"model_ema.{n}") for n in ("decay", "num_updates"))
+                value, count = (indexed.number(*place, f"model_ema.{n}") for n in ("decay", "num_updates"))
                 rule = {"decay": round(float(value), 7), "warm_up": "ratio" if count >= 0 else ""}
-                return FoundEMA(averaged, weights, Updates(rule, _whole(count)))
+                return _Found(averaged, weights, Updates(rule, _whole(count)))
         raise FileFormatError(indexed.path, f"holds an EMA of {shown(next(iter(stored)))}, and no such weights")
     return None
 
 
-def _torch_ema(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _torch_ema(indexed: IndexedCheckpoint) -> _Found | None:
     for place in _places(indexed, "decay"):
         listed = _group(indexed, (*place, PARAMETERS))
         if not listed:
@@ -432,23 +415,23 @@ def _torch_ema(indexed: IndexedCheckpoint) -> FoundEMA | None:
                 reason = "holds an EMA without names, and not the weights that it is of in the same order"
                 raise FileFormatError(indexed.path, reason)
             averaged[name] = find
-        updates = _whole(_number(indexed, *place, "num_updates"))
-        rule = {"decay": float(_number(indexed, *place, "decay")), "warm_up": "ratio" if updates else ""}
-        return FoundEMA(averaged, weights, Updates(rule, updates))
+        updates = _whole(indexed.number(*place, "num_updates"))
+        rule = {"decay": float(indexed.number(*place, "decay")), "warm_up": "ratio" if updates else ""}
+        return _Found(averaged, weights, Updates(rule, updates))
     return None
 
 
-def _mmengine(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _mmengine(indexed: IndexedCheckpoint) -> _Found | None:
     weights, averaged = _behind(_group(indexed, ("ema_state_dict",)), "module."), _group(indexed, ("state_dict",))
-    updates = _whole(_number(indexed, "ema_state_dict", "steps"))
-    return FoundEMA(averaged, weights, _copying(updates)) if weights and averaged else None
+    updates = _whole(indexed.number("ema_state_dict", "steps"))
+    return _Found(averaged, weights, _copying(updates)) if weights and averaged else None
 
 
 _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
 
-def _edm(indexed: IndexedCheckpoint) -> FoundEMA | None:
+def _edm(indexed: IndexedCheckpoint) -> _Found | None:
     path = indexed.path
     averaged = _group(indexed, ("ema",)) or _group(indexed, ("G_ema",))
     match = _EDM_FILE.fullmatch(path.name)
@@ -471,10 +454,10 @@ def _edm(indexed: IndexedCheckpoint) -> FoundEMA | None:
     rule: dict[str, Any] = {"copies": 1} if has_none else {"copies": 1, "warm_up": "ramp-up", "power": float(share)}
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
-    return FoundEMA(averaged, weights, Updates(rule, None, int(batch)), "images")
+    return _Found(averaged, weights, Updates(rule, None, int(batch)), "images")
 
 
-FINDERS: dict[str, Finder] = {
+FINDERS: dict[str, Callable[[IndexedCheckpoint], _Found | None]] = {
     "diffusers-ema": _diffusers,
     "timm": _timm,
     "lightning-ema": _lightning,
@@ -497,7 +480,7 @@ def _read_ordinary(
 ) -> list[Checkpoint]:
     """The average that a library stored, or an average alone, and the weights where they are in the same checkpoint."""
     is_alone = library == "ema"
-    found = FoundEMA(indexed.model_tensors(settings.prefix)) if is_alone else FINDERS[library](indexed)
+    found = _Found(indexed.model_tensors(settings.prefix)) if is_alone else FINDERS[library](indexed)
     if found is None:
         raise FileFormatError(path, f"holds no EMA of {library}")
     averaged, weights = (

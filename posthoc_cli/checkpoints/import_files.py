@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ from posthoc_cli.snapshots.tensor_file import (
 )
 
 _NAME = "ema-import.json"
-_COPY = "checkpoint"
+COPY = "checkpoint"
 """In ema.format of a copy."""
 _FORMAT = {"format": "ema import", "version": 1}
 _MOST_BYTES = 100_000_000
@@ -275,7 +275,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise OutputExistsError(out, "is there already", "choose another name, or overwrite=True to replace it")
     for path in [out] if not out.is_dir() else sorted(out.iterdir()):
         with suppress(FileFormatError):
-            if headers.file_kind(read_header(path)) == _COPY:
+            if headers.file_kind(read_header(path)) == COPY:
                 continue
         raise OutputExistsError(out, f"holds something else: {path.name}", "choose another name")
 
@@ -288,7 +288,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
         values["ordinary"] = info.profile.settings
     elif isinstance(info.profile, Discrete):
         values["masses"] = {"times": info.profile.times, "masses": info.profile.masses}
-    return fmt.encode_metadata(_COPY, values)
+    return fmt.encode_metadata(COPY, values)
 
 
 def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
@@ -309,15 +309,10 @@ def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
         writer.commit()
 
 
-def is_copy(values: Mapping[str, Any]) -> bool:
-    """Whether a file is a copy, by its metadata."""
-    return values.get("ema.format") == _COPY
-
-
 def read_copy(path: Path) -> Checkpoint:
     """A file that `write_copies` wrote; a FileFormatError says what is wrong with it."""
     header = read_header(path)
-    values = headers.decode_metadata(path, header, _COPY, __KINDS, _OPTIONAL)
+    values = headers.decode_metadata(path, header, COPY, __KINDS, _OPTIONAL)
     t, gamma, masses, ordinary, _ = (values.pop(key, None) for key in ("t", "gamma", "masses", "ordinary", "source"))
     try:
         profile: StoredProfile = PowerFunction(gamma, t) if values["sigma_rel"] else Point(t)

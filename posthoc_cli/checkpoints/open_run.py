@@ -24,7 +24,7 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of
-from posthoc_cli.checkpoints.import_files import is_copy, is_import, read_copy, read_manifest
+from posthoc_cli.checkpoints.import_files import COPY, is_import, read_copy, read_manifest
 from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in
 from posthoc_cli.checkpoints.read_step import named_step
 from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, Settings, Updates, make_checkpoint
@@ -116,10 +116,9 @@ def _common_interval(made: Sequence[Checkpoint]) -> int | None:
 def _read(path: Path, settings: Settings, by_word: str) -> list[Checkpoint]:
     """The sources in a file or folder; none in an output of this package, and in what is from before the training."""
     indexed = index_checkpoint(path)
-    if indexed.values.get("ema.format") == "output":
-        return []
-    if is_copy(indexed.values):
-        return [read_copy(path)]
+    own = indexed.values.get("ema.format")
+    if own in ("output", COPY):
+        return [read_copy(path)] if own == COPY else []
     kind = TABLE[kind_of(path, indexed, settings)]
     step = kind.step(path, indexed, settings, by_word)
     return kind.read(path, indexed, step, settings) if step else []

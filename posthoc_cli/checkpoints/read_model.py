@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
-from posthoc_cli.dtypes import DTYPES
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
@@ -92,21 +92,24 @@ class IndexedCheckpoint:
     def step(self) -> float | None:
         """The step that the content tells; None if it does not."""
         for name in _STEP_NAMES:
-            value = self.values.get(name)
-            if value is None and (found := self.value(name)) is not None:
-                value = found[0]
+            value = self.number(*name.split("."))
             if isinstance(value, str):
                 value = int(value) if value.isdecimal() and len(value) < 20 else None
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 return value
         return None
 
-    def value(self, name: str | Keys) -> tuple[float, str] | None:
-        """The value of a tensor of one real number, and its dtype; None if there is no such tensor."""
-        keys = tuple(name.split(".")) if isinstance(name, str) else name
-        chunks = self.tensors[keys]() if keys in self.tensors else []
-        value = _scalar(chunks) if chunks else None
-        return None if value is None else (value, chunks[0].tensor.dtype)
+    def number(self, *keys: str) -> Any:
+        """A value, or that of a tensor of one real number; None if there is neither."""
+        value = self.values.get(".".join(keys))
+        chunks = self.tensors[keys]() if value is None and keys in self.tensors else []
+        found = chunks[0].tensor if len(chunks) == 1 else None
+        if not found or found.nbytes != ITEM_BYTES[found.dtype] or found.dtype in ("C64", "BOOL"):
+            return value
+        with OpenedFile(chunks[0].path) as file:
+            return float(
+                decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0]
+            )
 
     def groups(self, outer: Keys = ()) -> list[str]:
         """The keys, behind those of `outer`, under which there are tensors by further keys."""
@@ -147,15 +150,6 @@ class IndexedCheckpoint:
             raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
         reason = f"the model cannot be told from the rest: it has tensors under {names_in(groups)}"
         raise FileFormatError(self.path, reason, "import with `prefix`, such as 'model.'")
-
-
-def _scalar(chunks: Sequence[FoundChunk]) -> float | None:
-    """The value of a tensor of one real number; None for others."""
-    found = chunks[0].tensor
-    if len(chunks) > 1 or found.nbytes != DTYPES[found.dtype].nbytes or found.dtype in ("C64", "BOOL"):
-        return None
-    with OpenedFile(chunks[0].path) as file:
-        return float(decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0])
 
 
 def index_checkpoint(path: Path) -> IndexedCheckpoint:

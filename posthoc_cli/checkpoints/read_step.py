@@ -51,19 +51,10 @@ class Reading(NamedTuple):
     by_word: bool = False
 
 
-def step_of(
-    path: Path,
-    indexed: IndexedCheckpoint,
-    step_from: str | None = None,
-    by_word: str = "",
-    per_epoch: int | None = None,
-) -> int:
-    """The step of a checkpoint.
+def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
+    """The step of a checkpoint, for which `step_from` is searched in its path if that is given.
 
     Arguments:
-        path: of the file or folder.
-        indexed: what it holds.
-        step_from: a regular expression whose group is the step, searched in the path.
         by_word: a name beside it in which a word such as step tells the step, so that this one must have it, too; empty
             for none.
         per_epoch: steps of an epoch, 0 where they are not known; None if a number may as well be one of epochs.
@@ -96,8 +87,8 @@ def step_of(
 def _optimizer_step(path: Path, indexed: IndexedCheckpoint, epoch: int) -> float:
     """The updates that an optimizer has counted."""
     counted = [value for name, value in indexed.values.items() if name.endswith(".step") and ".state." in name]
-    counted += [found[0] for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
-                if (found := indexed.value(keys))]  # fmt: skip
+    counted += [found for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
+                if (found := indexed.number(*keys))]  # fmt: skip
     if not counted:
         reason = f"must be given: {path.name} knows its epoch, {epoch} counted from 0, and not its step"
         raise InvalidValueError("steps_per_epoch", reason)
