@@ -65,9 +65,8 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED, unclai
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
     made = [one for path in paths for one in _read(path, settings, by_word)]
     if not made:
-        raise DirectoryError(
-            place, "holds no checkpoints", "name their folder, a file, or a glob such as 'out/step*.pt'"
-        )
+        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+        raise DirectoryError(place, "holds no checkpoints", hint)
     if settings.ema_decay is not None and settings.kind is None and {one.kind for one in made} == {"checkpoints"}:
         made = [replace(one, kind="ema", updates=Updates()) for one in made]  # all are averages, under any name
     check_used(settings, {one.kind for one in made} - {""})
@@ -81,11 +80,8 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED, unclai
         raise InvalidValueError(place, reason, "give ema_decay to an import")
     if left_out:
         what = f"{len(left_out):,} EMA{'s' * (len(left_out) > 1)}, such as {left_out[0].path.name}"
-        log.warning(
-            "%s: %s, left out of averages: their files do not say the decay; `ema import` finds it, or takes it",
-            place,
-            what,
-        )
+        said = "left out of averages: their files do not say the decay; `ema import` finds it, or takes it"
+        log.warning("%s: %s, %s", place, what, said)
     return checked_run([one for one in told if unclaimed or not one.updates or one.info.decay])
 
 
@@ -238,11 +234,8 @@ def _is_copy(one: Checkpoint, other: Checkpoint) -> bool:
     if sizes[0] != sizes[1]:
         return False
     with one.open() as a, other.open() as b:
-        counts = {name: min(size, _COMPARED) for name, size in sizes[0].items()}
-        return all(
-            np.array_equal(read_values(a, name, 0, count), read_values(b, name, 0, count), equal_nan=True)
-            for name, count in counts.items()
-        )
+        ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes[0].items()]
+        return all(np.array_equal(read_values(a, *own), read_values(b, *own), equal_nan=True) for own in ranges)
 
 
 def _named(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -331,9 +324,7 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
         "kind": "checkpoints",
         "path": str(place),
         "run": newest.info.run_id,
-        "t_unit": newest.info.t_unit,
-        "t": newest.info.t,
-        "step": newest.info.step,
+        **{key: getattr(newest.info, key) for key in ("t_unit", "t", "step")},
         **describe_tensors(newest),
         "bytes": sum(one.header.file_bytes for one in checkpoints),
         "checkpoints": list_checkpoints(checkpoints),
@@ -343,12 +334,6 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
 def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """The file, time, content and identity of each, for JSON."""
     return [
-        {
-            "file": one.name,
-            "t": one.info.t,
-            "holds": one.info.holds,
-            "bytes": one.header.file_bytes,
-            "identity": one.identity,
-        }
-        for one in checkpoints
-    ]
+        {"file": one.name, "t": one.info.t, "holds": one.info.holds, "bytes": one.header.file_bytes,
+         "identity": one.identity} for one in checkpoints
+    ]  # fmt: skip

@@ -412,7 +412,7 @@ def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
         model = transformers.GPT2LMHeadModel(config)
         model.save_pretrained(tmp_path / f"checkpoint-{step}", max_shard_size="4KB" if step == 2 else "5GB")
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        states[step] = model.state_dict()
+        states[step] = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}  # tied
     run = Run(tmp_path)
     assert [source.info.step for source in run.sources] == [2, 10]
     check_average(run, states)
