@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_layouts import LAYOUTS, STEPS, Weights, check_average, distributed
+from checkpoint_layouts import LAYOUTS, STEPS, Weights, check_average, distributed, filled
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
@@ -299,12 +299,9 @@ def test_two_models_never_mix(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save_file({"w": torch.full((1000,), float(step))}, tmp_path / f"step{step}.safetensors")
-    run = Run(tmp_path)
-    source = run.sources[0]
-    path = tmp_path / "step1.safetensors"
-    save_file({"w": torch.full((1000,), 7.0)}, path)
+    run = Run(filled(tmp_path, 1, 2, 3, size=1000))
+    source, path = run.sources[0], tmp_path / "step1.pt"
+    torch.save({"w": torch.full((1000,), 7.0)}, path)
     with pytest.raises(errors.FileFormatError, match="was replaced while it was being used"), source.open():
         pass
     with (
