@@ -303,16 +303,10 @@ class _Found:
     t_unit: str = "steps"
 
 
-def _group(indexed: IndexedCheckpoint, place: Keys) -> dict[str, Find]:
-    """The tensors behind some keys, by their names there."""
-    deep = len(place)
-    return {".".join(k[deep:]): find for k, find in indexed.tensors.items() if len(k) > deep and k[:deep] == place}
-
-
 def _model(indexed: IndexedCheckpoint, but: str) -> Tensors:
     """The tensors of the group that models are in, if there is one beside that of the average."""
     name = next((name for name in MODEL_GROUPS if name != but and name in indexed.groups()), None)
-    return {} if name is None else _group(indexed, (name,))
+    return {} if name is None else indexed.behind(name)
 
 
 def _behind(tensors: Tensors, prefix: str) -> dict[str, Find]:
@@ -345,23 +339,23 @@ def _diffusers(indexed: IndexedCheckpoint) -> _Found | None:
     rule = {"decay": said["decay"], "warm_up": warm_up, "copies": 1 + int(said.get("update_after_step") or 0)}
     rule |= {own: float(said[name]) for own, name in (("inv_gamma", "inv_gamma"), ("power", "power")) if name in said}
     rule["least"] = float(said.get("min_decay") or 0.0)
-    return _Found(_group(indexed, ("ema",)), _group(indexed, ("model",)), Updates(rule, updates))
+    return _Found(indexed.behind("ema"), indexed.behind("model"), Updates(rule, updates))
 
 
 def _timm(indexed: IndexedCheckpoint) -> _Found | None:
-    averaged = _group(indexed, ("state_dict_ema",))
-    return _Found(averaged, _group(indexed, ("state_dict",)), _copying(None)) if averaged else None
+    averaged = indexed.behind("state_dict_ema")
+    return _Found(averaged, indexed.behind("state_dict"), _copying(None)) if averaged else None
 
 
 def _lightning(indexed: IndexedCheckpoint) -> _Found | None:
-    weights, averaged = _group(indexed, ("current_model_state",)), _group(indexed, ("state_dict",))
+    weights, averaged = indexed.behind("current_model_state"), indexed.behind("state_dict")
     updates = _whole(indexed.number("averaging_state", "n_averaged"))
     return _Found(averaged, weights, _copying(updates)) if weights and averaged and updates else None
 
 
 def _averaged_model(indexed: IndexedCheckpoint) -> _Found | None:
     for place in _places(indexed, "n_averaged"):
-        averaged = _behind(_group(indexed, place), "module.")
+        averaged = _behind(indexed.behind(*place), "module.")
         if averaged and (updates := _whole(indexed.number(*place, "n_averaged"))):
             return _Found(averaged, _model(indexed, ".".join(place)), _copying(updates))
     return None
@@ -369,7 +363,7 @@ def _averaged_model(indexed: IndexedCheckpoint) -> _Found | None:
 
 def _ema_pytorch(indexed: IndexedCheckpoint) -> _Found | None:
     for place in _places(indexed, "initted"):
-        group = _group(indexed, place)
+        group = indexed.behind(*place)
         averaged, weights = _behind(group, "ema_model."), _behind(group, "online_model.")
         calls = _whole(indexed.number(*place, "step"))
         if averaged and calls:
@@ -381,7 +375,7 @@ def _ema_pytorch(indexed: IndexedCheckpoint) -> _Found | None:
 def _lit_ema(indexed: IndexedCheckpoint) -> _Found | None:
     places: list[Keys] = [(), *((name,) for name in indexed.groups())]
     for place in places:
-        group = _group(indexed, place)
+        group = indexed.behind(*place)
         stored = _behind(group, "model_ema.")
         decay = stored.pop("decay", None)
         updates = stored.pop("num_updates", None)
@@ -402,7 +396,7 @@ def _lit_ema(indexed: IndexedCheckpoint) -> _Found | None:
 
 def _torch_ema(indexed: IndexedCheckpoint) -> _Found | None:
     for place in _places(indexed, "decay"):
-        listed = _group(indexed, (*place, PARAMETERS))
+        listed = indexed.behind(*place, PARAMETERS)
         if not listed:
             continue
         weights = _model(indexed, ".".join(place))
@@ -422,7 +416,7 @@ def _torch_ema(indexed: IndexedCheckpoint) -> _Found | None:
 
 
 def _mmengine(indexed: IndexedCheckpoint) -> _Found | None:
-    weights, averaged = _behind(_group(indexed, ("ema_state_dict",)), "module."), _group(indexed, ("state_dict",))
+    weights, averaged = _behind(indexed.behind("ema_state_dict"), "module."), indexed.behind("state_dict")
     updates = _whole(indexed.number("ema_state_dict", "steps"))
     return _Found(averaged, weights, _copying(updates)) if weights and averaged else None
 
@@ -433,14 +427,14 @@ _EDM_OPTIONS = "training_options.json"
 
 def _edm(indexed: IndexedCheckpoint) -> _Found | None:
     path = indexed.path
-    averaged = _group(indexed, ("ema",)) or _group(indexed, ("G_ema",))
+    averaged = indexed.behind("ema") or indexed.behind("G_ema")
     match = _EDM_FILE.fullmatch(path.name)
     if not averaged or match is None:
         return None
     state = path.with_name(f"training-state-{match['step']}.pt")
     if state.is_file():
         indexed = index_checkpoint(state)
-    weights = _group(indexed, ("net",)) or _group(indexed, ("G",))
+    weights = indexed.behind("net") or indexed.behind("G")
     beside, said = path.with_name(_EDM_OPTIONS), {}
     if beside.is_file():
         said = parse_object(beside, read_small_file(beside, 10_000_000), "options of a training")
@@ -471,6 +465,18 @@ FINDERS: dict[str, Callable[[IndexedCheckpoint], _Found | None]] = {
 """By kind, in the order in which a file is asked."""
 
 
+def _find(library: str, indexed: IndexedCheckpoint) -> _Found | None:
+    """The EMA that a library stored, if there is one; a FileFormatError if what is said of it are no such numbers."""
+    try:
+        found = FINDERS[library](indexed)
+        rule = found.updates.rule if found else {}
+        if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
+            raise ValueError("its warm-up never begins")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FileFormatError(indexed.path, f"holds an EMA whose settings cannot be read: {error}") from error
+    return found
+
+
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 """In the name of a file or folder whose tensors are an ordinary EMA."""
 
@@ -480,7 +486,7 @@ def _read_ordinary(
 ) -> list[Checkpoint]:
     """The average that a library stored, or an average alone, and the weights where they are in the same checkpoint."""
     is_alone = library == "ema"
-    found = _Found(indexed.model_tensors(settings.prefix)) if is_alone else FINDERS[library](indexed)
+    found = _Found(indexed.model_tensors(settings.prefix)) if is_alone else _find(library, indexed)
     if found is None:
         raise FileFormatError(path, f"holds no EMA of {library}")
     averaged, weights = (
@@ -512,7 +518,7 @@ _EMA_TAKES = (
 
 def _ordinary(library: str, **named: Any) -> Kind:
     def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
-        return FINDERS[library](indexed) is not None
+        return _find(library, indexed) is not None
 
     return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **named)
 

@@ -8,7 +8,7 @@ The manifest holds the settings that the files lack. It is `ema-import.json` in 
     format       "ema import"
     version      1
     from         what was imported: a folder, a file or a glob
-    settings     those of `settings.Settings` that were given, or found
+    settings     those of `source.Settings` that were given, or found
     checkpoints  a list of [path, kind, step]: a file or folder, what it is, the step of the training
     files        an object: path -> [bytes, 16 hexadecimal digits of its size and of a sample of its content]
     checksum     XXH3 (64 bits, seed 0) of all this as compact JSON without this key, 16 hexadecimal digits

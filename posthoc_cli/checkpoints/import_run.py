@@ -84,7 +84,7 @@ def import_checkpoints(
         overwrite: replace an import of something else, or with other settings.
         dry_run: read and check only.
         progress: opens a progress bar.
-        settings: the fields of `settings.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
+        settings: the fields of `source.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:
         InvalidValueError: a setting is missing, or does not fit the files.

@@ -116,6 +116,11 @@ class IndexedCheckpoint:
         level = len(outer)
         return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
+    def behind(self, *place: str) -> dict[str, Find]:
+        """The tensors behind some keys, by their names there."""
+        deep = len(place)
+        return {".".join(k[deep:]): find for k, find in self.tensors.items() if len(k) > deep and k[:deep] == place}
+
     def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Find]:
         """The tensors of the model by name; with a prefix those whose names begin with it, without it.
 
@@ -132,8 +137,7 @@ class IndexedCheckpoint:
         if not known and len(others) == 1:
             known = [(others[0], name) for name in MODEL_GROUPS if name in self.groups((others[0],))]
         place: Keys = known[0] if known else tuple(others) if len(others) == 1 else ()
-        chosen = [keys for keys in self.tensors if place and len(keys) > len(place) and keys[: len(place)] == place]
-        named = {".".join(keys[len(place) :]): self.tensors[keys] for keys in chosen}
+        named = self.behind(*place) if place else {}
         if not known:
             beside = tuple(f"{name}." for name in _OTHER_GROUPS)
             single = [keys for keys in self.tensors if len(keys) == 1 and not keys[0].startswith(beside)]
