@@ -95,6 +95,11 @@ class _PickleError(Exception):
     """What is wrong with a pickle, in words that follow the file's name."""
 
 
+def _check(is_right: bool, wrong: str) -> None:
+    if not is_right:
+        raise _PickleError(wrong)
+
+
 @dataclass(frozen=True)
 class _Bytes:
     """Bytes of the file: a string of them in a pickle, or a storage, which may have a dtype."""
@@ -120,8 +125,8 @@ def _read_stream(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
         return value
     _protocol, start = _unpickled(file, start, end, calls)
     system, start = _unpickled(file, start, end, calls)
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise _PickleError("is of an unknown release of torch.save, or of a big-endian machine")
+    is_known = isinstance(system, dict) and system.get("little_endian") is True
+    _check(is_known, "is of an unknown release of torch.save, or of a big-endian machine")
     sizes: dict[str, int] = {}
     begins: dict[str, int] = {}
 
@@ -136,8 +141,8 @@ def _read_stream(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
         if isinstance(key, str):
             begins[key] = position + 8
             position += 8 + sizes.get(key, 0)
-    if position > end or begins.keys() != sizes.keys():
-        raise _PickleError("truncated, or its storages are not those of its tensors")
+    is_whole = position <= end and begins.keys() == sizes.keys()
+    _check(is_whole, "truncated, or its storages are not those of its tensors")
     return _unpickled(file, start, end, calls, locate)[0]
 
 
@@ -147,29 +152,25 @@ def _read_zip(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
         members = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
         raise _PickleError(f"a damaged or truncated archive: {error}") from error
-    if len(members) != len(archive.infolist()):
-        raise _PickleError("a damaged archive: two members of one name")
-    root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
-    if root is None:
-        raise _PickleError("is an archive, but not of torch.save: it has no data.pkl")
+    _check(len(members) == len(archive.infolist()), "a damaged archive: two members of one name")
+    root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), "")
+    _check(bool(root), "is an archive, but not of torch.save: it has no data.pkl")
 
     def place(name: str) -> _Bytes:
-        info = members.get(root + name)
-        if info is None:
-            raise _PickleError(f"a damaged archive: it has no {name!r}")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise _PickleError("is a compressed or encrypted archive, which torch.save never makes")
+        _check(root + name in members, f"a damaged archive: it has no {name!r}")
+        info = members[root + name]
+        is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
+        _check(is_plain, "is a compressed or encrypted archive, which torch.save never makes")
         head = file.read_at(_LOCAL_HEADER.size, begin + info.header_offset)
         _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head.ljust(_LOCAL_HEADER.size))
         at = begin + info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        if not head.startswith(_ZIP) or at + info.file_size > end:
-            raise _PickleError("a truncated archive, or a member is not where it should be")
+        is_there = head.startswith(_ZIP) and at + info.file_size <= end
+        _check(is_there, "a truncated archive, or a member is not where it should be")
         return _Bytes(at, info.file_size)
 
     if f"{root}byteorder" in members:
         order = place("byteorder")
-        if file.read_at(min(16, order.nbytes), order.begin) != b"little":
-            raise _PickleError("is of a big-endian machine")
+        _check(file.read_at(min(16, order.nbytes), order.begin) == b"little", "is of a big-endian machine")
     data = place("data.pkl")
     return _unpickled(file, data.begin, data.begin + data.nbytes, calls, lambda key, _: place(f"data/{key}"))[0]
 
@@ -303,23 +304,21 @@ def _checked_pairs(pairs: Any) -> dict[Any, Any]:
 def _dtype_of(kind: Any) -> str | None:
     """The dtype that a name in a pickle says, that of a storage, too; None for bytes of any."""
     name = kind.name.rpartition(".")[2] if isinstance(kind, Node) else ""
-    if name not in _DTYPES:
-        raise _PickleError(f"a tensor of {name or 'an unknown kind'}, which is not read")
+    _check(name in _DTYPES, f"a tensor of {name or 'an unknown kind'}, which is not read")
     return _DTYPES[name]
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, kind: Any = None) -> TensorEntry:
     """A tensor within a storage; of a storage of bytes `kind` names the dtype."""
-    dtype = _dtype_of(kind) if kind is not None else getattr(storage, "dtype", None)
+    dtype: Any = _dtype_of(kind) if kind is not None else getattr(storage, "dtype", None)
     fits = isinstance(storage, _Bytes) and is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
-    if dtype is None or not fits or not len(shape) == len(strides) <= 64 or math.prod(s or 1 for s in shape) >= 2**60:
-        raise _PickleError("a tensor without a storage, or with a malformed shape")
+    fits = fits and len(shape) == len(strides) <= 64 and math.prod(s or 1 for s in shape) < 2**60
+    _check(fits and dtype is not None, "a tensor without a storage, or with a malformed shape")
     item, count = ITEM_BYTES[dtype], math.prod(shape)
     reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if count else 0
-    if (offset + reach) * item > storage.nbytes:
-        raise _PickleError("a tensor reaches beyond its storage")
-    if count * item > max(storage.nbytes, _MOST_REPEATED):
-        raise _PickleError(f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
+    _check((offset + reach) * item <= storage.nbytes, "a tensor reaches beyond its storage")
+    is_small = count * item <= max(storage.nbytes, _MOST_REPEATED)
+    _check(is_small, f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
     in_order = all(one == 1 or a == b for one, a, b in zip(shape, strides, row_major(shape), strict=True))
     kept = () if in_order or not count else tuple(strides)
     return TensorEntry(dtype, tuple(shape), storage.begin + offset * item, count * item, kept)
