@@ -400,13 +400,15 @@ class _ChunkFiles:
         file_name: Any = place.get("relative_path")
         begin: Any = place.get("offset")
         length: Any = place.get("length")
+        wrong = ""
         if not (isinstance(file_name, str) and is_sizes((begin, length))):
-            raise FileFormatError(self._metadata, f"{shown(name)}: its place is missing")
-        if Path(file_name).name != file_name or not file_name.isprintable():
-            reason = f"{shown(name)}: {shown(file_name)} is not the name of a file beside it"
-            raise FileFormatError(self._metadata, reason)
-        if place.get("transform_descriptors"):
-            raise FileFormatError(self._metadata, f"{shown(name)}: is compressed or encrypted, which is not read")
+            wrong = "its place is missing"
+        elif Path(file_name).name != file_name or not file_name.isprintable():
+            wrong = f"{shown(file_name)} is not the name of a file beside it"
+        elif place.get("transform_descriptors"):
+            wrong = "is compressed or encrypted, which is not read"
+        if wrong:
+            raise FileFormatError(self._metadata, f"{shown(name)}: {wrong}")
         path = self._metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self._identities:

@@ -76,18 +76,21 @@ class Settings:
     def __post_init__(self) -> None:
         if self.kind is not None:
             check_word("kind", self.kind, KINDS)
-        if not isinstance(self.sigma_rels, Iterable):
-            raise InvalidValueError("sigma_rels", "must be a list of widths", value=brief(self.sigma_rels))
+        restarts = self.ema_restarts
+        are_steps = isinstance(restarts, Iterable) and all(type(step) is int and step > 0 for step in restarts)
+        for name, is_right, wanted in (
+            ("sigma_rels", isinstance(self.sigma_rels, Iterable), "a list of widths"),
+            ("ema_restarts", are_steps, "steps, above 0"),
+            ("prefix", isinstance(self.prefix, str), "a text"),
+        ):
+            if not is_right:
+                raise InvalidValueError(name, f"must be {wanted}", value=brief(getattr(self, name)))
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel)
-        for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1)):
+        for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1), ("ema_late", 0)):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, least)
         Decay(**{"decay": 0.5, **self.rule()})
-        if any(type(step) is not int or step < 1 for step in self.ema_restarts):
-            raise InvalidValueError("ema_restarts", "must be steps, above 0", value=f"{self.ema_restarts!r}")
-        if not isinstance(self.prefix, str):
-            raise InvalidValueError("prefix", "must be a text", value=brief(self.prefix))
         groups = 0
         with suppress(re.error, TypeError):
             groups = 1 if self.step_from is None else re.compile(self.step_from).groups
@@ -97,8 +100,7 @@ class Settings:
         selection = make_selection(self.include, self.exclude, "copy")
         plain = {"include": selection.include, "exclude": selection.exclude}
         plain |= {name: tuple(getattr(self, name)) for name in ("sigma_rels", "ema_restarts")}
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(plain)
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
         """What is given of the decays of an ordinary EMA that is updated so often, as arguments of `Decay`."""
@@ -114,7 +116,7 @@ class Settings:
         if self.ema_uncertainty is not None:
             rule["uncertainty"] = self.ema_uncertainty
         if self.ema_warmup is not None:
-            kind, colon, text = self.ema_warmup.partition(":")
+            kind, colon, text = str(self.ema_warmup).partition(":")
             usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
             number = read_number(text) if colon else usual
             if kind not in WARM_UPS or (kind == "ratio") is (number is not None) or number == 0:

@@ -201,17 +201,18 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
         import_checkpoints(folder, tmp_path / "two", update_evry=3)
 
 
-WRONG: dict[str, Any] = {
-    "kind": [], "step_from": 5, "prefix": 5, "include": [5], "exclude": "", "sigma_rels": 0.1, "update_every": True,
-    "update_after_step": -1, "ema_decay": "much", "ema_restarts": [0],
-}  # fmt: skip
+WRONG: list[tuple[str, Any]] = [
+    ("kind", []), ("step_from", 5), ("prefix", 5), ("include", [5]), ("exclude", ""), ("sigma_rels", 0.1),
+    ("update_every", True), ("update_after_step", -1), ("ema_decay", "much"), ("ema_decay", [0.9]),
+    ("ema_restarts", [0]), ("ema_restarts", 5), ("ema_warmup", 5), ("ema_uncertainty", "x"), ("ema_late", "x"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_setting_that_cannot_be_used_is_named(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_setting_that_cannot_be_used_is_named(name: str, value: Any, tmp_path: Path) -> None:
     filled(tmp_path / "ck", 1)
     with pytest.raises(errors.InvalidValueError, match=f"^{name}"):
-        import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: WRONG[name]})
+        import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: value})
     assert not (tmp_path / "new").exists()
 
 
