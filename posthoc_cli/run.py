@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.import_manifest import Manifest, is_import, read_manifest
+from posthoc_cli.checkpoints.import_files import Manifest, is_import, read_manifest
 from posthoc_cli.checkpoints.open_run import (
+    describe_checkpoints,
     describe_file,
     disk_sources,
     holds_checkpoints,
     is_glob,
+    list_checkpoints,
     open_checkpoints,
 )
-from posthoc_cli.checkpoints.source import Checkpoint, describe_checkpoints, list_checkpoints
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,

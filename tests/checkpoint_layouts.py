@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+
+from posthoc_cli import Run
 
 Weights = dict[str, torch.Tensor]
 STEPS = (20, 40, 100, 200)
@@ -29,6 +33,30 @@ def walk() -> dict[int, Weights]:
                 value += step
         found[step] = {name: value.clone() for name, value in state.items()}
     return found
+
+
+def filled(folder: Path, *steps: int, size: int = 3) -> Path:
+    """Files of one tensor that is full of the step."""
+    folder.mkdir(exist_ok=True)
+    for step in steps:
+        torch.save({"w": torch.full((size,), float(step))}, folder / f"step{step}.pt")
+    return folder
+
+
+def check_average(
+    run: Run, states: Mapping[Any, Weights], target: float = 0.2, strip: str = "", at: str = "info.step",
+    exact: float = 1e-12,
+) -> None:  # fmt: skip
+    """An average is the planned combination of the weights in some states, and the newest of what is no weight."""
+    plan, made, key = run.plan(target), run.average(target, dtype="float64"), operator.attrgetter(*at.split())
+    terms = [(states[key(one)], c) for one, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)]
+    newest = states[key(run.sources[-1])]
+    assert {name.removeprefix(strip) for name in made} == newest.keys()
+    for name, value in made.items():
+        wanted = newest[own := name.removeprefix(strip)]
+        if wanted.is_floating_point() and not name.endswith(("running_mean", "running_var")):
+            wanted = torch.stack([c * state[own].double() for state, c in terms]).sum(0)
+        torch.testing.assert_close(value, wanted, rtol=exact, atol=exact, check_dtype=False)
 
 
 def shards(folder: Path, weights: Weights, ending: str) -> None:

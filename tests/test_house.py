@@ -137,7 +137,7 @@ PICKLING = {
 }  # fmt: skip
 EXECUTING = {"eval", "exec", "compile", "__import__"}
 LOADING = {"load", "loads", "load_file", "load_state_dict_from_url", "read_pickle", "load_module", "Unpickler"}
-HARMLESS = {"json.loads", "load_file", "_Unpickler(stream, calls, locate).load"}
+HARMLESS = {"json.loads", "load_file", "_Unpickler(stream, calls, locate, begin).load"}
 """Loaders that execute nothing: of JSON, safetensors' own, which the demo reads its own files with, and that of
 checkpoints, which imports nothing."""
 

@@ -1,46 +1,45 @@
 """Is an average what it claims to be? From checkpoints that hold it and the weights; NumPy on a sample, float64.
 
-`audit_decay` and `audit_together` find the decay that explains how the average moved, `audit_case` the warm-up, and
-where it began. What is wrong shows in the same sums of products: nothing moves, the average is equal to the weights,
-the decay is above 1, or it is the weights that follow the average. Where the average began again from the weights it
-remembers nothing of before, and how far it is on the way between two checkpoints says when.
+`audit_decay` finds the decay that explains how the average moved; here the warm-up is found, and where it began. What
+is wrong shows in the same sums of products: nothing moves, the average is equal to the weights, the decay is above 1,
+or it is the weights that follow the average. Where the average began again from the weights it remembers nothing of
+before, and how far it is on the way between two checkpoints says when.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.audit_case import (
-    PIECES,
-    SHORTEST,
-    Case,
-    Sample,
-    explained,
-    is_low,
-    is_swapped,
-    pieces_of,
-    products_of,
-    read_sample,
-    series_of,
-)
 from posthoc_cli.checkpoints.audit_decay import (
+    PIECES,
     Fit,
     Model,
     PowerModel,
     Products,
+    Sample,
+    Series,
     WarmModel,
+    is_low,
+    least,
+    misfit,
+    passed_since,
+    pieces_of,
+    products_of,
+    read_sample,
+    refined,
+    rests,
+    series_of,
     unexplained,
 )
-from posthoc_cli.checkpoints.audit_together import refined
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import Point, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import Decay, OrdinaryEMA
+from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
+from posthoc_cli.profiles.other_libraries import RAMP_UP, Decay, OrdinaryEMA
 from posthoc_cli.snapshots.format import decode_sample
 from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source
@@ -50,6 +49,18 @@ _SLACK = 1.1
 
 _FOREIGN = 0.8
 """With more of its motion left unexplained, an average is of other weights."""
+
+_SHORTEST = 0.1
+"""Shorter than this share of the time between two checkpoints, a length cannot be told."""
+
+_ALL, _MANY = 0.999, 0.5
+"""Shares of elements that are equal."""
+
+_CLEARLY = 0.5
+"""An explanation that leaves less than this share of what another one leaves is the better one."""
+
+_WARMER = 2.0
+"""By so much, in e-foldings of what is left summed over the intervals, a warm-up must explain them better."""
 
 BAD = ("too long", "too short", "does not move", "stalls", "is the weights", "began again", "moves away", "swapped",
        "some tensors", "was not updated", "other weights")  # fmt: skip
@@ -124,6 +135,184 @@ class Audit:
         return asdict(self) | {"contradicted": self.is_bad}
 
 
+# --- the average
+
+
+@dataclass
+class _Case:
+    """An average to be judged: `low` if it is stored, or seems to be kept, in 16 bits; `tensors` are those of pieces.
+
+    `starts` are times at which it is said to have begun again.
+    """
+
+    name: str
+    products: Sequence[Products]
+    series: Series
+    tensors: Sequence[str]
+    model: Model
+    low: bool = False
+    starts: tuple[float, ...] = ()
+    unit: str = "steps"
+
+    def __post_init__(self) -> None:
+        moved = np.array([one.gram[:, 2, 2] > 0 for one in self.products])
+        same = np.array([one.same for one in self.products])
+        copied = np.array([one.copied for one in self.products])
+        self.used = moved.any(axis=0)
+        self.still = ((same >= _ALL) | ~moved).all(axis=0) & self.used
+        self.equal = ((copied[:, 1] >= _ALL) | ~moved).all(axis=0) & self.used
+        self.kept = self.used & ~(self.still | self.equal)
+        self.stalled = float(same[:, self.kept].mean()) > _MANY if self.kept.any() else False
+        self.notes: dict[int, str] = {}
+        for index, row in enumerate(moved):
+            if row.any() and (same[index][row] >= _ALL).all():
+                self.notes[index] = "was not updated"
+        self.idle = [*self.notes]
+        for index, row in enumerate(moved):
+            if index in self.notes or not (copied[index, 0][row] >= _ALL).all():
+                break
+            self.notes[index] = "not begun" if (copied[index, 1][row] >= _ALL).all() else "begins"
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Tensors of which some piece stands still, or is copied."""
+        return tuple(dict.fromkeys(np.array(self.tensors)[self.still | self.equal].tolist()))
+
+    def fit(self, model: Model) -> Fit:
+        """Of the intervals in which nothing is wrong."""
+        return Fit(model, [self.rows[i] for i in self.usable])
+
+    @cached_property
+    def rows(self) -> list[Products]:
+        """The intervals, without the pieces that stand still or are copied."""
+        return [one.only(self.kept) for one in self.products]
+
+    @property
+    def usable(self) -> list[int]:
+        """Intervals without a note, or those that tell of it nevertheless."""
+        told = [i for i in range(len(self.rows)) if self.rows[i].gram[:, 2, 2].any() and i not in self.idle]
+        return [i for i in told if i not in self.notes] or told
+
+    @property
+    def stretch(self) -> tuple[int, int]:
+        """Where the newest of the longest rows of usable intervals begins, and ends, in checkpoints."""
+        usable, best = self.usable, (0, 0)
+        begin = usable[0]
+        for before, index in zip([begin - 1, *usable], usable, strict=False):
+            begin = begin if index == before + 1 else index
+            best = max(best, (index + 2 - begin, begin))
+        return best[1], best[1] + best[0]
+
+
+def _explained(case: _Case) -> tuple[Fit, dict[int, float]]:
+    """The fit of the model that explains the intervals best, and where the average began, with a note for each."""
+    starts: dict[int, float] = {}
+    begins = [i for i, note in case.notes.items() if note == "begins"]
+    for said in case.starts:
+        for index, one in enumerate(case.products):
+            if one.begin <= said < one.end:
+                case.notes[index] = f"began again at {said:,.0f}, as said"
+    fit = _best(case, ())
+    for _ in range(2):  # what began again has its warm-up again, too
+        begun = {index: _start(fit, case.rows[index])[0] for index in begins}
+        again = _restarts(case, fit)
+        if not (begun | again).keys() - starts.keys():
+            break
+        starts |= begun | again
+        case.notes |= dict.fromkeys(starts, "begins")
+        fit = _best(case, tuple(sorted(starts.values())))
+        for _ in range(3 * isinstance(fit.model, WarmModel)):
+            for index in starts:
+                starts[index] = _when(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
+            fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
+        case.notes |= {index: f"begins near step {starts[index]:,.0f}" for index in begun}
+        case.notes |= {index: f"began again near step {starts[index]:,.0f}" for index in again}
+    return fit, starts
+
+
+_RULES = (
+    Decay(0.5, "ratio"), Decay(0.5, "power"), Decay(0.5, "power", power=0.75), Decay(0.5, "ramp-up", power=RAMP_UP),
+)  # fmt: skip
+"""Warm-ups that libraries have."""
+
+
+def _best(case: _Case, starts: tuple[float, ...]) -> Fit:
+    """The fit of what is claimed; else of a constant decay, or of a warm-up that explains the intervals better."""
+    fit, every = case.fit(case.model), case.model.every
+    if case.model.what == "decay" and case.model.value is None:
+        begun = (0.0, *sorted({*starts, *case.starts}))
+        warm = min((case.fit(WarmModel(None, every, rule, begun)) for rule in _RULES), key=lambda one: one.misfit)
+        if warm.misfit + _WARMER < fit.misfit and _is_likelier(case, warm, fit):
+            return warm
+    return fit
+
+
+def _is_likelier(case: _Case, warm: Fit, constant: Fit) -> bool:
+    """Whether a warm-up also explains all checkpoints together better: a path that turns back looks like one."""
+    one, other = (misfit(fit, case.series, case.kept, *case.stretch) for fit in (warm, constant))
+    return one < other
+
+
+def _restarts(case: _Case, fit: Fit) -> dict[int, float]:
+    """Intervals in which the average began again from the weights, and the times."""
+    found: dict[int, float] = {}
+    if fit.model.what != "decay" or len(fit.products) < 3:
+        return found
+    kept, left = fit.kept, fit.rests(fit.value)
+    for place, one in enumerate(fit.products):
+        index = next(i for i, row in enumerate(case.rows) if row is one)
+        if kept[place] < _SHORTEST or index in case.notes:
+            continue
+        alone, most = Fit(fit.model, [one]), _CLEARLY * (left[place] @ one.scale)
+        own = alone.rests(alone.value)[0] @ one.scale
+        if own < most:  # another decay than usual would explain it, or a new beginning
+            time, rest = _start(fit, one)
+            if rest @ one.scale < min(most, 1.5 * own):
+                found[index] = time
+    return found
+
+
+def _start(fit: Fit, one: Products) -> tuple[float, FloatArray]:
+    """When in an interval an average began from the weights, and what that leaves of each piece."""
+
+    def passed(share: float) -> float:
+        begin = one.begin + share * one.length
+        return share + (1 - share) * passed_since(fit.model, fit.value, begin, one.end) if share < 1 else 1.0
+
+    weights = one.scale
+    for _ in range(3):  # then each piece by what is left of it
+        share = least(lambda f: float(rests(one.gram, 0.0, passed(f)) @ weights), np.linspace(0, 1, 51))  # noqa: B023
+        left = rests(one.gram, 0.0, passed(share))
+        weights = 1 / np.maximum(left, 1e-2 / one.scale)
+    return one.begin + share * one.length, left
+
+
+def _when(fit: Fit, one: Products, others: Sequence[float]) -> float:
+    """When in an interval an average began whose warm-up began again: by the intervals after it."""
+
+    def cost(time: float) -> float:
+        model = replace(fit.model, starts=(0.0, *sorted([*others, time])))  # type: ignore[call-arg]
+        return float((fit.rests(fit.value, model) * fit.weights).sum())
+
+    return least(cost, np.linspace(one.begin, one.end, 51))
+
+
+def _is_swapped(fit: Fit) -> bool:
+    """Whether the weights follow the average much better than the other way round."""
+    turn = np.array([[0.0, -1.0, 1.0], [0.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
+    other = [replace(one, gram=turn @ one.gram @ turn.T) for one in fit.products]
+    pairs = list(zip(other, fit.products, strict=True))
+    if np.mean([one.gram[:, 2, 2].sum() < before.gram[:, 2, 2].sum() for one, before in pairs]) > 0.5:
+        return False
+    plain = Model(None, fit.model.every) if fit.model.what == "decay" else replace(fit.model, value=None)
+    turned = Fit(plain, other)
+    left = [
+        float(np.median(one.rests(one.value).sum(axis=1) / one.gram[..., 0, 0].sum(axis=1).clip(1e-300)))
+        for one in (turned, fit)
+    ]
+    return turned.value > 0 and left[0] < _CLEARLY**2 * left[1]
+
+
 # --- verdicts
 
 _HOW = {
@@ -137,7 +326,7 @@ _HOW = {
 _SINGLE = "as in an average kept in 16 bits: keep it in float32"
 
 
-def judge(case: Case) -> Audit:
+def _judge(case: _Case) -> Audit:
     """The verdict on an average from its intervals."""
     claimed = None if case.model.value is None else case.model.told(case.model.value)
     base = Audit(case.name, "", "", case.model.what, claimed=claimed)
@@ -148,7 +337,7 @@ def judge(case: Case) -> Audit:
             return replace(base, verdict=verdict, text=_HOW[verdict])
     if not case.usable:
         return replace(base, verdict="cannot be told", text="no interval tells of it")
-    fit, starts = explained(case)
+    fit, starts = _explained(case)
     value, uncertainty = refined(fit, case.series, case.kept, *case.stretch)
     found, rising = _reached(fit.model, value, case.products[-1].end)
     told = replace(
@@ -166,11 +355,11 @@ def judge(case: Case) -> Audit:
 
 
 def _wrong(
-    case: Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float], intervals: Sequence[Interval]
+    case: _Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float], intervals: Sequence[Interval]
 ) -> Iterator[dict[str, Any]]:
     """What contradicts an average of any length, the first thing first."""
     spacing = min(case.rows[i].length for i in case.usable)
-    if is_swapped(fit):
+    if _is_swapped(fit):
         yield {"verdict": "swapped", "text": _HOW["swapped"], "found": None}
     if fit.model.what == "decay" and value * spacing < -0.05:
         yield {"verdict": "moves away", "text": _HOW["moves away"]}
@@ -196,14 +385,14 @@ def _wrong(
         yield {"verdict": "some tensors", "text": text, "tensors": lost}
 
 
-def _compared(told: Audit, case: Case, fit: Fit, value: float) -> Audit:
+def _compared(told: Audit, case: _Case, fit: Fit, value: float) -> Audit:
     """The verdict on a length."""
     model, sigma, unit = fit.model, told.uncertainty or 0.0, case.unit
     length, spacing = model.length(value), min(case.rows[i].length for i in case.usable)
     own = None if model.value is None else model.length(model.value)
-    if model.what == "decay" and max(length, own or 0.0) < SHORTEST * spacing:
-        closer = f"closer than {max(1, (own or length) / SHORTEST):,.0f} {unit}"
-        text = f"its time constant is below {SHORTEST * spacing:,.3g} {unit}, shorter than these checkpoints can tell"
+    if model.what == "decay" and max(length, own or 0.0) < _SHORTEST * spacing:
+        closer = f"closer than {max(1, (own or length) / _SHORTEST):,.0f} {unit}"
+        text = f"its time constant is below {_SHORTEST * spacing:,.3g} {unit}, shorter than these checkpoints can tell"
         return replace(told, verdict="cannot be told", text=f"{text}; {closer} they could", found=None)
     if sigma > 1:
         return replace(told, verdict="cannot be told", text="the checkpoints tell nothing about its length", found=None)
@@ -301,22 +490,12 @@ def _of_checkpoints(sources: Sequence[Source], claimed: float | None, every: int
         if not isinstance(one.profile, Point) and one.info.t in weights:
             kinds.setdefault(one.info.sigma_rel, []).append(one)
     for width, averages in sorted(kinds.items()):
-        if len(averages) < 2:
-            continue
-        first = averages[0]
-        pieces = pieces_of({name: math.prod(first.stored[name].shape) for name in first.info.averages})
-        samples: list[Sample] = []
-        products, some, low = [], [], True
-        for average in averages:
-            samples = [*samples[-1:], read_sample(weights[average.info.t], average, pieces)]
-            low &= all(is_low(values) for values in samples[-1].average[:8])
-            products += [products_of(*samples)] if len(samples) > 1 else []
-            some.append(samples[-1].thinned())
-        model, starts = _claim(averages, width, claimed, every)
-        named = f"sigma_rel {width:g}" if width else ""
-        names = [name for name, *_ in pieces]
-        made = judge(Case(named, products, series_of(some), names, model, low, starts, first.info.t_unit))
-        yield replace(made, elements=sum(end - begin for _, begin, end in pieces))
+        if len(averages) > 1:
+            first, named = averages[0], f"sigma_rel {width:g}" if width else ""
+            pieces = pieces_of({name: math.prod(first.stored[name].shape) for name in first.info.averages})
+            samples = (read_sample(weights[one.info.t], one, pieces) for one in averages)
+            model, starts = _claim(averages, width, claimed, every)
+            yield from _audited(samples, named, [name for name, *_ in pieces], model, True, starts, first.info.t_unit)
 
 
 def _claim(
@@ -351,15 +530,28 @@ def _of_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
     for width in sorted({one.info.sigma_rel for one in snapshots}):
         samples = []
         for one in snapshots:
-            if one.info.sigma_rel != width or not one.info.sample:
-                continue
-            weights, average = (values.astype(np.float64) for values in decode_sample(one.info.sample))
-            if len(weights) == len(names):
-                parts = [[values[cut] for cut in cuts] for values in (weights, average)]
-                samples.append(Sample(one.info.t, parts[0], parts[1], np.zeros(len(cuts))))
-        products = [products_of(a, b) for a, b in pairwise(samples)]
-        if products:
-            own = [names[cut[0]] for cut in cuts]
-            model = PowerModel(gamma_from_sigma_rel(width) + 1)
-            made = judge(Case(f"sigma_rel {width:g}", products, series_of(samples), own, model))
-            yield replace(made, elements=len(names))
+            if one.info.sigma_rel == width and one.info.sample:
+                weights, average = (values.astype(np.float64) for values in decode_sample(one.info.sample))
+                if len(weights) == len(names):
+                    parts = [[values[cut] for cut in cuts] for values in (weights, average)]
+                    samples.append(Sample(one.info.t, parts[0], parts[1], np.zeros(len(cuts))))
+        model = PowerModel(gamma_from_sigma_rel(width) + 1)
+        yield from _audited(samples, f"sigma_rel {width:g}", [names[cut[0]] for cut in cuts], model)
+
+
+def _audited(
+    samples: Iterable[Sample], name: str, tensors: Sequence[str], model: Model, low: bool = False,
+    starts: tuple[float, ...] = (), unit: str = "steps",
+) -> Iterator[Audit]:  # fmt: skip
+    """The audit of an average by its samples, of which only a part is kept; none of a single one."""
+    products: list[Products] = []
+    some: list[Sample] = []
+    last = None
+    for sample in samples:
+        low = low and all(is_low(values) for values in sample.average[:8])
+        products += [products_of(last, sample)] if last else []
+        some.append(sample.thinned())
+        last = sample
+    if last and products:
+        made = _judge(_Case(name, products, series_of(some), tensors, model, low, starts, unit))
+        yield replace(made, elements=sum(map(len, last.average)))

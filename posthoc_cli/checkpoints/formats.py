@@ -1,8 +1,26 @@
-"""The kinds of checkpoints, one entry of `TABLE` each; and the settings that `ema import` may be told of them.
+"""The kinds of checkpoints, one entry of `TABLE` each: what other programs store, and how it is recognised.
 
 A kind says how its files are recognised, what they do not say themselves, and makes the sources that are in one. To add
 one: a function that reads it, an entry in `TABLE` before "checkpoints", which takes what is left, and its name in
 `KINDS`. A setting that only some kinds have is a field of `Settings`, named in their `needs` or `takes`.
+
+Ordinary EMAs, of which `FINDERS` know where the average and the weights are, and how it was updated:
+
+    library                 average                          weights                decays
+    diffusers' EMAModel     a folder `<component>_ema/`      `<component>/` beside  its `config.json`
+    timm                    `state_dict_ema`                 `state_dict`           not there
+    Lightning               `state_dict`                     `current_model_state`  not there, but `n_averaged`
+    torch's AveragedModel   `module.*` beside `n_averaged`   another group          not there, but `n_averaged`
+    ema-pytorch's EMA       `ema_model.*`                    `online_model.*`       its defaults, and `step`
+    LitEma                  `model_ema.*` without dots       in the same group      `decay`, `num_updates`
+    torch-ema               a list `shadow_params`           another group          `decay`, `num_updates`
+    mmengine's EMAHook      `state_dict`                     `ema_state_dict`       not there, but `steps`
+    EDM, StyleGAN           `ema`, `G_ema` of a pickle       `net`, `G`             `training_options.json` beside
+
+EDM has `net` in `training-state-*.pt` beside the pickle. Both count images, with the half-life min(its largest, 0.05 of
+the images so far), so that the k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first copies.
+
+mmengine stores the two under each other's names. What is not there is `ema_decay`, which an import is told or finds.
 """
 
 from __future__ import annotations
@@ -12,28 +30,38 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.ema_formats import EDM_NAME, EDM_OPTIONS, FINDERS, FoundEMA, Tensors
-from posthoc_cli.checkpoints.read_model import IndexedCheckpoint, names_in
+from posthoc_cli.checkpoints.read_model import (
+    MODEL_GROUPS,
+    PARAMETERS,
+    Find,
+    IndexedCheckpoint,
+    Keys,
+    Tensors,
+    index_checkpoint,
+    names_in,
+    tensor_shape,
+)
 from posthoc_cli.checkpoints.read_step import checked_step, step_of
-from posthoc_cli.checkpoints.settings import Settings
-from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
+from posthoc_cli.checkpoints.source import Checkpoint, Settings, Updates, make_checkpoint
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, InvalidValueError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     DEFAULT_UPDATE_AFTER_STEP,
+    RAMP_UP,
     TORCHTITAN_GAMMA,
-    Decay,
     ema_pytorch_profile,
     posthoc_ema_profile,
     torchtitan_profile,
 )
 from posthoc_cli.reconstruction import DistanceTo, misfit
-from posthoc_cli.snapshots.sources import FileSource, sample_measurements
+from posthoc_cli.snapshots.headers import parse_object
+from posthoc_cli.snapshots.sources import sample_measurements
+from posthoc_cli.snapshots.tensor_file import read_small_file
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +71,11 @@ class Kind:
     """A kind of checkpoints.
 
     Attributes:
-        read: makes the sources that are in a checkpoint, from its path, what it holds, its step and the settings.
-        is_in: whether a checkpoint is of this kind, by what it holds; it is asked if the name fits.
+        read: makes the sources that are in a checkpoint, from its path, what it holds, its step and the settings; of
+            ordinary EMAs without their profiles, see `Checkpoint.told`.
+        is_in: whether a checkpoint is of this kind, by its path and what it holds; it is asked if the name fits.
         name: the form of its files' names, with a group for the step; None if they may have any.
         form: the same in words.
-        named_so: what must be in a name, unless this kind is given.
         of_name: steps that the number in the name counts.
         needs: settings that the files do not hold.
         takes: settings that may be given beside these and the choice of tensors.
@@ -56,20 +84,20 @@ class Kind:
     """
 
     read: Callable[[Path, IndexedCheckpoint, int, Settings], list[Checkpoint]]
-    is_in: Callable[[IndexedCheckpoint], bool] = lambda _: True
+    is_in: Callable[[Path, IndexedCheckpoint], bool] = lambda *_: True
     name: re.Pattern[str] | None = None
     form: str = ""
-    named_so: re.Pattern[str] | None = None
     of_name: int = 1
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     check: Callable[[Sequence[Checkpoint], Settings], str] | None = None
 
     def step(self, path: Path, indexed: IndexedCheckpoint, settings: Settings, by_word: str) -> int:
-        """The step of a checkpoint; 0 before the training. Arguments and errors as in `steps.step_of`."""
+        """The step of a checkpoint; 0 before the training. Arguments and errors as in `step_of`."""
         match = self.name and self.name.fullmatch(path.name)
         if match is None:
-            per_epoch = settings.steps_per_epoch or 0 if "steps_per_epoch" in self.takes else None
+            is_ema = "steps_per_epoch" in self.takes or settings.ema_decay is not None
+            per_epoch = settings.steps_per_epoch or 0 if is_ema else None
             return step_of(path, indexed, settings.step_from, by_word, per_epoch)
         number = self.of_name * int(match["step"])
         return checked_step(path, number) if number else 0
@@ -87,9 +115,7 @@ def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
         InvalidValueError: a setting that its files do not hold is missing.
     """
     found = settings.kind or next(
-        name
-        for name, kind in TABLE.items()
-        if kind.is_named(path) and (not kind.named_so or kind.named_so.search(path.name)) and kind.is_in(indexed)
+        name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(path, indexed)
     )
     if not TABLE[found].is_named(path):
         raise FileFormatError(path, f"is not named as files of {found} are: {TABLE[found].form}")
@@ -156,7 +182,7 @@ _INNER = "ema_model."
 """What names in files of `ema-pytorch` begin with."""
 
 
-def _is_numbered(indexed: IndexedCheckpoint, inner: bool) -> bool:
+def _is_numbered(inner: bool, _: Path, indexed: IndexedCheckpoint) -> bool:
     return (_COUNTERS[0],) in indexed.tensors and inner is any(keys[0].startswith(_INNER) for keys in indexed.tensors)
 
 
@@ -189,32 +215,17 @@ def _numbered_profile(library: str, gamma: float, step: int, settings: Settings,
 def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
     """Compare the setting with what a file of `pytorch-posthoc-ema` has counted: calls from that of this number on."""
     value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
-    counted = indexed.value("step")
-    if counted is None or not math.isfinite(counted[0]):  # above the range of float16
+    found = indexed.number("step")
+    if found is None or not math.isfinite(found):  # above the range of float16
         return
-    found, dtype = counted
+    eps = max((EPS.get(chunk.tensor.dtype, 0.0) for chunk in indexed.tensors.get(("step",), list)()), default=0.0)
     due = step - max(value, 1) + 1
-    if abs(found - due) <= found * EPS.get(dtype, 0.0) / 2:
+    if abs(found - due) <= found * eps / 2:
         return
-    about = "about " * (found * EPS.get(dtype, 0.0) >= 1)
+    about = "about " * (found * eps >= 1)
     told = f"{path.name} has counted {found:,.12g} of {step:,} calls, as {about}{step - found + 1:,.12g} makes it"
     reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {told}"
     raise InvalidValueError("update_after_step", reason, value=value)
-
-
-def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: Settings) -> str:
-    """Compare `update_every` with the distances between averages, from a sample of the tensors."""
-    claimed = settings.update_every or 1
-
-    def profile(source: FileSource, update_every: int) -> Discrete:
-        info: Any = source.info
-        return _numbered_profile(library, info.gamma, info.step, settings, update_every)
-
-    fits = check_update_every(checkpoints, claimed, profile)
-    if not fits:
-        return "update_every is as given: averages of one profile, or at one time, cannot tell it"
-    others = ", ".join(f"{value}: {fit:.2g}" for value, fit in list(fits.items())[:3])
-    return f"update_every {claimed} fits the distances between the averages (misfits: {others})"
 
 
 _EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 1000)
@@ -233,62 +244,47 @@ _POOR = 1.0
 at most 0.42; widths in the wrong order, and two sessions of which one has replaced files of the other, 1.2 or more."""
 
 
-def check_update_every(
-    sources: Sequence[FileSource], claimed: int, profile: Callable[[FileSource, int], Discrete]
-) -> dict[int, float]:
-    """Compare the distances between another library's averages with those that its update_every would make.
+def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: Settings) -> str:
+    """Compare the distances between averages, in a sample of the tensors, with those that update_every would make.
 
     Averages of two profiles or more are needed: of one profile any value explains the distances.
-
-    Arguments:
-        sources: averages of one run.
-        claimed: the value that is claimed.
-        profile: the profile of a source if update_every had this value.
-
-    Returns:
-        For each value that was tried, how badly it fits (see `misfit`), the best one first; empty where the averages
-        cannot tell.
-
-    Raises:
-        InvalidValueError: another value fits much better; it is named.
     """
+    claimed = settings.update_every or 1
     # After the first update all averages are equal: any distance is a rounding error.
-    sources = [source for source in sources if profile(source, claimed).times.size > 1]
+    sources = [one for one in checkpoints if isinstance(one.profile, Discrete) and one.profile.times.size > 1]
     times = sorted({source.info.t for source in sources})[-_TIMES:]
     sources = [source for source in sources if source.info.t in times]
-    if len(times) < 2 or len(sources) < 2 * len(times):
-        return {}
-    measured = sample_measurements(sources)
-    shortest = min(source.info.step for source in sources)
-    found = {}
-    for every in sorted({claimed, *(value for value in _EVERY if value <= shortest)}):
-        profiles = {source.profile: profile(source, every) for source in sources}
-        apart = [
-            tuple(DistanceTo(**vars(one) | {"profile": profiles[one.other]}) for one in own.distances)
-            for own in measured
-        ]
-        averages = [
-            replace(source.info.average(profiles[source.profile]), measurements=replace(own, distances=distances))
-            for source, own, distances in zip(sources, measured, apart, strict=True)
-        ]
-        if not math.isnan(fit := misfit(averages)):
-            found[every] = fit
-    if not found:  # nothing moved
-        return {}
-    best = min(found, key=lambda value: found[value])
+    found: dict[int, float] = {}
+    if len(times) > 1 and len(sources) >= 2 * len(times):
+        measured = sample_measurements(sources)
+        shortest = min(source.info.step for source in sources)
+        for every in sorted({claimed, *(value for value in _EVERY if value <= shortest)}):
+            infos = [source.info for source in sources]
+            own = [_numbered_profile(library, info.gamma, info.step, settings, every) for info in infos]
+            profiles = dict(zip((info.profile for info in infos), own, strict=True))
+            averages = []
+            for info, profile, one in zip(infos, own, measured, strict=True):
+                apart = tuple(DistanceTo(**vars(d) | {"profile": profiles[d.other]}) for d in one.distances)
+                averages.append(replace(info.average(profile), measurements=replace(one, distances=apart)))
+            if not math.isnan(fit := misfit(averages)):
+                found[every] = fit
+    if not found:  # also where nothing moved
+        return "update_every is as given: averages of one profile, or at one time, cannot tell it"
+    best = sorted(found, key=lambda value: found[value])
     hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
-    if found[claimed] > max(_WORSE * found[best], found[best] + _MUCH_WORSE):
-        other, hint = (f"those of {best} do", "") if found[best] < _POOR else ("no other value fits them either", hint)
-        reason = f"the distances between the averages do not fit it; {other}"
-        raise InvalidValueError("update_every", reason, hint, value=claimed)
+    if found[claimed] > max(_WORSE * found[best[0]], found[best[0]] + _MUCH_WORSE):
+        is_one, told = found[best[0]] < _POOR, "the distances between the averages do not fit it"
+        other = f"those of {best[0]} do" if is_one else "no other value fits them either"
+        raise InvalidValueError("update_every", f"{told}; {other}", "" if is_one else hint, value=claimed)
     if found[claimed] > _POOR:
         log.warning("the distances between the averages fit no update_every; %s", hint)
-    return dict(sorted(found.items(), key=lambda one: one[1]))
+    others = ", ".join(f"{value}: {found[value]:.2g}" for value in best[:3])
+    return f"update_every {claimed} fits the distances between the averages (misfits: {others})"
 
 
 def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
     return Kind(
-        functools.partial(_read_numbered, library), functools.partial(_is_numbered, inner=inner), _NUMBERED,
+        functools.partial(_read_numbered, library), functools.partial(_is_numbered, inner), _NUMBERED,
         _NUMBERED_FORM, needs=("sigma_rels", "update_every"), takes=takes,
         check=functools.partial(_check_numbered, library),
     )  # fmt: skip
@@ -296,38 +292,211 @@ def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
 
 # --- ordinary EMAs
 
+
+@dataclass(frozen=True)
+class _Found:
+    """An ordinary EMA in a checkpoint, and the weights under the same names; empty where they are not there."""
+
+    averaged: Tensors
+    weights: Tensors = field(default_factory=dict)
+    updates: Updates = field(default_factory=Updates)
+    t_unit: str = "steps"
+
+
+def _model(indexed: IndexedCheckpoint, but: str) -> Tensors:
+    """The tensors of the group that models are in, if there is one beside that of the average."""
+    name = next((name for name in MODEL_GROUPS if name != but and name in indexed.groups()), None)
+    return {} if name is None else indexed.behind(name)
+
+
+def _behind(tensors: Tensors, prefix: str) -> dict[str, Find]:
+    return {name.removeprefix(prefix): find for name, find in tensors.items() if name.startswith(prefix)}
+
+
+def _places(indexed: IndexedCheckpoint, ending: str) -> list[Keys]:
+    """The keys before those that end so, of values and tensors."""
+    keys = [*indexed.tensors, *(tuple(name.split(".")) for name in indexed.values)]
+    found = {one[:-1] + ((one[-1].removesuffix(ending).rstrip("."),) if one[-1] != ending else ()) for one in keys
+             if one[-1] == ending or one[-1].endswith(f".{ending}")}  # fmt: skip
+    return sorted(found)
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and value >= 0 else None
+
+
+def _copying(count: int | None) -> Updates:
+    """Of an average whose first update copies the weights."""
+    return Updates({"copies": 1}, count, from_first=True)
+
+
+def _diffusers(indexed: IndexedCheckpoint) -> _Found | None:
+    said = {key.removeprefix("ema."): value for key, value in indexed.values.items() if key.startswith("ema.")}
+    updates = _whole(said.get("optimization_step"))
+    if updates is None or not isinstance(said.get("decay"), float):
+        return None
+    warm_up = "power" if said.get("use_ema_warmup") else "ratio"
+    rule = {"decay": said["decay"], "warm_up": warm_up, "copies": 1 + int(said.get("update_after_step") or 0)}
+    rule |= {own: float(said[name]) for own, name in (("inv_gamma", "inv_gamma"), ("power", "power")) if name in said}
+    rule["least"] = float(said.get("min_decay") or 0.0)
+    return _Found(indexed.behind("ema"), indexed.behind("model"), Updates(rule, updates))
+
+
+def _timm(indexed: IndexedCheckpoint) -> _Found | None:
+    averaged = indexed.behind("state_dict_ema")
+    return _Found(averaged, indexed.behind("state_dict"), _copying(None)) if averaged else None
+
+
+def _lightning(indexed: IndexedCheckpoint) -> _Found | None:
+    weights, averaged = indexed.behind("current_model_state"), indexed.behind("state_dict")
+    updates = _whole(indexed.number("averaging_state", "n_averaged"))
+    return _Found(averaged, weights, _copying(updates)) if weights and averaged and updates else None
+
+
+def _averaged_model(indexed: IndexedCheckpoint) -> _Found | None:
+    for place in _places(indexed, "n_averaged"):
+        averaged = _behind(indexed.behind(*place), "module.")
+        if averaged and (updates := _whole(indexed.number(*place, "n_averaged"))):
+            return _Found(averaged, _model(indexed, ".".join(place)), _copying(updates))
+    return None
+
+
+def _ema_pytorch(indexed: IndexedCheckpoint) -> _Found | None:
+    for place in _places(indexed, "initted"):
+        group = indexed.behind(*place)
+        averaged, weights = _behind(group, "ema_model."), _behind(group, "online_model.")
+        calls = _whole(indexed.number(*place, "step"))
+        if averaged and calls:
+            updates = Updates({"decay": 0.9999, "warm_up": "power", "copies": 101}, calls, 10, True)
+            return _Found(averaged, weights or _model(indexed, ".".join(place)), updates)
+    return None
+
+
+def _lit_ema(indexed: IndexedCheckpoint) -> _Found | None:
+    places: list[Keys] = [(), *((name,) for name in indexed.groups())]
+    for place in places:
+        group = indexed.behind(*place)
+        stored = _behind(group, "model_ema.")
+        decay = stored.pop("decay", None)
+        updates = stored.pop("num_updates", None)
+        if decay is None or updates is None or not stored:
+            continue
+        others = {name: find for name, find in group.items() if not name.startswith("model_ema.")}
+        for prefix in sorted({"", *(f"{name.split('.')[0]}." for name in others)}):
+            plain = {name.removeprefix(prefix).replace(".", ""): name for name in others if name.startswith(prefix)}
+            if stored.keys() <= plain.keys():
+                averaged = {plain[name]: find for name, find in stored.items()}
+                weights = {name: others[name] for name in others if name.startswith(prefix)}
+                value, count = (indexed.number(*place, f"model_ema.{n}") for n in ("decay", "num_updates"))
+                rule = {"decay": round(float(value), 7), "warm_up": "ratio" if count >= 0 else ""}
+                return _Found(averaged, weights, Updates(rule, _whole(count)))
+        raise FileFormatError(indexed.path, f"holds an EMA of {shown(next(iter(stored)))}, and no such weights")
+    return None
+
+
+def _torch_ema(indexed: IndexedCheckpoint) -> _Found | None:
+    for place in _places(indexed, "decay"):
+        listed = indexed.behind(*place, PARAMETERS)
+        if not listed:
+            continue
+        weights = _model(indexed, ".".join(place))
+        names = iter(weights.items())
+        averaged = {}
+        for find in listed.values():
+            shape = tensor_shape(find())
+            name = next((name for name, own in names if tensor_shape(own()) == shape and "running_" not in name), None)
+            if name is None:
+                reason = "holds an EMA without names, and not the weights that it is of in the same order"
+                raise FileFormatError(indexed.path, reason)
+            averaged[name] = find
+        updates = _whole(indexed.number(*place, "num_updates"))
+        rule = {"decay": float(indexed.number(*place, "decay")), "warm_up": "ratio" if updates else ""}
+        return _Found(averaged, weights, Updates(rule, updates))
+    return None
+
+
+def _mmengine(indexed: IndexedCheckpoint) -> _Found | None:
+    weights, averaged = _behind(indexed.behind("ema_state_dict"), "module."), indexed.behind("state_dict")
+    updates = _whole(indexed.number("ema_state_dict", "steps"))
+    return _Found(averaged, weights, _copying(updates)) if weights and averaged else None
+
+
+_EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
+_EDM_OPTIONS = "training_options.json"
+
+
+def _edm(indexed: IndexedCheckpoint) -> _Found | None:
+    path = indexed.path
+    averaged = indexed.behind("ema") or indexed.behind("G_ema")
+    match = _EDM_FILE.fullmatch(path.name)
+    if not averaged or match is None:
+        return None
+    state = path.with_name(f"training-state-{match['step']}.pt")
+    if state.is_file():
+        indexed = index_checkpoint(state)
+    weights = indexed.behind("net") or indexed.behind("G")
+    beside, said = path.with_name(_EDM_OPTIONS), {}
+    if beside.is_file():
+        said = parse_object(beside, read_small_file(beside, 10_000_000), "options of a training")
+    batch, thousands, share = (
+        next((said[name] for name in names if isinstance(said.get(name), int | float)), default)
+        for names, default in (
+            (("batch_size",), 0), (("ema_halflife_kimg", "ema_kimg"), 0), (("ema_rampup_ratio", "ema_rampup"), RAMP_UP)
+        )
+    )  # fmt: skip
+    has_none = any(name in said and said[name] is None for name in ("ema_rampup_ratio", "ema_rampup"))
+    rule: dict[str, Any] = {"copies": 1} if has_none else {"copies": 1, "warm_up": "ramp-up", "power": float(share)}
+    if batch and thousands:
+        rule["decay"] = 0.5 ** (batch / (1000 * thousands))
+    return _Found(averaged, weights, Updates(rule, None, int(batch)), "images")
+
+
+FINDERS: dict[str, Callable[[IndexedCheckpoint], _Found | None]] = {
+    "diffusers-ema": _diffusers,
+    "timm": _timm,
+    "lightning-ema": _lightning,
+    "averaged-model": _averaged_model,
+    "ema-pytorch-ema": _ema_pytorch,
+    "lit-ema": _lit_ema,
+    "torch-ema": _torch_ema,
+    "mmengine": _mmengine,
+    "edm": _edm,
+}
+"""By kind, in the order in which a file is asked."""
+
+
+def _find(library: str, indexed: IndexedCheckpoint) -> _Found | None:
+    """The EMA that a library stored, if there is one; a FileFormatError if what is said of it are no such numbers."""
+    try:
+        found = FINDERS[library](indexed)
+        rule = found.updates.rule if found else {}
+        if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
+            raise ValueError("its warm-up never begins")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FileFormatError(indexed.path, f"holds an EMA whose settings cannot be read: {error}") from error
+    return found
+
+
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 """In the name of a file or folder whose tensors are an ordinary EMA."""
 
 
-def _read_ema(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
-    """A file of an average alone; it is not used without a decay, so that weights beside it are."""
-    found = FoundEMA(indexed.model_tensors(settings.prefix))
-    return _ordinary(path, found, step, settings, "ema")
-
-
-def _read_library(
+def _read_ordinary(
     library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings
 ) -> list[Checkpoint]:
-    """The average and the weights that a library stored in one checkpoint."""
-    found = FINDERS[library](indexed)
+    """The average that a library stored, or an average alone, and the weights where they are in the same checkpoint."""
+    is_alone = library == "ema"
+    found = _Found(indexed.model_tensors(settings.prefix)) if is_alone else _find(library, indexed)
     if found is None:
         raise FileFormatError(path, f"holds no EMA of {library}")
-    return _ordinary(path, found, step, settings, library)
-
-
-def _ordinary(path: Path, found: FoundEMA, step: int, settings: Settings, kind: str) -> list[Checkpoint]:
-    begin = settings.prefix if kind != "ema" else ""
-    parts = [
-        {name.removeprefix(begin): find for name, find in part.items() if name.startswith(begin)}
-        for part in (found.averaged, found.weights)
-    ]
-    averaged, weights = parts
+    averaged, weights = (
+        part if is_alone else _behind(part, settings.prefix) for part in (found.averaged, found.weights)
+    )
     if not averaged:
-        raise FileFormatError(path, f"no tensor's name begins with {begin!r}")
-    every = settings.update_every or found.every
+        raise FileFormatError(path, f"no tensor's name begins with {settings.prefix!r}")
+    every = settings.update_every or found.updates.every
     if not every:
-        reason = f"must be given, the images of a batch: neither {path.name} nor {EDM_OPTIONS} beside it says it"
+        reason = f"must be given, the images of a batch: neither {path.name} nor {_EDM_OPTIONS} beside it says it"
         raise InvalidValueError("update_every", reason)
     if found.t_unit == "images":  # names count thousands, rounded down
         step = -(-step // every) * every
@@ -335,48 +504,10 @@ def _ordinary(path: Path, found: FoundEMA, step: int, settings: Settings, kind: 
         reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
         raise FileFormatError(path, reason)
     both = settings.chosen({name: averaged.get(name, find) for name, find in weights.items()} or averaged)
-    made = []
-    if weights:
-        own = {name: weights[name] for name in both}
-        made.append(make_checkpoint(path, own, Point(float(step)), step, kind, found.t_unit))
-    rule = dict(found.rule) | settings.rule(every)
-    if "decay" in rule:
-        decay, updates, every, first = _schedule(path, found, step, settings, rule)
-        profile = decay.profile(step, updates, every, first)
-        made.append(make_checkpoint(path, both, profile, step, kind, found.t_unit, decay=decay.decay))
-    return made
-
-
-def _schedule(
-    path: Path, found: FoundEMA, step: int, settings: Settings, rule: dict[str, Any]
-) -> tuple[Decay, int, int, int]:
-    """The decays, the number of updates, the steps between them, and the first one."""
-    every = settings.update_every or found.every
-    if began := [begin for begin in settings.ema_restarts if begin < step]:
-        return (
-            Decay(**rule | {"copies": 0, "late": settings.ema_late or 0}),
-            (step - max(began)) // every,
-            every,
-            max(began) + every,
-        )
-    later, counted = settings.update_after_step or 0, found.updates
-    if counted is None:
-        first = later + 1 if found.from_first else (later // every + 1) * every
-        return Decay(**rule), max(0, (step - first) // every + 1), every, first
-    if counted > step:
-        raise FileFormatError(path, f"has counted {counted:,} updates of its EMA, and is of step {step:,}")
-    if found.every > 1:  # calls are counted, of which the first is an update
-        if settings.update_after_step is not None:
-            rule["copies"] = settings.update_after_step + 1
-        return Decay(**rule, stride=every), (counted - 1) // every + 1, every, step - counted + 1
-    if settings.update_every is None and counted:
-        every = max(1, step // counted) if -(-step // max(1, step // counted)) - counted in (0, 1) else 1
-    last = (step - 1) // every * every + 1 if found.from_first else step // every * every
-    first = last - (counted - 1) * every
-    if counted and first < 1:
-        reason = f"cannot be: {path.name} has counted {counted:,} updates by step {step:,}"
-        raise InvalidValueError("update_every", reason, value=every)
-    return Decay(**rule), counted, every, first
+    make = functools.partial(make_checkpoint, path, profile=Point(float(step)), step=step, kind=library,
+                             t_unit=found.t_unit)  # fmt: skip
+    own = [make(found={name: weights[name] for name in both})] if weights else []
+    return [*own, make(found=both, updates=found.updates)]
 
 
 _EMA_TAKES = (
@@ -385,14 +516,11 @@ _EMA_TAKES = (
 )  # fmt: skip
 
 
-def lacks_decay(indexed: IndexedCheckpoint, kind: str) -> bool:
-    """Whether a checkpoint holds an ordinary EMA, and not its decay."""
-    found = FINDERS[kind](indexed) if kind in FINDERS else None
-    return kind == "ema" or (found is not None and "decay" not in found.rule)
+def _ordinary(library: str, **named: Any) -> Kind:
+    def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
+        return _find(library, indexed) is not None
 
-
-def _is_of(library: str, indexed: IndexedCheckpoint) -> bool:
-    return FINDERS[library](indexed) is not None
+    return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **named)
 
 
 # --- EDM2: power functions, with images and width in the name
@@ -408,25 +536,19 @@ def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: Se
     return [make_checkpoint(path, found, profile, images, "edm2", "images", width)]
 
 
-_EDM_NAMED: dict[str, Any] = {"name": EDM_NAME, "form": "network-snapshot-<images in thousands>.pkl", "of_name": 1000}
-
 TABLE = {
-    "edm2": Kind(
-        _read_edm2, name=_EDM2, form="network-snapshot-<images in thousands>-<width>.pkl", of_name=1000
-    ),
+    "edm2": Kind(_read_edm2, name=_EDM2, form="network-snapshot-<images in thousands>-<width>.pkl", of_name=1000),
     "ema-pytorch": _numbered("ema-pytorch", True, ()),
     "posthoc-ema": _numbered("posthoc-ema", False, ("update_after_step",)),
     "torchtitan": Kind(
-        _read_torchtitan, lambda indexed: bool(_titan_averages(indexed)),
+        _read_torchtitan, lambda _, indexed: bool(_titan_averages(indexed)),
         takes=("step_from", "update_every", "update_after_step"),
     ),
-    **{
-        name: Kind(
-            functools.partial(_read_library, name), functools.partial(_is_of, name), takes=_EMA_TAKES, **named
-        )
-        for name, named in ((name, _EDM_NAMED if name == "edm" else {}) for name in FINDERS)
-    },
-    "ema": Kind(_read_ema, named_so=_EMA_NAME, takes=_EMA_TAKES),
+    **{name: _ordinary(name) for name in FINDERS},
+    "edm": _ordinary("edm", name=_EDM_FILE, form="network-snapshot-<images in thousands>.pkl", of_name=1000),
+    "ema": Kind(
+        functools.partial(_read_ordinary, "ema"), lambda path, _: bool(_EMA_NAME.search(path.name)), takes=_EMA_TAKES
+    ),
     "checkpoints": Kind(_read_weights, takes=("step_from",)),
 }  # fmt: skip
 """Every kind, in the order in which a file is asked whether it is one; `checkpoints` are weights."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,10 @@ import numpy as np
 from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import audit_sources
 from posthoc_cli.checkpoints.formats import TABLE
-from posthoc_cli.checkpoints.import_copies import are_copied, copy_path, write_copies
-from posthoc_cli.checkpoints.import_manifest import (
-    NAME,
-    Manifest,
-    encode_manifest,
-    is_import,
-    make_manifest,
-    read_manifest,
-)
-from posthoc_cli.checkpoints.open_run import open_checkpoints
-from posthoc_cli.checkpoints.settings import Settings
-from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.checkpoints.import_files import copy_path, is_import, make_manifest, write_copies, write_manifest
+from posthoc_cli.checkpoints.open_run import checked_run, open_checkpoints
+from posthoc_cli.checkpoints.source import Checkpoint, Settings
+from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import inspect_directory
@@ -94,7 +84,7 @@ def import_checkpoints(
         overwrite: replace an import of something else, or with other settings.
         dry_run: read and check only.
         progress: opens a progress bar.
-        settings: the fields of `settings.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
+        settings: the fields of `source.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:
         InvalidValueError: a setting is missing, or does not fit the files.
@@ -113,7 +103,7 @@ def import_checkpoints(
         given = replace(given, update_every=profiles[-1].settings["every"])
     if any(isinstance(one.profile, OrdinaryEMA) and not one.info.decay for one in found):
         given, said = _with_decay(found, given)
-        found = open_checkpoints(origin, given)
+        found = checked_run([one.told(given) for one in found])
     of_kind = [(kind, [one for one in found if one.kind == name]) for name, kind in TABLE.items()]
     checks = [kind.check(own, given) for kind, own in of_kind if own and kind.check]
     checks += [said] if said else _check_decay(found)
@@ -122,11 +112,9 @@ def import_checkpoints(
     if target is not None and not dry_run:
         files.check_parent("out", target)
         if copy:
-            written = not are_copied(found, target)
-            if written:
-                write_copies(found, target, overwrite, progress)
+            written = write_copies(found, target, overwrite, progress)
         else:
-            written = _referred(make_manifest(target, origin, given, found), overwrite)
+            written = write_manifest(make_manifest(target, origin, given, found), overwrite)
     return Import(tuple(found), target, paths, tuple(checks), written, dry_run)
 
 
@@ -200,23 +188,3 @@ def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
         if audit.is_bad:
             raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
         yield f"given: {audit.text}"
-
-
-def _referred(made: Manifest, overwrite: bool) -> bool:
-    """Write a manifest, unless it is there."""
-    out, content = made.folder, encode_manifest(made)
-    if is_import(out):
-        with suppress(FileFormatError):  # a damaged one is replaced
-            there = read_manifest(out)
-            if encode_manifest(there) == content:
-                return False
-            differs = (
-                "has other settings" if there.settings.said != made.settings.said else f"is an import of {there.origin}"
-            )
-            if not overwrite and (there.settings.said, there.place) != (made.settings.said, made.place):
-                raise OutputExistsError(out, differs, "choose another name, or overwrite=True to replace it")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(out, "is there already, and holds something else", "choose another name")
-    with files.new_directory(out):
-        files.write_whole(out / NAME, content, overwrite=True)
-    return True

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
+import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -16,24 +19,31 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import xxhash
+
 from posthoc_cli import files
-from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of, lacks_decay
-from posthoc_cli.checkpoints.import_copies import is_copy, read_copy
-from posthoc_cli.checkpoints.import_manifest import is_import, read_manifest
-from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in
+from posthoc_cli.checkpoints.formats import TABLE, check_used, kind_of
+from posthoc_cli.checkpoints.import_files import COPY, is_import, read_copy, read_manifest
+from posthoc_cli.checkpoints.read_model import ENDINGS, NOT_WEIGHTS, index_checkpoint, model_in, names_in
 from posthoc_cli.checkpoints.read_step import named_step
-from posthoc_cli.checkpoints.settings import UNSPECIFIED, Settings
-from posthoc_cli.checkpoints.source import Checkpoint, beside_snapshots, checked_run, make_checkpoint
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, Settings, Updates, make_checkpoint
+from posthoc_cli.dtypes import DTYPES, EPS
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.profiles import Point
 from posthoc_cli.profiles.other_libraries import OrdinaryEMA
 from posthoc_cli.snapshots.directory import is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
-from posthoc_cli.snapshots.sources import Source, by_time
+from posthoc_cli.snapshots.sources import Snapshot, Source, by_time, read_values, run_clock
 
 log = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_ANY_DECAY = 0.999
+"""In place of one that is not known."""
+_COMPARED = 1024
+"""Elements of a tensor by which a copy is known."""
+_CHOOSE = "name those of one run by a glob, or import with `include`, `exclude` or `prefix`"
 
 
 def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED, unclaimed: bool = False) -> list[Checkpoint]:
@@ -52,28 +62,26 @@ def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED, unclai
         return checked_run(read_manifest(path).read())
     paths = _places(place)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
-    passed_over: list[Path] = []
-    made = [one for path in paths for one in _read(path, settings, by_word, unclaimed, passed_over)]
+    made = [one for path in paths for one in _read(path, settings, by_word)]
+    if not made:
+        hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
+        raise DirectoryError(place, "holds no checkpoints", hint)
     if settings.ema_decay is not None and settings.kind is None and {one.kind for one in made} == {"checkpoints"}:
-        return open_checkpoints(place, replace(settings, kind="ema"), unclaimed)  # all are averages, under any name
-    if not made and passed_over:
+        made = [replace(one, kind="ema", updates=Updates()) for one in made]  # all are averages, under any name
+    check_used(settings, {one.kind for one in made} - {""})
+    default = _ANY_DECAY if unclaimed else 0.0
+    told = [one.told(settings, default) for one in made]
+    if settings.update_every is None and (every := _common_interval(told)):
+        told = [one.told(replace(settings, update_every=every), default) for one in made]
+    left_out = [] if unclaimed else [one for one in told if one.updates and not one.info.decay]
+    if len(left_out) == len(told):
         reason = "holds EMAs, and neither their decay nor weights beside them"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
-    if not made:
-        raise DirectoryError(
-            place, "holds no checkpoints", "name their folder, a file, or a glob such as 'out/step*.pt'"
-        )
-    check_used(settings, {one.kind for one in made} - {""})
-    if settings.update_every is None and (every := _common_interval(made)):
-        return open_checkpoints(place, replace(settings, update_every=every), unclaimed)
-    if passed_over and not unclaimed:
-        what = f"{len(passed_over):,} EMA{'s' * (len(passed_over) > 1)}, such as {passed_over[0].name}"
-        log.warning(
-            "%s: %s, left out of averages: their files do not say the decay; `ema import` finds it, or takes it",
-            place,
-            what,
-        )
-    return checked_run(made)
+    if left_out:
+        what = f"{len(left_out):,} EMA{'s' * (len(left_out) > 1)}, such as {left_out[0].path.name}"
+        said = "left out of averages: their files do not say the decay; `ema import` finds it, or takes it"
+        log.warning("%s: %s, %s", place, what, said)
+    return checked_run([one for one in told if unclaimed or not one.updates or one.info.decay])
 
 
 def _common_interval(made: Sequence[Checkpoint]) -> int | None:
@@ -100,34 +108,15 @@ def _common_interval(made: Sequence[Checkpoint]) -> int | None:
     return every
 
 
-_ANY_DECAY = 0.999
-"""In place of one that is not known."""
-
-
-def _read(path: Path, settings: Settings, by_word: str, unclaimed: bool, passed_over: list[Path]) -> list[Checkpoint]:
-    """The sources in a file or folder; none in an output of this package, and in what is from before the training.
-
-    One with an ordinary EMA of unknown decay is added to `passed_over`.
-    """
+def _read(path: Path, settings: Settings, by_word: str) -> list[Checkpoint]:
+    """The sources in a file or folder; none in an output of this package, and in what is from before the training."""
     indexed = index_checkpoint(path)
-    if indexed.values.get("ema.format") == "output":
-        return []
-    if is_copy(indexed.values):
-        return [read_copy(path)]
-    kind = kind_of(path, indexed, settings)
-    step = TABLE[kind].step(path, indexed, settings, by_word)
-    is_unknown = settings.ema_decay is None and lacks_decay(indexed, kind)
-    if is_unknown:
-        passed_over.append(path)
-        settings = replace(settings, ema_decay=_ANY_DECAY) if unclaimed else settings
-    made = TABLE[kind].read(path, indexed, step, settings) if step else []
-    return [replace(one, info=replace(one.info, decay=0.0)) for one in made] if is_unknown else made
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
-    one = make_checkpoint(path, index_checkpoint(path).model_tensors(), Point(1.0), 1)
-    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.header.file_bytes}
+    own = indexed.values.get("ema.format")
+    if own in ("output", COPY):
+        return [read_copy(path)] if own == COPY else []
+    kind = TABLE[kind_of(path, indexed, settings)]
+    step = kind.step(path, indexed, settings, by_word)
+    return kind.read(path, indexed, step, settings) if step else []
 
 
 def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:
@@ -207,3 +196,143 @@ def _holds_model(folder: Path) -> bool:
         return model_in(folder) is not None
     except FileFormatError:  # raised again when it is opened
         return True
+
+
+# --- several as one run
+
+
+def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The same checkpoints by time, as one run: with a common run id, and aliases that all have.
+
+    Of copies, such as a file `last` or `best` beside the numbered ones, it takes the first by name.
+
+    Raises:
+        MismatchError: two of them are of different models, or of one time with other values; both are named.
+    """
+    kept: dict[tuple[float, str], Checkpoint] = {}
+    for other in by_time(checkpoints):
+        one = kept.setdefault((other.info.t, other.info.holds), other)
+        if one is not other and not _is_copy(one, other):
+            reason = f"are both of step {one.info.t:,.12g}"
+            raise MismatchError(f"{one.path} and {other.path}", reason, "name those of one run, by a glob")
+    ordered = _named([*kept.values()])
+    first = ordered[0]
+    for one in ordered[1:]:
+        if (difference := _difference(first, one)) is not None:
+            raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
+    if first.info.run_id:
+        return ordered
+    names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
+    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
+    return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
+
+
+def _is_copy(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two hold the same averages, or weights, by the first elements of each tensor."""
+    sizes = [{name: math.prod(source.stored[name].shape) for name in source.info.averages} for source in (one, other)]
+    if sizes[0] != sizes[1]:
+        return False
+    with one.open() as a, other.open() as b:
+        ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes[0].items()]
+        return all(np.array_equal(read_values(a, *own), read_values(b, *own), equal_nan=True) for own in ranges)
+
+
+def _named(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The same, each with a name of its own: coefficients and reports refer to it."""
+    paths = {one.path for one in checkpoints}
+    above = files.as_path(os.path.commonpath([str(path.parent) for path in paths]))
+    is_short = len({path.name for path in paths}) == len(paths)
+    counts = Counter(one.path for one in checkpoints)
+    made = []
+    for one in checkpoints:
+        name = one.path.name if is_short else one.path.relative_to(above).as_posix()
+        of_two = counts[one.path] > 1 and not isinstance(one.profile, Point)
+        made.append(replace(one, label=f"{name} (average)" if of_two else name))
+    return made
+
+
+def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Checkpoints of the training that wrote these snapshots, to be combined with them.
+
+    Their steps become times of the run, and of their tensors those remain that the newest snapshot has.
+
+    Raises:
+        MismatchError: a tensor is missing, has another shape, or cannot be averaged; or two have one time.
+    """
+    newest = max(snapshots, key=lambda snapshot: snapshot.info.t)
+    clock = run_clock([snapshot.info for snapshot in snapshots])
+    made = []
+    for one in checkpoints:
+        pair = f"{newest.path} and {one.path}"
+        if not isinstance(one.profile, Point):
+            raise MismatchError(pair, "are averages of two libraries", "open one of them")
+        for name, tensor in newest.info.tensors.items():
+            own, found = newest.stored[name], one.stored.get(name)
+            if found is None:
+                reason = f"are of different models: {one.name} has no {shown(name)}"
+            elif found.shape != own.shape:
+                reason = f"have shapes {list(own.shape)} and {list(found.shape)} of tensor {shown(name)}"
+            elif tensor.role == "average" and found.dtype not in EPS:
+                reason = f"do not match: tensor {shown(name)} is no floating-point number in the latter"
+            else:
+                continue
+            raise MismatchError(pair, reason, _CHOOSE)
+        t = float(clock.time_at(one.info.step))
+        like = newest.info
+        info = replace(
+            one.info, profile=Point(t), run_id=like.run_id, t_unit=like.t_unit, tensors=like.tensors,
+            aliases=like.aliases, left_out=like.left_out,
+        )  # fmt: skip
+        made.append(replace(one, info=info))
+    return made
+
+
+def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
+    """Why two checkpoints cannot be of one run, to follow their names; None if they can."""
+    names = [{*one.stored, *one.info.aliases} for one in (first, other)]
+    if differing := sorted(names[0] ^ names[1]):
+        only = first if differing[0] in names[0] else other
+        more = f", and {len(differing) - 1} more differ" * (len(differing) > 1)
+        return f"are of different models: only {only.name} has {names_in(differing[:1])}{more}"
+    if first.info.aliases != other.info.aliases:
+        tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
+        return f"differ in what {shown(tied[0])} is tied to"
+    for name, entry in first.stored.items():
+        found = other.stored[name]
+        if entry.shape != found.shape:
+            return f"have shapes {list(entry.shape)} and {list(found.shape)} of tensor {shown(name)}"
+        if first.info.tensors[name].role != other.info.tensors[name].role:
+            words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
+            return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
+    return None if first.info.run_id == other.info.run_id else "are of different runs"
+
+
+# --- for JSON
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
+    one = make_checkpoint(path, index_checkpoint(path).model_tensors(), Point(1.0), 1)
+    return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.header.file_bytes}
+
+
+def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Times, tensors and sizes from the indexes of files alone, for JSON; its kind is "checkpoints"."""
+    newest = checkpoints[-1]
+    return {
+        "kind": "checkpoints",
+        "path": str(place),
+        "run": newest.info.run_id,
+        **{key: getattr(newest.info, key) for key in ("t_unit", "t", "step")},
+        **describe_tensors(newest),
+        "bytes": sum(one.header.file_bytes for one in checkpoints),
+        "checkpoints": list_checkpoints(checkpoints),
+    }
+
+
+def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """The file, time, content and identity of each, for JSON."""
+    return [
+        {"file": one.name, "t": one.info.t, "holds": one.info.holds, "bytes": one.header.file_bytes,
+         "identity": one.identity} for one in checkpoints
+    ]  # fmt: skip

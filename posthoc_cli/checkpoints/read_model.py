@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from posthoc_cli.checkpoints.read_pickle import Node, read_pickled
-from posthoc_cli.dtypes import DTYPES
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
@@ -34,6 +34,7 @@ from posthoc_cli.snapshots.reading import sampled_identity
 from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file, read_start
 
 Keys = tuple[str, ...]
+"""That lead to a tensor within a file's content."""
 
 ENDINGS = (fmt.SUFFIX, *PICKLES, ".pth.tar")
 PARAMETERS = "shadow_params"
@@ -67,6 +68,12 @@ class FoundChunk(NamedTuple):
     box: Box
 
 
+Find = Callable[[], list[FoundChunk]]
+"""Finds the chunks of a tensor."""
+Tensors = Mapping[str, Find]
+"""Tensors by their names."""
+
+
 @dataclass(frozen=True)
 class IndexedCheckpoint:
     """What a checkpoint holds.
@@ -78,35 +85,43 @@ class IndexedCheckpoint:
     """
 
     path: Path
-    tensors: Mapping[Keys, Callable[[], list[FoundChunk]]]
+    tensors: Mapping[Keys, Find]
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> float | None:
         """The step that the content tells; None if it does not."""
         for name in _STEP_NAMES:
-            value = self.values.get(name)
-            if value is None and (found := self.value(name)) is not None:
-                value = found[0]
+            value = self.number(*name.split("."))
             if isinstance(value, str):
                 value = int(value) if value.isdecimal() and len(value) < 20 else None
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 return value
         return None
 
-    def value(self, name: str | Keys) -> tuple[float, str] | None:
-        """The value of a tensor of one real number, and its dtype; None if there is no such tensor."""
-        keys = tuple(name.split(".")) if isinstance(name, str) else name
-        chunks = self.tensors[keys]() if keys in self.tensors else []
-        value = _scalar(chunks) if chunks else None
-        return None if value is None else (value, chunks[0].tensor.dtype)
+    def number(self, *keys: str) -> Any:
+        """A value, or that of a tensor of one real number; None if there is neither."""
+        value = self.values.get(".".join(keys))
+        chunks = self.tensors[keys]() if value is None and keys in self.tensors else []
+        found = chunks[0].tensor if len(chunks) == 1 else None
+        if not found or found.nbytes != ITEM_BYTES[found.dtype] or found.dtype in ("C64", "BOOL"):
+            return value
+        with OpenedFile(chunks[0].path) as file:
+            return float(
+                decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0]
+            )
 
     def groups(self, outer: Keys = ()) -> list[str]:
         """The keys, behind those of `outer`, under which there are tensors by further keys."""
         level = len(outer)
         return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
-    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Callable[[], list[FoundChunk]]]:
+    def behind(self, *place: str) -> dict[str, Find]:
+        """The tensors behind some keys, by their names there."""
+        deep = len(place)
+        return {".".join(k[deep:]): find for k, find in self.tensors.items() if len(k) > deep and k[:deep] == place}
+
+    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Find]:
         """The tensors of the model by name; with a prefix those whose names begin with it, without it.
 
         They are those of the `group`, if there is one of this name, else of one that is named as models are, also
@@ -122,8 +137,7 @@ class IndexedCheckpoint:
         if not known and len(others) == 1:
             known = [(others[0], name) for name in MODEL_GROUPS if name in self.groups((others[0],))]
         place: Keys = known[0] if known else tuple(others) if len(others) == 1 else ()
-        chosen = [keys for keys in self.tensors if place and len(keys) > len(place) and keys[: len(place)] == place]
-        named = {".".join(keys[len(place) :]): self.tensors[keys] for keys in chosen}
+        named = self.behind(*place) if place else {}
         if not known:
             beside = tuple(f"{name}." for name in _OTHER_GROUPS)
             single = [keys for keys in self.tensors if len(keys) == 1 and not keys[0].startswith(beside)]
@@ -140,15 +154,6 @@ class IndexedCheckpoint:
             raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
         reason = f"the model cannot be told from the rest: it has tensors under {names_in(groups)}"
         raise FileFormatError(self.path, reason, "import with `prefix`, such as 'model.'")
-
-
-def _scalar(chunks: Sequence[FoundChunk]) -> float | None:
-    """The value of a tensor of one real number; None for others."""
-    found = chunks[0].tensor
-    if len(chunks) > 1 or found.nbytes != DTYPES[found.dtype].nbytes or found.dtype in ("C64", "BOOL"):
-        return None
-    with OpenedFile(chunks[0].path) as file:
-        return float(decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0])
 
 
 def index_checkpoint(path: Path) -> IndexedCheckpoint:
@@ -203,7 +208,7 @@ def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
     """An average of diffusers as the group "ema", with the weights in the folder beside it as the group "model"."""
     config = average / CONFIG
     settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    tensors: dict[Keys, Find] = {}
     beside = folder / average.name.removesuffix(EMA_ENDING)
     for group, place in (("model", beside), ("ema", average)):
         if place.is_dir():
@@ -230,7 +235,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
         else:
             content = _leaves(path, read_pickled(file, 0, file.size))
         identity = sampled_identity(file)
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
         if isinstance(value, TensorEntry):
             tensors[keys] = functools.partial(_whole, path, identity, value)
@@ -293,7 +298,7 @@ def _module_tensors(node: Node) -> dict[Any, Any] | None:
 
 def _of_shards(index: Path) -> IndexedCheckpoint:
     """A model in shards, by its index."""
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
+    tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).shards.items():
         shard = _of_file(index.parent / name)
@@ -334,33 +339,23 @@ def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
 
 
 def _of_distributed(metadata: Path) -> IndexedCheckpoint:
-    folder = metadata.parent
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
     listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
-    places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
-    for index, place in stored.items():
-        key: dict[str, Any] = _state(index)
-        offset: Any = key.get("offset") or ()
-        if isinstance(key.get("fqn"), str) and is_sizes(offset):
-            places[key["fqn"], tuple(offset)] = _state(place)
-    paths = planned if isinstance(planned, dict) else {}
-    tensors: dict[Keys, Callable[[], list[FoundChunk]]] = {}
-    files = _ChunkFiles(folder)
+    files = _ChunkFiles(metadata, stored)
+    tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
     for name, described in listed.items():
-        chunks = _state(described).get("chunks")
-        if not (isinstance(name, str) and isinstance(chunks, list)):
+        if not (isinstance(name, str) and isinstance(_state(described).get("chunks"), list)):
             if name in _STEP_NAMES:
-                values[name] = files.read(name, places.get((name, ()), {}))[1]
+                values[name] = files.read(name, ())[1]
             continue  # an object that is no tensor
-        keys: Any = paths.get(name)
+        keys: Any = planned.get(name) if isinstance(planned, dict) else None
         is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
-        finder = functools.partial(_found_chunks, files, name, _state(described), places)
-        tensors[tuple(map(str, keys)) if is_path else (name,)] = finder
-    return IndexedCheckpoint(folder, tensors, values)
+        tensors[tuple(map(str, keys)) if is_path else (name,)] = functools.partial(files.chunks, name, described)
+    return IndexedCheckpoint(metadata.parent, tensors, values)
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -368,48 +363,53 @@ def _state(value: Any) -> dict[str, Any]:
     return value.state if isinstance(value, Node) and isinstance(value.state, dict) else {}
 
 
-def _found_chunks(
-    files: _ChunkFiles, name: str, described: dict[str, Any], places: Mapping[Any, dict[str, Any]]
-) -> list[FoundChunk]:
-    """The chunks of a tensor."""
-    metadata = files.folder / DCP_METADATA
-    size: Any = described.get("size")
-    listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described["chunks"])]
-    if not all(is_sizes(one) and len(one) == len(size) for pair in ((size, size), *listed) for one in pair):
-        raise FileFormatError(metadata, f"tensor {shown(name)}: its shape, or that of a chunk, is malformed")
-    boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
-    if problem := cover_problem(tuple(size), boxes):
-        raise FileFormatError(metadata, f"tensor {shown(name)}: {problem}")
-    return [files.chunk(name, box, places.get((name, box.offset)) or places.get((name, ())) or {}) for box in boxes]
-
-
 class _ChunkFiles:
-    """The files of a distributed checkpoint, each with its identity."""
+    """The files of a distributed checkpoint: what its metadata say of each place, and each file's identity."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, metadata: Path, stored: dict[Any, Any]) -> None:
+        self._metadata = metadata
         self._identities: dict[Path, str] = {}
+        self._places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+        for index, place in stored.items():
+            key: dict[str, Any] = _state(index)
+            offset: Any = key.get("offset") or ()
+            if isinstance(key.get("fqn"), str) and is_sizes(offset):
+                self._places[key["fqn"], tuple(offset)] = _state(place)
 
-    def chunk(self, name: str, box: Box, place: Mapping[str, Any]) -> FoundChunk:
-        """A chunk of a tensor, where its file has it."""
-        path, found = self.read(name, place)
-        if not isinstance(found, TensorEntry) or found.shape != box.shape:
-            raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
-        return FoundChunk(path, self._identities[path], found, box)
+    def chunks(self, name: str, described: Any) -> list[FoundChunk]:
+        """The chunks of a tensor, where their files have them."""
+        size: Any = _state(described).get("size")
+        listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described.state["chunks"])]
+        if not all(is_sizes(one) and len(one) == len(size) for pair in ((size, size), *listed) for one in pair):
+            reason = f"tensor {shown(name)}: its shape, or that of a chunk, is malformed"
+            raise FileFormatError(self._metadata, reason)
+        boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
+        if problem := cover_problem(tuple(size), boxes):
+            raise FileFormatError(self._metadata, f"tensor {shown(name)}: {problem}")
+        made = []
+        for box in boxes:
+            path, found = self.read(name, box.offset)
+            if not isinstance(found, TensorEntry) or found.shape != box.shape:
+                raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
+            made.append(FoundChunk(path, self._identities[path], found, box))
+        return made
 
-    def read(self, name: str, place: Mapping[str, Any]) -> tuple[Path, Any]:
-        """The file and the object at a place."""
-        metadata = self.folder / DCP_METADATA
+    def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
+        """The file and the object of a name at an offset, or of the name alone."""
+        place = self._places.get((name, offset)) or self._places.get((name, ())) or {}
         file_name: Any = place.get("relative_path")
         begin: Any = place.get("offset")
         length: Any = place.get("length")
+        wrong = ""
         if not (isinstance(file_name, str) and is_sizes((begin, length))):
-            raise FileFormatError(metadata, f"{shown(name)}: its place is missing")
-        if Path(file_name).name != file_name or not file_name.isprintable():
-            raise FileFormatError(metadata, f"{shown(name)}: {shown(file_name)} is not the name of a file beside it")
-        if place.get("transform_descriptors"):
-            raise FileFormatError(metadata, f"{shown(name)}: is compressed or encrypted, which is not read")
-        path = self.folder / file_name
+            wrong = "its place is missing"
+        elif Path(file_name).name != file_name or not file_name.isprintable():
+            wrong = f"{shown(file_name)} is not the name of a file beside it"
+        elif place.get("transform_descriptors"):
+            wrong = "is compressed or encrypted, which is not read"
+        if wrong:
+            raise FileFormatError(self._metadata, f"{shown(name)}: {wrong}")
+        path = self._metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self._identities:
                 self._identities[path] = sampled_identity(file)

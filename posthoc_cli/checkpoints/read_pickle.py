@@ -5,13 +5,14 @@ the file: an uncompressed member of the archive, a part of the stream behind the
 pickle that holds such a stream itself, as plain `pickle.dump` of a tensor makes it.
 
 Pickles are read by Python's own unpickler, with each name that they could import replaced: by functions of ours that
-describe tensors, all others by a `Name` whose call makes an inert `Node`. It is the unpickler in Python, since of that
+describe tensors, all others by an inert `Node`, whose call makes another. It is the unpickler in Python, since of that
 in C strings of bytes cannot be left in the file, nor keys of dicts refused whose hash takes forever. For the same
 reasons `torch.load` is not used, and since it maps files: one that shrinks would end the process.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
@@ -20,7 +21,6 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, ClassVar
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
@@ -33,38 +33,37 @@ from posthoc_cli.snapshots.tensor_file import OpenedFile
 _ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024
 """Bytes of a tensor whose elements are stored once for several places, as `expand` makes it."""
-_LONGEST_LINE = 4096
 _MOST_ARGUMENTS = 16
 """Of a call; a pickle may give a million to each of a million calls."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
-_BY_TORCH_NAME = {dtype.torch_name: name for name, dtype in DTYPES.items()}
-_STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32", "Short": "I16",
-    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
+_DTYPES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": None,
+    **{dtype.torch_name: name for name, dtype in DTYPES.items()},
 }  # fmt: skip
-"""Names of torch's storages of one dtype, without `Storage`."""
+"""By the names of torch's storages and dtypes; None of a storage of bytes."""
 
 
+@dataclass(eq=False, repr=False)
 class Node(dict[Any, Any]):
-    """An object that the pickle would have made by a call: `name` says of what, `state` would be its attributes.
+    """What a name in a pickle stands for, or an object made by a call of it; `state` would be its attributes.
 
     What it was filled with like a dict are its items; those of a list are passed over.
     """
 
-    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.name, self.arguments = name, arguments
-        self.state: Any = None
+    name: str
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # a Node may be the key of a dict
     __eq__ = object.__eq__
 
     def __call__(self, *arguments: Any) -> Node:
-        """What is made by a call of it, as of a `functools.partial`."""
-        return Node("", arguments)
+        """What a call of it makes."""
+        return Node(self.name, arguments)
 
     def extend(self, _: object) -> None:
         """Pass over the items of a list."""
@@ -78,10 +77,16 @@ def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
     It is made of plain values, lists, tuples and dicts, a `TensorEntry` for each tensor, and `Node`s for all else. A
     FileFormatError names the file and says what is wrong.
     """
+
+    @functools.cache
+    def from_bytes(data: Any) -> Any:
+        """A storage that was written into a string of bytes; such a string within another is not read."""
+        return _read_stream(file, data.begin, data.begin + data.nbytes, _CALLS)
+
+    calls: _Calls = {**_CALLS, "torch.storage._load_from_bytes": from_bytes}
     try:
-        if file.read_at(4, begin) == _ZIP:
-            return _read_zip(file, begin, end)
-        return _read_stream(file, begin, end, _calls(file))
+        is_zip = file.read_at(4, begin) == _ZIP
+        return _read_zip(file, begin, end, calls) if is_zip else _read_stream(file, begin, end, calls)
     except _PickleError as error:
         raise FileFormatError(file.path, f"cannot be read as tensors: {error}") from error
 
@@ -90,14 +95,9 @@ class _PickleError(Exception):
     """What is wrong with a pickle, in words that follow the file's name."""
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A global name in a pickle, `module.attribute`."""
-
-    text: str
-
-    def __call__(self, *arguments: Any) -> Node:
-        return Node(self.text, arguments[:_MOST_ARGUMENTS])
+def _check(is_right: bool, wrong: str) -> None:
+    if not is_right:
+        raise _PickleError(wrong)
 
 
 @dataclass(frozen=True)
@@ -109,24 +109,24 @@ class _Bytes:
     dtype: str | None = None
 
 
-_Call = Callable[..., Any]
-"""A function for calls of one name; gets the call's arguments, and raises a PickleError or TypeError."""
-_Locate = Callable[[str, int], _Bytes]
-"""The storage of a key, which is said to have so many bytes."""
+_Calls = Mapping[str, Callable[..., Any]]
+"""What to do for calls of a name; other calls make nodes."""
+_Locate = Callable[[str, int], _Bytes] | None
+"""The storage of a key, which is said to have so many bytes; None where there are none."""
 
 
 # --- archives and streams
 
 
-def _read_stream(file: OpenedFile, begin: int, end: int, calls: Mapping[str, _Call]) -> Any:
+def _read_stream(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
     """A pickle, or the five pickles and the storages that torch.save wrote before it made archives."""
     value, start = _unpickled(file, begin, end, calls)
     if value != _LEGACY_MAGIC:
         return value
-    protocol, start = _unpickled(file, start, end, calls)
+    _protocol, start = _unpickled(file, start, end, calls)
     system, start = _unpickled(file, start, end, calls)
-    if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise _PickleError("is of an unknown release of torch.save, or of a big-endian machine")
+    is_known = isinstance(system, dict) and system.get("little_endian") is True
+    _check(is_known, "is of an unknown release of torch.save, or of a big-endian machine")
     sizes: dict[str, int] = {}
     begins: dict[str, int] = {}
 
@@ -141,118 +141,78 @@ def _read_stream(file: OpenedFile, begin: int, end: int, calls: Mapping[str, _Ca
         if isinstance(key, str):
             begins[key] = position + 8
             position += 8 + sizes.get(key, 0)
-    if position > end or begins.keys() != sizes.keys():
-        raise _PickleError("truncated, or its storages are not those of its tensors")
+    is_whole = position <= end and begins.keys() == sizes.keys()
+    _check(is_whole, "truncated, or its storages are not those of its tensors")
     return _unpickled(file, start, end, calls, locate)[0]
 
 
-def _read_zip(file: OpenedFile, begin: int, end: int) -> Any:
+def _read_zip(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
     try:
-        archive = zipfile.ZipFile(_Range(file, begin, end))
+        archive = zipfile.ZipFile(io.BufferedReader(_Range(file, begin, end)))
         members = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
         raise _PickleError(f"a damaged or truncated archive: {error}") from error
-    if len(members) != len(archive.infolist()):
-        raise _PickleError("a damaged archive: two members of one name")
-    root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
-    if root is None:
-        raise _PickleError("is an archive, but not of torch.save: it has no data.pkl")
+    _check(len(members) == len(archive.infolist()), "a damaged archive: two members of one name")
+    root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), "")
+    _check(bool(root), "is an archive, but not of torch.save: it has no data.pkl")
 
     def place(name: str) -> _Bytes:
-        info = members.get(root + name)
-        if info is None:
-            raise _PickleError(f"a damaged archive: it has no {name!r}")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise _PickleError("is a compressed or encrypted archive, which torch.save never makes")
+        _check(root + name in members, f"a damaged archive: it has no {name!r}")
+        info = members[root + name]
+        is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
+        _check(is_plain, "is a compressed or encrypted archive, which torch.save never makes")
         head = file.read_at(_LOCAL_HEADER.size, begin + info.header_offset)
         _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head.ljust(_LOCAL_HEADER.size))
         at = begin + info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        if not head.startswith(_ZIP) or at + info.file_size > end:
-            raise _PickleError("a truncated archive, or a member is not where it should be")
+        is_there = head.startswith(_ZIP) and at + info.file_size <= end
+        _check(is_there, "a truncated archive, or a member is not where it should be")
         return _Bytes(at, info.file_size)
 
     if f"{root}byteorder" in members:
         order = place("byteorder")
-        if file.read_at(min(16, order.nbytes), order.begin) != b"little":
-            raise _PickleError("is of a big-endian machine")
+        _check(file.read_at(min(16, order.nbytes), order.begin) == b"little", "is of a big-endian machine")
     data = place("data.pkl")
-    return _unpickled(file, data.begin, data.begin + data.nbytes, _calls(file), lambda key, _: place(f"data/{key}"))[0]
+    return _unpickled(file, data.begin, data.begin + data.nbytes, calls, lambda key, _: place(f"data/{key}"))[0]
 
 
-class _Window(io.RawIOBase):
+class _Range(io.RawIOBase):
     """A range of a file, as a file."""
 
     def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
-        self._file, self._begin, self._end, self._position = file, begin, end, begin
-
-    def seekable(self) -> bool:
-        return True
+        self._file, self._begin, self._size, self._at = file, begin, end - begin, 0
 
     def readable(self) -> bool:
         return True
 
+    seekable = readable
+
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: self._begin, os.SEEK_CUR: self._position, os.SEEK_END: self._end}[whence]
-        self._position = max(start + offset, self._begin)
-        return self._position - self._begin
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
 
     def readinto(self, view: Any) -> int:
-        data = self._file.read_at(min(len(view), max(0, self._end - self._position)), self._position)
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-class _Range(io.BufferedReader):
-    """The same, buffered."""
-
-    def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
-        super().__init__(_Window(file, begin, end))
-        self._begin = begin
-
-    @property
-    def position(self) -> int:
-        """Where the next byte is in the file."""
-        return self._begin + self.tell()
-
-    def readline(self, size: int | None = _LONGEST_LINE) -> bytes:
-        line = super().readline(size)
-        if not line.endswith(b"\n"):  # truncated, or longer: what is left of it would be read as operations
-            raise EOFError
-        return line
-
-    def skip(self, count: int) -> _Bytes:
-        """Pass over bytes; beyond the end nothing is read any more."""
-        begin = self.position
-        self.seek(count, os.SEEK_CUR)
-        return _Bytes(begin, count)
+        count = self._file.read_into(memoryview(view)[: max(0, self._size - self._at)], self._begin + self._at)
+        self._at += count
+        return count
 
 
 # --- pickles
 
 
-def _unpickled(
-    file: OpenedFile, begin: int, end: int, calls: Mapping[str, _Call], locate: _Locate | None = None
-) -> tuple[Any, int]:
-    """The value of the pickle that begins at `begin`, and where it ends.
-
-    Arguments:
-        end: where the file or the part of it with the pickle ends.
-        calls: what to do for calls of a name; other calls make nodes.
-        locate: places the storages that it refers to.
-    """
-    stream = _Range(file, begin, end)
+def _unpickled(file: OpenedFile, begin: int, end: int, calls: _Calls, locate: _Locate = None) -> tuple[Any, int]:
+    """The value of the pickle that begins at `begin`, and where it ends, at `end` at the latest."""
+    stream = io.BufferedReader(_Range(file, begin, end))
     try:
-        return _Unpickler(stream, calls, locate).load(), stream.position
+        return _Unpickler(stream, calls, locate, begin).load(), begin + stream.tell()
     except (
         pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError, OverflowError,
         struct.error, RecursionError, MemoryError,
     ) as error:  # fmt: skip
-        raise _PickleError(f"a damaged pickle, near byte {stream.position:,}") from error
+        raise _PickleError(f"a damaged pickle, near byte {begin + stream.tell():,}") from error
 
 
 class _Unpickler(pickle._Unpickler):
-    """Imports nothing, and calls only `calls` and names."""
+    """Imports nothing, and calls only `calls` and nodes."""
 
     dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
     stack: list[Any]
@@ -260,24 +220,24 @@ class _Unpickler(pickle._Unpickler):
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, stream: _Range, calls: Mapping[str, _Call], locate: _Locate | None) -> None:
+    def __init__(self, stream: Any, calls: _Calls, locate: _Locate, begin: int) -> None:
         super().__init__(stream, encoding="latin-1")
-        self._stream, self._calls, self._locate = stream, calls, locate
+        self._stream, self._calls, self._locate, self._begin = stream, calls, locate, begin
 
     def find_class(self, module: str, name: str) -> Any:
-        """The function for a name, or the name itself."""
-        return self._calls.get(f"{module}.{name}") or _Name(f"{module}.{name}")
+        """The function for a name, or what stands for it."""
+        return self._calls.get(f"{module}.{name}") or Node(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage of ("storage", type, key, location, number of elements, ...)."""
         known = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
         if self._locate is None or not known or not is_sizes(pid[4:5]):
             raise _PickleError("refers to objects outside the file, or to a storage without a size")
-        dtype, count = _storage_dtype(pid[1]), pid[4]
+        dtype, count = _dtype_of(pid[1]), pid[4]
         return replace(self._locate(pid[2], count * (ITEM_BYTES[dtype] if dtype else 1)), dtype=dtype)
 
-    def call(self) -> None:
-        """A call, or an object made without `__init__`, which is the same here."""
+    def call(self, _: object = None) -> None:
+        """A call, or an object made without `__init__`, which is the same here; what is given by name is no tensor."""
         arguments, function = self.stack.pop(), self.stack.pop()
         self.append(function(*arguments[:_MOST_ARGUMENTS]))
 
@@ -286,12 +246,6 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         if isinstance(self.stack[-1], Node):
             self.stack[-1].state = state
-
-    def make_with_keywords(self) -> None:
-        """A call with arguments by name, whose names do not matter."""
-        keywords = self.stack.pop()
-        self.stack[-1] = (*self.stack[-1][:_MOST_ARGUMENTS], *islice(keywords.values(), _MOST_ARGUMENTS))
-        self.call()
 
     def fill(self, items: list[Any]) -> None:
         """Put keys and values into the last object."""
@@ -306,7 +260,8 @@ class _Unpickler(pickle._Unpickler):
     def pass_over(self, layout: str) -> None:
         """Leave a string of bytes in the file."""
         (count,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
-        self.append(self._stream.skip(count))
+        self.append(_Bytes(self._begin + self._stream.tell(), count))
+        self._stream.seek(count, os.SEEK_CUR)  # beyond the end nothing is read any more
 
     # Frames are passed through, so that places in the file are known. Sets become lists: a set would hash what is put
     # into it. Nothing comes from the registry of extensions, whose entries may be real functions.
@@ -321,7 +276,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.FROZENSET[0]: dispatch[pickle.LIST[0]],
         pickle.REDUCE[0]: call,
         pickle.NEWOBJ[0]: call,
-        pickle.NEWOBJ_EX[0]: make_with_keywords,
+        pickle.NEWOBJ_EX[0]: lambda self: self.call(self.stack.pop()),
         pickle.BUILD[0]: build,
         pickle.SETITEM[0]: lambda self: self.fill([self.stack.pop(), self.stack.pop()][::-1]),
         pickle.SETITEMS[0]: lambda self: self.fill(self.pop_mark()),
@@ -337,7 +292,7 @@ def _checked_pairs(pairs: Any) -> dict[Any, Any]:
     for key, value in pairs:
         for part in key if isinstance(key, tuple) else (key,):
             is_long = isinstance(part, int) and abs(part) >= 2**63  # as text it may take forever, too
-            if is_long or not isinstance(part, str | int | float | Node | _Name | None):
+            if is_long or not isinstance(part, str | int | float | Node | None):
                 raise _PickleError(f"a key of a dict is a {type(part).__name__}, or an int of many digits")
         made[key] = value
     return made
@@ -346,76 +301,46 @@ def _checked_pairs(pairs: Any) -> dict[Any, Any]:
 # --- the calls of a pickle that make tensors
 
 
-def _storage_dtype(kind: Any) -> str | None:
-    """The dtype of a storage's type; None for one of bytes."""
-    name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
-    if name == "UntypedStorage":
-        return None
-    dtype = _STORAGES.get(name.removesuffix("Storage"))
-    if dtype is None:
-        raise _PickleError(f"a tensor of {name or 'an unknown kind'}, which is not read")
-    return dtype
+def _dtype_of(kind: Any) -> str | None:
+    """The dtype that a name in a pickle says, that of a storage, too; None for bytes of any."""
+    name = kind.name.rpartition(".")[2] if isinstance(kind, Node) else ""
+    _check(name in _DTYPES, f"a tensor of {name or 'an unknown kind'}, which is not read")
+    return _DTYPES[name]
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> TensorEntry:
-    own = dtype or storage.dtype if isinstance(storage, _Bytes) else None
-    fits = is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
-    if own is None or not fits or not len(shape) == len(strides) <= 64 or math.prod(s or 1 for s in shape) >= 2**60:
-        raise _PickleError("a tensor without a storage, or with a malformed shape")
-    item, count, reach = ITEM_BYTES[own], math.prod(shape), 0
-    if count:
-        reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-    if (offset + reach) * item > storage.nbytes:
-        raise _PickleError("a tensor reaches beyond its storage")
-    if count * item > max(storage.nbytes, _MOST_REPEATED):
-        raise _PickleError(f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
-    begin = storage.begin + offset * item
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, kind: Any = None) -> TensorEntry:
+    """A tensor within a storage; of a storage of bytes `kind` names the dtype."""
+    dtype: Any = _dtype_of(kind) if kind is not None else getattr(storage, "dtype", None)
+    fits = isinstance(storage, _Bytes) and is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
+    fits = fits and len(shape) == len(strides) <= 64 and math.prod(s or 1 for s in shape) < 2**60
+    _check(fits and dtype is not None, "a tensor without a storage, or with a malformed shape")
+    item, count = ITEM_BYTES[dtype], math.prod(shape)
+    reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if count else 0
+    _check((offset + reach) * item <= storage.nbytes, "a tensor reaches beyond its storage")
+    is_small = count * item <= max(storage.nbytes, _MOST_REPEATED)
+    _check(is_small, f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
     in_order = all(one == 1 or a == b for one, a, b in zip(shape, strides, row_major(shape), strict=True))
-    nbytes = math.prod(shape) * item
-    return TensorEntry(own, tuple(shape), begin, nbytes, () if in_order or not nbytes else tuple(strides))
+    kept = () if in_order or not count else tuple(strides)
+    return TensorEntry(dtype, tuple(shape), storage.begin + offset * item, count * item, kept)
 
 
-def _tensor_of_dtype(
-    storage: Any, offset: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any
-) -> TensorEntry:
-    name = dtype.text.removeprefix("torch.") if isinstance(dtype, _Name) else ""
-    if name not in _BY_TORCH_NAME:
-        raise _PickleError(f"a tensor of dtype {name or 'unknown'}, which is not read")
-    return _tensor(storage, offset, shape, strides, _BY_TORCH_NAME[name])
-
-
-def _ordered(*arguments: Any) -> dict[Any, Any]:
+def _ordered(pairs: Any = ()) -> dict[Any, Any]:
     """An OrderedDict, as old and new pickles make it."""
-    pairs = arguments[0] if arguments else []
     made = _checked_pairs(pairs)
-    pairs.clear()  # so that a million calls with a million pairs are soon over
+    if made:
+        pairs.clear()  # so that a million calls with a million pairs are soon over
     return made
 
 
-_CALLS: dict[str, _Call] = {
+_CALLS: _Calls = {
     "collections.OrderedDict": _ordered,
-    "builtins.set": lambda values=(): values,
-    "__builtin__.set": lambda values=(): values,
-    "torch.Size": lambda sizes=(): sizes,
+    **dict.fromkeys(("builtins.set", "__builtin__.set", "torch.Size"), lambda values=(): values),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": lambda *values: _tensor(*values[:4]),
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_tensor_v3": lambda *values: _tensor(*values[:4], values[6]),  # type: ignore[call-arg]
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     # A tensor with attributes, or of a subclass.
-    "torch._tensor._rebuild_from_type_v2": lambda function, _, arguments, __: function(*arguments),
+    "torch._tensor._rebuild_from_type_v2": lambda function, _, arguments, __: function(*arguments[:_MOST_ARGUMENTS]),
 }
 """The names that are known, and what is done in place of calls of them."""
-
-
-def _calls(file: OpenedFile) -> dict[str, _Call]:
-    """The same for a whole file, whose strings of bytes may hold storages."""
-    known: dict[_Bytes, Any] = {}
-
-    def from_bytes(data: Any) -> Any:
-        """A storage that was written into a string of bytes; such a string within another is not read."""
-        if data not in known:
-            known[data] = _read_stream(file, data.begin, data.begin + data.nbytes, _CALLS)
-        return known[data]
-
-    return _CALLS | {"torch.storage._load_from_bytes": from_bytes}

@@ -51,19 +51,10 @@ class Reading(NamedTuple):
     by_word: bool = False
 
 
-def step_of(
-    path: Path,
-    indexed: IndexedCheckpoint,
-    step_from: str | None = None,
-    by_word: str = "",
-    per_epoch: int | None = None,
-) -> int:
-    """The step of a checkpoint.
+def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
+    """The step of a checkpoint, for which `step_from` is searched in its path if that is given.
 
     Arguments:
-        path: of the file or folder.
-        indexed: what it holds.
-        step_from: a regular expression whose group is the step, searched in the path.
         by_word: a name beside it in which a word such as step tells the step, so that this one must have it, too; empty
             for none.
         per_epoch: steps of an epoch, 0 where they are not known; None if a number may as well be one of epochs.
@@ -96,8 +87,8 @@ def step_of(
 def _optimizer_step(path: Path, indexed: IndexedCheckpoint, epoch: int) -> float:
     """The updates that an optimizer has counted."""
     counted = [value for name, value in indexed.values.items() if name.endswith(".step") and ".state." in name]
-    counted += [found[0] for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
-                if (found := indexed.value(keys))]  # fmt: skip
+    counted += [found for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
+                if (found := indexed.number(*keys))]  # fmt: skip
     if not counted:
         reason = f"must be given: {path.name} knows its epoch, {epoch} counted from 0, and not its step"
         raise InvalidValueError("steps_per_epoch", reason)
@@ -113,44 +104,21 @@ def checked_step(path: Path, step: float) -> int:
 
 
 def named_step(path: Path) -> Reading:
-    """The step in the name of a file or folder, else of the folder that it is in, if that is named as checkpoints are.
+    """The step that the name of a file or folder tells: by a word, else by its only number.
 
-    Other numbers in that name, such as of an experiment or a date, are no steps.
+    Without a number in it, the folder above tells it by a word; other numbers there, as of an experiment, are no steps.
     """
     stem = path.name
     for ending in ENDINGS:
         stem = stem.removesuffix(ending)
-    return read_name(stem) if re.search("[0-9]", stem) else read_name(path.parent.name, words_only=True)
-
-
-def _trainer_step(path: Path) -> float | None:
-    """The step in the state of a transformers Trainer."""
-    state = path / _TRAINER_STATE
-    if not (path.is_dir() and state.is_file()):
-        return None
-    step = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer").get("global_step")
-    return step if type(step) is int else None
-
-
-def read_number(text: str) -> float | None:
-    """The number that a text is, such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if whole; None if it is none."""
-    match = _NUMBER.fullmatch(text)
-    if match is None or sum(map(str.isdigit, text)) > _MOST_DIGITS:
-        return None
-    value = Decimal(re.sub("[,_]", "", match[1])) * _UNITS[match[2].lower()]
-    return int(value) if value == value.to_integral_value() else float(value)
-
-
-def read_name(name: str, words_only: bool = False) -> Reading:
-    """The step that a name tells, without the ending of its file: by a word, else by its only number."""
+    is_own = re.search("[0-9]", stem) is not None
+    name = stem if is_own else path.parent.name
     found = [*_BEFORE.finditer(name), *_BEHIND.finditer(name)]
     found = [match for match in found if match["strong"]] or found
     by_word = bool(found)
-    if not found and not words_only:
+    if is_own and not found:
         found = [*_ALONE.finditer(name)]
-    if len(found) != 1:
-        return Reading()
-    return _read(name, found[0], by_word)
+    return _read(name, found[0], by_word) if len(found) == 1 else Reading()
 
 
 def _read(name: str, match: re.Match[str], by_word: bool) -> Reading:
@@ -171,3 +139,21 @@ def _read(name: str, match: re.Match[str], by_word: bool) -> Reading:
     if unit == "b" and not is_sure:
         return Reading(doubt=f"{number + parts['unit']!r} may be the size of the model")
     return Reading(read_number(number + (unit if unit in _UNITS else "")), by_word=by_word)
+
+
+def _trainer_step(path: Path) -> float | None:
+    """The step in the state of a transformers Trainer."""
+    state = path / _TRAINER_STATE
+    if not (path.is_dir() and state.is_file()):
+        return None
+    step = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer").get("global_step")
+    return step if type(step) is int else None
+
+
+def read_number(text: str) -> float | None:
+    """The number that a text is, such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if whole; None if it is none."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or sum(map(str.isdigit, text)) > _MOST_DIGITS:
+        return None
+    value = Decimal(re.sub("[,_]", "", match[1])) * _UNITS[match[2].lower()]
+    return int(value) if value == value.to_integral_value() else float(value)

@@ -1,42 +1,157 @@
-"""A checkpoint as a source of averages, and the checks that several belong together."""
+"""A checkpoint as a source of averages: what its file says, and what `ema import` may be told of it."""
 
 from __future__ import annotations
 
-import math
-import os
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from posthoc_cli import files
-from posthoc_cli.checkpoints.read_model import FoundChunk, names_in, tensor_shape
-from posthoc_cli.dtypes import DTYPES, EPS
-from posthoc_cli.errors import FileFormatError, MismatchError, shown
+from posthoc_cli.checkpoints import KINDS
+from posthoc_cli.checkpoints.read_model import FoundChunk, Tensors, tensor_shape
+from posthoc_cli.checkpoints.read_step import read_number
+from posthoc_cli.dtypes import EPS
+from posthoc_cli.errors import FileFormatError, InvalidValueError, brief, check_count, check_word, shown
 from posthoc_cli.profiles import (
     Clock,
     Point,
     PowerFunction,
     RecordedPowerFunction,
     StoredProfile,
+    check_sigma_rel,
     gamma_from_sigma_rel,
 )
+from posthoc_cli.profiles.other_libraries import POWER, RAMP_UP, WARM_UPS, Decay, OrdinaryEMA
 from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.outputs import describe_tensors
+from posthoc_cli.snapshots.format import TensorEntry
 from posthoc_cli.snapshots.reading import BackingFile
-from posthoc_cli.snapshots.sources import FileSource, Snapshot, by_time, read_values, run_clock
+from posthoc_cli.snapshots.selection import check_globs, make_selection
+from posthoc_cli.snapshots.sources import FileSource
 
-_CHOOSE = "name those of one run by a glob, or import with `include`, `exclude` or `prefix`"
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
 
-_COMPARED = 1024
-"""Elements of a tensor by which a copy is known."""
+
+@dataclass(frozen=True)
+class Settings:
+    """What checkpoints do not say themselves, and which of their tensors to take.
+
+    Attributes:
+        kind: one of `checkpoints.KINDS`; None to find that of each file.
+        step_from: a regular expression whose group is the step, searched in a path; it may be 1_500 or 1.5k, too.
+        prefix: what names of the model's tensors begin with; it is left out of the names.
+        include, exclude: globs on the names that remain.
+        sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
+        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`.
+        ema_decay: of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images; `update_every` is theirs, too.
+        ema_warmup: "ratio" of (1 + n) / (10 + n), "power" of 1 - (1 + n)**(-2/3), "power:0.75" of another power, or
+            "ramp-up" of a half-life that is 0.05 of the training so far, "ramp-up:0.1" of another share.
+        ema_restarts: steps at which an ordinary EMA began again from the weights.
+        ema_uncertainty: of the time constant, relative, where the decay was found.
+        ema_late: steps by which each of `ema_restarts` may be later, where they were found.
+        steps_per_epoch: where files know only the epoch.
+    """
+
+    kind: str | None = None
+    step_from: str | None = None
+    prefix: str = ""
+    include: str | Iterable[str] | None = None
+    exclude: str | Iterable[str] | None = None
+    sigma_rels: Sequence[float] = ()
+    update_every: int | None = None
+    update_after_step: int | None = None
+    ema_decay: float | str | None = None
+    ema_warmup: str | None = None
+    ema_restarts: Sequence[int] = ()
+    ema_uncertainty: float | None = None
+    ema_late: int | None = None
+    steps_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None:
+            check_word("kind", self.kind, KINDS)
+        restarts = self.ema_restarts
+        are_steps = isinstance(restarts, Iterable) and all(type(step) is int and step > 0 for step in restarts)
+        for name, is_right, wanted in (
+            ("sigma_rels", isinstance(self.sigma_rels, Iterable), "a list of widths"),
+            ("ema_restarts", are_steps, "steps, above 0"),
+            ("prefix", isinstance(self.prefix, str), "a text"),
+        ):
+            if not is_right:
+                raise InvalidValueError(name, f"must be {wanted}", value=brief(getattr(self, name)))
+        for sigma_rel in self.sigma_rels:
+            check_sigma_rel(sigma_rel)
+        for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1), ("ema_late", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, least)
+        Decay(**{"decay": 0.5, **self.rule()})
+        groups = 0
+        with suppress(re.error, TypeError):
+            groups = 1 if self.step_from is None else re.compile(self.step_from).groups
+        if groups != 1:
+            reason = r"must be a regular expression with one group, for the step, such as 'step(\d+)'"
+            raise InvalidValueError("step_from", reason, value=self.step_from or "")
+        selection = make_selection(self.include, self.exclude, "copy")
+        plain = {"include": selection.include, "exclude": selection.exclude}
+        plain |= {name: tuple(getattr(self, name)) for name in ("sigma_rels", "ema_restarts")}
+        vars(self).update(plain)
+
+    def rule(self, every: float = 1.0) -> dict[str, Any]:
+        """What is given of the decays of an ordinary EMA that is updated so often, as arguments of `Decay`."""
+        rule: dict[str, Any] = {}
+        if isinstance(self.ema_decay, str):
+            half_life = read_number(self.ema_decay.removeprefix("half-life:")) or 0.0
+            if half_life <= 0:
+                reason = "must lie in (0, 1), or be a half-life such as half-life:500000"
+                raise InvalidValueError("ema_decay", reason, value=repr(self.ema_decay))
+            rule["decay"] = 0.5 ** (every / half_life)
+        elif self.ema_decay is not None:
+            rule["decay"] = self.ema_decay
+        if self.ema_uncertainty is not None:
+            rule["uncertainty"] = self.ema_uncertainty
+        if self.ema_warmup is not None:
+            kind, colon, text = str(self.ema_warmup).partition(":")
+            usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
+            number = read_number(text) if colon else usual
+            if kind not in WARM_UPS or (kind == "ratio") is (number is not None) or number == 0:
+                reason = f"must be one of {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1"
+                raise InvalidValueError("ema_warmup", reason, value=repr(self.ema_warmup))
+            rule |= {"warm_up": kind} | ({} if number is None else {"power": float(number)})
+        return rule
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that differ from their defaults, as plain values for JSON."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {name: value for name, value in values.items() if value not in (None, "", [])}
+
+    @property
+    def said(self) -> Settings:
+        """The same without a decay that was found, and what was found with it: more files show another one."""
+        if self.ema_uncertainty is None:
+            return self
+        return replace(self, ema_decay=None, ema_warmup=None, ema_restarts=(), ema_uncertainty=None, ema_late=None)
+
+    def chosen(self, found: Tensors, but: Collection[str] = ()) -> Tensors:
+        """The tensors that `include` and `exclude` leave, without those named in `but`."""
+        selection = make_selection(self.include, self.exclude, "copy")
+        check_globs(selection, found)
+        chosen = {name: find for name, find in found.items() if selection.names(name) and name not in but}
+        if not chosen:
+            raise InvalidValueError("include and exclude", "leave no tensor of the model")
+        return chosen
+
+
+UNSPECIFIED = Settings()
+
+
+# --- checkpoints
 
 
 @dataclass(frozen=True)
@@ -47,11 +162,10 @@ class CheckpointInfo(fmt.SourceInfo):
         profile: what its tensors are of: the weights at one time (`Point`), or an average.
         step: of the training; `t` is that of the profile.
         t_unit: what `t` counts.
-        t_first: the earliest time that has mass in averages of this run.
         tensors: role and dtype of each.
         aliases: further names of tensors.
-        sigma_rel, gamma: the power function that an average was asked for; 0 for others.
-        decay: that of an ordinary EMA, without its warm-up; 0 for others.
+        sigma_rel: of the power function that an average was asked for; 0 for others.
+        decay: that of an ordinary EMA, without its warm-up; 0 for others, and where it is unknown.
         run_id: made of names, shapes and content; empty until checkpoints were compared with each other.
         left_out: names of the model's state that are not used.
     """
@@ -59,11 +173,9 @@ class CheckpointInfo(fmt.SourceInfo):
     profile: StoredProfile
     step: int
     t_unit: str
-    t_first: float
     tensors: dict[str, fmt.TrackedTensor]
     aliases: dict[str, str]
     sigma_rel: float = 0.0
-    gamma: float = 0.0
     decay: float = 0.0
     run_id: str = ""
     left_out: tuple[str, ...] = ()
@@ -74,6 +186,16 @@ class CheckpointInfo(fmt.SourceInfo):
     def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
         """Its time."""
         return self.profile.t
+
+    @property
+    def t_first(self) -> float:  # type: ignore[override]
+        """The earliest time that has mass in averages of a run with this profile, on a clock of steps or images."""
+        return float(getattr(self.profile, "t_first", min(1.0, self.t)))
+
+    @property
+    def gamma(self) -> float:
+        """The exponent of `sigma_rel`; 0 without."""
+        return gamma_from_sigma_rel(self.sigma_rel) if self.sigma_rel else 0.0
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -101,6 +223,52 @@ class CheckpointInfo(fmt.SourceInfo):
 
 
 @dataclass(frozen=True)
+class Updates:
+    """How an ordinary EMA was updated, as far as its file says.
+
+    Attributes:
+        rule: arguments of `profiles.other_libraries.Decay`; without "decay" where that is not there.
+        count: how many were made; None if that is not there.
+        every: calls between updates, as the library does it by default; images of a batch, 0 where that is not there.
+        from_first: whether the first call is an update, and not the one of number `every`.
+    """
+
+    rule: dict[str, Any] = field(default_factory=dict)
+    count: int | None = None
+    every: int = 1
+    from_first: bool = False
+
+    def profile(self, path: Path, step: int, settings: Settings, default: float) -> OrdinaryEMA | None:
+        """The profile at a step, of the `default` decay where none is known; None without."""
+        every, later, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
+        rule = {"decay": default} | self.rule | settings.rule(every)
+        if not rule["decay"]:
+            return None
+        if began := max((begin for begin in settings.ema_restarts if begin < step), default=0):
+            rule |= {"copies": 0, "late": settings.ema_late or 0}
+            first, count = began + every, (step - began) // every
+        elif count is None:
+            first = later + 1 if self.from_first else (later // every + 1) * every
+            count = max(0, (step - first) // every + 1)
+        elif count > step:
+            raise FileFormatError(path, f"has counted {count:,} updates of its EMA, and is of step {step:,}")
+        elif self.every > 1:  # calls are counted, of which the first is an update
+            if settings.update_after_step is not None:
+                rule["copies"] = later + 1
+            rule["stride"], first, count = every, step - count + 1, (count - 1) // every + 1
+        else:
+            if settings.update_every is None and count:
+                every = max(1, step // count)
+                every = every if -(-step // every) - count in (0, 1) else 1
+            last = (step - 1) // every * every + 1 if self.from_first else step // every * every
+            first = last - (count - 1) * every
+            if count and first < 1:
+                reason = f"cannot be: {path.name} has counted {count:,} updates by step {step:,}"
+                raise InvalidValueError("update_every", reason, value=every)
+        return Decay(**rule).profile(step, count, every, first)
+
+
+@dataclass(frozen=True)
 class Checkpoint(FileSource):
     """The tensors of a checkpoint, or of an average that another program stored, and what is known about them.
 
@@ -109,11 +277,13 @@ class Checkpoint(FileSource):
     Attributes:
         kind: one of `formats.TABLE`; empty of a copy that an import made.
         label: its name, where that of its file or folder is not enough.
+        updates: of an ordinary EMA that is no copy.
     """
 
     info: CheckpointInfo
     kind: str = ""
     label: str = ""
+    updates: Updates | None = None
 
     @property
     def name(self) -> str:
@@ -124,6 +294,18 @@ class Checkpoint(FileSource):
     def profile(self) -> StoredProfile:
         """What its tensors are of."""
         return self.info.profile
+
+    def told(self, settings: Settings, default: float = 0.0) -> Checkpoint:
+        """The same; an ordinary EMA with the profile that its file and the settings say.
+
+        Where neither says the decay it stays 0, and the profile is that of the `default`; without one unchanged.
+        """
+        profile = self.updates and self.updates.profile(self.path, self.info.step, settings, default)
+        if not (self.updates and profile):
+            return self
+        is_known = settings.ema_decay is not None or "decay" in self.updates.rule
+        decay = profile.settings["decay"] if is_known else 0.0
+        return replace(self, info=replace(self.info, profile=profile, decay=decay))
 
     @property
     def identity(self) -> str:
@@ -136,207 +318,56 @@ class Checkpoint(FileSource):
 
 def make_checkpoint(
     path: Path,
-    found: Mapping[str, Callable[[], list[FoundChunk]]],
+    found: Tensors,
     profile: StoredProfile,
     step: int,
     kind: str = "checkpoints",
     t_unit: str = "steps",
     sigma_rel: float = 0.0,
-    decay: float = 0.0,
+    updates: Updates | None = None,
 ) -> Checkpoint:
     """A checkpoint of these tensors; of a power function, or what was meant as one, with its `sigma_rel`.
-
-    One of an ordinary EMA has its `decay`.
 
     Raises:
         FileFormatError: a tensor has no name that a model's could have, or a dtype that is not read.
     """
-    entries: dict[str, fmt.TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
     layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
-    identities: dict[Path, str] = {}
-    known: dict[tuple[Path, fmt.TensorEntry], str] = {}
+    known: dict[tuple[Path, TensorEntry], str] = {}
     for name, find in found.items():
         if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
             raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
         chunks = find()
-        path_of, _, tensor, _ = chunks[0]
-        if len(chunks) == 1 and tensor.nbytes and (other := known.setdefault((path_of, tensor), name)) != name:
+        place = chunks[0].path, chunks[0].tensor
+        if len(chunks) == 1 and place[1].nbytes and (other := known.setdefault(place, name)) != name:
             aliases[name] = other  # tied: both are the same bytes
             continue
         dtypes = {chunk.tensor.dtype for chunk in chunks}
         if len(dtypes) > 1:
             raise FileFormatError(path, f"tensor {shown(name)}: its chunks are of several dtypes")
         spec = fmt.TensorSpec(name, dtypes.pop(), tensor_shape(chunks))
-        entries[name] = fmt.TensorEntry(spec.dtype, spec.shape, 0, spec.nbytes)
-        counts: dict[Path, int] = {}
+        entries[name] = TensorEntry(spec.dtype, spec.shape, 0, spec.nbytes)
+        counts: Counter[Path] = Counter()
         for chunk in chunks:
-            layer = counts[chunk.path] = counts.get(chunk.path, -1) + 1
-            layers.setdefault((chunk.path, layer), {})[name] = chunk
-            identities[chunk.path] = chunk.identity
+            layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
+            counts[chunk.path] += 1
     parts = tuple(
         BackingFile(
             file,
             fmt.FileHeader.of_foreign({name: chunk.tensor for name, chunk in held.items()}),
             {name: chunk.box for name, chunk in held.items()},
-            identities[file],
+            next(iter(held.values())).identity,
         )
         for (file, _), held in layers.items()
     )
     stored = parts[0].header.tensors if len(parts) == 1 and len(parts[0].header.tensors) == len(entries) else entries
-    info = CheckpointInfo(
-        profile, step, t_unit, first_time(profile),
-        {name: _tracked(name, entry.dtype) for name, entry in entries.items()}, aliases,
-        sigma_rel, gamma_from_sigma_rel(sigma_rel) if sigma_rel else 0.0, decay,
-    )  # fmt: skip
-    return Checkpoint(path, fmt.FileHeader.of_foreign(stored), info, parts, kind)
-
-
-def first_time(profile: StoredProfile) -> float:
-    """The earliest time that has mass in averages of a run with this profile, on a clock of steps or images."""
-    return float(getattr(profile, "t_first", min(1.0, profile.t)))
+    tensors = {name: _tracked(name, entry.dtype) for name, entry in entries.items()}
+    info = CheckpointInfo(profile, step, t_unit, tensors, aliases, sigma_rel)
+    return Checkpoint(path, fmt.FileHeader.of_foreign(stored), info, parts, kind, "", updates)
 
 
 def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:
     """How a synthesis treats a tensor: floating-point numbers are averaged, others copied."""
     is_weight = dtype in EPS and name.rpartition(".")[2] not in _NO_WEIGHTS
     return fmt.TrackedTensor("average" if is_weight else "copy", dtype)
-
-
-def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The same checkpoints by time, as one run: with a common run id, and aliases that all have.
-
-    Of copies, such as a file `last` or `best` beside the numbered ones, it takes the first by name.
-
-    Raises:
-        MismatchError: two of them are of different models, or of one time with other values; both are named.
-    """
-    kept: dict[tuple[float, str], Checkpoint] = {}
-    for other in by_time(checkpoints):
-        one = kept.setdefault((other.info.t, other.info.holds), other)
-        if one is not other and not _is_copy(one, other):
-            reason = f"are both of step {one.info.t:,.12g}"
-            raise MismatchError(f"{one.path} and {other.path}", reason, "name those of one run, by a glob")
-    ordered = _named([*kept.values()])
-    first = ordered[0]
-    for one in ordered[1:]:
-        if (difference := _difference(first, one)) is not None:
-            raise MismatchError(f"{first.path} and {one.path}", difference, _CHOOSE)
-    if first.info.run_id:
-        return ordered
-    names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
-    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
-    return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
-
-
-def _is_copy(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two hold the same averages, or weights, by the first elements of each tensor."""
-    sizes = [{name: math.prod(source.stored[name].shape) for name in source.info.averages} for source in (one, other)]
-    if sizes[0] != sizes[1]:
-        return False
-    with one.open() as a, other.open() as b:
-        counts = {name: min(size, _COMPARED) for name, size in sizes[0].items()}
-        return all(
-            np.array_equal(read_values(a, name, 0, count), read_values(b, name, 0, count), equal_nan=True)
-            for name, count in counts.items()
-        )
-
-
-def _named(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The same, each with a name of its own: coefficients and reports refer to it."""
-    paths = {one.path for one in checkpoints}
-    above = files.as_path(os.path.commonpath([str(path.parent) for path in paths]))
-    is_short = len({path.name for path in paths}) == len(paths)
-    counts = Counter(one.path for one in checkpoints)
-    made = []
-    for one in checkpoints:
-        name = one.path.name if is_short else one.path.relative_to(above).as_posix()
-        of_two = counts[one.path] > 1 and not isinstance(one.profile, Point)
-        made.append(replace(one, label=f"{name} (average)" if of_two else name))
-    return made
-
-
-def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Checkpoints of the training that wrote these snapshots, to be combined with them.
-
-    Their steps become times of the run, and of their tensors those remain that the newest snapshot has.
-
-    Raises:
-        MismatchError: a tensor is missing, has another shape, or cannot be averaged; or two have one time.
-    """
-    newest = max(snapshots, key=lambda snapshot: snapshot.info.t)
-    clock = run_clock([snapshot.info for snapshot in snapshots])
-    made = []
-    for one in checkpoints:
-        pair = f"{newest.path} and {one.path}"
-        if not isinstance(one.profile, Point):
-            raise MismatchError(pair, "are averages of two libraries", "open one of them")
-        for name, tensor in newest.info.tensors.items():
-            own, found = newest.stored[name], one.stored.get(name)
-            if found is None:
-                reason = f"are of different models: {one.name} has no {shown(name)}"
-            elif found.shape != own.shape:
-                reason = f"have shapes {list(own.shape)} and {list(found.shape)} of tensor {shown(name)}"
-            elif tensor.role == "average" and found.dtype not in EPS:
-                reason = f"do not match: tensor {shown(name)} is no floating-point number in the latter"
-            else:
-                continue
-            raise MismatchError(pair, reason, _CHOOSE)
-        t = float(clock.time_at(one.info.step))
-        like = newest.info
-        info = replace(
-            one.info, profile=Point(t), run_id=like.run_id, t_unit=like.t_unit, t_first=t,
-            tensors=like.tensors, aliases=like.aliases, left_out=like.left_out,
-        )  # fmt: skip
-        made.append(replace(one, info=info))
-    return made
-
-
-def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
-    """Why two checkpoints cannot be of one run, to follow their names; None if they can."""
-    names = [{*one.stored, *one.info.aliases} for one in (first, other)]
-    if differing := sorted(names[0] ^ names[1]):
-        only = first if differing[0] in names[0] else other
-        more = f", and {len(differing) - 1} more differ" * (len(differing) > 1)
-        return f"are of different models: only {only.name} has {names_in(differing[:1])}{more}"
-    if first.info.aliases != other.info.aliases:
-        tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
-        return f"differ in what {shown(tied[0])} is tied to"
-    for name, entry in first.stored.items():
-        found = other.stored[name]
-        if entry.shape != found.shape:
-            return f"have shapes {list(entry.shape)} and {list(found.shape)} of tensor {shown(name)}"
-        if first.info.tensors[name].role != other.info.tensors[name].role:
-            words = [DTYPES[dtype].torch_name for dtype in (entry.dtype, found.dtype)]
-            return f"do not match: tensor {shown(name)} is of {words[0]} and of {words[1]}"
-    return None if first.info.run_id == other.info.run_id else "are of different runs"
-
-
-def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Times, tensors and sizes from the indexes of files alone, for JSON; its kind is "checkpoints"."""
-    newest = checkpoints[-1]
-    return {
-        "kind": "checkpoints",
-        "path": str(place),
-        "run": newest.info.run_id,
-        "t_unit": newest.info.t_unit,
-        "t": newest.info.t,
-        "step": newest.info.step,
-        **describe_tensors(newest),
-        "bytes": sum(one.header.file_bytes for one in checkpoints),
-        "checkpoints": list_checkpoints(checkpoints),
-    }
-
-
-def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """The file, time, content and identity of each, for JSON."""
-    return [
-        {
-            "file": one.name,
-            "t": one.info.t,
-            "holds": one.info.holds,
-            "bytes": one.header.file_bytes,
-            "identity": one.identity,
-        }
-        for one in checkpoints
-    ]

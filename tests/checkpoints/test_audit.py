@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,18 @@ def test_a_broken_average_is_named(case: str, options: dict[str, Any], tmp_path:
         assert float(low) / 1.05 < times < float(high) * 1.05
 
 
+def rewrite(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Every checkpoint as the function makes it."""
+    for path in run.iterdir():
+        torch.save(change(torch.load(path)), path)
+
+
 def test_tensors_that_are_not_followed_are_named(tmp_path: Path) -> None:
     """As under torch.compile with half of the names, or of a part that is not passed to the average."""
     run = write(tmp_path / "x", train(), averaged(DECAY))
     first = torch.load(run / f"step{EVERY}.pt")["state_dict_ema"]
-    for path in run.iterdir():
-        content = torch.load(path)
-        content["state_dict_ema"] |= {name: first[name] for name in ("2.weight", "2.bias")}
-        torch.save(content, path)
+    kept = {name: first[name] for name in ("2.weight", "2.bias")}
+    rewrite(run, lambda content: content | {"state_dict_ema": content["state_dict_ema"] | kept})
     (found,) = Run(run).audit(DECAY)
     assert (found.verdict, set(found.tensors)) == ("some tensors", {"2.weight", "2.bias"})
     assert "2 of 6 tensors are not followed" in found.text
@@ -127,14 +132,10 @@ def test_tensors_that_are_not_followed_are_named(tmp_path: Path) -> None:
 
 def test_weights_of_another_run(tmp_path: Path) -> None:
     run = write(tmp_path / "x", train(), averaged(DECAY))
-    for step, path in ((int(path.stem[4:]), path) for path in run.iterdir()):
-        torch.save(torch.load(path) | {"state_dict": named(train(seed=7)[step - 1])}, path)
+    rewrite(run, lambda content: content | {"state_dict": named(train(seed=7)[content["step"] - 1])})
     (found,) = Run(run).audit(DECAY)
     assert (found.verdict, found.is_bad) == ("other weights", True), found.text
-    for path in run.iterdir():
-        content = torch.load(path)
-        content["state_dict_ema"]["other"] = torch.zeros(3)
-        torch.save(content, path)
+    rewrite(run, lambda content: content | {"state_dict_ema": content["state_dict_ema"] | {"other": torch.zeros(3)}})
     with pytest.raises(
         errors.FileFormatError, match="an EMA and weights of different models: only the EMA has 'other'"
     ):
@@ -143,9 +144,7 @@ def test_weights_of_another_run(tmp_path: Path) -> None:
 
 def test_swapped_weights_and_averages(tmp_path: Path) -> None:
     run = write(tmp_path / "x", train(), averaged(DECAY))
-    for path in run.iterdir():
-        content = torch.load(path)
-        torch.save(content | {"state_dict": content["state_dict_ema"], "state_dict_ema": content["state_dict"]}, path)
+    rewrite(run, lambda old: old | {"state_dict": old["state_dict_ema"], "state_dict_ema": old["state_dict"]})
     (found,) = Run(run).audit(DECAY)
     assert found.verdict == "swapped", found.text
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import xxhash
 from checking import assert_same_tensors
-from checkpoint_layouts import LAYOUTS, STEPS, Weights
+from checkpoint_layouts import LAYOUTS, STEPS, Weights, filled
 from ema_command import Ema
 from factories import contents
 
@@ -84,9 +84,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_is_not_the_one_imported_is_named(change: str, tmp_path: Path, ema: Ema) -> None:
-    (tmp_path / "ck").mkdir()
-    for step in (1, 2, 3):
-        torch.save({"w": torch.full((3000,), float(step))}, tmp_path / "ck" / f"step{step}.pt")
+    filled(tmp_path / "ck", 1, 2, 3, size=3000)
     new, path = tmp_path / "new", tmp_path / "ck" / "step2.pt"
     assert ema("import", tmp_path / "ck", "--out", new).code == 0
     change_it, reason = CHANGES[change]
@@ -203,18 +201,18 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
         import_checkpoints(folder, tmp_path / "two", update_evry=3)
 
 
-WRONG: dict[str, Any] = {
-    "kind": [], "step_from": 5, "prefix": 5, "include": [5], "exclude": "", "sigma_rels": 0.1, "update_every": True,
-    "update_after_step": -1, "ema_decay": "much", "ema_restarts": [0],
-}  # fmt: skip
+WRONG: list[tuple[str, Any]] = [
+    ("kind", []), ("step_from", 5), ("prefix", 5), ("include", [5]), ("exclude", ""), ("sigma_rels", 0.1),
+    ("update_every", True), ("update_after_step", -1), ("ema_decay", "much"), ("ema_decay", [0.9]),
+    ("ema_restarts", [0]), ("ema_restarts", 5), ("ema_warmup", 5), ("ema_uncertainty", "x"), ("ema_late", "x"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_setting_that_cannot_be_used_is_named(name: str, tmp_path: Path) -> None:
-    (tmp_path / "ck").mkdir()
-    torch.save({"w": torch.ones(3)}, tmp_path / "ck" / "step1.pt")
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_setting_that_cannot_be_used_is_named(name: str, value: Any, tmp_path: Path) -> None:
+    filled(tmp_path / "ck", 1)
     with pytest.raises(errors.InvalidValueError, match=f"^{name}"):
-        import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: WRONG[name]})
+        import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: value})
     assert not (tmp_path / "new").exists()
 
 
@@ -262,9 +260,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     """Of an import of two checkpoints, with a pipe and a loop of links beside it."""
-    (tmp_path / "ck").mkdir()
-    for step in (1, 2):
-        torch.save({"w": torch.full((3,), float(step))}, tmp_path / "ck" / f"step{step}.pt")
+    filled(tmp_path / "ck", 1, 2)
     import_checkpoints(tmp_path / "ck", tmp_path / "new")
     os.mkfifo(tmp_path / "new" / "pipe")
     (tmp_path / "new" / "loop").symlink_to("loop")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ import edm2_layout
 import numpy as np
 import pytest
 import torch
+from checking import refused
+from checkpoint_layouts import check_average, filled
 from ema_command import Ema
 from factories import exact_weights, flip_bit
 
 from posthoc_cli import Run, errors, files, import_checkpoints, synthesize
-from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
+from posthoc_cli.profiles import Discrete, Point, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
+from posthoc_cli.reconstruction import DistanceTo
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter
 
 STEPS = 400
@@ -154,23 +159,6 @@ def test_files_of_two_sessions_are_doubted(
     assert distance(second, {name: values[-140:] for name, values in history.items()}, 0.1) < 0.03
 
 
-def test_pytorch_posthoc_ema(tmp_path: Path, imported: Imported) -> None:
-    library = pytest.importorskip("posthoc_ema")
-    settings = {"sigma_rels": WIDTHS, "update_every": 5, "update_after_step": 30, "checkpoint_dtype": torch.float32}
-
-    def start(model: torch.nn.Module) -> Update:
-        tracker = library.PostHocEMA.from_model(
-            model, str(tmp_path / "x"), max_checkpoints=50, checkpoint_every=20, **settings
-        )
-        return tracker.update_
-
-    history = train(start)
-    run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=30)
-    assert run.step == 400
-    assert set(run.tensors) == {"weight", "bias"}
-    assert distance(run.average(0.1), history, 0.1) < 0.03
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("true", "wrong"), [(150, 30), (30, None), (0, 40), (100, 150)])
 def test_a_wrong_update_after_step_is_named(
@@ -188,6 +176,7 @@ def test_a_wrong_update_after_step_is_named(
     history = train(start)
     first = min(path.name for path in (tmp_path / "x").iterdir())
     run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=true)
+    assert (run.step, set(run.tensors)) == (STEPS, {"weight", "bias"})
     assert distance(run.average(0.1), history, 0.1) < 0.03
     told = f"{100 if wrong is None else wrong}: does not fit the files, whose default is 100:"
     with pytest.raises(errors.InvalidValueError, match=f"update_after_step {told} {first} has counted") as error:
@@ -212,14 +201,7 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
     ]
     assert run.sources[0].info.t_unit == "images"
     assert set(run.tensors) == set(net.state_dict())
-    plan = run.plan(0.07)
-    average = run.average(0.07, dtype="float64")
-    for name, value in average.items():
-        terms = [
-            c * states[int(source.info.t), round(source.info.sigma_rel, 3)][name].double()
-            for source, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)
-        ]
-        torch.testing.assert_close(value, torch.stack(terms).sum(0), rtol=1e-5, atol=1e-6)
+    check_average(run, states, 0.07, at="info.t info.sigma_rel", exact=1e-6)
     other = tmp_path / "other.pkl"
     other.write_bytes((tmp_path / "network-snapshot-0001024-0.050.pkl").read_bytes())
     with pytest.raises(errors.FileFormatError, match=r"other.pkl: is not named as files of edm2 are: network-"):
@@ -235,8 +217,7 @@ def test_an_import_that_is_killed_leaves_nothing_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the files would be taken for a run of fewer checkpoints."""
-    for step in (1, 2):
-        torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.pt")
+    filled(tmp_path, 1, 2)
     for error in (KeyboardInterrupt, None):
         with monkeypatch.context() as patched, pytest.raises(error or Killed):
             patched.setattr(files.system, "rename", raise_of(error or Killed))
@@ -266,18 +247,67 @@ def test_the_metadata_of_an_import_are_checked(tmp_path: Path) -> None:
             _ = Run(path).tensors
 
 
+def numbered(
+    folder: Path, path: torch.Tensor, steps: Iterable[int], every: int, dtype: torch.dtype = torch.float32,
+    widths: tuple[float, ...] = WIDTHS,
+) -> Path:  # fmt: skip
+    """Averages as `ema-pytorch` stores them, of the weights after each step: [steps, elements]."""
+    folder.mkdir()
+    for step in steps:
+        for index, width in enumerate(widths):
+            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, every)
+            average = -torch.from_numpy(np.diff(profile.tail(np.arange(len(path) + 1)))) @ path
+            content = {"ema_model.w": average.to(dtype), "ema_model.n": torch.tensor(3)}
+            content |= {"initted": torch.tensor(True), "step": torch.tensor(step)}
+            torch.save(content, folder / f"{index}.{step}.pt")
+    return folder
+
+
+def falling_walk() -> torch.Tensor:
+    """Weights after each of 4,000 steps, of a rate that falls."""
+    increments = torch.randn(4000, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return 100 + (increments * torch.linspace(1, 0.1, 4000, dtype=torch.float64)[:, None]).cumsum(0)
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+def test_a_true_claim_fits_and_a_wrong_one_is_refused(every: int, tmp_path: Path) -> None:
+    folder = numbered(tmp_path / "x", falling_walk(), range(400, 4001, 400), every, torch.float16)
+    claim = functools.partial(import_checkpoints, folder, None, dry_run=True, sigma_rels=WIDTHS)
+    assert f"(misfits: {every}: " in claim(update_every=every).checks[0]
+    for wrong in {1: (5, 10, 100), 10: (1, 5, 20, 100), 50: (1, 10)}[every]:
+        with refused("update_every", f"{wrong}: the distances between the averages do not fit it; those of {every} do"):
+            claim(update_every=wrong)
+
+
+def test_one_profile_or_one_time_cannot_tell(tmp_path: Path) -> None:
+    for steps, widths in (((1000, 2000, 3000), WIDTHS[:1]), ((1000,), WIDTHS)):
+        folder = numbered(tmp_path / f"{len(steps)}", falling_walk(), steps, 10, widths=widths)
+        done = import_checkpoints(folder, None, dry_run=True, sigma_rels=widths, update_every=1)
+        assert done.checks == ("update_every is as given: averages of one profile, or at one time, cannot tell it",)
+
+
+def test_checkpoints_are_measured_by_a_sample(tmp_path: Path) -> None:
+    """Against the values themselves; a checkpoint in the model's dtype has no rounding error."""
+    path, times = falling_walk(), (1000, 2000, 3000, 4000)
+    for t in times:
+        torch.save({"w": path[t - 1].bfloat16()}, tmp_path / f"step{t}.pt")
+    sources: Any = Run(tmp_path).sources
+    values = [path[t - 1].bfloat16().double() for t in times]
+    found = sample_measurements(sources)
+    assert found[0].norm == pytest.approx(float((values[0] ** 2).sum()), rel=1e-12)
+    assert [one.rounding for one in found] == [0, 0, 0, 0]
+    (back, next_to) = found[2].distances
+    assert isinstance(back, DistanceTo)
+    assert (back.other, next_to.other) == (Point(1000), Point(2000))
+    assert back.squared == pytest.approx(float(((values[2] - values[0]) ** 2).sum()), rel=1e-12)
+    plan = Run(tmp_path).plan("between:3000:4000")
+    assert plan.reconstruction.coefficients[-2:, 0] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
 def test_copies_say_the_same(tmp_path: Path, imported: Imported, ema: Ema) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    old.mkdir()
     path = 1 + 0.01 * torch.randn(150, 300, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
-    for index, width in enumerate(WIDTHS):
-        for step in (50, 100, 150):
-            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, 10)
-            mean = torch.from_numpy(profile.masses) @ path[profile.times.astype(int) - 1]
-            weights = {"ema_model.w": mean.float(), "ema_model.n": torch.tensor(3)}
-            torch.save(
-                weights | {"initted": torch.tensor(True), "step": torch.tensor(step)}, old / f"{index}.{step}.pt"
-            )
+    numbered(old, path, (50, 100, 150), 10)
     options = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "10")
     dry = ema("import", old, *options, "--dry-run")
     lines = dry.out.splitlines()

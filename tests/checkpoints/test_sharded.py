@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_layouts import check_average
 from groups import Net, check_group, move
 
 from posthoc_cli import Mean, Run
@@ -33,19 +34,10 @@ def test_chunks_of_processes_make_the_tensors(kind: str, ranks: int, writer: str
     (tmp_path / "run").mkdir()
     check_group(TRAIN, ranks, tmp_path, kind, writer)
     run, single = Run(tmp_path / "run"), Net()
-    plan = run.plan(0.25)
     states = {}
     for step in range(1, 4):
         move(single, step)
-        states[step] = {name: value.double() for name, value in single.state_dict().items()}
-    average = run.average(0.25, dtype="float64")
-    assert set(average) == set(states[1])
-    for name, value in average.items():
-        terms = [
-            c * states[source.info.step][name]
-            for source, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)
-        ]
-        wanted = torch.stack(terms).sum(0) if value.is_floating_point() else states[3][name]
-        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-6)
+        states[step] = {name: value.clone() for name, value in single.state_dict().items()}
+    check_average(run, states, 0.25, exact=1e-6)
     last = run.average(Mean(1))
     assert all(torch.equal(last[name], value) for name, value in single.state_dict().items())

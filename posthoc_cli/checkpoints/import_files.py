@@ -1,0 +1,337 @@
+"""What an import leaves: a manifest that refers to other programs' files where they are, or copies with checksums.
+
+Copies are files of this package, see `snapshots.format`.
+
+The manifest holds the settings that the files lack. It is `ema-import.json` in the folder of the run, one JSON object:
+
+    key          value
+    format       "ema import"
+    version      1
+    from         what was imported: a folder, a file or a glob
+    settings     those of `source.Settings` that were given, or found
+    checkpoints  a list of [path, kind, step]: a file or folder, what it is, the step of the training
+    files        an object: path -> [bytes, 16 hexadecimal digits of its size and of a sample of its content]
+    checksum     XXH3 (64 bits, seed 0) of all this as compact JSON without this key, 16 hexadecimal digits
+
+Paths are URLs, or relative to the folder of the run, so that both may be moved or copied together. Files that stay
+behind, that have another size or were replaced are an error that names the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from posthoc_cli import files
+from posthoc_cli.checkpoints.formats import TABLE
+from posthoc_cli.checkpoints.read_model import CONFIG, EMA_ENDING, index_checkpoint, model_in
+from posthoc_cli.checkpoints.read_step import checked_step
+from posthoc_cli.checkpoints.source import Checkpoint, CheckpointInfo, Settings
+from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, OutputExistsError, VanishedError
+from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile
+from posthoc_cli.profiles.other_libraries import OrdinaryEMA
+from posthoc_cli.progress import ProgressBar
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import headers
+from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.directory import snapshot_path
+from posthoc_cli.snapshots.reading import BackingFile, sampled_identity
+from posthoc_cli.snapshots.tensor_file import (
+    OpenedFile,
+    TensorFileWriter,
+    holds_nonfinite,
+    read_header,
+    read_small_file,
+)
+
+_NAME = "ema-import.json"
+COPY = "checkpoint"
+"""In ema.format of a copy."""
+_FORMAT = {"format": "ema import", "version": 1}
+_MOST_BYTES = 100_000_000
+_AGAIN = "import again"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says; `files` have their bytes and identities, `checkpoints` are paths with kinds and steps."""
+
+    folder: Path
+    origin: Path
+    settings: Settings
+    checkpoints: tuple[tuple[Path, str, int], ...]
+    files: dict[Path, tuple[int, str]]
+
+    @property
+    def place(self) -> str:
+        """What was imported, whatever the working directory is."""
+        return str(self.origin) if files.is_url(self.origin) else os.path.realpath(self.origin)
+
+    def check_file(self, path: Path) -> None:
+        """A FileFormatError if a file is not there, or not the one that was imported."""
+        nbytes, identity = self.files[path]
+        try:
+            with OpenedFile(path) as file:
+                if file.size != nbytes:
+                    reason = f"has {file.size:,} bytes, and had {nbytes:,} when {self.folder} was imported"
+                    raise FileFormatError(path, reason, _AGAIN)
+                if sampled_identity(file) != identity:
+                    raise FileFormatError(path, f"was replaced since {self.folder} was imported", _AGAIN)
+        except VanishedError as error:  # it does not help to look again, as in a directory that a tracker writes
+            reason = f"is not there, and {self.folder} refers to it"
+            raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from error
+
+    def read(self) -> list[Checkpoint]:
+        """The checkpoints; a FileFormatError if a file is not the one that was imported."""
+        for path in self.files:
+            self.check_file(path)
+        read = [TABLE[kind].read(path, index_checkpoint(path), step, self.settings) for path, kind, step in
+                self.checkpoints]  # fmt: skip
+        made = [one.told(self.settings) for found in read for one in found]
+        for file, identity in ((part.path, part.identity) for one in made for part in _foreign_parts(one)):
+            if self.files.get(file, (0, ""))[1] != identity:
+                raise FileFormatError(file, f"was replaced since {self.folder} was imported", _AGAIN)
+        return made
+
+    def describe(self) -> dict[str, Any]:
+        """Where the files are, and the settings, for JSON."""
+        return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
+
+
+def _foreign_parts(checkpoint: Checkpoint) -> list[BackingFile]:
+    """The files of a checkpoint, as far as they are other programs'."""
+    return [part for part in checkpoint.parts if part.identity]
+
+
+def is_import(path: str | Path) -> bool:
+    """Whether a path is a folder with a manifest."""
+    place = files.as_path(path) / _NAME
+    return place.is_file() if files.is_url(place) else os.path.lexists(place)
+
+
+def make_manifest(folder: Path, origin: Path, settings: Settings, checkpoints: Sequence[Checkpoint]) -> Manifest:
+    """The manifest for a folder of what was found at `origin`."""
+    listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
+    paths = {part.path for one in checkpoints for part in _foreign_parts(one)}
+    # What says where the tensors are, in their files.
+    for path in listed:
+        model = model_in(path) if path.is_dir() else None
+        if model and model.name.endswith(EMA_ENDING):
+            model /= CONFIG
+        paths |= {model} if model and model.is_file() else set()
+    known = {}
+    for path in sorted(paths):
+        with OpenedFile(path) as file:
+            known[path] = (file.size, sampled_identity(file))
+    return Manifest(folder, origin, settings, tuple(listed.values()), known)
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    """The content of the file."""
+    base = os.path.realpath(manifest.folder)
+
+    def relative(path: Path) -> str:
+        text = str(path) if files.is_url(path) else os.path.relpath(path.absolute(), base)
+        try:
+            text.encode()
+        except UnicodeError:
+            raise InvalidValueError(repr(text), "its name is no valid text", "rename it") from None
+        return text
+
+    values = {
+        **_FORMAT,
+        "from": relative(manifest.origin),
+        "settings": manifest.settings.given,
+        "checkpoints": [[relative(path), kind, step] for path, kind, step in manifest.checkpoints],
+        "files": {relative(path): known for path, known in manifest.files.items()},
+    }
+    return (json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n").encode()
+
+
+def write_manifest(made: Manifest, overwrite: bool) -> bool:
+    """Write a manifest into its folder, unless it is there.
+
+    Raises:
+        OutputExistsError: the folder holds something else; without `overwrite` also if it is another import.
+        WriteError: the system refused.
+    """
+    out, content = made.folder, _encoded(made)
+    if is_import(out):
+        with suppress(FileFormatError):  # a damaged one is replaced
+            there = read_manifest(out)
+            if _encoded(there) == content:
+                return False
+            differs = (
+                "has other settings" if there.settings.said != made.settings.said else f"is an import of {there.origin}"
+            )
+            if not overwrite and (there.settings.said, there.place) != (made.settings.said, made.place):
+                raise OutputExistsError(out, differs, "choose another name, or overwrite=True to replace it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(out, "is there already, and holds something else", "choose another name")
+    with files.new_directory(out):
+        files.write_whole(out / _NAME, content, overwrite=True)
+    return True
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a folder; a FileFormatError says what is wrong with it. Does not look at the files."""
+    path = folder / _NAME
+    raw = headers.parse_json(path, read_small_file(path, _MOST_BYTES), "import")
+    try:
+        if {key: raw.get(key) for key in _FORMAT} != _FORMAT:
+            raise ValueError("is of another format or version")
+        if raw.pop("checksum") != _checksum(raw):
+            raise ValueError("its checksum does not match")
+        is_real = files.is_url(folder) or os.path.realpath(folder) == str(folder.absolute())
+        base = folder if is_real else Path(os.path.realpath(folder))
+        settings = Settings(**raw["settings"])
+        listed = tuple((_place(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
+        known = {_place(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
+        if not listed or not all(kind in TABLE for _, kind, _ in listed):
+            raise ValueError("checkpoints must be of known kinds")
+        if not all(headers.is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in known.values()):
+            raise ValueError("files must have sizes and identities")
+        return Manifest(folder, _place(base, raw["from"]), settings, listed, known)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = f"lacks {error}" if isinstance(error, LookupError) else str(error)
+        raise FileFormatError(path, f"damaged import: {reason}", _AGAIN) from error
+
+
+def _place(base: Path, text: str) -> Path:
+    """A path that the manifest has."""
+    path = files.given_path("path", text)
+    return path if files.is_url(path) else files.as_path(os.path.normpath(str(base / path)))
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
+
+
+# --- copies
+
+
+def copy_path(folder: Path, info: CheckpointInfo) -> Path:
+    """The file of a copy."""
+    path = snapshot_path(folder, info.t, info.sigma_rel)
+    what = "weights" if isinstance(info.profile, Point) else "average"
+    return path if info.sigma_rel else path.with_name(path.name.replace("-0.0.safe", f"-{what}.safe"))
+
+
+def write_copies(checkpoints: Sequence[Checkpoint], out: Path, overwrite: bool, progress: ProgressBar) -> bool:
+    """Write each checkpoint as a file of this package into a new folder, or none; False if it holds just these.
+
+    Raises:
+        OutputExistsError: the folder is there and not empty; with `overwrite` if it holds anything but copies.
+        NonFiniteError: a tensor to be averaged holds nan or infinity.
+        FileFormatError, WriteError: a file cannot be read, or written.
+    """
+    if _are_copied(checkpoints, out):
+        return False
+    _check_free(out, overwrite)
+    total = sum(entry.nbytes for one in checkpoints for entry in one.stored.values())
+    files.remove_leftovers(out.parent)
+    made, replaced = files.temporary_path(out.parent), files.temporary_path(out.parent)
+    with files.reported_as_write_error(out), progress("importing", total) as advance:
+        files.make_directory(made)
+        try:
+            for one in checkpoints:
+                _write(one, copy_path(made, one.info), advance)
+            if overwrite and out.exists():
+                files.system.rename(out, replaced)
+            files.system.rename(made, out)
+            files.system.fsync_directory(out.parent)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            if replaced.exists() and not out.exists():
+                files.system.rename(replaced, out)
+            raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    return True
+
+
+def _are_copied(checkpoints: Sequence[Checkpoint], out: Path) -> bool:
+    wanted = {copy_path(out, one.info): _metadata(one) for one in checkpoints}
+    with suppress(FileFormatError):
+        return (
+            out.is_dir()
+            and wanted.keys() == set(out.iterdir())
+            and all(metadata.items() <= read_header(path).metadata.items() for path, metadata in wanted.items())
+        )
+    return False
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise OutputExistsError(out, "is there already", "choose another name, or overwrite=True to replace it")
+    for path in [out] if not out.is_dir() else sorted(out.iterdir()):
+        with suppress(FileFormatError):
+            if headers.file_kind(read_header(path)) == COPY:
+                continue
+        raise OutputExistsError(out, f"holds something else: {path.name}", "choose another name")
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    info = checkpoint.info
+    keys = ("run_id", "t", "t_unit", "step", "sigma_rel", "gamma", "decay", "tensors", "aliases")
+    values: dict[str, object] = {key: getattr(info, key) for key in keys} | {"source": checkpoint.identity}
+    if isinstance(info.profile, OrdinaryEMA):
+        values["ordinary"] = info.profile.settings
+    elif isinstance(info.profile, Discrete):
+        values["masses"] = {"times": info.profile.times, "masses": info.profile.masses}
+    return fmt.encode_metadata(COPY, values)
+
+
+def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
+    tensors = checkpoint.info.tensors
+    specs = [fmt.TensorSpec(name, entry.dtype, entry.shape) for name, entry in checkpoint.stored.items()]
+    room = memoryview(bytearray(fmt.BLOCK_BYTES))
+    with TensorFileWriter(path, specs, _metadata(checkpoint)) as writer, checkpoint.open() as file:
+        for spec in specs:
+            reader = file.read_range(spec.name, 0, spec.nbytes)
+            output = writer.write_range(spec.name, 0)
+            for begin in range(0, spec.nbytes, fmt.BLOCK_BYTES):
+                view = room[: min(fmt.BLOCK_BYTES, spec.nbytes - begin)]
+                reader.read_into(view)
+                if tensors[spec.name].role == "average" and holds_nonfinite(view, spec.dtype):
+                    raise NonFiniteError(checkpoint.path, f"tensor {spec.name!r}: holds nan or infinity")
+                output.write(view)
+                advance(len(view))
+        writer.commit()
+
+
+def read_copy(path: Path) -> Checkpoint:
+    """A file that `write_copies` wrote; a FileFormatError says what is wrong with it."""
+    header = read_header(path)
+    values = headers.decode_metadata(path, header, COPY, __KINDS, _OPTIONAL)
+    t, gamma, masses, ordinary, _ = (values.pop(key, None) for key in ("t", "gamma", "masses", "ordinary", "source"))
+    try:
+        profile: StoredProfile = PowerFunction(gamma, t) if values["sigma_rel"] else Point(t)
+        headers.check_tensors(values["tensors"], values["aliases"], header.tensors)
+        if ordinary is not None:
+            profile = OrdinaryEMA.of(values["step"], **ordinary)
+        elif masses is not None:
+            profile = Discrete(masses.get("times", ()), masses.get("masses", ()), t)
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
+    boxes = {name: Box.whole(entry.shape) for name, entry in header.tensors.items()}
+    return Checkpoint(path, header, CheckpointInfo(profile, **values), (BackingFile(path, header, boxes),))
+
+
+__KINDS = {
+    "run_id": fmt.RunId, "t": fmt.Time, "t_unit": fmt.Unit, "step": fmt.Count, "sigma_rel": float, "gamma": float,
+    "decay": float, "tensors": dict[str, fmt.TrackedTensor], "aliases": dict[str, str], "masses": dict[str, Any],
+    "ordinary": dict[str, Any], "source": str,
+}  # fmt: skip
+"""What the metadata of such a file must be."""
+
+_OPTIONAL = ("decay", "masses", "ordinary", "source")
