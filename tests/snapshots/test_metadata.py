@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from factories import RUN_ID, read_snapshot, write_snapshot
-from torture.forging import forge
-from torture.victims import examine
+from torture.victims import examine, forge
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export.convert import export_file

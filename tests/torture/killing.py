@@ -27,8 +27,8 @@ from posthoc_cli.snapshots.tensor_file import read_header
 from posthoc_cli.sweep import Axis, Sweep
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.results import TRIALS
+from torture import Tally
 from torture.processes import Nursery
-from torture.tally import Tally
 from torture.training import damaged_files, train, weights_up_to, wrong_snapshots
 
 STEPS = 40

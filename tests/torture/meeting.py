@@ -21,8 +21,8 @@ from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning, prune
 from posthoc_cli.synthesis.plan import Plan
+from torture import Tally
 from torture.processes import PATIENCE
-from torture.tally import Tally
 from torture.training import Network, begin, remove_half_begun, wrong_output, wrong_snapshots
 
 STEP = 0.01

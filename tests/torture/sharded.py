@@ -23,7 +23,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.integrations import STATE_NAME
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from torture.tally import Tally
+from torture import Tally
 
 STEPS = 24
 SIGMA_RELS = (0.1, 0.2)
@@ -219,7 +219,7 @@ import torch.distributed as dist
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.integrations import STATE_NAME
-from torture.simulated import Faulty
+from torture.faults import Faulty
 kind, victim, at = arguments
 model = groups.spread(groups.Net(), kind)
 files.system = system = Faulty(int(at) if rank == int(victim) else None, "full")
@@ -285,7 +285,7 @@ BESIDE = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIEN
 def two_jobs(folder: Path, share: float, seed: int) -> Tally:
     """Two jobs begin in one directory: one of them holds it, until it ends or is killed, and the other is refused."""
     tally, chance = Tally(), random.Random(seed)
-    for _ in range(max(1, round(30 * share))):
+    for _ in range(max(1, round(18 * share))):
         place, tally.tried = folder / "jobs", tally.tried + 1
         spread, jobs = [chance.choice(SPREAD) for _ in range(2)], []
         for kind, ranks in spread:

@@ -25,7 +25,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker.state import open_state
-from torture.tally import Tally
+from torture import Tally
 
 SIGMA_RELS = (0.2, 0.21)
 """Of about the same length: profiles that share a mean then have nearly its weights, and differ from the truth by their

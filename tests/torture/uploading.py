@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from posthoc_cli import PostHocEMA
+from torture import Tally
 from torture.processes import Nursery
-from torture.tally import Tally
 from torture.training import SIGMA_RELS, Network, damaged_files, weights_up_to, wrong_snapshots
 
 STEPS, EVERY, ROWS = 60, 4, 7500
