@@ -1,11 +1,13 @@
 """Processes that are stopped at random moments: trainings and sweeps by SIGKILL, commands by every signal.
 
-Trainings are resumed by their own script, sweeps started again by the same call.
+Trainings, also those that write to an object store, are resumed by their own script, sweeps by the same call.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import random
 import shutil
 import signal
@@ -14,11 +16,12 @@ from collections import Counter
 from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from factories import random_walk, write_run
 
-from posthoc_cli import Run, files
+from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.format import SnapshotInfo
@@ -29,10 +32,11 @@ from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.results import TRIALS
 from torture import Tally
 from torture.processes import Nursery
-from torture.training import damaged_files, train, weights_up_to, wrong_snapshots
+from torture.training import SIGMA_RELS, Network, damaged_files, train, weights_up_to, wrong_snapshots
 
 STEPS = 40
 SAVES = range(8, STEPS + 1, 8)
+SETTINGS = {"update_every": 2, "checkpoint_every": 4}
 ROWS = 7500
 """Of the network: each snapshot takes 120 kB."""
 
@@ -42,14 +46,13 @@ def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
     tally, nursery, directory = Tally(), Nursery(folder / "stderr"), folder / "killed"
     right, seconds = {}, 0.0
     weights_up_to(STEPS, 4 * ROWS)  # no child takes time for them
-    settings = {"update_every": 2, "checkpoint_every": 4, "rows": ROWS}
     for most in (None, 3):
         unkilled = folder / f"unkilled-{most}"
-        seconds = nursery.run_whole(partial(train, unkilled, STEPS, SAVES, max_checkpoints=most, **settings))
+        seconds = nursery.run_whole(partial(train, unkilled, STEPS, SAVES, rows=ROWS, max_checkpoints=most, **SETTINGS))
         right[most] = _said(unkilled)
     while tally.tried < count:
         most = chance.choice((None, 3))
-        work = partial(train, directory, STEPS, SAVES, max_checkpoints=most, **settings)
+        work = partial(train, directory, STEPS, SAVES, rows=ROWS, max_checkpoints=most, **SETTINGS)
         for name, _ in nursery.kills(tally, count, chance, seconds, work):
             where = f"{name}, max_checkpoints={most}"
             tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
@@ -73,6 +76,78 @@ def _said(directory: Path) -> dict[str, SnapshotInfo]:
     """
     unlike = {"run_id": "", "measurements": None, "motion": None, "inherited": 0.0, "sample": "", "sketch": ""}
     return {snapshot.path.name: replace(snapshot.info, **unlike) for snapshot in find_snapshots(directory)}
+
+
+# --- trainings that write to an object store, on a server of the loopback interface
+
+BUCKET = "bucket"
+URL = f"s3://{BUCKET}/some/run"
+
+
+def killed_uploads(folder: Path, count: int, chance: random.Random) -> Tally:
+    """Kill a training `count` times in all, and let it go on by its own script each time."""
+    from moto.s3.models import s3_backends
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()  # and never stopped: children leave through here, too
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }  # fmt: skip
+    tally, nursery = Tally(), Nursery(folder / "stderr")
+    weights_up_to(STEPS, 4 * ROWS)  # no child takes time for them
+    backend = s3_backends["123456789012"]["aws"]
+    backend.create_bucket(BUCKET, "us-east-1")
+    os.environ["EMA_SPOOL"] = str(folder / "spool")
+    seconds = nursery.run_whole(partial(_upload, folder / "told"))
+    while tally.tried < count:
+        for key in [*backend.buckets[BUCKET].keys]:
+            backend.delete_object(BUCKET, key)
+        spool, told = folder / f"spool-{tally.tried}", folder / f"told-{tally.tried}"
+        os.environ["EMA_SPOOL"] = str(spool)
+        for where, _ in nursery.kills(tally, count, chance, seconds, partial(_upload, told)):
+            there = _downloaded(backend, folder / "there")
+            tally.lost += [f"{where}: {line}" for line in (*damaged_files(there), *damaged_files(spool))]
+            names = {path.name for place in (there, spool) for path in place.rglob("*.safetensors")}
+            durable = set(told.read_text().split()) if told.exists() else set()
+            tally.lost += [f"{where}: {one} was durable and is gone" for one in durable - names]
+        there = _downloaded(backend, folder / "there") / "some/run"
+        due = {f"{step:016d}-{s!r}.safetensors" for step in range(4, STEPS + 1, 4) for s in SIGMA_RELS}
+        tally.lost += [f"{where}: {one} is not in the store" for one in due - {path.name for path in there.iterdir()}]
+        tally.lost += [f"{where}: {line}" for line in wrong_snapshots(there)]
+        tally.lost += [f"{where}: {path.name} stays in the spool" for path in spool.rglob("*.safetensors")]
+    return tally
+
+
+def _upload(told: Path) -> None:
+    """The user's script: to the end, from where the run is. The names of files that became durable go into `told`."""
+    notes = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not text.startswith("wrote ") or bool(os.write(notes, f"{text.rpartition('/')[2]} ".encode()))
+
+    log = logging.getLogger("posthoc_cli.tracker.snapshotter")
+    log.setLevel(logging.INFO)
+    log.addFilter(note)
+    network, settings = Network(ROWS), {**SETTINGS, "max_checkpoints": None, "checkpoint_dtype": "float32"}
+    with PostHocEMA.from_model(network, URL, SIGMA_RELS, resume="auto", **settings) as tracker:  # type: ignore[arg-type]
+        for step in range(tracker.step + 1, STEPS + 1):
+            network.go_to(step)
+            tracker.update_(network)
+
+
+def _downloaded(backend: Any, folder: Path) -> Path:
+    """What is in the bucket, in a folder; what was there before goes."""
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    for key, found in backend.buckets[BUCKET].keys.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(found.value)
+    return folder
 
 
 # --- sweeps
