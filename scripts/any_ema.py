@@ -36,9 +36,10 @@ LENGTHS = (0.1, 0.3, 0.03, 0.01)
 
 EPOCH, CHECKPOINTS = 100, 20
 Save = Callable[[int], object]
+Weights = dict[str, torch.Tensor]
 
 
-def copies(net: Replay) -> dict[str, torch.Tensor]:
+def copies(net: Replay) -> Weights:
     """Of the parameters, by name."""
     return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
 
@@ -107,11 +108,9 @@ def own_ema(library: str, net: Replay, decay: float, place: Path) -> tuple[Calla
     return None
 
 
-def in_format(
-    library: str, net: Replay, average: dict[str, torch.Tensor], decay: float, place: Path, step: int
-) -> None:
-    """Save an average as a library does that is not at hand."""
-    raw, count = copies(net), torch.tensor(step)
+def in_format(library: str, raw: Weights, average: Weights, decay: float, place: Path, step: int) -> None:
+    """Save weights and an average as a library does that is not at hand."""
+    count = torch.tensor(step)
     if library == "plain":
         save_file({name: value.half() for name, value in average.items()}, place / f"ema_step{step}.safetensors")
         save_file(raw, place / f"step{step}.safetensors")
@@ -165,7 +164,7 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
             if step in times:
                 ends.append(average)
                 held.take(torch.from_numpy(average.astype(np.float32)))
-                own[1](step) if own else in_format(library, net, copies(held), decay, place, step)
+                own[1](step) if own else in_format(library, copies(net), copies(held), decay, place, step)
         said: dict[str, Any] = {"steps_per_epoch": EPOCH} if library.startswith("timm") else {}
         said |= {"ema_decay": decay, "update_every": 1} if library == "ema-pytorch" else {}
         said |= {"update_every": 1000} if library == "edm" else {}

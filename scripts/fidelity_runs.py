@@ -47,10 +47,8 @@ class Tracking:
     def __str__(self) -> str:
         kept = "" if self.max_checkpoints is None else f", keeping {self.max_checkpoints}"
         listed = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.sigma_rels)
-        state = ", with a state" * self.keep_state
-        return (
-            f"{self.checkpoint_dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}{state}"
-        )
+        kept += ", with a state" * self.keep_state
+        return f"{self.checkpoint_dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}"
 
     def tracker(self, model: torch.nn.Module, folder: Path, t_unit: str = "steps") -> PostHocEMA:
         """One of a new run."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
+from compare_peers import without_noise
 from safetensors.torch import save_file
 
 from posthoc_cli.snapshots import format as fmt
@@ -64,10 +62,8 @@ def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshot
         checksums[name] = full * blocks + (xxhash.xxh3_64_hexdigest(bytes(rest)) if rest else "")
     for t, sigma_rel in _times(snapshots):
         info = make_info({}, t, sigma_rel, RUN_ID, **_tracked(shapes))
-        header, path = (
-            fmt.encode_header(entries, fmt.snapshot_metadata(info), checksums),
-            snapshot_path(folder, t, sigma_rel),
-        )
+        header = fmt.encode_header(entries, fmt.snapshot_metadata(info), checksums)
+        path = snapshot_path(folder, t, sigma_rel)
         path.write_bytes(header)
         os.truncate(path, len(header) + sum(entry.nbytes for entry in entries.values()))
 
@@ -174,11 +170,3 @@ class Layers(torch.nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.layers = torch.nn.ParameterList(torch.randn(shape) for shape in shapes.values())
-
-
-@contextmanager
-def without_noise() -> Iterator[None]:
-    """Keep a library's warnings and prints out of the tables."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
