@@ -22,11 +22,10 @@ from ema_command import run_ema
 
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture import Tally
-from torture.training import STATE, contents, train, wrong_output, wrong_snapshots
+from torture.training import STATE, contents, problems, train, wrong_output, wrong_snapshots
 
 STEPS = 10
 STOPS = 7
@@ -82,9 +81,7 @@ class Run:
         """What is wrong in the directory of snapshots."""
         if not any(path.suffix == ".safetensors" for path in self.directory.iterdir()):
             return []
-        found = verify(self.directory)
-        broken = [f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine]
-        return [*found.problems, *broken] or wrong_snapshots(self.directory)
+        return problems(self.directory) or wrong_snapshots(self.directory)
 
     def wrong_outputs(self) -> list[str]:
         """What is wrong with all that is to be there at the end."""

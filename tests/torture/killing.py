@@ -21,18 +21,15 @@ from typing import Any
 import torch
 from factories import random_walk, write_run
 
-from posthoc_cli import PostHocEMA, Run, files
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.sweep import Axis, Sweep
-from posthoc_cli.sweep.metrics import Metric
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.sweep.results import TRIALS
 from torture import Tally
 from torture.processes import Nursery
-from torture.training import SIGMA_RELS, Network, damaged_files, train, weights_up_to, wrong_snapshots
+from torture.training import SIGMA_RELS, Network, damaged_files, problems, train, weights_up_to, wrong_snapshots
 
 STEPS = 40
 SAVES = range(8, STEPS + 1, 8)
@@ -152,7 +149,7 @@ def _downloaded(backend: Any, folder: Path) -> Path:
 
 # --- sweeps
 
-AXIS = Axis.of_values("sigma_rel", (0.05, 0.08, 0.12, 0.2, 0.25))
+SWEEP, LENGTHS = "sweep RUN --sigma-rel 0.05,0.08,0.12,0.2,0.25 --minimize --out OUT --run", 5
 
 
 def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
@@ -161,7 +158,7 @@ def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
     write_run(folder / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
     # A trial that is not ended with its sweep would go on to count itself.
     command = f"sh -c 'sleep 0.02; echo $2 >> {done}; echo $2' sh {{weights}} {{sigma_rel}}"
-    work = partial(_sweep, folder / "run", command, out)
+    work = partial(_run, folder, SWEEP, command)
     seconds = nursery.run_whole(work)
     right = measured(out)
     while tally.tried < count:
@@ -177,7 +174,7 @@ def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
         evaluations = len(done.read_text().split())
         if before != right or not (out / "best.safetensors").exists():
             tally.lost.append(f"{where}: the result is another one")
-        if evaluations > len(AXIS.values or ()) + attempt:
+        if evaluations > LENGTHS + attempt:
             tally.lost.append(f"{where}: {evaluations} evaluations for {attempt} kills: some were measured in vain")
     return tally
 
@@ -190,10 +187,6 @@ def measured(out: Path) -> dict[float, float]:
         return {}
     trials = [json.loads(line)["trial"] for line in lines if line.endswith("}\n")]
     return {trial["x"]: trial["value"] for trial in trials if trial["value"] is not None}
-
-
-def _sweep(run: Path, command: str, out: Path) -> None:
-    Sweep(Run(run), command, Metric(), out, AXIS).run_all()
 
 
 # --- commands
@@ -224,7 +217,7 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
     template, work = folder / "template", folder / "work"
     write_run(template / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
     for command in PREPARED:
-        nursery.run_whole(partial(_run, command, template))
+        nursery.run_whole(partial(_run, template, command))
     rounds = -(-count // (len(COMMANDS) * len(SIGNALS)))
     every = [(command, signalled) for command in COMMANDS for signalled in SIGNALS] * rounds
     seconds: dict[str, float] = {}
@@ -233,12 +226,12 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
     for command, signalled in chance.sample(every, count):
         if command not in seconds:
             shutil.copytree(template, work)
-            seconds[command] = nursery.run_whole(partial(_run, command, work))
+            seconds[command] = nursery.run_whole(partial(_run, work, command))
             shutil.rmtree(work)
         shutil.copytree(template, work)
         before = {path: path.read_bytes() for path in (work / "run").glob("*.safetensors")}
         after = chance.uniform(0, 1.1 * seconds[command])
-        code, err, _ = nursery.run(partial(_run, command, work), after, signalled)
+        code, err, _ = nursery.run(partial(_run, work, command), after, signalled)
         tally.tried += 1
         sent[signalled] += 1
         stopped[signalled] += code != 0
@@ -256,14 +249,12 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
     return tally
 
 
-def _run(command: str, work: Path) -> None:
+def _run(work: Path, command: str, *last: str) -> None:
     (work / "out").mkdir(exist_ok=True)
     places = {"RUN": "run", "OUT": "out", "OLD": "old.safetensors", "SHARDS": "shards"}
-    words = []
-    for word in command.split():
-        head, slash, tail = word.partition("/")
-        words.append(f"{work / places[head]}{slash}{tail}" if head in places else word)
-    sys.argv = ["ema", *words]
+    words = [word.split("/", 1) for word in command.split()]
+    paths = [work.joinpath(places[head], *tail) if head in places else head for head, *tail in words]
+    sys.argv = ["ema", *map(str, paths), *last]
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     except KeyboardInterrupt:  # before the command has begun
@@ -283,11 +274,8 @@ def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str
         data = path.read_bytes()
         if not (data.startswith(b"\x89PNG") and b"IEND" in data[-12:]):
             found.append(f"{path.name} is not whole")
-    for index in work.rglob("*.index.json"):
-        for name, tensors in decode_index(index).shards.items():
-            path = index.parent / name
-            if not path.exists() or set(read_header(path).tensors) != set(tensors):
-                found.append(f"{index.parent.name}: the index leads to a shard that is not there or another one")
+    for index in work.rglob(INDEX_NAME):
+        found += problems(index)
     if len(find_snapshots(work / "run")) < 6:
         found.append("snapshots are missing")
     return found
