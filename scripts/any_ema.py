@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -197,13 +197,13 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
 
 
 @quiet()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the decays that are found, the errors, and whether the predictions hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--steps", type=int, default=6000, help="a multiple of 2000")
     parser.add_argument("--only", help="a library, or plain")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[0]) for index, name in enumerate(LIBRARIES)]
     jobs += [("plain", name, length) for length in LENGTHS for name in NAMES]
     rows = [("EMA of", "training", "true decay", "found", "of the length: off by", "uncertainty", "import")]

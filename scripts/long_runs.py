@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -80,11 +80,11 @@ def _cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1_000_000)
-    steps = parser.parse_args().steps
+    steps = parser.parse_args(arguments).steps
     print(f"| | after {steps:,} updates, sigma_rel {' / '.join(map(str, SIGMA_RELS))} | the largest until then |")
     print("| --- | ---: | ---: |")
     for name, case in CASES.items():
