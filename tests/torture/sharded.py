@@ -258,7 +258,7 @@ BESIDE = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIEN
 
 
 def two_jobs(folder: Path, share: float, seed: int) -> Tally:
-    """Two jobs begin in one directory: one of them holds it, until it ends or is killed, and the other is refused."""
+    """Two jobs begin in one directory: one of them holds it until it ends, and the other is refused."""
     tally, chance = Tally(), random.Random(seed)
     for _ in range(max(1, round(18 * share))):
         place, tally.tried = folder / "jobs", tally.tried + 1
@@ -275,10 +275,6 @@ def two_jobs(folder: Path, share: float, seed: int) -> Tally:
         # The first one is told why; others are told, or have nothing to write and find that the first one has gone.
         if not re.search(r"posthoc_cli\.errors\.\w+Error: ", "".join(said[0])) or not all(said) or not any(goes_on):
             tally.missed.append(f"{where}: refused with {said}")
-        if chance.random() < 0.5:
-            end(holder, 0)
-            kind, ranks = chance.choice(SPREAD)
-            holder = start_group(BESIDE, ranks, place, kind, None)
         (place / "go").touch()
         codes = end(holder, PATIENCE)
         now = read(place / "run")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from checkpoint_layouts import LAYOUTS, walk
-from ema_command import Result, run_ema
+from ema_command import run_ema
 from factories import RUN_ID, flip_bit, random_walk, write_run, write_snapshot
 
 from posthoc_cli import PostHocEMA, Run
@@ -145,8 +145,8 @@ TO_A_RUN: Sequence[Use] = (
     ("error-plot", "RUN", "--out", "OUT"),
 )  # fmt: skip
 TO_SHARDS: Sequence[Use] = (
-    ("info", "HOME/sharded"), lambda scene, _: export_file(scene.home / "sharded", scene.out),
-    lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded"),
+    ("info", "HOME/sharded"), ("export", "HOME/sharded", "--out", "OUT"),
+    ("export", "MADE", "--base", "HOME/sharded", "--out", "OUT"),
 )  # fmt: skip
 IN_A_FOLDER = ("synthesize", "RUN", *SIGMA_REL, "--layout", "sharded", "--out", "HOME/out/folder")
 IN_FOLDERS = ("", "/model.safetensors", f"/{INDEX_NAME}", "/model-00001-of-00001.safetensors")
@@ -199,12 +199,12 @@ def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
         named = {"X": path, "RUN": scene.run, "OUT": scene.out, "MADE": scene.made}
         words = [str(named.get(str(word), word)).replace("HOME", str(scene.home), 1) for word in use]
     what = f"{thing} as {place}: {' '.join(words).replace(str(scene.home), '')}"
-    tally.tried += 1
-    with tally.judged(what):
-        if callable(use):
+    if callable(use):
+        tally.tried += 1
+        with tally.judged(what):
             use(scene, path)
-        elif wrong := wrong_result(run_ema(*words)):
-            tally.missed.append(f"{what}: {wrong}")
+    else:
+        _run(tally, what, words)
     if scene.marker.exists():
         tally.executed.append(f"{what}: the pickle was loaded")
     # A folder for outputs that is itself a link: the user has named what it leads to. Names in it are never followed.
@@ -214,14 +214,18 @@ def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
         tally.lost.append(f"{what}: temporaries were left")
 
 
-def wrong_result(result: Result) -> str:
-    """How a command did not end as it must: in one line that names what is wrong, and nothing raw for the terminal."""
-    errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
-    if result.code not in (0, 1, 2) or len(errors) > 1 or "unexpected" in result.err or "Traceback" in result.err:
-        return f"ended with {result.code}: {result.err[-500:]}"
-    if result.code and not errors and "problem: " not in result.out:
-        return f"ended with {result.code} without a word"
-    return ""
+def _run(tally: Tally, what: str, words: Sequence[object]) -> None:
+    """A command ends as it must: in one line that names what is wrong, if anything, and nothing raw for a terminal."""
+    tally.tried += 1
+    with tally.judged(what):
+        result = run_ema(*words)
+        errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
+        raw = {c for c in result.out + result.err if not c.isprintable() and c != "\n"}
+        is_plain = "unexpected" not in result.err and ("Traceback" not in result.err or "--debug" in words)
+        if result.code not in (0, 1, 2) or len(errors) > 1 or not is_plain or raw:
+            tally.missed.append(f"{what}: ended with {result.code}, raw {sorted(raw)!a}: {result.err[-500:]!a}")
+        if result.code and not errors and "problem: " not in result.out and "--debug" not in words:
+            tally.missed.append(f"{what}: ended with {result.code} without a word")
 
 
 def _temporaries(scene: Scene) -> set[Path]:
@@ -342,26 +346,13 @@ def name_things(folder: Path, share: float, seed: int) -> Tally:
         stage = Stage(folder / "stage", name)
         commands = list(stage.commands())
         for arguments in commands if share == 1 else chance.sample(commands, 6):
-            _run(tally, name, arguments)
+            _run(tally, f"{name!r}: {' '.join(map(str, arguments))[:200]!a}", arguments)
         _hold(tally, stage)
         for table in stage.home.rglob("new *.csv"):
             for line in table.read_text(encoding="utf-8").splitlines():
                 if not line.isprintable() or line.lstrip('"')[:1] in tuple("=+-@"):
                     tally.missed.append(f"{name!r}: a live cell: {line!r}")
     return tally
-
-
-def _run(tally: Tally, name: str, arguments: tuple[object, ...]) -> None:
-    tally.tried += 1
-    what = f"{name!r}: {' '.join(map(str, arguments))[:200]!a}"
-    with tally.judged(what):
-        result = run_ema(*arguments)
-        raw = {c for c in result.out + result.err if not c.isprintable() and c != "\n"}
-        if raw:
-            tally.missed.append(f"{what}: {sorted(raw)!a} came through")
-        errors = sum(line.startswith("ema: error: ") for line in result.err.splitlines())
-        if "unexpected" in result.err or errors > 1 or ("Traceback" in result.err and "--debug" not in what):
-            tally.missed.append(f"{what}: {result.err[-500:]}")
 
 
 def _hold(tally: Tally, stage: Stage) -> None:
@@ -371,5 +362,5 @@ def _hold(tally: Tally, stage: Stage) -> None:
     lock = DirectoryLock(stage.run)
     for note in (*notes, [[[]]], stage.name):
         (stage.run / HOLDER_NAME).write_text(json.dumps(note))
-        _run(tally, stage.name, ("prune", stage.run, "--keep", "1", "--yes"))
+        _run(tally, f"{stage.name!r}: held", ("prune", stage.run, "--keep", "1", "--yes"))
     lock.release()
