@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import time
 import tracemalloc
@@ -44,29 +43,20 @@ from torture.victims import (
 def flip_bits(folder: Path, share: float, seed: int) -> Tally:
     """Every single bit of every small file."""
 
-    def flip(victim: Victim, data: bytes, byte: int, bit: int) -> None:
-        victim.path.write_bytes(data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :])
+    def flipped(data: bytes, place: int) -> bytes:
+        byte, bit = divmod(place, 8)
+        return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
 
-    return harm_all(
-        folder,
-        lambda victim, data: (
-            (f"bit {place % 8} of byte {place // 8} flipped", partial(flip, victim, data, *divmod(place, 8)))
-            for place in range(8 * len(data))
-        ),
-        share, seed,
-    )  # fmt: skip
+    return harm_all(folder, "flipped at bit", flipped, lambda _, data: 8 * len(data), share, seed)
 
 
 def truncate(folder: Path, share: float, seed: int) -> Tally:
     """Every shorter length of every small file; in an index the last line end aside."""
-    return harm_all(
-        folder,
-        lambda victim, data: (
-            (f"cut to {length} bytes", partial(os.truncate, victim.path, length))
-            for length in range(len(data.rstrip() if victim.is_index else data))
-        ),
-        share, seed,
-    )  # fmt: skip
+
+    def length(victim: Victim, data: bytes) -> int:
+        return len(data.rstrip() if victim.is_index else data)
+
+    return harm_all(folder, "cut to bytes", lambda data, count: data[:count], length, share, seed)
 
 
 # --- headers changed at random

@@ -105,26 +105,30 @@ def all_victims(folder: Path) -> Iterator[Victim]:
         yield make(folder / make.__name__)
 
 
-Harms = Callable[[Victim, bytes], Iterable[tuple[str, Callable[[], object]]]]
-"""What can be done to a victim of this content: in words, and the doing."""
+def harm_all(
+    folder: Path, harm: str, change: Callable[[bytes, int], bytes], count: Callable[[Victim, bytes], int],
+    share: float, seed: int,
+) -> Tally:  # fmt: skip
+    """Do a share of all changes to each victim, one at a time: each is found, or, in an index, changes nothing.
 
-
-def harm_all(folder: Path, harms: Harms, share: float, seed: int) -> Tally:
-    """Do a share of all harms to each victim, one at a time: each is found, or, in an index, changes nothing."""
+    Arguments:
+        harm: the change in words.
+        change: the content of a file after the change of a number, from 0 on; `count` says how many there are.
+    """
     tally, chance = Tally(), random.Random(seed)
     for victim in all_victims(folder):
         intact, data = victim.intact(), victim.path.read_bytes()
-        everything = list(harms(victim, data))
-        for harm, do in chance.sample(everything, max(1, round(share * len(everything)))):
-            do()
+        numbers = range(count(victim, data))
+        for number in chance.sample(numbers, max(1, round(share * len(numbers)))):
+            victim.path.write_bytes(change(data, number))
             tally.tried += 1
             ways = (("examined", lambda: examine(victim.path)), ("used", victim.use))  # noqa: B023
             for (how, act), before in zip(ways, intact, strict=True):
-                what = f"{victim.kind}, {harm}, {how}"
+                what = f"{victim.kind}, {harm} {number}, {how}"
                 found = victim.attempt(tally, what, act, victim.named)
                 if found is not REFUSED and not (victim.is_index and found == before):
                     tally.missed.append(f"{what}: not found")
-            victim.path.write_bytes(data)
+        victim.path.write_bytes(data)
         if victim.intact() != intact:
             tally.lost.append(f"{victim.kind}: is not what it was before")
     return tally
