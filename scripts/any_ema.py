@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from compare_peers import distances
+from fidelity_report import markdown
 from fidelity_runs import quiet
 from safetensors.torch import save_file
-from trajectories import HELD_OUT, NAMES, Trajectory, record
+from trajectories import HELD_OUT, NAMES, Replay, Trajectory, record
 
 from posthoc_cli import Run, gamma_from_sigma_rel, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
@@ -34,25 +36,12 @@ LENGTHS = (0.1, 0.3, 0.03, 0.01)
 
 EPOCH, CHECKPOINTS = 100, 20
 Save = Callable[[int], object]
+Weights = dict[str, torch.Tensor]
 
 
-class Net(torch.nn.Module):
-    """Parameters of these shapes, named 0, 1, ..."""
-
-    def __init__(self, run: Trajectory) -> None:
-        super().__init__()
-        for index, shape in enumerate(run.shapes):
-            self.register_parameter(str(index), torch.nn.Parameter(torch.zeros(shape)))
-        self.go_to(run.weights[0])
-
-    def go_to(self, weights: np.ndarray) -> None:
-        """Take the weights after a step."""
-        torch.nn.utils.vector_to_parameters(torch.tensor(weights), self.parameters())
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the parameters."""
-        return {name: p.detach().clone() for name, p in self.named_parameters()}
+def copies(net: Replay) -> Weights:
+    """Of the parameters, by name."""
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
 
 
 def decays(library: str, decay: float) -> Callable[[int], float]:
@@ -69,14 +58,14 @@ def decays(library: str, decay: float) -> Callable[[int], float]:
     return lambda n: decay if n > 1 or library in ("plain", "timm") else 0.0
 
 
-def own_ema(library: str, net: Net, decay: float, place: Path) -> tuple[Callable[[], Any], Save] | None:
+def own_ema(library: str, net: Replay, decay: float, place: Path) -> tuple[Callable[[], Any], Save] | None:
     """How the library itself updates and saves; None where it is not installed, or has no format of its own."""
     if library == "diffusers" and find_spec("diffusers"):
         from diffusers import ModelMixin
         from diffusers.configuration_utils import ConfigMixin
         from diffusers.training_utils import EMAModel
 
-        class Small(Net, ModelMixin, ConfigMixin):  # type: ignore[misc]
+        class Small(Replay, ModelMixin, ConfigMixin):  # type: ignore[misc]
             config_name = "config.json"
 
             def __init__(self) -> None:
@@ -89,7 +78,7 @@ def own_ema(library: str, net: Net, decay: float, place: Path) -> tuple[Callable
         def save(step: int) -> None:
             ema.save_pretrained(place / f"checkpoint-{step}" / "unet_ema")
             (place / f"checkpoint-{step}" / "unet").mkdir()
-            save_file(net.tensors, place / f"checkpoint-{step}" / "unet" / "model.safetensors")
+            save_file(copies(net), place / f"checkpoint-{step}" / "unet" / "model.safetensors")
 
         return lambda: ema.step(net.parameters()), save
     if library in ("averaged-model", "lightning"):
@@ -100,12 +89,12 @@ def own_ema(library: str, net: Net, decay: float, place: Path) -> tuple[Callable
         def content(step: int) -> dict[str, Any]:
             state = own.state_dict()
             if library == "averaged-model":
-                return {"model": net.tensors, "ema": state, "step": step}
+                return {"model": copies(net), "ema": state, "step": step}
             rest = {"n_averaged": state.pop("n_averaged")}
             averaged = {name.removeprefix("module."): value for name, value in state.items()}
             return {
                 "global_step": step,
-                "current_model_state": net.tensors,
+                "current_model_state": copies(net),
                 "state_dict": averaged,
                 "averaging_state": rest,
             }
@@ -119,9 +108,9 @@ def own_ema(library: str, net: Net, decay: float, place: Path) -> tuple[Callable
     return None
 
 
-def in_format(library: str, net: Net, average: dict[str, torch.Tensor], decay: float, place: Path, step: int) -> None:
-    """Save an average as a library does that is not at hand."""
-    raw, count = net.tensors, torch.tensor(step)
+def in_format(library: str, raw: Weights, average: Weights, decay: float, place: Path, step: int) -> None:
+    """Save weights and an average as a library does that is not at hand."""
+    count = torch.tensor(step)
     if library == "plain":
         save_file({name: value.half() for name, value in average.items()}, place / f"ema_step{step}.safetensors")
         save_file(raw, place / f"step{step}.safetensors")
@@ -158,24 +147,24 @@ def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
     """Decay, found, uncertainty, whether the import asked for it; by width error, EMA's, from raw, plain, predicted."""
-    steps, net, decay = run.steps, Net(run), 1 - 1 / (length * run.steps)
+    steps, net, decay = run.steps, Replay(run), 1 - 1 / (length * run.steps)
     times = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
     at = decays(library, decay)
     with tempfile.TemporaryDirectory() as folder:
         (place := Path(folder) / "x").mkdir()
-        own, held = own_ema(library, net, decay, place), Net(run)
+        own, held = own_ema(library, net, decay, place), Replay(run)
         average, forgot, ends = run.weights[0].astype(np.float64), [0.0], []
         for step, weights in enumerate(run.weights, 1):
             average = at(step) * average + (1 - at(step)) * weights
             forgot.append(forgot[-1] + float(np.log(max(at(step), 1e-30))))
             if own or step in times:
-                net.go_to(weights)
+                net.go_to(step - 1)
             if own:
                 own[0]()
             if step in times:
                 ends.append(average)
-                held.go_to(average.astype(np.float32))
-                own[1](step) if own else in_format(library, net, held.tensors, decay, place, step)
+                held.take(torch.from_numpy(average.astype(np.float32)))
+                own[1](step) if own else in_format(library, copies(net), copies(held), decay, place, step)
         said: dict[str, Any] = {"steps_per_epoch": EPOCH} if library.startswith("timm") else {}
         said |= {"ema_decay": decay, "update_every": 1} if library == "ema-pytorch" else {}
         said |= {"update_every": 1000} if library == "edm" else {}
@@ -189,7 +178,7 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
         (audit,) = Run(Path(folder) / "run").audit()
         made = [Run(Path(folder) / "run").average(width, dtype="float64") for width in WIDTHS]
     predicted = [one.predicted_error or np.nan for one in made]
-    vectors = np.array([torch.cat([one[name].flatten() for name in net.tensors]).numpy() for one in made])
+    vectors = np.array([torch.cat([one[name].flatten() for name, _ in net.named_parameters()]).numpy() for one in made])
     shares = (np.arange(steps + 1) / steps)[:, None] ** (np.array([gamma_from_sigma_rel(w) for w in WIDTHS]) + 1)
     truth, logs = np.diff(shares, axis=0).T @ run.weights, np.array(forgot)
     tails = np.array(
@@ -198,32 +187,23 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
     tails[:, 0] = 1
     points = np.array([np.arange(steps) < t for t in times], dtype=np.float64)
 
-    def distance(values: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(values - truth, axis=1) / np.linalg.norm(truth, axis=1)
-
     stored = np.array(ends).astype(np.float16 if library == "plain" else np.float32).astype(np.float64)
-    plain = distance(least_squares(tails.T, 1 - shares[:-1]).T @ stored)
-    raw = distance(least_squares(points.T, 1 - shares[:-1]).T @ run.weights[np.array(times) - 1])
-    cells = zip(distance(vectors), distance(np.array([ends[-1]])), raw, plain, predicted, strict=True)
+    plain = least_squares(tails.T, 1 - shares[:-1]).T @ stored
+    raw = least_squares(points.T, 1 - shares[:-1]).T @ run.weights[np.array(times) - 1]
+    own_average = np.broadcast_to(ends[-1], truth.shape)
+    cells = zip(*(distances(one, truth) for one in (vectors, own_average, raw, plain)), predicted, strict=True)
     told = (np.nan if audit.found is None else audit.found, np.nan if audit.uncertainty is None else audit.uncertainty)
     return (at(steps), *told, asked), [tuple(map(float, cell)) for cell in cells]
 
 
-def table(rows: list[tuple[str, ...]]) -> None:
-    """Print rows as Markdown, of which the first is the head."""
-    for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]]:
-        print(f"| {' | '.join(row)} |")
-    print(flush=True)
-
-
 @quiet()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the decays that are found, the errors, and whether the predictions hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--steps", type=int, default=6000, help="a multiple of 2000")
     parser.add_argument("--only", help="a library, or plain")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[0]) for index, name in enumerate(LIBRARIES)]
     jobs += [("plain", name, length) for length in LENGTHS for name in NAMES]
     rows = [("EMA of", "training", "true decay", "found", "of the length: off by", "uncertainty", "import")]
@@ -244,8 +224,7 @@ def main() -> None:
         sets[part] += cells
         for width, cell in zip(WIDTHS, cells, strict=True):
             errors.append((library, f"{name}, {length:g} T", f"{width:.2f}", *(f"{value:.1e}" for value in cell)))
-    table(rows)
-    table(errors)
+    print(markdown(rows), markdown(errors), sep="\n\n", end="\n\n", flush=True)
     for part, values in sets.items():
         if values:
             error, own, raw, plain, predicted = np.array(values).T

@@ -85,15 +85,8 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
             memory, store.get = most[0] - IMPORTED, get
             alone, theirs = timed(lambda: fetch(requests))
             megabytes = sum(len(get(*one)[0]) for one in requests) / 1e6
-            cells = [
-                f"{len(requests):,}",
-                f"{megabytes:,.0f}",
-                f"{ours:.2f} s",
-                f"{alone:.2f} s",
-                f"{alone / ours:.2f}",
-            ]
-            cells += [f"{own:.2f} s, {theirs:.2f} s", f"{memory / 1e6:.0f} MB"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            times = f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
+            print(f"| {len(requests):,} | {megabytes:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
     finally:
         store.get = get
         ended.set()

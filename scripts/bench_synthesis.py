@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from bench_update import cell, times
-from compare_peers import ema_pytorch, posthoc_ema
+from compare_peers import ema_pytorch, posthoc_ema, without_noise
 from synthesis_cases import (
     CHECKPOINTS,
     Layers,
@@ -34,7 +34,6 @@ from synthesis_cases import (
     large_tensors,
     peak_memory,
     read_plainly,
-    without_noise,
     write_checkpoints,
     write_snapshots,
     write_sparse_snapshots,

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_peers import ema_pytorch, posthoc_ema
-from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_tensors, without_noise
+from compare_peers import ema_pytorch, posthoc_ema, without_noise
+from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_tensors
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from posthoc_cli import PostHocEMA
@@ -65,11 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
-    device, repeats, scale = (
-        str(check_device(asked.device)),
-        1 if asked.quick else asked.repeats,
-        100 if asked.quick else 1,
-    )
+    device = str(check_device(asked.device))
+    repeats, scale = (1, 100) if asked.quick else (asked.repeats, 1)
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     many, large = small_tensors(2000 // scale), large_tensors(50_000_000 // scale, 24)
     with tempfile.TemporaryDirectory() as name, busy_processes(asked.busy):

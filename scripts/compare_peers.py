@@ -22,8 +22,8 @@ import importlib.metadata
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +160,14 @@ def posthoc_ema(
     return lambda: tracker.update_(model), average
 
 
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Keep a library's warnings and prints out of the tables."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
 LIBRARIES = {"posthoc-cli": ours, "ema-pytorch": ema_pytorch, "pytorch-posthoc-ema": posthoc_ema}
 """By their names on PyPI."""
 
@@ -179,9 +187,7 @@ def compare(trajectory: Trajectory) -> Iterable[tuple[str, str, list[float]]]:
             yield f"every {stride}th step, exactly", str(stride), distances(seen, truth)
         for package, start in LIBRARIES.items():
             replay = Replay(trajectory)
-            # Without the warnings and prints of a library.
-            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
+            with tempfile.TemporaryDirectory() as folder, without_noise():
                 update, average = start(replay, Path(folder), stride, trajectory.steps // SNAPSHOTS)
                 for index in range(trajectory.steps):
                     replay.go_to(index)

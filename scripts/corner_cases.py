@@ -83,7 +83,7 @@ def studied(study: Study, root: Path) -> Iterator[Cell]:
 def _compare(folder: Path, wanted: Sequence[Target], truth: FloatArray, tracking: Tracking) -> FloatArray:
     """Error, paper, nearest and predicted of each target, see `Cell`: shape [4, targets]."""
     error, paper, predicted = compare(folder, wanted, truth)
-    return np.array([error, paper, _nearest(stored(folder)[-len(tracking.tracked) :], truth), predicted])
+    return np.array([error, paper, _nearest(stored(folder)[-len(tracking.sigma_rels) :], truth), predicted])
 
 
 def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
@@ -240,7 +240,7 @@ def _asked(
     ours = [tracker.state_dict(target) for target in wanted]
     paper = [tracker.state_dict(target, method="paper") for target in wanted]
     tracked = []
-    for sigma_rel in tracking.tracked:
+    for sigma_rel in tracking.sigma_rels:
         with tracker.averaged(model, sigma_rel):
             tracked.append(_flat(dict(model.named_parameters())))
     error, published = (distances(np.array([_flat(weights) for weights in made]), truth) for made in (ours, paper))

@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -37,8 +37,8 @@ FloatArray = npt.NDArray[np.float64]
 class Tracking:
     """How a tracker is set up."""
 
-    tracked: tuple[float, ...]
-    dtype: str
+    sigma_rels: tuple[float, ...]
+    checkpoint_dtype: str
     checkpoint_every: int
     update_every: int = 10
     max_checkpoints: int | None = None
@@ -46,23 +46,13 @@ class Tracking:
 
     def __str__(self) -> str:
         kept = "" if self.max_checkpoints is None else f", keeping {self.max_checkpoints}"
-        listed = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.tracked)
-        state = ", with a state" * self.keep_state
-        return f"{self.dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}{state}"
+        listed = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.sigma_rels)
+        kept += ", with a state" * self.keep_state
+        return f"{self.checkpoint_dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}"
 
     def tracker(self, model: torch.nn.Module, folder: Path, t_unit: str = "steps") -> PostHocEMA:
         """One of a new run."""
-        return PostHocEMA.from_model(
-            model,
-            folder,
-            sigma_rels=self.tracked,
-            update_every=self.update_every,
-            checkpoint_every=self.checkpoint_every,
-            max_checkpoints=self.max_checkpoints,
-            checkpoint_dtype=self.dtype,
-            t_unit=t_unit,
-            keep_state=self.keep_state,
-        )
+        return PostHocEMA.from_model(model, folder, t_unit=t_unit, **asdict(self))
 
 
 def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Path]:
@@ -235,7 +225,7 @@ def measure_setups(
     with tempfile.TemporaryDirectory() as root, quiet():
         trackings = [Tracking(tracked, dtype, steps // count, job.stride) for tracked, count, dtype in setups]
         for tracking, folder in zip(trackings, track(run, trackings, Path(root)), strict=True):
-            rounded = torch.from_numpy(truth).to(getattr(torch, tracking.dtype)).double().numpy()
+            rounded = torch.from_numpy(truth).to(getattr(torch, tracking.checkpoint_dtype)).double().numpy()
             limits = [distances(rounded, truth), oracle(stored(folder), truth)]
             found.append(np.vstack([compare(folder, wanted, truth), limits]))
     return found

@@ -1,6 +1,6 @@
-"""How far the tracked averages are from sums in float64, by the number of updates, and the bytes that they take.
+"""How far the tracked averages are from sums in float64, after so many updates.
 
-    python scripts/long_runs.py [--steps 1000000] [--update-every 1] [--sigma-rels 0.05,0.28]
+    python scripts/long_runs.py [--steps 1000000]
 
 Cases: Adam on a small regression, its rate a cosine to 0; a random walk whose steps follow such a cosine; noise of 3 %
 that fades with it, around such a walk; noise of 3 % that stays; a drift on sines. All have some hundred weights. Errors
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from posthoc_cli.tracker.layout import Tile, TileReader, lay_out
 from posthoc_cli.tracker.running import RunningAverages
 
 Weights = npt.NDArray[np.float64]
-SIZE = 400
+SIZE, SIGMA_RELS = 400, (0.05, 0.28)
 
 
 def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
@@ -80,67 +80,41 @@ def _cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--update-every", type=int, default=1)
-    parser.add_argument("--sigma-rels", type=lambda text: tuple(map(float, text.split(","))), default=(0.05, 0.28))
-    asked = parser.parse_args()
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        averages, _ = _started(torch.zeros(1_000_000, dtype=dtype), asked.sigma_rels)
-        assert averages.tensors is not None
-        nbytes = averages.tensors.nbytes / 1_000_000
-        print(f"{nbytes:g} bytes a parameter of {dtype}, {len(asked.sigma_rels)} profiles")
-    print(f"update_every={asked.update_every}; errors for sigma_rel {' / '.join(f'{s:g}' for s in asked.sigma_rels)}")
+    steps = parser.parse_args(arguments).steps
+    print(f"| | after {steps:,} updates, sigma_rel {' / '.join(map(str, SIGMA_RELS))} | the largest until then |")
+    print("| --- | ---: | ---: |")
     for name, case in CASES.items():
-        print(
-            f"| {name} | " + " | ".join(measure(case(asked.steps, np.random.default_rng(0)), asked)) + " |", flush=True
-        )
+        last, worst = measure(case(steps, np.random.default_rng(0)), steps)
+        print(f"| {name} | {_shown(last)} | {_shown(worst)} |", flush=True)
 
 
-def measure(path: Iterator[Weights], asked: argparse.Namespace) -> list[str]:
-    """Numbers of updates and errors there; and the largest errors of all, looked for 20 times in each factor of 10."""
-    truth: list[Weights] = []
-    cells, worst, looked = [], np.zeros(len(asked.sigma_rels)), 1.0
-    model = torch.zeros(0)
+def measure(path: Iterator[Weights], steps: int) -> tuple[Weights, Weights]:
+    """Errors at the end, and the largest of all, looked for 20 times in each factor of 10."""
+    averages, truth, worst, looked = RunningAverages.none_yet(SIGMA_RELS), [], np.zeros(len(SIGMA_RELS)), 1.0
     for step, weights in enumerate(path, start=1):
-        if step % asked.update_every:
-            continue
-        if not truth:
-            model = torch.zeros(len(weights))
-            averages, reader = _started(model, asked.sigma_rels)
-        before = averages.standing.t
+        if step == 1:
+            model = torch.empty(len(weights))
+            reader = TileReader.of_tensors(lay_out({"weights": model}), {"weights": model})
+            truth = [np.zeros(len(weights)) for _ in SIGMA_RELS]
         model.copy_(torch.from_numpy(weights))
-        value = model.double().numpy()
-        truth = truth or [value.copy() for _ in asked.sigma_rels]
         for gamma, exact in zip(averages.gammas, truth, strict=True):
-            exact += new_value_share(gamma, before, step) * (value - exact)
+            exact += new_value_share(gamma, step - 1.0, step) * (model.double().numpy() - exact)
         averages.update_(reader, {}, float(step), step)
-        updates = step // asked.update_every
-        if updates < looked and step < asked.steps:
-            continue
-        looked = updates * 10**0.05
-        found = [
-            averages.values(Tile(0, 0, 0, len(weights)), profile).double().numpy() for profile in range(len(truth))
-        ]
-        errors = [np.linalg.norm(f - e) / np.linalg.norm(e) for f, e in zip(found, truth, strict=True)]
-        worst = np.maximum(worst, errors)
-        if step == asked.steps:
-            cells += [f"{updates:,}: {_shown(errors)}", f"largest: {_shown(worst)}"]
-    return cells
+        if step >= looked or step == steps:
+            looked = step * 10**0.05
+            tile = Tile(0, 0, 0, len(weights))
+            found = [averages.values(tile, profile).double().numpy() for profile in range(len(truth))]
+            errors = np.array([np.linalg.norm(f - e) / np.linalg.norm(e) for f, e in zip(found, truth, strict=True)])
+            worst = np.maximum(worst, errors)
+    return errors, worst
 
 
-def _shown(errors: npt.ArrayLike) -> str:
-    return " / ".join(f"{error:.1e}" for error in np.asarray(errors))
-
-
-def _started(model: torch.Tensor, sigma_rels: tuple[float, ...]) -> tuple[RunningAverages, TileReader]:
-    tensors = {"weights": model}
-    averages, reader = RunningAverages.none_yet(sigma_rels), TileReader.of_tensors(lay_out(tensors), tensors)
-    if model.numel() > SIZE:
-        averages.update_(reader, {}, 1.0, 1)
-    return averages, reader
+def _shown(errors: Weights) -> str:
+    return " / ".join(f"{error:.1e}" for error in errors)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
+from compare_peers import without_noise
 from safetensors.torch import save_file
 
-from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.tensor_file import TensorFileWriter, tensor_bytes
+from posthoc_cli.snapshots.directory import snapshot_path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from factories import RUN_ID, make_info, write_snapshot
 
 TRACKED = (0.05, 0.28)
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,54 +44,36 @@ def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
 
 def write_snapshots(folder: Path, shapes: Shapes, snapshots: int = 20) -> None:
     """Snapshots in float16 of a float32 model, of random numbers: half of them for each of two profiles."""
-    folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    specs = _specs(shapes)
-    values = [torch.randn(shape, generator=generator).half() for shape in shapes.values()]
-    for path, metadata in _headers(folder, shapes, snapshots):
-        with TensorFileWriter(path, specs, metadata) as writer:
-            for name, value in zip(shapes, values, strict=True):
-                writer.write(name, tensor_bytes(value))
-            writer.commit()
+    values = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+    for t, sigma_rel in _times(snapshots):
+        write_snapshot(folder, t, sigma_rel, RUN_ID, values, **_tracked(shapes))
 
 
 def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshots: int) -> None:
     """The same of zeros, in files that are all holes: a model of any size takes no disk."""
     folder.mkdir()
     shapes = large_tensors(parameters, tensors)
-    entries = fmt.lay_out(_specs(shapes))
+    entries = fmt.lay_out([fmt.TensorSpec(name, "F16", shape) for name, shape in shapes.items()])
     full = xxhash.xxh3_64_hexdigest(bytes(fmt.BLOCK_BYTES))
     checksums = {}
     for name, entry in entries.items():
         blocks, rest = divmod(entry.nbytes, fmt.BLOCK_BYTES)
         checksums[name] = full * blocks + (xxhash.xxh3_64_hexdigest(bytes(rest)) if rest else "")
-    for path, metadata in _headers(folder, shapes, snapshots):
-        header = fmt.encode_header(entries, metadata, checksums)
+    for t, sigma_rel in _times(snapshots):
+        info = make_info({}, t, sigma_rel, RUN_ID, **_tracked(shapes))
+        header = fmt.encode_header(entries, fmt.snapshot_metadata(info), checksums)
+        path = snapshot_path(folder, t, sigma_rel)
         path.write_bytes(header)
         os.truncate(path, len(header) + sum(entry.nbytes for entry in entries.values()))
 
 
-def _specs(shapes: Shapes) -> list[fmt.TensorSpec]:
-    return [fmt.TensorSpec(name, "F16", shape) for name, shape in shapes.items()]
+def _times(snapshots: int) -> list[tuple[float, float]]:
+    return [(1000.0 * (index // 2 + 1), TRACKED[index % 2]) for index in range(snapshots)]
 
 
-def _headers(folder: Path, shapes: Shapes, snapshots: int) -> Iterator[tuple[Path, dict[str, str]]]:
-    for index in range(snapshots):
-        t, sigma_rel = 1000.0 * (index // 2 + 1), TRACKED[index % 2]
-        info = fmt.SnapshotInfo(
-            run_id="be" * 16,
-            sigma_rel=sigma_rel,
-            gamma=gamma_from_sigma_rel(sigma_rel),
-            sigma_rels=TRACKED,
-            t=t,
-            t_unit="steps",
-            step=int(t),
-            t_first=10.0,
-            max_interval=10.0,
-            schedule=fmt.TrackingSchedule(),
-            tensors={name: fmt.TrackedTensor("average", "F32") for name in shapes},
-        )
-        yield folder / f"{int(t):09d}-{sigma_rel}.safetensors", fmt.snapshot_metadata(info)
+def _tracked(shapes: Shapes) -> dict[str, Any]:
+    return {"sigma_rels": TRACKED, "tensors": {name: fmt.TrackedTensor("average", "F32") for name in shapes}}
 
 
 # --- other programs' checkpoints -------------------------------------------------------------------
@@ -186,11 +170,3 @@ class Layers(torch.nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.layers = torch.nn.ParameterList(torch.randn(shape) for shape in shapes.values())
-
-
-@contextmanager
-def without_noise() -> Iterator[None]:
-    """Keep a library's warnings and prints out of the tables."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from torture import Tally
 from torture.experiments import EXPERIMENTS
-from torture.tally import Tally
 
 
 def main() -> int:

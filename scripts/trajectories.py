@@ -102,9 +102,13 @@ class Replay(nn.Module):
         self.go_to(0)
 
     def go_to(self, index: int) -> None:
-        """Take the weights after step `index` + 1, in place as an optimizer does."""
+        """Take the weights after step `index` + 1."""
+        self.take(self._weights[index])
+
+    def take(self, weights: torch.Tensor) -> None:
+        """Take other weights, [parameters], in place as an optimizer does."""
         with torch.no_grad():
-            rows = torch.split(self._weights[index], self._sizes)
+            rows = torch.split(weights, self._sizes)
             for parameter, row in zip(self.parameters(), rows, strict=True):
                 parameter.copy_(row.view_as(parameter))
 

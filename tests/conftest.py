@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import logging
-import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from ema_command import Ema, Result  # noqa: E402
+from ema_command import Ema, Result, as_command  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
 from posthoc_cli.tracker import pipeline, worker  # noqa: E402
@@ -62,22 +59,14 @@ def _ended() -> Iterator[None]:
 
 
 @pytest.fixture
-def ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ema]:
+def ema(capsys: pytest.CaptureFixture[str]) -> Ema:
     """Run `ema` with these arguments."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(logging.root, "handlers", [])
-    monkeypatch.setattr(logging.root, "level", logging.root.level)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with as_command(*arguments), pytest.raises(SystemExit) as ended:
             main()
         captured = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return Result(ended.value.code, captured.out, captured.err)
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run

@@ -1,13 +1,22 @@
-"""What a test sees of a command that it ran."""
+"""`ema` in the process of a test, and what a test sees of it."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
-from collections.abc import Callable
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from posthoc_cli.cli import main
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,37 @@ class Result:
 
 Ema = Callable[..., Result]
 Asked = Callable[[str, Path], list[str]]
+
+
+@contextmanager
+def as_command(*arguments: object) -> Iterator[None]:
+    """This process is `ema` with these arguments for the block; what that sets for its process is set back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    words = ["ema", *map(str, arguments)]
+    with (
+        mock.patch.multiple(sys, argv=words, excepthook=sys.excepthook),
+        mock.patch.object(warnings, "showwarning", warnings.showwarning),
+        mock.patch.multiple(logging.root, handlers=[], level=logging.root.level),
+    ):
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def run_ema(*arguments: object) -> Result:
+    """Run `ema`; what nobody catches is printed as at the end of a process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with as_command(*arguments), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+        except Exception as error:  # noqa: BLE001 - as the interpreter does
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 def unmeasured_environment() -> dict[str, str]:

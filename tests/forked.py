@@ -47,31 +47,19 @@ class Forked:
     Arguments:
         arguments: sys.argv from its second item on.
         env: the whole environment; None: this process's, without coverage's.
-        stdin, stdout: descriptors; None: nothing to read, and a file, which `communicate` returns.
     """
 
     def __init__(
-        self,
-        code: str,
-        *arguments: object,
-        cwd: Path | None = None,
-        env: Mapping[str, str] | None = None,
-        stdin: int | None = None,
-        stdout: int | None = None,
+        self, code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> None:
         self.returncode: int | None = None
         self._printed = ("", "")
         self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - closed when the process has ended
-        out, err = (file.fileno() for file in self._files)
-        with Path(os.devnull).open() as nothing:
-            streams = [nothing.fileno() if stdin is None else stdin, out if stdout is None else stdout, err]
-            started = _ask(
-                {
-                    "code": code, "arguments": [str(argument) for argument in arguments], "cwd": str(cwd or Path.cwd()),
-                    "env": dict(unmeasured_environment() if env is None else env),
-                },
-                streams,
-            )  # fmt: skip
+        words, environment = [str(argument) for argument in arguments], unmeasured_environment() if env is None else env
+        started = _ask(
+            {"code": code, "arguments": words, "cwd": str(cwd or Path.cwd()), "env": dict(environment)},
+            [file.fileno() for file in self._files],
+        )
         assert started is not None
         self.pid = started
 
@@ -136,10 +124,9 @@ def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[s
 @contextmanager
 def waiting(code: str, *arguments: object) -> Iterator[Forked]:
     """A process that has run code and printed a line, and waits until it is killed, at the end of the block."""
-    out, its = os.pipe()
-    with open(out) as printed, Forked(f"{code}\nimport signal; signal.pause()", *arguments, stdout=its) as process:  # noqa: PTH123
-        os.close(its)
-        assert printed.readline()
+    with Forked(f"{code}\nimport signal; signal.pause()", *arguments) as process:
+        while not os.fstat(process._files[0].fileno()).st_size:
+            assert process.poll(0.01) is None, process.communicate()
         yield process
 
 
@@ -191,7 +178,7 @@ def _serve(channel: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     while True:
-        question, streams, _, _ = socket.recv_fds(channel, 1, 3)
+        question, streams, _, _ = socket.recv_fds(channel, 1, 2)
         if not question:
             return
         request = json.loads(_line(channel))
@@ -221,7 +208,7 @@ def _ended(pid: int, until: float) -> int | None:
 
 def _become(request: dict[str, object], streams: list[int]) -> None:
     """Be a process as if this interpreter had been started for `request` alone."""
-    for number, stream in enumerate(streams):
+    for number, stream in enumerate([os.open(os.devnull, os.O_RDONLY), *streams]):
         os.dup2(stream, number)
         os.close(stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -170,10 +170,10 @@ def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> Non
 
 
 def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
-    """The tracker, closed, of the same training in one process."""
+    """The tracker, closed, of the same training in one process, from where the folder is."""
     net = Net()
     with PostHocEMA.from_model(net, folder, **SETTINGS | options) as ema:
-        train(net, 1, last, ema)
+        train(net, ema.step + 1, last, ema)
     return ema
 
 

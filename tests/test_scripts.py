@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -14,12 +15,8 @@ import any_ema
 import bench_averages
 import bench_batch_norm
 import bench_fidelity
-import bench_load
 import bench_memory
-import bench_remote
 import bench_sharded
-import bench_sweep
-import bench_synthesis
 import bench_update
 import checkpoint_fidelity
 import compare_peers
@@ -40,19 +37,26 @@ from trajectories import Trajectory
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.targets import Beta, Between, Target, Window, as_target
 
+QUICK = {
+    "bench_synthesis": (r"^  (\S.*?)  +\d", 2 * 10 + 5 * 2),
+    "bench_remote": (r"^\| \d", 1),
+    "bench_sweep": (r"^ +\d+ +0\.\d", 4),
+    "bench_load": (r"^\| 50 of 100 \|", 1),
+}
+"""Scripts with the rows that they print, and how many of them."""
 
-def test_bench_synthesis(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_synthesis.main(["--quick"])
-    rows = re.findall(r"^  (\S.*?)  +\d", capsys.readouterr().out, re.MULTILINE)
-    assert len(rows) == 2 * 10 + 5 * 2
 
-
-def test_bench_remote(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("obstore")
-    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "")  # and what it sets is undone
-    bench_remote.main(["--quick"])
-    assert len(re.findall(r"^\| \d", capsys.readouterr().out, re.MULTILINE)) == 1
+@pytest.mark.parametrize("script", QUICK)
+def test_a_quick_call_prints_every_row(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script == "bench_remote":
+        pytest.importorskip("obstore")
+        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "")  # and what it sets is undone
+    importlib.import_module(script).main(["--quick"])
+    row, count = QUICK[script]
+    assert len(re.findall(row, capsys.readouterr().out, re.MULTILINE)) == count
 
 
 def test_evidence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -92,16 +96,6 @@ def test_bench_sharded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert [row.split("|")[-2].strip() for row in out.splitlines() if row.startswith(("| one", "| each"))] == ["0", "0"]
 
 
-def test_bench_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_sweep.main(["--quick"])
-    assert len(re.findall(r"^ +\d+ +0\.\d", capsys.readouterr().out, re.MULTILINE)) == 4
-
-
-def test_bench_load(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_load.main(["--quick"])
-    assert "| 50 of 100 |" in capsys.readouterr().out
-
-
 def test_bench_memory(capsys: pytest.CaptureFixture[str]) -> None:
     bench_memory.main()
     held = re.findall(r'device="(\w+)": (\d+\.\d) bytes a parameter held', capsys.readouterr().out)
@@ -109,10 +103,9 @@ def test_bench_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(10 < float(nbytes) < 30 for _, nbytes in held)
 
 
-def test_long_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["long_runs.py", "--steps", "300"])
-    long_runs.main()
-    rows = re.findall(r"^\| (.+?) \| 300: (\S+) / (\S+) \| largest: (\S+) / (\S+) \|$", capsys.readouterr().out, re.M)
+def test_long_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    long_runs.main(["--steps", "300"])
+    rows = re.findall(r"^\| (.+?) \| (\S+) / (\S+) \| (\S+) / (\S+) \|$", capsys.readouterr().out, re.M)
     assert [name for name, *_ in rows] == list(long_runs.CASES)
     assert all(float(error) < 2.5e-6 for _, *errors in rows for error in errors)
 
@@ -120,8 +113,7 @@ def test_long_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 def test_any_ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("NAMES", ("classifier-sgd",)), ("LENGTHS", (0.1, 0.03)), ("WIDTHS", (0.05, 0.15))):
         monkeypatch.setattr(any_ema, name, value)
-    monkeypatch.setattr(sys, "argv", ["any_ema.py", "--steps", "600", "--only", "plain"])
-    any_ema.main()
+    any_ema.main(["--steps", "600", "--only", "plain"])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| plain | classifier-sgd, 0.1 T")]
     assert [row[2] for row in rows] == ["0.05", "0.15"]
@@ -150,7 +142,7 @@ def test_adapter_means(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 def test_every_script_is_run_here_or_by_the_wheels_test() -> None:
     scripts = Path(evidence.__file__).parent.glob("*.py")
-    programs = {path.stem for path in scripts if "__main__" in path.read_text()} - {"try_wheel"}
+    programs = {path.stem for path in scripts if "__main__" in path.read_text()} - {"try_wheel", *QUICK}
     assert not [name for name in programs if not re.search(rf"\b{name}(\.main\(|\.py\")", Path(__file__).read_text())]
 
 

@@ -312,7 +312,7 @@ def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
 def read_copy(path: Path) -> Checkpoint:
     """A file that `write_copies` wrote; a FileFormatError says what is wrong with it."""
     header = read_header(path)
-    values = headers.decode_metadata(path, header, COPY, __KINDS, _OPTIONAL)
+    values = headers.decode_metadata(path, header, COPY, _COPY_KINDS, _OPTIONAL)
     t, gamma, masses, ordinary, _ = (values.pop(key, None) for key in ("t", "gamma", "masses", "ordinary", "source"))
     try:
         profile: StoredProfile = PowerFunction(gamma, t) if values["sigma_rel"] else Point(t)
@@ -327,7 +327,7 @@ def read_copy(path: Path) -> Checkpoint:
     return Checkpoint(path, header, CheckpointInfo(profile, **values), (BackingFile(path, header, boxes),))
 
 
-__KINDS = {
+_COPY_KINDS = {
     "run_id": fmt.RunId, "t": fmt.Time, "t_unit": fmt.Unit, "step": fmt.Count, "sigma_rel": float, "gamma": float,
     "decay": float, "tensors": dict[str, fmt.TrackedTensor], "aliases": dict[str, str], "masses": dict[str, Any],
     "ordinary": dict[str, Any], "source": str,

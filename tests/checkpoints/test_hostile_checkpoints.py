@@ -140,7 +140,7 @@ def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_truncated_file_is_always_found(layout: str, write: Write) -> None:
-    """`torture.foreign` tries other damage."""
+    """`torture.strangers` tries other damage."""
     run = write(layout)
     assert read(run) == ""
     paths = [path for path in run.rglob("*") if path.is_file() and path.name != "rng_state.pth"]

@@ -17,10 +17,9 @@ import forked
 import pytest
 import torch
 from checking import assert_same_tensors
-from ema_command import Ema, unmeasured_environment
+from ema_command import Ema, run_ema, unmeasured_environment
 from factories import RUN_ID, contents, read_snapshot, rewrite_snapshot, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
-from torture.commands import run_ema
 
 from posthoc_cli.cli import output
 from posthoc_cli.demo import Folder

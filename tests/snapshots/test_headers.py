@@ -21,8 +21,7 @@ from ema_command import Ema
 from factories import RUN_ID, flip_bit, make_info, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torture.forging import forge
-from torture.victims import examine
+from torture.victims import examine, forge
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError

@@ -19,7 +19,7 @@ import torch
 from factories import RUN_ID, flip_bit, snapshot_files, write_snapshot, write_tensors
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import failing, record
-from torture.forging import forge
+from torture.victims import forge
 
 from posthoc_cli import disk_sources
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name

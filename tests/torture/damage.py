@@ -1,57 +1,66 @@
 """Damage, exhaustively: every bit and every length of small files, found before a result is written.
 
-And headers that lie under right checksums: an error of the package, or a file that can be described.
+And headers under right checksums: changed at random, an error of the package or a file that can be described; made to
+take long or much memory, both in proportion to what the file really holds.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import random
 import time
+import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.snapshots.outputs import describe
-from torture.forging import Inner, Pairs, Raw, places, replaced, take_apart, written
-from torture.tally import Tally
-from torture.victims import Victim, all_victims, examine, harm_all
+import numpy as np
+from factories import RUN_ID, exact_gamma
 
-Harm = tuple[str, Callable[[], object]]
+from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index, describe
+from torture import Tally
+from torture.victims import (
+    Inner,
+    Pair,
+    Pairs,
+    Raw,
+    Victim,
+    all_victims,
+    dump,
+    examine,
+    harm_all,
+    pairs,
+    seal,
+    small_snapshot,
+    take_apart,
+)
 
 
 def flip_bits(folder: Path, share: float, seed: int) -> Tally:
     """Every single bit of every small file."""
-    return harm_all(all_victims(folder), _flips, share, seed)
 
-
-def _flips(victim: Victim, data: bytes) -> Iterator[Harm]:
-    for place in range(8 * len(data)):
+    def flipped(data: bytes, place: int) -> bytes:
         byte, bit = divmod(place, 8)
-        yield f"bit {bit} of byte {byte} flipped", partial(_flip, victim.path, data, byte, bit)
+        return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
 
-
-def _flip(path: Path, data: bytes, byte: int, bit: int) -> None:
-    path.write_bytes(data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :])
+    return harm_all(folder, "flipped at bit", flipped, lambda _, data: 8 * len(data), share, seed)
 
 
 def truncate(folder: Path, share: float, seed: int) -> Tally:
-    """Every shorter length of every small file."""
-    return harm_all(all_victims(folder), _cuts, share, seed)
+    """Every shorter length of every small file; in an index the last line end aside."""
 
+    def length(victim: Victim, data: bytes) -> int:
+        return len(data.rstrip() if victim.is_index else data)
 
-def _cuts(victim: Victim, data: bytes) -> Iterator[Harm]:
-    for length in range(len(data)):
-        if not victim.is_index or data[length:].strip():  # more than the last line end
-            yield f"cut to {length} bytes", partial(os.truncate, victim.path, length)
+    return harm_all(folder, "cut to bytes", lambda data, count: data[:count], length, share, seed)
 
 
 # --- headers changed at random
 
-EXAMPLES = 4_000
+EXAMPLES = 10_000
 """Of each kind of file, for a share of 1."""
 
 SLOWEST = 10.0
@@ -73,7 +82,7 @@ NO_JSON = (
     *("[" * depth + "0" + "]" * depth for depth in (100, 900, 2_000, 100_000)),
     *('{"a":' * depth + "0" + "}" * depth for depth in (100, 900, 2_000, 100_000)),
 )  # fmt: skip
-OTHERS = (*map(Raw, NO_JSON), Inner(Pairs()), Inner([]), [], Pairs())
+OTHERS = (*map(Raw, NO_JSON), Inner([Pairs()]), Inner([[]]), [], Pairs())
 
 
 def fuzz(folder: Path, share: float, seed: int) -> Tally:
@@ -81,12 +90,13 @@ def fuzz(folder: Path, share: float, seed: int) -> Tally:
     tally, chance = Tally(), random.Random(seed)
     for victim in all_victims(folder):
         tree, payload = take_apart(victim.path)
-        uses = {"examined": lambda: examine(victim.path), "info": lambda: _info(victim.path)}  # noqa: B023
+        uses = {
+            "examined": partial(examine, victim.path),
+            "info": lambda: json.dumps(describe(victim.path), allow_nan=False).encode(),  # noqa: B023
+        }
         for _ in range(max(10, round(share * EXAMPLES))):
             changed = _mutated(tree, chance)
-            content = written(
-                _mutated(changed, chance) if chance.random() < 0.25 else changed, payload, victim.is_index
-            )
+            content = dump(changed).encode("utf-8", "surrogateescape") if victim.is_index else seal(changed) + payload
             victim.path.write_bytes(content)
             started = time.monotonic()
             for name, use in uses.items():
@@ -99,30 +109,137 @@ def fuzz(folder: Path, share: float, seed: int) -> Tally:
     return tally
 
 
-def _info(path: Path) -> None:
-    json.dumps(describe(path), allow_nan=False).encode()
-
-
 def _mutated(tree: Any, chance: random.Random) -> Any:
-    """The tree with one thing in it dropped, doubled, or become another."""
-    everything = list(places(tree))
-    at, found, is_key = chance.choice(everything)
-    kind = chance.choice(("like", "like", "like", "odd", "drop", "double", "other"))
-    if is_key:
-        return replaced(tree, at, chance.choice(ODD_TEXTS))
-    if kind in ("drop", "double") and isinstance(found, list) and found:
-        index = chance.randrange(len(found))
-        rest = [*found[:index], *found[index + 1 :]] if kind == "drop" else [*found, found[index]]
-        return replaced(tree, at, type(found)(rest))
-    if kind == "like" and isinstance(found, str | int | float):
-        return replaced(tree, at, chance.choice(ODD_TEXTS if isinstance(found, str) else ODD_NUMBERS))
-    if kind == "other":
-        return replaced(tree, at, chance.choice(everything)[1])
-    return replaced(tree, at, _odd(chance))
+    """The tree with one or two things in it dropped, doubled, or become another."""
+    root = [copy.deepcopy(tree)]
+    for _ in range(2 if chance.random() < 0.25 else 1):
+        everything = list(_places(root))
+        container, index = chance.choice(everything)
+        found, kind = container[index], chance.choice(("like", "like", "like", "odd", "drop", "double", "other"))
+        if isinstance(container, Pair) and index == 0:
+            container[0] = chance.choice(ODD_TEXTS)
+        elif kind in ("drop", "double") and isinstance(found, list) and found and not isinstance(found, Inner):
+            at = chance.randrange(len(found))
+            found[at : at + 1] = [] if kind == "drop" else [found[at], found[at]]
+        elif kind == "like" and isinstance(found, str | int | float):
+            container[index] = chance.choice(ODD_TEXTS if isinstance(found, str) else ODD_NUMBERS)
+        elif kind == "other":
+            other, at = chance.choice(everything)
+            container[index] = copy.deepcopy(other[at])
+        else:
+            container[index] = _odd(chance)
+    return root[0]
+
+
+def _places(tree: list[Any]) -> Iterator[tuple[list[Any], int]]:
+    """Each thing in a tree, as the list that it is in and its index there."""
+    for index, item in enumerate(tree):
+        if not isinstance(item, Pair):
+            yield tree, index
+        if isinstance(item, list):
+            yield from _places(item)
 
 
 def _odd(chance: random.Random) -> Any:
     """Anything, also a list or an object of such."""
     if chance.random() < 0.3:
-        return [_odd(chance)] if chance.random() < 0.5 else Pairs([(chance.choice(ODD_TEXTS), _odd(chance))])
-    return chance.choice((chance.choice(ODD_TEXTS), chance.choice(ODD_NUMBERS), chance.random(), chance.choice(OTHERS)))
+        return [_odd(chance)] if chance.random() < 0.5 else pairs([(chance.choice(ODD_TEXTS), _odd(chance))])
+    return copy.deepcopy(
+        chance.choice((chance.choice(ODD_TEXTS), chance.choice(ODD_NUMBERS), chance.random(), chance.choice(OTHERS)))
+    )
+
+
+# --- headers that could cost time or memory
+
+MEGABYTE = 1_000_000
+BYTES_A_BYTE = 80
+"""Memory for each byte of a file: the worst are empty lists, `[],`, of 56 bytes and 8 for the place of each."""
+
+SECONDS_A_MEGABYTE = 10.0
+"""On a busy machine that measures every allocation; what is quadratic takes minutes."""
+
+
+def bound(folder: Path, share: float, _: int) -> Tally:
+    """Every trick, with files of up to 10 MB."""
+    tally, size = Tally(), max(50_000, round(share * 10 * MEGABYTE))
+    victim = small_snapshot(folder)
+    tree, payload = take_apart(victim.path)
+    for what, header in _headers(tree, size):
+        victim.path.write_bytes(header + payload)
+        _measure(tally, what, victim.path)
+    for what, text in _texts(size):
+        index = folder / INDEX_NAME
+        index.write_bytes(text)
+        _measure(tally, f"index, {what}", index)
+    return tally
+
+
+def _measure(tally: Tally, what: str, path: Path) -> None:
+    tally.tried += 1
+    size = path.stat().st_size
+    tracemalloc.start()
+    started = time.process_time()
+    with tally.judged(what):
+        decode_index(path) if path.name == INDEX_NAME else examine(path)
+    seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    if peak > BYTES_A_BYTE * size + MEGABYTE:
+        tally.missed.append(f"{what}: {size:,} bytes took {peak:,} of memory")
+    if seconds > 1 + SECONDS_A_MEGABYTE * size / MEGABYTE:
+        tally.missed.append(f"{what}: {size:,} bytes took {seconds:.1f} s")
+
+
+def _texts(size: int) -> Iterator[tuple[str, bytes]]:
+    """JSON of this size, the dearest there is."""
+    tricks = {
+        "nested lists": b"[" * size, "nested objects": b'{"a":' * (size // 5),
+        "empty lists": b"[" + b"[]," * (size // 3) + b"[]]", "empty objects": b"[" + b"{}," * (size // 3) + b"{}]",
+        "numbers": b"[" + b"1.5," * (size // 4) + b"0]", "a long number": b"[" + b"7" * size + b"]",
+        "a long fraction": b"[0." + b"7" * size + b"]",
+        "one key, many times": b"{" + b'"a":0,' * (size // 6) + b'"a":0}', "a long name": b'{"' + b"x" * size + b'":0}',
+        "a long name of escapes": b'{"' + rb"\u00e9" * (size // 6) + b'":0}',
+        "wide characters": b'{"' + b"x" * size + "\U0001f600".encode() + b'":0}',
+    }  # fmt: skip
+    for what, text in tricks.items():
+        yield what, text
+        yield f"{what}, as metadata", b'{"__metadata__":' + text + b"}"
+        yield f"{what}, as a map", b'{"weight_map":' + text + b"}"
+    maps = {
+        "many names": {f"t{i}": "model-00001-of-00001.safetensors" for i in range(size // 50)},
+        "many files": {f"t{i}": f"m{i}.safetensors" for i in range(size // 30)},
+    }
+    yield from ((what, json.dumps({"weight_map": names}).encode()) for what, names in maps.items())
+
+
+def _headers(tree: Pairs, size: int) -> Iterator[tuple[str, bytes]]:
+    plain = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    tensors = {
+        "many tensors": {f"t{i}": plain for i in range(size // 60)},
+        "many dimensions": {"a": {**plain, "shape": [1] * (size // 3)}},
+        "10 GB declared": {"a": {"dtype": "F32", "shape": [10**10 // 4], "data_offsets": [0, 10**10]}},
+    }
+    for what, text in (*_texts(size), *((name, json.dumps(table).encode()) for name, table in tensors.items())):
+        yield what, len(text).to_bytes(8, "little") + text
+    (key, metadata), *others = tree
+    for name, values in _metadata(size).items():
+        changed = pairs((k, values.get(k, v)) for k, v in metadata)
+        yield name, seal(Pairs([Pair((key, changed)), *others]))
+
+
+def _metadata(size: int) -> dict[str, dict[str, object]]:
+    """Values of a snapshot's metadata that are long, and right in themselves."""
+    widths = [0.05, *np.linspace(0.051, 0.28, size // 100).tolist()]
+    distance = {"sigma_rel": 0.05, "squared": 1.0, "rounding": 0.0}
+    distances = [pairs({"t": float(t), **distance}.items()) for t in np.linspace(1, 9.9, size // 100)]
+    measured = Inner([pairs({"norm": 1.0, "rounding": 0.0, "distances": distances}.items())])
+    return {
+        "many profiles and distances": {"ema.sigma_rels": Inner([widths]), "ema.measurements": measured},
+        "many knots of a clock": {"ema.clock": Inner([[[i, i / 1e9] for i in range(1, size // 20)]])},
+        "many aliases": {"ema.aliases": Inner([pairs((f"n{i}", "a") for i in range(size // 10))])},
+        "many names left out": {"ema.left_out": Inner([[f"n{i}" for i in range(size // 10)]])},
+        "a long unit": {"ema.t_unit": "x" * size}, "a long number": {"ema.t": "1" * size},
+        "a long step": {"ema.step": "1" * size}, "a long run id": {"ema.run_id": RUN_ID * (size // 32)},
+        "a long gamma": {"ema.gamma": f"{exact_gamma(0.05)!r}{'0' * size}"},
+        "many checksums": {"ema.checksums": Inner([pairs((f"n{i}", "0" * 16) for i in range(size // 30))])},
+        "nested metadata": {"ema.aliases": "[" * size},
+    }  # fmt: skip

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from torture import bounds, damage, faults, foreign, sharded, steering, strangers
+from torture import Tally, damage, faults, sharded, strangers
 from torture.processes import apart
-from torture.tally import Experiment
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row of the table, in whose words its name is."""
+
+    name: str
+    run: Callable[[Path, float, int], Tally]
+    """In an empty folder, for a share of all there is to try (0 to 1, at least one of each kind), from a seed."""
+    share: float
+    """What `make test` tries."""
+
 
 EXPERIMENTS = [
     Experiment("an error at every file operation", faults.errors_at_every_operation, 0.004),
@@ -14,16 +28,16 @@ EXPERIMENTS = [
     Experiment(
         "trainings killed and resumed by their own script", partial(apart, "killing killed_trainings", 1_000), 0.02
     ),
-    Experiment("trainings killed while they upload", partial(apart, "uploading killed_uploads", 50), 0.12),
+    Experiment("trainings killed while they upload", partial(apart, "killing killed_uploads", 50), 0.12),
     Experiment("sweeps killed and continued by the same call", partial(apart, "killing killed_sweeps", 50), 0.06),
     Experiment("every command stopped at a random moment", partial(apart, "killing signalled_commands", 600), 0.01),
     Experiment("every flipped bit", damage.flip_bits, 0.05),
     Experiment("every truncation", damage.truncate, 0.3),
-    Experiment("random headers with correct checksums", damage.fuzz, 0.01),
-    Experiment("checkpoints of other programs, damaged at random", foreign.damaged, 0.05),
-    Experiment("pipes, devices, links and pickles in place of files", strangers.meet, 0.05),
-    Experiment("names that could control terminals, tables and pictures", steering.steer, 0.05),
-    Experiment("headers that could cost time or memory", bounds.bound, 0.005),
+    Experiment("random headers with correct checksums", damage.fuzz, 0.004),
+    Experiment("checkpoints of other programs, damaged at random", strangers.damage_checkpoints, 0.05),
+    Experiment("pipes, devices, links and pickles in place of files", strangers.replace_files, 0.05),
+    Experiment("names that could control terminals, tables and pictures", strangers.name_things, 0.05),
+    Experiment("headers that could cost time or memory", damage.bound, 0.005),
     Experiment("readers during thinning and pruning", partial(apart, "meeting readers", 1_000), 0.03),
     Experiment("two writers on one directory", partial(apart, "meeting writers", 300), 0.03),
     Experiment("averages read while another thread updates them", partial(apart, "tearing torn_reads", 10_000), 0.01),

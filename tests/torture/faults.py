@@ -1,26 +1,31 @@
-"""A fault, a kill, or a loss of power at every operation of a user's run."""
+"""A fault, a kill, or a loss of power at every operation of a user's run.
+
+Two file systems stand in place of the real one: one fails at a chosen operation, the other remembers everything. From
+that, what a crash would have left can be made at every moment between two operations, for a process that is killed and
+for a machine that loses its power.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ema_command import run_ema
 
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from torture.commands import run_ema
-from torture.simulated import HALVED, KINDS, Disk, Faulty, Recording, installed
-from torture.tally import Tally
-from torture.training import STATE, contents, train, wrong_output, wrong_snapshots
-
-CRASHES = ("kill", "nothing", "names", "some")
-"""What `Disk.leave` takes."""
-
+from torture import Tally
+from torture.training import STATE, contents, problems, train, wrong_output, wrong_snapshots
 
 STEPS = 10
 STOPS = 7
@@ -49,12 +54,12 @@ class Run:
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
         out = ["--out", self.root / "out", "--overwrite"]
-        self._twice(lambda: self._ema("synthesize", self.directory, "--sigma-rel", "0.1,0.2", *out))
+        self._twice(lambda: _ema("synthesize", self.directory, "--sigma-rel", "0.1,0.2", *out))
         self.note("output", *(path.relative_to(self.root).as_posix() for path in self.outputs))
         shards = ["--out", self.shards, "--max-shard-size", "40", "--overwrite"]
-        self._twice(lambda: self._ema("export", self.outputs[0], *shards))
+        self._twice(lambda: _ema("export", self.outputs[0], *shards))
         self.note("output", "shards")
-        self._twice(lambda: self._ema("prune", self.directory, "--keep", 2, "--yes"))
+        self._twice(lambda: _ema("prune", self.directory, "--keep", 2, "--yes"))
 
     def names(self) -> set[str]:
         """Of the snapshots."""
@@ -72,18 +77,11 @@ class Run:
     def _train(self, until: int) -> None:
         self.errors += train(self.directory, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3)
 
-    def _ema(self, *arguments: object) -> None:
-        result = run_ema(*arguments)
-        if result.code:
-            raise CommandError(result.err.strip() or f"exit code {result.code}")
-
     def problems(self) -> list[str]:
         """What is wrong in the directory of snapshots."""
         if not any(path.suffix == ".safetensors" for path in self.directory.iterdir()):
             return []
-        found = verify(self.directory)
-        broken = [f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine]
-        return [*found.problems, *broken] or wrong_snapshots(self.directory)
+        return problems(self.directory) or wrong_snapshots(self.directory)
 
     def wrong_outputs(self) -> list[str]:
         """What is wrong with all that is to be there at the end."""
@@ -101,7 +99,16 @@ class CommandError(Exception):
     """A command that ended with an exit code above 0."""
 
 
+def _ema(*arguments: object) -> None:
+    result = run_ema(*arguments)
+    if result.code:
+        raise CommandError(result.err.strip() or f"exit code {result.code}")
+
+
 # --- errors and crashes
+
+CRASHES = ("kill", "nothing", "names", "some")
+"""What `Disk.leave` takes."""
 
 
 def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
@@ -124,18 +131,12 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
                 tally.missed.append(f"{system.failed}: ended with {type(error).__name__}: {error}")
             if system.failed is not None:
                 tally.tried += 1
-                _judge(tally, run, system.failed, reference.names())
+                left = [f"{path.name} is left over" for path in run.root.rglob(f"{files.TEMPORARY_PREFIX}*.tmp")]
+                tally.lost += [f"{system.failed}: {line}" for line in (*run.problems(), *run.wrong_outputs(), *left)]
+                if not run.errors and (differing := run.names() ^ reference.names()):
+                    tally.missed.append(f"{system.failed}: nobody was told, and snapshots differ: {sorted(differing)}")
             shutil.rmtree(run.root)
     return tally
-
-
-def _judge(tally: Tally, run: Run, failed: str, names: set[str]) -> None:
-    """After everything has been repeated: all is there and right, nothing partial is left, and the user was told."""
-    wrong = [*run.problems(), *run.wrong_outputs()]
-    wrong += [f"{path.name} is left over" for path in run.root.rglob(f"{files.TEMPORARY_PREFIX}*.tmp")]
-    tally.lost += [f"{failed}: {line}" for line in wrong]
-    if not run.errors and run.names() != names:
-        tally.missed.append(f"{failed}: nobody was told, and snapshots differ: {sorted(run.names() ^ names)}")
 
 
 def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
@@ -200,3 +201,226 @@ def _harmed(run: Run, durable: Mapping[str, bytes], done: set[str]) -> list[str]
     if (run.shards / INDEX_NAME).exists() or "shards" in done:
         wrong += run.wrong_shards()
     return [*run.problems(), *wrong]
+
+
+# --- file systems
+
+
+@contextmanager
+def installed(system: files.FileSystem) -> Iterator[None]:
+    """Put a file system in the place of the real one for the block."""
+    before, files.system = files.system, system
+    try:
+        yield
+    finally:
+        files.system = before
+
+
+def _watched(name: str) -> Callable[..., Any]:
+    return lambda system, *arguments: system.does(name, *arguments)
+
+
+class Watched(files.FileSystem):
+    """Every operation that changes or reads something goes through `does`; nothing needs to be on a disk really."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.operations: list[Any] = []
+
+    def does(self, name: str, *arguments: Any) -> Any:
+        """Do the operation of this name."""
+        return None if name.startswith("fsync") else getattr(files.FileSystem, name)(self, *arguments)
+
+    open_new, open, close, list = _watched("open_new"), _watched("open"), _watched("close"), _watched("list")
+    read, write, fsync = _watched("read"), _watched("write"), _watched("fsync")
+    fsync_directory, rename, link = _watched("fsync_directory"), _watched("rename"), _watched("link")
+    unlink, make_directory = _watched("unlink"), _watched("make_directory")
+    remove_directory = _watched("remove_directory")
+
+
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
+KINDS = (*ERRORS, "short", "torn", "full")
+"""Faults: an error once; a write that takes half, which is allowed; half a write, then an error; a disk that is full
+until somebody makes room."""
+HALVED = {"short": ("write", "read"), "torn": ("write",)}
+"""Operations that can be done by half."""
+TAKES_ROOM = ("open_new", "write", "make_directory")
+
+
+class Faulty(Watched):
+    """Counts operations, and fails at that of number `at`, from 0 on, if any, in the way of one of KINDS."""
+
+    def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
+        super().__init__()
+        self._at, self._kind, self._full = at, kind, False
+        self.failed: str | None = None
+        """In words."""
+
+    def make_room(self) -> None:
+        """The disk is full no longer."""
+        self._full = False
+
+    def does(self, name: str, *arguments: Any) -> Any:
+        by_half = name not in ("close", "remove_directory") and self._fails(name, arguments)
+        if by_half:
+            descriptor, view, offset = arguments
+            arguments = descriptor, view[: max(1, len(view) // 2)], offset
+        done = super().does(name, *arguments)
+        if by_half and self._kind == "torn":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return done
+
+    def _fails(self, name: str, arguments: tuple[Any, ...]) -> bool:
+        """Count an operation, and raise where it is to fail; True where it is to be done by half."""
+        with self.lock:
+            number = len(self.operations)
+            self.operations.append(name)
+            if self._full and name in TAKES_ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if number != self._at or name not in HALVED.get(self._kind, (name,)):
+                return False
+            where = arguments[0] if isinstance(arguments[0], int) else arguments[-1]
+            self.failed = f"{self._kind} at operation {number}, {name} {where}"
+            if self._kind in HALVED:
+                return True
+            self._full = self._kind == "full"
+            if self._full and name not in TAKES_ROOM:
+                return False
+            code = ERRORS.get(self._kind, errno.ENOSPC)
+            raise OSError(code, os.strerror(code))
+
+
+class Recording(Watched):
+    """Does everything below `root`, and remembers it for `Disk.apply` in the order in which it was done."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+        self._numbers: dict[int, int] = {}
+
+    def note(self, *what: object) -> None:
+        """Remember something that the scenario says."""
+        with self.lock:
+            self.operations.append(("note", *what))
+
+    def does(self, name: str, *arguments: Any) -> Any:
+        if name in ("open", "list", "read"):
+            return super().does(name, *arguments)
+        with self.lock:
+            if name == "close":  # its number may be another file's at once
+                self._numbers.pop(arguments[0], None)
+            done = super().does(name, *arguments)
+            if name == "open_new":
+                self._numbers[done] = len(self.operations)
+                arguments = *arguments, done
+            elif name == "write":
+                descriptor, view, offset = arguments
+                arguments = descriptor, bytes(view[:done]), offset
+            if name != "close":
+                self.operations.append((name, *map(self._name, arguments[:2]), *arguments[2:]))
+        return done
+
+    def _name(self, what: Any) -> Any:
+        if isinstance(what, Path):
+            return str(what.relative_to(self._root))
+        return self._numbers[what] if isinstance(what, int) else what
+
+
+@dataclass(eq=False)
+class Inode:
+    """A file: its content now, and what of it is on the disk."""
+
+    data: bytes = b""
+    durable: bytes = b""
+
+
+FOLDER = Inode()
+"""Stands for every directory."""
+Entries = dict[str, Inode | None]
+"""By the path; None where a name is removed."""
+
+
+class Disk:
+    """What would be on a disk: `apply` takes the operations that were recorded, in their order."""
+
+    def __init__(self) -> None:
+        self._now: Entries = {}
+        self._durable: Entries = {}
+        self._pending: list[Entries] = []
+        """Operations on directories, each of which is done as a whole or not at all."""
+        self._inodes: dict[int, Inode] = {}
+
+    def apply(self, operation: tuple[object, ...]) -> None:
+        """Take one operation."""
+        kind, *rest = operation
+        getattr(self, f"_{kind}")(*rest)
+
+    def _open_new(self, path: str, number: int) -> None:
+        self._inodes[number] = Inode()
+        self._edit({path: self._inodes[number]})
+
+    def _write(self, number: int, data: bytes, offset: int) -> None:
+        inode = self._inodes[number]
+        before = inode.data.ljust(offset, b"\0")
+        inode.data = before[:offset] + data + before[offset + len(data) :]
+
+    def _fsync(self, number: int) -> None:
+        self._inodes[number].durable = self._inodes[number].data
+
+    def _fsync_directory(self, path: str) -> None:
+        waiting, self._pending = self._pending, []
+        for edits in waiting:
+            if any(str(PurePosixPath(name).parent) == path for name in edits):
+                self._durable |= edits
+            else:
+                self._pending.append(edits)
+
+    def _rename(self, source: str, target: str) -> None:
+        assert self._now[source] is not FOLDER
+        self._edit({source: None, target: self._now[source]})
+
+    def _link(self, source: str, target: str) -> None:
+        self._edit({target: self._now[source]})
+
+    def _unlink(self, path: str) -> None:
+        self._edit({path: None})
+
+    _remove_directory = _unlink
+
+    def _make_directory(self, path: str) -> None:
+        if self._now.get(path) is None:
+            self._edit({path: FOLDER})
+
+    def _note(self, *_: object) -> None:
+        """Something that the scenario says; no operation."""
+
+    def _edit(self, edits: Entries) -> None:
+        self._pending.append(edits)
+        self._now |= edits
+
+    def leave(self, place: Path, crash: str, chance: random.Random) -> None:
+        """Make in `place` what is there after a crash.
+
+        Arguments:
+            crash: "kill" (the process dies, the system lives), or a loss of power after which "nothing" that was not
+                synced is there, every "name" is there but no content that was not synced, or "some" of it is.
+        """
+        entries = dict(self._now if crash in ("kill", "names") else self._durable)
+        for edits in self._pending if crash == "some" else ():
+            entries |= edits if chance.random() < 0.5 else {}
+        place.mkdir()
+        for name, inode in sorted(entries.items()):
+            path = place / name
+            if inode is FOLDER and path.parent.exists():
+                path.mkdir()
+            elif inode and path.parent.exists():
+                path.write_bytes(_content(inode, crash, chance))
+
+
+def _content(inode: Inode, crash: str, chance: random.Random) -> bytes:
+    if crash == "kill":
+        return inode.data
+    if crash == "some" and inode.data != inode.durable:
+        end = chance.randrange(len(inode.data) + 1)
+        return chance.choice((inode.durable, inode.data[:end], inode.data[:end].ljust(len(inode.data), b"\0")))
+    return inode.durable

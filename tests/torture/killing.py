@@ -1,11 +1,13 @@
 """Processes that are stopped at random moments: trainings and sweeps by SIGKILL, commands by every signal.
 
-Trainings are resumed by their own script, sweeps started again by the same call.
+Trainings, also those that write to an object store, are resumed by their own script, sweeps by the same call.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import random
 import shutil
 import signal
@@ -14,25 +16,24 @@ from collections import Counter
 from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from factories import random_walk, write_run
 
-from posthoc_cli import Run, files
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.sweep import Axis, Sweep
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.sweep.results import TRIALS
-from posthoc_cli.sweep.trials import Metric
+from torture import Tally
 from torture.processes import Nursery
-from torture.tally import Tally
-from torture.training import damaged_files, train, weights_up_to, wrong_snapshots
+from torture.training import SIGMA_RELS, Network, damaged_files, problems, train, weights_up_to, wrong_snapshots
 
 STEPS = 40
 SAVES = range(8, STEPS + 1, 8)
+SETTINGS = {"update_every": 2, "checkpoint_every": 4}
 ROWS = 7500
 """Of the network: each snapshot takes 120 kB."""
 
@@ -42,14 +43,13 @@ def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
     tally, nursery, directory = Tally(), Nursery(folder / "stderr"), folder / "killed"
     right, seconds = {}, 0.0
     weights_up_to(STEPS, 4 * ROWS)  # no child takes time for them
-    settings = {"update_every": 2, "checkpoint_every": 4, "rows": ROWS}
     for most in (None, 3):
         unkilled = folder / f"unkilled-{most}"
-        seconds = nursery.run_whole(partial(train, unkilled, STEPS, SAVES, max_checkpoints=most, **settings))
+        seconds = nursery.run_whole(partial(train, unkilled, STEPS, SAVES, rows=ROWS, max_checkpoints=most, **SETTINGS))
         right[most] = _said(unkilled)
     while tally.tried < count:
         most = chance.choice((None, 3))
-        work = partial(train, directory, STEPS, SAVES, max_checkpoints=most, **settings)
+        work = partial(train, directory, STEPS, SAVES, rows=ROWS, max_checkpoints=most, **SETTINGS)
         for name, _ in nursery.kills(tally, count, chance, seconds, work):
             where = f"{name}, max_checkpoints={most}"
             tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
@@ -75,9 +75,81 @@ def _said(directory: Path) -> dict[str, SnapshotInfo]:
     return {snapshot.path.name: replace(snapshot.info, **unlike) for snapshot in find_snapshots(directory)}
 
 
+# --- trainings that write to an object store, on a server of the loopback interface
+
+BUCKET = "bucket"
+URL = f"s3://{BUCKET}/some/run"
+
+
+def killed_uploads(folder: Path, count: int, chance: random.Random) -> Tally:
+    """Kill a training `count` times in all, and let it go on by its own script each time."""
+    from moto.s3.models import s3_backends
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()  # and never stopped: children leave through here, too
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }  # fmt: skip
+    tally, nursery = Tally(), Nursery(folder / "stderr")
+    weights_up_to(STEPS, 4 * ROWS)  # no child takes time for them
+    backend = s3_backends["123456789012"]["aws"]
+    backend.create_bucket(BUCKET, "us-east-1")
+    os.environ["EMA_SPOOL"] = str(folder / "spool")
+    seconds = nursery.run_whole(partial(_upload, folder / "told"))
+    while tally.tried < count:
+        for key in [*backend.buckets[BUCKET].keys]:
+            backend.delete_object(BUCKET, key)
+        spool, told = folder / f"spool-{tally.tried}", folder / f"told-{tally.tried}"
+        os.environ["EMA_SPOOL"] = str(spool)
+        for where, _ in nursery.kills(tally, count, chance, seconds, partial(_upload, told)):
+            there = _downloaded(backend, folder / "there")
+            tally.lost += [f"{where}: {line}" for line in (*damaged_files(there), *damaged_files(spool))]
+            names = {path.name for place in (there, spool) for path in place.rglob("*.safetensors")}
+            durable = set(told.read_text().split()) if told.exists() else set()
+            tally.lost += [f"{where}: {one} was durable and is gone" for one in durable - names]
+        there = _downloaded(backend, folder / "there") / "some/run"
+        due = {f"{step:016d}-{s!r}.safetensors" for step in range(4, STEPS + 1, 4) for s in SIGMA_RELS}
+        tally.lost += [f"{where}: {one} is not in the store" for one in due - {path.name for path in there.iterdir()}]
+        tally.lost += [f"{where}: {line}" for line in wrong_snapshots(there)]
+        tally.lost += [f"{where}: {path.name} stays in the spool" for path in spool.rglob("*.safetensors")]
+    return tally
+
+
+def _upload(told: Path) -> None:
+    """The user's script: to the end, from where the run is. The names of files that became durable go into `told`."""
+    notes = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not text.startswith("wrote ") or bool(os.write(notes, f"{text.rpartition('/')[2]} ".encode()))
+
+    log = logging.getLogger("posthoc_cli.tracker.snapshotter")
+    log.setLevel(logging.INFO)
+    log.addFilter(note)
+    network, settings = Network(ROWS), {**SETTINGS, "max_checkpoints": None, "checkpoint_dtype": "float32"}
+    with PostHocEMA.from_model(network, URL, SIGMA_RELS, resume="auto", **settings) as tracker:  # type: ignore[arg-type]
+        for step in range(tracker.step + 1, STEPS + 1):
+            network.go_to(step)
+            tracker.update_(network)
+
+
+def _downloaded(backend: Any, folder: Path) -> Path:
+    """What is in the bucket, in a folder; what was there before goes."""
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    for key, found in backend.buckets[BUCKET].keys.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(found.value)
+    return folder
+
+
 # --- sweeps
 
-AXIS = Axis.of_values("sigma_rel", (0.05, 0.08, 0.12, 0.2, 0.25))
+SWEEP, LENGTHS = "sweep RUN --sigma-rel 0.05,0.08,0.12,0.2,0.25 --minimize --out OUT --run", 5
 
 
 def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
@@ -86,7 +158,7 @@ def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
     write_run(folder / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
     # A trial that is not ended with its sweep would go on to count itself.
     command = f"sh -c 'sleep 0.02; echo $2 >> {done}; echo $2' sh {{weights}} {{sigma_rel}}"
-    work = partial(_sweep, folder / "run", command, out)
+    work = partial(_run, folder, SWEEP, command)
     seconds = nursery.run_whole(work)
     right = measured(out)
     while tally.tried < count:
@@ -102,7 +174,7 @@ def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
         evaluations = len(done.read_text().split())
         if before != right or not (out / "best.safetensors").exists():
             tally.lost.append(f"{where}: the result is another one")
-        if evaluations > len(AXIS.values or ()) + attempt:
+        if evaluations > LENGTHS + attempt:
             tally.lost.append(f"{where}: {evaluations} evaluations for {attempt} kills: some were measured in vain")
     return tally
 
@@ -115,10 +187,6 @@ def measured(out: Path) -> dict[float, float]:
         return {}
     trials = [json.loads(line)["trial"] for line in lines if line.endswith("}\n")]
     return {trial["x"]: trial["value"] for trial in trials if trial["value"] is not None}
-
-
-def _sweep(run: Path, command: str, out: Path) -> None:
-    Sweep(Run(run), command, Metric(), out, AXIS).run_all()
 
 
 # --- commands
@@ -149,7 +217,7 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
     template, work = folder / "template", folder / "work"
     write_run(template / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
     for command in PREPARED:
-        nursery.run_whole(partial(_run, command, template))
+        nursery.run_whole(partial(_run, template, command))
     rounds = -(-count // (len(COMMANDS) * len(SIGNALS)))
     every = [(command, signalled) for command in COMMANDS for signalled in SIGNALS] * rounds
     seconds: dict[str, float] = {}
@@ -158,12 +226,12 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
     for command, signalled in chance.sample(every, count):
         if command not in seconds:
             shutil.copytree(template, work)
-            seconds[command] = nursery.run_whole(partial(_run, command, work))
+            seconds[command] = nursery.run_whole(partial(_run, work, command))
             shutil.rmtree(work)
         shutil.copytree(template, work)
         before = {path: path.read_bytes() for path in (work / "run").glob("*.safetensors")}
         after = chance.uniform(0, 1.1 * seconds[command])
-        code, err, _ = nursery.run(partial(_run, command, work), after, signalled)
+        code, err, _ = nursery.run(partial(_run, work, command), after, signalled)
         tally.tried += 1
         sent[signalled] += 1
         stopped[signalled] += code != 0
@@ -181,14 +249,12 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
     return tally
 
 
-def _run(command: str, work: Path) -> None:
+def _run(work: Path, command: str, *last: str) -> None:
     (work / "out").mkdir(exist_ok=True)
     places = {"RUN": "run", "OUT": "out", "OLD": "old.safetensors", "SHARDS": "shards"}
-    words = []
-    for word in command.split():
-        head, slash, tail = word.partition("/")
-        words.append(f"{work / places[head]}{slash}{tail}" if head in places else word)
-    sys.argv = ["ema", *words]
+    words = [word.split("/", 1) for word in command.split()]
+    paths = [work.joinpath(places[head], *tail) if head in places else head for head, *tail in words]
+    sys.argv = ["ema", *map(str, paths), *last]
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     except KeyboardInterrupt:  # before the command has begun
@@ -208,11 +274,8 @@ def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str
         data = path.read_bytes()
         if not (data.startswith(b"\x89PNG") and b"IEND" in data[-12:]):
             found.append(f"{path.name} is not whole")
-    for index in work.rglob("*.index.json"):
-        for name, tensors in decode_index(index).shards.items():
-            path = index.parent / name
-            if not path.exists() or set(read_header(path).tensors) != set(tensors):
-                found.append(f"{index.parent.name}: the index leads to a shard that is not there or another one")
+    for index in work.rglob(INDEX_NAME):
+        found += problems(index)
     if len(find_snapshots(work / "run")) < 6:
         found.append("snapshots are missing")
     return found

@@ -8,53 +8,35 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
-from posthoc_cli.errors import LockedError, PostHocError
+from posthoc_cli import disk_sources, plan_synthesis
+from posthoc_cli.errors import LockedError
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.run import with_consistent_plan
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.writer import plan_pruning, prune
 from posthoc_cli.synthesis.plan import Plan
+from torture import Tally
 from torture.processes import PATIENCE
-from torture.tally import Tally
 from torture.training import Network, begin, remove_half_begun, wrong_output, wrong_snapshots
-
-STEP = 0.01
-"""Seconds of a training step beside readers. Of one that thins every few milliseconds a reader never gets hold."""
-
-
-def train_until_told(
-    mine: Connection, tracker: PostHocEMA, network: Network, said: str, first: int = 1, pause: float = 0
-) -> None:
-    """Train for `first` steps, say what is then so, and train on, with pauses between the steps."""
-    for number in count():
-        if number == first:
-            tracker.flush()
-            mine.send((said, tracker.run_id))
-        if number >= first and mine.poll(pause):
-            break
-        network.go_to(tracker.step + 1)
-        tracker.update_(network)
-    mine.recv()
-
-
-# --- processes
 
 
 class Other:
-    """A forked process, and what it says."""
+    """A forked process that trains or prunes in a directory when it is told to, and what it says.
 
-    def __init__(self, work: Callable[..., None], *arguments: object) -> None:
+    Arguments:
+        first: steps until a training says that it has the directory; from then on it takes so many seconds a step, in
+            which it may be told to close.
+    """
+
+    def __init__(self, folder: Path, first: int = 1, pause: float = 0, **settings: int) -> None:
         context = multiprocessing.get_context("fork")
         self._mine, its = context.Pipe()
-        self.process = context.Process(target=_work, args=(work, its, *arguments), daemon=True)
+        self.process = context.Process(target=_work, args=(its, folder, first, pause, settings), daemon=True)
         self.process.start()
         its.close()
 
@@ -79,44 +61,44 @@ class Other:
         self.process.kill()
         self.process.join()
 
+    def is_named_by(self, refusal: tuple[object, ...]) -> bool:
+        """Whether another one was refused the directory because this one has it."""
+        return refusal[0] == "refused" and f"process {self.process.pid} on " in str(refusal[1])
 
-def _work(work: Callable[..., None], mine: Connection, *arguments: object) -> None:
+
+def _work(mine: Connection, folder: Path, first: int, pause: float, settings: dict[str, int]) -> None:
+    """Answer "train" (twice, the second time when told to close) and "prune" with what came of it."""
     logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # taking over is what is wanted
     warnings.simplefilter("ignore")  # training waits for the disk, as it should
-    try:
-        work(mine, *arguments)
-    except Exception as error:  # noqa: BLE001
-        mine.send(("failed", f"{type(error).__name__}: {error}"))
-
-
-@contextmanager
-def refusals(mine: Connection) -> Iterator[None]:
-    """Answer with the one error that a second writer may meet."""
-    try:
-        yield
-    except LockedError as error:
-        mine.send(("refused", str(error)))
+    network = Network()
+    while True:
+        what, *keep = mine.recv()
+        try:
+            if what == "prune":
+                answer = "pruned", len(prune(folder, plan_pruning(read_directory(folder), keep=keep[0])).gone)
+            else:
+                with begin(folder, network, **settings) as tracker:
+                    for number in count():
+                        if number == first:
+                            tracker.flush()
+                            mine.send(("trains", tracker.run_id))
+                        if number >= first and mine.poll(pause):
+                            break
+                        network.go_to(tracker.step + 1)
+                        tracker.update_(network)
+                    mine.recv()
+                answer = "closed", tracker.step
+        except LockedError as error:
+            answer = "refused", str(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the one that asks looks for it
+            answer = "failed", f"{type(error).__name__}: {error}"
+        mine.send(answer)
 
 
 # --- readers beside a training and prunings
 
-
-def trains(mine: Connection, folder: Path) -> None:
-    """Train from "train" to "close", again and again; writes at every third step and keeps six."""
-    network = Network()
-    while mine.recv() == ("train",):
-        with begin(folder, network, checkpoint_every=3, max_checkpoints=6) as tracker:
-            train_until_told(mine, tracker, network, "training", 12, STEP)
-        mine.send(("closed", tracker.step))
-
-
-def prunes(mine: Connection, folder: Path) -> None:
-    """Prune to so many a profile, whenever told."""
-    while True:
-        _, keep = mine.recv()
-        with refusals(mine):
-            pruning = prune(folder, plan_pruning(read_directory(folder), keep=keep))
-            mine.send(("pruned", len(pruning.gone)))
+STEP = 0.01
+"""Seconds of a training step beside readers. Of one that thins every few milliseconds a reader never gets hold."""
 
 
 class Retries(logging.Handler):
@@ -132,16 +114,17 @@ def readers(folder: Path, times: int, chance: random.Random) -> Tally:
     """Synthesize `times` times, while a training writes and thins, and while it has stopped and somebody prunes."""
     run, out, tally, retries = folder / "run", folder / "out.safetensors", Tally(), Retries()
     logging.getLogger("posthoc_cli").addHandler(retries)
-    training, pruner = Other(trains, run), Other(prunes, run)
+    training = Other(run, first=12, pause=STEP, checkpoint_every=3, max_checkpoints=6)
+    pruner = Other(run)
     while tally.tried < times:
         answer = training.ask("train")
-        if answer[0] != "training":
+        if answer[0] != "trains":
             tally.missed.append(f"the training: {answer}")
             break
         for _ in range(min(40, times - tally.tried)):
             read_once(tally, run, out, chance)
         answer = pruner.ask("prune", 2)
-        if answer[0] != "refused" or f"process {training.process.pid} on " not in str(answer[1]):
+        if not training.is_named_by(answer):
             tally.missed.append(f"pruning beside the training {training.process.pid}: {answer}")
         training.ask("close")
         pruner.tell("prune", chance.randint(1, 5))
@@ -168,7 +151,7 @@ def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None
 
     try:
         with_consistent_plan(plan, lambda plan: write_synthesis(plan, [out], OutputOptions(overwrite=True)))
-    except PostHocError as error:
+    except Exception as error:  # noqa: BLE001 - no error may come
         tally.missed.append(f"reading {tally.tried}: {type(error).__name__}: {error}")
     else:
         tally.lost += [f"reading {tally.tried}: {line}" for line in wrong_output(out)]
@@ -177,29 +160,16 @@ def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None
 # --- two writers
 
 
-def writes(mine: Connection, folder: Path) -> None:
-    """Try to become the writer, whenever told; then train until told to close, or killed."""
-    network = Network()
-    while True:
-        if mine.recv() == ("take over",):
-            remove_half_begun(folder)
-        with refusals(mine):
-            with begin(folder, network, checkpoint_every=1, max_checkpoints=4) as tracker:
-                train_until_told(mine, tracker, network, "holds")
-            mine.send(("closed", tracker.step))
-
-
 def writers(folder: Path, times: int, chance: random.Random) -> Tally:
     """Two writers meet `times` times: at once, or one beside the other, which is killed then."""
     tally = Tally()
     run = folder / "run"
     while tally.tried < times:
         tally.tried += 1
-        first, second = Other(writes, run), Other(writes, run)
+        both = [Other(run, checkpoint_every=1, max_checkpoints=4) for _ in range(2)]
         meeting = at_once if chance.random() < 0.3 else one_is_killed
-        wrong = meeting(run, first, second, chance)
-        tally.lost += [f"meeting {tally.tried}, {meeting.__name__}: {line}" for line in wrong]
-        for one in (first, second):
+        tally.lost += [f"meeting {tally.tried}, {meeting.__name__}: {line}" for line in meeting(run, *both, chance)]
+        for one in both:
             one.kill()
         shutil.rmtree(run)
     return tally
@@ -208,9 +178,9 @@ def writers(folder: Path, times: int, chance: random.Random) -> Tally:
 def at_once(run: Path, first: Other, second: Other, chance: random.Random) -> list[str]:
     """Both begin in the same moment: one of them holds the directory, the other is told so, and comes next."""
     for one in (first, second):
-        one.tell("write")
+        one.tell("train")
     answers = [one.answer() for one in (first, second)]
-    if sorted(str(answer[0]) for answer in answers) != ["holds", "refused"]:
+    if sorted(str(answer[0]) for answer in answers) != ["refused", "trains"]:
         return [str(answers)]
     if answers[0][0] == "refused":
         first, second, answers = second, first, answers[::-1]
@@ -220,8 +190,8 @@ def at_once(run: Path, first: Other, second: Other, chance: random.Random) -> li
 
 def one_is_killed(run: Path, first: Other, second: Other, chance: random.Random) -> list[str]:
     """The second one is refused by name as long as the first one lives, and takes over when it was killed."""
-    holds, refused = first.ask("write"), second.ask("write")
-    if refused[0] != "refused" or f"process {first.process.pid} on " not in str(refused[1]):
+    holds, refused = first.ask("train"), second.ask("train")
+    if not first.is_named_by(refused):
         return [f"beside {first.process.pid}: {holds}, {refused}"]
     time.sleep(chance.uniform(0, 0.02))
     first.kill()
@@ -230,8 +200,9 @@ def one_is_killed(run: Path, first: Other, second: Other, chance: random.Random)
 
 def taken_over(run: Path, second: Other, run_id: object, chance: random.Random) -> list[str]:
     """What is wrong when the second writer goes on with the first one's run."""
-    answer = second.ask("take over")
+    remove_half_begun(run)
+    answer = second.ask("train")
     time.sleep(chance.uniform(0, 0.01))
     second.kill()
-    wrong = [] if answer == ("holds", run_id) else [f"run {run_id} was to go on, and it is {answer}"]
+    wrong = [] if answer == ("trains", run_id) else [f"run {run_id} was to go on, and it is {answer}"]
     return wrong + wrong_snapshots(run)

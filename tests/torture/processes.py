@@ -16,7 +16,7 @@ from pathlib import Path
 import forked
 import torch
 
-from torture.tally import Tally
+from torture import Tally
 
 PATIENCE = 60.0
 """Seconds after which a process that should have ended is taken to hang."""

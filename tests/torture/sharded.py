@@ -10,43 +10,39 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from forked import Forked
-from groups import Net, check_group, move, run_group, start_group, truth
+from groups import SETTINGS, alone, check_group, run_group, start_group, truth
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import Run
 from posthoc_cli.integrations import STATE_NAME
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from torture.tally import Tally
+from torture import Tally
 
 STEPS = 24
-SIGMA_RELS = (0.1, 0.2)
-SETTINGS = f"sigma_rels={SIGMA_RELS}, update_every=2, checkpoint_every=4, checkpoint_dtype=None"
+SIGMA_RELS = SETTINGS["sigma_rels"]
 SPREAD = (("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2), ("hsdp", 4), ("fsdp-tp", 4))
 PATIENCE = 180.0
 """Seconds on a busy machine for the others to end when one process has died."""
 
 TRAIN = f"""
-import torch.distributed as dist
-from posthoc_cli import PostHocEMA
 from posthoc_cli.integrations import read_state, write_state
 kind, most, *saves = arguments
-model = groups.spread(groups.Net(), kind)
+model = spread(Net(), kind)
 (folder / f"durable-{{rank}}").write_text("0")
-with PostHocEMA.from_model(
-    model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most), resume="auto"
-) as ema:
+most = None if most == "None" else int(most)
+with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=most, resume="auto") as ema:
     if saves:
         read_state(ema, folder)
     for step in range(ema.step + 1, {STEPS} + 1):
-        groups.move(model, step)
-        ema.update_(model)
+        train(model, step, step, ema)
         if step % 4 == 0:
             ema.flush()
             (folder / f"durable-{{rank}}").write_text(str(step))
@@ -57,10 +53,12 @@ with PostHocEMA.from_model(
 """
 
 Values = Mapping[str, torch.Tensor]
+Found = dict[str, dict[str, torch.Tensor]]
+"""The complete tensors of each complete snapshot, by its name without suffix."""
 
 
-def read(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The complete tensors of each complete snapshot, by its name without suffix."""
+def read(directory: Path) -> Found:
+    """What is in a directory."""
     found = {}
     for snapshot in find_snapshots(directory) if directory.exists() else []:
         with snapshot.open() as file:
@@ -68,6 +66,12 @@ def read(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
                 name: tensor_from_bytes(file.read(name), one.dtype, one.shape) for name, one in snapshot.stored.items()
             }
     return found
+
+
+def in_one_process(directory: Path, most: int | None) -> Found:
+    """What a training without interruption in one process writes that goes on from what is in a directory."""
+    alone(directory, STEPS, max_checkpoints=most, resume="auto")
+    return read(directory)
 
 
 @lru_cache(maxsize=100)
@@ -104,19 +108,6 @@ def missing(found: Mapping[str, Values], last: int = STEPS, first: int = 4) -> l
     return [f"{name} is not there" for name in names if name not in found]
 
 
-def in_one_process(directory: Path, most: int | None) -> dict[str, dict[str, torch.Tensor]]:
-    """What a training without interruption in one process writes that goes on from what is in a directory."""
-    net = Net()
-    with PostHocEMA.from_model(
-        net, directory, SIGMA_RELS, update_every=2, checkpoint_every=4, checkpoint_dtype=None, max_checkpoints=most,
-        resume="auto",
-    ) as ema:  # fmt: skip
-        for step in range(ema.step + 1, STEPS + 1):
-            move(net, step)
-            ema.update_(net)
-    return read(directory)
-
-
 # --- one process is killed
 
 
@@ -128,37 +119,42 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     started = time.monotonic()
     run_group(TRAIN, 2, folder / "unkilled", "fsdp", None)
     seconds = time.monotonic() - started
-    whole, shadow = in_one_process(folder / "whole", None), folder / "shadow"
+    whole, shadow, place = in_one_process(folder / "whole", None), folder / "shadow", folder / "killed"
     average = Run(folder / "whole").average(0.15, method="paper")
-    tally, chance = Tally(), random.Random(seed)
-    while tally.tried < (times := max(1, round(100 * share))):
-        place, most, saves, durable = folder / "killed", chance.choice((None, 3)), chance.choice(((), (3,), (5,))), 0
-        for where, start, is_last in _attempts(tally, times, place, most, chance, *saves):
+    tally, chance, times = Tally(), random.Random(seed), max(1, round(100 * share))
+    while tally.tried < times:
+        most, saves, durable, codes = chance.choice((None, 3)), chance.choice(((), (3,), (5,))), 0, [1]
+        while any(codes):
+            is_last = tally.tried >= times  # goes on to the end
+            tally.tried += not is_last
+            kind, ranks = chance.choice((*SPREAD, ("fsdp", 1)))
+            where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}"
             saved = saved_step(place / STATE_NAME)
             if saves and saved is None:  # training begins again
                 shutil.rmtree(place, ignore_errors=True)
+            for note in (*place.glob("saved-*"), *place.glob("durable-*")):
+                note.unlink()
             before = read(place / "run")
             if before and not saves:
                 shutil.copytree(place / "run", shadow)
-            processes = start()
+            processes = start_group(TRAIN, ranks, place, kind, most, *saves)
             if not is_last:
                 time.sleep(chance.uniform(0.2, 1.0) * seconds)
                 chance.choice(processes).kill()
             codes = end(processes, PATIENCE if is_last else 10)
             now, right = read(place / "run"), whole if saves else before | in_one_process(shadow, most)
             shutil.rmtree(shadow, ignore_errors=True)
-            durable = max(durable, noted(place, "durable", len(processes)))
+            durable = max(durable, noted(place, "durable", ranks))
             if most is None and not saves:
                 gone = [*missing(now, durable), *(f"{name} is gone" for name in before.keys() - now.keys())]
                 tally.lost += [f"{where}: was durable: {line}" for line in gone]
-            least = max(saved or 0, noted(place, "saved", len(processes)))
+            least = max(saved or 0, noted(place, "saved", ranks))
             if (step := saved_step(place / STATE_NAME) or 0) < least:
                 tally.lost.append(f"{where}: the state of step {least} was durable, and is of step {step}")
             tally.lost += [f"{where}: {line}" for line in [*differing(now, right), *wrong_averages(now)]]
             if is_last and any(codes):
                 said = [one.communicate()[1][-300:] for one in processes]
                 tally.missed.append(f"{where}: going on ended with {codes}: {said}")
-            if not any(codes):
                 break
         # What thinning had removed before a kill cannot come back.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
@@ -167,21 +163,6 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
             tally.lost += [f"{where}: {line}" for line in differing({"": made}, {"": average})]
         shutil.rmtree(place)
     return tally
-
-
-def _attempts(
-    tally: Tally, times: int, place: Path, most: int | None, chance: random.Random, *saves: int
-) -> Iterator[tuple[str, Callable[[], list[Forked]], bool]]:
-    """Starts of one training, each with its name; all but the last, which goes on to the end, count as kills."""
-    is_last = False
-    while not is_last:
-        is_last = tally.tried >= times
-        tally.tried += not is_last
-        kind, ranks = chance.choice((*SPREAD, ("fsdp", 1)))
-        for note in (*place.glob("saved-*"), *place.glob("durable-*")):
-            note.unlink()
-        where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}"
-        yield where, partial(start_group, TRAIN, ranks, place, kind, most, *saves), is_last
 
 
 def noted(place: Path, what: str, ranks: int) -> int:
@@ -214,22 +195,17 @@ def end(processes: list[Forked], patience: float) -> list[int]:
 # --- one process meets a full disk
 
 FULL = f"""
-import torch
-import torch.distributed as dist
-from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import PostHocError
-from posthoc_cli.integrations import STATE_NAME
-from torture.simulated import Faulty
+from posthoc_cli import files
+from torture.faults import Faulty
 kind, victim, at = arguments
-model = groups.spread(groups.Net(), kind)
+model = spread(Net(), kind)
 files.system = system = Faulty(int(at) if rank == int(victim) else None, "full")
 errors, stop = [], False
 try:
-    with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as ema:
+    with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
         for step in range(ema.step + 1, {STEPS} + 1):
-            groups.move(model, step)
             try:
-                ema.update_(model)
+                train(model, step, step, ema)
                 if step % 8 == 0:
                     ema.flush()
             except PostHocError as error:
@@ -260,9 +236,8 @@ def full_disks(folder: Path, share: float, seed: int) -> Tally:
             tally.missed += [f"{where}: rank {rank} said {line}" for line in said if wanted not in line]
         # Training goes on from the newest time of which all averages are there, and sets later ones aside.
         found = read(place / "run")
-        before = {
-            name: found[name] for name in found if len([other for other in found if other[:16] == name[:16]]) == 2
-        }
+        times = Counter(name[:16] for name in found)
+        before = {name: values for name, values in found.items() if times[name[:16]] == 2}
         tally.lost += [f"{where}: {path.name} is left" for path in place.rglob(".ema-*.tmp")]
         kind, ranks = chance.choice(SPREAD)
         outs = [out.splitlines() for out in check_group(FULL, ranks, place, kind, -1, -1)]
@@ -277,15 +252,15 @@ def full_disks(folder: Path, share: float, seed: int) -> Tally:
 # --- two jobs in one directory
 
 BESIDE = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIENCE = 10" + TRAIN.replace(
-    "        if step",
-    "        while step > 12 and not (folder / 'go').exists():\n            time.sleep(0.01)\n        if step",
+    "        if step % 4",
+    "        while step > 12 and not (folder / 'go').exists():\n            time.sleep(0.01)\n        if step % 4",
 )
 
 
 def two_jobs(folder: Path, share: float, seed: int) -> Tally:
-    """Two jobs begin in one directory: one of them holds it, until it ends or is killed, and the other is refused."""
+    """Two jobs begin in one directory: one of them holds it until it ends, and the other is refused."""
     tally, chance = Tally(), random.Random(seed)
-    for _ in range(max(1, round(30 * share))):
+    for _ in range(max(1, round(18 * share))):
         place, tally.tried = folder / "jobs", tally.tried + 1
         spread, jobs = [chance.choice(SPREAD) for _ in range(2)], []
         for kind, ranks in spread:
@@ -300,10 +275,6 @@ def two_jobs(folder: Path, share: float, seed: int) -> Tally:
         # The first one is told why; others are told, or have nothing to write and find that the first one has gone.
         if not re.search(r"posthoc_cli\.errors\.\w+Error: ", "".join(said[0])) or not all(said) or not any(goes_on):
             tally.missed.append(f"{where}: refused with {said}")
-        if chance.random() < 0.5:
-            end(holder, 0)
-            kind, ranks = chance.choice(SPREAD)
-            holder = start_group(BESIDE, ranks, place, kind, None)
         (place / "go").touch()
         codes = end(holder, PATIENCE)
         now = read(place / "run")

@@ -1,31 +1,37 @@
-"""Things that are no files of ours, at every place where a command or a function takes a file.
+"""What a stranger can put before us: things that are no files of ours, checkpoints with damage, names that steer.
 
-Pipes and sockets, devices, links of every kind, pickles that would leave a mark if anybody loaded them: each ends in
-one error (or is passed over, or does no harm), at once; nothing outside is touched, nothing half-made is left.
+Pipes and sockets, devices, links of every kind, pickles that would leave a mark if anybody loaded them, at every place
+where a command or a function takes a file: each ends in one error (or is passed over, or does no harm), at once;
+nothing outside is touched, nothing half-made is left. Checkpoints of other programs give one error, or weights. Names
+and texts that would steer a terminal, a table, a picture or a spreadsheet are shown escaped, everywhere.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
 import random
 import shutil
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from factories import random_walk, write_run
+from checkpoint_layouts import LAYOUTS, walk
+from ema_command import run_ema
+from factories import RUN_ID, flip_bit, random_walk, write_run, write_snapshot
 
-from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import PostHocError
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.files import is_temporary
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from torture.commands import HungError, run_ema, time_limit, wrong_result
-from torture.tally import Tally
-from torture.victims import synthesize
+from posthoc_cli.snapshots.writer import HOLDER_NAME, DirectoryLock
+from torture import Tally
+from torture.victims import forge, synthesize
 
 SECRET = b"somebody's own file, which nobody may change"
 SIGMA_REL = ("--sigma-rel", "0.1")
@@ -139,8 +145,8 @@ TO_A_RUN: Sequence[Use] = (
     ("error-plot", "RUN", "--out", "OUT"),
 )  # fmt: skip
 TO_SHARDS: Sequence[Use] = (
-    ("info", "HOME/sharded"), lambda scene, _: export_file(scene.home / "sharded", scene.out),
-    lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded"),
+    ("info", "HOME/sharded"), ("export", "HOME/sharded", "--out", "OUT"),
+    ("export", "MADE", "--base", "HOME/sharded", "--out", "OUT"),
 )  # fmt: skip
 IN_A_FOLDER = ("synthesize", "RUN", *SIGMA_REL, "--layout", "sharded", "--out", "HOME/out/folder")
 IN_FOLDERS = ("", "/model.safetensors", f"/{INDEX_NAME}", "/model-00001-of-00001.safetensors")
@@ -169,10 +175,7 @@ def _meetings() -> Iterator[tuple[str, str, Use]]:
                 yield from ((place, thing, one) for thing in THINGS)
 
 
-# --- the experiment
-
-
-def meet(folder: Path, share: float, seed: int) -> Tally:
+def replace_files(folder: Path, share: float, seed: int) -> Tally:
     """Every thing at every place."""
     tally, template, scene = Tally(), make_template(folder / "template"), Scene(folder / "scene")
     meetings, before = list(_meetings()), Path.cwd()
@@ -187,28 +190,21 @@ def meet(folder: Path, share: float, seed: int) -> Tally:
 
 
 def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
-    path = scene.home / place
+    path, words = scene.home / place, list[str]()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     THINGS[thing](path, scene)
     outside, temporaries = scene.seen_outside(), _temporaries(scene)
-    named = {"X": path, "RUN": scene.run, "OUT": scene.out, "MADE": scene.made}
-    what, wrong = f"{thing} as {place}", ""
-    try:
-        if isinstance(use, tuple):
-            words = [str(named.get(str(word), word)).replace("HOME", str(scene.home), 1) for word in use]
-            what += f": ema {' '.join(words).replace(str(scene.home), '')}"
-            wrong = wrong_result(run_ema(*words))
-        else:
-            with time_limit():
-                use(scene, path)
-    except PostHocError as error:
-        wrong = "" if str(error).isprintable() else repr(error)
-    except (Exception, HungError) as error:  # noqa: BLE001 - whatever it is, it is no error of the package
-        wrong = f"{type(error).__name__}: {error}"[:500]
-    tally.tried += 1
-    if wrong:
-        tally.missed.append(f"{what}: {wrong}")
+    if isinstance(use, tuple):
+        named = {"X": path, "RUN": scene.run, "OUT": scene.out, "MADE": scene.made}
+        words = [str(named.get(str(word), word)).replace("HOME", str(scene.home), 1) for word in use]
+    what = f"{thing} as {place}: {' '.join(words).replace(str(scene.home), '')}"
+    if callable(use):
+        tally.tried += 1
+        with tally.judged(what):
+            use(scene, path)
+    else:
+        _run(tally, what, words)
     if scene.marker.exists():
         tally.executed.append(f"{what}: the pickle was loaded")
     # A folder for outputs that is itself a link: the user has named what it leads to. Names in it are never followed.
@@ -218,5 +214,153 @@ def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
         tally.lost.append(f"{what}: temporaries were left")
 
 
+def _run(tally: Tally, what: str, words: Sequence[object]) -> None:
+    """A command ends as it must: in one line that names what is wrong, if anything, and nothing raw for a terminal."""
+    tally.tried += 1
+    with tally.judged(what):
+        result = run_ema(*words)
+        errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
+        raw = {c for c in result.out + result.err if not c.isprintable() and c != "\n"}
+        is_plain = "unexpected" not in result.err and ("Traceback" not in result.err or "--debug" in words)
+        if result.code not in (0, 1, 2) or len(errors) > 1 or not is_plain or raw:
+            tally.missed.append(f"{what}: ended with {result.code}, raw {sorted(raw)!a}: {result.err[-500:]!a}")
+        if result.code and not errors and "problem: " not in result.out and "--debug" not in words:
+            tally.missed.append(f"{what}: ended with {result.code} without a word")
+
+
 def _temporaries(scene: Scene) -> set[Path]:
     return {path for path in scene.home.rglob("*") if is_temporary(path.name)}
+
+
+# --- checkpoints
+
+DAMAGES = 400
+"""Of each layout, for a share of 1."""
+
+
+def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
+    """Truncate files of each layout, flip bits, put a bomb in place of a pickle, swap files."""
+    tally, chance, weights, marker = Tally(), random.Random(seed), walk(), folder / "executed"
+    for layout, write in LAYOUTS.items():
+        run = folder / layout.replace(" ", "-")
+        run.mkdir()
+        for step, state in weights.items():
+            write(run, step, state)
+        paths = sorted(path for path in run.rglob("*") if path.is_file())
+        for _ in range(max(2, round(share * DAMAGES))):
+            path = chance.choice(paths)
+            whole, what = path.read_bytes(), f"{layout}: {path.name}"
+            path.write_bytes(_changed(whole, chance, paths, marker))
+            tally.tried += 1
+            with warnings.catch_warnings(), tally.judged(what, str(run)):
+                warnings.simplefilter("error", RuntimeWarning)
+                Run(run).average(0.2)
+            if marker.exists():
+                tally.executed.append(what)
+                marker.unlink()
+            path.write_bytes(whole)
+        shutil.rmtree(run)
+    return tally
+
+
+def _changed(whole: bytes, chance: random.Random, paths: list[Path], marker: Path) -> bytes:
+    kind = chance.choice(["cut", "flip", "flip", "many", "bomb", "other"])
+    if kind == "cut":
+        return whole[: chance.randrange(len(whole))]
+    if kind == "bomb":
+        return pickle.dumps({"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)})
+    if kind == "other":
+        return chance.choice(paths).read_bytes()
+    changed = bytearray(whole)
+    for _ in range(1 if kind == "flip" else 50):
+        changed[chance.randrange(min(len(whole), chance.choice([100, 2_000, 10**9])))] ^= 1 << chance.randrange(8)
+    return bytes(changed)
+
+
+# --- names
+
+NAMES = (
+    "\x1b]0;owned\x07", "\x1b[2J\x1b[31m", "\x9b31m", "\u202egnp.exe", "a\nema: error: forged", "a\r\nb",
+    "\x08\x08", "\u2028", "\x7f", "\x01", "[bold red]x[/]", "\\[link=file:///etc/passwd]x", ":smile:", "$x$",
+    "$\\undefined{$", "$", '=HYPERLINK("x")', "+1", "@x", "-1", "\t=1", "%s%n", "{sigma_rel}", "~", "é", "e\u0301",
+    "\u200b", "\ufeff", "\U000e0041", "x" * 100,
+)  # fmt: skip
+
+
+class Stage:
+    """Where a name stands in everything that can have one, below `home`."""
+
+    def __init__(self, home: Path, name: str) -> None:
+        self.home, self.name = home, name
+        self.run, self.output = home / f"{name} run", home / f"{name}.safetensors"
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir()
+        values = {"w": torch.arange(4.0), name: torch.ones(2), f"{name}n": torch.tensor([1])}
+        for t in (5, 10):
+            for sigma_rel in (0.05, 0.28):
+                left = {"left_out": (self.name, "frozen"), "sigma_rels": (0.05, 0.28)}
+                write_snapshot(self.run, t, sigma_rel, RUN_ID, values, **left)
+        write_snapshot(self.home / "broken", 10, 0.05, RUN_ID, {self.name: torch.tensor([math.nan])})
+        flip_bit(write_snapshot(self.home / "harmed", 10, 0.05, RUN_ID, {self.name: torch.ones(3)}))
+        synthesize(self.run, self.output)
+        made_of = json.dumps([{"file": self.name, "coefficient": 1.0}])
+        forge(self.output, {"ema.profile": self.name, "ema.method": self.name, "ema.snapshots": made_of})
+
+    def commands(self) -> Iterator[tuple[object, ...]]:
+        """What is run on it."""
+        home, run, new = self.home, self.run, self.home / f"new {self.name}"
+        yield "info", run
+        yield "info", run, "--json"
+        yield "info", self.output
+        yield "info", home / self.name / "absent"
+        yield "synthesize", run, *SIGMA_REL, "--dry-run", "--verbose"
+        yield from [("synthesize", run, *SIGMA_REL, "--out", f"{new}.safetensors")] * 2
+        yield "synthesize", run, "--sigma-rel", "0.1,0.2", "--out", f"{new} folder", "--verbose"
+        yield "synthesize", run, "--target", "beta:0.9", "--verbose", "--out", f"{new} beta"
+        yield "synthesize", run, "--target", f"decay:{self.name}", "--out", f"{new} bad"
+        yield "synthesize", run, *SIGMA_REL, "--out", f"{new}.pt", "--dtype", self.name
+        yield "synthesize", run, "--sigma-rel", self.name, "--out", f"{new}.pt"
+        yield "synthesize", home / "harmed", *SIGMA_REL, "--out", f"{new}.pt"
+        yield "synthesize", home / "broken", *SIGMA_REL, "--out", f"{new}.pt"
+        yield "--debug", "synthesize", home / "broken", *SIGMA_REL, "--out", f"{new}.pt"
+        yield "export", self.output, "--out", f"{new}.pt"
+        yield "export", self.output, "--out", f"{new}-2.pt", "--strip-prefix", f"{self.name}zz"
+        yield "export", home / "broken" / "0000000000000010-0.05.safetensors", "--out", f"{new}-3.pt"
+        yield "error-plot", run, "--out", f"{new}.svg", "--target", "0.1"
+        yield "error-plot", run, "--target", "window:5", "--out", f"{new}.png"
+        yield "error-plot", run, "--target", "window:5", "--out", f"{new}.csv"
+        quick = ("--sigma-rels", "0.05,0.28", "--dtype", "float16")
+        task = ("--steps", "1000", "--params", "10", "--max-size", "1MB", *quick)
+        yield "plan", *task, "--like", run, "--out", f"{new}.pdf"
+        yield "prune", run, "--keep", "1", "--dry-run"
+        yield "prune", run, "--keep", "99", "--yes"
+        yield "profile", "--sigma-rel", self.name
+        yield (self.name,)
+        yield "info", f"--{self.name}"
+
+
+def name_things(folder: Path, share: float, seed: int) -> Tally:
+    """Every name through every command; of a share of the names a few."""
+    tally, chance = Tally(), random.Random(seed)
+    for name in chance.sample(NAMES, max(1, round(share * len(NAMES)))):
+        stage = Stage(folder / "stage", name)
+        commands = list(stage.commands())
+        for arguments in commands if share == 1 else chance.sample(commands, 6):
+            _run(tally, f"{name!r}: {' '.join(map(str, arguments))[:200]!a}", arguments)
+        _hold(tally, stage)
+        for table in stage.home.rglob("new *.csv"):
+            for line in table.read_text(encoding="utf-8").splitlines():
+                if not line.isprintable() or line.lstrip('"')[:1] in tuple("=+-@"):
+                    tally.missed.append(f"{name!r}: a live cell: {line!r}")
+    return tally
+
+
+def _hold(tally: Tally, stage: Stage) -> None:
+    """A directory whose holder's note a stranger has written."""
+    holders = ((1, 0.0), ("9" * 5_000, 1e400), (10**4000, -1e308))
+    notes = [{"host": stage.name, "process": process, "since": since} for process, since in holders]
+    lock = DirectoryLock(stage.run)
+    for note in (*notes, [[[]]], stage.name):
+        (stage.run / HOLDER_NAME).write_text(json.dumps(note))
+        _run(tally, f"{stage.name!r}: held", ("prune", stage.run, "--keep", "1", "--yes"))
+    lock.release()

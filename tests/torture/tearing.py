@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from factories import averages_in, exact_gamma, save_state
 
@@ -25,7 +27,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker.state import open_state
-from torture.tally import Tally
+from torture import Tally
 
 SIGMA_RELS = (0.2, 0.21)
 """Of about the same length: profiles that share a mean then have nearly its weights, and differ from the truth by their
@@ -46,21 +48,18 @@ def value_at(step: int) -> float:
     return float(np.float32(1 + (step * 0.6180339887) % 1))
 
 
-class Truth:
+@cache
+def truth(sigma_rel: str) -> npt.NDArray[np.float64]:
     """The averages after each update, from the definition: the update at t_k counts t_k^(g+1) - t_(k-1)^(g+1)."""
+    times = np.arange(0, MOST + 1, EVERY, dtype=np.float64)
+    values = np.array([value_at(int(t)) for t in times[1:]])
+    powers = (times / MOST) ** (exact_gamma(float(sigma_rel)) + 1)
+    return np.cumsum(values * np.diff(powers)) / powers[1:]
 
-    def __init__(self) -> None:
-        times = np.arange(0, MOST + 1, EVERY, dtype=np.float64)
-        values = np.array([value_at(int(t)) for t in times[1:]])
-        self._averages = {}
-        for sigma_rel in SIGMA_RELS:
-            exponent = exact_gamma(sigma_rel) + 1
-            powers = (times / MOST) ** exponent
-            self._averages[repr(sigma_rel)] = np.cumsum(values * np.diff(powers)) / powers[1:]
 
-    def at(self, sigma_rel: str, step: int) -> float:
-        """The average after the last update up to a step."""
-        return float(self._averages[sigma_rel][step // EVERY - 1])
+def exact(sigma_rel: str, step: int) -> float:
+    """The average after the last update up to a step."""
+    return float(truth(sigma_rel)[step // EVERY - 1])
 
 
 class Equal(torch.nn.Module):
@@ -83,13 +82,14 @@ def spread(tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
     return min(float(t.min()) for t in tensors.values()), max(float(t.max()) for t in tensors.values())
 
 
-def away(tensors: Mapping[str, torch.Tensor], exact: float, tolerance: float = TOLERANCE) -> list[str]:
+def away(tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, tolerance: float = TOLERANCE) -> list[str]:
     """In words, where an element is too far from what all must be."""
-    low, high = spread(tensors)
-    return [f"from {low} to {high}, and it is {exact}"] if max(exact - low, high - exact) > tolerance * exact else []
+    (low, high), right = spread(tensors), exact(sigma_rel, step)
+    is_near = max(right - low, high - right) <= tolerance * right
+    return [] if is_near else [f"sigma_rel {sigma_rel} at {step}: from {low} to {high}, and it is {right}"]
 
 
-def wrong_state(state: Mapping[str, Any], truth: Truth) -> list[str]:
+def wrong_state(state: Mapping[str, Any]) -> list[str]:
     """What is wrong with a tracker's own state."""
     step, updated = state["step"], state["averages_step"]
     if not updated <= step < updated + EVERY or state["t"] != step or state["averages_t"] != updated:
@@ -98,17 +98,16 @@ def wrong_state(state: Mapping[str, Any], truth: Truth) -> list[str]:
         return [f"step {step} with a clock that ends at {list(state['clock'])[-2:]}"]
     if state["updates"] != updated // EVERY:
         return [f"{state['updates']} updates up to step {updated}"]
-    wrong = []
-    for sigma_rel, tensors in averages_in(state).items() if updated else ():
-        wrong += [f"sigma_rel {sigma_rel} at {updated}: {line}" for line in away(tensors, truth.at(sigma_rel, updated))]
-    return wrong
+    averages = averages_in(state) if updated else {}
+    return [line for sigma_rel, tensors in averages.items() for line in away(tensors, sigma_rel, updated)]
 
 
-def wrong_file(path: Path, truth: Truth) -> list[str]:
-    """The same of a file."""
+def wrong_file(tracker: PostHocEMA, path: Path) -> list[str]:
+    """The same of the file that it is saved to."""
+    save_state(tracker, path)
     with open_state(path) as state:
         parts = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in ("high", "low")}
-        return wrong_state(state | parts | {"mean": dict(state["mean"])}, truth)
+        return wrong_state(state | parts | {"mean": dict(state["mean"])})
 
 
 def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
@@ -128,50 +127,41 @@ def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> Pos
 
 def torn_reads(folder: Path, count: int, chance: random.Random, elements: int = 300_000) -> Tally:
     """Read averages `count` times in all, in every way, while another thread updates them."""
-    tally, truth = Tally(), Truth()
-    for device in ("model", "cpu"):
-        reads = count // 2 if device == "model" else count - count // 2
+    tally = Tally()
+    for device, reads in (("model", count // 2), ("cpu", count - count // 2)):
         model = Equal(elements)
         tracker = start(folder / device, model, device, 10 * MOST)
-        for step in (1, 2):
-            model.go_to(step)
-            tracker.update_(model)
-        reader = threading.Thread(target=_read, args=(tracker, model, reads, truth, tally, chance))
-        reader.start()
-        while reader.is_alive() and tracker.step < MOST:
+        reader = threading.Thread(target=_read, args=(tracker, elements, reads, tally, chance))
+        while tracker.step < 2 or (reader.is_alive() and tracker.step < MOST):
             model.go_to(tracker.step + 1)
             tracker.update_(model)
+            if tracker.step == 2:
+                reader.start()
         reader.join()
         tracker.close()
         shutil.rmtree(folder / device)
     return tally
 
 
-def _read(tracker: PostHocEMA, model: Equal, reads: int, truth: Truth, tally: Tally, chance: random.Random) -> None:
-    other = Equal(model.large.numel())
-    path = tracker.checkpoint_dir / "state"
-
-    def saved() -> list[str]:
-        save_state(tracker, path)
-        return wrong_file(path, truth)
+def _read(tracker: PostHocEMA, elements: int, reads: int, tally: Tally, chance: random.Random) -> None:
+    other, path = Equal(elements), tracker.checkpoint_dir / "state"
 
     def swapped_in(block: Callable[..., Any], **which: float) -> list[str]:
         with block(other, **which) as averaged:
             return wrong_weights(averaged.state_dict())
 
     ways: dict[str, Callable[[], list[str]]] = {
-        "state_dict()": lambda: wrong_state(tracker.state_dict(), truth),
+        "state_dict()": lambda: wrong_state(tracker.state_dict()),
         "state_dict(0.2)": lambda: wrong_weights(tracker.state_dict(0.2)),
         "state_dict(0.205)": lambda: wrong_weights(tracker.state_dict(0.205)),
-        "file": saved,
+        "file": lambda: wrong_file(tracker, path),
         "model": lambda: swapped_in(tracker.model, sigma_rel=0.205),
         "averaged": lambda: swapped_in(tracker.averaged, tracked=0.2),
     }
-    for number in range(reads):
-        way = [*ways][number % len(ways)]
+    for _, (way, wrong) in zip(range(reads), cycle(ways.items()), strict=False):
         time.sleep(chance.uniform(0, 0.001))
         tally.tried += 1
-        tally.lost += [f"{way}: {line}" for line in ways[way]()]
+        tally.lost += [f"{way}: {line}" for line in wrong()]
 
 
 # --- states
@@ -183,21 +173,27 @@ class Stop(Exception):  # noqa: N818  # like SystemExit
 
 def torn_states(folder: Path, count: int, chance: random.Random, elements: int = 100_000) -> Tally:
     """Interrupt updates `count` times in all: by SystemExit, by an Exception, by a handler that reads or closes."""
-    tally, truth, devices = Tally(), Truth(), cycle(("model", "cpu"))
+    tally, devices = Tally(), cycle(("model", "cpu"))
     while tally.tried < count:
-        _interrupt(folder / "run", min(100, count - tally.tried), next(devices), truth, tally, chance, elements)
+        _interrupt(folder / "run", min(100, count - tally.tried), next(devices), tally, chance, elements)
         shutil.rmtree(folder / "run", ignore_errors=True)
     return tally
-
-
-WAYS = ("exit", "exception", "state", "file", "flush", "update")
 
 
 class Interruptions:
     """What the handler of a signal does, while it is armed."""
 
-    def __init__(self, tracker: PostHocEMA, model: Equal, truth: Truth) -> None:
-        self.tracker, self.model, self.truth = tracker, model, truth
+    def __init__(self, tracker: PostHocEMA, model: Equal) -> None:
+        self.tracker, self.model = tracker, model
+        path = tracker.checkpoint_dir.with_name("state")  # the directory may not be there yet
+        self.ways: dict[str, Callable[[], list[str] | None]] = {
+            "exit": lambda: _raise(SystemExit()),
+            "exception": lambda: _raise(Stop()),
+            "state": lambda: wrong_state(tracker.state_dict()),
+            "file": lambda: wrong_file(tracker, path),
+            "flush": tracker.flush,
+            "update": self._update,
+        }
         self.way = ""
         self.armed = self.has_updated = False
         self.wrong: list[str] = []
@@ -206,35 +202,16 @@ class Interruptions:
         """Called by Python, anywhere in the main thread."""
         if self.armed:
             self.armed = False
-            getattr(self, f"_{self.way}")()
+            self.wrong += self.ways.get(self.way, self.tracker.close)() or []
 
-    def _exit(self) -> None:
-        raise SystemExit
-
-    def _exception(self) -> None:
-        raise Stop
-
-    def _state(self) -> None:
-        self.wrong += wrong_state(self.tracker.state_dict(), self.truth)
-
-    def _file(self) -> None:
-        path = self.tracker.checkpoint_dir.with_name("state")  # the directory may not be there yet
-        save_state(self.tracker, path)
-        self.wrong += wrong_file(path, self.truth)
-
-    def _flush(self) -> None:
-        self.tracker.flush()
-
-    def _close(self) -> None:
-        self.tracker.close()
-
-    def _update(self) -> None:
+    def _update(self) -> list[str]:
         before = self.tracker.step
         with suppress(NotReadyError):
             self.tracker.update_(self.model)
             self.has_updated = True  # before or after the other call, with values of that one's step
             if self.tracker.step != before + 1:
-                self.wrong.append(f"an update within an update: step {before} became {self.tracker.step}")
+                return [f"an update within an update: step {before} became {self.tracker.step}"]
+        return []
 
     def call(self, after: float) -> None:
         """Call `update_` with the values of its step, and interrupt it; what was not counted is called again."""
@@ -252,16 +229,18 @@ class Interruptions:
             self.armed = False
 
 
-def _interrupt(
-    run: Path, tries: int, device: str, truth: Truth, tally: Tally, chance: random.Random, elements: int
-) -> None:
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def _interrupt(run: Path, tries: int, device: str, tally: Tally, chance: random.Random, elements: int) -> None:
     model, usual = Equal(elements), 0.002
     tracker = start(run, model, device, 10 * EVERY)
-    interruptions = Interruptions(tracker, model, truth)
+    interruptions = Interruptions(tracker, model)
     before = signal.signal(signal.SIGALRM, interruptions.handle)
     try:
         for number in range(tries):
-            interruptions.way = chance.choice(WAYS) if number < tries - 1 else "close"
+            interruptions.way = chance.choice([*interruptions.ways]) if number < tries - 1 else "close"
             started = time.perf_counter()
             interruptions.call(chance.uniform(1e-6, 1.5 * usual))
             usual = min(0.02, 0.9 * usual + 0.1 * (time.perf_counter() - started))
@@ -270,7 +249,7 @@ def _interrupt(
                 break
             where = f"{device}, {interruptions.way} at step {tracker.step}"
             if interruptions.way != "close":
-                interruptions.wrong += wrong_state(tracker.state_dict(), truth)
+                interruptions.wrong += wrong_state(tracker.state_dict())
             tally.lost += [f"{where}: {line}" for line in interruptions.wrong]
             interruptions.wrong = []
     finally:
@@ -279,18 +258,18 @@ def _interrupt(
         with suppress(NotReadyError):  # the last update, where a handler has closed the tracker beneath it
             tracker.close()
     if not interruptions.has_updated:
-        tally.lost += [f"{device}: {line}" for line in _wrong_run(run, model, truth)]
+        tally.lost += [f"{device}: {line}" for line in _wrong_run(run, model)]
 
 
-def _wrong_run(run: Path, model: Equal, truth: Truth) -> list[str]:
+def _wrong_run(run: Path, model: Equal) -> list[str]:
     """What is wrong with what a training has left: its snapshots, and that it can be gone on from."""
     if not any(run.glob("*.safetensors")):
         return []
     wrong = []
     for snapshot in read_directory(run):
-        weights = PostHocEMA.from_path(run).state_dict(snapshot.info.sigma_rel, t=snapshot.info.t)
-        exact = truth.at(repr(snapshot.info.sigma_rel), snapshot.info.step)
-        wrong += [f"{snapshot.path.name}: {line}" for line in away(weights, exact, 2 * TOLERANCE)]
+        sigma_rel, t = snapshot.info.sigma_rel, snapshot.info.t
+        weights = PostHocEMA.from_path(run).state_dict(sigma_rel, t=t)
+        wrong += away(weights, repr(sigma_rel), snapshot.info.step, 2 * TOLERANCE)
     with PostHocEMA.from_path(run, model, step=PostHocEMA.from_path(run).step) as again:  # values jump about
         model.go_to(again.step + 1)
         again.update_(model)

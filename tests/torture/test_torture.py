@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torture.experiments import EXPERIMENTS
-from torture.tally import Experiment
+from torture.experiments import EXPERIMENTS, Experiment
 
 
 @pytest.mark.parametrize("experiment", [pytest.param(one, id=one.name.replace(" ", "-")) for one in EXPERIMENTS])

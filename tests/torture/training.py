@@ -15,10 +15,10 @@ from factories import FloatArray, exact_gamma, exact_weights, load_state, save_s
 from safetensors.numpy import load_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
+from posthoc_cli.errors import PostHocError, WriteError
+from posthoc_cli.snapshots.check import verify
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory, snapshot_path
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.reading import verify_payload
 from posthoc_cli.snapshots.tensor_file import read_header
 
 SIGMA_RELS = (0.05, 0.28)
@@ -150,14 +150,25 @@ def wrong_snapshots(directory: Path) -> list[str]:
     return wrong
 
 
+def problems(path: Path) -> list[str]:
+    """What `ema verify` finds wrong in a directory or a file."""
+    found = verify(path)
+    return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Safetensors files anywhere under a folder that are not whole, a line each."""
+    return [line for path in folder.rglob("*.safetensors") for line in problems(path)]
+
+
 def wrong_output(path: Path) -> list[str]:
     """What is wrong with an output, which names its snapshots and coefficients: those have right contents."""
     try:
-        header = read_header(path)
-        verify_payload(path, header)
-        info = decode_output(path, header)
+        wrong, info = problems(path), decode_output(path, read_header(path))
     except PostHocError as error:
         return [str(error)]
+    if wrong:
+        return wrong
     total = sum(coefficient for _, coefficient in info.snapshots)
     wrong = [f"{path.name}: coefficients add up to {total}"] if abs(total - 1) > 1e-9 else []
     for name, value in load_file(path).items():
@@ -173,14 +184,3 @@ def wrong_output(path: Path) -> list[str]:
         if not away <= allowed:
             wrong.append(f"{path.name}: {name} is {away:.2g} away from what it is made of, over {allowed:.2g}")
     return wrong
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """Safetensors files anywhere under a folder that are not whole, a line each."""
-    found = []
-    for path in folder.rglob("*.safetensors"):
-        try:
-            verify_payload(path, read_header(path))
-        except FileFormatError as error:
-            found.append(str(error))
-    return found

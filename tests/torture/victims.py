@@ -1,17 +1,23 @@
-"""Small files of every kind, each with what is made of it, and the trying of harm to them."""
+"""Small files of every kind, each with what is made of it, the trying of harm to them, and the forging of headers.
+
+A header is taken apart into a tree of lists, changed anywhere, and sealed again with a right checksum.
+"""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from factories import split_snapshot, write_snapshot
 
 from posthoc_cli import PostHocEMA, disk_sources
-from posthoc_cli.errors import FileFormatError, PostHocError
+from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.layouts import OutputOptions
 from posthoc_cli.export.writing import write_synthesis
@@ -23,11 +29,10 @@ from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.states import decode_state
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.tracker.state import open_state
-from torture.tally import Tally
+from torture import Tally
 
 RUN_ID = "ab12" * 8
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
-
 
 Content = dict[str, object]
 """What a file holds: the bytes of each tensor by name, and what the file says about itself under ""."""
@@ -42,24 +47,20 @@ def examine(path: Path) -> Content:
     for report in verify(path).files:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
-    if path.name != INDEX_NAME:
-        return _content(path)
     content: Content = {}
-    for shard in decode_index(path).shards:
-        content |= _content(path.parent / shard)
+    for own in [path.parent / shard for shard in decode_index(path).shards] if path.name == INDEX_NAME else [path]:
+        with open_file(own) as file:
+            kind = file_kind(file.header)
+            if kind not in DECODERS:
+                raise FileFormatError(own, f"its ema.format is {str(kind)[:40]!r}")
+            content |= {"": DECODERS[kind](own, file.header)}
+            content |= {name: file.read(name).tobytes() for name in file.header.tensors}
     return content
 
 
-def _content(path: Path) -> Content:
-    decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
-    with open_file(path) as file:
-        kind = file_kind(file.header)
-        if kind not in decoders:
-            raise FileFormatError(path, f"its ema.format is {str(kind)[:40]!r}")
-        said = decoders[kind](path, file.header)
-        return {"": said} | {name: file.read(name).tobytes() for name in file.header.tensors}
-
-
+DECODERS: dict[str | None, Callable[..., object]] = {
+    "snapshot": decode_snapshot, "output": decode_output, "state": decode_state,
+}  # fmt: skip
 REFUSED = object()
 
 
@@ -75,33 +76,21 @@ class Victim:
     """Where that goes, if anywhere."""
     named: str
     """What an error must name: the file, or the folder of an index and its shards."""
-    is_index: bool = False
-    """Some harm changes nothing: there is no checksum in an index of the Hugging Face libraries."""
 
-    def tried(self, tally: Tally, harm: str, intact: tuple[object, object]) -> None:
-        """Count one harm, which is in the file now: it must be found, or, in an index, change nothing."""
-        tally.tried += 1
-        for how, act, before in (("examined", lambda: examine(self.path), intact[0]), ("used", self.use, intact[1])):
-            what = f"{self.kind}, {harm}, {how}"
-            found = self.attempt(tally, what, act, self.named)
-            if found is not REFUSED and not (self.is_index and found == before):
-                tally.missed.append(f"{what}: not found")
+    @property
+    def is_index(self) -> bool:
+        """Some harm changes nothing: there is no checksum in an index of the Hugging Face libraries."""
+        return self.path.name == INDEX_NAME
 
     def attempt(self, tally: Tally, what: str, act: Callable[[], object], named: str) -> object:
         """What comes out; REFUSED where that is an error: of this package, naming what it must, without an output."""
-        try:
-            return act()
-        except PostHocError as error:
-            text = str(error)
-            if named not in text or not text.replace("'", "").isprintable() or len(text) > 2_000:
-                tally.missed.append(f"{what}: {text[:300]!r} does not name {named}"[:4000])
-            if self.out.exists():
-                tally.lost.append(f"{what}: an output was left"[:4000])
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is no error of the package
-            tally.missed.append(f"{what}: {type(error).__name__}: {str(error)[:300]}"[:4000])
-        finally:
-            self.out.unlink(missing_ok=True)
-        return REFUSED
+        found = REFUSED
+        with tally.judged(what, named):
+            found = act()
+        if found is REFUSED and self.out.exists():
+            tally.lost.append(f"{what}: an output was left"[:4_000])
+        self.out.unlink(missing_ok=True)
+        return found
 
     def intact(self) -> tuple[object, object]:
         """What is seen of the file, and made of it, without harm."""
@@ -117,23 +106,36 @@ def all_victims(folder: Path) -> Iterator[Victim]:
         yield make(folder / make.__name__)
 
 
-Harms = Callable[[Victim, bytes], Iterable[tuple[str, Callable[[], object]]]]
-"""What can be done to a victim of this content: in words, and the doing."""
+def harm_all(
+    folder: Path, harm: str, change: Callable[[bytes, int], bytes], count: Callable[[Victim, bytes], int],
+    share: float, seed: int,
+) -> Tally:  # fmt: skip
+    """Do a share of all changes to each victim, one at a time: each is found, or, in an index, changes nothing.
 
-
-def harm_all(victims: Iterable[Victim], harms: Harms, share: float, seed: int) -> Tally:
-    """Do a share of all harms to each victim, one at a time; at least one."""
+    Arguments:
+        harm: the change in words.
+        change: the content of a file after the change of a number, from 0 on; `count` says how many there are.
+    """
     tally, chance = Tally(), random.Random(seed)
-    for victim in victims:
+    for victim in all_victims(folder):
         intact, data = victim.intact(), victim.path.read_bytes()
-        everything = list(harms(victim, data))
-        for what, harm in chance.sample(everything, max(1, round(share * len(everything)))):
-            harm()
-            victim.tried(tally, what, intact)
-            victim.path.write_bytes(data)
+        numbers = range(count(victim, data))
+        for number in chance.sample(numbers, max(1, round(share * len(numbers)))):
+            victim.path.write_bytes(change(data, number))
+            tally.tried += 1
+            ways = (("examined", lambda: examine(victim.path)), ("used", victim.use))  # noqa: B023
+            for (how, act), before in zip(ways, intact, strict=True):
+                what = f"{victim.kind}, {harm} {number}, {how}"
+                found = victim.attempt(tally, what, act, victim.named)
+                if found is not REFUSED and not (victim.is_index and found == before):
+                    tally.missed.append(f"{what}: not found")
+        victim.path.write_bytes(data)
         if victim.intact() != intact:
             tally.lost.append(f"{victim.kind}: is not what it was before")
     return tally
+
+
+# --- one of each kind
 
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) -> Victim:
@@ -156,14 +158,33 @@ def small_part(folder: Path) -> Victim:
 
 def small_output(folder: Path) -> Victim:
     """An output of a synthesis, which an export reads."""
-    path, out = folder / "made.safetensors", folder / "out.safetensors"
+    path = folder / "made.safetensors"
     synthesize(small_snapshot(folder / "source").path.parent, path)
+    return _exported("output", path, path, folder)
+
+
+def small_index(folder: Path) -> Victim:
+    """The index of an output in two shards, which an export reads."""
+    shards = folder / "shards"
+    export_file(small_output(folder).path, shards, max_shard_size="10")
+    return _exported("index", shards / INDEX_NAME, shards, folder)
+
+
+def small_shard(folder: Path) -> Victim:
+    """A shard of that output."""
+    index = small_index(folder)
+    path = index.path.with_name("model-00001-of-00002.safetensors")
+    return Victim("shard", path, index.use, index.out, str(path))
+
+
+def _exported(kind: str, path: Path, source: Path, folder: Path) -> Victim:
+    out = folder / "out.safetensors"
 
     def use() -> object:
-        export_file(path, out)
+        export_file(source, out)
         return examine(out)
 
-    return Victim("output", path, use, out, str(path))
+    return Victim(kind, path, use, out, str(source))
 
 
 class Tiny(torch.nn.Module):
@@ -191,26 +212,90 @@ def small_state(folder: Path) -> Victim:
     return Victim("state", path, use, folder / "no-output", str(path))
 
 
-def small_index(folder: Path) -> Victim:
-    """The index of an output in two shards, which an export reads."""
-    output, shards = small_output(folder), folder / "shards"
-    export_file(output.path, shards, max_shard_size="10")
-
-    def use() -> object:
-        export_file(shards, output.out)
-        return examine(output.out)
-
-    return Victim("index", shards / INDEX_NAME, use, output.out, str(shards), is_index=True)
-
-
-def small_shard(folder: Path) -> Victim:
-    """A shard of that output."""
-    index = small_index(folder)
-    path = index.path.with_name("model-00001-of-00002.safetensors")
-    return Victim("shard", path, index.use, index.out, str(path))
-
-
 def synthesize(run: Path, out: Path) -> object:
     """Make the tracked average again; returns what is in the output."""
     write_synthesis(plan_synthesis(disk_sources(run), [0.05]), [out], OutputOptions(overwrite=True))
     return examine(out)
+
+
+# --- headers
+
+MARK = b'"ema.checksum":"'
+
+
+class Pair(list[Any]):
+    """A key (a string, or `Raw`) and its value."""
+
+
+class Pairs(list[Pair]):
+    """A JSON object, in which a key may come twice."""
+
+
+class Inner(list[Any]):
+    """JSON in a string: its one item."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Text that stands in the file as it is; what it has of surrogateescape becomes bytes that are no UTF-8."""
+
+    text: str
+
+
+def pairs(items: Iterable[tuple[Any, Any]]) -> Pairs:
+    """Keys and values as an object."""
+    return Pairs(map(Pair, items))
+
+
+def take_apart(path: Path) -> tuple[Pairs, bytes]:
+    """The header of a file as a tree, and the payload; an index is all header."""
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        return json.loads(data, object_pairs_hook=pairs), b""
+    end = 8 + int.from_bytes(data[:8], "little")
+    tree = json.loads(data[8:end], object_pairs_hook=pairs)
+    for pair in next((value for key, value in tree if key == "__metadata__"), ()):
+        pair[1] = _inner(pair[1])
+    return tree, data[end:]
+
+
+def _inner(text: str) -> Any:
+    try:
+        value = json.loads(text, object_pairs_hook=pairs)
+    except ValueError:
+        return text
+    return Inner([value]) if isinstance(value, list) or dump(value) == text else text
+
+
+def dump(tree: Any) -> str:
+    """A tree as JSON without spaces."""
+    if isinstance(tree, Pairs):
+        return "{" + ",".join(f"{dump(key)}:{dump(value)}" for key, value in tree) + "}"
+    if isinstance(tree, Inner):
+        return dump(dump(tree[0]))
+    if isinstance(tree, list):
+        return "[" + ",".join(map(dump, tree)) + "]"
+    if isinstance(tree, Raw):
+        return tree.text
+    is_text = isinstance(tree, str) and not any("\ud800" <= c <= "\udfff" for c in tree)
+    return json.dumps(tree, ensure_ascii=not is_text)
+
+
+def seal(tree: Any) -> bytes:
+    """The first bytes of a file with this header, with a right checksum where the header has a place for it."""
+    text = dump(tree).encode("utf-8", "surrogateescape")
+    blank = len(text).to_bytes(8, "little") + text
+    before, mark, after = blank.partition(MARK)
+    if not mark:
+        return blank
+    blank = before + mark + b"0" * 16 + after[16:]
+    return before + mark + xxhash.xxh3_64_hexdigest(blank).encode() + after[16:]
+
+
+def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
+    """Give a file's metadata other values, or none, and seal it again."""
+    tree, payload = take_apart(path)
+    changed = {**dict(tree[0][1]), **changes}
+    tree[0] = Pair((tree[0][0], pairs((key, value) for key, value in changed.items() if value is not None)))
+    path.write_bytes(seal(tree) + payload)
+    return path

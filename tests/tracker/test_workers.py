@@ -17,7 +17,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import averages_in
-from torture.tearing import Equal, Truth, start, wrong_state
+from torture.tearing import Equal, start, wrong_state
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
@@ -160,7 +160,7 @@ def test_calls_amid_an_update_are_after_or_before_it(
 ) -> None:
     """From another thread, while the worker has half of an update."""
     inside, go_on, real = threading.Event(), threading.Event(), torch.lerp
-    truth, model, found = Truth(), Equal(1000), []
+    model, found = Equal(1000), []
     tracker = start(tmp_path, model, device, 100)
 
     def train(count: int) -> None:
@@ -198,10 +198,10 @@ def test_calls_amid_an_update_are_after_or_before_it(
         thread.join(60)
         assert not thread.is_alive()
     if way == "state":
-        assert wrong_state(found[0], truth) == []
+        assert wrong_state(found[0]) == []
         assert found[0]["step"] in (21, 22)
     if way != "close":
-        assert wrong_state(tracker.state_dict(), truth) == []
+        assert wrong_state(tracker.state_dict()) == []
     tracker.close()
 
 
