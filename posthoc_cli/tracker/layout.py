@@ -266,8 +266,9 @@ class TileReader:
 
     def nonfinite_name(self, tiles: Iterable[Tile]) -> str | None:
         """The first tensor that holds a nan or an infinity in these tiles."""
-        ranges = [own for bucket in self.layout for own in bucket.cut(bucket.edges())]
-        for tile in tiles:
+        ordered = sorted(tiles)
+        ranges = [own for bucket in self.layout for own in bucket.cut(bucket.edges())] if ordered else []
+        for tile in ordered:
             own = ranges[tile.number]
             parts = torch.split(self.values(tile), [one.end - one.begin for one in own])
             for one, values in zip(own, parts, strict=True):

@@ -216,8 +216,8 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
     kind = type(optimizer).__name__
-    # Not `hasattr`: wrappers may hand on the attributes of what they wrap.
-    if isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer):
+    # What an optimizer's constructor sets. Not `hasattr`: wrappers may hand on the attributes of what they wrap.
+    if isinstance(optimizer, torch.optim.Optimizer) and {"defaults", "state", "param_groups"} <= vars(optimizer).keys():
         # Of a class that torch has put its hooks around, `unwrap` gives the step as it was written.
         steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
         if len(steps) > 2:  # with that of torch.optim.Optimizer
