@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError
-from posthoc_cli.tracker.model_tensors import check_model
-from posthoc_cli.tracker.names import named_tensors, unwrapped
+from posthoc_cli.tracker.model_tensors import check_model, named_tensors, unwrapped
 
 ELEMENTS_AT_A_TIME = 2**24
 """An update copies half-precision tensors and sources on other devices: at most about 64 MiB at a time."""

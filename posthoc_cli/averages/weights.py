@@ -20,8 +20,7 @@ from posthoc_cli.averages.pairing import (
     wide_averages,
 )
 from posthoc_cli.errors import check_count, check_number, warn
-from posthoc_cli.tracker.model_tensors import check_model
-from posthoc_cli.tracker.names import named_tensors
+from posthoc_cli.tracker.model_tensors import check_model, named_tensors
 
 SUSPICIOUS_MOMENTUM = 0.5
 

@@ -23,8 +23,15 @@ from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.tracker.model_tensors import ON_META, ModelTensors, check_model, swapped
-from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
+from posthoc_cli.tracker.model_tensors import (
+    ON_META,
+    ModelTensors,
+    NamedTensor,
+    check_model,
+    is_fsdp,
+    named_tensors,
+    swapped,
+)
 from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
 
 Given = TypeVar("Given")

@@ -43,11 +43,11 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import HostTensors, Layout, TileReader, lay_out, on_host
+from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages
 from posthoc_cli.tracker.settings import Progress, Settings
 from posthoc_cli.tracker.sharding import Members
-from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
 from posthoc_cli.tracker.state import Tracking

@@ -27,7 +27,7 @@ from posthoc_cli.tracker import going_on
 from posthoc_cli.tracker.evaluation import Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.layout import HOST
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import (
     WithStatement,
     fill,
@@ -36,7 +36,6 @@ from posthoc_cli.tracker.model_weights import (
     update_bn,
     warn_of_statistics,
 )
-from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
 from posthoc_cli.tracker.settings import (
     Settings,

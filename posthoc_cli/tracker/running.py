@@ -63,7 +63,7 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, is_late, new_value_share,
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of, zeros
-from posthoc_cli.tracker.sketching import Sketcher, closed
+from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.worker import ALONE, Crew
 
 EXPONENT = 0x7F80_0000

@@ -20,7 +20,7 @@ from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.tracker.names import is_fsdp, named_modules
+from posthoc_cli.tracker.model_tensors import is_fsdp, named_modules
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteE
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import layout
 from posthoc_cli.tracker.layout import Tile, TileReader, lay_out, tiles_of
-from posthoc_cli.tracker.measuring import Subset
+from posthoc_cli.tracker.measuring import Sketcher, Subset
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.sketching import Sketcher
 
 SIGMA_RELS = (0.05, 0.28)
 
