@@ -28,7 +28,7 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Distance, Measurements, Sketch
-from posthoc_cli.snapshots.chunks import Box, Chunk
+from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import Path, SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
@@ -170,24 +170,19 @@ def _of_earlier(snapshot: StoredSnapshot, subset: Subset, chunks: Mapping[str, C
     shapes = {n: shape for bucket in subset.layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
     boxes = {name: chunk.box(shapes[name]) for name, chunk in chunks.items() if name in shapes}
     try:
-        with _opened(snapshot, boxes) as file:
+        if snapshot.info.part is not None or not (boxes or snapshot.path.is_dir()):
+            file: TensorReader = open_file(snapshot.path)
+            checksum = file.header.metadata.get("ema.checksum")
+        else:
+            found = read_snapshot(snapshot.path)
+            file, checksum = found.open(boxes or None), found.header.metadata["ema.checksum"]
+        with file:
+            if checksum != snapshot.checksum:
+                raise FileFormatError(snapshot.path, "was replaced by another one")
             return subset.read(_ranges_in(file))
     except PostHocError as error:
         log.warning("%s; new snapshots are written without their distance to it", error)
         return None
-
-
-def _opened(snapshot: StoredSnapshot, boxes: Mapping[str, Box]) -> TensorReader:
-    if snapshot.info.part is not None or not (boxes or snapshot.path.is_dir()):
-        file: TensorReader = open_file(snapshot.path)
-        checksum = file.header.metadata.get("ema.checksum")
-    else:
-        found = read_snapshot(snapshot.path)
-        file, checksum = found.open(boxes or None), found.header.metadata["ema.checksum"]
-    if checksum != snapshot.checksum:
-        file.close()
-        raise FileFormatError(snapshot.path, "was replaced by another one")
-    return file
 
 
 def _ranges_in(file: TensorReader) -> Callable[[Sequence[ElementRange]], list[torch.Tensor]]:

@@ -22,7 +22,7 @@ from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
-from posthoc_cli.snapshots.format import TrackedTensor, encode_sample
+from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
@@ -185,7 +185,7 @@ class TrackedModel:
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
-        tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
+        tables["sample"] = fmt.encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
             fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:
@@ -376,46 +376,22 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
 
 
 class ModelWatch:
-    """Cache of the model's tensors, invalidated when the model changes.
-
-    Walking through the modules at every update would cost more than comparing names, objects, places in memory, dtypes
-    and whether gradients are required.
-    """
+    """Cache of the model's tensors, invalidated when the model changes."""
 
     def __init__(self, selection: Selection, members: Members | None = None) -> None:
         self._selection, self._members = selection, members
-        self._model: weakref.ref[torch.nn.Module] | None = None
-        self._contents: list[dict[str, Any]] = []
-        self._filled: list[dict[str, Any]] = []
-        self._state_tensors: list[torch.Tensor] = []
-        self._are_sharded = False
-        self._held: list[object] = []
-        self._views: list[torch.Tensor | None] = []
-        self._fingerprint: tuple[object, ...] = ()
-        self._tensors: ModelTensors | None = None
+        self._known: tuple[weakref.ref[torch.nn.Module], _Look, ModelTensors] | None = None
         self._checked: tuple[ModelTensors, TrackedModel] | None = None
 
     def tensors(self, model: torch.nn.Module) -> ModelTensors:
         """The model's tensors: the object of the last call, unless the model has changed."""
-        same_model = self._model is not None and self._model() is model
-        if self._tensors is not None and same_model and self._is_same():
-            return self._tensors
-        self._tensors = None
+        if self._known is not None:
+            known, look, found = self._known
+            if known() is model and look.is_same():
+                return found
+        self._known = None
         found = self._collect(model)
-        self._model = weakref.ref(model)  # it may go before the tracker does
-        self._contents = [
-            contents
-            for module in model.modules()
-            for contents in (module._parameters, module._buffers, module._modules)
-        ]
-        self._state_tensors = [*model.parameters(), *model.buffers()]
-        self._are_sharded = any(map(is_sharded, self._state_tensors))
-        self._filled = [contents for contents in self._contents if contents]
-        self._held = [*chain.from_iterable(map(dict.values, self._filled))]
-        local = self._local()
-        self._views = [p.detach() if p.layout == torch.strided else None for p in local]
-        self._fingerprint = self._take_fingerprint(local)
-        self._tensors = found
+        self._known = weakref.ref(model), _Look(model), found  # the model may go before the tracker does
         return found
 
     def check(self, tensors: ModelTensors, tracked: TrackedModel) -> None:
@@ -446,19 +422,39 @@ class ModelWatch:
             return found
         return found.of(self._members)
 
-    def _local(self) -> Sequence[torch.Tensor]:
-        """What is here of the model's tensors."""
-        return local_tensors(self._state_tensors) if self._are_sharded else self._state_tensors
 
-    def _is_same(self) -> bool:
+class _Look:
+    """What a model's modules hold at one moment.
+
+    Walking through the modules at every update would cost more than comparing names, objects, places in memory, dtypes
+    and whether gradients are required.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._contents: list[dict[str, Any]] = []
+        for module in model.modules():
+            self._contents += module._parameters, module._buffers, module._modules
+        self._filled = [contents for contents in self._contents if contents]
+        self._held = [*chain.from_iterable(map(dict.values, self._filled))]  # so that no id is used again
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._are_sharded = any(map(is_sharded, self._tensors))
+        local = self._local()
+        self._views = [p.detach() if p.layout == torch.strided else None for p in local]
+        self._fingerprint = self._take_fingerprint(local)
+
+    def is_same(self) -> bool:
         """Whether nothing has changed; of tensors that are sparse their place does not say it."""
         local = self._local()
         return self._fingerprint == self._take_fingerprint(local) and all(
             view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
         )
 
+    def _local(self) -> Sequence[torch.Tensor]:
+        """What is here of the model's tensors."""
+        return local_tensors(self._tensors) if self._are_sharded else self._tensors
+
     def _take_fingerprint(self, local: Sequence[torch.Tensor]) -> tuple[object, ...]:
-        """Differs if the tensors do, but for their places. `_held` keeps ids from being used again."""
+        """Differs if the tensors do, but for their places."""
         return (
             [*map(len, self._contents)],
             [*chain.from_iterable(self._filled)],
@@ -512,7 +508,15 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """
     modules = list(named_modules(model))
     _check_unsharded(modules)
-    tensors = [*_parameters(modules), *_buffers(modules)]
+    tensors = [
+        NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, True)
+        for place in modules
+        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    for place in modules:
+        for key, buffer in place.module.named_buffers(recurse=False, remove_duplicate=False):
+            in_state = key not in place.module._non_persistent_buffers_set  # `state_dict` would call hooks, and copy
+            tensors.append(NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, False, in_state))
     renamed: dict[str, str] = {}
     for root, adapter in _adapter_roots(modules):
         renamed |= _adapter_names(root, adapter, modules, tensors)
@@ -553,19 +557,6 @@ def _is_a(module: torch.nn.Module, wrapper: tuple[str, str]) -> bool:
     where, kind = wrapper
     # What nobody has imported wraps nothing. That another release of torch has no such class is an error.
     return where in sys.modules and isinstance(module, getattr(sys.modules[where], kind))
-
-
-def _parameters(modules: list[NamedModule]) -> Iterator[NamedTensor]:
-    for place in modules:
-        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
-            yield NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, True)
-
-
-def _buffers(modules: list[NamedModule]) -> Iterator[NamedTensor]:
-    for place in modules:
-        for key, buffer in place.module.named_buffers(recurse=False, remove_duplicate=False):
-            in_state = key not in place.module._non_persistent_buffers_set
-            yield NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, False, in_state)
 
 
 def _check_unsharded(modules: Iterable[NamedModule]) -> None:

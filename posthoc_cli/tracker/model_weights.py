@@ -208,7 +208,8 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
                 stack.callback(setattr, module, "training", module.training)
                 for contents in (module._parameters, module._buffers):
                     for key, tensor in contents.items():
-                        _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
+                        if tensor is not None:
+                            _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
         stack.callback(reshard, model)  # first of all: a forward pass may have put complete parameters in their place
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
         for parameter in model.parameters():
@@ -224,14 +225,11 @@ def _save(
     stack: ExitStack,
     contents: dict[str, Any],
     key: str,
-    tensor: torch.Tensor | None,
+    tensor: torch.Tensor,
     new_dtypes: Mapping[int, torch.dtype],
     own_dtypes: bool,
 ) -> None:
     """Push what restores a module's tensor, with its storage and, if values may change, a copy of them on the host."""
-    if tensor is None:
-        stack.callback(contents.__setitem__, key, None)
-        return
     if is_parameter := isinstance(tensor, torch.nn.Parameter):
         saves = id(tensor) in new_dtypes
         # The storage itself is kept, unless it is to be replaced by one of another dtype.

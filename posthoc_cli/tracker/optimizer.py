@@ -62,7 +62,7 @@ class Attachment:
         self._model = model
         self._t = t
         self._is_updating = False
-        self._has_stepped, self._warned = False, False
+        self._warned = False
         self._missed, self._usually_missed = 0, 0  # steps of others since the last own one, and most before one
         # Where the step is compiled, files and counters must not be traced.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -99,7 +99,7 @@ class Attachment:
         if self not in _attachments or self._warned or self._missed <= 2 * self._usually_missed + 1:
             return
         self._warned = True
-        what = "is gone" if own is None else "stands still" if self._has_stepped else "has not stepped since"
+        what = "is gone" if own is None else "stands still"
         log.warning(
             "%s: the averages stand at step %d: the optimizer that the tracker is attached to %s, and %d "
             "later steps of another one were not counted; when an optimizer is replaced, say "
@@ -110,13 +110,12 @@ class Attachment:
     def see_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count a step of any optimizer that the attached one should have made: with the same parameters.
 
-        Until that has stepped, and when it is gone, any parameter of the model will do, and when it is gone there is no
-        need to wait for a query.
+        When that is gone, any parameter of the model will do, and there is no need to wait for a query.
         """
         own, model = self.optimizer, self._model()
         if optimizer is own or model is None:
             return
-        trained = _parameters(own) if own is not None and self._has_stepped else {*map(id, model.parameters())}
+        trained = {*map(id, model.parameters())} if own is None else _parameters(own)
         if trained.isdisjoint(_parameters(optimizer)) or not _has_changed_weights(optimizer):
             return
         self._missed += 1
@@ -129,7 +128,7 @@ class Attachment:
                 model = self._model()
                 if model is None:
                     raise NotReadyError("attach", "the model that this tracker was made with is gone")
-                self._has_stepped, self._usually_missed = True, max(self._usually_missed, self._missed)
+                self._usually_missed = max(self._usually_missed, self._missed)
                 self._is_updating = True
                 self.tracker.update_(model, None if self._t is None else self._t())
         except BaseException:

@@ -173,9 +173,7 @@ class Worker:
     def wait(self) -> None:
         """Return when every job is done; at once in a forked child, which has no thread."""
         if not self.is_idle() and os.getpid() == self._process:
-            job = Job(lambda: None)
-            self.put(job)
-            job.wait()
+            self.call(lambda: None)
 
     def take_error(self) -> Exception | None:
         """The first error of a job that was not taken yet."""
