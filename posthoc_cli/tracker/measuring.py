@@ -33,7 +33,7 @@ from posthoc_cli.snapshots.directory import StoredSnapshot, read_snapshot
 from posthoc_cli.snapshots.format import Path, SnapshotInfo
 from posthoc_cli.snapshots.reading import ElementRange, TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import tensor_from_bytes
-from posthoc_cli.tracker.layout import Elements, Layout, Tile, Values, joined, tiles_of
+from posthoc_cli.tracker.layout import Elements, Layout, Tile, Values, joined, ranges_of, tiles_of
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class Subset(Elements):
     def read(self, read: Callable[[Sequence[ElementRange]], Sequence[torch.Tensor]]) -> Values:
         """Their values in tensors of which `read` gives ranges; each is read from its beginning to its end."""
         room = [torch.zeros(count, dtype=b.wide) for count, b in zip(self.counts, self.layout, strict=True)]
-        cut = (own for bucket in self.layout for own in bucket.cut(bucket.edges()))
-        for tile, (number, _, index), ranges in zip(tiles_of(self.layout), self.of_tiles, cut, strict=True):
+        tiles = zip(tiles_of(self.layout), self.of_tiles, ranges_of(self.layout), strict=True)
+        for tile, (number, _, index), ranges in tiles:
             own, places = room[tile.bucket], index.cpu().long()
             wanted = [one for one in ranges if one.name in self.sizes]
             for (name, begin, end), values in zip(wanted, read(wanted), strict=True):
@@ -133,36 +133,28 @@ def measurements(
         stored: the values as they are stored; None where they are not.
         network: those of the network then, where known.
     """
-    away_from = [math.nan if network is None else subset.squared(own, network) for own in averages]
-    found: list[list[Distance]] = [
-        [
-            Distance(other.t, other.sigma_rel, subset.squared(own, its), 0.0)
-            for other, its in zip(infos, averages, strict=True)
-            if other is not info
-        ]
-        for info, own in zip(infos, averages, strict=True)
-    ]
+    others: list[tuple[float, float, Values, float]] = []  # time, sigma_rel, values and squared rounding
     for snapshot in earlier:
         # Readers add the parts'. Of a complete snapshot the first part tells it alone.
         part, known = infos[0].part, snapshot.info.measurements
         counts = snapshot.info.part == part or part is None or part[0] == 1
         values = _of_earlier(snapshot, subset, infos[0].chunks)
         if values is not None and known is not None:
-            rounding = known.rounding if counts else 0.0
-            for own, distances in zip(averages, found, strict=True):
-                distances.append(Distance(snapshot.t, snapshot.sigma_rel, subset.squared(own, values), rounding))
-    norms = [subset.squared(own) for own in averages]
-    roundings = [0.0] * len(infos) if stored is None else [*map(subset.squared, averages, stored)]
-    return [
-        Measurements(
-            norm, rounding,
-            # The square of a difference may be too large where those of the values are not.
-            tuple(one for one in distances if math.isfinite(one.squared)), away if math.isfinite(away) else None,
-        )
-        if math.isfinite(norm)
-        else None
-        for norm, rounding, distances, away in zip(norms, roundings, found, away_from, strict=True)
-    ]  # fmt: skip
+            others.append((snapshot.t, snapshot.sigma_rel, values, known.rounding if counts else 0.0))
+    now = [(info.t, info.sigma_rel, own, 0.0) for info, own in zip(infos, averages, strict=True)]
+    found: list[Measurements | None] = []
+    for index, own in enumerate(averages):
+        norm, away = subset.squared(own), None if network is None else subset.squared(own, network)
+        rounding = 0.0 if stored is None else subset.squared(own, stored[index])
+        distances = [
+            Distance(t, sigma_rel, subset.squared(own, values), rounded)
+            for t, sigma_rel, values, rounded in (*now[:index], *now[index + 1 :], *others)
+        ]
+        # The square of a difference may be too large where those of the values are not.
+        kept = tuple(one for one in distances if math.isfinite(one.squared))
+        away = away if away is not None and math.isfinite(away) else None
+        found.append(Measurements(norm, rounding, kept, away) if math.isfinite(norm) else None)
+    return found
 
 
 def _of_earlier(snapshot: StoredSnapshot, subset: Subset, chunks: Mapping[str, Chunk]) -> Values | None:

@@ -208,7 +208,9 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
                 stack.callback(setattr, module, "training", module.training)
                 for contents in (module._parameters, module._buffers):
                     for key, tensor in contents.items():
-                        if tensor is not None:
+                        if tensor is None:
+                            stack.callback(contents.__setitem__, key, None)
+                        else:
                             _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
         stack.callback(reshard, model)  # first of all: a forward pass may have put complete parameters in their place
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.

@@ -208,8 +208,7 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
     kind = type(optimizer).__name__
-    # What an optimizer's constructor sets. Not `hasattr`: wrappers may hand on the attributes of what they wrap.
-    if isinstance(optimizer, torch.optim.Optimizer) and {"defaults", "state", "param_groups"} <= vars(optimizer).keys():
+    if isinstance(optimizer, torch.optim.Optimizer) and _has_hooks(optimizer):
         # Of a class that torch has put its hooks around, `unwrap` gives the step as it was written.
         steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
         if len(steps) > 2:  # with that of torch.optim.Optimizer
@@ -223,6 +222,18 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
         reason = f"{kind} is a wrapper around an optimizer, which may make other steps than the training"
         raise InvalidValueError("attach", reason, _BY_HAND)
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
+
+
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's own constructor has made it, and not only one of a wrapper around another optimizer."""
+    # Not `hasattr`: wrappers may hand on the attributes of what they wrap.
+    if not {"defaults", "state", "param_groups"} <= vars(optimizer).keys():
+        return False
+    try:
+        optimizer.register_step_post_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
 
 
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:

@@ -148,6 +148,14 @@ class Wrapper(torch.optim.Optimizer):
             self.optimizer.step(closure)
 
 
+class Sharing(torch.optim.Optimizer):
+    """Has what an optimizer has, as Lookahead does, but torch has put no hooks around its step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.defaults = inner, inner.defaults
+        self.state, self.param_groups = inner.state, inner.param_groups
+
+
 class Clipped(torch.optim.Adam):
     """Changes weights after the step that it overrides, whose hooks may be called before."""
 
@@ -172,6 +180,7 @@ IS_A_WRAPPER = r"Wrapper is a wrapper.*call ema\.update_\(model\) after each ste
 REFUSED: list[tuple[Any, str]] = [
     (Wrapper, IS_A_WRAPPER),
     (PlainWrapper, IS_A_WRAPPER),
+    (Sharing, "Sharing is a wrapper"),
     (lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False), IS_A_WRAPPER),
     (
         lambda optimizer: Clipped(optimizer.param_groups),

@@ -181,6 +181,7 @@ BODIES: dict[str, Callable[[torch.nn.Module], object]] = {
     "move": lambda model: model.to("meta"),
     "narrow": lambda model: model.half(),
     "freeze": lambda model: model.requires_grad_(False),
+    "fuse": lambda model: setattr(model.head, "bias", torch.nn.Parameter(torch.ones(7))),
 }
 
 
