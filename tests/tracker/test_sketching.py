@@ -106,7 +106,6 @@ def test_a_projection_depends_on_places_alone(monkeypatch: pytest.MonkeyPatch) -
             sketcher.take(tile, flat[tile.where])
         sketcher.end_window(1.0)
         path = sketcher.path(1.0)
-        assert path is not None
         return np.asarray(path.sketch.means[0], np.float64)
 
     whole = numbers(values, 10**6)
@@ -141,7 +140,6 @@ def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monke
     for tile in tiles_of(layout):
         sketcher.take(tile, flat[tile.where])
     path = sketcher.path(1.0)
-    assert path is not None
     ratio = float(np.sum(path.sketch.means.astype(np.float64) ** 2)) / float(flat.double().square().sum())
     drawn = 1024 if elements == 2**20 or kind == "gains" else 16  # of the row
     assert abs(ratio - 1) < 3 * np.sqrt(2 / measuring.NUMBERS + (3 / drawn if kind == "one row" else 0))
@@ -155,7 +153,6 @@ def test_another_model_has_no_path_of_this_one(tmp_path: Path) -> None:
     first.take(tile, torch.ones(10))
     first.end_window(1.0)
     known = first.path()
-    assert known is not None
     assert measuring.Sketcher(Subset(layout, {"a"})).goes_on(known)
     for changed in (measuring.Sketcher(Subset(other, {"a"})), measuring.Sketcher(Subset(layout, {"a"}), 1)):
         assert not changed.goes_on(known)
@@ -167,7 +164,6 @@ def test_hostile_sketches_are_refused() -> None:
         sketcher.take(tiles_of(layout)[0], torch.ones(10) * t)
         sketcher.end_window(t)
     path = sketcher.path()
-    assert path is not None
     for exact in (False, True):
         text = fmt.encode_path(path, exact)
         np.testing.assert_allclose(fmt.decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)

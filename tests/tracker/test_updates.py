@@ -209,7 +209,6 @@ def test_the_predicted_error_knows_what_shared_means_leave(tmp_path: Path) -> No
     found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"].double().numpy()
     error = np.linalg.norm(found - kept) / np.linalg.norm(kept)
     predicted = plan_synthesis(disk_sources(tmp_path), [0.28]).predicted_error(0)
-    assert predicted is not None
     assert error > 5e-7
     assert 0.4 < error / predicted < 2.5
 
@@ -256,8 +255,6 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
                 exact.take(part, mean[part.where].to(dtype))
             exact.end_window(float(t))
         path, expected = running.path(), exact.path()
-        assert path is not None
-        assert expected is not None
         np.testing.assert_array_equal(path.sketch.edges, expected.sketch.edges)
         np.testing.assert_allclose(path.sketch.means, expected.sketch.means, atol=1e-4)
         found.append(path.sketch.means)
