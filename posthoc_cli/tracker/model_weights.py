@@ -11,14 +11,14 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, warn
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, warn
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import check_device, synthesize
@@ -41,10 +41,10 @@ _ALIGNED = 64
 
 
 class WithStatement(Generic[Given]):
-    """A context manager for `with` only, also again: any other use is an error that shows the statement to write."""
+    """A context manager for `with` only, also again; what `contextmanager` makes could be called, as a decorator."""
 
-    def __init__(self, name: str, make: Callable[[], AbstractContextManager[Given]]) -> None:
-        self._name, self._make = name, make
+    def __init__(self, make: Callable[[], AbstractContextManager[Given]]) -> None:
+        self._make = make
         self._opened: list[AbstractContextManager[Given]] = []
 
     def __enter__(self) -> Given:
@@ -57,17 +57,6 @@ class WithStatement(Generic[Given]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return self._opened.pop().__exit__(kind, error, trace)
-
-    def __call__(self, *_: object, **__: object) -> NoReturn:
-        """Raise a NotReadyError: only what the block gives can be called."""
-        raise NotReadyError(f"{self._name}(...)", self._advice("averaged(...)"))
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{self._name}(...): {self._advice(f'averaged.{name}')}")
-
-    def _advice(self, use: str) -> str:
-        statement = f"with ema.{self._name}(...) as averaged: {use}"
-        return f"is for a `with` statement, such as `{statement}`; load_into fills a model for good"
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:

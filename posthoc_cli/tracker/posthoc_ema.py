@@ -282,7 +282,7 @@ class PostHocEMA(Tracker):
         one is raised in all. With `alone=True` the writer of replicas makes the weights for itself.
 
         Raises:
-            NotReadyError: the block is used without `with`; or no average exists yet.
+            NotReadyError: no average exists yet.
             InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
@@ -292,7 +292,7 @@ class PostHocEMA(Tracker):
             evaluation = self._evaluation(model, alone, f"model({query})")
             return evaluation, evaluation.weights(query)
 
-        return WithStatement("model", partial(self._filled, model, make, own_dtypes=dtype is None))
+        return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
 
     def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
         """For each of several lengths a block as `model` gives one, all from one pass over the snapshots.
@@ -319,7 +319,7 @@ class PostHocEMA(Tracker):
                 log.warning("%s; there is no average of it at step %d", refused[label], self.step)
 
         def block(make: Callable[[], Weights]) -> WithStatement[Module]:
-            return WithStatement("model", partial(self._filled, model, lambda: (evaluation, make())))
+            return WithStatement(partial(self._filled, model, lambda: (evaluation, make())))
 
         return {label: block(make) for label, make in made.items()}
 
@@ -328,7 +328,7 @@ class PostHocEMA(Tracker):
 
         Raises:
             InvalidValueError, ModelMismatchError: as in `model`; or `tracked` is no tracked profile.
-            NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
+            NotReadyError: there was no update yet, or none since `from_path`.
         """
 
         def make() -> tuple[Evaluation, Weights]:
@@ -336,7 +336,7 @@ class PostHocEMA(Tracker):
             evaluation = self._evaluation(model, alone, f"averaged(tracked={self.settings.sigma_rels[index]:g})")
             return evaluation, evaluation.live_weights(index)
 
-        return WithStatement("averaged", partial(self._filled, model, make))
+        return WithStatement(partial(self._filled, model, make))
 
     @contextmanager
     def _filled(
