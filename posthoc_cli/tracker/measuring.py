@@ -133,28 +133,31 @@ def measurements(
         stored: the values as they are stored; None where they are not.
         network: those of the network then, where known.
     """
-    others: list[tuple[float, float, Values, float]] = []  # time, sigma_rel, values and squared rounding
+    distances: list[list[Distance]] = [[] for _ in infos]
+
+    def measure(t: float, sigma_rel: float, others: Values, rounding: float = 0.0) -> None:
+        for own, found in zip(averages, distances, strict=True):
+            if own is not others:
+                found.append(Distance(t, sigma_rel, subset.squared(own, others), rounding))
+
+    for info, own in zip(infos, averages, strict=True):
+        measure(info.t, info.sigma_rel, own)
     for snapshot in earlier:
         # Readers add the parts'. Of a complete snapshot the first part tells it alone.
         part, known = infos[0].part, snapshot.info.measurements
         counts = snapshot.info.part == part or part is None or part[0] == 1
         values = _of_earlier(snapshot, subset, infos[0].chunks)
         if values is not None and known is not None:
-            others.append((snapshot.t, snapshot.sigma_rel, values, known.rounding if counts else 0.0))
-    now = [(info.t, info.sigma_rel, own, 0.0) for info, own in zip(infos, averages, strict=True)]
-    found: list[Measurements | None] = []
-    for index, own in enumerate(averages):
-        norm, away = subset.squared(own), None if network is None else subset.squared(own, network)
+            measure(snapshot.t, snapshot.sigma_rel, values, known.rounding if counts else 0.0)
+    made: list[Measurements | None] = []
+    for index, (own, found) in enumerate(zip(averages, distances, strict=True)):
+        norm, away = subset.squared(own), math.nan if network is None else subset.squared(own, network)
         rounding = 0.0 if stored is None else subset.squared(own, stored[index])
-        distances = [
-            Distance(t, sigma_rel, subset.squared(own, values), rounded)
-            for t, sigma_rel, values, rounded in (*now[:index], *now[index + 1 :], *others)
-        ]
         # The square of a difference may be too large where those of the values are not.
-        kept = tuple(one for one in distances if math.isfinite(one.squared))
-        away = away if away is not None and math.isfinite(away) else None
-        found.append(Measurements(norm, rounding, kept, away) if math.isfinite(norm) else None)
-    return found
+        kept = tuple(one for one in found if math.isfinite(one.squared))
+        one = Measurements(norm, rounding, kept, away if math.isfinite(away) else None)
+        made.append(one if math.isfinite(norm) else None)
+    return made
 
 
 def _of_earlier(snapshot: StoredSnapshot, subset: Subset, chunks: Mapping[str, Chunk]) -> Values | None:

@@ -62,7 +62,7 @@ class Attachment:
         self._model = model
         self._t = t
         self._is_updating = False
-        self._warned = False
+        self._has_stepped, self._warned = False, False
         self._missed, self._usually_missed = 0, 0  # steps of others since the last own one, and most before one
         # Where the step is compiled, files and counters must not be traced.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -110,12 +110,13 @@ class Attachment:
     def see_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count a step of any optimizer that the attached one should have made: with the same parameters.
 
-        When that is gone, any parameter of the model will do, and there is no need to wait for a query.
+        Until that has stepped, and when it is gone, any parameter of the model will do; when it is gone, there is no
+        need to wait for a query.
         """
         own, model = self.optimizer, self._model()
         if optimizer is own or model is None:
             return
-        trained = {*map(id, model.parameters())} if own is None else _parameters(own)
+        trained = _parameters(own) if own is not None and self._has_stepped else {*map(id, model.parameters())}
         if trained.isdisjoint(_parameters(optimizer)) or not _has_changed_weights(optimizer):
             return
         self._missed += 1
@@ -128,7 +129,7 @@ class Attachment:
                 model = self._model()
                 if model is None:
                     raise NotReadyError("attach", "the model that this tracker was made with is gone")
-                self._usually_missed = max(self._usually_missed, self._missed)
+                self._has_stepped, self._usually_missed = True, max(self._usually_missed, self._missed)
                 self._is_updating = True
                 self.tracker.update_(model, None if self._t is None else self._t())
         except BaseException:

@@ -46,3 +46,10 @@ def skip_steps(monkeypatch: pytest.MonkeyPatch, skipped: Sequence[int]) -> list[
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", step)
     return calls
+
+
+def forget() -> None:
+    """As in a new process: accelerate's objects share their state."""
+    found = sys.modules.get("accelerate.state")
+    for kind in ("AcceleratorState", "GradientState", "PartialState") if found else ():
+        getattr(found, kind)._reset_state()

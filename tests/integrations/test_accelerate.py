@@ -15,10 +15,9 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import accelerate
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
 from integrations.gloo import use_fsdp_on_the_cpu
-from integrations.programs import heavy, skip_steps, start
+from integrations.programs import forget, heavy, skip_steps, start
 from integrations.truth import assert_exact, distance, exact, live, recorded
 
 from posthoc_cli import PostHocEMA
@@ -30,12 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
 X = torch.randn(60, 4, generator=torch.manual_seed(5))
-
-
-def forget() -> None:
-    """As in a new process: accelerate's objects share their state."""
-    for kind in (AcceleratorState, GradientState, PartialState):
-        kind._reset_state()
 
 
 class Training:

@@ -467,8 +467,10 @@ def use(tracker: PostHocEMA, model: torch.nn.Module, kind: str) -> None:
 def test_an_optimizer_that_another_one_replaces_is_told_once(
     tmp_path: Path, kind: str, own: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After 60 steps t would be 10 without a word; or 0, as where a wrapper copies it, or steps by another one."""
+    """After 60 steps t would be 10 without a word; or 0, as where a wrapper copies it, or parameters."""
     model, optimizer = sgd()
+    if not own:
+        optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
     tracker = attached(model, tmp_path, optimizer)
     for _ in range(own):
         step(model, optimizer)
