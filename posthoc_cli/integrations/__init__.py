@@ -99,8 +99,7 @@ def _state_names(number: int) -> tuple[str, str]:
 
 def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step that ends now has changed nothing: a GradScaler calls fused optimizers also on infinities."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
+    return bool(getattr(optimizer, "found_inf", None))
 
 
 def figures(ema: PostHocEMA, wanted: Iterable[float | str] = ()) -> dict[str, float]:

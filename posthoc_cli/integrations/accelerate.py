@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -42,7 +41,9 @@ def prepare(
         ema.attach(optimizer)
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
 
-    number = _free_place(accelerator, model)
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    places = _prepared.setdefault(accelerator, [])
+    number = _free_place(places, bare)
 
     def save(models: object, weights: object, folder: str) -> None:
         write_state(ema, folder, model, number)
@@ -54,47 +55,30 @@ def prepare(
     hooks = ExitStack()
     hooks.callback(accelerator.register_save_state_pre_hook(save).remove)
     hooks.callback(accelerator.register_load_state_pre_hook(load).remove)
-    _prepared[accelerator][number : number + 1] = [_Place(ref(ema), ref(_bare(accelerator, model)), hooks)]
+    places[number : number + 1] = [(ref(ema), ref(bare), hooks)]
     return ema
 
 
-@dataclass
-class _Place:
-    """A tracker's place in an accelerator's checkpoints, and the hooks that put it there."""
-
-    tracker: ref[PostHocEMA]
-    model: ref[torch.nn.Module]
-    hooks: ExitStack
-
-    @property
-    def is_free(self) -> bool:
-        """Whether its tracker will take in nothing any more."""
-        tracker = self.tracker()
-        return tracker is None or tracker.closed or self.model() is None
-
+_Place = tuple[ref[PostHocEMA], ref[torch.nn.Module], ExitStack]
+"""A tracker, its bare model, and the hooks that put it into checkpoints."""
 
 _prepared: WeakKeyDictionary[Accelerator, list[_Place]] = WeakKeyDictionary()
 
 
-def _free_place(accelerator: Accelerator, model: torch.nn.Module) -> int:
-    """The place of a new tracker in checkpoints: that of one which was closed, or of the same model, or a new one.
+def _free_place(places: list[_Place], bare: torch.nn.Module) -> int:
+    """The place of a new tracker in checkpoints: that of one of the same model, or that takes in nothing more; or new.
 
     As when a cell runs again, perhaps with another directory since the first one had a run. The earlier tracker is
     closed, and no checkpoint saves or loads it any more.
     """
-    places, bare = _prepared.setdefault(accelerator, []), _bare(accelerator, model)
-    same = [number for number, place in enumerate(places) if place.model() is bare]
-    free = [number for number, place in enumerate(places) if place.is_free]
+    trackers = [tracker() for tracker, *_ in places]
+    models = [model() for _, model, _ in places]
+    same = [number for number, model in enumerate(models) if model is bare]
+    free = [n for n, one in enumerate(trackers) if one is None or one.closed or models[n] is None]
     number = next(iter(same + free), len(places))
-    for place in places[number : number + 1]:
-        earlier = place.tracker()
+    for earlier, (*_, hooks) in zip(trackers[number : number + 1], places[number:], strict=False):
         if earlier is not None and not earlier.closed:
             log.warning("%s: this tracker is closed, as another one of its model replaces it", earlier.checkpoint_dir)
             earlier.close()
-        place.hooks.close()
+        hooks.close()
     return number
-
-
-def _bare(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    bare: torch.nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
-    return bare

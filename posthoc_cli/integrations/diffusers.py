@@ -45,7 +45,6 @@ class PostHocEMAModel:
         wrapper = torch.nn.parallel.DistributedDataParallel
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
         self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, options)
-        self._is_shared = is_sharded(model)
         self._folder: Path | None = None
         self._stored: list[torch.Tensor] | None = None
 
@@ -101,12 +100,12 @@ class PostHocEMAModel:
 
         A process that keeps no averages does nothing.
         """
-        ema, _ = self._tracking()
+        ema, model = self._tracking()
         if not ema.keeps_averages:
             return
         with self._averaged() as filled:
             filled.save_pretrained(path)
-        write_state(ema, path, self._tracking()[1])
+        write_state(ema, path, model)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model_cls: Any = None, foreach: bool = False) -> PostHocEMAModel:
@@ -145,7 +144,7 @@ class PostHocEMAModel:
         if not ema.keeps_averages:
             hint = f"copy them there; or in all processes: with ema_model.ema.model(unet, {self.sigma_rel:g})"
             raise NotReadyError("copy_to", "the main process keeps the averages, not this one", hint)
-        return ema.model(model, self.sigma_rel, alone=not self._is_shared)
+        return ema.model(model, self.sigma_rel, alone=not is_sharded(model))
 
     def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
         if self.ema is None or self._model is None:

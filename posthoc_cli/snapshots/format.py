@@ -80,7 +80,7 @@ for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name")
 index once; in the order of names, then indices. A part has those that are in it, by the complete tensors of all parts.
 
 A sketch is of the weights' means over K windows, from the first update to the one at `t`, each projected to D numbers
-(see `tracker.sketching`). Little-endian: four 8-byte whole numbers, K, D, 2 or 4, and what tells a projection from
+(see `tracker.measuring`). Little-endian: four 8-byte whole numbers, K, D, 2 or 4, and what tells a projection from
 others; in float64 the time of the first update and of the last one in each window, the folds that each is made of, the
 mean squared distance of their weights from the window's mean, and a factor; in float32 D numbers for each window, or,
 with the 2, for the first one only, and in float16 for each other one its numbers less those of the one before, divided

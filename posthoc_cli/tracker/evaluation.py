@@ -38,9 +38,8 @@ from posthoc_cli.snapshots.sources import Snapshot, Source
 from posthoc_cli.synthesis.engine import check_device
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
-from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors
+from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fill, fill_model, on_disk
-from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import Pipeline
 from posthoc_cli.tracker.sharding import (
     Group,

@@ -80,8 +80,9 @@ class Bucket:
         """Where its tiles end, beginning with 0."""
         return _edges(self.bounds[-1], self.tile)
 
-    def cut(self, edges: Sequence[int]) -> list[list[ElementRange]]:
-        """The ranges of tensors between each two of these elements."""
+    def cut(self) -> list[list[ElementRange]]:
+        """The ranges of tensors in each of its tiles."""
+        edges = self.edges()
         found: list[list[ElementRange]] = [[] for _ in edges[1:]]
         for name, (begin, end) in self.places.items():
             first = begin
@@ -121,6 +122,11 @@ def tiles_of(layout: Layout) -> list[Tile]:
     """All of a layout's buckets, in tiles."""
     found = [(at, *ends) for at, bucket in enumerate(layout) for ends in pairwise(bucket.edges())]
     return [Tile(number, *one) for number, one in enumerate(found)]
+
+
+def ranges_of(layout: Layout) -> list[list[ElementRange]]:
+    """The ranges of tensors in each of a layout's tiles."""
+    return [own for bucket in layout for own in bucket.cut()]
 
 
 # --- memory
@@ -215,9 +221,8 @@ class TileReader:
     @classmethod
     def of_tensors(cls, layout: Layout, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> TileReader:
         """A reader of tensors by name."""
-        ranges = [own for bucket in layout for own in bucket.cut(bucket.edges())]
         held = {name: tensor.detach() for name, tensor in tensors.items()}
-        return cls(layout, [[_source(held[name], *ends) for name, *ends in own] for own in ranges], threads)
+        return cls(layout, [[_source(held[name], *ends) for name, *ends in own] for own in ranges_of(layout)], threads)
 
     @classmethod
     def of_host(cls, host: HostTensors, threads: int = 1) -> TileReader:
@@ -266,8 +271,9 @@ class TileReader:
 
     def nonfinite_name(self, tiles: Iterable[Tile]) -> str | None:
         """The first tensor that holds a nan or an infinity in these tiles."""
-        ranges = [own for bucket in self.layout for own in bucket.cut(bucket.edges())]
-        for tile in tiles:
+        ordered = sorted(tiles)
+        ranges = ranges_of(self.layout) if ordered else []
+        for tile in ordered:
             own = ranges[tile.number]
             parts = torch.split(self.values(tile), [one.end - one.begin for one in own])
             for one, values in zip(own, parts, strict=True):

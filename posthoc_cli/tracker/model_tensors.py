@@ -1,13 +1,20 @@
-"""Which tensors of a model are averaged, copied or left out, and whether they are those of the run."""
+"""Which tensors of a model are averaged, copied or left out, under which names, and whether they are those of the run.
+
+Names are the same whatever the model is wrapped in. `torch.compile`, DataParallel, DistributedDataParallel, FSDP and
+activation checkpointing put a child between a module and its tensors' names. Such a child is recognised by its parent's
+type, never by its name: a user's module may have a child called `module`. Tensors of a PEFT adapter have the names
+under which PEFT saves and loads them.
+"""
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -15,14 +22,11 @@ from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, Chunk
-from posthoc_cli.snapshots.format import TrackedTensor, encode_sample
+from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.selection import Selection, running_statistics
 from posthoc_cli.snapshots.sources import Snapshot
-from posthoc_cli.tracker.names import NamedTensor, named_tensors
-from posthoc_cli.tracker.sharding import Members, is_sharded, local_part, local_tensors, reshard
-
-Value = TypeVar("Value")
+from posthoc_cli.tracker.sharding import Members, is_fsdp, is_sharded, local_part, local_tensors, reshard
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # torch has no arithmetic for them
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
@@ -40,8 +44,8 @@ _OTHER_DTYPE = (
     "change parameters"
 )
 _NEW_SHAPE = (
-    "where a module gives its buffers their shape at the first batch, as fake quantization does, run one batch through "
-    "the model before the tracker is made, or leave these buffers out with exclude={!r}"
+    "where modules give their buffers a shape at the first batch, as fake quantization does, run one batch through the "
+    "model before the tracker is made, or leave such buffers out with exclude"
 )
 
 
@@ -69,17 +73,10 @@ class ModelTensors:
     def of(self, members: Members) -> ModelTensors:
         """What this process averages and writes of them."""
         names = members.owned(self.averaged.keys() | self.copied.keys())
-        return replace(
-            self,
-            averaged=_within(names, self.averaged),
-            copied=_within(names, self.copied),
-            aliases={alias: name for alias, name in self.aliases.items() if name in names},
-            chunks=_within(names, self.chunks),
-        )
-
-
-def _within(names: Set[str], values: Mapping[str, Value]) -> dict[str, Value]:
-    return {name: value for name, value in values.items() if name in names}
+        averaged, copied = ({n: t for n, t in own.items() if n in names} for own in (self.averaged, self.copied))
+        aliases = {alias: name for alias, name in self.aliases.items() if name in names}
+        chunks = {name: chunk for name, chunk in self.chunks.items() if name in names}
+        return replace(self, averaged=averaged, copied=copied, aliases=aliases, chunks=chunks)
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,7 @@ class TrackedModel:
         entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
-        tables["sample"] = encode_sample(*[[0.0] * len(self.sampled)] * 2)
+        tables["sample"] = fmt.encode_sample(*[[0.0] * len(self.sampled)] * 2)
         try:
             fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:
@@ -208,7 +205,7 @@ class TrackedModel:
             if shape != expected:
                 what, was = f"has the shape {shape}", f"had {expected}"
                 if tensor.role == own.role == "copy":
-                    hint = _NEW_SHAPE.format(_glob_of_module(name))
+                    hint = _NEW_SHAPE
             elif tensor.role != own.role:
                 what, was = f"is {kept[tensor.role]} now", f"was {kept[own.role]}"
             elif tensor.dtype != own.dtype:
@@ -230,12 +227,6 @@ class TrackedModel:
             reason = "requires gradients now, but was left out when tracking began, since it did not then"
             return reason, frozen_too
         return "is in the model, but was not when tracking began", ""
-
-
-def _glob_of_module(name: str) -> str:
-    """A glob for what modules of that name hold; the tensor's own name where the module has only a number."""
-    module = name.split(".")[-2:-1]
-    return f"*{module[0]}.*" if module and not module[0].isdigit() else name
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -376,46 +367,22 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
 
 
 class ModelWatch:
-    """Cache of the model's tensors, invalidated when the model changes.
-
-    Walking through the modules at every update would cost more than comparing names, objects, places in memory, dtypes
-    and whether gradients are required.
-    """
+    """Cache of the model's tensors, invalidated when the model changes."""
 
     def __init__(self, selection: Selection, members: Members) -> None:
         self._selection, self._members = selection, members
-        self._model: weakref.ref[torch.nn.Module] | None = None
-        self._contents: list[dict[str, Any]] = []
-        self._filled: list[dict[str, Any]] = []
-        self._state_tensors: list[torch.Tensor] = []
-        self._are_sharded = False
-        self._held: list[object] = []
-        self._views: list[torch.Tensor | None] = []
-        self._fingerprint: tuple[object, ...] = ()
-        self._tensors: ModelTensors | None = None
+        self._known: tuple[weakref.ref[torch.nn.Module], _Look, ModelTensors] | None = None
         self._checked: tuple[ModelTensors, TrackedModel] | None = None
 
     def tensors(self, model: torch.nn.Module) -> ModelTensors:
         """The model's tensors: the object of the last call, unless the model has changed."""
-        same_model = self._model is not None and self._model() is model
-        if self._tensors is not None and same_model and self._is_same():
-            return self._tensors
-        self._tensors = None
+        if self._known is not None:
+            known, look, found = self._known
+            if known() is model and look.is_same():
+                return found
+        self._known = None
         found = self._collect(model)
-        self._model = weakref.ref(model)  # it may go before the tracker does
-        self._contents = [
-            contents
-            for module in model.modules()
-            for contents in (module._parameters, module._buffers, module._modules)
-        ]
-        self._state_tensors = [*model.parameters(), *model.buffers()]
-        self._are_sharded = any(map(is_sharded, self._state_tensors))
-        self._filled = [contents for contents in self._contents if contents]
-        self._held = [*chain.from_iterable(map(dict.values, self._filled))]
-        local = self._local()
-        self._views = [p.detach() if p.layout == torch.strided else None for p in local]
-        self._fingerprint = self._take_fingerprint(local)
-        self._tensors = found
+        self._known = weakref.ref(model), _Look(model), found  # the model may go before the tracker does
         return found
 
     def check(self, tensors: ModelTensors, tracked: TrackedModel) -> None:
@@ -444,19 +411,39 @@ class ModelWatch:
         self._members.check_kind(model)
         return found.of(self._members)
 
-    def _local(self) -> Sequence[torch.Tensor]:
-        """What is here of the model's tensors."""
-        return local_tensors(self._state_tensors) if self._are_sharded else self._state_tensors
 
-    def _is_same(self) -> bool:
+class _Look:
+    """What a model's modules hold at one moment.
+
+    Walking through the modules at every update would cost more than comparing names, objects, places in memory, dtypes
+    and whether gradients are required.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._contents: list[dict[str, Any]] = []
+        for module in model.modules():
+            self._contents += module._parameters, module._buffers, module._modules
+        self._filled = [contents for contents in self._contents if contents]
+        self._held = [*chain.from_iterable(map(dict.values, self._filled))]  # so that no id is used again
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._are_sharded = any(map(is_sharded, self._tensors))
+        local = self._local()
+        self._views = [p.detach() if p.layout == torch.strided else None for p in local]
+        self._fingerprint = self._take_fingerprint(local)
+
+    def is_same(self) -> bool:
         """Whether nothing has changed; of tensors that are sparse their place does not say it."""
         local = self._local()
         return self._fingerprint == self._take_fingerprint(local) and all(
             view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
         )
 
+    def _local(self) -> Sequence[torch.Tensor]:
+        """What is here of the model's tensors."""
+        return local_tensors(self._tensors) if self._are_sharded else self._tensors
+
     def _take_fingerprint(self, local: Sequence[torch.Tensor]) -> tuple[object, ...]:
-        """Differs if the tensors do, but for their places. `_held` keeps ids from being used again."""
+        """Differs if the tensors do, but for their places."""
         return (
             [*map(len, self._contents)],
             [*chain.from_iterable(self._filled)],
@@ -464,3 +451,175 @@ class ModelWatch:
             [p.requires_grad for p in local],
             [p.dtype for p in local],
         )
+
+
+# --- names, without wrappers ---
+
+
+_WRAPPERS = (
+    ("torch.nn.parallel.data_parallel", "DataParallel"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+    ("torch._dynamo.eval_frame", "OptimizedModule"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+)
+"""Where each wrapper is defined, and its class. It has one child, the module that it wraps."""
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """A module or wrapper, at one of the paths to it: without wrappers ("" for the model itself), and as torch's."""
+
+    path: str
+    raw: str
+    module: torch.nn.Module
+
+
+@dataclass(frozen=True)
+class NamedTensor:
+    """A parameter or buffer, under one of its names: without wrappers, and as torch's. Tied names have one `tensor`.
+
+    `in_state` are all but transient buffers.
+    """
+
+    name: str
+    raw: str
+    tensor: torch.Tensor
+    is_parameter: bool
+    in_state: bool = True
+
+
+def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
+    """Parameters, then buffers, in the order of the modules, tied names included.
+
+    Raises:
+        InvalidValueError: the first FSDP has sharded the model, or laid its parameters end to end in another one.
+    """
+    modules = list(named_modules(model))
+    _check_unsharded(modules)
+    tensors = [
+        NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, True)
+        for place in modules
+        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    for place in modules:
+        for key, buffer in place.module.named_buffers(recurse=False, remove_duplicate=False):
+            in_state = key not in place.module._non_persistent_buffers_set  # `state_dict` would call hooks, and copy
+            tensors.append(NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, False, in_state))
+    renamed: dict[str, str] = {}
+    for root, adapter in _adapter_roots(modules):
+        renamed |= _adapter_names(root, adapter, modules, tensors)
+    return [replace(tensor, name=renamed[tensor.raw]) if tensor.raw in renamed else tensor for tensor in tensors]
+
+
+def named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
+    """Every module by every path, wrappers too (under the path of the module they wrap)."""
+    found: dict[str, tuple[str, str | None]] = {}  # the path of each, and the child that it wraps
+    for raw, module in model.named_modules(remove_duplicate=False):
+        parent, _, key = raw.rpartition(".")
+        above, wrapped = found.get(parent, ("", ""))
+        path = above if key == wrapped else _join(above, key)
+        found[raw] = path, wrapped_child(module)
+        yield NamedModule(path, raw, module)
+
+
+def wrapped_child(module: torch.nn.Module) -> str | None:
+    """The name of the child that a wrapper wraps; None for a module that is no wrapper."""
+    if any(_is_a(module, wrapper) for wrapper in _WRAPPERS):
+        return next(name for name, _ in module.named_children())
+    return None
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside all of its wrappers."""
+    while (child := wrapped_child(model)) is not None:
+        model = model.get_submodule(child)
+    return model
+
+
+def _is_a(module: torch.nn.Module, wrapper: tuple[str, str]) -> bool:
+    where, kind = wrapper
+    # What nobody has imported wraps nothing. That another release of torch has no such class is an error.
+    return where in sys.modules and isinstance(module, getattr(sys.modules[where], kind))
+
+
+def _check_unsharded(modules: Iterable[NamedModule]) -> None:
+    for place in modules:
+        if not is_fsdp(place.module):
+            continue
+        from torch.distributed.fsdp import FlatParameter, ShardingStrategy
+
+        where = f"module {place.path!r}" if place.path else "the model"
+        if place.module.sharding_strategy != ShardingStrategy.NO_SHARD:
+            reason = f"FSDP has laid its parameters end to end and cut them ({place.module.sharding_strategy})"
+            hint = "use torch.distributed.fsdp.fully_shard, DistributedDataParallel, or FSDP with NO_SHARD"
+            raise InvalidValueError(where, reason, hint)
+        if any(isinstance(parameter, FlatParameter) for parameter in place.module.parameters()):
+            raise InvalidValueError(
+                where, "FSDP has laid its parameters end to end", "say use_orig_params=True to FSDP"
+            )
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+# --- adapters of PEFT ---
+
+
+def _adapter_roots(modules: Sequence[NamedModule]) -> Iterator[tuple[NamedModule, str]]:
+    """The outermost modules with one adapter, and its name, which PEFT leaves out of its tensors' names.
+
+    With several, tensors keep torch's names, which tell them apart; so do those of prompt learning, saved computed.
+    """
+    if "peft" not in sys.modules:
+        return
+    found: list[str] = []
+    for place in modules:
+        if any(place.raw == raw or place.raw.startswith(f"{raw}." if raw else "") for raw in found):
+            continue
+        configs = _adapter_configs(place.module)
+        if configs:
+            found.append(place.raw)
+            adapter, config = next(iter(configs.items()))
+            if len(configs) == 1 and not config.is_prompt_learning:
+                yield place, adapter
+
+
+def _adapter_configs(module: torch.nn.Module) -> Mapping[str, Any]:
+    from peft import PeftConfig, PeftModel
+
+    # Not `getattr`: wrappers hand on the attributes of what they wrap.
+    configs = module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
+    if not isinstance(configs, Mapping):
+        return {}
+    return {name: config for name, config in configs.items() if isinstance(config, PeftConfig)}
+
+
+def _adapter_names(
+    root: NamedModule, adapter: str, modules: list[NamedModule], tensors: list[NamedTensor]
+) -> dict[str, str]:
+    """The names under which PEFT saves and loads an adapter's tensors, by torch's names."""
+    start = f"{root.raw}." if root.raw else ""
+    inside = {t.raw.removeprefix(start): t.tensor for t in tensors if t.raw.startswith(start)}
+    wrappers = [place for place in modules if place.raw.startswith(start) and wrapped_child(place.module)]
+    found = {}
+    for raw, saved in _saved_names(root.module, adapter, inside).items():
+        name = start + saved
+        found[start + raw] = _join(root.path, saved)
+        # The innermost wrapper last: its path is without its parents' prefixes.
+        for place in wrappers:
+            prefix = _join(place.raw, str(wrapped_child(place.module))) + "."
+            if (start + raw).startswith(prefix) and name.startswith(prefix):
+                found[start + raw] = _join(place.path, name.removeprefix(prefix))
+    return found
+
+
+def _saved_names(module: torch.nn.Module, adapter: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    from peft import get_peft_model_state_dict
+
+    # An object for each name: PEFT's result tells by it where a tensor was.
+    state = {name: tensor.detach() for name, tensor in tensors.items()}
+    names = {id(tensor): name for name, tensor in state.items()}
+    saved = get_peft_model_state_dict(module, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False)
+    return {names[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in names}

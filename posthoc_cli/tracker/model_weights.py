@@ -11,21 +11,27 @@ from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, parse_dtype, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError, warn
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, warn
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.selection import running_statistics, statistics_notice
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.tracker.model_tensors import ON_META, ModelTensors, check_model, swapped
-from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
-from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
+from posthoc_cli.tracker.model_tensors import (
+    ON_META,
+    ModelTensors,
+    NamedTensor,
+    check_model,
+    named_tensors,
+    swapped,
+)
+from posthoc_cli.tracker.sharding import held_part, is_fsdp, is_sharded, reshard
 
 Given = TypeVar("Given")
 
@@ -34,10 +40,10 @@ _ALIGNED = 64
 
 
 class WithStatement(Generic[Given]):
-    """A context manager for `with` only, also again: any other use is an error that shows the statement to write."""
+    """A context manager for `with` only, also again; what `contextmanager` makes could be called, as a decorator."""
 
-    def __init__(self, name: str, make: Callable[[], AbstractContextManager[Given]]) -> None:
-        self._name, self._make = name, make
+    def __init__(self, make: Callable[[], AbstractContextManager[Given]]) -> None:
+        self._make = make
         self._opened: list[AbstractContextManager[Given]] = []
 
     def __enter__(self) -> Given:
@@ -50,17 +56,6 @@ class WithStatement(Generic[Given]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return self._opened.pop().__exit__(kind, error, trace)
-
-    def __call__(self, *_: object, **__: object) -> NoReturn:
-        """Raise a NotReadyError: only what the block gives can be called."""
-        raise NotReadyError(f"{self._name}(...)", self._advice("averaged(...)"))
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{self._name}(...): {self._advice(f'averaged.{name}')}")
-
-    def _advice(self, use: str) -> str:
-        statement = f"with ema.{self._name}(...) as averaged: {use}"
-        return f"is for a `with` statement, such as `{statement}`; load_into fills a model for good"
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
@@ -153,9 +148,6 @@ def on_disk(plan: Plan, folder: Path) -> list[Weights]:
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
     """Copy one value into a model's tensor, or into what this process holds of it; see `load_weights`."""
-    if is_sharded(target) and not own_dtype and value.dtype != target.dtype:
-        _replace_chunk(target, value)
-        return
     target = held_part(target)
     if not _is_writable(target):
         target.data = value.to(target.device, target.dtype, copy=True)
@@ -163,15 +155,6 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
         target.data.copy_(value)
     else:
         target.data = value.to(target.device, copy=True)
-
-
-def _replace_chunk(tensor: torch.Tensor, local: torch.Tensor) -> None:
-    """Give a DTensor other elements here, of another dtype; it stays the same object."""
-    new = as_dtensor(local.clone(), tensor).to(tensor.device)
-    if isinstance(tensor, torch.nn.Parameter):
-        new = torch.nn.Parameter(new, tensor.requires_grad)
-    vars(new).update(vars(tensor))
-    torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
 
 
 def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -213,7 +196,10 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
                 stack.callback(setattr, module, "training", module.training)
                 for contents in (module._parameters, module._buffers):
                     for key, tensor in contents.items():
-                        _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
+                        if tensor is None:
+                            stack.callback(contents.__setitem__, key, None)
+                        else:
+                            _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
         stack.callback(reshard, model)  # first of all: a forward pass may have put complete parameters in their place
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
         for parameter in model.parameters():
@@ -229,14 +215,11 @@ def _save(
     stack: ExitStack,
     contents: dict[str, Any],
     key: str,
-    tensor: torch.Tensor | None,
+    tensor: torch.Tensor,
     new_dtypes: Mapping[int, torch.dtype],
     own_dtypes: bool,
 ) -> None:
     """Push what restores a module's tensor, with its storage and, if values may change, a copy of them on the host."""
-    if tensor is None:
-        stack.callback(contents.__setitem__, key, None)
-        return
     if is_parameter := isinstance(tensor, torch.nn.Parameter):
         saves = id(tensor) in new_dtypes
         # The storage itself is kept, unless it is to be replaced by one of another dtype.
@@ -247,7 +230,6 @@ def _save(
     device, held = tensor.device, held_part(tensor)
     storage = held.data if in_place else None
     values = held.data.to("cpu", copy=True) if saves else None
-    is_chunk = held is not tensor
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -256,10 +238,8 @@ def _save(
         if storage is not None:
             if values is not None:
                 storage.copy_(values)
-            if not is_chunk:
+            if held is tensor:
                 tensor.data = storage
-        elif values is not None and is_chunk:
-            _replace_chunk(tensor, values)
         elif values is not None:
             tensor.data = values.to(device)
         if is_parameter:
@@ -293,8 +273,9 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
 
 def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
     """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps room of their own."""
-    if any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules()):
-        raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
+    if any(map(is_fsdp, model.modules())) or any(map(is_sharded, model.parameters())):
+        reason = "a model that is sharded, or under FSDP, keeps the dtypes it has"
+        raise InvalidValueError("dtype", reason, "leave dtype out", value=dtype)
 
 
 def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.tracker.names import unwrapped
+from posthoc_cli.tracker.model_tensors import unwrapped
 from posthoc_cli.tracker.state import Settings
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,11 @@ class Tracker(Protocol):
     settings: Settings
 
     @property
-    def step(self) -> int:
-        """Calls of `update_` so far."""
+    def step(self) -> int: ...  # noqa: D102
 
-    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
-        """Count a training step."""
+    def update_(self, model: torch.nn.Module, t: float | None = None) -> None: ...  # noqa: D102
 
-    def close(self) -> None:
-        """Finish."""
+    def close(self) -> None: ...  # noqa: D102
 
 
 class Attachment:
@@ -69,21 +66,19 @@ class Attachment:
         self._missed, self._usually_missed = 0, 0  # steps of others since the last own one, and most before one
         # Where the step is compiled, files and counters must not be traced.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
-        self._handles = [optimizer.register_step_post_hook(hook)]
+        self._handle = optimizer.register_step_post_hook(hook)
         _attachments.add(self)
         _watch_all_steps()
 
     def remove(self) -> None:
         """Detach. Nothing happens the second time."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._handle.remove()
         _attachments.discard(self)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The one that this is still attached to."""
-        return self._optimizer() if self._handles else None
+        return self._optimizer() if self in _attachments else None
 
     def check_caller(self) -> None:
         """Raise a NotReadyError if the user calls `update_` himself: each step would be counted twice."""
@@ -93,18 +88,18 @@ class Attachment:
             raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
 
     def is_of(self, model: weakref.ref[torch.nn.Module]) -> bool:
-        """Whether this is active for a model, in any wrappers."""
+        """Whether this is for a model, in any wrappers."""
         own, other = self._model(), model()
-        return bool(self._handles) and own is not None and other is not None and unwrapped(own) is unwrapped(other)
+        return own is not None and other is not None and unwrapped(own) is unwrapped(other)
 
     def check_steps(self) -> None:
         """Warn, once, if other optimizers have gone on with the training without the one that this is attached to."""
         own = self.optimizer
         # In the middle of an iteration, or of the first one, others may have made some steps more.
-        if not self._handles or self._warned or self._missed <= 2 * self._usually_missed + 1:
+        if self not in _attachments or self._warned or self._missed <= 2 * self._usually_missed + 1:
             return
         self._warned = True
-        what = "is gone" if own is None else "stands still" if self._has_stepped else "has not stepped since"
+        what = "is gone" if own is None else "stands still"
         log.warning(
             "%s: the averages stand at step %d: the optimizer that the tracker is attached to %s, and %d "
             "later steps of another one were not counted; when an optimizer is replaced, say "
@@ -112,26 +107,25 @@ class Attachment:
             self.tracker.checkpoint_dir, self.tracker.step, what, self._missed, "" if own is None else "ema.detach(), ",
         )  # fmt: skip
 
-    def is_passed_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step of `optimizer` is one that the attached one should have made: with the same parameters.
+    def see_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count a step of any optimizer that the attached one should have made: with the same parameters.
 
-        Until that has stepped, and when it is gone, any parameter of the model will do.
+        Until that has stepped, and when it is gone, any parameter of the model will do; when it is gone, there is no
+        need to wait for a query.
         """
         own, model = self.optimizer, self._model()
         if optimizer is own or model is None:
-            return False
+            return
         trained = _parameters(own) if own is not None and self._has_stepped else {*map(id, model.parameters())}
-        return not trained.isdisjoint(_parameters(optimizer))
-
-    def count_missed(self) -> None:
-        """Count a step that has passed by; of an optimizer that is gone there is no need to wait for a query."""
+        if trained.isdisjoint(_parameters(optimizer)) or not _has_changed_weights(optimizer):
+            return
         self._missed += 1
-        if self.optimizer is None:
+        if own is None:
             self.check_steps()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
-            if not (_was_skipped(optimizer) or _only_made_state(optimizer)):
+            if _has_changed_weights(optimizer):
                 model = self._model()
                 if model is None:
                     raise NotReadyError("attach", "the model that this tracker was made with is gone")
@@ -161,8 +155,7 @@ def _after_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     if torch.compiler.is_compiling():  # nothing of this must be traced
         return
     for one in [*_attachments]:
-        if one.is_passed_by(optimizer) and not (_was_skipped(optimizer) or _only_made_state(optimizer)):
-            one.count_missed()
+        one.see_step(optimizer)
 
 
 def _check_all() -> None:
@@ -216,8 +209,7 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
     kind = type(optimizer).__name__
-    # Not `hasattr`: wrappers may hand on the attributes of what they wrap.
-    if isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer):
+    if isinstance(optimizer, torch.optim.Optimizer) and _has_hooks(optimizer):
         # Of a class that torch has put its hooks around, `unwrap` gives the step as it was written.
         steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
         if len(steps) > 2:  # with that of torch.optim.Optimizer
@@ -233,26 +225,32 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
-def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a GradScaler's step has left the parameters as they were, for infinities in their gradients.
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's own constructor has made it, and not only one of a wrapper around another optimizer."""
+    # Not `hasattr`: wrappers may hand on the attributes of what they wrap.
+    if not {"defaults", "state", "param_groups"} <= vars(optimizer).keys():
+        return False
+    try:
+        optimizer.register_step_post_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
 
-    It does not call most optimizers then. Those that do the scaling themselves (`fused=True`) it does, with the
-    attribute `found_inf`.
+
+def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that ends now counts.
+
+    A GradScaler that finds infinities in gradients does not call most optimizers. Those that do the scaling themselves
+    (`fused=True`) it does, with the attribute `found_inf`, and they leave the parameters as they were.
+
+    Where an optimizer has no state yet, torch.distributed.checkpoint.state_dict makes a step with rates and gradients
+    of 0; plain SGD never has one. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
     """
-    return bool(getattr(optimizer, "found_inf", None))
-
-
-def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step had no other purpose than to make the optimizer's state: rates of 0, and gradients of 0.
-
-    torch.distributed.checkpoint.state_dict makes such a step where an optimizer has no state yet; plain SGD never has
-    one. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
-    """
+    if getattr(optimizer, "found_inf", None):
+        return False
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     # torch puts its 0 on the CPU. To look at a rate on a device would wait for it, at every step.
     if not all((not isinstance(rate, torch.Tensor) or rate.device.type == "cpu") and bool(rate == 0) for rate in rates):
-        return False
+        return True
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    return not any(
-        gradient.layout != torch.strided or bool(gradient.any()) for gradient in gradients if gradient is not None
-    )
+    return any(one.layout != torch.strided or bool(one.any()) for one in gradients if one is not None)

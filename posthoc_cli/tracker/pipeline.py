@@ -41,12 +41,13 @@ from posthoc_cli.errors import (
     NotReadyError,
     WriteError,
 )
+from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import HostTensors, Layout, TileReader, lay_out, on_host
+from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_error
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages
 from posthoc_cli.tracker.sharding import Members
-from posthoc_cli.tracker.sketching import Sketcher
 from posthoc_cli.tracker.snapshotter import LiveSource, PartSnapshotter, Snapshotter, live_sources
 from posthoc_cli.tracker.staging import DeviceStreams, Marks, ModelCopier, ModelCopy, StorageLayout, Streams, stage
 from posthoc_cli.tracker.state import Progress, Settings, Tracking
@@ -101,7 +102,7 @@ class Pipeline:
         self._counted = tracking.progress
         self._refusal: NotReadyError | None = None
         self._ended, self._process = False, os.getpid()
-        self._crew = Crew.like_torch()
+        self._crew = Crew(min(torch.get_num_threads(), worker_count()))  # as torch takes here, up to a synthesis's
         self._copier, self._streams = ModelCopier(self._crew.size), DeviceStreams()
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
         self._source: tuple[ModelTensors, TileReader] | None = None
@@ -248,7 +249,9 @@ class Pipeline:
 
     def writes_to(self, directory: Path) -> bool:
         """Whether the tracker is, or was, the writer of a directory."""
-        return self.snapshotter is not None and _same_place(self.snapshotter.directory, directory)
+        with suppress(OSError):
+            return self.snapshotter is not None and self.snapshotter.directory.samefile(directory)
+        return False
 
     def end(self) -> None:
         """Have the last snapshots written, once. Nobody waits."""
@@ -486,12 +489,6 @@ def wait_for_writers(directory: Path, last_too: bool = False) -> None:
             if last_too and not pipeline._ended:
                 pipeline.write_missing(at_end=True)
             pipeline.flush()
-
-
-def _same_place(one: Path, other: Path) -> bool:
-    with suppress(OSError):
-        return one.samefile(other)
-    return False
 
 
 @atexit.register

@@ -25,14 +25,13 @@ from posthoc_cli.tracker import going_on
 from posthoc_cli.tracker.evaluation import ChunkEvaluation, Evaluation, Query, as_dtensors, plan_possible
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.layout import HOST
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import (
     WithStatement,
     swapped_in,
     update_bn,
     warn_of_statistics,
 )
-from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
 from posthoc_cli.tracker.sharding import Group, Owners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
@@ -267,7 +266,7 @@ class PostHocEMA(Tracker):
         one is raised in all. With `alone=True` the writer of replicas makes the weights for itself.
 
         Raises:
-            NotReadyError: the block is used without `with`; or no average exists yet.
+            NotReadyError: no average exists yet.
             InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
@@ -277,7 +276,7 @@ class PostHocEMA(Tracker):
             evaluation = self._evaluation(model, alone, f"model({query})")
             return evaluation, evaluation.weights(query)
 
-        return WithStatement("model", partial(self._filled, model, make, own_dtypes=dtype is None))
+        return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
 
     def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
         """For each of several lengths a block as `model` gives one, all from one pass over the snapshots.
@@ -304,7 +303,7 @@ class PostHocEMA(Tracker):
                 log.warning("%s; there is no average of it at step %d", refused[label], self.step)
 
         def block(make: Callable[[], Weights]) -> WithStatement[Module]:
-            return WithStatement("model", partial(self._filled, model, lambda: (evaluation, make())))
+            return WithStatement(partial(self._filled, model, lambda: (evaluation, make())))
 
         return {label: block(make) for label, make in made.items()}
 
@@ -313,7 +312,7 @@ class PostHocEMA(Tracker):
 
         Raises:
             InvalidValueError, ModelMismatchError: as in `model`; or `tracked` is no tracked profile.
-            NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
+            NotReadyError: there was no update yet, or none since `from_path`.
         """
 
         def make() -> tuple[Evaluation, Weights]:
@@ -321,7 +320,7 @@ class PostHocEMA(Tracker):
             evaluation = self._evaluation(model, alone, f"averaged(tracked={self.settings.sigma_rels[index]:g})")
             return evaluation, evaluation.live_weights(index)
 
-        return WithStatement("averaged", partial(self._filled, model, make))
+        return WithStatement(partial(self._filled, model, make))
 
     @contextmanager
     def _filled(

@@ -63,7 +63,7 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, is_late, new_value_share,
 from posthoc_cli.snapshots.format import Path
 from posthoc_cli.snapshots.reading import ElementRange
 from posthoc_cli.tracker.layout import Elements, FlatTensors, Layout, Tile, TileReader, tiles_of, zeros
-from posthoc_cli.tracker.sketching import Sketcher, closed
+from posthoc_cli.tracker.measuring import Sketcher, closed
 from posthoc_cli.tracker.worker import ALONE, Crew
 
 EXPONENT = 0x7F80_0000
@@ -74,6 +74,9 @@ MOST_UNDONE = 3 / 4
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, modulo 1, are spread the most evenly, however many there are."""
+
+Wanted = Sequence[tuple[Elements, Sequence[torch.Tensor]]]
+"""Elements of the values that are wanted, and rooms for them."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class RunningAverages:
     @torch.no_grad()
     def update_(
         self, values: TileReader, copies: Mapping[str, torch.Tensor], t: float, step: int, crew: Crew = ALONE,
-        wanted: Sequence[tuple[Elements, Sequence[torch.Tensor]]] = (), sketcher: Sketcher | None = None,
+        wanted: Wanted = (), sketcher: Sketcher | None = None,
     ) -> str | None:  # fmt: skip
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
@@ -267,111 +270,41 @@ class RunningAverages:
         elements of the values are put into their rooms, and the `sketcher` gets what it is for from here on. Returns
         the first tensor that holds a nan or an infinity, if one does: then nothing is taken in.
         """
-        before, kept, limits = self.standing, self.tensors, self._limits
-        shares = [new_value_share(gamma, before.t, t) for gamma in self.gammas]
-        after = before.after(shares, t, step)
-        masses = after.masses(self.gammas)
-        factors = [share / mass for share, mass in zip(shares, masses, strict=True)]
-        folds = window_ends(self.gammas, after.window, before.folded_t, t, before.early)
+        new, norms, limits = _Update(self, values, wanted, t, step), list[float](), self._limits
         self._limits = []  # after an update that is refused, or fails, the next one is checked before
-        moves = kept is None or kept.layout != values.layout
-        checked = folds or moves or not limits or max(factors if before.window else shares) > MOST_UNDONE
-        norms = values.norms(crew) if checked else [0.0] * len(values.tiles)
-        bad = [tile for tile, norm in zip(values.tiles, norms, strict=True) if not math.isfinite(norm)]
-        if bad and (name := values.nonfinite_name(bad)) is not None:
-            return name
-        if kept is None:
-            kept = AverageTensors(values.layout, len(self.gammas))
-        elif moves:
-            kept = kept.moved(values.layout, before.early)
-        self.tensors, self.sketcher, self.known_path = kept, sketcher, None
-        for at in range(len(values.layout)):  # before anything is changed: memory may be short
-            for thread in range(crew.size):
-                self._scratch_of(Tile(0, at, 0, 0), thread)
-        last = (factors[0], factors[-1]) if before.window else (1.0, 1.0)
-        means = [] if folds else [*zip(kept.means(before.early), last, strict=False)]
-        doubles = [*zip(kept.high, shares, strict=True), *([] if before.early else means)]
-        waiting: list[Tile] = []
-
-        def interpolate(tile: Tile, own: torch.Tensor, back: bool = False) -> None:
-            for flat, factor in doubles if own.dtype == torch.float64 else means:
-                changed = flat.flats[tile.bucket][tile.where]
-                if factor < 1:
-                    torch.lerp(changed, own, factor / (factor - 1) if back else factor, out=changed)
-                else:  # what was there before does not count
-                    changed.copy_(own)
-
-        def take(tile: Tile, own: torch.Tensor, thread: int) -> None:
-            for elements, room in wanted:
-                elements.take(tile, own, room)
-            if sketcher is not None and before.early:
-                sketcher.take(tile, own)
-            interpolate(tile, own)
-            if folds:
-                self._fold(tile, own, factors, masses, thread)
-
-        def work(tile: Tile, thread: int) -> None:
-            flat = values.flat(tile, thread)
-            if not checked:
-                norms[tile.number] = norm = float(torch.linalg.vector_norm(flat))
-                if not norm <= limits[tile.number]:
-                    waiting.append(tile)
-                    return
-            take(tile, values.wide(flat, tile, thread), thread)
-
-        crew.each(work, values.tiles)
-        if waiting and (name := values.nonfinite_name(sorted(waiting))) is not None:
-            taken = {*values.tiles}.difference(waiting)
-            crew.each(lambda tile, thread: interpolate(tile, values.values(tile, thread), back=True), taken)
-            return name
-        crew.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), waiting)
-        if folds:
-            after = self._folded(after)
-        if sketcher is not None and before.early:
-            sketcher.end_value(self.gammas, t, not after.early)
-        elif sketcher is not None and folds:
-            sketcher.end_window(t)
-        self.copies, self.standing = copies, after
+        moves = self.tensors is None or self.tensors.layout != values.layout
+        checks_before = new.folds or moves or not limits or new.largest_share > MOST_UNDONE
+        if checks_before:
+            norms = values.norms(crew)
+            bad = [tile for tile, norm in zip(values.tiles, norms, strict=True) if not math.isfinite(norm)]
+            if (name := values.nonfinite_name(bad)) is not None:
+                return name
+        self._make_room(values.layout, crew.size)
+        self.sketcher, self.known_path = sketcher, None
+        new.begin()
+        if checks_before:
+            crew.each(new.take, values.tiles)
+        else:
+            norms, others = new.take_up_to(limits, crew)
+            if (name := values.nonfinite_name(others)) is not None:
+                crew.each(new.undo, {*values.tiles}.difference(others))
+                return name
+            crew.each(new.take, others)
+        self.copies, self.standing = copies, new.end()
         if all(bucket.device.type == "cpu" for bucket in values.layout):
             self._limits = [min(2 * norm, torch.finfo(torch.float32).max) for norm in norms]
         return None
 
-    def _folded(self, standing: Standing) -> Standing:
-        """The standing after the fold of a window; late in a run low parts begin."""
-        count = None if standing.folds is None else standing.folds + 1
-        if count is not None and is_late(standing.window, standing.folded_t, standing.t):
-            assert self.tensors is not None
-            self.tensors.clear_rests()
-            count = None
-        return replace(standing, window=0, folded_t=standing.t, folds=count)
-
-    def _fold(
-        self, tile: Tile, newest: torch.Tensor, shares: Sequence[float], masses: Sequence[float], thread: int
-    ) -> None:
-        """Take in a tile of the means, and the newest value, which has these shares in them."""
-        kept, at, where, before = self.tensors, tile.bucket, tile.where, self.standing
-        assert kept is not None
-        scratch, rest = self._scratch_of(tile, thread)
-        for profile, (share, mass) in enumerate(zip(shares, masses, strict=True)):
-            taken = newest
-            if before.window:
-                taken = torch.lerp(self._mean(tile, profile, rest), newest, share, out=rest)
-            if profile == 0 and self.sketcher is not None and before.folds is None:
-                self.sketcher.take(tile, taken)
-            if taken.dtype == torch.float64:
-                return  # these averages have it already
-            high = kept.high[profile].flats[at][where]
-            torch.sub(taken, high, out=rest)
-            if before.folds is not None:
-                torch.sign(rest, out=scratch).mul_(high).view(torch.int32).bitwise_and_(EXPONENT)
-                dither = (GOLDEN * (before.folds + 1) % 1 - 0.5) * 2**-23
-                high.add_(rest.mul_(mass).add_(scratch, alpha=dither))
-                continue
-            stored = kept.low[profile].flats[at][where]
-            torch.lerp(scratch.copy_(stored), rest, mass, out=scratch)
-            rest.copy_(high)
-            high.add_(scratch)
-            stored.copy_(scratch.add_(rest.sub_(high)))
+    def _make_room(self, layout: Layout, threads: int) -> None:
+        """Memory for averages of a layout, and for threads: before anything is changed, since it may be short."""
+        kept = self.tensors
+        if kept is None:
+            self.tensors = AverageTensors(layout, len(self.gammas))
+        elif kept.layout != layout:
+            self.tensors = kept.moved(layout, self.standing.early)
+        for at in range(len(layout)):
+            for thread in range(threads):
+                self._scratch_of(Tile(0, at, 0, 0), thread)
 
     def _mean(self, tile: Tile, profile: int, room: torch.Tensor) -> torch.Tensor:
         """A tile of the mean as a profile takes it in; one that is between two others is put in the room."""
@@ -481,3 +414,111 @@ class RunningAverages:
         held = sum(one.nbytes for one in (self.tensors, self.sketcher) if one is not None)
         scratch = (tensor.nbytes for pair in self._scratch.values() for tensor in pair)
         return held + sum(scratch) + sum(copy.nbytes for copy in self.copies.values())
+
+
+class _Update:
+    """One update: the shares of the new values, and what is done with each tile of them, by any of a crew's threads.
+
+    Attributes:
+        folds: whether a window ends, so that averages take in its means.
+        largest_share: the largest one of the values in what they are added to.
+    """
+
+    def __init__(self, averages: RunningAverages, values: TileReader, wanted: Wanted, t: float, step: int) -> None:
+        self._averages, self._values, self._wanted = averages, values, wanted
+        self._before, gammas = (before := averages.standing), averages.gammas
+        self._shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
+        self._after = before.after(self._shares, t, step)
+        self._masses = self._after.masses(gammas)  # of the window in each average, and the value's share in that
+        self._factors = [share / mass for share, mass in zip(self._shares, self._masses, strict=True)]
+        self.folds = window_ends(gammas, self._after.window, before.folded_t, t, before.early)
+        self.largest_share = max(self._factors if before.window else self._shares)
+
+    def begin(self) -> None:
+        """The averages have room for the values now: no memory is taken from here on."""
+        assert self._averages.tensors is not None
+        self._kept, early = self._averages.tensors, self._before.early
+        last = (self._factors[0], self._factors[-1]) if self._before.window else (1.0, 1.0)
+        self._means = [] if self.folds else [*zip(self._kept.means(early), last, strict=False)]
+        self._doubles = [*zip(self._kept.high, self._shares, strict=True), *([] if early else self._means)]
+
+    def take(self, tile: Tile, thread: int) -> None:
+        """Take in a tile."""
+        self._take(tile, self._values.values(tile, thread), thread)
+
+    def take_up_to(self, limits: Sequence[float], crew: Crew) -> tuple[list[float], list[Tile]]:
+        """Take in the tiles whose norms are within limits, each while it is in the cache; all norms, and the others."""
+        values, norms, others = self._values, [0.0] * len(limits), list[Tile]()
+
+        def work(tile: Tile, thread: int) -> None:
+            flat = values.flat(tile, thread)
+            norms[tile.number] = norm = float(torch.linalg.vector_norm(flat))
+            if norm <= limits[tile.number]:
+                self._take(tile, values.wide(flat, tile, thread), thread)
+            else:
+                others.append(tile)
+
+        crew.each(work, values.tiles)
+        return norms, others
+
+    def undo(self, tile: Tile, thread: int) -> None:
+        """Take a tile out again."""
+        self._interpolate(tile, self._values.values(tile, thread), back=True)
+
+    def end(self) -> Standing:
+        """The standing when all tiles are taken in; after the fold of a window late in a run low parts begin."""
+        after, sketcher = self._after, self._averages.sketcher
+        if self.folds:
+            count = None if after.folds is None else after.folds + 1
+            if count is not None and is_late(after.window, after.folded_t, after.t):
+                self._kept.clear_rests()
+                count = None
+            after = replace(after, window=0, folded_t=after.t, folds=count)
+        if sketcher is not None and self._before.early:
+            sketcher.end_value(self._averages.gammas, after.t, not after.early)
+        elif sketcher is not None and self.folds:
+            sketcher.end_window(after.t)
+        return after
+
+    def _take(self, tile: Tile, own: torch.Tensor, thread: int) -> None:
+        sketcher = self._averages.sketcher
+        for elements, room in self._wanted:
+            elements.take(tile, own, room)
+        if sketcher is not None and self._before.early:
+            sketcher.take(tile, own)
+        self._interpolate(tile, own)
+        if self.folds:
+            self._fold(tile, own, thread)
+
+    def _interpolate(self, tile: Tile, own: torch.Tensor, back: bool = False) -> None:
+        for flat, factor in self._doubles if own.dtype == torch.float64 else self._means:
+            changed = flat.flats[tile.bucket][tile.where]
+            if factor < 1:
+                torch.lerp(changed, own, factor / (factor - 1) if back else factor, out=changed)
+            else:  # what was there before does not count
+                changed.copy_(own)
+
+    def _fold(self, tile: Tile, newest: torch.Tensor, thread: int) -> None:
+        """Take in a tile of the means, and the newest value."""
+        kept, at, where, before = self._kept, tile.bucket, tile.where, self._before
+        scratch, rest = self._averages._scratch_of(tile, thread)
+        for profile, (share, mass) in enumerate(zip(self._factors, self._masses, strict=True)):
+            taken = newest
+            if before.window:
+                taken = torch.lerp(self._averages._mean(tile, profile, rest), newest, share, out=rest)
+            if profile == 0 and self._averages.sketcher is not None and not before.early:
+                self._averages.sketcher.take(tile, taken)
+            if taken.dtype == torch.float64:
+                return  # these averages have it already
+            high = kept.high[profile].flats[at][where]
+            torch.sub(taken, high, out=rest)
+            if before.folds is not None:
+                torch.sign(rest, out=scratch).mul_(high).view(torch.int32).bitwise_and_(EXPONENT)
+                dither = (GOLDEN * (before.folds + 1) % 1 - 0.5) * 2**-23
+                high.add_(rest.mul_(mass).add_(scratch, alpha=dither))
+                continue
+            stored = kept.low[profile].flats[at][where]
+            torch.lerp(scratch.copy_(stored), rest, mass, out=scratch)
+            rest.copy_(high)
+            high.add_(scratch)
+            stored.copy_(scratch.add_(rest.sub_(high)))

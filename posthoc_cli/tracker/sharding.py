@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -34,7 +35,6 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.chunks import Box, Chunk, row_major
 from posthoc_cli.tracker.layout import HOST
-from posthoc_cli.tracker.names import is_fsdp, named_modules
 
 Result = TypeVar("Result")
 
@@ -553,9 +553,15 @@ def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None  # there may be a group later
-    modules = () if model is None else (place.module for place in named_modules(model))
+    modules = () if model is None else model.modules()
     replicated = (one for one in modules if is_fsdp(one) or isinstance(one, torch.nn.parallel.DistributedDataParallel))
     return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
+
+
+def is_fsdp(module: torch.nn.Module) -> bool:
+    """Whether a module is a wrapper of the first FSDP (`fully_shard` wraps nothing)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what nobody has imported wraps nothing
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from posthoc_cli.tracker.layout import (
     Values,
     joined,
     on_host,
+    ranges_of,
     tiles_of,
 )
 from posthoc_cli.tracker.measuring import Subset
@@ -302,8 +303,7 @@ def stage(
 
     crew.each(work, tiles)
     doubtful: list[set[str]] = [set() for _ in profiles]
-    ranges = (own for bucket in layout.layout for own in bucket.cut(bucket.edges()))
-    for tile, own, held in zip(tiles, norms, ranges, strict=True):
+    for tile, own, held in zip(tiles, norms, ranges_of(layout.layout), strict=True):
         most = torch.finfo(layout.stored[tile.bucket].dtype).max
         for index, norm in enumerate(own):
             if not float(norm) <= most:

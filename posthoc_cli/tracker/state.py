@@ -35,8 +35,7 @@ from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.states import StateInfo, high_prefix, low_prefix
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter, tensor_bytes, tensor_from_bytes
 from posthoc_cli.tracker.layout import HOST, Layout, buckets_of
-from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.names import named_tensors
+from posthoc_cli.tracker.model_tensors import TrackedModel, named_tensors, nonfinite_name
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
 

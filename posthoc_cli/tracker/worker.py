@@ -26,7 +26,6 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import NotReadyError, WriteError, warn
-from posthoc_cli.resources import worker_count
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +172,7 @@ class Worker:
     def wait(self) -> None:
         """Return when every job is done; at once in a forked child, which has no thread."""
         if not self.is_idle() and os.getpid() == self._process:
-            job = Job(lambda: None)
-            self.put(job)
-            job.wait()
+            self.call(lambda: None)
 
     def take_error(self) -> Exception | None:
         """The first error of a job that was not taken yet."""
@@ -250,11 +247,6 @@ class Crew:
     def __init__(self, size: int) -> None:
         self.size = size
         self._helpers = [Worker(f"averages-{number}") for number in range(1, size)]
-
-    @classmethod
-    def like_torch(cls) -> Crew:
-        """As many threads as torch takes in the calling one, up to those of a synthesis."""
-        return cls(min(torch.get_num_threads(), worker_count()))
 
     def each(self, work: Callable[[Item, int], object], items: Iterable[Item]) -> None:
         """Call `work(item, thread)` for every item, in any order, with thread < `size`.

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
+from integrations.programs import forget
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    """Forget the state that accelerate keeps in the process."""
-    found = sys.modules.get("accelerate.state")
-    for kind in ("AcceleratorState", "GradientState", "PartialState") if found else ():
-        getattr(found, kind)._reset_state()
+    forget()

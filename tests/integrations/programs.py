@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +30,26 @@ def exit_codes_of_two(*command: object, **environment: str) -> list[int]:
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     processes = [start(*command, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"]
     return [process.wait(250) for process in processes]
+
+
+def skip_steps(monkeypatch: pytest.MonkeyPatch, skipped: Sequence[int]) -> list[int]:
+    """Have accelerate say that a GradScaler found infinities at these calls of `step`, from 1; the calls so far."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    real, calls = AcceleratedOptimizer.step, list[int]()
+
+    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        calls.append(len(calls) + 1)
+        self._is_overflow = calls[-1] in skipped
+        if not self._is_overflow:
+            real(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    return calls
+
+
+def forget() -> None:
+    """As in a new process: accelerate's objects share their state."""
+    found = sys.modules.get("accelerate.state")
+    for kind in ("AcceleratorState", "GradientState", "PartialState") if found else ():
+        getattr(found, kind)._reset_state()

@@ -15,11 +15,9 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import accelerate
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
 from integrations.gloo import use_fsdp_on_the_cpu
-from integrations.programs import heavy, start
+from integrations.programs import forget, heavy, skip_steps, start
 from integrations.truth import assert_exact, distance, exact, live, recorded
 
 from posthoc_cli import PostHocEMA
@@ -79,15 +77,7 @@ def test_accumulated_steps_count_once(tmp_path: Path, before: bool) -> None:
 
 
 def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = AcceleratedOptimizer.step, []
-
-    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
-        calls.append(self.gradient_state.sync_gradients)
-        self._is_overflow = sum(calls) == 2
-        if not self._is_overflow:
-            real(self, closure)
-
-    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    skip_steps(monkeypatch, (6,))
     training = Training(tmp_path)
     training.run()
     assert len(training.weights) == 4
@@ -108,7 +98,7 @@ def test_a_killed_training_resumes_exactly(tmp_path: Path, killed_at: int) -> No
     whole = Training(tmp_path / "whole")
     whole.run()
     whole.ema.close()
-    _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+    forget()
     resumed = Training(tmp_path, resume="auto")
     resumed.accelerator.load_state(str(tmp_path / "saved"))
     assert resumed.ema.step == 2
@@ -125,7 +115,7 @@ def test_a_state_is_loaded_whatever_the_weights_were_before(tmp_path: Path) -> N
     training.ema.close()
     weights = training.weights[:2]
     for loads in (False, True):
-        _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+        forget()
         again = Training(tmp_path, resume="auto")
         if not loads:
             with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
@@ -138,7 +128,7 @@ def test_a_state_is_loaded_whatever_the_weights_were_before(tmp_path: Path) -> N
 
 def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
     """An accelerator and, of each model, itself, its optimizer and its tracker."""
-    _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+    forget()
     accelerator, made = Accelerator(cpu=True), []
     for name in ("generator", "critic"):
         bare = torch.nn.Linear(4, 4)
@@ -201,7 +191,7 @@ def test_a_tracker_that_could_not_begin_is_replaced_and_in_the_way_of_no_checkpo
     """Its directory has another run; the traceback keeps it alive in a notebook."""
 
     def run(folder: str, saves: bool, steps: int = 3) -> tuple[Accelerator, PostHocEMA, list[Any]]:
-        _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+        forget()
         torch.manual_seed(0)
         accelerator, bare, weights = Accelerator(cpu=True), torch.nn.Linear(4, 4), []
         model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))

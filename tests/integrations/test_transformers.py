@@ -18,7 +18,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 
 import transformers
 from integrations.llama import DATA, EVERY, Recorder, network, trainer
-from integrations.programs import exit_codes_of_two, heavy, start
+from integrations.programs import exit_codes_of_two, heavy, skip_steps, start
 from integrations.truth import assert_exact, distance, exact
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
@@ -28,6 +28,8 @@ from posthoc_cli.integrations.transformers import PostHocCallback
 from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
+
+BEST = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
 
 
 def loss(model: torch.nn.Module, folder: Path) -> float:
@@ -125,17 +127,7 @@ def test_a_checkpoint_that_a_kill_has_left_without_the_state_goes_on_from_the_sn
 
 def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GradScaler that finds infinities makes accelerate say so; the trainer's own counter goes on."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    real, calls = AcceleratedOptimizer.step, []
-
-    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
-        calls.append(self.gradient_state.sync_gradients)
-        self._is_overflow = len(calls) in (2, 3)
-        if not self._is_overflow:
-            real(self, closure)
-
-    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    calls = skip_steps(monkeypatch, (2, 3))
     callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
     one = trainer(tmp_path, callback, recorder, gradient_accumulation_steps=3, save_strategy="no", max_steps=6)
     one.train()
@@ -190,8 +182,7 @@ def test_steps_that_a_fused_optimizer_leaves_out_do_not_count(tmp_path: Path, mo
 
 def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: Path) -> None:
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, folders=True, **EVERY), Recorder()
-    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
-    one = trainer(tmp_path, recorder, max_steps=8, learning_rate=0.05, **arguments)
+    one = trainer(tmp_path, recorder, max_steps=8, learning_rate=0.05, **BEST)
     assert callback.install(one) is callback
     one.train()
     logged = [entry for entry in one.state.log_history if "eval_ema_loss" in entry]
@@ -218,7 +209,7 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     wanted = [0.2, "decay:linear:50%", "window:5"]
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=wanted, **EVERY), Recorder()
     name = "eval_ema_decay-linear-50%_loss"
-    arguments = {"metric_for_best_model": name, "load_best_model_at_end": True, "eval_strategy": "steps"}
+    arguments = BEST | {"metric_for_best_model": name}
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
     one = trainer(
         tmp_path, recorder, stopping, max_steps=8, learning_rate=0.05, eval_steps=2, save_steps=2, **arguments
@@ -265,8 +256,7 @@ def test_what_may_be_evaluated(tmp_path: Path) -> None:
 
 def test_evaluations_before_the_first_update_see_the_weights_as_they_are(tmp_path: Path) -> None:
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY | {"update_every": 2}), Recorder()
-    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
-    one = trainer(tmp_path, recorder, max_steps=4, eval_steps=1, save_steps=1, learning_rate=10.0, **arguments)
+    one = trainer(tmp_path, recorder, max_steps=4, eval_steps=1, save_steps=1, learning_rate=10.0, **BEST)
     callback.install(one).options["update_after_step"] = 2
     one.train()
     logged = {entry["step"]: entry["eval_ema_loss"] for entry in one.state.log_history if "eval_ema_loss" in entry}
@@ -368,7 +358,6 @@ def test_bf16_parameters_and_a_compiled_model(tmp_path: Path) -> None:
     one = trainer(tmp_path, callback, recorder, model=network().bfloat16(), **options)
     one.train()
     ema = callback.ema
-    assert ema is not None
     assert ema.step == 10
     weights = ema.state_dict(0.2, dtype=torch.float32)
     assert distance(weights, exact(recorder.weights, 0.2)) < 1e-6
@@ -389,7 +378,6 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptur
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     trainer(tmp_path, callback).train(resume_from_checkpoint=True)
     assert "its averages begin here" in caplog.text
-    assert callback.ema is not None
     assert callback.ema.step == 6
     with pytest.raises(ModelMismatchError, match="another directory"):
         trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()
@@ -408,9 +396,8 @@ def test_early_stopping_on_the_averages_metric(
             super().on_evaluate(args, state, control, metrics, **others)
 
     stopping = Watching(early_stopping_patience=2)
-    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
     one = trainer(
-        tmp_path, *[stopping] * first, learning_rate=10.0, eval_steps=1, save_steps=1, disable_tqdm=False, **arguments
+        tmp_path, *[stopping] * first, learning_rate=10.0, eval_steps=1, save_steps=1, disable_tqdm=False, **BEST
     )
     PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(one)
     if not first:
@@ -440,14 +427,12 @@ def test_evaluations_that_fail_leave_the_trainer_as_it_was(tmp_path: Path) -> No
     assert handler.on_evaluate == tell
     one.eval_dataset = rows
     assert {"eval_loss", "eval_ema_loss"} <= one.evaluate().keys()
-    assert callback.ema is not None
     assert callback.ema.step == 2
 
 
 def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
-    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY), Recorder()
-    one = trainer(tmp_path, callback, recorder, learning_rate=10.0, **arguments)
+    one = trainer(tmp_path, callback, recorder, learning_rate=10.0, **BEST)
     one.add_callback(callback)
     with pytest.raises(InvalidValueError, match=r"twice.*trainer\.remove_callback\(PostHocCallback\)"):
         one.train()
@@ -461,7 +446,6 @@ def test_a_callback_given_twice_and_cells_run_again(tmp_path: Path) -> None:
     one.train()
     best = int(one.state.best_model_checkpoint.split("-")[-1])
     assert distance(dict(one.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
-    assert callback.ema is not None
     assert callback.ema.step == 10
     again = PostHocCallback(tmp_path / "again", evaluate=0.1, **EVERY)
     one.remove_callback(PostHocCallback)

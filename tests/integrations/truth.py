@@ -36,14 +36,12 @@ def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor
 
 def live(ema: PostHocEMA | None, model: torch.nn.Module, sigma_rel: float) -> dict[str, torch.Tensor]:
     """A live average, as the tracker gives it to the model."""
-    assert ema is not None
     with ema.averaged(model, sigma_rel):
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def assert_exact(ema: PostHocEMA | None, model: torch.nn.Module, weights: Recorded, every: int = 1) -> None:
     """Every step has counted once, and each tracked average is the true one."""
-    assert ema is not None
     assert ema.step == len(weights)
     for sigma_rel in ema.settings.sigma_rels:
         assert distance(live(ema, model, sigma_rel), exact(weights, sigma_rel, every)) < 1e-6

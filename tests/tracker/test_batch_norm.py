@@ -98,7 +98,6 @@ def test_what_a_snapshot_measures_is_of_weights_alone(tmp_path: Path) -> None:
         exact = exact_average([state[name] for state in states], 0.05, range(1, 61))
         sizes["weights" if name in names else "statistics"] += float((exact**2).sum())
     measured = tracker.run.snapshots[-2].info
-    assert measured.measurements is not None
     assert measured.sigma_rel == 0.05
     assert sizes["statistics"] > 1000 * sizes["weights"]
     assert measured.measurements.norm == pytest.approx(sizes["weights"], rel=1e-6)
@@ -111,7 +110,6 @@ def test_what_a_snapshot_measures_is_of_weights_alone(tmp_path: Path) -> None:
     error = plan.predicted_error(0)
     found = Run(tmp_path).average(0.1)
     squared = sum(float(((found[n].double().numpy() - exact[n]) ** 2).sum()) for n in names)
-    assert error is not None
     assert np.sqrt(squared / sum(float((one**2).sum()) for one in exact.values())) < 5 * error
 
 

@@ -12,7 +12,7 @@ from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.tracker import layout as layouts
-from posthoc_cli.tracker import measuring, sketching
+from posthoc_cli.tracker import measuring
 from posthoc_cli.tracker.layout import lay_out, tiles_of
 from posthoc_cli.tracker.measuring import Subset
 
@@ -58,7 +58,7 @@ def test_snapshots_tell_the_length_of_the_path(tmp_path: Path) -> None:
 def test_many_windows_become_half_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for most in (512, 20):
-        monkeypatch.setattr(sketching, "MOST_WINDOWS", most)
+        monkeypatch.setattr(measuring, "MOST_WINDOWS", most)
         net = model()
         with tracker_of(net, tmp_path / str(most)) as tracker:
             trained(tracker, net, 1, 150)
@@ -101,12 +101,11 @@ def test_a_projection_depends_on_places_alone(monkeypatch: pytest.MonkeyPatch) -
 
     def numbers(flat: torch.Tensor, length: int) -> np.ndarray:
         monkeypatch.setattr(layouts, "TILE", length)
-        sketcher = sketching.Sketcher(Subset(layout, {"a", "b"}))
+        sketcher = measuring.Sketcher(Subset(layout, {"a", "b"}))
         for tile in tiles_of(layout):
             sketcher.take(tile, flat[tile.where])
         sketcher.end_window(1.0)
         path = sketcher.path(1.0)
-        assert path is not None
         return np.asarray(path.sketch.means[0], np.float64)
 
     whole = numbers(values, 10**6)
@@ -136,38 +135,35 @@ def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monke
     else:
         values["gains"].normal_(generator=random)
     layout = lay_out(values)
-    sketcher = sketching.Sketcher(Subset(layout, shapes))
+    sketcher = measuring.Sketcher(Subset(layout, shapes))
     flat = torch.cat([one.view(-1) for one in values.values()])
     for tile in tiles_of(layout):
         sketcher.take(tile, flat[tile.where])
     path = sketcher.path(1.0)
-    assert path is not None
     ratio = float(np.sum(path.sketch.means.astype(np.float64) ** 2)) / float(flat.double().square().sum())
     drawn = 1024 if elements == 2**20 or kind == "gains" else 16  # of the row
-    assert abs(ratio - 1) < 3 * np.sqrt(2 / sketching.NUMBERS + (3 / drawn if kind == "one row" else 0))
+    assert abs(ratio - 1) < 3 * np.sqrt(2 / measuring.NUMBERS + (3 / drawn if kind == "one row" else 0))
 
 
 def test_another_model_has_no_path_of_this_one(tmp_path: Path) -> None:
     """A sketch of other tensors cannot be gone on with: none is written from then on."""
     layout, other = lay_out({"a": torch.empty(10)}), lay_out({"a": torch.empty(11)})
-    first = sketching.Sketcher(Subset(layout, {"a"}))
+    first = measuring.Sketcher(Subset(layout, {"a"}))
     (tile,) = tiles_of(layout)
     first.take(tile, torch.ones(10))
     first.end_window(1.0)
     known = first.path()
-    assert known is not None
-    assert sketching.Sketcher(Subset(layout, {"a"})).goes_on(known)
-    for changed in (sketching.Sketcher(Subset(other, {"a"})), sketching.Sketcher(Subset(layout, {"a"}), 1)):
+    assert measuring.Sketcher(Subset(layout, {"a"})).goes_on(known)
+    for changed in (measuring.Sketcher(Subset(other, {"a"})), measuring.Sketcher(Subset(layout, {"a"}), 1)):
         assert not changed.goes_on(known)
 
 
 def test_hostile_sketches_are_refused() -> None:
-    sketcher = sketching.Sketcher(Subset(layout := lay_out({"a": torch.empty(10)}), {"a"}))
+    sketcher = measuring.Sketcher(Subset(layout := lay_out({"a": torch.empty(10)}), {"a"}))
     for t in (1.0, 2.0):
         sketcher.take(tiles_of(layout)[0], torch.ones(10) * t)
         sketcher.end_window(t)
     path = sketcher.path()
-    assert path is not None
     for exact in (False, True):
         text = fmt.encode_path(path, exact)
         np.testing.assert_allclose(fmt.decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)

@@ -96,7 +96,6 @@ def test_minimum_variance_beats_the_published_method_and_knows_its_error(
         paper = relative_error(flat(tracker.state_dict(sigma_rel=s, method="paper")), exact)
         assert ours <= 1.05 * paper
         predicted = plan.predicted_error(index)
-        assert predicted is not None
         assert 0.3 < ours / predicted < 1.8
 
 
@@ -118,7 +117,6 @@ def test_other_averages_of_these_snapshots_are_near_the_truth(stride: int, cache
         found = flat(PostHocEMA.from_path(tmp_path).state_dict(target))
         error = relative_error(found, exact)
         predicted = plan.predicted_error(index)
-        assert predicted is not None
         assert predicted < 0.01
         assert 0.3 < error / predicted < 2
     # A recursion at every step, written out, is what the formula of the classical average says.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,8 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteE
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import layout
 from posthoc_cli.tracker.layout import Tile, TileReader, lay_out, tiles_of
-from posthoc_cli.tracker.measuring import Subset
+from posthoc_cli.tracker.measuring import Sketcher, Subset
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.sketching import Sketcher
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -211,7 +209,6 @@ def test_the_predicted_error_knows_what_shared_means_leave(tmp_path: Path) -> No
     found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"].double().numpy()
     error = np.linalg.norm(found - kept) / np.linalg.norm(kept)
     predicted = plan_synthesis(disk_sources(tmp_path), [0.28]).predicted_error(0)
-    assert predicted is not None
     assert error > 5e-7
     assert 0.4 < error / predicted < 2.5
 
@@ -258,8 +255,6 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
                 exact.take(part, mean[part.where].to(dtype))
             exact.end_window(float(t))
         path, expected = running.path(), exact.path()
-        assert path is not None
-        assert expected is not None
         np.testing.assert_array_equal(path.sketch.edges, expected.sketch.edges)
         np.testing.assert_allclose(path.sketch.means, expected.sketch.means, atol=1e-4)
         found.append(path.sketch.means)
@@ -632,49 +627,43 @@ def test_with_frozen_parameters_tracked_too_they_may_be_frozen_and_unfrozen(tmp_
         np.testing.assert_allclose(tracked(tracker, 0.28), exact_average(values, 0.28, range(1, 7)), atol=1e-13)
 
 
-def quantized() -> torch.nn.Module:
-    """For training with quantized weights: scales have one element a channel after the first batch."""
-    model = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2)).train()
-    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
-    return torch.ao.quantization.prepare_qat(model)
+class AtFirstBatch(torch.nn.Module):
+    """As fake quantization: scales have one element a channel after the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(6, 3))
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale = self.weight.abs().amax(1)
+        return x @ self.weight.T
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, as torch.ao is deprecated
 def test_buffers_that_get_their_shape_at_the_first_batch_are_named_with_ways_out_that_work(tmp_path: Path) -> None:
-    x = torch.randn(5, 3, generator=torch.manual_seed(0))
-
     def train(model: torch.nn.Module, folder: str, **options: object) -> None:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with PostHocEMA.from_model(model, tmp_path / folder, update_every=1, checkpoint_every=2, **options) as tracker:
             for _ in range(3):
-                model(x).square().mean().backward()
-                optimizer.step()
+                model(torch.ones(5, 3))
                 tracker.update_(model)
             with tracker.model(model, 0.15):
-                model(x)
+                model(torch.ones(5, 3))
 
-    with pytest.raises(ModelMismatchError, match="run one batch through the model before the tracker is made") as said:
-        train(quantized(), "0")
-    (glob,) = re.findall(r"exclude='(.*?)'", str(said.value))
-    assert glob == "*weight_fake_quant.*"
-    train(quantized(), "1", exclude=glob)
-    model = quantized()
-    model(x)
-    train(model, "2")
+    def after_one_batch() -> torch.nn.Module:
+        model = AtFirstBatch()
+        model(torch.ones(5, 3))
+        return model
+
+    with pytest.raises(ModelMismatchError, match=r"'scale': has the shape \[6\].*run one batch through the model"):
+        train(AtFirstBatch(), "0")
+    train(AtFirstBatch(), "1", exclude="scale")
+    train(after_one_batch(), "2")
     with pytest.raises(ModelMismatchError, match="run one batch"):  # a training that goes on begins with the same
-        PostHocEMA.from_path(tmp_path / "2", quantized())
-    again = quantized()
-    again(x)
+        PostHocEMA.from_path(tmp_path / "2", AtFirstBatch())
+    again = after_one_batch()
     with PostHocEMA.from_path(tmp_path / "2", again, step=2) as tracker:  # whatever the weights
         tracker.update_(again)
         assert tracker.step == 3
-    plain = Scalar()
-    plain.register_buffer("seen", torch.zeros(1))
-    with PostHocEMA.from_model(plain, tmp_path / "3", update_every=1, checkpoint_every=1) as tracker:
-        tracker.update_(plain)
-        plain.seen = torch.zeros(2)
-        with pytest.raises(ModelMismatchError, match=r"exclude='seen'"):
-            tracker.update_(plain)
 
 
 class Single(torch.nn.Module):
@@ -686,10 +675,6 @@ class Single(torch.nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: Single(torch.zeros(2, dtype=torch.complex64)),
-            r"'p': dtype torch\.complex64 cannot be averaged; .*view_as_real.*exclude='p'",
-        ),
         (lambda: Single(torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
         (lambda: Single(torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
         (lambda: torch.nn.LazyLinear(3), "'weight': has no shape yet"),
