@@ -14,6 +14,7 @@ import platform
 import re
 import shlex
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import ErrorCurve, finite, no_formula
 from posthoc_cli.reconstruction import Motion
+from posthoc_cli.resources import size_text
 from posthoc_cli.run import Run, facts
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_small_file
@@ -88,7 +90,11 @@ def _of_run(run: Run, number: int) -> dict[str, Any]:
     return {
         "run": run,
         "info": info,
-        "facts": [*facts(info), ("tracked", ", ".join(f"sigma_rel {width:g}" for width in run.profiles) or "none")],
+        "facts": [
+            *facts(info),
+            *_held(info),
+            ("tracked", ", ".join(f"sigma_rel {width:g}" for width in run.profiles) or "none"),
+        ],
         "curve": curve,
         "error": _picture(_errors([curve]), f"error-{number}", curve),
         "good": curve.ranges_text(plots.GOOD_ERROR),
@@ -208,6 +214,16 @@ def _drawn(
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{name}">', svg, count=1)
     points = {"xs": list(x), "ys": list(y), **frames[0]}
     return {"svg": Markup(svg), "curve": json.dumps(points)}
+
+
+def _held(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row about checkpoints, where there are any: how many hold what."""
+    checkpoints = info.get("checkpoints")
+    if not checkpoints:
+        return []
+    counts = Counter(one["holds"] for one in checkpoints)
+    size = size_text(sum(one["bytes"] for one in checkpoints))
+    return [("checkpoints", ", ".join([*(f"{count:,} x {what}" for what, count in counts.items()), size]))]
 
 
 def _errors(curves: Sequence[ErrorCurve]) -> Callable[[], Figure]:

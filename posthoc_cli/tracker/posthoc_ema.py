@@ -355,7 +355,7 @@ class PostHocEMA(Tracker):
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
         query = Query(sigma_rel, t, step, dtype, method)
-        self._evaluation(model, alone, f"load_into({query})").fill(query, device)
+        self._evaluation(check_model(model), alone, f"load_into({query})").fill(query, device)
 
     update_bn = staticmethod(update_bn)
 
