@@ -44,8 +44,9 @@ def check_found(where: str, release: str, found: Mapping[str, bool]) -> None:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether processes hold chunks of the model."""
-    return any(hasattr(one, "placements") for one in model.parameters())
+    """Whether processes hold chunks of the model. After a forward pass without backward parameters may be complete."""
+    held = any(hasattr(one, "placements") for one in model.parameters())
+    return held or any(hasattr(module, "reshard") for module in model.modules())
 
 
 def write_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0) -> None:

@@ -31,7 +31,7 @@ from posthoc_cli.tracker.model_tensors import (
     named_tensors,
     swapped,
 )
-from posthoc_cli.tracker.sharding import held_part, is_fsdp, is_sharded, reshard
+from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
 
 Given = TypeVar("Given")
 
@@ -148,6 +148,9 @@ def on_disk(plan: Plan, folder: Path) -> list[Weights]:
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
     """Copy one value into a model's tensor, or into what this process holds of it; see `load_weights`."""
+    if is_sharded(target) and not own_dtype and value.dtype != target.dtype:
+        _replace_chunk(target, value)
+        return
     target = held_part(target)
     if not _is_writable(target):
         target.data = value.to(target.device, target.dtype, copy=True)
@@ -155,6 +158,15 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
         target.data.copy_(value)
     else:
         target.data = value.to(target.device, copy=True)
+
+
+def _replace_chunk(tensor: torch.Tensor, local: torch.Tensor) -> None:
+    """Give a DTensor other elements here, of another dtype; it stays the same object."""
+    new = as_dtensor(local.clone(), tensor).to(tensor.device)
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, tensor.requires_grad)
+    vars(new).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
 
 
 def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -230,6 +242,7 @@ def _save(
     device, held = tensor.device, held_part(tensor)
     storage = held.data if in_place else None
     values = held.data.to("cpu", copy=True) if saves else None
+    is_chunk = held is not tensor
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -238,8 +251,10 @@ def _save(
         if storage is not None:
             if values is not None:
                 storage.copy_(values)
-            if held is tensor:
+            if not is_chunk:
                 tensor.data = storage
+        elif values is not None and is_chunk:
+            _replace_chunk(tensor, values)
         elif values is not None:
             tensor.data = values.to(device)
         if is_parameter:
@@ -273,9 +288,8 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
 
 def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
     """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps room of their own."""
-    if any(map(is_fsdp, model.modules())) or any(map(is_sharded, model.parameters())):
-        reason = "a model that is sharded, or under FSDP, keeps the dtypes it has"
-        raise InvalidValueError("dtype", reason, "leave dtype out", value=dtype)
+    if any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules()):
+        raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 
 def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:

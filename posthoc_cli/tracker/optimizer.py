@@ -227,14 +227,16 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
 
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether torch's own constructor has made it, and not only one of a wrapper around another optimizer."""
-    # Not `hasattr`: wrappers may hand on the attributes of what they wrap.
+    # Not `hasattr`: wrappers may hand on the attributes of what they wrap, as also a hook that is registered.
     if not {"defaults", "state", "param_groups"} <= vars(optimizer).keys():
         return False
     try:
-        optimizer.register_step_post_hook(lambda *_: None).remove()
+        hook = optimizer.register_step_post_hook(lambda *_: None)
     except AttributeError:
         return False
-    return True
+    hook.remove()
+    own = hook.hooks_dict_ref()
+    return any(held is own for held in vars(optimizer).values())
 
 
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:

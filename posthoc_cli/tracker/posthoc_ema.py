@@ -273,7 +273,7 @@ class PostHocEMA(Tracker):
 
         def make() -> tuple[Evaluation, Weights]:
             query = Query(sigma_rel, t, step, dtype, method)
-            evaluation = self._evaluation(model, alone, f"model({query})")
+            evaluation = self._evaluation(check_model(model), alone, f"model({query})")
             return evaluation, evaluation.weights(query)
 
         return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
@@ -296,7 +296,7 @@ class PostHocEMA(Tracker):
             InvalidValueError, NotReadyError, WriteError, RankError: an argument, no room on disk, and as `model`.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        evaluation = self._evaluation(model, False, f"models({', '.join(wanted)})")
+        evaluation = self._evaluation(check_model(model), False, f"models({', '.join(wanted)})")
         made, refused = evaluation.each(wanted)
         for label in refused if self.keeps_averages else ():
             if self._is_first(label):
@@ -317,7 +317,8 @@ class PostHocEMA(Tracker):
 
         def make() -> tuple[Evaluation, Weights]:
             index = self.settings.tracked_index(tracked)
-            evaluation = self._evaluation(model, alone, f"averaged(tracked={self.settings.sigma_rels[index]:g})")
+            call = f"averaged(tracked={self.settings.sigma_rels[index]:g})"
+            evaluation = self._evaluation(check_model(model), alone, call)
             return evaluation, evaluation.live_weights(index)
 
         return WithStatement(partial(self._filled, model, make))

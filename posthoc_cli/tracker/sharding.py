@@ -221,6 +221,8 @@ class Group:
             VanishedError: in all processes, where that is all that went wrong; they may try again.
             RankError: another process failed; names it.
         """
+        if self.is_alone:
+            return work()
         failure: Exception | None = None
         try:
             result = work()
@@ -503,8 +505,7 @@ class Owners(Members):
 
     def wait_for_writer(self) -> None:
         """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
-        with _rank_0_first(self._store, "writer", _NO_WRITER):
-            pass
+        _wait_for_rank_0(self._store, "writer", _NO_WRITER)
 
     def announce_failure(self, error: BaseException) -> None:
         """As above."""
@@ -594,8 +595,8 @@ def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
 def _rank_0_first(store: Store, key: str, what: str, patience: float = 1.0) -> Iterator[None]:
     """A block that each process does when rank 0 has done it; the error of that is raised in all of them."""
     rank = dist.get_rank()
-    if rank and (refused := _wait(store, key, 0, what, patience)):
-        raise RankError(*json.loads(refused))
+    if rank:
+        _wait_for_rank_0(store, key, what, patience)
     try:
         yield
     except BaseException as error:
@@ -605,6 +606,12 @@ def _rank_0_first(store: Store, key: str, what: str, patience: float = 1.0) -> I
         raise
     if rank == 0:
         _announce(store, key, "")
+
+
+def _wait_for_rank_0(store: Store, key: str, what: str, patience: float = 1.0) -> None:
+    """Return when rank 0 has done a block of `_rank_0_first`; raise its error, or that it has not in time."""
+    if refused := _wait(store, key, 0, what, patience):
+        raise RankError(*json.loads(refused))
 
 
 def _announce(store: Store, key: str, message: str) -> None:

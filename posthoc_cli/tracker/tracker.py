@@ -281,7 +281,7 @@ class Tracker:
             RankError: another process failed.
         """
         self._calls.check_open()
-        if not (state or self._has_state):
+        if not (self._has_state or state):
             # The writer has other averages from here on than those on disk.
             progress = replace(self._pipeline.now.progress, updated=max(1, self.step))
             self._pipeline.set(replace(self._pipeline.now, progress=progress, resumes=False))

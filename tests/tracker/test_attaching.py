@@ -156,6 +156,13 @@ class Sharing(torch.optim.Optimizer):
         self.state, self.param_groups = inner.state, inner.param_groups
 
 
+class Handing(Sharing):
+    """Has also the methods that take hooks, which are those of the optimizer within."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
 class Clipped(torch.optim.Adam):
     """Changes weights after the step that it overrides, whose hooks may be called before."""
 
@@ -181,6 +188,7 @@ REFUSED: list[tuple[Any, str]] = [
     (Wrapper, IS_A_WRAPPER),
     (PlainWrapper, IS_A_WRAPPER),
     (Sharing, "Sharing is a wrapper"),
+    (Handing, "Handing is a wrapper"),
     (lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False), IS_A_WRAPPER),
     (
         lambda optimizer: Clipped(optimizer.param_groups),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import exact_average, refuse_for_space
+from factories import exact_average, flip_bit, refuse_for_space
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import InvalidValueError, NotReadyError, WriteError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, NotReadyError, WriteError
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker import model_weights
 
@@ -359,3 +361,21 @@ def test_batches_go_to_the_models_device(tmp_path: Path) -> None:
     PostHocEMA.from_model(model, tmp_path).update_bn(model, batches())
     assert model[1].num_batches_tracked.item() == 4
     assert model[1].running_mean.is_cuda
+
+
+def test_a_block_that_fails_keeps_no_model(tmp_path: Path) -> None:
+    """Not even until the garbage is collected: on an accelerator there may be no room for the next one."""
+    model = torch.nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+    flip_bit(next(tmp_path.glob("*.safetensors")), -1)
+    opened, other = PostHocEMA.from_path(tmp_path), torch.nn.Linear(2, 2)
+    gone = weakref.ref(other)
+    gc.disable()
+    try:
+        with pytest.raises(FileFormatError), opened.model(other, 0.1):
+            pass
+        del other
+        assert gone() is None
+    finally:
+        gc.enable()

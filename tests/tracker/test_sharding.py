@@ -289,6 +289,24 @@ else:
     assert told.startswith("RankError rank 0: KeyboardInterrupt")
 
 
+def test_nobody_writes_where_the_first_process_has_nothing_to_write(tmp_path: Path) -> None:
+    """It would hold the directory's lock."""
+    code = """
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from posthoc_cli.tracker import sharding
+model = torch.nn.Linear(3, 4)
+mesh = DeviceMesh("cpu", [1])
+for name, parameter in [*model.named_parameters()]:
+    setattr(model, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
+sharding.PATIENCE = 2.0
+refused(lambda: ema.update_(model))
+"""
+    outs = check_group(code, 2, tmp_path)
+    assert all(out.startswith("RankError rank 0: has not taken the directory yet") for out in outs)
+
+
 LATE = """
 import shutil
 from posthoc_cli.snapshots.directory import inspect_directory

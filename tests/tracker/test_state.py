@@ -305,7 +305,7 @@ def test_an_entry_that_is_missing_is_named(tmp_path: Path, state: dict) -> None:
         without = {name: value for name, value in state.items() if name != key}
         with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
             tracker.load_state_dict(without)
-    for wrong in (torch.nn.Linear(2, 2).state_dict(), {}, [], None, "state"):
+    for wrong in (torch.nn.Linear(2, 2).state_dict(), {}, [], None, "state", torch.zeros(3)):
         with pytest.raises(InvalidValueError, match=r"state: must be what state_dict\(\) .*, not None"):
             tracker.load_state_dict(wrong)  # type: ignore[arg-type]
 

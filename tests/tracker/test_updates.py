@@ -399,6 +399,9 @@ def test_what_is_no_module_or_no_path_is_refused_everywhere(tmp_path: Path, bad:
         lambda: tracker.update_(bad),  # type: ignore[arg-type]
         lambda: tracker.load_into(bad, 0.1),  # type: ignore[type-var]
         lambda: tracker.model(bad, 0.1).__enter__(),  # type: ignore[type-var]
+        lambda: tracker.models(bad, [0.1]),  # type: ignore[type-var]
+        lambda: tracker.averaged(bad, 0.05).__enter__(),  # type: ignore[type-var]
+        lambda: PostHocEMA.from_path(tmp_path).load_into(bad, 0.1),  # type: ignore[type-var]
     ):
         with pytest.raises(InvalidValueError, match=message):
             call()
