@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -124,9 +124,6 @@ class Evaluation:
     group: Group
     model: torch.nn.Module | None
 
-    accept_meta: ClassVar[bool] = True
-    """Whether tensors of the model may be on the meta device, when it is filled."""
-
     def weights(self, query: Query) -> Weights:
         """An average, or of a sharded model the chunks of it that this process holds.
 
@@ -167,17 +164,20 @@ class Evaluation:
             self.group.together(lambda: check_weights(model, weights, own_dtypes, accept_meta))
 
     def fill(self, query: Query, device: torch.device | str) -> None:
-        """Fill the model with an average for good."""
-        model, own_dtypes = self.model, query.dtype is None
-        assert model is not None
-        if self.accept_meta and self.group.is_alone and self.tracker.has_average:  # tensor by tensor
-            with_consistent_plan(
-                lambda: self._plan_from(self.sources(), query), lambda plan: fill_model(model, plan, device)
-            )
+        """Fill the model with an average for good, also one on the meta device; alone tensor by tensor."""
+        model = self.model
+        if model is None or not (self.group.is_alone and self.tracker.has_average):
+            self._fill_at_once(query, device, accept_meta=True)
             return
-        weights = self.weights(query)
-        self.check(weights, own_dtypes, self.accept_meta)
-        fill(model, weights, weights.items(), own_dtypes, check_device(device))
+        with_consistent_plan(
+            lambda: self._plan_from(self.sources(), query), lambda plan: fill_model(model, plan, device)
+        )
+
+    def _fill_at_once(self, query: Query, device: torch.device | str, accept_meta: bool) -> None:
+        assert self.model is not None
+        weights, own_dtypes = self.weights(query), query.dtype is None
+        self.check(weights, own_dtypes, accept_meta)
+        fill(self.model, weights, weights.items(), own_dtypes, check_device(device))
 
     def of_sources(self, work: Callable[[list[Source]], Result]) -> Result:
         """The result of work on snapshots and live averages of complete tensors, of the first process, in each."""
@@ -322,7 +322,9 @@ class Evaluation:
 class ChunkEvaluation(Evaluation):
     """As above of a sharded model: each process makes the chunks that it owns."""
 
-    accept_meta: ClassVar[bool] = False
+    def fill(self, query: Query, device: torch.device | str) -> None:
+        """Fill the chunks here with those of an average for good."""
+        self._fill_at_once(query, device, accept_meta=False)
 
     def _found(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
         """As above; at hand are the live averages of the chunks here."""

@@ -45,7 +45,7 @@ _OTHER_DTYPE = (
 )
 _NEW_SHAPE = (
     "where modules give their buffers a shape at the first batch, as fake quantization does, run one batch through the "
-    "model before the tracker is made, or leave such buffers out with exclude"
+    "model before the tracker is made, or leave such buffers out with exclude=, by name or glob"
 )
 
 

@@ -40,7 +40,7 @@ _ALIGNED = 64
 
 
 class WithStatement(Generic[Given]):
-    """A context manager for `with` only, also again; what `contextmanager` makes could be called, as a decorator."""
+    """A context manager that can be entered more than once, and cannot be used as a decorator by mistake."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[Given]]) -> None:
         self._make = make

@@ -435,7 +435,7 @@ class _Update:
         self.largest_share = max(self._factors if before.window else self._shares)
 
     def begin(self) -> None:
-        """The averages have room for the values now: no memory is taken from here on."""
+        """Prepare the tiles' work, when the averages have room for the values."""
         assert self._averages.tensors is not None
         self._kept, early = self._averages.tensors, self._before.early
         last = (self._factors[0], self._factors[-1]) if self._before.window else (1.0, 1.0)
