@@ -179,9 +179,11 @@ class Run:
     def _repr_html_(self) -> str:
         """What `info` says, in a notebook."""
         try:
-            told = facts(self.info())
+            info = self.info()
         except PostHocError:
             return f"<pre>{escape(repr(self))}</pre>"
+        counted = [key for key in ("profiles", "checkpoints", "problems") if info.get(key)]
+        told = [*facts(info), *((key, f"{len(info[key]):,}") for key in counted)]
         rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in told)
         return f"<table>{''.join(rows)}</table>"
 

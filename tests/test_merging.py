@@ -243,8 +243,11 @@ def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, 
     refused("'w' is no factor of LoRA")
     rewrite(lambda factors: {name: value for name, value in factors.items() if "lora_A" in name})
     refused("'base_model.model.blocks.0.query' has only one of its two factors")
+    for pattern in ('{"(": 1}', '["a"]', '{"m": "x"}', '{"m": null}'):
+        rewrite(lambda factors: factors, f'{{"lora_alpha": 1, "alpha_pattern": {pattern}}}')
+        refused("numbers lora_alpha and alpha_pattern")
     rewrite(lambda factors: factors, '{"lora_alpha": null}')
-    refused("is no configuration of LoRA with a number lora_alpha")
+    refused("is no configuration of LoRA with numbers lora_alpha and alpha_pattern")
     with pytest.raises(TypeError, match="unexpected keyword argument 'lik'"):
         Run(run).merge(0.1, base, out, lik=3)
 

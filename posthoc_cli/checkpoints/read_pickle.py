@@ -12,7 +12,6 @@ reasons `torch.load` is not used, and since it maps files: one that shrinks woul
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import os
@@ -36,6 +35,9 @@ _MOST_REPEATED = 64 * 1024 * 1024
 _MOST_ARGUMENTS = 16
 """Of a call; a pickle may give a million to each of a million calls."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_LONGEST_LINE = 4096
+"""Bytes of a name or number that is written as text."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 _DTYPES = {
@@ -62,7 +64,7 @@ class Node(dict[Any, Any]):
     __eq__ = object.__eq__
 
     def __call__(self, *arguments: Any) -> Node:
-        """What a call of it makes."""
+        """An inert object of the same name."""
         return Node(self.name, arguments)
 
     def extend(self, _: object) -> None:
@@ -78,10 +80,14 @@ def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
     FileFormatError names the file and says what is wrong.
     """
 
-    @functools.cache
+    known: dict[_Bytes, Any] = {}
+
     def from_bytes(data: Any) -> Any:
         """A storage that was written into a string of bytes; such a string within another is not read."""
-        return _read_stream(file, data.begin, data.begin + data.nbytes, _CALLS)
+        _check(isinstance(data, _Bytes), "a storage without bytes")  # before it is hashed, which may take forever
+        if data not in known:
+            known[data] = _read_stream(file, data.begin, data.begin + data.nbytes, _CALLS)
+        return known[data]
 
     calls: _Calls = {**_CALLS, "torch.storage._load_from_bytes": from_bytes}
     try:
@@ -123,9 +129,9 @@ def _read_stream(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
     value, start = _unpickled(file, begin, end, calls)
     if value != _LEGACY_MAGIC:
         return value
-    _protocol, start = _unpickled(file, start, end, calls)
+    protocol, start = _unpickled(file, start, end, calls)
     system, start = _unpickled(file, start, end, calls)
-    is_known = isinstance(system, dict) and system.get("little_endian") is True
+    is_known = protocol == _LEGACY_PROTOCOL and isinstance(system, dict) and system.get("little_endian") is True
     _check(is_known, "is of an unknown release of torch.save, or of a big-endian machine")
     sizes: dict[str, int] = {}
     begins: dict[str, int] = {}
@@ -196,12 +202,22 @@ class _Range(io.RawIOBase):
         return count
 
 
+class _Buffered(io.BufferedReader):
+    """The same, buffered."""
+
+    def readline(self, size: int | None = _LONGEST_LINE) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n"):  # truncated, or longer: what is left of it would be read as operations
+            raise EOFError
+        return line
+
+
 # --- pickles
 
 
 def _unpickled(file: OpenedFile, begin: int, end: int, calls: _Calls, locate: _Locate = None) -> tuple[Any, int]:
     """The value of the pickle that begins at `begin`, and where it ends, at `end` at the latest."""
-    stream = io.BufferedReader(_Range(file, begin, end))
+    stream = _Buffered(_Range(file, begin, end))
     try:
         return _Unpickler(stream, calls, locate, begin).load(), begin + stream.tell()
     except (
@@ -237,7 +253,7 @@ class _Unpickler(pickle._Unpickler):
         return replace(self._locate(pid[2], count * (ITEM_BYTES[dtype] if dtype else 1)), dtype=dtype)
 
     def call(self, _: object = None) -> None:
-        """A call, or an object made without `__init__`, which is the same here; what is given by name is no tensor."""
+        """A call, or an object made without `__init__`, which is the same here. Keyword arguments are ignored."""
         arguments, function = self.stack.pop(), self.stack.pop()
         self.append(function(*arguments[:_MOST_ARGUMENTS]))
 

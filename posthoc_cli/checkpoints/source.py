@@ -76,10 +76,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.kind is not None:
             check_word("kind", self.kind, KINDS)
+        for name in ("sigma_rels", "ema_restarts"):
+            if isinstance(given := getattr(self, name), Iterable):
+                vars(self)[name] = tuple(given)
         restarts = self.ema_restarts
-        are_steps = isinstance(restarts, Iterable) and all(type(step) is int and step > 0 for step in restarts)
+        are_steps = isinstance(restarts, tuple) and all(type(step) is int and step > 0 for step in restarts)
         for name, is_right, wanted in (
-            ("sigma_rels", isinstance(self.sigma_rels, Iterable), "a list of widths"),
+            ("sigma_rels", isinstance(self.sigma_rels, tuple), "a list of widths"),
             ("ema_restarts", are_steps, "steps, above 0"),
             ("prefix", isinstance(self.prefix, str), "a text"),
         ):
@@ -99,7 +102,6 @@ class Settings:
             raise InvalidValueError("step_from", reason, value=self.step_from or "")
         selection = make_selection(self.include, self.exclude, "copy")
         plain = {"include": selection.include, "exclude": selection.exclude}
-        plain |= {name: tuple(getattr(self, name)) for name in ("sigma_rels", "ema_restarts")}
         vars(self).update(plain)
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:

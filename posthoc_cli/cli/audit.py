@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 from typer import Argument
 
+from posthoc_cli import files
 from posthoc_cli.cli import output, values
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def audit(
         for one in audits:
             _print(one)
         if out is not None and audits[0].intervals:
-            output.print_line(f"wrote {out}")
+            output.print_line(f"wrote {files.expanded(out)}")
     if any(one.is_bad for one in audits):
         raise typer.Exit(1)
 

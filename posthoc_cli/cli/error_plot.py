@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from typer import Argument
 
+from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
@@ -110,4 +111,5 @@ def _print(report: ErrorReport, shown: int, out: Path | None) -> None:
             rows.append([f"  {other.label}", f"{other.sigma_rel:.3g}", *errors])
         if rows:
             output.print_table(columns, rows, left=["  target"])
-    output.print_line(f"wrote {out}")
+    if out is not None:
+        output.print_line(f"wrote {files.expanded(out)}")

@@ -178,7 +178,8 @@ def standing() -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on a terminal's stderr, and the function that says what is done, and how many of how many are."""
     words = live.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     left = live.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
-    columns = live.BarColumn(bar_width=10, table_column=Column(min_width=10)), left, words
+    since = live.TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7))
+    columns = live.BarColumn(bar_width=10, table_column=Column(min_width=10)), since, left, words
     with _live(*columns) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, most: progress.update(task, description=what, completed=done, total=most)

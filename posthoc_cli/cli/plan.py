@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posthoc_cli import resources
+from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
 
 if TYPE_CHECKING:
@@ -95,4 +95,4 @@ def _print(report: PlanReport, out: Path | None) -> None:
         output.print_line(line)
     if out is not None:
         output.print_line()
-        output.print_line(f"wrote {out}")
+        output.print_line(f"wrote {files.expanded(out)}")

@@ -414,8 +414,11 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(found.read_text())
         float(config["lora_alpha"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FileFormatError(found, "is no configuration of LoRA with a number lora_alpha") from error
+        for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+            re.compile(pattern)
+            float(alpha)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+        raise FileFormatError(found, "is no configuration of LoRA with numbers lora_alpha and alpha_pattern") from error
     return config
 
 

@@ -109,7 +109,7 @@ class Lease:
     def _put(self, replaces: Known | None = None) -> Known:
         """Write the note where there is none, or in place of a known one."""
         try:
-            return store.put(self._url, self._note(), replaces=replaces)
+            return store.repeated(lambda: store.put(self._url, self._note(), replaces=replaces))
         except RemoteError as error:
             if error.errno == errno.ENOTSUP:
                 raise self._unconditional() from error

@@ -18,15 +18,17 @@ import os
 import re
 import stat
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path, PosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from posthoc_cli.errors import InvalidValueError, MissingDependencyError, PostHocError, RemoteError
+
+Result = TypeVar("Result")
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 
@@ -301,7 +303,7 @@ _WHOLE = 5_000 * 1024 * 1024
 """Bytes that each store takes in one request."""
 
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
-"""Bytes of a part of more, and how many there are at most; S3 takes 10,000."""
+"""Bytes of a part of a larger file, and how many parts there are at most; S3 takes 10,000."""
 
 _SLOWEST = 500_000
 """Bytes a second that are sent by one request at least."""
@@ -314,9 +316,6 @@ def put(url: str, data: bytes | Path, *, create: bool = True, replaces: Known | 
     or a RemoteError with the errno ESTALE. Both are one request, or of a store without such requests a RemoteError,
     ENOTSUP. Only a file above 5,000 MiB goes in parts, which `obstore` cannot send so: that there is no such object is
     asked before.
-
-    What fails is sent again, since no library repeats a request with a condition whose answer was lost. It may have
-    been done then, so that the condition does not hold any more: whoever calls finds out.
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
     minutes = size // (60 * _SLOWEST)
@@ -332,25 +331,32 @@ def put(url: str, data: bytes | Path, *, create: bool = True, replaces: Known | 
         content = _mapped(data) if isinstance(data, Path) else data
         how = {"mode": mode or "create", "use_multipart": False}
 
-    def send() -> dict[str, Any]:
-        with told(url, "written"):
-            return store.put(key, content, **how)  # type: ignore[no-any-return]
-
-    try:
-        done = send()
-    except RemoteError as error:
-        if error.errno != errno.EIO:
-            raise
-        time.sleep(0.5)
-        done = send()
+    with told(url, "written"):
+        done = store.put(key, content, **how)
     return Known(size, done.get("e_tag") or "", version=done.get("version") or "")
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:
     """The content of a file that nobody shortens meanwhile; the system drops its pages where memory is short."""
-    with path.open("rb") as file, suppress(ValueError):  # of an empty one
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return b""
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # an empty file, or a file system without mapping
+            return file.read()
+
+
+def repeated(request: Callable[[], Result]) -> Result:
+    """The result of a request with a condition, made again if that fails: no library repeats one whose answer was lost.
+
+    It may have been done then, so that the condition does not hold any more: whoever calls finds out.
+    """
+    try:
+        return request()
+    except RemoteError as error:
+        if error.errno != errno.EIO:
+            raise
+    time.sleep(0.5)
+    return request()
 
 
 def copy(url: str, to: str) -> None:
@@ -378,7 +384,7 @@ def _known(found: Any) -> Known:
 
 _ACCESS = "`ema guide remote` says where they are read from"
 _REASONS = (
-    ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket", ""),
+    ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket or container", ""),
     ("status code: 404", errno.ENOENT, "", ""),
     (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential",
      errno.EACCES, "no credentials were found", _ACCESS),

@@ -32,7 +32,7 @@ from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import ErrorCurve, finite, no_formula
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.resources import size_text
-from posthoc_cli.run import Run, facts
+from posthoc_cli.run import Run
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_small_file
 from posthoc_cli.sweep.results import RESULT, answer, draw, shown_at
@@ -90,11 +90,7 @@ def _of_run(run: Run, number: int) -> dict[str, Any]:
     return {
         "run": run,
         "info": info,
-        "facts": [
-            *facts(info),
-            *_held(info),
-            ("tracked", ", ".join(f"sigma_rel {width:g}" for width in run.profiles) or "none"),
-        ],
+        "facts": _facts(info),
         "curve": curve,
         "error": _picture(_errors([curve]), f"error-{number}", curve),
         "good": curve.ranges_text(plots.GOOD_ERROR),
@@ -178,6 +174,32 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.6g}"
 
 
+def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
+    steps = "" if info["t_unit"] == "steps" else f" in {info['step']:,} steps"
+    facts = [
+        ("run", str(info["run"])),
+        ("training time", f"{info['t']:,.12g} {info['t_unit']}{steps}"),
+    ]
+    if schedule := info.get("schedule"):
+        every = f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
+        most = schedule["max_checkpoints"]
+        facts += [
+            ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
+            ("schedule", every + ("" if most is None else f", at most {most:,} of each average")),
+            ("snapshots", f"{len(info['snapshots']):,}, {size_text(info['bytes'])}"),
+        ]
+    if checkpoints := info.get("checkpoints"):
+        held = Counter(one["holds"] for one in checkpoints)
+        listed = ", ".join(f"{count:,} x {what}" for what, count in held.items())
+        facts.append(("checkpoints", f"{listed}, {size_text(sum(one['bytes'] for one in checkpoints))}"))
+    return [
+        *facts,
+        ("model", f"{info['parameters']:,} parameters in {info['tensors']:,} tensors"),
+        ("stored as", ", ".join(f"{dtype} ({count:,})" for dtype, count in info["dtypes"].items())),
+        ("not tracked", ", ".join(info["left_out"][:20]) or "nothing"),
+    ]
+
+
 # --- figures -----------------------------------------------------------------------------------------
 
 
@@ -214,16 +236,6 @@ def _drawn(
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{name}">', svg, count=1)
     points = {"xs": list(x), "ys": list(y), **frames[0]}
     return {"svg": Markup(svg), "curve": json.dumps(points)}
-
-
-def _held(info: dict[str, Any]) -> list[tuple[str, str]]:
-    """A row about checkpoints, where there are any: how many hold what."""
-    checkpoints = info.get("checkpoints")
-    if not checkpoints:
-        return []
-    counts = Counter(one["holds"] for one in checkpoints)
-    size = size_text(sum(one["bytes"] for one in checkpoints))
-    return [("checkpoints", ", ".join([*(f"{count:,} x {what}" for what, count in counts.items()), size]))]
 
 
 def _errors(curves: Sequence[ErrorCurve]) -> Callable[[], Figure]:

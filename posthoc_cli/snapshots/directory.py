@@ -295,7 +295,15 @@ def is_parts_folder(path: Path) -> bool:
 
 def parts_folders(listing: Listing) -> list[Path]:
     """Folders of parts, whatever their names: one that was set aside may have a number in it."""
-    return [path for path in listing.entries if path.suffix != fmt.SUFFIX and is_parts_folder(path)]
+    return [path for path in listing.entries if path.suffix != fmt.SUFFIX and _may_hold_parts(path)]
+
+
+def _may_hold_parts(path: Path) -> bool:
+    """Whether it is a folder of parts, or a folder that cannot be read."""
+    try:
+        return is_parts_folder(path)
+    except DirectoryError:
+        return True
 
 
 def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> Snapshot | str:

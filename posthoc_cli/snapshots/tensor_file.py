@@ -231,7 +231,7 @@ class TensorFileWriter:
             begin = end
 
     def write_range(self, name: str, begin: int) -> RangeWriter:
-        """Write the bytes of a tensor from `begin` to an end, both of blocks, in order and in parts."""
+        """Write the bytes of a tensor, in order, from the start of a block to the end of a block or of the tensor."""
         sums = fmt.BlockChecksums(begin, self._entries[name].nbytes)
         return RangeWriter(self._file, self._blocks[name], sums, self._position(name))
 

@@ -180,8 +180,8 @@ def answer(found: dict[str, Any]) -> dict[str, str]:
     }
     if second is not None:
         equal = f"{second['low']:.12g} to {second['high']:.12g} are equal within the noise"
-        estimate = f"{second['estimate']:.6g} ± {second['standard_error']:.2g}"
-        told["second"] = f"sigma_rel {second['value']:.12g}. {equal}, {found['metric']}, estimate: {estimate}"
+        estimate = f"estimate of {found['metric']} {second['estimate']:.6g} ± {second['standard_error']:.2g}"
+        told["second"] = f"sigma_rel {second['value']:.12g}; {equal}; {estimate}"
     return told
 
 

@@ -433,7 +433,8 @@ class Search:
 
     Arguments:
         axis: what is searched.
-        run, t: the averages, which say how far it may go on beyond an end that is best.
+        run, t: the run and the time of its averages; beyond an end that is best a range grows only as far as their
+            predicted error is small.
         known: trials that are there already.
         minimize: whether lower is better.
         budget: lengths to measure, each `repeats` times; one that is measured again counts again.
@@ -556,5 +557,6 @@ class Search:
 def check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
     """Raise an InvalidValueError for numbers that leave nothing to search with."""
     least = FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
-    check_count("budget", budget, least)
+    if check_count("budget", budget) < least:
+        raise InvalidValueError("budget", f"must be at least {least}, which a search begins with", value=budget)
     check_count("repeats", repeats)

@@ -5,7 +5,7 @@ all: exact for small models. They agree with each other whatever is drawn, as th
 elements. With n elements of about one size a sum is right within (2 / n)^(1/2), 0.2 % for half a million, and less
 where few elements dominate.
 
-The path of the weights is projected to a few numbers at every fold, see `reconstruction.sketch`: each element of the
+The path of the weights is projected to a few numbers at every fold, see `reconstruction.Sketch`: each element of the
 subset is multiplied by a random sign and the root of how many it stands for, and added to one of the numbers, which is
 drawn for its place in a row. It is linear, and depends on the places of elements alone: not on threads, tiles or
 devices. Of statistics there is no path.

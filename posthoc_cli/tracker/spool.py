@@ -358,7 +358,7 @@ def _upload(path: SpooledPath, is_conditional: bool) -> bool:
     try:
         if not is_conditional and RemotePath(url).is_file():
             raise FileExistsError
-        store.put(url, here, create=is_conditional)
+        store.repeated(lambda: store.put(url, here, create=is_conditional))
     except FileExistsError:
         if read_header(path) != _stored_header(path):
             store.put(url, here, create=False)

@@ -90,6 +90,8 @@ OPCODES = {
         b"q\x00}(\x8c\x01ah\x00\x8c\x01bh\x00u" for _ in range(60)
     ) + b".",
     "doubled key of a call": b"\x80\x02ccollections\nOrderedDict\n])" + b"2\x86" * 5_000 + b"N\x86a\x85R.",
+    "doubled storage": b"\x80\x02ctorch.storage\n_load_from_bytes\n)" + b"2\x86" * 5_000 + b"\x85R.",
+    "long line": b"V" + b"a" * 1_000_000,
     "doubled in a set": b"\x80\x04\x8f()" + b"2\x86" * 5_000 + b"\x90.",
     "doubled in a frozenset": b"\x80\x04()" + b"2\x86" * 5_000 + b"\x91.",
     "doubled in an old dict": b"()" + b"2\x86" * 5_000 + b"Nd.",
