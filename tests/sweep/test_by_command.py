@@ -479,7 +479,7 @@ def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path:
     assert swept(steady, out, command, axis=axis, guide=steady, guide_axis=axis).to_dict() == report.to_dict()
     assert (out / "trials.jsonl").read_text().count("\n") == evaluations
     page = render(steady, [out], tmp_path / "page.html")
-    assert f"The second network: sigma_rel {guide:g}." in page
+    assert f"The second network: sigma_rel {guide:g};" in page
     assert f"ema synthesize {steady.directory} --sigma-rel {guide:g} --t 20 --out guide.safetensors" in page
 
 
