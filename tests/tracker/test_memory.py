@@ -53,7 +53,8 @@ def test_snapshots_take_little_more_than_their_bytes_beside_the_averages(
     tmp_path: Path, device: str, then: str, most: float
 ) -> None:
     """Two profiles in float16; with averages on the host a copy of the model; and what a query gives. Some 1 MB a
-    thread of vectors, and samples, come to less than a byte for 34 million parameters; the rest is malloc's. One more copy would be 4 bytes."""
+    thread of vectors, and samples, come to less than a byte for 34 million parameters; the rest is malloc's.
+    One more copy would be 4 bytes."""
     peak, held = map(float, forked.check(PEAK, tmp_path, device, then or "none").out.split())
     assert held < most - (4.0 if then else 0.0) + 1.0
     assert peak < most + 3.5  # 2.5 was passed once in ten runs
