@@ -157,27 +157,29 @@ class Evaluation:
 
         return self._one(query, plan, live_only=True)
 
-    def check(self, weights: Weights, own_dtypes: bool = True, accept_meta: bool = False) -> None:
-        """Raise in all processes if the weights do not fit the model in one. Alone, whoever fills the model checks."""
+    def check(self, weights: Weights, own_dtypes: bool = True) -> None:
+        """Raise in all processes if the weights do not fit the model in one. Alone, `swapped_in` checks it."""
         model = self.model
         if not self.group.is_alone and model is not None:
-            self.group.together(lambda: check_weights(model, weights, own_dtypes, accept_meta))
+            self.group.together(lambda: check_weights(model, weights, own_dtypes))
 
     def fill(self, query: Query, device: torch.device | str) -> None:
         """Fill the model with an average for good, also one on the meta device; alone tensor by tensor."""
         model = self.model
-        if model is None or not (self.group.is_alone and self.tracker.has_average):
+        assert model is not None
+        if self.group.is_alone and self.tracker.has_average:
+            with_consistent_plan(
+                lambda: self._plan_from(self.sources(), query), lambda plan: fill_model(model, plan, device)
+            )
+        else:
             self._fill_at_once(query, device, accept_meta=True)
-            return
-        with_consistent_plan(
-            lambda: self._plan_from(self.sources(), query), lambda plan: fill_model(model, plan, device)
-        )
 
     def _fill_at_once(self, query: Query, device: torch.device | str, accept_meta: bool) -> None:
-        assert self.model is not None
+        model = self.model
+        assert model is not None
         weights, own_dtypes = self.weights(query), query.dtype is None
-        self.check(weights, own_dtypes, accept_meta)
-        fill(self.model, weights, weights.items(), own_dtypes, check_device(device))
+        self.group.together(lambda: check_weights(model, weights, own_dtypes, accept_meta))
+        fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
     def of_sources(self, work: Callable[[list[Source]], Result]) -> Result:
         """The result of work on snapshots and live averages of complete tensors, of the first process, in each."""

@@ -15,7 +15,7 @@ import torch
 from factories import exact_average, flip_bit, refuse_for_space
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import FileFormatError, InvalidValueError, NotReadyError, WriteError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NotReadyError, WriteError
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.tracker import model_weights
 
@@ -379,3 +379,14 @@ def test_a_block_that_fails_keeps_no_model(tmp_path: Path) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:.*no average yet")
+def test_before_the_first_update_too_a_model_that_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    tracker = PostHocEMA.from_model(model, tmp_path)
+    for wrong in (torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(2, 2))):
+        before = {name: value.clone() for name, value in wrong.state_dict().items()}
+        with pytest.raises(ModelMismatchError, match="tensor '"):
+            tracker.load_into(wrong, 0.1)
+        assert all(torch.equal(value, before[name]) for name, value in wrong.state_dict().items())
