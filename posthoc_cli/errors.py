@@ -63,8 +63,10 @@ def brief(value: object) -> str:
     return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
-def percent(error: float) -> str:
+def percent(error: float | None) -> str:
     """A relative error for people; tiny ones, which are rounding, and those of weights near 0 as a bound."""
+    if error is None:
+        return "unknown"
     if 0 < error < 1e-7:
         return "< 1e-5 %"
     if error >= 10:

@@ -677,17 +677,13 @@ def brief_text(text: str) -> str:
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
 
 
-def _known(error: float | None) -> str:
-    return "unknown" if error is None else percent(error)
-
-
 _LONGEST_TEXT = 200
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "path": str,
     "bytes": size_text,
     "norm": "{:.4g}".format,
     "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
-    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), _known),
+    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), percent),
 }
 
 

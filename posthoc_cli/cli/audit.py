@@ -11,6 +11,7 @@ from typer import Argument
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
+from posthoc_cli.errors import percent
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.audit import Audit
@@ -55,9 +56,7 @@ def _print(audit: Audit) -> None:
     for one in audit.intervals:
         found = "-" if math.isnan(one.found) else f"{one.found:,.4g}"
         claim = [] if one.claimed is None else [f"{one.claimed:,.4g}", f"{one.found / one.claimed:.3g}"]
-        rows.append(
-            [f"{one.begin:,.12g}", f"{one.end:,.12g}", found, *claim, output.percent(one.unexplained), one.note]
-        )
+        rows.append([f"{one.begin:,.12g}", f"{one.end:,.12g}", found, *claim, percent(one.unexplained), one.note])
     if rows:
         of = f" of {audit.name}" * bool(audit.name)
         output.print_line(f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}")

@@ -10,7 +10,7 @@ from typer import Argument
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, percent
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorReport, Schedule
@@ -107,7 +107,7 @@ def _print(report: ErrorReport, shown: int, out: Path | None) -> None:
         columns = ["  target", "width", *["predicted error", "profile error"][:shown]]
         rows = []
         for other in curve.others:
-            errors = map(output.percent, [other.predicted_error, other.profile_error][:shown])
+            errors = map(percent, [other.predicted_error, other.profile_error][:shown])
             rows.append([f"  {other.label}", f"{other.sigma_rel:.3g}", *errors])
         if rows:
             output.print_table(columns, rows, left=["  target"])

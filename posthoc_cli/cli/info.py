@@ -10,6 +10,7 @@ from typer import Argument
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
+from posthoc_cli.errors import percent
 from posthoc_cli.run import brief_text, facts
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
@@ -52,7 +53,7 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     for profile in profiles:
         times, ends = profile["times"], profile["relative_rounding_range"]
         numbers = f"{profile['sigma_rel']:g}", str(len(times))
-        rounding = " to ".join(dict.fromkeys(map(output.percent, ends or [None])))
+        rounding = " to ".join(dict.fromkeys(map(percent, ends or [None])))
         span = f"{times[0]:,.12g}", f"{times[-1]:,.12g}"
         rows.append([*numbers, *span, rounding, resources.size_text(profile["bytes"])])
     output.print_line()
@@ -66,7 +67,7 @@ def _print_outputs(outputs: list[dict[str, Any]]) -> None:
     for report in shown:
         profile = brief_text(report.get("profile", report["kind"]))
         t = f"{report['t']:,.12g}" if "t" in report else ""
-        error = output.percent(report["predicted_error"]) if "predicted_error" in report else ""
+        error = percent(report["predicted_error"]) if "predicted_error" in report else ""
         rows.append([Path(report["path"]).name, profile, t, error, resources.size_text(report["bytes"])])
     output.print_line()
     output.print_table(["output", "profile", "t", "predicted error", "size"], rows, left=["output", "profile"])

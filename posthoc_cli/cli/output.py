@@ -147,11 +147,6 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def percent(error: float | None) -> str:
-    """A relative error for people, as messages show it."""
-    return "unknown" if error is None else errors.percent(error)
-
-
 def log_to_stderr() -> None:
     """Show the library's warnings, each once."""
     show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {text}"))

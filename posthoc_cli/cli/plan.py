@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from posthoc_cli import files, resources
 from posthoc_cli.cli import output, values
+from posthoc_cli.errors import percent
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import PlanReport
@@ -83,7 +84,7 @@ def _print(report: PlanReport, out: Path | None) -> None:
         schedule, errors = proposal.schedule, proposal.errors
         tracked = ", ".join(f"{s:g}" for s in schedule.sigma_rels)
         kept = tracked, proposal.dtype, str(schedule.kept), f"{schedule.checkpoint_every:,}"
-        rows.append([*kept, resources.size_text(proposal.nbytes), *map(output.percent, (errors.worst, errors.median))])
+        rows.append([*kept, resources.size_text(proposal.nbytes), *map(percent, (errors.worst, errors.median))])
     output.print_table(columns, rows, left=["tracked", "dtype"])
     low, high = report.task.sigma_range
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {report.assumption}")

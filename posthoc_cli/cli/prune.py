@@ -9,7 +9,7 @@ import typer
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import check_alone
+from posthoc_cli.errors import check_alone, percent
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.writer import Pruning
@@ -82,7 +82,7 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
         ("now", (*pruning.kept, *pruning.gone), pruning.before),
         ("then", pruning.kept, pruning.after),
     ):
-        numbers = map(output.percent, (errors.worst, errors.median))
+        numbers = map(percent, (errors.worst, errors.median))
         table.append([when, str(len(group)), resources.size_text(file_bytes(group)), *numbers])
     output.print_table(["", "snapshots", "size", "worst error", "median error"], table, left=[""])
     low, high = sigma_range

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, percent
 from posthoc_cli.targets import Groups, separate
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _print_table(report: SynthesisReport, errors: dict[str, list[float | None]])
     rows = []
     for index, target in enumerate(report.plan.targets):
         path = "-" if not paths else paths[index].name if one_folder else str(paths[index])
-        cells = [output.percent(values[index]) for values in errors.values()]
+        cells = [percent(values[index]) for values in errors.values()]
         rows.append([target.title, *cells, path + " (was there)" * (index in report.existing)])
     output.print_table(["target", *errors, "output"], rows, left=["target", "output"])
     output.print_line()
@@ -166,8 +166,8 @@ def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[
 def _largest_text(errors: list[float | None]) -> str:
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
-        return output.percent(None)
-    return "up to " * (len(known) > 1) + output.percent(max(known))
+        return percent(None)
+    return "up to " * (len(known) > 1) + percent(max(known))
 
 
 def _note_left_out(plan: Plan, path: Path) -> None:

@@ -10,7 +10,7 @@ from typer import Argument
 
 from posthoc_cli import resources
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import PostHocError
+from posthoc_cli.errors import PostHocError, percent
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.check import Verification
@@ -140,7 +140,7 @@ def _print_error(directory: Path) -> None:
     try:
         read_directory(directory)  # an error where no snapshot is left
         worst = float(Run(directory).error_curve(USEFUL_RANGE).predicted_error.max())
-        known = f"at most {output.percent(worst)} for sigma_rel {low:g} to {high:g}"
+        known = f"at most {percent(worst)} for sigma_rel {low:g} to {high:g}"
     except PostHocError as error:
         known = f"unknown, {error.reason}"
     output.print_line(f"predicted error now: {known}")

@@ -15,7 +15,8 @@ from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.output import percent, print_pairs, print_table
+from posthoc_cli.cli.output import print_pairs, print_table
+from posthoc_cli.errors import percent
 from posthoc_cli.resources import size_text
 
 
