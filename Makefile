@@ -62,7 +62,6 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_averages.py
 	$(BIN)/python scripts/bench_batch_norm.py
 	$(BIN)/python scripts/bench_update.py
-	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_sharded.py
 	$(BIN)/python scripts/bench_sweep.py
 

@@ -69,11 +69,11 @@ class Result:
 
     @property
     def best(self) -> float:
-        """The sigma_rel that the sweep chose, which the picture and the page name, too."""
+        """The sigma_rel that the sweep chose, as named in the picture and the page."""
         return self.sweep.chosen["sigma_rel"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The results as data for JSON."""
+        """Return the results as data for JSON."""
         return {
             "out": str(self.folder.root),
             "steps": self.settings.steps,
@@ -144,7 +144,7 @@ def _train(settings: Settings, folder: Folder, say: Say, watch: ProgressBar) -> 
 
 
 def _measure(folder: Folder, model: Denoiser) -> SweepReport:
-    """The validation losses of the averages and of the raw weights, which `model` has; written down for a page."""
+    """Measure and record the validation losses of the averages and of the raw weights, which `model` has."""
     validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)
 
     def loss(measured: Denoiser) -> float:
@@ -158,7 +158,7 @@ def _measure(folder: Folder, model: Denoiser) -> SweepReport:
 
 
 def run_command(say: Say, *words: str | Path) -> str:
-    """Run `ema` with `words` in another process, and print its output; the line, quoted for a shell.
+    """Run `ema` with `words` in another process and print its output; return the command line, quoted for a shell.
 
     Raises:
         PostHocError: it ended with another exit code than 0.
@@ -182,7 +182,7 @@ def run_command(say: Say, *words: str | Path) -> str:
 
 
 def compare(folder: Folder, sigma_rel: float) -> DirectCheck:
-    """Distances of the synthesized average and of the raw weights to the average that was tracked directly."""
+    """Return the distances of the synthesized average and of the raw weights from the directly tracked average."""
     tracked = load_file(folder.tracked(sigma_rel))
     truth = torch.cat([value.reshape(-1) for value in tracked.values()])
     found = [load_file(path) for path in (folder.average(sigma_rel), folder.raw)]
@@ -223,15 +223,15 @@ class Folder:
         self.loss_picture, self.error_picture = root / "loss.png", root / "error.png"
 
     def average(self, sigma_rel: float) -> Path:
-        """One of the averages, as named by `ema synthesize`."""
+        """Return the path of an average, as named by `ema synthesize`."""
         return self.averages / f"sigma_rel-{sigma_rel!r}.safetensors"
 
     def tracked(self, sigma_rel: float) -> Path:
-        """An average that was tracked directly."""
+        """Return the path of a directly tracked average."""
         return self.root / "tracked" / f"sigma_rel-{sigma_rel!r}.safetensors"
 
     def prepare(self, overwrite: bool) -> None:
-        """Make the folder, or with `overwrite` delete the files of an earlier demo; else an OutputExistsError."""
+        """Make the folder, or with `overwrite` empty that of an earlier demo; else raise an OutputExistsError."""
         files.check_parent("out", self.root)
         marker = self.root / _MARKER
         is_empty = self.root.is_dir() and not any(self.root.iterdir())
@@ -270,7 +270,7 @@ class Images:
 
 
 def make_waves(count: int, seed: int) -> Images:
-    """Plane waves of random frequency and phase; the class is their direction, in steps of 18 degrees."""
+    """Return plane waves of random frequency and phase; the class is their direction, in steps of 18 degrees."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=random)
     direction = (math.pi * labels / CLASSES)[:, None, None]
@@ -303,7 +303,7 @@ class Denoiser(nn.Module):
         self.outward = nn.Linear(width, PIXELS)
 
     def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] -> [batch, 64]."""
+        """Return the denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] -> [batch, 64]."""
         total = (sigma**2 + _VARIANCE).sqrt()
         angles = sigma.log() / 4 * self.frequencies
         condition = self.noise(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(labels)
@@ -329,14 +329,14 @@ class _Block(nn.Module):
 
 
 def make_denoiser(seed: int) -> Denoiser:
-    """A denoiser with random weights; keeps the global random state."""
+    """Make a denoiser with random weights; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Denoiser()
 
 
 def losses(model: nn.Module, data: Images, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The weighted squared error of each image, shape [images]; for F = 0 about 1 in the mean.
+    """Return the weighted squared error of each image, shape [images]; for F = 0 its mean is about 1.
 
     `sigma` are the noise levels, shape [images, 1]; `noise` is standard normal, shape [images, 64].
     """
@@ -360,14 +360,14 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> torch.Tensor:
-        """The loss of each image, the mean over its draws: float64, shape [images]."""
+        """Return the loss of each image, the mean over its draws: float64, shape [images]."""
         sigmas = self._sigmas.reshape(-1, 1, 1).expand(-1, len(self._data.images), 1)
         rows = [losses(model, self._data, *draw) for draw in zip(sigmas, self._noise, strict=True)]
         return torch.stack(rows).double().mean(dim=0)
 
 
 def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels as in training, shape [count, 1]."""
+    """Return random noise levels as in training, shape [count, 1]."""
     return (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)).exp()
 
 
@@ -397,7 +397,7 @@ class Settings:
 
     @property
     def checkpoint_every(self) -> int:
-        """Steps between snapshots: a divisor of `steps`, so that the last step has one."""
+        """The steps between snapshots: a divisor of `steps`, so that the last step has one."""
         updates = self.steps // UPDATE_EVERY
         return UPDATE_EVERY * next(n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0)
 
@@ -407,7 +407,7 @@ class Settings:
         return self.steps * 3 // 10
 
     def learning_rate_at(self, step: int) -> float:
-        """alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696."""
+        """Return alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696."""
         return self.learning_rate / math.sqrt(max(step / self.decay_start, 1.0))
 
 
@@ -426,12 +426,12 @@ class DirectAverage:
         self._t, self._value = 0.0, torch.zeros((), dtype=torch.float64)
 
     def update_(self, weights: torch.Tensor, t: float) -> None:
-        """Take in all parameters, as one vector, at time `t`."""
+        """Average all parameters, as one vector, at time `t`."""
         beta = (self._t / t) ** (self.gamma + 1)  # 0 for the first
         self._t, self._value = t, beta * self._value + (1 - beta) * weights.double()
 
     def by_name(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The average as tensors by name, float64."""
+        """Return the average as float64 tensors by name."""
         parameters = dict(model.named_parameters())
         values = torch.split(self._value, [parameter.numel() for parameter in parameters.values()])
         return {name: value.reshape(parameters[name].shape) for name, value in zip(parameters, values, strict=True)}
@@ -440,7 +440,7 @@ class DirectAverage:
 def train(
     settings: Settings, data: Images, directory: Path, direct: Sequence[float], advance: Callable[[int], None]
 ) -> tuple[Denoiser, list[DirectAverage]]:
-    """Train a denoiser with the hook, and track averages directly at the same steps; returns both.
+    """Train a denoiser with the hook, and track averages directly at the same steps; return both.
 
     `directory` is for the snapshots, `direct` has the sigma_rel of the averages to track directly; `advance` is called
     with the number of steps since the last call.

@@ -1,7 +1,7 @@
-"""What the mean of a LoRA adapter's factors loses against the mean of their products (guide `checkpoints`).
+"""Measure what averaging a LoRA adapter's factors loses against averaging their products (guide `checkpoints`).
 
-A denoiser of digits is trained, then an adapter of PEFT on it for digits upside down. Errors are relative L2 distances
-of the change of the weights from the float64 average of B A over every step; losses are on fixed noise.
+A denoiser of digits is trained, then a PEFT adapter of it on upside-down digits. Errors are relative L2 distances of
+the change of the weights from the float64 average of B A over every step; losses use fixed noise.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ TASK = denoising(128)
 
 
 class UpsideDown(nn.Module):
-    """The task of a denoiser whose images are turned."""
+    """The task of a denoiser whose images are upside down."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Turn the images, not the noise level, and turn the result back."""
+        """Turn the images, but not the noise level, and turn the result back."""
         return self.model(torch.cat([x[:, :64].flip(1), x[:, 64:]], dim=1)).flip(1)
 
 
 def train(model: nn.Module, steps: int) -> Iterator[int]:
-    """Train what requires gradients at one learning rate; yields after each step."""
+    """Train all parameters that require gradients at a constant learning rate; yield after each step."""
     loss, optimizer = TASK.loss(), torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=2e-3)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
@@ -49,7 +49,7 @@ def train(model: nn.Module, steps: int) -> Iterator[int]:
 
 
 def measure(rank: int, steps: int, seed: int, folder: Path) -> list[list[float]]:
-    """For each length the errors of averaged factors and of `--merge` by `RUNS`; then raw, averaged, merged losses."""
+    """Return errors of averaged factors and of `--merge` by length, and raw, averaged and merged losses."""
     torch.manual_seed(seed)
     base = TASK.model()
     assert [*train(base, steps)]
@@ -89,7 +89,7 @@ def measure(rank: int, steps: int, seed: int, folder: Path) -> list[list[float]]
 
 
 def loss_of(weights: dict[str, torch.Tensor], change: list[np.ndarray]) -> float:
-    """The loss of changed weights."""
+    """Return the loss of the model with changed weights."""
     model = TASK.model()
     changed = {f"{o}.weight": weights[f"{o}.weight"] + torch.tensor(one) for o, one in zip(LAYERS, change, strict=True)}
     model.load_state_dict(weights | changed)

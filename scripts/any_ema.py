@@ -1,10 +1,10 @@
-"""Averages of other lengths from the EMA that a training saved anyway: is its decay found, and how near are they?
+"""Measure averages of other lengths that are made from the EMA that a training saved anyway.
 
-Each library's own EMA follows a recorded training, and its checkpoints are stored 20 times in float32, as that library
-does where it is installed, else in its format; a plain loop's, in float16, follow all of them. The import is told only
-what no file can show. Plain least squares fits the tails of the profiles, with coefficients of sum 1. The truth is
-summed here over every step in float64; averages come from the folder alone, through the public interface. The runs of
-HELD_OUT, by which no constant was chosen, are reported apart.
+Each library's EMA follows a recorded training. Its checkpoints are stored 20 times in float32, by the library where it
+is installed, otherwise in its format; the EMA of a plain loop, in float16, follows all trainings. The import is given
+only the settings that no file contains. Plain least squares fits the tails of the profiles, with coefficients of sum 1.
+The truth is summed here over every step in float64; averages come from the folder alone, through the public interface.
+The runs of HELD_OUT, by which no constant was chosen, are reported separately.
 
     OMP_NUM_THREADS=1 python scripts/any_ema.py --cache DIR [--steps 6000] [--only plain]
 """
@@ -12,6 +12,7 @@ HELD_OUT, by which no constant was chosen, are reported apart.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from posthoc_cli.errors import InvalidValueError
 
 WIDTHS = (0.05, 0.10, 0.15, 0.25)
 LENGTHS = (0.1, 0.3, 0.03, 0.01)
-"""Time constants, as fractions of the run; of a library's EMA the first."""
+"""Time constants as fractions of the run; EMAs of libraries have the first."""
 
 EPOCH, CHECKPOINTS = 100, 20
 Save = Callable[[int], object]
@@ -40,12 +41,12 @@ Weights = dict[str, torch.Tensor]
 
 
 def copies(net: Replay) -> Weights:
-    """Of the parameters, by name."""
+    """Return copies of the parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
 
 
 def decays(library: str, decay: float) -> Callable[[int], float]:
-    """Of the n-th update, by the library's formula."""
+    """Return the decay of the n-th update by the library's formula."""
     if library in ("diffusers", "lit-ema", "torch-ema"):
         late = library == "diffusers"  # which copies at the first
         return lambda n: min(decay, (1 + n - late) / (10 + n - late)) if n > late else 0.0
@@ -59,7 +60,7 @@ def decays(library: str, decay: float) -> Callable[[int], float]:
 
 
 def own_ema(library: str, net: Replay, decay: float, place: Path) -> tuple[Callable[[], Any], Save] | None:
-    """How the library itself updates and saves; None where it is not installed, or has no format of its own."""
+    """Return the library's own update and save functions; None if it is not installed or has no file format."""
     if library == "diffusers" and find_spec("diffusers"):
         from diffusers import ModelMixin
         from diffusers.configuration_utils import ConfigMixin
@@ -109,7 +110,7 @@ def own_ema(library: str, net: Replay, decay: float, place: Path) -> tuple[Calla
 
 
 def in_format(library: str, raw: Weights, average: Weights, decay: float, place: Path, step: int) -> None:
-    """Save weights and an average as a library does that is not at hand."""
+    """Save weights and an average in the format of a library that is not installed."""
     count = torch.tensor(step)
     if library == "plain":
         save_file({name: value.half() for name, value in average.items()}, place / f"ema_step{step}.safetensors")
@@ -139,14 +140,14 @@ LIBRARIES = ("diffusers", "timm", "timm, warm-up", "averaged-model", "lightning"
 
 
 def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Coefficients with sum 1 for tails of stored averages, [steps, checkpoints]: [checkpoints, targets]."""
+    """Return coefficients with sum 1 for tails of stored averages, [steps, checkpoints]: [checkpoints, targets]."""
     others, last = tails[:, :-1] - tails[:, -1:], tails[:, -1:]
     found, *_ = np.linalg.lstsq(others, wanted - last, rcond=1e-10)
     return np.vstack([found, 1 - found.sum(axis=0)])
 
 
 def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
-    """Decay, found, uncertainty, whether the import asked for it; by width error, EMA's, from raw, plain, predicted."""
+    """Return decay, found, uncertainty, whether the import asked for it; by width error, EMA, raw, plain, predicted."""
     steps, net, decay = run.steps, Replay(run), 1 - 1 / (length * run.steps)
     times = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
     at = decays(library, decay)
@@ -192,8 +193,8 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
     raw = least_squares(points.T, 1 - shares[:-1]).T @ run.weights[np.array(times) - 1]
     own_average = np.broadcast_to(ends[-1], truth.shape)
     cells = zip(*(distances(one, truth) for one in (vectors, own_average, raw, plain)), predicted, strict=True)
-    told = (np.nan if audit.found is None else audit.found, np.nan if audit.uncertainty is None else audit.uncertainty)
-    return (at(steps), *told, asked), [tuple(map(float, cell)) for cell in cells]
+    stated = (math.nan if value is None else value for value in (audit.found, audit.uncertainty))
+    return (at(steps), *stated, asked), [tuple(map(float, cell)) for cell in cells]
 
 
 @quiet()

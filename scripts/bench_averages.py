@@ -1,13 +1,12 @@
-"""What the modes of `DifferentiableEMA` cost, for the guide `averages`.
+"""Measure the cost of the modes of `DifferentiableEMA`, for the guide `averages`.
 
     python scripts/bench_averages.py [--repeats 5] [--quick]
 
-A network of two hidden layers is trained so that the running mean of its 8 outputs on digits comes near a target: every
-step takes the mean of a batch into the average and calls `backward` on the average's distance from the target.
-**Memory** is the most bytes of tensors alive at any operation of the last of 128 updates, beyond network and data,
-counted by following every tensor that an operation makes; **time** the least of repeated runs of that whole step, the
-median of the last five. **Distance** is that of the gradient to the whole graph's in the same run of weights, median
-over the second half; what "truncated" and "window" leave out is no error of theirs, but the past.
+A network of two hidden layers is trained so that the running mean of its 8 outputs on digits approaches a target: every
+step averages the mean of a batch and calls `backward` on the average's distance from the target.
+**Memory** is the largest size of all tensors after any operation of the last of 128 updates, without network and data.
+**Time** is the least time of repeated runs of a step, the median of the last five. **Distance** is that of the gradient
+from the gradient of the complete graph at the same weights, the median over the second half of training.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Training:
-    """A network, the data, and one step after the other."""
+    """A network, its data, and its training steps."""
 
     def __init__(self, mode: str, window: int | None, size: tuple[int, int]) -> None:
         self.batch, width = size
@@ -55,7 +54,7 @@ class Training:
         self.images, _ = digits()
 
     def differentiate(self) -> None:
-        """Take the mean output on a new batch into the average, and call `backward` on the average's distance."""
+        """Average the mean output of a new batch; call `backward` on the average's distance from the target."""
         chosen = torch.randint(len(self.images), (self.batch,), generator=self.random)
         with self.ema.recording():
             value = self.network(self.images[chosen]).mean(dim=0)
@@ -65,11 +64,11 @@ class Training:
         loss.backward(retain_graph=self.ema.mode in ("window", "full"))
 
     def gradient(self) -> torch.Tensor:
-        """All of it."""
+        """Return the gradient of all parameters as one vector."""
         return torch.cat([parameter.grad.flatten() for parameter in self.network.parameters()])  # type: ignore[union-attr]
 
     def step(self) -> None:
-        """A whole step."""
+        """Make a training step."""
         self.differentiate()
         self.optimizer.step()
 
@@ -103,7 +102,7 @@ def _seconds(training: Training, updates: int) -> float:
 
 
 def _distances(trainings: Sequence[Training], updates: int) -> list[float]:
-    """How far each mode's gradient is from the last one's, while all see the weights that the last one makes."""
+    """Return each mode's distance from the last mode's gradient; all modes see the weights of the last one's run."""
     whole, found = trainings[-1], list[list[float]]()
     for _ in range(updates):
         for training in trainings:
@@ -116,7 +115,7 @@ def _distances(trainings: Sequence[Training], updates: int) -> list[float]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the memory of every tensor that an operation makes within the block, until it is free.
+    """Records the memory of every tensor that an operation allocates within the block, until it is freed.
 
     Attributes:
         peak: the most bytes alive after an operation since it was last set to 0.
@@ -128,7 +127,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run the operation, then count."""
+        """Run the operation, then count its tensors."""
         before = {_address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):

@@ -1,9 +1,8 @@
-"""Which BatchNorm statistics averaged weights need, measured on scikit-learn's digits under noise.
+"""Measure which BatchNorm statistics averaged weights need, on scikit-learn's digits under noise.
 
-A network with BatchNorm is trained with the hook, at torch's default momentum of 0.1. Then averages are evaluated on
-images that training never saw, with running statistics of three sources: those of the raw weights, as copies in the
-newest snapshot would be; those that the tracker has averaged by the same profile; and those that `ema.update_bn`
-measures on images of the training.
+A network with BatchNorm is trained with the hook, at torch's default momentum of 0.1. Averages are evaluated on unseen
+images with three kinds of statistics: those of the raw weights, as copied into the newest snapshot; those that the
+tracker averaged by the same profile; and those that `ema.update_bn` measures on training images.
 
     python scripts/bench_batch_norm.py [--seeds 3] [--steps 1500]
 """
@@ -28,7 +27,7 @@ Images = tuple[torch.Tensor, torch.Tensor]
 
 
 def network() -> nn.Sequential:
-    """Three convolutions, each with BatchNorm: 14,458 parameters. [batch, 1, 8, 8] -> [batch, 10]."""
+    """Make three convolutions with BatchNorm, 14,458 parameters: [batch, 1, 8, 8] -> [batch, 10]."""
     layers: list[nn.Module] = []
     for channels, wider in ((1, 16), (16, 32), (32, 32)):
         layers.append(nn.Conv2d(channels, wider, 3, padding=1, bias=False))
@@ -37,7 +36,7 @@ def network() -> nn.Sequential:
 
 
 def split(seed: int) -> tuple[Images, Images]:
-    """Images to train on, without noise, and to validate with."""
+    """Return images to train on, without noise, and to validate with."""
     images, labels = digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
@@ -48,7 +47,7 @@ def split(seed: int) -> tuple[Images, Images]:
 
 
 def train(model: nn.Module, training: Images, folder: str, steps: int) -> PostHocEMA:
-    """Train with SGD at a constant rate on images under noise, and follow."""
+    """Train on noisy images with SGD at a constant rate; track the weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=max(steps // 20, 1))
     ema.attach(optimizer)
@@ -63,12 +62,12 @@ def train(model: nn.Module, training: Images, folder: str, steps: int) -> PostHo
 
 @torch.no_grad()
 def loss(model: nn.Module, images: Images) -> float:
-    """Mean cross entropy of a model in eval mode."""
+    """Return the mean cross-entropy of a model in eval mode."""
     return float(nn.functional.cross_entropy(model(images[0]), images[1]))
 
 
 def measure(steps: int, seed: int) -> list[tuple[float, ...]]:
-    """Validation loss with copied, averaged and measured statistics: first of the raw weights, then of each length."""
+    """Return validation losses with copied, averaged and measured statistics: raw weights, then each length."""
     torch.manual_seed(seed)
     model = network()
     training, validation = split(seed)

@@ -1,32 +1,26 @@
-"""How near the averages are that snapshots make, on real training runs, and whether the error bar holds.
+"""Measure the error of averages made from snapshots of real training runs, and whether the predicted error holds.
 
     python scripts/bench_fidelity.py [--only a,b] [--steps 9600] [--cache FOLDER] [--json FILE] [--figure FILE.png]
     python scripts/bench_fidelity.py --hard [--only a,b] [--cache FOLDER] [--json FILE]
     python scripts/bench_fidelity.py --checkpoints [--steps 9600] [--cache FOLDER]
 
-Ten recorded runs, of 9,600 steps each (see `trajectories.RECIPES`), two of them once more with update_every=10, go
-through the hook: tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 snapshot times evenly spaced in
-steps, stored as float32, float16 and bfloat16. Where a run's optimizer starts anew, the tracker is closed and goes on
-from its state. From each directory alone come the averages of nine widths, of two classical decays and of a window, by
-the default method and by the published one.
+Ten recorded runs of 9,600 steps (`trajectories.RECIPES`), two of them also with update_every=10, go through the hook:
+tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 evenly spaced snapshot times, stored as float32,
+float16 and bfloat16. Where a run restarts its optimizer, the tracker is closed and continued from its state. Each
+directory alone gives averages of nine widths, two classical decays and a window, by the default and the published
+method. All errors are distances in the weights relative to the truth: the sum in float64, by the definition, over the
+updates that the tracker made (`fidelity_runs`).
 
-For each of these cells:
+- **error**, **paper**: of the default method's average and of the published one's.
+- **predicted**: what the default method states.
+- **floor**: of the truth itself, rounded once to the storage dtype.
+- **oracle**: of the best combination of the snapshots with sum 1, found from the truth. No method can be better.
 
-- **error**, **paper**: distance in the weights from the truth of the default method's average and of the published
-  one's, relative to the truth; the truth is the sum over the updates that the tracker made, in float64, from the
-  definition (`fidelity_runs`);
-- **predicted**: what the default method says its error will be;
-- **floor**: the error of the truth itself, rounded once to the dtype that snapshots are stored in;
-- **oracle**: the error of the best combination of these snapshots, coefficients with sum 1, that knows the truth. No
-  method can be better.
+Half of the runs are held out: no constant of the method was chosen by them.
 
-Half of the runs are held out: no constant of the method was chosen by them. The numbers are the same at every call on
-one machine.
-
-`--hard` measures unusual runs, schedules and questions instead, and an independent set of ordinary and of pathological
-motion (`corner_cases`), each against a truth of the same kind. For each case: the share of the errors that are within 2
-and 3 times the predicted ones, and more than 3 times above; and the error relative to the published method's, and to
-that of the nearest tracked average as it is stored at the end, which costs nothing to take.
+`--hard` measures unusual runs, schedules and targets instead, and an independent set of ordinary and of pathological
+motion (`corner_cases`): the share of errors within 2 and 3 times the predicted ones, and more than 3 times above; and
+the error relative to the published method's, and to that of the nearest stored average at the end.
 
 `--checkpoints` measures averages of the weights of 8, 20 and 64 steps, evenly spaced and at random, and averages that
 `ema_pytorch` and `posthoc_ema` stored with an update every 1, 10 and 100 steps (`checkpoint_fidelity`).
@@ -107,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _steps(text: str) -> int:
-    """Every number of snapshots must fall on multiples of every stride."""
+    """Parse a number of steps at which every number of snapshots falls on multiples of every stride."""
     unit = math.lcm(*runs.SNAPSHOTS) * runs.STRIDE
     steps = int(text)
     if steps < unit or steps % unit:
@@ -116,7 +110,7 @@ def _steps(text: str) -> int:
 
 
 def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], list[Found]], processes: int) -> list[Found]:
-    """What `work` finds of each, with progress on stderr. One process is this one."""
+    """Return the results of `work` for each item, computed in two processes, with progress on stderr."""
     if processes == 1:
         return [one for found in map(work, asked) for one in found]
     # Small problems side by side, whose threads would fight for the cores; a fork would inherit this one's threads.
@@ -133,12 +127,12 @@ def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], list[Found]], 
 
 
 def _pictured_widths() -> FloatArray:
-    """Dense towards the uniform average, 0.2887, where the errors change fast; those that are tracked among them."""
+    """Return widths for the picture, among them the tracked ones; dense towards 0.2887, where errors change fast."""
     return np.unique([*np.geomspace(0.02, 0.22, 80), *np.linspace(0.22, 0.2886, 80), *PICTURED[1][0]])
 
 
 def draw(steps: int, cache: Path | None) -> Figure:
-    """Error against sigma_rel."""
+    """Draw error against sigma_rel."""
     (job, setup), sigma_rels = PICTURED, _pictured_widths()
     tracked, snapshots, dtype = setup
     (curves,) = runs.measure_setups(job, [setup], [as_target(width) for width in sigma_rels], steps, cache)

@@ -1,4 +1,4 @@
-"""The memory that a tracker of two profiles of float32 parameters holds whose snapshots are float16."""
+"""Measure the memory of a tracker of two profiles of float32 parameters with float16 snapshots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from posthoc_cli import PostHocEMA
 
 
 def main() -> None:
-    """Print bytes a parameter after two snapshots of a model of 34 million, and the GB of 7 billion."""
+    """Print bytes a parameter after two snapshots of a model of 34 million parameters, and GB for 7 billion."""
     model = torch.nn.ModuleList(torch.nn.Linear(2048, 2048, bias=False) for _ in range(8))
     for device in ("model", "cpu"):
         with (

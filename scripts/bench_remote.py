@@ -1,11 +1,11 @@
-"""What a synthesis from an object store asks for, how fast it is against obstore alone, and its memory.
+"""Measure the requests, speed and memory of a synthesis from an object store.
 
     python scripts/bench_remote.py s3://bucket/run [--rounds 5] [--sigma-rel 0.15]
     python scripts/bench_remote.py --quick
 
-Of a run that is in a store, as the environment says. In turns: a synthesis whose results are dropped, and the same
-requests by obstore from as many threads, whose bytes are dropped. With --quick a small run of a server in this process.
-Memory is the largest resident size above that after `import torch`.
+In turns: a synthesis whose results are dropped, and the same requests by obstore alone from as many threads. The
+environment defines the store; with --quick a server in this process has a small run. Memory is the largest resident
+size above that after `import torch`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return this process's resident bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
@@ -43,7 +43,7 @@ class Dropped:
     """An output that drops its tiles."""
 
     def open_tile(self, _: Any) -> TileWriter:
-        """See `synthesis.engine.Output`."""
+        """Return a destination for a tile, see `synthesis.engine.Output`."""
         return TileWriter()
 
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(run: Run, targets: list[float], rounds: int) -> None:
-    """Times of a synthesis and of obstore alone, in turns."""
+    """Return times of a synthesis and of obstore alone, in turns."""
     plan, requests, most = run.plan(targets), list[tuple[str, int, int]](), [0]
     get, ended = store.get, threading.Event()
 
@@ -94,7 +94,7 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
 
 
 def timed(call: Any) -> tuple[float, float]:
-    """Seconds, and processor time, of a call."""
+    """Return the seconds and processor time of a call."""
     began = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - began[0], time.process_time() - began[1]
@@ -108,7 +108,7 @@ def fetch(requests: Sequence[tuple[str, int, int]]) -> None:
 
 
 def served() -> Any:
-    """The URL of a small run on a server in this process."""
+    """Yield the URL of a small run on a server in this process."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/remote"))
     from servers import serving_as_s3
 

@@ -1,11 +1,10 @@
-"""What tracking a sharded model costs each of its processes, beside one process that holds all of the model.
+"""Measure what tracking a sharded model costs each process, compared with one process that holds the model.
 
     python scripts/bench_sharded.py [--ranks 2] [--quick]
 
-Real processes on gloo, one thread each, track a model of `fully_shard`: two averages, an update at every call, float16
-snapshots. **Peak memory** is what a process holds more, at its peak, than with the model alone, read from Linux's
-/proc; the largest counts. **Collectives** are all that a process enters during updates and writing, as torch's
-CommDebugMode counts them.
+Processes on gloo, one thread each, track a model of `fully_shard`: two averages, an update at every call, float16
+snapshots. **Peak memory** is the peak of a process above that with the model alone, from Linux's /proc; the largest is
+shown. **Collectives** are all that a process enters during updates and writing, counted by torch's CommDebugMode.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_job(parameters: int, world: int) -> list[int]:
-    """Run the processes of a job to their end; the largest of each figure."""
+    """Run the processes of a job until they end; return the largest value of each figure."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "meeting").touch()
         processes = [start(["--job", str(rank), str(world), str(parameters), name]) for rank in range(world)]
@@ -61,7 +60,7 @@ def run_job(parameters: int, world: int) -> list[int]:
 
 
 def start(arguments: Sequence[str]) -> Any:
-    """A process of this script; tests put another in place, that need not import torch first."""
+    """Start a process of this script. Tests replace it by one that need not import torch."""
     return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
 
 
@@ -69,7 +68,7 @@ def start(arguments: Sequence[str]) -> Any:
 
 
 def measure(rank: int, world: int, parameters: int, folder: Path) -> tuple[int, int, int]:
-    """Track a model, whole or this process's chunks of it: bytes held, bytes more at the peak, collectives."""
+    """Track the complete model or this process's chunks: bytes held, additional bytes at the peak, collectives."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     track(make_model(20_000, world), folder / "first")  # loads and makes all that is made once
@@ -87,7 +86,7 @@ def measure(rank: int, world: int, parameters: int, folder: Path) -> tuple[int, 
 
 
 def make_model(parameters: int, world: int) -> torch.nn.Module:
-    """Of 24 matrices."""
+    """Make a model of 24 matrices."""
     model = Layers(large_tensors(parameters, 24))
     if world > 1:
         fully_shard(model)
@@ -95,7 +94,7 @@ def make_model(parameters: int, world: int) -> torch.nn.Module:
 
 
 def track(model: torch.nn.Module, folder: Path) -> None:
-    """Update and write."""
+    """Make the updates and write the snapshots."""
     tracker = PostHocEMA.from_model(
         model, folder, sigma_rels=TRACKED, update_every=1, checkpoint_every=CALLS // 3, device="model"
     )
@@ -105,7 +104,7 @@ def track(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _status(key: str) -> int:
-    """Bytes that the system says of this process."""
+    """Return a size of this process, in bytes, from Linux's /proc."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 

@@ -1,10 +1,10 @@
-"""How good the choices of the search are beside a plain grid, and how often its stated range holds the best length.
+"""Compare the choices of the search with those of a plain grid, and check the range that the search states.
 
     python scripts/bench_sweep.py [--quick]
 
-On 200 made-up metrics over sigma_rel from 0.02 to 0.28, of five shapes, their depth 1, with noise of 0 to 1/3. The
-regret of a choice is the true metric there above that of the best. "Within noise" are choices whose regret is at most
-the noise of one evaluation, or 1 % of the depth. The grid is even in the length, as published, and takes its lowest.
+200 made-up metrics over sigma_rel from 0.02 to 0.28 have five shapes, a depth of 1, and noise of 0 to 1/3. The regret
+of a choice is its true metric less the best one. A choice is "within noise" if its regret is at most the noise of one
+evaluation, or 1 % of the depth. The grid is even in the length, as published, and takes its lowest value.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ GRID = np.linspace(0, 1, 2001)
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric with its truth on GRID, a noise, and the random numbers that it is measured with."""
+    """A made-up metric: its true values on GRID, its noise, and its random numbers."""
 
     truth: npt.NDArray[np.float64]
     noise: float
     random: np.random.Generator = field(repr=False)
 
     def true(self, x: float) -> float:
-        """The truth of a length, which is the regret as well."""
+        """Return the true value of a length, which is also its regret."""
         return float(np.interp(math.log(x / LOW) / math.log(HIGH / LOW), GRID, self.truth))
 
     def measure(self, x: float) -> float:
-        """One evaluation."""
+        """Return one noisy evaluation."""
         return self.true(x) + self.noise * self.random.normal()
 
     @property
@@ -52,7 +52,7 @@ class Metric:
 
 
 def made_up(shape: str, noise: float, number: int) -> Metric:
-    """One of the 200."""
+    """Make one of the 200 metrics."""
     random = np.random.default_rng([SHAPES.index(shape), round(100 * noise), number])
     off = GRID - random.uniform(0.08, 0.92)
     if shape == "smooth":
@@ -72,7 +72,7 @@ def made_up(shape: str, noise: float, number: int) -> Metric:
 
 
 def searched(metric: Metric) -> dict[int, search.Estimate]:
-    """What the search says after so many evaluations."""
+    """Return the result of the search after so many evaluations."""
     trials: list[Trial] = []
     found: dict[int, search.Estimate] = {}
     batch = search.first_batch(AXIS)
@@ -87,12 +87,12 @@ def searched(metric: Metric) -> dict[int, search.Estimate]:
 
 
 def grid(metric: Metric, count: int) -> float:
-    """The lowest of a plain grid."""
+    """Return the lowest of a plain grid."""
     return float(min(np.linspace(LOW, HIGH, count).tolist(), key=metric.measure))
 
 
 def cell(metrics: Sequence[Metric], choices: Sequence[float]) -> str:
-    """Mean regret, and the share of choices within noise."""
+    """Return the mean regret, and the share of choices within noise."""
     regrets = [metric.true(x) for metric, x in zip(metrics, choices, strict=True)]
     within = np.mean([regret <= max(metric.noise, 0.01) for metric, regret in zip(metrics, regrets, strict=True)])
     return f"{np.mean(regrets):7.4f} {100 * within:4.0f} %"

@@ -1,14 +1,13 @@
-"""How fast a synthesis is, beside a plain loop over the same bytes and beside the peers; and how much memory it takes.
+"""Measure the speed of a synthesis against a plain loop over the same bytes and the peers, and its memory.
 
     python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick] [--checkpoints]
 
-Snapshots are 20 in float16 of made-up models, half of them for each of two profiles; targets are float32. Times are
-medians of repeated runs in turns, in milliseconds, with the processor time of all threads in parentheses, which other
-programs on the machine change less; "cold" is after the system was asked to forget the files, else they come from the
-page cache. All runs of ours verify every checksum. "Dropped" is a caller who takes each tensor and forgets it; "to a
-file" includes fsync. The peers read checkpoints of their own, of as many parameters and the same dtype, through their
-public interfaces. Other programs' checkpoints hold the same bytes as the snapshots that they are compared with;
-`--checkpoints` measures these alone.
+20 float16 snapshots of made-up models, half of them for each of two profiles; targets are float32. Times are medians of
+repeated runs in turns, in milliseconds, with the processor time of all threads in parentheses, which other programs on
+the machine change less. "Cold" runs follow a request to drop the files from the page cache. All runs of this package
+verify every checksum. "Dropped" is a caller who takes each tensor and drops it; "to a file" includes fsync. The peers
+read their own checkpoints, of as many parameters and the same dtype, through their public interfaces. Other programs'
+checkpoints hold the same bytes as the snapshots they are compared with; `--checkpoints` measures these alone.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> None:
-    """One target and 31 of a model, and the peers' one, warm and cold."""
+    """Measure one target and 31 targets of a model, and one with the peers, warm and cold."""
     run, out, buffer, options = folder / "run", folder / "out.safetensors", bytearray(4 * 2**20), Options(device)
     write_snapshots(run, large_tensors(parameters))
     one, many = planned(run, [0.15]), planned(run, MANY)
@@ -89,7 +88,7 @@ def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> N
             update, average = start(Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others)
             for _ in range(10):
                 update()
-            os.sync()  # what is still being written would be a neighbour
+            os.sync()  # writing back would compete for the disk
             label, peer = f"{start.__name__}, 20 of its own", partial(average, 0.15)
             found = times({"ours, kept": lambda: dict(synthesize(one, options)), label: peer}, repeats)
         for label, one_found in found.items():
@@ -101,7 +100,7 @@ def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> N
 
 
 def measure_memory(folder: Path, models: Sequence[int]) -> None:
-    """Peak resident memory for models of very different sizes, from files that are all holes."""
+    """Measure peak resident memory for models of very different sizes, from sparse files."""
     print("\nPeak resident memory above that of a process that imports torch; one target to a file")
     for parameters in models:
         run, out = folder / "run", folder / "out.safetensors"
@@ -112,14 +111,14 @@ def measure_memory(folder: Path, models: Sequence[int]) -> None:
 
 
 def measure_checkpoints(repeats: int, folder: Path, parameters: int, device: str) -> None:
-    """Checkpoints of other programs against snapshots of the same bytes: matrices, and some small tensors."""
+    """Measure other programs' checkpoints against snapshots of the same bytes: matrices, and many small tensors."""
     run, other = folder / "run", folder / "checkpoints"
     shapes: Shapes = {**large_tensors(parameters), **{f"norms.{i}": (1024,) for i in range(parameters // 200_000)}}
     write_snapshots(run, shapes)
     print(f"\n20 checkpoints of {parameters:,} parameters in {len(shapes)} tensors; one target, dropped")
     for layout in CHECKPOINTS:
         write_checkpoints(other, layout, shapes)
-        os.sync()  # what is still being written would be a neighbour
+        os.sync()  # writing back would compete for the disk
         compare(repeats, {"snapshots": planned(run, [0.15]), layout: planned(other, [0.15])}, device)
         shutil.rmtree(other)
     shutil.rmtree(run)
@@ -141,12 +140,12 @@ def compare(repeats: int, plans: dict[str, Plan], device: str) -> None:
 
 
 def planned(run: Path, targets: Sequence[float]) -> Plan:
-    """A plan for targets of a directory."""
+    """Make a plan for targets of a directory."""
     return plan_synthesis(disk_sources(run), targets, dtype="float32")
 
 
 def exhaust(items: Iterable[object]) -> None:
-    """Take everything and forget it."""
+    """Take all tensors and drop them."""
     for _ in items:
         pass
 

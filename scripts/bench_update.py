@@ -1,21 +1,20 @@
-"""What the hook costs training: an update beside those of others, a call that takes snapshots, the share of a step.
+"""Measure what the hook costs training: an update, a call that takes snapshots, and the share of a step.
 
     python scripts/bench_update.py [--device cpu] [--busy 0] [--repeats 5] [--quick]
 
-All keep two averages of the same model, are asked for an update after every step through public interfaces, and take
-turns. Ours and both PyPI peers track sigma_rel 0.05 and 0.28; torch's `swa_utils` knows one classical average and runs
-twice. Ours does all its checks: names, shapes, dtypes and finiteness. A run is 224 updates, a multiple of what ours
-takes in at once, and ends when all is done. A cell is the median over runs of an update's mean time, and in parentheses
-of the processor time of all threads, which other programs on the machine change less.
+All libraries keep two averages of the same model, update after every step through public interfaces, and take turns.
+This package and both PyPI peers track sigma_rel 0.05 and 0.28; torch's `swa_utils` has one classical average and runs
+twice. All checks of this package are on: names, shapes, dtypes and finiteness. A run is 224 updates, a multiple of a
+fold, and ends when all work is done. A cell is the median over runs of an update's mean time, and in parentheses of the
+processor time of all threads, which other programs on the machine change less.
 
 **Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 32,000, at one update a step, it
-changes two. **The bytes once** is a pass over what no update of float32 averages can do without: the parameters are
-read and both averages are read and written. **The share of a step** is what a run of training with the hook takes more
-than one without, at update_every=10, which lies in the middle between the ends of a run.
+changes two. **The bytes once** reads the parameters, and reads and writes both averages: float32 averages cannot be
+updated with less. **The share of a step** is the additional time of a training with the hook, at update_every=10, in
+the middle of a run.
 
-With `--busy 4` so many other processes compute all the while, as data loaders do.
-
-With `--device cuda` the models are on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
+`--busy 4` runs so many other processes at the same time, as data loaders do. `--device cuda` puts the models on the
+accelerator; `posthoc_ema` keeps its averages on the CPU there.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ EVERY = 10
 """Steps between two updates of the training."""
 
 DECAY = 0.9999
-"""Of the classical averages; the time of an update does not depend on it."""
+"""Decay of the classical averages; the time of an update does not depend on it."""
 
 Begun = tuple[Callable[[], object], Callable[[], object]]
-"""One update, and waiting until what updates have begun is done."""
+"""An update, and a function that waits until all updates are complete."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes of one thread each, which compute until the end of the block, or of this process."""
+    """Run so many other processes of one thread each until the end of the block, or of this process."""
     code = "import os; began_by = os.getppid()\nwhile os.getppid() == began_by: pass"
     found = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
     try:
@@ -99,7 +98,7 @@ def busy_processes(count: int) -> Iterator[None]:
 def times(
     runs: dict[str, Callable[[], object]], repeats: int, each: int = 1, before: Callable[[], object] = os.sync
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds and processor seconds of runs in turns, divided by `each`; `before` comes before each run."""
+    """Return seconds and processor seconds of runs in turns, divided by `each`; call `before` before each run."""
     found: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in runs}
     for _ in range(repeats):
         for label, run in runs.items():
@@ -112,14 +111,14 @@ def times(
 
 
 def cell(seconds: list[float], processor: list[float]) -> str:
-    """Medians in milliseconds."""
+    """Return medians in milliseconds."""
     return " ".join(
         form.format(f"{1000 * statistics.median(one):.3g}") for form, one in (("{}", seconds), ("({})", processor))
     )
 
 
 def done(device: str) -> None:
-    """Wait until an accelerator has done what it was given."""
+    """Wait until an accelerator has done its queued work."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
@@ -128,7 +127,7 @@ def done(device: str) -> None:
 
 
 def updates(shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repeats: int) -> dict[str, str]:
-    """A column: an update of everyone."""
+    """Measure a column: an update of every library."""
     field: dict[str, Callable[[torch.nn.Module, Path], Begun]] = {
         "ours, late in a run": partial(ours, begin=1e6),
         "ours, at its beginning": ours,
@@ -157,24 +156,24 @@ def updates(shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repea
 
 
 def tracked(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
-    """A tracker of ours with two profiles, float16 snapshots and all its checks."""
+    """Make a tracker of two profiles with float16 snapshots and all its checks."""
     return PostHocEMA.from_model(model, folder, sigma_rels=TRACKED, **options)
 
 
 def ours(model: torch.nn.Module, folder: Path, begin: float = 0.0) -> Begun:
-    """From a time on."""
+    """Return an update of this package from a given time on."""
     ema, clock = tracked(model, folder, update_every=1, checkpoint_every=NEVER), count(begin + 1)
     return lambda: ema.update_(model, t=next(clock)), ema.flush
 
 
 def peer(start: Callable[..., Any], model: torch.nn.Module, folder: Path, **options: int) -> Begun:
-    """One of PyPI; its averages have the parameters' dtype."""
+    """Return an update of a PyPI peer, whose averages have the parameters' dtype."""
     update, _ = start(model, folder, 1, NEVER, **options)
     return update, lambda: None
 
 
 def swa_utils(model: torch.nn.Module, _: Path, dtype: torch.dtype | None = None) -> Begun:
-    """By its foreach function; averages of another dtype by the function that can."""
+    """Return an update of torch by its foreach function, or for averages of another dtype by its slower one."""
     way: dict[str, Any] = {"avg_fn": get_ema_avg_fn(DECAY)} if dtype else {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)}
     averages = [AveragedModel(model, **way).to(dtype) for _ in TRACKED]
     return lambda: [average.update_parameters(model) for average in averages], lambda: None
@@ -191,7 +190,7 @@ def the_bytes(model: torch.nn.Module, _: Path) -> Begun:
 
 
 def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
-    """How long the call takes at which two snapshots are due, until it returns and until they are durable."""
+    """Measure the call at which two snapshots are due: until it returns, and until the snapshots are durable."""
     model = Layers(shapes).to(device)
     usual, due, durable = list[float](), list[float](), list[float]()
     with tracked(model, folder, update_every=1, checkpoint_every=4) as ema:
@@ -207,7 +206,7 @@ def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
 
 
 def training(device: str, folder: Path, repeats: int, width: int, steps: int) -> None:
-    """Steps of a `torch.nn.TransformerEncoder` with AdamW, with and without the hook."""
+    """Measure steps of a `torch.nn.TransformerEncoder` with AdamW, with and without the hook."""
 
     def begin(track: bool) -> Callable[[], None]:
         layer = torch.nn.TransformerEncoderLayer(width, width // 64, 4 * width, 0.0, batch_first=True, device=device)

@@ -1,4 +1,4 @@
-"""Averages of ordinary checkpoints, and of averages that other libraries stored: how near, and whether the bar holds.
+"""Measure averages of ordinary checkpoints, and of averages that other libraries stored.
 
 The truth is summed in float64 over every step of a recorded run; averages come from the folder alone, through the
 public interface.
@@ -28,10 +28,10 @@ COUNTS = (8, 20, 64)
 
 WIDTHS = (0.05, 0.10, 0.15, 0.20, 0.25)
 PART = 0.2
-"""Of training, that the decays are emulated over; the uniform mean is over the last quarter of the checkpoints."""
+"""The fraction of training with an emulated decay; the uniform mean is over the last quarter of the checkpoints."""
 
 UNEVEN = ("denoiser-adam", "cnn-batch-norm")
-"""Runs that are measured once more with checkpoints at random steps."""
+"""Runs that are also measured with checkpoints at random steps."""
 
 REPAIRED = "denoiser-adam"
 STRIDES = (1, 10, 100)
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """For tables."""
+        """The name in tables."""
         return f"{self.name}-uneven" if self.uneven else self.name
 
 
@@ -58,7 +58,7 @@ JOBS = (*map(Job, NAMES), *(Job(name, True) for name in UNEVEN))
 
 @dataclass(frozen=True)
 class Cell:
-    """One average of checkpoints; errors are distances from the truth, relative to its norm.
+    """One average of checkpoints. Errors are L2 distances from the truth, relative to its norm.
 
     Attributes:
         run, checkpoints, target: which average.
@@ -78,7 +78,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Repair:
-    """One average of another library's; `own` is the error of the library's own synthesis."""
+    """An average stored by another library; `own` is the error of that library's synthesis."""
 
     library: str
     update_every: int
@@ -90,7 +90,7 @@ class Repair:
 
 
 def measure(job: Job, steps: int, cache: Path | None = None) -> list[Cell]:
-    """All cells of one run."""
+    """Measure all cells of one run."""
     run, cells = record(job.name, steps, cache), []
     for count in COUNTS:
         times = _times(job, steps, count)
@@ -112,7 +112,7 @@ def measure(job: Job, steps: int, cache: Path | None = None) -> list[Cell]:
 
 
 def _times(job: Job, steps: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Steps of the checkpoints, the last one at the end."""
+    """Return the steps of the checkpoints, ending with the last step."""
     if job.uneven:
         inner = np.random.default_rng(count).choice(np.arange(1, steps), count - 1, replace=False)
         return np.append(np.sort(inner), steps)
@@ -120,7 +120,7 @@ def _times(job: Job, steps: int, count: int) -> np.ndarray[Any, np.dtype[np.int6
 
 
 def repairs(steps: int, cache: Path | None = None) -> list[Repair]:
-    """Both libraries at each stride, on one run, stored as float16 twenty times."""
+    """Measure both libraries' averages at each stride of one run: 20 checkpoints in float16."""
     run, found = record(REPAIRED, steps, cache), []
     targets = [as_target(width) for width in WIDTHS]
     truth = true_averages(run, targets)
@@ -150,7 +150,7 @@ def repairs(steps: int, cache: Path | None = None) -> list[Repair]:
 
 
 def tables(cells: Sequence[Cell], repaired: Sequence[Repair]) -> str:
-    """Both tables."""
+    """Return both tables."""
     groups = {f"{count} checkpoints": [cell for cell in cells if cell.checkpoints == count] for count in COUNTS}
     kinds = ("sigma_rel", "between", "decay")
     groups |= {kind: [cell for cell in cells if cell.target.startswith(kind)] for kind in kinds} | {"all": list(cells)}

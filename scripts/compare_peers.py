@@ -1,18 +1,18 @@
-"""This package and its PyPI peers on the same recorded training runs: how far from the true average?
+"""Compare this package and its PyPI peers on the same recorded training runs, by distance from the true average.
 
     python scripts/compare_peers.py [--steps 10000] [--cache FOLDER]
 
-Every library is shown the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28, stores a
-float32 snapshot of both every 500 steps and is asked for averages of three lengths at the end, through public
-interfaces; every option not named here has its library's default.
+Every library sees the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28, stores a float32
+snapshot of both every 500 steps, and makes averages of three lengths at the end, through public interfaces; all other
+options have the library's defaults.
 
-**The true average** is over *every* step, also where a library looks at every tenth only. It is computed here from the
-definition, in float64, by no library's code. Distances are Euclidean over all parameters, relative to the true average.
-"raw final weights" is no averaging at all; "every 10th step, exactly" is the true average over steps 10, 20, ... only.
+**The true average** is over *every* step, also for a library that updates at every tenth. It is computed here from the
+definition, in float64, without any library. Distances are Euclidean over all parameters, relative to the true average.
+"raw final weights" is no averaging; "every 10th step, exactly" is the true average over steps 10, 20, ... only.
 
-**What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, right for an interval of one step: at
-update_every=10 they track (gamma+1)/10 where gamma+1 was asked for. At update_every=1 what remains is small: both count
-t one step ahead, and `posthoc_ema` by default passes over the first 99 calls and counts t from there.
+**What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, which is right for an interval of one
+step: at update_every=10 they track (gamma+1)/10 in place of gamma+1. At update_every=1 small errors remain: both count
+t one step ahead, and `posthoc_ema` by default skips the first 99 calls and counts t from there.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The largest root of (gamma+2)**2 (gamma+3) sigma_rel**2 - (gamma+1)."""
+    """Return the largest root of (gamma+2)**2 (gamma+3) sigma_rel**2 - (gamma+1)."""
     cubic = np.polynomial.Polynomial.fromroots([-2, -2, -3]) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
     return float(cubic.roots().real.max())
 
 
 def true_averages(run: Trajectory, wanted: Sequence[Target], stride: int = 1) -> FloatArray:
-    """The averages over every `stride`-th step's weights: shape [targets, parameters].
+    """Return the averages over every `stride`-th step's weights: shape [targets, parameters].
 
     The mass that a profile has on (t_{k-1}, t_k] sits on the weights at update k, and what it has before the first
     update on that one's.
@@ -81,7 +81,7 @@ def true_averages(run: Trajectory, wanted: Sequence[Target], stride: int = 1) ->
 
 
 def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> FloatArray:
-    """How much a profile at the end of the run has on the steps up to each of `seen`, from its definition.
+    """Return a profile's mass, at the end of the run, on the steps up to each of `seen`, by its definition.
 
     A width, a decay and a stretch of time are on the run's clock; a beta and a window are in steps, whatever time each
     took. A classical average begins as a copy of the first weights there are.
@@ -102,7 +102,7 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
 
 
 def averages(trajectory: Trajectory, counts: FloatArray) -> FloatArray:
-    """Weighted sums over all steps in float64: counts [averages, steps] -> [averages, parameters]."""
+    """Return weighted sums over all steps in float64: weights [averages, steps] -> [averages, parameters]."""
     total = np.zeros((len(counts), trajectory.weights.shape[1]))
     for start in range(0, trajectory.steps, 1000):  # by parts: all of it in float64 takes half a gigabyte
         part = slice(start, start + 1000)
@@ -111,7 +111,7 @@ def averages(trajectory: Trajectory, counts: FloatArray) -> FloatArray:
 
 
 def distances(values: FloatArray, truth: FloatArray) -> list[float]:
-    """Relative L2 distance of each row, [averages, parameters], from the same row of `truth`."""
+    """Return the relative L2 distance of each row, [averages, parameters], from the same row of `truth`."""
     return list(np.linalg.norm(values - truth, axis=1) / np.linalg.norm(truth, axis=1))
 
 
@@ -122,7 +122,7 @@ Average = Callable[[float], Iterable[torch.Tensor]]
 
 
 def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> tuple[Callable[[], object], Average]:
-    """This package: what to call after each step, and its averages, from the directory alone as after training."""
+    """Return a callback for each step of this package, and its averages from the directory alone, as after training."""
     options = {"update_every": stride, "checkpoint_every": interval, "checkpoint_dtype": torch.float32}
     tracker = PostHocEMA.from_model(model, folder, sigma_rels=TRACKED, **options)
 
@@ -136,7 +136,7 @@ def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> tu
 def ema_pytorch(
     model: torch.nn.Module, folder: Path, stride: int, interval: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Callable[[], object], Average]:
-    """`ema_pytorch.PostHocEMA`, which holds the model itself and gives a module."""
+    """Return the same for `ema_pytorch.PostHocEMA`, which holds the model and returns a module."""
     from ema_pytorch import PostHocEMA as Tracker
 
     options = {"update_every": stride, "checkpoint_every_num_steps": interval, "checkpoint_dtype": dtype}
@@ -147,7 +147,7 @@ def ema_pytorch(
 def posthoc_ema(
     model: torch.nn.Module, folder: Path, stride: int, interval: int, dtype: torch.dtype = torch.float32, **others: int
 ) -> tuple[Callable[[], object], Average]:
-    """`posthoc_ema.PostHocEMA`, from pytorch-posthoc-ema, which gives a state dict for a `with` block."""
+    """Return the same for `posthoc_ema.PostHocEMA` of pytorch-posthoc-ema, which yields a state dict in a block."""
     from posthoc_ema import PostHocEMA as Tracker
 
     options = {"update_every": stride, "checkpoint_every": interval, "checkpoint_dtype": dtype, **others}
@@ -162,7 +162,7 @@ def posthoc_ema(
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Keep a library's warnings and prints out of the tables."""
+    """Suppress a library's warnings and prints in the block."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -176,7 +176,7 @@ LIBRARIES = {"posthoc-cli": ours, "ema-pytorch": ema_pytorch, "pytorch-posthoc-e
 
 
 def compare(trajectory: Trajectory) -> Iterable[tuple[str, str, list[float]]]:
-    """Everything on one trajectory: who, update_every, distance from the truth by target."""
+    """Measure all libraries on one trajectory: name, update_every, distance from the truth by target."""
     wanted = [as_target(target) for target in TARGETS]
     truth = true_averages(trajectory, wanted)
     raw = np.broadcast_to(trajectory.weights[-1].astype(np.float64), truth.shape)

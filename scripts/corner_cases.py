@@ -1,8 +1,7 @@
-"""Hard cases of the fidelity benchmark: runs, schedules and questions that are unusual, and all of them allowed; and an
-independent set of ordinary and of pathological motion.
+"""Hard cases of the fidelity benchmark: unusual runs, schedules and targets; ordinary and pathological motion.
 
-Each case makes small synthetic runs (`corner_walks`), or takes recorded ones, feeds them through the hook and compares
-what comes with the truth (`fidelity_runs`).
+Each case makes synthetic runs (`corner_walks`), or takes recorded ones, feeds them through the hook and compares the
+averages with the truth (`fidelity_runs`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ USEFUL = (0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)
 """sigma_rel of most cases' targets."""
 
 TWO, CLOSE, ONE, THREE = (0.05, 0.28), (0.05, 0.10), (0.10,), (0.12, 0.2, 0.28)
-"""What trackers track."""
+"""Tracked widths."""
 
 BOTH = ("float32", "float16")
 RATES = ("constant", "cosine", "frozen", "restarts")
@@ -66,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A run, ways to track it, and what is asked for at its end."""
+    """A run, how it is tracked, and the targets at its end."""
 
     run: Trajectory
     trackings: Sequence[Tracking]
@@ -74,20 +73,20 @@ class Study:
 
 
 def studied(study: Study, root: Path) -> Iterator[Cell]:
-    """All cells of one."""
+    """Measure all cells of a study."""
     truth = true_averages(study.run, study.wanted, study.trackings[0].update_every)
     for tracking, folder in zip(study.trackings, track(study.run, study.trackings, root), strict=True):
         yield from _cells(study.run, tracking, study.wanted, _compare(folder, study.wanted, truth, tracking))
 
 
 def _compare(folder: Path, wanted: Sequence[Target], truth: FloatArray, tracking: Tracking) -> FloatArray:
-    """Error, paper, nearest and predicted of each target, see `Cell`: shape [4, targets]."""
+    """Return error, paper, nearest and predicted of each target, see `Cell`: shape [4, targets]."""
     error, paper, predicted = compare(folder, wanted, truth)
     return np.array([error, paper, _nearest(stored(folder)[-len(tracking.sigma_rels) :], truth), predicted])
 
 
 def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
-    """The smallest distance of any of the averages, [n, parameters], from each row of the truth: [targets]."""
+    """Return the distance of the nearest average from each row of the truth, [targets, parameters]: [targets]."""
     return np.min([distances(average[None, :], truth) for average in averages], axis=0)
 
 
@@ -106,7 +105,7 @@ def _targets(*sigma_rels: float) -> list[Target]:
 
 
 def few_left() -> Iterator[Study]:
-    """One to five snapshots of a profile are kept."""
+    """Keep one to five snapshots of a profile."""
     choices = [
         *((tracked, "float16", kept) for tracked in (TWO, ONE) for kept in (1, 2, 3, 5)),
         *((tracked, "float32", kept) for tracked in (TWO, ONE) for kept in (1, 2)),
@@ -118,7 +117,7 @@ def few_left() -> Iterator[Study]:
 
 
 def every_update() -> Iterator[Study]:
-    """A snapshot at every update, or at every second one."""
+    """Write a snapshot at every update, or at every second one."""
     trackings = [Tracking(TWO, dtype, every) for dtype in BOTH for every in (10, 20)]
     made = [
         *(walks.walk(rate, 600) for rate in ("constant", "cosine", "frozen")),
@@ -131,14 +130,14 @@ def every_update() -> Iterator[Study]:
 
 
 def pause() -> Iterator[Study]:
-    """No step is made for a while in the middle, on a clock of its own: 1 a step, and 400 or 4,000 for the pause."""
+    """Make no step for a while in the middle, on a clock of 1 a step and 400 or 4,000 for the pause."""
     trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, ONE) for dtype in BOTH]
     for make, rate, seconds in product((walks.walk, walks.descent), ("constant", "cosine"), (400, 4000)):
         yield Study(walks.paused(make(rate, 4000), 2000, seconds), trackings, _targets(*USEFUL))
 
 
 def reinit() -> Iterator[Study]:
-    """A layer is drawn anew just after a snapshot; averages over all of training, and of what came right after."""
+    """Reinitialise a layer after a snapshot; ask for averages over all of training, and over the time just after."""
     trackings = [Tracking(tracked, dtype, 200) for tracked in (ONE, TWO) for dtype in BOTH]
     places = (("constant", 0.05, 2000), ("constant", 0.25, 3200), ("cosine", 0.05, 2000), ("cosine", 0.25, 3200))
     for rate, stretch, after in places:
@@ -148,7 +147,7 @@ def reinit() -> Iterator[Study]:
 
 
 def alternating() -> Iterator[Study]:
-    """The rate changes a thousandfold every quarter or eighth of training; targets up to the uniform average."""
+    """Change the rate a thousandfold every quarter or eighth of training; targets up to the uniform average."""
     trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, CLOSE, ONE) for dtype in BOTH]
     for blocks, slow_first in product((4, 8), (False, True)):
         label = f"{blocks} blocks{', slow first' * slow_first}"
@@ -157,7 +156,7 @@ def alternating() -> Iterator[Study]:
 
 
 def tiny() -> Iterator[Study]:
-    """Five snapshots of 10 to 25 updates."""
+    """Write five snapshots in 10 to 25 updates."""
     for every, rate, seed in product((2, 3, 4, 5), ("constant", "cosine"), range(4)):
         trackings = [Tracking(tracked, dtype, every, update_every=1) for tracked in (TWO, ONE) for dtype in BOTH]
         yield Study(walks.walk(rate, 5 * every, seed=seed), trackings, _targets(*USEFUL))
@@ -170,7 +169,7 @@ _STEPS, _EVERY, _SIZE = 3840, 6, 400
 
 
 def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
-    """Runs that are all tracked in the same ways; targets of every kind."""
+    """Return runs that are all tracked in the same ways, with targets of every kind."""
     kept = {1: (192, 1), 2: (192, 2), 3: (192, 3), 5: (192, 5), 20: (192, None), 64: (60, None)}
     choices = [
         *product((TWO,), ("float32", "float16", "bfloat16"), kept),
@@ -184,7 +183,7 @@ def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
 
 
 def ordinary() -> Iterator[Study]:
-    """Motion as of trainings: walks, Adam, SGD, a restart, a freeze, a jump, wandering about one place."""
+    """Return runs that move as trainings do: walks, Adam, SGD, a restart, a freeze, a jump, motion about one place."""
     named = zip(RATES, range(11, 15), strict=True)
     yield from _alike(walks.walk(rate, _STEPS, _SIZE, seed) for rate, seed in named)
     yield from _alike(
@@ -200,7 +199,7 @@ def ordinary() -> Iterator[Study]:
 
 
 def pathological() -> Iterator[Study]:
-    """Motion that no walk and no noise resembles, in one direction only; and a standstill."""
+    """Return runs that move unlike a walk with noise: in one direction only, or not at all."""
     courses = {
         "slow wave": walks.wave(2.5, 0.5),
         "fast wave": walks.wave(_STEPS / 47, 0.5),
@@ -220,7 +219,7 @@ def pathological() -> Iterator[Study]:
 
 
 def live(root: Path) -> Iterator[Cell]:
-    """Averages asked for while training: soon after a snapshot, half-way, and just before the next one."""
+    """Ask for averages while training: soon after a snapshot, half-way to the next, and just before it."""
     wanted = _targets(*USEFUL)
     made = (*(walks.walk(rate, 4000) for rate in RATES), walks.descent("cosine", 4000))
     for run, dtype in product(made, ("float16", "float32")):
@@ -236,7 +235,7 @@ def live(root: Path) -> Iterator[Cell]:
 def _asked(
     tracker: PostHocEMA, model: Replay, tracking: Tracking, wanted: Sequence[Target], truth: FloatArray
 ) -> FloatArray:
-    """What the tracker says now: as `_compare`, but of the tracked averages as they are in memory."""
+    """Return the same as `_compare` of the tracker's current answer, relative to the averages in memory."""
     ours = [tracker.state_dict(target) for target in wanted]
     paper = [tracker.state_dict(target, method="paper") for target in wanted]
     tracked = []
@@ -244,13 +243,13 @@ def _asked(
         with tracker.averaged(model, sigma_rel):
             tracked.append(_flat(dict(model.named_parameters())))
     error, published = (distances(np.array([_flat(weights) for weights in made]), truth) for made in (ours, paper))
-    told = (weights.predicted_error for weights in ours)
-    predicted = [math.nan if error is None else error for error in told]
+    stated = (weights.predicted_error for weights in ours)
+    predicted = [math.nan if error is None else error for error in stated]
     return np.array([error, published, _nearest(np.array(tracked), truth), predicted])
 
 
 def _flat(weights: Mapping[str, torch.Tensor]) -> FloatArray:
-    """All elements of a `Replay`'s weights: [parameters]."""
+    """Return all elements of a `Replay`'s weights: [parameters]."""
     return np.asarray(torch.cat([weights[str(i)].detach().flatten().double() for i in range(len(weights))]).numpy())
 
 
@@ -258,7 +257,7 @@ def _flat(weights: Mapping[str, torch.Tensor]) -> FloatArray:
 
 
 def resumes(root: Path, keep_state: bool = False) -> Iterator[Cell]:
-    """The tracker is closed at every snapshot, and the next one goes on from the directory."""
+    """Close the tracker at every snapshot, and continue from the directory with a new one."""
     wanted = _targets(*USEFUL)
     for times, every, kept in ((19, 100, None), (99, 20, 20)):
         for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):
@@ -275,7 +274,7 @@ def resumes(root: Path, keep_state: bool = False) -> Iterator[Cell]:
 
 
 def plan_promise(root: Path) -> Iterator[Cell]:
-    """The walk that a plan assumes, tracked as planned: what it predicts before training against what comes."""
+    """Track the walk that `ema plan` assumes, as planned: compare the predicted error with the true one."""
     steps, dtype, places = 4000, "float32", slice(None, None, 8)
     for tracked, every, kept in ((TWO, 200, None), (THREE, 200, None), (TWO, 50, 10), (THREE, 50, 10)):
         schedule = Schedule(tracked, steps, every, kept, relative_rounding(dtype))
@@ -291,7 +290,7 @@ def plan_promise(root: Path) -> Iterator[Cell]:
 
 
 def pruning(root: Path, cache: Path | None) -> Iterator[Cell]:
-    """As few of 40 snapshots as keep the predicted error within a bound: the worst one predicted, and the true one."""
+    """Keep as few of 40 snapshots as an error bound allows: compare the worst predicted error with the true one."""
     wanted = _targets(*np.geomspace(*USEFUL_RANGE, 12).clip(*USEFUL_RANGE))
     for place, run in enumerate(_prunable(cache)):
         tracking = Tracking((TWO, CLOSE)[place // 2 % 2], "float16", run.steps // 40)
@@ -310,7 +309,7 @@ def pruning(root: Path, cache: Path | None) -> Iterator[Cell]:
 
 
 def _prunable(cache: Path | None) -> Iterator[Trajectory]:
-    """Twenty runs."""
+    """Return twenty runs."""
     for rate in RATES:
         for seed in range(2):
             yield walks.walk(rate, 2000, seed=seed)
@@ -335,7 +334,7 @@ CASES = (*STUDIES, "live", "resumes", "resumes-kept", "plan-promise", "pruning")
 
 
 def measure(name: str, cache: Path | None = None) -> list[Cell]:
-    """All cells of one of `CASES`; recorded runs are kept in the folder `cache`."""
+    """Measure all cells of one of `CASES`; keep recorded runs in the folder `cache`."""
     others: dict[str, Callable[[Path], Iterator[Cell]]] = {
         "live": live,
         "resumes": resumes,

@@ -44,7 +44,7 @@ RATES: dict[str, Rate] = {
 
 
 def alternating(blocks: int, slow_first: bool = False) -> Rate:
-    """Blocks of training whose rates are 1 and a thousandth in turn."""
+    """Return rates that are 1 and a thousandth in alternating blocks of training."""
     return lambda fraction: np.where((fraction * blocks).astype(int) % 2 == slow_first, 1.0, 1e-3)
 
 
@@ -54,7 +54,7 @@ def alternating(blocks: int, slow_first: bool = False) -> Rate:
 def walk(
     rate: str | Rate, steps: int, parameters: int = 1000, seed: int = 0, stretch: float = STRETCH, label: str = ""
 ) -> Trajectory:
-    """Independent steps; at a constant rate `stretch` long in all, relative to the norm."""
+    """Return a walk of independent steps; at a constant rate its length is `stretch` times the norm."""
     random = np.random.default_rng(seed)
     place, path = SCALE * random.standard_normal(parameters), random.standard_normal((steps, parameters))
     path *= (SCALE * stretch / steps**0.5 * _rates(rate, steps))[:, None]
@@ -62,7 +62,7 @@ def walk(
 
 
 def descent(rate: str, steps: int, parameters: int = 1000, seed: int = 0) -> Trajectory:
-    """Noisy gradient descent, whose slowest directions take all of training and whose fastest ones some steps.
+    """Return noisy gradient descent whose slowest directions take all of training and the fastest some steps.
 
     At a constant rate its noise comes to a twentieth of the weights in every direction.
     """
@@ -78,7 +78,7 @@ def descent(rate: str, steps: int, parameters: int = 1000, seed: int = 0) -> Tra
 
 
 def adam(rate: str, steps: int, parameters: int = 1000, seed: int = 0) -> Trajectory:
-    """Adam, momenta 0.9 and 0.999, on a quadratic loss, at a rate that reaches the optimum in `steps` steps."""
+    """Return the path of Adam (0.9, 0.999) on a quadratic loss, at a rate that reaches the optimum in `steps` steps."""
     random = np.random.default_rng(seed)
     curvatures = np.geomspace(0.1, 10, parameters) / SCALE
     optimum = SCALE * random.standard_normal(parameters)
@@ -96,7 +96,7 @@ def adam(rate: str, steps: int, parameters: int = 1000, seed: int = 0) -> Trajec
 
 
 def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> Trajectory:
-    """About one place, a tenth of the norm away, forgetting within `memory` of training (Ornstein-Uhlenbeck)."""
+    """Return an Ornstein-Uhlenbeck path, a tenth of the norm wide, whose memory is `memory` of training."""
     random = np.random.default_rng(seed)
     place, kept = SCALE * random.standard_normal(parameters), np.exp(-1 / (memory * steps))
     moves = np.sqrt(1 - kept**2) * random.standard_normal((steps, parameters))
@@ -107,7 +107,7 @@ def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> T
 
 
 def course(label: str, course_of: Rate, steps: int, parameters: int, seed: int, away: float = 1.0) -> Trajectory:
-    """From one place, in one direction, as far as `course_of` says at each fraction of training, in norms.
+    """Return motion from one place in one direction, by `course_of` of the fraction of training, in norms.
 
     `away` is the size of the place itself: with 0 all of the weights follow the course.
     """
@@ -117,7 +117,7 @@ def course(label: str, course_of: Rate, steps: int, parameters: int, seed: int, 
 
 
 def wave(periods: float, amplitude: float) -> Rate:
-    """A course of so many periods in training."""
+    """Return a course with so many periods in training."""
     return lambda fraction: amplitude * np.sin(2 * np.pi * periods * fraction + 1)
 
 
@@ -125,13 +125,13 @@ def wave(periods: float, amplitude: float) -> Rate:
 
 
 def paused(run: Trajectory, after: int, pause: float) -> Trajectory:
-    """The same steps, on a clock that runs on by `pause` between step `after` and the next."""
+    """Return the same steps on a clock that advances by `pause` between step `after` and the next."""
     times = run.times + pause * (np.arange(run.steps) >= after)
     return Trajectory(f"{run.name}, pause {pause:g}", run.weights, run.shapes, times)
 
 
 def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:
-    """The same path, with the last tenth of the parameters drawn anew right after step `after`; it goes on from there.
+    """Return the path with the last tenth of the parameters reinitialised after step `after`; it continues from there.
 
     New weights are as large as the first ones were.
     """
@@ -146,7 +146,7 @@ def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:
 
 
 def _rates(rate: str | Rate, steps: int) -> FloatArray:
-    """Of every step."""
+    """Return the learning rate of every step."""
     return (RATES[rate] if isinstance(rate, str) else rate)(np.arange(steps) / steps)
 
 

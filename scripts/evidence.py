@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """The same with six digits of each number."""
+    """Return measurements with numbers rounded to six digits."""
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -89,9 +89,9 @@ def _rounded(value: Any) -> Any:
 
 
 def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
-    """Make what is missing in the folder `root`, and give all measurements."""
+    """Make what is missing in the folder `root`; return all measurements."""
     root.mkdir(parents=True, exist_ok=True)
-    Language(root, quick)  # makes the text once, before the processes want it
+    Language(root, quick)  # makes the text once, before the processes need it
     jobs = [
         (root, quick, Training(name, schedule, seed))
         for seed in range(1 if quick else SEEDS)
@@ -126,7 +126,7 @@ def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
 
 
 def tables(found: dict[str, Any]) -> list[str]:
-    """Markdown: of each task a table of its averages, of the language model one more of differences."""
+    """Return Markdown: a table of averages for each task, and one of differences for the language model."""
     language = {schedule: _of(found, "language", schedule) for schedule in SCHEDULES}
     diffusion, constant, cosine = (
         _of(found, *name)
@@ -145,11 +145,11 @@ def tables(found: dict[str, Any]) -> list[str]:
 
 
 Column = tuple[list[Measured], str, float, int]
-"""Trainings, one a seed; a measure, the factor that it is shown with, and decimals."""
+"""Trainings, one a seed; a measure, its factor in the table, and its decimals."""
 
 
 def _table(corner: str, columns: dict[str, Column]) -> str:
-    """Means with standard errors over seeds, and in parentheses the difference to the last weights, seed by seed."""
+    """Return means with standard errors over seeds; in parentheses the difference from the last weights, by seed."""
 
     def cell(row: str, runs: list[Measured], metric: str, scale: float, digits: int) -> str:
         value = _mean([scale * one["rows"][row][metric] for one in runs], digits)
@@ -161,7 +161,7 @@ def _table(corner: str, columns: dict[str, Column]) -> str:
 
 
 def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
-    """What one loses or gains by choosing another average of the language model at a constant rate."""
+    """Return what another average of the language model gains or loses at a constant rate."""
 
     def less(row: str, others: list[Measured], other: str) -> str:
         return _paired(constant, row, others, other, "loss", 1, 4)
@@ -179,7 +179,7 @@ def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
 
 
 def _short(decayed: list[Measured], cosine: list[Measured], classifier: list[Measured]) -> str:
-    """What short averages have more than the last weights, of the seeds that they were measured of."""
+    """Return the losses of short averages less that of the last weights, for the seeds with both."""
     columns: dict[str, Column] = {
         "decayed, 1e-3 nats": (decayed, "loss", 1e3, 2),
         "cosine, 1e-3 nats": (cosine, "loss", 1e3, 2),
@@ -206,13 +206,13 @@ def _paired(
 
 
 def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """With the standard error of the mean."""
+    """Return the mean and its standard error."""
     error = f" ± {_error(values):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.{digits}f}{error}"
 
 
 def _error(values: Any) -> Any:
-    """The standard error of the mean, over the first axis; 0 of a single value."""
+    """Return the standard error of the mean over the first axis; 0 for a single value."""
     return (
         np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(np.shape(values)[1:])
     )
@@ -244,7 +244,7 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
 
 
 def _curve(axes: Any, index: int, values: dict[float, Any], label: str) -> None:
-    """Means over seeds with their standard errors, of each length."""
+    """Draw means over seeds with their standard errors against the length."""
     axes.errorbar(
         [*values], [*map(np.mean, values.values())], [*map(_error, values.values())], color=plots.COLOURS[index],
         linestyle=plots.STYLES[index], marker=plots.MARKERS[index], markersize=3.5, capsize=2, label=label,
@@ -252,7 +252,7 @@ def _curve(axes: Any, index: int, values: dict[float, Any], label: str) -> None:
 
 
 def _language(found: dict[str, Any]) -> Figure:
-    """The loss less that of the last weights, seed by seed, against the length."""
+    """Draw the loss less that of the last weights, seed by seed, against the length."""
     figure, panels = _panels(3)
     for axes, (schedule, title) in zip(panels, SCHEDULES.items(), strict=True):
         runs = [one["rows"] for one in _of(found, "language", schedule)]
@@ -276,7 +276,7 @@ def _language(found: dict[str, Any]) -> Figure:
 
 
 def _time(found: dict[str, Any]) -> Figure:
-    """How much more than at the best length, against the length, for each time."""
+    """Draw the excess over the loss at the best length against the length, for each time."""
     figure, panels = _panels(2)
     runs = [one["over_time"] for one in _of(found, "diffusion", "inverse-sqrt")]
     for axes, (metric, title) in zip(panels, {"loss": "test loss", "frechet": "Frechet distance"}.items(), strict=True):

@@ -1,6 +1,6 @@
-"""The trainings of `evidence`, recorded and measured: all that people average with runs beside the same training.
+"""The trainings of `evidence`: each is recorded once, with all the averages that it is measured with.
 
-A training is a folder; one that was killed is made anew, one that is done is left alone.
+Each training has a folder. A training that was killed starts again; one that is complete is kept.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from posthoc_cli.sweep import sweep
 from posthoc_cli.targets import Decay
 
 WEIGHTS, MEASURED = "weights.pt", "measured.json"
-"""Written last, when a folder's records and its measurements are whole."""
+"""Written last, when the records and the measurements of a folder are complete."""
 
 CHECKPOINTS = 40
-"""In a training, evenly; snapshots come with them."""
+"""Evenly spaced checkpoints of a training; snapshots are written at the same steps."""
 
 LAST = 5
 """Checkpoints of the weights themselves, whose mean is measured."""
 
 LENGTHS = (0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25)
-"""Measured at every training."""
+"""Lengths that are measured in every training."""
 
 SHORT = (0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02)
-"""Measured, too, where the learning rate falls to zero."""
+"""Lengths that are also measured where the learning rate falls to zero."""
 
 TRACKED = (0.002, 0.005, 0.01, 0.05, 0.28)
 """There, at every step; elsewhere the default."""
@@ -51,7 +51,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a task, recorded in a folder of its own."""
+    """One training of a task, recorded in its folder."""
 
     task: str
     schedule: str
@@ -63,12 +63,12 @@ class Training:
         return self.schedule in ("decayed", "cosine")
 
     def folder(self, root: Path) -> Path:
-        """Of its records."""
+        """The folder of the records."""
         return root / f"{self.task}-{self.schedule}-{self.seed}"
 
 
 def copied(model: nn.Module) -> Tensors:
-    """The weights as they are now, buffers too."""
+    """Return copies of the current weights and buffers."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -108,7 +108,7 @@ def train(task: Task, training: Training, root: Path) -> None:
 
 
 def mean(checkpoints: Sequence[Tensors]) -> Tensors:
-    """Of each tensor; of integers the last."""
+    """Return the mean of each tensor; of integer tensors the last."""
     return {
         name: torch.stack([one[name] for one in checkpoints]).mean(dim=0) if last.is_floating_point() else last
         for name, last in checkpoints[-1].items()
@@ -116,7 +116,7 @@ def mean(checkpoints: Sequence[Tensors]) -> Tensors:
 
 
 def measure(task: Task, training: Training, root: Path) -> None:
-    """Measure every average of a training on the test part, unless that is done."""
+    """Measure every average of a training on the test data, unless that is done."""
     folder, model, batches = training.folder(root), task.model(), task.batches()
     if (folder / MEASURED).exists():
         return

@@ -21,7 +21,7 @@ F = nn.functional
 
 
 class Task:
-    """A network, what it learns from, and how good it is; made from a folder for what can be made once, and `quick`.
+    """A network, its data and its measures; made from a folder for cached data, and `quick`.
 
     Each has `model()`, weights drawn from torch's global random numbers; `optimizer(model)`, at the highest learning
     rate; `loss(model, random)`, on a batch that is drawn; and `measure(model, part)`: measures on the held-out part
@@ -39,11 +39,11 @@ class Task:
     warm_up = 100
 
     def batches(self) -> list[torch.Tensor]:
-        """Inputs to measure the statistics of averaged weights' BatchNorm on; none where there is no BatchNorm."""
+        """Return inputs to measure the averaged weights' BatchNorm statistics on; none without BatchNorm."""
         return []
 
     def rate(self, schedule: str, step: int) -> float:
-        """The learning rate of a step, 1, 2, ..., relative to the highest."""
+        """Return the learning rate of step 1, 2, ..., relative to the highest."""
         fraction, warm = (step - 1) / self.steps, min(1.0, step / self.warm_up)
         if schedule == "cosine":
             return warm * (1 + math.cos(math.pi * fraction)) / 2
@@ -55,7 +55,7 @@ class Task:
 
 
 QUICK = 50
-"""Steps of a training that is only tried."""
+"""Steps of a training with `quick`."""
 
 STABLE = 0.8
 """The fraction of training at which the rate of the decayed run begins to fall."""
@@ -65,7 +65,7 @@ STABLE = 0.8
 
 
 class Language(Task):
-    """To tell the next token of the standard library's source text: byte pairs, contexts of 128."""
+    """Predict the next token of the standard library's source text: byte pairs, contexts of 128."""
 
     steps, schedules = 1600, ("constant", "decayed", "cosine")
     vocabulary, width, depth, context, batch = 1024, 256, 4, 128, 8
@@ -77,25 +77,25 @@ class Language(Task):
         self.tokens = tokens(cache, self.vocabulary, 4 if quick else None)
 
     def model(self) -> nn.Module:
-        """3.4 M parameters."""
+        """Make a decoder of 3.4 M parameters."""
         return Decoder(self.vocabulary, self.width, self.depth)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW, whose weight decay leaves the norms alone."""
+        """Make AdamW without weight decay of the norms."""
         matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         scales = [parameter for parameter in model.parameters() if parameter.ndim == 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.95), fused=True)
 
     def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
-        """Cross-entropy in nats a token."""
+        """Return the cross-entropy in nats a token."""
         text = self.tokens["training"]
         starts = torch.randint(len(text) - self.context - 1, (self.batch, 1), generator=random)
         return self._loss(model, text[starts + torch.arange(self.context + 1)])
 
     @torch.no_grad()
     def measure(self, model: nn.Module, part: str) -> dict[str, float]:
-        """The same on contexts of modules that training never saw."""
+        """Return the loss on contexts of modules that training never saw."""
         text = self.tokens[part]
         count = self.contexts if part == "test" else self.contexts // 2
         starts = torch.linspace(0, len(text) - self.context - 1, count).long()
@@ -110,7 +110,7 @@ class Language(Task):
 
 
 def sources() -> dict[str, list[Path]]:
-    """The standard library's modules by part, without tests, tables and what is there for another program.
+    """Return the standard library's modules by part, without tests, tables and code generated for other programs.
 
     The name of a module or package decides, so that no part of a package is trained on and another held out.
     """
@@ -126,7 +126,7 @@ def sources() -> dict[str, list[Path]]:
 
 
 def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, torch.Tensor]:
-    """The text by part, of so many modules; made once in the folder `cache`."""
+    """Return the tokens by part, of so many modules; cached in the folder `cache`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # comes with peft
 
     file = cache / f"tokens-{sys.version_info.major}.{sys.version_info.minor}-{vocabulary}.pt"
@@ -150,7 +150,7 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
 
 
 class Decoder(nn.Module):
-    """Rotary positions, RMSNorm, embeddings that are the last layer too. [batch, tokens] -> [batch, tokens, words]."""
+    """Rotary positions, RMSNorm, embeddings tied to the last layer. [batch, tokens] -> [batch, tokens, words]."""
 
     def __init__(self, vocabulary: int, width: int, depth: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if into_the_sum else 0.02)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All places at once; none sees a later one."""
+        """Compute the logits at all positions; none depends on a later token."""
         states, rotation = self.token(tokens), _rotation(tokens.shape[1])
         for block in self.blocks:
             states = block(states, rotation)
@@ -175,13 +175,13 @@ HEAD = 64
 
 
 def _rotation(count: int) -> torch.Tensor:
-    """Of each pair of a head's channels at each place: [2, places, HEAD / 2], cosine and sine."""
+    """Return cosine and sine of each pair of channels of a head at each position: [2, places, HEAD / 2]."""
     angles = torch.arange(count)[:, None] * 10_000.0 ** -torch.linspace(0, 1, HEAD // 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def _rotated(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """The same with each pair of channels turned: [batch, heads, places, HEAD]."""
+    """Return the states with each pair of channels rotated: [batch, heads, places, HEAD]."""
     (first, second), (cosine, sine) = heads.chunk(2, dim=-1), rotation.to(heads.dtype)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
@@ -209,7 +209,7 @@ class _Block(nn.Module):
 
 
 def shifted(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Each by up to a pixel down or up and left or right, empty where nothing comes from: [images, 64]."""
+    """Return each image shifted by up to a pixel in both directions, with empty edges: [images, 64]."""
     padded = F.pad(images.reshape(-1, SIDE, SIDE), (1, 1, 1, 1), value=float(images.min()))
     down, right = torch.randint(3, (2, len(images), 1, 1), generator=random)
     rows, columns = down + torch.arange(SIDE)[:, None], right + torch.arange(SIDE)
@@ -217,7 +217,7 @@ def shifted(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
 
 
 class Diffusion(Task):
-    """To remove noise from shifted digits: the demo's denoiser, larger and longer."""
+    """Denoise shifted digits with the demo's denoiser, larger and longer."""
 
     steps, schedules = 12_000, ("inverse-sqrt",)
     keep_all = True
@@ -238,15 +238,15 @@ class Diffusion(Task):
         }
 
     def model(self) -> nn.Module:
-        """0.48 M parameters."""
+        """Make a denoiser of 0.48 M parameters."""
         return demo.Denoiser(self.width, self.depth)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """As in the demo."""
+        """Make the demo's optimizer."""
         return torch.optim.Adam(model.parameters(), lr=4e-3, betas=(0.9, 0.99), fused=True)
 
     def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
-        """As in the demo."""
+        """Return the demo's loss."""
         chosen = torch.randint(len(self.training.images), (self.batch,), generator=random)
         sigma = demo.random_noise_levels(self.batch, random)
         images = demo.Images(shifted(self.training.images[chosen], random), self.training.labels[chosen])
@@ -254,7 +254,7 @@ class Diffusion(Task):
 
     @torch.no_grad()
     def measure(self, model: nn.Module, part: str) -> dict[str, float]:
-        """The loss on images that training never saw, and on "test" the Frechet distance of samples to all of them."""
+        """Return the loss on unseen images, and for "test" the Frechet distance of samples from all of them."""
         found = {"loss": float(self.validations[part](model).mean())}
         if part == "test":
             labels = torch.arange(self.count) % demo.CLASSES
@@ -263,7 +263,7 @@ class Diffusion(Task):
 
     @cached_property
     def features(self) -> nn.Module:
-        """All but the last layer of a classifier of the training images: [images, 64] -> [images, 32]."""
+        """Return the features of a classifier before its last layer: [images, 64] -> [images, 32]."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             random = torch.Generator().manual_seed(0)
@@ -285,7 +285,7 @@ SAMPLING_STEPS = 24
 
 @torch.no_grad()
 def sample(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
-    """An image of each label, by Heun's method over noise levels from 40 to 0.01 (algorithm 1 of arXiv 2206.00364)."""
+    """Return an image for each label by Heun's method, noise from 40 to 0.01 (algorithm 1 of arXiv 2206.00364)."""
     levels = torch.linspace(40.0 ** (1 / 7), 0.01 ** (1 / 7), SAMPLING_STEPS).pow(7).tolist()
     images = levels[0] * torch.randn(len(labels), demo.PIXELS, generator=torch.Generator().manual_seed(0))
 
@@ -300,7 +300,7 @@ def sample(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
 
 
 def frechet(real: torch.Tensor, made: torch.Tensor) -> float:
-    """The Frechet distance of two normal distributions with the features' means and covariances."""
+    """Return the Frechet distance of two normal distributions with the means and covariances of the features."""
     (mean, covariance), (other_mean, other) = (
         (features.double().mean(dim=0), torch.cov(features.double().T)) for features in (real, made)
     )
@@ -312,7 +312,7 @@ def frechet(real: torch.Tensor, made: torch.Tensor) -> float:
 
 
 class Classifier(Task):
-    """To tell digits apart under noise and shifts: three convolutions with BatchNorm, SGD with momentum."""
+    """Classify digits under noise and shifts with three convolutions with BatchNorm and SGD with momentum."""
 
     steps, schedules = 4000, ("constant", "cosine")
     batch, draws, renewing = 64, 20, 10
@@ -326,21 +326,21 @@ class Classifier(Task):
         self.parts = {part: (images[rows], labels[rows]) for part, rows in parts.items()}
 
     def model(self) -> nn.Module:
-        """14,458 parameters."""
+        """Make a network of 14,458 parameters."""
         return network()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The usual one."""
+        """Make SGD with momentum."""
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         images, labels = self._drawn("training", self.batch, random)
         return F.cross_entropy(model(images), labels)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, part: str) -> dict[str, float]:
-        """Cross-entropy, and the share told wrong."""
+        """Return the cross-entropy, and the share of wrong classes."""
         images, labels = self._drawn(part, None, torch.Generator().manual_seed(0))
         logits = model.eval()(images).double()
         model.train()
@@ -348,12 +348,12 @@ class Classifier(Task):
         return {"loss": float(F.cross_entropy(logits, labels)), "error": error}
 
     def batches(self) -> list[torch.Tensor]:
-        """As in training."""
+        """Return batches as in training."""
         random = torch.Generator().manual_seed(0)
         return [self._drawn("training", 512, random)[0] for _ in range(self.renewing)]
 
     def _drawn(self, part: str, count: int | None, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images, each shifted by up to a pixel and noisy: so many, or each `draws` times."""
+        """Return images, each shifted by up to a pixel and noisy: a number of random ones, or each `draws` times."""
         images, labels = self.parts[part]
         chosen = (
             torch.arange(len(labels)).repeat(self.draws)

@@ -12,18 +12,18 @@ FloatArray = npt.NDArray[np.float64]
 Cell = TypeVar("Cell")
 
 LEAST = 6e-8
-"""Errors of hard cases that are below the rounding of a result to float32 count as this much."""
+"""The least error of hard cases: about the rounding of a result to float32."""
 
 
 def ratios(cells: Sequence[Any], over: str, of: str = "error", least: float = 0.0) -> FloatArray:
-    """One error of each cell over another, where both are known."""
+    """Return one error of each cell divided by another, for cells that have both."""
     pairs = np.array([(getattr(cell, of), getattr(cell, over)) for cell in cells]).reshape(-1, 2)
     first, second = np.maximum(pairs[~np.isnan(pairs).any(axis=1)], least).T
     return np.asarray(first / second)
 
 
 def grouped(cells: Iterable[Cell], label: Callable[[Cell], str]) -> dict[str, list[Cell]]:
-    """The cells by their labels, in the order in which these first appear."""
+    """Return the cells by label, in order of first appearance."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(label(cell), []).append(cell)
@@ -31,7 +31,7 @@ def grouped(cells: Iterable[Cell], label: Callable[[Cell], str]) -> dict[str, li
 
 
 def recorded_table(cells: Sequence[Any]) -> str:
-    """Of recorded runs: all and the held-out ones, then by storage, number of snapshots, target and run.
+    """Return the table of recorded runs: all, held-out ones, then by storage, number of snapshots, target and run.
 
     The first column of each ratio is its median.
     """
@@ -56,7 +56,7 @@ def recorded_table(cells: Sequence[Any]) -> str:
 
 
 def hard_table(cells: Sequence[Any]) -> str:
-    """By case; of a single one by run.
+    """Return the table by case; for a single case by run.
 
     Shares of the cells whose error is within a factor of the predicted one, or more than three times above it; of each
     ratio its median, its maximum, and how many cells are above 1.05. Unknown are cells without a prediction.
@@ -75,22 +75,22 @@ def hard_table(cells: Sequence[Any]) -> str:
 
 
 def summary(values: FloatArray, *names: str) -> list[str]:
-    """NumPy's functions of these names, in three digits; nothing where there are no values."""
+    """Return the results of these NumPy functions, in three digits; empty texts without values."""
     found = [float(getattr(np, name)(values)) if values.size else np.nan for name in names]
     return ["" if np.isnan(one) else f"{one:.3f}" if one < 10 else f"{one:.1f}" for one in found]
 
 
 def within(values: FloatArray, factor: float) -> npt.NDArray[np.bool_]:
-    """Which of the ratios are within a factor of 1."""
+    """Return which of the ratios are within a factor of 1."""
     return (values >= 1 / factor) & (values <= factor)
 
 
 def share(holds: npt.NDArray[np.bool_]) -> str:
-    """Of all."""
+    """Return the share of true values, in percent."""
     return f"{100 * np.mean(holds):.1f} %" if holds.size else ""
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
+    """Return a Markdown table: the first column aligned left, the others right."""
     header, *rows = lines
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---", *["---:"] * (len(header) - 1)), *rows))

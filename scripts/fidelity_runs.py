@@ -51,12 +51,12 @@ class Tracking:
         return f"{self.checkpoint_dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}"
 
     def tracker(self, model: torch.nn.Module, folder: Path, t_unit: str = "steps") -> PostHocEMA:
-        """One of a new run."""
+        """Make a tracker of a new run."""
         return PostHocEMA.from_model(model, folder, t_unit=t_unit, **asdict(self))
 
 
 def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Path]:
-    """The run with trackers looking on, which all update at the same steps; new folders of their snapshots in `root`.
+    """Follow the run with trackers that update at the same steps; return the folders of their snapshots.
 
     Where the run's optimizer starts anew, the trackers do: they are closed, and others go on from their states.
     """
@@ -75,7 +75,7 @@ def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Pa
 
 
 def follow(run: Trajectory, replay: Replay, trackers: list[PostHocEMA], stride: int) -> Iterator[int]:
-    """The number of steps after each that the trackers of the list saw; at the end they are closed."""
+    """Yield the number of steps after each step that the listed trackers saw; close them at the end."""
     own_clock = bool(np.any(run.times != np.arange(1, run.steps + 1)))
     for index in range(run.steps):
         if (index + 1) % stride == 0:
@@ -91,7 +91,7 @@ def follow(run: Trajectory, replay: Replay, trackers: list[PostHocEMA], stride: 
 
 
 def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray) -> FloatArray:
-    """Of each target the error of the default method's average, of the published one's, and the predicted error.
+    """Return each target's error by the default method and by the published one, and the predicted error.
 
     Errors are Euclidean distances from the truth, relative to its norm: shape [3, targets].
     """
@@ -102,7 +102,7 @@ def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray) -> FloatA
 
 
 def made(plan: Plan) -> tuple[FloatArray, list[float]]:
-    """The averages of a plan, [targets, parameters], and their predicted errors; nan where it does not say."""
+    """Return the averages of a plan, [targets, parameters], and their predicted errors; nan where there is none."""
     tensors = dict(synthesize(plan))
     ordered = [tensors[str(index)] for index in range(len(tensors))]
     count = len(plan.targets)
@@ -112,7 +112,7 @@ def made(plan: Plan) -> tuple[FloatArray, list[float]]:
 
 
 def stored(folder: Path) -> FloatArray:
-    """All snapshots as they are on disk: shape [snapshots, parameters]."""
+    """Return all snapshots as stored: shape [snapshots, parameters]."""
     rows = []
     for file in sorted(folder.glob("0*.safetensors")):
         tensors = load_file(file)
@@ -121,7 +121,7 @@ def stored(folder: Path) -> FloatArray:
 
 
 def oracle(stored: FloatArray, truth: FloatArray) -> list[float]:
-    """Errors of the best combinations with sum 1 of the stored rows, found by knowing the truth: no method beats it."""
+    """Return the least error of any combination of the stored rows with sum 1, found from the truth."""
     last = stored[-1]
     others = (stored[:-1] - last).T
     coefficients, *_ = np.linalg.lstsq(others, (truth - last).T, rcond=None)
@@ -130,7 +130,7 @@ def oracle(stored: FloatArray, truth: FloatArray) -> list[float]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of poor targets: they are the point here."""
+    """Suppress warnings about inexact targets in the block: here they are intended."""
     logger = logging.getLogger("posthoc_cli")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -156,19 +156,19 @@ STEPS = 9_600
 
 @dataclass(frozen=True)
 class Job:
-    """A recorded run and how often its tracker looks."""
+    """A recorded run and the update interval of its tracker."""
 
     name: str
     stride: int = 1
 
     @property
     def label(self) -> str:
-        """For tables and for `--only`."""
+        """The name in tables and for `--only`."""
         return self.name if self.stride == 1 else f"{self.name}-every-{self.stride}"
 
 
 JOBS = (*(Job(name) for name in NAMES), Job("denoiser-adam", STRIDE), Job("cnn-batch-norm", STRIDE))
-"""All of the benchmark; of the two with gaps one is held out."""
+"""All jobs of the benchmark; one of the two with gaps is held out."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Cell:
 
 
 def measure(job: Job, steps: int = STEPS, cache: Path | None = None) -> list[Cell]:
-    """All cells of one run."""
+    """Measure all cells of one run."""
     # At 9,600 steps the classical averages are 1,000 and 2,000 steps old, the window has 2,000.
     betas = [Beta(round(1 - age / steps, 9)) for age in (9.6, 4.8)]
     wanted = [*map(as_target, SIGMA_RELS), *betas, Window(5 * steps // 24)]
@@ -219,7 +219,7 @@ def measure_setups(
     job: Job, setups: Sequence[tuple[tuple[float, ...], int, str]], wanted: Sequence[Target], steps: int,
     cache: Path | None,
 ) -> list[FloatArray]:  # fmt: skip
-    """Error, paper, predicted, floor and oracle of each target, see `Cell`: [5, targets] for each setup."""
+    """Return error, paper, predicted, floor and oracle of each target, see `Cell`: [5, targets] for each setup."""
     run = record(job.name, steps, cache)
     truth, found = true_averages(run, wanted, job.stride), []
     with tempfile.TemporaryDirectory() as root, quiet():

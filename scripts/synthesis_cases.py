@@ -28,14 +28,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def large_tensors(parameters: int, count: int = 20) -> dict[str, tuple[int, ...]]:
-    """A model of that many parameters in `count` equal matrices, or a few more."""
+    """Make a model of that many parameters in at least `count` equal matrices."""
     width = 1024
     rows = max(1, parameters // count // width)
     return {f"layers.{index}.weight": (rows, width) for index in range(count)}
 
 
 def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
-    """Matrices of 64 x 64."""
+    """Make a model of 64 x 64 matrices."""
     return {f"layers.{index}.weight": (64, 64) for index in range(count)}
 
 
@@ -43,7 +43,7 @@ def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_snapshots(folder: Path, shapes: Shapes, snapshots: int = 20) -> None:
-    """Snapshots in float16 of a float32 model, of random numbers: half of them for each of two profiles."""
+    """Write float16 snapshots of random numbers for a float32 model, half of them for each of two profiles."""
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
     for t, sigma_rel in _times(snapshots):
@@ -51,7 +51,7 @@ def write_snapshots(folder: Path, shapes: Shapes, snapshots: int = 20) -> None:
 
 
 def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshots: int) -> None:
-    """The same of zeros, in files that are all holes: a model of any size takes no disk."""
+    """Write the same snapshots of zeros as sparse files: a model of any size takes no disk."""
     folder.mkdir()
     shapes = large_tensors(parameters, tensors)
     entries = fmt.lay_out([fmt.TensorSpec(name, "F16", shape) for name, shape in shapes.items()])
@@ -80,7 +80,7 @@ def _tracked(shapes: Shapes) -> dict[str, Any]:
 
 
 def _save_shards(place: Path, weights: Mapping[str, torch.Tensor], ending: str) -> None:
-    """Two files and their index, as transformers writes them."""
+    """Write two files and their index, as transformers does."""
     place.mkdir()
     files = {name: f"model-0000{1 + 2 * index // len(weights)}-of-00002.{ending}" for index, name in enumerate(weights)}
     for file in set(files.values()):
@@ -104,7 +104,7 @@ CHECKPOINTS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], object]] = {
 
 
 def write_checkpoints(folder: Path, layout: str, shapes: Shapes, count: int = 20) -> None:
-    """As many checkpoints of random numbers in float16."""
+    """Write as many checkpoints of random numbers in float16."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
@@ -116,7 +116,7 @@ def write_checkpoints(folder: Path, layout: str, shapes: Shapes, count: int = 20
 
 
 def read_plainly(folder: Path, buffer: bytearray) -> None:
-    """One thread, `readinto` over every byte of every snapshot."""
+    """Read every byte of every snapshot by `readinto`, in one thread."""
     for path in sorted(folder.iterdir()):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
@@ -124,7 +124,7 @@ def read_plainly(folder: Path, buffer: bytearray) -> None:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Ask the system to forget the files, so that the disk must read them again."""
+    """Ask the system to drop the files from the page cache."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -153,7 +153,7 @@ except OSError:
 
 
 def peak_memory(folder: Path, out: Path) -> int:
-    """Peak resident bytes of a process that makes one target into a file, above those of one that imports torch."""
+    """Return the peak resident bytes of a process that writes one target, above those of `import torch`."""
     with_synthesis, without = (
         int(subprocess.check_output([sys.executable, "-c", _PEAK, *arguments]))
         for arguments in ([str(folder), str(out)], [])
@@ -165,7 +165,7 @@ def peak_memory(folder: Path, out: Path) -> int:
 
 
 class Layers(torch.nn.Module):
-    """A model of these shapes."""
+    """A model with parameters of these shapes."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every experiment on the guarantees of snapshots and outputs, whole, and a table of what came of it.
+"""Run every experiment on the guarantees of snapshots and outputs at full count; print a table of the results.
 
 python scripts/torture.py                     # all of them, long
 python scripts/torture.py --only kill         # those with "kill" in their names
@@ -21,7 +21,7 @@ from torture.experiments import EXPERIMENTS
 
 
 def main() -> int:
-    """Run, print the table and every failure; 1 where there is one."""
+    """Run the experiments; print the table and every failure. Return 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="experiments with this in their names")
     parser.add_argument("--share", type=float, default=1.0, help="of all that there is to try, above 0, up to 1")

@@ -19,7 +19,7 @@ Loss = Callable[[nn.Module, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """What there is to learn, and by whom.
+    """A network and its loss.
 
     Attributes:
         model: builds the network, its first weights drawn.
@@ -40,7 +40,7 @@ PIXELS = 16
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """The images, standardised, [images, 64], and their labels."""
+    """Return the standardised images, [images, 64], and their labels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -51,19 +51,19 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def denoising(width: int) -> Task:
-    """To remove Gaussian noise of any level: 5,280 parameters at width 32."""
+    """Make the task of removing Gaussian noise of any level: 5,280 parameters at width 32."""
     return Task(partial(_denoiser, width), _denoising_loss)
 
 
 def _denoiser(width: int) -> nn.Module:
-    """From a scaled noisy image and its noise level, [batch, 65], to [batch, 64]."""
+    """Make a network from a scaled noisy image and its noise level, [batch, 65], to [batch, 64]."""
     return nn.Sequential(
         nn.Linear(65, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, SIDE * SIDE)
     )
 
 
 def _denoising_loss() -> Loss:
-    """Log-normal noise levels; input, target and their weights scaled to variance 1 at every level."""
+    """Make the loss: log-normal noise levels; input, target and weighting have variance 1 at every level."""
     images, _ = digits()
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
@@ -83,22 +83,22 @@ def _denoising_loss() -> Loss:
 
 
 def classification(width: int) -> Task:
-    """To tell the digits apart: 3,610 parameters at width 48."""
+    """Make the task of classifying digits: 3,610 parameters at width 48."""
     return Task(partial(_classifier, width), _classification_loss)
 
 
 def convolutional_classification() -> Task:
-    """The same by two convolutions with batch norm, whose weights and biases are parameters: 4,942 in all."""
+    """Make the same task with two convolutions and batch norm: 4,942 parameters with its weights and biases."""
     return Task(_convolutional_classifier, _classification_loss)
 
 
 def _classifier(width: int) -> nn.Module:
-    """From an image, [batch, 64], to the logits of 10 classes."""
+    """Make a network from an image, [batch, 64], to the logits of 10 classes."""
     return nn.Sequential(nn.Linear(SIDE * SIDE, width), nn.ReLU(), nn.Linear(width, CLASSES))
 
 
 def _convolutional_classifier() -> nn.Module:
-    """From and to the same."""
+    """Make a convolutional network from an image, [batch, 64], to the logits of 10 classes."""
     return nn.Sequential(
         nn.Unflatten(1, (1, SIDE, SIDE)),
         *(nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2)),
@@ -108,7 +108,7 @@ def _convolutional_classifier() -> nn.Module:
 
 
 def _classification_loss() -> Loss:
-    """Cross-entropy on noisy images: without the noise the gradient would soon vanish."""
+    """Make the loss: cross-entropy on noisy images. Without noise the gradient would soon vanish."""
     images, labels = digits()
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
@@ -123,12 +123,12 @@ def _classification_loss() -> Loss:
 
 
 def next_token() -> Task:
-    """To draw a digit from its label, pair of pixels by pair of pixels: 7,792 parameters."""
+    """Make the task of predicting the pixels of a digit from its label, two pixels a token: 7,792 parameters."""
     return Task(_Transformer, _next_token_loss)
 
 
 def digit_sequences() -> torch.Tensor:
-    """Each digit as tokens, [images, 33]: its label, then its pixels in reading order, two to a token.
+    """Return each digit as tokens, [images, 33]: its label, then its pixels in reading order, two to a token.
 
     Two to a token because the time of a step grows with the length; four levels keep the vocabulary at 16.
     """
@@ -138,7 +138,7 @@ def digit_sequences() -> torch.Tensor:
 
 
 class _Block(nn.Module):
-    """Causal attention with two heads, then an MLP: each sees the normalised states and adds to them."""
+    """Causal attention with two heads, then an MLP, each with layer norm before and a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """From [batch, tokens, width] to the same."""
+        """Map states, [batch, tokens, width], to states of the same shape."""
         parts = self.mixed_in(self.attention_norm(states)).unflatten(2, (3, 2, -1))  # three parts, two heads
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -157,7 +157,7 @@ class _Block(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """From tokens, [batch, 32], to the logits of each one's successor, [batch, 32, 16]."""
+    """A transformer from tokens, [batch, 32], to the logits of the next tokens, [batch, 32, 16]."""
 
     def __init__(self, width: int = 16, blocks: int = 2) -> None:
         super().__init__()
@@ -168,13 +168,13 @@ class _Transformer(nn.Module):
         nn.init.normal_(self.token.weight, std=0.1)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All places at once; none sees a later one."""
+        """Compute the logits at all positions; none depends on a later token."""
         logits: torch.Tensor = self.logits(self.norm(self.blocks(self.token(tokens) + self.place)))
         return logits
 
 
 def _next_token_loss() -> Loss:
-    """Cross-entropy of each pair of pixels given the label and all pairs before it."""
+    """Make the loss: cross-entropy of each pair of pixels given the label and all earlier pairs."""
     sequences = digit_sequences()
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:

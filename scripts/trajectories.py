@@ -59,7 +59,7 @@ class Trajectory:
 
     @property
     def steps(self) -> int:
-        """Number of optimizer steps."""
+        """The number of optimizer steps."""
         return int(self.weights.shape[0])
 
 
@@ -88,7 +88,7 @@ def record(name: str, steps: int = 10_000, cache: str | os.PathLike[str] | None 
 
 
 class Replay(nn.Module):
-    """A module that stands where the recorded model stood after any step.
+    """A module with the weights that the recorded model had after any step.
 
     Its parameters are ordinary ones, named "0", "1", ... in the recorded order.
     """
@@ -102,11 +102,11 @@ class Replay(nn.Module):
         self.go_to(0)
 
     def go_to(self, index: int) -> None:
-        """Take the weights after step `index` + 1."""
+        """Set the weights after step `index` + 1."""
         self.take(self._weights[index])
 
     def take(self, weights: torch.Tensor) -> None:
-        """Take other weights, [parameters], in place as an optimizer does."""
+        """Set other weights, [parameters], in place, as an optimizer does."""
         with torch.no_grad():
             rows = torch.split(weights, self._sizes)
             for parameter, row in zip(self.parameters(), rows, strict=True):
@@ -118,7 +118,7 @@ class Replay(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is made.
+    """Defines a run.
 
     What changes during training is a function of the fraction of training, in [0, 1), that a step starts at.
 
@@ -126,7 +126,7 @@ class Recipe:
         description: one sentence.
         task: network and loss.
         optimizer: over the network's parameters, at the highest learning rate.
-        rate: learning rate, relative to the highest; constant unless told.
+        rate: learning rate, relative to the highest; by default constant.
         batch: images in a batch.
         t_unit: the run's clock, steps or images.
         restart: the fraction from which on a new optimizer knows nothing of the steps before; None is never.
@@ -148,7 +148,7 @@ def _adam(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 
 def _adamw(rate: float, decay: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Fused: many small tensors cost as much as the network otherwise."""
+    """Make a fused AdamW: unfused, many small tensors cost as much as the network."""
     return lambda model: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
 
 
@@ -157,38 +157,38 @@ def _sgd(rate: float, momentum: float, decay: float) -> Callable[[nn.Module], to
 
 
 def _warm_up(fraction: float, length: float = 0.05) -> float:
-    """Linear from 0 to 1; never 0 itself, at which a step would not be one."""
+    """Rise linearly from 0 to 1. It is never 0, since such a step would change nothing."""
     return min(max(fraction / length, 1e-3), 1.0)
 
 
 def _inverse_sqrt(fraction: float) -> float:
-    """Constant for a twentieth of training, then falling as one over the square root of time."""
+    """Stay constant for a twentieth of training, then fall as one over the square root of time."""
     return 1 / math.sqrt(max(20 * fraction, 1))
 
 
 def _cuts(fraction: float) -> float:
-    """A tenth after 60 % of training, a hundredth after 85 %."""
+    """Fall to a tenth after 60 % of training, to a hundredth after 85 %."""
     return 1.0 if fraction < 0.6 else 0.1 if fraction < 0.85 else 0.01
 
 
 def _cosine(floor: float) -> Callable[[float], float]:
-    """Warm-up, then half a cosine wave down to `floor`, over all of training."""
+    """Warm up, then follow half a cosine wave down to `floor` over all of training."""
     return lambda fraction: _warm_up(fraction) * (floor + (1 - floor) * (1 + math.cos(math.pi * fraction)) / 2)
 
 
 def _warm_up_stable_decay(fraction: float) -> float:
-    """Warm-up, constant until 80 % of training, then linear to a hundredth."""
+    """Warm up, stay constant until 80 % of training, then fall linearly to a hundredth."""
     return _warm_up(fraction) * min(1.0, 1 - 0.99 * (fraction - 0.8) / 0.2)
 
 
 def _warm_up_again(fraction: float) -> float:
-    """Warm-up and inverse square root; at 60 % of training all of it from the start."""
+    """Warm up and fall as an inverse square root; start again at 60 % of training."""
     since = fraction if fraction < 0.6 else fraction - 0.6
     return _warm_up(since) * _inverse_sqrt(since)
 
 
 def _growing_batch(fraction: float) -> int:
-    """Fourfold at 40 % of training and again at 80 %."""
+    """Grow fourfold at 40 % of training and again at 80 %."""
     return 16 if fraction < 0.4 else 64 if fraction < 0.8 else 256
 
 
@@ -275,20 +275,20 @@ RECIPES = {
 }
 
 NAMES = tuple(RECIPES)
-"""The runs there are."""
+"""All runs."""
 
 PEER_RUNS = ("denoiser-adam", "classifier-sgd")
-"""Those of the comparisons with the peers and with the published method, whose figures the README quotes."""
+"""Runs that are compared with the peers and with the published method; the README quotes their figures."""
 
 HELD_OUT = ("denoiser-cosine", "denoiser-restart", "classifier-images", "cnn-batch-norm", "transformer-adamw")
-"""Those that no constant of a method is ever chosen by: what it does on them is what to expect on a new run."""
+"""Runs by which no constant was chosen: the results on them are to be expected of a new run."""
 
 
 # --- recording -------------------------------------------------------------------------------------
 
 
 def _train(model: nn.Module, recipe: Recipe, steps: int, restart: int | None) -> npt.NDArray[np.float32]:
-    """Train and copy the weights out after every step: [steps, parameters]."""
+    """Train and record the weights after every step: [steps, parameters]."""
     # The parameters become views of one vector, so that a step is recorded by one copy.
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
     nn.utils.vector_to_parameters(vector, model.parameters())
@@ -308,14 +308,14 @@ def _train(model: nn.Module, recipe: Recipe, steps: int, restart: int | None) ->
 
 
 def _times(recipe: Recipe, steps: int) -> npt.NDArray[np.float64]:
-    """The clock after every step. Not recorded: it follows from the recipe."""
+    """Return the clock after every step. It is not recorded, since the recipe determines it."""
     sizes = [recipe.batch(step / steps) if recipe.t_unit == "images" else 1 for step in range(steps)]
     return np.cumsum(sizes, dtype=np.float64)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for torch: faster for networks this small, and the same sums on every machine."""
+    """Use one thread of torch in the block: faster for small networks, and the same sums on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -325,7 +325,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _save(file: Path, weights: npt.NDArray[np.float32]) -> None:
-    """Write under another name first: another process may be looking for the same file."""
+    """Write under a temporary name first: another process may look for the same file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
         np.save(temporary, weights)

@@ -21,7 +21,7 @@ import posthoc_cli
 
 
 def main() -> None:
-    """Run everything in turn; the first failure ends it."""
+    """Run everything in turn; stop at the first failure."""
     page, package = Path(sys.argv[1]).resolve(), Path(posthoc_cli.__file__).parent
     assert package.parent.name == "site-packages", f"{package} is not an installed wheel"
     blocks = re.findall(r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)

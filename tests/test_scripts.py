@@ -41,7 +41,6 @@ QUICK = {
     "bench_synthesis": (r"^  (\S.*?)  +\d", 2 * 10 + 5 * 2),
     "bench_remote": (r"^\| \d", 1),
     "bench_sweep": (r"^ +\d+ +0\.\d", 4),
-    "bench_load": (r"^\| 50 of 100 \|", 1),
 }
 """Scripts with the rows that they print, and how many of them."""
 

@@ -104,7 +104,7 @@ class DifferentiableEMA(WideBuffers):
         self._start_anew()
 
     def forward(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None = None) -> torch.Tensor:
-        """Take a value in; returns the current average, with the graph that the mode gives it.
+        """Average a value and return the current average, with the graph that the mode defines.
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
         """
@@ -128,7 +128,7 @@ class DifferentiableEMA(WideBuffers):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """A block in which the graphs of values are made so that they outlive the next optimizer step.
+        """Make the graphs of values in this block so that they remain valid after the next optimizer step.
 
         They keep copies of the tensors that autograd saves, one a block for each tensor. In modes "truncated" and
         "carried", which keep no graph, it does nothing. Not covered: what a custom `torch.autograd.Function` keeps
@@ -160,7 +160,7 @@ class DifferentiableEMA(WideBuffers):
         self._start_anew()
 
     def extra_repr(self) -> str:
-        """The settings, for `print`."""
+        """Return the settings, for `print`."""
         return f"{list(self.average.shape)}, decay={self.decay:g}, mode={self.mode!r}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,14 +176,14 @@ class DifferentiableEMA(WideBuffers):
         self._has_average = int(self.num_updates) > 0  # read here, since every read waits for an accelerator
 
     def _new_history(self) -> _Window | _Carried | None:
-        """What this mode keeps between updates in addition to the average."""
+        """Return what this mode keeps between updates in addition to the average."""
         if self.mode == "carried":
             return _Carried()
         return None if self.mode == "truncated" else _Window(self._window)
 
 
 class _Window:
-    """The last `length` values (None: all) with their graphs, and the average of all earlier ones without a graph."""
+    """The last `length` values (None: all) with their graphs, and the average of all earlier values without a graph."""
 
     def __init__(self, length: int | None) -> None:
         self._length = length
@@ -251,14 +251,14 @@ class _Carried:
 
 
 def _next(average: torch.Tensor | None, value: torch.Tensor, decay: float) -> torch.Tensor:
-    """decay average + (1 - decay) value; the first value is its own average."""
+    """Return decay average + (1 - decay) value; for the first value, the value."""
     if average is None:
         return value.clone()
     return average.to(value) * decay + value * (1 - decay)
 
 
 def _jacobians(value: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], list[int]]:
-    """d value / d leaf for each leaf, in float32 at least, and the indices of leaves that the value ignores."""
+    """Return d value / d leaf for each leaf, at least float32, and the indices of leaves that the value ignores."""
     rows = value.numel()
     jacobians = [
         torch.zeros(rows, *leaf.shape, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
@@ -282,7 +282,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, result: torch.Tensor, count: int, *tensors: Any) -> Any:
-        """`tensors` are `count` Jacobians, then the `count` leaves that they belong to."""
+        """Return the result. `tensors` are `count` Jacobians, then the `count` leaves that they belong to."""
         ctx.save_for_backward(*tensors[:count])
         ctx.dtypes = [leaf.dtype for leaf in tensors[count:]]
         return result.clone()
@@ -290,7 +290,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """g^T J for each leaf."""
+        """Return g^T J for each leaf."""
         pulled = [
             torch.tensordot(gradient.flatten().to(jacobian), jacobian, dims=1).to(dtype)
             for jacobian, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -378,7 +378,7 @@ class EMAStats(WideBuffers):
             self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a batch into the statistics in train mode; return it unchanged, `(x, x)` if y was left out."""
+        """Update the statistics in train mode; return the batch unchanged, `(x, x)` without y."""
         if y is None:
             y = x if self._y_may_be_x else x.new_empty(0)
         self._check("x", x, self.dim_x)
@@ -389,7 +389,7 @@ class EMAStats(WideBuffers):
         return x, y
 
     def correlation(self) -> torch.Tensor:
-        """Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps) (var_y + eps)).
+        """Return Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps) (var_y + eps)).
 
         A constant column has correlation 0. The result is differentiable like the statistics.
         """
@@ -404,7 +404,7 @@ class EMAStats(WideBuffers):
             setattr(self, name, value)
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings, for `print`."""
         names = ("dim_x", "dim_y", "momentum", "eps", "center_with_running_mean")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
@@ -455,7 +455,7 @@ class EMAStats(WideBuffers):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Without this, autocast multiplies the centred batch in half precision."""
+    """Disable autocast in the block: it would multiply the centred batch in half precision."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -18,18 +18,18 @@ from posthoc_cli.tracker.model_weights import load_weights
 
 
 class AveragedModule(Protocol):
-    """A module with an average of a model's weights in it, as its `module`."""
+    """A module whose attribute `module` has a model's averaged weights."""
 
     @property
     def module(self) -> torch.nn.Module:
         """The model with averaged weights."""
 
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Take in the model's weights as they are now."""
+        """Average the model's current weights."""
 
 
 class _CopiedBack:
-    """What the recipes share: an average that takes in every step, and `step`, the number of calls of `update`."""
+    """What both recipes share: an average that sees every step, and `step`, the number of calls of `update`."""
 
     _names: tuple[str, str]
     """The arguments for the average and for the period."""
@@ -43,7 +43,7 @@ class _CopiedBack:
         self.step = 0
 
     def update(self, model: torch.nn.Module) -> bool:
-        """Take the model's step into the average, and copy the average into the model if that is due.
+        """Average the model's weights; if it is due, copy the average into the model.
 
         Returns whether the model now has the averaged weights; it keeps its own while a tracker has no average yet.
         """
@@ -60,11 +60,11 @@ class _CopiedBack:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """The number of calls; average and optimizer have states of their own."""
+        """Return the number of calls; the average and the optimizer have their own states."""
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue the count of a state."""
+        """Continue counting from a state."""
         self.step = state["step"]
 
     def _copy_into(self, model: torch.nn.Module) -> None:
@@ -76,7 +76,7 @@ class _CopiedBack:
 
 
 def _check_average(name: str, average: object, sigma_rel: object) -> int:
-    """The updates between two averages, which is what a recipe's interval must be a multiple of."""
+    """Check the average and return its update interval, of which a recipe's interval must be a multiple."""
     if isinstance(average, PostHocEMA):
         if sigma_rel is None:
             raise InvalidValueError("sigma_rel", "must be given with a PostHocEMA, such as 0.05")

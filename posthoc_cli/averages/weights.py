@@ -113,13 +113,13 @@ class ExponentialMovingAverage(torch.nn.Module):
         return None
 
     def momentum_at(self, steps: int) -> float:
-        """The share of the new value after `steps` calls."""
+        """Return the share of the new value after `steps` calls."""
         return max(self.momentum, 9.0 / (10.0 + steps)) if self.warmup else self.momentum
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Take the model's weights into the average. Call it after every optimizer step."""
+        """Average the model's weights. Call it after every optimizer step."""
         steps = int(self._steps.read(self.steps))
         parameters, buffers = paired("parameters", self.module, model), paired("buffers", self.module, model)
         if steps == 0:
@@ -147,12 +147,12 @@ class ExponentialMovingAverage(torch.nn.Module):
         self._copy(paired("parameters", self.module, model) + paired("buffers", self.module, model))
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings, for `print`."""
         names = ("momentum", "interval", "update_buffers", "warmup")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Accept the names of mmengine 0.x, too; `state_dict` is the loader's own copy."""
+        """Accept the names of mmengine 0.x as well. `state_dict` is a copy that only the loader uses."""
         found = {name for name in self.module.state_dict() if f"{prefix}{name}" in state_dict} - {"steps"}
         if found and not any(f"{prefix}module.{name}" in state_dict for name in found):
             state_dict.update({f"{prefix}module.{name}": state_dict.pop(f"{prefix}{name}") for name in found})
@@ -255,7 +255,7 @@ class ShadowModel(WideBuffers):
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's parameters into the shadow. In eval mode it does nothing but warn."""
+        """Average the model's parameters into the shadow. In eval mode only warn."""
         if not self.training:
             text = "the module is in eval mode, and the shadow stays; call train() before training"
             warn(f"update: {text}")
@@ -272,16 +272,16 @@ class ShadowModel(WideBuffers):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> ShadowModel:
-        """For the model's parameters; the shadow's never require gradients."""
+        """Set it for the model's parameters; the shadow's never require gradients."""
         self.model.requires_grad_(requires_grad)
         return self
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings, for `print`."""
         return f"decay={self.decay}, num_updates={self.num_updates}, zero_debias={self.zero_debias}"
 
     def _next_share(self) -> float:
-        """The share of the new value at this update; counts it."""
+        """Count this update and return the share of its new value."""
         decay = self.decay
         if self.num_updates is not None:
             count = self._read_updates.read(self.num_updates)
@@ -306,7 +306,7 @@ _LISTED_NAMES = 5
 
 
 class Pair(NamedTuple):
-    """A tensor of the average, and the model's of the same name."""
+    """A tensor of the average, and the model's tensor of the same name."""
 
     name: str
     average: torch.Tensor
@@ -315,7 +315,7 @@ class Pair(NamedTuple):
 
 @torch.inference_mode(False)  # an update cannot write to tensors made in inference mode
 def make_average(model: torch.nn.Module, device: torch.device | str | None = None) -> torch.nn.Module:
-    """A copy of a model that needs no gradients, on `device`, or where the model's tensors are."""
+    """Copy a model without gradients to `device`, by default where the model's tensors are."""
     source = unwrapped(check_model(model))
     for name, parameter in source.named_parameters():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
@@ -325,7 +325,7 @@ def make_average(model: torch.nn.Module, device: torch.device | str | None = Non
 
 
 def paired(kind: str, average_module: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
-    """The "parameters" or "buffers" of both, a tied one once; a ModelMismatchError lists what differs."""
+    """Return the "parameters" or "buffers" of both, tied ones once; a ModelMismatchError lists differences."""
     model = unwrapped(check_model(model))
     averages, sources = (dict(getattr(module, f"named_{kind}")()) for module in (average_module, model))
     if averages.keys() != sources.keys():
@@ -355,18 +355,18 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def is_averaged(tensor: torch.Tensor) -> bool:
-    """Whether averages of such tensors exist: not of integers and booleans."""
+    """Return whether such tensors are averaged: integers and booleans are not."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def copy_(pairs: Sequence[Pair]) -> None:
-    """average <- source."""
+    """Copy each source into its average."""
     if pairs:
         torch._foreach_copy_([pair.average for pair in pairs], [pair.source for pair in pairs])
 
 
 def average_(pairs: Iterable[Pair], accumulators: WideAverages, share: float) -> None:
-    """average <- average + share (source - average) for `is_averaged` tensors, one fused pass a device and dtype."""
+    """Set average + share (source - average) for `is_averaged` tensors, in one fused pass a device and dtype."""
     for averages, sources in wide_averages(pairs, accumulators):
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for average, source in zip(averages, sources, strict=True):
@@ -378,7 +378,7 @@ def average_(pairs: Iterable[Pair], accumulators: WideAverages, share: float) ->
 
 
 def average_unless_equal_(pairs: Iterable[Pair], accumulators: WideAverages, share: float) -> None:
-    """The same, but equal elements stay: the average of two infinities in a mask would be nan."""
+    """Average as `average_`, but keep equal elements: the average of two infinities in a mask would be nan."""
     for averages, sources in wide_averages(pairs, accumulators):
         for average, source in zip(averages, sources, strict=True):
             average.copy_(torch.where(average == source, source, torch.lerp(average, source, share)))
@@ -387,7 +387,7 @@ def average_unless_equal_(pairs: Iterable[Pair], accumulators: WideAverages, sha
 def wide_averages(
     pairs: Iterable[Pair], accumulators: WideAverages
 ) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Averages to be changed in place, and sources on their devices and in their dtypes, some pairs at a time.
+    """Yield batches of averages to change in place, and their sources on the same devices and in the same dtypes.
 
     A half-precision average comes as its float32 accumulator, and is rounded from it after each turn of the loop.
     """
@@ -407,7 +407,7 @@ def wide_averages(
 
 
 def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Batches that keep both the overhead and the copies of tensors small."""
+    """Yield batches that limit both the overhead and the memory of copies."""
     batch: list[Pair] = []
     elements = 0
     for pair in pairs:
@@ -421,17 +421,17 @@ def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
-    """Whether averages in this dtype would stop moving: floating point of fewer than 32 bits."""
+    """Return whether averages in this dtype would stop moving: floating point of fewer than 32 bits."""
     return dtype.is_floating_point and torch.finfo(dtype).bits < 32
 
 
 def _kept_wide(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """`after`, which is `before` moved or cast; on its device in the old dtype where it became narrow."""
+    """Return `after`, which is `before` moved or cast; if it became narrow, `before` on its device."""
     return before.to(after.device) if is_narrow(after.dtype) and not is_narrow(before.dtype) else after
 
 
 def copies_like(wanted: Sequence[tuple[torch.Tensor, torch.device, torch.dtype]]) -> list[torch.Tensor]:
-    """Copies of tensors on the given devices and in the given dtypes, in one fused pass."""
+    """Return copies of tensors on the given devices and in the given dtypes, made in one fused pass."""
     copies = [torch.empty_like(tensor, device=device, dtype=dtype) for tensor, device, dtype in wanted]
     if copies:
         torch._foreach_copy_(copies, [tensor for tensor, _, _ in wanted])
@@ -439,7 +439,7 @@ def copies_like(wanted: Sequence[tuple[torch.Tensor, torch.device, torch.dtype]]
 
 
 class WideAverages(torch.nn.Module):
-    """The float32 averages of half-precision tensors by name; part of the state dict, one key a tensor.
+    """The float32 averages of half-precision tensors by name; part of the state dict, one key for each tensor.
 
     An element is valid while it rounds to the tensor's element. Otherwise the tensor was written to since (a swap, a
     `load_state_dict` without accumulators), and its value is taken.
@@ -450,7 +450,7 @@ class WideAverages(torch.nn.Module):
         self.values: dict[str, torch.Tensor] = {}
 
     def behind(self, rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The accumulators of named tensors, to be changed in place; the caller rounds them into the tensors."""
+        """Return the accumulators of named tensors, to change in place; the caller rounds them into the tensors."""
         known = {
             name: self.values[name].to(tensor.device)
             for name, tensor in rounded.items()
@@ -475,7 +475,7 @@ class WideAverages(torch.nn.Module):
         destination.update({prefix + name: value for name, value in self.values.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Accept a state without accumulators: of another class, or of a float32 model."""
+        """Load accumulators; a state without them, of another class or of a float32 model, is accepted."""
         loaded = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         self.values = {name: value.detach().clone() for name, value in loaded.items()}
 
@@ -492,13 +492,13 @@ class HostNumber:
         self._value = 0.0
 
     def read(self, buffer: torch.Tensor) -> float:
-        """The number in `buffer`."""
+        """Return the number in `buffer`."""
         if buffer is not self._buffer or buffer._version != self._version:
             self._buffer, self._version, self._value = buffer, buffer._version, float(buffer.item())
         return self._value
 
     def write_(self, buffer: torch.Tensor, value: float) -> None:
-        """Put `value` into `buffer`, and cache it as rounded there, so that a resumed run sees the same."""
+        """Write `value` to `buffer`; cache it as rounded there, so that a resumed run reads the same."""
         buffer.fill_(value)
         self._buffer, self._version = buffer, buffer._version
         self._value = float(torch.tensor(value, dtype=buffer.dtype))
