@@ -2,7 +2,7 @@
 # make test     lint, type check and test
 # make bench    the measurements that the guides quote
 # make evidence  the trainings that the guide `gain` quotes; a call that was stopped is continued
-# make torture  every experiment on the guarantees of snapshots and outputs, whole
+# make torture  every experiment on the guarantees of snapshots and outputs, at full count
 # make coverage the tests with branch coverage, which takes half as long again
 # make integrations  the heavy tests with training frameworks, in an environment of their own
 # make dist     the package's two files in dist/, checked

@@ -20,7 +20,7 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 @contextmanager
 def refused(subject: str, *words: str, kind: type[PostHocError] = InvalidValueError) -> Iterator[None]:
-    """The block raises an error of this kind about `subject`, in one line that has all of these words."""
+    """Expect an error of this kind about `subject`, in one line that contains all of these words."""
     with pytest.raises(kind) as raised:
         yield
     assert raised.value.subject == subject
@@ -30,7 +30,7 @@ def refused(subject: str, *words: str, kind: type[PostHocError] = InvalidValueEr
 
 
 def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Same names, and the same dtype and bits under each."""
+    """Assert that both have the same names, and the same dtype and bits for each."""
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
@@ -38,7 +38,7 @@ def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str
 
 
 def load_output(path: Path) -> dict[str, torch.Tensor]:
-    """What others load: torch a .pt file, safetensors a file, and of a folder the shards that its index names."""
+    """Load an output with the usual library: torch for .pt, safetensors for files and shards."""
     if path.suffix == ".pt":
         return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
     index = path / "model.safetensors.index.json"
@@ -51,7 +51,7 @@ def load_output(path: Path) -> dict[str, torch.Tensor]:
 
 
 def saved_and_loaded(module: Module) -> Module:
-    """The module after torch.save and torch.load."""
+    """Return the module after torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)

@@ -19,19 +19,19 @@ from ema_command import Ema, Result, as_command  # noqa: E402
 from posthoc_cli.cli import main  # noqa: E402
 from posthoc_cli.tracker import pipeline, worker  # noqa: E402
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # tests run beside other work
+hypothesis.settings.register_profile("any machine", deadline=None)  # other work runs at the same time
 hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_finish() -> None:
-    """What is loaded by now stays: tests that collect garbage need not go through it."""
+    """Exempt loaded modules from garbage collection, which some tests run."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Small tensors: more threads only get in the way of the other test processes."""
+    """Use one thread: tensors are small, and other test processes use the other cores."""
     torch.set_num_threads(1)
 
 
@@ -47,20 +47,20 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings are errors, and how long a loaded machine makes a training wait is luck."""
+    """Turn warnings into errors, except those about waiting, which depend on the load of the machine."""
     monkeypatch.setattr(worker, "PATIENCE", 1e9)
 
 
 @pytest.fixture(autouse=True)
 def _ended() -> Iterator[None]:
-    """Trackers that a test forgets write their last snapshots now, and log nothing into another test."""
+    """Close trackers that a test has not closed, so that they log nothing into another test."""
     yield
     pipeline.finish()
 
 
 @pytest.fixture
 def ema(capsys: pytest.CaptureFixture[str]) -> Ema:
-    """Run `ema` with these arguments."""
+    """Return a function that runs `ema` with its arguments."""
 
     def run(*arguments: object) -> Result:
         with as_command(*arguments), pytest.raises(SystemExit) as ended:

@@ -45,13 +45,13 @@ OTHER_RUN_ID = "0ddd" * 8
 
 
 def exact_gamma(sigma_rel: float) -> float:
-    """gamma of a power function: with x = gamma + 1, the largest root of (x + 1)**2 (x + 2) = x / sigma_rel**2."""
+    """Return gamma of a power function: for x = gamma + 1 the largest root of (x + 1)**2 (x + 2) = x / sigma_rel**2."""
     roots = np.roots([1.0, 4.0, 5.0 - sigma_rel**-2, 2.0])
     return float(max(roots.real)) - 1.0
 
 
 def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
-    """Discrete weights of updates at `times`, the last of them the time of the average: shape [len(times)].
+    """Return the discrete weights of updates at `times`, the last of which is the time of the average: [len(times)].
 
     (t_k/T)**(gamma+1) - (t_{k-1}/T)**(gamma+1), where t_0 = 0.
     """
@@ -60,7 +60,7 @@ def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
 
 
 def exact_average(values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequence[float]) -> FloatArray:
-    """The power-function average of `values` taken at `times`, as it stands at the last of them."""
+    """Return the power-function average of `values` taken at `times`, at the last of these times."""
     stacked = np.stack([np.asarray(value, dtype=np.float64) for value in values])
     return np.tensordot(exact_weights(sigma_rel, times), stacked, axes=1)
 
@@ -71,7 +71,7 @@ def exact_average(values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequ
 def make_info(
     values: Mapping[str, torch.Tensor], t: float = 10.0, sigma_rel: float = 0.05, run_id: str = RUN_ID, **overrides: Any
 ) -> SnapshotInfo:
-    """What a snapshot of `values` says: floating-point tensors are averages of their own dtype, others copies.
+    """Describe a snapshot of `values`: floating-point tensors are averages in their dtype, others are copies.
 
     `overrides` are fields of SnapshotInfo.
     """
@@ -90,7 +90,7 @@ def make_info(
 
 
 def write_tensors(path: Path, values: Mapping[str, torch.Tensor], metadata: Mapping[str, str], overwrite: bool) -> None:
-    """Write a file of these values and this metadata, with right checksums."""
+    """Write a file of these values and this metadata, with correct checksums."""
     specs = [TensorSpec(name, stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()]
     with TensorFileWriter(path, specs, metadata, overwrite=overwrite) as writer:
         for name, value in values.items():
@@ -107,7 +107,7 @@ def write_snapshot(
     name: str | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write one snapshot file of `values`, as they are; returns its path.
+    """Write a snapshot file of `values` without conversion; return its path.
 
     `name` is the file's, in place of its usual one; `overrides` are fields of SnapshotInfo.
     """
@@ -119,7 +119,7 @@ def write_snapshot(
 
 
 def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ...]] | None = None) -> Path:
-    """Replace a snapshot by a folder of parts, as several processes write them; returns the folder.
+    """Replace a snapshot by a folder of parts, as several processes write them; return the folder.
 
     A tensor is cut along its first dimension as `torch.chunk` does, or into a grid of `grids`; its chunks belong to the
     first parts, in order, without those that have no elements. The first part has all of the measurements.
@@ -158,7 +158,7 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
 
 
 def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    """The cells of a grid that have elements, each with the place of its first one; all of a tensor without any."""
+    """Return the cells of a grid that have elements, each with the position of its first element."""
     cells = [((), value)]
     for axis, count in enumerate(grid[: value.dim()]):
         cells = [
@@ -177,9 +177,9 @@ def _pieces(value: torch.Tensor, count: int, axis: int) -> tuple[list[torch.Tens
 
 
 def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
-    """Write a snapshot in several files, the values of each in `parts`, with an index; returns its directory.
+    """Write a snapshot in several files, with the values of each in `parts`, and an index; return the directory.
 
-    `info` is of the whole; its measurements are written in every shard.
+    `info` describes the complete snapshot; its measurements are written in every shard.
     """
     folder.mkdir(parents=True)
     weight_map = {}
@@ -197,14 +197,14 @@ def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str,
 def rewrite_snapshot(
     path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None, **fields: object
 ) -> None:
-    """Write a snapshot anew, with right checksums and other values or other `fields` of its SnapshotInfo."""
+    """Write a snapshot again, with correct checksums and other values or other `fields` of its SnapshotInfo."""
     info, values = read_snapshot(path).info, load_file(path)
     change(values)
     write_tensors(path, values, snapshot_metadata(replace(info, **fields)), overwrite=True)  # type: ignore[arg-type]
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """A snapshot's header and what it says."""
+    """Return a snapshot's header and SnapshotInfo."""
     header = read_header(path)
     return Snapshot(path, header, decode_snapshot(path, header))
 
@@ -218,7 +218,7 @@ def write_run(
     stored_dtype: torch.dtype | None = None,
     run_id: str = RUN_ID,
 ) -> list[Path]:
-    """Write the snapshots of a run that went through `trajectory`: one update at each of the steps 1, 2, ...
+    """Write the snapshots of a run with the weights of `trajectory` and one update at each of the steps 1, 2, ...
 
     Arguments:
         trajectory: the weights after each step, by name.
@@ -245,7 +245,7 @@ def write_run(
 
 
 def random_walk(steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> list[dict[str, FloatArray]]:
-    """Weights that wander as a network's do: after each step, by name, float64."""
+    """Return weights that walk randomly as a network's do: after each step, by name, float64."""
     generator = np.random.default_rng(seed)
     walks = {name: np.cumsum(generator.normal(size=(steps, *shape)), axis=0) for name, shape in shapes.items()}
     return [{name: walk[k] for name, walk in walks.items()} for k in range(steps)]
@@ -255,7 +255,7 @@ def random_walk(steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0
 
 
 class TinyModel(torch.nn.Module):
-    """Every kind of tensor in little: see `tiny_model`."""
+    """A small model with tensors of every kind, see `tiny_model`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,12 +266,12 @@ class TinyModel(torch.nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits, shape [batch, 5], of tokens 0 .. 4, shape [batch]."""
+        """Return logits, shape [batch, 5], of tokens 0 .. 4, shape [batch]."""
         return self.head(self.norm(self.embed(tokens)) + self.frozen)
 
 
 def tiny_model(seed: int = 0) -> TinyModel:
-    """Tied parameters (`embed.weight`, `head.weight`), float parameters, BatchNorm buffers
+    """Make a model with tied parameters (`embed.weight`, `head.weight`), float parameters, BatchNorm buffers
     (two of float, one of int64) and a frozen parameter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -279,7 +279,7 @@ def tiny_model(seed: int = 0) -> TinyModel:
 
 
 def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """The averages of a tracker's own state, by sigma_rel and name, in float64, as `snapshots.format` defines them."""
+    """Return the averages in a tracker's state by sigma_rel and name, in float64, see `snapshots.format`."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, high in state["high"].items():
         low, mean = state["low"][key], _means(state, key)
@@ -294,7 +294,7 @@ def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _means(state: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
-    """The mean of a profile in a state."""
+    """Return the mean of a profile in a state."""
     first, *_, last = keys = [*map(repr, state["sigma_rels"])] * 2
     if state["folds"] is None or len(keys) == 2:
         return dict(state["mean"])
@@ -313,7 +313,7 @@ def _means(state: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return the content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -321,7 +321,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def snapshot_files(run: Path) -> list[Path]:
-    """The snapshots of a directory, by their names."""
+    """Return the snapshots of a directory by name."""
     return sorted(run.glob("0*.safetensors"))
 
 
@@ -336,22 +336,22 @@ def flip_bit(path: Path, position: int = -1) -> None:
 
 
 def refuse_for_space(*_: object) -> None:
-    """In place of an operation of `files.system`: the disk is full."""
+    """Raise the error of a full disk, in place of an operation of `files.system`."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def solved(solver: MinimumVariance, target: Profile) -> FloatArray:
-    """The coefficients for one target: shape [n]."""
+    """Return the coefficients for one target: shape [n]."""
     return solver.solve(solver.goals([target]))[:, 0]
 
 
 def squared_error(solver: MinimumVariance, coefficients: FloatArray, target: Profile) -> float:
-    """What is expected of any coefficients."""
+    """Return the expected squared error of any coefficients."""
     return float(solver.expected_squares(coefficients[:, None], solver.goals([target])).sum())
 
 
 def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[float], rounding: float) -> float:
-    """Of the best combination of all snapshots for an average at the last of `times`, from the definition.
+    """Return the expected error of the best combination of all snapshots at the last of `times`, by definition.
 
     For weights that walk evenly, over all of that time a quarter of their norm; each snapshot is off by `rounding`.
     """
@@ -370,11 +370,11 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
 
 
 def save_state(tracker: PostHocEMA, path: Path) -> None:
-    """Write the exact state of a tracker as it keeps one beside its snapshots."""
+    """Write the exact state of a tracker, as a tracker with `keep_state=True` does."""
     write_state(path, *tracker._state())
 
 
 def load_state(tracker: PostHocEMA, path: Path) -> None:
-    """Continue from such a file."""
+    """Continue from a state file."""
     with open_state(path) as stored:
         tracker.load_state_dict(stored)

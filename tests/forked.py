@@ -42,11 +42,11 @@ PRELOADED = (
 
 
 class Forked:
-    """A process that runs `code`; used as subprocess.Popen is, in which it has its counterpart for every name.
+    """A process that runs `code`; it has the methods of subprocess.Popen that tests use.
 
     Arguments:
         arguments: sys.argv from its second item on.
-        env: the whole environment; None: this process's, without coverage's.
+        env: the complete environment; by default this process's, without coverage's variables.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Forked:
         self.pid = started
 
     def poll(self, timeout: float = 0) -> int | None:
-        """The exit code; None where it still runs after so many seconds."""
+        """Return the exit code, or None if the process runs after so many seconds."""
         if self.returncode is None:
             self.returncode = _ask({"pid": self.pid, "timeout": timeout})
             if self.returncode is not None:
@@ -73,13 +73,13 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float = 250) -> int:
-        """The exit code; fails where there is none after so many seconds."""
+        """Return the exit code; fail if the process runs after so many seconds."""
         ended = self.poll(timeout)
         assert ended is not None, f"still runs after {timeout} s"
         return ended
 
     def communicate(self, timeout: float = 250) -> tuple[str, str]:
-        """Wait; what it has printed on stdout and on stderr."""
+        """Wait; return what it has printed on stdout and on stderr."""
         self.wait(timeout)
         return self._printed
 
@@ -91,31 +91,31 @@ class Forked:
         self.wait()
 
     def send_signal(self, number: int) -> None:
-        """Nothing where it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
         self.send_signal(signal.SIGKILL)
 
 
 def _close(file: IO[bytes]) -> str:
-    """What is in a file, which is closed."""
+    """Return the content of a file, and close it."""
     with file:
         file.seek(0)
         return file.read().decode(errors="replace")
 
 
 def run(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
-    """Run code to its end."""
+    """Run code until it ends."""
     process = Forked(code, *arguments, cwd=cwd, env=env)
     out, err = process.communicate()
     return Result(process.wait(), out, err)
 
 
 def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
-    """Run code that ends well."""
+    """Run code that must succeed; return what it printed."""
     done = run(code, *arguments, cwd=cwd, env=env)
     assert done.code == 0, done.err
     return done
@@ -123,7 +123,7 @@ def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[s
 
 @contextmanager
 def waiting(code: str, *arguments: object) -> Iterator[Forked]:
-    """A process that has run code and printed a line, and waits until it is killed, at the end of the block."""
+    """Yield a process that has run code and printed a line, and waits; kill it at the end of the block."""
     with Forked(f"{code}\nimport signal; signal.pause()", *arguments) as process:
         while not os.fstat(process._files[0].fileno()).st_size:
             assert process.poll(0.01) is None, process.communicate()
@@ -132,7 +132,7 @@ def waiting(code: str, *arguments: object) -> Iterator[Forked]:
 
 @functools.cache
 def _server() -> socket.socket:
-    """One for all tests of this process; it ends when this end of the socket is closed."""
+    """Return the server of this test process; it ends when this end of the socket is closed."""
     ours, its = socket.socketpair()
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = unmeasured_environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # threads do not fork
@@ -144,7 +144,7 @@ def _server() -> socket.socket:
 
 
 def _ask(request: dict[str, object], streams: list[int] | None = None) -> int | None:
-    """Send a request; the number in the answer."""
+    """Send a request; return the number in the answer."""
     server = _server()
     socket.send_fds(server, [b"?"], streams or [])
     server.sendall(json.dumps(request).encode() + b"\n")
@@ -170,7 +170,7 @@ def _line(channel: socket.socket) -> bytes:
 
 
 def _serve(channel: socket.socket) -> None:
-    """Answer requests until the other end is closed; in a process that it forks, do what that one is for."""
+    """Answer requests until the other end is closed; in a forked child, run its request."""
     for module in PRELOADED:
         __import__(module)
     gc.collect()
@@ -196,7 +196,7 @@ def _serve(channel: socket.socket) -> None:
 
 
 def _ended(pid: int, until: float) -> int | None:
-    """The exit code of a child; None where it has not ended by `until`."""
+    """Return the exit code of a child, or None if it runs at `until`."""
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -207,7 +207,7 @@ def _ended(pid: int, until: float) -> int | None:
 
 
 def _become(request: dict[str, object], streams: list[int]) -> None:
-    """Be a process as if this interpreter had been started for `request` alone."""
+    """Set up the process as if this interpreter had been started for `request`."""
     for number, stream in enumerate([os.open(os.devnull, os.O_RDONLY), *streams]):
         os.dup2(stream, number)
         os.close(stream)

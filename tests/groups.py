@@ -42,7 +42,7 @@ KINDS = ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp")
 
 
 def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[Forked]:
-    """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, inside a gloo group.
+    """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, in a gloo group.
 
     All that is in `__all__` here is at hand. The group is left at the end of the code unless the code did so itself.
     """
@@ -60,7 +60,7 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
 
 
 def run_group(code: str, ranks: int, folder: Path, *arguments: object, timeout: float = 120) -> list[Result]:
-    """Run processes as `start_group` does, to their end: the result of each."""
+    """Run processes as `start_group` does until they end; return the result of each."""
     processes = start_group(code, ranks, folder, *arguments)
     try:
         return [Result(process.wait(timeout), *process.communicate()) for process in processes]
@@ -70,7 +70,7 @@ def run_group(code: str, ranks: int, folder: Path, *arguments: object, timeout: 
 
 
 def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[str]:
-    """Run processes that all end well: what each has printed."""
+    """Run processes that must succeed; return what each has printed."""
     results = run_group(code, ranks, folder, *arguments)
     assert all(result.code == 0 for result in results), "\n".join(result.err for result in results)
     return [result.out for result in results]
@@ -78,7 +78,7 @@ def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
 
 @contextmanager
 def joined(rank: int, world: int, meeting: str) -> Iterator[tuple[int, int]]:
-    """A process of a gloo group."""
+    """Join a gloo group for the block."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
@@ -93,7 +93,7 @@ def joined(rank: int, world: int, meeting: str) -> Iterator[tuple[int, int]]:
 
 
 class Net(nn.Module):
-    """Uneven shapes: 5 and 7 rows, a tensor with fewer rows than processes, a frozen one, buffers."""
+    """A network of uneven shapes: 5 and 7 rows, fewer rows than processes, a frozen tensor, buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Net(nn.Module):
 
 
 def spread(model: nn.Module, kind: str) -> nn.Module:
-    """The model as a kind of parallel training has it; "single" leaves it as it is."""
+    """Return the model wrapped for a kind of parallel training; "single" does not change it."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if kind == "fsdp":
         fully_shard(model.first)
@@ -133,7 +133,7 @@ def spread(model: nn.Module, kind: str) -> nn.Module:
 
 
 def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
-    """The complete value of a tensor after a step: a walk from a start of the name's own."""
+    """Return the complete value of a tensor after a step: a walk from a start that depends on the name."""
     total = torch.zeros(like.shape, dtype=torch.float64)
     for number in range(step + 1):
         seed = int.from_bytes(hashlib.sha256(f"{name}/{number}".encode()).digest()[:6], "big")
@@ -143,7 +143,7 @@ def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
-    """This process's part of a complete tensor, as `tensor` is spread."""
+    """Return this process's part of a complete tensor that is distributed as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return complete
     (chunk,) = tensor.__create_chunk_list__()
@@ -154,7 +154,7 @@ def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def move(model: nn.Module, step: int) -> None:
-    """Give every tensor of the model its value after a step."""
+    """Set every tensor of the model to its value after a step."""
     bare = getattr(model, "module", model)
     for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
         into = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -162,7 +162,7 @@ def move(model: nn.Module, step: int) -> None:
 
 
 def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> None:
-    """Train a model, which trackers take in after each step."""
+    """Train a model, and update trackers after each step."""
     for step in range(first, last + 1):
         move(model, step)
         for tracker in trackers:
@@ -170,7 +170,7 @@ def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> Non
 
 
 def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
-    """The tracker, closed, of the same training in one process, from where the folder is."""
+    """Return the closed tracker of the same training in one process, continued from the folder."""
     net = Net()
     with PostHocEMA.from_model(net, folder, **SETTINGS | options) as ema:
         train(net, ema.step + 1, last, ema)
@@ -178,7 +178,7 @@ def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
 
 
 def averages(folder: Path, *steps: int) -> None:
-    """Leave the averages of one process at these steps, one synthesized and one of a tracked profile, the true one."""
+    """Return averages of one process at these steps: a synthesized one, a tracked one, and the true one."""
     net, before = Net(), 0
     with PostHocEMA.from_model(net, folder / "single", **SETTINGS) as ema:
         for step in steps:
@@ -197,7 +197,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def held(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what is here of each tensor."""
+    """Return copies of the local part of each tensor."""
     return {name: held_part(tensor).clone() for name, tensor in _tensors(model).items()}
 
 
@@ -206,13 +206,13 @@ def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) ->
 
 
 def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a model holds these very values, of which complete tensors are given."""
+    """Return whether a model holds these values, given as complete tensors."""
     tensors = _tensors(model)
     return all(torch.equal(held_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items())
 
 
 def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
-    """Fail where a model does not hold the complete tensors of a file."""
+    """Fail if a model's tensors differ from the complete tensors of a file."""
     tensors = _tensors(model)
     for name, value in torch.load(path).items():
         found, wanted = held_part(tensors[name]).double(), local(tensors[name], value).double()
@@ -220,7 +220,7 @@ def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
 
 
 def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) -> None:
-    """Print the error of a call; fail if it is done."""
+    """Print the error of a call; fail if the call succeeds."""
     try:
         work()
     except kind as error:
@@ -233,7 +233,7 @@ def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) ->
 
 
 def truth(sigma_rel: float, updates: list[int], dtype: torch.dtype = torch.float32) -> Mapping[str, torch.Tensor]:
-    """The float64 power-function average of each parameter over the updates, which are steps on a grid.
+    """Return the float64 power-function average of each parameter over updates at steps on a grid.
 
     With F(t) = t^(gamma + 1), the value of an update at t_k stands for the time since the one before it, and the first
     one for all time before.

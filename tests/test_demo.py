@@ -36,7 +36,7 @@ pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which `ema demo` ran, and what it printed."""
+    """Run `ema demo`; return its folder and its output."""
     base = tmp_path_factory.mktemp("demo")
     done = forked.check(forked.EMA, "demo", "--steps", 300, cwd=base)
     assert done.err == ""
@@ -69,7 +69,7 @@ def test_a_demo_makes_snapshots_averages_and_pictures_and_names_one_best_length(
 
 
 def test_every_command_that_a_demo_prints_can_be_repeated(demo: tuple[Path, str]) -> None:
-    """And those that it suggests to try next work."""
+    """The commands that it suggests to try next work, too."""
     base, printed = demo
     commands = re.findall(r"^\$ (ema .*)$", printed, re.MULTILINE)
     assert [shlex.split(command)[1] for command in commands] == [
@@ -159,7 +159,7 @@ def test_a_demo_that_is_stopped_lets_its_command_clean_up(
     started = []
 
     class Child(subprocess.Popen):  # type: ignore[type-arg]
-        """A command that says when it has cleaned up; its caller is stopped as soon as it works."""
+        """A command that records its clean-up; its caller is stopped as soon as it works."""
 
         def __init__(self, _: object, **options: object) -> None:
             super().__init__([sys.executable, "-c", CLEANING, tmp_path / "cleaned"], **options)  # type: ignore[call-overload]

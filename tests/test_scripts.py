@@ -130,7 +130,7 @@ def test_torture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 
 def test_adapter_means(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The more checkpoints, the nearer their products are to the mean of all."""
+    """More checkpoints bring the mean of their products nearer to the mean over all steps."""
     monkeypatch.setattr(adapter_means, "RANKS", (2,))
     monkeypatch.setattr(adapter_means, "SEEDS", 1)
     adapter_means.main(400)
@@ -177,7 +177,7 @@ def test_ours_is_near_the_truth_and_the_peers_are_not_at_a_stride(
 
 @pytest.mark.parametrize("stride", [1, 10])
 def test_the_true_averages_are_those_of_their_definitions(stride: int) -> None:
-    """On a clock that is slow at first: 20 steps of 16, then 40 of 64."""
+    """The clock is slow at first: 20 steps of 16, then 40 of 64."""
     walk = np.random.default_rng(0).standard_normal((60, 7)).cumsum(axis=0).astype(np.float32)
     times = np.cumsum(np.where(np.arange(60) < 20, 16.0, 64.0))
     run = Trajectory("classifier-images", walk, ((7,),), times)
@@ -200,7 +200,7 @@ def test_the_true_averages_are_those_of_their_definitions(stride: int) -> None:
 
 
 def test_bench_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is tracked is exact, and the oracle is not beaten."""
+    """Tracked averages are exact, and nothing is better than the oracle."""
     for name, value in (("TRACKED", ((0.05, 0.28),)), ("SNAPSHOTS", (8,)), ("DTYPES", ("float32", "float16"))):
         monkeypatch.setattr(runs, name, value)
     monkeypatch.setattr(bench_fidelity, "_pictured_widths", lambda: np.array([0.02, 0.05, 0.1, 0.2]))
@@ -241,7 +241,7 @@ def test_bench_fidelity_of_corner_cases(
 
 
 def test_bench_fidelity_of_checkpoints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real trainings: checkpoints with error bars that hold, and the other libraries' averages made right."""
+    """In real trainings, predicted errors of checkpoints hold, and the other libraries' averages are corrected."""
     monkeypatch.setattr(checkpoint_fidelity, "JOBS", (Job("classifier-sgd"), Job("classifier-sgd", True)))
     monkeypatch.setattr(checkpoint_fidelity, "COUNTS", (8, 20))
     monkeypatch.setattr(checkpoint_fidelity, "STRIDES", (1, 10))

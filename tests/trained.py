@@ -26,7 +26,7 @@ def network() -> torch.nn.Module:
 
 @functools.cache
 def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed: int = 1) -> np.ndarray:
-    """The weights after every step, float64: [STEPS, parameters]."""
+    """Return the weights after every step, float64: [STEPS, parameters]."""
     model = network()
     random = torch.Generator().manual_seed(seed)
     teacher = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5))
@@ -45,7 +45,7 @@ def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed
 
 
 def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The tensors of the network."""
+    """Return the tensors of the network by name."""
     found, begin = {}, 0
     for name, parameter in network().named_parameters():
         part = torch.from_numpy(vector[begin : begin + parameter.numel()].copy())
@@ -55,7 +55,7 @@ def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> dict[str, t
 
 
 def by(decay: Callable[[int], float]) -> Average:
-    """An EMA whose n-th update keeps decay(n)."""
+    """Return an EMA whose n-th update keeps decay(n)."""
     return lambda step, average, weights: decay(step) * average + (1 - decay(step)) * weights
 
 
@@ -64,12 +64,12 @@ def ema(decay: float) -> Average:
 
 
 def ratio(n: float) -> float:
-    """A decay that rises."""
+    """Return a rising decay."""
     return (1 + n) / (10 + n)
 
 
 def write(folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32) -> Path:
-    """Checkpoints with the weights and the average."""
+    """Write checkpoints with the weights and the average."""
     folder.mkdir()
     average = weights[0].copy()
     for step in range(1, STEPS + 1):
@@ -81,14 +81,14 @@ def write(folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype
 
 
 def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
-    """The power function's sum over every step, in float64."""
+    """Return the power function's sum over every step, in float64."""
     roots = np.polynomial.Polynomial.fromroots([-2, -2, -3]) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
     gamma = float(roots.roots().real.max())
     return np.diff((np.arange(STEPS + 1) / STEPS) ** (gamma + 1)) @ weights
 
 
 def error_of(run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None) -> Errors:
-    """The relative distance of an average from the true one, over every step in float64; and what was predicted."""
+    """Return the relative distance of an average from the sum over every step in float64, and the predicted error."""
     made = run.average(sigma_rel, dtype="float64")
     vector = np.concatenate([made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()])
     truth = true_average(train() if weights is None else weights, sigma_rel)

@@ -44,7 +44,7 @@ class Problem:
         return np.tanh([data @ weight for data, weight in zip(self.data, weights, strict=False)])
 
     def derivatives(self, weights: Sequence[FloatArray]) -> FloatArray:
-        """df_i/dw at the weights of step i: [steps, rows, weights]."""
+        """Return df_i/dw at the weights of step i: [steps, rows, weights]."""
         return (1 - self.values(weights)[:, :, None] ** 2) * self.data[: len(weights)]
 
     def leaf(self) -> torch.nn.Parameter:
@@ -52,13 +52,13 @@ class Problem:
 
 
 def coefficients(decays: Sequence[float]) -> FloatArray:
-    """How much each value counts in the average: (1 - decay_i) times all later decays; the first has no 1 - decay."""
+    """Return the coefficient of each value: (1 - decay_i) times all later decays; the first has no 1 - decay."""
     later = np.cumprod([1.0, *decays[:0:-1]])[::-1]
     return later * np.array([1.0, *(1 - decay for decay in decays[1:])])
 
 
 def rounding(steps: int = STEPS) -> float:
-    """Of a sum of `steps` products of a handful of numbers near 1, with room for 8 roundings a step."""
+    """Bound the rounding of a sum of `steps` products of numbers near 1, with 8 roundings a step."""
     return 8 * steps * ROWS * WEIGHTS * EPS
 
 
@@ -67,7 +67,7 @@ def make(mode: str, decay: float = DECAY, **options: Any) -> DifferentiableEMA:
 
 
 def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Call the module, with the leaf in the mode that takes it."""
+    """Call the module; pass the leaf in the mode that needs it."""
     return ema(value, leaves=[weight]) if ema.mode == "carried" else ema(value)
 
 
@@ -80,7 +80,7 @@ RATE = 0.5
 
 
 class Training(NamedTuple):
-    """At each step the weight, the average, and the gradient that the optimizer then used."""
+    """The weight, the average, and the gradient that the optimizer used, at each step."""
 
     weights: list[FloatArray]
     averages: list[FloatArray]
@@ -88,7 +88,7 @@ class Training(NamedTuple):
 
 
 def train(ema: DifferentiableEMA, problem: Problem, rate: float = RATE) -> Training:
-    """Steps of SGD on |average - target|**2 / 2."""
+    """Take steps of SGD on |average - target|**2 / 2."""
     weight = problem.leaf()
     optimizer = torch.optim.SGD([weight], lr=rate)
     training = Training([], [], [])
@@ -119,7 +119,7 @@ def test_every_mode_gives_the_same_average(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_average_has_memory_of_its_own(mode: str) -> None:
-    """Neither what the caller does with the result nor what the optimizer does with a leaf changes it: the window
+    """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the window
     recomputes its average from kept values."""
     weight, ema = torch.nn.Parameter(torch.zeros(ROWS, dtype=torch.float64)), make(mode)
     for number in (1.0, 2.0, 3.0):
@@ -134,7 +134,7 @@ def test_the_average_has_memory_of_its_own(mode: str) -> None:
 
 
 def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) -> list[FloatArray]:
-    """At each step g^T sum_i c_i df_i/dw(w_i) over the last `kept` values, with g = average - target."""
+    """Return g^T sum_i c_i df_i/dw(w_i) at each step over the last `kept` values, with g = average - target."""
     values, derivatives = problem.values(seen), problem.derivatives(seen)
     found = []
     for t in range(1, len(seen) + 1):
@@ -149,7 +149,7 @@ def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) 
     ("mode", "kept"), [("truncated", 1), ("window", 7), ("full", STEPS), ("carried", STEPS)], ids=MODES
 )
 def test_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> None:
-    """Each kept value's derivative is taken at the weight of then, although the optimizer has changed it since."""
+    """Each kept value's derivative is taken at the weight of its step, although the optimizer has changed it since."""
     problem, ema = Problem(), make(mode)
     training = train(ema, problem)
     assert np.linalg.norm(training.weights[-1] - training.weights[0]) > 0.2
@@ -160,9 +160,9 @@ def test_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> No
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
     one, two, other = (torch.nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64)) for _ in range(3))
     ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match=r"on 1 of the leaves, such as leaves\[1\] of the shape \[2\]: ") as told:
+    with pytest.warns(RuntimeWarning, match=r"on 1 of the leaves, such as leaves\[1\] of the shape \[2\]: ") as warned:
         ema((one * other).sum(), leaves=[one, two])
-    assert [warning.filename for warning in told] == [__file__]
+    assert [warning.filename for warning in warned] == [__file__]
     average = ema((one * two * other).sum(), leaves=[one, two])
     average.backward()
     assert torch.equal(one.grad, torch.full((2,), 0.5 * 2 + 0.5 * 4, dtype=torch.float64))
@@ -188,7 +188,7 @@ def test_an_earlier_result_keeps_its_own_gradient() -> None:
 
 
 def test_half_precision_leaves_get_their_gradient_in_their_own_dtype() -> None:
-    """And J is kept in float32: at a decay of 0.999 a bfloat16 one would stay at its first value."""
+    """J is kept in float32: at a decay of 0.999 a bfloat16 J would never change."""
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     ema = DifferentiableEMA((), 0.999, "carried")
     ema((0 * weight).sum().float(), leaves=[weight])
@@ -200,14 +200,14 @@ def test_half_precision_leaves_get_their_gradient_in_their_own_dtype() -> None:
 
 
 class _Saved:
-    """What a graph holds instead of a tensor, so that a test can count what is alive."""
+    """A stand-in for a tensor in a graph, so that a test can count live tensors."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor.detach()
 
 
 def graphs_alive(ema: DifferentiableEMA, steps: int) -> list[int]:
-    """After each update, how many values' graphs are alive that nobody but the module holds."""
+    """Return after each update how many graphs are alive that only the module holds."""
     problem, alive, found = Problem(), weakref.WeakSet[_Saved](), []
     weight = problem.leaf()
     for step in range(steps):
@@ -230,7 +230,7 @@ def test_only_the_graphs_that_the_mode_keeps_stay_alive() -> None:
 
 
 def test_recording_copies_each_saved_tensor_once() -> None:
-    """A weight that is used ten times, and an activation that two operations save."""
+    """One weight is used ten times, and two operations save one activation."""
     weight = torch.nn.Parameter(torch.eye(4))
     copies = 0
 
@@ -350,7 +350,7 @@ def test_reset_forgets_everything(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_it_moves_to_another_dtype_with_its_graphs(mode: str) -> None:
-    """The window and the carried derivative go on through the conversion."""
+    """The window and the carried derivative continue after the conversion."""
     weight = torch.nn.Parameter(torch.ones(2))
     ema = DifferentiableEMA((), 0.5, mode, **MODES[mode])
     take(ema, weight.sum(), weight)

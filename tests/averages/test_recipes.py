@@ -39,7 +39,7 @@ class Quadratic(torch.nn.Module):
 
 
 class Trajectory(NamedTuple):
-    """After each step, before a switch there: the weights; and whether there was a switch."""
+    """The weights after each step, before a switch at that step; and whether there was a switch."""
 
     weights: list[FloatArray]
     switched: list[bool]
@@ -65,7 +65,7 @@ def averaged(model: torch.nn.Module, **options: Any) -> AveragedModel:
 
 
 def expected_path(forget_momentum: bool) -> list[FloatArray]:
-    """SGD with momentum, an average that begins with the first weights, and a switch at every 6th step."""
+    """Return the path of SGD with momentum and an average, with a switch at every 6th step."""
     weight, velocity, average, path = START, np.zeros(3), None, []
     for step in range(1, STEPS + 1):
         velocity = MOMENTUM * velocity + CURVATURE * weight

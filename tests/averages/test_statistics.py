@@ -20,7 +20,7 @@ NAMES = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
 
 def batches(count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0) -> list[tuple[FloatArray, FloatArray]]:
-    """Correlated, with a mean that is not zero and moves."""
+    """Return correlated batches with a nonzero, moving mean."""
     random = np.random.default_rng(seed)
     mixing = random.normal(size=(dim_x, dim_y))
     found = []
@@ -33,7 +33,7 @@ def batches(count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0) -> lis
 def expected_statistics(
     data: list[tuple[FloatArray, FloatArray]], momentum: float, running_mean: bool = True
 ) -> dict[str, FloatArray]:
-    """The definition, a second time."""
+    """Compute the statistics by definition, independently."""
     state: dict[str, FloatArray] = {}
     for x, y in data:
         batch = {"mean_x": x.mean(axis=0), "mean_y": y.mean(axis=0)}
@@ -114,7 +114,7 @@ def test_reset_is_a_new_beginning() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seen", [0, 1])
 def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
-    """By differences; what was seen before is a constant."""
+    """Compared with finite differences; earlier batches are constants."""
     state = feed(EMAStats(3, 2, 0.3).double(), batches(seen, 6, 3, 2), torch.float64).state_dict()
 
     def statistic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -265,7 +265,7 @@ def test_a_saved_state_does_not_change_and_loading_breaks_no_graph() -> None:
 
 
 def test_a_state_of_symm_learning_loads() -> None:
-    """By the names that its class documents: `running_` before each statistic."""
+    """Its class documents the names: `running_` before each statistic."""
     values = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32).state_dict()
     state = {name if name in ("num_batches_tracked",) else f"running_{name}": value for name, value in values.items()}
     assert {"running_mean_x", "running_cov_yy", "num_batches_tracked"} <= set(state)

@@ -19,7 +19,7 @@ from posthoc_cli.errors import ModelMismatchError
 
 
 def rounding(updates: int, largest: float) -> float:
-    """A float32 update rounds a difference (at most twice the largest value), a product of it, the share and a sum."""
+    """Bound the rounding of a difference, at most twice the largest value, a product, the share and a sum."""
     return updates * 7 * 2.0**-24 * largest
 
 
@@ -28,7 +28,7 @@ def numbers(tensor: torch.Tensor) -> FloatArray:
 
 
 def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
-    """As if trained: every floating-point tensor is moved, every integer counted up."""
+    """Move every floating-point tensor and count every integer up, as a training would; yield each step."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         with torch.no_grad():
@@ -44,7 +44,7 @@ def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[
 
 
 def average(values: Sequence[FloatArray], momenta: Sequence[float]) -> FloatArray:
-    """The definition, in float64; `momenta[0]` belongs to the first value and is not used."""
+    """Return the average by definition, in float64; `momenta[0]` belongs to the first value and is not used."""
     result = np.asarray(values[0], np.float64)
     for value, momentum in zip(values[1:], momenta[1:], strict=True):
         result = (1 - momentum) * result + momentum * np.asarray(value, np.float64)
@@ -102,7 +102,7 @@ def test_wide_and_complex_parameters(dtype: torch.dtype) -> None:
 
 
 def test_requires_grad_does_not_matter() -> None:
-    """Frozen now, trainable then: adversarial training does that around every step. Whole numbers are copied."""
+    """Adversarial training freezes parameters around every step. Integers are copied."""
     model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
     model.table = torch.nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
     ema = ExponentialMovingAverage(model, 0.5)
@@ -133,7 +133,7 @@ def test_half_precision_averages_move(dtype: torch.dtype) -> None:
 
 
 def test_what_is_written_into_the_averaged_module_counts() -> None:
-    """A state without accumulators, a swap of weights, a beginning: the accumulators of before are out of date."""
+    """After a state without accumulators, or a swap of weights, older accumulators are invalid."""
     model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
     ema = ExponentialMovingAverage(model, momentum=0.5)
     for _ in range(3):
@@ -152,7 +152,7 @@ def test_what_is_written_into_the_averaged_module_counts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_are_averaged_a_few_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same bits."""
+    """The bits do not depend on the size of a batch."""
     model = tiny_model().to(dtype)
     ema = ExponentialMovingAverage(model, momentum=0.3, update_buffers=True)
     for _ in random_steps(model, 3):
@@ -189,7 +189,7 @@ def test_a_half_precision_model_and_a_float32_average() -> None:
 
 
 def mmengine_state(model: torch.nn.Module, steps: int) -> dict[str, torch.Tensor]:
-    """What `mmengine.model.ExponentialMovingAverage(model).state_dict()` holds, by its documented names."""
+    """Return what `mmengine.model.ExponentialMovingAverage(model).state_dict()` holds, by its documented names."""
     state = {f"module.{name}": torch.randn(value.shape) for name, value in model.state_dict().items()}
     state["module.norm.num_batches_tracked"] = torch.tensor(17)
     state["module.head.weight"] = state["module.embed.weight"]
@@ -213,18 +213,18 @@ def test_a_state_saved_by_mmengine_loads_and_goes_on() -> None:
 
 @pytest.mark.parametrize("steps", [None, 40])
 def test_a_state_of_mmengine_0_loads_and_goes_on(steps: int | None) -> None:
-    """Names without `module.`; where it has no `steps`, the average in it is one nevertheless."""
+    """Its names have no `module.`; a state without `steps` has an average nevertheless."""
     model = tiny_model()
     saved = mmengine_state(model, steps=40)
     state = {name.removeprefix("module."): value for name, value in saved.items()}
     if steps is None:
         del state["steps"]
     inner = ExponentialMovingAverage(model, momentum=0.25)
-    whole = torch.nn.ModuleDict({"generator": torch.nn.Linear(1, 1), "generator_ema": inner})
+    both = torch.nn.ModuleDict({"generator": torch.nn.Linear(1, 1), "generator_ema": inner})
     given = {f"generator_ema.{name}": value for name, value in state.items()}
-    given |= {f"generator.{name}": value for name, value in whole["generator"].state_dict().items()}
+    given |= {f"generator.{name}": value for name, value in both["generator"].state_dict().items()}
     before = set(given)
-    whole.load_state_dict(given, strict=True)
+    both.load_state_dict(given, strict=True)
     assert set(given) == before
     assert inner.steps == (steps or 1)
     for name, value in saved.items():
@@ -281,14 +281,14 @@ def test_sync_parameters_begins_anew_and_sync_buffers_copies_buffers_only() -> N
 
 
 class Uniform(ExponentialMovingAverage):
-    """The uniform average, as mmengine's StochasticWeightAverage has it: in place."""
+    """The uniform average, in place, as in mmengine's StochasticWeightAverage."""
 
     def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> None:
         averaged_param.add_(source_param - averaged_param, alpha=1 / float(steps // self.interval + 1))
 
 
 class Returning(ExponentialMovingAverage):
-    """An avg_func in the style of mmengine's first releases, which returned the result."""
+    """An avg_func in the style of mmengine's first releases, which returns the result."""
 
     def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor:
         return averaged_param + (source_param - averaged_param) / (steps // self.interval + 1)
@@ -312,7 +312,7 @@ def test_a_subclass_has_its_own_average(kind: type[ExponentialMovingAverage], dt
 
 
 def test_avg_func_is_what_update_parameters_does() -> None:
-    """Fused over all tensors or called for one: the same bits."""
+    """The bits are the same, fused over all tensors or called for one."""
     model = tiny_model()
     ema = ExponentialMovingAverage(model, momentum=0.3, warmup=True)
     ema.update_parameters(model)
@@ -424,7 +424,7 @@ def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> Non
 
 
 def train(net: ShadowModel, steps: int) -> list[FloatArray]:
-    """Values of `head.weight` before each update, the model's first."""
+    """Return the values of `head.weight` before each update, the model's first."""
     values = []
     for _ in random_steps(net.model, steps):
         values.append(numbers(net.model.head.weight))
@@ -477,7 +477,7 @@ def test_zero_debiasing_divides_by_the_sum_of_the_weights(decay: float, num_upda
     assert np.abs(numbers(net.shadow.head.weight) - biased / mass).max() < within
 
 
-def test_buffers_and_whole_numbers_are_copied_and_a_frozen_parameter_is_exactly_its_shadow() -> None:
+def test_buffers_and_integers_are_copied_and_a_frozen_parameter_is_exactly_its_shadow() -> None:
     net = ShadowModel(tiny_model(), 0.9)
     for step in range(50):
         net.model.norm.running_mean.fill_(step)
@@ -594,7 +594,7 @@ MAKE: dict[str, Callable[[torch.nn.Module], Any]] = {
 
 
 def updated(average: Any, model: torch.nn.Module, seed: int = 1) -> Any:
-    """After five steps of the model, which a ShadowModel has in it."""
+    """Return a ShadowModel after five steps of its model."""
     model = getattr(average, "model", model)
     for _ in random_steps(model, 5, seed):
         average.update() if isinstance(average, ShadowModel) else average.update_parameters(model)
