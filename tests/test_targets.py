@@ -174,7 +174,7 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
     assert Mean(2).coefficients_of(stored).tolist() == [0.5, 0, 0, 0.5]
     averages = [PowerFunction(5.0, 10.0), PowerFunction(5.0, 20.0)]
     assert Mean(1).coefficients_of(averages).tolist() == [0, 1]
-    with refused("last", "only 3 are there"):
+    with refused("last", "only 3 up to this time"):
         Mean(4).coefficients_of(stored)
     with refused("last", "several averages of each time"):
         Mean(1).coefficients_of([PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
