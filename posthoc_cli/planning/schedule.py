@@ -220,7 +220,7 @@ def removal_order(
     counts = Counter(snapshots[i].gamma for i in left)
     dropped: list[int] = []
     while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in needed]:
-        errors = errors_after_each(losses)[[column[i] for i in may_go]]
+        errors = _combined(losses.squares_without_each())[[column[i] for i in may_go]]
         equals = [may_go[k] for k in np.flatnonzero(errors == errors.min())]
         index = _closest_together(snapshots, left, equals)
         losses.lose(column[index])
@@ -260,7 +260,7 @@ def exchanged(
     for _ in range(_MOST_TRIED // max(len(order), 1)):
         trials = []
         for coming in order:
-            errors = errors_after_each(losses.of([place[i] for i in (*kept, coming)]))
+            errors = _combined(losses.of([place[i] for i in (*kept, coming)]).squares_without_each())
             trials += [
                 (float(error), coming, leaving)
                 for error, leaving in zip(errors, kept, strict=False)
@@ -292,11 +292,6 @@ def losses_of(
     """Return the errors of targets over the range, at the time of the last snapshot, as snapshots are lost."""
     t = max(p.t for p in snapshots)
     return MinimumVariance(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
-
-
-def errors_after_each(losses: Losses) -> FloatArray:
-    """Return the combined expected error over the range after the loss of each snapshot: shape [n]."""
-    return _combined(losses.squares_without_each())
 
 
 def _combined(squares: FloatArray) -> FloatArray:

@@ -178,8 +178,6 @@ class StepWindow:
         return np.clip((self.clock.step_at(self.t) - self.clock.step_at(s)) / self.steps, 0.0, 1.0)
 
 
-BoolArray = npt.NDArray[np.bool_]
-
 _SLACK = 1e-9
 """Accepted rounding error of a tail."""
 
@@ -255,7 +253,9 @@ def try_profile(profile: Profile, t: float, title: str) -> None:
     _check(title, "tail", times[1:], tail[1:], np.diff(tail) > _SLACK, "must never grow")
 
 
-def _check(title: str, name: str, times: FloatArray, values: FloatArray, is_wrong: BoolArray, accepted: str) -> None:
+def _check(
+    title: str, name: str, times: FloatArray, values: FloatArray, is_wrong: npt.NDArray[np.bool_], accepted: str
+) -> None:
     """Raise an InvalidValueError that names the first time at which a function's value is wrong."""
     if is_wrong.any():
         first = is_wrong.argmax()

@@ -82,9 +82,12 @@ def expected_square(
     ],
     ids=lambda value: type(value).__name__,
 )
-@pytest.mark.parametrize("noise", [0.0, 5.0])
-def test_the_expected_error_is_the_integral(target: Profile, kinks: tuple[float, ...], noise: float) -> None:
-    snapshots = power_functions((250, 500, 800, 1000))
+@pytest.mark.parametrize(("noise", "last"), [(0.0, T), (5.0, T), (5.0, 900)])
+def test_the_expected_error_is_the_integral(
+    target: Profile, kinks: tuple[float, ...], noise: float, last: float
+) -> None:
+    """From snapshots at the time of the target, and from earlier ones, which miss the motion since then."""
+    snapshots = power_functions((250, 500, 800, last))
     motion, rounding = uneven_motion(noise), np.linspace(0, 1e-3, 8)
     result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, rounding), t=T)
     c = result.coefficients[:, 0]
@@ -243,19 +246,6 @@ def test_units_of_time_and_of_weights_change_nothing(problem: Problem, time: flo
     np.testing.assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
 
 
-@given(problems())
-@settings(max_examples=60, deadline=None)
-def test_magnitudes_are_bounded_by_what_rounding_allows(problem: Problem) -> None:
-    """sum c_i^2 r_i is part of a minimum that is no larger than that of any single snapshot."""
-    snapshots, prior, target = problem
-    solver = MinimumVariance(snapshots, prior, target.t)
-    c = solved(solver, target)
-    single = min(squared_error(solver, row, target) for row in np.eye(len(snapshots)))
-    assert np.sum(c**2 * prior.rounding) <= single * (1 + 1e-9)
-    assert np.abs(c).sum() <= np.sqrt(single * np.sum(1 / prior.rounding)) * (1 + 1e-9)
-    assert c.sum() == pytest.approx(1, abs=1e-13 * np.abs(c).sum())
-
-
 @given(problems(), st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_target_that_is_stored_exactly_is_its_snapshot(problem: Problem, data: st.DataObject) -> None:
@@ -328,16 +318,6 @@ def test_the_loss_of_a_copy_of_a_snapshot_costs_nothing(count: int) -> None:
     np.testing.assert_allclose(losses.squares, before)
 
 
-def test_losses_of_a_subset_are_those_of_a_problem_without_the_others() -> None:
-    snapshots = power_functions(np.arange(50.0, T + 1, 50.0))
-    prior = prior_of(snapshots, uneven_motion(0.3), 1e-4)
-    targets = power_functions(T, (0.06, 0.15, 0.27))
-    subset = [0, 3, 4, 11, 16, len(snapshots) - 1]
-    reduced = MinimumVariance(snapshots, prior, T).losses(targets).of(subset)
-    anew = MinimumVariance([snapshots[i] for i in subset], prior.of(subset), T).losses(targets)
-    np.testing.assert_allclose(reduced.squares_without_each(), anew.squares_without_each(), rtol=1e-7)
-
-
 @given(problems())
 @settings(max_examples=30, deadline=None)
 def test_errors_of_many_targets_at_once_are_those_of_one_at_a_time(problem: Problem) -> None:
@@ -350,14 +330,11 @@ def test_errors_of_many_targets_at_once_are_those_of_one_at_a_time(problem: Prob
 
 
 def test_the_assumed_motion_is_an_even_walk_of_a_quarter_of_the_weights_norm() -> None:
-    snapshots = power_functions([100.0, 400.0])
-    prior = assumed_prior(snapshots, 3e-3)
+    prior = assumed_prior(power_functions([100.0, 400.0]), 3e-3)
     arrays = np.array([prior.rounding, prior.arithmetic, prior.norm])
     np.testing.assert_array_equal(arrays, np.multiply.outer([3e-3**2, 0, 1], np.ones(4)))
     assert (prior.source, prior.steps) == ("assumed", None)
     assert prior.motion == even_motion(0.0, 400.0, 0.25**2 / 400)
-    given_motion = uneven_motion()
-    assert assumed_prior(snapshots, motion=given_motion).motion is given_motion
 
 
 @pytest.mark.parametrize("seed", [2, 202])
@@ -386,15 +363,6 @@ def test_with_noise_alone_minimum_variance_is_the_published_method() -> None:
 
 
 # --- edges -----------------------------------------------------------------------------------------
-
-
-def test_a_target_after_the_last_snapshot_misses_the_motion_since_then() -> None:
-    snapshots, target = power_functions((50, 100)), power(0.05, 150.0)
-    motion = Motion(np.array([1.0, 100.0, 200.0]), np.array([1.0, 0.25]), np.zeros(2))
-    square = (NORM * reconstruct(snapshots, [target], prior=prior_of(snapshots, motion)).predicted_error[0]) ** 2
-    since = 0.25 * integrate.quad(lambda s: float(target.tail(s)) ** 2, 100, 150)[0]
-    assert square >= since
-    assert square == pytest.approx(since, rel=0.3)
 
 
 @pytest.mark.parametrize("rounding", [0.0, 1.0])
