@@ -3,7 +3,7 @@ and their text form, KIND:VALUE.
 
 A target is independent of the run; its profile follows from the time of the average, the run's clock and the time of
 the first update. The constructor checks what does not depend on the run, `profile` the rest. A mean of the last
-checkpoints has no profile of its own: its `coefficients_of` gives the coefficients of the stored averages.
+checkpoints has no profile: its `coefficients_of` returns the coefficients of the stored averages directly.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ SHORTEST_BETA = 0.5
 
 
 class Target(Protocol):
-    """An average that is wanted, independent of the run."""
+    """An average that the user wants, independent of the run."""
 
     @property
     def label(self) -> str:
-        """For tables and file names: `0.15`, `beta-0.9999`."""
+        """Its name in tables and file names: `0.15`, `beta-0.9999`."""
 
     @property
     def title(self) -> str:
-        """For people: `sigma_rel 0.15`, `beta 0.9999`."""
+        """Its name in messages: `sigma_rel 0.15`, `beta:0.9999`."""
 
     @property
     def sigma_rel(self) -> float | None:
-        """Width of the power function, None for any other profile."""
+        """The width of a power function; None for any other profile."""
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
-        """The profile at time `t` of a run.
+        """Return the profile at time `t` of a run.
 
         Arguments:
             t: time of the average, above 0.
@@ -69,50 +69,50 @@ class Target(Protocol):
 
 
 def as_target(value: object) -> Target:
-    """The target for a sigma_rel, a text that names one, a target, or any object with `density` and `tail`.
+    """Return the target for a sigma_rel, a text that names one target, a target, or an object with `density`, `tail`.
 
     Raises:
-        InvalidValueError: none of these.
+        InvalidValueError: the value is none of these.
     """
     names = ("label", "title", "sigma_rel", "profile")
     if all(hasattr(value, name) for name in names) and not isinstance(value, type):  # a class has its instances' names
         return value  # type: ignore[return-value]
     if any(hasattr(value, name) for name in ("density", "tail")):
-        return GivenProfile(value)  # type: ignore[arg-type]  # checked there
+        return GivenProfile(value)  # type: ignore[arg-type]  # its constructor checks the value
     if isinstance(value, str):
-        found = parse_targets(value)
-        if len(found) != 1:
-            raise InvalidValueError("target", f"must name one average, not {len(found)}", value=repr(value))
-        return found[0]
+        targets = parse_targets(value)
+        if len(targets) != 1:
+            raise InvalidValueError("target", f"must name one average, not {len(targets)}", value=repr(value))
+        return targets[0]
     if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
-        return SigmaRel(value)  # type: ignore[arg-type]  # checked there
+        return SigmaRel(value)  # type: ignore[arg-type]  # its constructor checks the value
     accepted = "a sigma_rel in (0, 0.2887), a text such as 'beta:0.9999', or an object with density and tail"
     raise InvalidValueError("target", f"must be {accepted}", value=brief(value))
 
 
 class _Named(ABC):
-    """A target with names from its text form; no power function, unless it says so."""
+    """A target that is named by its text form; no power function by default."""
 
     sigma_rel: float | None = None
 
     @property
     def label(self) -> str:
-        """For tables and file names: `0.15`, `beta-0.9999`, `window-1000`."""
+        """The name in tables and file names: `0.15`, `beta-0.9999`, `window-1000`."""
         return self._text().replace(":", "-")
 
     @property
     def title(self) -> str:
-        """For people: `sigma_rel 0.15`, `beta:0.9999`, `window:1000`."""
+        """The name in messages: `sigma_rel 0.15`, `beta:0.9999`, `window:1000`."""
         return self._text()
 
     @abstractmethod
     def _text(self) -> str:
-        """The target as `parse_targets` reads it."""
+        """Return the text from which `parse_targets` makes this target."""
 
 
 @dataclass(frozen=True)
 class SigmaRel(_Named):
-    """The power function of a width, as a fraction of training time: in (0, 0.2887)."""
+    """The power function with a width in (0, 0.2887), a fraction of training time."""
 
     sigma_rel: float = field()
 
@@ -129,20 +129,20 @@ class SigmaRel(_Named):
 
     @property
     def title(self) -> str:
-        """For people: `sigma_rel 0.15`."""
+        """The name in messages: `sigma_rel 0.15`."""
         return f"sigma_rel {self.sigma_rel!r}"
 
     def _text(self) -> str:
         return repr(self.sigma_rel)
 
     def profile(self, t: float, clock: Clock, t_first: float) -> PowerFunction:  # noqa: ARG002
-        """The power function on (0, t]."""
+        """Return the power function on (0, t]."""
         return PowerFunction.from_sigma_rel(self.sigma_rel, t)
 
 
 @dataclass(frozen=True)
 class Beta(_Named):
-    """The classical average with one decay for every step, in [0.5, 1): below, its mean age is less than a step."""
+    """The classical average with one decay for every step, in [0.5, 1): below 0.5 the mean age is less than a step."""
 
     beta: float
 
@@ -155,13 +155,13 @@ class Beta(_Named):
         return f"beta:{self.beta!r}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
-        """The classical average that starts as a copy of the weights at `t_first`."""
+        """Return the classical average that starts as a copy of the weights at `t_first`."""
         return ClassicalEMA(self.beta, float(t), clock, min(float(t_first), float(t)))
 
 
 @dataclass(frozen=True)
 class HalfLife(_Named):
-    """The classical average in which weights lose half of their share in `steps` steps: a decay of 0.5**(1 / steps)."""
+    """The classical average in which weights lose half of their share every `steps` steps: decay 0.5**(1 / steps)."""
 
     steps: float
 
@@ -171,20 +171,20 @@ class HalfLife(_Named):
 
     @property
     def beta(self) -> float:
-        """The decay."""
+        """The decay of one step."""
         return float(0.5 ** (1 / self.steps))
 
     def _text(self) -> str:
         return f"half-life:{_plain(self.steps)}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
-        """The classical average that starts as a copy of the weights at `t_first`."""
+        """Return the classical average that starts as a copy of the weights at `t_first`."""
         return Beta(self.beta).profile(t, clock, t_first)
 
 
 @dataclass(frozen=True)
 class Window(_Named):
-    """The mean of the last `steps` steps: a whole number, at least 1 and at most the run's."""
+    """The mean of the last `steps` steps: a whole number from 1 to the run's number of steps."""
 
     steps: int
 
@@ -196,7 +196,7 @@ class Window(_Named):
         return f"window:{self.steps}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> StepWindow:  # noqa: ARG002
-        """The last `steps` steps up to `t`."""
+        """Return the mean of the last `steps` steps up to `t`."""
         return StepWindow(self.steps, float(t), clock)
 
 
@@ -217,7 +217,7 @@ class Between(_Named):
         return f"between:{_plain(self.start)}:{_plain(self.end)}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
-        """Uniform over time."""
+        """Return the uniform profile over the span."""
         if self.end > t:
             raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
         return Uniform(self.start, self.end)
@@ -232,7 +232,7 @@ class GivenProfile(_Named):
 
     Attributes:
         given: the object; its mass must lie within (0, t] of the run, and may end before t.
-        name: its name in tables and file names: letters, digits and `._+-`, a letter or digit first.
+        name: for tables and file names: letters, digits and `._+-`, starting with a letter or digit.
     """
 
     given: Profile
@@ -249,24 +249,24 @@ class GivenProfile(_Named):
 
     @property
     def title(self) -> str:
-        """For people: `profile given`."""
+        """The name in messages: `profile given`."""
         return f"profile {self.name}"
 
     def _text(self) -> str:
         return self.name
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """The object itself, after a check of its values."""
+        """Check the object's values and return it."""
         try_profile(self.given, float(t), self.title)
         return self.given
 
 
 @dataclass(frozen=True)
 class Decay(_Named):
-    """The average that stands for a decay of the learning rate that was not run (see `profiles.EmulatedDecay`).
+    """The average that emulates a decay of the learning rate that was not run (see `profiles.EmulatedDecay`).
 
-    The weights are what a run would have given whose updates at time s had been multiplied by d(x), with
-    x = (s - start) / (end - start), if the updates themselves had been the same:
+    The weights are those of a run whose updates at time s are multiplied by d(x), with x = (s - start) / (end - start),
+    if the updates themselves are otherwise the same:
 
         "1-sqrt"   d(x) = 1 - sqrt(x)
         "linear"   d(x) = 1 - x
@@ -274,10 +274,11 @@ class Decay(_Named):
 
     Arguments:
         shape: one of these.
-        over: the part of training at its end, in (0, 1], or two times (start, end) on the run's clock.
+        over: the length of the decay at the end of training, as a fraction in (0, 1], or two times (start, end) on the
+            run's clock.
 
     Raises:
-        InvalidValueError: no such shape, or no part of training.
+        InvalidValueError: an unknown shape, or a part of training that is out of range.
     """
 
     shape: str = "1-sqrt"
@@ -297,7 +298,7 @@ class Decay(_Named):
         return f"decay:{self.shape}:{_plain(100 * self.over)}%"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> EmulatedDecay:  # noqa: ARG002
-        """The decay up to `t`, or over the given times."""
+        """Return the decay up to `t`, or over the given times."""
         start, end = self.over if isinstance(self.over, tuple) else (t * (1 - self.over), t)
         if end > t:
             raise InvalidValueError(self.title, f"ends after t = {t:,.12g}; must end at t or before")
@@ -306,7 +307,7 @@ class Decay(_Named):
 
 @dataclass(frozen=True)
 class Groups(_Named):
-    """Averages whose tensors have different lengths: sigma_rel by glob on their names; the first that matches counts.
+    """Averages with different lengths by tensor: sigma_rels by glob on the tensors' names; the first match counts.
 
     `Groups({"unet.up.*": 0.12, "*": 0.08})`
     """
@@ -321,30 +322,30 @@ class Groups(_Named):
 
     @property
     def title(self) -> str:
-        """For people: `sigma_rel 0.12 (unet.up.*), 0.08 (*)`."""
+        """The name in messages: `sigma_rel 0.12 (unet.up.*), 0.08 (*)`."""
         return "sigma_rel " + ", ".join(f"{width!r} ({glob})" for glob, width in self.widths.items())
 
     def _text(self) -> str:
         return f"groups:{':'.join(map(repr, self.widths.values()))}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """None: each group has its own."""
+        """Raise an InvalidValueError: each group has its own profile."""
         raise InvalidValueError(self.title, "has a profile for each group; name one sigma_rel")
 
 
 def separate(targets: Sequence[Target]) -> list[Target]:
-    """The targets, those of `Groups` one after another."""
-    each: list[Target] = []
+    """Return the targets, with each `Groups` replaced by the power functions of its groups."""
+    single: list[Target] = []
     for target in targets:
-        each += map(SigmaRel, target.widths.values()) if isinstance(target, Groups) else [target]
-    return each
+        single += map(SigmaRel, target.widths.values()) if isinstance(target, Groups) else [target]
+    return single
 
 
 @dataclass(frozen=True)
 class Mean(_Named):
     """The plain mean of the last checkpoints at or before the time of the average, whatever their distances.
 
-    Of averages, if a run has no checkpoints and one tracked profile.
+    In a run without checkpoints and with a single tracked profile, it is the mean of that profile's last snapshots.
     """
 
     last: int
@@ -357,24 +358,24 @@ class Mean(_Named):
         return f"last:{self.last}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """None: each counts the same, whatever their profiles."""
+        """Raise an InvalidValueError: the mean is one of checkpoints, whatever their profiles."""
         raise InvalidValueError(self.title, "names checkpoints, and has no profile without them")
 
     def coefficients_of(self, stored: Sequence[StoredProfile]) -> FloatArray:
-        """The coefficients of stored averages, by their profiles and in their order: 1 / last for the last ones.
+        """Return the coefficients of stored averages, in their order: 1 / last for the last ones, otherwise 0.
 
         Raises:
-            InvalidValueError: there are fewer checkpoints.
+            InvalidValueError: there are fewer checkpoints, or several averages of each time.
         """
-        kinds = [isinstance(profile, Point) for profile in stored]
-        if not any(kinds) and len({profile.t for profile in stored}) < len(stored):
-            raise InvalidValueError("last", "several averages of each time; it is for checkpoints", value=self.last)
-        own = [index for index, kind in enumerate(kinds) if kind == any(kinds)]
-        if len(own) < self.last:
-            reason = f"only {len(own)} are there up to this time"
+        points = [isinstance(profile, Point) for profile in stored]
+        if not any(points) and len({profile.t for profile in stored}) < len(stored):
+            reason = "is for checkpoints; this run has several averages of each time"
             raise InvalidValueError("last", reason, value=self.last)
+        usable = [index for index, is_point in enumerate(points) if is_point == any(points)]
+        if len(usable) < self.last:
+            raise InvalidValueError("last", f"the run has only {len(usable)} up to this time", value=self.last)
         coefficients = np.zeros(len(stored))
-        coefficients[sorted(own, key=lambda index: stored[index].t)[-self.last :]] = 1 / self.last
+        coefficients[sorted(usable, key=lambda index: stored[index].t)[-self.last :]] = 1 / self.last
         return coefficients
 
 
@@ -397,11 +398,11 @@ FORMS = {
     "last": ("last:10", "the plain mean of the last checkpoints, whatever their distances"),
     "decay": ("decay:linear:20%", f"a decay of the learning rate that was not run: {', '.join(SHAPES)}"),
 }
-"""Kinds of targets beside sigma_rel: an example of each, and what it is. Lists and ranges are as of sigma_rel."""
+"""The kinds of targets other than sigma_rel: an example of each, and its meaning. All take lists and ranges."""
 
 MOST_VALUES = 10_000
 _MOST_DIGITS = 1_000
-"""Before and after the point: far more than a float has, and few enough to calculate with."""
+"""Limit of the digits before and after the point: far more than a float has, and few enough for exact arithmetic."""
 NUMBER_FORMS = {
     "beta": "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003",
     "half-life": "a number of steps, a list such as 500,1000 or a range such as 500:2000:500",
@@ -412,10 +413,13 @@ _SIGMA_FORMS = "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a r
 
 
 def parse_targets(text: str, name: str = "target") -> list[Target]:
-    """The targets of a text KIND:VALUES, see `FORMS`, or of numbers, which are sigma_rels; each once.
+    """Return the distinct targets of a text KIND:VALUES, see `FORMS`, or of numbers, which are sigma_rels.
 
-    VALUES are a number, a list 0.999,0.9999 or a range START:STOP:STEP (of `decay` in percent); `between` and `decay`
-    take lists of START:END. An InvalidValueError about `name` says what would be accepted.
+    VALUES are a number, a list 0.999,0.9999 or a range START:STOP:STEP (for `decay` in percent); `between` and `decay`
+    take lists of START:END.
+
+    Raises:
+        InvalidValueError: with the subject `name`; it says what is accepted.
     """
     kind, colon, rest = (part.strip() for part in text.partition(":"))
     if not colon or kind not in FORMS:
@@ -423,26 +427,28 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
             known = ", ".join(form for form, _ in FORMS.values())
             raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {known}")
         return [SigmaRel(width) for width in parse_numbers(text, name)]
-    found: list[Target]
+    targets: list[Target]
     try:
         if kind == "between":
-            found = [Between(*_ends(part)) for part in rest.split(",")]
+            targets = [Between(*_ends(part)) for part in rest.split(",")]
         elif kind == "decay":
-            found = [*_decays(rest)]
+            targets = [*_decays(rest)]
         else:
-            made: dict[str, Callable[[Any], Target]] = {"beta": Beta, "half-life": HalfLife, "window": Window}
-            numbers = _numbers(rest, NUMBER_FORMS[kind])
-            found = [made.get(kind, Mean)(int(one) if one.is_integer() else one) for one in numbers]
+            make: dict[str, Callable[[Any], Target]] = {
+                "beta": Beta, "half-life": HalfLife, "window": Window, "last": Mean,
+            }  # fmt: skip
+            values = _numbers(rest, NUMBER_FORMS[kind])
+            targets = [make[kind](int(value) if value.is_integer() else value) for value in values]
     except _UnreadableError as error:
         raise bad(name, text, str(error)) from error
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(targets))
 
 
 def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]:
-    """Numbers from `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the order given, each once.
+    """Return the distinct numbers of `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the order given.
 
-    Steps are exact decimals, so that `0.05:0.25:0.05` ends at 0.25 and holds 0.15, not 0.15000000000000002. An
-    InvalidValueError about `name` says which `form` is accepted.
+    Steps are exact decimals, so that `0.05:0.25:0.05` ends at 0.25 and contains 0.15, not 0.15000000000000002. If the
+    text is not accepted, raise an InvalidValueError about `name` that describes the accepted `form`.
     """
     try:
         return _numbers(text, form)
@@ -451,31 +457,31 @@ def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]
 
 
 def bad(name: str, text: str, reason: str) -> InvalidValueError:
-    """The error of an argument or option whose text is not accepted."""
+    """Return the error for an argument or option whose text is not accepted."""
     return InvalidValueError(name, reason, value=text.strip() or "(empty)")
 
 
 class _UnreadableError(Exception):
-    """Says what a text must be."""
+    """A text that is not accepted; the message says what it must be."""
 
 
 def _numbers(text: str, form: str) -> list[float]:
     items = [item.strip() for item in text.split(",")]
-    found: list[Decimal] = []
+    numbers: list[Decimal] = []
     for index, item in enumerate(items):
         ends = item.split(":")
         if item == "..." and 2 <= index < len(items) - 1:
-            last, step = found[-1], found[-1] - found[-2]
-            found += _steps(last + step, _decimal(items[index + 1], form), step)
+            last, step = numbers[-1], numbers[-1] - numbers[-2]
+            numbers += _steps(last + step, _decimal(items[index + 1], form), step)
         elif len(ends) == 3:
-            found += _steps(*(_decimal(end, form) for end in ends))
+            numbers += _steps(*(_decimal(end, form) for end in ends))
         else:
-            found.append(_decimal(item, form))
-    return list(dict.fromkeys(map(float, found)))
+            numbers.append(_decimal(item, form))
+    return list(dict.fromkeys(map(float, numbers)))
 
 
 def _decays(text: str) -> Iterator[Decay]:
-    """Decays from `linear:20%`, `linear:10%,20%`, `linear:5%:50%:5%` or `linear:50000:80000`."""
+    """Yield the decays of `linear:20%`, `linear:10%,20%`, `linear:5%:50%:5%` or `linear:50000:80000`."""
     shape, _, parts = text.partition(":")
     form = "decay:SHAPE:PART with a shape of " + ", ".join(SHAPES) + ", and 20%, a list, a range or START:END"
     if shape not in SHAPES or not parts:

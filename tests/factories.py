@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.dtypes import stored_name
-from posthoc_cli.profiles import Profile
+from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, MinimumVariance
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Chunk
@@ -63,6 +63,11 @@ def exact_average(values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequ
     """Return the power-function average of `values` taken at `times`, at the last of these times."""
     stacked = np.stack([np.asarray(value, dtype=np.float64) for value in values])
     return np.tensordot(exact_weights(sigma_rel, times), stacked, axes=1)
+
+
+def power_functions(times: npt.ArrayLike, sigma_rels: Sequence[float] = (0.05, 0.28)) -> list[PowerFunction]:
+    """Return the profiles of the snapshots that a run has at these times, in the order of time."""
+    return [PowerFunction.from_sigma_rel(s, float(t)) for t in np.atleast_1d(times) for s in sigma_rels]
 
 
 # --- snapshots -------------------------------------------------------------------------------------
@@ -346,14 +351,14 @@ def solved(solver: MinimumVariance, target: Profile) -> FloatArray:
 
 
 def squared_error(solver: MinimumVariance, coefficients: FloatArray, target: Profile) -> float:
-    """Return the expected squared error of any coefficients."""
+    """Return the expected squared error of any coefficients for one target."""
     return float(solver.expected_squares(coefficients[:, None], solver.goals([target])).sum())
 
 
 def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[float], rounding: float) -> float:
-    """Return the expected error of the best combination of all snapshots at the last of `times`, by definition.
+    """Return the error of the best combination of snapshots for an average at the last time, from the definition.
 
-    For weights that walk evenly, over all of that time a quarter of their norm; each snapshot is off by `rounding`.
+    The weights walk evenly, by a quarter of their norm over all of that time; each snapshot is off by `rounding`.
     """
     s = (np.arange(20_000) + 0.5) / 20_000 * max(times)
 

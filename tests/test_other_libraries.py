@@ -1,4 +1,4 @@
-"""What other libraries' averages hold, by runs of the installed packages."""
+"""The profiles of other libraries' averages, against runs of the installed packages."""
 
 import math
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checking import refused
 from ema_pytorch import PostHocEMA as LucidrainsEMA
 from posthoc_ema import PostHocEMA as NextmlEMA
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     MOST_TIMES,
@@ -25,76 +25,77 @@ WIDTHS = (0.05, 0.28)
 STEPS, EVERY = 1000, 250
 
 
-def walk(steps: int = STEPS) -> torch.Tensor:
-    """Weights after each step, float64: shape [steps, 8]."""
-    return torch.randn(steps, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
-
-
-def model() -> torch.nn.Module:
-    return torch.nn.Linear(8, 1, bias=False, dtype=torch.float64)
+def walk(elements: int = 8) -> torch.Tensor:
+    """Return weights after each step, float64: shape [STEPS, elements]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(STEPS, elements, generator=generator, dtype=torch.float64).cumsum(0)
 
 
 def averaged(profile: Discrete, path: torch.Tensor) -> torch.Tensor:
-    """The sum that a profile says, over the weights after each step."""
+    """Return the average over the weights after each step, by the masses of the profile."""
     places = profile.times.astype(int) - 1
     assert np.array_equal(places + 1, profile.times)
     return torch.from_numpy(profile.masses) @ path[places]
 
 
-def lucidrains(network: torch.nn.Module, folder: Path, update_every: int) -> LucidrainsEMA:
-    return LucidrainsEMA(
-        network, sigma_rels=WIDTHS, update_every=update_every, checkpoint_every_num_steps=EVERY,
-        checkpoint_folder=str(folder), checkpoint_dtype=torch.float64,
-    )  # fmt: skip
+def store(library: str, folder: Path, path: torch.Tensor, every: int = EVERY, interrupted_at: int = 0,
+          update_after_step: int = 1, **settings: Any) -> None:  # fmt: skip
+    """Let a library store averages every `every` steps of a path; `settings` are for both libraries.
 
-
-def run(update, network: torch.nn.Module, path: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
-    for weights in path:
+    An interruption continues with another object from the state of the first one.
+    """
+    network = torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
+    if library == "posthoc-ema":
+        ema = NextmlEMA.from_model(
+            network, folder, sigma_rels=WIDTHS, checkpoint_every=every, update_after_step=update_after_step,
+            max_checkpoints=99, **settings,
+        )  # fmt: skip
+        for weights in path:
+            network.weight.data.copy_(weights)
+            ema.update_(network)
+        return
+    folders = {"checkpoint_every_num_steps": every, "checkpoint_folder": str(folder)}
+    ema = LucidrainsEMA(network, sigma_rels=WIDTHS, **folders, **settings)
+    for step, weights in enumerate(path):
+        if interrupted_at and step == interrupted_at:
+            state = ema.state_dict()
+            ema = LucidrainsEMA(torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64),
+                                sigma_rels=WIDTHS, **folders, **settings)  # fmt: skip
+            ema.load_state_dict(state)
+            for average in ema.ema_models:
+                average.online_model[0] = network
         network.weight.data.copy_(weights)
-        update(network)
+        ema.update()
 
 
-@pytest.mark.parametrize("update_every", [1, 10, 100])
-def test_ema_pytorch(tmp_path: Path, update_every: int) -> None:
-    network, path = model(), walk()
-    ema = lucidrains(network, tmp_path, update_every)
-    run(lambda _: ema.update(), network, path)
+@pytest.mark.parametrize(
+    ("library", "update_every", "more"),
+    [
+        *(("ema-pytorch", every, {}) for every in (1, 10, 100)),
+        ("ema-pytorch", 10, {"interrupted_at": 503}),
+        *(("posthoc-ema", *setting) for setting in (
+            (1, {"update_after_step": 100}), (10, {"update_after_step": 100}), (100, {"update_after_step": 137}),
+            (10, {"update_after_step": 0}), (10, {"update_after_step": 1}),
+        )),
+    ],
+)  # fmt: skip
+def test_a_library_stores_the_average_of_its_profile(
+    tmp_path: Path, library: str, update_every: int, more: dict[str, int]
+) -> None:
+    path = walk()
+    store(library, tmp_path, path, update_every=update_every, checkpoint_dtype=torch.float64, **more)
     for index, width in enumerate(WIDTHS):
         for step in range(EVERY, STEPS + 1, EVERY):
-            stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)["ema_model.weight"]
-            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every)
-            torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
-            assert profile.t == step
-
-
-def test_ema_pytorch_goes_on_from_its_state(tmp_path: Path) -> None:
-    network, path = model(), walk()
-    first = lucidrains(network, tmp_path, 10)
-    run(lambda _: first.update(), network, path[:503])
-    second = lucidrains(model(), tmp_path, 10)
-    second.load_state_dict(first.state_dict())
-    for average in second.ema_models:
-        average.online_model[0] = network
-    run(lambda _: second.update(), network, path[503:])
-    stored = torch.load(tmp_path / f"1.{STEPS}.pt", weights_only=True)["ema_model.weight"]
-    profile = ema_pytorch_profile(gamma_from_sigma_rel(0.28), STEPS, 10)
-    torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("update_every", "update_after_step"), [(1, 100), (10, 100), (100, 137), (10, 0), (10, 1)])
-def test_posthoc_ema(tmp_path: Path, update_every: int, update_after_step: int) -> None:
-    network, path = model(), walk()
-    ema = NextmlEMA.from_model(
-        network, tmp_path, sigma_rels=WIDTHS, update_every=update_every, checkpoint_every=EVERY,
-        update_after_step=update_after_step,
-    )  # fmt: skip
-    run(ema.update_, network, path)
-    for index, width in enumerate(WIDTHS):
-        for step in range(EVERY, STEPS + 1, EVERY):
-            stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)["weight"]
-            profile = posthoc_ema_profile(gamma_from_sigma_rel(width), step, update_every, update_after_step)
-            torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
-            assert (profile.t, profile.t_first) == (step, max(update_after_step, 1))
+            stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)
+            if library == "ema-pytorch":
+                value = stored["ema_model.weight"][0]
+                profile, first = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every), 1
+            else:
+                value, after = stored["weight"][0], more["update_after_step"]
+                profile = posthoc_ema_profile(gamma_from_sigma_rel(width), step, update_every, after)
+                first = max(after, 1)
+            torch.testing.assert_close(value, averaged(profile, path), rtol=0, atol=1e-9)
+            assert (profile.t, profile.t_first) == (step, first)
 
 
 def test_very_many_updates_are_joined() -> None:
@@ -110,7 +111,7 @@ def test_very_many_updates_are_joined() -> None:
 
 @pytest.mark.parametrize(("update_every", "start_step"), [(1, 0), (10, 0), (1, 300), (7, 100)])
 def test_torchtitan(update_every: int, start_step: int) -> None:
-    """Its rule step by step in float64: it begins as a copy of the weights before the training, here zeros."""
+    """Against its rule, step by step in float64: it begins as a copy of the weights before the training, here zeros."""
     path = walk()
     average = torch.zeros_like(path[0])
     for step, weights in enumerate(path, 1):
@@ -120,25 +121,24 @@ def test_torchtitan(update_every: int, start_step: int) -> None:
             average = decay * average + (1 - decay) * weights
         if step in (start_step or update_every, start_step + 3 * update_every, 1000):
             profile = torchtitan_profile(step, update_every, start_step)
-            made = averaged(profile, path)
-            assert (made - average).norm() <= 2e-6 * average.norm() + 1e-12
+            assert (averaged(profile, path) - average).norm() <= 2e-6 * average.norm() + 1e-12
     steps = np.arange(400.0, 1000)
     power = 1 - (steps / 1000) ** (20 * math.log(2))
     assert start_step or np.abs(profile.tail(steps) - power).max() < 0.015 * update_every
-    with pytest.raises(InvalidValueError, match="that of the first update"):
+    with refused("step", "that of the first update"):
         torchtitan_profile((start_step or update_every) - 1, update_every, start_step)
 
 
-def test_wrong_settings_are_named() -> None:
-    with pytest.raises(InvalidValueError, match="at least update_after_step, 100"):
+def test_a_step_before_the_first_update_is_refused() -> None:
+    with refused("step", "at least update_after_step, 100"):
         posthoc_ema_profile(1.0, 99)
 
 
-# --- the motion that stored averages tell
+# --- the motion between stored averages
 
 
 def drifting_walk(elements: int = 1000) -> torch.Tensor:
-    """Weights of norm about 1 whose steps fall to a tenth, and for a part go one way: shape [steps, elements]."""
+    """Return weights of norm about 1 whose steps fall to a tenth and have a common drift: shape [STEPS, elements]."""
     generator = torch.Generator().manual_seed(1)
     moves = torch.randn(STEPS, elements, generator=generator, dtype=torch.float64)
     moves += 0.2 * torch.randn(elements, generator=generator, dtype=torch.float64)
@@ -148,18 +148,8 @@ def drifting_walk(elements: int = 1000) -> torch.Tensor:
 
 
 def stored_run(library: str, folder: Path, path: torch.Tensor, update_every: int, dtype: torch.dtype) -> Run:
-    """What a library has stored every 50 steps of a path."""
-    network = torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
-    settings: dict[str, Any] = {"sigma_rels": WIDTHS, "update_every": update_every, "checkpoint_dtype": dtype}
-    if library == "ema-pytorch":
-        folders = {"checkpoint_every_num_steps": 50, "checkpoint_folder": str(folder)}
-        ema: Any = LucidrainsEMA(network, **settings, **folders)
-        run(lambda _: ema.update(), network, path)
-    else:
-        ema = NextmlEMA.from_model(
-            network, folder, checkpoint_every=50, update_after_step=1, max_checkpoints=99, **settings
-        )
-        run(ema.update_, network, path)
+    """Return the imported run that a library has stored every 50 steps of a path."""
+    store(library, folder, path, 50, update_every=update_every, checkpoint_dtype=dtype)
     more = {} if library == "ema-pytorch" else {"update_after_step": 1}
     out = import_checkpoints(folder, folder / "run", kind=library, sigma_rels=WIDTHS, update_every=update_every, **more)
     return Run(out.out or "")
@@ -167,38 +157,32 @@ def stored_run(library: str, folder: Path, path: torch.Tensor, update_every: int
 
 @pytest.mark.parametrize("library", ["ema-pytorch", "posthoc-ema"])
 @pytest.mark.parametrize("update_every", [1, 10])
-def test_recent_motion_is_told_by_three_successive_averages(tmp_path: Path, library: str, update_every: int) -> None:
-    """What a distance is from has the values of its profile, and none of the motion before the last two intervals."""
+def test_three_successive_averages_show_recent_motion(tmp_path: Path, library: str, update_every: int) -> None:
+    """The partner of a distance has the values of its profile, and no motion before the last two intervals."""
     path = drifting_walk(elements=50)
     sources = stored_run(library, tmp_path, path, update_every, torch.float64).sources
-    measured = dict(
-        zip(((one.info.t, one.info.sigma_rel) for one in sources), with_sampled_measurements(sources), strict=True)
-    )
     early = path.clone()
     early[:400] += torch.randn(400, path.shape[1], generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    for source in sources:
-        info = measured[source.info.t, source.info.sigma_rel]
+    for source, info in zip(sources, with_sampled_measurements(sources), strict=True):
         assert info.measurements is not None
-        if source.info.t < 150:  # without two earlier ones
+        if source.info.t < 150:  # without two earlier averages
             assert len(info.measurements.distances) == source.info.t // 50 * 2 - 1
             continue
         (distance,) = info.measurements.distances
         assert isinstance(distance.other, Discrete)
         assert isinstance(source.profile, Discrete)
         for values in (path, early) if source.info.t > 500 else (path,):
-            apart = averaged(source.profile, values) - averaged(distance.other, values)
-            assert float(apart.square().sum()) == pytest.approx(distance.squared, rel=1e-6)
+            difference = averaged(source.profile, values) - averaged(distance.other, values)
+            assert float(difference.square().sum()) == pytest.approx(distance.squared, rel=1e-6)
         assert distance.other.t == source.info.t - 50
 
 
 @pytest.mark.parametrize("library", ["ema-pytorch", "posthoc-ema"])
-@pytest.mark.parametrize(("update_every", "dtype"), [(10, torch.float16), (10, torch.float32)])
-def test_predicted_errors_of_repaired_averages_hold(
-    tmp_path: Path, library: str, update_every: int, dtype: torch.dtype
-) -> None:
-    """By distances of long averages from earlier ones alone, late motion, and with it errors, seemed much larger."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_predicted_errors_from_another_librarys_averages_hold(tmp_path: Path, library: str, dtype: torch.dtype) -> None:
+    """With distances of long averages from earlier ones alone, late motion and errors seemed much larger."""
     path = drifting_walk()
-    stored = stored_run(library, tmp_path, path, update_every, dtype)
+    stored = stored_run(library, tmp_path, path, 10, dtype)
     ends = np.arange(STEPS + 1) / STEPS
     for width in (0.07, 0.1, 0.15, 0.2, 0.25):
         true = torch.from_numpy(np.diff(ends ** (gamma_from_sigma_rel(width) + 1))) @ path

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checking import refused
-from factories import expected_error, solved, squared_error
+from factories import expected_error, power_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,98 +29,79 @@ from posthoc_cli.planning import (
     relative_rounding,
     snapshots_to_drop,
 )
-from posthoc_cli.planning.schedule import PLANNED_BYTES, errors_after_each, losses_of
+from posthoc_cli.planning.schedule import PLANNED_BYTES
 from posthoc_cli.profiles import Point, PowerFunction, Uniform
 from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.targets import SigmaRel, as_target
 
-
-def pure(sigma_rel: float, t: float) -> PowerFunction:
-    return PowerFunction.from_sigma_rel(sigma_rel, t)
-
-
-def thinned(arrivals: list[float], keep: int, sigma_rels: tuple[float, ...], prior_of: PriorOf) -> list[PowerFunction]:
-    """What is left when snapshots arrive and are thinned one time after another."""
-    left: list[PowerFunction] = []
-    for t in arrivals:
-        left += [pure(s, t) for s in sigma_rels]
-        gone = set(snapshots_to_drop(left, prior_of(left), keep))
-        left = [p for index, p in enumerate(left) if index not in gone]
-    return left
-
-
 PriorOf = Callable[[list[PowerFunction]], Prior]
 
 
+def kept(snapshots: list[PowerFunction], prior: Prior, keep: int) -> list[PowerFunction]:
+    dropped = snapshots_to_drop(snapshots, prior, keep)
+    assert len(set(dropped)) == len(dropped)
+    return [p for index, p in enumerate(snapshots) if index not in dropped]
+
+
+def thinned(arrivals: Sequence[int], keep: int, prior_of: PriorOf, *sigma_rels: float) -> list[PowerFunction]:
+    """Return the snapshots that remain when they arrive and are thinned one time after another."""
+    left: list[PowerFunction] = []
+    for t in arrivals:
+        left += power_functions(t, sigma_rels or (0.05, 0.28))
+        left = kept(left, prior_of(left), keep)
+    return left
+
+
 def walking(t: float, rounding: float = 2e-4) -> PriorOf:
-    """An even walk up to `t`."""
+    """Return the prior of an even walk up to `t`."""
     motion = Motion.even(t, 0.25**2)
     return lambda snapshots: assumed_prior(snapshots, rounding, motion)
 
 
-clocks = st.lists(st.floats(1.0, 1e6), min_size=2, max_size=24, unique=True)
-tracked = st.sampled_from([(0.05,), (0.05, 0.28), (0.03, 0.1, 0.28)])
-
-
-@given(clocks, st.integers(1, 12), tracked)
+@given(
+    st.lists(st.floats(1.0, 1e6), min_size=2, max_size=24, unique=True), st.integers(1, 12),
+    st.sampled_from([(0.05,), (0.05, 0.28), (0.03, 0.1, 0.28)]),
+)  # fmt: skip
 @settings(max_examples=30)
-def test_thinning_keeps_the_newest_and_so_many_of_each_profile(
+def test_thinning_keeps_the_newest_and_the_requested_number_of_each_profile(
     times: list[float], keep: int, sigma_rels: tuple[float, ...]
 ) -> None:
-    snapshots = [pure(s, t) for t in times for s in sigma_rels]
-    gone = snapshots_to_drop(snapshots, assumed_prior(snapshots, 2e-4), keep)
-    assert len(set(gone)) == len(gone)
-    left = [p for index, p in enumerate(snapshots) if index not in gone]
-    for sigma_rel in sigma_rels:
-        own = [p.t for p in left if p.gamma == pure(sigma_rel, 1.0).gamma]
-        assert len(own) == min(keep, len(times))
-        assert max(own) == max(times)
+    snapshots = power_functions(times, sigma_rels)
+    left = kept(snapshots, assumed_prior(snapshots, 2e-4), keep)
+    for profile in power_functions(1.0, sigma_rels):
+        of_profile = [p.t for p in left if p.gamma == profile.gamma]
+        assert len(of_profile) == min(keep, len(times))
+        assert max(of_profile) == max(times)
 
 
 @pytest.mark.parametrize("sigma_rels", [(0.05, 0.28), (0.05, 0.10)])
 def test_thinning_a_long_run_is_better_than_even_spacing(sigma_rels: tuple[float, ...]) -> None:
     prior_of = walking(120.0)
-    left = thinned([float(t) for t in range(1, 121)], 8, sigma_rels, prior_of)
-    even = [pure(s, 120.0 * k / 8) for k in range(1, 9) for s in sigma_rels]
+    left = thinned(range(1, 121), 8, prior_of, *sigma_rels)
+    even = power_functions(range(15, 121, 15), sigma_rels)
     assert len(left) == len(even)
     assert forecast(left, prior_of(left)).worst < forecast(even, prior_of(even)).worst
 
 
-def mean_error(snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> float:
-    """The mean over twelve widths that thinning goes by, each solved for."""
-    solver = MinimumVariance(snapshots, prior, t)
-    targets = [pure(float(s), t) for s in np.geomspace(0.05, 0.28, 12)]
-    squares = np.array([squared_error(solver, solved(solver, target), target) for target in targets])
-    return float(np.mean(squares**4) ** (1 / 8))
-
-
-def test_the_error_after_a_loss_is_that_of_solving_again_without_it_and_the_least_goes() -> None:
-    snapshots = [pure(s, float(t)) for t in (5, 11, 18, 30, 40) for s in (0.05, 0.28)]
-    prior = assumed_prior(snapshots, 1e-3)
-    errors = errors_after_each(losses_of(snapshots, prior))
-    for lost, error in enumerate(errors):
-        rest = [index for index in range(len(snapshots)) if index != lost]
-        again = mean_error([snapshots[i] for i in rest], prior.of(rest), 40.0)
-        assert error == pytest.approx(again, rel=1e-6)
-    assert snapshots_to_drop(snapshots, prior, 4)[0] == int(np.argmin(errors))
-
-
-@pytest.mark.parametrize(("keep", "sigma_rels"), [(3, (0.10,)), (4, (0.10,)), (3, (0.05,))])
+@pytest.mark.parametrize(("keep", "sigma_rel"), [(3, 0.10), (4, 0.10), (3, 0.05)])
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.01), (0.01, 1.0)])
-def test_what_is_kept_is_nearly_the_best_choice_of_its_size(
-    keep: int, sigma_rels: tuple[float, ...], rates: tuple[float, float]
+def test_thinning_makes_nearly_the_best_choice_of_its_size(
+    keep: int, sigma_rel: float, rates: tuple[float, float]
 ) -> None:
-    """Against every choice of 3 or 4 of 16 snapshots with the newest among them."""
-    snapshots = [pure(s, float(t)) for t in range(1, 17) for s in sigma_rels]
+    """Compared with every choice of 3 or 4 of 16 snapshots with the newest among them."""
+    snapshots = power_functions(range(1, 17), (sigma_rel,))
     prior = assumed_prior(snapshots, 2e-4, Motion(np.array([0.0, 8.0, 16.0]), np.array(rates), np.zeros(2)))
+    targets = power_functions(16.0, np.geomspace(0.05, 0.28, 12).tolist())
 
-    def worst(kept: Sequence[int]) -> float:
-        return mean_error([snapshots[i] for i in kept], prior.of(kept), 16.0)
+    def error(choice: Sequence[int]) -> float:
+        """The 8-norm over twelve targets, by which thinning chooses."""
+        solver = MinimumVariance([snapshots[i] for i in choice], prior.of(choice), 16.0)
+        goals = solver.goals(targets)
+        return float(np.mean(solver.expected_squares(solver.solve(goals), goals).sum(axis=0) ** 4) ** (1 / 8))
 
-    gone = set(snapshots_to_drop(snapshots, prior, keep))
-    best = min(worst([*others, 15]) for others in combinations(range(15), keep - 1))
-    assert worst([i for i in range(16) if i not in gone]) <= 1.02 * best
+    best = min(error([*others, 15]) for others in combinations(range(15), keep - 1))
+    assert error([snapshots.index(p) for p in kept(snapshots, prior, keep)]) <= 1.02 * best
 
 
 def held(snapshots: list[PowerFunction]) -> set[tuple[float, float]]:
@@ -128,7 +109,7 @@ def held(snapshots: list[PowerFunction]) -> set[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("keep", [None, 4])
-def test_a_schedule_is_what_a_tracker_leaves(tmp_path: Path, keep: int | None) -> None:
+def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path: Path, keep: int | None) -> None:
     settings: dict = {"checkpoint_every": 100, "max_checkpoints": keep}
     model, planned = torch.nn.Linear(1, 1), Schedule((0.05, 0.28), steps=1050, **settings).snapshots()
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
@@ -137,13 +118,13 @@ def test_a_schedule_is_what_a_tracker_leaves(tmp_path: Path, keep: int | None) -
     left = [s.info.profile.pure for s in read_directory(tmp_path) if not s.info.off_schedule]
     assert len(planned) == len(left) == 2 * (keep or 10)
     assert {p.t for p in planned} >= {1000.0}
-    if keep is None:  # which ones thinning drops depends on how the network moved
+    if keep is None:  # the choice of thinning depends on how the network moved
         assert held(planned) == held(left)
 
 
 def test_few_snapshots_are_thinned_exactly_as_they_arrive() -> None:
     schedule = Schedule((0.05, 0.28), 60, 2, 6, rounding=2e-4)
-    full = thinned([float(t) for t in range(2, 61, 2)], 6, (0.05, 0.28), walking(60.0))
+    full = thinned(range(2, 61, 2), 6, walking(60.0))
     assert held(schedule.snapshots()) == held(full)
 
 
@@ -159,11 +140,9 @@ def test_a_long_schedule_keeps_as_many_different_snapshots_as_it_says(keep: int,
 
 
 def test_spreading_snapshots_like_fewer_ones_is_close_to_simulating_them_all() -> None:
-    schedule = Schedule((0.05, 0.28), 3000, 50, 30, rounding=2e-4)
-    prior_of = walking(3000.0)
-    full = thinned([float(t) for t in range(50, 3001, 50)], 30, (0.05, 0.28), prior_of)
-    spread = schedule.snapshots()
-    simulated, approximated = (forecast(snapshots, prior_of(snapshots)) for snapshots in (full, spread))
+    schedule, prior_of = Schedule((0.05, 0.28), 3000, 50, 30, rounding=2e-4), walking(3000.0)
+    full = thinned(range(50, 3001, 50), 30, prior_of)
+    simulated, approximated = (forecast(snapshots, prior_of(snapshots)) for snapshots in (full, schedule.snapshots()))
     assert approximated.worst == pytest.approx(simulated.worst, rel=0.1)
     assert approximated.median == pytest.approx(simulated.median, rel=0.15)
 
@@ -211,12 +190,12 @@ def test_a_fit_has_the_mass_of_its_target() -> None:
 
 
 TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28), max_error=0.0)
-"""Room for 20 snapshots in half precision, and nothing but the least error is good enough."""
+"""Room for 20 snapshots in half precision; no error is good enough."""
 
 
 @pytest.mark.parametrize("dtype", PLANNED_BYTES)
 def test_relative_rounding_is_that_of_rounded_numbers(dtype: str) -> None:
-    values = 2.0 ** np.random.default_rng(0).uniform(0, 1, 100_000)  # one octave stands for all
+    values = 2.0 ** np.random.default_rng(0).uniform(0, 1, 100_000)  # one octave represents all
     spacing = 2.0 ** (np.floor(np.log2(values)) - {"float16": 10, "bfloat16": 7, "float32": 23}[dtype])
     rounded = np.round(values / spacing) * spacing
     measured = np.linalg.norm(rounded - values) / np.linalg.norm(values)
@@ -255,17 +234,17 @@ def test_the_first_proposal_is_better_than_even_spacing_for_the_same_budget(moti
             assert first.errors.worst < evaluate(task, even, dtype).errors.worst
 
 
-def test_the_alternatives_come_best_first_and_are_different() -> None:
+def test_the_alternatives_are_different_and_in_the_order_of_their_errors() -> None:
     proposals = propose(TASK)
-    worst = [proposal.errors.worst for proposal in proposals]
+    worst = [p.errors.worst for p in proposals]
     assert worst == sorted(worst)
     assert {p.dtype for p in proposals} == set(PLANNED_BYTES)
     assert {len(p.schedule.sigma_rels) for p in proposals} == {1, 2, 3}
     assert any(p.nbytes <= TASK.max_bytes / 2 for p in proposals)
     assert len({p.errors.label for p in proposals}) == len(proposals) <= 7
-    assert all(proposal.last_step == TASK.steps for proposal in proposals)  # where steps can be divided
-    assert all(proposal.last_step > 0.98 * 39_989 for proposal in propose(replace(TASK, steps=39_989)))  # a prime
-    # Of disk for two places in half precision only one profile can be tracked.
+    assert all(p.last_step == TASK.steps for p in proposals)  # steps can be divided
+    assert all(p.last_step > 0.98 * 39_989 for p in propose(replace(TASK, steps=39_989)))  # a prime
+    # With disk for two snapshots in half precision only one profile can be tracked.
     assert {len(p.schedule.sigma_rels) for p in propose(replace(TASK, max_bytes=4 * 10**6))} == {1}
     assert propose(replace(TASK, rounding={"float16": 0.1, "bfloat16": 0.1}))[0].dtype == "float32"
 
@@ -280,7 +259,7 @@ def test_fixed_choices_are_kept() -> None:
 
 
 AMPLE = Task(steps=3_000, parameters=10**5, max_bytes=10**8)
-"""Disk for 500 snapshots in half precision of a small network: far more than it needs."""
+"""Disk for 500 snapshots of a small network in half precision: far more than it needs."""
 
 
 @pytest.mark.parametrize(("max_error", "dtype"), [(5e-4, None), (2e-3, "bfloat16")])
@@ -292,7 +271,7 @@ def test_the_first_proposal_is_good_enough_and_the_cheapest_of_those(max_error: 
         assert expected_error(sigma_rel, schedule.sigma_rels, times, schedule.rounding) <= max_error
     assert first.update_every == 10
     assert first.nbytes <= 0.1 * AMPLE.max_bytes
-    assert schedule.taken >= 10  # a training that is killed has lost at most a tenth
+    assert schedule.taken >= 10  # a training that is killed loses at most a tenth
     good = [p for p in others if p.errors.worst <= max_error]
     written = [p.schedule.taken * len(p.schedule.sigma_rels) * PLANNED_BYTES[p.dtype] for p in (first, *good)]
     assert written == sorted(written)
@@ -313,7 +292,7 @@ def test_short_averages_are_updated_more_often() -> None:
     [("steps", 0, "steps"), ("steps", 10.5, "steps"), ("parameters", 0, "params"), ("sigma_rels", (), "sigma_rels"),
      ("sigma_rels", (0.1, 0.4), "sigma_rel"), ("max_checkpoints", 0, "max_checkpoints")],
 )  # fmt: skip
-def test_a_task_or_a_schedule_of_nothing_or_of_fractions_is_refused(name: str, value: object, subject: str) -> None:
+def test_a_task_and_a_schedule_refuse_empty_and_fractional_values(name: str, value: object, subject: str) -> None:
     with refused(subject):
         replace(TASK, **{name: value})
     if name != "parameters":
@@ -321,10 +300,10 @@ def test_a_task_or_a_schedule_of_nothing_or_of_fractions_is_refused(name: str, v
             replace(Schedule((0.1,), 1000, 100), **{name: value})
 
 
-def test_the_drawing_of_checkpoints_spreads_each_over_the_time_since_the_last() -> None:
+def test_the_fit_spreads_each_checkpoint_over_the_time_since_the_previous_one() -> None:
     stored = [Point(100.0), Point(300.0), Point(400.0)]
     fit = profile_fit(Candidate("run", stored, assumed_prior(stored)), as_target(Uniform(0.0, 400.0)), points=400)
     coefficients = fit.coefficients["checkpoints"]
-    wanted = np.repeat(coefficients / (100, 200, 100), (100, 200, 100))
-    np.testing.assert_allclose(fit.reconstructed, wanted, rtol=1e-9)
+    spread = np.repeat(coefficients / (100, 200, 100), (100, 200, 100))
+    np.testing.assert_allclose(fit.reconstructed, spread, rtol=1e-9)
     assert fit.snapshot_times["checkpoints"].tolist() == [100, 300, 400]

@@ -1,6 +1,6 @@
-"""Before, during and after training: schedules, which snapshots to keep, and the errors to expect.
+"""Schedules before training, thinning of snapshots during it, and the errors to expect after it.
 
-Pure NumPy; nothing here reads a file, so that schedules can be compared before training.
+Pure NumPy; no function of this room reads a file, so that schedules can be compared before training.
 """
 
 from posthoc_cli.planning.curves import (

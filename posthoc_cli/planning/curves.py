@@ -1,4 +1,4 @@
-"""Error curves of snapshots against sigma_rel, and the fit of their profile to a target's."""
+"""Error curves of snapshots against sigma_rel, and the fit of a reconstructed profile to the target's."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from posthoc_cli.reconstruction import (
 from posthoc_cli.targets import Target
 
 _POINTS = 200
-"""Of a curve, spaced evenly in the logarithm; tracked sigma_rels are added."""
+"""Number of points of a curve, evenly spaced in the logarithm; tracked sigma_rels are added."""
 EVENLY = "the network moves evenly"
-"""The default assumption behind the predicted errors of a schedule."""
+"""The default assumption of the predicted errors of a schedule."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Candidate:
     """Snapshots of a run or of a schedule.
 
     Attributes:
-        label: for a legend.
-        snapshots: their profiles.
-        prior: of these snapshots.
-        t_unit: of their times.
+        label: name in a legend.
+        snapshots: profiles of the snapshots.
+        prior: prior of these snapshots.
+        t_unit: unit of their times.
         clock: steps over training time.
         t_first: time of the first update.
-        assumption: behind the predicted errors where the motion is assumed, by default that it is even; else empty.
+        assumption: of the predicted errors if the motion is assumed, by default that it is even; otherwise empty.
     """
 
     label: str
@@ -71,7 +71,7 @@ class Candidate:
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
-        """The snapshots that a schedule will leave; `motion` is relative to the norm, by default even."""
+        """Return the snapshots that a schedule will leave; `motion` is relative to the norm, by default even."""
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
         motion = motion or Motion.even(schedule.steps)
         snapshots = schedule.snapshots(motion)
@@ -81,14 +81,14 @@ class Candidate:
         return f"Candidate({self.label})"
 
     def up_to(self, t: float) -> tuple[list[StoredProfile], Prior]:
-        """The snapshots at or before `t`, and their prior."""
+        """Return the snapshots at or before `t`, and their prior."""
         usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
         return [self.snapshots[i] for i in usable], self.prior.of(usable)
 
 
 @dataclass(frozen=True)
 class ErrorPoint:
-    """Errors of one target that is no power function, as in `ErrorCurve`; `sigma_rel` is its standard deviation / t."""
+    """Errors, as in `ErrorCurve`, of a target that is no power function; `sigma_rel` is its standard deviation / t."""
 
     label: str
     sigma_rel: float
@@ -102,13 +102,13 @@ class ErrorCurve:
 
     Attributes:
         label: snapshots and assumption, for a legend.
-        t: the time of the targets.
+        t: time of the targets.
         sigma_rels: shape [points].
         profile_error: relative L2 error of the profile: shape [points].
         predicted_error: expected relative L2 error of the weights: shape [points].
         tracked: sigma_rels of the snapshots.
-        others: targets that are no power functions.
-        assumption: behind the predicted errors; empty where the motion was measured.
+        others: errors of targets that are no power functions.
+        assumption: of the predicted errors; empty if the motion was measured.
     """
 
     label: str
@@ -134,7 +134,7 @@ class ErrorCurve:
         return float(np.median(self.predicted_error))
 
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
-        """The ranges of sigma_rel, of two points or more, in which the predicted error is below `threshold`."""
+        """Return the ranges of sigma_rel, of at least two points, where the predicted error is below `threshold`."""
         below = np.flatnonzero(self.predicted_error < threshold)
         if below.size == 0:
             return []
@@ -142,7 +142,7 @@ class ErrorCurve:
         return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs if run.size > 1]
 
     def to_dict(self) -> dict[str, Any]:
-        """The curve as data for JSON; None in the place of infinite errors."""
+        """Return the curve as data for JSON, with None in place of infinite errors."""
         return {
             "label": self.label,
             "t": self.t,
@@ -164,18 +164,18 @@ class ErrorCurve:
         }
 
     def ranges_text(self, threshold: float) -> str:
-        """The same as text, "0.051 to 0.278", with each end rounded into its range."""
+        """Return `ranges_below` as text, "0.051 to 0.278", with each end rounded into its range."""
         return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
 
 
-def several(things: Sequence[object]) -> str:
-    """The first ten, a line each."""
-    more = [f"and {len(things) - 10} more"] if len(things) > 10 else []
-    return "\n  ".join([*map(repr, things[:10]), *more])
+def several(items: Sequence[object]) -> str:
+    """Return the representations of the first ten items, one per line."""
+    more = [f"and {len(items) - 10} more"] if len(items) > 10 else []
+    return "\n  ".join([*map(repr, items[:10]), *more])
 
 
 def finite(value: float) -> float | None:
-    """A number that JSON can hold: None in the place of nan and infinity."""
+    """Return a value for JSON: the number, or None in place of nan and infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -194,12 +194,13 @@ def error_curve(
     method: str | None = None,
     others: Sequence[Target] = (),
 ) -> ErrorCurve:
-    """Reconstruction error over a range of sigma_rel.
+    """Return the reconstruction error over a range of sigma_rel.
 
     Arguments:
-        candidate: the snapshots, or the schedule that will leave them; those after `t` are left out.
+        candidate: the snapshots, or the schedule that will leave them; snapshots after `t` are not used.
         sigma_range: lowest and highest sigma_rel, both included.
         t: time of the targets; by default that of the last snapshot.
+        method: "minvar" or "paper"; by default the first.
         others: further targets, which are no power functions.
     """
     low, high = check_sigma_range(sigma_range)
@@ -216,12 +217,12 @@ def error_curve(
         result = reconstruct(usable, powers(grid, t), method, prior, t)
         predicted, profile_error = result.predicted_error, result.profile_error
     profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
-    found = reconstruct(usable, profiles, method, prior, t)
-    widths = (relative_width(profile, t) for profile in profiles)
-    each = zip(others, widths, found.profile_error.tolist(), _or_exact(found.predicted_error).tolist(), strict=True)
-    points = tuple(ErrorPoint(one.title, *numbers) for one, *numbers in each)
+    result = reconstruct(usable, profiles, method, prior, t)
+    titles, widths = (target.title for target in others), (relative_width(profile, t) for profile in profiles)
+    errors = result.profile_error.tolist(), _zero_if_nan(result.predicted_error).tolist()
+    points = tuple(map(ErrorPoint, titles, widths, *errors))
     label = f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label
-    return ErrorCurve(label, t, grid, profile_error, _or_exact(predicted), tracked, points, candidate.assumption)
+    return ErrorCurve(label, t, grid, profile_error, _zero_if_nan(predicted), tracked, points, candidate.assumption)
 
 
 def forecast(
@@ -231,25 +232,25 @@ def forecast(
     points: int = 41,
     label: str = "forecast",
 ) -> ErrorCurve:
-    """The error curve of these snapshots, at least one, at the time of the last one, by minimum variance."""
+    """Return the error curve of at least one snapshot by minimum variance, at the time of the last snapshot."""
     grid = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
     t = max(p.t for p in snapshots)
     predicted, profile_error = expected_errors(snapshots, powers(grid, t), prior, t)
-    return ErrorCurve(label, t, grid, profile_error, _or_exact(predicted), _tracked(snapshots))
+    return ErrorCurve(label, t, grid, profile_error, _zero_if_nan(predicted), _tracked(snapshots))
 
 
 def _tracked(snapshots: Sequence[StoredProfile]) -> tuple[float, ...]:
     return tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in snapshots if isinstance(p, PowerFunction)}))
 
 
-def _or_exact(predicted_error: FloatArray) -> FloatArray:
-    """The errors, where weights of norm 0 are exact."""
+def _zero_if_nan(predicted_error: FloatArray) -> FloatArray:
+    """Return the errors with 0 in place of nan: weights of norm 0 are exact."""
     return np.nan_to_num(predicted_error, nan=0.0)
 
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Error curves to compare: of runs, then of schedules."""
+    """Error curves to compare: those of runs, then those of schedules."""
 
     curves: tuple[ErrorCurve, ...]
 
@@ -257,11 +258,11 @@ class ErrorReport:
         return f"ErrorReport({several(self.curves)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The curves as data for JSON."""
+        """Return the curves as data for JSON."""
         return {"curves": [curve.to_dict() for curve in self.curves]}
 
     def to_csv(self) -> str:
-        """The curves and the other targets as comma-separated values."""
+        """Return the curves and the other targets as comma-separated values."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
@@ -279,15 +280,15 @@ _FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spr
 
 
 def no_formula(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula, with control characters escaped."""
+    """Return the text as a cell that no spreadsheet reads as a formula, with control characters escaped."""
     return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
 
 
 @dataclass(frozen=True)
 class ProfileFit:
-    """The profiles of a target and of its reconstruction over training time, as densities in 1 / time: [points].
+    """The profiles of a target and of its reconstruction over training time, as densities in 1 / time: shape [points].
 
-    `snapshot_times` and `coefficients` are by tracked profile; shape [snapshots of it].
+    `snapshot_times` and `coefficients` have an entry for each tracked profile: shape [its snapshots].
     """
 
     title: str
@@ -305,7 +306,7 @@ class ProfileFit:
 def profile_fit(
     candidate: Candidate, target: Target, t: float | None = None, points: int = 1000, method: str | None = None
 ) -> ProfileFit:
-    """The reconstructed profile of one target, and the profile of the target itself."""
+    """Return the profile of one target, and that of its reconstruction, at `points` times up to `t`."""
     t = time_between(candidate.snapshots, t)
     wanted = target.profile(t, candidate.clock, candidate.t_first)
     usable, prior = candidate.up_to(t)
@@ -314,18 +315,18 @@ def profile_fit(
     knots = np.append(0.0, points_of(usable))
     made = np.sum([c * _density(p, times, knots) for c, p in zip(column, usable, strict=True)], axis=0)
     labels = np.array([_kind(profile) for profile in usable])
-    places = {label: labels == label for label in dict.fromkeys(labels.tolist())}
+    members = {label: labels == label for label in dict.fromkeys(labels.tolist())}
     ends = np.array([profile.t for profile in usable])
     return ProfileFit(
         title=f"{target.title} from {candidate.label}", t_unit=candidate.t_unit, times=times,
         target=wanted.density(times), reconstructed=made,
-        snapshot_times={label: ends[own] for label, own in places.items()},
-        coefficients={label: column[own] for label, own in places.items()},
+        snapshot_times={label: ends[is_member] for label, is_member in members.items()},
+        coefficients={label: column[is_member] for label, is_member in members.items()},
     )  # fmt: skip
 
 
 def _density(profile: StoredProfile, times: FloatArray, knots: FloatArray) -> FloatArray:
-    """The density at evenly spaced times from the first one after 0 on; mass at a knot spread over the time before."""
+    """Return the density at evenly spaced times; mass at a knot is spread over the time since the previous knot."""
     if isinstance(profile, PowerFunction):
         return profile.density(times)
     tail = np.interp(times, knots, profile.tail(knots))
@@ -339,26 +340,26 @@ def _kind(profile: StoredProfile) -> str:
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
-    """A time between the first snapshot and the last, which is the default; else an InvalidValueError."""
+    """Return `t`, or the last snapshot's time for None; raise an InvalidValueError if no snapshots surround it."""
     times = [profile.t for profile in snapshots]
     return max(times) if t is None else check_within("t", t, times)
 
 
 def check_within(name: str, value: float, known: Collection[float]) -> float:
-    """A time or a step between those of the first snapshot and of the last, or an InvalidValueError."""
+    """Return a time or step; raise an InvalidValueError unless it lies between the least and the largest known one."""
     low, high = min(known), max(known)
     accepted = f"lie between the first snapshot, {low:,.12g}, and the last, {high:,.12g}"
     return check_number(name, value, lambda time: low <= time <= high, accepted)
 
 
 def check_max_error(max_error: float | None) -> None:
-    """Raise an InvalidValueError unless it is None or a number above 0."""
+    """Raise an InvalidValueError unless `max_error` is None or a number above 0."""
     if max_error is not None:
         check_number("max_error", max_error, lambda error: error > 0, "be a number above 0, such as 0.01")
 
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
-    """The two ends of a range of sigma_rel, the lower one first, or an InvalidValueError."""
+    """Return the ends of a range of sigma_rel; raise an InvalidValueError unless they are two ascending numbers."""
     with suppress(TypeError, ValueError):
         low, high = map(check_sigma_rel, sigma_range)
         if low < high:

@@ -1,8 +1,8 @@
-"""Proposals of what to track, how often to store it and in which dtype, within a disk budget.
+"""Proposals of the profiles to track, how often to store them and in which dtype, within a disk budget.
 
-The best proposal is the cheapest one with a worst predicted error of at most `Task.max_error`, else the most accurate
-one. Options are screened with approximate snapshot times; the finalists are assessed by the snapshots that a tracker
-would hold at the end (`Schedule.snapshots`).
+The best proposal is the cheapest one with a worst predicted error of at most `Task.max_error`, or else the most
+accurate one. Options are screened with approximate snapshot times; the finalists are assessed by the snapshots that a
+tracker would hold at the end (`Schedule.snapshots`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MinimumVariance, Motion, assumed_prior, one_blas_thread
 
 MOST_KEPT = 64
-"""Default limit of the snapshots a profile: more gain little, and slow synthesis down."""
+"""Default limit of the snapshots per profile: more gain little, and slow synthesis down."""
 
 GOOD_ERROR = 5e-4
-"""Default of a worst predicted error that is good enough: rounding a result once to float16 costs 2e-4, to bfloat16
-1.5e-3."""
+"""Default of `Task.max_error`. For comparison, rounding a result once to float16 costs 2e-4, to bfloat16 1.5e-3."""
 
 LATER = 1.5
-"""Thinning leaves snapshots at about 1 - (1 - x)**LATER of training, x evenly spaced."""
+"""Thinning leaves snapshots at about the fractions 1 - (1 - x)**LATER of training, with x evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Task:
         steps: length of training.
         parameters: averaged elements of the network.
         max_bytes: budget for all snapshots at any moment.
-        sigma_range: the wanted averages.
+        sigma_range: range of the wanted averages.
         motion: of the network over (0, steps], relative to its norm; None for even motion.
-        max_error: a worst predicted error that is good enough.
+        max_error: the worst predicted error that is good enough.
         rounding: measured root mean square error of a stored average by dtype, relative to its norm, which replaces
             `relative_rounding`.
         sigma_rels, dtype, checkpoint_every, max_checkpoints: fixed values; None leaves them to the search.
@@ -99,19 +98,19 @@ class Task:
         return self.motion or Motion.even(self.steps)
 
     def rounding_of(self, dtype: str) -> float:
-        """Root mean square error of an average stored in a dtype, relative to its norm."""
+        """Return the root mean square error of an average stored in a dtype, relative to its norm."""
         return self.rounding.get(dtype, relative_rounding(dtype))
 
     def snapshot_bytes(self, dtype: str) -> int:
-        """Size of one snapshot, without header and buffers, which are small."""
+        """Return the size of one snapshot, without header and buffers, which are small."""
         return self.parameters * PLANNED_BYTES[dtype]
 
     def places(self, dtype: str, profiles: int) -> int:
-        """Snapshots of each profile that fit the budget."""
+        """Return the number of snapshots of each profile that fit the budget."""
         return self.max_bytes // (self.snapshot_bytes(dtype) * profiles)
 
     def kept(self, dtype: str, profiles: int, taken: int | None = None) -> int:
-        """Snapshots of each profile that are kept of so many, or at most."""
+        """Return the number of snapshots of each profile that are kept of those `taken`, by default of all."""
         taken, places, kept = taken or self.taken_most, self.places(dtype, profiles), self.max_checkpoints or MOST_KEPT
         return taken if taken <= min(places, kept) else max(1, min(kept, places - 1))
 
@@ -121,12 +120,12 @@ class Task:
         return self.steps // (self.checkpoint_every or 1)
 
     def fits(self, dtype: str, profiles: int) -> bool:
-        """Whether the fixed values, or any, fit the budget."""
+        """Return whether so many profiles in this dtype fit the budget with the fixed values, or with any."""
         return self.places(dtype, profiles) >= self._least_places
 
     @property
     def _least_places(self) -> int:
-        """While a snapshot is written there is one more than is kept, unless none is ever dropped."""
+        """The least number of snapshots of each profile on disk: one more than kept while a new one is written."""
         kept = self.max_checkpoints or 1
         return self.taken_most if self.taken_most <= kept else kept + 1
 
@@ -139,30 +138,30 @@ class Task:
 _PROFILES = (1, 2, 3)
 _GRID = 6
 _LONGEST = 0.28
-"""Tracked profiles come from a grid of so many sigma_rels, up to this one."""
+"""Number of sigma_rels in the grid from which tracked profiles are chosen, and its upper limit."""
 
 _REFINEMENTS = (1.25, 1.1)
-"""Factors by which each tracked sigma_rel is then varied while that helps."""
+"""Factors by which each tracked sigma_rel is varied after the grid search."""
 
 _SCREENED = 24
-"""Snapshots a profile in screening; each represents several where there are more."""
+"""Limit of the snapshots per profile in screening; of more snapshots, each represents several."""
 
 _COUNTS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-"""Numbers of times at which snapshots are taken, tried until the error is good enough; a killed training loses at most
-a tenth."""
+"""Numbers of times at which snapshots are taken, tried until the error is good enough. With at least 10 times, a
+training that is killed loses at most a tenth of its progress."""
 
 _UPDATE_EVERY = 10
 _UPDATES_IN_WIDTH = 10
-"""Maximum of steps between updates, and minimum of updates within the width of the shortest wanted average."""
+"""Upper limit of the steps between updates, and lower limit of the updates within the shortest average's width."""
 
 _TAKEN = (1, 2, 4)
 _TAKEN_BY_THE_BEST = (3, 6, 8)
-"""Numbers of times at which snapshots are taken, as multiples of those kept: for every finalist, and for the best."""
+"""Numbers of snapshots taken, as multiples of those kept: for every finalist, and in addition for the best one."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A schedule, the dtype of its snapshots, their largest size (with those just written), and expected errors."""
+    """A schedule, the dtype of its snapshots, their largest size on disk in bytes, and expected errors."""
 
     schedule: Schedule
     dtype: str
@@ -182,23 +181,23 @@ class Proposal:
 
     @property
     def cost(self) -> tuple[float, float]:
-        """The cost for training: bytes written, and averages updated a step."""
+        """The cost for training: bytes written, and averages updated per step."""
         profiles = len(self.schedule.sigma_rels)
         written = self.nbytes / _fullest(self.schedule) * self.schedule.taken * profiles
         return written, profiles / self.update_every
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The smaller, the more accurate."""
+        """Worst and median error: the smaller, the more accurate the proposal."""
         return self.errors.worst, self.errors.median
 
     @property
     def last_step(self) -> int:
-        """Step of the last snapshot."""
+        """The step of the last snapshot."""
         return self.schedule.taken * self.schedule.checkpoint_every
 
     def call(self) -> str:
-        """The Python call that makes a tracker of this kind."""
+        """Return the Python call that makes a tracker with this schedule."""
         rels = ", ".join(f"{s!r}" for s in self.schedule.sigma_rels) + "," * (len(self.schedule.sigma_rels) == 1)
         return f"""ema = PostHocEMA.from_model(
     model, "run/ema",
@@ -208,7 +207,7 @@ class Proposal:
 )"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The proposal as data for JSON."""
+        """Return the proposal as data for JSON."""
         return {
             "sigma_rels": list(self.schedule.sigma_rels),
             "dtype": self.dtype,
@@ -230,8 +229,8 @@ class PlanReport:
     """A task and the proposals for it, the best one first.
 
     Attributes:
-        assumption: about the motion of the network, in words that follow "if".
-        like: the directory of the earlier run that the motion was taken from.
+        assumption: about the motion of the network, worded to follow "if".
+        like: directory of the earlier run whose motion is used.
     """
 
     task: Task
@@ -243,7 +242,7 @@ class PlanReport:
         return f"PlanReport({several(self.proposals)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data for JSON, with the call that makes a tracker of the first proposal."""
+        """Return the report as data for JSON, with the call that makes a tracker with the first proposal."""
         task = self.task
         return {
             "steps": task.steps,
@@ -260,9 +259,10 @@ class PlanReport:
 
 @one_blas_thread()
 def propose(task: Task) -> list[Proposal]:
-    """The cheapest proposal that is good enough, or else the most accurate one, and then alternatives.
+    """Return the cheapest proposal that is good enough, or else the most accurate one, and then alternatives.
 
-    These are the best of each dtype, of one, two and three profiles, and of half the budget where none is good enough.
+    The alternatives are the best for each dtype, for one, two and three profiles, and, if no proposal is good enough,
+    for half the budget.
     """
     options = sorted(_screened(task), key=lambda option: option.order(task))
     finalists = [
@@ -271,23 +271,23 @@ def propose(task: Task) -> list[Proposal]:
         if option.dtype not in {earlier.dtype for earlier in options[:index]}
         or option.profiles not in {earlier.profiles for earlier in options[:index]}
     ]
-    found = [_cheapest_or_best(task, option) for option in finalists]
-    if not any(proposal.errors.worst <= task.max_error for proposal in found):
-        leader = finalists[found.index(_best(found))]
-        found.append(_best([_best(found), *_evaluated(task, leader, _TAKEN_BY_THE_BEST)]))
+    proposals = [_cheapest_or_best(task, option) for option in finalists]
+    if not any(proposal.errors.worst <= task.max_error for proposal in proposals):
+        leader = finalists[proposals.index(_best(proposals))]
+        proposals.append(_best([_best(proposals), *_evaluated(task, leader, _TAKEN_BY_THE_BEST)]))
         half, free = task.max_bytes // 2, task.max_checkpoints is None and task.checkpoint_every is None
         if free and half // (task.snapshot_bytes(leader.dtype) * leader.profiles) >= 2:
-            found.append(_best(_evaluated(replace(task, max_bytes=half), leader, _TAKEN)))
+            proposals.append(_best(_evaluated(replace(task, max_bytes=half), leader, _TAKEN)))
 
     def order(proposal: Proposal) -> tuple[float, ...]:
         good = proposal.errors.worst <= task.max_error
         return (not good, *(proposal.cost if good else ()), *proposal.rank)
 
-    return _different(sorted(found, key=order))
+    return _different(sorted(proposals, key=order))
 
 
 def evaluate(task: Task, schedule: Schedule, dtype: str) -> Proposal:
-    """The proposal of a schedule."""
+    """Return a schedule with its size and its expected errors."""
     motion = task.expected_motion
     snapshots = schedule.snapshots(motion)
     label = f"{listed(schedule.sigma_rels)} in {dtype}, {schedule.kept} each"
@@ -296,7 +296,7 @@ def evaluate(task: Task, schedule: Schedule, dtype: str) -> Proposal:
 
 
 def _fullest(schedule: Schedule) -> int:
-    """The largest number of snapshots on disk, before thinning."""
+    """Return the largest number of snapshots on disk, just before thinning."""
     return len(schedule.sigma_rels) * min(schedule.taken, schedule.kept + 1)
 
 
@@ -305,12 +305,12 @@ def _best(proposals: Sequence[Proposal]) -> Proposal:
 
 
 def _different(ranked: Sequence[Proposal]) -> list[Proposal]:
-    """Without those that differ from a better one only in their interval, unless they need less disk."""
+    """Return the proposals without those that differ from a better one only in schedule and need similar disk space."""
     different: list[Proposal] = []
     for proposal in ranked:
         tracked = (proposal.dtype, proposal.schedule.sigma_rels)
-        alike = [other for other in different if (other.dtype, other.schedule.sigma_rels) == tracked]
-        if all(proposal.nbytes < 0.75 * other.nbytes for other in alike):
+        better = [other for other in different if (other.dtype, other.schedule.sigma_rels) == tracked]
+        if all(proposal.nbytes < 0.75 * other.nbytes for other in better):
             different.append(proposal)
     return different
 
@@ -320,7 +320,7 @@ def _different(ranked: Sequence[Proposal]) -> list[Proposal]:
 
 @dataclass(frozen=True)
 class _Option:
-    """What to track, with `count` snapshots of each profile in screening and their approximate worst error."""
+    """Profiles to track and their dtype, with `count` snapshots each, and their approximate worst error."""
 
     sigma_rels: tuple[float, ...]
     dtype: str
@@ -332,13 +332,13 @@ class _Option:
         return len(self.sigma_rels)
 
     def order(self, task: Task) -> tuple[float, ...]:
-        """First those that seem good enough, by the approximate size of what they write."""
+        """Return a sort key: options that seem good enough first, by approximate size, then the rest by error."""
         good = self.screened <= task.max_error
         return not good, self.count * self.profiles * task.snapshot_bytes(self.dtype) * good, self.screened
 
 
 def _screened(task: Task) -> Iterator[_Option]:
-    """The most promising profiles for each dtype and number of profiles that fit."""
+    """Yield the most promising profiles for each dtype and number of profiles that fit."""
     for dtype in task.dtypes:
         for tracked in _starts(task):
             if not task.fits(dtype, len(tracked[0])):
@@ -348,13 +348,13 @@ def _screened(task: Task) -> Iterator[_Option]:
                 errors = {sigma_rels: _screen(task, sigma_rels, dtype, count) for sigma_rels in tracked}
                 best = min(errors, key=errors.__getitem__)
                 if errors[best] <= task.max_error:
-                    break  # more would differ by rounding only
+                    break  # with more snapshots the errors would differ by rounding only
             option = _Option(best, dtype, count, errors[best])
             yield option if task.sigma_rels else _refined(task, option)
 
 
 def _starts(task: Task) -> list[list[tuple[float, ...]]]:
-    """Tracked profiles to start from, one list for each number of them."""
+    """Return the profiles of the grid search: for each number of profiles, the list of combinations."""
     if task.sigma_rels is not None:
         return [[task.sigma_rels]]
     low, high = task.sigma_range
@@ -363,6 +363,7 @@ def _starts(task: Task) -> list[list[tuple[float, ...]]]:
 
 
 def _refined(task: Task, option: _Option) -> _Option:
+    """Return the option with each sigma_rel varied by `_REFINEMENTS` as long as the error falls."""
     sigma_rels, dtype, error = option.sigma_rels, option.dtype, option.screened
     for factor in _REFINEMENTS:
         for place in range(len(sigma_rels)):
@@ -370,9 +371,9 @@ def _refined(task: Task, option: _Option) -> _Option:
                 other = (*sigma_rels[:place], _two_digits(min(varied, _LONGEST)), *sigma_rels[place + 1 :])
                 if len(set(other)) < len(other) or list(other) != sorted(other):
                     continue
-                found = _screen(task, other, dtype, option.count)
-                if found < error:
-                    sigma_rels, error = other, found
+                other_error = _screen(task, other, dtype, option.count)
+                if other_error < error:
+                    sigma_rels, error = other, other_error
     return replace(option, sigma_rels=sigma_rels, screened=error)
 
 
@@ -381,10 +382,10 @@ def _two_digits(sigma_rel: float) -> float:
 
 
 def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) -> float:
-    """The approximate worst error with `kept` snapshots of each profile."""
+    """Return the approximate worst error with `kept` snapshots of each profile."""
     count = min(kept, _SCREENED)
     x = np.arange(1, count + 1) / count
-    # Below the limit of the budget, as many are taken as are kept.
+    # Thinning happens only if the limit of the budget is reached.
     dense = task.taken_most > kept == task.kept(dtype, len(sigma_rels))
     times = task.steps * (1 - (1 - x) ** LATER if dense else x)
     snapshots = [PowerFunction.from_sigma_rel(s, float(t)) for t in times for s in sigma_rels]
@@ -398,7 +399,7 @@ def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) ->
 
 
 def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
-    """The proposal with the fewest snapshots that is good enough, or else with the least error."""
+    """Return the proposal with the fewest snapshots that is good enough, or else with the least error."""
     proposals: list[Proposal] = []
     if option.screened > task.max_error:
         proposals = _evaluated(task, option, _TAKEN)
@@ -413,7 +414,7 @@ def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
 
 
 def _evaluated(task: Task, option: _Option, multiples: Sequence[int]) -> list[Proposal]:
-    """Proposals that take snapshots at multiples of the number that they keep, one for each interval."""
+    """Return proposals that take snapshots at multiples of the number that they keep, one for each interval."""
     kept = task.kept(option.dtype, option.profiles)
     places = min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
     different: dict[int, Schedule] = {}
@@ -424,14 +425,14 @@ def _evaluated(task: Task, option: _Option, multiples: Sequence[int]) -> list[Pr
 
 
 def _schedule(task: Task, option: _Option, count: int) -> Schedule:
-    """A schedule with snapshots at about `count` times, of which it keeps as many as fit."""
+    """Return a schedule with snapshots at about `count` times, of which it keeps as many as fit."""
     every = task.checkpoint_every or _round_interval(task.steps, count)
     keep = task.max_checkpoints or task.kept(option.dtype, option.profiles, task.steps // every)
     return Schedule(option.sigma_rels, task.steps, every, keep, task.rounding_of(option.dtype))
 
 
 def _round_interval(steps: int, times: int) -> int:
-    """A checkpoint_every for at most `times` snapshots, preferably a round number that divides `steps`."""
+    """Return a checkpoint_every for at most `times` snapshots, preferably a round number that divides `steps`."""
     least = -(-steps // times)
     most = min(2 * least, steps)
     unit = int(10 ** max(len(str(least)) - 2, 0))

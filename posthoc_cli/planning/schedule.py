@@ -1,7 +1,4 @@
-"""Schedules of snapshots before training, and thinning: which snapshots stay.
-
-Those stay without which the predicted error would be largest.
-"""
+"""Schedules of snapshots before training, and thinning, which keeps those that lower the predicted error most."""
 
 from __future__ import annotations
 
@@ -28,24 +25,24 @@ from posthoc_cli.reconstruction import (
 
 MOST_TIMES = 20_000
 MOST_SNAPSHOTS = 2_048
-"""Limits of a schedule: the dense solve takes seconds at the second one."""
+"""Limits of a schedule: with 2,048 snapshots the dense solve takes seconds."""
 
 _SIMULATED_TIMES = 8
-"""Thinning is simulated at up to so many times the snapshots kept; longer runs keep similar ones."""
+"""Limit of the arrivals in a simulation of thinning, as a multiple of the snapshots kept; more change little."""
 
 _SIMULATED_SNAPSHOTS = 24
-"""Snapshots of a profile whose thinning is simulated; larger numbers are spread with the same density."""
+"""Limit of the snapshots per profile in a simulation; more snapshots are spread with the same density."""
 
 
 PLANNED_BYTES = {DTYPES[name].torch_name: DTYPES[name].nbytes for name in ("F16", "BF16", "F32")}
-"""The dtypes of plans, and bytes an element."""
+"""The dtypes of plans, with bytes per element."""
 
 
 def relative_rounding(dtype: str) -> float:
-    """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4.
+    """Return the root mean square error of rounding to a dtype, relative to the values; for float16 1.9e-4.
 
     Raises:
-        InvalidValueError: a dtype that no plan has.
+        InvalidValueError: plans do not have this dtype.
     """
     check_word("dtype", dtype, PLANNED_BYTES)
     return ROUNDING * EPS[WORDS[dtype]]
@@ -59,7 +56,7 @@ class Schedule:
         sigma_rels: tracked profiles.
         steps: length of training.
         checkpoint_every: steps between snapshots.
-        max_checkpoints: snapshots kept a profile, thinned as they arrive; None keeps all.
+        max_checkpoints: snapshots kept per profile, thinned as they arrive; None keeps all.
         rounding: root mean square error of a stored average, relative to its norm.
     """
 
@@ -77,23 +74,23 @@ class Schedule:
         check_interval(self.checkpoint_every, self.steps)
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
-            found = f"takes snapshots at {self.taken:,} times and keeps {kept:,}"
-            reason = f"{found}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} are supported"
+            schedule = f"takes snapshots at {self.taken:,} times and keeps {kept:,}"
+            reason = f"{schedule}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} are supported"
             hint = "use a larger one, or fewer max_checkpoints"
             raise InvalidValueError("checkpoint_every", reason, hint, value=f"{self.checkpoint_every:,}")
 
     @property
     def taken(self) -> int:
-        """Times at which snapshots are taken."""
+        """The number of times at which snapshots are taken."""
         return self.steps // self.checkpoint_every
 
     @property
     def kept(self) -> int:
-        """Snapshots of each profile at the end."""
+        """The number of snapshots of each profile at the end."""
         return min(self.taken, self.max_checkpoints or self.taken)
 
     def snapshots(self, motion: Motion | None = None) -> list[PowerFunction]:
-        """Profiles of the snapshots at the end, by time; motion is relative to the norm, by default even."""
+        """Return the snapshots at the end, by time; `motion` is relative to the norm, by default even."""
         motion = motion or Motion.even(self.steps)
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         if self.kept == self.taken:
@@ -103,7 +100,7 @@ class Schedule:
             return self._spread_like(self._with_fewer().snapshots(motion))
         stride = max(1, self.taken // (_SIMULATED_TIMES * self.kept))
         left: list[PowerFunction] = []
-        # Starts where the last time is one of the strides.
+        # The first time is chosen so that the last one is reached in strides.
         for count in range(self.taken - (self.taken - 1) // stride * stride, self.taken + 1, stride):
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
@@ -113,14 +110,14 @@ class Schedule:
         return left
 
     def _with_fewer(self) -> Schedule:
-        """A schedule small enough to be simulated; each snapshot represents several, whose roundings average out."""
+        """Return a schedule small enough to simulate; each snapshot represents several, whose roundings average out."""
         share = _SIMULATED_SNAPSHOTS / self.kept
         every = self.steps // max(round(self.taken * share), _SIMULATED_SNAPSHOTS)
         rounding = self.rounding * share**0.5
         return replace(self, checkpoint_every=every, max_checkpoints=_SIMULATED_SNAPSHOTS, rounding=rounding)
 
     def _spread_like(self, fewer: Sequence[PowerFunction]) -> list[PowerFunction]:
-        """As many snapshots as this schedule keeps, with the density of the `fewer` ones of each profile."""
+        """Return as many snapshots as this schedule keeps, with the density of `fewer` snapshots, by profile."""
         spread = []
         for gamma in {p.gamma: None for p in fewer}:
             times = [0.0, *sorted(p.t for p in fewer if p.gamma == gamma)]
@@ -135,12 +132,12 @@ class Schedule:
 
 
 def powers(sigma_rels: FloatArray, t: float) -> list[PowerFunction]:
-    """The power functions of these widths at one time."""
+    """Return the power functions of these widths at time `t`."""
     return [PowerFunction.from_sigma_rel(float(sigma_rel), t) for sigma_rel in sigma_rels]
 
 
 def check_tracked(sigma_rels: Sequence[float]) -> None:
-    """Raise an InvalidValueError unless these can be tracked."""
+    """Raise an InvalidValueError unless there is at least one sigma_rel and all are in range."""
     if not sigma_rels:
         raise InvalidValueError("sigma_rels", "must be at least one")
     for sigma_rel in sigma_rels:
@@ -155,27 +152,27 @@ def check_interval(checkpoint_every: int, steps: int) -> None:
 
 
 def listed(sigma_rels: Sequence[float]) -> str:
-    """Numbers for a label."""
+    """Return the numbers as text for a label."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
 # --- thinning --------------------------------------------------------------------------------------
 
 USEFUL_RANGE = (0.05, 0.28)
-"""The default range of sigma_rel that snapshots are kept for."""
+"""The default range of sigma_rel for which thinning keeps snapshots."""
 
 
 def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
-    """The range that snapshots of these profiles are kept for: theirs, or the default one where it is a single one."""
+    """Return the range for which thinning keeps snapshots: the tracked one, or the default for a single profile."""
     return (min(sigma_rels), max(sigma_rels)) if len(sigma_rels) > 1 else USEFUL_RANGE
 
 
 _SIMULATED = 8
-"""Of very many snapshots, thinning is simulated from so many times those kept; more make little difference."""
+"""Limit of the snapshots from which thinning chooses, as a multiple of those kept; more make little difference."""
 
 _TARGETS = 12
 _NORM = 8
-"""Errors over the range are combined by their 8-norm: close to the worst one, but every target counts."""
+"""Number of targets over the range, and the norm that combines their errors: near the worst one, but all count."""
 
 
 @one_blas_thread()
@@ -185,14 +182,12 @@ def snapshots_to_drop(
     keep: int,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[int]:
-    """Which snapshots to drop so that `keep` of each profile remain: indices, in the order to drop.
+    """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the order to drop.
 
-    Drops the one without which the predicted error over `sigma_range`, at the time of the last snapshot, stays lowest,
-    and so on; of equal ones (where nothing moved) the one whose neighbours are closest together. Then exchanges improve
-    the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside of a
-    subset (`thinned_subset`) go first.
-
-    The snapshots, and their prior, may have any order.
+    First, always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last
+    snapshot, least; among equals (where nothing moved) the one whose neighbours are closest together. Then exchanges
+    improve the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside a
+    subset (`thinned_subset`) go before all others. The snapshots, and their prior, may have any order.
     """
     left = list(range(len(snapshots)))
     beyond: list[int] = []
@@ -215,9 +210,9 @@ def removal_order(
     needed: Collection[int],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[int]:
-    """The snapshots to drop of those `among` all, the least needed first, until `keep` of each profile remain.
+    """Return which of the snapshots `among` to drop, the least needed first, until `keep` of each profile remain.
 
-    `among` and `needed`, which must stay, are indices.
+    `among` and `needed`, the snapshots that must stay, are indices.
     """
     left = list(among)
     losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
@@ -225,8 +220,8 @@ def removal_order(
     counts = Counter(snapshots[i].gamma for i in left)
     dropped: list[int] = []
     while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in needed]:
-        errors = errors_after_each(losses)[[column[i] for i in may_go]]
-        equals = [may_go[place] for place in np.flatnonzero(errors == errors.min())]
+        errors = _combined(losses.squares_without_each())[[column[i] for i in may_go]]
+        equals = [may_go[k] for k in np.flatnonzero(errors == errors.min())]
         index = _closest_together(snapshots, left, equals)
         losses.lose(column[index])
         left.remove(index)
@@ -238,8 +233,8 @@ def removal_order(
 _MOST_EXCHANGED = 16
 _MOST_TRIED = 240
 _LEAST_GAIN = 0.99
-"""Exchanges, a solve each, pay where few snapshots are left: with 3 of 20 they halve the error at best, with 20 of 40
-they gain nothing. One that lowers the error by less than a hundredth is not made."""
+"""Limits of the snapshots kept and of the solves for exchanges, one each, and the ratio of errors from which on none is
+made. They pay if few snapshots are left: with 3 of 20 they halve the error at best, with 20 of 40 they gain nothing."""
 
 
 def exchanged(
@@ -250,10 +245,10 @@ def exchanged(
     needed: Collection[int],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[int]:
-    """The snapshots to drop, in order, after exchanges of a dropped one for a kept one of the same profile.
+    """Return the snapshots to drop, in order, after exchanging dropped ones for kept ones of the same profile.
 
-    Greedy drops are not always the best set: a snapshot that was spared early may be of little use in the end. `kept`,
-    `dropped` (in the order to drop) and `needed`, which must stay, are indices.
+    Greedy drops do not always find the best set: a snapshot that was kept early may be of little use in the end.
+    `kept`, `dropped` (in the order to drop) and `needed`, the snapshots that must stay, are indices.
     """
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
@@ -265,7 +260,7 @@ def exchanged(
     for _ in range(_MOST_TRIED // max(len(order), 1)):
         trials = []
         for coming in order:
-            errors = errors_after_each(losses.of([place[i] for i in (*kept, coming)]))
+            errors = _combined(losses.of([place[i] for i in (*kept, coming)]).squares_without_each())
             trials += [
                 (float(error), coming, leaving)
                 for error, leaving in zip(errors, kept, strict=False)
@@ -281,11 +276,11 @@ def exchanged(
 
 
 def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]) -> int:
-    """The snapshot whose neighbours of the same profile are closest together, the latest of several."""
-    gaps = dict.fromkeys(equals, float("inf"))  # without two neighbours
+    """Return the snapshot whose neighbours of the same profile are closest together, the latest of equals."""
+    gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
     for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
-        own = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
-        for before, index, after in zip(own, own[1:], own[2:], strict=False):
+        of_profile = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
+        for before, index, after in zip(of_profile, of_profile[1:], of_profile[2:], strict=False):
             if index in gaps:
                 gaps[index] = snapshots[after].t - snapshots[before].t
     return min(equals, key=lambda i: (gaps[i], -snapshots[i].t))
@@ -294,17 +289,12 @@ def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], e
 def losses_of(
     snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float] = USEFUL_RANGE
 ) -> Losses:
-    """The costs of losing snapshots for targets over the range, at the time of the last one."""
+    """Return the errors of targets over the range, at the time of the last snapshot, as snapshots are lost."""
     t = max(p.t for p in snapshots)
     return MinimumVariance(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
 
 
-def errors_after_each(losses: Losses) -> FloatArray:
-    """The 8-norm of the expected errors over the range when one more is lost: shape [n]."""
-    return _combined(losses.squares_without_each())
-
-
 def _combined(squares: FloatArray) -> FloatArray:
-    """The 8-norm over targets of the roots: shape [targets, n] to [n]."""
+    """Return the 8-norm over targets of the roots of squared errors: shape [targets, n] to [n]."""
     scale = float(squares.max()) or 1.0
     return np.asarray(np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale))

@@ -1,12 +1,12 @@
 """Averaging profiles: how much each moment of training counts in an average. NumPy only, float64.
 
-Training time `s` runs from 0 on the run's clock, in any unit. An average taken at time `t` is sum_k w_k theta_k over
+Training time `s` starts at 0 on the run's clock, in any unit. An average taken at time `t` is sum_k w_k theta_k over
 the weights of the network after each step; its profile spreads w_k over the interval from step k-1 to step k, so that
-the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
+the mass after a step is the sum of the later w. The share that an average keeps of its initial value is a point of
 mass at its start, which the tail contains and the density leaves out.
 
-`tracked` is what a run records, `other_libraries` has the averages of other programs, `others` are targets; any object
-with `density` and `tail` is a `Profile`, too.
+`tracked` has the profiles and the clock that a run records, `other_libraries` the averages of other programs, `others`
+the targets. Any object with `density` and `tail` is a `Profile`, too.
 """
 
 from posthoc_cli.profiles.other_libraries import Discrete, Point

@@ -1,6 +1,6 @@
-"""The profiles that averages of other programs really have: checkpoints, averages over known times, ordinary EMAs.
+"""The true profiles of other programs' averages: checkpoints, averages over known times, ordinary EMAs.
 
-A checkpoint has mass at points only, so that its density is 0 everywhere and its tail falls in jumps.
+All of them have mass at points only, so that their densities are 0 everywhere and their tails fall in jumps.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.tracked import FloatArray
 
 _SUM = 1e-6
-"""Accepted difference of a sum of masses from 1; the masses are scaled to a sum of 1."""
+"""Accepted difference between a sum of masses and 1; the masses are then scaled to sum to 1."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The weights at time `t` > 0 themselves: an ordinary checkpoint."""
+    """The profile of the weights at time `t` > 0 themselves: an ordinary checkpoint."""
 
     t: float
 
@@ -32,20 +32,20 @@ class Point:
 
     @property
     def t_first(self) -> float:
-        """The first step of a training on a clock of steps: its averages begin there, not at the first checkpoint."""
+        """The time at which averages begin: the first step on a step clock, not the first checkpoint."""
         return min(1.0, self.t)
 
     @property
     def jumps(self) -> FloatArray:
-        """The times at which it has mass: shape [1]."""
+        """The times at which the profile has mass: shape [1]."""
         return np.array([self.t])
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """0: all mass is at one point."""
+        """Return 0: all mass is at one point."""
         return np.zeros(np.shape(s))
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`: 1 before `t`, 0 from `t` on."""
+        """Return the mass after `s`: 1 before `t`, 0 from `t` on."""
         return np.where(np.asarray(s, dtype=np.float64) < self.t, 1.0, 0.0)
 
 
@@ -53,8 +53,8 @@ class Discrete:
     """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`.
 
     Attributes:
-        times: growing from above 0, at least one, none after `t`.
-        masses: 0 or above, with sum 1: one for each of `times`.
+        times: at least one, in ascending order, above 0 and at most `t`.
+        masses: at least 0, with sum 1: one for each of `times`.
         t: by default the last of `times`.
     """
 
@@ -72,25 +72,25 @@ class Discrete:
 
     @property
     def t_first(self) -> float:
-        """The time of the earliest weights in it."""
+        """The time of the earliest weights in the average."""
         return float(self.times[0])
 
     @property
     def jumps(self) -> FloatArray:
-        """The times at which it has mass."""
+        """The times at which the profile has mass."""
         return self.times
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """0: all mass is at points."""
+        """Return 0: all mass is at points."""
         return np.zeros(np.shape(s))
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`."""
+        """Return the mass after `s`."""
         return self._later[np.searchsorted(self.times, np.asarray(s, dtype=np.float64), side="right")]
 
     @cached_property
     def _later(self) -> FloatArray:
-        """Mass from each of the times on, and 0: summed from the end, where small tails keep their digits."""
+        """The mass from each of the times on, then 0; summed from the end, which keeps the digits of small tails."""
         later = np.append(np.cumsum(self.masses[::-1])[::-1], 0.0)
         later[0] = 1.0
         return later
@@ -104,28 +104,28 @@ class Discrete:
 #     beta = (1 - 1 / (c + 1))**(gamma + 1) = (c / (c + 1))**(gamma + 1)
 #
 # of the average, whatever m is. So the weights of update k have the mass (1 - beta_k) prod_(j > k) beta_j, and those of
-# the first one the rest. With m = 1 that is the power function of `gamma`, shifted by a step; with larger m it is close
-# to the power function of the exponent (gamma + 1) / m - 1, a longer average.
+# the first update the rest. With m = 1 that is the power function of `gamma`, shifted by a step; with larger m it is
+# close to the power function of the exponent (gamma + 1) / m - 1, a longer average.
 #
 # torchtitan's `EMAOptimizersContainer` (main branch, 2026) updates at the steps `start_step` + k m with
 # m = `update_every_n_steps`, and keeps 2**(-20 / max(k, 1)) of the average, unless its `half_life_fraction`, 0.05, is
-# changed. Since k counts updates, that is nearly the power function of the exponent 20 ln 2 - 1 for any m.
+# changed. Since k counts updates, that is close to the power function of the exponent 20 ln 2 - 1 for any m.
 
 MOST_UPDATES = 20_000_000
-"""Of one average; far more than a training makes, and few enough for its memory."""
+"""Limit of the updates of one average: far more than a training makes, and few enough for memory."""
 
 MOST_TIMES = 16_384
-"""Times that a profile holds; of more updates neighbours are joined, which moves mass by less than 1e-4 of training."""
+"""Limit of the times in a profile. Of more updates, neighbours are joined, which moves mass by < 1e-4 of training."""
 
 
 def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int = 0) -> Discrete:
-    """What `ema-pytorch` stores in the file `<index>.<step>.pt`, on the step clock of the training.
+    """Return the profile that `ema-pytorch` stores in the file `<index>.<step>.pt`, on the training's step clock.
 
     Arguments:
-        gamma: exponent of the power function that it was asked for.
-        step: the number in the file's name, its calls of `update` so far: at least 1.
-        update_every: its setting, at least 1.
-        started: steps of the training before its first call.
+        gamma: exponent of the power function that the user asked for.
+        step: the number in the file's name, which counts the calls of `update`: at least 1.
+        update_every: the library's setting, at least 1.
+        started: steps of the training before the first call of `update`.
 
     Raises:
         InvalidValueError: a value is out of its range.
@@ -135,15 +135,15 @@ def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int
 
 
 DEFAULT_UPDATE_AFTER_STEP = 100
-"""Of `pytorch-posthoc-ema`."""
+"""The default of `pytorch-posthoc-ema`."""
 
 
 def posthoc_ema_profile(
     gamma: float, step: int, update_every: int = 10, update_after_step: int = DEFAULT_UPDATE_AFTER_STEP
 ) -> Discrete:
-    """What `pytorch-posthoc-ema` stores at its call `step` of `update_`; its first update is at `update_after_step`.
+    """Return the profile that `pytorch-posthoc-ema` stores at call `step` of `update_`, on the step clock.
 
-    Arguments, errors and clock as in `ema_pytorch_profile`; the defaults are those of the package.
+    The first update is at call `update_after_step`; the defaults are the package's. Errors as in `ema_pytorch_profile`.
     """
     before = max(update_after_step, 1) - 1
     if step <= before:
@@ -156,10 +156,10 @@ TORCHTITAN_GAMMA = 20 * math.log(2) - 1
 
 
 def torchtitan_profile(step: int, update_every: int = 1, start_step: int = 0) -> Discrete:
-    """What torchtitan's EMA is at a step of the training; the defaults are its own.
+    """Return the profile of torchtitan's EMA at a step of the training; the defaults are torchtitan's.
 
     Raises:
-        InvalidValueError: it was not updated yet.
+        InvalidValueError: the step is before the first update.
     """
     first = start_step or update_every
     if step < first:
@@ -170,7 +170,7 @@ def torchtitan_profile(step: int, update_every: int = 1, start_step: int = 0) ->
 
 
 def _calls(first: int, last: int, interval: int) -> FloatArray:
-    """first, first + interval, ... up to `last`."""
+    """Return first, first + interval, ... up to `last`."""
     if (last - first) // interval >= MOST_UPDATES:
         reason = f"makes more than {MOST_UPDATES:,} updates, one every {interval:,} steps"
         raise InvalidValueError("step", reason, value=f"{last:,}")
@@ -178,14 +178,14 @@ def _calls(first: int, last: int, interval: int) -> FloatArray:
 
 
 def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Discrete:
-    """The average of updates at these times, each of which keeps exp(logs) of the average before; of the first none."""
+    """Return the average of updates at `times` that keep exp(logs) of the previous average, the first one nothing."""
     kept = np.append(np.cumsum(logs[:0:-1])[::-1], 0.0)
     after = -np.expm1(kept)  # mass after each update
     masses = -np.diff(after, prepend=1.0)
     size = -(-times.size // MOST_TIMES)
     groups = np.arange(0, times.size, size)
     joined = np.add.reduceat(masses, groups)
-    # Each group at its mean time. Far before the end of a short average masses are 0 in float64.
+    # Each group lies at its mean time. Far before the end of a short average, masses are 0 in float64.
     later = np.add.reduceat(masses * (np.arange(times.size) % size), groups)
     means = times[groups] + interval * np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
     return Discrete(means, joined, t)
@@ -195,32 +195,32 @@ def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Disc
 
 WARM_UPS = ("ratio", "power", "ramp-up")
 POWER, RAMP_UP = 2 / 3, 0.05
-"""What libraries use unless told otherwise."""
+"""The usual defaults of libraries, for `Decay.power` of the warm-ups "power" and "ramp-up"."""
 
 _FINEST, _STEPS_FINEST = 128, 512
-"""Times of an ordinary EMA: so many in each of its time constants, and in each doubling of the steps."""
+"""Number of times of an ordinary EMA in each of its time constants, and in each doubling of the steps."""
 
 _FORGOTTEN = 30.0
-"""What was updated so many time constants ago counts less than 1e-13."""
+"""Age in time constants from which on values are left out: their mass is below 1e-13."""
 
 _COPY = -1e3
-"""The logarithm that stands for that of 0."""
+"""The number used as the logarithm of 0."""
 
 
 @dataclass(frozen=True)
 class Decay:
-    """The decays of an ordinary EMA, of its n-th update.
+    """The decay of each update of an ordinary EMA.
 
     Attributes:
-        decay: the constant one, or the largest.
-        warm_up: "" for none, "ratio" of (1 + n) / (10 + n), "power" of 1 - (1 + n / inv_gamma)**-power, or "ramp-up" of
-            2**(-1 / (power n)), a half-life that is a share of the training so far; with n counted from 1 for the first
-            update that is no copy.
-        copies: so many first updates copy the weights.
-        stride: what the numbers of updates grow by, for libraries that count calls.
-        inv_gamma, power, least: of the warm-up.
-        uncertainty: of the time constant 1 / (1 - decay), relative, if the decay was found; 0 for a known one.
-        late: steps by which the first update may be later, if it was found; 0 for a known one.
+        decay: the constant decay; with a warm-up, its upper limit.
+        warm_up: the decay of the n-th update up to that limit: "" for none, "ratio" for (1 + n) / (10 + n), "power" for
+            1 - (1 + n / inv_gamma)**-power, or "ramp-up" for 2**(-1 / (power n)), a half-life that is a share of the
+            training so far. The first update that is no copy has n = 1.
+        copies: number of initial updates that copy the weights.
+        stride: increment of n per update, for libraries that count calls.
+        inv_gamma, power, least: parameters of the warm-up; `least` is a lower limit of the decay.
+        uncertainty: relative, of the time constant 1 / (1 - decay), if the decay was estimated; 0 if it is known.
+        late: steps by which the first update may be later, if its step was estimated; 0 if it is known.
     """
 
     decay: float
@@ -241,7 +241,7 @@ class Decay:
 
     @property
     def rule(self) -> str:
-        """The warm-up, for people."""
+        """The warm-up in words, for messages."""
         if self.warm_up == "ratio":
             return "the warm-up (1 + n) / (10 + n)"
         if self.warm_up == "ramp-up":
@@ -250,7 +250,7 @@ class Decay:
         return f"the warm-up 1 - (1 + {scaled})^-{self.power:.3g}"
 
     def at(self, updates: FloatArray) -> FloatArray:
-        """The share of the average before that the updates of these numbers, from 1, keep."""
+        """Return the share of the previous average that updates keep, by their numbers from 1: shape of `updates`."""
         numbers = 1 + (updates - 1) * self.stride
         n = np.maximum(numbers - self.copies, 0.0)
         if self.warm_up == "ratio":
@@ -264,18 +264,18 @@ class Decay:
         return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
 
     def kept_logs(self, updates: int) -> FloatArray:
-        """The logarithm of what the updates 1 to k keep together, for k from 0 to `updates`; a copy keeps nothing."""
+        """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to `updates`."""
         return _kept_logs(self, 1 << max(10, updates.bit_length()))[: updates + 1]
 
     def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
-        """The profile at a step of the training.
+        """Return the profile of the average at a step of the training.
 
         Arguments:
-            step: of the training, the time of the average.
-            updates: so far.
+            step: the time of the average.
+            updates: number of updates up to `step`.
             every: steps between updates.
-            first: the step of the first update; 0 for the last `updates` multiples of `every`. Before it the average is
-                the weights of when the update before would have been, at the earliest those of half a step.
+            first: the step of the first update; 0 if updates are at the last multiples of `every`. The initial average
+                is the weights one interval before the first update, at the earliest at time 0.5.
         """
         if updates > MOST_UPDATES:
             raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
@@ -290,10 +290,10 @@ def _kept_logs(decay: Decay, most: int) -> FloatArray:
 
 
 class OrdinaryEMA(Discrete):
-    """An ordinary EMA at a step: the product of its own decays, at its own updates.
+    """The profile of an ordinary EMA at a step, from the product of the decays of its updates.
 
-    `times` joins updates where that moves little mass, and leaves out what is forgotten: they are where the intervals
-    of a solver end. Tails are exact at any time, so that of two averages one after the other the old part cancels.
+    `times`, at which the intervals of a solver end, joins updates where that moves little mass, and leaves out those
+    with negligible mass. Tails are exact at any time, so that the common part of two successive averages cancels.
     """
 
     def __init__(self, decay: Decay, step: int, updates: int, every: int, first: int) -> None:
@@ -301,7 +301,7 @@ class OrdinaryEMA(Discrete):
         self._start = max(float(first - every), 0.5)
         self.settings: dict[str, Any] = vars(decay) | {"updates": updates, "every": every, "first": first}
         numbers = np.arange(1, updates + 1)
-        # Groups by the number of the update alone, so that averages of different times have the same ones.
+        # Groups depend on an update's number alone, so that averages at different times have the same groups.
         level = np.floor(np.maximum(np.cumsum(np.maximum(np.diff(logs), -1.0)), _COPY) * -_FINEST)
         size = np.exp2(np.maximum(np.floor(np.log2(numbers / _STEPS_FINEST)), 0))
         place = np.floor((numbers - 1) / size) * size
@@ -312,26 +312,25 @@ class OrdinaryEMA(Discrete):
         super().__init__(times, masses, step)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`."""
+        """Return the mass after `s`."""
         at, logs = np.asarray(s, dtype=np.float64), self._logs
-        done = np.clip(np.floor((at - self.settings["first"]) / self.settings["every"]) + 1, 0, logs.size - 1).astype(
-            np.intp
-        )
+        done = np.floor((at - self.settings["first"]) / self.settings["every"]) + 1
+        done = np.clip(done, 0, logs.size - 1).astype(np.intp)
         return np.where(at < self._start, 1.0, -np.expm1(logs[-1] - logs[done]))
 
     @classmethod
     def of(cls, step: int, updates: int, every: int, first: int, **decay: Any) -> OrdinaryEMA:
-        """The average with these `settings`, plain values for JSON."""
+        """Return the average with these `settings`, plain values for JSON."""
         return cls(Decay(**decay), step, updates, every, first)
 
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
-        """What it may be as well: of a longer time constant, and begun later, by its uncertainties; itself where 0."""
+        """The averages with a longer time constant and a later start, by their uncertainties; itself for 0."""
         known = self.settings | {"uncertainty": 0.0, "late": 0}
         longer, later = 1 + float(self.settings["uncertainty"]), self.settings["late"] // self.settings["every"]
-        rest = {"decay": 1 - (1 - known["decay"]) / longer}
+        decay = {"decay": 1 - (1 - known["decay"]) / longer}
         copies = {"copies": known["copies"] + min(later, known["updates"] - 1)}
         return (
-            OrdinaryEMA.of(int(self.t), **known | rest) if longer > 1 else self,
+            OrdinaryEMA.of(int(self.t), **known | decay) if longer > 1 else self,
             OrdinaryEMA.of(int(self.t), **known | copies) if later > 0 else self,
         )

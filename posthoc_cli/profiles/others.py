@@ -1,4 +1,4 @@
-"""Profiles other than the power function: classical and uniform averages, tables of points, decays, a user's own."""
+"""Profiles other than the power function: classical and uniform averages, decays, and a check of users' profiles."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class ClassicalEMA:
     """The average x <- beta x + (1 - beta) theta of every step, at time `t`.
 
     With n(s) the step at time `s`, the mass after `s` is 1 - beta**(n(t) - n(s)). The rest, beta**(n(t) - n(start)),
-    sits on the value at time `start`, from which it was initialised.
+    lies on the value at time `start`, with which the average was initialised.
 
     Attributes:
         beta: decay of one step, in (0, 1).
         t: the average's time, above 0.
         clock: the run's steps over time.
-        start: time of the value that the average began as, in [0, t].
+        start: time of the initial value, in [0, t].
     """
 
     beta: float
@@ -34,26 +34,26 @@ class ClassicalEMA:
     start: float = 0.0
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s` in (start, t]; the mass at `start` itself is left out."""
+        """Return the mass per unit of time at `s` in (start, t]; the mass at `start` itself is left out."""
         times = np.asarray(s, dtype=np.float64)
         kept = np.exp(self._log_kept(times)) * -math.log(self.beta) * self.clock.steps_per_time(times)
         return np.where((times > self.start) & (times <= self.t), kept, 0.0)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`: 1 before `start`, 0 from `t` on."""
+        """Return the mass after `s`: 1 before `start`, 0 from `t` on."""
         times = np.asarray(s, dtype=np.float64)
         return np.where(times < self.start, 1.0, -np.expm1(self._log_kept(times)))
 
     def _log_kept(self, s: npt.ArrayLike) -> FloatArray:
-        """log(beta**(n(t) - n(s))), 0 from `t` on: the logarithm keeps the digits of a beta near 1."""
+        """Return log(beta**(n(t) - n(s))), 0 from `t` on: the logarithm keeps the digits of a beta near 1."""
         later_steps = self.clock.step_at(self.t) - self.clock.step_at(s)
         return np.asarray(math.log(self.beta) * np.maximum(later_steps, 0.0))
 
 
 def mean_age(gamma: float, steps: int) -> float:
-    """Mean age, in steps, of the values in a power-function average that is updated at every step 1 .. `steps`.
+    """Return the mean age, in steps, of the values in a power-function average updated at every step 1 .. `steps`.
 
-    sum_k w_k (T - k) with the discrete weights w, by partial summation sum_{j=1}^{T-1} (j/T)**(gamma+1).
+    It is sum_k w_k (T - k) with the discrete weights w, by partial summation sum_{j=1}^{T-1} (j/T)**(gamma+1).
     """
     x = gamma + 1
     if steps <= 1_000_000:
@@ -67,13 +67,13 @@ def mean_age(gamma: float, steps: int) -> float:
 
 
 def classical_beta(sigma_rel: float, steps: int) -> float:
-    """The constant decay whose average has the power function's mean age: beta / (1 - beta) after `steps` steps."""
+    """Return the constant decay beta whose mean age beta / (1 - beta) is the power function's after `steps` steps."""
     age = mean_age(gamma_from_sigma_rel(sigma_rel), steps)
     return age / (1 + age)
 
 
 def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
-    """The inverse of `classical_beta`, for beta below 1 - 2 / (steps + 1), which has the uniform average's mean age."""
+    """Return the inverse of `classical_beta`; beta is below the uniform average's, 1 - 2 / (steps + 1)."""
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         reason = f"after {steps:,} steps it must lie in (0, {longest:.7g}), below the mean age of the uniform average"
@@ -81,7 +81,7 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     from scipy.optimize import brentq  # slow to import
 
     age = beta / (1 - beta)
-    # Mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
+    # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
     largest = steps * (2 + max(0.0, -math.log(age))) * 2
 
     def excess(log_x: float) -> float:
@@ -92,7 +92,7 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A power function, and the classical EMA that has the same mean age after some number of steps.
+    """A power function, and the classical EMA with the same mean age after a number of steps.
 
     Attributes:
         sigma_rel, gamma: of the power function.
@@ -107,12 +107,12 @@ class Conversion:
     beta: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes, for JSON."""
+        """Return the attributes for JSON."""
         return asdict(self)
 
 
 def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[Conversion]:
-    """The power functions of these widths, and those of these classical decays, after `steps` steps.
+    """Return the power functions with these widths, then those with the mean ages of these classical decays.
 
     Raises:
         InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
@@ -135,19 +135,19 @@ class Uniform:
     end: float
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s`."""
+        """Return the mass per unit of time at `s`."""
         times = np.asarray(s, dtype=np.float64)
         return np.where((times > self.start) & (times <= self.end), 1 / (self.end - self.start), 0.0)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`: (end - s) / (end - start) between the two."""
+        """Return the mass after `s`: (end - s) / (end - start) between the two."""
         times = np.asarray(s, dtype=np.float64)
         return np.clip((self.end - times) / (self.end - self.start), 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class StepWindow:
-    """The mean of the last `steps` steps up to time `t`, 1 / steps each; the run has at least as many up to `t`.
+    """The mean of the last `steps` steps up to time `t`, 1 / steps each; the run has at least that many up to `t`.
 
     With n(s) the step at time `s`, the mass after `s` is (n(t) - n(s)) / steps.
     """
@@ -157,9 +157,9 @@ class StepWindow:
     clock: Clock
 
     def __post_init__(self) -> None:
-        found = float(self.clock.step_at(self.t))
-        if self.steps > found:
-            reason = f"the run has {math.floor(found):,} steps up to t = {self.t:,.12g}; must be at most that"
+        count = float(self.clock.step_at(self.t))
+        if self.steps > count:
+            reason = f"the run has {math.floor(count):,} steps up to t = {self.t:,.12g}; must be at most that"
             raise InvalidValueError("window", reason, value=self.steps)
 
     @property
@@ -168,17 +168,15 @@ class StepWindow:
         return float(self.clock.time_at(self.clock.step_at(self.t) - self.steps))
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s`: steps per unit of time, divided by `steps`, on (start, t]."""
+        """Return the mass per unit of time at `s`: steps per unit of time, divided by `steps`, on (start, t]."""
         times = np.asarray(s, dtype=np.float64)
         inside = (times > self.start) & (times <= self.t)
         return np.where(inside, self.clock.steps_per_time(times) / self.steps, 0.0)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`: (n(t) - n(s)) / steps, between 0 and 1."""
+        """Return the mass after `s`: (n(t) - n(s)) / steps, limited to [0, 1]."""
         return np.clip((self.clock.step_at(self.t) - self.clock.step_at(s)) / self.steps, 0.0, 1.0)
 
-
-BoolArray = npt.NDArray[np.bool_]
 
 _SLACK = 1e-9
 """Accepted rounding error of a tail."""
@@ -191,21 +189,21 @@ SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
 """The multiplier d(x) at the fraction x of a decay, from 1 down to 0."""
 
 _STEP = 1e-6
-"""Distance of the difference quotient that is the density, as a fraction of the decay."""
+"""Half the width of the difference quotient for the density, as a fraction of the decay."""
 
 
 @dataclass(frozen=True)
 class EmulatedDecay:
-    """The average that stands for a decay of the learning rate, from time `start` to `end` (0 <= start < end).
+    """The average that emulates a decay of the learning rate from time `start` to `end` (0 <= start < end).
 
     The weights are theta(0) plus a sum of updates. An average with the mass tail(s) after s multiplies the update at
-    time s by tail(s). So an average with tail(s) = d((s - start) / (end - start)) is what a run would give whose rate
-    had been multiplied by d from `start` on, as far as the updates themselves would have been the same. Of checkpoints
-    theta_j it is sum_j c_j theta_j whose c_j have the sums w_i = sum_(j >= i) c_j, the multiplier of the updates up to
-    theta_i (WSM, arXiv 2507.17634, where checkpoints are evenly spaced).
+    time s by tail(s). So an average with tail(s) = d((s - start) / (end - start)) equals the weights of a run whose
+    learning rate is multiplied by d from `start` on, if the updates themselves are otherwise the same. As a combination
+    of checkpoints, sum_j c_j theta_j, it has the sums w_i = sum_(j >= i) c_j, the multiplier of the updates up to
+    theta_i (WSM, arXiv 2507.17634, for evenly spaced checkpoints).
 
     Attributes:
-        start, end: on the run's clock.
+        start, end: times on the run's clock.
         shape: one of `SHAPES`.
     """
 
@@ -214,7 +212,7 @@ class EmulatedDecay:
     shape: str
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s`."""
+        """Return the mass per unit of time at `s`."""
         times, width = np.asarray(s, dtype=np.float64), self.end - self.start
         last = self.end - _STEP * width
         a, b = (np.clip(times + sign * _STEP * width, self.start, last) for sign in (-1, 1))
@@ -222,7 +220,7 @@ class EmulatedDecay:
         return np.where(inside, (self.tail(a) - self.tail(b)) / np.where(inside, b - a, 1.0), 0.0)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`: 1 up to `start`, 0 from `end` on."""
+        """Return the mass after `s`: 1 up to `start`, 0 from `end` on."""
         times = np.asarray(s, dtype=np.float64)
         x = np.clip((times - self.start) / (self.end - self.start), 0.0, 1.0)
         values = SHAPES[self.shape](x)
@@ -233,16 +231,16 @@ class EmulatedDecay:
 
 
 def try_profile(profile: Profile, t: float, title: str) -> None:
-    """Check a profile at some 1,200 times from before the run to after `t`, which are denser near 0 and `t`.
+    """Check a profile at about 1,200 times from before the run to after `t`, which are denser near 0 and `t`.
 
     Both functions must take arrays and return finite values of the same shape; the density must not be below 0; the
     tail must lie in [0, 1], be 1 before 0 and 0 from `t` on, and never grow. Mass at time 0 is allowed. Whether the
     density is the slope of the tail is not checked.
 
     Raises:
-        InvalidValueError: about `title`.
+        InvalidValueError: with `title` as its subject.
     """
-    # Evenly spaced, and approaching both ends.
+    # Evenly spaced times, and times that approach both ends.
     near = np.geomspace(1e-9, 1e-3, 61)
     inside = np.unique(np.concatenate((np.arange(1, 1025) / 1024, near, 1 - near))) * t
     density = _values(profile, "density", inside, title)
@@ -255,15 +253,17 @@ def try_profile(profile: Profile, t: float, title: str) -> None:
     _check(title, "tail", times[1:], tail[1:], np.diff(tail) > _SLACK, "must never grow")
 
 
-def _check(title: str, name: str, times: FloatArray, values: FloatArray, is_wrong: BoolArray, accepted: str) -> None:
-    """Raise an InvalidValueError about the first time at which one of the functions is wrong."""
+def _check(
+    title: str, name: str, times: FloatArray, values: FloatArray, is_wrong: npt.NDArray[np.bool_], accepted: str
+) -> None:
+    """Raise an InvalidValueError that names the first time at which a function's value is wrong."""
     if is_wrong.any():
         first = is_wrong.argmax()
         raise InvalidValueError(title, f"{name} is {values[first]:.6g} at s = {times[first]:,.12g}; {accepted}")
 
 
 def _values(profile: Profile, name: str, times: FloatArray, title: str) -> FloatArray:
-    """The values of one of the functions at times, finite and of their shape."""
+    """Return a function's values at the times; raise an InvalidValueError unless they are finite and in their shape."""
     try:
         result = np.asarray(getattr(profile, name)(times), dtype=np.float64)
     except (TypeError, ValueError, ArithmeticError) as error:

@@ -1,8 +1,8 @@
-"""What a run records: the tracked profile, and the clock of its steps.
+"""The tracked profile and the clock of a run, as its snapshots record them.
 
 The profile is the power function of Karras et al. (arXiv 2312.02696, section 3.1).
 
-Training time `t` runs from 0, in any unit. An average taken at time `t` with exponent `gamma` weighs the network at
+Training time `t` starts at 0, in any unit. An average taken at time `t` with exponent `gamma` weighs the network at
 time `s` by
 
     density(s) = (gamma + 1) s**gamma / t**(gamma + 1),     0 < s <= t      (equation 121),
@@ -35,29 +35,29 @@ class Profile(Protocol):
     """The mass of an average, 1 in total, over times on the run's clock. Both functions take arrays of any shape."""
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at times `s`; points of mass are left out."""
+        """Return the mass per unit of time at times `s`; points of mass are left out."""
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass at times after `s`: 1 before the start, 0 from the end on. It never grows."""
+        """Return the mass at times after `s`: 1 before the start, 0 from the end on, and never increasing."""
 
 
 class StoredProfile(Profile, Protocol):
-    """The profile of a stored average: `PowerFunction`, `Point`, `Discrete`, or another one with a time."""
+    """The profile of a stored average: `PowerFunction`, `Point`, `Discrete`, or another profile with a time."""
 
     @property
     def t(self) -> float:
-        """When it was taken, above 0; its mass is at or before that."""
+        """The time at which the average was taken, above 0; all mass is at or before it."""
 
 
 UNIFORM_SIGMA_REL = 12**-0.5
 """sigma_rel of the uniform average over all of training; every power function is shorter."""
 
 SHORTEST_SIGMA_REL = 1e-12
-"""Shorter than one step of any training; far below it the formulas overflow."""
+"""The least sigma_rel, shorter than one step of any training; far below it the formulas overflow."""
 
 
 def check_sigma_rel(sigma_rel: float) -> float:
-    """`sigma_rel` as a float, or an InvalidValueError that names the range."""
+    """Return `sigma_rel` as a float; raise an InvalidValueError that names the range if it lies outside."""
     try:
         value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -74,11 +74,11 @@ def check_sigma_rel(sigma_rel: float) -> float:
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The exponent whose profile has the width `sigma_rel`, to about 1e-15 relative in gamma + 1 (equation 126).
+    """Return the exponent of the profile with width `sigma_rel` (equation 126), gamma + 1 to about 1e-15 relative.
 
-    With x = gamma + 1 and T = sigma_rel**-2 equation 123 reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the uniform
-    average f has two positive roots (x = 1 and x = 0.37 at T = 12), of which the larger is wanted. f is convex for
-    x > 0, and x = 1 / sigma_rel lies right of both roots, so that Newton's method from there falls monotonically onto
+    With x = gamma + 1 and T = sigma_rel**-2, equation 123 reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the uniform
+    average f has two positive roots (x = 1 and x = 0.37 at T = 12); the larger one is the solution. f is convex for
+    x > 0, and x = 1 / sigma_rel lies right of both roots, so that Newton's method from there decreases monotonically to
     the larger root.
     """
     return _gamma(check_sigma_rel(sigma_rel))
@@ -101,17 +101,17 @@ def _gamma(sigma_rel: float) -> float:
 
 
 def sigma_rel_from_gamma(gamma: float) -> float:
-    """The width of the profile with exponent `gamma` > 0, as a fraction of training time."""
+    """Return the width of the profile with exponent `gamma` > 0, as a fraction of training time."""
     if not (gamma > 0 and math.isfinite(gamma)):
         raise InvalidValueError("gamma", "must be above 0, the uniform average, and finite", value=f"{gamma:g}")
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
-    """1 - beta: the share that an update at time `t` gives to the new value.
+    """Return 1 - beta, the share of the new value in an update at time `t`.
 
     beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain of such
-    updates leaves on each value the power function's mass on the interval before it. `t_prev` = 0 is the first update.
+    updates gives each value the power function's mass on the interval before it. At the first update `t_prev` is 0.
     """
     if t_prev == 0:
         return 1.0
@@ -119,29 +119,29 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
 
 
 WINDOW = 32
-"""Updates in a mean at most: its own roundings, and steps that it is too coarse to take, must not count."""
+"""Limit of the updates in a mean, which keeps its roundings, and updates smaller than its spacing, negligible."""
 
 UNEVEN = 1 / 60
-"""How much profiles may differ in the weights, relative to each other, that they give within a mean that they share."""
+"""Limit of the relative difference between profiles in their weights within a mean that they share."""
 
 LONGEST = 1 / 1000
 """The time that a shared mean of more than two values may cover, relative to all of training so far."""
 
 BETWEEN = 1 / 4
-"""The same as `UNEVEN` where there are means of the shortest profile and the longest, for those in between."""
+"""The same limit for profiles in between, where the shortest and the longest profile have means of their own."""
 
 
 def reach(gammas: Sequence[float]) -> float:
-    """The time that a mean of more than two values may cover for these profiles, relative to training so far."""
+    """Return the time that a mean of more than two values may cover for these profiles, relative to `t`."""
     spread = max(gammas) - min(gammas)
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
 
 def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, early: bool) -> bool:
-    """Whether averages take in the means of `window` values, those after `begin`, at the update at time `t`.
+    """Return whether the mean of the last `window` values, after `begin`, is folded into the averages at time `t`.
 
-    They do at the first update, which begins them. Early in a run the shortest profile and the longest have means of
-    their own; later all share one: of two values it is exact, however far these are apart.
+    The first update is always folded. Early in a run the shortest profile and the longest have a mean each; later all
+    profiles share one, which is exact for two values, however far they are apart.
     """
     if begin == 0 or window >= WINDOW:
         return True
@@ -151,27 +151,27 @@ def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, ea
 
 
 def is_late(window: int, begin: float, t: float) -> bool:
-    """Whether a mean of `WINDOW` updates, as long as these `window` ones after `begin` until `t`, may be shared."""
+    """Return whether all profiles may share a mean of `WINDOW` updates, each as long as these in (begin, t]."""
     return (t - begin) * WINDOW <= LONGEST * t * window
 
 
 def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t: float) -> bool:
-    """Whether the path's window after `begin` ends at `t`, early in a run, where the last update was at `before`.
+    """Return whether, early in a run, the sketch's window after `begin` ends at `t`; `before` is the last update.
 
-    It has the length of a shared mean; where that would be of two values, each has a window of its own.
+    A window is as long as a shared mean; where that would contain two values, each value has a window.
     """
     least = 2 if begin == before else 1
     return (t - begin) * least > reach(gammas) * t
 
 
 def roundings(gamma: float, updates: int) -> float:
-    """The number of independent roundings, of its own size, that so many updates left in a float32 average.
+    """Return the number of independent roundings, each of the average's size, that remain in it after the updates.
 
-    Reading rounds once. A mean of n updates is rounded at each, which fades as k / n to n / 3 roundings; as the average
-    does, (s / t)^(gamma + 1), where it is of most of training: `updates` / (2 gamma + 3). Over means it averages out:
-    with masses p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n / `updates`.
-    Each fold early in a run, which has N updates, rounds once: what is added to round evenly does not add up. Of that
-    N / n / (2 gamma + 3) are left at its end, and fade with the average.
+    Reading the average rounds once. A mean of n updates is rounded at each of them; the k-th rounding decays as k / n,
+    which leaves n / 3. If the mean covers most of training, they decay as the average does, (s / t)^(gamma + 1), which
+    leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
+    p(s) n dt, n dt integral p^2 ds = (gamma + 1)^2 / (2 gamma + 1) n / `updates`. Each fold in the early part of a run,
+    of N updates, rounds once more; N / n / (2 gamma + 3) of these remain at its end, and decay with the average.
     """
     n, early, fading = min(WINDOW, updates), min(updates, WINDOW / LONGEST), 2 * gamma + 3
     means = min(n / 3, updates / fading) * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
@@ -187,22 +187,22 @@ class PowerFunction:
 
     @classmethod
     def from_sigma_rel(cls, sigma_rel: float, t: float) -> PowerFunction:
-        """The power function whose width is `sigma_rel`, at time `t`."""
+        """Return the power function of width `sigma_rel` at time `t`."""
         return cls(gamma_from_sigma_rel(sigma_rel), float(t))
 
     @property
     def sigma_rel(self) -> float:
-        """Standard deviation as a fraction of `t`."""
+        """The standard deviation as a fraction of `t`."""
         return sigma_rel_from_gamma(self.gamma)
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s`; 0 outside (0, t]."""
+        """Return the mass per unit of time at `s`; 0 outside (0, t]."""
         relative = np.asarray(s, dtype=np.float64) / self.t
         inside = (relative > 0) & (relative <= 1)
         return np.where(inside, np.power(np.where(inside, relative, 1.0), self.gamma), 0.0) * (self.gamma + 1) / self.t
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
+        """Return the mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
         relative = np.clip(np.asarray(s, dtype=np.float64) / self.t, 0.0, 1.0)
         with np.errstate(divide="ignore"):
             return np.asarray(-np.expm1((self.gamma + 1) * np.log(relative)), dtype=np.float64)
@@ -212,8 +212,8 @@ class PowerFunction:
 class RecordedPowerFunction:
     """A power function as a tracker recorded it, from discrete updates.
 
-    The mass before the first update, (t_first / t)**(gamma + 1), sits on the value at `t_first`. Later updates are at
-    most `max_interval` apart, so that mass is displaced by no more.
+    The mass before the first update, (t_first / t)**(gamma + 1), lies on the value at `t_first`. Later updates are at
+    most `max_interval` apart, so that mass is displaced by at most that time.
     """
 
     gamma: float
@@ -234,10 +234,10 @@ class RecordedPowerFunction:
 class Clock:
     """A run's steps (calls of `update_`) over its training time, interpolated linearly from step 0 at time 0.
 
-    After the last known pair steps are as long as before it. The step clock is the identity.
+    After the last known pair, steps are as long as just before it. The step clock is the identity.
 
     Attributes:
-        steps, times: the known pairs, at least one, both growing from above 0.
+        steps, times: the known pairs, at least one, both ascending from above 0.
     """
 
     steps: Sequence[float]
@@ -249,21 +249,21 @@ class Clock:
 
     @classmethod
     def of_steps(cls) -> Clock:
-        """The step clock: the time of a step is its number."""
+        """Return the step clock: the time of a step is its number."""
         return cls((1.0,), (1.0,))
 
     def step_at(self, s: npt.ArrayLike) -> FloatArray:
-        """The step at times `s`, any shape, with fractions; 0 up to time 0."""
+        """Return the step at times `s`, any shape, with fractions; 0 up to time 0."""
         times, steps = self._nodes
         return _interpolated(np.asarray(s, dtype=np.float64), times, steps)
 
     def time_at(self, step: npt.ArrayLike) -> FloatArray:
-        """The time of steps, any shape: the inverse of `step_at`."""
+        """Return the time of steps, any shape: the inverse of `step_at`."""
         times, steps = self._nodes
         return _interpolated(np.asarray(step, dtype=np.float64), steps, times)
 
     def steps_per_time(self, s: npt.ArrayLike) -> FloatArray:
-        """Steps per unit of time at times `s`, any shape: the slope of `step_at` up to `s`; 0 up to time 0."""
+        """Return the steps per unit of time at `s`, any shape: the left derivative of `step_at`; 0 up to time 0."""
         at = np.asarray(s, dtype=np.float64)
         times, steps = self._nodes
         slopes = np.diff(steps) / np.diff(times)
@@ -276,17 +276,17 @@ class Clock:
 
 
 def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
-    """Linear between the knots, constant before the first, with the last slope after the last."""
+    """Interpolate linearly between knots: constant before the first one, with the last slope after the last."""
     slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
     beyond = values[-1] + (x - knots[-1]) * slope
     return np.where(x > knots[-1], beyond, np.interp(x, knots, values))
 
 
 MOST_KNOTS = 256
-"""Pairs that a ClockRecorder keeps, the newest one included."""
+"""Limit of the pairs that a ClockRecorder keeps, the newest one included."""
 
 TOLERANCE = 0.5
-"""Error of a clock between its knots, in steps, while there is room for knots."""
+"""Largest error of a clock between its knots, in steps, until `MOST_KNOTS` is reached."""
 
 
 Knots = tuple[tuple[int, float], ...]
@@ -294,17 +294,17 @@ Knots = tuple[tuple[int, float], ...]
 
 @dataclass(slots=True, eq=False)
 class ClockRecorder:
-    """Records a clock call by call as knots, pairs between which time grows evenly with steps. Never changed.
+    """A clock, recorded call by call as knots: pairs of step and time, with a line between neighbours. Immutable.
 
-    A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every pair since then
-    within the tolerance. The slopes that do form an interval, which each pair narrows, so that no pair is stored. When
-    the interval is empty, the previous pair becomes the next knot.
+    A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every later pair within
+    the tolerance. The possible slopes form an interval, which each pair narrows, so that no pair is stored. When the
+    interval is empty, the previous pair becomes the next knot.
 
-    At `MOST_KNOTS` the knot nearest to the line between its neighbours is dropped, and the tolerance grows to that
-    distance, so that the rest of training is not recorded more closely than its past.
+    At `MOST_KNOTS` knots the one nearest to the line between its neighbours is dropped, and the tolerance grows to that
+    distance, so that the rest of training is not recorded more precisely than its past.
 
     Attributes:
-        step, t: the newest pair; 0 before the first.
+        step, t: the newest pair; 0 before the first pair.
     """
 
     step: int = 0
@@ -316,10 +316,10 @@ class ClockRecorder:
 
     @classmethod
     def of_knots(cls, knots: Sequence[tuple[int, float]]) -> ClockRecorder:
-        """A recorder that continues from the result of `knots_until`, at least one knot.
+        """Return a recorder that continues from the result of `knots_until`, at least one knot.
 
-        Of the slopes that the last line allowed only the mean one is known, so that the last knot stays unless steps
-        keep exactly that length.
+        The interval of possible slopes is lost except for the mean slope, so that the last pair becomes a knot unless
+        later steps have exactly that length.
         """
         *earlier, (step, t) = knots
         kept, tolerance = _with_room(earlier, TOLERANCE)
@@ -328,7 +328,7 @@ class ClockRecorder:
         return cls(step, t, kept, slope, slope, tolerance)
 
     def add(self, step: int, t: float) -> ClockRecorder:
-        """A recorder with the next pair, too, which must be above the last one."""
+        """Return a recorder that also has the next pair, which must be above the last one."""
         knots, lowest, highest, tolerance = self._knots, self._lowest, self._highest, self._tolerance
         begin, begin_t = knots[-1] if knots else (0, 0.0)
         if not lowest <= (step - begin) / (t - begin_t) <= highest:
@@ -339,21 +339,21 @@ class ClockRecorder:
         return ClockRecorder(step, t, knots, lowest, highest, tolerance)
 
     def knots_until(self, step: int, t: float) -> Knots:
-        """The knots up to an added pair, that pair last; empty for the step clock."""
+        """Return the knots up to an added pair, which becomes the last one; nothing for the step clock."""
         knots = (*(knot for knot in self._knots if knot[0] < step), (step, t))
         return () if all(knot[0] == knot[1] for knot in knots) else knots
 
     def state(self) -> list[float]:
-        """Tolerance, slopes, and each knot's step and time, from which `of_state` continues exactly."""
+        """Return tolerance, slopes, and each knot's step and time, from which `of_state` continues exactly."""
         pairs = (*self._knots, (self.step, self.t))
         return [self._tolerance, self._lowest, self._highest, *(number for pair in pairs for number in pair)]
 
     @classmethod
     def of_state(cls, state: Sequence[float]) -> ClockRecorder:
-        """The recorder that gave this `state`.
+        """Return the recorder with this `state`.
 
         Raises:
-            InvalidValueError: not such a state.
+            InvalidValueError: the value is not the state of a recorder.
         """
         if not _is_state(state):
             expected = f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its time, both growing"
@@ -364,7 +364,7 @@ class ClockRecorder:
 
 
 def _with_room(knots: list[tuple[int, float]], tolerance: float) -> tuple[Knots, float]:
-    """The knots, some dropped to make room for the newest pair, and the tolerance that they then have."""
+    """Drop knots until there is room for the newest pair; return the rest and their tolerance."""
     while len(knots) >= MOST_KNOTS:
         changes = [
             abs(step - a - (b - a) * ((t - a_t) / (b_t - a_t)))
@@ -376,6 +376,7 @@ def _with_room(knots: list[tuple[int, float]], tolerance: float) -> tuple[Knots,
 
 
 def _is_state(state: object) -> bool:
+    """Return whether a value read from a file is the `state` of a ClockRecorder."""
     if not isinstance(state, list) or not 5 <= len(state) <= 3 + 2 * MOST_KNOTS or len(state) % 2 == 0:
         return False
     if not all(type(x) is float or (type(x) is int and x < 2**63) for x in state):

@@ -1,7 +1,7 @@
-"""Coefficients of the linear combination of stored averages that is nearest to a wanted one.
+"""The coefficients of the linear combination of stored averages that is nearest to a target.
 
-`solving` has both methods: the published one, and minimum variance, the default. `prior` and `motion` are what the
-latter knows of a run, `basis` the linear algebra of both. NumPy serves but for rare problems, which import SciPy.
+`solving` has both methods: the published one, and minimum variance, the default. `prior` and `motion` hold what minimum
+variance knows about a run, `basis` the linear algebra of both methods. Only rare, rank-deficient problems need SciPy.
 """
 
 from posthoc_cli.reconstruction.basis import Losses, Steps, points_of, relative_width

@@ -1,14 +1,14 @@
 """The linear algebra of both methods: functions on the intervals between snapshot times, and least squares.
 
-Within one interval every stored profile, and its tail, is a sum of a few powers of s: of a power function its own, of
-one with mass at points a constant, since intervals end at these points. A small matrix in closed form
-gives an orthonormal basis of their span; functions of different intervals are orthogonal. In that basis the distance
-between two averages is a sum of squares, and a reconstruction a least-squares problem with few rows, whose condition
-number is the *square root* of that of the Gram matrix (9e4 against 8e9 for 512 snapshots of two profiles).
+Within one interval every stored profile, and its tail, is a sum of a few powers of s: a power function has its own
+exponent, and a profile with mass at points is constant, since intervals end at these points. A small Gram matrix in
+closed form yields an orthonormal basis of these powers; functions on different intervals are orthogonal. In that basis
+the squared distance between two averages is a sum of squares, and a reconstruction is a least-squares problem with few
+rows, whose condition number is the *square root* of the Gram matrix's (9e4 against 8e9 for 2 profiles x 512).
 
-Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
-hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
-are summed, since an average ignores how the network moved between updates.
+Motion is modelled per step, not per unit of time, since a clock may advance while nothing is trained. Over the usual
+hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals with only a few
+updates are summed instead, since an average ignores how the network moved between updates.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ import numpy.typing as npt
 from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
 
 MOST_POINTS = 16_384
-"""Points of mass that intervals end at; of more, evenly chosen ones."""
+"""Limit of the points of mass that intervals end at; among more points, evenly spaced ones are chosen."""
 
 
 def gammas_and_times(powers: Sequence[PowerFunction]) -> tuple[FloatArray, FloatArray]:
-    """Shape [n] each."""
+    """Return the exponents and the times of power functions: shape [n] each."""
     return np.array([p.gamma for p in powers]), np.array([p.t for p in powers])
 
 
 def gammas_of(profiles: Iterable[StoredProfile]) -> FloatArray:
-    """Exponents of the power functions among the profiles, each once, growing."""
+    """Return the distinct exponents of the power functions among the profiles, in ascending order."""
     return np.unique([profile.gamma for profile in profiles if isinstance(profile, PowerFunction)])
 
 
 def order_of(profile: StoredProfile) -> tuple[float, float, float]:
-    """What profiles are sorted by, whatever order they are given in; equal for equal profiles."""
+    """Return a sort key that depends on the profile alone; equal profiles have equal keys."""
     if isinstance(profile, PowerFunction):
         return profile.t, profile.gamma, 0.0
     return profile.t, np.inf, float(profile.tail(profile.t / 2))
 
 
 def points_of(profiles: Iterable[StoredProfile]) -> FloatArray:
-    """The points of mass of profiles that have some, growing, at most MOST_POINTS."""
+    """Return the distinct times at which the profiles have mass, in ascending order, at most MOST_POINTS."""
     points = np.unique(np.concatenate([np.zeros(0), *(getattr(profile, "jumps", ()) for profile in profiles)]))
     if points.size <= MOST_POINTS:
         return points
@@ -54,14 +54,14 @@ def points_of(profiles: Iterable[StoredProfile]) -> FloatArray:
 
 
 def are_powers(profiles: Sequence[Profile]) -> TypeGuard[Sequence[PowerFunction]]:
-    """Whether all are power functions, so that closed forms hold."""
+    """Return whether all profiles are power functions, so that closed forms hold."""
     return all(isinstance(profile, PowerFunction) for profile in profiles)
 
 
 # --- steps and updates -----------------------------------------------------------------------------
 
 FEW = 8
-"""Up to so many updates an interval is summed. With more, integral and sum differ by less than a tenth."""
+"""Intervals of at most this many updates are summed. With more updates, integral and sum differ by less than 10 %."""
 
 _SAME = 1e-9
 """Relative difference below which two times, or numbers of updates, are equal."""
@@ -69,13 +69,13 @@ _SAME = 1e-9
 
 @dataclass(frozen=True)
 class Cells:
-    """Intervals of training, each with steps of one length, and the updates in those that have few.
+    """Intervals of training with steps of constant length each, and the updates of the intervals that have few.
 
     Attributes:
-        edges: of the intervals, growing: shape [K + 1].
+        edges: ends of the intervals, ascending: shape [K + 1].
         density: steps per unit of time within each interval; 0 where its updates are listed instead: shape [K].
-        before, after, interval: of each listed update, times of the one before and of itself, and the index of its
-            interval: shape [M].
+        before, after, interval: for each listed update, the time of the previous update, its own time, and the index
+            of its interval: shape [M] each.
         stride: steps between updates.
     """
 
@@ -88,19 +88,19 @@ class Cells:
 
     @property
     def duration(self) -> FloatArray:
-        """Time of a step within each interval; 0 where its updates are listed instead: shape [K]."""
+        """The duration of a step within each interval; 0 where its updates are listed instead: shape [K]."""
         return np.divide(1.0, self.density, out=np.zeros_like(self.density), where=self.density > 0)
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Mass that averages have at or after each listed update: shape [M, n]."""
+        """Return the mass of each profile at or after each listed update: shape [M, n]."""
         return self._mass_after(self.before, profiles)
 
     def masses(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Mass that averages have on each listed update: shape [M, n]."""
+        """Return the mass of each profile on each listed update: shape [M, n]."""
         return self.tails(profiles) - self._mass_after(self.after, profiles)
 
     def _mass_after(self, s: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
-        """Tails; 0 for power functions that do not include the update."""
+        """Return the tails at `s`, [M]; 0 for power functions that end before the update: shape [M, n]."""
         ends = np.array([p.t * (1 + _SAME) if isinstance(p, PowerFunction) else np.inf for p in profiles])
         tails = np.stack([profile.tail(s) for profile in profiles], axis=1)
         return np.where(self.after[:, None] <= ends, tails, 0.0)
@@ -115,18 +115,18 @@ class Steps:
 
 
 def cells_between(edges: FloatArray, profiles: Iterable[StoredProfile], run: Steps | None) -> Cells:
-    """The intervals between `edges`, cut at points of mass, and where the length of a step changes.
+    """Return the intervals between `edges`, cut at points of mass and where the duration of a step changes.
 
-    Unknown steps are one unit of time.
+    Without a `run` every step is one unit of time, and no updates are listed.
     """
     edges = with_points(edges, profiles, run)
     if run is None:
-        none = np.zeros(0)
-        return Cells(edges, np.ones(edges.size - 1), none, none, np.zeros(0, dtype=np.intp), 0.0)
+        empty = np.zeros(0)
+        return Cells(edges, np.ones(edges.size - 1), empty, empty, np.zeros(0, dtype=np.intp), 0.0)
     knots = np.asarray(run.clock.times)
     edges = np.union1d(edges, knots[(knots > edges[0]) & (knots < edges[-1])])
     steps = run.clock.step_at(edges)
-    # An update at an edge belongs to the interval before it.
+    # An update exactly at an edge belongs to the interval that ends there.
     count = np.floor(steps / run.stride * (1 + _SAME) + _SAME).astype(np.int64)
     few = np.diff(count) <= FEW
     interval = np.repeat(np.flatnonzero(few), np.diff(count)[few])
@@ -139,7 +139,7 @@ def cells_between(edges: FloatArray, profiles: Iterable[StoredProfile], run: Ste
 
 
 def with_points(edges: FloatArray, profiles: Iterable[StoredProfile], run: Steps | None) -> FloatArray:
-    """The edges and, within them, the points of mass of profiles, and a step before each: the weights that it is on."""
+    """Return the edges and, between them, each profile's points of mass and the times one update before these."""
     points = points_of(profiles)
     before = points - 1 if run is None else run.clock.time_at(run.clock.step_at(points) - run.stride)
     return np.unique(np.concatenate((edges, np.clip(np.append(points, before), edges[0], edges[-1]))))
@@ -149,13 +149,13 @@ def with_points(edges: FloatArray, profiles: Iterable[StoredProfile], run: Steps
 
 
 class StoredFunctions(ABC):
-    """One function of each profile, in orthonormal functions of the intervals (edge_k, edge_k+1].
+    """The tail or the density of profiles, expanded in an orthonormal basis on each interval (edge_k, edge_k+1].
 
-    A stored one is, on interval k, a sum of terms amplitude_kn (s / edge_k+1)**power_n, and 0 after the profile's own
-    time. With u = s / edge_k+1, f_g = u**p_g / n_g is a power scaled to norm 1; the functions
-    e_j = sum_g f_g V_gj / sqrt(lambda_j) are orthonormal, where lambda and V are eigenvalues and eigenvectors of the
-    Gram matrix of the f. Directions of zero norm up to rounding (nearly equal exponents, very narrow intervals) are
-    left out. `exponents` are all p, [G]; `edges` grow, the first may be 0, [K + 1].
+    On interval k the function of stored profile n is a sum of terms amplitude_kn (s / edge_k+1)**power_n, and 0 after
+    the profile's own time. With u = s / edge_k+1, f_g = u**p_g / n_g is a power scaled to norm 1. The functions
+    e_j = sum_g f_g V_gj / sqrt(lambda_j) are orthonormal, where lambda and V are the eigenvalues and eigenvectors of
+    the Gram matrix of the f_g. Directions whose norm is zero up to rounding (nearly equal exponents, very narrow
+    intervals) are left out. `exponents` holds all p_g: shape [G]; `edges` ascend from 0 or later: shape [K + 1].
     """
 
     def __init__(self, exponents: FloatArray, edges: FloatArray) -> None:
@@ -174,22 +174,22 @@ class StoredFunctions(ABC):
 
     @abstractmethod
     def _terms(self, gamma: FloatArray, t: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
-        """(power [n] or [1], amplitude [K, n]) of each term, for power functions of `gamma` at `t`."""
+        """Return (power [n] or [1], amplitude [K, n]) of each term, for power functions of `gamma` at `t`."""
 
     @abstractmethod
     def _constant(self, profile: Profile) -> FloatArray:
-        """The function of a profile with mass at points, constant on each interval: shape [K]."""
+        """Return the value on each interval for a profile with mass at points, which is constant there: shape [K]."""
 
     @abstractmethod
     def _values(self, profile: Profile, s: FloatArray, interval: npt.NDArray[np.intp]) -> FloatArray:
-        """The function of any profile, at times within these intervals."""
+        """Return the function of any profile at the times `s`, which lie in the given intervals: shape [M]."""
 
     def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
-        """Shape [K, G, n]."""
+        """Return the coordinates of power functions in the basis: shape [K, G, n]."""
         return np.asarray(sum(self._expanded(*term) for term in self._terms(*gammas_and_times(profiles))))
 
     def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        """Power functions and profiles with mass at points, on intervals that end there: shape [K, G, n]."""
+        """Return the coordinates of stored profiles, all of whose points of mass are edges: shape [K, G, n]."""
         if are_powers(profiles):
             return self.of_powers(profiles)
         rows = np.zeros((*self._to_basis.shape[::2], len(profiles)))
@@ -202,37 +202,37 @@ class StoredFunctions(ABC):
         return rows
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Any profiles, [K, G, n], and the integrals of their squares over each interval, [K, n].
+        """Return the coordinates of any profiles, [K, G, n], and the integrals of their squares, [K, n].
 
-        Power functions in closed form, others by quadrature.
+        If all targets are power functions, both are in closed form, otherwise by quadrature.
         """
         if are_powers(targets):
             terms = self._terms(*gammas_and_times(targets))
             squares = sum(a * b * self._moment(p + q) for p, a in terms for q, b in terms)
             return self.of_powers(targets), np.asarray(squares, dtype=np.float64)
-        found = [self._by_quadrature(target) for target in targets]
-        return np.stack([rows for rows, _ in found], axis=2), np.stack([squares for _, squares in found], axis=1)
+        rows, integrals = zip(*map(self._by_quadrature, targets), strict=True)
+        return np.stack(rows, axis=2), np.stack(integrals, axis=1)
 
     def _ratio(self, t: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """1 on the intervals up to t, and the ratio of their ends to t: shape [K, n] each."""
+        """Return 1 on the intervals up to t and 0 after it, and the ratio of their ends to t: shape [K, n] each."""
         end = self._ends[:, None]
         return (end <= t).astype(np.float64), np.where(end <= t, end / t, 0.0)
 
     def _moment(self, power: FloatArray) -> FloatArray:
-        """Integral of (s / end)**power over each interval, power > -1: shape [K, *power.shape]."""
+        """Return the integral of (s / end)**power over each interval, power > -1: shape [K, *power.shape]."""
         shape = (-1,) + (1,) * power.ndim
         length = -np.expm1(-(power + 1) * self._log_ratio.reshape(shape)) / (power + 1)
         return np.asarray(self._ends.reshape(shape) * length, dtype=np.float64)
 
     def _expanded(self, power: FloatArray, amplitude: FloatArray) -> FloatArray:
-        """The functions amplitude_kn (s / end_k)**power_n in the basis: [n] or [1], [K, n] to [K, G, n]."""
+        """Return the coordinates of amplitude_kn (s / end_k)**power_n: [n] or [1] and [K, n] to [K, G, n]."""
         distinct, place = np.unique(power, return_inverse=True)  # many snapshots share an exponent
         overlap = self._moment(self._exponents[:, None] + distinct)[:, :, place]  # [K, G, n]
         overlap = overlap * (amplitude[:, None, :] / self._norms[:, :, None])
         return np.asarray(np.einsum("kgj,kgn->kjn", self._to_basis, overlap), dtype=np.float64)
 
     def _by_quadrature(self, target: Profile) -> tuple[FloatArray, FloatArray]:
-        """The projection of the target, [K, G], and the integrals of its square, [K]."""
+        """Return the coordinates of the target's projection, [K, G], and the integrals of its square, [K]."""
         points, weights, index = resolving_nodes(target, self._edges)
         values = self._values(target, points, index)
         powers = (points / self._ends[index])[:, None] ** self._exponents / self._norms[index]
@@ -243,7 +243,7 @@ class StoredFunctions(ABC):
 
 
 class Tails(StoredFunctions):
-    """Tails: of power functions 1 - (end/t)**(gamma+1) (s/end)**(gamma+1)."""
+    """The tails of profiles; for power functions 1 - (end/t)**(gamma+1) (s/end)**(gamma+1)."""
 
     def __init__(self, profiles: Sequence[StoredProfile], edges: FloatArray) -> None:
         super().__init__(np.concatenate(([0.0], gammas_of(profiles) + 1)), edges)
@@ -260,11 +260,12 @@ class Tails(StoredFunctions):
 
 
 class Densities(StoredFunctions):
-    """Densities: of power functions (gamma + 1) s**gamma / t**(gamma + 1); points of mass spread over an interval.
+    """The densities of profiles; for power functions (gamma + 1) s**gamma / t**(gamma + 1).
 
-    With `updates`, the time between updates within each interval, [K], a target's density is nowhere above the mass
-    within such a time on both sides, divided by it: the square of one that grows without bound, as at the start of a
-    1-sqrt decay, has no integral, while an update's mass is finite.
+    Mass at a point is spread over the interval that ends there. `updates` is the time between updates within each
+    interval, [K]: a target's density at s is limited to its mass between s - updates and s + updates, divided by
+    updates. Without the limit a density that grows without bound, as at the start of a 1-sqrt decay, has no
+    integrable square, although the mass of each update is finite.
     """
 
     def __init__(self, profiles: Sequence[StoredProfile], edges: FloatArray, updates: FloatArray | None = None) -> None:
@@ -288,17 +289,17 @@ class Densities(StoredFunctions):
 # --- Quadrature, for targets that are no power functions --------------------------------------------
 
 _ORDER = 16
-"""Gauss-Legendre nodes in a section of an interval: exact for polynomials up to degree 31."""
+"""Number of Gauss-Legendre nodes in each section of an interval: exact for polynomials up to degree 31."""
 
 _BISECTIONS = 100
 
 
 def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, FloatArray, npt.NDArray[np.intp]]:
-    """Points and weights for integrals of functions of the profile, and the interval that each is in: [M] each.
+    """Return nodes and weights for integrals between `edges`, and the index of each node's interval: shape [M] each.
 
-    The intervals are those between `edges`.
-    Each interval is cut at quantiles of the profile's mass, even ones and ones that approach both ends geometrically.
-    That resolves an average over a few of thousands of steps, and finds the edges of a window up to rounding.
+    The intervals are cut at quantiles of the profile's mass: evenly spaced levels, and levels that approach 0 and 1
+    geometrically. That resolves an average over a few of thousands of steps, and finds the edges of a window up to
+    rounding.
     """
     geometric = np.exp2(-np.arange(1.0, 50.0))
     levels = np.unique(np.concatenate((np.linspace(0, 1, 65)[1:-1], geometric, 1 - geometric)))
@@ -316,7 +317,7 @@ def resolving_nodes(profile: Profile, edges: FloatArray) -> tuple[FloatArray, Fl
 
 
 def relative_width(profile: Profile, t: float) -> float:
-    """Standard deviation of a profile within (0, t], as a fraction of `t`, with the mass at its start.
+    """Return the standard deviation of a profile within (0, t], as a fraction of `t`, mass at its start included.
 
     With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 - 2 integral s F.
     """
@@ -332,9 +333,9 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 class LeastSquares:
-    """argmin_x || factor x - goals || for goals, [rows, goals], one after another, by QR.
+    """argmin_x || factor x - goals || by QR, with one factorisation for any number of goals.
 
-    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which NumPy lacks.
+    Columns of `factor` that depend on others up to rounding get 0. Finding them takes pivoting, which NumPy lacks.
     """
 
     def __init__(self, factor: FloatArray) -> None:
@@ -350,20 +351,20 @@ class LeastSquares:
         self._q_transposed, self._r = np.ascontiguousarray(q[:, :rank].T), r[:rank, :rank]
 
     def solve(self, goals: FloatArray) -> FloatArray:
-        """Shape [columns, goals]."""
+        """Return the solutions for goals, [rows, goals]: shape [columns, goals]."""
         return self._spread(self._q_transposed @ goals)
 
     @property
     def leverage(self) -> FloatArray:
-        """How much of a change in each row of a goal the solution takes up, in [0, 1]: shape [rows]."""
+        """The share of a change in each row of a goal that the fit follows, in [0, 1]: shape [rows]."""
         return np.asarray(np.sum(self._q_transposed**2, axis=0))
 
     def inverse_factor(self) -> FloatArray:
-        """W with W W^T = (factor^T factor)^-1 on the independent columns: shape [columns, rank]."""
+        """Return W with W W^T = (factor^T factor)^-1 on the independent columns: shape [columns, rank]."""
         return self._spread(np.eye(self._order.size))
 
     def _spread(self, values: FloatArray) -> FloatArray:
-        """R^-1 times the values, for all columns: 0 for the dependent ones."""
+        """Return R^-1 times the values, with rows of 0 for the dependent columns."""
         solution = np.zeros((self.factor.shape[1], values.shape[1]))
         if self._order.size:
             solution[self._order] = np.linalg.solve(self._r, values)
@@ -371,7 +372,7 @@ class LeastSquares:
 
 
 def _inverse(factor: FloatArray, r: FloatArray) -> FloatArray | None:
-    """R^-1 of a QR decomposition; None if columns depend on others up to rounding."""
+    """Return R^-1 of a QR decomposition; None if columns depend on others up to rounding."""
     if factor.shape[0] < factor.shape[1]:
         return None
     try:
@@ -383,10 +384,10 @@ def _inverse(factor: FloatArray, r: FloatArray) -> FloatArray | None:
 
 
 def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """argmin_x || factor x - goals || of many goals, [rows, goals], the squared residuals, and W.
+    """Return argmin_x || factor x - goals || for many goals, [rows, goals], the squared residuals, and W.
 
     W W^T = (factor^T factor)^-1; W has fewer columns than rows if columns of `factor` depend on others up to rounding.
-    Takes one triangle and no orthogonal matrix, several times faster than `LeastSquares`.
+    Computes one triangular factor and no orthogonal matrix, which is several times faster than `LeastSquares`.
     """
     count = factor.shape[1]
     triangle = _triangle_of(factor, goals)
@@ -403,23 +404,24 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
 
 
 def _triangle_of(factor: FloatArray, goals: FloatArray) -> FloatArray:
+    """Return the triangular QR factor of both matrices side by side."""
     return np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"), dtype=np.float64)
 
 
 _REFRESH = 0.25
-"""The share of the snapshots that are lost before the problem is solved again, since each loss costs digits."""
+"""The share of the snapshots after whose loss the problem is solved again, since each loss costs digits."""
 
 
 class Losses:
-    """Expected squared errors of targets, as snapshots are lost one after another, from one factorisation.
+    """The expected squared errors of targets as snapshots are lost one after another, from one factorisation.
 
-    All coefficients but the last are unknowns of a least-squares problem, whose residuals are the squared errors. Where
-    c are its coefficients and P = W W^T is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a
-    squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
+    All coefficients but the last are the unknowns of a least-squares problem whose squared residuals are the squared
+    errors. With its solution c and the inverse P = W W^T of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to
+    a squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
 
     Arguments:
-        factor: one column a snapshot: shape [rows, n].
-        goals: one column a target: shape [rows, targets].
+        factor: one column per snapshot: shape [rows, n].
+        goals: one column per target: shape [rows, targets].
         unreachable: the part of each squared error that no coefficients change: shape [targets].
 
     Attributes:
@@ -435,7 +437,7 @@ class Losses:
         self._solve()
 
     def squares_without_each(self) -> FloatArray:
-        """Expected squared errors when one more is lost: shape [targets, n]; `squares` for lost ones."""
+        """Return the expected squared errors after the loss of each snapshot; `squares` if it is lost: [targets, n]."""
         spread = np.sum(self._root**2, axis=1)
         costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
         return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
@@ -455,11 +457,12 @@ class Losses:
         self._columns[:, snapshot] = self._root[snapshot] = 0.0
 
     def of(self, snapshots: Sequence[int]) -> Losses:
-        """The same for some of all the snapshots, renumbered."""
+        """Return the losses for a subset of all the snapshots, which are renumbered."""
         factor, goals = self._reduced
         return Losses(factor[:, snapshots], goals, self._unreachable)
 
     def _solve(self) -> None:
+        """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and W."""
         left, count = self._left, self._factor.shape[1]
         factor, goals = (self._factor, self._goals) if left.size == count else self._reduced
         others, last = factor[:, left[:-1]] - factor[:, left[-1:]], factor[:, left[-1:]]
@@ -473,7 +476,7 @@ class Losses:
 
     @cached_property
     def _reduced(self) -> tuple[FloatArray, FloatArray]:
-        """Factor and goals with at most as many rows as columns."""
+        """An equivalent factor and goals, with at most as many rows as columns."""
         count = self._factor.shape[1]
         triangle = _triangle_of(self._factor, self._goals)
         return triangle[:, :count], triangle[:, count:]

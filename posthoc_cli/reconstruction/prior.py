@@ -1,6 +1,6 @@
 """The prior of a reconstruction: the motion of a run's network, and the errors of its stored averages.
 
-Measurements are sums over the elements of all averaged tensors (not the copies), in float64.
+Measurements are sums over the elements of all averaged tensors (not of copied ones), in float64.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
 _MEMORY = 12
 """Steps over which training is smooth (momentum 0.9 remembers 10): the weights at one moment move like an average of
-that width, not like a walk down to the single step."""
+that width, not like a walk with independent steps."""
 
 ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
 """Root mean square error of one rounding to nearest, relative to the values, in units of eps: 0.196.
 
-An error is uniform within a spacing of eps 2**e around a value m 2**e, variance (eps 2**e)**2 / 12, and where
-logarithms are spread evenly the mean square of m in [1, 2) is 3 / (2 ln 2).
+The error of a value m 2**e is uniform within a spacing of eps 2**e, with variance (eps 2**e)**2 / 12. If logarithms of
+values are evenly distributed, the mean square of m in [1, 2) is 3 / (2 ln 2).
 """
 
 
 @dataclass(frozen=True)
 class Distance:
-    """The squared Euclidean distance between an average and another one of the same run.
+    """The squared Euclidean distance between an average and another average of the same run, its partner.
 
-    `t` and `sigma_rel` are those of the other one, which may have been deleted since. `squared` is between this
-    average, exact, and the other one, exact if of the same time, else as stored; `rounding` of it comes from that.
+    `t` and `sigma_rel` belong to the partner, which may have been deleted since. `squared` is the distance of this
+    average, exact, from the partner, exact if it has the same time, else as stored; `rounding` is the part of `squared`
+    that the partner's rounding causes.
     """
 
     t: float
@@ -61,30 +62,30 @@ class Distance:
 
     @property
     def other(self) -> StoredProfile:
-        """The profile of the other one."""
+        """The partner's profile."""
         return PowerFunction.from_sigma_rel(self.sigma_rel, self.t)
 
 
 @dataclass(frozen=True)
 class DistanceTo(Distance):
-    """A distance to one that is no power function; headers have none."""
+    """A distance to a partner that is no power function; headers hold no such distances."""
 
     profile: StoredProfile
 
     @property
     def other(self) -> StoredProfile:
-        """The profile of the other one."""
+        """The partner's profile."""
         return self.profile
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of one stored average; of a large model estimates from one subset of the elements.
+    """The measurements of one stored average; for a large model estimates from one subset of the elements.
 
     Attributes:
         norm: squared norm of the exact average.
         rounding: squared norm of the difference between the stored copy and the exact average.
-        distances: to the other profiles of the same time, and to the newest earlier snapshots of each profile.
+        distances: to the other averages of the same time, and to the newest earlier snapshots of each profile.
         weights: squared distance between the exact average and the network's weights at its time; None if unknown.
     """
 
@@ -100,14 +101,14 @@ class StoredAverage:
 
     Attributes:
         profile: as its tracker recorded it, or that of a checkpoint or of an average over known times.
-        updates: number of updates in it.
+        updates: number of updates in the average.
         eps: distance from 1 to the next number of the accumulator's dtype.
-        measurements: None where it has none.
-        step_length: time of a training step then; 0 if unknown.
-        steps: of the run until then; None if unknown.
-        motion: of the network until then, as known then.
-        inherited: expected squared error left from rounded snapshots that the run resumed from.
-        gammas: of all profiles that share its means; empty for its own.
+        measurements: None if nothing was measured.
+        step_length: duration of a training step at the average's time; 0 if unknown.
+        steps: the run's steps up to that time; None if unknown.
+        motion: estimate of the network's motion that was made at that time; None if there was none.
+        inherited: expected squared error that remains from rounded snapshots from which the run was resumed.
+        gammas: exponents of all profiles that share means with this one; empty if its means have its own weights.
     """
 
     profile: RecordedPowerFunction | Point | Discrete
@@ -122,12 +123,12 @@ class StoredAverage:
 
     @property
     def pure(self) -> StoredProfile:
-        """The profile, without the effects of discrete updates on a power function."""
+        """The profile; a recorded power function without the effects of discrete updates."""
         return self.profile.pure if isinstance(self.profile, RecordedPowerFunction) else self.profile
 
     @property
     def start(self) -> float:
-        """The earliest time at which motion matters: of a tracker its first update, else the first step of training."""
+        """The earliest time at which motion matters: a tracker's first update, otherwise the first training step."""
         first = self.profile.t_first
         if isinstance(self.profile, RecordedPowerFunction) or self.steps is None:
             return first
@@ -135,29 +136,29 @@ class StoredAverage:
 
     @property
     def roundings(self) -> float:
-        """The number of independent roundings, of an average's size, that its updates left in it."""
+        """The number of independent roundings, each of a value of the average's size, that the average contains."""
         if isinstance(self.profile, RecordedPowerFunction):
             return roundings(self.profile.gamma, self.updates)
         if isinstance(self.profile, Point):
             return 0.0
-        # Each update rounds, and its error is kept as the values up to then are.
+        # Each update rounds, and its error decays as the mass of the earlier values does.
         return float(np.sum((1 - self.profile.tail(self.profile.times)) ** 2))
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known of the snapshots in addition to their profiles. Arrays have the snapshots' order: shape [n] each.
+    """What is known about snapshots in addition to their profiles. Arrays are in the snapshots' order: shape [n] each.
 
     Attributes:
         motion: of the network.
         rounding: variance of each stored copy's rounding, r_i; 0 for an exact copy.
         arithmetic: variance of each average from the arithmetic of its updates.
         norm: squared norm of each average.
-        source: "measured" while training, "sampled" from the files, or "assumed".
+        source: where the numbers come from: "measured" while training, "sampled" from the files, or "assumed".
         steps: of the run; None if unknown.
         doubt: how badly the motion explains the measured distances, see `_doubt`.
-        sketch: of the path of the weights; None if the hook took none.
-        shared: errors that averages have in common, in independent parts: shape [n, parts]; None for none.
+        sketch: of the path of the weights; None if the hook made none.
+        shared: errors that averages have in common, as independent components: shape [n, components]; None for none.
     """
 
     motion: Motion
@@ -171,33 +172,33 @@ class Prior:
     shared: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
-        """The same for some of the snapshots."""
+        """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
         arrays: dict[str, Any] = {name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)}
         return replace(self, **arrays)
 
     def sampled(self) -> Prior:
-        """The same, marked as estimated from a sample of elements."""
+        """Return this prior with `source` "sampled" if it was "measured"."""
         return replace(self, source=SAMPLED) if self.source == MEASURED else self
 
     def stretched(self, steps: float, t: float, norm: float) -> Motion:
-        """The motion up to `t` of a run of `steps` steps on the same path, relative to a squared norm.
+        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to a squared norm.
 
-        Increments have the variance v dn over dn steps, so that v shrinks as the number of steps grows; densities
-        shrink, too, and with them integral w p^2 dn, so that w grows.
+        The increments over dn steps have the variance v dn, so that v shrinks as the number of steps grows. Densities
+        shrink, too, and integral w p^2 dn with them, so that w grows.
         """
         motion = self.motion
         edges = motion.edges if self.steps is None else self.steps.clock.step_at(motion.edges)
         factor = steps / (t if self.steps is None else float(self.steps.clock.step_at(t)))
-        # The new run moves from its start, even if the earlier one's averages began later.
+        # The new run moves from its start, even if the averages of this run began later.
         edges = np.concatenate(([0.0], edges[1:] * factor))
         return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
 
 
 def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
-    """The prior of a plan, or without measurements, relative to the norm.
+    """Return the prior of planned or unmeasured snapshots, relative to the norm.
 
-    `rounding` is the root mean square error of a stored copy, `motion` by default an even walk.
+    `rounding` is the root mean square error of a stored copy; `motion` is an even walk by default.
     """
     ones = np.ones(len(snapshots))
     motion = motion or Motion.even(max(p.t for p in snapshots))
@@ -205,9 +206,9 @@ def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, mot
 
 
 def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
-    """The prior from the measurements of a run's averages; `assumed_prior` without them.
+    """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average has none.
 
-    The order of the averages changes only that of the arrays. A `sketch` is of the path up to the last one.
+    The order of the averages affects only the order of the arrays. `sketch` covers the path up to the last average.
     """
     known = [average.measurements for average in averages if average.measurements is not None]
     if not known or len(known) < len(averages):
@@ -221,19 +222,19 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     steps = averages[in_order[-1]].steps
     earlier = next((m for i in reversed(in_order) if (m := averages[i].motion) is not None), None)
     distances = _distances([(profiles[i], known[i], arithmetic[i]) for i in in_order])
-    weights = [_to_weights(*found) for found in zip(averages, known, arithmetic, strict=True)]
+    weights = map(_distance_to_weights, averages, known, arithmetic.tolist())
     distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.same_profile]
     if distances:
         times = [profile.t for profile in profiles]
-        # Other libraries' averages of one time mean the same weights of late intervals: noise in the place of a walk
-        # made combinations up to 28 times as far off.
-        known_times = any(isinstance(profile, Discrete) for profile in profiles)
+        # Other libraries' averages of one time take the mean of the same weights in late intervals: with noise in place
+        # of a walk, combinations were up to 28 times as far off.
+        may_have_noise = not any(isinstance(profile, Discrete) for profile in profiles)
         start = min(average.start for average in averages)
-        motion = fit_motion(start, times, distances, steps, earlier, not known_times)
+        motion = fit_motion(start, times, distances, steps, earlier, may_have_noise)
     else:
         assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
         motion = assumed if earlier is None else earlier
-    # Weights that are all 0 have distances, but none above 0.
+    # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
         motion, np.array([measurements.rounding for measurements in known]), arithmetic, norm,
@@ -243,9 +244,9 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
 
 
 def misfit(averages: Sequence[StoredAverage]) -> float:
-    """How badly any motion explains the measured distances: the root mean square of log(measured / fitted).
+    """Return how badly even the best motion explains the distances: the root mean square of log(measured / fitted).
 
-    All averages have measurements, with two distances above 0 at least; nan without. Infinity where no motion can.
+    Return nan with fewer than two distances above 0, and infinity where no motion can explain them.
     """
     known = [(average.pure, average.measurements, 0.0) for average in averages if average.measurements is not None]
     distances = [distance for distance in _distances(known) if not distance.same_profile]
@@ -260,13 +261,13 @@ def misfit(averages: Sequence[StoredAverage]) -> float:
 
 
 _NEGLIGIBLE = 1e-4
-"""Squared distance, relative to the largest, below which it hardly matters how large exactly."""
+"""Squared distance, relative to the largest one, below which its exact value hardly matters."""
 
 
 def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> float:
-    """How badly the motion explains the measured distances: the root mean square of log(measured / expected).
+    """Return how badly the motion explains the distances: the root mean square of log(measured / expected).
 
-    A walk with noise, of any course, explains those of ordinary training within a few per cent. Of a path that
+    A walk with noise whose sizes vary explains the distances of ordinary training within a few per cent. If the path
     oscillates, or is smooth between snapshots, some are many times larger than expected, and others smaller.
     """
     measured = np.array([distance.squared for distance in distances])
@@ -276,7 +277,7 @@ def _doubt(motion: Motion, distances: Sequence[PairDistance], steps: Steps | Non
 
 
 def _shared(averages: Sequence[StoredAverage], inherited: FloatArray, sketch: Sketch | None) -> FloatArray | None:
-    """`Prior.shared`: errors that are inherited, and those from means that profiles share."""
+    """Return `Prior.shared`: inherited errors, and those from means that profiles share."""
     tracked = [i for i, average in enumerate(averages) if isinstance(average.profile, RecordedPowerFunction)]
     profiles = [averages[i].profile.pure for i in tracked]  # type: ignore[union-attr]
     gammas, times = gammas_and_times(profiles)
@@ -289,69 +290,69 @@ def _shared(averages: Sequence[StoredAverage], inherited: FloatArray, sketch: Sk
     steps = averages[-1].steps
     if sketch is not None and steps is not None and np.any(gammas < largest):
         updates = steps.clock.step_at(sketch.edges) / steps.stride
-        rows += (one for one in sketch.of_shared_means(profiles, largest, updates) if one.any())
-    found = np.zeros((len(averages), sum(map(len, rows))))
-    found[tracked] = np.vstack(rows).T
-    return found if found.any() else None
+        rows += (errors for errors in sketch.of_shared_means(profiles, largest, updates) if errors.any())
+    shared = np.zeros((len(averages), sum(map(len, rows))))
+    shared[tracked] = np.vstack(rows).T
+    return shared if shared.any() else None
 
 
 def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:
-    """Every measured distance, one for each pair of averages: the last record of a pair counts."""
-    found: dict[tuple[tuple[float, ...], ...], PairDistance] = {}
+    """Return the measured distance of each pair of averages; if a pair has several records, the last one."""
+    distances: dict[tuple[tuple[float, ...], ...], PairDistance] = {}
     floor = 1e-18 * max(measurements.norm for _, measurements, _ in averages)
     for profile, measurements, arithmetic in averages:
         for distance in measurements.distances:
             earlier, later = sorted((profile, distance.other), key=order_of)
-            # The other average may have been deleted; its arithmetic has about the same variance.
+            # The partner may have been deleted; its arithmetic has about the same variance.
             noise = distance.rounding + 2 * arithmetic
-            # A distance below the errors only says that it is small.
-            least = max(distance.squared, noise, floor)
-            if least > 0:
-                # A gamma computed elsewhere may differ in its last bits.
+            # A distance below the errors is only known to be small.
+            squared = max(distance.squared, noise, floor)
+            if squared > 0:
+                # A gamma that was computed elsewhere may differ in its last bits.
                 pair = tuple((t, round(gamma, 9), half) for t, gamma, half in map(order_of, (later, earlier)))
-                found[pair] = PairDistance(later, earlier, least, noise)
-    return list(found.values())
+                distances[pair] = PairDistance(later, earlier, squared, noise)
+    return list(distances.values())
 
 
-def _to_weights(average: StoredAverage, measurements: Measurements, arithmetic: float) -> PairDistance | None:
-    """The measured distance to the weights of the same time, which move like an average over a few steps.
+def _distance_to_weights(average: StoredAverage, measurements: Measurements, arithmetic: float) -> PairDistance | None:
+    """Return the distance to the weights of the same time, which move like an average over a few steps.
 
-    None if that average is not much shorter than this one.
+    Return None if it is unknown, or if an average over a few steps is not much shorter than this one.
     """
-    profile, found = average.profile, measurements.weights
+    profile, squared = average.profile, measurements.weights
     if not isinstance(profile, RecordedPowerFunction):
         return None
     width = max(_MEMORY * average.step_length, profile.max_interval) / profile.t
-    if not found or not average.step_length or not width < profile.pure.sigma_rel / 8:
+    if not squared or not average.step_length or not width < profile.pure.sigma_rel / 8:
         return None
     weights = PowerFunction.from_sigma_rel(width, profile.t)
-    return PairDistance(profile.pure, weights, found, float(arithmetic))
+    return PairDistance(profile.pure, weights, squared, arithmetic)
 
 
 # --- correlated roundings --------------------------------------------------------------------------
 #
-# The two errors of an element that moves by several spacings of the storage dtype between snapshots are independent. An
-# element that hardly moves is rounded to the same value, and a combination of both snapshots does not average the error
-# away. Errors are uniform within a spacing h, of variance r = h^2 / 12, and periodic in the value with period h. By the
-# Fourier series of that sawtooth, after a Gaussian displacement of variance d their correlation is
+# If an element moves by several spacings of the storage dtype between two snapshots, its rounding errors in them are
+# independent. If it hardly moves, it is rounded to the same value, and combining the snapshots does not average the
+# error out. The errors are uniform within a spacing h, with variance r = h^2 / 12, and periodic in the value with
+# period h. By the Fourier series of that sawtooth, their correlation after a Gaussian displacement of variance d is
 #
 #     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2) = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
 #
-# With sums over all elements for d and r it holds for a network whose elements move by equally many spacings. As a
+# With sums over all elements for d and r, it holds for a network whose elements move by equally many spacings. As a
 # function of expected squared distances it is a mixture of Gaussian kernels, hence positive semidefinite.
 
 _FAR = 12.0
-"""Squared distance, in roundings, beyond which the correlation is negligible: exp(-pi^2 / 6 * 12) = 3e-9."""
+"""Squared distance d / r beyond which the correlation is negligible: exp(-pi^2 / 6 * 12) = 3e-9."""
 
 _LARGEST = 0.99
-"""Correlation of copies without motion between them. With 1, coefficients of opposite signs could cancel errors whose
-sizes differ a little, and grow without bound."""
+"""Correlation of the errors of two copies without motion between them. With 1, coefficients of opposite signs could
+cancel errors whose sizes differ a little, and grow without bound."""
 
 
 def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
-    """A matrix B with B^T B = the covariance of the stored copies' errors: shape [n, n].
+    """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n, n].
 
-    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` are expected squared
+    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` holds the expected squared
     distances of the averages, [n, n].
     """
     root = np.sqrt(rounding)
@@ -362,42 +363,42 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
     correlation[near] = _LARGEST * _correlation(apart[near] / scale[near])
-    # NumPy divides and conquers; the usual driver fails on about one in a hundred of these clustered spectra.
+    # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered spectra.
     values, vectors = np.linalg.eigh(correlation * scale + np.diag(arithmetic))
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 
 def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray) -> FloatArray:
-    """A matrix B with B^T B = the covariance of errors that averages inherit from rounded snapshots: shape [n, n].
+    """Return a matrix B such that B^T B is the covariance of errors inherited from rounded snapshots: shape [n, n].
 
-    An average keeps the share (t_i / t)^(gamma + 1) of the error of an earlier one of its profile; the rest of its
-    error arose in between. `inherited` are the variances, [n]; times grow.
+    An average at t keeps the share (t_i / t)^(gamma + 1) of the error of an earlier average of its profile; the rest of
+    its error arose between the two. `inherited` holds the variances, [n]; `times` are in ascending order.
     """
     factor = np.zeros((times.size, times.size))
-    for own in (np.flatnonzero(gamma == one) for one in np.unique(gamma)):
-        factor[own[0], own[0]] = np.sqrt(inherited[own[0]])
-        for before, after in pairwise(own.tolist()):
+    for profile in (np.flatnonzero(gamma == exponent) for exponent in np.unique(gamma)):
+        factor[profile[0], profile[0]] = np.sqrt(inherited[profile[0]])
+        for before, after in pairwise(profile.tolist()):
             kept = factor[:, before] * (times[before] / times[after]) ** (gamma[after] + 1)
-            have = float(kept @ kept)
-            factor[:, after] = kept * np.sqrt(min(1.0, inherited[after] / have)) if have > 0 else 0.0
-            factor[after, after] = np.sqrt(max(inherited[after] - have, 0.0))
+            variance = float(kept @ kept)
+            factor[:, after] = kept * np.sqrt(min(1.0, inherited[after] / variance)) if variance > 0 else 0.0
+            factor[after, after] = np.sqrt(max(inherited[after] - variance, 0.0))
     return factor
 
 
 def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
-    """Expected squared error of an average that resumes from its stored copy, after an earlier squared `error`.
+    """Return the expected squared error of an average that resumes from its stored copy, `error` before the rounding.
 
-    A copy has values of the storage dtype, so that the next rounding depends only on the displacement from
-    there: `share` (of the values since the last resume) times the average's lag, of which the same share is forgotten.
-    Two consecutive displacements differ by 2 share times their square; where that is small, errors have one sign and
-    add up. `rounding` is squared, `spread` its expectation for values anywhere between those of the storage dtype;
-    `moved` is the squared distance from the copy of the last resume.
+    The values of a copy are representable in the storage dtype, so that the next rounding depends only on the
+    displacement from them: `share`, the mass of the values since the last resume, times the average's lag, of which the
+    same share is forgotten. Two consecutive displacements differ by 2 share times their square; where that is small,
+    the errors have one sign and add up. `rounding` is the squared error of the last rounding, `spread` its expectation
+    for arbitrary values; `moved` is the squared distance from the copy of the last resume.
     """
     correlation = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
     return error + rounding + 2 * correlation * float(np.sqrt(error * rounding))
 
 
 def _correlation(distance: FloatArray) -> FloatArray:
-    """The correlation of two rounding errors, by squared distance in units of their variance."""
+    """Return the correlation of two rounding errors at squared distances d / r: shape of `distance`."""
     squares = np.arange(1, 65) ** 2
     return np.asarray(sum(np.exp(-(np.pi**2) / 6 * k * distance) / k for k in squares) / sum(1 / squares))

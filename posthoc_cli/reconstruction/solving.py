@@ -5,8 +5,8 @@ p_1 .. p_n, the target has profile p, and the coefficients c minimise the L2 dis
 
     || sum_i c_i p_i - p ||,      <f, g> = integral f(s) g(s) ds,
 
-and are then divided by their sum. Without that the error at sigma_rel >= 0.2 is several times larger, since an average
-of another mass than 1 scales the weights.
+and are then divided by their sum. Without the division the error at sigma_rel >= 0.2 is several times larger, since an
+average whose mass is not 1 scales the weights.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, roun
 
 
 _LEAST_LEFT = 0.1
-"""Lower limit of what is left of a residual after a solution."""
+"""Lower limit of the share of a residual that remains after a solution, see `_left_out`."""
 
 _NO_ROUNDING = 1e-30
-"""Squared rounding, relative to the squared norm, far below that of any dtype."""
+"""Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is far larger."""
 
 
 @dataclass(frozen=True)
 class Goals:
     """Targets as columns of a least-squares problem, [rows, targets], and their squared norms, [targets].
 
-    Norms may exceed those of the columns: the difference is what no coefficients reach.
+    Norms may exceed those of the columns: no coefficients reach the difference.
     """
 
     targets: Sequence[Profile]
@@ -63,7 +63,7 @@ class Goals:
 
     @cached_property
     def unreachable(self) -> FloatArray:
-        """The share of the squared norms that no coefficients reach: shape [targets]."""
+        """The part of the squared norms that no coefficients reach: shape [targets]."""
         return np.asarray(np.maximum(self.norms - np.sum(self.columns**2, axis=0), 0.0))
 
 
@@ -75,18 +75,19 @@ class MinimumVariance:
 
         E |error|^2 = integral v (sum_i c_i tail_i - tail)^2 ds + integral w (sum_i c_i p_i - p)^2 ds + sum_i c_i^2 r_i.
 
-    Minimising it over c is a least-squares problem, whose residual is the expected squared error; the last coefficient
-    is eliminated by the constraint. The second term is the published method; most networks are closer to a walk.
+    Minimising it over c is a least-squares problem whose squared residual is the expected squared error; the constraint
+    eliminates the last coefficient. The second term alone is the published method; most networks are closer to a walk.
 
-    Where the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is
-    the error bar. What is minimised is the mean of the measured and the expected error: the projections are fewer than
-    the directions in which the weights move, and coefficients that suit them alone suit the others less.
+    If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is the
+    error bar. The coefficients minimise the mean of the measured and the expected error, since there are fewer
+    projections than directions in which the weights move: coefficients fitted to the projections alone are worse in the
+    other directions.
 
-    The profiles are at or before `t`, with their mass before the first update on it, in the order of the prior.
+    The profiles are at or before `t`, in the order of the prior; the mass before the first update lies on that update.
     """
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
-        # A fixed order, so that the caller's order changes no bit.
+        # Sorted, so that the caller's order changes no bit of the results.
         self._order = sorted(range(len(snapshots)), key=lambda i: order_of(snapshots[i]))
         self._stored = [snapshots[i] for i in self._order]
         self._prior = prior = prior.of(self._order)
@@ -95,24 +96,23 @@ class MinimumVariance:
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
         cells = cells_between(edges, self._stored, prior.steps)
         self._terms = _terms(prior, cells, self._stored)
-        self._root = np.sqrt(0.5) if self.is_measured else 1.0  # of the share of each kind of rows
+        self._root = np.sqrt(0.5) if self.is_measured else 1.0  # root of the weight of expected and measured rows each
         self._rows = self._root * np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
-        """What the other methods ask for."""
+        """Return the targets as columns of the problem, the argument of the other methods."""
         columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
         return Goals(targets, self._root * np.vstack(columns), self._root**2 * np.sum(norms, axis=0))
 
     def solve(self, goals: Goals, at_once: bool = False) -> FloatArray:
-        """The coefficients of least expected error; those of a target sum to 1.
+        """Return the coefficients of least expected error; the coefficients of each target sum to 1.
 
-        At once, many targets are solved several times faster, and differ in the last bits.
+        With `at_once`, many targets are solved several times faster, with other last bits.
         """
-        others, last = self._stacked[:, :-1] - self._stacked[:, -1:], self._stacked[:, -1:]
-        wanted = np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size)))) - last
-        found = solve_once(others, wanted)[0] if at_once else self._problem.solve(wanted)
-        solution = np.vstack((found, 1 - found.sum(axis=0)))
-        # Coefficients below the rounding of the sum are 0, so that their snapshots need not be read.
+        wanted = self._with_errors(goals) - self._stacked[:, -1:]
+        others = solve_once(self._differences, wanted)[0] if at_once else self._problem.solve(wanted)
+        solution = np.vstack((others, 1 - others.sum(axis=0)))
+        # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
         solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum(axis=0)] = 0.0
         exact = {self._stored[i]: i for i in np.flatnonzero(self._prior.rounding <= _NO_ROUNDING * self._prior.norm)}
         for column, target in enumerate(goals.targets):
@@ -121,10 +121,11 @@ class MinimumVariance:
         return self._as_given(solution)
 
     def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
-        """E |error|^2 of targets, each with its column of coefficients of sum 1: shape [motion and rounding, targets].
+        """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
 
-        What comes from motion is measured, or else widened where the motion is in doubt; what comes from rounding was
-        measured. Of coefficients that were `solved` for, each measured number is as if it had been left out.
+        The rows are the parts from motion and from rounding. The part from motion is measured if there is a sketch,
+        otherwise expected, and widened where the motion is in doubt. For coefficients that were `solved` for, each
+        measured residual is scaled to its value if it had been left out of the solution.
         """
         ordered = coefficients[self._order]
         missed = self._rows @ ordered - goals.columns
@@ -136,7 +137,7 @@ class MinimumVariance:
         return np.stack((motion, np.sum((self._errors @ ordered) ** 2, axis=0)))
 
     def error_of(self, coefficients: FloatArray) -> float:
-        """The predicted error of exactly these coefficients, [n]: that of the stored copies, whatever decays are."""
+        """Return the predicted error of given coefficients, [n], from the errors of the stored copies alone."""
         column = coefficients[:, None]
         ordered = column[self._order]
         made = self._rows @ ordered
@@ -145,48 +146,47 @@ class MinimumVariance:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the errors of any coefficients are measured, see `Sketch`."""
+        """Whether the errors of coefficients are measured, see `Sketch`."""
         return self._prior.sketch is not None
 
     @cached_property
     def _measured(self) -> slice:
-        """The rows of measured errors; all of them where none are."""
+        """The rows of measured errors; all rows if there is no sketch."""
         rows = self._rows.shape[0]
         return slice(0 if self._prior.sketch is None else rows - sum(self._prior.sketch.means.shape) - 1, rows)
 
     @property
     def unsure(self) -> float:
-        """How far a measured square may be off, relative to it: of an error in one direction, of D projections."""
+        """Relative standard deviation of a squared error in one direction, measured by D projections: sqrt(2 / D)."""
         return 0.0 if self._prior.sketch is None else float(np.sqrt(2 / self._prior.sketch.means.shape[1]))
 
     @cached_property
     def _left_out(self) -> FloatArray:
-        """What a residual of each of these rows is, relative to what it would be had it not been solved for."""
+        """The residual of each measured row, relative to its residual if the solution had left the row out."""
         return np.maximum(1 - self._problem.leverage[self._measured], _LEAST_LEFT)
 
     @property
     def doubt(self) -> float:
-        """That of the motion, beyond what is usual."""
+        """The doubt about the motion beyond what is usual."""
         return max(0.0, self._prior.doubt - _SURE)
 
     def expected_errors(self, squares: FloatArray, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """The roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
+        """Return the roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
         norms, errors = self._norms(coefficients, goals), np.sqrt(squares.sum(axis=0))
-        found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
-        return np.where((norms > 0) | (errors > 0), found, 0.0)
+        relative = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
+        return np.where((norms > 0) | (errors > 0), relative, 0.0)
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
-        """The targets' squared errors as snapshots are lost, in the caller's order."""
+        """Return the targets' squared errors as snapshots, numbered in the caller's order, are lost."""
         goals = self.goals(targets)
-        columns = np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size))))
-        return Losses(self._as_given(self._stacked.T).T, columns, goals.unreachable)
+        return Losses(self._as_given(self._stacked.T).T, self._with_errors(goals), goals.unreachable)
 
     def _norms(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """Probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
+        """Return the probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
 
-        Projections tell them, but for the factor by which they are off of the stored averages in use. Without, from a
-        place theta_0 on, |theta_i|^2 = |theta_0|^2 + |sum of the motion in it|^2 is expected of stored averages and of
-        targets; it is at least a quarter of the least norm's square. Assumed motion is relative to the stored norms.
+        A sketch measures them, up to a factor that is taken from the stored averages in use, whose norms are known.
+        Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is expected of stored averages and of
+        targets, and the result is at least half the smallest stored norm. Assumed motion is relative to stored norms.
         """
         ordered, norms, rows = coefficients[self._order], self._prior.norm, self._rows
         if self._prior.source == ASSUMED or not norms.any():
@@ -199,8 +199,8 @@ class MinimumVariance:
             np.sum((sketch.means[:1].T + values[projections] / self._root) ** 2, axis=0)
             for values in (rows, goals.columns)
         )
-        total, own = (squares @ np.abs(ordered) for squares in (norms, projected))
-        return np.asarray(np.sqrt(wanted * np.divide(total, own, out=np.zeros_like(own), where=own > 0)))
+        exact, sketched = (squares @ np.abs(ordered) for squares in (norms, projected))
+        return np.asarray(np.sqrt(wanted * np.divide(exact, sketched, out=np.zeros_like(sketched), where=sketched > 0)))
 
     @cached_property
     def _rounding(self) -> FloatArray:
@@ -208,35 +208,45 @@ class MinimumVariance:
         rows = self._rows[self._measured] / self._root
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
-        own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
-        return own if self._prior.shared is None else np.vstack((own, self._prior.shared.T))
+        separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
+        return separate if self._prior.shared is None else np.vstack((separate, self._prior.shared.T))
 
     @cached_property
     def _errors(self) -> FloatArray:
-        """The same with the errors of decays and beginnings that were found: shape [n or more, n].
+        """`_rounding`, and below it the errors of decays and beginnings that were estimated: shape [n or more, n].
 
-        A time constant that is off by the factor 1 + e changes each tail by e d tail / d log(tau): the same e in all,
-        of the standard deviation that the profiles have. What motion makes of the changes adds up like the errors. So
-        does what a beginning changes that is off.
+        If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d log(tau), with the
+        same e for all averages and the standard deviation that the profiles state. The motion turns these changes into
+        errors that add up over the averages. The same holds for an estimated beginning that is off.
         """
         rows = [self._rounding]
         for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
-            if any(one is not own for one, own in zip(others, self._stored, strict=True)):
+            if any(other is not stored for other, stored in zip(others, self._stored, strict=True)):
                 changed = self._root * np.vstack([term.of_stored(others) for term in self._terms]) - self._rows
                 rows.append(np.asarray(np.linalg.qr(changed[self._measured] / self._root, mode="r")))
         return np.vstack(rows)
 
     @cached_property
     def _stacked(self) -> FloatArray:
+        """The rows of motion, and below them those of `_errors`."""
         return np.vstack((self._rows, self._errors))
+
+    def _with_errors(self, goals: Goals) -> FloatArray:
+        """Return the columns of targets, which have no errors, for the rows of `_stacked`."""
+        return np.vstack((goals.columns, np.zeros((self._errors.shape[0], goals.norms.size))))
+
+    @property
+    def _differences(self) -> FloatArray:
+        """The columns for all coefficients but the last, which is 1 minus their sum."""
+        return np.asarray(self._stacked[:, :-1] - self._stacked[:, -1:])
 
     @cached_property
     def _problem(self) -> LeastSquares:
         """The problem for all coefficients but the last."""
-        return LeastSquares(self._stacked[:, :-1] - self._stacked[:, -1:])
+        return LeastSquares(self._differences)
 
     def _as_given(self, values: npt.NDArray[Any]) -> FloatArray:
-        """Values of the snapshots, in the caller's order."""
+        """Return values of the snapshots, [n, ...], in the caller's order."""
         given = np.empty(values.shape)
         given[self._order] = values
         return given
@@ -244,9 +254,9 @@ class MinimumVariance:
 
 @dataclass(frozen=True)
 class _Integral:
-    """An integral over intervals of many updates, with the roots of their weights, [K].
+    """A term of the error that is an integral over intervals of many updates; `root`, [K], is the root of v or w.
 
-    `most` limits a norm: that of noise at a point would be infinite.
+    `most` is the limit of a target's squared norm, which would be infinite for noise at a point.
     """
 
     functions: StoredFunctions
@@ -254,35 +264,41 @@ class _Integral:
     most: float = np.inf
 
     def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
-        """Columns: shape [rows, n]."""
+        """Return the columns of stored profiles: shape [rows, n]."""
         return self._scaled(self.functions.of_stored(profiles))
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Columns, [rows, n], and squared norms, [n], which may exceed those of the columns."""
+        """Return the columns of targets, [rows, n], and squared norms, [n], which may exceed those of the columns."""
         rows, squares = self.functions.of_targets(targets)
         return self._scaled(rows), np.minimum(self.root**2 @ squares, self.most)
 
     def _scaled(self, rows: FloatArray) -> FloatArray:
-        """Rows of the intervals, [K, G, n], times the root of their weight: shape [K * G, n]."""
+        """Return rows of the intervals, [K, G, n], times the roots: shape [K * G, n]."""
         return np.asarray((rows * self.root[:, None, None]).reshape(-1, rows.shape[2]), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class _Listed:
-    """Rows that are listed one by one: of the updates of intervals that have few, or measured: [rows, profiles]."""
+    """A term of the error that is a sum over rows: the updates of intervals that have few, or the sketch's.
+
+    `values` returns a column per profile, [rows, profiles]; `root` is that of each row's weight.
+    """
 
     values: Callable[[Sequence[Profile]], FloatArray]
     root: FloatArray | float = 1.0
 
     def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
+        """Return the columns of stored profiles: shape [rows, n]."""
         return self.of_targets(profiles)[0]
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        """Return the columns of targets, [rows, n], and their squared norms, [n]."""
         columns = np.asarray((self.root * self.values(targets).T).T, dtype=np.float64)
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
 def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Listed]:
+    """Return the terms of the error: walk, noise if there is any, and the sketch's measurement last."""
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
     terms: list[_Integral | _Listed] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
@@ -312,8 +328,8 @@ class Reconstruction:
 
     Attributes:
         coefficients: shape [snapshots, targets]; each column sums to 1.
-        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure, 1e-7 for rounding. Of
-            checkpoints, whose mass is at single steps, it is far above 1, and tells little.
+        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure; float64 limits it to
+            about 1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and says little.
         predicted_error: shape [targets]; expected relative L2 error of the weights (see `MinimumVariance`).
     """
 
@@ -323,7 +339,7 @@ class Reconstruction:
     prior: Prior
 
     def of(self, snapshots: Sequence[int] | None = None, targets: Sequence[int] | None = None) -> Reconstruction:
-        """The same for some of the snapshots, where the others have coefficients of 0, and some of the targets."""
+        """Return the part for some of the snapshots, if the others have coefficients of 0, and some of the targets."""
         count, wanted = self.coefficients.shape
         rows = list(range(count) if snapshots is None else snapshots)
         columns = list(range(wanted) if targets is None else targets)
@@ -331,13 +347,13 @@ class Reconstruction:
         return Reconstruction(self.coefficients[np.ix_(rows, columns)], *errors, self.prior.of(rows))
 
     def known_error(self, target: int) -> float | None:
-        """`predicted_error` of one target; None if it rests on an assumed motion."""
+        """Return the `predicted_error` of one target; None if it is not finite or rests on assumed motion."""
         error = float(self.predicted_error[target])
         return error if self.prior.source != ASSUMED and np.isfinite(error) else None
 
 
 def check_method(method: str | None) -> str:
-    """`method`, the default for None, or an InvalidValueError that lists the methods."""
+    """Return `method`, or the default for None; raise an InvalidValueError that lists the methods if it is none."""
     if method is None:
         return METHODS[0]
     check_word("method", method, METHODS)
@@ -351,13 +367,13 @@ def reconstruct(
     prior: Prior | None = None,
     t: float | None = None,
 ) -> Reconstruction:
-    """Coefficients that make each target out of the snapshots.
+    """Return the coefficients of the snapshots that reconstruct each target.
 
     Arguments:
         snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
             one, distinct, none after `t`.
-        targets: the wanted profiles; power functions are treated in closed form, others by quadrature. Or
-            coefficients of the snapshots, [snapshots], which are taken as they are.
+        targets: profiles; power functions are treated in closed form, others by quadrature. An array of coefficients,
+            [snapshots], in place of a profile is used unchanged.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last snapshot.
@@ -381,7 +397,7 @@ def reconstruct(
         raise InvalidValueError("snapshots", "must be at or before the time of the target")
     prior = assumed_prior(snapshots) if prior is None else prior
     problem = _Problem(snapshots, prior, t)
-    # One by one, so that the rounding of a target's coefficients does not depend on the other targets.
+    # One at a time, so that no bit of a target's coefficients depends on the other targets.
     columns, predicted, profile = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
     for k, target in enumerate(targets):
         if isinstance(target, np.ndarray):
@@ -394,39 +410,40 @@ def reconstruct(
 def expected_errors(
     snapshots: Sequence[StoredProfile], targets: Sequence[PowerFunction], prior: Prior, t: float
 ) -> tuple[FloatArray, FloatArray]:
-    """Predicted and profile errors of power functions by minimum variance: shape [targets] each.
+    """Return predicted and profile errors of power functions by minimum variance: shape [targets] each.
 
-    As by `reconstruct` except for the last digits; solving for all targets together is many times faster.
+    They equal those of `reconstruct` up to the last digits; solving for all targets at once is many times faster.
     """
     return _Problem(snapshots, prior, t).solve(targets, METHODS[0], at_once=True)[1:]
 
 
 _GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_ONE = (0.8, 0.95), (0.6, 0.75), (0.4, 0.6)
-"""Predicted error of minimum variance, relative to that of the published coefficients, up to which it is used alone,
-and from which the published ones are: an imperfect fit of the motion costs more than so small a gain (measured: with
-0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The motion is less certain with few
-snapshots (measured: up to 1.6 times the published error), and least so with few of one profile (with 0.6 and 0.75 up to
-1.8)."""
+"""Predicted error of minimum variance, relative to that of the published coefficients. Up to the first number minimum
+variance is used alone, from the second on the published coefficients alone, and a blend in between: an imperfect fit of
+the motion costs more than so small a gain (measured: with 0.9 and 1 up to 1.22 times the published error, after a pause
+of the clock). The motion is less certain with few snapshots (measured: up to 1.6 times the published error), and even
+less with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
 
 _FEW_TIMES = 6
+"""Up to this number of distinct times the snapshots are few."""
 
 _CLEARLY = 0.9
-"""Measured squared error, relative to that of the published coefficients, below which others are taken. Errors are
-known within some per cent; with 1 a few cells of a thousand came out 5 to 8 % worse than published, with 0.9 none."""
+"""Measured squared error, relative to that of the published coefficients, below which others replace them. Errors are
+known within a few per cent; with 1, a few cells of a thousand were 5 to 8 % worse than published, with 0.9 none."""
 
 _SURE = 0.25
-"""Doubt up to which the motion is trusted. Of recorded runs it is 0.05 to 0.29; of oscillations 0.6 to 3."""
+"""Doubt up to which the motion is trusted. For recorded runs it is 0.05 to 0.29, for oscillations 0.6 to 3."""
 
 _CAUTION = 6.0
-"""Each unit of doubt beyond makes a gain e**6 times less certain."""
+"""Each unit of doubt beyond `_SURE` makes a gain e**6 times less certain."""
 
 _WIDENING = 1.3
-"""Each unit of doubt beyond makes errors from motion e**1.3 times larger than the motion says (measured: oscillations
-in step with the snapshots were up to 80 times off). More would hold more often, and be too high more often."""
+"""Each unit of doubt beyond `_SURE` widens errors from motion by e**1.3 (measured: for oscillations in step with the
+snapshots they were up to 80 times off). A larger number would hold more often, and be too high more often."""
 
 
 class _Problem:
-    """Snapshots, and both solvers for targets at `t`."""
+    """The snapshots, and both solvers for targets at `t`."""
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         self._snapshots = {snapshot: row for row, snapshot in enumerate(snapshots)}
@@ -443,11 +460,11 @@ class _Problem:
     def solve(
         self, targets: Sequence[Profile], method: str, at_once: bool = False
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Coefficients, [snapshots, targets], predicted and profile errors, [targets]."""
+        """Return coefficients, [snapshots, targets], predicted errors and profile errors, [targets] each."""
         goals = self.variance.goals(targets)
         rows, squares = self._densities.of_targets(targets)
         profiles, norms = rows.reshape(-1, len(targets)), squares.sum(axis=0)
-        # Algorithm 3 of the paper, divided by the sum; nan without mass.
+        # Algorithm 3 of the paper, divided by the sum; nan for a target without mass here.
         solution = solve_once(self._factor, profiles)[0] if at_once else self._published.solve(profiles)
         total = solution.sum(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -457,16 +474,16 @@ class _Problem:
         for column, row in stored:
             columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
         if method == METHODS[0]:
-            own = self.variance.solve(goals, at_once)
-            columns = np.where(np.isnan(columns) | (not self._may_blend), own, columns)
-            blend = self._measured if self.variance.is_measured else self._blended
-            columns, expected = blend(own, columns, goals)
+            optimal = self.variance.solve(goals, at_once)
+            columns = np.where(np.isnan(columns) | (not self._may_blend), optimal, columns)
+            choose = self._best_measured if self.variance.is_measured else self._blended
+            columns, expected = choose(optimal, columns, goals)
         elif np.isnan(columns).any():
             reason = "none of its mass lies before the last snapshot in use"
             raise InvalidValueError("target", reason, "use the time of a snapshot")
         else:
             expected = self.variance.expected_squares(columns, goals)
-        # || sum_i c_i p_i - p || / || p ||, outside and inside of the span of the basis.
+        # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of the basis.
         unreachable = np.maximum(norms - np.sum(profiles**2, axis=0), 0.0)
         errors = np.sqrt((unreachable + np.sum((self._factor @ columns - profiles) ** 2, axis=0)) / norms)
         for column, row in stored:
@@ -474,50 +491,52 @@ class _Problem:
                 errors[column] = 0.0
         return columns, self.variance.expected_errors(expected, columns, goals), errors
 
-    def _measured(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
-        """The own coefficients if they are clearly better than others, else the best others; its squares.
+    def _best_measured(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
+        """Return the optimal coefficients if they are clearly better than others, else the best others, with squares.
 
-        Others are the published ones, and each newest snapshot alone. Projections show too much or too little motion,
-        of all coefficients alike if it has one direction; rounding is known. So the own ones must be better either way.
+        Others are the published ones, and each newest snapshot alone. Projections overstate or understate motion, of
+        all coefficients alike if it has one direction; rounding is known. The optimal ones must be better either way.
         """
         expected, every = self.variance.expected_squares, np.arange(goals.norms.size)
         newest = [row for snapshot, row in self._snapshots.items() if snapshot.t == self._last]
         alone = np.eye(len(self._snapshots))[:, newest]
-        others = np.stack((published, *(np.repeat(one[:, None], every.size, axis=1) for one in alone.T)))
-        squares, there = expected(own, goals, solved=True), np.stack([expected(other, goals) for other in others])
-        best = there.sum(axis=1).argmin(axis=0)
-        is_own = np.ones(every.size, dtype=bool)
-        for off in (-self.variance.unsure, self.variance.unsure):
-            shown = np.array([1 + off, 1.0])
-            is_own &= shown @ squares < _CLEARLY * np.min(shown @ there, axis=0)
-        columns = np.where(is_own, own, others[best, :, every].T)
-        return columns, np.where(is_own, squares, there[best, :, every].T)
+        others = np.stack((published, *(np.repeat(column[:, None], every.size, axis=1) for column in alone.T)))
+        squares = expected(optimal, goals, solved=True)
+        other_squares = np.stack([expected(other, goals) for other in others])
+        best = other_squares.sum(axis=1).argmin(axis=0)
+        is_better = np.ones(every.size, dtype=bool)
+        for deviation in (-self.variance.unsure, self.variance.unsure):
+            shown = np.array([1 + deviation, 1.0])
+            is_better &= shown @ squares < _CLEARLY * np.min(shown @ other_squares, axis=0)
+        columns = np.where(is_better, optimal, others[best, :, every].T)
+        return columns, np.where(is_better, squares, other_squares[best, :, every].T)
 
-    def _blended(self, own: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
-        """Coefficients between both, the nearer to the published ones, the smaller the gain, and its squares."""
-        best, there = (self.variance.expected_squares(found, goals).sum(axis=0) for found in (own, published))
-        gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
+    def _blended(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
+        """Return coefficients between both, nearer to the published ones for a smaller gain, and their squares."""
+        least, usual = (self.variance.expected_squares(c, goals).sum(axis=0) for c in (optimal, published))
+        gain = np.sqrt(np.divide(least, usual, out=np.zeros(least.size), where=usual > 0))
         gain *= np.exp(_CAUTION * self.variance.doubt)
         sure, none = self._gains
-        columns = own + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (published - own)
+        columns = optimal + np.clip((gain - sure) / (none - sure), 0.0, 1.0) * (published - optimal)
         return columns, self.variance.expected_squares(columns, goals)
 
     @cached_property
     def _published(self) -> LeastSquares:
+        """The least-squares problem of the published method."""
         return LeastSquares(self._factor)
 
 
 # --- very many snapshots
 #
-# A solve is cubic in the number of snapshots, with little gain beyond a thousand. Late ones matter more for most
-# averages, so that those in use are the newest, and earlier ones ever further apart.
+# The time of a solve is cubic in the number of snapshots, with little gain beyond a thousand. Most averages depend more
+# on late snapshots, so that the subset in use has the newest ones, and earlier ones at growing distances.
 
 MOST_SOLVED = 1024
 """Limit of the snapshots in one reconstruction."""
 
 
 def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """A subset of at most `most` snapshots, the newest and a logarithmic spread: growing indices.
+    """Return the indices, ascending, of at most `most` snapshots: the newest, and a logarithmic spread of earlier ones.
 
     Each power function, and all other profiles together, get equal shares, of at least `keep` each.
     """
@@ -532,7 +551,7 @@ def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, 
         count = min(len(group), max(keep, room // (len(groups) - done)))
         room = max(0, room - count)
         age = 1
-        for left in range(count - 1, -1, -1):  # to the oldest one, each older by the same factor where that is a step
+        for left in range(count - 1, -1, -1):  # towards the oldest, by a constant factor in age, or to the next one
             subset.append(group[age - 1])
             age = max(age + 1, int(age * (len(group) / age) ** (1 / max(1, left)) + 1e-6))
     return sorted(subset)
@@ -543,10 +562,10 @@ def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Limit NumPy's linear algebra to one thread within the block: many small problems need no pool.
+    """Limit NumPy's linear algebra to one thread within the block, since many small problems need no thread pool.
 
-    It is a setting of the process, and so limits other threads, too. A command sets OPENBLAS_NUM_THREADS instead, which
-    holds for all its solves; that is read when NumPy is first imported, and not a library's to set.
+    The setting is the process's, so that it limits other threads, too. A command sets OPENBLAS_NUM_THREADS instead,
+    which holds for all its solves; a library cannot, since NumPy reads the variable when it is first imported.
     """
     with _openblas().limit(limits=1):
         yield
@@ -554,5 +573,5 @@ def one_blas_thread() -> Iterator[None]:
 
 @lru_cache
 def _openblas() -> ThreadpoolController:
-    """NumPy's library, and SciPy's if it was imported before. Not MKL, which torch uses, too."""
+    """Return the controller of NumPy's OpenBLAS, and of SciPy's if it is loaded; not of MKL, which torch uses, too."""
     return ThreadpoolController().select(internal_api="openblas")

@@ -1,19 +1,22 @@
-"""Averages of checkpoints, of other libraries' averages, and of these beside power functions, against float64 sums."""
+"""Reconstructions from checkpoints, other libraries' averages, and these together with power functions.
+
+The truth is computed as float64 sums over the weights after each step.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
 import pytest
+from factories import FloatArray, power_functions
 
 from posthoc_cli.profiles import (
     Clock,
     Discrete,
     EmulatedDecay,
-    FloatArray,
     Point,
     PowerFunction,
     Profile,
@@ -31,7 +34,6 @@ from posthoc_cli.reconstruction import (
     MinimumVariance,
     Motion,
     Prior,
-    Reconstruction,
     Steps,
     StoredAverage,
     measured_prior,
@@ -40,11 +42,11 @@ from posthoc_cli.reconstruction import (
 
 STEPS, ELEMENTS = 4000, 400
 STEP_CLOCK = Steps(Clock.of_steps())
-WIDTHS = (0.05, 0.1, 0.15, 0.25)
+TARGETS = power_functions(STEPS, (0.05, 0.1, 0.15, 0.25))
 
 
 def walk(kind: str, steps: int = STEPS) -> FloatArray:
-    """Weights after each step, float64: shape [steps, elements]."""
+    """Return weights after each step: shape [steps, elements]."""
     rng = np.random.default_rng(0)
     rate = np.cos(np.pi / 2 * np.arange(steps) / steps)[:, None] ** 2 + 1e-2 if kind == "cosine" else 1.0
     path = 100 + np.cumsum(rng.normal(size=(steps, ELEMENTS)) * rate, axis=0)
@@ -52,7 +54,7 @@ def walk(kind: str, steps: int = STEPS) -> FloatArray:
 
 
 def masses(profile: Profile, steps: int) -> FloatArray:
-    """The weight of each step in an average, by definition."""
+    """Return the weight of each step in an average, by definition."""
     if isinstance(profile, Discrete | Point):
         return np.asarray(-np.diff(profile.tail(np.arange(steps + 1))))
     if isinstance(profile, PowerFunction):
@@ -62,118 +64,136 @@ def masses(profile: Profile, steps: int) -> FloatArray:
     return inside / inside.sum()
 
 
-def solved(groups: Sequence[Sequence[StoredProfile]], path: FloatArray, targets: Sequence[Profile]):  # type: ignore[no-untyped-def]
-    """The reconstruction from averages of a path, measured as snapshots are, the averages, and their values."""
-    stored = sorted(((p, kind) for kind, group in enumerate(groups) for p in group), key=lambda one: one[0].t)
-    profiles = [profile for profile, _ in stored]
-    values = {profile: masses(profile, len(path)) @ path for profile in profiles}
-    newest: dict[int, list[StoredProfile]] = defaultdict(list)
-    averages = []
-    for _, now in groupby(stored, key=lambda one: one[0].t):
-        there = list(now)
-        for profile, _ in there:
-            others = [other for other, _ in there if other is not profile]
-            others += [other for earlier in newest.values() for other in earlier]
-            distances = tuple(distance(other, values[profile] - values[other]) for other in others)
-            measurements = Measurements(float(np.sum(values[profile] ** 2)), 0.0, distances)
-            kept = RecordedPowerFunction(profile.gamma, profile.t, 1.0, 1.0) if power(profile) else profile
-            averages.append(StoredAverage(kept, 1, 2.0**-52, measurements, 1.0, STEP_CLOCK))  # type: ignore[arg-type]
-        for profile, kind in there:
-            newest[kind] = [*newest[kind], profile][-2:]
-    prior = measured_prior(averages)
-    return reconstruct(profiles, targets, None, prior, float(len(path))), profiles, values
-
-
-def power(profile: Profile) -> bool:
-    return isinstance(profile, PowerFunction)
-
-
-def distance(other: StoredProfile, apart: FloatArray) -> Distance:
-    squared = float(np.sum(apart**2))
+def distance(other: StoredProfile, difference: FloatArray) -> Distance:
+    squared = float(np.sum(difference**2))
     if isinstance(other, PowerFunction):
         return Distance(other.t, other.sigma_rel, squared, 0.0)
     return DistanceTo(other.t, 0.0, squared, 0.0, other)
 
 
-def errors(found: Reconstruction, profiles, values, path: FloatArray, targets: Sequence[Profile]) -> FloatArray:  # type: ignore[no-untyped-def]
-    """Actual errors, relative to the truth's norm."""
-    made = found.coefficients.T @ np.stack([values[profile] for profile in profiles])
+def errors(
+    groups: Sequence[Sequence[StoredProfile]], path: FloatArray, targets: Sequence[Profile]
+) -> tuple[FloatArray, FloatArray]:
+    """Return actual and predicted relative errors of reconstructions from averages that are measured as snapshots are.
+
+    An average has distances to those of its time, and to the last two before it in each group: shape [targets] each.
+    """
+    stored = sorted(((p, number) for number, group in enumerate(groups) for p in group), key=lambda pair: pair[0].t)
+    profiles = [profile for profile, _ in stored]
+    values = {profile: masses(profile, len(path)) @ path for profile in profiles}
+    newest: dict[int, list[StoredProfile]] = defaultdict(list)
+    averages = []
+    for _, same_time in groupby(stored, key=lambda pair: pair[0].t):
+        now = list(same_time)
+        for profile, _ in now:
+            others = [other for other, _ in now if other is not profile]
+            others += [other for earlier in newest.values() for other in earlier]
+            distances = tuple(distance(other, values[profile] - values[other]) for other in others)
+            measurements = Measurements(float(np.sum(values[profile] ** 2)), 0.0, distances)
+            is_power = isinstance(profile, PowerFunction)
+            kept = RecordedPowerFunction(profile.gamma, profile.t, 1.0, 1.0) if is_power else profile
+            averages.append(StoredAverage(kept, 1, 2.0**-52, measurements, 1.0, STEP_CLOCK))
+        for profile, number in now:
+            newest[number] = [*newest[number], profile][-2:]
+    result = reconstruct(profiles, targets, None, measured_prior(averages), float(len(path)))
     truth = np.stack([masses(target, len(path)) @ path for target in targets])
-    return np.linalg.norm(made - truth, axis=1) / np.linalg.norm(truth, axis=1)
+    made = result.coefficients.T @ np.stack([values[profile] for profile in profiles])
+    return np.linalg.norm(made - truth, axis=1) / np.linalg.norm(truth, axis=1), result.predicted_error
 
 
-def points(count: int, steps: int = STEPS) -> list[Point]:
-    return [Point(round(steps * (i + 1) / count)) for i in range(count)]
+def points(count: int) -> list[Point]:
+    return [Point(round(STEPS * (i + 1) / count)) for i in range(count)]
+
+
+def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
+    zeros, motion = np.zeros(count), Motion(np.array([1.0, t]), np.ones(1), np.full(1, noise))
+    return Prior(motion, zeros, zeros, zeros + 1, "measured", STEP_CLOCK)
 
 
 @pytest.mark.parametrize("kind", ["even", "cosine", "noisy"])
 @pytest.mark.parametrize("count", [8, 20, 64])
-def test_checkpoints_alone(kind: str, count: int) -> None:
-    path = walk(kind)
-    targets = [*(PowerFunction.from_sigma_rel(s, STEPS) for s in WIDTHS), Uniform(STEPS / 2, STEPS)]
-    found, profiles, values = solved([points(count)], path, targets)
-    ratios = errors(found, profiles, values, path, targets) / found.predicted_error
+def test_errors_from_checkpoints_alone_are_predicted(kind: str, count: int) -> None:
+    actual, predicted = errors([points(count)], walk(kind), [*TARGETS, Uniform(STEPS / 2, STEPS)])
+    ratios = actual / predicted
     assert np.all((ratios > 0.6) & (ratios < 1.5)), ratios
 
 
-def test_unevenly_spaced_checkpoints_count_by_the_time_that_they_stand_for() -> None:
-    """The mean over a span: each step counts for the checkpoint that is nearest by its increments, the next one."""
-    times = [100, 150, 400, 410, 1000]
-    prior = even_prior(len(times), 1000.0)
-    found = reconstruct([Point(t) for t in times], [Uniform(0.0, 1000.0)], None, prior, 1000.0)
-    # On each interval a sum of coefficients meets a falling line in its mean.
-    tails = 1 - (np.array([0, *times[:-1]]) + np.array(times)) / 2000
-    sums = np.cumsum(found.coefficients[::-1, 0])[::-1]
-    assert sums[1:] == pytest.approx(tails[1:], abs=2e-3)
-
-
-def even_prior(count: int, t: float) -> Prior:
-    nothing, motion = np.zeros(count), Motion(np.array([1.0, t]), np.ones(1), np.zeros(1))
-    return Prior(motion, nothing, nothing, nothing + 1, "measured", STEP_CLOCK)
+@pytest.mark.parametrize("count", [8, 20])
+@pytest.mark.parametrize("kind", ["even", "noisy"])
+@pytest.mark.parametrize("still", ["copy", "middle", "last fifth", "second half"])
+def test_a_standstill_says_nothing_about_motion_elsewhere(kind: str, still: str, count: int) -> None:
+    """With equal checkpoints, or weights that did not move for a while, errors were up to 200 times too large."""
+    path, stored, targets = walk(kind), points(count), TARGETS
+    stop = {"last fifth": STEPS * 4 // 5}.get(still, STEPS // 2)
+    if still == "copy":
+        path, stored = np.concatenate((path, path[-1:])), [*stored, Point(STEPS + 1)]
+        targets = [PowerFunction(target.gamma, STEPS + 1.0) for target in TARGETS]
+    elif still == "middle":
+        path = np.insert(path[: STEPS * 3 // 4], [stop] * (STEPS // 4), path[stop - 1], axis=0)
+    else:
+        path[stop:] = path[stop - 1]
+    actual, predicted = errors([stored], path, targets)
+    ratios = actual / predicted
+    assert np.all((ratios > 0.5) & (ratios < 2))
 
 
 @pytest.mark.parametrize("kind", ["even", "cosine", "noisy"])
-def test_checkpoints_beside_averages_make_them_more_exact(kind: str) -> None:
-    path = walk(kind)
-    targets = [PowerFunction.from_sigma_rel(s, STEPS) for s in WIDTHS[1:]]
-    own = [[PowerFunction.from_sigma_rel(s, 200.0 * (i + 1)) for i in range(20)] for s in (0.05, 0.28)]
-    alone, both = (solved(groups, path, targets) for groups in (own, [*own, points(20)]))
-    assert np.all(errors(*both, path, targets) < 1.1 * errors(*alone, path, targets))
-    ratios = errors(*both, path, targets) / both[0].predicted_error
-    assert np.all((ratios > 0.5) & (ratios < 2)), ratios
+def test_checkpoints_in_addition_to_averages_lower_the_errors(kind: str) -> None:
+    path, snapshots = walk(kind), [power_functions(np.arange(200.0, STEPS + 1, 200.0), (s,)) for s in (0.05, 0.28)]
+    alone, _ = errors(snapshots, path, TARGETS[1:])
+    both, predicted = errors([*snapshots, points(20)], path, TARGETS[1:])
+    assert np.all(both < 1.1 * alone)
+    assert np.all((both / predicted > 0.5) & (both / predicted < 2)), both / predicted
 
 
 @pytest.mark.parametrize("kind", ["even", "cosine"])
-@pytest.mark.parametrize("update_every", [1, 10, 100])
-def test_averages_of_another_library(kind: str, update_every: int) -> None:
-    path = walk(kind)
+@pytest.mark.parametrize(("update_every", "most"), [(1, 3e-4), (10, 3e-3), (100, 1.5e-2)])
+def test_averages_of_another_library_are_combined_within_the_predicted_error(
+    kind: str, update_every: int, most: float
+) -> None:
     gammas = [gamma_from_sigma_rel(s) for s in (0.05, 0.28)]
     stored = [[ema_pytorch_profile(g, 200 * (i + 1), update_every) for i in range(20)] for g in gammas]
-    targets = [PowerFunction.from_sigma_rel(s, STEPS) for s in WIDTHS[1:]]
-    found, profiles, values = solved(stored, path, targets)
-    actual = errors(found, profiles, values, path, targets)
-    assert np.all(actual < 2 * found.predicted_error)
-    assert np.all(actual < {1: 3e-4, 10: 3e-3, 100: 1.5e-2}[update_every])
+    actual, predicted = errors(stored, walk(kind), TARGETS[1:])
+    assert np.all(actual < np.minimum(2 * predicted, most))
 
 
-def test_a_known_motion_gives_the_exact_expectation() -> None:
-    """Of a walk with noise, by sums over steps."""
-    steps, v, w = 1000, 2.0, 30.0
-    stored = [ema_pytorch_profile(g, t, 25) for g in (2.0, 7.0) for t in (300, 600, 1000)]
-    everything = [*stored, Point(500.0), Point(990.0), PowerFunction(5.0, 800.0)]
-    nothing = np.zeros(len(everything))
-    motion = Motion(np.array([1.0, 1000.0]), np.array([v]), np.array([w]))
-    prior = Prior(motion, nothing, nothing, nothing + 1, "measured", STEP_CLOCK)
+def test_a_known_motion_has_the_exact_expectation() -> None:
+    """For a walk with noise, by sums over steps."""
+    steps, w = 1000, 15.0
+    libraries = [ema_pytorch_profile(g, t, 25) for g in (2.0, 7.0) for t in (300, 600, 1000)]
+    stored = [*libraries, Point(500.0), Point(990.0), PowerFunction(5.0, 800.0)]
     target = PowerFunction(9.0, 1000.0)
-    coefficients = np.random.default_rng(0).dirichlet(np.ones(len(everything)))
-    model = MinimumVariance(everything, prior, 1000.0)
-    found = model.expected_squares(coefficients[:, None], model.goals([target])).sum()
-    missed = coefficients @ np.stack([masses(p, steps) for p in everything]) - masses(target, steps)
+    c = np.random.default_rng(0).dirichlet(np.ones(len(stored)))
+    solver = MinimumVariance(stored, even_prior(len(stored), 1000.0, w), 1000.0)
+    expected = solver.expected_squares(c[:, None], solver.goals([target])).sum()
+    missed = c @ np.stack([masses(p, steps) for p in stored]) - masses(target, steps)
     tails = np.cumsum(missed[::-1])[::-1]
-    assert found == pytest.approx(v * np.sum(tails[1:] ** 2) + w * np.sum(missed**2), rel=0.03)
+    assert expected == pytest.approx(np.sum(tails[1:] ** 2) + w * np.sum(missed**2), rel=0.03)
 
 
-# --- decays
+# --- sums of coefficients, and decays
+
+
+def sums_of_coefficients(stored: Sequence[Point], target: Profile, t: float) -> tuple[FloatArray, float]:
+    """Return the sum of the coefficients from each checkpoint on, and the predicted error."""
+    result = reconstruct(stored, [target], None, even_prior(len(stored), t), t)
+    return np.cumsum(result.coefficients[::-1, 0])[::-1], float(result.predicted_error[0])
+
+
+@pytest.mark.parametrize(
+    ("target", "times"),
+    [
+        (Uniform(0.0, 1000.0), [100.0, 150.0, 400.0, 410.0, 1000.0]),
+        (EmulatedDecay(600.0, 1000.0, "linear"), [600.0, 650.0, 700.0, 900.0, 1000.0]),
+    ],
+)
+def test_sums_of_coefficients_are_the_means_of_the_tail_between_checkpoints(
+    target: Profile, times: list[float]
+) -> None:
+    """However unevenly the checkpoints are spaced; both tails are linear between them."""
+    sums, _ = sums_of_coefficients([Point(t) for t in times], target, 1000.0)
+    assert sums[0] == pytest.approx(1)
+    assert sums[1:] == pytest.approx((target.tail(times[:-1]) + target.tail(times[1:])) / 2, abs=3e-3)
 
 
 @pytest.mark.parametrize(
@@ -184,58 +204,22 @@ def test_a_known_motion_gives_the_exact_expectation() -> None:
         ("cosine", lambda x: (1 + np.cos(np.pi * x)) / 2),
     ],
 )
-def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d) -> None:  # type: ignore[no-untyped-def]
-    """theta(start) + the later increments times d, as a scheduler counts: the first step of the decay has d(0)."""
+def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d: Callable[[FloatArray], FloatArray]) -> None:
+    """theta(start) + the later increments times d, as a scheduler counts: the first step of the decay has d(0).
+
+    By WSM the sums of the later coefficients are the multipliers.
+    """
     steps, start = 600, 400
-    path = walk("even", steps)
-    target = EmulatedDecay(float(start), float(steps), shape)
     stored = [Point(float(t)) for t in range(start - 20, steps + 1)]
-    prior = even_prior(len(stored), float(steps))
-    found = reconstruct(stored, [target], None, prior, float(steps))
-    made = found.coefficients[:, 0] @ path[start - 21 :]
-    factors = d(np.arange(steps - start) / (steps - start))
-    truth = path[start - 1] + factors @ np.diff(path[start - 1 :], axis=0)
-    assert np.linalg.norm(made - truth) < 1e-6 * np.linalg.norm(truth)
-    assert found.predicted_error[0] < 1e-6
-    # WSM: the sums of the later coefficients are the multipliers.
-    assert np.cumsum(found.coefficients[::-1, 0])[::-1][21:] == pytest.approx(factors, abs=1e-9)
-
-
-def test_a_decay_of_sparse_checkpoints_counts_by_the_integral() -> None:
-    target, times = EmulatedDecay(600.0, 1000.0, "linear"), [600.0, 650.0, 700.0, 900.0, 1000.0]
-    found = reconstruct([Point(t) for t in times], [target], None, even_prior(5, 1000.0), 1000.0)
-    sums = np.cumsum(found.coefficients[::-1, 0])[::-1]
-    assert sums == pytest.approx([1, 1 - 25 / 400, 1 - 75 / 400, 1 - 200 / 400, 1 - 350 / 400], abs=3e-3)
+    sums, predicted = sums_of_coefficients(stored, EmulatedDecay(float(start), float(steps), shape), float(steps))
+    assert sums[:21] == pytest.approx(1, abs=1e-9)
+    assert sums[21:] == pytest.approx(d(np.arange(steps - start) / (steps - start)), abs=1e-9)
+    assert predicted < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_named_coefficients_are_taken_as_they_are(method: str) -> None:
-    stored = points(4)
+def test_given_coefficients_are_not_changed(method: str) -> None:
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
-    prior = even_prior(4, float(STEPS))
-    targets = [PowerFunction.from_sigma_rel(0.1, STEPS), wanted]
-    found = reconstruct(stored, targets, method, prior, float(STEPS))
-    assert found.coefficients[:, 1].tolist() == wanted.tolist()
-    assert (found.predicted_error[1], found.profile_error[1]) == (0, 0)
-
-
-@pytest.mark.parametrize("count", [8, 20])
-@pytest.mark.parametrize("kind", ["even", "noisy"])
-@pytest.mark.parametrize("still", ["copy", "middle", "last fifth", "second half"])
-def test_a_standstill_says_nothing_of_motion_elsewhere(kind: str, still: str, count: int) -> None:
-    """Of two equal checkpoints, or weights that stood still for a while, errors were up to 200 times the predicted."""
-    base, steps, stored = walk(kind), STEPS, points(count)
-    stops = {"middle": STEPS // 2, "last fifth": STEPS * 4 // 5, "second half": STEPS // 2}
-    if still == "copy":
-        base, steps = np.concatenate((base, base[-1:])), STEPS + 1
-        stored = [*stored, Point(steps)]
-    else:
-        stop = stops[still]
-        goes_on = base[stop:] if still == "middle" else base[:0]
-        base = np.concatenate((base[:stop], np.repeat(base[stop - 1 : stop], steps - stop, axis=0)))
-        if still == "middle":
-            base[stop + STEPS // 4 :] = goes_on[: STEPS // 4]
-    targets = [PowerFunction.from_sigma_rel(width, steps) for width in WIDTHS]
-    found, profiles, values = solved([stored], base, targets)
-    ratios = errors(found, profiles, values, base, targets) / found.predicted_error
-    assert np.all((ratios > 0.5) & (ratios < 2))
+    result = reconstruct(points(4), [TARGETS[1], wanted], method, even_prior(4, float(STEPS)), float(STEPS))
+    assert result.coefficients[:, 1].tolist() == wanted.tolist()
+    assert (result.predicted_error[1], result.profile_error[1]) == (0, 0)

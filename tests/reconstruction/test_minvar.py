@@ -1,19 +1,20 @@
-"""Minimum variance: closed forms against quadrature, the solver against 60 digits, what must hold of any optimum."""
+"""Minimum variance: closed forms against quadrature, the solver against 60 digits, and properties of any optimum."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
-import mpmath
+import flint
 import numpy as np
 import pytest
-from factories import exact_gamma, exact_weights, solved, squared_error
+from factories import FloatArray, exact_weights, power_functions, solved, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Uniform
+from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, Profile, StepWindow, Uniform
 from posthoc_cli.reconstruction import (
     METHODS,
     MinimumVariance,
@@ -30,62 +31,67 @@ from posthoc_cli.reconstruction.basis import FEW
 T = 1000.0
 START = 3.0
 NORM = 1e6
-"""Of every average, so large that no motion changes it."""
+"""The norm of every average, so large that no motion changes it."""
 
-
-def snapshots_at(times, sigma_rels=(0.05, 0.28)) -> list[PowerFunction]:  # type: ignore[no-untyped-def]
-    return [PowerFunction.from_sigma_rel(s, float(t)) for t in times for s in sigma_rels]
+power = PowerFunction.from_sigma_rel
+STEPS = Clock.of_steps()
 
 
 def uneven_motion(noise: float = 0.0) -> Motion:
-    """A walk that slows down a thousandfold, and noise that grows."""
+    """Return a walk that slows down a thousandfold, and noise that grows."""
     edges = np.array([START, 100.0, 400.0, 700.0, T])
     return Motion(edges, np.array([1.0, 0.1, 0.3, 0.001]), noise * np.array([1.0, 2.0, 3.0, 4.0]))
 
 
-def prior_of(snapshots, motion: Motion, rounding) -> Prior:  # type: ignore[no-untyped-def]
-    r = np.broadcast_to(np.asarray(rounding, dtype=np.float64), (len(snapshots),))
-    return Prior(motion, r, np.zeros(len(snapshots)), np.full(len(snapshots), NORM**2), "measured")
+def even_motion(start: float, end: float, walk: float = 1.0, noise: float = 0.0) -> Motion:
+    return Motion(np.array([start, end]), np.array([walk]), np.array([noise]))
 
 
-def expected_square(snapshots, coefficients, target, motion: Motion, rounding) -> float:  # type: ignore[no-untyped-def]
+def prior_of(snapshots: list[PowerFunction], motion: Motion, rounding: Any = 0.0, steps: Steps | None = None) -> Prior:
+    ones = np.ones(len(snapshots))
+    return Prior(motion, rounding * ones, 0 * ones, NORM**2 * ones, "measured", steps)
+
+
+def expected_square(
+    snapshots: list[PowerFunction], coefficients: Any, target: Profile, motion: Motion, rounding: Any, *kinks: float
+) -> float:
     """The defining integral, by adaptive quadrature between all kinks."""
-    points = sorted({*motion.edges, *(p.t for p in snapshots), *getattr(target, "kinks", ())})
+    points = sorted({*motion.edges, *(p.t for p in snapshots), *kinks})
 
-    def miss(values):  # type: ignore[no-untyped-def]
-        made = sum(c * float(values(p)) for c, p in zip(coefficients, snapshots, strict=True))
-        return (made - float(values(target))) ** 2
+    def miss(s: float, name: str) -> float:
+        made = sum(c * float(getattr(p, name)(s)) for c, p in zip(coefficients, snapshots, strict=True))
+        return (made - float(getattr(target, name)(s))) ** 2
 
     total = float(np.sum(np.asarray(coefficients) ** 2 * rounding))
     for a, b in pairwise(points):
-        piece = int(np.searchsorted(motion.edges, (a + b) / 2, side="right")) - 1
-        v, w = motion.walk[piece], motion.noise[piece]
-        tails = integrate.quad(lambda s: miss(lambda p: p.tail(s)), a, b, epsabs=1e-14, epsrel=1e-10, limit=200)[0]
-        total += v * tails
-        if w:
-            total += w * integrate.quad(lambda s: miss(lambda p: p.density(s)), a, b, epsabs=1e-14, limit=200)[0]
+        segment = int(np.searchsorted(motion.edges, (a + b) / 2, side="right")) - 1
+        for weight, name in ((motion.walk[segment], "tail"), (motion.noise[segment], "density")):
+            if weight:
+                total += weight * integrate.quad(miss, a, b, (name,), epsabs=1e-14, epsrel=1e-10, limit=200)[0]
     return total
 
 
-TARGETS = [
-    PowerFunction.from_sigma_rel(0.1, T), ClassicalEMA(0.99, T, Clock.of_steps(), START),
-    ClassicalEMA(0.5, T, Clock.of_steps(), START), StepWindow(150, T, Clock.of_steps()), Uniform(200.0, 620.0),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("noise", [0.0, 5.0])
-def test_the_expected_error_is_the_integral(target, noise: float) -> None:  # type: ignore[no-untyped-def]
-    snapshots = snapshots_at((250, 500, 800, 1000))
+@pytest.mark.parametrize(
+    ("target", "kinks"),
+    [
+        (power(0.1, T), ()),
+        (ClassicalEMA(0.99, T, STEPS, START), ()),
+        (ClassicalEMA(0.5, T, STEPS, START), ()),
+        (StepWindow(150, T, STEPS), (850.0,)),
+        (Uniform(200.0, 620.0), (200.0, 620.0)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize(("noise", "last"), [(0.0, T), (5.0, T), (5.0, 900)])
+def test_the_expected_error_is_the_integral(
+    target: Profile, kinks: tuple[float, ...], noise: float, last: float
+) -> None:
+    """From snapshots at the time of the target, and from earlier ones, which miss the motion since then."""
+    snapshots = power_functions((250, 500, 800, last))
     motion, rounding = uneven_motion(noise), np.linspace(0, 1e-3, 8)
     result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, rounding), t=T)
     c = result.coefficients[:, 0]
-    if type(target) in (StepWindow, Uniform):
-        start = {StepWindow: (850.0,), Uniform: (200.0, 620.0)}[type(target)]
-        motion_edges = sorted({*motion.edges, *start})
-        pieces = motion.on(np.array(motion_edges))
-        motion = Motion(np.array(motion_edges), *pieces)
-    exact = expected_square(snapshots, c, target, motion, rounding)
+    exact = expected_square(snapshots, c, target, motion, rounding, *kinks)
     assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(exact, rel=1e-6)
     assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
 
@@ -93,52 +99,26 @@ def test_the_expected_error_is_the_integral(target, noise: float) -> None:  # ty
 def test_the_width_of_a_profile_is_its_standard_deviation() -> None:
     for sigma_rel in (0.02, 0.1, 0.28):
         for t in (T, 1e-3):
-            assert relative_width(PowerFunction.from_sigma_rel(sigma_rel, t), t) == pytest.approx(sigma_rel, rel=1e-9)
+            assert relative_width(power(sigma_rel, t), t) == pytest.approx(sigma_rel, rel=1e-9)
     assert relative_width(Uniform(200, 620), T) == pytest.approx(0.42 / 12**0.5, rel=1e-9)
-    assert relative_width(ClassicalEMA(0.9, T, Clock.of_steps()), T) == pytest.approx(
-        -1 / np.log(0.9) / T, rel=1e-6  # an exponential density in time
-    )  # fmt: skip
+    exponential = -1 / np.log(0.9) / T
+    assert relative_width(ClassicalEMA(0.9, T, STEPS), T) == pytest.approx(exponential, rel=1e-6)
 
 
 # --- the optimum -----------------------------------------------------------------------------------
 
 
-def tail_products(motion: Motion, profiles: list[PowerFunction]) -> mpmath.matrix:
-    """Integrals of v tail_i tail_j at 60 digits, term by term."""
-    number = mpmath.mpf
-    edges = sorted({*motion.edges, *(p.t for p in profiles)})
-    variance = motion.on(np.array(edges))[0]
+def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.arb:
+    """The integral of v tail_p tail_q, term by term."""
+    x, y, s, t = (flint.arb(number) for number in (p.gamma + 1, q.gamma + 1, p.t, q.t))
+    total = flint.arb(0)
+    for (start, end), v in zip(pairwise(motion.edges.tolist()), motion.walk.tolist(), strict=True):
+        a, b = (flint.arb(min(edge, p.t, q.t)) for edge in (start, end))
 
-    def power(a, b, scale_a, x, scale_b, y):  # type: ignore[no-untyped-def]
-        """Integral of (s/scale_a)^x (s/scale_b)^y."""
-        p = x + y + 1
-        return (b**p - a**p) / p / (scale_a**x * scale_b**y)
+        def moment(z: flint.arb, a: flint.arb = a, b: flint.arb = b) -> flint.arb:
+            return (b ** (z + 1) - a ** (z + 1)) / (z + 1)
 
-    n = len(profiles)
-    products = mpmath.zeros(n, n)
-    for a, b, v in zip(edges[:-1], edges[1:], variance, strict=True):
-        a, b, v = number(float(a)), number(float(b)), number(float(v))
-        for i in range(n):
-            for j in range(i, n):
-                p, q = profiles[i], profiles[j]
-                if b > p.t or b > q.t:
-                    continue
-                x, y, s, t = (number(z) for z in (p.gamma, q.gamma, p.t, q.t))
-                x, y, one = x + 1, y + 1, number(1)
-                value = (b - a) - power(a, b, s, x, one, 0) - power(a, b, t, y, one, 0) + power(a, b, s, x, t, y)
-                products[i, j] += v * value
-                if i != j:
-                    products[j, i] += v * value
-    return products
-
-
-def square_of(x, products: mpmath.matrix, rounding: float) -> mpmath.mpf:  # type: ignore[no-untyped-def]
-    """The expected squared error of coefficients; the target is the last of the products."""
-    n = products.rows - 1
-    total = products[n, n]
-    for i in range(n):
-        total += x[i] * (mpmath.mpf(rounding) * x[i] - 2 * products[i, n])
-        total += x[i] * sum(products[i, j] * x[j] for j in range(n))
+        total += v * (b - a - moment(x) / s**x - moment(y) / t**y + moment(x + y) / (s**x * t**y))
     return total
 
 
@@ -151,47 +131,41 @@ def square_of(x, products: mpmath.matrix, rounding: float) -> mpmath.mpf:  # typ
     ],
 )
 def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float, ...], rounding: float) -> None:
-    """In value: the coefficients of nearly equal snapshots may differ where the average does not.
+    """The minima agree; coefficients of nearly equal snapshots may differ where the average does not.
 
-    The network moves by more than the roundings everywhere, so that their errors have nothing to do with each other.
+    The network moves by more than the roundings everywhere, so that the rounding errors are independent.
     """
-    snapshots = snapshots_at(np.linspace(0, T, count + 1)[1:], sigma_rels)
-    motion = Motion(uneven_motion().edges, uneven_motion().walk, np.zeros(4))
-    prior = prior_of(snapshots, motion, rounding)
-    solver = MinimumVariance(snapshots, prior, T)
-    targets = [PowerFunction.from_sigma_rel(sigma_rel, T) for sigma_rel in (0.02, 0.07, 0.15, 0.27)]
-    n = len(snapshots)
-    with mpmath.workdps(60):
-        every = tail_products(motion, [*snapshots, *targets])
-    for k, target in enumerate(targets):
+    flint.ctx.dps = 60
+    snapshots = power_functions(np.linspace(0, T, count + 1)[1:], sigma_rels)
+    motion, n = uneven_motion(), len(snapshots)
+    solver = MinimumVariance(snapshots, prior_of(snapshots, motion, rounding), T)
+    products = [[tail_product(p, q, motion) for q in snapshots] for p in snapshots]
+    matrix = flint.arb_mat(n, n, [products[i][j] + rounding * (i == j) for i in range(n) for j in range(n)])
+    constrained = [[matrix[i, j] for j in range(n)] + [flint.arb(1)] for i in range(n)] + [[flint.arb(1)] * n + [0]]
+    for target in power_functions(T, (0.02, 0.07, 0.15, 0.27)):
+        right = flint.arb_mat(n, 1, [tail_product(p, target, motion) for p in snapshots])
+        norm = tail_product(target, target, motion)
+
+        def square(x: flint.arb_mat, right: flint.arb_mat = right, norm: flint.arb = norm) -> float:
+            return float(((x.transpose() * (matrix * x - 2 * right))[0, 0] + norm).mid())
+
+        exact = flint.arb_mat(constrained).solve(flint.arb_mat(n + 1, 1, [*right.entries(), flint.arb(1)]))
         c = solved(solver, target)
-        with mpmath.workdps(60):
-            own = [*range(n), n + k]
-            products = mpmath.matrix([[every[i, j] for j in own] for i in own])
-            matrix = mpmath.matrix(n + 1, n + 1)
-            right = mpmath.matrix(n + 1, 1)
-            for i in range(n):
-                for j in range(n):
-                    matrix[i, j] = products[i, j] + (mpmath.mpf(rounding) if i == j else 0)
-                matrix[i, n] = matrix[n, i] = 1
-                right[i] = products[i, n]
-            right[n] = 1
-            exact = mpmath.lu_solve(matrix, right)
-            least, found = (square_of(x, products, rounding) for x in (exact, [mpmath.mpf(float(x)) for x in c]))
-            # What float64 leaves of a root: eps of the tails times the coefficients.
-            slack = mpmath.mpf(float(np.abs(c).sum()) ** 2 * 1e-13)
-            assert found - least <= 1e-9 * least + slack * products[n, n]
-            assert float(found) == pytest.approx(squared_error(solver, c, target), rel=1e-6, abs=float(slack))
+        least, reached = (square(flint.arb_mat(n, 1, x)) for x in (exact.entries()[:n], c.tolist()))
+        # What float64 leaves of a root: eps of the tails times the coefficients.
+        slack = float(np.abs(c).sum() ** 2) * 1e-13
+        assert reached - least <= 1e-9 * least + slack * float(norm.mid())
+        assert reached == pytest.approx(squared_error(solver, c, target), rel=1e-6, abs=slack)
         assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
 
 
-def test_large_problems_are_solved_as_well() -> None:
-    """300 times of two profiles and 1,000 of one: no neighbour of the solution is better."""
+def test_no_neighbour_of_the_solution_of_a_large_problem_is_better() -> None:
+    """300 times of two profiles, and 1,000 of one."""
     generator = np.random.default_rng(0)
+    target = power(0.15, 1e5)
     for count, sigma_rels in ((300, (0.05, 0.28)), (1000, (0.1,))):
-        snapshots = snapshots_at(np.linspace(0, 1e5, count + 1)[1:], sigma_rels)
+        snapshots = power_functions(np.linspace(0, 1e5, count + 1)[1:], sigma_rels)
         solver = MinimumVariance(snapshots, assumed_prior(snapshots, 2e-4), 1e5)
-        target = PowerFunction.from_sigma_rel(0.15, 1e5)
         c = solved(solver, target)
         least = squared_error(solver, c, target)
         assert np.abs(c).sum() < 2
@@ -202,53 +176,51 @@ def test_large_problems_are_solved_as_well() -> None:
                 assert squared_error(solver, c + size * change, target) >= least
 
 
-# --- what must hold --------------------------------------------------------------------------------
-
-TIMES = st.lists(st.integers(4, 1000), min_size=1, max_size=10, unique=True)
-PROFILES = st.sampled_from([(0.05,), (0.05, 0.10), (0.05, 0.28), (0.03, 0.10, 0.28)])
+# --- properties of any optimum ---------------------------------------------------------------------
 
 
 def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
-    """Snapshots at the first update: no movement tells them apart, and their roundings differ a little."""
-    snapshots = snapshots_at((START, 10.0))
+    """Snapshots at the first update: no motion distinguishes them, and their roundings differ a little."""
+    snapshots = power_functions((START, 10.0))
     rounding = np.array([1.0, 1.1, 1.0, 1.2]) * 1e-6
-    prior = Prior(uneven_motion(5.0), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured", Steps(Clock.of_steps()))
-    for t in (START, 10.0):
-        usable = [i for i, p in enumerate(snapshots) if p.t <= t]
-        chosen = [snapshots[i] for i in usable]
-        result = reconstruct(chosen, [PowerFunction.from_sigma_rel(0.1, t)], prior=prior.of(usable))
+    prior = Prior(uneven_motion(5.0), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured", Steps(STEPS))
+    for t, usable in ((START, range(2)), (10.0, range(4))):
+        result = reconstruct([snapshots[i] for i in usable], [power(0.1, t)], prior=prior.of(usable))
         assert np.abs(result.coefficients).sum() < 10
         assert (NORM * result.predicted_error[0]) ** 2 > 0.4e-6
 
 
 def test_noise_at_a_point_is_that_of_one_interval() -> None:
-    """A target far shorter than the time between updates is the last weights, not something infinitely noisy."""
-    snapshots = snapshots_at((500, 1000))
-    motion = Motion(np.array([1.0, T]), np.array([1e-9]), np.array([2.0]))  # noise of a step; of an update 2 / 10
-    prior = Prior(motion, np.zeros(4), np.zeros(4), np.full(4, NORM**2), "measured", Steps(Clock.of_steps(), 10))
+    """A target far shorter than the time between updates is the last weights, and its noise is finite."""
+    snapshots = power_functions((500, 1000))
+    motion = even_motion(1.0, T, 1e-9, 2.0)  # noise of a step; of an update 2 / 10
+    prior = prior_of(snapshots, motion, steps=Steps(STEPS, 10))
     for sigma_rel in (1e-9, 1e-5):
-        result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(sigma_rel, T)], prior=prior)
+        result = reconstruct(snapshots, [power(sigma_rel, T)], prior=prior)
         assert (NORM * result.predicted_error[0]) ** 2 <= 2.0 / 10 + 0.1
 
 
+Problem = tuple[list[PowerFunction], Prior, PowerFunction]
+
+
 @st.composite
-def problems(draw):  # type: ignore[no-untyped-def]
-    """(snapshots, prior, target): any walk, noise and rounding."""
-    times = sorted(draw(TIMES))
-    snapshots = snapshots_at(times, draw(PROFILES))
-    pieces = draw(st.integers(1, 5))
-    edges = np.concatenate(([START], np.linspace(START, 1000, pieces + 1)[1:]))
-    logs = st.lists(st.floats(-4, 1), min_size=pieces, max_size=pieces)
+def problems(draw: st.DrawFn) -> Problem:
+    """Snapshots, a prior with any walk, noise and rounding, and a target."""
+    times = sorted(draw(st.lists(st.integers(4, 1000), min_size=1, max_size=10, unique=True)))
+    snapshots = power_functions(times, draw(st.sampled_from([(0.05,), (0.05, 0.10), (0.05, 0.28), (0.03, 0.10, 0.28)])))
+    segments = draw(st.integers(1, 5))
+    edges = np.concatenate(([START], np.linspace(START, 1000, segments + 1)[1:]))
+    logs = st.lists(st.floats(-4, 1), min_size=segments, max_size=segments)
     walk, noise = (10 ** np.array(draw(logs)) for _ in range(2))
     noise = noise * draw(st.sampled_from([0.0, 1.0]))
     rounding = 10 ** np.array(draw(st.lists(st.floats(-10, -2), min_size=len(snapshots), max_size=len(snapshots))))
     prior = prior_of(snapshots, Motion(edges, walk, noise), rounding)
-    return snapshots, prior, PowerFunction.from_sigma_rel(draw(st.floats(0.02, 0.288)), float(times[-1]))
+    return snapshots, prior, power(draw(st.floats(0.02, 0.288)), float(times[-1]))
 
 
 @given(problems(), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_the_order_of_snapshots_changes_nothing(problem, random) -> None:  # type: ignore[no-untyped-def]
+def test_the_order_of_snapshots_changes_nothing(problem: Problem, random: Any) -> None:
     snapshots, prior, target = problem
     order = list(range(len(snapshots)))
     random.shuffle(order)
@@ -259,40 +231,26 @@ def test_the_order_of_snapshots_changes_nothing(problem, random) -> None:  # typ
 
 @given(problems(), st.floats(1e-3, 1e6), st.floats(1e-6, 1e6))
 @settings(max_examples=60, deadline=None)
-def test_units_of_time_and_of_weights_change_nothing(problem, time: float, weights: float) -> None:  # type: ignore[no-untyped-def]
-    """Coefficients and relative errors; a walk is squares per time, noise squares times time."""
+def test_units_of_time_and_of_weights_change_nothing(problem: Problem, time: float, weights: float) -> None:
+    """A walk has the unit of squares per time, noise that of squares times time."""
     snapshots, prior, target = problem
     before = reconstruct(snapshots, [target], prior=prior)
     motion = prior.motion
     moved = Motion(motion.edges * time, motion.walk * weights / time, motion.noise * weights * time)
     scaled = Prior(moved, prior.rounding * weights, prior.arithmetic, prior.norm * weights, prior.source)
-    slower = [PowerFunction(p.gamma, p.t * time) for p in snapshots]
-    after = reconstruct(slower, [PowerFunction(target.gamma, target.t * time)], prior=scaled)
+    *slower, slower_target = (PowerFunction(p.gamma, p.t * time) for p in (*snapshots, target))
+    after = reconstruct(slower, [slower_target], prior=scaled)
     # The floor is eps times the walk, under a root.
     assert after.predicted_error[0] == pytest.approx(before.predicted_error[0], rel=1e-4, abs=1e-7)
     scale = np.abs(before.coefficients).sum()
     np.testing.assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
 
 
-@given(problems())
-@settings(max_examples=60, deadline=None)
-def test_magnitudes_are_bounded_by_what_rounding_allows(problem) -> None:  # type: ignore[no-untyped-def]
-    """sum c_i^2 r_i is part of a minimum that is no larger than that of any single snapshot."""
-    snapshots, prior, target = problem
-    solver = MinimumVariance(snapshots, prior, target.t)
-    c = solved(solver, target)
-    single = min(squared_error(solver, row, target) for row in np.eye(len(snapshots)))
-    assert np.sum(c**2 * prior.rounding) <= single * (1 + 1e-9)
-    assert np.abs(c).sum() <= np.sqrt(single * np.sum(1 / prior.rounding)) * (1 + 1e-9)
-    assert c.sum() == pytest.approx(1, abs=1e-13 * np.abs(c).sum())
-
-
 @given(problems(), st.data())
 @settings(max_examples=40, deadline=None)
-def test_a_target_that_is_stored_exactly_is_its_snapshot(problem, data) -> None:  # type: ignore[no-untyped-def]
-    snapshots, prior, _ = problem
-    newest = [i for i, p in enumerate(snapshots) if p.t == max(q.t for q in snapshots)]
-    index = data.draw(st.sampled_from(newest))
+def test_a_target_that_is_stored_exactly_is_its_snapshot(problem: Problem, data: st.DataObject) -> None:
+    snapshots, prior, target = problem
+    index = data.draw(st.sampled_from([i for i, p in enumerate(snapshots) if p.t == target.t]))
     rounding = np.where(np.arange(len(snapshots)) == index, 0.0, prior.rounding)
     prior = Prior(prior.motion, rounding, prior.rounding, prior.norm, prior.source)
     result = reconstruct(snapshots, [snapshots[index]], prior=prior)
@@ -301,124 +259,105 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot(problem, data) -> None:
 
 
 def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
-    """Of a walk from a place theta0: E |theta|^2 = |theta0|^2 + integral v tail^2 ds.
+    """For a walk from a place theta0, E |theta|^2 = |theta0|^2 + integral v tail^2 ds.
 
-    Long averages of a long way may all be far shorter vectors than a late one.
+    All long averages of a long path may be far shorter vectors than a late one.
     """
-    snapshots, motion = snapshots_at(np.linspace(100, T, 10)), uneven_motion()
-    origin = PowerFunction(1e9, float(motion.edges[0]))  # whose tail is 0 where anything moves
+    snapshots, motion = power_functions(np.linspace(100, T, 10)), uneven_motion()
+    origin = PowerFunction(1e9, float(motion.edges[0]))  # its tail is 0 where anything moves
 
     def norm(profile: PowerFunction) -> float:
         return 0.5 + expected_square([profile], [1.0], origin, motion, 0.0)
 
     norms = np.array([norm(snapshot) for snapshot in snapshots])
     solver = MinimumVariance(snapshots, replace(prior_of(snapshots, motion, 1e-6), norm=norms), T)
-    for sigma_rel in (0.02, 0.05, 0.15, 0.28):
-        target = PowerFunction.from_sigma_rel(sigma_rel, T)
+    for target in power_functions(T, (0.02, 0.05, 0.15, 0.28)):
         c, goals = solved(solver, target)[:, None], solver.goals([target])
         squares = solver.expected_squares(c, goals)
         expected = np.sqrt(squares.sum() / norm(target))
         assert solver.expected_errors(squares, c, goals) == pytest.approx(expected, rel=1e-6)
 
 
-def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
-    """Nothing is wrong: no error. Something is, and the norm says 0: no number."""
-    snapshots = snapshots_at([500.0, T])
+def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined() -> None:
+    """It is 0 if no error is expected, and otherwise nan, since the norm is 0."""
+    snapshots = power_functions([500.0, T])
     zeros = np.zeros(len(snapshots))
-    target = PowerFunction.from_sigma_rel(0.1, T)
     for arithmetic, expected in ((zeros, 0.0), (zeros + 1, np.nan)):
         solver = MinimumVariance(snapshots, Prior(Motion.even(T, 0.0), zeros, arithmetic, zeros, "measured"), T)
-        goals = solver.goals([target])
+        goals = solver.goals([power(0.1, T)])
         c = solver.solve(goals)
         np.testing.assert_equal(solver.expected_errors(solver.expected_squares(c, goals), c, goals), [expected])
 
 
 @given(problems(), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
-def test_errors_after_losses_are_those_of_solving_without_them(problem, random) -> None:  # type: ignore[no-untyped-def]
-    """Of one more for each that is left, after any number of others."""
+def test_errors_after_losses_are_those_of_solving_without_the_lost(problem: Problem, random: Any) -> None:
+    """For the next loss of each remaining snapshot, after any number of losses."""
     snapshots, prior, target = problem
     losses = MinimumVariance(snapshots, prior, target.t).losses([target])
     left = list(range(len(snapshots)))
     while len(left) > 1:
         after = losses.squares_without_each()[0]
-        gone = random.choice(left)
-        left.remove(gone)
+        lost = random.choice(left)
+        left.remove(lost)
         anew = MinimumVariance([snapshots[i] for i in left], prior.of(left), target.t)
         expected = pytest.approx(squared_error(anew, solved(anew, target), target), rel=1e-3, abs=1e-8)
-        assert after[gone] == expected
-        losses.lose(gone)
+        assert after[lost] == expected
+        losses.lose(lost)
         assert losses.squares[0] == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_copy_of_a_snapshot_costs_nothing_when_it_is_lost(count: int) -> None:
-    """Rounding aside, of which there is none here; nor does the only snapshot have a share that could grow."""
-    snapshots = [PowerFunction.from_sigma_rel(0.1, T)] * count
-    solver = MinimumVariance(snapshots, prior_of(snapshots, uneven_motion(), 0.0), T)
-    losses = solver.losses([PowerFunction.from_sigma_rel(0.15, T)])
-    only = losses.squares.copy()
+def test_the_loss_of_a_copy_of_a_snapshot_costs_nothing(count: int) -> None:
+    """Without rounding; the coefficient of a single snapshot cannot grow either."""
+    snapshots = [power(0.1, T)] * count
+    losses = MinimumVariance(snapshots, prior_of(snapshots, uneven_motion()), T).losses([power(0.15, T)])
+    before = losses.squares.copy()
     for lost in range(count - 1):
         losses.lose(lost)
-    np.testing.assert_allclose(losses.squares, only)
-
-
-def test_losses_of_some_are_those_of_a_problem_without_the_others() -> None:
-    snapshots = snapshots_at(np.arange(50.0, T + 1, 50.0))
-    prior = prior_of(snapshots, uneven_motion(0.3), 1e-4)
-    targets = [PowerFunction.from_sigma_rel(s, T) for s in (0.06, 0.15, 0.27)]
-    some = [0, 3, 4, 11, 16, len(snapshots) - 1]
-    found = MinimumVariance(snapshots, prior, T).losses(targets).of(some)
-    anew = MinimumVariance([snapshots[i] for i in some], prior.of(some), T).losses(targets)
-    np.testing.assert_allclose(found.squares_without_each(), anew.squares_without_each(), rtol=1e-7)
+    np.testing.assert_allclose(losses.squares, before)
 
 
 @given(problems())
 @settings(max_examples=30, deadline=None)
-def test_errors_of_many_at_once_are_those_of_one_at_a_time(problem) -> None:  # type: ignore[no-untyped-def]
+def test_errors_of_many_targets_at_once_are_those_of_one_at_a_time(problem: Problem) -> None:
     snapshots, prior, target = problem
-    last = snapshots[-1]
-    targets = [target, PowerFunction.from_sigma_rel(0.11, target.t), *([last] if last.t == target.t else [])]
+    targets = [target, power(0.11, target.t), snapshots[-1]]
     one_by_one = reconstruct(snapshots, targets, prior=prior, t=target.t)
     predicted, profile = expected_errors(snapshots, targets, prior, target.t)
     np.testing.assert_allclose(predicted, one_by_one.predicted_error, rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(profile, one_by_one.profile_error, rtol=1e-3, atol=1e-6)
 
 
-def test_what_is_assumed_is_an_even_walk_of_a_quarter_of_the_weights_norm() -> None:
-    snapshots = snapshots_at([100.0, 400.0])
-    prior = assumed_prior(snapshots, 3e-3)
-    found = np.array([prior.rounding, prior.arithmetic, prior.norm])
-    np.testing.assert_array_equal(found, np.multiply.outer([3e-3**2, 0, 1], np.ones(4)))
+def test_the_assumed_motion_is_an_even_walk_of_a_quarter_of_the_weights_norm() -> None:
+    prior = assumed_prior(power_functions([100.0, 400.0]), 3e-3)
+    arrays = np.array([prior.rounding, prior.arithmetic, prior.norm])
+    np.testing.assert_array_equal(arrays, np.multiply.outer([3e-3**2, 0, 1], np.ones(4)))
     assert (prior.source, prior.steps) == ("assumed", None)
-    assert prior.motion == Motion(np.array([0.0, 400.0]), np.array([0.25**2 / 400]), np.zeros(1))
-    own = uneven_motion()
-    assert assumed_prior(snapshots, motion=own).motion is own
+    assert prior.motion == even_motion(0.0, 400.0, 0.25**2 / 400)
 
 
 @pytest.mark.parametrize("seed", [2, 202])
-def test_a_small_gain_is_not_worth_a_motion_that_was_fitted_wrong(seed: int) -> None:
-    """Off by factors of ten in some pieces, where minimum variance alone would be 1.09 times the published error."""
+def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion(seed: int) -> None:
+    """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the published error."""
     times = np.arange(100.0, T + 1, 100.0)
-    snapshots, edges = snapshots_at(times), np.concatenate(([START], times))
+    snapshots, edges = power_functions(times), np.concatenate(([START], times))
     random = np.random.default_rng(seed)
     walk, noise = 10 ** random.uniform(-1, 0, 10), 300 * 10 ** random.uniform(-1, 0, 10)
     fitted = Motion(edges, walk * 10.0 ** random.choice([-1, 0, 1], 10), noise * 10.0 ** random.choice([-1, 0, 1], 10))
-    target, prior = PowerFunction.from_sigma_rel(0.1, T), prior_of(snapshots, fitted, 0.0)
+    target, prior = power(0.1, T), prior_of(snapshots, fitted)
     ours, paper = (
-        expected_square(snapshots, found.coefficients[:, 0], target, Motion(edges, walk, noise), 0.0)
-        for found in (reconstruct(snapshots, [target], method, prior) for method in ("minvar", "paper"))
+        expected_square(snapshots, result.coefficients[:, 0], target, Motion(edges, walk, noise), 0.0)
+        for result in (reconstruct(snapshots, [target], method, prior) for method in METHODS)
     )
     assert ours < 1.06**2 * paper
 
 
-def test_with_noise_alone_it_is_the_published_method() -> None:
-    """Up to the constraint: there the coefficients are divided by their sum, here they sum to 1 from the start."""
-    snapshots = snapshots_at(np.linspace(0, T, 21)[1:])
-    motion = Motion(np.array([1e-9, T]), np.array([0.0]), np.array([1.0]))
-    prior = Prior(motion, np.zeros(40), np.zeros(40), np.ones(40), "measured")
-    target = PowerFunction.from_sigma_rel(0.15, T)
-    ours, paper = (reconstruct(snapshots, [target], method, prior) for method in ("minvar", "paper"))
+def test_with_noise_alone_minimum_variance_is_the_published_method() -> None:
+    """Except that the published coefficients are divided by their sum, while those here sum to 1 by constraint."""
+    snapshots = power_functions(np.linspace(0, T, 21)[1:])
+    prior = replace(prior_of(snapshots, even_motion(1e-9, T, 0.0, 1.0)), norm=np.ones(40))
+    ours, paper = (reconstruct(snapshots, [power(0.15, T)], method, prior) for method in METHODS)
     assert ours.profile_error[0] == pytest.approx(paper.profile_error[0], rel=1e-3)
     assert ours.predicted_error[0] <= paper.predicted_error[0] * (1 + 1e-9)
 
@@ -426,55 +365,47 @@ def test_with_noise_alone_it_is_the_published_method() -> None:
 # --- edges -----------------------------------------------------------------------------------------
 
 
-def test_a_target_after_the_last_snapshot_misses_what_the_network_moved_since() -> None:
-    snapshots = snapshots_at((50, 100))
-    motion = Motion(np.array([1.0, 100.0, 200.0]), np.array([1.0, 0.25]), np.zeros(2))
-    target = PowerFunction.from_sigma_rel(0.05, 150.0)
-    result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, 0.0))
-    since = 0.25 * integrate.quad(lambda s: float(target.tail(s)) ** 2, 100, 150)[0]
-    assert (NORM * result.predicted_error[0]) ** 2 >= since
-    assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(since, rel=0.3)
-
-
-def test_a_network_that_never_moved_needs_no_certain_combination() -> None:
-    snapshots = snapshots_at((50, 100))
-    still = Motion(np.array([1.0, 100.0]), np.zeros(1), np.zeros(1))
-    for rounding in (0.0, 1.0):
-        prior = prior_of(snapshots, still, rounding)
-        result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(0.1, 100.0)], prior=prior)
-        assert result.coefficients.sum() == pytest.approx(1)
-        # All four copies are rounded to the same values.
-        assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(rounding, rel=0.01)
-        assert np.abs(result.coefficients).sum() < 4
+@pytest.mark.parametrize("rounding", [0.0, 1.0])
+def test_coefficients_are_small_for_a_network_that_never_moved(rounding: float) -> None:
+    snapshots = power_functions((50, 100))
+    result = reconstruct(snapshots, [power(0.1, 100.0)], prior=prior_of(snapshots, even_motion(1, 100, 0), rounding))
+    assert result.coefficients.sum() == pytest.approx(1)
+    # All four copies are rounded to the same values.
+    assert (NORM * result.predicted_error[0]) ** 2 == pytest.approx(rounding, rel=0.01)
+    assert np.abs(result.coefficients).sum() < 4
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "snapshots",
     [
-        snapshots_at((100,), (0.05,)),
-        snapshots_at((50, 100), (0.1, 0.1 + 1e-14, 0.1000001)),
-        snapshots_at((100, np.nextafter(100, 0))),
+        power_functions((100,), (0.05,)),
+        power_functions((50, 100), (0.1, 0.1 + 1e-14, 0.1000001)),
+        power_functions((100, np.nextafter(100, 0))),
     ],
 )
-def test_one_snapshot_and_nearly_equal_ones_are_no_trouble(snapshots: list[PowerFunction], method: str) -> None:
-    result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(0.1, 100.0)], method)
+def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(
+    snapshots: list[PowerFunction], method: str
+) -> None:
+    result = reconstruct(snapshots, [power(0.1, 100.0)], method)
     assert np.isfinite(result.coefficients).all()
     assert result.coefficients.sum() == pytest.approx(1)
 
 
-# --- few updates in an interval are a sum, and a clock may run on while nothing is trained --------------
+# --- intervals of few updates are summed, and a clock may advance while nothing is trained -------------
 
 
-def simulated_square(c, snapshots, sigma_rel, updates, rate):  # type: ignore[no-untyped-def]
-    """E |error|^2 of a walk that moves by `rate` from each update to the next: a sum over updates, from the weights."""
+def simulated_square(
+    c: FloatArray, snapshots: list[PowerFunction], target: PowerFunction, updates: FloatArray, rate: float
+) -> float:
+    """E |error|^2 of a walk that moves by `rate` from each update to the next, as a sum over the updates."""
     made = np.zeros(updates.size)
-    for coefficient, (s, t) in zip(c, snapshots, strict=True):
-        count = int(np.searchsorted(updates, t, side="right"))
-        made[:count] += coefficient * exact_weights(s, updates[:count])
-    missed = made - exact_weights(sigma_rel, updates)
-    after = np.cumsum(missed[::-1])[::-1]  # what an increment at update k shifts: all values from k on
-    return float(rate @ after[1:] ** 2)
+    for coefficient, profile in zip(c, snapshots, strict=True):
+        count = int(np.searchsorted(updates, profile.t, side="right"))
+        made[:count] += coefficient * exact_weights(profile.sigma_rel, updates[:count])
+    missed = made - exact_weights(target.sigma_rel, updates)
+    after = np.cumsum(missed[::-1])[::-1]  # an increment at update k shifts all values from k on
+    return float(rate * np.sum(after[1:] ** 2))
 
 
 @pytest.mark.parametrize("noise", [0.0, 5.0])
@@ -483,51 +414,38 @@ def test_a_snapshot_at_every_update_or_every_few_makes_averages_to_rounding(
     every: int, stride: int, noise: float
 ) -> None:
     steps = every * 40
-    updates = np.arange(stride, steps + 1, stride, dtype=np.float64)
-    stored = [(s, float(t)) for t in range(every, steps + 1, every) for s in (0.05, 0.28)]
-    snapshots = [PowerFunction(exact_gamma(s), t) for s, t in stored]
-    motion = Motion(np.array([float(stride), steps]), np.array([2.0]), np.array([noise]))
-    tiny = np.full(len(snapshots), 1e-14)
-    prior = Prior(motion, tiny, 0 * tiny, np.ones(len(snapshots)), "measured", Steps(Clock.of_steps(), stride))
-    target = PowerFunction(exact_gamma(0.15), float(steps))
+    snapshots, target = power_functions(range(every, steps + 1, every)), power(0.15, steps)
+    prior = prior_of(snapshots, even_motion(stride, steps, 2.0, noise), 1e-14, Steps(STEPS, stride))
     solver = MinimumVariance(snapshots, prior, target.t)
     c = solved(solver, target)
-    true = simulated_square(c, stored, 0.15, updates, np.full(updates.size - 1, 2.0 * stride))
-    expected = squared_error(solver, c, target) - 1e-14 * float(c @ c)
+    true = simulated_square(c, snapshots, target, np.arange(stride, steps + 1.0, stride), 2.0 * stride)
     if noise == 0:
-        assert expected == pytest.approx(true, rel=0.02, abs=1e-13)
-    # Two profiles and an update or two between snapshots: as many unknowns as values.
+        expected = squared_error(solver, c, target) - 1e-14 * float(c @ c)
+        assert expected == pytest.approx(true, rel=0.02, abs=1e-12)  # eps times the walk
+    # With two profiles and an update or two between snapshots there are as many unknowns as values.
     assert true < (1e-10 if every <= 2 * stride else 1e-3)
 
 
 @pytest.mark.parametrize("count", [FEW, FEW + 1, 4 * FEW])
-def test_the_sum_and_the_integral_agree_where_one_gives_way_to_the_other(count: int) -> None:
+def test_the_sum_and_the_integral_agree_at_the_threshold_between_them(count: int) -> None:
     """Two snapshots, `count` updates apart: the expected square against the sum over updates."""
-    updates = np.arange(1.0, 11 * count + 1)
-    stored = [(0.1, 10.0 * count), (0.1, 11.0 * count)]
-    snapshots = [PowerFunction(exact_gamma(s), t) for s, t in stored]
-    motion = Motion(np.array([1.0, 11.0 * count]), np.ones(1), np.zeros(1))
-    prior = Prior(motion, np.zeros(2), np.zeros(2), np.ones(2), "measured", Steps(Clock.of_steps()))
-    target = PowerFunction(exact_gamma(0.06), 11.0 * count)
-    solver = MinimumVariance(snapshots, prior, target.t)
+    snapshots, target = power_functions((10 * count, 11 * count), (0.1,)), power(0.06, 11.0 * count)
+    solver = MinimumVariance(snapshots, prior_of(snapshots, even_motion(1.0, target.t), steps=Steps(STEPS)), target.t)
     c = solved(solver, target)
-    true = simulated_square(c, stored, 0.06, updates, np.ones(updates.size - 1))
+    true = simulated_square(c, snapshots, target, np.arange(1.0, target.t + 1), 1.0)
     assert squared_error(solver, c, target) == pytest.approx(true, rel=0.1)
 
 
 def test_a_pause_of_the_clock_is_no_movement() -> None:
-    """1,000 steps, a pause as long as they took, and 1,000 more: how one combination misses, against the sum."""
+    """1,000 steps, a pause as long as these, and 1,000 more: the error of coefficients against the sum."""
     times = np.concatenate((np.arange(1.0, 1001), np.arange(2001.0, 3001)))
     clock = Clock((1000, 1001, 2000), (1000.0, 2001.0, 3000.0))
-    stored = [(s, t) for t in (1000.0, 2500.0, 3000.0) for s in (0.05, 0.28)]
-    snapshots = [PowerFunction(exact_gamma(s), t) for s, t in stored]
-    motion = Motion(np.array([1.0, 3000.0]), np.ones(1), np.zeros(1))
-    prior = Prior(motion, np.zeros(6), np.zeros(6), np.ones(6), "measured", Steps(clock))
-    target = PowerFunction(exact_gamma(0.2), 3000.0)
+    snapshots, target = power_functions((1000.0, 2500.0, 3000.0)), power(0.2, 3000.0)
+    prior = prior_of(snapshots, even_motion(1.0, 3000.0), steps=Steps(clock))
     solver = MinimumVariance(snapshots, prior, 3000.0)
     for c in (solved(solver, target), np.array([0.2, 0.3, -0.1, 0.2, 0.1, 0.3])):
-        true = simulated_square(c, stored, 0.2, times, np.ones(1999))
+        true = simulated_square(c, snapshots, target, times, 1.0)
         assert squared_error(solver, c, target) == pytest.approx(true, rel=0.02)
     # Without the clock the pause counts as half of the training.
-    blind = MinimumVariance(snapshots, Prior(motion, np.zeros(6), np.zeros(6), np.ones(6), "measured"), 3000.0)
-    assert squared_error(blind, c, target) != pytest.approx(true, rel=0.1)
+    without_clock = MinimumVariance(snapshots, replace(prior, steps=None), 3000.0)
+    assert squared_error(without_clock, c, target) != pytest.approx(true, rel=0.1)

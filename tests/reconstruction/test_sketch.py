@@ -1,4 +1,4 @@
-"""Errors measured by a sketch of the weights' path, against paths whose averages the test itself sums in float64."""
+"""Errors measured by a sketch of the weights' path, against averages that the tests sum in float64."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from factories import FloatArray, power_functions
 
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Motion, Prior, Sketch, reconstruct
+from posthoc_cli.reconstruction import METHODS, Motion, Prior, Sketch, reconstruct
 from posthoc_cli.reconstruction import motion as sketches
 
 T, SIZE = 600, 40
-FloatArray = np.ndarray
 
 
 def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
-    """Of the weights after each step: shape [profiles, SIZE]."""
+    """Return averages of the weights after each step: shape [profiles, SIZE]."""
     steps = np.arange(1, T + 1)
     until = [np.minimum(steps / profile.t, 1.0) ** (profile.gamma + 1) for profile in profiles]
     return np.diff(np.array(until), axis=1, prepend=0.0) @ path
 
 
 def sketch_of(path: FloatArray, length: int) -> Sketch:
-    """The first step alone, then means of `length` steps each, as the hook makes them; not projected at all."""
+    """Return windows as the hook makes them: the first step alone, then `length` steps each; without projection."""
     ends = np.unique([1, *range(1 + length, T, length), T])
     windows = np.split(path, ends[:-1])
     means = np.array([window.mean(axis=0) for window in windows])
@@ -32,38 +32,47 @@ def sketch_of(path: FloatArray, length: int) -> Sketch:
 
 
 def wave(periods: float, amplitude: float) -> FloatArray:
-    """About one place, in one direction."""
+    """Return a path that oscillates about one place in one direction."""
     place, direction = np.random.default_rng(1).standard_normal((2, SIZE))
     return place + amplitude * np.sin(2 * np.pi * periods * np.arange(1, T + 1) / T + 1)[:, None] * direction
 
 
 def walk() -> FloatArray:
-    """Independent steps."""
+    """Return a path with independent steps."""
     random = np.random.default_rng(2)
     return random.standard_normal(SIZE) + np.cumsum(0.02 * random.standard_normal((T, SIZE)), axis=0)
 
 
-SNAPSHOTS = [PowerFunction.from_sigma_rel(s, float(t)) for s in (0.05, 0.28) for t in range(30, T + 1, 30)]
-TARGETS = [PowerFunction.from_sigma_rel(s, float(T)) for s in (0.03, 0.08, 0.15, 0.28)]
+SNAPSHOTS = power_functions(range(30, T + 1, 30))
+TARGETS = power_functions(T, (0.03, 0.08, 0.15, 0.28))
+
+
+def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | float) -> Prior:
+    """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is relative to squares."""
+    norm = np.sum(averages(path, SNAPSHOTS) ** 2, axis=1)
+    motion = Motion(np.array([1.0, T]), np.array([walk]), np.zeros(1))
+    return Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, length))
+
+
+def as_float16(path: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the snapshots as stored in float16, and their squared errors, relative to the squared norms."""
+    exact = averages(path, SNAPSHOTS)
+    stored = exact.astype(np.float16).astype(float)
+    return stored, np.sum((stored - exact) ** 2, axis=1) / np.sum(exact**2, axis=1)
 
 
 def measured(path: FloatArray, length: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Actual, published and predicted errors of what comes from snapshots stored in float16."""
-    stored = averages(path, SNAPSHOTS)
-    rounding = stored.astype(np.float16) - stored
-    norm = np.sum(stored**2, axis=1)
-    # As the distances of successive snapshots show it where a wave is in step with them: almost none.
-    still = Motion(np.array([1.0, T]), np.array([1e-9]), np.zeros(1))
-    prior = Prior(still, np.sum(rounding**2, axis=1), 0 * norm, norm, "measured", sketch=sketch_of(path, length))
+    """Return actual, published and predicted errors of reconstructions from snapshots stored in float16."""
+    stored, rounding = as_float16(path)
+    # Almost no motion, as the distances of successive snapshots show it for a wave in step with them.
+    prior = prior_of(path, length, 1e-9, rounding)
     truth = averages(path, TARGETS)
-    size = np.linalg.norm(truth, axis=1)
-
-    def errors(method: str) -> FloatArray:
-        made = reconstruct(SNAPSHOTS, TARGETS, method, prior, float(T))
-        return np.linalg.norm(made.coefficients.T @ (stored + rounding) - truth, axis=1) / size
-
-    predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
-    return errors("minvar"), errors("paper"), predicted
+    ours, paper = (reconstruct(SNAPSHOTS, TARGETS, method, prior, float(T)) for method in METHODS)
+    actual, published = (
+        np.linalg.norm(result.coefficients.T @ stored - truth, axis=1) / np.linalg.norm(truth, axis=1)
+        for result in (ours, paper)
+    )
+    return actual, published, ours.predicted_error
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
@@ -71,9 +80,9 @@ def measured(path: FloatArray, length: int) -> tuple[FloatArray, FloatArray, Flo
     "path", [wave(20, 1.0), wave(20, 0.1), wave(2.5, 0.5), walk()], ids=["in step", "small", "slow", "walk"]
 )
 def test_errors_are_bounded_and_predicted_whatever_the_motion(path: FloatArray, length: int) -> None:
-    """The motion that distances of snapshots tell is wrong by orders of magnitude here."""
-    error, paper, predicted = measured(path, length)
-    assert np.all(error <= 1.05 * paper)
+    """The motion that the distances of snapshots show is wrong by orders of magnitude."""
+    error, published, predicted = measured(path, length)
+    assert np.all(error <= 1.05 * published)
     assert np.all(error < 2 * predicted)
     assert length > 1 or np.all(predicted < 2 * error)
 
@@ -84,13 +93,13 @@ def test_the_error_of_single_updates_is_measured_exactly() -> None:
     stored, wanted = SNAPSHOTS[:3], TARGETS[:1]
     seen, unseen = sketch.measured([*stored, *wanted])
     exact = averages(path, [*stored, *wanted]) - path[0]
-    # Power functions hold their mass before the first update on it, as the sums here do.
+    # The mass of power functions before the first update lies on that update, as in these sums.
     np.testing.assert_allclose(seen.T, exact, atol=1e-12)
     assert not unseen.any()
 
 
-def test_motion_within_windows_is_known_by_its_size() -> None:
-    """Weights that alternate are not seen by means of two: the spread of the windows tells."""
+def test_the_size_of_motion_within_windows_is_known() -> None:
+    """Means of two do not show weights that alternate, but the spread of the windows does."""
     path = np.where(np.arange(T) % 2, 1.0, -1.0)[:, None] * 0.3 * np.random.default_rng(4).standard_normal(SIZE) + 1
     sketch = sketch_of(path, 2)
     assert np.abs(np.diff(sketch.means[1:-1], axis=0)).max() < 1e-12
@@ -98,54 +107,50 @@ def test_motion_within_windows_is_known_by_its_size() -> None:
     assert np.all(error < 3 * predicted)
 
 
-def test_a_path_of_one_window_or_two_has_an_error_too() -> None:
-    """That of a run with few updates."""
-    for count in (1, 2):
-        means = np.arange(count * SIZE, dtype=float).reshape(count, SIZE)
-        sketch = Sketch(np.arange(count + 1.0) + 1, np.full(count, 2.0), means, np.ones(count))
-        for rows in sketch.measured(TARGETS):
-            assert np.isfinite(rows).all()
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_path_of_one_window_or_two_has_an_error_too(count: int) -> None:
+    means = np.arange(count * SIZE, dtype=float).reshape(count, SIZE)
+    sketch = Sketch(np.arange(count + 1.0) + 1, np.full(count, 2.0), means, np.ones(count))
+    assert all(np.isfinite(rows).all() for rows in sketch.measured(TARGETS))
 
 
 @pytest.mark.parametrize("length", [3, 6, 20])
 @pytest.mark.parametrize("motion", ["noise", "walk", "wave"])
-def test_errors_from_means_that_profiles_share_are_known_with_their_likeness(
+def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
     motion: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folds whose older values have another profile's weights, as the hook's, from time 2,000 on; a sketch of fours."""
+    """Folds whose older values have another profile's weights, as the hook's, from time 2,000 on; windows of four."""
     monkeypatch.setattr(sketches, "LONGEST", np.inf)  # from the first fold on
     updates, before, random = 7201, 2000, np.random.default_rng(6)
     free = random.standard_normal((updates, SIZE))
     slow = np.sin(np.arange(updates) / 300 + 1)[:, None] * random.standard_normal(SIZE)
     path = {"noise": free, "walk": np.cumsum(0.1 * free, axis=0), "wave": 9 * slow}[motion]
-    short, profiles = (
-        PowerFunction(17.0, 1.0),
-        [PowerFunction(g, t) for g, t in ((0.2, 6e3), (0.2, 9e3), (5.0, 9e3))],
-    )
+    short = PowerFunction(17.0, 1.0)
+    profiles = [PowerFunction(g, t) for g, t in ((0.2, 6e3), (0.2, 9e3), (5.0, 9e3))]
     ends = np.array([1, *range(1 + length, updates, length)])
     errors = np.zeros((3, SIZE))
     for profile, error in zip(profiles, errors, strict=True):
         for begin, end in pairwise(ends[ends + before <= profile.t].tolist()):
             times = before + np.arange(begin, end + 1.0)
-            own, other = (np.diff((times / times[-1]) ** (one.gamma + 1)) for one in (profile, short))
-            wrong = other[:-1] * own[:-1].sum() / other[:-1].sum() - own[:-1]
+            right, shared = (np.diff((times / times[-1]) ** (p.gamma + 1))[:-1] for p in (profile, short))
+            wrong = shared * right.sum() / shared.sum() - right
             error += (times[-1] / profile.t) ** (profile.gamma + 1) * wrong @ path[begin : end - 1]
     means = np.array([fold.mean(axis=0) for fold in np.split(path, ends)[:-1]])
     joined = [means[:1], *np.split(means[1:], range(4, len(means) - 1, 4))]
-    spread = np.array([np.sum((own - own.mean(axis=0)) ** 2, axis=1).mean() for own in joined])
-    counts = np.array([len(own) for own in joined])
+    spread = np.array([np.sum((folds - folds.mean(axis=0)) ** 2, axis=1).mean() for folds in joined])
+    counts = np.array([len(folds) for folds in joined])
     edges = np.append(1, ends[np.cumsum(counts) - 1])
-    sketch = Sketch(edges + before, counts.astype(float), np.array([own.mean(axis=0) for own in joined]), spread)
+    sketch = Sketch(edges + before, counts.astype(float), np.array([folds.mean(axis=0) for folds in joined]), spread)
     seen, unseen = sketch.of_shared_means(profiles, short.gamma, edges)
     expected, actual = seen.T @ seen + unseen.T @ unseen, errors @ errors.T
-    size, true = (np.sqrt(np.diag(one)) for one in (expected, actual))
+    size, true = (np.sqrt(np.diag(covariance)) for covariance in (expected, actual))
     np.testing.assert_allclose(size, true, rtol=0.35)
-    # A walk is in few directions, of forty.
+    # A walk of this length has few of the forty directions.
     np.testing.assert_allclose(expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4)
 
 
-def test_means_are_shared_from_when_32_updates_are_a_thousandth_of_training() -> None:
-    """Windows of two folds of four updates each, after the first update: those after t = 32,000 leave errors."""
+def test_means_are_shared_as_soon_as_32_updates_are_a_thousandth_of_training() -> None:
+    """After the first update, windows have two folds of four updates each; windows after t = 32,000 have errors."""
     edges = np.array([1.0, 1.0, *range(9, 64_002, 8)])
     means = np.random.default_rng(0).standard_normal((len(edges) - 1, SIZE))
     sketch = Sketch(edges, np.array([1.0, *[2.0] * (len(edges) - 2)]), means, np.ones(len(means)))
@@ -153,24 +158,18 @@ def test_means_are_shared_from_when_32_updates_are_a_thousandth_of_training() ->
     assert edges[1:][unseen[:, 0] > 0].min() == pytest.approx(32_000, abs=8)
 
 
-def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_distances_say() -> None:
-    """No combination is nearer than one copy; independent errors would average out."""
+def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show() -> None:
+    """No combination is nearer than one copy, while independent errors would average out."""
     path = np.tile(np.random.default_rng(3).standard_normal(SIZE), (T, 1))
-    stored = averages(path, SNAPSHOTS)
-    rounding, norm = np.sum((stored.astype(np.float16) - stored) ** 2, axis=1), np.sum(stored**2, axis=1)
-    far = Motion(np.array([1.0, T]), norm[:1] / T, np.zeros(1))
-    prior = Prior(far, rounding, 0 * norm, norm, "measured", sketch=sketch_of(path, 2))
+    _, rounding = as_float16(path)
+    prior = prior_of(path, 2, float(path[0] @ path[0]) / T, rounding)
     predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
-    np.testing.assert_allclose(predicted, np.sqrt(rounding[0] / norm[0]), rtol=0.05)
+    np.testing.assert_allclose(predicted, np.sqrt(rounding[0]), rtol=0.05)
 
 
-def test_the_published_coefficients_stay_where_others_are_hardly_better() -> None:
-    """A stored length, whose only error is a rounding that others could take a few hundredths from."""
-    path = walk()
-    stored = averages(path, SNAPSHOTS)
-    norm = np.sum(stored**2, axis=1)
-    motion = Motion(np.array([1.0, T]), np.array([0.02**2 * SIZE]), np.zeros(1))
-    for rounding, stays in ((1e-8, True), (1e-3, False)):
-        prior = Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, 1))
-        column = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T)).coefficients[:, 0]
-        assert (np.count_nonzero(column) == 1) == stays
+@pytest.mark.parametrize(("rounding", "stays"), [(1e-8, True), (1e-3, False)])
+def test_the_published_coefficients_stay_where_others_are_hardly_better(rounding: float, stays: bool) -> None:
+    """The target is a stored profile; its only error is rounding, which others could lower by a few hundredths."""
+    prior = prior_of(walk(), 1, 0.02**2 * SIZE, rounding)
+    column = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T)).coefficients[:, 0]
+    assert (np.count_nonzero(column) == 1) == stays
