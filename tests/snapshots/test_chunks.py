@@ -75,7 +75,7 @@ def test_a_grid_covers_a_tensor_once(shape: tuple[int, ...], seed: int) -> None:
         others = [other for other in boxes if other is not box]
         assert cover_problem(shape, others) == "elements are missing"
         assert cover_problem(shape, [*boxes, box]) == "chunks overlap"
-    assert cover_problem((0, 3), []) == "no chunk of it is there"
+    assert cover_problem((0, 3), []) == "has no chunk"
 
 
 def test_what_is_no_partition_is_named() -> None:
