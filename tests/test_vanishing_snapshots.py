@@ -1,4 +1,4 @@
-"""Readers without a lock, beside a writer that thins."""
+"""Readers, which take no lock, while a writer thins the snapshots."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def average(folder: Path) -> torch.Tensor:
 
 
 def remove_one(plan: Plan) -> Plan:
-    """As a writer does that thins: one of the snapshots that were planned with, not the newest."""
+    """Delete one of the plan's snapshots, not the newest, as a writer that thins does."""
     plan.sources[len(plan.sources) // 2].path.unlink()  # type: ignore[attr-defined]
     return plan
 
@@ -72,7 +72,7 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """The first plan that the tracker or the command makes, of which a snapshot is removed before it is used."""
+    """The first plan of the tracker or the command, one of whose snapshots is deleted before the plan is used."""
     real, removed = plan_synthesis, list[Plan]()
 
     def plan_and_remove(*arguments: Any, **options: Any) -> Plan:
@@ -85,7 +85,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 @pytest.mark.parametrize("way", ["state_dict", "load_into", "command"])
-def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, planned: list[Plan], ema: Ema) -> None:
+def test_weights_are_made_from_the_remaining_snapshots(tmp_path: Path, way: str, planned: list[Plan], ema: Ema) -> None:
     run, out = tmp_path / "run", tmp_path / "out.safetensors"
     model = trained(run)
     if way == "state_dict":
@@ -106,7 +106,7 @@ def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, planned: l
 def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Headers without measurements: the plan itself reads tensors."""
+    """Without measurements in headers, planning itself reads tensors."""
     write_run(tmp_path, random_walk(80, {"weight": (3,)}), range(10, 81, 10))
     real, removed = sources.sample_measurements, []
 
@@ -122,10 +122,10 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
     assert torch.equal(found, average(tmp_path))
 
 
-def test_an_open_file_that_another_host_removes_has_gone_away_too(
+def test_an_open_file_that_another_host_removes_is_planned_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a local file system it would stay readable; a client of a network one gets ESTALE."""
+    """On a local file system the file would stay readable; a client of a network file system gets ESTALE."""
     trained(tmp_path)
     expected = average(tmp_path)
     once = iter([True])
