@@ -13,6 +13,7 @@ import torch
 from ema_command import Ema
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from snapshots.recorded import record
 
 from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.planning import schedule, snapshots_to_drop
@@ -106,15 +107,7 @@ def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.Monkey
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with snapshots at 40 times x 2 profiles."""
-    folder = tmp_path_factory.mktemp("many") / "run"
-    torch.manual_seed(0)
-    model = torch.nn.Linear(30, 20)
-    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=5, max_checkpoints=None) as tracker:
-        for _ in range(200):
-            with torch.no_grad():
-                model.weight += 0.01 * torch.randn(20, 30)
-            tracker.update_(model)
-    return folder
+    return record(tmp_path_factory.mktemp("many") / "run", 200, scale=0.01, checkpoint_every=5)
 
 
 @pytest.fixture
@@ -148,7 +141,7 @@ def test_the_choice_does_not_depend_on_the_targets(run: Path) -> None:
     company = plan_synthesis(sources[::-1], [0.02, 0.15, Window(30)], 143.0)
     assert company.solved == 20
     assert [source.name for source in alone.sources] == [source.name for source in company.sources]
-    one, other = dict(synthesize(alone))["weight"][0], dict(synthesize(company))["weight"][1]
+    one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
     torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
 
 
