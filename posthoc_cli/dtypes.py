@@ -1,4 +1,4 @@
-"""The dtypes that safetensors files hold, what torch and users call them. The only table; it imports no torch."""
+"""The dtypes of safetensors files with their names in torch and for users. The only such table; it imports no torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dtype:
-    """One dtype.
+    """The properties of a dtype.
 
     Attributes:
-        torch_name: its name in torch and NumPy.
-        nbytes: bytes of an element.
-        mantissa_bits: stored bits of the mantissa; 0 for what is no real floating-point number.
-        lowest_exponent: of normal numbers 2**exponent * 1.xxx; below it the spacing stays what it is there.
-        first_nonfinite: the bits, without the sign, of the first number that is not finite; all above are not, either.
+        torch_name: the dtype's name in torch and NumPy.
+        nbytes: bytes per element.
+        mantissa_bits: stored bits of the mantissa; 0 for dtypes that are not real floating-point numbers.
+        lowest_exponent: smallest exponent of normal numbers 2**exponent * 1.xxx; subnormal numbers have its spacing.
+        first_nonfinite: bit pattern, without the sign, of the smallest non-finite number; all larger ones are too.
     """
 
     torch_name: str
@@ -43,25 +43,25 @@ DTYPES = {
     "U64": Dtype("uint64", 8), "U32": Dtype("uint32", 4), "U16": Dtype("uint16", 2), "U8": Dtype("uint8", 1),
     "BOOL": Dtype("bool", 1),
 }  # fmt: skip
-"""By their names in safetensors."""
+"""The dtypes by their names in safetensors files."""
 
 ITEM_BYTES = {name: dtype.nbytes for name, dtype in DTYPES.items()}
 
 EPS = {name: 2.0**-dtype.mantissa_bits for name, dtype in DTYPES.items() if dtype.mantissa_bits}
-"""Distance from 1 to the next number. An average's own dtype, and what it is stored as, is one of these."""
+"""The distance from 1 to the next number. The model's and the stored dtype of an average are among these."""
 
 WORDS = {
     "float64": "F64", "fp64": "F64", "float32": "F32", "fp32": "F32", "float16": "F16", "fp16": "F16",
     "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
-"""What users call the dtypes of results."""
+"""The words by which users name the dtypes of results."""
 
 
 def parse_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> str | None:
-    """The safetensors name of a dtype given by a user's word or as torch's; None for None and "keep".
+    """Return the safetensors name of a dtype given as a word or a torch dtype; None for None and "keep".
 
     Raises:
-        InvalidValueError: listing the accepted words; its subject is `option`.
+        InvalidValueError: the word is unknown; the message names `option` and lists the accepted words.
     """
     word = "keep" if dtype is None else str(dtype).removeprefix("torch.")
     check_word(option, word, [*WORDS, "keep"])
@@ -72,7 +72,7 @@ _NAMES = {f"torch.{dtype.torch_name}": name for name, dtype in DTYPES.items()}
 
 
 def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
-    """The safetensors name of a dtype; an InvalidValueError names the `tensor` if it has none."""
+    """Return the safetensors name of a dtype; raise InvalidValueError, naming the `tensor`, if it has none."""
     if str(dtype) not in _NAMES:
         where = f"tensor {tensor!r}" if tensor else "tensor"
         raise InvalidValueError(where, f"dtype {dtype} cannot be stored; one of {', '.join(_NAMES)} can")
@@ -81,7 +81,7 @@ def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
 
 @lru_cache
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a safetensors name."""
+    """Return the torch dtype with this safetensors name."""
     import torch
 
     dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)

@@ -1,15 +1,15 @@
-"""Every error that this package raises on purpose, and the exit code that `ema` ends with. A public module.
+"""All errors that this package raises on purpose, with the exit codes of `ema`. A public module.
 
     PostHocError                       1
     ├── InvalidValueError (ValueError) 2   an argument or option outside what is accepted
     ├── DirectoryError                 1   a snapshot directory that is absent, empty or foreign
     ├── FileFormatError                1   a file that is damaged, truncated or of another format
-    │   └── VanishedError              1   a file that was there a moment ago
+    │   └── VanishedError              1   a file that was deleted while it was in use
     ├── MismatchError (ValueError)     1   snapshots that do not belong together
     ├── ModelMismatchError             1   a model that is not the one that was tracked
     ├── NonFiniteError                 1   nan or infinity in an average or a result
     ├── LockedError                    1   a directory that another writer holds
-    ├── OutputExistsError              1   an output that is there already
+    ├── OutputExistsError              1   an output that exists already
     ├── InexactError                   1   a target whose predicted error is above what the user accepts
     ├── MissingDependencyError         1   an optional library that is not installed
     ├── RankError                      1   another process of a torchrun job that failed or died
@@ -19,9 +19,9 @@
 
 On the command line a path that does not exist is wrong usage, exit code 2.
 
-Each error has the fields `subject`, the file, tensor, argument or method that is wrong; `value`, what an argument was;
-`reason`, what is wrong and what would be accepted; `hint`, what to do. The message joins them in one line. Names and
-values read from files are escaped and shortened by `shown`.
+Each error has the fields `subject` (the file, tensor, argument or method that is wrong), `value` (the value of an
+argument), `reason` (what is wrong and what would be accepted) and `hint` (what to do). The message joins them in one
+line. `shown` escapes and shortens names and values that were read from files.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from typing import Any, TypeVar
 
 _LONGEST = 200
 _BETWEEN = {__name__.partition(".")[0], "contextlib", "threading", "torch"}
-"""Packages whose code may stand between a user's call and a warning."""
+"""Packages whose stack frames are skipped to find the user's line that a warning is about."""
 _Error = TypeVar("_Error", bound="PostHocError")
 
 
 def printable(text: str) -> str:
-    """`text` with what controls a terminal escaped: control characters, line ends, changes of direction."""
+    """Return `text` with characters that control a terminal escaped: control codes, line ends, changes of direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
-    """A name or value from a file for a message: escaped, in one line, and short."""
+    """Return a name or value from a file for a message: escaped, in one line, and shortened."""
     if isinstance(value, str):
         return repr(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -59,12 +59,12 @@ def shown(value: object) -> str:
 
 
 def brief(value: object) -> str:
-    """A value from a program for a message: in one line, and short."""
+    """Return an argument's value for a message: in one line, and shortened."""
     return " ".join(repr(value)[:40].split()).removesuffix(".0")
 
 
 def percent(error: float | None) -> str:
-    """A relative error for people; tiny ones, which are rounding, and those of weights near 0 as a bound."""
+    """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become bounds."""
     if error is None:
         return "unknown"
     if 0 < error < 1e-7:
@@ -75,7 +75,7 @@ def percent(error: float | None) -> str:
 
 
 def warn(message: str) -> None:
-    """A RuntimeWarning that begins with the package's name, at the line of the user's own code that led to it."""
+    """Issue a RuntimeWarning that begins with the package's name and points to the line of the user's code."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
@@ -83,35 +83,35 @@ def warn(message: str) -> None:
 
 
 class EachOnce(logging.Handler):
-    """Give each warning of the log once to `show`, with the name of its level."""
+    """A log handler that passes each distinct warning once to `show`, with the name of its level."""
 
     def __init__(self, show: Callable[[str, str], None]) -> None:
         super().__init__(logging.WARNING)
         self._show = show
-        self._said: set[str] = set()
+        self._seen: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show it, if it was not shown before."""
+        """Show the record's message unless it was shown before."""
         text = record.getMessage()
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._seen:
+            self._seen.add(text)
             self._show(record.levelname.lower(), text)
 
 
 def show_unhandled(_: str, text: str) -> None:
-    """Print a warning with the package's name where a program has set up no logging, as `logging.lastResort` does."""
+    """Print a warning with the package's name if the program has set up no logging, as `logging.lastResort` does."""
     if not logging.getLogger().handlers:
         sys.stderr.write(f"posthoc_cli: {text}\n")
 
 
 class PostHocError(Exception):
-    """The root: catches everything that this package raises on purpose.
+    """The base class of all errors that this package raises on purpose.
 
     Attributes:
         subject: the file, tensor, argument or method that is wrong.
         reason: what is wrong, or what would be accepted.
         hint: what to do; may be empty.
-        value: the value that is not accepted, as text; empty if the subject is no argument.
+        value: the value that was refused, as text; empty if the subject is not an argument.
     """
 
     exit_code = 1
@@ -128,7 +128,7 @@ class PostHocError(Exception):
         return f"{what}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
 
     def with_hint(self: _Error, hint: str) -> _Error:
-        """A copy of this error that also says what to do."""
+        """Return a copy of this error with a further hint."""
         error = copy.copy(self)
         error.hint = f"{self.hint}; {hint}" if self.hint else hint
         return error
@@ -152,15 +152,15 @@ class FileFormatError(PostHocError):
 
 
 class VanishedError(FileFormatError):
-    """A file that existed a moment ago: a tracker has thinned it away, or it was moved."""
+    """A file that was deleted or moved while it was in use, for example because a tracker thinned its snapshots."""
 
 
 class MismatchError(PostHocError, ValueError):
-    """Snapshots of different runs, shapes, dtypes or names in one place; a ValueError, as in `pytorch-posthoc-ema`."""
+    """Snapshots that differ in run, shapes, dtypes or names; a ValueError as in `pytorch-posthoc-ema`."""
 
 
 class ModelMismatchError(PostHocError):
-    """A model whose tensors are not those that were tracked."""
+    """A model whose tensors are not the tracked ones."""
 
 
 class NonFiniteError(PostHocError):
@@ -188,11 +188,11 @@ class RankError(PostHocError):
 
 
 class _SystemError(PostHocError, OSError):
-    """An error with the number of the system's own."""
+    """An error that carries the `errno` of the operating system's error."""
 
     def __init__(self, subject: object, reason: str, hint: str = "", *, errno: int | None = None) -> None:
         super().__init__(subject, reason, hint)
-        self.errno, self.strerror = errno, reason  # OSError would derive others from its arguments
+        self.errno, self.strerror = errno, reason  # OSError would take them from its positional arguments
 
 
 class WriteError(_SystemError):
@@ -207,11 +207,11 @@ class NotReadyError(PostHocError, RuntimeError):
     """An average that does not exist yet, because no update was made."""
 
 
-# --- checks of what users give: the errors say what would be accepted
+# --- checks of arguments: the errors say what would be accepted
 
 
 def check_number(name: str, value: object, accepts: Callable[[float], bool], accepted: str) -> float:
-    """`value` as a float, or an InvalidValueError that it "must" be as `accepted` says; `accepts` is False for nan."""
+    """Return `value` as a float; raise InvalidValueError ("must {accepted}") unless `accepts` it, which refuses nan."""
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not accepts(number):
         raise InvalidValueError(name, f"must {accepted}", value=brief(value))
@@ -219,7 +219,7 @@ def check_number(name: str, value: object, accepts: Callable[[float], bool], acc
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """`value` as an int, at least `least`, or an InvalidValueError."""
+    """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least `least`."""
     try:
         count = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -230,13 +230,13 @@ def check_count(name: str, value: object, least: int = 1) -> int:
 
 
 def check_alone(least: int = 0, **given: object) -> None:
-    """An InvalidValueError if more than one of these arguments is given, or fewer than `least`; None, False are not."""
+    """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False count as not given."""
     if not least <= sum(value is not None and value is not False for value in given.values()) <= 1:
         *names, last = given
         raise InvalidValueError(f"{', '.join(names)} and {last}", "give one of them")
 
 
 def check_word(name: str, value: object, accepted: Iterable[object]) -> None:
-    """An InvalidValueError unless `value` is one of the accepted words."""
+    """Raise InvalidValueError unless `value` is one of the accepted words."""
     if value not in (words := [*accepted]):
         raise InvalidValueError(name, f"must be one of {', '.join(map(str, words))}", value=brief(value))

@@ -1,15 +1,15 @@
-"""The file operations that durability rests on, and the one way to make a file appear.
+"""The file operations that durability rests on, and atomic writing of files.
 
-Everything that writes (snapshots, outputs, pictures, tables) uses `PendingFile`:
+All code that writes files (snapshots, outputs, plots, tables) uses `PendingFile`:
 
-1. the bytes go to a temporary file in the directory of the final name, made with O_EXCL and the umask's mode;
-2. it is flushed and fsynced;
-3. it is put under its final name in one step that either happens or does not;
+1. the bytes are written to a temporary file in the destination directory, created with O_EXCL and the umask's mode;
+2. the temporary file is fsynced;
+3. it is renamed to its final name atomically;
 4. the directory is fsynced.
 
-So a name never leads to half a file, a reader that has the old file open keeps it, and a crash leaves at most a
-temporary, whose name begins with `.ema-`. Each operation is a method of `files.system`, which a test can replace by one
-that fails, or that ends the process.
+A name therefore never leads to a partial file, a reader that has the old file open keeps it, and a crash leaves at most
+a temporary file, whose name begins with `.ema-`. Each operation is a method of `files.system`, which a test can replace
+by one that fails or that ends the process.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ TEMPORARY_PREFIX = ".ema-"
 TEMPORARY_SUFFIX = ".tmp"
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""Errors of `link` on a file system without hard links."""
+"""Error numbers of `link` on a file system without hard links."""
 
 
 class FileSystem:
-    """The system's operations, one method each; each raises an OSError where the system refuses."""
+    """The operating system's file operations, one method each; a method raises OSError if the system refuses."""
 
     def open_new(self, path: Path) -> int:
-        """A descriptor, for reading and writing, of a file that did not exist before."""
+        """Create a file that does not exist yet and return a descriptor for reading and writing."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def open(self, path: Path) -> int:
-        """A descriptor for reading."""
+        """Return a descriptor for reading."""
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def open_append(self, path: Path) -> int:
-        """A descriptor, for reading and for writing at the end, of a file that is made where there is none."""
+        """Return a descriptor for reading and for appending; the file is created if it does not exist."""
         return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """Fill the beginning of `view` from `offset` on; returns how many bytes, 0 at the end of the file."""
+        """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end of the file."""
         return os.preadv(descriptor, [view], offset)
 
     def write(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """Write the beginning of `view` at `offset`; returns how many bytes."""
+        """Write the beginning of `view` at `offset`; return the number of bytes written."""
         return os.pwrite(descriptor, view, offset)
 
     def close(self, descriptor: int) -> None:
@@ -68,11 +68,11 @@ class FileSystem:
         os.close(descriptor)
 
     def fsync(self, descriptor: int) -> None:
-        """Return when the file's content is on the disk."""
+        """Wait until the file's content is on the disk."""
         os.fsync(descriptor)
 
     def fsync_directory(self, path: Path) -> None:
-        """Return when the directory's entries are on the disk, where the system can say so."""
+        """Wait until the directory's entries are on the disk, where the file system supports that."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -84,19 +84,19 @@ class FileSystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Put `source` under the name `target`, replacing what is there, in one step."""
+        """Rename `source` to `target` atomically, replacing an existing file."""
         source.replace(target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give `source` the second name `target`; FileExistsError where that name is taken."""
+        """Create the hard link `target` to `source`; raise FileExistsError if `target` exists."""
         os.link(source, target)
 
     def unlink(self, path: Path) -> None:
-        """Remove a name."""
+        """Remove a file's name."""
         path.unlink()
 
     def make_directory(self, path: Path) -> None:
-        """Make a directory whose parent exists, unless it exists itself."""
+        """Create a directory in an existing parent; do nothing if it exists."""
         path.mkdir(exist_ok=True)
 
     def remove_directory(self, path: Path) -> None:
@@ -104,33 +104,33 @@ class FileSystem:
         path.rmdir()
 
     def list(self, path: Path) -> list[Path]:
-        """The paths in a directory, in no order."""
+        """Return the paths in a directory, in arbitrary order."""
         return list(path.iterdir())
 
 
 system = FileSystem()
-"""The one object that tests replace, to make operations fail."""
+"""The file system in use; tests replace it to make operations fail."""
 
 
 EMPTY = "is empty; for the working directory give '.'"
-"""What is wrong with an empty path, which would mean that directory."""
+"""Why an empty path is refused: `Path` would take it for the working directory."""
 
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
-"""As a path it would mean a folder named `s3:`. Of two slashes a Path keeps one; a single letter is a drive."""
+"""The beginning of a URL: one slash, since a Path drops the second; two letters or more, since one is a drive."""
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether it names something in an object store."""
+    """Return whether a path is a URL, which names something in an object store."""
     return _URL.match(str(path)) is not None
 
 
 def is_remote(path: Path) -> bool:
-    """Whether it is in a store only; what a tracker writes to a store is in a spool first, which the system knows."""
+    """Return whether a path is in an object store only: a tracker's spooled files are also on the local disk."""
     return is_url(path) and not getattr(path, "is_spooled", False)
 
 
 def given_path(name: str, path: str | Path) -> Path:
-    """An argument as a path, or an InvalidValueError for an empty one: the working directory is "."."""
+    """Return an argument as a path; raise InvalidValueError, naming the argument, for an empty or invalid one."""
     if path == "":
         raise InvalidValueError(name, EMPTY)
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
@@ -139,13 +139,13 @@ def given_path(name: str, path: str | Path) -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user."""
+    """Return a path with a leading ~ replaced by the home directory, unchanged for an unknown user."""
     path = as_path(path)
     return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 
 def as_path(path: str | Path) -> Path:
-    """The path of a text, or of a URL."""
+    """Return a text as a Path, a URL as a RemotePath."""
     if not is_url(path):
         return Path(path)
     from posthoc_cli.remote.store import RemotePath, remote_path
@@ -154,21 +154,21 @@ def as_path(path: str | Path) -> Path:
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """As `given_path`, or an InvalidValueError for a URL."""
-    found = given_path(name, path)
-    if is_url(found):
-        raise InvalidValueError(name, "is a URL; must be a path on a file system of this machine", value=found)
-    return found
+    """Return an argument as a path like `given_path`; raise InvalidValueError also for a URL."""
+    local = given_path(name, path)
+    if is_url(local):
+        raise InvalidValueError(name, "is a URL; must be a path on a file system of this machine", value=local)
+    return local
 
 
 def check_parent(name: str, path: Path) -> None:
-    """An InvalidValueError about the argument of that `name` unless the folder that an output goes into is there."""
-    if not (is_remote(path.parent) or path.parent.is_dir()):  # a store needs no folders
+    """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does not exist."""
+    if not (is_remote(path.parent) or path.parent.is_dir()):  # object stores have no folders
         raise InvalidValueError(name, "its folder does not exist", value=path)
 
 
 def is_gone(path: Path) -> bool:
-    """Whether a path no longer exists; False if that is unknown, as in a folder that cannot be entered."""
+    """Return whether a path no longer exists; False if that is unknown, as in a folder without permission."""
     try:
         path.lstat()
     except OSError as error:
@@ -185,9 +185,9 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def make_directory(path: Path) -> list[Path]:
-    """Make a directory and its parents, durably; returns those that were made, the outermost first.
+    """Create a directory and its missing parents durably; return those created, outermost first.
 
-    A store needs none.
+    Object stores need no directories.
     """
     missing = [] if is_remote(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
     made = []
@@ -204,7 +204,7 @@ def make_directory(path: Path) -> list[Path]:
 
 
 def remove_directories(made: list[Path]) -> None:
-    """Undo `make_directory`, for directories that are empty."""
+    """Remove the directories that `make_directory` created, as far as they are empty."""
     with suppress(OSError):
         for directory in reversed(made):
             system.remove_directory(directory)
@@ -217,7 +217,7 @@ def unlink_if_there(path: Path) -> None:
 
 
 def discard(paths: Collection[Path]) -> None:
-    """Remove temporaries; those that the system refuses to remove are tried again when the process ends."""
+    """Remove temporary files; those that the system refuses to remove are tried again when the process ends."""
     for path in paths:
         _unfinished[path] = os.getpid()
     for path in paths:
@@ -227,22 +227,22 @@ def discard(paths: Collection[Path]) -> None:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Temporaries in a directory, sorted: of writes in progress, or of processes that were killed."""
+    """Return the temporary files in a directory, sorted: of writes in progress, or of processes that were killed."""
     return sorted(path for path in system.list(directory) if is_temporary(path.name))
 
 
 STILL_SECONDS = 3600.0
-"""Temporaries that have not changed for so long are of processes that were killed."""
+"""Temporary files that have not changed for this long are taken for those of processes that were killed."""
 
 
 def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
-    """Remove temporaries, also folders, that have not changed for so many seconds; a refusal is logged."""
+    """Remove temporary files and folders that have not changed for `still` seconds; log those that cannot be."""
     before = time.time() - still
     for path in leftovers(directory):
         try:
             is_folder = stat.S_ISDIR(path.lstat().st_mode)
             inside = path.rglob("*") if is_folder else ()
-            if max(one.lstat().st_mtime for one in (path, *inside)) < before:
+            if max(entry.lstat().st_mtime for entry in (path, *inside)) < before:
                 shutil.rmtree(path) if is_folder else system.unlink(path)
         except FileNotFoundError:
             continue
@@ -251,19 +251,19 @@ def remove_leftovers(directory: Path, still: float = STILL_SECONDS) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name has the form that `temporary_path` gives."""
+    """Return whether a name has the form of those from `temporary_path`."""
     return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
 
 
 def temporary_path(directory: Path) -> Path:
-    """A new name in `directory`, which every reader ignores."""
+    """Return a new path in `directory` with a name that every reader ignores."""
     return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
 def made_at(path: Path) -> Path:
-    """A new name for what will have that of `path` when it is complete: beside it, or where temporary files are.
+    """Return a temporary path for writing `path`: in the same folder, or for a URL in the system's temporary folder.
 
-    A WriteError for a URL that takes no outputs.
+    Raises WriteError for a URL that cannot be written to.
     """
     if not is_remote(path):
         return temporary_path(path.parent)
@@ -273,27 +273,28 @@ def made_at(path: Path) -> Path:
 
 
 def give_name(folder: Path, path: Path) -> None:
-    """Give a complete folder its name, or send its files to a store: the indexes last, and all of them or none."""
+    """Rename a complete folder to `path`, or upload its files to a store: the indexes last, and all files or none."""
     if not is_remote(path):
         system.rename(folder, path)
         system.fsync_directory(path.parent)
         return
     from posthoc_cli.remote import store
 
-    sent = []
+    uploaded: list[Path] = []
     try:
-        for file in sorted(folder.rglob("*"), key=lambda one: (one.suffix == ".json", one.name == ".metadata", one)):
+        for file in sorted(folder.rglob("*"), key=lambda p: (p.suffix == ".json", p.name == ".metadata", p)):
             if file.is_file():
-                store.put(str(path / file.relative_to(folder)), file)
-                sent.append(path / file.relative_to(folder))
+                target = path / file.relative_to(folder)
+                store.put(str(target), file)
+                uploaded.append(target)
     except BaseException:
-        discard(sent)
+        discard(uploaded)
         raise
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[None]:
-    """Make a directory for the block; it is removed if the block fails and leaves it empty."""
+    """Create a directory for the block; remove it if the block fails and leaves it empty."""
     with reported_as_write_error(path):
         made = make_directory(path)
     try:
@@ -305,7 +306,7 @@ def new_directory(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[None]:
-    """Turn an OSError within the block into a WriteError about `path` that could not be `refused`: written, removed."""
+    """Turn an OSError of the block into a WriteError: `path` cannot be `refused`, which is "written" or "removed"."""
     try:
         yield
     except (WriteError, OutputExistsError, RemoteError):
@@ -317,13 +318,13 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
 
 
 class PendingFile:
-    """A file being written, which appears under its name by `publish`; leaving the `with` block without it removes it.
+    """A file that is being written. `publish` gives it its name; the end of the `with` block removes it otherwise.
 
-    One of a store is written to the folder for temporary files first.
+    A file for an object store is first written to the system's temporary folder.
 
     Raises:
-        OutputExistsError: `path` exists and `overwrite` is False: at the start, and again without races in `publish`.
-        WriteError: the system refused.
+        OutputExistsError: `path` exists and `overwrite` is False. Checked at the start and, atomically, in `publish`.
+        WriteError: the system refused an operation.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
@@ -341,9 +342,9 @@ class PendingFile:
             write_at(self.descriptor, data, offset)
 
     def publish(self) -> None:
-        """Make the content durable, then give it its name; a new name is removed if a later step fails.
+        """Make the content durable and give the file its name; remove a new name if a later step fails.
 
-        To a store it is sent, and appears when all has arrived.
+        A file for an object store is uploaded, and exists in the store when the upload is complete.
         """
         if is_remote(self.path):
             self._send()
@@ -375,7 +376,7 @@ class PendingFile:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the temporary, if there is one. A call that a signal interrupted is finished by the next."""
+        """Remove the temporary file if it exists. The next call completes one that a signal interrupted."""
         if self._open:
             self._close()
         if self.temporary in _unfinished:
@@ -384,13 +385,13 @@ class PendingFile:
             _unfinished.pop(self.temporary, None)
 
     def _take_name(self) -> bool:
-        """Put the file under its name; returns whether it also has the temporary name."""
+        """Give the file its final name; return whether it keeps the temporary name, too."""
         if not self._overwrite:
             try:
                 system.link(self.temporary, self.path)
                 return True
             except OSError as error:
-                # Without hard links the check and the rename are two steps.
+                # Without hard links the check and the rename are not atomic.
                 if isinstance(error, FileExistsError) or (error.errno in NO_HARD_LINKS and os.path.lexists(self.path)):
                     raise _exists(self.path) from error
                 if error.errno not in NO_HARD_LINKS:
@@ -410,15 +411,14 @@ class PendingFile:
 
 
 _unfinished: dict[Path, int] = {}
-"""Temporaries, and directories for new files, each with the process that makes it."""
+"""Temporary files, and directories created for new files, each with the id of the process that created it."""
 
 
 @atexit.register
 def remove_unfinished() -> None:
-    """Remove temporaries that were not discarded, and empty directories that were made for them.
+    """Remove temporary files that were not discarded, and empty directories created for them, when the process ends.
 
-    A signal may come between the making of a file and the `with` statement that would remove it; this runs when the
-    process ends.
+    A signal may arrive after a file was created and before the `with` statement that would remove it.
     """
     for path, process in reversed(list(_unfinished.items())):
         if process == os.getpid():  # not in a forked child
@@ -428,7 +428,7 @@ def remove_unfinished() -> None:
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
-    """Write a small file as a `PendingFile`."""
+    """Write a small file durably and atomically, as `PendingFile` does."""
     with PendingFile(path, overwrite) as pending:
         pending.write_at(data, 0)
         pending.publish()
@@ -445,7 +445,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
         return
     if path.is_dir():
         raise OutputExistsError(path, "is a directory", "name a file")
-    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):  # of a link only the link itself would be replaced
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):  # replacing a link keeps the file that it names
         raise OutputExistsError(path, "is a pipe, socket or device, which is never replaced", "choose another name")
     if not overwrite:
         raise _exists(path)

@@ -1,4 +1,4 @@
-"""How long jobs report their progress: each opens a bar, and advances it in bytes."""
+"""The interface by which long jobs report progress: a job opens a bar and advances it in bytes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Takes a job, such as "verifying", and its bytes in all; the context gives a function of the bytes just done."""
+"""A function of a job's name, such as "verifying", and its total bytes; its context yields `advance(nbytes)`."""
 
 
 @contextmanager
 def no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
-    """A progress bar that shows nothing."""
+    """Return a progress bar that shows nothing."""
     yield lambda _: None

@@ -1,4 +1,4 @@
-"""Memory, disk and processors: amounts as people write them, and the threads that this machine is good for."""
+"""Sizes of memory and disk as users write them, and the number of threads for this machine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from decimal import Decimal, InvalidOperation
 from posthoc_cli.errors import InvalidValueError
 
 MAX_WORKERS = 16
-"""Threads at most: beyond, the memory bus and Python's own lock are the limit."""
+"""The largest number of threads: with more, the memory bus and Python's global lock are the limit."""
 
 
 def worker_count(wanted: int | None = None) -> int:
-    """Threads to work with: as many as this process has cores, up to MAX_WORKERS."""
+    """Return the number of threads to use: `wanted`, or this process's cores up to MAX_WORKERS."""
     if wanted is not None:
         return max(1, wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -28,14 +28,14 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 MOST = 2**63 - 1
-"""Of a count or a size."""
+"""The largest count or size that is accepted."""
 
 
 def parse_bytes(size: str, option: str) -> int:
-    """Bytes from 60GB, 500MiB, 1.5TB or a plain number.
+    """Return the bytes of a size such as 60GB, 500MiB, 1.5TB or a plain number.
 
     Raises:
-        InvalidValueError: anything else, or less than 1; its subject is `option`.
+        InvalidValueError: the text is something else, or below 1; the message names `option`.
     """
     value = parse_amount(size, _UNITS)
     if value is None or value > MOST:
@@ -45,7 +45,7 @@ def parse_bytes(size: str, option: str) -> int:
 
 
 def size_text(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Return a number of bytes as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
@@ -54,7 +54,7 @@ def size_text(nbytes: float) -> str:
 
 
 def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
-    """A number in one of `units`, by their upper-case names; None if it is none, or below 1; it may exceed `MOST`."""
+    """Return a number with one of `units` (upper-case names) as a Decimal; None if it is invalid or below 1."""
     match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].upper() not in units:
         return None

@@ -1,4 +1,4 @@
-"""What users and torch call the dtypes of safetensors files."""
+"""The names of the dtypes of safetensors files for users and in torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor(dtype: torch.d
         stored_name(dtype, "w")
 
 
-def test_dtypes_of_averages_are_given_as_words_or_as_such() -> None:
+def test_dtypes_of_averages_are_given_as_words_or_torch_dtypes() -> None:
     assert parse_dtype(None) is parse_dtype("keep") is None
     assert {word: torch_dtype(str(parse_dtype(word))) for word in WORDS} == {
         "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32, "fp32": torch.float32,

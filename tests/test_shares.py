@@ -1,5 +1,5 @@
-"""A model in shards by the processes of a job, here one alone: the same bytes as one file, shards of two plans never
-mix, and no index before all shards are there."""
+"""A sharded model written by the processes of a job, here a single one: the bytes equal those of one file, shards of
+two plans never mix, and the index is written after all shards."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def run(written: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """This process is a job of its own."""
+    """Make this process a job of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def write(run: Path, out: Path, target: Any = 0.1, size: int = 60_000, **options: Any) -> None:
-    """Four shards, of 200 kB in float32."""
+    """Write about four shards of the model's 200 kB in float32."""
     Run(run).write(target, out, distributed=True, max_shard_size=size, **options)
 
 
@@ -70,7 +70,7 @@ def shards(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("size", [10, 10_000, 60_000, 10**9])
-def test_any_number_of_shards_gives_the_bytes_of_one_file(
+def test_any_number_of_shards_has_the_bytes_of_one_file(
     run: Path, tmp_path: Path, size: int, dtype: str | None
 ) -> None:
     write(run, tmp_path / "out", [0.1, 0.2], size, dtype=dtype)
@@ -108,22 +108,22 @@ def test_a_job_that_was_killed_is_run_again_and_keeps_its_shards(run: Path, tmp_
     write(run, out, [0.1, 0.2])
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in sorted(out.rglob("model*"))}
     one, other = out / "sigma_rel-0.1", out / "sigma_rel-0.2"
-    gone = [one / INDEX_NAME, shards(one)[1], other / INDEX_NAME]
-    for path in gone:
+    missing = [one / INDEX_NAME, shards(one)[1], other / INDEX_NAME]
+    for path in missing:
         path.unlink()
-    left = one / ".ema-0123456789abcdef.tmp"
-    left.write_bytes(b"half")
-    os.utime(left, (0, 0))
+    leftover = one / ".ema-0123456789abcdef.tmp"
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (0, 0))
     write(run, out, [0.1, 0.2])
     after = {path: (path.read_bytes(), path.stat().st_ino) for path in sorted(out.rglob("model*"))}
     assert {path: data for path, (data, _) in after.items()} == {path: data for path, (data, _) in before.items()}
-    assert {path for path in before if before[path] != after[path]} <= {*gone, other / INDEX_NAME, one / INDEX_NAME}
-    assert not left.exists()
+    assert {path for path in before if before[path] != after[path]} <= {*missing}
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"target": 0.12}, "its target is sigma_rel 0.1, not sigma_rel 0.12"), ({"t": 20}, "its t is 30, not 20"),
         ({"method": "paper"}, "its method is minvar, not paper"), ({"dtype": "float16", "size": 29_000}, "dtype, ten"),
@@ -131,7 +131,7 @@ def test_a_job_that_was_killed_is_run_again_and_keeps_its_shards(run: Path, tmp_
     ],
 )  # fmt: skip
 def test_shards_of_two_plans_do_not_mix(
-    run: Path, tmp_path: Path, options: dict[str, Any], said: str, is_finished: bool
+    run: Path, tmp_path: Path, options: dict[str, Any], message: str, is_finished: bool
 ) -> None:
     out = tmp_path / "out"
     write(run, out)
@@ -139,7 +139,7 @@ def test_shards_of_two_plans_do_not_mix(
         (out / INDEX_NAME).unlink()
         shards(out)[1].unlink()
     before = contents(out)
-    with pytest.raises(OutputExistsError, match=said):
+    with pytest.raises(OutputExistsError, match=message):
         write(run, out, **options)
     assert contents(out) == before
     write(run, out, **options, overwrite=True)
@@ -163,7 +163,7 @@ def test_shards_of_two_runs_releases_or_sets_of_snapshots_do_not_mix(
     assert contents(out) == before
 
 
-def test_no_index_stays_beside_shards_of_another_plan(
+def test_no_index_stays_next_to_shards_of_another_plan(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, fsync, calls = tmp_path / "out", files.system.fsync, []
@@ -186,7 +186,7 @@ def test_no_index_stays_beside_shards_of_another_plan(
 
 
 @pytest.mark.parametrize("place", ["header", "payload", "end"])
-def test_a_damaged_shard_is_named_and_replaced_by_force(run: Path, tmp_path: Path, place: str) -> None:
+def test_a_damaged_shard_is_named_and_replaced_with_overwrite(run: Path, tmp_path: Path, place: str) -> None:
     out = tmp_path / "out"
     write(run, out)
     before, path = contents(out), shards(out)[2]
@@ -200,7 +200,7 @@ def test_a_damaged_shard_is_named_and_replaced_by_force(run: Path, tmp_path: Pat
     assert contents(out) == before
 
 
-def test_what_is_no_such_model_stays(run: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_shards_of_the_model_stay(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"precious")
@@ -232,7 +232,7 @@ def test_a_failure_leaves_no_shard_and_no_folder(
 @pytest.mark.parametrize(
     ("out", "options"), [("m.safetensors", {}), ("m.pt", {}), ("m", {"layout": "pt"}), ("m", {"layout": "dcp"})]
 )
-def test_a_job_makes_a_folder_of_shards(run: Path, tmp_path: Path, out: str, options: dict[str, Any]) -> None:
+def test_a_job_writes_only_folders_of_shards(run: Path, tmp_path: Path, out: str, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidValueError, match="makes a folder of shards; name a folder; an export makes one file"):
         Run(run).write(0.1, tmp_path / out, distributed=True, **options)
     report = Run(run).write(0.1, tmp_path / "m", distributed=True, dry_run=True)

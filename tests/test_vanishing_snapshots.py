@@ -1,4 +1,4 @@
-"""Readers without a lock, beside a writer that thins."""
+"""Readers, which take no lock, while a writer thins the snapshots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from ema_command import Ema
 from factories import random_walk, write_run
 from safetensors.torch import load_file
-from snapshots.recorded import failing
+from snapshots.recorded import Walk, failing, record
 
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli import run as run_module
@@ -26,22 +26,12 @@ from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.tracker import evaluation
 
 
-def trained(folder: Path) -> torch.nn.Module:
-    model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=2, max_checkpoints=None) as tracker:
-        for _ in range(20):
-            with torch.no_grad():
-                model.weight += torch.randn(2, 3)
-            tracker.update_(model)
-    return model
-
-
 def average(folder: Path) -> torch.Tensor:
-    return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)["weight"]
+    return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)["0.weight"]
 
 
 def remove_one(plan: Plan) -> Plan:
-    """As a writer does that thins: one of the snapshots that were planned with, not the newest."""
+    """Delete one of the plan's snapshots, not the newest, as a writer that thins does."""
     plan.sources[len(plan.sources) // 2].path.unlink()  # type: ignore[attr-defined]
     return plan
 
@@ -49,7 +39,7 @@ def remove_one(plan: Plan) -> Plan:
 def test_a_plan_whose_snapshot_vanishes_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained(tmp_path)
+    record(tmp_path, 20, checkpoint_every=2)
     removals, plans = iter([True, True, False, *[True] * 5]), list[Plan]()
 
     def make() -> Plan:
@@ -72,7 +62,7 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """The first plan that the tracker or the command makes, of which a snapshot is removed before it is used."""
+    """The first plan of the tracker or the command, one of whose snapshots is deleted before the plan is used."""
     real, removed = plan_synthesis, list[Plan]()
 
     def plan_and_remove(*arguments: Any, **options: Any) -> Plan:
@@ -85,19 +75,18 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 @pytest.mark.parametrize("way", ["state_dict", "load_into", "command"])
-def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, planned: list[Plan], ema: Ema) -> None:
-    run, out = tmp_path / "run", tmp_path / "out.safetensors"
-    model = trained(run)
+def test_weights_are_made_from_the_remaining_snapshots(tmp_path: Path, way: str, planned: list[Plan], ema: Ema) -> None:
+    run, out = record(tmp_path / "run", 20, checkpoint_every=2), tmp_path / "out.safetensors"
     if way == "state_dict":
         found = average(run)
     elif way == "load_into":
-        PostHocEMA.from_path(run).load_into(model, sigma_rel=0.15)
-        found = model.weight.detach()
+        PostHocEMA.from_path(run).load_into(model := Walk().model, sigma_rel=0.15)
+        found = model.state_dict()["0.weight"]
     else:
         result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
         assert result.code == 0
         assert "planning again with what is there" in result.err
-        found = load_file(out)["weight"]
+        found = load_file(out)["0.weight"]
         assert not list(tmp_path.glob(".ema-*"))
     assert len(planned) == 1
     assert torch.equal(found, average(run))
@@ -106,8 +95,8 @@ def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, planned: l
 def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Headers without measurements: the plan itself reads tensors."""
-    write_run(tmp_path, random_walk(80, {"weight": (3,)}), range(10, 81, 10))
+    """Without measurements in headers, planning itself reads tensors."""
+    write_run(tmp_path, random_walk(80, {"0.weight": (3,)}), range(10, 81, 10))
     real, removed = sources.sample_measurements, []
 
     def sample(snapshots: Sequence[Snapshot], local: bool = False) -> list[Measurements]:
@@ -122,14 +111,14 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
     assert torch.equal(found, average(tmp_path))
 
 
-def test_an_open_file_that_another_host_removes_has_gone_away_too(
+def test_an_open_file_that_another_host_removes_is_planned_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a local file system it would stay readable; a client of a network one gets ESTALE."""
-    trained(tmp_path)
+    """On a local file system the file would stay readable; a client of a network file system gets ESTALE."""
+    record(tmp_path, 20, checkpoint_every=2)
     expected = average(tmp_path)
     once = iter([True])
     with failing("read", errno.ESTALE, lambda _file, _view, at: at > 8 and next(once, False)):  # beyond the header
         assert torch.equal(average(tmp_path), expected)
-    (record,) = caplog.records
-    assert ".safetensors: cannot be read: stale file handle; planning again" in record.getMessage()
+    (warning,) = caplog.records
+    assert ".safetensors: cannot be read: stale file handle; planning again" in warning.getMessage()

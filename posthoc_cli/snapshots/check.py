@@ -1,6 +1,6 @@
-"""Verify a path: read each file against its checksums, compare snapshots with each other; set aside what is broken.
+"""Verify a path: check each file against its checksums, compare snapshots with each other, set aside broken files.
 
-Broken files of a snapshot directory go into its folder `damaged`, under their names; only without a writer.
+A repair moves broken files of a snapshot directory to its folder `damaged`, under their names, if nothing writes there.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock, move_aside, r
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
 # The states of a file.
-INTACT = "intact"  # as it was written
-UNCHECKED = "unchecked"  # no checksums: only its structure was checked
-DAMAGED = "damaged"  # not as it was written, or never a file of this format
-MISSING = "missing"  # named by an index, and not there
+INTACT = "intact"  # unchanged since it was written
+UNCHECKED = "unchecked"  # has no checksums: only its structure was checked
+DAMAGED = "damaged"  # changed since it was written, or not a file of this format
+MISSING = "missing"  # named by an index, but does not exist
 NONFINITE = "nonfinite"  # an average in it holds nan or infinity
 MISMATCHED = "mismatched"  # an index that does not match its shards, or shards of different models
-UNREADABLE = "unreadable"  # the system refused to read it, so that nothing is known of it
+UNREADABLE = "unreadable"  # the system refused to read it, so its content is unknown
 UNSUPPORTED = "unsupported"  # of a kind or version that this release does not know
 
 MOVED = frozenset({DAMAGED, MISSING, NONFINITE, MISMATCHED})
-"""States of files that a repair sets aside."""
+"""The states of files that a repair sets aside."""
 
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
-"""Errors of opening or reading that are the file's fault: a bad disk, a broken link, no regular file."""
+"""Error numbers of opening or reading that mean a broken file: a bad disk, a broken link, not a regular file."""
 
 
 # --- reports
@@ -75,12 +75,12 @@ _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was found in a file; `is_fine` if nothing is wrong.
+    """The result of verifying a file.
 
-    `unit` is what is moved if it is broken: the file, or the folder of a model in several. `what` describes it in a few
-    words, `kind` is "snapshot", "output", "state" or None. `detail` says why it is in its `state`, or what is unusual
-    and not wrong. The rest is what a valid header says: `averages` must be finite; a snapshot is one of the directory,
-    and is in the report of one of its parts, a broken one if there is one.
+    `unit` is the path that a repair moves: the file, or the folder of a model in several files. `what` describes the
+    file in a few words; `kind` is "snapshot", "output", "state", "checkpoint" or None. `detail` explains the `state`,
+    or notes something unusual. The other fields come from a valid header. The tensors in `averages` must be finite. A
+    `snapshot` in parts is in the report of one part: of the first broken one, if there is any.
     """
 
     path: Path
@@ -97,18 +97,18 @@ class FileReport:
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Whether nothing is wrong with the file."""
         return self.state in (INTACT, UNCHECKED)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found in a path.
+    """The result of verifying a path.
 
-    `problems` are files that contradict each other, both named; `notes` are unusual and not wrong. `leftovers` are
-    temporaries of interrupted writes, or of writes in progress. `superseded` counts snapshots that were set aside,
-    `moved` broken files that a repair has moved to `damaged/`. `going` is what a repair would move, each with its
-    identity, to notice a file that was replaced.
+    `problems` name files that contradict each other; `notes` are about unusual files that are not broken. `leftovers`
+    are temporary files of interrupted writes, or of writes in progress. `superseded` counts snapshots that were set
+    aside, `moved` the broken files in `damaged/`. `going` maps the paths that a repair would move to their identity, by
+    which it notices files that were replaced.
     """
 
     path: Path
@@ -128,13 +128,13 @@ class Verification:
 
     @property
     def broken(self) -> tuple[Path, ...]:
-        """What is moved if it is broken: units with something wrong."""
+        """The units in which something is wrong."""
         return tuple(dict.fromkeys(report.unit for report in self.files if not report.is_fine))
 
     @property
     def staying(self) -> tuple[FileReport, ...]:
-        """What is not fine, but may be valid, and is not moved."""
-        return tuple(one for one in self.files if not (one.is_fine or {one.unit, one.path} & self.going.keys()))
+        """The reports of files that are not fine but may be valid, so that a repair does not move them."""
+        return tuple(r for r in self.files if not (r.is_fine or {r.unit, r.path} & self.going.keys()))
 
     @property
     def is_fine(self) -> bool:
@@ -144,20 +144,20 @@ class Verification:
     @property
     def is_of_tracker(self) -> bool:
         """Whether a tracker writes, or has written, to the directory."""
-        own = any(report.kind == "snapshot" and report.unit.parent == self.path for report in self.files)
-        return self.is_directory and (own or (self.path / LOCK_NAME).exists())
+        has_snapshot = any(report.kind == "snapshot" and report.unit.parent == self.path for report in self.files)
+        return self.is_directory and (has_snapshot or (self.path / LOCK_NAME).exists())
 
     @property
     def nbytes(self) -> int:
-        """How much was read."""
+        """The number of bytes read."""
         return sum(report.nbytes for report in self.files)
 
     def name(self, path: Path) -> str:
-        """The name of a file in reports: relative to a directory that was verified."""
+        """Return the name of a file for reports: relative to the directory if one was verified."""
         return str(path.relative_to(self.path)) if self.is_directory else str(path)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data for JSON."""
+        """Return the report as data for JSON."""
         return {
             "kind": "directory" if self.is_directory else "file",
             "path": str(self.path),
@@ -179,9 +179,9 @@ class Verification:
 
 
 class _Unit(NamedTuple):
-    """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
+    """A file, the parts of a snapshot, or the shards of a model, which need not exist, with the tensors of its index.
 
-    Or the parts of a snapshot. `path` is what is moved if it is broken.
+    `path` is what a repair moves.
     """
 
     path: Path
@@ -192,7 +192,7 @@ class _Unit(NamedTuple):
 
 
 def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
-    """What there is to verify: a DirectoryError if nothing. Reads indexes, and the headers of parts."""
+    """List what to verify, reading indexes and the headers of parts; raise DirectoryError if there is nothing."""
     if is_parts_folder(path):
         return Verification(path, True, leftovers=tuple(list_directory(path).leftovers)), [_parts(path)]
     if path.is_dir():
@@ -206,45 +206,45 @@ def _listed(path: Path) -> tuple[Verification, list[_Unit]]:
 
 def _listed_directory(directory: Path) -> tuple[Verification, list[_Unit]]:
     listing = list_directory(directory)
-    sharded_in = [path for path in listing.entries if path.name not in (SUPERSEDED, BROKEN) and _has_index(path)]
-    units = [_shards(folder / INDEX_NAME) for folder in (directory, *sharded_in) if _has_index(folder)]
-    sharded = {path for unit in units for path in unit.files}
-    units += [_Unit(path, {path: ()}) for path in listing.files if path not in sharded]
-    parted = read_folders(listing)
-    # What is wrong with parts is reported when they are read.
-    units += [_parts(folder) for folder in (*parted.snapshots, *parted.problems)]
+    models = [path for path in listing.entries if path.name not in (SUPERSEDED, BROKEN) and _has_index(path)]
+    units = [_shards(folder / INDEX_NAME) for folder in (directory, *models) if _has_index(folder)]
+    shards = {path for unit in units for path in unit.files}
+    units += [_Unit(path, {path: ()}) for path in listing.files if path not in shards]
+    folders = read_folders(listing)
+    of_parts = (*folders.snapshots, *folders.problems)  # problems are reported when the parts are read
+    units += map(_parts, of_parts)
     units.sort(key=lambda unit: unit.indexed_by or unit.path)
-    notes = parted.notes
-    inner = [_readable(folder) for folder in (*sharded_in, *parted.snapshots, *parted.problems)]
-    aside = _readable(directory / SUPERSEDED, notes)
-    old = [_Unit(path, {path: ()}, superseded=True) for path in aside.files]
-    old += [_parts(path)._replace(superseded=True) for path in parts_folders(aside)]
-    leftovers = sorted([*parted.incomplete, *(path for one in (listing, *inner, aside) for path in one.leftovers)])
-    moved, count = len(_readable(directory / BROKEN).entries), len(listing.pickles)
-    if not (units or old or leftovers or moved):
-        what = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(count)
-        raise DirectoryError(directory, what, ACCEPTED)
-    if count:
-        notes.append(f"{count:,} pickled files (.pt and the like) have no checksums and were not read")
+    notes = folders.notes
+    superseded = _readable(directory / SUPERSEDED, notes)
+    old_units = [_Unit(path, {path: ()}, superseded=True) for path in superseded.files]
+    old_units += [_parts(path)._replace(superseded=True) for path in parts_folders(superseded)]
+    listings = (listing, *map(_readable, (*models, *of_parts)), superseded)
+    leftovers = sorted([*folders.incomplete, *(path for entries in listings for path in entries.leftovers)])
+    moved, pickles = len(_readable(directory / BROKEN).entries), len(listing.pickles)
+    if not (units or old_units or leftovers or moved):
+        reason = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(pickles)
+        raise DirectoryError(directory, reason, ACCEPTED)
+    if pickles:
+        notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
     if moved:
         notes.append(f"{moved:,} in {BROKEN}/, where a repair has moved them; not read")
-    found = Verification(
-        directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old), moved=moved
+    result = Verification(
+        directory, True, notes=tuple(notes), leftovers=tuple(leftovers), superseded=len(old_units), moved=moved
     )
-    return found, [*units, *old]
+    return result, [*units, *old_units]
 
 
 def _readable(folder: Path, notes: list[str] | None = None) -> Listing:
-    """As `list_folder`; nothing, and a note, where it cannot be read."""
+    """List a folder like `list_folder`; if it cannot be read, return nothing and add a note."""
     reason = "is a symbolic link; not read" if folder.is_symlink() else ""
-    found = Listing(folder, ())
+    listing = Listing(folder, ())
     try:
-        found = list_folder(folder)
+        listing = list_folder(folder)
     except DirectoryError:
         reason = "cannot be read"
     if reason and notes is not None:
         notes.append(f"{folder.name}/ {reason}")
-    return found
+    return listing
 
 
 def _has_index(folder: Path) -> bool:
@@ -258,10 +258,10 @@ def _parts(folder: Path) -> _Unit:
 
 
 def _shards(index: Path) -> _Unit:
-    """The shards that an index names; none if it cannot be read, so that each file beside it is a unit of its own."""
+    """Return the shards that an index names: none if it cannot be read, which makes each file a separate unit."""
     try:
         shards = decode_index(index).shards
-    except FileFormatError:  # reported when the index is compared with the shards
+    except FileFormatError:  # reported when the index is compared with its shards
         shards = {}
     return _Unit(index.parent, {index.parent / name: names for name, names in shards.items()}, index)
 
@@ -270,36 +270,36 @@ def _shards(index: Path) -> _Unit:
 
 
 def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
-    """Read every byte of a directory or a file, and compare: checksums, headers, values, snapshots with each other.
+    """Read every byte of a directory or a file; check checksums, headers, values, and snapshots against each other.
 
-    Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read. A
+    No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read. Raises
     DirectoryError if there is nothing to verify.
     """
     started = time.perf_counter()
-    found, units = _listed(path)
+    listed, units = _listed(path)
     with progress("verifying", _size(units)) as advance:
         reports = [report for unit in units for report in _read_unit(unit, advance)]
-    own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
-    problems = contradictions(own)
-    if own and not problems:
+    snapshots = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
+    problems = contradictions(snapshots)
+    if snapshots and not problems:
         try:
-            run_clock([snapshot.info for snapshot in own])
+            run_clock([snapshot.info for snapshot in snapshots])
         except MismatchError as error:
             problems = [error]
-    notes = [f"{found.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
-    if found.is_directory:
-        notes += missing_at_newest(own)
+    notes = [f"{listed.name(report.path)}: {report.detail}" for report in reports if report.is_fine and report.detail]
+    if listed.is_directory:
+        notes += missing_at_newest(snapshots)
     broken = {report.unit for report in reports if report.state in MOVED}
     # A model whose shards are in the directory itself is moved file by file.
     going = (report.path if report.unit == path else report.unit for report in reports if report.unit in broken)
     return replace(
-        found, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *found.notes),
-        seconds=time.perf_counter() - started, going={one: _stamp(one) for one in going},
+        listed, files=tuple(reports), problems=tuple(map(str, problems)), notes=(*notes, *listed.notes),
+        seconds=time.perf_counter() - started, going={moving: _stamp(moving) for moving in going},
     )  # fmt: skip
 
 
 def _size(units: Sequence[_Unit]) -> int:
-    """About how much there is to read."""
+    """Return about how many bytes there are to read."""
     total = 0
     for path in (path for unit in units for path in unit.files):
         with suppress(OSError):
@@ -311,29 +311,29 @@ def _size(units: Sequence[_Unit]) -> int:
 
 
 def _read_unit(unit: _Unit, progress: Callable[[int], object]) -> list[FileReport]:
-    """Reports of the files of a unit, its index first; none for files that were deleted after the listing."""
-    read = {path: _read_file(path, unit.path, progress) for path in unit.files}
-    there = [report for report in read.values() if report is not None]
+    """Return the reports of a unit's files, its index first, without files that were deleted after the listing."""
+    results = {path: _read_file(path, unit.path, progress) for path in unit.files}
+    reports = [report for report in results.values() if report is not None]
     if unit.indexed_by is not None:
-        return _shard_reports(unit, unit.indexed_by, read, there)
+        return _shard_reports(unit, unit.indexed_by, results, reports)
     if unit.superseded:
-        return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in there]
-    if unit.has_parts:
-        return _part_reports(unit, there) if len(there) == len(read) else []  # else it is being thinned away
-    return there
+        return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in reports]
+    if unit.has_parts:  # if a part is missing, a training is deleting the snapshot
+        return _part_reports(unit, reports) if len(reports) == len(results) else []
+    return reports
 
 
 def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> FileReport | None:
-    """Read every byte of a file; None if it was deleted meanwhile."""
+    """Read every byte of a file and return the report; None if the file was deleted meanwhile."""
     nbytes = 0
     damaged: dict[str, FileFormatError] = {}
     nonfinite: dict[str, None] = {}
     try:
-        with open_file(path) as file, closing(file.check_payload()) as found:
+        with open_file(path) as file, closing(file.check_payload()) as results:
             report = _described(FileReport(path, unit), file.header)
             nbytes = file.header.payload_start
             progress(nbytes)
-            for checked in found:
+            for checked in results:
                 if checked.error is not None:
                     damaged |= dict.fromkeys(checked.damaged, checked.error)
                 nonfinite |= dict.fromkeys(checked.nonfinite)
@@ -341,7 +341,7 @@ def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> Fil
                 progress(checked.nbytes)
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_gone(path):
-            return None  # a writer has thinned it away
+            return None  # a training has deleted it
         return replace(_unreadable(FileReport(path, unit), error), nbytes=nbytes)
     bad = [name for name in nonfinite if name in report.averages]
     state, detail = UNCHECKED if report.kind is None else INTACT, ""
@@ -350,8 +350,8 @@ def _read_file(path: Path, unit: Path, progress: Callable[[int], object]) -> Fil
     elif bad:
         state, detail = NONFINITE, f"average {_nonfinite(bad)}{_and_more(len(bad) - 1, 'average')}"
     elif nonfinite:
-        what, more = "tensor" if report.kind is None else "copy", _and_more(len(nonfinite) - 1, "tensor")
-        detail = f"{what} {_nonfinite(nonfinite)}{more}"
+        role = "tensor" if report.kind is None else "copy"
+        detail = f"{role} {_nonfinite(nonfinite)}{_and_more(len(nonfinite) - 1, 'tensor')}"
     return replace(report, nbytes=nbytes, state=state, detail=detail)
 
 
@@ -360,7 +360,7 @@ def _nonfinite(names: Collection[str]) -> str:
 
 
 def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
-    """The report with what a header says; a FileFormatError if it contradicts itself."""
+    """Add a header's content to a report; raise FileFormatError if its metadata is invalid."""
     averages: Collection[str]
     path, kind = report.path, file_kind(header)
     report = replace(report, kind=kind, header=header)
@@ -385,12 +385,12 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
 
 
 def _fault(error: FileFormatError) -> tuple[str, str]:
-    known = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
-    return DAMAGED if known else UNREADABLE, error.reason
+    is_broken = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
+    return DAMAGED if is_broken else UNREADABLE, error.reason
 
 
 def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
-    """The report of a file that cannot be read, with what its name says."""
+    """Return the report of a file that cannot be read or decoded, with what its name and ema.format show."""
     state, detail = _fault(error)
     if is_snapshot_name(report.unit):
         report = replace(report, what="snapshot, by its name", kind="snapshot")
@@ -420,101 +420,99 @@ def _and_more(count: int, what: str) -> str:
 # --- the parts of a snapshot
 
 
-def _part_reports(unit: _Unit, there: Sequence[FileReport]) -> list[FileReport]:
-    """The reports of the parts; a snapshot, or what is wrong between them, is in that of one."""
-    place = next((index for index, report in enumerate(there) if not report.is_fine), 0)
-    reports = list(there)
+def _part_reports(unit: _Unit, reports: list[FileReport]) -> list[FileReport]:
+    """Complete the reports of parts: add their snapshot, or what is wrong between them, to the report of one part."""
+    place = next((index for index, report in enumerate(reports) if not report.is_fine), 0)
     try:
-        found = read_folder(unit.path)
+        content = read_folder(unit.path)
     except PostHocError as error:
-        if reports[place].is_fine:  # else the cause has a line of its own
+        if reports[place].is_fine:  # otherwise its report shows the cause
             detail = str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")
             reports[place] = replace(reports[place], state=MISMATCHED, detail=detail)
         return reports
-    if isinstance(found, Snapshot):
-        reports[place] = replace(reports[place], snapshot=found)
-    if isinstance(found, str):
-        reports.insert(0, FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {found}"))
-    return reports
+    if isinstance(content, Snapshot):
+        reports[place] = replace(reports[place], snapshot=content)
+        return reports
+    return [FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {content}"), *reports]
 
 
 # --- an index against its shards
 
 
 def _shard_reports(
-    unit: _Unit, index: Path, read: Mapping[Path, FileReport | None], there: Sequence[FileReport]
+    unit: _Unit, index: Path, results: Mapping[Path, FileReport | None], existing: Sequence[FileReport]
 ) -> list[FileReport]:
-    model = next((report for report in there if report.output), FileReport(index, unit.path))
-    of = f" of {_output_words(model.output)}" if model.output else ""
-    state, detail = _index_fault(unit, index, there)
-    reports = [FileReport(index, unit.path, f"index{of}", model.kind, state, detail)]
-    for path, report in read.items():
+    model = next((report for report in existing if report.output), FileReport(index, unit.path))
+    of_model = f" of {_output_words(model.output)}" if model.output else ""
+    state, detail = _index_fault(unit, index, existing)
+    reports = [FileReport(index, unit.path, f"index{of_model}", model.kind, state, detail)]
+    for path, report in results.items():
         if report is None:
-            report = FileReport(path, unit.path, f"shard{of}", None, MISSING, f"{index.name} names it")
-        reports.append(replace(report, what=f"shard{of}" if report.output else report.what, snapshot=None))
+            report = FileReport(path, unit.path, f"shard{of_model}", None, MISSING, f"{index.name} names it")
+        reports.append(replace(report, what=f"shard{of_model}" if report.output else report.what, snapshot=None))
     return reports
 
 
-def _index_fault(unit: _Unit, index: Path, there: Sequence[FileReport]) -> tuple[str, str]:
-    """State and detail of an index, compared with the shards that are there."""
+def _index_fault(unit: _Unit, index: Path, existing: Sequence[FileReport]) -> tuple[str, str]:
+    """Return the state of an index, compared with the existing shards, and the detail."""
     try:
         total = decode_index(index).total_size
     except FileFormatError as error:
         return _fault(error)
     if not unit.files:
         return DAMAGED, "names no shard"
-    held = 0
-    for one in there:
-        own, named = one.header.tensors if one.header else {}, set(unit.files[one.path])
-        held += sum(entry.nbytes for entry in own.values())
-        if one.is_fine and own.keys() != named:
-            name = shown(min(own.keys() ^ named))
-            return MISMATCHED, f"tensor {name} is in {one.path.name} or named by the index, but not both"
-    if len(there) < len(unit.files) or not all(one.is_fine for one in there):
-        return INTACT, ""  # the cause has a line of its own
+    nbytes = 0
+    for shard in existing:
+        tensors, named = shard.header.tensors if shard.header else {}, set(unit.files[shard.path])
+        nbytes += sum(entry.nbytes for entry in tensors.values())
+        if shard.is_fine and tensors.keys() != named:
+            name = shown(min(tensors.keys() ^ named))
+            return MISMATCHED, f"tensor {name} is in {shard.path.name} or named by the index, but not both"
+    if len(existing) < len(unit.files) or not all(shard.is_fine for shard in existing):
+        return INTACT, ""  # the shard's report shows the cause
     try:
-        for one in there[1:]:
-            check_alike(there[0].path, there[0].output, one.path, one.output)
+        for shard in existing[1:]:
+            check_alike(existing[0].path, existing[0].output, shard.path, shard.output)
     except MismatchError as error:
         return MISMATCHED, str(error).replace(f"{unit.path}{os.sep}", "")
-    if not any(one.output for one in there):
+    if not any(shard.output for shard in existing):
         return UNCHECKED, ""
-    if total != held:  # an index has no checksum
-        return DAMAGED, f"its total_size is {shown(total)}; the shards hold {held:,} bytes"
+    if total != nbytes:  # an index has no checksum
+        return DAMAGED, f"its total_size is {shown(total)}; the shards hold {nbytes:,} bytes"
     return INTACT, ""
 
 
-# --- setting aside what is broken
+# --- setting aside broken files
 
 
-def check_repairable(found: Verification) -> None:
-    """A DirectoryError if it is no directory of snapshots, an InvalidValueError if it is in a store."""
-    if not found.is_of_tracker:
+def check_repairable(verified: Verification) -> None:
+    """Raise DirectoryError unless a directory of snapshots was verified, InvalidValueError if it is in a store."""
+    if not verified.is_of_tracker:
         hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
         reason = "holds no snapshots of a tracker, and only these are set aside"
-        raise DirectoryError(found.path, reason, hint if any(report.kind for report in found.files) else "")
-    files.local_path("directory", found.path)
+        raise DirectoryError(verified.path, reason, hint if any(report.kind for report in verified.files) else "")
+    files.local_path("directory", verified.path)
 
 
-def repair(found: Verification) -> tuple[Path, ...]:
-    """Set aside what is broken, durably, while the directory is locked; returns the new paths.
+def repair(verified: Verification) -> tuple[Path, ...]:
+    """Move broken files to the folder `damaged`, durably, while the directory is locked; return the new paths.
 
     Raises:
         LockedError: a tracker is writing to the directory.
-        MismatchError, DirectoryError: a file has changed since, or `damaged` is no folder; nothing was moved.
-        WriteError: the system refused. What was moved is in the folder `damaged`, the rest where it was.
+        MismatchError, DirectoryError: a file has changed since, or `damaged` is not a folder; nothing was moved.
+        WriteError: the system refused to move a file. Each file is either in `damaged` or where it was.
     """
-    with DirectoryLock(found.path):
-        remove_leftovers(found.path)
-        for path, known in found.going.items():
-            if _stamp(path) not in (known, None):
+    with DirectoryLock(verified.path):
+        remove_leftovers(verified.path)
+        for path, identity in verified.going.items():
+            if _stamp(path) not in (identity, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        return tuple(move_aside([*found.going], found.path / BROKEN)) if found.going else ()
+        return tuple(move_aside([*verified.going], verified.path / BROKEN)) if verified.going else ()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """The identity of a file; of a link itself."""
+    """Return the identity of a file or link, None if it does not exist."""
     with suppress(FileNotFoundError):
-        known = path.lstat()
-        return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
+        status = path.lstat()
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     return None

@@ -1,8 +1,8 @@
-"""Chunks of tensors: which elements of a tensor a file holds, and how a range of one chunk is read from others.
+"""Chunks of tensors: which elements of a tensor a file holds, and how to assemble other boxes from them.
 
-Training on several processes cuts a tensor into chunks, each a box of its index space. A reader wants a box of its own:
-a complete tensor, or the chunk of another mesh. Elements of a box are in row-major order wherever they are stored, so
-that those of an intersection come in the same order from each side, and each file is read forwards only.
+Training on several processes cuts a tensor into chunks, each a box of its index space. A reader asks for another box:
+the complete tensor, or a chunk of another device mesh. Every box is stored in row-major order, so that the elements of
+an intersection have the same order in both boxes, and each file is read forwards only.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from numpy.lib.stride_tricks import as_strided
 
 @dataclass(frozen=True)
 class Box:
-    """Indices of a tensor: from `offset` on, `shape` of them, in each dimension."""
+    """A box of a tensor's index space: `shape` indices from `offset` on in each dimension."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
-        """All indices of a tensor of this shape."""
+        """Return the box of all indices of a tensor of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -36,29 +36,29 @@ class Box:
 
     @property
     def end(self) -> tuple[int, ...]:
-        """The first index after it, in each dimension."""
+        """The first index after the box in each dimension."""
         return tuple(begin + length for begin, length in zip(self.offset, self.shape, strict=True))
 
     def meet(self, other: Box) -> Box:
-        """The intersection; of size 0 where they have no element in common."""
+        """Return the intersection with another box, of size 0 if they have no common element."""
         begin = tuple(map(max, self.offset, other.offset))
         lengths = (max(0, last - first) for first, last in zip(begin, map(min, self.end, other.end), strict=True))
         return Box(begin, tuple(lengths))
 
     def span(self, inner: Box) -> tuple[int, int]:
-        """The row-major positions, in this box, of the first element of a box within it, and after its last."""
+        """Return the row-major positions in this box of the first element of `inner` and after its last one."""
         strides = row_major(self.shape)
-        first = sum((at - own) * step for at, own, step in zip(inner.offset, self.offset, strides, strict=True))
+        first = sum((at - begin) * step for at, begin, step in zip(inner.offset, self.offset, strides, strict=True))
         return first, first + sum((length - 1) * step for length, step in zip(inner.shape, strides, strict=True)) + 1
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Elements from one index to the next, in each dimension."""
+    """Return the row-major strides of a shape, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
-    """The row-major elements `begin` to `end` of a box, as boxes, in order: less than two for each dimension."""
+    """Yield the row-major elements `begin` to `end` of a box as boxes, in order: less than two per dimension."""
     if begin >= end:
         return
     if not box.shape:
@@ -81,15 +81,15 @@ def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
 
 
 ForwardReader = Callable[[int, int], npt.NDArray[Any]]
-"""Gives stored elements of one chunk, from one to another: shape [end - begin]; never before those that it gave."""
+"""A function that reads the stored elements `begin` to `end` of one chunk, shape [end - begin], forwards only."""
 
 
 def copy_range(into: npt.NDArray[Any], wanted: Box, begin: int, chunks: Sequence[tuple[Box, ForwardReader]]) -> None:
     """Fill `into` with the row-major elements of the box `wanted` from `begin` on.
 
     Arguments:
-        into: contiguous: shape [count], of the dtype of the stored elements.
-        chunks: boxes of the same tensor that cover these elements, each with its stored elements.
+        into: contiguous array of shape [count] and the dtype of the stored elements.
+        chunks: boxes of the same tensor that cover these elements, each with a reader of its stored elements.
     """
     strides = [into.itemsize * step for step in row_major(wanted.shape)]
     for part in boxes_of_range(wanted, begin, begin + into.size):
@@ -105,16 +105,16 @@ def copy_range(into: npt.NDArray[Any], wanted: Box, begin: int, chunks: Sequence
 
 
 def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
-    """Why chunks do not hold each element of a tensor exactly once; None if they do.
+    """Return why chunks do not hold each element of a tensor exactly once; None if they do.
 
-    Chunks of a mesh are the cells of a grid: each dimension is cut into intervals, and every combination is there once.
-    Chunks without elements do not count.
+    Chunks of a mesh are the cells of a grid: each dimension is cut into intervals, and every combination occurs once.
+    Chunks without elements are ignored.
     """
     filled = [chunk for chunk in chunks if chunk.size]
     if any(last > length for chunk in filled for last, length in zip(chunk.end, shape, strict=True)):
         return "a chunk reaches beyond the tensor"
     if not math.prod(shape):
-        return None if chunks else "no chunk of it is there"
+        return None if chunks else "has no chunk"
     cells = 1
     for axis, length in enumerate(shape):
         cuts = sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in filled})
@@ -131,11 +131,11 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where the elements of a file's tensor belong: the `shape` of the complete tensor, the `offset` of the first."""
+    """The position of a chunk: the `shape` of the complete tensor and the `offset` of the chunk's first element."""
 
     shape: tuple[int, ...]
     offset: tuple[int, ...]
 
     def box(self, shape: tuple[int, ...]) -> Box:
-        """Its indices, for a tensor of this shape in the file."""
+        """Return the chunk's box, given its own shape."""
         return Box(self.offset, shape)

@@ -1,6 +1,6 @@
-"""A snapshot directory: list it, read the headers of its run, check that they belong together, add to it.
+"""A snapshot directory: list it, read the headers of its run, check that they belong together, name new snapshots.
 
-Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers are believed.
+Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); the headers alone are authoritative.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import opened_in_turn, read_header
 
 SUPERSEDED = "superseded"
-"""The folder for snapshots later than the time that training went back to."""
+"""The name of the folder for snapshots from after the step at which training was resumed."""
 
 BROKEN = "damaged"
-"""The folder for broken files, which a repair moves there."""
+"""The name of the folder to which a repair moves broken files."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-"""Suffixes of files that are usually pickles, and are never opened."""
+"""Suffixes of files that are usually pickles; such files are never opened."""
 
 OTHERS = (None, "output", "state", "checkpoint")
-"""Kinds of files that are no snapshots."""
+"""The kinds of files that are not snapshots."""
 
 WANTED = "name the directory that a tracker writes its snapshots to"
 
@@ -48,7 +48,7 @@ ON_ONE_FILE_SYSTEM = "all processes of a training write to one directory, on a f
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """A snapshot on disk; its header's `checksum` distinguishes it from others of the same time."""
+    """A snapshot on disk; the `checksum` of its header identifies it among snapshots of the same time."""
 
     path: Path
     info: fmt.SnapshotInfo
@@ -56,17 +56,17 @@ class StoredSnapshot:
 
     @property
     def t(self) -> float:
-        """Training time of the average."""
+        """The training time of the average."""
         return self.info.t
 
     @property
     def sigma_rel(self) -> float:
-        """Width of its profile."""
+        """The width of the snapshot's profile."""
         return self.info.sigma_rel
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> StoredSnapshot:
-        """The same of a snapshot that was read."""
+        """Return the record of a snapshot whose header was read."""
         return cls(snapshot.path, snapshot.info, snapshot.identity)
 
 
@@ -82,27 +82,27 @@ class Listing:
 
     @property
     def files(self) -> list[Path]:
-        """Visible files that may be snapshots, outputs or states."""
+        """The visible files that may be snapshots, outputs or states."""
         return [path for path in self.entries if path.suffix == fmt.SUFFIX and not path.name.startswith(".")]
 
     @property
     def folders(self) -> list[Path]:
-        """Folders that may be snapshots of several parts, by their names."""
+        """The folders that, by their names, may be snapshots in several parts."""
         return [path for path in self.entries if is_snapshot_name(path) and path.suffix != fmt.SUFFIX]
 
     @property
     def leftovers(self) -> list[Path]:
-        """Temporaries of interrupted writes, or of writes in progress."""
+        """The temporary files of interrupted writes, or of writes in progress."""
         return [path for path in self.entries if files.is_temporary(path.name)]
 
     @property
     def pickles(self) -> list[Path]:
-        """Files that are never opened."""
+        """The files that, by their names, are pickles."""
         return [path for path in self.entries if path.suffix in PICKLES]
 
 
 def list_directory(directory: Path) -> Listing:
-    """List a directory; a DirectoryError if it is absent, no directory, or cannot be read."""
+    """List a directory; raise DirectoryError if it does not exist, is not a directory, or cannot be read."""
     try:
         return Listing(directory, tuple(sorted(files.system.list(directory))))
     except FileNotFoundError as error:
@@ -118,10 +118,10 @@ def list_directory(directory: Path) -> Listing:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The headers of a directory: snapshots by time, then sigma_rel, what is wrong, and what is only unusual.
+    """The headers of a directory: snapshots by time, then sigma_rel; problems; and notes on unusual entries.
 
-    `incomplete` are folders without all parts of a snapshot, each with what is there in words: left by an interrupted
-    training, or being written.
+    `incomplete` maps folders that lack parts of a snapshot, left by an interrupted training or still being written, to
+    the parts that exist, in words.
     """
 
     listing: Listing
@@ -132,38 +132,38 @@ class Inspection:
 
     @property
     def superseded(self) -> int:
-        """The number of snapshots set aside; 0 where their folder cannot be read."""
+        """The number of snapshots that were set aside; 0 if their folder cannot be read."""
         with suppress(DirectoryError):
-            aside = list_folder(self.listing.path / SUPERSEDED)
-            return len(aside.files) + len(parts_folders(aside))
+            superseded = list_folder(self.listing.path / SUPERSEDED)
+            return len(superseded.files) + len(parts_folders(superseded))
         return 0
 
 
 def inspect_directory(directory: Path) -> Inspection:
-    """Read the headers of all snapshots in a directory, and continue after errors. Raises as `list_directory`."""
+    """Read the headers of all snapshots in a directory, continuing after errors; raise errors of `list_directory`."""
     listing = list_directory(directory)
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
-    apart: list[str] = []
+    stray_parts: list[str] = []
     cache = DecodeCache()
-    for found in _snapshots_in(listing.files, lambda _: cache):
-        if isinstance(found, FileFormatError):
-            problems.append(found)
-        elif found.info.part is None:
-            snapshots.append(found)
+    for result in _snapshots_in(listing.files, lambda _: cache):
+        if isinstance(result, FileFormatError):
+            problems.append(result)
+        elif result.info.part is None:
+            snapshots.append(result)
         else:
-            apart.append(f"{found.name}: is a part of a snapshot, outside the folder of the others; not read")
+            stray_parts.append(f"{result.name}: is a part of a snapshot, outside the folder of the others; not read")
     folders = read_folders(listing)
     snapshots = sorted([*snapshots, *folders.snapshots.values()], key=time_order)
     problems += [*folders.problems.values(), *contradictions(snapshots)]
-    notes = (*missing_at_newest(snapshots), *apart, *folders.notes)
+    notes = (*missing_at_newest(snapshots), *stray_parts, *folders.notes)
     return Inspection(listing, tuple(snapshots), tuple(problems), notes, folders.incomplete)
 
 
 def _snapshots_in(
     paths: Sequence[Path], cache_of: Callable[[str], DecodeCache]
 ) -> Iterator[Snapshot | FileFormatError]:
-    """The snapshots, and parts of them, among files; or what is wrong with a file that has not been thinned away."""
+    """Yield the snapshots and parts among files, and an error for each unreadable file that still exists."""
     for path in opened_in_turn(paths):
         try:
             header = read_header(path, cache_of(path.name))
@@ -175,18 +175,18 @@ def _snapshots_in(
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """A snapshot: a file, or a folder of parts. A FileFormatError, or a MismatchError of parts, if it is none."""
+    """Read a snapshot, a file or a folder of parts; raise FileFormatError or MismatchError if it is not one."""
     if not path.is_dir():
         header = read_header(path)
         return Snapshot(path, header, decode_snapshot(path, header))
-    found = read_folder(path)
-    if isinstance(found, Snapshot):
-        return found
-    raise FileFormatError(path, f"is no complete snapshot: it has {found or 'no parts'}")
+    content = read_folder(path)
+    if isinstance(content, Snapshot):
+        return content
+    raise FileFormatError(path, f"is no complete snapshot: it has {content or 'no parts'}")
 
 
 def find_snapshots(directory: Path) -> list[Snapshot]:
-    """As `read_directory`, but an absent or empty directory has no snapshots."""
+    """Read the snapshots of a run like `read_directory`; return none for a missing or empty directory."""
     try:
         return list(_sound(directory).snapshots)
     except DirectoryError as error:
@@ -196,36 +196,36 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
 
 
 def _sound(directory: Path) -> Inspection:
-    """As `inspect_directory`, but raises the first problem."""
-    found = inspect_directory(directory)
-    if found.problems:
-        raise found.problems[0]
-    return found
+    """Read a directory like `inspect_directory`, but raise the first problem."""
+    inspection = inspect_directory(directory)
+    if inspection.problems:
+        raise inspection.problems[0]
+    return inspection
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
-    """The snapshots of one run, by time, then sigma_rel. Reads headers only.
+    """Return the snapshots of one run, by time, then sigma_rel. Reads headers only.
 
     Raises:
-        DirectoryError: the directory is absent, cannot be read, or holds no snapshot.
+        DirectoryError: the directory does not exist, cannot be read, or holds no snapshot.
         FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    found = _sound(directory)
-    if found.snapshots:
-        return list(found.snapshots)
-    if found.incomplete:
-        folder, there = next(iter(found.incomplete.items()))
-        reason = f"no complete snapshots here; {folder.name}/ has {there}"
+    inspection = _sound(directory)
+    if inspection.snapshots:
+        return list(inspection.snapshots)
+    if inspection.incomplete:
+        folder, parts = next(iter(inspection.incomplete.items()))
+        reason = f"no complete snapshots here; {folder.name}/ has {parts}"
         raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
     if is_parts_folder(directory):
         raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
-    if any(file_kind(read_header(path)) == "checkpoint" for path in found.listing.files):
+    if any(file_kind(read_header(path)) == "checkpoint" for path in inspection.listing.files):
         reason = "holds copies of checkpoints that `ema import` wrote, no snapshots of a tracker"
         raise DirectoryError(directory, reason, "delete the folder to remove them")
-    others = [path.name for path in found.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
-    what = f"; {others[0]} is not a snapshot of this package" if others else ""
-    raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
+    foreign = [path.name for path in inspection.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
+    example = f"; {foreign[0]} is not a snapshot of this package" if foreign else ""
+    raise DirectoryError(directory, f"no snapshots here{example}", WANTED)
 
 
 # --- snapshots of several parts
@@ -234,7 +234,7 @@ PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def is_snapshot_name(path: Path) -> bool:
-    """Whether a name has the form that `snapshot_path` gives, of a file or of a folder."""
+    """Return whether a path has a name as from `snapshot_path`, of a file or of a folder."""
     t, dash, sigma_rel = path.name.removesuffix(fmt.SUFFIX).partition("-")
     try:
         named = snapshot_path(path.parent, float(t), float(sigma_rel)) if dash else None
@@ -245,7 +245,7 @@ def is_snapshot_name(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Folders:
-    """What the folders of a directory hold: complete snapshots, what is wrong in others, and incomplete ones."""
+    """The content of a directory's folders: complete snapshots, problems, and incomplete snapshots in words."""
 
     snapshots: dict[Path, Snapshot]
     problems: dict[Path, PostHocError]
@@ -254,28 +254,28 @@ class Folders:
     @property
     def notes(self) -> list[str]:
         """A line for each incomplete snapshot."""
-        return [f"{folder.name}/: has {there}" for folder, there in self.incomplete.items()]
+        return [f"{folder.name}/: has {parts}" for folder, parts in self.incomplete.items()]
 
 
 def read_folders(listing: Listing) -> Folders:
-    """Read the headers of all folders that may be snapshots, and continue after errors."""
-    found, caches = Folders({}, {}, {}), defaultdict[str, DecodeCache](DecodeCache)
+    """Read the headers of all folders that may be snapshots, continuing after errors."""
+    folders, caches = Folders({}, {}, {}), defaultdict[str, DecodeCache](DecodeCache)
     for folder in listing.folders:
         try:
-            held = read_folder(folder, caches)
+            content = read_folder(folder, caches)
         except PostHocError as error:
             if not files.is_gone(folder):
-                found.problems[folder] = error
+                folders.problems[folder] = error
             continue
-        if isinstance(held, Snapshot):
-            found.snapshots[folder] = held
-        elif held:
-            found.incomplete[folder] = held
-    return found
+        if isinstance(content, Snapshot):
+            folders.snapshots[folder] = content
+        elif content:
+            folders.incomplete[folder] = content
+    return folders
 
 
 def list_folder(folder: Path) -> Listing:
-    """As `list_directory`; nothing where it is no folder, or a link, which would lead out of the directory."""
+    """List a folder like `list_directory`; return nothing for a link, which may lead elsewhere, or for a file."""
     if folder.is_symlink():
         return Listing(folder, ())
     try:
@@ -287,19 +287,19 @@ def list_folder(folder: Path) -> Listing:
 
 
 def is_parts_folder(path: Path) -> bool:
-    """Whether a path is a folder of parts of one snapshot, and of nothing else, by their names."""
+    """Return whether a path is a folder that, by the names in it, holds parts of one snapshot and nothing else."""
     listing = list_folder(path)
-    named = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
-    return bool(named) and all(named) and not listing.folders
+    are_parts = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
+    return bool(are_parts) and all(are_parts) and not listing.folders
 
 
 def parts_folders(listing: Listing) -> list[Path]:
-    """Folders of parts, whatever their names: one that was set aside may have a number in it."""
+    """Return the folders of parts, whatever their names: setting one aside may have added a number to its name."""
     return [path for path in listing.entries if path.suffix != fmt.SUFFIX and _may_hold_parts(path)]
 
 
 def _may_hold_parts(path: Path) -> bool:
-    """Whether it is a folder of parts, or a folder that cannot be read."""
+    """Return whether a path is a folder of parts, or a folder that cannot be read."""
     try:
         return is_parts_folder(path)
     except DirectoryError:
@@ -307,29 +307,30 @@ def _may_hold_parts(path: Path) -> bool:
 
 
 def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> Snapshot | str:
-    """The snapshot of the parts in a folder, from their headers; else what is there, in words, as "2 of 4 parts".
+    """Merge the headers of a folder's parts into a snapshot; if it is incomplete, return its content, "2 of 4 parts".
 
-    That is empty for something else than such a folder. `caches` are by file names of parts, since those of one name
-    have similar headers in all snapshots; "" for joined parts.
+    The text is empty if the path is not a folder of parts. `caches` are by file name, since parts of one name have
+    similar headers in all snapshots; the one of "" is for merged parts.
 
     Raises:
         FileFormatError: a part is damaged, or elements of a tensor are missing.
         MismatchError: two parts do not belong together; both are named.
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
-    found: dict[tuple[int, int], list[Snapshot]] = {}
-    for one in _snapshots_in(list_folder(folder).files, caches.__getitem__):
-        if isinstance(one, FileFormatError):
-            raise one
-        if one.info.part is None:
-            what = "is no part of a snapshot, in a folder of parts"
-            raise FileFormatError(one.path, what, "move it to the directory")
-        found.setdefault((one.info.part[1], one.info.session), []).append(one)
-    for parts in found.values():
+    sets: dict[tuple[int, int], list[Snapshot]] = {}
+    for result in _snapshots_in(list_folder(folder).files, caches.__getitem__):
+        if isinstance(result, FileFormatError):
+            raise result
+        if result.info.part is None:
+            reason = "is no part of a snapshot, in a folder of parts"
+            raise FileFormatError(result.path, reason, "move it to the directory")
+        sets.setdefault((result.info.part[1], result.info.session), []).append(result)
+    for parts in sets.values():
         _check_parts(parts)
+    # A snapshot off the schedule may be in the course of being replaced, part by part, by the same one on it.
     complete = [
         parts
-        for (count, _), parts in found.items()  # one off the schedule may be replaced by the same on it, part by part
+        for (count, _), parts in sets.items()
         if len(parts) == count and len({part.info.off_schedule for part in parts}) == 1
     ]
     if len(complete) > 1:
@@ -337,10 +338,10 @@ def read_folder(folder: Path, caches: dict[str, DecodeCache] | None = None) -> S
         raise MismatchError(f"{first.path} and {other.path}", "are parts of two complete snapshots", "remove one")
     if complete:
         return _merged(folder, complete[0], caches[""])
-    if found:
-        there = [f"{len(parts)} of {count} parts" for (count, _), parts in sorted(found.items())]
-        sessions = {session for _, session in found}
-        return ", ".join([*there, *(["of different sessions of the training"] if len(sessions) > 1 else [])])
+    if sets:
+        counts = [f"{len(parts)} of {count} parts" for (count, _), parts in sorted(sets.items())]
+        sessions = {session for _, session in sets}
+        return ", ".join(counts + ["of different sessions of the training"] * (len(sessions) > 1))
     return "no parts" if folder.is_dir() and not folder.is_symlink() and not list_directory(folder).files else ""
 
 
@@ -348,46 +349,46 @@ _OWN = (
     "tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "sample", "sketch", "part", "chunks",
     "mesh",
 )  # fmt: skip
-"""Metadata in which parts may differ."""
+"""The keys of the metadata in which parts may differ."""
 
 
 def _check_parts(parts: list[Snapshot]) -> None:
-    """Sort parts by their numbers; a MismatchError names two that are not of one snapshot."""
+    """Sort parts by number; raise MismatchError, naming two of them, if they are not of one snapshot."""
     parts.sort(key=lambda part: (part.info.part or (0, 0), part.path.name))
-    first = parts[0]
     for before, part in pairwise(parts):
-        pair = f"{before.path} and {part.path}"
         if before.info.part == part.info.part:
-            raise MismatchError(pair, "are both part {} of {}".format(*(part.info.part or (0, 0))), "remove one")
+            reason = "are both part {} of {}".format(*(part.info.part or (0, 0)))
+            raise MismatchError(f"{before.path} and {part.path}", reason, "remove one")
+    first = parts[0]
     for part in parts[1:]:
-        pair = f"{first.path} and {part.path}"
         for key, value in vars(first.info).items():
             if key not in _OWN and getattr(part.info, key) != value:
-                raise MismatchError(pair, f"are not of one snapshot: they differ in ema.{key}")
+                reason = f"are not of one snapshot: they differ in ema.{key}"
+                raise MismatchError(f"{first.path} and {part.path}", reason)
 
 
 def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snapshot:
-    """The snapshot of all its parts."""
-    alike = [(part.header.tensors, part.info.tensors, part.info.chunks, part.info.aliases) for part in parts]
-    joined = cache.once("joined", alike, lambda: _join(folder, parts))
-    sums = "".join(part.header.metadata["ema.checksum"] for part in parts)
-    metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(sums.encode())}
+    """Return the snapshot that consists of these parts."""
+    tensors = [(part.header.tensors, part.info.tensors, part.info.chunks, part.info.aliases) for part in parts]
+    joined = cache.once("joined", tensors, lambda: _join(folder, parts))
+    checksums = "".join(part.header.metadata["ema.checksum"] for part in parts)
+    metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(checksums.encode())}
     header = fmt.FileHeader(metadata, joined.entries, sum(part.header.payload_start for part in parts))
     info = replace(
         parts[0].info, tensors=joined.tensors, aliases=joined.aliases,
         inherited=sum(part.info.inherited for part in parts),
         measurements=sum_of_parts([part.info.measurements for part in parts]),
         motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
-        sample=joined_sample([(part.info.sample, own) for part, own in zip(parts, joined.sampled, strict=True)]),
+        sample=joined_sample([(part.info.sample, at) for part, at in zip(parts, joined.sampled, strict=True)]),
         sketch=fmt.joined_paths([part.info.sketch for part in parts]),
         part=None, chunks={},
     )  # fmt: skip
-    made = (BackingFile(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
-    return Snapshot(folder, header, info, tuple(made))
+    backing = (BackingFile(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
+    return Snapshot(folder, header, info, tuple(backing))
 
 
 class _Joined(NamedTuple):
-    """The tensors of a snapshot, the place of each part's, and which elements of its sample each part has."""
+    """The tensors of a snapshot, the boxes that each part holds, and the positions of its values in the sample."""
 
     tensors: dict[str, fmt.TrackedTensor]
     entries: dict[str, fmt.TensorEntry]
@@ -397,48 +398,60 @@ class _Joined(NamedTuple):
 
 
 def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
-    """The tensors of all parts; an error as of `read_folder` where their chunks do not make complete ones."""
+    """Join the tensors of all parts; raise the errors of `read_folder` if their chunks are not complete tensors."""
+    boxes = [{n: chunk.box(p.header.tensors[n].shape) for n, chunk in p.info.chunks.items()} for p in parts]
     tensors = {name: tensor for part in parts for name, tensor in part.info.tensors.items()}
     aliases = {alias: name for part in parts for alias, name in part.info.aliases.items()}
+    specs: dict[str, fmt.TensorSpec] = {}
     held: dict[str, list[tuple[Path, Box]]] = defaultdict(list)
-    joined: dict[str, fmt.TensorSpec] = {}
-    for part in parts:
+    for part, held_boxes in zip(parts, boxes, strict=True):
         for name, chunk in part.info.chunks.items():
-            stored = part.header.tensors[name]
-            known = joined.setdefault(name, fmt.TensorSpec(name, stored.dtype, chunk.shape))
-            if known.shape != chunk.shape:
-                what = f"do not match: tensor {shown(name)} has the shapes {list(known.shape)} and {list(chunk.shape)}"
-                raise MismatchError(f"{held[name][0][0]} and {part.path}", what)
+            dtype = part.header.tensors[name].dtype
+            spec = specs.setdefault(name, fmt.TensorSpec(name, dtype, chunk.shape))
+            if spec.shape != chunk.shape:
+                shapes = f"{list(spec.shape)} and {list(chunk.shape)}"
+                reason = f"do not match: tensor {shown(name)} has the shapes {shapes}"
+                raise MismatchError(f"{held[name][0][0]} and {part.path}", reason)
             # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-            joined[name] = replace(known, dtype=max(known.dtype, stored.dtype, key=ITEM_BYTES.__getitem__))
-            held[name].append((part.path, chunk.box(stored.shape)))
-    for name, own in held.items():
-        problem = cover_problem(joined[name].shape, [box for _, box in own])
-        if problem is not None:
-            for (first, box), (other, second) in combinations(own, 2):
-                if box.meet(second).size:
-                    raise MismatchError(f"{first} and {other}", f"tensor {shown(name)}: both hold some of its elements")
-            raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
-    boxes = [{n: chunk.box(p.header.tensors[n].shape) for n, chunk in p.info.chunks.items()} for p in parts]
-    shapes = {name: joined[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
-    sampled: list[list[int]] = [[] for _ in parts]
-    for number, (name, index) in enumerate(places(shapes)):
-        for numbers, within in zip(sampled, boxes, strict=True):
-            if name in within and index_within(within[name], shapes[name], index) is not None:
-                numbers.append(number)
-    return _Joined(tensors, fmt.lay_out([*joined.values()]), aliases, boxes, sampled)
+            specs[name] = replace(spec, dtype=max(spec.dtype, dtype, key=ITEM_BYTES.__getitem__))
+            held[name].append((part.path, held_boxes[name]))
+    for name, chunks in held.items():
+        _check_cover(folder, specs[name], chunks)
+    averages = {name: specs[name].shape for name, tensor in tensors.items() if tensor.role == "average"}
+    return _Joined(tensors, fmt.lay_out([*specs.values()]), aliases, boxes, _sampled_positions(averages, boxes))
+
+
+def _check_cover(folder: Path, spec: fmt.TensorSpec, chunks: Sequence[tuple[Path, Box]]) -> None:
+    """Raise an error unless the chunks, each with its part's path, hold each element of a tensor exactly once."""
+    problem = cover_problem(spec.shape, [box for _, box in chunks])
+    if problem is None:
+        return
+    for (first, box), (other, other_box) in combinations(chunks, 2):
+        if box.meet(other_box).size:
+            raise MismatchError(f"{first} and {other}", f"tensor {shown(spec.name)}: both hold some of its elements")
+    raise FileFormatError(folder, f"tensor {shown(spec.name)}: {problem}")
+
+
+def _sampled_positions(shapes: Mapping[str, Sequence[int]], boxes: Sequence[Mapping[str, Box]]) -> list[list[int]]:
+    """Return the positions in a snapshot's sample of the elements that each part holds in its boxes."""
+    positions: list[list[int]] = [[] for _ in boxes]
+    for position, (name, index) in enumerate(places(shapes)):
+        for held, of_part in zip(positions, boxes, strict=True):
+            if name in of_part and index_within(of_part[name], shapes[name], index) is not None:
+                held.append(position)
+    return positions
 
 
 def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
-    """The measurements of all parts together; None if one has none."""
+    """Return the measurements of all parts together; None if a part has none."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
-    by_partner = [{(one.t, one.sigma_rel): one for one in part.distances} for part in known]
+    by_partner = [{(distance.t, distance.sigma_rel): distance for distance in part.distances} for part in known]
     distances = [
-        Distance(*key, sum(own[key].squared for own in by_partner), sum(own[key].rounding for own in by_partner))
+        Distance(*key, sum(d[key].squared for d in by_partner), sum(d[key].rounding for d in by_partner))
         for key in by_partner[0]
-        if all(key in own for own in by_partner)
+        if all(key in d for d in by_partner)
     ]
     weights = [part.weights for part in known if part.weights is not None]
     return Measurements(
@@ -453,13 +466,13 @@ def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
 
 
 def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
-    """The key that sorts snapshots by time, then sigma_rel."""
+    """Return the key that sorts snapshots by time, then sigma_rel."""
     return snapshot.info.t, snapshot.info.sigma_rel, snapshot.path.name
 
 
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
-    """Pairs of snapshots, in order of time, that cannot be of one directory: an error each, which names both."""
-    found = [
+    """Return an error for each pair of snapshots that cannot be in one directory; `snapshots` are in order of time."""
+    errors = [
         MismatchError(f"{snapshots[0].path} and {other.path}", reason)
         for other in snapshots[1:]
         if (reason := difference(snapshots[0], other)) is not None
@@ -469,23 +482,23 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
         t, sigma_rel = snapshot.info.t, snapshot.info.sigma_rel
         first = seen.setdefault((t, sigma_rel), snapshot)
         if first is not snapshot:
-            what = f"both hold sigma_rel {sigma_rel:g} at t = {t:,.12g}"
-            found.append(MismatchError(f"{first.path} and {snapshot.path}", what, "remove one"))
-    return found
+            reason = f"both hold sigma_rel {sigma_rel:g} at t = {t:,.12g}"
+            errors.append(MismatchError(f"{first.path} and {snapshot.path}", reason, "remove one"))
+    return errors
 
 
 def difference(first: Snapshot, other: Snapshot) -> str | None:
-    """Why a snapshot and a later one cannot be of one directory, to follow their names; None if they can."""
+    """Return why a snapshot and a later one cannot be in one directory, to follow their names; None if they can."""
     a, b = first.info, other.info
     if a.run_id != b.run_id:
         return f"are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
     if a.t_unit != b.t_unit:
         return f"count time in {shown(a.t_unit)} and {shown(b.t_unit)}"
-    # A run whose last snapshot of a profile was deleted may have continued without that profile.
+    # A run that lost all snapshots of a profile may have been resumed without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
         return f"do not match: their runs track the profiles {_widths(a.sigma_rels)} and {_widths(b.sigma_rels)}"
-    same = (first.header.tensors, a.tensors) == (other.header.tensors, b.tensors)  # mostly the same objects
-    for name in () if same else sorted(a.tensors.keys() | b.tensors.keys()):
+    is_same = (first.header.tensors, a.tensors) == (other.header.tensors, b.tensors)  # fast: mostly identical objects
+    for name in () if is_same else sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
             missing = other if name in a.tensors else first
             return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
@@ -499,17 +512,17 @@ def difference(first: Snapshot, other: Snapshot) -> str | None:
 
 
 def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
-    """A line for profiles that are missing at the newest time, where thinning never removes one.
+    """Return a line about profiles without a snapshot at the newest time, where thinning never removes one.
 
-    Not for those that the run no longer tracks: it continued without them.
+    Profiles that the run no longer tracks, since it was resumed without them, are not reported.
     """
-    own = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
-    there = [info for info in own if info.t == own[-1].t]
-    tracked = {sigma_rel for info in there for sigma_rel in info.sigma_rels}
-    missing = ({info.sigma_rel for info in own} & tracked) - {info.sigma_rel for info in there}
+    infos = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
+    newest = [info for info in infos if info.t == infos[-1].t]
+    tracked = {sigma_rel for info in newest for sigma_rel in info.sigma_rels}
+    missing = ({info.sigma_rel for info in infos} & tracked) - {info.sigma_rel for info in newest}
     if not missing:
         return []
-    return [f"t = {own[-1].t:,.12g}, the newest: no snapshot of sigma_rel {_widths(sorted(missing))}"]
+    return [f"t = {infos[-1].t:,.12g}, the newest: no snapshot of sigma_rel {_widths(sorted(missing))}"]
 
 
 def _widths(sigma_rels: Sequence[float]) -> str:
@@ -520,7 +533,7 @@ def _widths(sigma_rels: Sequence[float]) -> str:
 
 
 def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, int] | None = None) -> Path:
-    """The path of a new snapshot, or of a part of one. Names sort by time up to the largest whole number of a float."""
+    """Return the path of a new snapshot, or of a part of one. Names sort by time up to 2**53."""
     integer, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
     clock = f"{int(integer):016d}" + (f".{fraction}" if fraction.strip("0") else "")
     if part is None:
@@ -530,15 +543,15 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, 
 
 
 def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
-    """The two newest earlier snapshots of each profile that have measurements; `stored` is in order of time.
+    """Return the two newest earlier snapshots of each profile that have measurements; `stored` is in order of time.
 
-    Two, since distances over one interval and over two distinguish a random walk from noise.
+    Distances over one interval and over two distinguish a random walk from noise.
     """
     newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
     for snapshot in reversed(stored):
-        own = newest.get(snapshot.sigma_rel, [])
-        if snapshot.t < info.t and snapshot.info.measurements and len(own) < 2:
-            own.insert(0, snapshot)
-        if all(len(found) == 2 for found in newest.values()):
+        of_profile = newest.get(snapshot.sigma_rel, [])
+        if snapshot.t < info.t and snapshot.info.measurements and len(of_profile) < 2:
+            of_profile.insert(0, snapshot)
+        if all(len(of_profile) == 2 for of_profile in newest.values()):
             break
-    return [snapshot for found in newest.values() for snapshot in found]
+    return [snapshot for of_profile in newest.values() for snapshot in of_profile]

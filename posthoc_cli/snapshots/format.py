@@ -1,4 +1,4 @@
-"""The format of snapshots: its specification, its data as dataclasses, and the writing of headers.
+"""The format of snapshots: its specification, its data as dataclasses, and the encoding of headers.
 
 A snapshot holds one average of one run at one time. It is a safetensors file, which any safetensors reader opens:
 
@@ -10,101 +10,106 @@ The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin,
 start of the payload), and `__metadata__` to an object of strings. N is at most 100,000,000; a file has at most 200,000
 tensors.
 
-Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; JSON values are compact.
+Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; JSON values are compact. Keys marked
+(optional) may be missing.
 
     key               value
     format            "pt", which readers of PyTorch weights expect
     ema.format        "snapshot"
     ema.version       "1"
-    ema.run_id        32 hexadecimal digits; the same in every snapshot of a run, and in no other
+    ema.run_id        32 hexadecimal digits; equal in all snapshots of a run, and in no others
     ema.sigma_rel     width of the profile, as the user gave it
     ema.gamma         exponent of the profile
-    ema.sigma_rels    JSON list: the widths of all profiles that the run tracks, growing; includes ema.sigma_rel
+    ema.sigma_rels    JSON list: the widths of all profiles that the run tracks, increasing; includes ema.sigma_rel
     ema.t             training time of the average
     ema.t_unit        what `t` counts: "steps", "images", ...
-    ema.step          calls of the hook up to `t`
-    ema.clock         JSON list of [step, t]: the clock's knots up to the snapshot; see below. May be missing
-    ema.t_first       time of the first update: the profile's mass before it is on the values of that time
-    ema.max_interval  the longest time between two updates since
-    ema.updates       number of updates in the average, at least 1 and at most ema.step. May be missing
-    ema.inherited     expected squared norm of the error that the average still has from the rounding of snapshots that
-                      the run was resumed from; missing for 0
+    ema.step          number of `update_` calls up to `t`
+    ema.clock         JSON list of [step, t]: the knots of the clock up to the snapshot; see below (optional)
+    ema.t_first       time of the first update; the profile's mass before it applies to the values of that time
+    ema.max_interval  the longest interval between two updates since t_first
+    ema.updates       number of updates in the average, at least 1 and at most ema.step (optional)
+    ema.inherited     expected squared norm of the error that remains in the average from the rounding of the snapshots
+                      that the run was resumed from; missing if 0
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
-                      checkpoint_dtype (null: each tensor's own), sigma_range (what snapshots are kept for: [low, high])
-    ema.tensors       JSON object: name -> {"role": "average", "statistic" or "copy", "dtype": the model's own dtype}.
-                      An average is the weighted mean of a tensor, a statistic that of BatchNorm's running means and
-                      variances, which are no weights; a copy is its value at `t`
-    ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
-    ema.left_out      JSON list: names of the model's state that the run does not track
-    ema.selection     JSON object: the fields of `Selection`; copy_only only where it has globs. May be missing
-    ema.off_schedule  "true" where it was written between the times of the schedule: at the end of training, or on
-                      request; else missing. Later snapshots on the schedule do not depend on it
-    ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
+                      checkpoint_dtype (null: the tensor's own), sigma_range (the targets to keep snapshots for:
+                      [low, high])
+    ema.tensors       JSON object: name -> {"role": "average", "statistic" or "copy", "dtype": dtype in the model}.
+                      "average": the weighted mean of a tensor; "statistic": the same of BatchNorm's running mean or
+                      variance, which is not a weight; "copy": the value at `t`
+    ema.aliases       JSON object: further names of a tensor -> the name under which it is stored (tied parameters)
+    ema.left_out      JSON list: names in the model's state that the run does not track
+    ema.selection     JSON object: the fields of `Selection`; copy_only only if it is not empty (optional)
+    ema.off_schedule  "true" for a snapshot between the times of the schedule (at the end of training, or on request),
+                      missing otherwise. Later snapshots on the schedule do not depend on it
+    ema.measurements  JSON object: norm, rounding, weights, distances; see below (optional)
     ema.motion        JSON object: edges, walk, noise: the motion of the network up to `t`, from the measurements of
-                      all snapshots so far, also of those deleted since; see below. May be missing
-    ema.sample        base64 of little-endian float32 values: of some elements of the averaged tensors the network's at
-                      the time of the last update, then as many of the exact average; see below. May be missing
-    ema.sketch        base64 of random projections of the network's path up to `t`; see below. May be missing
-    ema.part          "3/8" in the third of eight parts of a snapshot; see below. May be missing, as the next two
-    ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the first element in it},
+                      all snapshots so far, including deleted ones; see below (optional)
+    ema.sample        base64 of little-endian float32 values: for some elements of the averaged tensors the network's
+                      values at the last update, then as many values of the exact average; see below (optional)
+    ema.sketch        base64 of random projections of the network's path up to `t`; see below (optional)
+    ema.part          "3/8" in the third of eight parts of a snapshot; see below (optional, as are the next two)
+    ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the chunk's first element},
                       for each tensor of a part
-    ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: of the processes, for people
-    ema.session       of a part: when the training that wrote it had been started, in nanoseconds of a clock. May be
-                      missing; parts of different ones never make a snapshot
-    ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
+    ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the device mesh, for information
+    ema.session       in a part: the start of the training process that wrote it, in nanoseconds of a clock (optional);
+                      parts of different sessions never form a snapshot
+    ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, concatenated
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
-A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where values are
-too large or too small for that.
+The stored dtype of a tensor may differ from its dtype in the model: averages are stored in `checkpoint_dtype`, or in
+F32 if a value is too large or too small for that.
 
-The knots are pairs of a call and its time, both growing, from step 1 and above time 0 on; at most 1,000 of them. The
-last one is the snapshot's own, ema.step and ema.t. From step 0 at time 0 to the first, and between each two, steps are
-equally long, up to a small tolerance: within half a step where 256 knots are enough for that. The key is missing where
-`t` is the step throughout.
+The knots of a clock are pairs of a step and its time, both increasing, from step 1 and above time 0; at most 1,000. The
+last knot is (ema.step, ema.t). From step 0 at time 0 to the first knot, and between two knots, all steps are equally
+long, up to a tolerance: half a step where 256 knots suffice for that. The key is missing if `t` is always the step.
 
-Measurements are sums over the elements of all averages in the file (no statistics, no copies), in float64, those of a
-large model estimated from some of them, which are the same for all its sums; and taken from the exact average: `norm`
-its squares, `rounding` the squares of (stored - exact), `weights` those of (exact - the network's weights at that time;
-null or missing if unknown), and `distances` a list of {"t", "sigma_rel", "squared", "rounding"}, each the squares of
-(this exact average - another one): those of the run's other profiles at the same time, exact (rounding 0), and the two
-newest earlier snapshots of each profile as they were stored (rounding: their own). So it has at most 3 P - 1 entries in
-a run of P profiles. Each names its partner's t, in [ema.t_first, ema.t], and sigma_rel, one of ema.sigma_rels; none is
-named twice, nor is the snapshot itself. A partner may have been deleted since. No number is negative.
+Measurements are float64 sums over the elements of all averages in the file (not of statistics and copies). For a large
+model they are estimated from a sample of elements, the same for all sums. They are taken from the exact average: `norm`
+sums its squares, `rounding` the squares of (stored - exact), `weights` those of (exact - the network's weights at that
+time), null or missing if unknown. `distances` is a list of {"t", "sigma_rel", "squared", "rounding"}: `squared` sums
+the squares of (this exact average - another average). The other averages are those of the run's other profiles at the
+same time, exact (rounding 0), and the two newest earlier snapshots of each profile as stored (rounding: their own), so
+at most 3 P - 1 in a run of P profiles. An entry names the other average's t, in [ema.t_first, ema.t], and its
+sigma_rel, one of ema.sigma_rels. No average is listed twice, nor is the snapshot itself; a listed snapshot may have
+been deleted since. No number is negative.
 
-The motion is constant on intervals of training: `edges` are their ends, growing, from above 0 to at most ema.t, of at
+The motion is constant on intervals of training: `edges` are their ends, increasing, above 0 and at most ema.t, for at
 most MAX_INTERVALS intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times
-a step, summed over all elements, one number an interval each, none negative.
+a step. Both are summed over all elements and have one number per interval, none negative.
 
-The elements of a sample: of the names of averaged tensors with elements, sorted and counted from 0, number n of N has
-for each k in 0, ..., 511 with k N // 512 = n the row-major index XXH3("k/name") modulo its number of elements, each
-index once; in the order of names, then indices. A part has those that are in it, by the complete tensors of all parts.
+The elements of a sample: sort the names of the averaged tensors that have elements and count them from 0 to N - 1. Name
+n has, for each k in 0, ..., 511 with k N // 512 = n, the row-major index XXH3("k/name") modulo its number of elements,
+without repetitions. The order is by name, then index. A part holds the elements that are in its chunks, where indices
+refer to the complete tensors of all parts.
 
-A sketch is of the weights' means over K windows, from the first update to the one at `t`, each projected to D numbers
-(see `tracker.measuring`). Little-endian: four 8-byte whole numbers, K, D, 2 or 4, and what tells a projection from
-others; in float64 the time of the first update and of the last one in each window, the folds that each is made of, the
-mean squared distance of their weights from the window's mean, and a factor; in float32 D numbers for each window, or,
-with the 2, for the first one only, and in float16 for each other one its numbers less those of the one before, divided
-by the factor. Of parts the numbers and the squares add up.
+A sketch describes the mean weights of K windows, from the first update to the one at `t`, each projected to D numbers
+(see `tracker.measuring`). It begins with four little-endian 8-byte integers: K, D, 2 or 4, and an identifier of the
+projection. Float64 values follow: the time of the first update and that of the last update in each window, each
+window's number of folds, the mean squared distance of its weights from the window's mean, and a factor. Then, with a
+4, come D float32 numbers for each window; with a 2, D float32 numbers for the first window and, for each later one, the
+differences from the previous window divided by the factor, in float16. Sketches of parts add up: the projected numbers
+and the squared distances.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
-header's checksum is taken over the first 8 + N bytes of the file with the 16 digits after
+header's checksum is computed over the first 8 + N bytes of the file with the 16 digits after
 `"ema.checksum":"` replaced by zeros. That text occurs once: inside a JSON string its quotes would be escaped.
 
-A snapshot of a model that several processes hold in chunks is a folder named as a file would be, without the suffix. It
-has a file for each process that owns a chunk, `part-00003-of-00008.safetensors`, each a snapshot of its own tensors:
-ema.tensors, ema.aliases, ema.measurements and ema.inherited are of these alone (readers add the latter two, and keep a
-distance that all parts have), ema.motion is in the first part. Chunks of one tensor may be stored in different dtypes,
-of which one holds the values of all; readers take the widest. The snapshot is complete when all parts are there, equal
-in the other keys, and the chunks of each tensor hold every element once, as the cells of a grid; else readers ignore
-it. Each part also has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of its tensors,
-by name, and DCP_VERSION "1.0", so that torch.distributed.checkpoint's HuggingFaceStorageReader reads such a folder.
+A snapshot of a model that several processes hold in chunks is a folder with the name of the file, without the suffix.
+Each process that owns a chunk writes one file to it, `part-00003-of-00008.safetensors`, a snapshot of its own tensors:
+ema.tensors, ema.aliases, ema.measurements and ema.inherited are those of the part (readers add the latter two, and keep
+a distance that all parts have); ema.motion is in the first part. Chunks of one tensor may have different stored dtypes,
+of which the widest holds all values exactly; readers use that one. The snapshot is complete if all parts exist, are
+equal in the other keys, and the chunks of each tensor hold every element once, as the cells of a grid; otherwise
+readers ignore it. Each part also has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of
+its tensors, sorted by name, and DCP_VERSION "1.0", which let the HuggingFaceStorageReader of
+torch.distributed.checkpoint read the folder.
 
-An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
-t, t_unit, checksums and checksum as above, and
+An *output* (the file that a synthesis writes) has the same form, with ema.format "output", and ema.version, run_id,
+t, t_unit, checksums and checksum as a snapshot, and
 
     ema.profile          the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
-    ema.sigma_rel        width of the profile, or "null" where it is no power function
+    ema.sigma_rel        width of the profile, or "null" if it is not a power function
     ema.gamma            exponent of the profile, or "null"
     ema.method           the solver
     ema.profile_error    relative L2 error between the profiles
@@ -114,36 +119,39 @@ t, t_unit, checksums and checksum as above, and
 
 A *state* (from which a tracker continues exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
 sigma_rels, schedule, t_first, max_interval, checksums and checksum as a snapshot; t and step are those of
-the last call, t_first is 0 before the first update. Its version is "4". An average is kept in three tensors: one
-named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels; what its rounding to F32 took away, the bits of a
-BF16 as I16, named `low-<sigma_rel>/<name>` (not of F64); and, for all profiles, the mean of the values after
-ema.folded_t, named `mean/<name>`. With m = 1 - (ema.folded_t / ema.averages_t)^(gamma + 1) the average is high + low +
-m (mean - high - low), of F64 high alone. Unless ema.folds is "null" there is no low, and the mean is another one
-for the first profile, the last, and each in between, by gamma on the line between the two: of the 32 bits of these two,
-`mean/` has the upper 16 of the first one as its lower ones, and the upper 16 of the last one, and `low-` of these
-profiles the lower 16 of their own; of one profile alone `mean/` has the mean itself. The copies are named
-`copy/<name>`. There are no tensors before the first update. And
+the last call, t_first is 0 before the first update. Its version is "4". Before the first update it has no tensors.
+Copies are named `copy/<name>`. An average is kept in three tensors:
+
+    <sigma_rel>/<name>      "high": the average rounded to F32 (F64 for an F64 tensor); sigma_rel as in ema.sigma_rels
+    low-<sigma_rel>/<name>  "low": what that rounding removed, as BF16 whose bits are stored as I16; not for F64
+    mean/<name>             "mean": the mean of the values after ema.folded_t, for all profiles
+
+With m = 1 - (ema.folded_t / ema.averages_t)^(gamma + 1) the average is high + low + m (mean - high - low); for F64
+it is high alone. Unless ema.folds is "null" low is absent and the mean differs between profiles: one for the first
+profile, one for the last, and for those between them the linear interpolation by gamma. Each of the two is 32 bits
+wide: `mean/` holds the upper 16 bits of the first as its lower ones and the upper 16 of the last as its upper ones, and
+`low-` of each of these two profiles holds the lower 16. With one profile, `mean/` holds the mean itself. Further keys:
 
     ema.averages_t, ema.averages_step  time and calls at the last update; 0 before
     ema.updates          number of updates; "null" if unknown
     ema.window           number of updates in the mean
-    ema.folded_t         time of the update at which a mean was last taken into the averages
-    ema.folds            how often one was, early in the run; "null" later
+    ema.folded_t         time of the update at which a mean was last folded into the averages
+    ema.folds            number of folds, early in the run; "null" later
     ema.inherited        JSON list: ema.inherited of each profile
-    ema.sketch           as of a snapshot, exact, up to ema.folded_t, or, unless ema.folds is "null", to
-                         ema.averages_t: a last window of 0 folds is open then; empty where there is none
-    ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
+    ema.sketch           as in a snapshot, but exact, up to ema.folded_t or, unless ema.folds is "null", to
+                         ema.averages_t: a last window of 0 folds is then still open; empty without a sketch
+    ema.clock_state      JSON list: a tolerance, the two slopes (null: unlimited) that bound the clock's next knot,
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
 
-A *checkpoint* (what `ema import --copy` makes of weights, or of an average, that another program stored) has ema.format
+A *checkpoint* (a copy that `ema import --copy` makes of another program's weights or average) has ema.format
 "checkpoint", and ema.version, run_id, t, t_unit, step, tensors, aliases, checksums and checksum as a snapshot, and
 
-    ema.sigma_rel        width of the average as that program was asked for it; 0 for the weights at `t` themselves
-    ema.gamma            its exponent, or 0
-    ema.masses           JSON object: {"times", "masses"}, lists: where the average is no power function, the times of
-                         its values, growing, up to `t`, and their shares in it, with sum 1. Else missing
-    ema.source           what tells the content that was copied from other content. May be missing
+    ema.sigma_rel        width of the average that the other program was asked for; 0 for the weights at `t` themselves
+    ema.gamma            exponent of that average, or 0
+    ema.masses           JSON object: {"times", "masses"}, lists: for an average that is not a power function, the
+                         times of its values, increasing, up to `t`, and their shares in it, with sum 1 (optional)
+    ema.source           identifies the content that was copied (optional)
 
 A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal
 digits, the same in all parts of a plan) and ema.release (the release that wrote it).
@@ -183,27 +191,27 @@ from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
-"""Of snapshots and outputs."""
+"""The format version of snapshots, outputs and checkpoints."""
 STATE_VERSION = "4"
-"""Of states."""
+"""The format version of states."""
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
-"""Of one file: twice as many as the largest models have. A header of many empty ones would keep a reader busy."""
+"""The largest number of tensors in a file: twice that of the largest models. It bounds the time to read a header."""
 MAX_KNOTS = 1_000
 MAX_INTERVALS = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
-"""Limits of training times: products of others overflow."""
+"""The range of training times; products of times outside it overflow."""
 SUFFIX = ".safetensors"
 
 CHECKSUM_DIGITS = 16
 CHECKSUM_MARK = b'"ema.checksum":"'
-"""The bytes before the header's checksum; they occur once in a header."""
+"""The bytes that precede the header's checksum; a header contains them once."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: its name, stored dtype (a safetensors name) and shape."""
+    """A tensor to write: its name, stored dtype (a safetensors name) and shape."""
 
     name: str
     dtype: str
@@ -211,18 +219,18 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the payload."""
+        """The tensor's size in the payload."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A stored tensor, of any file: what it is and where its bytes are.
+    """A stored tensor in a file of any format: its dtype, its shape and where its bytes are.
 
     Attributes:
-        begin: counts from the start of the payload; of a file that is no safetensors file from its own.
-        nbytes: of all its elements.
-        strides: elements from one index to the next, in each dimension, where they are not stored in their order.
+        begin: offset from the start of the payload; in a file that is not safetensors, from the start of the file.
+        nbytes: size of all elements.
+        strides: stride of each dimension in elements if the elements are not stored in row-major order, else empty.
     """
 
     dtype: str
@@ -234,7 +242,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What is where in a file: the header of a safetensors file, or the index of another program's."""
+    """The header of a safetensors file, or the same information about a file of another format."""
 
     metadata: dict[str, str]
     tensors: dict[str, TensorEntry]
@@ -242,7 +250,7 @@ class FileHeader:
 
     @classmethod
     def of_foreign(cls, tensors: Mapping[str, TensorEntry]) -> FileHeader:
-        """The index of another program's file, of any format: places count from its beginning, no metadata."""
+        """Return the header for another program's file of any format: without metadata, offsets from its start."""
         return cls({}, dict(tensors), 0)
 
     @property
@@ -252,23 +260,23 @@ class FileHeader:
 
 
 ROLES = ("average", "statistic", "copy")
-"""A statistic is averaged, too, but is no weight: neither measured nor stored in fewer digits."""
+"""The roles of tensors. A statistic is averaged but is not a weight: neither measured nor stored in fewer bits."""
 
 
 class Rule(NamedTuple):
-    """What a value in a header must be beside its type, in words and as a test, which may raise a ValueError."""
+    """A condition on a header's value besides its type: in words, and as a test, which may raise ValueError."""
 
     words: str
     accepts: Callable[[Any], object]
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of JSON is a finite number."""
+    """Return whether a JSON value is a finite number."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 ANY_SIGN = Rule("a finite number", is_number)
-"""Of the other numbers none is negative."""
+"""The rule for numbers that may be negative; all other numbers must not be."""
 Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
 Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
 RunId = Annotated[str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))]
@@ -291,27 +299,27 @@ _INTERVALS = Rule(
 
 @dataclass(frozen=True)
 class TrackedTensor:
-    """How a run tracks one tensor: `role` is one of `ROLES`, `dtype` the model's own."""
+    """How a run tracks one tensor: `role` is one of `ROLES`, `dtype` is the tensor's dtype in the model."""
 
     role: Role
     dtype: Dtype
 
 
 class SourceInfo:
-    """What is known of a stored average beside its tensors; of a snapshot its header has it.
+    """The metadata of a stored average; for a snapshot it comes from the header.
 
     Attributes:
         run_id: 32 hexadecimal digits, the same for all sources of a run.
         t: training time of the average.
         t_unit: what `t` counts.
-        step: of the training up to `t`.
-        sigma_rel: the width that the average was tracked for; 0 without one.
-        t_first: the earliest time that has mass in averages of the run, as far as this source tells.
-        tensors: role and own dtype of each stored tensor.
-        aliases: further names of tensors, each with the name that it is stored under.
-        left_out: names of the model's state that were not tracked.
-        measurements: what was measured of it; None where it must be estimated.
-        sketch: the weights' path up to its time, see `encode_path`; empty where it is unknown.
+        step: training step at `t`.
+        sigma_rel: the width that the average was tracked for; 0 for other averages.
+        t_first: the earliest time with mass in averages of the run, as far as this source shows.
+        tensors: role and model dtype of each stored tensor.
+        aliases: further names of tensors, each with the name under which the tensor is stored.
+        left_out: names in the model's state that were not tracked.
+        measurements: the measurements of the average; None if they must be estimated.
+        sketch: the path of the weights up to `t`, see `encode_path`; empty if unknown.
     """
 
     run_id: str
@@ -329,31 +337,31 @@ class SourceInfo:
     @property
     @abstractmethod
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """Known pairs of step and time, growing."""
+        """The known pairs of step and time, increasing."""
 
     @abstractmethod
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """What reconstruction uses of it, with this profile where that is no power function."""
+        """Return the average as reconstruction uses it; `profile` replaces a profile that is no power function."""
 
     @property
     def copies(self) -> list[str]:
-        """Names of the copied tensors."""
+        """The names of the copied tensors."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
 
     @property
     def averages(self) -> list[str]:
-        """Names of the averaged weights."""
+        """The names of the averaged weights."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
     @property
     def roles(self) -> dict[str, str]:
-        """How each tensor is treated, by name."""
+        """The role of each tensor by name."""
         return {name: tensor.role for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
 class TrackingSchedule:
-    """When a tracker updates and writes, and how it stores; see `PostHocEMA.from_model`."""
+    """When a tracker updates its averages and writes snapshots, and their dtype; see `PostHocEMA.from_model`."""
 
     update_every: Count = 10
     checkpoint_every: Count = 1000
@@ -365,7 +373,7 @@ class TrackingSchedule:
 
 @dataclass(frozen=True)
 class SnapshotInfo(SourceInfo):
-    """All metadata of a snapshot, in a header's order; from `selection` on empty where it has none."""
+    """The complete metadata of a snapshot, in the order of a header; from `selection` on, each field is optional."""
 
     run_id: RunId
     sigma_rel: float
@@ -396,7 +404,7 @@ class SnapshotInfo(SourceInfo):
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """Known pairs of the run's clock, step and time, growing: the knots, or else the snapshot's own pair."""
+        """The known pairs of step and time, increasing: the clock's knots, or the snapshot's own pair without them."""
         return self.clock or ((self.step, self.t),)
 
     @property
@@ -405,24 +413,25 @@ class SnapshotInfo(SourceInfo):
         return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """What reconstruction uses of it: of a checkpoint, or an average of known times, with that `profile`."""
+        """Return the average as reconstruction uses it; a `profile` of points in time replaces the power function."""
         schedule = self.schedule
-        before = schedule.update_after_step // schedule.update_every
-        own = {self.tensors[name].dtype for name in self.averages}  # float64 accumulates in float64, others in float32
+        skipped_updates = schedule.update_after_step // schedule.update_every
+        # Averages of float64 tensors are accumulated in float64, all others in float32.
+        is_float64 = {self.tensors[name].dtype for name in self.averages} == {"F64"}
         steps, times = zip(*self.clock_pairs, strict=True)
         (step, t), (last_step, last_t) = [(0, 0.0), *self.clock_pairs][-2:]
         return StoredAverage(
             profile if isinstance(profile, Point | Discrete) else self.profile,
-            self.updates or max(self.step // schedule.update_every - before, 1),
-            EPS["F64" if own == {"F64"} else "F32"], self.measurements, (last_t - t) / (last_step - step),
+            self.updates or max(self.step // schedule.update_every - skipped_updates, 1),
+            EPS["F64" if is_float64 else "F32"], self.measurements, (last_t - t) / (last_step - step),
             Steps(Clock(steps, times), schedule.update_every), self.motion, self.inherited,
-            () if own == {"F64"} else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+            () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """All metadata of an output: `profile` is the target in words, `snapshots` their names and coefficients."""
+    """The complete metadata of an output: `profile` is the target as text, `snapshots` are names and coefficients."""
 
     run_id: RunId
     profile: str
@@ -438,16 +447,16 @@ class OutputInfo:
 
 
 OPTIONAL = (*itertools.dropwhile(lambda name: name != "selection", SnapshotInfo.__dataclass_fields__),)
-"""Metadata that a snapshot may lack."""
+"""The keys of optional metadata of a snapshot."""
 
 
 def version_of(kind: str | None) -> str:
-    """The version that this release writes and reads of a kind of file, as in ema.format."""
+    """Return the version that this release reads and writes for files with this ema.format."""
     return STATE_VERSION if kind == "state" else VERSION
 
 
 def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
-    """Places for tensors: wide items first, so that every tensor is aligned to its own item size."""
+    """Assign places in a payload: wide items first, so that every tensor is aligned to its item size."""
     entries: dict[str, TensorEntry] = {}
     begin = 0
     for spec in sorted(specs, key=lambda s: -ITEM_BYTES[s.dtype]):
@@ -461,11 +470,11 @@ def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
 def encode_header(
     entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], checksums: Mapping[str, str]
 ) -> bytes:
-    """The file's first bytes, up to the payload. Their number depends on the checksums' lengths only."""
+    """Return a file's bytes up to the payload. Their number depends on the lengths of the checksums only."""
     if len(entries) > MAX_TENSORS:
         raise InvalidValueError("header", f"would name {len(entries):,} tensors; at most {MAX_TENSORS:,} are allowed")
-    sums = {"ema.checksums": compact(checksums), "ema.checksum": "0" * CHECKSUM_DIGITS}
-    header: dict[str, Any] = {"__metadata__": {**metadata, **sums}}
+    with_checksums = {"ema.checksums": compact(checksums), "ema.checksum": "0" * CHECKSUM_DIGITS}
+    header: dict[str, Any] = {"__metadata__": {**metadata, **with_checksums}}
     for name, entry in entries.items():
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
@@ -474,7 +483,7 @@ def encode_header(
     except UnicodeEncodeError as error:
         near = str(error.object)[max(0, error.start - 40) : error.end + 40]
         raise InvalidValueError("header", f"a name or value cannot be written in UTF-8: {near!r}") from error
-    if b"\\u0000" in text:  # readers refuse it
+    if b"\\u0000" in text:  # readers refuse zero bytes
         raise InvalidValueError("header", "a name or value has a zero byte, which cannot be written")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
@@ -485,21 +494,21 @@ def encode_header(
 
 
 def header_checksum(start: bytes) -> str:
-    """The checksum in a header, which identifies the file's content."""
+    """Return the checksum in a header, which identifies the file's content."""
     begin = start.index(CHECKSUM_MARK) + len(CHECKSUM_MARK)
     return start[begin : begin + CHECKSUM_DIGITS].decode()
 
 
 def encode_metadata(kind: str, values: Mapping[str, object]) -> dict[str, str]:
-    """The metadata of a file as strings, without its checksums: text as it is, anything else as JSON."""
+    """Return the metadata of a file as strings, without checksums: text unchanged, other values as JSON."""
     texts = {f"ema.{key}": value if isinstance(value, str) else compact(value) for key, value in values.items()}
     return {"format": "pt", "ema.format": kind, "ema.version": version_of(kind), **texts}
 
 
 def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
-    """The metadata of a snapshot, without its checksums; of a part with what torch.distributed.checkpoint reads."""
+    """Return the metadata of a snapshot without checksums; a part has the keys of torch.distributed.checkpoint, too."""
     values = {key: value for key, value in vars(info).items() if key not in OPTIONAL or value}
-    if info.selection is not None and not info.selection.copy_only:  # for readers that do not know it
+    if info.selection is not None and not info.selection.copy_only:  # older readers do not know this key
         values["selection"] = {key: value for key, value in vars(info.selection).items() if key != "copy_only"}
     if info.part is None:
         return encode_metadata("snapshot", values)
@@ -510,26 +519,26 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
 
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:
-    """The metadata of an output as strings, without its checksums."""
+    """Return the metadata of an output as strings, without checksums."""
     listed = [{"file": name, "coefficient": coefficient} for name, coefficient in info.snapshots]
     return encode_metadata("output", vars(info) | {"snapshots": listed})
 
 
 def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:
-    """Checksums of the 4 MiB blocks of a tensor's bytes."""
+    """Return the checksums of the 4 MiB blocks of a tensor's bytes."""
     view = memoryview(data)
     return [xxhash.xxh3_64_hexdigest(view[begin : begin + BLOCK_BYTES]) for begin in range(0, len(view), BLOCK_BYTES)]
 
 
 class BlockChecksums:
-    """Checksums of a tensor's blocks, whose bytes go by in order, in parts of any size, from `position` on."""
+    """Checksums of a tensor's blocks, computed as its bytes arrive in order, in parts of any size, from `position`."""
 
     def __init__(self, position: int, nbytes: int) -> None:
         self.position, self._nbytes = position, nbytes
         self._hash = xxhash.xxh3_64()
 
     def of(self, view: memoryview) -> Iterator[tuple[int, str]]:
-        """The blocks that end within the bytes that come next, by number, each with its checksum."""
+        """Take in the next bytes; yield the number and the checksum of each block that ends within them."""
         while view:
             left = BLOCK_BYTES - self.position % BLOCK_BYTES
             part, view = view[:left], view[left:]
@@ -541,12 +550,12 @@ class BlockChecksums:
 
 
 def blank_checksums(nbytes: int) -> str:
-    """Placeholder for the checksums of a tensor of `nbytes` bytes."""
+    """Return the placeholder for the checksums of a tensor of `nbytes` bytes."""
     return "0" * (CHECKSUM_DIGITS * -(-nbytes // BLOCK_BYTES))
 
 
 def compact(value: object) -> str:
-    """JSON without spaces; of arrays as lists, of dataclasses as objects."""
+    """Return a value as JSON without spaces: arrays as lists, dataclasses as objects."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
 
 
@@ -559,16 +568,16 @@ def _plain(value: Any) -> object:
 Floats = npt.NDArray[np.float32]
 
 PLACES = 512
-"""Elements of a sample; of small models fewer."""
+"""The number of elements in a sample; small models have fewer."""
 
 
 def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
-    """A sample as a header has it: float32 values of the network, then of the average, little-endian, in base64."""
+    """Return a sample as stored in headers: float32 values of the network, then of the average, in base64."""
     return base64.b64encode(np.concatenate([weights, average]).astype("<f4").tobytes()).decode()
 
 
 def decode_sample(text: str) -> tuple[Floats, Floats]:
-    """The values of the network and of the average; a ValueError if it is no sample."""
+    """Return the values of the network and of the average in a sample; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
     if len(data) % 8 or len(data) > 8 * PLACES:
         raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
@@ -580,31 +589,31 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
 
 MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
 _LARGEST = 2.0**14
-"""Of differences in float16, which leaves 28 binary orders below with all their digits."""
+"""The largest difference after scaling to float16: differences down to 2**-28 of it keep all bits."""
 
 
 _AND = "|"
-"""Between the sketches of parts, in memory only."""
+"""The separator between the sketches of parts; used in memory only."""
 
 _MOST = 1e60
-"""Larger numbers are not used: products of them overflow."""
+"""The bound on usable numbers: products of larger ones overflow."""
 
 
 class Path(NamedTuple):
-    """A sketch, and what tells its projection from others: of which tensors it is, and by which signs."""
+    """A sketch and the identifier of its projection, which depends on the tensors and the random signs."""
 
     projection: int
     sketch: Sketch
 
 
 def encode_path(path: Path, exact: bool = False) -> str:
-    """A sketch as a header has it, or `exact`, as a state does; nothing where a number is not finite."""
+    """Return a sketch as stored in headers, or in states if `exact`; empty if it holds unusable numbers."""
     sketch, means = path.sketch, path.sketch.means.astype("<f4")
     if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
     factor = float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
     steps, place = np.zeros((len(means) - 1, means.shape[1]), "<f2"), means[0] / factor
-    for step, wanted in zip(steps, means[1:] / factor, strict=True):  # from where the steps before lead
+    for step, wanted in zip(steps, means[1:] / factor, strict=True):  # from the rounded place, so errors do not add up
         step[:] = wanted - place
         place = place + step
     counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
@@ -614,14 +623,11 @@ def encode_path(path: Path, exact: bool = False) -> str:
 
 
 def decode_path(text: str) -> Path:
-    """The same; a ValueError if it is no sketch. Those of parts add up, see `joined_paths`."""
-    first, *others = (_decoded(part) for part in text.split(_AND))
-    for _, other in others:
-        first = Path(
-            first.projection,
-            replace(first.sketch, means=first.sketch.means + other.means, spread=first.sketch.spread + other.spread),
-        )
-    return first
+    """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if it is invalid."""
+    (projection, total), *others = (_decoded(part) for part in text.split(_AND))
+    for _, sketch in others:
+        total = replace(total, means=total.means + sketch.means, spread=total.spread + sketch.spread)
+    return Path(projection, total)
 
 
 def _decoded(text: str) -> Path:
@@ -633,14 +639,14 @@ def _decoded(text: str) -> Path:
 
 
 def path_of_part(text: str, part: tuple[int, int] | None) -> Path | None:
-    """The path of a part, by its number from 1 and theirs, or of a complete model; None where it is unknown."""
+    """Return the path of a part (its number, counted from 1, and the count) or a complete model; None if unknown."""
     number, count = part or (1, 1)
     texts = text.split(_AND)
     return decode_path(texts[number - 1]) if text and len(texts) == count else None
 
 
 def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArray]:
-    """The four whole numbers, what is known of the windows and the factor, and the numbers in float32 and float16."""
+    """Return the four integers, the float64 values, and the float32 and float16 numbers of a sketch."""
     data = base64.b64decode(text, validate=True)
     counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
     windows, numbers, size, _ = counts
@@ -655,10 +661,10 @@ def _path_arrays(text: str) -> tuple[list[int], FloatArray, FloatArray, FloatArr
 
 
 def joined_paths(texts: Sequence[str]) -> str:
-    """The sketches of a model's parts as one; nothing unless all have one of the same windows."""
+    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the same windows."""
     if not texts or not all(texts):
         return ""
-    first, *others = (_path_arrays(text) for text in texts)
-    windows = 2 * first[0][0] + 1
-    alike = all(first[0][:2] == one[0][:2] and np.array_equal(first[1][:windows], one[1][:windows]) for one in others)
-    return _AND.join(texts) if alike else ""
+    (counts, known, *_), *others = (_path_arrays(text) for text in texts)
+    shared = 2 * counts[0] + 1  # the windows' edges and folds
+    is_alike = all(counts[:2] == c[:2] and np.array_equal(known[:shared], k[:shared]) for c, k, *_ in others)
+    return _AND.join(texts) if is_alike else ""

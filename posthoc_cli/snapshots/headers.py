@@ -1,7 +1,7 @@
-"""Parse the header of a safetensors file and check it; decode metadata by the annotations of what it is kept in.
+"""Parse and check the header of a safetensors file; decode metadata by the annotations of the dataclass that holds it.
 
-A file may be hostile or come from a failing disk. Whatever is wrong becomes a FileFormatError that names the file and
-the tensor or key; a header that passes is consistent with itself and with the file's size.
+A file may be hostile or come from a failing disk. Every fault becomes a FileFormatError that names the file and the
+tensor or key; a header that passes is consistent with itself and with the file's size.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from posthoc_cli.snapshots.chunks import Chunk
 T = TypeVar("T")
 
 _BEGINNING = '{"__metadata__":'
-"""The first bytes of a header written by us or by the safetensors library."""
+"""The beginning of a header that this package or the safetensors library wrote."""
 
 _MOST_DIGITS = 4_300
-"""Of a whole number; the limit of Python itself since 3.10.7, unless configured otherwise."""
+"""The largest number of digits of an integer: Python's own default limit since 3.10.7, which users may lift."""
 
 
 class DecodeCache:
-    """The last decoded values, shared by the headers of a run, which may be thousands: most of their text is equal."""
+    """The last decoded value of each key, shared by the thousands of headers of a run: most of their text is equal."""
 
     def __init__(self) -> None:
         self._decoded: dict[str, tuple[object, Any]] = {}
 
     def once(self, key: str, source: object, decode: Callable[[], T]) -> T:
-        """The result of `decode`, or the previous one if `source`, all that it depends on, is equal."""
+        """Return the result of `decode`, or the previous one if `source`, all that it depends on, is unchanged."""
         last = self._decoded.get(key)
         if last is None or last[0] != source:
             last = self._decoded[key] = source, decode()
@@ -69,7 +69,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int, cache: DecodeCache 
         tensors = cache.once("header", rest, lambda: _decode_entries(path, parse_object(path, rest, "header")))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(path, "__metadata__ must map names to strings")
-    # Alike in all headers of a run, which keep one string of it.
+    # Equal texts in the headers of a run share one string.
     metadata = {key: cache.once(f"text of {key}", text, partial(str, text)) for key, text in metadata.items()}
     header = fmt.FileHeader(metadata, tensors, len(start))
     if header.file_bytes != file_bytes:
@@ -81,7 +81,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int, cache: DecodeCache 
 
 
 def _split(text: str) -> tuple[Any, str | None]:
-    """The metadata, and the text of the other entries: equal in all snapshots of a run. None if these come first."""
+    """Return the metadata and the text of the other entries, which a run's snapshots share; None in another order."""
     if not text.startswith(_BEGINNING):
         return None, None
     metadata, end = _DECODER.raw_decode(text, len(_BEGINNING))
@@ -92,9 +92,9 @@ def _split(text: str) -> tuple[Any, str | None]:
 
 
 def _decode_entries(path: Path, raw: dict[str, Any]) -> dict[str, fmt.TensorEntry]:
-    if "__metadata__" in raw:  # was taken out before
+    if "__metadata__" in raw:  # a second one: the caller has removed the first
         raise FileFormatError(path, "damaged header: the same key twice")
-    _check_count(path, len(raw))  # their keys may be escaped
+    _check_count(path, len(raw))  # escaped keys were not counted before
     tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
@@ -113,7 +113,7 @@ def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
     is_entry = isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}
     dtype, shape, offsets = (value["dtype"], value["shape"], value["data_offsets"]) if is_entry else (None, [], [])
     is_entry = is_sizes(shape) and is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
-    # Also where another size is 0: no array library can hold the strides of such a shape.
+    # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
     if not is_entry or math.prod(size or 1 for size in shape) >= 2**60:
         raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
@@ -127,12 +127,12 @@ def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether it is a list of sizes or offsets, such as a shape, that arrays can have."""
+    """Return whether a JSON value is a list of valid sizes or offsets, such as a shape."""
     return isinstance(value, list | tuple) and all(type(size) is int and 0 <= size < 2**60 for size in value)
 
 
 def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
-    """Block checksums by tensor, of the right number each; empty for a foreign file, which has none."""
+    """Return each tensor's block checksums after checking their number; empty for a foreign file, which has none."""
     if "ema.checksums" not in header.metadata:
         if file_kind(header) is not None:
             raise FileFormatError(path, "ema.checksums: is missing")
@@ -146,15 +146,15 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
 
 
 def has_checksum(start: bytes, checksum: str) -> bool:
-    """Whether a header carries this checksum, once, and matches it: two headers of one checksum are equal."""
-    carried = fmt.CHECKSUM_MARK + checksum.encode()
-    blank = start.replace(carried, fmt.CHECKSUM_MARK + b"0" * fmt.CHECKSUM_DIGITS)
-    is_once = carried in start and start.count(fmt.CHECKSUM_MARK) == 1
+    """Return whether a header contains this checksum exactly once and matches it."""
+    marked = fmt.CHECKSUM_MARK + checksum.encode()
+    blank = start.replace(marked, fmt.CHECKSUM_MARK + b"0" * fmt.CHECKSUM_DIGITS)
+    is_once = marked in start and start.count(fmt.CHECKSUM_MARK) == 1
     return is_once and checksum == xxhash.xxh3_64_hexdigest(blank)
 
 
 def file_kind(header: fmt.FileHeader) -> str | None:
-    """ "snapshot", "output", "state", or None for another library's file."""
+    """Return the kind of a file: "snapshot", "output", "state", "checkpoint", or None for another library's file."""
     return header.metadata.get("ema.format")
 
 
@@ -169,11 +169,11 @@ def decode_metadata(
     optional: Collection[str] = (),
     cache: DecodeCache | None = None,
 ) -> dict[str, Any]:
-    """The values of a file of this kind by the keys of `kinds`, as `converted`, without optional ones that it lacks."""
-    found = file_kind(header)
-    if found != kind:
-        what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
-        raise FileFormatError(path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {what}")
+    """Decode the metadata of a file of this kind: the keys of `kinds`, converted, without missing optional ones."""
+    actual = file_kind(header)
+    if actual != kind:
+        reason = "has no ema.format" if actual is None else f"its ema.format is {shown(actual)}"
+        raise FileFormatError(path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {reason}")
     known, version = fmt.version_of(kind), header.metadata.get("ema.version")
     if version not in (None, known):
         raise FileFormatError(path, f"ema.version: {shown(version)}; this release reads {known}")
@@ -201,15 +201,15 @@ def _decode_value(path: Path, key: str, text: str, kind: Any) -> Any:
 
 @lru_cache
 def kinds_of(form: Any) -> dict[str, Any]:
-    """The annotations of a dataclass by its fields."""
+    """Return the annotations of a dataclass by field name."""
     return get_type_hints(form, include_extras=True)
 
 
 def converted(value: Any, kind: Any) -> Any:
-    """A value of JSON as an annotation has it: lists as tuples or arrays, objects as dataclasses, by their fields.
+    """Convert a JSON value to an annotated type: lists to tuples or arrays, objects to dataclasses, by their fields.
 
-    A ValueError says what it must be. Numbers are finite and at least 0; what a `Rule` asks for is checked, too. Keys
-    that a dataclass lacks are of later releases.
+    Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and satisfy the annotation's
+    `Rule`. Keys that a dataclass does not have are ignored: they come from later releases.
     """
     if kind in _PLAIN:
         accepts, words, _ = _PLAIN[kind]
@@ -220,9 +220,9 @@ def converted(value: Any, kind: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         kind, rule = args
-        made = value if rule is fmt.ANY_SIGN else converted(value, kind)
-        _check(bool(rule.accepts(made)), rule.words, value)
-        return made
+        result = value if rule is fmt.ANY_SIGN else converted(value, kind)
+        _check(bool(rule.accepts(result)), rule.words, value)
+        return result
     if type(None) in args:
         return None if value is None else converted(value, args[0])
     if origin is np.ndarray:
@@ -237,11 +237,12 @@ def converted(value: Any, kind: Any) -> Any:
     _check(isinstance(value, dict), "a JSON object", value)
     if not is_dataclass(kind):
         return {name: _member(value, name, args[1]) for name in value}
-    form: Any = kind
-    for field in fields(form):
+    dataclass: Any = kind
+    for field in fields(dataclass):
         if field.name not in value and (field.default is MISSING or field.default):
             raise ValueError(f"{field.name}: is missing")
-    return form(**{name: _member(value, name, one) for name, one in kinds_of(form).items() if name in value})
+    members = kinds_of(dataclass).items()
+    return dataclass(**{name: _member(value, name, member) for name, member in members if name in value})
 
 
 def _member(value: Mapping[str, Any], name: str, kind: Any) -> Any:
@@ -257,7 +258,7 @@ def _check(is_right: bool, words: str, value: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, at least 0."""
+    """Return whether a JSON value is a whole number of at least 0."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -271,28 +272,28 @@ _PLAIN: dict[Any, tuple[Callable[[Any], bool], str, str]] = {
         "finite numbers, at least 0",
     ),
 }
-"""What is no object and no list: a test of it, and words for one and for several."""
+"""The plain types of JSON values, each with a test and its description in the singular and the plural."""
 
 
 # --- JSON
 
 
 def parse_json(path: Path, data: bytes | str, what: str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
+    """Parse strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
     with _named_on_error(path, what):
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = _DECODER.decode(text)
-        if "\\u" in text:  # only escapes can make invalid text
+        if "\\u" in text:  # only escapes can produce invalid text
             _check_text(value)
         return value
 
 
 def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
-    """The same where it must be an object."""
-    found = parse_json(path, data, what)
-    if not isinstance(found, dict):
+    """Parse strict JSON like `parse_json`; the value must be an object."""
+    value = parse_json(path, data, what)
+    if not isinstance(value, dict):
         raise FileFormatError(path, f"damaged {what}: must be a JSON object")
-    return found
+    return value
 
 
 @contextmanager
@@ -315,7 +316,7 @@ def _refuse(constant: str) -> None:
 
 
 def _short_int(digits: str) -> int:
-    """Without Python's own limit, which users may lift, a long number takes hours."""
+    """Parse an integer of limited length: a very long one would take hours if Python's own limit is lifted."""
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a number of {len(digits):,} digits")
     return int(digits)
@@ -325,28 +326,28 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, p
 
 
 def _check_text(value: Any) -> None:
-    """Refuse lone surrogates and zero bytes, which escapes can write."""
-    left = [("", value)]
-    while left:
-        key, one = left.pop()
-        if isinstance(one, dict):
-            left += [*((name, name) for name in one), *one.items()]
-        elif isinstance(one, list):
-            left += [(key, item) for item in one]
-        elif isinstance(one, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in one):
-            raise ValueError(f"{shown(key)}: {shown(one)} is not Unicode text, or has a zero byte")
+    """Refuse lone surrogates and zero bytes, which escapes can express."""
+    stack = [("", value)]
+    while stack:
+        key, node = stack.pop()
+        if isinstance(node, dict):
+            stack += [*((name, name) for name in node), *node.items()]
+        elif isinstance(node, list):
+            stack += [(key, item) for item in node]
+        elif isinstance(node, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node):
+            raise ValueError(f"{shown(key)}: {shown(node)} is not Unicode text, or has a zero byte")
 
 
-# --- the metadata of a snapshot: its form, and whether it is of the tensors in the file
+# --- the metadata of a snapshot: its types, and whether it fits the tensors in the file
 
 _PART = fmt.Rule("two numbers such as 3/8", lambda text: re.fullmatch("[1-9][0-9]{0,5}/[1-9][0-9]{0,5}", text))
 _SNAPSHOT = kinds_of(fmt.SnapshotInfo) | {"part": Annotated[str, _PART]}
-"""What the metadata of a snapshot must be. What a right checksum stands under is of that form and of these tensors; its
-meaning is not doubted: checksums are there for accidents, and are no signatures."""
+"""The types of a snapshot's metadata. Types and the fit with the tensors are checked; beyond that, metadata with a
+valid checksum is trusted: checksums guard against accidents and are not signatures."""
 
 
 def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | None = None) -> fmt.SnapshotInfo:
-    """The checked metadata of a snapshot; a FileFormatError names the file and the key."""
+    """Return the checked metadata of a snapshot; raise FileFormatError, naming file and key, if it is invalid."""
     cache, stored = cache or DecodeCache(), header.tensors
     values = decode_metadata(path, header, "snapshot", _SNAPSHOT, fmt.OPTIONAL, cache)
     tensors, aliases, chunks = values["tensors"], values["aliases"], values.pop("chunks", {})
@@ -364,27 +365,27 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
 def check_tensors(
     tensors: Mapping[str, fmt.TrackedTensor], aliases: Mapping[str, str], stored: Mapping[str, fmt.TensorEntry]
 ) -> None:
-    """A ValueError if ema.tensors does not fit the tensors that are stored, or ema.aliases names none of them."""
+    """Raise ValueError unless ema.tensors fits the stored tensors and ema.aliases names stored tensors."""
     for name in _in_both("ema.tensors", tensors, stored):
-        role, own, kept = tensors[name].role, tensors[name].dtype, stored[name].dtype
-        if not (own == kept if role == "copy" else own in EPS and kept in EPS):
-            raise ValueError(f"ema.tensors: tensor {shown(name)}: {kept} cannot hold {role} of {own}")
+        role, original, kept = tensors[name].role, tensors[name].dtype, stored[name].dtype
+        if not (original == kept if role == "copy" else original in EPS and kept in EPS):
+            raise ValueError(f"ema.tensors: tensor {shown(name)}: {kept} cannot hold {role} of {original}")
     for alias, name in aliases.items():
         if name not in tensors or alias in tensors or alias == "__metadata__":
             raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
 
 
 def check_chunks(chunks: Mapping[str, Chunk], stored: Mapping[str, fmt.TensorEntry]) -> None:
-    """A ValueError if a chunk in a part is not within its tensor."""
+    """Raise ValueError if a chunk in a part is not within its tensor."""
     for name in _in_both("ema.chunks", chunks, stored):
-        own, chunk = stored[name].shape, chunks[name]
-        fits = len(own) == len(chunk.shape) == len(chunk.offset)
-        if not fits or any(last > size for last, size in zip(chunk.box(own).end, chunk.shape, strict=True)):
-            what = f"shape {list(own)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
-            raise ValueError(f"ema.chunks: tensor {shown(name)}: {what}")
+        shape, chunk = stored[name].shape, chunks[name]
+        fits = len(shape) == len(chunk.shape) == len(chunk.offset)
+        if not fits or any(end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)):
+            reason = f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
+            raise ValueError(f"ema.chunks: tensor {shown(name)}: {reason}")
 
 
-def _in_both(key: str, said: Mapping[str, object], stored: Mapping[str, object]) -> Iterable[str]:
-    if differing := said.keys() ^ stored.keys():
+def _in_both(key: str, entries: Mapping[str, object], stored: Mapping[str, object]) -> Iterable[str]:
+    if differing := entries.keys() ^ stored.keys():
         raise ValueError(f"{key}: tensor {shown(min(differing))} is in the payload or here, but not in both")
     return stored

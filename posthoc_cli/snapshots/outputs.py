@@ -1,11 +1,11 @@
-"""Outputs, and models on disk: a safetensors file, shards with an index, or a folder of either; folders of several.
+"""Outputs and models on disk: a safetensors file, shards with an index, a folder of either, or a folder of several.
 
 The metadata of an output is specified in `snapshots.format`. The index of a sharded model is a JSON file as the Hugging
 Face libraries define it:
 
     {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file beside the index}}
 
-What is at a path, snapshots or models, is described from headers alone, as a dict for JSON that begins with its kind:
+`describe` describes the snapshots or models at a path from headers alone, as a dict for JSON that begins with the kind:
 "directory", "snapshot", "output", "outputs", "state" or "safetensors".
 """
 
@@ -36,43 +36,43 @@ from posthoc_cli.snapshots.tensor_file import read_header, read_small_file
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-"""A model that fits one shard."""
+"""The file name of a model in one file."""
 
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
 SAME_COEFFICIENT = 1e-6
-"""Coefficients of one plan may differ by this fraction of the largest, since processors round differently. It is far
-below the rounding of float16 snapshots."""
+"""The tolerance for coefficients of one plan, relative to the largest: processors round differently. It is far below
+the rounding of float16 snapshots."""
 
 
 def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
-    """How an output differs from the wanted one in run, target, time or method, in words; None if it does not."""
-    for name, words in (("run_id", "run"), ("profile", "target"), ("t", "t"), ("method", "method")):
+    """Return how an output differs from the wanted one in run, target, time or method; None if it does not."""
+    for name, word in (("run_id", "run"), ("profile", "target"), ("t", "t"), ("method", "method")):
         values = getattr(found, name), getattr(wanted, name)
         if values[0] != values[1]:
-            there, not_there = (f"{one:,.12g}" if isinstance(one, float) else str(one)[:60] for one in values)
-            return f"its {words} is {there}, not {not_there}"
+            actual, expected = (f"{v:,.12g}" if isinstance(v, float) else str(v)[:60] for v in values)
+            return f"its {word} is {actual}, not {expected}"
     return None
 
 
 def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
-    """Whether two outputs have equally many snapshots and the same coefficients."""
+    """Return whether two outputs have equally many snapshots and the same coefficients."""
     pairs = [[c for _, c in info.snapshots if c] for info in (found, wanted)]
     most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
     return len(pairs[0]) == len(pairs[1]) and all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
-    """The checked metadata of an output; a FileFormatError names the file and the key."""
+    """Return the checked metadata of an output; raise FileFormatError, naming file and key, if it is invalid."""
     values = headers.decode_metadata(path, header, "output", _OUTPUT)
-    values["snapshots"] = tuple((one.file, one.coefficient) for one in values["snapshots"])
+    values["snapshots"] = tuple((used.file, used.coefficient) for used in values["snapshots"])
     return OutputInfo(**values)
 
 
 @dataclass(frozen=True)
 class _Used:
-    """A snapshot of an output."""
+    """A snapshot that an output was made from."""
 
     file: str
     coefficient: Annotated[float, fmt.ANY_SIGN]
@@ -85,24 +85,27 @@ _OF_TRAINING = ("ss_", "modelspec.")
 
 
 def training_metadata(header: fmt.FileHeader, with_hashes: bool = False) -> dict[str, str]:
-    """What kohya's scripts say in a file about its training, with the hashes of its tensors if these stay."""
+    """Return the metadata that kohya's scripts keep about a training; `with_hashes` includes hashes of the tensors."""
     kept = (*_OF_TRAINING, "sshs_") if with_hashes else _OF_TRAINING
-    found = {name: value for name, value in header.metadata.items() if name.startswith(kept)}
-    return {name: value for name, value in found.items() if with_hashes or not name.startswith("modelspec.hash")}
+    return {
+        name: value
+        for name, value in header.metadata.items()
+        if name.startswith(kept) and (with_hashes or not name.startswith("modelspec.hash"))
+    }
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The content of an index: the tensors in each file, by its name, growing; bytes of all tensors, if it has them."""
+    """The content of an index: the tensors in each file, sorted by file name, and the total size if recorded."""
 
     shards: dict[str, list[str]]
     total_size: int | None
 
 
 def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardIndex:
-    """The checked index of a sharded model: names, with these endings, lead to files beside it and nowhere else."""
-    found = parse_object(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
-    weight_map = found.get("weight_map")
+    """Return the checked index of a sharded model, whose shards have these endings and are in the index's folder."""
+    content = parse_object(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict):
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}
@@ -110,19 +113,19 @@ def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardI
         if not (isinstance(name, str) and is_plain_name(name, endings)):
             raise FileFormatError(path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
         shards.setdefault(name, []).append(tensor)
-    metadata = found.get("metadata")
+    metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
 
 
 def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
-    """The content of an index."""
+    """Return the content of an index file."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
 def is_plain_name(name: str, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> bool:
-    """Whether a name leads to a visible file in the same folder, on every system."""
+    """Return whether a name refers to a visible file in the same folder on every operating system."""
     return (
         name.endswith(endings)
         and not name.startswith(".")
@@ -132,7 +135,7 @@ def is_plain_name(name: str, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> bool:
 
 
 def model_files(path: Path) -> dict[Path, list[str] | None]:
-    """The files of the model or snapshot at a path, each with the tensors that an index names; None without one."""
+    """Return the files of a model or snapshot, each with the tensors that an index names; None without an index."""
     index = index_of(path)
     if index is not None:
         return {index.parent / name: names for name, names in decode_index(index).shards.items()}
@@ -142,51 +145,50 @@ def model_files(path: Path) -> dict[Path, list[str] | None]:
 
 
 def index_of(path: Path) -> Path | None:
-    """The index of a sharded model: the path itself, or a file in that folder; None for other models."""
+    """Return the index of a sharded model: the path itself, or a file in that folder; None for other models."""
     if not path.is_dir():
         return path if path.name.endswith(INDEX_SUFFIX) else None
-    own = path / INDEX_NAME
-    return own if own.exists() else min(path.glob(f"*{INDEX_SUFFIX}"), default=None)
+    standard = path / INDEX_NAME
+    return standard if standard.exists() else min(path.glob(f"*{INDEX_SUFFIX}"), default=None)
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a path is a folder of one model: shards with an index, or `model.safetensors`."""
+    """Return whether a path is a folder of one model: shards with an index, or `model.safetensors`."""
     return path.is_dir() and (index_of(path) is not None or (path / SINGLE_NAME).exists())
 
 
 def models_at(path: Path) -> list[Path]:
-    """The models at a path: itself, or those in a folder of several, by name.
+    """Return the models at a path: the path itself, or those in a folder of several, by name.
 
-    A DirectoryError for a folder without models, with shards but no index, or with the snapshots of a run.
+    Raises DirectoryError for a folder without models, with shards but no index, or with the snapshots of a run.
     """
     if not path.is_dir() or is_model_folder(path) or is_parts_folder(path):
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     shards = [match for entry in entries if (match := _SHARD.fullmatch(entry.name))]
     if shards:
-        count = int(shards[0][1])
-        what = f"{len(shards)} of {count} shards of a model are there, and no index"
-        raise DirectoryError(path, what, "run again the job that makes them")
-    found = [
+        reason = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
+        raise DirectoryError(path, reason, "run again the job that makes them")
+    models = [
         entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry) or is_parts_folder(entry)
     ]
-    if not found:
+    if not models:
         hint = "name a .safetensors file, an index of shards, or a folder of these"
         raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
-    if any(file_kind(read_header(file)) == "snapshot" for entry in found for file in model_files(entry)):
+    if any(file_kind(read_header(file)) == "snapshot" for model in models for file in model_files(model)):
         raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
-    return found
+    return models
 
 
 def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -> None:
-    """Raise a FileFormatError, naming the shard and the tensor, if it lacks one that its index names."""
+    """Raise FileFormatError, naming the shard and the tensor, if a shard lacks a tensor that its index names."""
     missing = set(names or ()) - header.tensors.keys()
     if missing:
         raise FileFormatError(path, f"tensor {shown(min(missing))} is not in it, as the index says")
 
 
 def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
-    """Raise a MismatchError unless two shards are of one model, by their outputs; None for other files."""
+    """Raise MismatchError unless the metadata of two shards is of one output, or both have none."""
     if info is None or found is None:
         difference = "only one of them is of a synthesis" if info is not found else None
     else:
@@ -206,24 +208,24 @@ def describe(path: Path) -> Description:
     """Describe a directory or a file.
 
     Raises:
-        DirectoryError: a directory without snapshots, outputs or models.
-        FileFormatError: a file is damaged; in a snapshot directory it is one of the "problems" instead.
+        DirectoryError: a directory has no snapshots, outputs or models.
+        FileFormatError: a file is damaged; in a snapshot directory this is one of the "problems" instead.
         MismatchError: shards are of different models.
     """
     if not path.is_dir():
         return describe_model(path)
     if is_parts_folder(path):
         return _describe_snapshot(read_snapshot(path))
-    found = inspect_directory(path)
-    if found.snapshots or found.problems or found.incomplete:
+    content = inspect_directory(path)
+    if content.snapshots or content.problems or content.incomplete:
         return {
             "kind": "directory",
             "path": str(path),
-            **(_describe_run(found.snapshots) if found.snapshots else {}),
-            "superseded": found.superseded,
-            "leftovers": [leftover.name for leftover in (*found.listing.leftovers, *found.incomplete)],
-            "notes": [*found.notes, *_notes(found.snapshots[-1].info.copies if found.snapshots else ())],
-            "problems": [str(problem) for problem in found.problems],
+            **(_describe_run(content.snapshots) if content.snapshots else {}),
+            "superseded": content.superseded,
+            "leftovers": [leftover.name for leftover in (*content.listing.leftovers, *content.incomplete)],
+            "notes": [*content.notes, *_notes(content.snapshots[-1].info.copies if content.snapshots else ())],
+            "problems": [str(problem) for problem in content.problems],
         }
     described = [describe_model(model) for model in models_at(path)]
     if is_model_folder(path):
@@ -232,31 +234,31 @@ def describe(path: Path) -> Description:
 
 
 def describe_model(path: Path) -> Description:
-    """Describe a file, or a model in shards. Errors as in `describe`."""
-    headers: dict[Path, FileHeader] = {}
+    """Describe a file, or a model in shards. Raises the errors of `describe`."""
+    by_file: dict[Path, FileHeader] = {}
     for file, names in model_files(path).items():
-        headers[file] = read_header(file)
-        check_indexed(file, headers[file], names)
-    if not headers:
+        by_file[file] = read_header(file)
+        check_indexed(file, by_file[file], names)
+    if not by_file:
         raise FileFormatError(path, "is an index that names no file")
-    first, header = next(iter(headers.items()))
-    is_sharded, kinds = index_of(path) is not None, {file_kind(one) for one in headers.values()}
+    first, header = next(iter(by_file.items()))
+    is_sharded, kinds = index_of(path) is not None, {*map(file_kind, by_file.values())}
     path = path if is_sharded else first
     if kinds == {"snapshot"} and not is_sharded:
         return _describe_snapshot(Snapshot(first, header, decode_snapshot(first, header)))
     if kinds == {"state"} and not is_sharded:
         return _describe_state(StoredState(first, header, decode_state(first, header)))
     if kinds != {"output"}:
-        return {"kind": "safetensors", "path": str(path), **_sizes(headers.values())}
-    outputs = {file: decode_output(file, one) for file, one in headers.items()}
+        return {"kind": "safetensors", "path": str(path), **_sizes(by_file.values())}
+    outputs = {file: decode_output(file, shard) for file, shard in by_file.items()}
     for file, output in outputs.items():
         check_alike(first, outputs[first], file, output)
     fields = "profile sigma_rel gamma t t_unit method profile_error predicted_error"
     return {
         **_values("output", path, outputs[first], fields),
         "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in outputs[first].snapshots],
-        **_sizes(headers.values()),
-        "notes": _notes(name for one in outputs.values() for name in one.copies),
+        **_sizes(by_file.values()),
+        "notes": _notes(name for output in outputs.values() for name in output.copies),
     }
 
 
@@ -283,8 +285,7 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         "schedule": vars(newest.schedule),
         **describe_tensors(snapshots[-1]),
         "snapshots": [
-            {"file": one.path.name, "t": one.info.t, "step": one.info.step, "sigma_rel": one.info.sigma_rel}
-            for one in snapshots
+            {"file": s.path.name, "t": s.info.t, "step": s.info.step, "sigma_rel": s.info.sigma_rel} for s in snapshots
         ],
         **_describe_parts(snapshots[-1]),
         "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
@@ -293,22 +294,22 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
     }
 
 
-def _describe_profile(own: Sequence[Snapshot]) -> Description:
-    roundings = [_relative_rounding(snapshot.info.measurements) for snapshot in own]
+def _describe_profile(snapshots: Sequence[Snapshot]) -> Description:
+    roundings = [_relative_rounding(snapshot.info.measurements) for snapshot in snapshots]
     known = [error for error in roundings if error is not None]
     return {
-        "sigma_rel": own[0].info.sigma_rel,
-        "gamma": own[0].info.gamma,
-        "times": [snapshot.info.t for snapshot in own],
-        "t_first": own[-1].info.t_first,
-        "max_interval": own[-1].info.max_interval,
+        "sigma_rel": snapshots[0].info.sigma_rel,
+        "gamma": snapshots[0].info.gamma,
+        "times": [snapshot.info.t for snapshot in snapshots],
+        "t_first": snapshots[-1].info.t_first,
+        "max_interval": snapshots[-1].info.max_interval,
         "relative_rounding_range": [min(known), max(known)] if known else None,
-        "bytes": sum(snapshot.header.file_bytes for snapshot in own),
+        "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
     }
 
 
 def _relative_rounding(measured: Measurements | None) -> float | None:
-    """The rounding error of a stored copy relative to its norm; None if unknown."""
+    """Return the rounding error of a stored average relative to its norm; None if unknown."""
     return math.sqrt(measured.rounding / measured.norm) if measured is not None and measured.norm > 0 else None
 
 
@@ -337,12 +338,12 @@ def _describe_parts(snapshot: Snapshot) -> Description:
 
 
 def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
-    own = {name: getattr(info, name) for name in fields.split()}
-    return {"kind": kind, "path": str(path), "run": info.run_id, **own}
+    values = {name: getattr(info, name) for name in fields.split()}
+    return {"kind": kind, "path": str(path), "run": info.run_id, **values}
 
 
 def describe_tensors(snapshot: FileSource) -> Description:
-    """What tensors there are, of which role and dtypes."""
+    """Describe the tensors of a snapshot: numbers, roles and dtypes."""
     info = snapshot.info
     copied = len(info.copies)
     return {

@@ -1,7 +1,7 @@
-"""Reading stored tensors: of one file or several, complete or a box of each; every byte of a result is verified.
+"""Reading of stored tensors, complete or a box of each, from one file or several; every byte of a result is verified.
 
-A snapshot is one file, or parts that each hold boxes of its tensors; a checkpoint of another program is the same,
-without checksums. A reader asks the files behind it for nothing but ranges of bytes, see `OpenedFile`.
+A snapshot is one file, or parts that each hold boxes of its tensors; another program's checkpoint has the same form
+without checksums. A reader only asks the files behind it for ranges of bytes, see `OpenedFile`.
 """
 
 from __future__ import annotations
@@ -37,24 +37,23 @@ from posthoc_cli.snapshots.tensor_file import (
 )
 
 THREADS = 8
-"""Blocks that are read at a time: some devices need several requests in flight."""
+"""The number of blocks that are read in parallel: some devices need several requests in flight."""
 
 _NEAR = 4096
-"""Bytes between two small tensors that are read rather than passed over by another request."""
+"""The largest gap in bytes between two small tensors that are read in one request."""
 
 _SKIPPED = 256 * 1024
-"""Bytes that are read at a time for their checksum alone."""
+"""The number of bytes that are read at a time only for their checksum."""
 
 _SAMPLES, _SAMPLE = 16, 4096
-"""Pieces of a file's content that tell it from others, and bytes of each."""
+"""The number and size of the pieces of a file from which its identity is computed."""
 
 
 @dataclass(frozen=True)
 class BackingFile:
-    """A file with stored tensors: what is where in it, and the box of each tensor; no boxes if all are complete.
+    """A file with stored tensors, its header, and the box of each tensor; without boxes if all tensors are complete.
 
-    A file that was indexed as another program's is known by its `identity`, see `sampled_identity`; any other by its
-    header.
+    Another program's file is recognized by its `identity`, see `sampled_identity`, all others by their headers.
     """
 
     path: Path
@@ -63,20 +62,20 @@ class BackingFile:
     identity: str = ""
 
     def is_in(self, file: OpenedFile) -> bool:
-        """Whether an opened file is the one that was indexed, or whose header was read."""
+        """Return whether an opened file is the one whose identity or header is recorded."""
         if self.identity:
             return sampled_identity(file) == self.identity
         start, checksum = read_start(file), self.header.metadata.get("ema.checksum")
-        same_size = (len(start), file.size) == (self.header.payload_start, self.header.file_bytes)
-        if same_size and checksum is not None and headers.has_checksum(start, checksum):
+        has_size = (len(start), file.size) == (self.header.payload_start, self.header.file_bytes)
+        if has_size and checksum is not None and headers.has_checksum(start, checksum):
             return True
         return headers.decode_header(self.path, start, file.size) == self.header
 
 
 def sampled_identity(file: OpenedFile) -> str:
-    """16 hexadecimal digits of a file's size and of pieces of its content, from the first to the last.
+    """Return 16 hexadecimal digits computed from a file's size and pieces of its content, evenly spaced.
 
-    Of an object with a tag they are of its size and that.
+    For an object with a tag they are computed from its size and the tag.
     """
     digest = xxhash.xxh3_64(file.size.to_bytes(8, "little") + file.tag.encode())
     if file.tag:
@@ -96,20 +95,20 @@ class ElementRange(NamedTuple):
 
 
 def open_file(path: Path, header: fmt.FileHeader | None = None) -> TensorReader:
-    """A reader of the tensors of one file, which must still have this header, if one is given."""
+    """Open one file for reading its tensors; if a header is given, the file must still have it."""
     header = header or read_header(path)
     return TensorReader(path, header, (BackingFile(path, header),))
 
 
 class TensorReader:
-    """Reads stored tensors, each as if all its elements were in one file; any number of threads may read at once.
+    """A reader of stored tensors, each as if it were in one file; any number of threads may read in parallel.
 
-    With `boxes` its tensors are these boxes of the stored ones; files that hold none of them stay closed. A context
-    manager. A FileFormatError names the file that is damaged or too short, and the tensor.
+    With `boxes` it reads only these boxes of the stored tensors, and files that hold none of them stay closed. It is a
+    context manager. A FileFormatError names the file that is damaged or too short, and the tensor.
 
     Attributes:
-        path: the file, or the folder of its parts.
-        header: its tensors, as they are read.
+        path: the file, or the folder of the parts.
+        header: the header of the tensors as they are read.
     """
 
     def __init__(
@@ -118,8 +117,8 @@ class TensorReader:
         self.path, self.header, self._boxes = path, header, boxes
         self._is_single = boxes is None and len(parts) == 1 and parts[0].header.tensors == header.tensors
         if boxes is not None:
-            cut = [fmt.TensorSpec(name, header.tensors[name].dtype, box.shape) for name, box in boxes.items()]
-            self.header = replace(header, tensors=fmt.lay_out(cut))
+            specs = [fmt.TensorSpec(name, header.tensors[name].dtype, box.shape) for name, box in boxes.items()]
+            self.header = replace(header, tensors=fmt.lay_out(specs))
         self._files: list[_File] = []
         with ExitStack() as stack:
             for part in parts:
@@ -130,7 +129,7 @@ class TensorReader:
         self._is_remote = any(files.is_url(file.path) for file in self._files)
 
     def _held_by(self, part: BackingFile) -> dict[str, Box]:
-        """The boxes of a part that hold elements of tensors that are read."""
+        """Return the boxes of a part that hold elements to be read."""
         stored = part.header.tensors
         boxes = part.boxes or {n: Box.whole(entry.shape) for n, entry in stored.items()}
         if self._boxes is not None:
@@ -138,50 +137,53 @@ class TensorReader:
         return {name: box for name, box in boxes.items() if box.size}
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor, verified: shape [nbytes]."""
+        """Return the verified bytes of a tensor: shape [nbytes]."""
         data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
         self.expect([(name, 0, data.size)])
         reader = self.read_range(name, 0, data.size)
-        for begin in range(0, data.size, fmt.BLOCK_BYTES):  # checksums find a block in the cache
+        for begin in range(0, data.size, fmt.BLOCK_BYTES):  # a block is still in the cache for its checksum
             reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
         return data
 
     def read_range(self, name: str, begin: int, end: int) -> FileRange | TensorRange:
-        """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order; each block is verified."""
+        """Return a reader of the bytes `begin` to `end` of a tensor, both at ends of blocks; verifies each block."""
         return self._range(name, begin, end, is_verified=True)
 
     def expect(self, ranges: Iterable[tuple[str, int, int]], is_verified: bool = True) -> None:
-        """Say which bytes of which tensors this thread will read next, with whole blocks if they will be verified."""
+        """Announce which ranges this thread will read next, so that remote files prefetch them, blocks if verified."""
         spans: dict[_File, list[tuple[int, int]]] = {}
         for name, begin, end in ranges if self._is_remote else ():
             for file in self._files:
                 if file.holds(name) and (span := self._span(file, name, begin, end)):
                     spans.setdefault(file, []).append(file.place(name, *span, is_verified))
-        for file, found in spans.items():
-            file.expect(found)
+        for file, of_file in spans.items():
+            file.expect(of_file)
 
     def _span(self, file: _File, name: str, begin: int, end: int) -> tuple[int, int] | None:
-        """The bytes of a file's own tensor that hold what is in a range of the tensor as it is read."""
+        """Return the bytes of a tensor's chunk in a file that cover a range of the tensor; None without any."""
         if self._is_single:
             return begin, end
-        entry, own, stored = self.header.tensors[name], file.box(name), file.header.tensors[name].dtype
-        box, item = Box.whole(entry.shape) if self._boxes is None else self._boxes[name], DTYPES[entry.dtype].nbytes
-        boxes = [own.meet(one) for one in boxes_of_range(box, begin // item, end // item)]
-        found = [own.span(one) for one in boxes if one.size]
-        size = DTYPES[stored].nbytes
-        return (min(a for a, _ in found) * size, max(b for _, b in found) * size) if found else None
+        item = DTYPES[self.header.tensors[name].dtype].nbytes
+        chunk, stored_item = file.box(name), DTYPES[file.header.tensors[name].dtype].nbytes
+        boxes = [chunk.meet(box) for box in boxes_of_range(self._box(name), begin // item, end // item)]
+        spans = [chunk.span(box) for box in boxes if box.size]
+        return (min(a for a, _ in spans) * stored_item, max(b for _, b in spans) * stored_item) if spans else None
+
+    def _box(self, name: str) -> Box:
+        """Return the box of a stored tensor that is read."""
+        return Box.whole(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
 
     def read_sample(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin]."""
+        """Return the bytes `begin` to `end` of a tensor, unverified, for estimates only: shape [end - begin]."""
         data = np.empty(end - begin, dtype=np.uint8)
         self._range(name, begin, end, is_verified=False).read_into(data.data)
         return data
 
     def read_small(self, names: Sequence[str], views: Sequence[memoryview], room: memoryview | None = None) -> None:
-        """Fill `views` with tensors of at most one block each, verified; of `room` they are consecutive parts."""
+        """Fill `views`, consecutive parts of `room` if given, with tensors of at most one block each, verified."""
         if self._is_single:
             self._files[0].read_small(names, views, room)
-        elif self._boxes is not None:  # of a box, stored tensors may be large
+        elif self._boxes is not None:  # the stored tensor may be large even if the box is small
             for name, view in zip(names, views, strict=True):
                 self.read_range(name, 0, len(view)).read_into(view)
         else:
@@ -190,7 +192,7 @@ class TensorReader:
                 self._read_chunks(file, {name: wanted[name] for name in names if file.holds(name)})
 
     def _read_chunks(self, file: _File, views: Mapping[str, memoryview]) -> None:
-        """Read the chunks that a part holds, and copy their elements to their places in complete tensors."""
+        """Read the chunks in a part and copy their elements to their places in the complete tensors."""
         edges = [0, *accumulate(file.header.tensors[name].nbytes for name in views)]
         room = np.empty(edges[-1], np.uint8)
         parts = [room[begin:end] for begin, end in pairwise(edges)]
@@ -199,23 +201,22 @@ class TensorReader:
         for (name, view), part in zip(views.items(), parts, strict=True):
             entry, stored = self.header.tensors[name], file.header.tensors[name].dtype
             chunk = _as_dtype(part, stored, entry.dtype)
-            held = (file.box(name), lambda begin, end, chunk=chunk: chunk[begin:end])
-            copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [held])
+            reader = (file.box(name), lambda begin, end, chunk=chunk: chunk[begin:end])
+            copy_range(np.frombuffer(view, chunk.dtype), Box.whole(entry.shape), 0, [reader])
 
     def _range(self, name: str, begin: int, end: int, is_verified: bool) -> FileRange | TensorRange:
         if self._is_single:
             return FileRange(self._files[0], name, begin, is_verified)
-        entry = self.header.tensors[name]
-        box = Box.whole(entry.shape) if self._boxes is None else self._boxes[name]
-        chunks = [(file.box(name), FileRange(file, name, 0, is_verified)) for file in self._files if file.holds(name)]
-        chunks = [(own, stored) for own, stored in chunks if own.meet(box).size]
-        if len(chunks) == 1 and chunks[0][0] == box and chunks[0][1].dtype == entry.dtype:
+        box, dtype = self._box(name), self.header.tensors[name].dtype
+        holders = [file for file in self._files if file.holds(name) and file.box(name).meet(box).size]
+        chunks = [(file.box(name), FileRange(file, name, 0, is_verified)) for file in holders]
+        if len(chunks) == 1 and chunks[0][0] == box and chunks[0][1].dtype == dtype:
             chunks[0][1].go_to(begin)
             return chunks[0][1]
-        return TensorRange(box, entry.dtype, begin, end, chunks)
+        return TensorRange(box, dtype, begin, end, chunks)
 
     def check_payload(self) -> Generator[Checked, None, None]:
-        """Check every byte of one file, from the first to the last, on all cores; continue after damage."""
+        """Check every byte of one file in order, with several threads; continue after damage."""
         return _check_payload(self._files[0])
 
     def close(self) -> None:
@@ -230,21 +231,21 @@ class TensorReader:
 
 
 def _items(dtype: str) -> np.dtype[Any]:
-    """The NumPy dtype for copying elements bit by bit."""
+    """Return the NumPy dtype for copying elements bit by bit."""
     return np.dtype(f"u{DTYPES[dtype].nbytes}")
 
 
 def _as_dtype(data: npt.NDArray[np.uint8], stored: str, wanted: str) -> npt.NDArray[Any]:
-    """Elements, to be copied bit by bit, of the same values in a dtype that holds them exactly."""
-    if stored != wanted:  # a part with values too large or too small for the run's dtype has a wider one than others
+    """Convert elements to a dtype that holds their values exactly; return them for copying bit by bit."""
+    if stored != wanted:  # parts use a wider dtype for values that are too large or too small for the run's dtype
         data = decode_values(data, stored).astype(np.dtype(DTYPES[wanted].torch_name)).view(np.uint8)
     return data.view(_items(wanted))
 
 
 class TensorRange:
-    """Elements of a box of one tensor, the bytes `begin` to `end` in it, read in order from the chunks that hold it.
+    """A reader of the bytes `begin` to `end` in a box of one tensor, in order, from the chunks that hold the elements.
 
-    What is read of a file is verified in the same pass, from the block that it begins in to the end of its last one.
+    It verifies the blocks in the same pass, and therefore reads each file from the start of a block to the end of one.
     """
 
     def __init__(self, box: Box, dtype: str, begin: int, end: int, chunks: Sequence[tuple[Box, FileRange]]) -> None:
@@ -253,7 +254,7 @@ class TensorRange:
         self._chunks = [(held, partial(stored.elements, dtype)) for held, stored in chunks]
 
     def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the bytes that come next."""
+        """Fill `view` with the next bytes."""
         if view:
             first = self._position // self._dtype.itemsize
             copy_range(np.frombuffer(view, self._dtype), self._box, first, self._chunks)
@@ -264,7 +265,7 @@ class TensorRange:
 
 
 class _File(OpenedFile):
-    """A part, opened; `boxes` are those of its tensors that are read, None if all are complete."""
+    """An opened part; `boxes` are the boxes of its tensors that are read, None if all tensors are complete."""
 
     def __init__(self, part: BackingFile, boxes: Mapping[str, Box] | None) -> None:
         self.header, self._boxes = part.header, boxes
@@ -281,7 +282,7 @@ class _File(OpenedFile):
             raise
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Close it; a FileFormatError if there are no checksums and it was written to meanwhile."""
+        """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""
         try:
             if kind is None and not self._checksums and self.stamp != self._stamp:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
@@ -289,15 +290,15 @@ class _File(OpenedFile):
             self.close()
 
     def holds(self, name: str) -> bool:
-        """Whether it has elements of a tensor."""
+        """Return whether the file has elements of a tensor."""
         return self._boxes is None or name in self._boxes
 
     def box(self, name: str) -> Box:
-        """The elements of a tensor that it has."""
+        """Return the box of a tensor's elements in the file."""
         return Box.whole(self.header.tensors[name].shape) if self._boxes is None else self._boxes[name]
 
     def place(self, name: str, begin: int, end: int, is_verified: bool) -> tuple[int, int]:
-        """Where bytes of a tensor are in the file, with whole blocks if they will be verified."""
+        """Return the begin and end in the file of a range of a tensor, widened to complete blocks for verification."""
         entry = self.header.tensors[name]
         if is_verified and self.checksum(name, 0) is not None:
             begin -= begin % fmt.BLOCK_BYTES
@@ -306,7 +307,7 @@ class _File(OpenedFile):
         return (start, start) if entry.strides else (start + begin, start + end)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
-        """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
+        """Fill `view`, unverified, from byte `begin` of a tensor on, continuing into the tensors that follow it."""
         entry = self.header.tensors[name]
         if entry.strides:
             view[:] = self._in_order(name)[begin : begin + len(view)].data
@@ -314,40 +315,39 @@ class _File(OpenedFile):
             self._read(name, view, begin)
 
     def _read(self, name: str, view: memoryview, begin: int) -> None:
-        """Fill `view` from a place in the file: `begin` counts from where a tensor is stored."""
+        """Fill `view` from the file; `begin` counts from the start of the stored tensor."""
         if self.read_into(view, self.header.payload_start + self.header.tensors[name].begin + begin) < len(view):
             raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
-        """All bytes of a tensor whose elements are not stored in their order; the last one is kept."""
+        """Return the bytes, in row-major order, of a tensor stored in another order; the last such tensor is cached."""
         with self._lock:
             if name not in self._gathered:
                 entry, dtype = self.header.tensors[name], _items(self.header.tensors[name].dtype)
                 reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
                 stored = np.empty(reach, dtype)
                 self._read(name, stored.view(np.uint8).data, 0)
-                made = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
-                self._gathered = {name: np.ascontiguousarray(made).reshape(-1).view(np.uint8)}
+                strided = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
+                self._gathered = {name: np.ascontiguousarray(strided).reshape(-1).view(np.uint8)}
             return self._gathered[name]
 
     def read_small(self, names: Sequence[str], views: Sequence[memoryview], room: memoryview | None = None) -> None:
-        """Fill `views` with tensors of at most one block each, verified; of `room` they are consecutive parts."""
+        """Fill `views`, consecutive parts of `room` if given, with tensors of at most one block each, verified."""
         places = [self.header.tensors[name] for name in names]
         if any(place.strides for place in places):
             for name, view in zip(names, views, strict=True):
                 self.fill(name, view, 0)
-        elif room is not None and all(other.begin == one.begin + one.nbytes for one, other in pairwise(places)):
+        elif room is not None and all(b.begin == a.begin + a.nbytes for a, b in pairwise(places)):
             self.fill(names[0], room, 0)
         else:
             self._gather(names, places, views)
         if self._checksums:
-            found = [xxhash.xxh3_64_hexdigest(view) if view else "" for view in views]
-            expected = [*map(self._checksums.__getitem__, names)]
-            if found != expected:
-                raise self.damaged(next(n for n, a, b in zip(names, found, expected, strict=True) if a != b))
+            for name, view in zip(names, views, strict=True):
+                if self._checksums[name] != (xxhash.xxh3_64_hexdigest(view) if view else ""):
+                    raise self.damaged(name)
 
     def _gather(self, names: Sequence[str], places: Sequence[fmt.TensorEntry], views: Sequence[memoryview]) -> None:
-        """Read tensors anywhere in the file, those that are near each other together."""
+        """Read tensors from anywhere in the file, with one request for those that are near each other."""
         order = sorted(range(len(names)), key=lambda index: places[index].begin)
         ends = [place.begin + place.nbytes for place in places]
         far = [i for i, (a, b) in enumerate(pairwise(order), 1) if places[b].begin - ends[a] > _NEAR]
@@ -359,17 +359,17 @@ class _File(OpenedFile):
                 views[index][:] = room[places[index].begin - begin : ends[index] - begin]
 
     def checksum(self, name: str, block: int) -> str | None:
-        """The checksum that the header has for a block, 16 hexadecimal digits; None in a file without checksums."""
+        """Return the checksum of a block in the header, 16 hexadecimal digits; None in a file without checksums."""
         digits = self._checksums.get(name)
         return None if digits is None else digits[16 * block : 16 * block + 16]
 
     def damaged(self, name: str) -> FileFormatError:
-        """The error for a block that does not match its checksum."""
+        """Return the error for a block that does not match its checksum."""
         return FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
 
 class FileRange:
-    """The bytes of one tensor in a file from `begin` on, read forwards; each block that is read is verified."""
+    """A forward reader of the bytes of one tensor in a file from `begin` on; it verifies each block that it reads."""
 
     def __init__(self, file: _File, name: str, begin: int, is_verified: bool) -> None:
         entry = file.header.tensors[name]
@@ -378,7 +378,7 @@ class FileRange:
         self._is_verified = is_verified and file.checksum(name, 0) is not None
 
     def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the bytes that come next."""
+        """Fill `view` with the next bytes."""
         self._file.fill(self._name, view, self._sums.position)
         if not self._is_verified:
             self._sums.position += len(view)
@@ -388,7 +388,7 @@ class FileRange:
                 raise self._file.damaged(self._name)
 
     def go_to(self, begin: int) -> None:
-        """Continue at a byte, never before those that were read: within a block by reading on, for its checksum."""
+        """Move forward to a byte; within a block, read up to it for the checksum."""
         if not self._is_verified:
             self._sums.position = begin
             return
@@ -399,12 +399,12 @@ class FileRange:
         self._skip_to(begin)
 
     def finish(self) -> None:
-        """Read the block that was begun to its end."""
+        """Read the current block to its end, to verify it."""
         if self._is_verified:
             self._skip_to(min(self._nbytes, -(-self._sums.position // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES))
 
     def elements(self, wanted: str, begin: int, end: int) -> npt.NDArray[Any]:
-        """Elements of the tensor in a dtype that holds them exactly; see `chunks.ForwardReader`."""
+        """Return elements of the tensor in a dtype that holds them exactly; see `chunks.ForwardReader`."""
         item = DTYPES[self.dtype].nbytes
         self.go_to(begin * item)
         data = np.empty((end - begin) * item, dtype=np.uint8)
@@ -416,11 +416,11 @@ class FileRange:
             self.read_into(memoryview(bytearray(min(end - self._sums.position, _SKIPPED))))
 
 
-# --- verifying a payload: on all cores, in constant memory
+# --- verifying a payload: in parallel, in constant memory
 
 
 class Checked(NamedTuple):
-    """A part of a payload: tensors that do not match their checksums, why the first does not, those with nan or inf."""
+    """The result for a piece of a payload: damaged tensors, the error of the first, tensors with nan or infinity."""
 
     nbytes: int
     damaged: Sequence[str] = ()
@@ -429,62 +429,68 @@ class Checked(NamedTuple):
 
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
-    """Read a file, whose header must still be this, and check each block of each tensor. Memory: a block a thread."""
-    with open_file(path, header) as file, closing(file.check_payload()) as found:
-        for checked in found:
+    """Read a file, which must still have this header, and verify each block. Memory: one block per thread."""
+    with open_file(path, header) as file, closing(file.check_payload()) as results:
+        for checked in results:
             if checked.error is not None:
                 raise checked.error
             if progress is not None:
                 progress(checked.nbytes)
 
 
+_Span = tuple[str, int, int]
+"""The name of a tensor and the begin and end of a range of its bytes within one block."""
+
+
 def _check_payload(file: _File) -> Generator[Checked, None, None]:
-    buffers = threading.local()  # each thread keeps one
+    """Check all blocks of a file in order, in parallel unless there is only one."""
+    buffers = threading.local()  # one buffer per thread
 
     def check(spans: Sequence[_Span]) -> Checked:
-        if not hasattr(buffers, "own"):
-            buffers.own = memoryview(bytearray(fmt.BLOCK_BYTES))
-        view = buffers.own[: sum(end - begin for _, begin, end in spans)]
-        try:
-            file.fill(spans[0][0], view, spans[0][1])
-        except FileFormatError as error:
-            return Checked(len(view), [name for name, _, _ in spans], error)
-        damaged, nonfinite, at = [], [], 0
-        for dtype, alike in groupby(spans, lambda span: file.header.tensors[span[0]].dtype):
-            parts, start = [], at
-            for name, begin, end in alike:
-                parts.append((name, view[at : at + end - begin]))
-                at += end - begin
-                expected = file.checksum(name, begin // fmt.BLOCK_BYTES)
-                if expected is not None and xxhash.xxh3_64_hexdigest(parts[-1][1]) != expected:
-                    damaged.append(name)
-            if holds_nonfinite(view[start:at], dtype):  # neighbours together, and one by one only if that finds some
-                nonfinite += [name for name, part in parts if holds_nonfinite(part, dtype)]
-        return Checked(len(view), damaged, file.damaged(damaged[0]) if damaged else None, nonfinite)
+        if not hasattr(buffers, "block"):
+            buffers.block = memoryview(bytearray(fmt.BLOCK_BYTES))
+        return _check_spans(file, spans, buffers.block)
 
     blocks = _blocks(file.header)
     first = list(islice(blocks, 2))
-    if len(first) < 2:  # threads take longer to start than to read a small file
+    if len(first) < 2:  # starting threads takes longer than reading a small file
         yield from map(check, first)
         return
-    pool, in_work = ThreadPoolExecutor(THREADS, "ema-verify"), deque[Future[Checked]]()
+    pool, pending = ThreadPoolExecutor(THREADS, "ema-verify"), deque[Future[Checked]]()
     try:
         for block in chain(first, blocks):
-            in_work.append(pool.submit(check, block))
-            if len(in_work) > 4 * THREADS:
-                yield in_work.popleft().result()
-        while in_work:
-            yield in_work.popleft().result()
-    finally:  # also on an error or an interrupt: what was begun is finished, and nothing else
+            pending.append(pool.submit(check, block))
+            if len(pending) > 4 * THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # on an error or an interrupt, too: wait for the blocks being read and cancel the others
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_Span = tuple[str, int, int]
-"""The bytes of a tensor from one to another, within one of its blocks."""
+def _check_spans(file: _File, spans: Sequence[_Span], buffer: memoryview) -> Checked:
+    """Read consecutive spans and check their checksums and values."""
+    view = buffer[: sum(end - begin for _, begin, end in spans)]
+    try:
+        file.fill(spans[0][0], view, spans[0][1])
+    except FileFormatError as error:
+        return Checked(len(view), [name for name, _, _ in spans], error)
+    damaged, nonfinite, at = [], [], 0
+    for dtype, same_dtype in groupby(spans, lambda span: file.header.tensors[span[0]].dtype):
+        parts, start = [], at
+        for name, begin, end in same_dtype:
+            parts.append((name, view[at : at + end - begin]))
+            at += end - begin
+            expected = file.checksum(name, begin // fmt.BLOCK_BYTES)
+            if expected is not None and xxhash.xxh3_64_hexdigest(parts[-1][1]) != expected:
+                damaged.append(name)
+        if holds_nonfinite(view[start:at], dtype):  # one test for neighbours, and for each tensor only if it fails
+            nonfinite += [name for name, part in parts if holds_nonfinite(part, dtype)]
+    return Checked(len(view), damaged, file.damaged(damaged[0]) if damaged else None, nonfinite)
 
 
 def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
-    """The payload from its first byte to its last, in consecutive spans of at most a block together."""
+    """Yield the payload in order, in lists of consecutive spans of at most one block in total."""
     batch: list[_Span] = []
     size = 0
     for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):

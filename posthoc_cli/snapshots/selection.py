@@ -1,4 +1,4 @@
-"""Which tensors of a model are tracked, by their names: globs on them; BatchNorm's running statistics among them."""
+"""The choice of the tensors that a run tracks, by globs on their names; BatchNorm's running statistics among them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from fnmatch import fnmatchcase
 from posthoc_cli.errors import InvalidValueError, check_word
 
 BUFFERS = ("statistics", "copy", "average")
-"""Treatments of buffers."""
+"""The treatments of buffers."""
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 GLOBS = ("include", "exclude", "copy_only")
-"""Fields of a selection that are globs on names."""
+"""The fields of a selection that are globs on names."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The choice of tensors, by globs on their names; see `PostHocEMA.from_model`."""
+    """A choice of tensors, by globs on their names; see `PostHocEMA.from_model`."""
 
     only_trainable: bool = True
     include: tuple[str, ...] = ()
@@ -26,15 +26,15 @@ class Selection:
     copy_only: tuple[str, ...] = ()
 
     def names(self, name: str) -> bool:
-        """Whether the globs select a name. `*` matches any characters, dots too."""
+        """Return whether the globs select a name. `*` matches any characters including dots."""
         return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
 
     def copies(self, name: str) -> bool:
-        """Whether a glob of `copy_only` matches a name."""
+        """Return whether a glob of `copy_only` matches a name."""
         return _matches(name, self.copy_only)
 
     def going_on(self, roles: Mapping[str, str]) -> Selection:
-        """The same for a run of tensors of these roles: running statistics stay averages, or copies, as they were."""
+        """Return the selection for resuming a run whose tensors have these roles: running statistics keep theirs."""
         if self.buffers == "copy" and "statistic" in roles.values():
             return replace(self, buffers="statistics").going_on(roles)
         copies = running_statistics(name for name, role in roles.items() if role == "copy")
@@ -47,33 +47,34 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str) -> Selection:
-    """A selection from a user's arguments; an InvalidValueError names the argument and what would be accepted."""
+    """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if one is invalid."""
     check_word("buffers", buffers, BUFFERS)
     named = _globs("include", include)
     return Selection(not named, named, _globs("exclude", exclude), buffers)
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
-    """Raise an InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
+    """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    for what in GLOBS:
-        for glob in getattr(selection, what):
+    for argument in GLOBS:
+        for glob in getattr(selection, argument):
             if not any(fnmatchcase(name, glob) for name in names):
-                some = ", ".join(map(repr, names[:3])) or "none"
-                reason = f"matches no tensor of the model; it has names such as {some}"
-                raise InvalidValueError(what, reason, value=repr(glob))
+                examples = ", ".join(map(repr, names[:3])) or "none"
+                reason = f"matches no tensor of the model; it has names such as {examples}"
+                raise InvalidValueError(argument, reason, value=repr(glob))
 
 
-def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
-    given = () if globs is None else (globs,) if isinstance(globs, str) or not isinstance(globs, Iterable) else globs
-    listed = tuple(given)
+def _globs(argument: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
+    if globs is None:
+        return ()
+    listed = (globs,) if isinstance(globs, str) or not isinstance(globs, Iterable) else tuple(globs)
     if not all(isinstance(glob, str) and glob for glob in listed):
-        raise InvalidValueError(what, "must be a glob on names, such as 'decoder.*', or a list", value=repr(globs))
+        raise InvalidValueError(argument, "must be a glob on names, such as 'decoder.*', or a list", value=repr(globs))
     return listed
 
 
 def running_statistics(names: Iterable[str]) -> frozenset[str]:
-    """The running means and variances among the names of a model's tensors: a count of batches is beside them."""
+    """Return the names of BatchNorm's running means and variances: a layer has both, and a count of batches."""
     known = frozenset(names)
     layers = {name.removesuffix(_STATISTICS[0]) for name in known if name.split(".")[-1] == _STATISTICS[0]}
     complete = [layer for layer in layers if all(layer + part in known for part in _STATISTICS)]
@@ -81,12 +82,12 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
 
 
 def statistics_notice(copies: Iterable[str]) -> str | None:
-    """What to do about the running statistics among the names of copies, in one line; None where there are none."""
+    """Return advice, in one line, about running statistics among the names of copies; None without any."""
     layers = len(running_statistics(copies)) // 2
     if not layers:
         return None
-    of = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
+    counted = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
     return (
-        f"the running statistics of {of} are copies, which belong to the raw weights: recompute them with "
+        f"the running statistics of {counted} are copies, which belong to the raw weights: recompute them with "
         "posthoc_cli.update_bn(model, loader) before you measure or use an average"
     )

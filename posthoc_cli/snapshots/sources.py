@@ -1,16 +1,16 @@
-"""What averages are made from: snapshots on disk, of one file or several parts, and any other stored averages.
+"""The sources of averages: snapshots on disk, in one file or several parts, and any other stored averages.
 
-What is known of several sources together is here, too: their order, their clock, and the prior of a reconstruction by
-their measurements, estimated where headers lack them.
+This module also derives what several sources show together: their order, their clock, and the prior of a
+reconstruction from their measurements, which it estimates if headers lack them.
 
-Measurements are estimated from a sample: the averages of a snapshot, one after the other by name, form a long vector,
-which is cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in
-every snapshot, each equally likely. Sums over the sample, times all elements / elements in the sample, are unbiased
-estimates. Of a model of up to 1,000,000 elements all are read, and the sums are exact.
+Measurements are estimated from a sample: the averages of a snapshot, concatenated by name, form a long vector, which is
+cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in every
+snapshot, all equally likely. Sums over the sample, times all elements / elements in the sample, are unbiased estimates.
+All elements are read of models with up to 1,000,000, whose sums are exact.
 
-The sample is not verified: a checksum covers a block of 4 MiB, all of which would have to be read. It is used for
-estimates only, and a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
-snapshots of each profile, 8 MB a snapshot.
+The sample is not verified, since a checksum covers 4 MiB, which would have to be read completely. It is used for
+estimates only; a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
+snapshots of each profile, 8 MB per snapshot.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import torch
 
 ReadRanges = Callable[[Sequence["ElementRange"]], Sequence["torch.Tensor"]]
-"""Reads ranges of tensors in memory."""
+"""A function that reads ranges of tensors in memory."""
 
 
 class Source(Protocol):
@@ -63,27 +63,27 @@ class Source(Protocol):
 
     @property
     def info(self) -> fmt.SourceInfo:
-        """What is known of it beside its tensors."""
+        """The metadata of the average."""
 
     @property
     def profile(self) -> StoredProfile:
-        """What its averages are of: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
+        """The profile of the average: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
 
     @property
     def stored(self) -> Mapping[str, fmt.TensorEntry | fmt.TensorSpec]:
-        """Dtype, shape and bytes of each stored tensor."""
+        """The dtype, shape and size of each stored tensor."""
 
     def open(self) -> AbstractContextManager[TensorReader | ReadRanges]:
-        """Open it for reading, by any number of threads.
+        """Open the source for reading by any number of threads.
 
-        Of an average in memory it is a function that gives ranges (`name`, `begin`, `end`) of its tensors, flat and on
-        the host.
+        For an average in memory the result is a function that returns ranges (`name`, `begin`, `end`) of its tensors,
+        flat and on the host.
         """
 
 
 @dataclass(frozen=True, repr=False)
 class FileSource(ABC):
-    """A snapshot on disk, or another program's checkpoint: a file, or a folder of `parts`, as if they were one file."""
+    """A snapshot on disk or another program's checkpoint: a file, or a folder of `parts` that are read as one file."""
 
     path: Path
     header: fmt.FileHeader
@@ -91,7 +91,7 @@ class FileSource(ABC):
     parts: tuple[BackingFile, ...] = ()
 
     def open(self, boxes: Mapping[str, Box] | None = None) -> TensorReader:
-        """Open it, or boxes of some tensors as if these were all; its files must be those whose headers were read."""
+        """Open it for reading, or only `boxes` of some tensors; its files must be those whose headers were read."""
         parts = self.parts or (BackingFile(self.path, self.header),)
         return TensorReader(self.path, self.header, parts, boxes)
 
@@ -106,20 +106,20 @@ class FileSource(ABC):
     @property
     @abstractmethod
     def profile(self) -> StoredProfile:
-        """What its averages are of."""
+        """The profile of the average."""
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that tell it from others: the checksum of its header."""
+        """16 hexadecimal digits that identify its content: the checksum of its header."""
         return self.header.metadata["ema.checksum"]
 
     @property
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
-        """Dtype, shape and place of each stored tensor."""
+        """The dtype, shape and place of each stored tensor."""
         return self.header.tensors
 
     def cells(self, name: str) -> int:
-        """The number of chunks that rows of a tensor go through; 0 where it is in one file."""
+        """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in one file."""
         boxes = [part.boxes[name] for part in self.parts if name in part.boxes and part.boxes[name].size]
         return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
 
@@ -131,7 +131,7 @@ class Snapshot(FileSource):
 
     @property
     def profile(self) -> PowerFunction:
-        """The power function that it holds."""
+        """The power function of the average."""
         return self.info.profile.pure
 
 
@@ -140,14 +140,14 @@ class Snapshot(FileSource):
 
 @contextmanager
 def all_open(sources: Sequence[Source]) -> Iterator[list[TensorReader | ReadRanges]]:
-    """All sources, open for the block."""
-    stored = [source for source in sources if isinstance(source, FileSource)]
-    turn = opened_in_turn(part.path for one in stored for part in one.parts or (one,))
+    """Open all sources for the block."""
+    on_disk = [source for source in sources if isinstance(source, FileSource)]
+    paths = opened_in_turn(part.path for source in on_disk for part in source.parts or (source,))
     with ExitStack() as stack:
         opened = []
         for source in sources:
             for _ in (source.parts or (source,)) if isinstance(source, FileSource) else ():
-                next(turn)
+                next(paths)
             opened.append(stack.enter_context(source.open()))
         yield opened
 
@@ -156,17 +156,17 @@ _Source = TypeVar("_Source", bound=Source)
 
 
 def by_time(items: Sequence[_Source]) -> list[_Source]:
-    """By time, then sigma_rel, checkpoints last."""
+    """Sort sources by time, then sigma_rel, checkpoints last."""
     return sorted(items, key=_order)
 
 
 def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], list[_Source]]:
-    """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
+    """Choose the sources to combine for time `t`, at or before it, and later ones, which show the motion.
 
-    Both by time, then sigma_rel; of very many a limited number, see `thinned_subset`.
+    Both lists are by time, then sigma_rel, and of limited length, see `thinned_subset`.
     """
     ordered = by_time(items)
-    usable, later = [o for o in ordered if o.info.t <= t], [o for o in ordered if o.info.t > t]
+    usable, later = [s for s in ordered if s.info.t <= t], [s for s in ordered if s.info.t > t]
     return _chosen(usable), _chosen(later)
 
 
@@ -179,7 +179,7 @@ def _order(source: Source) -> tuple[float, float, bool]:
 
 
 def run_clock(infos: Sequence[fmt.SourceInfo]) -> Clock:
-    """The run's steps over its time, from all its snapshots' clocks; a MismatchError if two contradict each other."""
+    """Return the run's clock from the clocks of all its snapshots; raise MismatchError if two contradict each other."""
     pairs = sorted({pair for info in infos for pair in info.clock_pairs})
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
@@ -190,37 +190,37 @@ def run_clock(infos: Sequence[fmt.SourceInfo]) -> Clock:
     return Clock([step for step, _ in pairs], [t for _, t in pairs])
 
 
-def counted(sources: Sequence[Source], count: int | None = None, there: int | None = None) -> str:
-    """How many of which kind: "1 snapshot", "43 snapshots and checkpoints", or by numbers, "20 of 80 checkpoints"."""
+def counted(sources: Sequence[Source], count: int | None = None, total: int | None = None) -> str:
+    """Return number and kinds, "1 snapshot", "43 snapshots and checkpoints", or "20 of 80 checkpoints" with counts."""
     count = len(sources) if count is None else count
-    there = count if there is None else there
+    total = count if total is None else total
     kinds = sorted({kind_of(source) for source in sources}, reverse=True)
-    number = f"{count:,}" if count == there else f"{count:,} of {there:,}"
-    return f"{number} {' and '.join(f'{kind}s' if there != 1 else kind for kind in kinds)}"
+    number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
+    return f"{number} {' and '.join(f'{kind}s' if total != 1 else kind for kind in kinds)}"
 
 
 def kind_of(source: Source) -> str:
-    """What it is called: "snapshot" or "checkpoint"."""
+    """Return what a source is called: "snapshot" or "checkpoint"."""
     return "checkpoint" if isinstance(source, FileSource) and not isinstance(source, Snapshot) else "snapshot"
 
 
-# --- the prior, by measurements or a sample
+# --- the prior, from measurements or a sample
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
 
 
 def source_prior(sources: Sequence[Source]) -> Prior:
-    """The motion of the network and the rounding of each source, in their order.
+    """Return the prior: the motion of the network and the rounding of each source, in their order.
 
-    If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
+    If the header of a file has no measurements, the measurements of all files are estimated from a sample.
     """
     on_disk = [source for source in sources if isinstance(source, FileSource)]
     ordered = [*on_disk, *(source for source in sources if not isinstance(source, FileSource))]
     averages = [source.info.average(source.profile) for source in ordered]
     if sampled := any(source.info.measurements is None for source in on_disk):
         averages[: len(on_disk)] = with_sampled_measurements(on_disk)
-    last = max((source.info.t for source in ordered), default=0.0)  # an earlier one shows a part of the path
+    last = max((source.info.t for source in ordered), default=0.0)  # earlier sketches show a part of the path
     text = next((source.info.sketch for source in ordered if source.info.t == last and source.info.sketch), "")
     prior = measured_prior(averages, fmt.decode_path(text).sketch if text else None)
     place = {id(source): index for index, source in enumerate(ordered)}
@@ -229,9 +229,9 @@ def source_prior(sources: Sequence[Source]) -> Prior:
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """An earlier run scaled to another length, relative to its norm: the motion, None if too little is known.
+    """An earlier run scaled to another length: the motion, relative to the norm; None if too little is known.
 
-    `rounding` is the root mean square error of its stored averages by dtype, relative to their norm.
+    `rounding` is the root mean square error of the stored averages by dtype, relative to their norm.
     """
 
     motion: Motion | None
@@ -239,37 +239,37 @@ class EarlierRun:
 
 
 def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
-    """The snapshots of one run, scaled to a run of `steps`. Reads a sample if headers lack measurements."""
+    """Scale the snapshots of one run to a run of `steps`. Reads a sample if headers lack measurements."""
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
     prior = source_prior(snapshots)
     times = np.array([snapshot.info.t for snapshot in snapshots])
     norm = float(prior.norm[times == times.max()].mean())
     known = prior.source != ASSUMED and norm > 0
     motion = prior.stretched(steps, float(times.max()), norm) if known else None
-    found = defaultdict(list)
+    by_dtype = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
-        stored = {snapshot.stored[name].dtype for name in snapshot.info.averages}
-        if prior.source != ASSUMED and len(stored) == 1 and rounding > 0 and squared > 0:
-            found[DTYPES[stored.pop()].torch_name].append(float(rounding / squared))
-    return EarlierRun(motion, {name: math.sqrt(float(np.mean(values))) for name, values in found.items()})
+        dtypes = {snapshot.stored[name].dtype for name in snapshot.info.averages}
+        if prior.source != ASSUMED and len(dtypes) == 1 and rounding > 0 and squared > 0:
+            by_dtype[DTYPES[dtypes.pop()].torch_name].append(float(rounding / squared))
+    return EarlierRun(motion, {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()})
 
 
 def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) -> list[Measurements]:
-    """Estimate the measurements of the snapshots of one run, in their order; all of stored copies.
+    """Estimate the measurements of the snapshots of one run, in their order, from the stored averages.
 
-    `Distance.rounding` is the expected one of both copies, see `expected_rounding`. A FileFormatError or NonFiniteError
-    names the file; an OverflowError if values are too large to be squared.
+    `Distance.rounding` is the expected rounding of both averages, see `expected_rounding`. A FileFormatError or
+    NonFiniteError names the file; OverflowError is raised if values are too large to be squared.
 
-    With `local`, another library's average has one distance in place of all, which only recent motion makes, if it is
-    well above its rounding at a time: see `_recent_motion`.
+    With `local`, a distance that shows recent motion alone (see `_recent_motion`) replaces all distances of another
+    library's average, if at its time it is well above its rounding.
     """
-    found: dict[int, Measurements] = {}
+    measured: dict[int, Measurements] = {}
     newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
     ordered = sorted(range(len(snapshots)), key=lambda index: _order(snapshots[index]))
-    for _, there in groupby(ordered, key=lambda i: snapshots[i].info.t):
-        now = {index: _read(snapshots[index], ranges) for index in there}
-        earlier = [other for kind in sorted(newest) for others in newest[kind] for other in others]
+    for _, at_time in groupby(ordered, key=lambda i: snapshots[i].info.t):
+        now = {index: _read(snapshots[index], ranges) for index in at_time}
+        earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
         recent: dict[int, DistanceTo] = {}
         for index, sample in now.items() if local else ():
             if (motion := _recent_motion(sample, newest[_kind(sample.snapshot)])) is not None:
@@ -277,17 +277,17 @@ def sample_measurements(snapshots: Sequence[FileSource], local: bool = False) ->
         is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in recent.values())
         for index, sample in now.items():
             partners = [other for other in now.values() if other is not sample] + earlier
-            own = [recent[index]] if index in recent else []
-            found[index] = _measure(sample, [] if own and is_clear else partners, own)
-        for kind, alike in groupby(now.values(), key=lambda sample: _kind(sample.snapshot)):
-            newest[kind] = [*newest[kind], list(alike)][-2:]
-    return [found[index] for index in range(len(snapshots))]
+            of_motion = [recent[index]] if index in recent else []
+            measured[index] = _measure(sample, [] if of_motion and is_clear else partners, of_motion)
+        for kind, of_kind in groupby(now.values(), key=lambda sample: _kind(sample.snapshot)):
+            newest[kind] = [*newest[kind], list(of_kind)][-2:]
+    return [measured[index] for index in range(len(snapshots))]
 
 
 def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAverage]:
-    """What reconstruction uses of them, all with measurements of one sample, since distances need both sides.
+    """Return the averages as reconstruction uses them, all measured by one sample, since distances need both sides.
 
-    Without measurements if values are too large to be squared.
+    They have no measurements if values are too large to be squared.
     """
     try:
         sampled: Sequence[Measurements | None] = sample_measurements(snapshots, local=True)
@@ -300,11 +300,11 @@ def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[StoredAve
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
-    """The expected sum of squared rounding errors of values that were rounded to nearest.
+    """Return the expected sum of squared rounding errors of values that were rounded to nearest.
 
-    Spacing^2 / 12 each, the variance of an error that is uniform within half the spacing, also among the subnormal
-    numbers. 0 for zeros, which are almost always exact (biases and gains that never moved), and where the stored dtype
-    holds the average, kept in float64 for a model's float64, else in float32.
+    Each contributes spacing^2 / 12, the variance of a uniform error within half the spacing, also if it is subnormal.
+    Zeros contribute 0, since they are almost always exact (biases and gains that never moved), as do all values if the
+    stored dtype is as wide as the exact average: float64 for a model's float64, else float32.
     """
     dtype = DTYPES[stored]
     if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
@@ -316,13 +316,13 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
 
 
 def _kind(source: Source) -> tuple[float, bool]:
-    """Its width, and whether it is a checkpoint."""
+    """Return the width of a source, and whether it is a checkpoint."""
     return source.info.sigma_rel, isinstance(source.profile, Point)
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Values of the chosen elements of a snapshot, shape [elements]; `scale` is all elements / these."""
+    """The sampled elements of a snapshot, shape [elements]; `scale` is all elements / sampled elements."""
 
     snapshot: FileSource
     values: FloatArray
@@ -336,7 +336,7 @@ def _averaged(snapshot: FileSource) -> dict[str, int]:
 
 
 def _sampled_ranges(snapshot: FileSource) -> list[ElementRange]:
-    """The elements to read in every snapshot of the run."""
+    """Choose the elements to read in every snapshot of the run."""
     elements = _averaged(snapshot)
     total = sum(elements.values())
     if total <= MOST_ELEMENTS:
@@ -344,11 +344,11 @@ def _sampled_ranges(snapshot: FileSource) -> list[ElementRange]:
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
     chosen = np.sort(np.random.default_rng(int(snapshot.info.run_id, 16)).choice(runs, wanted, replace=False))
     names, ends = list(elements), list(accumulate(elements.values()))
-    return [one for run in chosen for one in _ranges(names, ends, int(run) * RUN_ELEMENTS)]
+    return [span for run in chosen for span in _ranges(names, ends, int(run) * RUN_ELEMENTS)]
 
 
 def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[ElementRange]:
-    """The run that begins at an element of the long vector, cut at the `ends` of tensors."""
+    """Yield the run that begins at an element of the concatenated vector, cut at the `ends` of tensors."""
     end, index = min(begin + RUN_ELEMENTS, ends[-1]), bisect_right(ends, begin)
     while begin < end:
         start, stop = ends[index - 1] if index else 0, min(end, ends[index])
@@ -359,19 +359,20 @@ def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[E
 
 def _read(snapshot: FileSource, ranges: Sequence[ElementRange]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
-    rounded = not isinstance(snapshot.profile, Point)  # a checkpoint is what the network was
+    is_rounded = not isinstance(snapshot.profile, Point)  # a checkpoint holds the exact weights
     with snapshot.open() as file:
         items = {name: ITEM_BYTES[entry.dtype] for name, entry in snapshot.stored.items()}
         places = [(name, begin * items[name], end * items[name]) for name, begin, end in ranges]
         file.expect(places, is_verified=False)
-        for one in ranges:
-            stored, values = snapshot.stored[one.name].dtype, read_values(file, *one)
+        for span in ranges:
+            values = read_values(file, *span)
             if not np.isfinite(values).all():
-                file.read(one.name)  # raises if it is damage: a flipped bit
-                raise NonFiniteError(snapshot.path, f"tensor {one.name!r}: holds nan or infinity")
+                file.read(span.name)  # raises if the file is damaged, for example by a flipped bit
+                raise NonFiniteError(snapshot.path, f"tensor {span.name!r}: holds nan or infinity")
             parts.append(values)
-            if rounded:
-                rounding += expected_rounding(values, stored, snapshot.info.tensors[one.name].dtype)
+            if is_rounded:
+                stored, original = snapshot.stored[span.name].dtype, snapshot.info.tensors[span.name].dtype
+                rounding += expected_rounding(values, stored, original)
     values = np.concatenate(parts)
     scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
     return _Sample(snapshot, values, scale, rounding * scale)
@@ -389,30 +390,32 @@ def _measure(sample: _Sample, partners: Sequence[_Sample], more: Sequence[Distan
 
 
 _LIKE = 1e-3
-"""Largest difference of the tails of two averages up to a time, one of which goes on from the other."""
+"""The largest difference between the tails of two averages up to a time if one of them continues the other."""
 
 _NONE = 1e-9
-"""A share of mass below this is none."""
+"""Shares of mass below this count as 0."""
 
 _CLEAR = 2.0
-"""A squared distance above so many times its expected rounding tells the motion."""
+"""A squared distance must be this many times its expected rounding to show motion."""
 
 
 def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> DistanceTo | None:
-    """How far an average is from what it would be if the weights had not moved on between its last two intervals.
+    """Return an average's distance from what it would be if the weights had not moved between its last two intervals.
 
-    Of three successive averages a, b, c of one kind a share k of c is b, and the rest is the mean of the weights since,
-    m_c = (c - k b) / (1 - k). b and a make m_b. With that in the place of m_c, c would be k b + (1 - k) m_b, an average
-    of known profile as well. Its distance from c is (1 - k) |m_c - m_b|, which only the motion in two intervals makes.
-    The distance of a long average from b is made by the motion of all training: where that slows down, or goes one way
-    for long, the motion of late intervals came out up to five times too large.
+    Of three successive averages a, b, c of one kind, c consists of b with a share k and of the mean of the weights
+    since, m_c = (c - k b) / (1 - k); b and a determine m_b in the same way. With m_b in place of m_c, c would be
+    k b + (1 - k) m_b, which is also an average of known profile. Its distance from c is (1 - k) |m_c - m_b|, which only
+    the motion in two intervals causes. The distance of a long average from b is caused by the motion of all training:
+    if that slows down, or has one direction for long, the motion of late intervals was estimated up to five times too
+    large.
 
-    None with fewer earlier ones, for power functions, and where c does not go on from b, or b from a.
+    Returns None with fewer than two earlier averages, for power functions, and if c does not continue b, or b not a.
     """
-    found = [one[0] for one in before]
-    if len(found) < 2:
+    earlier_samples = [samples[0] for samples in before]
+    if len(earlier_samples) < 2:
         return None
-    a, b, c = (one.snapshot.profile for one in (*found, sample))
+    sample_a, sample_b = earlier_samples
+    a, b, c = (each.snapshot.profile for each in (sample_a, sample_b, sample))
     if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
         return None
     shares = []
@@ -424,12 +427,12 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
         if np.abs(apart).max() > _LIKE:
             return None
         shares.append(share)
-    of_b = shares[1] + (1 - shares[1]) / (1 - shares[0])
-    made = of_b * found[1].values + (1 - of_b) * found[0].values
-    rounding = sample.rounding + of_b**2 * found[1].rounding + (1 - of_b) ** 2 * found[0].rounding
-    after = of_b * b.tail(b.times) + (1 - of_b) * a.tail(b.times)
-    masses = np.maximum(-np.diff(after, prepend=1.0), 0.0)
-    info, squared = found[1].snapshot.info, _squares(sample, sample.values - made)
+    share_b = shares[1] + (1 - shares[1]) / (1 - shares[0])
+    unmoved = share_b * sample_b.values + (1 - share_b) * sample_a.values
+    rounding = sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
+    tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
+    masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
+    info, squared = sample_b.snapshot.info, _squares(sample, sample.values - unmoved)
     return DistanceTo(info.t, info.sigma_rel, squared, rounding, Discrete(b.times, masses / masses.sum(), b.t))
 
 
@@ -442,7 +445,7 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
 
 
 def read_values(file: TensorReader, name: str, begin: int, end: int) -> FloatArray:
-    """The elements `begin` to `end` of a tensor as `decode_values` gives them, unverified: for estimates only."""
+    """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates only."""
     dtype = file.header.tensors[name].dtype
     item = DTYPES[dtype].nbytes
     return decode_values(file.read_sample(name, begin * item, end * item), dtype)

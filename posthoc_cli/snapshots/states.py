@@ -1,4 +1,4 @@
-"""The state of a tracker: its entries, checked, and its file's metadata; specified in `snapshots.format`."""
+"""The exact state of a tracker: checks of its entries, and its file's metadata, specified in `snapshots.format`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from posthoc_cli.snapshots.reading import TensorReader, open_file
 from posthoc_cli.snapshots.tensor_file import read_header
 
 COPY, MEAN = "copy", "mean"
-"""The prefixes of copied tensors, and of the mean of the last values, before the slash."""
+"""The prefixes of the names of copied tensors and of the mean of the latest values, before the slash."""
 
 
 def high_prefix(sigma_rel: float) -> str:
-    """The prefix of a profile's averages, rounded."""
+    """Return the prefix for a profile's rounded averages."""
     return repr(sigma_rel)
 
 
 def low_prefix(sigma_rel: float) -> str:
-    """The prefix of what rounding has taken from them."""
+    """Return the prefix for the parts of a profile's averages that rounding removed."""
     return f"low-{sigma_rel!r}"
 
 
 @dataclass(frozen=True)
 class StateInfo:
-    """All of a tracker's state that is no tensor: of the last call, and with `averages_` of the last update.
+    """A tracker's state without its tensors, as of the last call; fields `averages_...` are as of the last update.
 
-    Zeros before the first update; `updates` is None if unknown. `window`, `folded_t`, `folds` and `inherited` are as in
-    `tracker.running.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are header checksums of those on
-    disk.
+    Values are 0 before the first update; `updates` is None if unknown. `window`, `folded_t`, `folds` and `inherited`
+    are those of `tracker.running.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are the header checksums
+    of the snapshots on disk.
     """
 
     run_id: fmt.RunId
@@ -61,35 +61,35 @@ class StateInfo:
 
 @dataclass(frozen=True)
 class StoredState:
-    """The exact state that a tracker keeps beside its snapshots."""
+    """The file with the exact state that a tracker keeps next to its snapshots."""
 
     path: Path
     header: fmt.FileHeader
     info: StateInfo
 
     def open(self) -> TensorReader:
-        """Open it; it must still be the file whose header was read."""
+        """Open the file for reading; it must still be the one whose header was read."""
         return open_file(self.path, self.header)
 
 
 _STATE = headers.kinds_of(StateInfo) | {"clock": Any, "schedule": Any}
-"""What each entry of a state must be; `ClockRecorder.of_state` checks the clock."""
+"""The type of each entry of a state; `ClockRecorder.of_state` checks the clock."""
 
-# JSON has no infinity, which the clock begins with as its steepest slope.
+# JSON has no infinity, the initial value of the clock's steepest slope.
 _IN_FILE = headers.kinds_of(StateInfo) | {"clock_state": tuple[Any, ...]}
 del _IN_FILE["clock"]
 
 
 def state_metadata(info: StateInfo) -> dict[str, str]:
-    """The metadata of a state, without its checksums."""
+    """Return the metadata of a state without checksums."""
     clock = [None if value == math.inf else value for value in info.clock]
     values = {key: value for key, value in vars(info).items() if key != "clock"}
     return fmt.encode_metadata("state", values | {"clock_state": clock})
 
 
 def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
-    """The checked metadata of a state; a FileFormatError names the file and the key."""
-    values = headers.decode_metadata(path, _as_now(header), "state", _IN_FILE)
+    """Return the checked metadata of a state; raise FileFormatError, naming the file and the key, if it is invalid."""
+    values = headers.decode_metadata(path, _as_current(header), "state", _IN_FILE)
     values["clock"] = [math.inf if value is None else value for value in values["clock_state"]]
     try:
         return state_from(values, values["schedule"])
@@ -97,34 +97,34 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
         raise FileFormatError(path, f"ema.{error.reason}") from error
 
 
-def _as_now(header: fmt.FileHeader) -> fmt.FileHeader:
-    """The header of a state; of one of release 0.2 as if its averages began a new mean now. See `older_masses`."""
-    said = header.metadata
-    if said.get("ema.version") != "2":
+def _as_current(header: fmt.FileHeader) -> fmt.FileHeader:
+    """Convert a header of release 0.2 to the current version, with an empty recent mean. See `older_masses`."""
+    metadata = header.metadata
+    if metadata.get("ema.version") != "2":
         return header
-    new = {"version": fmt.STATE_VERSION, "window": "0", "folded_t": said.get("ema.averages_t", "0")}
+    new = {"version": fmt.STATE_VERSION, "window": "0", "folded_t": metadata.get("ema.averages_t", "0")}
     new |= {"folds": "null", "sketch": ""}
-    return replace(header, metadata=said | {f"ema.{key}": text for key, text in new.items()})
+    return replace(header, metadata=metadata | {f"ema.{key}": text for key, text in new.items()})
 
 
 def older_masses(header: fmt.FileHeader) -> list[float] | None:
-    """Of a state of release 0.2 the mass m of each profile's recent mean; None of later ones.
+    """Return the mass m of each profile's recent mean in a state of release 0.2; None for later releases.
 
-    It keeps an average as a float64 total, named as `high_prefix` says, and a mean `recent-<sigma_rel>/<name>` in
-    float32: total + m (mean - total).
+    Such a state keeps an average as total + m (mean - total): a float64 total, whose name has `high_prefix`, and a
+    float32 mean named `recent-<sigma_rel>/<name>`.
     """
     masses: list[float] | None = json.loads(header.metadata.get("ema.masses", "null"))
     return masses
 
 
 def read_state(path: Path) -> StoredState:
-    """A state; a FileFormatError if it cannot be read, or is none."""
+    """Read the header of a state; raise FileFormatError if the file cannot be read or is not a state."""
     header = read_header(path)
     return StoredState(path, header, decode_state(path, header))
 
 
 def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:
-    """The checked entries of a state; `values` may have further ones. An InvalidValueError names the entry."""
+    """Check the entries of a state, ignoring further ones; raise InvalidValueError, naming the entry, if invalid."""
     checked: dict[str, Any] = {}
     for key, kind in _STATE.items():
         if key not in values:
@@ -144,20 +144,20 @@ def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> Sta
 
 
 def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
-    """The clock of a training at `step` and `t`, from its state; an InvalidValueError if it ends at another."""
+    """Return a training's clock from its state; raise InvalidValueError unless it ends at `step` and `t`."""
     clock = ClockRecorder.of_state(state)
     if (clock.step, clock.t) != (step, t):
-        there = f"ends at step {shown(clock.step)}, t {clock.t!r}"
-        raise InvalidValueError("clock", f"{there}; the training is at step {step}, t {t!r}")
+        end = f"ends at step {shown(clock.step)}, t {clock.t!r}"
+        raise InvalidValueError("clock", f"{end}; the training is at step {step}, t {t!r}")
     return clock
 
 
 def tensor_name(prefix: str, name: str) -> str:
-    """The name of a tensor in a state's file. No prefix contains a slash."""
+    """Return the name of a tensor in a state's file. No prefix contains a slash."""
     return f"{prefix}/{name}"
 
 
 def tensors_with(prefix: str, header: fmt.FileHeader) -> dict[str, str]:
-    """Names of a state's tensors with a prefix: the model's name -> the file's."""
+    """Return the state's tensors with a prefix: name in the model -> name in the file."""
     split = {full: full.partition("/") for full in header.tensors}
     return {name: full for full, (first, _, name) in split.items() if first == prefix}

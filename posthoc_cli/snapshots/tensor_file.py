@@ -1,11 +1,11 @@
-"""One safetensors file with checksums: opened, its header read, and written; its tensors are read by `reading`.
+"""Opening and writing of one safetensors file with checksums; `reading` reads the tensors.
 
-Files are read, never mapped, so that one that shrinks under a reader is no crash. A FileFormatError names the file that
-cannot be opened, is no regular file, is damaged or too short.
+Files are read, never mapped into memory, so that a file that shrinks does not crash its reader. A FileFormatError names
+a file that cannot be opened, is not a regular file, is damaged or too short.
 
-Written: a file is absent or complete, see `files.PendingFile`: a write that was not committed leaves nothing. Every
-byte of every tensor is written exactly once, in any order and from any number of threads, and has a checksum. The
-header, which holds the checksums, is laid out first and filled in last. Memory: the header and what is being written.
+A written file is absent or complete, see `files.PendingFile`: a write that was not committed leaves nothing. Every byte
+of every tensor is written exactly once, in any order and from any number of threads, and has a checksum. The header,
+which holds the checksums, is laid out first and filled in last. Memory: the header and the data being written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from posthoc_cli.remote.ranges import RemoteBytes
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""First bytes of pickles and of archives of torch.save."""
+"""The first bytes of pickles and of archives written by torch.save."""
 
 _File = TypeVar("_File", bound="OpenedFile")
 
@@ -45,7 +45,7 @@ _File = TypeVar("_File", bound="OpenedFile")
 
 @contextmanager
 def named_on_error(path: Path, verb: str) -> Iterator[None]:
-    """Turn the system's errors of the block into a FileFormatError: the file cannot be opened, or read."""
+    """Turn the system's errors in the block into a FileFormatError: the file "cannot be {verb}", as "opened"."""
     try:
         yield
     except RemoteError:
@@ -57,32 +57,32 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
 
 
 def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
-    # On a network file system an open file goes away, too, when another host removes it.
+    # ESTALE: on a network file system another host has removed a file that is open here.
     kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
     hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
     return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
 
 
 class _LocalBytes:
-    """The bytes of a regular file."""
+    """A regular file, open for reading."""
 
     tag = ""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = files.system.open(path)
-        known = os.fstat(self._descriptor)
-        self.size = known.st_size
-        if not stat.S_ISREG(known.st_mode):
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
             self.close()
             raise FileFormatError(path, "is not a regular file")
 
     @property
     def stamp(self) -> tuple[int, int]:
-        found = os.fstat(self._descriptor)
-        return found.st_size, found.st_mtime_ns
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """The system reads ahead itself."""
+        """Do nothing: the operating system reads ahead."""
 
     def read(self, view: memoryview, offset: int) -> int:
         return files.system.read(self._descriptor, view, offset)
@@ -104,13 +104,12 @@ def _opened(path: Path) -> _LocalBytes | RemoteBytes:
 
 
 class OpenedFile:
-    """A regular file or an object in a store, open for reading at any place by any number of threads.
+    """A regular file or an object in a store, open for reading at any offset by any number of threads.
 
-    All that readers ask of a file: its `size` and `stamp`, and its bytes at an offset by `read_into`. A context
-    manager.
+    Readers use its `size`, its `stamp`, and `read_into` for the bytes at an offset. It is a context manager.
 
     Attributes:
-        tag: what tells an object from others of its name; empty for a file.
+        tag: the identifier of an object's version; empty for a file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,15 +120,15 @@ class OpenedFile:
 
     @property
     def stamp(self) -> tuple[int, int | str]:
-        """Another one when the file has been written to."""
+        """A value that changes when the file is written to."""
         return self._bytes.stamp
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Say which bytes this thread will read next, in order: of an object they are asked for ahead."""
+        """Announce which bytes this thread will read next, in order, so that those of an object are prefetched."""
         self._bytes.expect(ranges)
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill `view` with the bytes from an offset on; returns how many, fewer only at the end of the file."""
+        """Fill `view` with the bytes from an offset on; return the number read, smaller only at the end of the file."""
         done = 0
         with named_on_error(self.path, "read"):
             while done < len(view) and (count := self._bytes.read(view[done:], offset + done)):
@@ -137,9 +136,9 @@ class OpenedFile:
         return done
 
     def read_at(self, count: int, offset: int) -> bytes:
-        """The bytes at an offset; fewer at the end of the file."""
-        room = bytearray(count)
-        return bytes(room[: self.read_into(memoryview(room), offset)])
+        """Return `count` bytes at an offset, fewer at the end of the file."""
+        buffer = bytearray(count)
+        return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
 
     def close(self) -> None:
         """Close the file."""
@@ -153,7 +152,7 @@ class OpenedFile:
 
 
 def opened_in_turn(paths: Iterable[Path]) -> Iterator[Path]:
-    """The same paths, of files that will be opened one after the other: objects are asked for ahead."""
+    """Iterate over the paths of files to be opened one after the other; the headers of objects are prefetched."""
     paths = list(paths)
     if not any(map(files.is_url, paths)):
         return iter(paths)
@@ -163,7 +162,7 @@ def opened_in_turn(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def read_small_file(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes."""
+    """Return the content of a regular file; raise FileFormatError if it has more than `most` bytes."""
     with OpenedFile(path) as file:
         if file.size > most:
             raise FileFormatError(path, f"has {file.size:,} bytes; at most {most:,} are allowed")
@@ -171,13 +170,13 @@ def read_small_file(path: Path, most: int) -> bytes:
 
 
 def read_header(path: Path, cache: DecodeCache | None = None) -> fmt.FileHeader:
-    """The checked header of a safetensors file."""
+    """Read and check the header of a safetensors file."""
     with OpenedFile(path) as file:
         return headers.decode_header(path, read_start(file), file.size, cache)
 
 
 def read_start(file: OpenedFile) -> bytes:
-    """The first 8 + N bytes: all before the payload."""
+    """Return the first 8 + N bytes of a file, which precede the payload."""
     prefix = file.read_at(8, 0)
     if len(prefix) < 8:
         raise FileFormatError(file.path, f"truncated: {file.size:,} bytes cannot hold a safetensors header")
@@ -185,8 +184,8 @@ def read_start(file: OpenedFile) -> bytes:
     if length > fmt.MAX_HEADER_BYTES or 8 + length > file.size:
         if prefix.startswith(_PICKLES):
             raise FileFormatError(file.path, "is a pickle (.pt, .bin), not safetensors", "give it its own ending")
-        told = f"its header would take {length:,} bytes of a file of {file.size:,}"
-        raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {told}")
+        reason = f"its header would take {length:,} bytes of a file of {file.size:,}"
+        raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {reason}")
     text = file.read_at(length, 8)
     if len(text) < length:
         raise FileFormatError(file.path, "the file became shorter while it was read")
@@ -197,9 +196,9 @@ def read_start(file: OpenedFile) -> bytes:
 
 
 class TensorFileWriter:
-    """Writes one safetensors file. Use it as a context manager and end with `commit`.
+    """A writer of one safetensors file. Use it as a context manager and call `commit` at the end.
 
-    `specs` are all tensors that will be written; checksums are added to `metadata`.
+    `specs` are all tensors that will be written; the writer adds checksums to `metadata`.
     """
 
     def __init__(
@@ -213,11 +212,11 @@ class TensorFileWriter:
         self._file = files.PendingFile(path, overwrite)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Write the bytes of one tensor to its place, once."""
+        """Write the bytes of one tensor to its place; at most once."""
         self.write_many([name], memoryview(data))
 
     def write_many(self, names: Sequence[str], data: memoryview) -> None:
-        """Write the bytes of several tensors, which follow each other in `data`; neighbours go in one write."""
+        """Write the bytes of several tensors, concatenated in `data`; neighbours in the file are written together."""
         view = data.cast("B")
         ends = list(accumulate(self._entries[name].nbytes for name in names))
         begin = run = 0
@@ -231,12 +230,12 @@ class TensorFileWriter:
             begin = end
 
     def write_range(self, name: str, begin: int) -> RangeWriter:
-        """Write the bytes of a tensor, in order, from the start of a block to the end of a block or of the tensor."""
-        sums = fmt.BlockChecksums(begin, self._entries[name].nbytes)
-        return RangeWriter(self._file, self._blocks[name], sums, self._position(name))
+        """Return a writer of a tensor's bytes from the start of a block, `begin`, to the end of another."""
+        checksums = fmt.BlockChecksums(begin, self._entries[name].nbytes)
+        return RangeWriter(self._file, self._blocks[name], checksums, self._position(name))
 
     def commit(self) -> str:
-        """Fill in the header, make everything durable, and give the file its name; returns the header's checksum."""
+        """Fill in the header, make the file durable and give it its name; return the header's checksum."""
         checksums = {name: "".join(blocks) for name, blocks in self._blocks.items()}
         header = fmt.encode_header(self._entries, self._metadata, checksums)
         self._file.write_at(header, 0)
@@ -247,7 +246,7 @@ class TensorFileWriter:
         return self._payload_start + self._entries[name].begin
 
     def discard(self) -> None:
-        """Remove what was written; does nothing after `commit`."""
+        """Remove what was written; do nothing after `commit`."""
         self._file.discard()
 
     def __enter__(self) -> TensorFileWriter:
@@ -258,16 +257,16 @@ class TensorFileWriter:
 
 
 class RangeWriter:
-    """Some blocks of one tensor, written in order, in parts of any size; checksums run along."""
+    """A writer of some blocks of one tensor, in order, in parts of any size; it computes the checksums."""
 
-    def __init__(self, file: files.PendingFile, blocks: list[str], sums: fmt.BlockChecksums, start: int) -> None:
-        self._file, self._blocks, self._sums, self._start = file, blocks, sums, start
+    def __init__(self, file: files.PendingFile, blocks: list[str], checksums: fmt.BlockChecksums, start: int) -> None:
+        self._file, self._blocks, self._checksums, self._start = file, blocks, checksums, start
 
     def write(self, data: memoryview) -> None:
-        """Write the bytes that come next."""
+        """Write the next bytes."""
         view = data.cast("B")
-        self._file.write_at(view, self._start + self._sums.position)
-        for block, checksum in self._sums.of(view):
+        self._file.write_at(view, self._start + self._checksums.position)
+        for block, checksum in self._checksums.of(view):
             self._blocks[block] = checksum
 
 
@@ -275,7 +274,7 @@ class RangeWriter:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; a view where it is contiguous and on the CPU."""
+    """Return the row-major bytes of a tensor: a view if it is contiguous and on the CPU, else a copy."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
@@ -283,37 +282,37 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of these bytes; it shares their memory."""
+    """Return a tensor that shares the memory of these bytes."""
     import torch
 
     if data.size == 0:
-        # torch gives an empty array the stride 0, which it then refuses to view as another dtype.
+        # torch gives empty arrays the stride 0 and refuses to view them as another dtype.
         return torch.empty(shape, dtype=torch_dtype(dtype))
     return torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape)
 
 
 def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float64]:
-    """Little-endian bytes as float64; a complex number is its two parts."""
-    if dtype.startswith("F8"):  # NumPy lacks them, and torch takes a second to import
-        return tensor_from_bytes(data.copy(), dtype, data.shape).double().numpy()  # which it may write
+    """Decode little-endian bytes as float64; a complex number becomes two."""
+    if dtype.startswith("F8"):  # NumPy lacks these dtypes; torch is imported only here, since that takes a second
+        return tensor_from_bytes(data.copy(), dtype, data.shape).double().numpy()  # torch needs writable memory
     if dtype == "BF16":  # the upper half of a float32
         values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     else:
         values = data.view("float32" if dtype == "C64" else DTYPES[dtype].torch_name)
-    with np.errstate(invalid="ignore"):  # some kinds of nan raise a flag of the processor
+    with np.errstate(invalid="ignore"):  # converting a signalling nan sets a floating-point flag
         return values.astype(np.float64)
 
 
 def holds_nonfinite(data: memoryview, dtype: str) -> bool:
-    """Whether little-endian numbers of a dtype (a safetensors name) include nan or infinity.
+    """Return whether little-endian numbers of a dtype (a safetensors name) include nan or infinity.
 
-    Without their signs, the bits of floating-point numbers are in the order of the numbers, and those that are not
-    finite come last. As signed integers the positive ones are in this order, above all others; as unsigned ones the
-    negative ones are, above all others. So the two largest integers decide, without a copy.
+    Without the sign, the bit patterns of floating-point numbers are in the order of the numbers, non-finite ones last.
+    Read as signed integers, the positive numbers are the largest, in this order; read as unsigned integers, the
+    negative numbers are. Comparing the two maxima with the first non-finite number therefore suffices, without a copy.
     """
-    item, least = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
-    if not least or not len(data):
+    item, nonfinite = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
+    if not nonfinite or not len(data):
         return False
     sign = 1 << (8 * item - 1)
     signed = np.frombuffer(data, f"<i{item}")
-    return int(signed.max()) >= least or int(signed.view(f"<u{item}").max()) >= sign | least
+    return int(signed.max()) >= nonfinite or int(signed.view(f"<u{item}").max()) >= sign | nonfinite

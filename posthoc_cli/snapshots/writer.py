@@ -1,11 +1,11 @@
-"""Change a directory of snapshots: its one writer, what is removed and set aside, what is thinned and pruned.
+"""Changes to a directory of snapshots: its lock, removing and setting aside, thinning and pruning.
 
 The lock is `flock`, which the system releases when its holder dies. On a file system without locks, or one that keeps
-them to one host, nothing can exclude a second writer; a warning says so if that can be detected. A note next to the
+them to one host, a second writer cannot be excluded; a warning says so if that can be detected. A file next to the
 lock names its holder, for people.
 
-Deleting is safe at any moment: pruning deletes only what was planned, only after every survivor was read and verified,
-and the least needed first, so that an interruption leaves a valid directory, and the best one of its size.
+Deletions are safe at any moment: pruning deletes only what was planned, only after all survivors were read and
+verified, and the least needed snapshots first, so that an interruption leaves the best valid directory of its size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import socket
 import weakref
@@ -62,40 +63,40 @@ from posthoc_cli.snapshots.tensor_file import read_small_file
 log = logging.getLogger(__name__)
 
 STILL_SECONDS = 60.0
-"""Temporaries in a locked directory are removed if they are older: a synthesis into it takes no lock."""
+"""The age from which temporary files in a locked directory are removed: a synthesis into it takes no lock."""
 
-# --- the one writer
+# --- the lock
 
 LOCK_NAME = ".ema.lock"
 HOLDER_NAME = ".ema.lock.holder"
 MOST_HOLDER_BYTES = 10_000
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""Errors of `flock` on a file system without locks."""
+"""Error numbers of `flock` on a file system without locks."""
 
 
 class DirectoryLock:
-    """The exclusive right to write to a directory: held from construction until `release`, also a context manager.
+    """The exclusive right to write to a directory, held from construction to `release`; a context manager.
 
-    A LockedError if another tracker or command holds it, a WriteError if the system refused.
+    Raises LockedError if another tracker or command holds it, WriteError if the system refused an operation.
     """
 
     def __init__(self, directory: Path) -> None:
-        import filelock  # takes a tenth of a second, which a look at a run need not wait for
+        import filelock  # imported here since it takes a tenth of a second, which reading a run need not wait for
 
         self._holder = directory / HOLDER_NAME
         self._clear_note: Callable[[], object] = lambda: None
         with files.reported_as_write_error(directory):
-            # Not filelock's substitute, a file that exists or not: it would survive a crash.
+            # Without filelock's fallback, a lock by the existence of a file, which would survive a crash.
             path = directory / LOCK_NAME
-            if path.is_file() and path.stat().st_size:  # releases of filelock for Python 3.10 would empty it
+            if path.is_file() and path.stat().st_size:  # releases of filelock for Python 3.10 truncate the file
                 raise WriteError(path, "is not a lock: it has content", "move it away")
             self._lock = filelock.FileLock(path, blocking=False, is_singleton=False, fallback_to_soft=False)
             try:
                 self._lock.acquire()
             except filelock.Timeout:
-                what = f"{self._named_holder()} is writing here"
-                raise LockedError(directory, what, "close that tracker, or take another directory") from None
+                reason = f"{self._named_holder()} is writing here"
+                raise LockedError(directory, reason, "close that tracker, or take another directory") from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -103,9 +104,9 @@ class DirectoryLock:
                 log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
             try:
                 if self._holder.exists() and self._holder.stat().st_size:
-                    log.warning("%s: %s", directory, self._left_behind())
+                    log.warning("%s: %s", directory, self._takeover_warning())
                 self._note_holder()
-                # Also without a call of `release`: at the end of the process, or of all references.
+                # Clears the note also without `release`: when the process ends or the last reference is gone.
                 self._clear_note = weakref.finalize(self, _clear, self._holder, os.getpid())
             except BaseException:
                 self.release()
@@ -128,25 +129,25 @@ class DirectoryLock:
         self.release()
 
     def _note_holder(self) -> None:
-        """Write the note; nothing depends on it, so that it need not be atomic."""
-        own = {"host": socket.gethostname(), "process": os.getpid()}
+        """Write the note on the holder; nothing depends on it, so this need not be atomic."""
+        note = {"host": socket.gethostname(), "process": os.getpid()}
         files.unlink_if_there(self._holder)
         descriptor = files.system.open_new(self._holder)
         try:
-            files.write_at(descriptor, json.dumps(own).encode(), 0)
+            files.write_at(descriptor, json.dumps(note).encode(), 0)
         finally:
             files.system.close(descriptor)
 
-    def _left_behind(self) -> str:
-        """A warning about a note without a lock."""
+    def _takeover_warning(self) -> str:
+        """Return the warning about a note whose holder no longer has the lock."""
         holder = self._read_holder()
         if self._lock.is_locked and (holder is None or holder[1] == socket.gethostname()):
             return f"{self._named_holder()} died without releasing it; taken over"
-        what = f"{self._named_holder()} has not released it, and holds no lock that can be seen here; taken over: "
-        return what + "make sure that it is not running any more"
+        warning = f"{self._named_holder()} has not released it, and holds no lock that can be seen here; taken over: "
+        return warning + "make sure that it is not running any more"
 
     def _read_holder(self) -> tuple[int, str] | None:
-        """Process and host of the note; None if it cannot be read."""
+        """Return the process and host in the note; None if it cannot be read."""
         try:
             holder = json.loads(read_small_file(self._holder, MOST_HOLDER_BYTES))
             return int(holder["process"]), str(holder["host"])
@@ -164,10 +165,10 @@ class DirectoryLock:
 
 
 def _clear(holder: Path, process: int) -> bool:
-    """Empty the note of a holder; not in a child that was forked from it. Returns whether it was this process's.
+    """Empty the note of a lock that this process, not its parent, took; return whether that is the case.
 
-    A forgotten lock is cleared whenever the garbage collector runs, also while the directory is being deleted: that
-    fails if a name in it goes away meanwhile, so the name stays.
+    The garbage collector may clear a lock while the directory is being deleted, which would fail if a name in it
+    vanished meanwhile. The file is therefore emptied and not removed.
     """
     if is_own := os.getpid() == process:
         with suppress(OSError):
@@ -179,9 +180,9 @@ def _clear(holder: Path, process: int) -> bool:
 
 
 def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot; a missing one is no error. A WriteError if the system refuses.
+    """Delete a snapshot if it exists; raise WriteError if the system refuses.
 
-    A folder of parts stays where something else is in it, or where a network file system keeps a file that is read.
+    A folder of parts remains if it holds anything else, or if a network file system keeps a file that is being read.
     """
     with files.reported_as_write_error(path, "removed"):
         if path.is_symlink() or not path.is_dir():
@@ -199,23 +200,23 @@ def remove_snapshot(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporaries of interrupted writes from a directory, and from the snapshots in it, while it is locked."""
+    """Remove temporary files of interrupted writes from a locked directory and from the snapshots in it."""
     for folder in (directory, *list_directory(directory).folders):
         if folder.is_dir() and not folder.is_symlink():
             files.remove_leftovers(folder, STILL_SECONDS)
 
 
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
-    """Move snapshots to the folder `superseded` beside them; returns their new paths. See `move_aside`."""
+    """Move snapshots to the folder `superseded` of their directory; return their new paths. See `move_aside`."""
     if not stored:
         return []
     return move_aside([snapshot.path for snapshot in stored], stored[0].path.parent / SUPERSEDED)
 
 
 def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Move files and directories, durably, into a folder of the same file system; returns their new paths.
+    """Move files and directories durably into a folder of the same file system; return their new paths.
 
-    Nothing there is replaced; missing paths are skipped. A DirectoryError if it is a link or no folder.
+    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if `folder` is not a folder.
     """
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
@@ -225,10 +226,10 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
         moved = []
         for path in paths:
             if os.path.lexists(path) or path.exists():
-                free = _free_name(folder / path.name)
-                files.system.rename(path, free)
-                moved.append(free)
-        # The new names first, so that a crash in between loses no file.
+                target = _free_name(folder / path.name)
+                files.system.rename(path, target)
+                moved.append(target)
+        # Sync the new names first, so that a crash in between loses no file.
         for directory in (folder, *sorted({path.parent for path in paths})):
             files.system.fsync_directory(directory)
     return moved
@@ -237,68 +238,69 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 def _free_name(path: Path) -> Path:
     name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
     numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
-    return next(free for free in chain([path], numbered) if not (os.path.lexists(free) or free.exists()))
+    return next(name for name in chain([path], numbered) if not (os.path.lexists(name) or name.exists()))
 
 
 # --- thinning while a training writes
 
 
 def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
-    """Those that every run of this schedule has, wherever it was stopped in between."""
+    """Return the snapshots on the schedule, which do not depend on where the training was stopped."""
     return [snapshot for snapshot in stored if not snapshot.info.off_schedule]
 
 
 def thin(
     stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
 ) -> list[StoredSnapshot]:
-    """Keep `max_checkpoints` snapshots a profile, those that reconstruction needs most; delete the others.
+    """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the others.
 
-    Those on the schedule are chosen as if there were no others, so that a training which was stopped in between keeps
-    the same ones. Of those off the schedule the latest stay if there is room, and the newest of all snapshots always.
-    Returns what is left, in order of time.
+    Snapshots on the schedule are chosen as if there were no others, so that a training that was stopped in between
+    keeps the same ones. Of those off the schedule, the latest stay if there is room; the newest snapshot always stays.
+    Returns the remaining snapshots in order of time.
     """
     if max_checkpoints is None:
         return list(stored)
-    gone = _surplus(stored, max_checkpoints, sigma_range)
-    for snapshot in gone:
+    surplus = _surplus(stored, max_checkpoints, sigma_range)
+    for snapshot in surplus:
         log.debug("thinning: removing %s", snapshot.path)
         remove_snapshot(snapshot.path)
-    return [snapshot for snapshot in stored if snapshot not in gone]
+    return [snapshot for snapshot in stored if snapshot not in surplus]
 
 
 def _surplus(
     stored: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
 ) -> list[StoredSnapshot]:
+    """Choose the snapshots that `thin` deletes."""
     if max(Counter(snapshot.sigma_rel for snapshot in stored).values(), default=0) <= max_checkpoints:
         return []
     scheduled = on_schedule(stored)
     counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
-    gone: list[StoredSnapshot] = []
+    surplus: list[StoredSnapshot] = []
     if max(counts.values(), default=0) > max_checkpoints:
         averages = [snapshot.info.average() for snapshot in scheduled]
         profiles = [snapshot.info.profile.pure for snapshot in scheduled]
         dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
-        gone += [scheduled[index] for index in dropped]
+        surplus += [scheduled[index] for index in dropped]
     for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
-        others = [s for s in stored if s.info.off_schedule and s.sigma_rel == sigma_rel]
+        off_schedule = [s for s in stored if s.info.off_schedule and s.sigma_rel == sigma_rel]
         room = max(max_checkpoints - counts[sigma_rel], 0)
-        gone += [snapshot for snapshot in others[: max(len(others) - room, 0)] if snapshot.t < stored[-1].t]
-    return gone
+        surplus += [s for s in off_schedule[: max(len(off_schedule) - room, 0)] if s.t < stored[-1].t]
+    return surplus
 
 
 # --- pruning: a plan of what to delete, with the errors, and the deletion
 
 _MARGIN = 2.0
-"""A bound on the error is kept by this factor, since an error may be above the expected one (measured: what was left in
-5 of 42 cases missed its bound without, by up to 1.45, and with 1.5 one of 54, by 1.22)."""
+"""The factor by which predicted errors stay below a user's bound, since true errors may exceed the expected ones
+(measured: without it, 5 of 42 prunings exceeded the bound, by up to 1.45; with 1.5, one of 54, by 1.22)."""
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """A plan of what to delete: `kept` by time, then sigma_rel, `gone` in the order to delete.
+    """A plan of what to delete: `kept` by time, then sigma_rel, and `gone` in the order of deletion.
 
-    `before` and `after` are expected errors from all snapshots and from the survivors, both with the prior from all
-    headers; of very many snapshots only some are used, see `thinned_subset`. `source` as in `Prior`.
+    `before` and `after` are the expected errors from all snapshots and from the survivors, with the prior from all
+    headers; of very many snapshots only some are used, see `thinned_subset`. `source` is that of `Prior`.
     """
 
     kept: tuple[Snapshot, ...]
@@ -315,16 +317,18 @@ class Pruning:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes to read for verifying the survivors."""
+        """The number of bytes to read for verifying the survivors."""
         return sum(entry.nbytes for snapshot in self.kept for entry in snapshot.header.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data for JSON."""
-        gone = [(s.path.name, s.info.t, s.info.sigma_rel, s.header.file_bytes) for s in self.gone]
+        """Return the report as data for JSON."""
         return {
             "run": self.kept[0].info.run_id,
             "kept": [snapshot.path.name for snapshot in self.kept],
-            "gone": [dict(zip(("file", "t", "sigma_rel", "bytes"), one, strict=True)) for one in gone],
+            "gone": [
+                {"file": s.path.name, "t": s.info.t, "sigma_rel": s.info.sigma_rel, "bytes": s.header.file_bytes}
+                for s in self.gone
+            ],
             "bytes": file_bytes(self.kept),
             "gone_bytes": file_bytes(self.gone),
             "before": {"worst_error": self.before.worst, "median_error": self.before.median},
@@ -335,7 +339,7 @@ class Pruning:
 
 
 def file_bytes(snapshots: Sequence[Snapshot]) -> int:
-    """The size of all their files."""
+    """Return the size of the files of all snapshots."""
     return sum(snapshot.header.file_bytes for snapshot in snapshots)
 
 
@@ -347,21 +351,21 @@ def plan_pruning(
     max_error: float | None = None,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Pruning:
-    """Plan which snapshots to delete. Reads no tensor, but a sample if headers have no measurements.
+    """Plan which snapshots to delete. Reads no tensors, except a sample if headers have no measurements.
 
-    The newest one of each profile stays, and so do those of the newest time that all profiles have: training can
-    continue from these. Of very many, those that a reconstruction would not use go first.
+    The newest snapshot of each profile stays, and those of the newest time that all profiles have, from which training
+    can continue. Of very many snapshots, those that a reconstruction would not use are deleted first.
 
     Arguments:
-        snapshots: all of one directory.
-        keep: the number to keep of each profile; or
-        max_bytes: keep as many as take at most this; or
-        max_error: keep as few as have at most this worst error over `sigma_range`, with a margin for the prediction.
-            Exactly one of the three.
+        snapshots: all snapshots of one directory.
+        keep: the number of snapshots to keep of each profile; or
+        max_bytes: keep as many snapshots as fit in this size; or
+        max_error: keep as few snapshots as have at most this worst error over `sigma_range`, with a margin for the
+            prediction. Exactly one of the three must be given.
 
     Raises:
-        InvalidValueError: `keep` is more than there are, or `max_bytes` less than the newest ones take.
-        InexactError: all snapshots together miss `max_error`.
+        InvalidValueError: `keep` exceeds the number of snapshots, or the newest ones take more than `max_bytes`.
+        InexactError: the error of all snapshots together exceeds `max_error`.
     """
     check_alone(1, keep=keep, max_size=max_bytes, max_error=max_error)
     check_max_error(max_error)
@@ -370,66 +374,89 @@ def plan_pruning(
     if max_bytes is not None:
         check_count("max_bytes", max_bytes)
     if keep is not None and check_count("keep", keep) > most:
-        there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
-        raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
-    profiles = [snapshot.info.profile.pure for snapshot in snapshots]
-    needed = _needed(profiles)
-    solved = sorted({*thinned_subset(profiles), *needed})
-    prior = source_prior([snapshots[index] for index in solved])
-    before = forecast([profiles[index] for index in solved], prior, sigma_range)
-
-    def errors_without(gone: Sequence[int]) -> ErrorCurve:
-        left = sorted(set(range(len(profiles))) - set(gone))
-        chosen = [left[place] for place in thinned_subset([profiles[index] for index in left])]
-        if set(chosen) <= set(solved):
-            known = prior.of([solved.index(index) for index in chosen])
-        else:
-            known = replace(source_prior([snapshots[index] for index in chosen]), motion=prior.motion)
-        after = forecast([profiles[index] for index in chosen], known, sigma_range)
-        # The expected distance cannot fall, but the norm that it is relative to is estimated from fewer averages.
-        return replace(after, predicted_error=np.maximum(after.predicted_error, before.predicted_error))
-
-    if max_error is not None and before.worst > max_error:
+        existing = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
+        raise InvalidValueError("keep", f"{existing} a profile; nothing was deleted", value=keep)
+    errors = _Errors(snapshots, sigma_range)
+    if max_error is not None and errors.before.worst > max_error:
         raise InexactError(
             "max_error",
             f"all {len(snapshots)} snapshots together have a predicted error of up to "
-            f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
+            f"{errors.before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
             value=f"{max_error:g}",
         )
-    staying = {*thinned_subset(profiles, keep=keep or 1), *needed}
-    order = _spread_out([index for index in range(len(profiles)) if index not in staying])
-    if staying == set(solved):
-        among = [profiles[index] for index in solved]
-        found = removal_order(among, prior, range(len(among)), keep or 1, _needed(among), sigma_range)
-        order += [solved[index] for index in found]
-    count = len(order)
+    gone = errors.deletion_order(keep or 1)
+    bound = math.inf if max_error is None else max_error / _MARGIN
     if max_bytes is not None:
-        count = _enough_bytes(snapshots, order, max_bytes)
-    if max_error is not None:
-        # The errors grow with what goes.
-        bound = max_error / _MARGIN
-        count = bisect_left(range(1, count + 1), True, key=lambda n: errors_without(order[:n]).worst > bound)
-    gone = order[:count]
-    if len(solved) == len(profiles):
-        left = sorted(set(range(len(profiles))) - set(gone))
-        better = exchanged(profiles, prior, left, gone, needed, sigma_range)
-        stay = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(better)]
-        fits = max_bytes is None or file_bytes(stay) <= max_bytes  # later ones have longer headers
-        if fits and (max_error is None or errors_without(better).worst <= max_error / _MARGIN):
-            gone = better
-    leaving = set(gone)
-    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]
-    after = errors_without(gone) if gone else before
-    return Pruning(tuple(kept), tuple(snapshots[index] for index in gone), before, after, prior.source)
+        gone = gone[: _enough_bytes(snapshots, gone, max_bytes)]
+    if max_error is not None:  # the errors grow with the number of deletions
+        gone = gone[: bisect_left(range(1, len(gone) + 1), True, key=lambda n: errors.without(gone[:n]).worst > bound)]
+    exchanged = errors.exchanged(gone)
+    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(exchanged)]
+    fits = max_bytes is None or file_bytes(kept) <= max_bytes  # headers of later snapshots are longer
+    if fits and (max_error is None or errors.without(exchanged).worst <= bound):
+        gone = exchanged
+    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in set(gone)]
+    after = errors.without(gone) if gone else errors.before
+    return Pruning(tuple(kept), tuple(snapshots[index] for index in gone), errors.before, after, errors.prior.source)
+
+
+class _Errors:
+    """The expected errors from subsets of the snapshots of a directory, which are given as indices.
+
+    Attributes:
+        prior: from the snapshots that are used of all, see `thinned_subset`.
+        before: the error curve from all snapshots.
+    """
+
+    def __init__(self, snapshots: Sequence[Snapshot], sigma_range: tuple[float, float]) -> None:
+        self._snapshots, self._sigma_range = snapshots, sigma_range
+        self._profiles = [snapshot.info.profile.pure for snapshot in snapshots]
+        self._needed = _needed(self._profiles)
+        self._used = sorted({*thinned_subset(self._profiles), *self._needed})
+        self.prior = source_prior([snapshots[index] for index in self._used])
+        self.before = forecast([self._profiles[index] for index in self._used], self.prior, sigma_range)
+
+    def without(self, gone: Sequence[int]) -> ErrorCurve:
+        """Return the error curve after deletions."""
+        left = self._left(gone)
+        chosen = [left[place] for place in thinned_subset([self._profiles[index] for index in left])]
+        if set(chosen) <= set(self._used):
+            prior = self.prior.of([self._used.index(index) for index in chosen])
+        else:
+            prior = replace(source_prior([self._snapshots[index] for index in chosen]), motion=self.prior.motion)
+        after = forecast([self._profiles[index] for index in chosen], prior, self._sigma_range)
+        # The expected distance cannot decrease, but the norm that it is relative to is estimated from fewer averages.
+        return replace(after, predicted_error=np.maximum(after.predicted_error, self.before.predicted_error))
+
+    def deletion_order(self, keep: int) -> list[int]:
+        """Return the snapshots that may be deleted, the least needed first, so that `keep` of each profile remain."""
+        profiles = self._profiles
+        staying = {*thinned_subset(profiles, keep=keep), *self._needed}
+        order = _spread_out([index for index in range(len(profiles)) if index not in staying])
+        if staying == set(self._used):
+            used = [profiles[index] for index in self._used]
+            found = removal_order(used, self.prior, range(len(used)), keep, _needed(used), self._sigma_range)
+            order += [self._used[index] for index in found]
+        return order
+
+    def exchanged(self, gone: list[int]) -> list[int]:
+        """Return better deletions of the same number by exchanges; the same ones if not all snapshots are used."""
+        if len(self._used) < len(self._profiles):
+            return gone
+        return exchanged(self._profiles, self.prior, self._left(gone), gone, self._needed, self._sigma_range)
+
+    def _left(self, gone: Sequence[int]) -> list[int]:
+        return sorted(set(range(len(self._profiles))) - set(gone))
 
 
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
-    """Delete what was planned, while the directory is locked: verify all survivors, then delete the others.
+    """Carry out a plan while the directory is locked: verify all survivors, then delete the other snapshots.
 
     Raises:
         LockedError: a tracker is writing to the directory.
-        DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
-        WriteError: the system refused a deletion. All survivors are there.
+        DirectoryError, MismatchError, FileFormatError: the directory has changed, or a survivor is damaged; nothing is
+            deleted.
+        WriteError: the system refused a deletion. All survivors remain.
     """
     with DirectoryLock(directory):
         remove_leftovers(directory)
@@ -447,21 +474,21 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
 
 
 def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
-    """Indices of the newest of each profile, and of those of the newest time that has all."""
+    """Return the indices of each profile's newest snapshot, and of those of the newest time that all profiles have."""
     times = {gamma: {p.t for p in profiles if p.gamma == gamma} for gamma in {p.gamma for p in profiles}}
-    newest = {gamma: max(own) for gamma, own in times.items()}
+    newest = {gamma: max(of_profile) for gamma, of_profile in times.items()}
     complete = max(set.intersection(*times.values()), default=None)
     return {index for index, p in enumerate(profiles) if p.t in (newest[p.gamma], complete)}
 
 
 def _spread_out(indices: Sequence[int]) -> list[int]:
-    """The same in an order whose every beginning is spread evenly over them: by the reversed bits of their places."""
+    """Reorder indices by the reversed bits of their places, so that every prefix is spread evenly over them."""
     bits = len(indices).bit_length()
     return [indices[place] for place in sorted(range(len(indices)), key=lambda place: f"{place:0{bits}b}"[::-1])]
 
 
 def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:
-    """How many of the first ones must go for the rest to fit."""
+    """Return how many of the first snapshots in `order` must be deleted for the others to fit."""
     freed = [0, *accumulate(snapshots[index].header.file_bytes for index in order)]
     size = file_bytes(snapshots)
     fitting = next((count for count, nbytes in enumerate(freed) if size - nbytes <= max_bytes), None)

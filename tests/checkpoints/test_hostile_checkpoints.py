@@ -19,7 +19,7 @@ import torch
 from checkpoint_layouts import LAYOUTS, STEPS, distributed
 from ema_command import Ema
 from safetensors.torch import save_file
-from torture.strangers import Bomb
+from torture.hostile import Bomb
 
 from posthoc_cli import Run, errors
 
@@ -142,7 +142,7 @@ def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_truncated_file_is_always_found(layout: str, write: Write) -> None:
-    """`torture.strangers` tries other damage."""
+    """`torture.hostile` tries other damage."""
     run = write(layout)
     assert read(run) == ""
     paths = [path for path in run.rglob("*") if path.is_file() and path.name != "rng_state.pth"]

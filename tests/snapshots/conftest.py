@@ -1,4 +1,4 @@
-"""Files and directories that tests may harm: copies of what was made once."""
+"""Files and directories that tests may damage: copies of files that are made once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(_recorded: Path, tmp_path: Path) -> Path:
-    """A directory of 6 times x 2 profiles, up to step 60, and a state."""
+    """A directory with snapshots at 6 times x 2 profiles, up to step 60, and a state."""
     return Path(shutil.copytree(_recorded, tmp_path / "run"))
 
 
@@ -35,5 +35,5 @@ def _small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def small(_small: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A small file of a kind: "snapshot", "output" or "state"."""
+    """A function that copies a small file of a kind, "snapshot", "output" or "state", and returns its path."""
     return lambda kind: Path(shutil.copy(_small[kind], tmp_path))

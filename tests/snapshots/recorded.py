@@ -1,4 +1,4 @@
-"""Runs of a real tracker, and operations on files that fail, for tests that harm runs."""
+"""Runs of a real tracker, and failing file operations, for tests that damage runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posthoc_cli import PostHocEMA, files
 
 
 class Walk:
-    """A model whose weights wander the same way whenever it is trained."""
+    """A model whose weights follow the same walk whenever it is trained."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> None:
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ class Walk:
 
 
 def new_tracker(walk: Walk, folder: Path, **options: object) -> PostHocEMA:
-    """One that writes a snapshot at every tenth step and keeps all, unless `options` say otherwise."""
+    """Return a tracker that by default writes a snapshot at every tenth step and keeps all."""
     settings = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": None, **options}
     return PostHocEMA.from_model(walk.model, folder, **settings)  # type: ignore[arg-type]
 
@@ -39,7 +39,7 @@ def new_tracker(walk: Walk, folder: Path, **options: object) -> PostHocEMA:
 def record(
     folder: Path, steps: int = 60, dtype: torch.dtype = torch.float32, scale: float = 0.1, **options: object
 ) -> Path:
-    """Train for so many steps; returns the folder with its snapshots."""
+    """Train for `steps` steps; return the folder with the snapshots."""
     walk = Walk(dtype, scale)
     with new_tracker(walk, folder, **options) as tracker:
         walk.train(tracker, steps)
@@ -48,13 +48,13 @@ def record(
 
 @contextmanager
 def failing(operation: str, error: int | BaseException, when: Callable[..., bool] = lambda *_: True) -> Iterator[None]:
-    """In the block this operation of `files.system` fails, at every call for which `when` says so."""
-    own = getattr(files.system, operation)
+    """Let an operation of `files.system` fail within the block at the calls for which `when` returns True."""
+    original = getattr(files.system, operation)
 
     def call(*arguments: object) -> object:
         if when(*arguments):
             raise OSError(error, os.strerror(error)) if isinstance(error, int) else error
-        return own(*arguments)
+        return original(*arguments)
 
     setattr(files.system, operation, call)
     try:
@@ -64,6 +64,6 @@ def failing(operation: str, error: int | BaseException, when: Callable[..., bool
 
 
 def call_number(number: int) -> Callable[..., bool]:
-    """For `failing`: one call, counted from 0 on."""
+    """Return a condition for `failing` that is true for one call, counted from 0."""
     calls = count()
     return lambda *_: next(calls) == number

@@ -1,4 +1,4 @@
-"""Snapshots of several parts: read as if they were one file, complete or not at all, and moved as one."""
+"""Snapshots in several parts are read as one file, are complete or ignored, and are moved as one."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
 
 @pytest.fixture
 def whole(run: Path, tmp_path: Path) -> Path:
-    """The run before its snapshots were split."""
+    """A copy of the run with unsplit snapshots."""
     return Path(shutil.copytree(run, tmp_path / "whole"))
 
 
 def split_all(run: Path, how: str = "rows") -> list[Path]:
-    """Split the snapshots of a run: all in rows or a grid, or every second one."""
+    """Split the snapshots of a run: all by rows or a grid, or every second one."""
     paths = snapshot_files(run)[:: 2 if how == "mixed" else 1]
     return [split_snapshot(path, 4, GRIDS if how == "grid" else None) for path in paths]
 
@@ -56,40 +56,32 @@ def parts_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*"))
 
 
-# --- the same as of whole files
+# --- results equal those from single files
 
 
-@pytest.mark.parametrize("how", ["rows", "grid", "mixed"])
-def test_all_that_is_made_of_parts_equals_what_is_made_of_files(run: Path, whole: Path, how: str) -> None:
-    split_all(run, how)
-    one, other = Run(whole), Run(run)
-    for wanted in (0.15, 0.27):
-        made = other.average(wanted)
-        for name, tensor in one.average(wanted).items():
-            assert torch.equal(tensor, made[name]), name
-        assert made.predicted_error == one.average(wanted).predicted_error
-    curves = [each.error_curve().predicted_error for each in (one, other)]
-    assert np.array_equal(*curves)
-    assert [s.info.measurements for s in other.snapshots] == [s.info.measurements for s in one.snapshots]
-    gone = [each.prune(keep=3, dry_run=True).gone for each in (one, other)]
-    planned = [[(snapshot.info.t, snapshot.info.sigma_rel) for snapshot in each] for each in gone]
-    assert planned[0] == planned[1]
-    found = other.check()
-    assert found.is_fine, found
-    assert len(other.snapshots) == len(one.snapshots)
-    told, known = other.info(), one.info()
-    for listed in (*told["snapshots"], *known["snapshots"]):
+@pytest.mark.parametrize("how", ["rows", "grid", "mixed", "unmeasured"])
+def test_all_results_from_parts_equal_those_from_single_files(run: Path, whole: Path, how: str) -> None:
+    """Without measurements in headers, the same sample is read from both."""
+    if how == "unmeasured":
+        for path in (*snapshot_files(run), *snapshot_files(whole)):
+            rewrite_snapshot(path, measurements=None, motion=None, sketch="")
+    split_all(run, "grid" if how == "unmeasured" else how)
+    expected, split = Run(whole), Run(run)
+    for target in (0.15, 0.27):
+        average, other = expected.average(target), split.average(target)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in average.items())
+        assert other.predicted_error == average.predicted_error is not None
+    assert np.array_equal(*(each.error_curve().predicted_error for each in (expected, split)))
+    assert [s.info.measurements for s in split.snapshots] == [s.info.measurements for s in expected.snapshots]
+    gone = [each.prune(keep=3, dry_run=True).gone for each in (expected, split)]
+    assert [(s.info.t, s.info.sigma_rel) for s in gone[0]] == [(s.info.t, s.info.sigma_rel) for s in gone[1]]
+    report = split.check()
+    assert report.is_fine, report
+    infos = [split.info(), expected.info()]
+    for listed in (listed for info in infos for listed in info["snapshots"]):
         listed["file"] = listed["file"].removesuffix(".safetensors")
     for key in ("run", "t", "step", "tensors", "parameters", "dtypes", "averaged", "snapshots", "notes", "problems"):
-        assert told[key] == known[key]
-
-
-def test_without_measurements_the_same_sample_is_read(run: Path, whole: Path) -> None:
-    for path in (*snapshot_files(run), *snapshot_files(whole)):
-        rewrite_snapshot(path, measurements=None, motion=None, sketch="")
-    split_all(run, "grid")
-    errors = [Run(each).average(0.15).predicted_error for each in (run, whole)]
-    assert errors[0] == errors[1] is not None
+        assert infos[0][key] == infos[1][key]
 
 
 def test_a_snapshot_of_parts_is_exported_and_described_as_a_file_is(run: Path, tmp_path: Path) -> None:
@@ -103,8 +95,8 @@ def test_a_snapshot_of_parts_is_exported_and_described_as_a_file_is(run: Path, t
     assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
     with pytest.raises(FileFormatError, match="is a part of a snapshot; export the folder"):
         export_file(parts_of(folder)[0], tmp_path / "part.safetensors")
-    told = describe(folder)
-    assert (told["kind"], told["parts"], told["parameters"]) == ("snapshot", 3, one["parameters"])
+    described = describe(folder)
+    assert (described["kind"], described["parts"], described["parameters"]) == ("snapshot", 3, one["parameters"])
     assert describe(parts_of(folder)[1])["part"] == "2/3"
 
 
@@ -141,7 +133,7 @@ def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torc
             assert np.array_equal(file.read_sample("w", first, last), flat[first:last])
 
 
-def test_each_block_that_a_box_touches_is_verified_to_its_end_and_no_other_is_read(tmp_path: Path) -> None:
+def test_each_block_that_a_box_touches_is_verified_completely_and_no_other_is_read(tmp_path: Path) -> None:
     value = torch.randn(4000, 1000)
     folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value}), 2, {"w": (1, 2)})
     flip_bit(parts_of(folder)[0])  # in the second block of two
@@ -155,7 +147,7 @@ def test_each_block_that_a_box_touches_is_verified_to_its_end_and_no_other_is_re
         file.read("w")
 
 
-def test_a_box_is_read_from_one_file_too(run: Path) -> None:
+def test_a_box_is_read_from_a_single_file(run: Path) -> None:
     snapshot = read_directory(run)[-1]
     value = load_file(snapshot.path)["0.weight"]
     with snapshot.open({"0.weight": Box((3, 4), (5, 6))}) as file:
@@ -163,7 +155,7 @@ def test_a_box_is_read_from_one_file_too(run: Path) -> None:
     assert found.tobytes() == value[3:8, 4:10].contiguous().numpy().tobytes()
 
 
-def test_chunks_in_several_dtypes_read_as_the_widest(tmp_path: Path) -> None:
+def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:
     narrow, wide = torch.randn(3, 4).half(), 1e6 * torch.randn(2, 4)
     values = {"w": torch.cat([narrow.float(), wide])}
     tensors = make_info(values).tensors
@@ -215,7 +207,7 @@ def test_measurements_are_added(tmp_path: Path) -> None:
     assert read_directory(tmp_path)[0].info.measurements is None
 
 
-# --- what is not complete, or does not belong together
+# --- incomplete snapshots, and parts that do not belong together
 
 
 def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
@@ -234,26 +226,22 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     assert not verify(folder).is_fine
     with pytest.raises(FileFormatError, match=r"is no complete snapshot: it has 3 of 4 parts"):
         directories.read_snapshot(folder)
-
-
-def test_where_no_parts_of_others_are_seen_the_error_says_so(tmp_path: Path) -> None:
-    folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(4)}), 2)
-    parts_of(folder)[1].unlink()
-    with pytest.raises(
-        DirectoryError, match=r"has 1 of 2 parts; all processes .* write to one directory, on a file system"
-    ):
-        read_directory(tmp_path)
     with pytest.raises(DirectoryError, match="holds the parts of one snapshot; name the directory"):
         read_directory(folder)
+    (alone := run / "alone").mkdir()
+    folder.rename(alone / folder.name)
+    hint = "has 3 of 4 parts; all processes .* write to one directory, on a file system"
+    with pytest.raises(DirectoryError, match=hint):
+        read_directory(alone)
 
 
-def saying(**fields: object) -> Callable[[Path], None]:
-    """A part that says something else of itself."""
+def with_fields(**fields: object) -> Callable[[Path], None]:
+    """Return a change of a part's metadata."""
     return lambda part: rewrite_snapshot(part, **fields)
 
 
 def elsewhere(**changes: tuple[int, ...]) -> Callable[[Path], None]:
-    """A part whose rows of a tensor belong elsewhere, or to another shape."""
+    """Return a change of the offset or the shape of a part's chunk."""
 
     def harm(part: Path) -> None:
         chunks = read_snapshot(part).info.chunks
@@ -264,21 +252,21 @@ def elsewhere(**changes: tuple[int, ...]) -> Callable[[Path], None]:
 
 def gap(part: Path) -> None:
     info = read_snapshot(part).info
-    tensors, chunks = ({n: v for n, v in own.items() if n != "0.weight"} for own in (info.tensors, info.chunks))
+    tensors, chunks = ({n: v for n, v in table.items() if n != "0.weight"} for table in (info.tensors, info.chunks))
     rewrite_snapshot(part, lambda values: values.pop("0.weight"), tensors=tensors, chunks=chunks)
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
-    (saying(run_id=OTHER_RUN_ID), "are not of one snapshot: they differ in ema.run_id"),
+    (with_fields(run_id=OTHER_RUN_ID), "are not of one snapshot: they differ in ema.run_id"),
     (
-        saying(t=59.0, step=59, updates=59, clock=(), motion=None, measurements=None),
+        with_fields(t=59.0, step=59, updates=59, clock=(), motion=None, measurements=None),
         r"are not of one snapshot: they differ in ema\.(t|step)",
     ),
     (elsewhere(shape=(21, 30)), r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),
     (elsewhere(offset=(6, 0)), "tensor '0.weight': both hold some of its elements"),
     (elsewhere(offset=(16, 0)), r"'0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]"),
-    (saying(part=(1, 4)), "are both part 1 of 4"),
-    (saying(part=None, chunks={}), "is no part of a snapshot, in a folder of parts"),
+    (with_fields(part=(1, 4)), "are both part 1 of 4"),
+    (with_fields(part=None, chunks={}), "is no part of a snapshot, in a folder of parts"),
     (gap, "tensor '0.weight': elements are missing"),
     (lambda part: os.truncate(part, part.stat().st_size - 1), "truncated"),
 ]
@@ -327,7 +315,7 @@ def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, w
         read_directory(run)
 
 
-def test_folders_and_parts_elsewhere_are_left_alone(run: Path) -> None:
+def test_folders_and_parts_in_other_places_are_ignored(run: Path) -> None:
     *_, folder = split_all(run)
     count = len(read_directory(run))
     shutil.copytree(folder, run / "my copy")
@@ -353,19 +341,19 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     assert [s.path for s in read_directory(run)] == [s.path for s in done.kept]
     stored = [directories.StoredSnapshot.of(snapshot) for snapshot in read_directory(run)]
     left = thin(stored, 2)
-    assert [one.path for one in left] == [snapshot.path for snapshot in read_directory(run)]
+    assert [snapshot.path for snapshot in left] == [snapshot.path for snapshot in read_directory(run)]
     assert len(left) < len(stored)
     moved = set_aside(left[-2:])
     assert [path.parent for path in moved] == [run / "superseded"] * 2
     assert len(read_directory(run)) == len(left) - 2
     (folder,) = [path for path in moved if path.is_dir()]
-    shutil.copytree(folder, run / folder.name)  # another attempt of the same time
-    again = set_aside([one for one in stored if one.path == run / folder.name])
+    shutil.copytree(folder, run / folder.name)  # a later snapshot of the same time
+    again = set_aside([snapshot for snapshot in stored if snapshot.path == run / folder.name])
     assert again == [folder.with_name(f"{folder.name}.1")]
     assert inspect_directory(run).superseded == verify(run).superseded == 3
 
 
-def test_a_folder_with_something_else_in_it_stays(run: Path) -> None:
+def test_a_folder_with_another_file_in_it_stays(run: Path) -> None:
     *_, folder = split_all(run)
     (folder / "notes.txt").write_text("mine")
     remove_snapshot(folder)

@@ -1,4 +1,4 @@
-"""The format as its specification tells it: an independent reader, and safetensors' own, agree with ours.
+"""The format agrees with its specification: an independent reader, and that of safetensors, read the same.
 
 `read_by_the_book` is written from the docstring of posthoc_cli/snapshots/format.py alone.
 """
@@ -40,7 +40,7 @@ NUMPY_DTYPES = {
 
 @dataclass
 class Book:
-    """What `read_by_the_book` found: metadata, tensors (BF16 as its bits), and where they begin in the file."""
+    """The result of `read_by_the_book`: metadata, tensors (BF16 as bits), and their offsets in the file."""
 
     metadata: dict[str, str]
     tensors: dict[str, np.ndarray]
@@ -49,7 +49,7 @@ class Book:
 
 
 def read_by_the_book(path: Path) -> Book:
-    """Read a file by the specification, and assert everything that it promises."""
+    """Read a file by the specification, and check everything that it promises."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header, payload = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -79,7 +79,7 @@ def read_by_the_book(path: Path) -> Book:
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
-    """A tensor of each dtype that NumPy or torch can name, with its extremes; 0-d, empty and transposed ones."""
+    """Return a tensor of each dtype of NumPy or torch with its extreme values; also 0-d, empty and transposed ones."""
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
     tensors = {
@@ -93,14 +93,14 @@ def every_dtype() -> dict[str, torch.Tensor]:
 
 
 def as_bits(tensor: torch.Tensor) -> np.ndarray:
-    """The same as NumPy sees it; BF16, which NumPy lacks, as its bits."""
+    """Return a tensor as a NumPy array; BF16, which NumPy lacks, as its bits."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 # --- readers of the format agree
 
 
-def test_a_reader_written_from_the_specification_and_those_of_safetensors_find_every_tensor(tmp_path: Path) -> None:
+def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_path: Path) -> None:
     tensors = every_dtype()
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, tensors)
     book, by_torch = read_by_the_book(path), safetensors.torch.load_file(path)
@@ -125,14 +125,14 @@ def test_a_tensor_above_a_block_has_a_checksum_for_each_of_its_blocks(tmp_path: 
     book = read_by_the_book(write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"large": large}))
     assert len(json.loads(book.metadata["ema.checksums"])["large"]) == 3 * 16
     assert np.array_equal(book.tensors["large"], large.numpy())
-    # The value that xxHash's own test vectors give for no input, so that "XXH3, 64 bits, seed 0" is pinned.
+    # The value in xxHash's test vectors for empty input, which pins "XXH3, 64 bits, seed 0".
     assert xxhash.xxh3_64_hexdigest(b"") == "2d06800538d394c2"
 
 
-# --- what the metadata says
+# --- metadata
 
 
-def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Path) -> None:
+def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
     values = {"w": torch.zeros(2, dtype=torch.float16), "seen": torch.tensor(3)}
     path = write_snapshot(
         tmp_path, 1234.5, 0.1, RUN_ID, values,
@@ -179,7 +179,7 @@ names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
     unit=names.filter(str.isprintable),
     sums=st.none() | st.lists(st.just(0.0) | st.floats(1e-100, 1e100), min_size=4, max_size=4),
 )  # fmt: skip
-def test_what_a_snapshot_says_comes_back_exactly(
+def test_the_metadata_of_a_snapshot_is_read_back_exactly(
     tensor_names: list[str], times: tuple[float, float, float], known: bool, sigma_rel: float, step: int, unit: str,
     sums: list[float] | None,
 ) -> None:  # fmt: skip
@@ -204,7 +204,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
 
 
 @pytest.mark.parametrize("predicted_error", [None, 1.5e-4])
-def test_what_an_output_says_comes_back_exactly(predicted_error: float | None) -> None:
+def test_the_metadata_of_an_output_is_read_back_exactly(predicted_error: float | None) -> None:
     info = OutputInfo(
         RUN_ID, "sigma_rel 0.15", 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
         (("a.safetensors", 1 / 3), ("b.safetensors", -2e-17)), ("norm.running_mean",),
@@ -213,7 +213,7 @@ def test_what_an_output_says_comes_back_exactly(predicted_error: float | None) -
     assert decode_output(Path("x"), decode_header(Path("x"), start, len(start))) == info
 
 
-def test_names_that_look_like_the_format_itself_do_no_harm(tmp_path: Path) -> None:
+def test_names_that_imitate_the_format_do_no_harm(tmp_path: Path) -> None:
     tricky = [
         "ema.checksum", '"ema.checksum":"', '","x":"', "ema.checksums", "../../x", "line\nbreak\x01\x1b[31m", "ß→𝛾",
     ]  # fmt: skip
@@ -226,12 +226,12 @@ def test_names_that_look_like_the_format_itself_do_no_harm(tmp_path: Path) -> No
 
 
 FORMAT_1 = Path(__file__).parent / "format_1"
-"""Files of release 0.2.0, never to be written again: a run of one process, one of two, a state and an output."""
+"""Files of release 0.2.0, which must never be rewritten: a run of one process, one of two, a state and an output."""
 
 
 @pytest.mark.parametrize("run", ["run", "sharded"])
 def test_files_of_the_first_format_stay_readable(tmp_path: Path, run: str) -> None:
-    """40 steps, an update at every second one: w = sin(0.1 step + 0 .. 11), b = cos(0.1 step + 0 .. 3) in bfloat16."""
+    """Over 40 steps, updates at every second: w = sin(0.1 step + 0 .. 11), b = cos(0.1 step + 0 .. 3) in bfloat16."""
     folder = tmp_path / "run"
     shutil.copytree(FORMAT_1 / run, folder)
     found = Run(folder)

@@ -1,4 +1,4 @@
-"""One writer a directory, by name, and free again when it has died."""
+"""One writer per directory, which is named, and whose death releases the lock."""
 
 from __future__ import annotations
 
@@ -39,27 +39,24 @@ OTHER_TRACKER = rf"another tracker of this process \({os.getpid()}\)"
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[DirectoryLock]:
     """A lock of this process on `tmp_path`."""
-    own = DirectoryLock(tmp_path)
-    yield own
-    own.release()
+    with DirectoryLock(tmp_path) as lock:
+        yield lock
 
 
-def refused(directory: Path, told: str) -> None:
-    """A lock is refused with these words."""
-    with pytest.raises(LockedError, match=told) as caught:
+def refused(directory: Path, message: str) -> None:
+    """Require that the lock is refused with this message."""
+    with pytest.raises(LockedError, match=message) as caught:
         DirectoryLock(directory)
     assert str(directory) in str(caught.value)
 
 
-def test_a_second_lock_is_refused_until_the_first_is_released_which_does_no_harm_twice(
-    tmp_path: Path, held: DirectoryLock
-) -> None:
+def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path: Path, held: DirectoryLock) -> None:
     refused(tmp_path, OTHER_TRACKER)
     (tmp_path / "another").mkdir()
     DirectoryLock(tmp_path / "another").release()
     held.release()
     second = DirectoryLock(tmp_path)
-    held.release()
+    held.release()  # a second release has no effect
     refused(tmp_path, OTHER_TRACKER)
     second.release()
 
@@ -80,7 +77,7 @@ def test_another_process_is_named_and_its_lock_is_taken_over_with_a_warning_when
     mine.release()
 
 
-def test_a_forked_child_that_ends_does_not_free_the_lock_and_a_process_that_ends_has_not_died(
+def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_leaves_no_note(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Workers of a DataLoader are such children."""
@@ -103,7 +100,7 @@ except LockedError:
 def test_a_forgotten_lock_may_be_collected_while_its_directory_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A name that goes away between the listing and the removal of a folder is an error of that."""
+    """`rmtree` fails if a name vanishes between listing and removing."""
     cycle: list[object] = [DirectoryLock(tmp_path)]
     cycle.append(cycle)
     del cycle
@@ -129,12 +126,12 @@ def test_a_forgotten_lock_may_be_collected_while_its_directory_is_deleted(
 
 
 def note(**changes: object) -> str:
-    """As a holder leaves it that was killed, or whose machine lost power."""
+    """Return the note of a holder that was killed, or whose machine lost power."""
     return json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, **changes})
 
 
 @pytest.mark.usefixtures("held")
-def test_a_strangers_host_is_shown_escaped(tmp_path: Path) -> None:
+def test_a_hostile_host_name_is_shown_escaped(tmp_path: Path) -> None:
     (tmp_path / HOLDER_NAME).write_text(note(host="h\x1b[31m", process=7))
     refused(tmp_path, r"process 7 on h\\x1b\[31m is writing here")
 
@@ -156,22 +153,22 @@ def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({}, f"process 4194305 on {socket.gethostname()} died without releasing it; taken over"),
         ({"host": "node-7"}, "on node-7 has not released it, and .*: make sure that it is not running any more"),
     ],
 )
 def test_a_note_without_a_lock_is_taken_over_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], told: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], message: str
 ) -> None:
-    """From before a reboot; or, on a mount that keeps locks to one host, of another host that may be running."""
+    """The note is from before a reboot or, if locks are local to one host, from another host that may be running."""
     (tmp_path / LOCK_NAME).touch()
     (tmp_path / HOLDER_NAME).write_text(note(**changes))
-    assert re.search(f"{told}$", warned(tmp_path, caplog))
+    assert re.search(f"{message}$", warned(tmp_path, caplog))
 
 
-# --- what the system refuses
+# --- errors of the system
 
 
 def refuse_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
@@ -197,7 +194,9 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
     first.release()
 
 
-def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_taken_is_an_error_and_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
         refuse_locks(patched, errno.EIO)
         with pytest.raises(WriteError, match="cannot be written: input/output error"):
@@ -207,15 +206,15 @@ def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, m
         DirectoryLock(tmp_path / "file")
     with failing("write", errno.ENOSPC), pytest.raises(WriteError, match="no space left") as caught:
         DirectoryLock(tmp_path)
-    DirectoryLock(tmp_path).release()  # although `caught` keeps the failed one alive
+    DirectoryLock(tmp_path).release()  # although `caught` keeps the failed lock alive
     assert caught.value.errno == errno.ENOSPC
 
 
-# --- a medium that is read-only
+# --- a read-only file system
 
 
 def mount_read_only(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the system refuse every change in a directory, as a medium that is mounted read-only does."""
+    """Make the system refuse every change in a directory, as if it were mounted read-only."""
 
     def guarded(name: str) -> Callable[..., object]:
         real = getattr(os, name)
@@ -233,7 +232,9 @@ def mount_read_only(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, name, guarded(name))
 
 
-def test_readers_need_no_lock_and_writers_are_told(tmp_path: Path, ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_need_no_lock_and_writers_get_an_error(
+    tmp_path: Path, ema: Ema, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, run, out = tiny_model(), tmp_path / "run", tmp_path / "out"
     out.mkdir()
     with PostHocEMA.from_model(model, run, update_every=1, checkpoint_every=1) as tracker:

@@ -1,4 +1,4 @@
-"""Fewer snapshots: those that are missed least go, and nothing that was to stay is ever at risk."""
+"""Pruning deletes the snapshots that are needed least, and never endangers those that stay."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def _measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(_measured: Path, tmp_path: Path) -> Path:
-    """12 times x 2 profiles with measurements."""
+    """A run of 12 times x 2 profiles with measurements."""
     return Path(shutil.copytree(_measured, tmp_path / "run"))
 
 
 @pytest.fixture
 def unmeasured(tmp_path: Path) -> Path:
-    """8 times x 2 profiles without measurements."""
+    """A run of 8 times x 2 profiles without measurements."""
     write_run(tmp_path / "old", random_walk(80, {"w": (6, 5), "b": (3,)}), range(10, 81, 10), dtype=torch.float16)
     return tmp_path / "old"
 
@@ -55,7 +55,7 @@ def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
     return {(s.info.t, s.info.sigma_rel) for s in snapshots}
 
 
-# --- what goes
+# --- the choice
 
 
 @pytest.mark.parametrize("keep", [1, 5, 11, 12])
@@ -68,14 +68,14 @@ def test_keep_leaves_what_thinning_leaves(run: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize("wish", [{"keep": 1}, {"max_bytes": 200_000}, {"max_error": 0.9}])
-def test_the_newest_time_stays_and_the_newest_that_is_whole(run: Path, wish: dict[str, Any]) -> None:
+def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish: dict[str, Any]) -> None:
     snapshots = read_directory(run)
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (240.0, 0.28)}
     snapshots = [s for s in snapshots if (s.info.t, s.info.sigma_rel) != (240.0, 0.28)]
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (220.0, 0.05), (220.0, 0.28)}
 
 
-def test_max_size_leaves_as_many_as_fit(run: Path) -> None:
+def test_max_bytes_keeps_as_many_as_fit(run: Path) -> None:
     snapshots = read_directory(run)
     sizes = {s.path: s.header.file_bytes for s in snapshots}
     limit = sum(sizes.values()) // 3
@@ -89,26 +89,24 @@ def test_max_size_leaves_as_many_as_fit(run: Path) -> None:
         plan_pruning(snapshots, max_bytes=newest - 1)
 
 
-def test_max_error_leaves_as_few_as_hold_it(run: Path) -> None:
+def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     snapshots = read_directory(run)
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.info.t < 240.0 for s in pruning.kept)
     order = removal_order(profiles_of(snapshots), source_prior(snapshots), range(24), 1, {22, 23})
     one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.gone) + 1]]
-    assert errors_of(one_less).worst > 1e-3  # half of it: a prediction may be too low by a factor of 2
+    assert errors_of(one_less).worst > 1e-3  # half of `max_error`, since a prediction may be too low by 2
 
 
-def test_the_range_that_is_wanted_decides_what_stays(run: Path) -> None:
+def test_the_range_of_targets_decides_which_snapshots_stay(run: Path) -> None:
     snapshots = read_directory(run)
     short, long = (plan_pruning(snapshots, keep=3, sigma_range=ends) for ends in ((0.03, 0.06), (0.2, 0.28)))
     assert np.mean([s.info.t for s in short.kept]) > np.mean([s.info.t for s in long.kept])
 
 
 @pytest.mark.parametrize("folder", ["run", "unmeasured"])
-def test_the_errors_are_those_of_the_directory_as_it_is_before_and_after(
-    folder: str, request: pytest.FixtureRequest
-) -> None:
+def test_the_errors_are_those_of_the_directory_before_and_after(folder: str, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(folder)
     snapshots = read_directory(path)
     pruning = plan_pruning(snapshots, keep=3)
@@ -120,36 +118,36 @@ def test_the_errors_are_those_of_the_directory_as_it_is_before_and_after(
     prune(path, pruning)
     left = read_directory(path)
     assert len(left) == 6
-    # What is left says about the same as everything said before, where headers keep what was known.
+    # The survivors predict about the same error, if their headers keep the measurements of all.
     assert errors_of(left).worst == pytest.approx(pruning.after.worst, rel=0.15 if folder == "run" else 1.0)
     assert pruning.after.worst > pruning.before.worst
 
 
 @pytest.mark.parametrize(
-    ("wish", "told"),
+    ("wish", "message"),
     [
         ({"keep": 0}, "keep 0"), ({"keep": 13}, "only 12 snapshots a profile"), ({}, "give one of them"),
         ({"max_bytes": 100}, "which stay, take"), ({"keep": 1, "max_error": 0.1}, "give one of them"),
         ({"max_error": 1e-9}, "max_error 1e-09"),
     ],
 )  # fmt: skip
-def test_impossible_wishes_are_refused(run: Path, wish: dict[str, Any], told: str) -> None:
-    with pytest.raises(InexactError if "max_error 1e" in told else InvalidValueError, match=told):
+def test_impossible_arguments_are_refused(run: Path, wish: dict[str, Any], message: str) -> None:
+    with pytest.raises(InexactError if "max_error 1e" in message else InvalidValueError, match=message):
         plan_pruning(read_directory(run), **wish)
 
 
 # --- deleting
 
 
-def test_what_was_planned_goes_and_the_rest_is_untouched(run: Path) -> None:
+def test_the_planned_snapshots_are_deleted_and_the_others_untouched(run: Path) -> None:
     before = contents(run)
     pruning = plan_pruning(read_directory(run), keep=4)
-    seen: list[int] = []
+    advances: list[int] = []
     with DirectoryLock(run), pytest.raises(LockedError, match="is writing here"):
         prune(run, pruning)
-    done = prune(run, pruning, seen.append)
+    done = prune(run, pruning, advances.append)
     assert (pruning.deleted, done.deleted) == (False, True)
-    assert sum(seen) == pruning.read_bytes
+    assert sum(advances) == pruning.read_bytes
     assert contents(run).keys() - {".ema.lock"} == {s.path.name for s in pruning.kept}
     assert all(before.get(name, data) == data for name, data in contents(run).items())
 
@@ -164,7 +162,7 @@ def test_what_was_planned_goes_and_the_rest_is_untouched(run: Path) -> None:
 def test_nothing_is_deleted_when_a_survivor_is_damaged(
     run: Path, harm: Callable[[Path], None], kind: type[Exception]
 ) -> None:
-    """Or replaced, or gone."""
+    """Nor if a survivor was replaced or deleted."""
     pruning = plan_pruning(read_directory(run), keep=4)
     victim = pruning.kept[-1].path
     harm(victim)
@@ -191,7 +189,7 @@ def test_an_interruption_leaves_a_directory_that_works(run: Path, stop: BaseExce
     assert len(read_directory(run)) == 8
 
 
-def test_tracking_goes_on_after_pruning(run: Path) -> None:
+def test_training_is_resumed_after_pruning(run: Path) -> None:
     walk = Walk()
     prune(run, plan_pruning(read_directory(run), keep=1))
     with PostHocEMA.from_path(run, walk.model, step=240) as tracker:
@@ -199,41 +197,42 @@ def test_tracking_goes_on_after_pruning(run: Path) -> None:
     assert [s.info.t for s in read_directory(run)] == [240.0, 240.0, 260.0, 260.0]
 
 
-# --- a run to plan like
+# --- an earlier run as the model for a plan
 
 
 def test_a_stretched_motion_keeps_every_expected_distance() -> None:
-    """Of a run whose averages began with it: the new one moves from its start."""
+    """The averages begin with the run; the new run moves from its start."""
     motion = Motion(np.array([0.0, 30.0, 80.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))  # per step
     clock = Clock((80.0,), (80.0,))
     snapshots = [PowerFunction.from_sigma_rel(s, t) for t in (20.0, 50.0, 80.0) for s in (0.05, 0.28)]
     later = [replace(p, t=7.0 * p.t) for p in snapshots]
     norm = 9.0
-    own = replace(assumed_prior(snapshots, 1e-4, motion), norm=norm * np.ones(6), rounding=norm * 1e-8 * np.ones(6))
-    own = replace(own, steps=Steps(clock))
-    other = assumed_prior(later, 1e-4, own.stretched(560.0, 80.0, norm))
-    np.testing.assert_allclose(
-        forecast(snapshots, own).predicted_error, forecast(later, other).predicted_error, rtol=1e-5
-    )
+    prior = replace(
+        assumed_prior(snapshots, 1e-4, motion), norm=norm * np.ones(6), rounding=norm * 1e-8 * np.ones(6),
+        steps=Steps(clock),
+    )  # fmt: skip
+    stretched = assumed_prior(later, 1e-4, prior.stretched(560.0, 80.0, norm))
+    expected = forecast(snapshots, prior).predicted_error
+    np.testing.assert_allclose(expected, forecast(later, stretched).predicted_error, rtol=1e-5)
 
 
-def test_a_run_says_how_it_moved_and_how_it_was_stored(run: Path) -> None:
+def test_a_scaled_run_has_the_motion_and_the_rounding_of_the_run(run: Path) -> None:
     found = scaled_run(read_directory(run), 2400)
     assert found.motion.edges[-1] == pytest.approx(2400)
     # An average of values spread around zero is stored about as well as any.
     assert found.rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
 
 
-def test_the_rounding_of_mixed_dtypes_is_that_of_none(tmp_path: Path) -> None:
+def test_snapshots_of_mixed_dtypes_count_for_no_dtypes_rounding(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     walk = torch.zeros(400)
     for t in range(10, 60, 10):
         walk = walk + torch.randn(400, generator=generator)
         values = {"w": walk.half(), "v": walk.bfloat16() if t == 30 else walk.half(), "n": torch.tensor(3)}
-        own = make_info({name: value.float() if name != "n" else value for name, value in values.items()}).tensors
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, values, sigma_rels=(0.05,), tensors=own)
+        tensors = make_info({name: value.float() if name != "n" else value for name, value in values.items()}).tensors
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, values, sigma_rels=(0.05,), tensors=tensors)
     found = scaled_run(read_directory(tmp_path), 100)
     assert list(found.rounding) == ["float16"]
     assert found.rounding["float16"] == pytest.approx(2e-4, rel=0.3)
-    found = scaled_run(read_directory(tmp_path)[:1], 100)  # a run of one snapshot says nothing
+    found = scaled_run(read_directory(tmp_path)[:1], 100)  # one snapshot shows neither
     assert (found.motion, found.rounding) == (None, {})

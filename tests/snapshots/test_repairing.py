@@ -1,4 +1,4 @@
-"""What is broken is set aside and not lost, what is left works, and nothing is touched while somebody writes."""
+"""A repair sets broken files aside without losing them, the rest works, and nothing is touched during a training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checking import assert_same_tensors
 from ema_command import Ema
 from factories import (
     OTHER_RUN_ID,
@@ -35,10 +36,9 @@ from posthoc_cli.snapshots.writer import DirectoryLock
 from posthoc_cli.synthesis.plan import plan_synthesis
 
 
-def is_whole(run: Path, snapshots: int) -> bool:
-    """Whether everything is fine, with so many snapshots."""
-    found = verify(run)
-    return found.is_fine and len(find_snapshots(run)) == snapshots
+def is_fine(run: Path, snapshots: int) -> bool:
+    """Return whether a run has this number of snapshots and no fault."""
+    return verify(run).is_fine and len(find_snapshots(run)) == snapshots
 
 
 def break_some(run: Path, which: tuple[int, ...]) -> list[Path]:
@@ -52,15 +52,17 @@ def break_some(run: Path, which: tuple[int, ...]) -> list[Path]:
 
 
 @pytest.mark.parametrize("which", [(0,), (4, 5), (-1,), (-2, -1), (0, 3, 9, -1), tuple(range(10))])
-def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_path: Path, which: tuple[int]) -> None:
-    bar = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
+def test_the_remaining_snapshots_work_with_a_higher_predicted_error(
+    ema: Ema, run: Path, tmp_path: Path, which: tuple[int]
+) -> None:
+    before_loss = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
     broken = break_some(run, which)
     plan, before = verify(run), sorted(contents(run).values())
     assert {path.name for path in repair(plan)} == {path.name for path in broken}
     assert [path for path in sorted(contents(run).values()) if path] == [path for path in before if path]
-    assert is_whole(run, 12 - len(which))
-    now = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
-    assert now > 0.99 * bar  # the norm that both are relative to is estimated anew
+    assert is_fine(run, 12 - len(which))
+    # The norm that both errors are relative to is estimated anew.
+    assert plan_synthesis(disk_sources(run), [0.15]).predicted_error(0) > 0.99 * before_loss
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "o.safetensors")
     assert result.code == 0, result.err
     if len(which) == 4:
@@ -69,7 +71,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
 
 
 @pytest.mark.parametrize("which", [(0,), (-1,), (-2, -1)])
-def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
+def test_training_is_resumed_after_a_loss(run: Path, which: tuple[int]) -> None:
     break_some(run, which)
     repair(verify(run))
     walk = Walk()
@@ -80,43 +82,42 @@ def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
 
 
 @pytest.mark.parametrize("which", [(0,), (-1,), (4, 5, -1)])
-def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path: Path, which: tuple[int]) -> None:
-    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+def test_a_state_that_knew_the_lost_snapshot_continues_exactly(run: Path, tmp_path: Path, which: tuple[int]) -> None:
+    complete = Path(shutil.copytree(run, tmp_path / "complete"))
     lost = break_some(run, which)
     repair(verify(run))
-    for folder in (run, whole):
+    for folder in (run, complete):
         walk = Walk()
         with new_tracker(walk, folder, resume="auto") as tracker:
             load_state(tracker, folder / "state.safetensors")
             walk.train(tracker, 20)
-    names = {path.name for path in snapshot_files(whole)}
-    assert is_whole(run, len(names) - len(lost))
+    names = {path.name for path in snapshot_files(complete)}
+    assert is_fine(run, len(names) - len(lost))
     assert {path.name for path in snapshot_files(run)} == names - {path.name for path in lost}
     for name in sorted(names)[-4:]:
-        ours, theirs = load_file(run / name), load_file(whole / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert_same_tensors(load_file(run / name), load_file(complete / name))
 
 
-def test_states_outputs_and_what_is_no_file_go_too_and_contradictions_stay(run: Path) -> None:
+def test_broken_states_indexes_and_special_files_are_moved_and_contradictions_stay(run: Path) -> None:
     shutil.copy(snapshot_files(run)[0], run / "copy.safetensors")
-    write_snapshot(run, 5, 0.05, OTHER_RUN_ID, {"w": torch.ones(3)}, name="stranger.safetensors")
+    write_snapshot(run, 5, 0.05, OTHER_RUN_ID, {"w": torch.ones(3)}, name="other-run.safetensors")
     flip_bit(run / "state.safetensors")
     os.mkfifo(run / "fifo.safetensors")
     (run / "nowhere.safetensors").symlink_to("nowhere")
     (run / INDEX_NAME).write_text("{")
     found = verify(run)
-    problems = [str(one) for one in inspect_directory(run).problems if isinstance(one, MismatchError)]
+    problems = [str(problem) for problem in inspect_directory(run).problems if isinstance(problem, MismatchError)]
     assert [*found.problems] == problems != []
     moved = repair(found)
     names = {INDEX_NAME, "state.safetensors", "fifo.safetensors", "nowhere.safetensors"}
     assert {path.name for path in moved} == names
     (run / "copy.safetensors").unlink()
-    (run / "stranger.safetensors").unlink()
-    assert is_whole(run, 12)
+    (run / "other-run.safetensors").unlink()
+    assert is_fine(run, 12)
     assert verify(run).notes == ("4 in damaged/, where a repair has moved them; not read",)
 
 
-def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
+def test_a_link_is_moved_and_not_its_target(run: Path, tmp_path: Path) -> None:
     path, elsewhere = snapshot_files(run)[3], tmp_path / "elsewhere.safetensors"
     path.rename(elsewhere)
     flip_bit(elsewhere)
@@ -137,13 +138,13 @@ def test_shards_of_an_output_in_the_directory_itself(ema: Ema, run: Path) -> Non
     synthesize_shards(ema, run, run)
     shards = sorted(run.glob("model-*"))
     assert len(shards) > 1
-    assert is_whole(run, 12)
+    assert is_fine(run, 12)
     flip_bit(shards[0])
     assert {path.name for path in repair(verify(run))} == {INDEX_NAME, *(path.name for path in shards)}
-    assert is_whole(run, 12)
+    assert is_fine(run, 12)
 
 
-def test_only_in_a_snapshot_directory(tmp_path: Path) -> None:
+def test_only_files_in_a_snapshot_directory_are_repaired(tmp_path: Path) -> None:
     snapshot = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(3)})
     output = tmp_path / "outputs" / "model.safetensors"
     output.parent.mkdir()
@@ -155,8 +156,8 @@ def test_only_in_a_snapshot_directory(tmp_path: Path) -> None:
             check_repairable(verify(path))
 
 
-def test_what_has_changed_since_is_not_moved_and_what_has_gone_passed_over(run: Path) -> None:
-    assert repair(verify(run)) == ()  # nothing is wrong
+def test_a_file_that_has_changed_since_is_not_moved_and_a_missing_one_is_skipped(run: Path) -> None:
+    assert repair(verify(run)) == ()
     first, second = break_some(run, (0, 1))
     plan = verify(run)
     first.unlink()
@@ -183,8 +184,8 @@ def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(run: Path, opera
             assert "damaged" in str(error)
     assert [data for data in sorted(contents(run).values()) if data] == [data for data in before if data]
     repair(verify(run))
-    assert is_whole(run, 9)
-    DirectoryLock(run).release()  # it was given back
+    assert is_fine(run, 9)
+    DirectoryLock(run).release()  # the repair has released it
 
 
 # --- leftovers
@@ -196,8 +197,7 @@ def leave(path: Path, age: float) -> Path:
     return path
 
 
-def goes_on(run: Path) -> None:
-    """A training that continues."""
+def resumed(run: Path) -> None:
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model, step=60) as tracker:
         walk.train(tracker, 10)
@@ -211,12 +211,12 @@ def pruned(run: Path) -> None:
     Run(run).prune(keep=5)
 
 
-@pytest.mark.parametrize("writer", [goes_on, repaired, pruned])
-def test_the_next_writer_removes_leftovers_that_are_still(
+@pytest.mark.parametrize("writer", [resumed, repaired, pruned])
+def test_the_next_writer_removes_leftovers_that_no_longer_change(
     run: Path, tmp_path: Path, writer: Callable[[Path], None]
 ) -> None:
     old, young = leave(run / ".ema-1.tmp", 120), leave(run / ".ema-2.tmp", 5)
-    ahead = leave(run / ".ema-3.tmp", -3600)  # by another host's clock
+    ahead = leave(run / ".ema-3.tmp", -3600)  # another host's clock is fast
     (tmp_path / "precious").write_text("x")
     (run / ".ema-4.tmp").symlink_to(tmp_path / "precious")
     folders = {name: run / f".ema-{name}.tmp" for name in ("5", "import", "growing")}
@@ -252,16 +252,16 @@ def test_outputs_and_imports_remove_leftovers_an_hour_old(run: Path, tmp_path: P
         assert young.exists()
 
 
-def test_leftovers_that_cannot_be_removed_stop_no_training(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_leftovers_that_cannot_be_removed_are_a_warning(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     leftover = leave(run / ".ema-1.tmp", 120)
     with failing("unlink", errno.EACCES, lambda path: path == leftover):
-        goes_on(run)
+        resumed(run)
     assert f"{leftover}: left by an interrupted write, and cannot be removed" in caplog.text
-    assert is_whole(run, 14)
+    assert is_fine(run, 14)
 
 
-def test_nothing_of_another_directory_is_moved_or_deleted(ema: Ema, run: Path, tmp_path: Path) -> None:
-    """Through links in the place of `superseded` and of a folder of shards: its lock is another one."""
+def test_nothing_in_another_directory_is_moved_or_deleted(ema: Ema, run: Path, tmp_path: Path) -> None:
+    """Links in place of `superseded` and of a folder of shards lead to directories with other locks."""
     other, shards = Path(shutil.copytree(run, tmp_path / "other")), tmp_path / "shards"
     synthesize_shards(ema, run, shards)
     break_some(other, (0,))

@@ -1,4 +1,4 @@
-"""Measurements from a sample: exact where the model is small, unbiased where it is large."""
+"""Measurements from a sample are exact for small models and unbiased for large ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snapshot
 
+from posthoc_cli.dtypes import stored_name
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import sources
@@ -17,7 +18,6 @@ from posthoc_cli.snapshots.reading import TensorReader
 from posthoc_cli.snapshots.sources import Snapshot, expected_rounding, sample_measurements, with_sampled_measurements
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-EPS = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -25,9 +25,9 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 def write(folder: Path, t: float, sigma_rel: float, values: dict[str, torch.Tensor], run_id: str = RUN_ID) -> Snapshot:
-    """A snapshot of a float32 model (of float64, where that is stored)."""
-    own = {torch.int64: TrackedTensor("copy", "I64"), torch.float64: TrackedTensor("average", "F64")}
-    tensors = {name: own.get(value.dtype, TrackedTensor("average", "F32")) for name, value in values.items()}
+    """Write a snapshot of a float32 model, or of float64 if that is the stored dtype."""
+    tracked = {torch.int64: TrackedTensor("copy", "I64"), torch.float64: TrackedTensor("average", "F64")}
+    tensors = {name: tracked.get(value.dtype, TrackedTensor("average", "F32")) for name, value in values.items()}
     path = write_snapshot(folder, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=(0.05, 0.28))
     return read_snapshot(path)
 
@@ -50,17 +50,17 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path, dty
     keys = list(values)
     partners = [[(10, 0.28)], [(10, 0.05)], [(20, 0.28), *keys[:2]], [(20, 0.05), *keys[:2]]]
     for key, measured, others in zip(keys, found, partners, strict=True):
-        own = values[key]
-        assert measured.norm == pytest.approx(squares(*((own[n], torch.zeros(1)) for n in "wb")), rel=1e-12)
+        exact = values[key]
+        assert measured.norm == pytest.approx(squares(*((exact[n], torch.zeros(1)) for n in "wb")), rel=1e-12)
         assert [(d.t, d.sigma_rel) for d in measured.distances] == others
         for distance in measured.distances:
             other = values[int(distance.t), distance.sigma_rel]
-            assert distance.squared == pytest.approx(squares(*((own[n], other[n]) for n in "wb")), rel=1e-12)
+            assert distance.squared == pytest.approx(squares(*((exact[n], other[n]) for n in "wb")), rel=1e-12)
             partner = found[keys.index((int(distance.t), distance.sigma_rel))]
             assert distance.rounding == measured.rounding + partner.rounding
 
 
-def test_results_come_in_the_order_of_the_snapshots_with_the_newest_of_each_profile(tmp_path: Path) -> None:
+def test_results_are_in_the_order_of_the_snapshots_with_distances_to_the_newest_of_each_profile(tmp_path: Path) -> None:
     times = [(10, 0.05), (10, 0.28), (20, 0.05), (30, 0.05)]
     snapshots = [write(tmp_path, t, s, {"w": draw(t, 5)}) for t, s in times]
     found = sample_measurements(snapshots)
@@ -77,12 +77,11 @@ def test_results_come_in_the_order_of_the_snapshots_with_the_newest_of_each_prof
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 2e-7, 1e-6])
 def test_the_expected_rounding_is_that_of_values_that_are_rounded(dtype: torch.dtype, scale: float) -> None:
-    """Also where they lie among the subnormal numbers of float16; 200,000 errors average to within 2 %."""
+    """This includes subnormal numbers of float16; 200,000 errors average to within 2 %."""
     exact = (draw(1, 200_000) * scale).float().to(torch.float64 if dtype == torch.float64 else torch.float32)
     stored = exact.to(dtype)
-    own = "F64" if dtype == torch.float64 else "F32"
-    name = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    expected = expected_rounding(stored.double().numpy(), name, own)
+    original = "F64" if dtype == torch.float64 else "F32"
+    expected = expected_rounding(stored.double().numpy(), stored_name(dtype), original)
     zeros = stored == 0
     assert expected == pytest.approx(squares((exact[~zeros], stored[~zeros])), rel=0.02)
 
@@ -95,14 +94,14 @@ def test_float32_of_a_float64_model_is_rounded(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": exact.float()}, tensors=tensors)
     (measured,) = sample_measurements([read_snapshot(path)])
     assert measured.rounding == pytest.approx(expected, rel=1e-12)
-    assert expected_rounding(np.zeros(10), "F16", "F32") == 0  # zeros are taken for exact
+    assert expected_rounding(np.zeros(10), "F16", "F32") == 0  # zeros count as exact
 
 
 # --- large models
 
 
 def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path: Path) -> None:
-    """3,000,000 elements of two scales. Of a relative variance of 1.6 a run, 1,000 runs leave about 4 %."""
+    """The model has 3,000,000 elements of two scales. With a relative variance of 1.6, 1,000 runs leave about 4 %."""
     shapes = {"a": (1000, 1000), "b": (2_000_000,), "c": (777,)}
     scales = {"a": 3.0, "b": 1.0, "c": 10.0}
     values = {
@@ -120,7 +119,7 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
     assert found[1].distances[0].squared == pytest.approx(exact, rel=0.15)
 
 
-def test_estimates_are_right_on_the_average_over_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_are_unbiased_over_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MOST_ELEMENTS", 4_096)
     values = {"small": draw(0, 700) * 5, "large": draw(1, 20_000), "odd": draw(2, 31) * 20}
     snapshot = write(tmp_path, 10, 0.05, values)
@@ -134,7 +133,7 @@ def test_estimates_are_right_on_the_average_over_runs(tmp_path: Path, monkeypatc
 
 
 def elements_read(snapshots: list[Snapshot], monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int, int]]]:
-    """What is read of each file, in bytes."""
+    """Return the ranges, in bytes, that are read from each file."""
     parts: dict[Path, list[tuple[str, int, int]]] = {s.path: [] for s in snapshots}
     real = TensorReader.read_sample
 
@@ -161,13 +160,13 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
     assert {name for name, *_ in first} == {"a", "b"}
     seen = {(name, i) for name, begin, end in first for i in range(begin, end, 4)}
     assert 990_000 < len(seen) <= 1_000_000
-    assert sum(end - begin for _, begin, end in first) == 4 * len(seen)  # none twice
+    assert sum(end - begin for _, begin, end in first) == 4 * len(seen)  # no element twice
     share = sum(name == "a" for name, _ in seen) / len(seen)
     assert share == pytest.approx(0.75, abs=0.06)
 
 
-def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each lies within one tensor, and all of a model that is no larger than the sample are read, once each."""
+def test_a_run_of_elements_continues_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each range is within one tensor; of a model no larger than the sample, every element is read once."""
     monkeypatch.setattr(sources, "RUN_ELEMENTS", 4)
     values = {name: torch.zeros(size) for name, size in zip("abcdefghi", [3, 0, 4, 0, 4, 0, 4, 0, 4], strict=True)}
     (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
@@ -179,7 +178,7 @@ def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypat
     assert sum(end - begin for _, begin, end in parts) in (4 * 8, 4 * (4 + 19 % 4))
 
 
-# --- what cannot be measured
+# --- values that cannot be measured
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -192,7 +191,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, bad: float, dtype: 
     assert str(caught.value).isprintable()
 
 
-def test_values_too_large_to_be_squared_are_told(tmp_path: Path) -> None:
+def test_values_too_large_to_be_squared_are_an_error(tmp_path: Path) -> None:
     snapshot = write(tmp_path, 10, 0.05, {"w": torch.tensor([1e200], dtype=torch.float64)})
     with pytest.raises(OverflowError, match="too large to be squared"):
         sample_measurements([snapshot])

@@ -1,7 +1,4 @@
-"""A tensor file is absent or whole, and complete when it is there; what cannot be read ends in an error that names it.
-
-Before a value is used; what can be read is verified.
-"""
+"""A tensor file is absent or complete; a file that cannot be read is an error that names it before a value is used."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,7 @@ from posthoc_cli.synthesis.plan import plan_synthesis
 
 Small = Callable[[str], Path]
 
-# --- accidents of readers
+# --- accidents during reading
 
 
 def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(small: Small) -> None:
@@ -68,11 +65,13 @@ def read_tensor(path: Path) -> object:
 @pytest.mark.parametrize(
     ("read", "fails"), [(read_tensor, 0), (read_tensor, 1), (read_tensor, 2), (lambda p: read_small_file(p, 10**6), 0)]
 )
-def test_whoever_reads_says_what_could_not_be_read(small: Small, read: Callable[[Path], object], fails: int) -> None:
-    """The header's length, the header, a tensor; a whole file. Then the same of a file that is gone."""
+def test_an_error_of_reading_names_the_file_and_the_reason(
+    small: Small, read: Callable[[Path], object], fails: int
+) -> None:
+    """Reading the header's length, the header, a tensor, or a small file fails; afterwards the file is deleted."""
     path = small("snapshot")
-    told = rf"^{path}: .*cannot be read: input/output error$"
-    with failing("read", errno.EIO, call_number(fails)), pytest.raises(FileFormatError, match=told):
+    message = rf"^{path}: .*cannot be read: input/output error$"
+    with failing("read", errno.EIO, call_number(fails)), pytest.raises(FileFormatError, match=message):
         read(path)
     path.unlink()
     with pytest.raises(VanishedError, match=rf"^{path}: cannot be opened: no such file or directory$"):
@@ -80,27 +79,27 @@ def test_whoever_reads_says_what_could_not_be_read(small: Small, read: Callable[
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "told"),
+    ("code", "kind", "message"),
     [
         (errno.ENOENT, VanishedError, "no such file or directory"), (errno.ESTALE, VanishedError, "stale file handle"),
         (errno.EACCES, FileFormatError, "permission denied"),
         (errno.EMFILE, FileFormatError, "too many open files; raise the limit"),
     ],
 )  # fmt: skip
-def test_why_a_file_cannot_be_opened(code: int, kind: type[FileFormatError], told: str) -> None:
+def test_the_reason_why_a_file_cannot_be_opened_is_named(code: int, kind: type[FileFormatError], message: str) -> None:
     with failing("open", code), pytest.raises(FileFormatError) as caught:
         read_header(Path("x"))
     assert type(caught.value) is kind
-    assert str(caught.value).startswith(f"x: cannot be opened: {told}")
+    assert str(caught.value).startswith(f"x: cannot be opened: {message}")
     assert ("raise the limit" in str(caught.value)) == (code == errno.EMFILE)
 
 
 @pytest.mark.parametrize("same_checksum", [False, True])
 @pytest.mark.parametrize("kind", ["snapshot", "output"])
-def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
+def test_a_file_that_was_replaced_after_its_header_was_read_is_refused(
     small: Small, kind: str, same_checksum: bool
 ) -> None:
-    """One of the same size, whose header may carry the checksum of the other, wrongly."""
+    """The new file has the same size, and perhaps wrongly the checksum of the old one."""
     path = small(kind)
     header = read_header(path)
     open_file(path, header).close()
@@ -113,21 +112,19 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(
         length = 8 + int.from_bytes(other[:8], "little")
         other[digits : digits + 16] = xxhash.xxh3_64_hexdigest(bytes(other[:length])).encode()
     path.write_bytes(other)
-    told = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
-    with pytest.raises(FileFormatError, match=told):
+    reason = "damaged header: its checksum does not match" if same_checksum else "was replaced while it was being used"
+    with pytest.raises(FileFormatError, match=reason):
         open_file(path, header)
 
 
-def test_a_file_without_checksums_that_is_written_to_meanwhile_is_an_error(small: Small, tmp_path: Path) -> None:
-    """With checksums each block that is read tells by itself."""
+def test_a_file_without_checksums_that_changes_during_reading_is_an_error(small: Small, tmp_path: Path) -> None:
+    """With checksums each block shows by itself whether it has changed."""
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(3)}, foreign)
-    for path, told in (
-        (foreign, pytest.raises(FileFormatError, match="was changed while it was")),
-        (small("output"), None),
-    ):
-        with told or nullcontext(), open_file(path):
-            os.utime(path, (0, 0))
+    with pytest.raises(FileFormatError, match="was changed while it was"), open_file(foreign):
+        os.utime(foreign, (0, 0))
+    with open_file(path := small("output")):
+        os.utime(path, (0, 0))
 
 
 def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
@@ -139,22 +136,16 @@ def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
-# --- what is no file
-
-
-def test_a_path_that_no_system_accepts_is_refused() -> None:
-    with pytest.raises(FileFormatError, match="cannot be opened"):
-        read_header(Path("a\0b"))
-
-
-def test_a_small_file_has_at_most_so_many_bytes(tmp_path: Path) -> None:
+def test_a_small_file_is_read_up_to_a_limit_and_an_impossible_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abcd")
     assert read_small_file(tmp_path / "x", 4) == b"abcd"
     with pytest.raises(FileFormatError, match=r"x: has 4 bytes; at most 3 are allowed"):
         read_small_file(tmp_path / "x", 3)
+    with pytest.raises(FileFormatError, match="cannot be opened"):
+        read_header(Path("a\0b"))
 
 
-# --- parts of a tensor, in pieces of any size, with the checksums of whole blocks
+# --- ranges of a tensor, in pieces of any size, with the checksums of complete blocks
 
 BLOCK = 16
 SIZE = 3 * BLOCK + 5
@@ -168,7 +159,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_pieces(path: Path, size: int, cut: int = 2 * BLOCK) -> Path:
-    """A tensor between two others, written from two ranges, the later one first, in pieces of `size` bytes."""
+    """Write a tensor between two others, in two ranges, the later one first, in pieces of `size` bytes."""
     specs = [fmt.TensorSpec(name, "U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))]
     with TensorFileWriter(path, specs, {"ema.format": "snapshot"}) as writer:
         for begin, end in ((cut, SIZE), (0, cut)):
@@ -210,16 +201,16 @@ def test_a_range_is_read_and_each_of_its_blocks_is_verified(tmp_path: Path, begi
 
     assert read() == DATA[begin:end]
     start = read_header(path).payload_start + 3
-    whole = bytearray(path.read_bytes())
+    data = bytearray(path.read_bytes())
     for position in range(SIZE):
-        whole[start + position] ^= 1
-        path.write_bytes(whole)
+        data[start + position] ^= 1
+        path.write_bytes(data)
         if begin <= position < end:
             with pytest.raises(FileFormatError, match=r"x\.safetensors: tensor 'x' is damaged: its checksum"):
                 read()
         else:
             assert read() == DATA[begin:end]
-        whole[start + position] ^= 1
+        data[start + position] ^= 1
 
 
 # --- writing
@@ -236,33 +227,26 @@ def write(path: Path, overwrite: bool = False) -> None:
 
 @contextmanager
 def refused(folder: Path, match: str) -> Iterator[None]:
-    """The block raises, and leaves nothing in the folder."""
+    """Require that the block raises, and leaves nothing in the folder."""
     with pytest.raises(InvalidValueError, match=match) as caught:
         yield
     assert len(str(caught.value)) < 300
     assert list(folder.iterdir()) == []
 
 
-def test_a_model_without_tensors_is_a_file(tmp_path: Path) -> None:
-    with TensorFileWriter(tmp_path / "x", [], {}) as writer:
-        writer.commit()
-    with open_file(tmp_path / "x") as file:
-        assert file.header.tensors == {}
-
-
 @pytest.mark.parametrize(
-    ("names", "metadata", "told"),
+    ("names", "metadata", "message"),
     [
         (["a", "a"], {}, "must be unique"), (["__metadata__"], {}, "must be unique"),
         (["x" * 10_000, "half \ud800 a pair"], {}, r"half .*ud800"),
-        ([], {"note": "x" * 100_000_000}, "100,000,000"),  # a header that readers would refuse
+        ([], {"note": "x" * 100_000_000}, "100,000,000"),
     ],
 )  # fmt: skip
-def test_what_no_reader_would_take_is_not_written(
-    tmp_path: Path, names: list[str], metadata: dict[str, str], told: str
+def test_headers_that_readers_refuse_are_not_written(
+    tmp_path: Path, names: list[str], metadata: dict[str, str], message: str
 ) -> None:
     specs = [fmt.TensorSpec(name, "U8", (1,)) for name in names]
-    with refused(tmp_path, told), TensorFileWriter(tmp_path / "x", specs, metadata) as writer:
+    with refused(tmp_path, message), TensorFileWriter(tmp_path / "x", specs, metadata) as writer:
         for name in names[:1]:
             writer.write(name, b"x")
         writer.commit()

@@ -1,4 +1,4 @@
-"""Verification finds whatever is not as it was written, says which file it is, and finds nothing else."""
+"""Verification finds every change since a file was written, names the file, and reports nothing else."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ W = {"w": torch.ones(3)}
 
 @pytest.fixture
 def output(run: Path, tmp_path: Path) -> Path:
-    """A synthesis from the run."""
+    """The output of a synthesis from the run."""
     return synthesize(run, 0.1, tmp_path / "output.safetensors")
 
 
 @pytest.fixture
 def shards(output: Path, tmp_path: Path) -> Path:
-    """The same in three shards."""
+    """The output in three shards."""
     export_file(output, tmp_path / "shards", max_shard_size="1KB")
     return tmp_path / "shards"
 
@@ -62,41 +62,41 @@ def synthesize(run: Path, sigma_rel: float, out: Path) -> Path:
 
 
 def verified(path: Path) -> Verification:
-    told: list[int] = []
+    advances: list[int] = []
 
     @contextmanager
     def bar(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
-        yield told.append
+        yield advances.append
 
     found = verify(path, bar)
-    assert sum(told) == found.nbytes
+    assert sum(advances) == found.nbytes
     return found
 
 
 def notes(path: Path) -> tuple[str, ...]:
-    """What is noted where everything is fine."""
+    """Return the notes about a path where everything is fine."""
     found = verified(path)
     assert found.is_fine, found
     return found.notes
 
 
 def wrong(path: Path) -> dict[str, tuple[str, str]]:
-    """State and detail of what is not fine, by name."""
+    """Return the state and detail of files that are not fine, by name."""
     found = verified(path)
     assert found.is_fine == (not found.broken) or found.problems
     return {report.path.name: (report.state, report.detail) for report in found.files if not report.is_fine}
 
 
 def only_wrong(path: Path) -> tuple[str, str]:
-    """State and detail of the one thing that is not fine."""
+    """Return the state and detail of the only file that is not fine."""
     (found,) = wrong(path).values()
     return found
 
 
-# --- what is whole
+# --- intact files
 
 
-def test_a_run_is_whole_and_each_file_has_its_line(run: Path) -> None:
+def test_an_intact_run_has_a_report_for_each_file(run: Path) -> None:
     found = verified(run)
     assert (found.is_fine, found.notes) == (True, ())
     assert [report.path for report in found.files] == sorted(run.glob("*.safetensors"))
@@ -120,7 +120,7 @@ def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards
     found = verified(tmp_path / "foreign.safetensors")
     assert (found.files[0].what, found.files[0].state, found.is_fine) == ("foreign", "unchecked", True)
     assert found.notes == (f"{tmp_path}/foreign.safetensors: tensor 'w' holds nan or infinity",)
-    found = verified(tmp_path)  # all of it, the folder of shards too
+    found = verified(tmp_path)  # including the folder of shards
     assert (found.is_fine, len(found.files)) == (True, 2 + len(list(shards.iterdir())))
 
 
@@ -135,17 +135,17 @@ def harm(path: Path, names: str | list[str]) -> None:
 def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    """And in constant memory: so many blocks a thread are in work at most."""
+    """It takes constant memory: a bounded number of blocks is in flight."""
     monkeypatch.setattr(reading, "THREADS", threads)
     generator = torch.Generator().manual_seed(0)
     sizes = [0, 1, 3, 1_000_000, 2**21, 2**21 + 1, 5_000_000, *[7] * 2000, 1_048_575]
     values = {f"{k}": torch.randn(size, generator=generator).half() for k, size in enumerate(sizes)}
     values |= {"wide": torch.randn(300_001, generator=generator), "n": torch.tensor(3)}
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
-    told: list[int] = []
-    verify_payload(path, read_header(path), told.append)
-    assert sum(told) == sum(value.nbytes for value in values.values())
-    assert max(told) <= fmt.BLOCK_BYTES
+    advances: list[int] = []
+    verify_payload(path, read_header(path), advances.append)
+    assert sum(advances) == sum(value.nbytes for value in values.values())
+    assert max(advances) <= fmt.BLOCK_BYTES
     harmed = ["5", "6", "1500", "wide"]
     harm(path, harmed)
     with pytest.raises(FileFormatError, match=r"is damaged: its checksum"):
@@ -155,7 +155,7 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(
     assert "(and 3 tensors more)" in only_wrong(path)[1]
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_damaged_from_there_on(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_during_reading_is_damaged_from_there_on(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1_000_000) for name in "abc"})
     header = read_header(path)
     with open_file(path) as file:
@@ -171,7 +171,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_damaged_from_there_on(tmp_path:
 
 @pytest.mark.parametrize("place", [3, 40, 0.5, -1])
 def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: float) -> None:
-    """And in no other file; `torture` flips every bit of small files."""
+    """No other file is reported; `torture` flips every bit of small files."""
     for path in (snapshot_files(run)[3], output, run / "state.safetensors", min(shards.glob("*.safetensors"))):
         data = path.read_bytes()
         flip_bit(path, place if isinstance(place, int) else int(len(data) * place))
@@ -179,7 +179,7 @@ def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: 
         path.write_bytes(data)
 
 
-def test_a_damaged_file_is_what_its_name_says_if_anything(run: Path) -> None:
+def test_a_damaged_file_is_described_by_its_name(run: Path) -> None:
     first, second, *_ = snapshot_files(run)
     os.truncate(first, first.stat().st_size - 1)
     os.truncate(second, 100)
@@ -201,19 +201,17 @@ def test_a_value_that_is_not_finite_is_named_with_its_average(tmp_path: Path, dt
     values = {"a": torch.ones(5, dtype=dtype), "b": torch.ones(3, 7, dtype=dtype), "n": torch.ones(2)}
     values["b"][1, 3] = value
     values["n"][0] = np.nan
-    own = {
-        name: TrackedTensor("copy" if name == "n" else "average", stored_name(v.dtype)) for name, v in values.items()
-    }
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=own)
+    tensors = {n: TrackedTensor("copy" if n == "n" else "average", stored_name(v.dtype)) for n, v in values.items()}
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=tensors)
     assert only_wrong(path) == ("nonfinite", "average 'b' holds nan or infinity")
     values["b"][1, 3] = -torch.finfo(dtype).max
-    other = write_snapshot(tmp_path, 20, 0.05, RUN_ID, values, tensors=own)
+    other = write_snapshot(tmp_path, 20, 0.05, RUN_ID, values, tensors=tensors)
     assert notes(other) == (f"{other}: copy 'n' holds nan or infinity",)
 
 
 @pytest.mark.parametrize("size", [3, 2_000_000])
-def test_all_that_is_wrong_is_counted_wherever_it_lies(tmp_path: Path, size: int) -> None:
-    """In one block and in several; a file that is damaged and holds nan is damaged."""
+def test_all_faults_in_a_file_are_counted(tmp_path: Path, size: int) -> None:
+    """The faults are in one block or in several; a file that is damaged and holds nan counts as damaged."""
     values = {name: torch.full((size,), torch.nan if name in "bcd" else 1.0) for name in "abcde"}
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
     assert only_wrong(path) == ("nonfinite", "average 'b' holds nan or infinity (and 2 averages more)")
@@ -227,8 +225,8 @@ def test_all_that_is_wrong_is_counted_wherever_it_lies(tmp_path: Path, size: int
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
-def test_what_is_finite_is_told_from_the_bits(dtype: str) -> None:
-    """Against numbers that were decoded: all of 8 and 16 bits, many of the others, the edges among them."""
+def test_nonfinite_numbers_are_recognized_by_their_bits(dtype: str) -> None:
+    """The comparison is with decoded numbers: all of 8 and 16 bits, many of the others including the edge cases."""
     item = ITEM_BYTES[dtype]
     if item <= 2:
         bits = np.arange(2 ** (8 * item), dtype=f"<u{item}")
@@ -238,7 +236,7 @@ def test_what_is_finite_is_told_from_the_bits(dtype: str) -> None:
         random = np.random.default_rng(0).integers(0, 2**63, 3000, dtype=np.uint64) * 2 + 1
         bits = np.concatenate([np.array(edges, dtype=np.uint64), random]).astype(f"<u{item}")
     finite = np.isfinite(decode_values(bits.view(np.uint8), dtype))
-    found = [holds_nonfinite(memoryview(one.tobytes()), dtype) for one in bits]
+    found = [holds_nonfinite(memoryview(number.tobytes()), dtype) for number in bits]
     assert found == list(~finite)
     assert 0 < sum(found) < len(found)
     assert not holds_nonfinite(memoryview(bits[finite].tobytes()), dtype)
@@ -246,7 +244,7 @@ def test_what_is_finite_is_told_from_the_bits(dtype: str) -> None:
     assert not holds_nonfinite(memoryview(b""), dtype)
 
 
-def test_nan_in_an_output_and_in_a_state_is_named_and_in_copies_noted(tmp_path: Path) -> None:
+def test_nan_in_averages_of_outputs_and_states_is_an_error_and_in_copies_a_note(tmp_path: Path) -> None:
     run = record(tmp_path / "copies", buffers="copy", keep_state=True)
     output = synthesize(run, 0.1, tmp_path / "output.safetensors")
     for path, name in ((output, "0.weight"), (run / "state.safetensors", "0.05/0.weight")):
@@ -260,7 +258,7 @@ def test_nan_in_an_output_and_in_a_state_is_named_and_in_copies_noted(tmp_path: 
         assert only_wrong(path) == ("nonfinite", f"average {name!r} holds nan or infinity")
 
 
-def test_contradicting_clocks_are_a_problem_of_all(tmp_path: Path) -> None:
+def test_contradicting_clocks_are_a_problem_of_the_directory(tmp_path: Path) -> None:
     for t, step in ((10.0, 3), (20.0, 2)):
         write_snapshot(tmp_path, t, 0.05, RUN_ID, W, t_unit="images", step=step, clock=((step, t),))
     found = verified(tmp_path)
@@ -269,7 +267,7 @@ def test_contradicting_clocks_are_a_problem_of_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("ema.version", "2"), ("ema.format", "hologram")])
-def test_kinds_and_versions_of_the_future_are_not_called_damaged(
+def test_kinds_and_versions_of_later_releases_are_unsupported_and_not_damaged(
     small: Callable[[str], Path], key: str, value: str
 ) -> None:
     state, detail = only_wrong(forge(small("snapshot"), {key: value}))
@@ -324,7 +322,7 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
     assert (state, "only one of them is of a synthesis" in detail) == ("mismatched", True)
 
 
-def test_shards_of_other_libraries_are_told_apart_from_checked_ones(tmp_path: Path) -> None:
+def test_shards_of_other_libraries_are_reported_as_unchecked(tmp_path: Path) -> None:
     names = {f"w{number}": f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)}
     for tensor, name in names.items():
         save_file({tensor: torch.ones(3)}, tmp_path / name)
@@ -336,17 +334,17 @@ def test_shards_of_other_libraries_are_told_apart_from_checked_ones(tmp_path: Pa
     ]  # fmt: skip
 
 
-# --- what the system says
+# --- errors of the system
 
 
 @pytest.mark.parametrize(("code", "state"), [(errno.EACCES, "unreadable"), (errno.EIO, "damaged")])
-def test_a_file_that_may_not_be_read_is_said_so_and_the_others_go_on(run: Path, code: int, state: str) -> None:
+def test_a_file_that_cannot_be_opened_is_reported_and_the_others_are_read(run: Path, code: int, state: str) -> None:
     refused = snapshot_files(run)[0]
     with failing("open", code, lambda path: path == refused):
         assert wrong(run) == {refused.name: (state, f"cannot be opened: {os.strerror(code).lower()}")}
 
 
-def test_folders_that_cannot_be_read_are_noted_or_passed_over(run: Path) -> None:
+def test_folders_that_cannot_be_read_are_noted_or_skipped(run: Path) -> None:
     for name in ("closed", "superseded", "damaged"):
         (run / name).mkdir()
     with failing("list", PermissionError(errno.EACCES, "Permission denied"), lambda path: path.parent == run):
@@ -356,7 +354,7 @@ def test_folders_that_cannot_be_read_are_noted_or_passed_over(run: Path) -> None
         assert inspect_directory(run).superseded == 0
 
 
-def test_what_is_no_regular_file_is_said_so(run: Path) -> None:
+def test_special_files_and_broken_links_are_damaged(run: Path) -> None:
     os.mkfifo(run / "fifo.safetensors")
     (run / "folder.safetensors").mkdir()
     for name, target in (("zero", "/dev/zero"), ("nowhere", "absent"), ("loop", "loop.safetensors")):
@@ -367,7 +365,7 @@ def test_what_is_no_regular_file_is_said_so(run: Path) -> None:
     assert set(found) == {f"{name}.safetensors" for name in ("fifo", "folder", "zero", "nowhere", "loop")}
 
 
-def test_links_to_snapshots_elsewhere_are_read_and_folders_of_others_passed_over(run: Path, tmp_path: Path) -> None:
+def test_links_to_snapshots_are_followed_and_foreign_folders_skipped(run: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     for path in snapshot_files(run):
         (tmp_path / "linked" / path.name).symlink_to(path)
@@ -377,7 +375,7 @@ def test_links_to_snapshots_elsewhere_are_read_and_folders_of_others_passed_over
     assert notes(tmp_path / "linked") == notes(run) == ()
 
 
-def test_what_a_training_thins_away_meanwhile_is_no_error(run: Path) -> None:
+def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run: Path) -> None:
     gone = snapshot_files(run)[0]
 
     @contextmanager
@@ -416,10 +414,10 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path, suffix: str) -> None:
     assert "1 pickled files (.pt and the like)" in notes(run)[0]
 
 
-def test_nothing_to_verify(tmp_path: Path) -> None:
+def test_a_path_without_files_to_verify_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name, told in (("empty", "holds no snapshots, outputs or states; name"), ("absent", "no such file or dir")):
-        with pytest.raises(DirectoryError, match=told):
+    for name, reason in (("empty", "holds no snapshots, outputs or states; name"), ("absent", "no such file or dir")):
+        with pytest.raises(DirectoryError, match=reason):
             verify(tmp_path / name)
     (tmp_path / "text").write_text("hello")
     assert only_wrong(tmp_path / "text")[0] == "damaged"
@@ -436,7 +434,7 @@ def test_an_interrupt_does_not_wait_for_a_large_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     handler = signal.signal(signal.SIGALRM, interrupt)
-    # Again after 2 s, since Python drops an exception that is raised in a callback of the garbage collector.
+    # Repeated after 2 s, since Python drops exceptions that are raised in callbacks of the garbage collector.
     signal.setitimer(signal.ITIMER_REAL, 0.2, 2.0)
     started = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""Experiments on the guarantees of snapshots and outputs: what each of them counts."""
+"""Experiments on the guarantees of snapshots and outputs, and the tally that each of them returns."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from dataclasses import dataclass, field
 from posthoc_cli.errors import PostHocError
 
 LONGEST = 180
-"""Seconds that one try on a tiny directory may take on a busy machine."""
+"""The time limit, in seconds, for one try on a tiny directory on a busy machine."""
 
 
 class HungError(BaseException):
-    """Something has taken too long. Not an Exception: nobody may swallow it."""
+    """A try has taken too long. It is not an Exception, so that no handler swallows it."""
 
 
 @dataclass
 class Tally:
-    """How many faults, damages, kills or hostile inputs were tried, and a line for each that went wrong."""
+    """The number of faults, kills or hostile inputs that were tried, and a line for each failure."""
 
     tried: int = 0
     lost: list[str] = field(default_factory=list)
-    """Something durable was gone, changed or half there."""
+    """Something durable was missing, changed or incomplete."""
     missed: list[str] = field(default_factory=list)
-    """Something wrong was not found, or was reported as something else than one clear error of this package."""
+    """A fault was not found, or was not reported as one clear error of this package."""
     executed: list[str] = field(default_factory=list)
-    """Foreign code ran, or a file outside the named places was touched."""
+    """Foreign code ran, or a file outside the given paths was touched."""
 
     @property
     def failures(self) -> list[str]:
-        """All lines."""
+        """The lines of all failures."""
         return self.lost + self.missed + self.executed
 
     @contextmanager
     def judged(self, what: str, named: str = "") -> Iterator[None]:
-        """The block ends in time, with nothing but an error of this package: one short line that names `named`."""
+        """Require that the block ends in time, without an error or with one short error that contains `named`."""
         before = signal.signal(signal.SIGALRM, _hang_up)
         signal.alarm(LONGEST)
         wrong = ""
@@ -46,7 +46,7 @@ class Tally:
             text = str(error)
             if named not in text or not text.isprintable() or len(text) > 2_000:
                 wrong = f"{text[:300]!r}, where {named!r} was to be named"
-        except (Exception, HungError) as error:  # noqa: BLE001 - whatever it is, it is no error of the package
+        except (Exception, HungError) as error:  # noqa: BLE001 - any other error is a failure
             wrong = f"{type(error).__name__}: {str(error)[:500]}"
         finally:
             signal.alarm(0)

@@ -1,7 +1,7 @@
-"""Damage, exhaustively: every bit and every length of small files, found before a result is written.
+"""Exhaustive damage: every flipped bit and every truncation of small files is found before a result is written.
 
-And headers under right checksums: changed at random, an error of the package or a file that can be described; made to
-take long or much memory, both in proportion to what the file really holds.
+Headers with correct checksums are tried as well: changed at random, each gives an error of the package or a file that
+can be described; built to be expensive, each takes time and memory in proportion to the size of the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torture.victims import (
 
 
 def flip_bits(folder: Path, share: float, seed: int) -> Tally:
-    """Every single bit of every small file."""
+    """Flip every single bit of every small file."""
 
     def flipped(data: bytes, place: int) -> bytes:
         byte, bit = divmod(place, 8)
@@ -50,7 +50,7 @@ def flip_bits(folder: Path, share: float, seed: int) -> Tally:
 
 
 def truncate(folder: Path, share: float, seed: int) -> Tally:
-    """Every shorter length of every small file; in an index the last line end aside."""
+    """Cut every small file to every shorter length, an index without its last line end."""
 
     def length(victim: Victim, data: bytes) -> int:
         return len(data.rstrip() if victim.is_index else data)
@@ -61,10 +61,10 @@ def truncate(folder: Path, share: float, seed: int) -> Tally:
 # --- headers changed at random
 
 EXAMPLES = 10_000
-"""Of each kind of file, for a share of 1."""
+"""The number of examples for each kind of file with a share of 1."""
 
 SLOWEST = 10.0
-"""Seconds that a file of 2 KB may take on a busy machine."""
+"""The time limit, in seconds, for a file of 2 KB on a busy machine."""
 
 ODD_TEXTS = (
     "", "a", "b", "w", "tied", "__metadata__", "../../x", "/etc/x", "C:\\x", "A", "é", "e\u0301", "\x1b]0;x\x07",
@@ -86,7 +86,7 @@ OTHERS = (*map(Raw, NO_JSON), Inner([Pairs()]), Inner([[]]), [], Pairs())
 
 
 def fuzz(folder: Path, share: float, seed: int) -> Tally:
-    """Change one or two things in a header, many times: one error of the package, or a file that can be described."""
+    """Change one or two values in a header, many times: each gives an error, or a file that can be described."""
     tally, chance = Tally(), random.Random(seed)
     for victim in all_victims(folder):
         tree, payload = take_apart(victim.path)
@@ -110,19 +110,19 @@ def fuzz(folder: Path, share: float, seed: int) -> Tally:
 
 
 def _mutated(tree: Any, chance: random.Random) -> Any:
-    """The tree with one or two things in it dropped, doubled, or become another."""
+    """Return a copy of the tree with one or two nodes dropped, doubled or replaced."""
     root = [copy.deepcopy(tree)]
     for _ in range(2 if chance.random() < 0.25 else 1):
         everything = list(_places(root))
         container, index = chance.choice(everything)
-        found, kind = container[index], chance.choice(("like", "like", "like", "odd", "drop", "double", "other"))
+        node, kind = container[index], chance.choice(("like", "like", "like", "odd", "drop", "double", "other"))
         if isinstance(container, Pair) and index == 0:
             container[0] = chance.choice(ODD_TEXTS)
-        elif kind in ("drop", "double") and isinstance(found, list) and found and not isinstance(found, Inner):
-            at = chance.randrange(len(found))
-            found[at : at + 1] = [] if kind == "drop" else [found[at], found[at]]
-        elif kind == "like" and isinstance(found, str | int | float):
-            container[index] = chance.choice(ODD_TEXTS if isinstance(found, str) else ODD_NUMBERS)
+        elif kind in ("drop", "double") and isinstance(node, list) and node and not isinstance(node, Inner):
+            at = chance.randrange(len(node))
+            node[at : at + 1] = [] if kind == "drop" else [node[at], node[at]]
+        elif kind == "like" and isinstance(node, str | int | float):
+            container[index] = chance.choice(ODD_TEXTS if isinstance(node, str) else ODD_NUMBERS)
         elif kind == "other":
             other, at = chance.choice(everything)
             container[index] = copy.deepcopy(other[at])
@@ -132,7 +132,7 @@ def _mutated(tree: Any, chance: random.Random) -> Any:
 
 
 def _places(tree: list[Any]) -> Iterator[tuple[list[Any], int]]:
-    """Each thing in a tree, as the list that it is in and its index there."""
+    """Yield each node of a tree as the list that contains it and its index."""
     for index, item in enumerate(tree):
         if not isinstance(item, Pair):
             yield tree, index
@@ -141,7 +141,7 @@ def _places(tree: list[Any]) -> Iterator[tuple[list[Any], int]]:
 
 
 def _odd(chance: random.Random) -> Any:
-    """Anything, also a list or an object of such."""
+    """Return an arbitrary odd value, sometimes in a list or an object."""
     if chance.random() < 0.3:
         return [_odd(chance)] if chance.random() < 0.5 else pairs([(chance.choice(ODD_TEXTS), _odd(chance))])
     return copy.deepcopy(
@@ -153,14 +153,14 @@ def _odd(chance: random.Random) -> Any:
 
 MEGABYTE = 1_000_000
 BYTES_A_BYTE = 80
-"""Memory for each byte of a file: the worst are empty lists, `[],`, of 56 bytes and 8 for the place of each."""
+"""The memory limit per byte of a file; the worst case are empty lists, `[],`: 56 bytes and 8 for the reference."""
 
 SECONDS_A_MEGABYTE = 10.0
-"""On a busy machine that measures every allocation; what is quadratic takes minutes."""
+"""The time limit on a busy machine that traces every allocation; quadratic time would be minutes."""
 
 
 def bound(folder: Path, share: float, _: int) -> Tally:
-    """Every trick, with files of up to 10 MB."""
+    """Try every expensive header and index, with files of up to 10 MB."""
     tally, size = Tally(), max(50_000, round(share * 10 * MEGABYTE))
     victim = small_snapshot(folder)
     tree, payload = take_apart(victim.path)
@@ -190,7 +190,7 @@ def _measure(tally: Tally, what: str, path: Path) -> None:
 
 
 def _texts(size: int) -> Iterator[tuple[str, bytes]]:
-    """JSON of this size, the dearest there is."""
+    """Yield the most expensive JSON texts of this size."""
     tricks = {
         "nested lists": b"[" * size, "nested objects": b'{"a":' * (size // 5),
         "empty lists": b"[" + b"[]," * (size // 3) + b"[]]", "empty objects": b"[" + b"{}," * (size // 3) + b"{}]",
@@ -227,7 +227,7 @@ def _headers(tree: Pairs, size: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _metadata(size: int) -> dict[str, dict[str, object]]:
-    """Values of a snapshot's metadata that are long, and right in themselves."""
+    """Return long values of a snapshot's metadata, each valid on its own."""
     widths = [0.05, *np.linspace(0.051, 0.28, size // 100).tolist()]
     distance = {"sigma_rel": 0.05, "squared": 1.0, "rounding": 0.0}
     distances = [pairs({"t": float(t), **distance}.items()) for t in np.linspace(1, 9.9, size // 100)]

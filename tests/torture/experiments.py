@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torture import Tally, damage, faults, sharded, strangers
+from torture import Tally, damage, faults, hostile, sharded
 from torture.processes import apart
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the table, in whose words its name is."""
+    """One row of the table in the guide `durability`, which has the same name."""
 
     name: str
     run: Callable[[Path, float, int], Tally]
-    """In an empty folder, for a share of all there is to try (0 to 1, at least one of each kind), from a seed."""
+    """Takes an empty folder, the share of all cases to try (0 to 1, at least one of each kind) and a seed."""
     share: float
-    """What `make test` tries."""
+    """The share that `make test` tries."""
 
 
 EXPERIMENTS = [
@@ -34,9 +34,9 @@ EXPERIMENTS = [
     Experiment("every flipped bit", damage.flip_bits, 0.05),
     Experiment("every truncation", damage.truncate, 0.3),
     Experiment("random headers with correct checksums", damage.fuzz, 0.004),
-    Experiment("checkpoints of other programs, damaged at random", strangers.damage_checkpoints, 0.05),
-    Experiment("pipes, devices, links and pickles in place of files", strangers.replace_files, 0.05),
-    Experiment("names that could control terminals, tables and pictures", strangers.name_things, 0.05),
+    Experiment("checkpoints of other programs, damaged at random", hostile.damage_checkpoints, 0.05),
+    Experiment("pipes, devices, links and pickles in place of files", hostile.replace_files, 0.05),
+    Experiment("names that could control terminals, tables and pictures", hostile.name_things, 0.05),
     Experiment("headers that could cost time or memory", damage.bound, 0.005),
     Experiment("readers during thinning and pruning", partial(apart, "meeting readers", 1_000), 0.03),
     Experiment("two writers on one directory", partial(apart, "meeting writers", 300), 0.03),

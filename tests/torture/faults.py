@@ -1,8 +1,8 @@
-"""A fault, a kill, or a loss of power at every operation of a user's run.
+"""A fault, a kill or a power loss at every file operation of a user's run.
 
-Two file systems stand in place of the real one: one fails at a chosen operation, the other remembers everything. From
-that, what a crash would have left can be made at every moment between two operations, for a process that is killed and
-for a machine that loses its power.
+Two file systems replace the real one: one fails at a chosen operation, the other records all operations. From the
+record, the state that a crash leaves can be built for every moment between two operations, for a process that is killed
+and for a machine that loses power.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from torture.training import STATE, contents, problems, train, wrong_output, wro
 
 STEPS = 10
 STOPS = 7
-"""The first training ends here, without a state of its last two steps."""
+"""The step at which the first training ends, two steps after its last saved state."""
 SAVES = 5
 
 
 @dataclass
 class Run:
-    """A run as a user makes it: training with thinning and a resume, synthesis, export into shards, pruning."""
+    """A user's run: training with thinning and a resume, synthesis, export into shards, pruning."""
 
     root: Path
     note: Callable[..., None] = lambda *_: None
-    """Told what is durable, and what is done."""
+    """Called with what has become durable, and what is done."""
     make_room: Callable[[], None] = lambda: None
     errors: list[str] = field(default_factory=list)
-    """What went wrong on the way, each a line."""
+    """The errors on the way, a line each."""
 
     def __post_init__(self) -> None:
         self.directory, self.shards = self.root / "run", self.root / "shards"
         self.outputs = [self.root / "out" / f"sigma_rel-{target}.safetensors" for target in (0.1, 0.2)]
 
     def do(self) -> None:
-        """Do everything; what fails is done once more."""
+        """Do all stages; repeat a stage that fails once."""
         if not (self.directory / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
@@ -62,7 +62,7 @@ class Run:
         self._twice(lambda: _ema("prune", self.directory, "--keep", 2, "--yes"))
 
     def names(self) -> set[str]:
-        """Of the snapshots."""
+        """Return the names of the snapshots."""
         return {snapshot.path.name for snapshot in find_snapshots(self.directory)}
 
     def _twice(self, stage: Callable[[], None]) -> None:
@@ -78,17 +78,17 @@ class Run:
         self.errors += train(self.directory, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3)
 
     def problems(self) -> list[str]:
-        """What is wrong in the directory of snapshots."""
+        """Return the problems in the directory of snapshots."""
         if not any(path.suffix == ".safetensors" for path in self.directory.iterdir()):
             return []
         return problems(self.directory) or wrong_snapshots(self.directory)
 
     def wrong_outputs(self) -> list[str]:
-        """What is wrong with all that is to be there at the end."""
+        """Return the problems of all outputs that must exist at the end."""
         return [*self.wrong_shards(), *(line for path in self.outputs for line in wrong_output(path))]
 
     def wrong_shards(self) -> list[str]:
-        """What is wrong with the exported shards."""
+        """Return the problems of the exported shards."""
         paths = sorted(self.shards.glob("model*.safetensors"))
         if len(paths) != 2 or not (self.shards / INDEX_NAME).exists():
             return [f"{self.shards.name}: holds {[path.name for path in paths]}"]
@@ -108,11 +108,11 @@ def _ema(*arguments: object) -> None:
 # --- errors and crashes
 
 CRASHES = ("kill", "nothing", "names", "some")
-"""What `Disk.leave` takes."""
+"""The kinds of crashes that `Disk.leave` takes."""
 
 
 def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
-    """Each kind of error at each operation of reading and writing; the user does again what has failed."""
+    """Raise each kind of error at each operation of reading and writing; the user repeats what has failed."""
     tally, counting, chance = Tally(), Faulty(), random.Random(seed)
     reference = Run(folder / "reference")
     reference.root.mkdir()
@@ -127,7 +127,7 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
             try:
                 with installed(system):
                     run.do()
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
+            except Exception as error:  # noqa: BLE001 - any error is a failure
                 tally.missed.append(f"{system.failed}: ended with {type(error).__name__}: {error}")
             if system.failed is not None:
                 tally.tried += 1
@@ -140,7 +140,7 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
 
 
 def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
-    """The process is killed, or the machine loses its power, between any two operations; the user starts again."""
+    """Kill the process, or cut the power, between any two operations; then the user starts again."""
     tally, chance = Tally(), random.Random(seed)
     reference = Run(folder / "reference")
     reference.root.mkdir()
@@ -167,14 +167,14 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
                 lost = [f"{name} is not there" for name in newest - run.names()]
                 lost += [*run.problems(), *run.wrong_outputs()]
                 tally.lost += [f"{where}: going on: {line}" for line in lost]
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
+            except Exception as error:  # noqa: BLE001 - any error is a failure
                 tally.missed.append(f"{where}: {type(error).__name__}: {error}")
             shutil.rmtree(run.root)
     return tally
 
 
 def _follow(operation: tuple[object, ...], durable: dict[str, bytes], done: set[str]) -> None:
-    """What has been reported durable by now, and not been removed since."""
+    """Update what has been reported durable and not been removed since, and what is done."""
     kind, *rest = operation
     if kind == "note" and rest[0] == "durable":
         durable.clear()
@@ -186,14 +186,14 @@ def _follow(operation: tuple[object, ...], durable: dict[str, bytes], done: set[
 
 
 def _harmed(run: Run, durable: Mapping[str, bytes], done: set[str]) -> list[str]:
-    """Before anybody does anything: what was durable and is gone, and what has a name and is not whole."""
+    """Return what a crash has lost or left incomplete, before anything else runs."""
     if not run.directory.exists():
         return [f"{name} is gone" for name in durable]
-    there, aside = contents(run.directory), contents(run.directory / SUPERSEDED)
+    current, superseded = contents(run.directory), contents(run.directory / SUPERSEDED)
     wrong = [
         f"{name}, which was durable, is gone or different"
         for name, content in durable.items()
-        if there.get(name) != content and aside.get(name) != content
+        if current.get(name) != content and superseded.get(name) != content
     ]
     for path in run.outputs:
         if path.exists() or path.relative_to(run.root).as_posix() in done:
@@ -208,7 +208,7 @@ def _harmed(run: Run, durable: Mapping[str, bytes], done: set[str]) -> list[str]
 
 @contextmanager
 def installed(system: files.FileSystem) -> Iterator[None]:
-    """Put a file system in the place of the real one for the block."""
+    """Replace the real file system for the block."""
     before, files.system = files.system, system
     try:
         yield
@@ -221,14 +221,14 @@ def _watched(name: str) -> Callable[..., Any]:
 
 
 class Watched(files.FileSystem):
-    """Every operation that changes or reads something goes through `does`; nothing needs to be on a disk really."""
+    """A file system that passes every operation to `does` and skips all syncs."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.operations: list[Any] = []
 
     def does(self, name: str, *arguments: Any) -> Any:
-        """Do the operation of this name."""
+        """Do the operation with this name."""
         return None if name.startswith("fsync") else getattr(files.FileSystem, name)(self, *arguments)
 
     open_new, open, close, list = _watched("open_new"), _watched("open"), _watched("close"), _watched("list")
@@ -240,24 +240,24 @@ class Watched(files.FileSystem):
 
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
 KINDS = (*ERRORS, "short", "torn", "full")
-"""Faults: an error once; a write that takes half, which is allowed; half a write, then an error; a disk that is full
-until somebody makes room."""
+"""The faults: one error; a short read or write, which is allowed; half a write, then an error; a full disk until
+`make_room`."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
-"""Operations that can be done by half."""
+"""The operations that can be done by half."""
 TAKES_ROOM = ("open_new", "write", "make_directory")
 
 
 class Faulty(Watched):
-    """Counts operations, and fails at that of number `at`, from 0 on, if any, in the way of one of KINDS."""
+    """A file system that fails with a fault of KINDS at the operation number `at`, counted from 0, if given."""
 
     def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
         super().__init__()
         self._at, self._kind, self._full = at, kind, False
         self.failed: str | None = None
-        """In words."""
+        """The fault in words, once it has happened."""
 
     def make_room(self) -> None:
-        """The disk is full no longer."""
+        """End the full disk."""
         self._full = False
 
     def does(self, name: str, *arguments: Any) -> Any:
@@ -271,7 +271,7 @@ class Faulty(Watched):
         return done
 
     def _fails(self, name: str, arguments: tuple[Any, ...]) -> bool:
-        """Count an operation, and raise where it is to fail; True where it is to be done by half."""
+        """Count an operation and raise if it is to fail; return whether it is to be done by half."""
         with self.lock:
             number = len(self.operations)
             self.operations.append(name)
@@ -291,7 +291,7 @@ class Faulty(Watched):
 
 
 class Recording(Watched):
-    """Does everything below `root`, and remembers it for `Disk.apply` in the order in which it was done."""
+    """A file system that records all operations below `root`, in order, for `Disk.apply`."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ class Recording(Watched):
         self._numbers: dict[int, int] = {}
 
     def note(self, *what: object) -> None:
-        """Remember something that the scenario says."""
+        """Record a note of the scenario."""
         with self.lock:
             self.operations.append(("note", *what))
 
@@ -307,7 +307,7 @@ class Recording(Watched):
         if name in ("open", "list", "read"):
             return super().does(name, *arguments)
         with self.lock:
-            if name == "close":  # its number may be another file's at once
+            if name == "close":  # another file may get this descriptor immediately
                 self._numbers.pop(arguments[0], None)
             done = super().does(name, *arguments)
             if name == "open_new":
@@ -328,30 +328,30 @@ class Recording(Watched):
 
 @dataclass(eq=False)
 class Inode:
-    """A file: its content now, and what of it is on the disk."""
+    """A file: its current content, and the durable part of it."""
 
     data: bytes = b""
     durable: bytes = b""
 
 
 FOLDER = Inode()
-"""Stands for every directory."""
+"""The entry of every directory."""
 Entries = dict[str, Inode | None]
-"""By the path; None where a name is removed."""
+"""Entries by path; None for a removed name."""
 
 
 class Disk:
-    """What would be on a disk: `apply` takes the operations that were recorded, in their order."""
+    """A simulated disk; `apply` takes the recorded operations in order."""
 
     def __init__(self) -> None:
         self._now: Entries = {}
         self._durable: Entries = {}
         self._pending: list[Entries] = []
-        """Operations on directories, each of which is done as a whole or not at all."""
+        """The operations on directories that are not synced yet; each is atomic."""
         self._inodes: dict[int, Inode] = {}
 
     def apply(self, operation: tuple[object, ...]) -> None:
-        """Take one operation."""
+        """Apply one operation."""
         kind, *rest = operation
         getattr(self, f"_{kind}")(*rest)
 
@@ -392,18 +392,18 @@ class Disk:
             self._edit({path: FOLDER})
 
     def _note(self, *_: object) -> None:
-        """Something that the scenario says; no operation."""
+        """Ignore a note of the scenario."""
 
     def _edit(self, edits: Entries) -> None:
         self._pending.append(edits)
         self._now |= edits
 
     def leave(self, place: Path, crash: str, chance: random.Random) -> None:
-        """Make in `place` what is there after a crash.
+        """Build in `place` what is on the disk after a crash.
 
         Arguments:
-            crash: "kill" (the process dies, the system lives), or a loss of power after which "nothing" that was not
-                synced is there, every "name" is there but no content that was not synced, or "some" of it is.
+            crash: "kill" (the process dies, the system lives), or a power loss after which of everything unsynced
+                "nothing", all "names" without content, or "some" at random has survived.
         """
         entries = dict(self._now if crash in ("kill", "names") else self._durable)
         for edits in self._pending if crash == "some" else ():

@@ -1,6 +1,6 @@
-"""Processes that are stopped at random moments: trainings and sweeps by SIGKILL, commands by every signal.
+"""Processes stopped at random moments: trainings and sweeps by SIGKILL, commands by every signal.
 
-Trainings, also those that write to an object store, are resumed by their own script, sweeps by the same call.
+Trainings, including those that write to an object store, are resumed by their own script, sweeps by the same call.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ STEPS = 40
 SAVES = range(8, STEPS + 1, 8)
 SETTINGS = {"update_every": 2, "checkpoint_every": 4}
 ROWS = 7500
-"""Of the network: each snapshot takes 120 kB."""
+"""The size of the network, which makes each snapshot 120 kB."""
 
 
 def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
-    """Kill `count` times in all; every training is killed again and again until it comes to its end."""
+    """Kill trainings `count` times in total; each is killed repeatedly until it completes."""
     tally, nursery, directory = Tally(), Nursery(folder / "stderr"), folder / "killed"
     right, seconds = {}, 0.0
-    weights_up_to(STEPS, 4 * ROWS)  # no child takes time for them
+    weights_up_to(STEPS, 4 * ROWS)  # computed once, before the children are forked
     for most in (None, 3):
         unkilled = folder / f"unkilled-{most}"
         seconds = nursery.run_whole(partial(train, unkilled, STEPS, SAVES, rows=ROWS, max_checkpoints=most, **SETTINGS))
@@ -54,78 +54,78 @@ def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
             where = f"{name}, max_checkpoints={most}"
             tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
         now, names = _said(directory), right[most].keys()
-        if most is not None:  # what thinning had removed before a kill cannot come back
+        if most is not None:  # thinning may have removed snapshots before a kill
             names = {name for name in names if name.startswith(f"{STEPS:016d}")}
-        lost = [f"{name} is not there" for name in names - now.keys()]
+        lost = [f"{name} is missing" for name in names - now.keys()]
         for name in now.keys() & right[most].keys():
-            pairs = zip(fields(SnapshotInfo), astuple(now[name]), astuple(right[most][name]), strict=True)
-            other = [field.name for field, one, wanted in pairs if one != wanted]
-            lost += [f"{name} says another {', '.join(other)}"] if other else []
+            values = zip(fields(SnapshotInfo), astuple(now[name]), astuple(right[most][name]), strict=True)
+            differing = [field.name for field, value, expected in values if value != expected]
+            lost += [f"{name} differs in {', '.join(differing)}"] if differing else []
         tally.lost += [f"{where}: {line}" for line in (*lost, *wrong_snapshots(directory))]
         shutil.rmtree(directory)
     return tally
 
 
 def _said(directory: Path) -> dict[str, SnapshotInfo]:
-    """All that each snapshot says but the random name of its run and what was measured.
+    """Return the metadata of each snapshot without its run id and its measurements.
 
-    A run that goes on from a snapshot goes on from rounded averages, so that these differ in their last bits.
+    A run that is resumed from a snapshot continues from rounded averages, so measurements differ in the last bits.
     """
     unlike = {"run_id": "", "measurements": None, "motion": None, "inherited": 0.0, "sample": "", "sketch": ""}
     return {snapshot.path.name: replace(snapshot.info, **unlike) for snapshot in find_snapshots(directory)}
 
 
-# --- trainings that write to an object store, on a server of the loopback interface
+# --- trainings that write to an object store, served on the loopback interface
 
 BUCKET = "bucket"
 URL = f"s3://{BUCKET}/some/run"
 
 
 def killed_uploads(folder: Path, count: int, chance: random.Random) -> Tally:
-    """Kill a training `count` times in all, and let it go on by its own script each time."""
+    """Kill a training `count` times in total, and resume it by its own script each time."""
     from moto.s3.models import s3_backends
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server.start()  # and never stopped: children leave through here, too
+    server.start()  # never stopped here, since forked children return through this function, too
     host, port = server.get_host_and_port()
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
     }  # fmt: skip
     tally, nursery = Tally(), Nursery(folder / "stderr")
-    weights_up_to(STEPS, 4 * ROWS)  # no child takes time for them
+    weights_up_to(STEPS, 4 * ROWS)  # computed once, before the children are forked
     backend = s3_backends["123456789012"]["aws"]
     backend.create_bucket(BUCKET, "us-east-1")
     os.environ["EMA_SPOOL"] = str(folder / "spool")
-    seconds = nursery.run_whole(partial(_upload, folder / "told"))
+    seconds = nursery.run_whole(partial(_upload, folder / "durable"))
     while tally.tried < count:
         for key in [*backend.buckets[BUCKET].keys]:
             backend.delete_object(BUCKET, key)
-        spool, told = folder / f"spool-{tally.tried}", folder / f"told-{tally.tried}"
+        spool, notes = folder / f"spool-{tally.tried}", folder / f"durable-{tally.tried}"
         os.environ["EMA_SPOOL"] = str(spool)
-        for where, _ in nursery.kills(tally, count, chance, seconds, partial(_upload, told)):
-            there = _downloaded(backend, folder / "there")
-            tally.lost += [f"{where}: {line}" for line in (*damaged_files(there), *damaged_files(spool))]
-            names = {path.name for place in (there, spool) for path in place.rglob("*.safetensors")}
-            durable = set(told.read_text().split()) if told.exists() else set()
-            tally.lost += [f"{where}: {one} was durable and is gone" for one in durable - names]
-        there = _downloaded(backend, folder / "there") / "some/run"
+        for where, _ in nursery.kills(tally, count, chance, seconds, partial(_upload, notes)):
+            copy = _downloaded(backend, folder / "copy")
+            tally.lost += [f"{where}: {line}" for line in (*damaged_files(copy), *damaged_files(spool))]
+            names = {path.name for place in (copy, spool) for path in place.rglob("*.safetensors")}
+            durable = set(notes.read_text().split()) if notes.exists() else set()
+            tally.lost += [f"{where}: {name} was durable and is gone" for name in durable - names]
+        run = _downloaded(backend, folder / "copy") / "some/run"
         due = {f"{step:016d}-{s!r}.safetensors" for step in range(4, STEPS + 1, 4) for s in SIGMA_RELS}
-        tally.lost += [f"{where}: {one} is not in the store" for one in due - {path.name for path in there.iterdir()}]
-        tally.lost += [f"{where}: {line}" for line in wrong_snapshots(there)]
+        tally.lost += [f"{where}: {name} is not in the store" for name in due - {path.name for path in run.iterdir()}]
+        tally.lost += [f"{where}: {line}" for line in wrong_snapshots(run)]
         tally.lost += [f"{where}: {path.name} stays in the spool" for path in spool.rglob("*.safetensors")]
     return tally
 
 
-def _upload(told: Path) -> None:
-    """The user's script: to the end, from where the run is. The names of files that became durable go into `told`."""
-    notes = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _upload(notes: Path) -> None:
+    """Resume the run and train to the end, as a user's script; write the names of durable files to `notes`."""
+    descriptor = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def note(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return not text.startswith("wrote ") or bool(os.write(notes, f"{text.rpartition('/')[2]} ".encode()))
+        return not text.startswith("wrote ") or bool(os.write(descriptor, f"{text.rpartition('/')[2]} ".encode()))
 
     log = logging.getLogger("posthoc_cli.tracker.snapshotter")
     log.setLevel(logging.INFO)
@@ -138,12 +138,12 @@ def _upload(told: Path) -> None:
 
 
 def _downloaded(backend: Any, folder: Path) -> Path:
-    """What is in the bucket, in a folder; what was there before goes."""
+    """Replace the content of a folder by that of the bucket."""
     for path in folder.rglob("*.safetensors"):
         path.unlink()
-    for key, found in backend.buckets[BUCKET].keys.items():
+    for key, stored in backend.buckets[BUCKET].keys.items():
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
-        (folder / key).write_bytes(found.value)
+        (folder / key).write_bytes(stored.value)
     return folder
 
 
@@ -153,10 +153,10 @@ SWEEP, LENGTHS = "sweep RUN --sigma-rel 0.05,0.08,0.12,0.2,0.25 --minimize --out
 
 
 def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
-    """Kill `count` times in all; every sweep is killed again and again until it comes to its end."""
+    """Kill sweeps `count` times in total; each is killed repeatedly until it completes."""
     tally, nursery, out, done = Tally(), Nursery(folder / "stderr"), folder / "out", folder / "done"
     write_run(folder / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
-    # A trial that is not ended with its sweep would go on to count itself.
+    # A trial that survived its sweep would still add its line here.
     command = f"sh -c 'sleep 0.02; echo $2 >> {done}; echo $2' sh {{weights}} {{sigma_rel}}"
     work = partial(_run, folder, SWEEP, command)
     seconds = nursery.run_whole(work)
@@ -180,7 +180,7 @@ def killed_sweeps(folder: Path, count: int, chance: random.Random) -> Tally:
 
 
 def measured(out: Path) -> dict[float, float]:
-    """Values by length, of all whole lines."""
+    """Return the values by length from all complete lines."""
     try:
         lines = (out / TRIALS).read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -208,11 +208,11 @@ PREPARED = (
 )
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 ENDS = {signal.SIGINT: {0, 130}, signal.SIGTERM: {0, 143, -signal.SIGTERM}, signal.SIGKILL: {0, -signal.SIGKILL}}
-"""Exit codes after a signal; the last one of SIGTERM before the command has begun."""
+"""The exit codes after a signal; the last one of SIGTERM is that of a command that has not begun."""
 
 
 def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally:
-    """Stop commands `count` times in all: afterwards outputs are whole or not there, and no snapshot is harmed."""
+    """Stop commands `count` times in total: afterwards outputs are complete or absent, and no snapshot is harmed."""
     tally, nursery = Tally(), Nursery(folder / "stderr")
     template, work = folder / "template", folder / "work"
     write_run(template / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
@@ -242,10 +242,8 @@ def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally
             tally.lost += [f"{where}: {path.name} is left" for path in work.rglob(f"{files.TEMPORARY_PREFIX}*")]
         tally.lost += [f"{where}: {line}" for line in _harmed(work, before, "prune" in command)]
         shutil.rmtree(work)
-    # Moments are spread over a command's whole time: a signal that never stops one does not arrive.
-    tally.missed += [
-        f"{one.name} stopped none of {sent[one]}" for one in SIGNALS if sent[one] >= 20 and not stopped[one]
-    ]
+    # The moments are spread over a command's duration: a signal that never stops one does not arrive.
+    tally.missed += [f"{s.name} stopped none of {sent[s]}" for s in SIGNALS if sent[s] >= 20 and not stopped[s]]
     return tally
 
 
@@ -263,19 +261,19 @@ def _run(work: Path, command: str, *last: str) -> None:
 
 
 def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str]:
-    """Files under their names that are not whole, and snapshots that are not what they were."""
-    found = damaged_files(work)
+    """Return a line for each incomplete file, and for each snapshot that has changed."""
+    harmed = damaged_files(work)
     for path, content in before.items():
         if not (may_shrink and not path.exists()) and path.read_bytes() != content:
-            found.append(f"{path.name} has changed")
+            harmed.append(f"{path.name} has changed")
     for path in work.rglob("*.pt"):
         torch.load(path, weights_only=True)
     for path in work.rglob("*.png"):
         data = path.read_bytes()
         if not (data.startswith(b"\x89PNG") and b"IEND" in data[-12:]):
-            found.append(f"{path.name} is not whole")
+            harmed.append(f"{path.name} is incomplete")
     for index in work.rglob(INDEX_NAME):
-        found += problems(index)
+        harmed += problems(index)
     if len(find_snapshots(work / "run")) < 6:
-        found.append("snapshots are missing")
-    return found
+        harmed.append("snapshots are missing")
+    return harmed

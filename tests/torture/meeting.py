@@ -1,4 +1,4 @@
-"""Trainings, readers and prunings that meet in one directory."""
+"""Trainings, readers and prunings that use one directory at the same time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from torture.training import Network, begin, remove_half_begun, wrong_output, wr
 
 
 class Other:
-    """A forked process that trains or prunes in a directory when it is told to, and what it says.
+    """A forked process that trains or prunes in a directory on request, and answers.
 
     Arguments:
-        first: steps until a training says that it has the directory; from then on it takes so many seconds a step, in
-            which it may be told to close.
+        first: the steps before a training answers that it holds the directory; each later step takes `pause` seconds,
+            during which the process may be asked to close.
     """
 
     def __init__(self, folder: Path, first: int = 1, pause: float = 0, **settings: int) -> None:
@@ -41,7 +41,7 @@ class Other:
         its.close()
 
     def ask(self, *words: object) -> tuple[object, ...]:
-        """Tell it something, and wait for the answer."""
+        """Send a request, and wait for the answer."""
         self.tell(*words)
         return self.answer()
 
@@ -57,19 +57,19 @@ class Other:
             return ("died",)
 
     def kill(self) -> None:
-        """As by SIGKILL."""
+        """Kill the process by SIGKILL."""
         self.process.kill()
         self.process.join()
 
     def is_named_by(self, refusal: tuple[object, ...]) -> bool:
-        """Whether another one was refused the directory because this one has it."""
+        """Return whether another process was refused the directory because this one holds it."""
         return refusal[0] == "refused" and f"process {self.process.pid} on " in str(refusal[1])
 
 
 def _work(mine: Connection, folder: Path, first: int, pause: float, settings: dict[str, int]) -> None:
-    """Answer "train" (twice, the second time when told to close) and "prune" with what came of it."""
-    logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # taking over is what is wanted
-    warnings.simplefilter("ignore")  # training waits for the disk, as it should
+    """Answer "train" (twice: at the start, and when asked to close) and "prune" with the result."""
+    logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # the warnings about taking over are expected
+    warnings.simplefilter("ignore")  # as are those that training waits for the disk
     network = Network()
     while True:
         what, *keep = mine.recv()
@@ -90,19 +90,19 @@ def _work(mine: Connection, folder: Path, first: int, pause: float, settings: di
                 answer = "closed", tracker.step
         except LockedError as error:
             answer = "refused", str(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the one that asks looks for it
+        except Exception as error:  # noqa: BLE001 - the caller judges any error
             answer = "failed", f"{type(error).__name__}: {error}"
         mine.send(answer)
 
 
-# --- readers beside a training and prunings
+# --- readers during a training and prunings
 
 STEP = 0.01
-"""Seconds of a training step beside readers. Of one that thins every few milliseconds a reader never gets hold."""
+"""The duration of a training step. If thinning happens every few milliseconds, readers never find a stable plan."""
 
 
 class Retries(logging.Handler):
-    """Counts the plans that were made again."""
+    """A log handler that counts the plans that were made again."""
 
     count = 0
 
@@ -111,7 +111,7 @@ class Retries(logging.Handler):
 
 
 def readers(folder: Path, times: int, chance: random.Random) -> Tally:
-    """Synthesize `times` times, while a training writes and thins, and while it has stopped and somebody prunes."""
+    """Synthesize `times` times: while a training writes and thins, and after it while another process prunes."""
     run, out, tally, retries = folder / "run", folder / "out.safetensors", Tally(), Retries()
     logging.getLogger("posthoc_cli").addHandler(retries)
     training = Other(run, first=12, pause=STEP, checkpoint_every=3, max_checkpoints=6)
@@ -140,7 +140,7 @@ def readers(folder: Path, times: int, chance: random.Random) -> Tally:
 
 
 def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None:
-    """One synthesis of anything, compared with what it says that it was made of."""
+    """Synthesize one random target, and compare the output with the snapshots and coefficients that it names."""
     tally.tried += 1
     sigma_rel, earlier = chance.uniform(0.03, 0.28), chance.random() < 0.3
 
@@ -161,7 +161,7 @@ def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None
 
 
 def writers(folder: Path, times: int, chance: random.Random) -> Tally:
-    """Two writers meet `times` times: at once, or one beside the other, which is killed then."""
+    """Start two writers `times` times: simultaneously, or one after the other, where the first one is killed."""
     tally = Tally()
     run = folder / "run"
     while tally.tried < times:
@@ -169,17 +169,17 @@ def writers(folder: Path, times: int, chance: random.Random) -> Tally:
         both = [Other(run, checkpoint_every=1, max_checkpoints=4) for _ in range(2)]
         meeting = at_once if chance.random() < 0.3 else one_is_killed
         tally.lost += [f"meeting {tally.tried}, {meeting.__name__}: {line}" for line in meeting(run, *both, chance)]
-        for one in both:
-            one.kill()
+        for writer in both:
+            writer.kill()
         shutil.rmtree(run)
     return tally
 
 
 def at_once(run: Path, first: Other, second: Other, chance: random.Random) -> list[str]:
-    """Both begin in the same moment: one of them holds the directory, the other is told so, and comes next."""
-    for one in (first, second):
-        one.tell("train")
-    answers = [one.answer() for one in (first, second)]
+    """Start both at the same moment: one of them holds the directory, the other is refused, and takes over later."""
+    for writer in (first, second):
+        writer.tell("train")
+    answers = [writer.answer() for writer in (first, second)]
     if sorted(str(answer[0]) for answer in answers) != ["refused", "trains"]:
         return [str(answers)]
     if answers[0][0] == "refused":
@@ -189,7 +189,7 @@ def at_once(run: Path, first: Other, second: Other, chance: random.Random) -> li
 
 
 def one_is_killed(run: Path, first: Other, second: Other, chance: random.Random) -> list[str]:
-    """The second one is refused by name as long as the first one lives, and takes over when it was killed."""
+    """Start the second while the first, which the refusal names, is running; kill the first; the second takes over."""
     holds, refused = first.ask("train"), second.ask("train")
     if not first.is_named_by(refused):
         return [f"beside {first.process.pid}: {holds}, {refused}"]
@@ -199,7 +199,7 @@ def one_is_killed(run: Path, first: Other, second: Other, chance: random.Random)
 
 
 def taken_over(run: Path, second: Other, run_id: object, chance: random.Random) -> list[str]:
-    """What is wrong when the second writer goes on with the first one's run."""
+    """Let the second writer continue the first one's run; return what is wrong."""
     remove_half_begun(run)
     answer = second.ask("train")
     time.sleep(chance.uniform(0, 0.01))

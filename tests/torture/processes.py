@@ -1,4 +1,4 @@
-"""Experiments in processes of their own: processes that die, several in one directory, threads and signals."""
+"""Experiments that run in separate processes: processes that die, several in one directory, threads and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from torture import Tally
 
 PATIENCE = 60.0
-"""Seconds after which a process that should have ended is taken to hang."""
+"""The seconds after which a process that should have ended is considered to hang."""
 
 
 def apart(name: str, most: int, folder: Path, share: float, seed: int) -> Tally:
@@ -32,34 +32,34 @@ def apart(name: str, most: int, folder: Path, share: float, seed: int) -> Tally:
 
 
 def run_alone() -> None:
-    """In that process."""
+    """Run the experiment named on the command line, in the process that `apart` has started."""
     name, folder, count, seed = sys.argv[1:]
-    torch.set_num_threads(1)  # before anything starts a pool of threads, which no fork would have
+    torch.set_num_threads(1)  # before a thread pool exists: forked children would lack its threads
     gc.collect()
-    gc.freeze()  # the end of a forked process would go through all that is loaded, and so copy it
+    gc.freeze()  # else the garbage collector of a forked child would touch, and so copy, all loaded objects
     module, function = name.split()
     experiment = getattr(importlib.import_module(f"torture.{module}"), function)
     print(json.dumps(vars(experiment(Path(folder), int(count), random.Random(int(seed))))))
 
 
 class Nursery:
-    """Forks processes that are killed or interrupted, one at a time.
+    """A launcher of forked processes that are killed or interrupted, one at a time.
 
-    A child leaves through the very top of this program, so that it ends as any process of Python does.
+    A child returns through the top of this program, so that it ends as every Python process does.
     """
 
     def __init__(self, err: Path) -> None:
         self._err = err
 
     def run(self, work: Callable[[], object], after: float | None, number: int) -> tuple[int, str, float]:
-        """Do `work` in a child, which begins with SIGINT blocked and gets a signal after so many seconds, or none.
+        """Do `work` in a child that starts with SIGINT blocked; send it the signal `number` after `after` seconds.
 
         Returns:
-            The exit code, negative for a signal, -1000 where it hung and -1001 where it left a process; what it wrote
-            to stderr; how long it took.
+            The exit code (negative for a signal, -1000 if the child hung, -1001 if it left a process), its output to
+            stderr, and its duration in seconds.
         """
         started = time.monotonic()
-        # Until `work` wants it: what comes before is no part of any command.
+        # Blocked until `work` unblocks it: the code before is not part of any command.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = os.fork()
         if child == 0:
@@ -80,9 +80,9 @@ class Nursery:
     def kills(
         self, tally: Tally, count: int, chance: random.Random, seconds: float, work: Callable[[], object]
     ) -> Iterator[tuple[str, int]]:
-        """Do `work` that takes so many seconds, and kill it again and again; without a kill after `count` in all.
+        """Do `work` of about `seconds` repeatedly, killing it at random moments until `count` kills have been made.
 
-        Yields the name of each attempt, and how many kills there were before. One that is not killed is the last.
+        Yields the name of each attempt and its number, counted from 0. The last attempt is the first to complete.
         """
         for attempt in range(1_000):
             after = chance.uniform(0, 1.2 * seconds) if tally.tried < count else None
@@ -96,13 +96,13 @@ class Nursery:
                 return
 
     def run_whole(self, work: Callable[[], object]) -> float:
-        """Do it without a signal; returns how long it took."""
+        """Do `work` without a signal; return its duration."""
         code, err, seconds = self.run(work, None, 0)
         assert code == 0, err
         return seconds
 
     def _left(self, child: int, number: int) -> bool:
-        """Whether a child has left processes of its own; what a killed one leaves goes, and is no mistake of its."""
+        """Return whether a child has left processes; those of a killed child are killed and not counted."""
         until = time.monotonic() + 5
         while time.monotonic() < until:
             try:

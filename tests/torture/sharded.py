@@ -1,6 +1,6 @@
-"""Sharded trainings: one process is killed or meets a full disk, two are in one directory, parts are harmed.
+"""Sharded trainings: one process is killed or has a full disk, or two jobs use one directory.
 
-Parameters follow a walk that is known in advance, so that every average has one right content, whoever writes it.
+Parameters follow a walk that is known in advance, so that every average has one correct value, whichever job writes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS = 24
 SIGMA_RELS = SETTINGS["sigma_rels"]
 SPREAD = (("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2), ("hsdp", 4), ("fsdp-tp", 4))
 PATIENCE = 180.0
-"""Seconds on a busy machine for the others to end when one process has died."""
+"""The seconds, on a busy machine, within which the other processes end when one has died."""
 
 TRAIN = f"""
 from posthoc_cli.integrations import read_state, write_state
@@ -54,46 +54,47 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=mo
 
 Values = Mapping[str, torch.Tensor]
 Found = dict[str, dict[str, torch.Tensor]]
-"""The complete tensors of each complete snapshot, by its name without suffix."""
+"""The complete tensors of each complete snapshot, by file name without suffix."""
 
 
 def read(directory: Path) -> Found:
-    """What is in a directory."""
+    """Read the snapshots in a directory."""
     found = {}
     for snapshot in find_snapshots(directory) if directory.exists() else []:
         with snapshot.open() as file:
             found[snapshot.path.name.removesuffix(".safetensors")] = {
-                name: tensor_from_bytes(file.read(name), one.dtype, one.shape) for name, one in snapshot.stored.items()
+                name: tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
+                for name, entry in snapshot.stored.items()
             }
     return found
 
 
 def in_one_process(directory: Path, most: int | None) -> Found:
-    """What a training without interruption in one process writes that goes on from what is in a directory."""
+    """Return what an uninterrupted training in one process writes that resumes the run in a directory."""
     alone(directory, STEPS, max_checkpoints=most, resume="auto")
     return read(directory)
 
 
 @lru_cache(maxsize=100)
 def exact(t: int, sigma_rel: float) -> Values:
-    """The averages of all updates until t, by the formula."""
+    """Return the averages of all updates up to t, by the formula."""
     return truth(sigma_rel, list(range(2, t + 1, 2)))
 
 
 def wrong_averages(found: Mapping[str, Values]) -> list[str]:
-    """Tensors that are not the averages that their snapshot says."""
+    """Return a line for each tensor that differs from the average that its snapshot claims."""
     wrong = []
     for snapshot, values in found.items():
         t, _, sigma_rel = snapshot.partition("-")
         for name, right in exact(int(t), float(sigma_rel)).items():
-            # A float32 average is rounded once in storage, and at each time that a training went on from it.
+            # A float32 average is rounded once when stored, and each time that a training is resumed from it.
             if not torch.allclose(values[name].double(), right, rtol=0, atol=1e-6 * float(right.abs().max())):
                 wrong.append(f"{snapshot}: {name} is not the average")
     return wrong
 
 
 def differing(found: Mapping[str, Values], right: Mapping[str, Values]) -> list[str]:
-    """Snapshots that are in both with other bits."""
+    """Return a line for each tensor that has different bits in two sets of snapshots."""
     return [
         f"{snapshot}: {name} has other bits"
         for snapshot in found.keys() & right.keys()
@@ -103,18 +104,18 @@ def differing(found: Mapping[str, Values], right: Mapping[str, Values]) -> list[
 
 
 def missing(found: Mapping[str, Values], last: int = STEPS, first: int = 4) -> list[str]:
-    """Snapshots on the schedule that are not there."""
+    """Return a line for each missing snapshot of the schedule."""
     names = [f"{t:016d}-{sigma_rel}" for t in range(first, last + 1, 4) for sigma_rel in SIGMA_RELS]
-    return [f"{name} is not there" for name in names if name not in found]
+    return [f"{name} is missing" for name in names if name not in found]
 
 
 # --- one process is killed
 
 
 def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
-    """Kill any one process, 100 times in all; each training goes on in other processes until it comes to its end.
+    """Kill any one process, 100 times in total; each training is resumed in other processes until it completes.
 
-    Some save their state now and then, and go on from there as if nothing had been; others go on from snapshots.
+    Some trainings save their state and continue exactly from it; others are resumed from snapshots.
     """
     started = time.monotonic()
     run_group(TRAIN, 2, folder / "unkilled", "fsdp", None)
@@ -125,12 +126,12 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     while tally.tried < times:
         most, saves, durable, codes = chance.choice((None, 3)), chance.choice(((), (3,), (5,))), 0, [1]
         while any(codes):
-            is_last = tally.tried >= times  # goes on to the end
+            is_last = tally.tried >= times  # runs to the end
             tally.tried += not is_last
             kind, ranks = chance.choice((*SPREAD, ("fsdp", 1)))
             where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}"
             saved = saved_step(place / STATE_NAME)
-            if saves and saved is None:  # training begins again
+            if saves and saved is None:  # nothing was saved: the training starts over
                 shutil.rmtree(place, ignore_errors=True)
             for note in (*place.glob("saved-*"), *place.glob("durable-*")):
                 note.unlink()
@@ -153,10 +154,10 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
                 tally.lost.append(f"{where}: the state of step {least} was durable, and is of step {step}")
             tally.lost += [f"{where}: {line}" for line in [*differing(now, right), *wrong_averages(now)]]
             if is_last and any(codes):
-                said = [one.communicate()[1][-300:] for one in processes]
-                tally.missed.append(f"{where}: going on ended with {codes}: {said}")
+                errors = [process.communicate()[1][-300:] for process in processes]
+                tally.missed.append(f"{where}: going on ended with {codes}: {errors}")
                 break
-        # What thinning had removed before a kill cannot come back.
+        # Thinning may have removed earlier snapshots before a kill.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
         if saves and now.keys() == whole.keys():
             made = Run(place / "run").average(0.15, method="paper")
@@ -166,13 +167,13 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
 
 
 def noted(place: Path, what: str, ranks: int) -> int:
-    """The last step that every process has noted as durable, or saved."""
+    """Return the last step that every process has noted as durable, or saved."""
     notes = [int(note.read_text() or 0) for note in place.glob(f"{what}-*")]
     return min(notes) if len(notes) == ranks else 0
 
 
 def saved_step(state: Path) -> int | None:
-    """The step of a state; None where there is none."""
+    """Return the step of a state; None if it does not exist."""
     if not state.is_dir():
         return None
     found = {"step": 0}
@@ -183,7 +184,7 @@ def saved_step(state: Path) -> int | None:
 
 
 def end(processes: list[Forked], patience: float) -> list[int]:
-    """The exit codes, when all have ended by themselves or, as by a launcher, were killed."""
+    """Wait for all processes, kill those that are left, as a launcher does, and return the exit codes."""
     until = time.monotonic() + patience
     for process in processes:
         process.poll(max(0.0, until - time.monotonic()))
@@ -219,22 +220,22 @@ except PostHocError as error:
 print(bool(stop), *(f"{{type(error).__name__}}: {{error}}" for error in errors), sep="\\n")
 """
 OPERATIONS = 200
-"""How many a process does at least."""
+"""The least number of file operations of a process."""
 
 
 def full_disks(folder: Path, share: float, seed: int) -> Tally:
-    """The disk is full for one process from one of its operations on; the others learn it, and all begin again."""
+    """Fill the disk for one process from one of its operations on; the others learn of it, and all start again."""
     tally, chance = Tally(), random.Random(seed)
     for _ in range(max(1, round(60 * share))):
         place, victim, at = folder / "full", chance.randrange(3), chance.randrange(OPERATIONS)
         where, tally.tried = f"rank {victim} at operation {at}", tally.tried + 1
         outs = [out.splitlines() for out in check_group(FULL, 3, place, "fsdp", victim, at)]
-        for rank, (stopped, *said) in enumerate(outs):
-            if not said and (stopped == "True" or (rank == victim and max(map(len, outs)) > 1)):
-                tally.missed.append(f"{where}: rank {rank} was not told")
+        for rank, (stopped, *errors) in enumerate(outs):
+            if not errors and (stopped == "True" or (rank == victim and max(map(len, outs)) > 1)):
+                tally.missed.append(f"{where}: rank {rank} raised nothing")
             wanted = "no space left" if rank == victim else f"RankError: rank {victim}: "
-            tally.missed += [f"{where}: rank {rank} said {line}" for line in said if wanted not in line]
-        # Training goes on from the newest time of which all averages are there, and sets later ones aside.
+            tally.missed += [f"{where}: rank {rank} raised {line}" for line in errors if wanted not in line]
+        # Training is resumed from the newest time that has all averages; later snapshots are set aside.
         found = read(place / "run")
         times = Counter(name[:16] for name in found)
         before = {name: values for name, values in found.items() if times[name[:16]] == 2}
@@ -258,7 +259,7 @@ BESIDE = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIEN
 
 
 def two_jobs(folder: Path, share: float, seed: int) -> Tally:
-    """Two jobs begin in one directory: one of them holds it until it ends, and the other is refused."""
+    """Start two jobs in one directory: one of them holds it until it ends, and the other is refused."""
     tally, chance = Tally(), random.Random(seed)
     for _ in range(max(1, round(18 * share))):
         place, tally.tried = folder / "jobs", tally.tried + 1
@@ -267,18 +268,18 @@ def two_jobs(folder: Path, share: float, seed: int) -> Tally:
             jobs.append(start_group(BESIDE, ranks, place, kind, None))
             time.sleep(chance.choice((0.0, 1.0)))
         where, until = f"meeting {tally.tried} of {spread}", time.monotonic() + PATIENCE
-        while (goes_on := [any(one.poll() is None for one in job) for job in jobs]) == [True, True]:
-            assert time.monotonic() < until, f"{where}: both go on"
+        while (running := [any(process.poll() is None for process in job) for job in jobs]) == [True, True]:
+            assert time.monotonic() < until, f"{where}: both are running"
             time.sleep(0.05)
-        holder, refused = jobs if goes_on[0] else jobs[::-1]
-        said = [one.communicate()[1].strip().splitlines()[-1:] for one in refused]
-        # The first one is told why; others are told, or have nothing to write and find that the first one has gone.
-        if not re.search(r"posthoc_cli\.errors\.\w+Error: ", "".join(said[0])) or not all(said) or not any(goes_on):
-            tally.missed.append(f"{where}: refused with {said}")
+        holder, refused = jobs if running[0] else jobs[::-1]
+        errors = [process.communicate()[1].strip().splitlines()[-1:] for process in refused]
+        # The first process gets the reason; the others do, too, or have nothing to write and notice that it has ended.
+        if not re.search(r"posthoc_cli\.errors\.\w+Error: ", "".join(errors[0])) or not all(errors) or not any(running):
+            tally.missed.append(f"{where}: refused with {errors}")
         (place / "go").touch()
         codes = end(holder, PATIENCE)
         now = read(place / "run")
-        wrong = [f"ended with {codes}: {[one.communicate()[1][-300:] for one in holder]}"] if any(codes) else []
+        wrong = [f"ended with {codes}: {[p.communicate()[1][-300:] for p in holder]}"] if any(codes) else []
         tally.lost += [f"{where}: {line}" for line in (*wrong, *wrong_averages(now), *missing(now))]
         shutil.rmtree(place)
     return tally

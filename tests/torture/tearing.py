@@ -1,7 +1,7 @@
-"""Averages that are read, and updates that are interrupted, at random moments: what is seen is always of one update.
+"""Averages read, and updates interrupted, at random moments: every reader sees the averages of one update.
 
-All elements of the model are equal, and so are all of an average: one that is not was read, or left, in the middle of
-an update. Which value it must have at each step is known from the definition.
+All elements of the model are equal, hence all elements of an average are: a different element was read, or left, in the
+middle of an update. The definition gives the correct value at each step.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from posthoc_cli.tracker.state import open_state
 from torture import Tally
 
 SIGMA_RELS = (0.2, 0.21)
-"""Of about the same length: profiles that share a mean then have nearly its weights, and differ from the truth by their
-roundings alone, while the values of the model jump about."""
+"""Two similar widths: profiles that share a mean then have nearly its weights and differ from the truth only by
+rounding, although the model's values jump."""
 
 MOST = 100_000
-"""Steps of a training at most."""
+"""The largest number of steps of a training."""
 
 TOLERANCE = 40 * 2.0**-24
-"""Relative: a recent mean in float32 is rounded up to 32 times, then the average once; a torn one is off by 1e-5."""
+"""The relative tolerance: a float32 mean is rounded up to 32 times, the average once; a torn average is off by 1e-5."""
 
 EVERY = 2
-"""Calls from one update to the next."""
+"""The number of calls from one update to the next."""
 
 
 def value_at(step: int) -> float:
-    """What all elements of the model are after a step."""
+    """Return the value of all elements of the model after a step."""
     return float(np.float32(1 + (step * 0.6180339887) % 1))
 
 
 @cache
 def truth(sigma_rel: str) -> npt.NDArray[np.float64]:
-    """The averages after each update, from the definition: the update at t_k counts t_k^(g+1) - t_(k-1)^(g+1)."""
+    """Return the averages after each update by the definition: update t_k has weight t_k^(g+1) - t_(k-1)^(g+1)."""
     times = np.arange(0, MOST + 1, EVERY, dtype=np.float64)
     values = np.array([value_at(int(t)) for t in times[1:]])
     powers = (times / MOST) ** (exact_gamma(float(sigma_rel)) + 1)
@@ -58,12 +58,12 @@ def truth(sigma_rel: str) -> npt.NDArray[np.float64]:
 
 
 def exact(sigma_rel: str, step: int) -> float:
-    """The average after the last update up to a step."""
+    """Return the average after the last update up to a step."""
     return float(truth(sigma_rel)[step // EVERY - 1])
 
 
 class Equal(torch.nn.Module):
-    """Parameters of which all elements are equal."""
+    """A model in which all elements of all parameters are equal."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -78,19 +78,19 @@ class Equal(torch.nn.Module):
 
 
 def spread(tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-    """The smallest and the largest of all elements."""
+    """Return the smallest and the largest of all elements."""
     return min(float(t.min()) for t in tensors.values()), max(float(t.max()) for t in tensors.values())
 
 
 def away(tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, tolerance: float = TOLERANCE) -> list[str]:
-    """In words, where an element is too far from what all must be."""
+    """Return a line if an element is too far from the correct value."""
     (low, high), right = spread(tensors), exact(sigma_rel, step)
     is_near = max(right - low, high - right) <= tolerance * right
     return [] if is_near else [f"sigma_rel {sigma_rel} at {step}: from {low} to {high}, and it is {right}"]
 
 
 def wrong_state(state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a tracker's own state."""
+    """Return what is wrong with a tracker's state."""
     step, updated = state["step"], state["averages_step"]
     if not updated <= step < updated + EVERY or state["t"] != step or state["averages_t"] != updated:
         return [f"step {step} at t = {state['t']} with averages of {updated} at {state['averages_t']}"]
@@ -103,15 +103,15 @@ def wrong_state(state: Mapping[str, Any]) -> list[str]:
 
 
 def wrong_file(tracker: PostHocEMA, path: Path) -> list[str]:
-    """The same of the file that it is saved to."""
+    """Save a tracker's state to a file; return what is wrong with it."""
     save_state(tracker, path)
     with open_state(path) as state:
-        parts = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in ("high", "low")}
+        parts = {kind: {key: dict(tensors) for key, tensors in state[kind].items()} for kind in ("high", "low")}
         return wrong_state(state | parts | {"mean": dict(state["mean"])})
 
 
 def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """What is wrong with an average of any length: it is a sum of tracked ones, with coefficients of up to about 4."""
+    """Return what is wrong with an average of any length: a sum of tracked ones with coefficients up to about 4."""
     low, high = spread(weights)
     return [] if high - low <= 8 * TOLERANCE * high else [f"from {low} to {high}"]
 
@@ -126,7 +126,7 @@ def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> Pos
 
 
 def torn_reads(folder: Path, count: int, chance: random.Random, elements: int = 300_000) -> Tally:
-    """Read averages `count` times in all, in every way, while another thread updates them."""
+    """Read averages `count` times in total, in every way, while another thread updates them."""
     tally = Tally()
     for device, reads in (("model", count // 2), ("cpu", count - count // 2)):
         model = Equal(elements)
@@ -168,11 +168,11 @@ def _read(tracker: PostHocEMA, elements: int, reads: int, tally: Tally, chance: 
 
 
 class Stop(Exception):  # noqa: N818  # like SystemExit
-    """What a signal handler raises."""
+    """The exception that a signal handler raises."""
 
 
 def torn_states(folder: Path, count: int, chance: random.Random, elements: int = 100_000) -> Tally:
-    """Interrupt updates `count` times in all: by SystemExit, by an Exception, by a handler that reads or closes."""
+    """Interrupt updates `count` times in total: by SystemExit, by an Exception, by a handler that reads or closes."""
     tally, devices = Tally(), cycle(("model", "cpu"))
     while tally.tried < count:
         _interrupt(folder / "run", min(100, count - tally.tried), next(devices), tally, chance, elements)
@@ -181,11 +181,11 @@ def torn_states(folder: Path, count: int, chance: random.Random, elements: int =
 
 
 class Interruptions:
-    """What the handler of a signal does, while it is armed."""
+    """A signal handler that interrupts a call in one of several ways while it is armed."""
 
     def __init__(self, tracker: PostHocEMA, model: Equal) -> None:
         self.tracker, self.model = tracker, model
-        path = tracker.checkpoint_dir.with_name("state")  # the directory may not be there yet
+        path = tracker.checkpoint_dir.with_name("state")  # the directory may not exist yet
         self.ways: dict[str, Callable[[], list[str] | None]] = {
             "exit": lambda: _raise(SystemExit()),
             "exception": lambda: _raise(Stop()),
@@ -199,7 +199,7 @@ class Interruptions:
         self.wrong: list[str] = []
 
     def handle(self, *_: object) -> None:
-        """Called by Python, anywhere in the main thread."""
+        """Handle the signal: Python calls this anywhere in the main thread."""
         if self.armed:
             self.armed = False
             self.wrong += self.ways.get(self.way, self.tracker.close)() or []
@@ -208,13 +208,13 @@ class Interruptions:
         before = self.tracker.step
         with suppress(NotReadyError):
             self.tracker.update_(self.model)
-            self.has_updated = True  # before or after the other call, with values of that one's step
+            self.has_updated = True  # with the values of the interrupted call's step, before or after that call
             if self.tracker.step != before + 1:
                 return [f"an update within an update: step {before} became {self.tracker.step}"]
         return []
 
     def call(self, after: float) -> None:
-        """Call `update_` with the values of its step, and interrupt it; what was not counted is called again."""
+        """Call `update_` with the values of its step and interrupt it; a later call repeats a step that failed."""
         self.model.go_to(self.tracker.step + 1)
         try:
             self.armed = True
@@ -255,14 +255,14 @@ def _interrupt(run: Path, tries: int, device: str, tally: Tally, chance: random.
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        with suppress(NotReadyError):  # the last update, where a handler has closed the tracker beneath it
+        with suppress(NotReadyError):  # a handler may have closed the tracker during the last update
             tracker.close()
     if not interruptions.has_updated:
         tally.lost += [f"{device}: {line}" for line in _wrong_run(run, model)]
 
 
 def _wrong_run(run: Path, model: Equal) -> list[str]:
-    """What is wrong with what a training has left: its snapshots, and that it can be gone on from."""
+    """Return what is wrong with the snapshots of a training; then resume it for one step."""
     if not any(run.glob("*.safetensors")):
         return []
     wrong = []

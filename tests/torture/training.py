@@ -1,6 +1,6 @@
 """A network whose weights at every step are known in advance, and a user's script that trains it.
 
-So every snapshot and every output has one right content, which is computed here from the formula in float64.
+Every snapshot and every output therefore has one correct content, which is computed here from the formula in float64.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from posthoc_cli.snapshots.tensor_file import read_header
 SIGMA_RELS = (0.05, 0.28)
 STATE = "state.safetensors"
 UNIT = 2.0**-24
-"""Rounding of one float32, relative."""
+"""The relative rounding error of float32."""
 
 
 class Network(torch.nn.Module):
-    """Two parameters, of `4 rows` and of 3 elements, and a buffer, set to what they are at a step."""
+    """A network of two parameters, with 4 `rows` and with 3 elements, and a buffer."""
 
     count: torch.Tensor
 
@@ -39,7 +39,7 @@ class Network(torch.nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def go_to(self, step: int) -> None:
-        """Be what the network is after so many steps."""
+        """Set all tensors to their values after this step."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.from_numpy(weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)))
@@ -47,23 +47,23 @@ class Network(torch.nn.Module):
 
 
 def weights_up_to(step: int, elements: int) -> FloatArray:
-    """A parameter after the steps 1 to `step`, in values that float32 holds exactly: shape [step, elements]."""
+    """Return a parameter after the steps 1 to `step`, in exact float32 values: shape [step, elements]."""
     return _weights(-(-step // 4096) * 4096 if step > 64 else 64, elements)[:step]
 
 
 @lru_cache(maxsize=8)
 def _weights(steps: int, elements: int) -> FloatArray:
-    # A walk: what thinning keeps of it hardly depends on whether a snapshot could be measured.
+    # A walk: thinning keeps nearly the same snapshots whether or not all of them could be measured.
     walk = 3.0 + np.cumsum(np.random.default_rng(7).standard_normal((steps, elements)), axis=0)
     return walk.astype(np.float32).astype(np.float64)
 
 
 @lru_cache(maxsize=1000)
 def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) -> tuple[FloatArray, float, float]:
-    """A parameter's average at a step, of updates `every` so many, how far a float32 one may be from it, and a unit.
+    """Return a parameter's average at a step with updates `every` so many, the tolerance for float32, and its unit.
 
-    An update rounds a difference, a product and a sum, less than 3 units of the largest value; what it leaves at step k
-    fades like (k / step)^(gamma + 1) until then.
+    An update rounds a difference, a product and a sum: less than 3 units of the largest value. Of the error made at
+    step k, (k / step)^(gamma + 1) remains at the end.
     """
     weights = weights_up_to(step, elements)
     value = exact_weights(sigma_rel, range(every, step + 1, every)) @ weights[every - 1 :: every]
@@ -75,7 +75,7 @@ def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) ->
 
 
 def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
-    """A tracker that goes on with what is there, in the way that the README says."""
+    """Return a tracker that resumes the run in a directory as the README shows."""
     state = directory / STATE
     if not state.exists() and {snapshot.info.sigma_rel for snapshot in find_snapshots(directory)} == set(SIGMA_RELS):
         return PostHocEMA.from_path(directory, network)
@@ -87,7 +87,7 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
 
 
 def remove_half_begun(directory: Path) -> None:
-    """Remove the first snapshots of a training that was killed while it wrote them: nothing can go on from there."""
+    """Remove the first snapshots of a training that was killed while writing them: it cannot be resumed from there."""
     stored = find_snapshots(directory)
     if len({snapshot.info.sigma_rel for snapshot in stored}) == 1 and not (directory / STATE).exists():
         for snapshot in stored:
@@ -98,11 +98,11 @@ def train(
     directory: Path, until: int, save_at: Collection[int], note: Callable[..., None] | None = None, rows: int = 4,
     **settings: object,
 ) -> list[str]:  # fmt: skip
-    """Train from where the directory is to step `until`; returns the errors of writing that training went past.
+    """Resume the run in a directory and train to step `until`; return the errors of writing that training survived.
 
     Arguments:
         save_at: steps at which the tracker's state is saved.
-        note: told what is durable, at every second step; None: nothing waits for the disk.
+        note: called with the durable files at every second step; None: nothing waits for the disk.
     """
     network, errors = Network(rows), []
     remove_half_begun(directory)
@@ -128,15 +128,15 @@ def train(
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Snapshots and state, by name."""
+    """Return the content of the snapshots and the state by file name."""
     return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
 
 
-# --- what must be so
+# --- checks
 
 
 def wrong_snapshots(directory: Path) -> list[str]:
-    """Snapshots that are not the averages that they say they are; raises where runs are mixed."""
+    """Return a line for each snapshot that differs from the average that it claims; raise if runs are mixed."""
     wrong = []
     for snapshot in read_directory(directory) if any(directory.glob("*.safetensors")) else ():
         info, values = snapshot.info, load_file(snapshot.path)
@@ -151,18 +151,18 @@ def wrong_snapshots(directory: Path) -> list[str]:
 
 
 def problems(path: Path) -> list[str]:
-    """What `ema verify` finds wrong in a directory or a file."""
+    """Return the problems that `ema verify` finds in a directory or a file."""
     found = verify(path)
     return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Safetensors files anywhere under a folder that are not whole, a line each."""
+    """Return a line for each damaged safetensors file below a folder."""
     return [line for path in folder.rglob("*.safetensors") for line in problems(path)]
 
 
 def wrong_output(path: Path) -> list[str]:
-    """What is wrong with an output, which names its snapshots and coefficients: those have right contents."""
+    """Return what is wrong with an output, computed from the snapshots and coefficients that it names."""
     try:
         wrong, info = problems(path), decode_output(path, read_header(path))
     except PostHocError as error:

@@ -1,6 +1,6 @@
-"""Small files of every kind, each with what is made of it, the trying of harm to them, and the forging of headers.
+"""Small files of every kind with a use of each, experiments that damage them, and forged headers.
 
-A header is taken apart into a tree of lists, changed anywhere, and sealed again with a right checksum.
+A header is parsed into a tree of lists, changed anywhere, and sealed again with a correct checksum.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ RUN_ID = "ab12" * 8
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
 
 Content = dict[str, object]
-"""What a file holds: the bytes of each tensor by name, and what the file says about itself under ""."""
+"""The content of a file: the bytes of each tensor by name, and the metadata under ""."""
 
 
 def examine(path: Path) -> Content:
-    """Verify a snapshot, an output, a state, or the shards beside an index as `ema verify` does; returns the content.
+    """Verify a snapshot, an output, a state, or the shards of an index as `ema verify` does; return the content.
 
     Raises:
         PostHocError: naming the file.
@@ -48,12 +48,12 @@ def examine(path: Path) -> Content:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
     content: Content = {}
-    for own in [path.parent / shard for shard in decode_index(path).shards] if path.name == INDEX_NAME else [path]:
-        with open_file(own) as file:
+    for shard in [path.parent / name for name in decode_index(path).shards] if path.name == INDEX_NAME else [path]:
+        with open_file(shard) as file:
             kind = file_kind(file.header)
             if kind not in DECODERS:
-                raise FileFormatError(own, f"its ema.format is {str(kind)[:40]!r}")
-            content |= {"": DECODERS[kind](own, file.header)}
+                raise FileFormatError(shard, f"its ema.format is {str(kind)[:40]!r}")
+            content |= {"": DECODERS[kind](shard, file.header)}
             content |= {name: file.read(name).tobytes() for name in file.header.tensors}
     return content
 
@@ -66,41 +66,41 @@ REFUSED = object()
 
 @dataclass(frozen=True)
 class Victim:
-    """A file that will be harmed, and what is made of it."""
+    """A file that will be damaged, and a use of it."""
 
     kind: str
     path: Path
     use: Callable[[], object]
-    """Makes something of it; returns what came out."""
+    """Uses the file as a command does; returns the content of the result."""
     out: Path
-    """Where that goes, if anywhere."""
+    """The output of `use`, if it writes one."""
     named: str
-    """What an error must name: the file, or the folder of an index and its shards."""
+    """The path that an error must name: the file, or the folder of an index and its shards."""
 
     @property
     def is_index(self) -> bool:
-        """Some harm changes nothing: there is no checksum in an index of the Hugging Face libraries."""
+        """Whether the file is an index, which has no checksum, so that some damage changes nothing."""
         return self.path.name == INDEX_NAME
 
     def attempt(self, tally: Tally, what: str, act: Callable[[], object], named: str) -> object:
-        """What comes out; REFUSED where that is an error: of this package, naming what it must, without an output."""
-        found = REFUSED
+        """Return the result of `act`, or REFUSED after an error of this package, which must name `named`."""
+        result = REFUSED
         with tally.judged(what, named):
-            found = act()
-        if found is REFUSED and self.out.exists():
+            result = act()
+        if result is REFUSED and self.out.exists():
             tally.lost.append(f"{what}: an output was left"[:4_000])
         self.out.unlink(missing_ok=True)
-        return found
+        return result
 
     def intact(self) -> tuple[object, object]:
-        """What is seen of the file, and made of it, without harm."""
-        seen = examine(self.path), self.use()
+        """Return the content of the intact file, and the result of its use."""
+        results = examine(self.path), self.use()
         self.out.unlink(missing_ok=True)
-        return seen
+        return results
 
 
 def all_victims(folder: Path) -> Iterator[Victim]:
-    """One of each kind."""
+    """Yield one file of each kind."""
     for make in (small_snapshot, small_part, small_output, small_state, small_index, small_shard):
         (folder / make.__name__).mkdir()
         yield make(folder / make.__name__)
@@ -110,11 +110,12 @@ def harm_all(
     folder: Path, harm: str, change: Callable[[bytes, int], bytes], count: Callable[[Victim, bytes], int],
     share: float, seed: int,
 ) -> Tally:  # fmt: skip
-    """Do a share of all changes to each victim, one at a time: each is found, or, in an index, changes nothing.
+    """Damage each file in a share of all ways, one at a time: each is detected or, in an index, changes nothing.
 
     Arguments:
-        harm: the change in words.
-        change: the content of a file after the change of a number, from 0 on; `count` says how many there are.
+        harm: the damage in words.
+        change: returns the content of a file after the change with a number, counted from 0.
+        count: returns the number of changes.
     """
     tally, chance = Tally(), random.Random(seed)
     for victim in all_victims(folder):
@@ -126,12 +127,12 @@ def harm_all(
             ways = (("examined", lambda: examine(victim.path)), ("used", victim.use))  # noqa: B023
             for (how, act), before in zip(ways, intact, strict=True):
                 what = f"{victim.kind}, {harm} {number}, {how}"
-                found = victim.attempt(tally, what, act, victim.named)
-                if found is not REFUSED and not (victim.is_index and found == before):
+                result = victim.attempt(tally, what, act, victim.named)
+                if result is not REFUSED and not (victim.is_index and result == before):
                     tally.missed.append(f"{what}: not found")
         victim.path.write_bytes(data)
         if victim.intact() != intact:
-            tally.lost.append(f"{victim.kind}: is not what it was before")
+            tally.lost.append(f"{victim.kind}: differs from before")
     return tally
 
 
@@ -139,7 +140,7 @@ def harm_all(
 
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) -> Victim:
-    """A snapshot that a synthesis reads."""
+    """Write a snapshot, which a synthesis reads."""
     measured = Measurements(7.25, 1e-7, (Distance(5.0, 0.05, 0.25, 1e-8),))
     path = write_snapshot(
         folder / "run", 10, 0.05, RUN_ID, values or VALUES, sigma_rels=(0.05, 0.28), aliases={"tied": "a"},
@@ -150,28 +151,28 @@ def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) 
 
 
 def small_part(folder: Path) -> Victim:
-    """The second of two parts of a snapshot that a synthesis reads."""
+    """Write a snapshot of two parts, which a synthesis reads; the victim is the second part."""
     whole = small_snapshot(folder, {"a": torch.tensor([[1.0], [-2.5]]), "b": VALUES["b"]})
     path = split_snapshot(whole.path, 2) / "part-00002-of-00002.safetensors"
     return Victim("part", path, whole.use, whole.out, path.parent.name)
 
 
 def small_output(folder: Path) -> Victim:
-    """An output of a synthesis, which an export reads."""
+    """Write the output of a synthesis, which an export reads."""
     path = folder / "made.safetensors"
     synthesize(small_snapshot(folder / "source").path.parent, path)
     return _exported("output", path, path, folder)
 
 
 def small_index(folder: Path) -> Victim:
-    """The index of an output in two shards, which an export reads."""
+    """Write an output in two shards, which an export reads; the victim is the index."""
     shards = folder / "shards"
     export_file(small_output(folder).path, shards, max_shard_size="10")
     return _exported("index", shards / INDEX_NAME, shards, folder)
 
 
 def small_shard(folder: Path) -> Victim:
-    """A shard of that output."""
+    """Write an output in two shards; the victim is the first shard."""
     index = small_index(folder)
     path = index.path.with_name("model-00001-of-00002.safetensors")
     return Victim("shard", path, index.use, index.out, str(path))
@@ -197,7 +198,7 @@ class Tiny(torch.nn.Module):
 
 
 def small_state(folder: Path) -> Victim:
-    """The exact state beside the snapshots, which a tracker goes on from."""
+    """Write the exact state next to snapshots, from which a tracker continues."""
     path, model = folder / "run/state.safetensors", Tiny()
     with PostHocEMA.from_model(
         model, folder / "run", update_every=1, checkpoint_every=1, max_checkpoints=None, keep_state=True
@@ -206,14 +207,14 @@ def small_state(folder: Path) -> Victim:
 
     def use() -> object:
         with open_state(path) as state:
-            tensors = {kind: {key: dict(own) for key, own in state[kind].items()} for kind in ("high", "low")}
+            tensors = {kind: {key: dict(part) for key, part in state[kind].items()} for kind in ("high", "low")}
             return repr(state | tensors | {kind: dict(state[kind]) for kind in ("mean", "copies")})
 
     return Victim("state", path, use, folder / "no-output", str(path))
 
 
 def synthesize(run: Path, out: Path) -> object:
-    """Make the tracked average again; returns what is in the output."""
+    """Synthesize the tracked average; return the content of the output."""
     write_synthesis(plan_synthesis(disk_sources(run), [0.05]), [out], OutputOptions(overwrite=True))
     return examine(out)
 
@@ -228,27 +229,27 @@ class Pair(list[Any]):
 
 
 class Pairs(list[Pair]):
-    """A JSON object, in which a key may come twice."""
+    """A JSON object in which a key may occur twice."""
 
 
 class Inner(list[Any]):
-    """JSON in a string: its one item."""
+    """A string that contains JSON: its one item."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Text that stands in the file as it is; what it has of surrogateescape becomes bytes that are no UTF-8."""
+    """Text that is written unchanged; its surrogate escapes become bytes that are not UTF-8."""
 
     text: str
 
 
 def pairs(items: Iterable[tuple[Any, Any]]) -> Pairs:
-    """Keys and values as an object."""
+    """Return keys and values as an object."""
     return Pairs(map(Pair, items))
 
 
 def take_apart(path: Path) -> tuple[Pairs, bytes]:
-    """The header of a file as a tree, and the payload; an index is all header."""
+    """Return the header of a file as a tree, and the payload, which an index does not have."""
     data = path.read_bytes()
     if path.suffix == ".json":
         return json.loads(data, object_pairs_hook=pairs), b""
@@ -268,7 +269,7 @@ def _inner(text: str) -> Any:
 
 
 def dump(tree: Any) -> str:
-    """A tree as JSON without spaces."""
+    """Return a tree as JSON without spaces."""
     if isinstance(tree, Pairs):
         return "{" + ",".join(f"{dump(key)}:{dump(value)}" for key, value in tree) + "}"
     if isinstance(tree, Inner):
@@ -282,7 +283,7 @@ def dump(tree: Any) -> str:
 
 
 def seal(tree: Any) -> bytes:
-    """The first bytes of a file with this header, with a right checksum where the header has a place for it."""
+    """Return the bytes of a header, with a correct checksum if the header has a place for one."""
     text = dump(tree).encode("utf-8", "surrogateescape")
     blank = len(text).to_bytes(8, "little") + text
     before, mark, after = blank.partition(MARK)
@@ -293,7 +294,7 @@ def seal(tree: Any) -> bytes:
 
 
 def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
-    """Give a file's metadata other values, or none, and seal it again."""
+    """Change values in a file's metadata, or remove them (None), and seal the header again."""
     tree, payload = take_apart(path)
     changed = {**dict(tree[0][1]), **changes}
     tree[0] = Pair((tree[0][0], pairs((key, value) for key, value in changed.items() if value is not None)))

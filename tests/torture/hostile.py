@@ -1,9 +1,9 @@
-"""What a stranger can put before us: things that are no files of ours, checkpoints with damage, names that steer.
+"""Hostile input: special files in place of files, damaged checkpoints, names that control terminals.
 
-Pipes and sockets, devices, links of every kind, pickles that would leave a mark if anybody loaded them, at every place
-where a command or a function takes a file: each ends in one error (or is passed over, or does no harm), at once;
-nothing outside is touched, nothing half-made is left. Checkpoints of other programs give one error, or weights. Names
-and texts that would steer a terminal, a table, a picture or a spreadsheet are shown escaped, everywhere.
+Pipes, sockets, devices, links of every kind, and pickles that would create a marker file when loaded are put at every
+path that a command or a function reads or writes: each use ends at once with one error, or without harm; nothing
+outside is touched, nothing partial is left. Damaged checkpoints of other programs give one error, or weights. Names and
+texts that would control a terminal, a table, a plot or a spreadsheet are always shown escaped.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from posthoc_cli.snapshots.writer import HOLDER_NAME, DirectoryLock
 from torture import Tally
 from torture.victims import forge, synthesize
 
-SECRET = b"somebody's own file, which nobody may change"
+SECRET = b"another user's file, which must not change"
 SIGMA_REL = ("--sigma-rel", "0.1")
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -48,7 +48,7 @@ class Bomb:
 
 
 class Scene:
-    """A directory of snapshots and what goes with it, all below `home`; `outside` is somebody else's."""
+    """A directory of snapshots, its outputs and exports, all below `home`; `outside` belongs to another user."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -56,17 +56,17 @@ class Scene:
         self.out, self.made = home / "out" / "out.safetensors", home / "made.safetensors"
 
     def prepare(self, template: Path) -> None:
-        """Everything as at first."""
+        """Restore the initial files."""
         shutil.rmtree(self.home, ignore_errors=True)
         shutil.copytree(template, self.home, symlinks=True)
 
     def seen_outside(self) -> dict[str, Any]:
-        """What is outside, with all its content."""
+        """Return the names, content and modes of the files outside."""
         return {path.name: (path.read_bytes(), path.stat().st_mode) for path in self.outside.iterdir()}
 
 
 def make_template(home: Path) -> Path:
-    """A run of two profiles, an output of it, its shards, and the outside."""
+    """Create a run of two profiles, an output of it, its shards, and the folder outside."""
     write_run(home / "run", random_walk(20, {"w": (3,), "v": (2, 2)}), (5, 10, 15, 20))
     synthesize(home / "run", home / "made.safetensors")
     export_file(home / "made.safetensors", home / "sharded", max_shard_size="14")
@@ -77,15 +77,15 @@ def make_template(home: Path) -> Path:
     return home
 
 
-# --- what stands there
+# --- special files
 
 
 def _socket(path: Path, _: Scene) -> None:
     before = Path.cwd()
-    os.chdir(path.parent)  # names of sockets may have some 100 bytes
+    os.chdir(path.parent)  # names of sockets are limited to about 100 bytes
     try:
-        with socket.socket(socket.AF_UNIX) as one:
-            one.bind(path.name)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
     finally:
         os.chdir(before)
 
@@ -115,14 +115,14 @@ THINGS: dict[str, Callable[[Path, Scene], object]] = {
 }  # fmt: skip
 
 
-# --- where it stands, and who meets it
+# --- where the special files are put, and how they are used
 
 Use = tuple[object, ...] | Callable[["Scene", Path], object]
-"""Words of a command, in which "X" is the path of the thing and names in capitals are of the scene; or a function."""
+"""The words of a command, where "X" is the special file and names in capitals are paths of the scene; or a function."""
 
 
 def _track(scene: Scene, _: Path) -> None:
-    """Train in the directory, and go back in time, which sets snapshots aside."""
+    """Train in the directory, and return to an earlier state, which sets snapshots aside."""
     model = torch.nn.Linear(2, 2)
     with PostHocEMA.from_model(model, scene.home / "fresh", update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
@@ -167,16 +167,16 @@ PLACES: dict[str, Sequence[Use]] = {
 
 
 def _meetings() -> Iterator[tuple[str, str, Use]]:
-    """Every thing at every place, and who meets it there; what writes below "out" also with --overwrite."""
+    """Yield every special file at every place with every use; commands that write below "out" also with --overwrite."""
     for place, uses in PLACES.items():
         for use in uses:
             forced: list[Use] = [(*use, "--overwrite")] if place.startswith("out/") and isinstance(use, tuple) else []
-            for one in (use, *forced):
-                yield from ((place, thing, one) for thing in THINGS)
+            for variant in (use, *forced):
+                yield from ((place, thing, variant) for thing in THINGS)
 
 
 def replace_files(folder: Path, share: float, seed: int) -> Tally:
-    """Every thing at every place."""
+    """Put every special file at every place, and use it."""
     tally, template, scene = Tally(), make_template(folder / "template"), Scene(folder / "scene")
     meetings, before = list(_meetings()), Path.cwd()
     try:
@@ -207,7 +207,7 @@ def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
         _run(tally, what, words)
     if scene.marker.exists():
         tally.executed.append(f"{what}: the pickle was loaded")
-    # A folder for outputs that is itself a link: the user has named what it leads to. Names in it are never followed.
+    # An output folder that is itself a link is followed, since the user has named it; links in it never are.
     if scene.seen_outside() != outside and not (path.parent.name == "out" and path.is_symlink() and path.is_dir()):
         tally.executed.append(f"{what}: something outside was changed")
     if _temporaries(scene) != temporaries:
@@ -215,7 +215,7 @@ def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
 
 
 def _run(tally: Tally, what: str, words: Sequence[object]) -> None:
-    """A command ends as it must: in one line that names what is wrong, if anything, and nothing raw for a terminal."""
+    """Run a command; it must succeed or fail with one line of error, and print no control characters."""
     tally.tried += 1
     with tally.judged(what):
         result = run_ema(*words)
@@ -235,11 +235,11 @@ def _temporaries(scene: Scene) -> set[Path]:
 # --- checkpoints
 
 DAMAGES = 400
-"""Of each layout, for a share of 1."""
+"""The number of damages for each layout with a share of 1."""
 
 
 def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
-    """Truncate files of each layout, flip bits, put a bomb in place of a pickle, swap files."""
+    """Truncate files of each layout, flip bits, replace pickles by a bomb, swap files."""
     tally, chance, weights, marker = Tally(), random.Random(seed), walk(), folder / "executed"
     for layout, write in LAYOUTS.items():
         run = folder / layout.replace(" ", "-")
@@ -288,7 +288,7 @@ NAMES = (
 
 
 class Stage:
-    """Where a name stands in everything that can have one, below `home`."""
+    """Runs, outputs and broken files below `home` that have a name in every place that can have one."""
 
     def __init__(self, home: Path, name: str) -> None:
         self.home, self.name = home, name
@@ -307,7 +307,7 @@ class Stage:
         forge(self.output, {"ema.profile": self.name, "ema.method": self.name, "ema.snapshots": made_of})
 
     def commands(self) -> Iterator[tuple[object, ...]]:
-        """What is run on it."""
+        """Yield the commands to run."""
         home, run, new = self.home, self.run, self.home / f"new {self.name}"
         yield "info", run
         yield "info", run, "--json"
@@ -340,7 +340,7 @@ class Stage:
 
 
 def name_things(folder: Path, share: float, seed: int) -> Tally:
-    """Every name through every command; of a share of the names a few."""
+    """Run every command with every name; with a share, a few commands with some names."""
     tally, chance = Tally(), random.Random(seed)
     for name in chance.sample(NAMES, max(1, round(share * len(NAMES)))):
         stage = Stage(folder / "stage", name)
@@ -356,7 +356,7 @@ def name_things(folder: Path, share: float, seed: int) -> Tally:
 
 
 def _hold(tally: Tally, stage: Stage) -> None:
-    """A directory whose holder's note a stranger has written."""
+    """Run a command on a locked directory whose note on the holder is hostile."""
     holders = ((1, 0.0), ("9" * 5_000, 1e400), (10**4000, -1e308))
     notes = [{"host": stage.name, "process": process, "since": since} for process, since in holders]
     lock = DirectoryLock(stage.run)
