@@ -144,7 +144,7 @@ def test_snapshots_of_an_adapter_and_shards_of_a_base(tmp_path: Path, base: Path
         for now in history:
             model.load_state_dict(peft_names(now))
             tracker.update_(model)
-    with pytest.raises(MismatchError, match=r"the alpha by which.*put the adapter's adapter_config\.json beside it"):
+    with pytest.raises(MismatchError, match=r"the alpha by which.*put the adapter's adapter_config\.json next to it"):
         Run(tmp_path / "run").merge(0.1, base, tmp_path / "out.safetensors")
     (tmp_path / "run/adapter_config.json").write_text(json.dumps(CONFIG))
     Run(tmp_path / "run").merge(0.1, base, tmp_path / "out.safetensors")
