@@ -35,7 +35,6 @@ class _Figure(Figure):
     """A figure that a notebook can show without pyplot."""
 
     def _repr_html_(self) -> str:
-        """Return the figure as SVG."""
         file = io.StringIO()
         self.savefig(file, format="svg", metadata=_METADATA[".svg"])
         return file.getvalue().partition("?>")[2]
@@ -133,13 +132,8 @@ def sweep_figure(
 ) -> Figure:  # fmt: skip
     """Draw a metric against the length of the average, on a logarithmic axis, with the measurements.
 
-    Arguments:
-        widths, means, errors: the estimated curve, with its standard errors.
-        points: length, value and noise of each measurement.
-        best: the best length.
-        flat: the ends of the range that is equal to the best within the noise.
-        raw: the metric of the raw weights.
-        words: the names of the axes.
+    The curve `means` with its standard `errors` is over `widths`; `points` are length, value and noise of each
+    measurement; `flat` is the range that is equal to the best within the noise; `words` are the names of the axes.
     """
     figure = _figure(_WIDTH, 4.2)
     axes = figure.add_subplot()
@@ -251,10 +245,7 @@ def fit_page(figure: Figure, linear: bool) -> None:
 
 
 def frame(figure: Figure) -> dict[str, object]:
-    """Return the place of a figure's first axes, their limits, whether they are logarithmic, and their names.
-
-    The place is left, top, right and bottom as fractions of the figure, from its top left.
-    """
+    """Return the box of a figure's first axes (fractions from the top left), their limits, scales and names."""
     figure.draw_without_rendering()
     axes = figure.axes[0]
     box = axes.get_window_extent().transformed(figure.transFigure.inverted())  # also of axes in a subfigure
@@ -280,7 +271,6 @@ def _figure(width: float, height: float) -> Figure:
 def _draw_errors(
     axes: Axes, curves: Sequence[ErrorCurve], legend_below: bool, width: float, profile_error: bool
 ) -> None:
-    """Draw the curves, their tracked profiles and other targets, the axes and the legend."""
     known = [curve.predicted_error[np.isfinite(curve.predicted_error)] for curve in curves]
     lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
     # The largest power of ten below nearly all of the curves.
@@ -358,7 +348,6 @@ def _sigma_axis(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
 
 
 def _good_range(curve: ErrorCurve) -> str:
-    """Return the range with small errors in words."""
     ranges = curve.ranges_text(GOOD_ERROR)
     return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
 
@@ -386,7 +375,6 @@ def _draw_fit(figure: SubFigure, fit: ProfileFit, width: float) -> None:
 
 
 def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
-    """Draw the coefficients as bars over training time."""
     times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
     spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
     # A snapshot off the schedule may be close to another one: overlapping bars are better than invisible bars.
@@ -452,7 +440,6 @@ def _wrapped(text: str, width: float, size: float) -> str:
 
 
 def _finish(axes: Axes, title: str | None = None) -> Legend:
-    """Add a grid and a legend."""
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     return axes.legend(fontsize=8, framealpha=0.9, title=title, title_fontsize=8)

@@ -298,8 +298,7 @@ class Run:
             method: the solver, "minvar" or "paper".
 
         Raises:
-            InvalidValueError: an argument is invalid.
-            NonFiniteError: a result is not finite, or `dtype` cannot hold it.
+            InvalidValueError, NonFiniteError: an argument is invalid, or a result is not finite.
         """
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
         return with_consistent_plan(plan, functools.partial(make_weights, device=device))
@@ -458,8 +457,7 @@ class Run:
             One audit for each average of the run; `is_bad` if the average contradicts the claim.
 
         Raises:
-            InvalidValueError: the run does not hold an average together with the weights at two times.
-            OutputExistsError, WriteError: the figure cannot be written.
+            InvalidValueError: less than two times have both an average and the weights; OutputExistsError, WriteError.
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
@@ -512,11 +510,10 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
-    """Return the path of an output with `~` expanded, after checking that it may be written.
+    """Return the path of an output with `~` expanded, after checking its ending and that it may be written.
 
     Raises:
-        InvalidValueError: it has none of these endings, or no folder to be in.
-        OutputExistsError: it exists, and `overwrite` is False.
+        InvalidValueError, OutputExistsError.
     """
     path = files.expanded(files.given_path("out", out))
     if path.suffix not in endings:
@@ -550,14 +547,12 @@ def error_report(
         method: the solver.
         dtype: the dtype of the schedules' snapshots.
         like: an earlier run, of a network that moved as it will in the schedules; by default it moves evenly.
-        draw: targets to draw over training time, with coefficients; other profiles than power functions are points in
-            the error figure, too.
+        draw: targets to draw over training time, with coefficients; if without a sigma_rel, also as points.
         out: a .png, .svg or .pdf file to draw, with profile errors if the method is "paper"; or a .csv file.
         overwrite: replace an existing file.
 
     Raises:
-        InvalidValueError, OutputExistsError, WriteError: an argument is invalid, or `out` cannot be written.
-        PostHocError: a run cannot be read, see `Run`.
+        InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
     """
     path = None if out is None else new_file(out, (*PICTURES, ".csv"), overwrite)
     if not runs and not schedules:
@@ -594,8 +589,7 @@ def plan_training(
         overwrite: replace an existing file.
 
     Raises:
-        InvalidValueError, OutputExistsError, WriteError: an argument is invalid, or `out` cannot be written.
-        PostHocError: the run cannot be read, see `Run`.
+        InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
     """
     assumption, picture = EVENLY, None if out is None else new_file(out, PICTURES, overwrite)
     if like is not None:

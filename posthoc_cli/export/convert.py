@@ -110,9 +110,7 @@ def export_file(
     max_shard_size: str | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
-    """Write a model, or each model of a folder, in another layout.
-
-    One tensor at a time is in memory, except for the layouts "pt" and "dcp".
+    """Write a model, or each model of a folder, in another layout; only "pt" and "dcp" need memory for all tensors.
 
     Arguments:
         source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
@@ -202,11 +200,9 @@ class _PlannedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor."""
         return self.file.header.tensors[self.name].shape
 
     def read(self) -> torch.Tensor:
-        """Return the tensor in its dtype in the output, or raise a NonFiniteError."""
         stored = stored_tensor(self.file, self.name)
         where = f"{self.file.path}: tensor {self.name!r}"
         if self.role in ("average", "statistic") and not bool(plain(stored).isfinite().all()):
@@ -268,7 +264,6 @@ def _planned(file: TensorReader, name: str, own: str, role: str, dtype: str | No
 
 
 def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:
-    """Return the tensors under their names without the prefix `strip`, and with `prefix`."""
     if strip and not any(name.startswith(strip) for name in tensors):
         reason = f"no tensor's name begins so; the first is {min(tensors, default='')!r}"
         raise InvalidValueError("strip_prefix", reason, value=f"{strip!r}")
@@ -315,12 +310,9 @@ _MERGED = ("F64", "F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class _Module:
-    """A module of an adapter; its product is scaled by alpha / rank**power.
+    """A module of an adapter, with the names of its factors A (down) and B (up).
 
-    Attributes:
-        down, up: names of the factors A and B.
-        alpha: the name of its tensor, as in kohya's files, or its value.
-        is_transposed: whether the product is transposed (`fan_in_fan_out` of PEFT).
+    The product is scaled by alpha / rank**power, where alpha is a value or a tensor's name, and perhaps transposed.
     """
 
     name: str
@@ -334,11 +326,8 @@ class _Module:
 def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: ProgressBar = no_bar) -> ExportReport:
     """Write a base model with the average of an adapter's products added, for a plan of one target: see `Run.merge`.
 
-    One tensor at a time is in memory; sums are float32.
-
-    Raises:
-        MismatchError: the base lacks a module, or has another shape or quantized weights; or the adapter is not LoRA,
-            or its scale is unknown.
+    One tensor at a time is in memory; sums are float32. Raises a MismatchError if the base lacks a module, or has
+    another shape or quantized weights; or if the adapter is not LoRA, or its scale is unknown.
     """
     started = time.perf_counter()
     options.check_layout(out)

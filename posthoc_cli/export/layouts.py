@@ -247,12 +247,10 @@ def write_outputs(
     fill: Callable[[list[str], Sequence[Sink]], object],
     folders: Sequence[Path] = (),
 ) -> None:
-    """Write outputs of the same tensors; none appears before all are complete, except for shards in an object store.
+    """Write outputs of the same tensors, each with its metadata, and create the folders if missing.
 
-    Arguments:
-        metadata: metadata of each output.
-        fill: writes the tensors of the given names into the sinks of all outputs.
-        folders: folders to create if missing.
+    None appears before all are complete, except for shards in an object store. `fill` writes the tensors of the given
+    names into the sinks of all outputs.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
@@ -280,7 +278,6 @@ def write_outputs(
 
 
 def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions) -> Sink:
-    """Return a sink for an output, after checking that it may be written."""
     layout = layout_of(path, options.layout)
     files.check_parent("out", path)
     if options.overwrite:

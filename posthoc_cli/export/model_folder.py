@@ -128,12 +128,9 @@ class ModelFolder:
     ) -> tuple[str, ...]:
         """Write a folder for each target of a plan, and create `container`; each appears complete or not at all.
 
-        Returns:
-            The names of the tensors that the run lacks, which are copied from this folder.
-
-        Raises:
-            MismatchError: a tensor of the run has another shape in the folder, or is known to neither the folder nor
-                the library; or the folder's weights are quantized.
+        Returns the names of the tensors that the run lacks, which are copied from this folder. Raises a MismatchError
+        if a tensor of the run has another shape in the folder, or is known to neither the folder nor the library; or if
+        the folder's weights are quantized.
         """
         temporary = [files.made_at(out) for out in outs]
         for out in outs:
@@ -283,7 +280,6 @@ def _is_weights(path: Path) -> bool:
 
 
 def _make_durable(folder: Path) -> None:
-    """Flush all files and folders in a folder to the disk."""
     for base, _, names in os.walk(folder):
         for name in names:
             descriptor = files.system.open(Path(base) / name)

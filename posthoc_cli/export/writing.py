@@ -209,12 +209,7 @@ def write_synthesis(
     folders: Sequence[Path] = (),
     marks: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Synthesize every target of a plan into its path; see `synthesize` and `write_outputs`.
-
-    Arguments:
-        folders: folders to create if missing.
-        marks: additional metadata of each output.
-    """
+    """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `write_outputs`."""
     newest, kept, left = plan.newest, {}, dict(plan.names)
     if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
         kept = training_metadata(read_header(newest.path))
@@ -241,9 +236,8 @@ def write_synthesis(
 def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> set[int]:
     """Return the indices of the targets whose output already exists, after verifying every byte of it.
 
-    Raises:
-        OutputExistsError: an output is damaged; or of another run, target, time, method, dtype or snapshots; or its
-            layout does not record these.
+    Raises an OutputExistsError if one is damaged, of another run, target, time, method, dtype or snapshots, or if its
+    layout does not record these.
     """
     hint, existing = "choose another name, or overwrite=True to replace it", set()
     expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
@@ -309,13 +303,10 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
 
 
 class Shards:
-    """The shards of the models of a plan's targets, one folder per target.
+    """The shards of the models of a plan's targets, one folder per target; `parts` are the plans of each shard.
 
     Arguments:
         wanted: number of shards of each model; fewer if there are fewer tensors.
-
-    Attributes:
-        parts: the plans of the tensors of each shard.
     """
 
     def __init__(self, plan: Plan, outputs: Outputs, wanted: int) -> None:
@@ -387,7 +378,6 @@ class Shards:
         return True
 
     def _index(self, folder: Path) -> bytes:
-        """Return the content of the index of a folder."""
         paths = [self._path(part, folder) for part in range(len(self.parts))]
         places = {spec.name: path.name for path, plan in zip(paths, self.parts, strict=True) for spec in plan.specs()}
         return encode_index(places, sum(plan.nbytes for plan in self.parts))
@@ -428,14 +418,12 @@ def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    """Return whether a file has this content."""
     with suppress(FileFormatError):
         return read_small_file(path, len(content)) == content
     return False
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, durably."""
     with files.reported_as_write_error(path, "removed"):
         files.unlink_if_there(path)
         files.system.fsync_directory(path.parent)

@@ -142,7 +142,6 @@ def _trials(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cells(trial: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a trial in the page's table."""
     exact, seconds = trial["predicted_error"], trial["seconds"]
     numbers = [_number(trial[key]) for key in ("value", "standard_error")]
     error = "–" if exact is None else f"{100 * exact:.2g} %"
@@ -151,7 +150,6 @@ def _cells(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_csv(trials: Sequence[dict[str, Any]]) -> str:
-    """Return the trials as the text of a CSV file."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["target", *_NUMBERS])
@@ -165,14 +163,12 @@ _NUMBERS = "seed", "value", "standard_error", "predicted_error", "seconds"
 
 
 def _template(name: str) -> jinja2.Template:
-    """Load a template from this folder."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=name.endswith(".html"), loader=loader, undefined=jinja2.StrictUndefined)
     return environment.get_template(name)
 
 
 def _number(value: float | None) -> str:
-    """Return a number as the text of a cell."""
     return "–" if value is None else f"{value:.6g}"
 
 
@@ -216,12 +212,10 @@ def _drawn(
 
 
 def _errors(curves: Sequence[ErrorCurve]) -> Callable[[], Figure]:
-    """Return a function that draws error curves."""
     return partial(plots.error_figure, curves, width=plots.PAGE_WIDTH)
 
 
 def _sweep_picture(result: dict[str, Any], name: str) -> list[_Picture]:
-    """Draw the metric of a sweep."""
     xs = [shown_at(result, point["x"]) for point in result["curve"]]
     if not xs:
         raise ValueError("an empty curve")
@@ -248,8 +242,7 @@ def _motion(motion: Motion, unit: str, name: str) -> tuple[list[_Picture], str] 
 def _distance(snapshots: Sequence[Snapshot], unit: str, name: str) -> tuple[list[_Picture], str] | None:
     """Draw the distance of the weights to each tracked average, relative to its norm; None if it was not measured.
 
-    Returns:
-        The figures, and the name of the average whose values a reader can point at.
+    The second result is the name of the average whose values a reader can point at.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for snapshot in sorted(snapshots, key=lambda snapshot: snapshot.info.sigma_rel):

@@ -373,7 +373,6 @@ def _output_rounding(plan: Plan) -> float:
 
 
 def _check_errors(plan: Plan, max_error: float) -> None:
-    """Raise an InexactError if the predicted error of a target is unknown or above `max_error`."""
     for index, target in enumerate(plan.targets):
         error = plan.predicted_error(index)
         if error is None:
