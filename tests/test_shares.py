@@ -1,5 +1,5 @@
-"""A model in shards by the processes of a job, here one alone: the same bytes as one file, shards of two plans never
-mix, and no index before all shards are there."""
+"""Shards by the ranks of a job, which here is one process: the same bytes as in one file, no mixture of two plans, and
+no index before all shards are complete."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def run(written: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """This process is a job of its own."""
+    """This process is the only rank of a job."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def write(run: Path, out: Path, target: Any = 0.1, size: int = 60_000, **options: Any) -> None:
-    """Four shards, of 200 kB in float32."""
+    """Write shards, four by default, of a model of 200 kB in float32."""
     Run(run).write(target, out, distributed=True, max_shard_size=size, **options)
 
 
@@ -74,13 +74,11 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     run: Path, tmp_path: Path, size: int, dtype: str | None
 ) -> None:
     write(run, tmp_path / "out", [0.1, 0.2], size, dtype=dtype)
-    Run(run).write([0.1, 0.2], tmp_path / "whole", dtype=dtype)
+    Run(run).write([0.1, 0.2], tmp_path / "files", dtype=dtype)
     for target in ("sigma_rel-0.1", "sigma_rel-0.2"):
-        folder, whole = tmp_path / "out" / target, load_file(tmp_path / "whole" / f"{target}.safetensors")
-        made = load_output(folder)
-        assert made.keys() == whole.keys()
-        for name, value in whole.items():
-            torch.testing.assert_close(made[name], value, rtol=0 if dtype is None else 0.01, atol=1e-6)
+        folder, file = tmp_path / "out" / target, tmp_path / "files" / f"{target}.safetensors"
+        rtol = 0 if dtype is None else 0.01
+        torch.testing.assert_close(load_output(folder), load_file(file), rtol=rtol, atol=1e-6)
         assert sorted(contents(folder)) == [*(path.name for path in shards(folder)), INDEX_NAME]
     write(run, tmp_path / "one", 0.1, size, dtype=dtype)
     Run(run).write(0.1, tmp_path / "one.safetensors", dtype=dtype)
@@ -107,23 +105,23 @@ def test_a_job_that_was_killed_is_run_again_and_keeps_its_shards(run: Path, tmp_
     out = tmp_path / "out"
     write(run, out, [0.1, 0.2])
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in sorted(out.rglob("model*"))}
-    one, other = out / "sigma_rel-0.1", out / "sigma_rel-0.2"
-    gone = [one / INDEX_NAME, shards(one)[1], other / INDEX_NAME]
-    for path in gone:
+    first, second = out / "sigma_rel-0.1", out / "sigma_rel-0.2"
+    missing = [first / INDEX_NAME, shards(first)[1], second / INDEX_NAME]
+    for path in missing:
         path.unlink()
-    left = one / ".ema-0123456789abcdef.tmp"
-    left.write_bytes(b"half")
-    os.utime(left, (0, 0))
+    leftover = first / ".ema-0123456789abcdef.tmp"
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (0, 0))
     write(run, out, [0.1, 0.2])
     after = {path: (path.read_bytes(), path.stat().st_ino) for path in sorted(out.rglob("model*"))}
     assert {path: data for path, (data, _) in after.items()} == {path: data for path, (data, _) in before.items()}
-    assert {path for path in before if before[path] != after[path]} <= {*gone, other / INDEX_NAME, one / INDEX_NAME}
-    assert not left.exists()
+    assert {path for path in before if before[path] != after[path]} <= set(missing)
+    assert not leftover.exists()
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"target": 0.12}, "its target is sigma_rel 0.1, not sigma_rel 0.12"), ({"t": 20}, "its t is 30, not 20"),
         ({"method": "paper"}, "its method is minvar, not paper"), ({"dtype": "float16", "size": 29_000}, "dtype, ten"),
@@ -131,7 +129,7 @@ def test_a_job_that_was_killed_is_run_again_and_keeps_its_shards(run: Path, tmp_
     ],
 )  # fmt: skip
 def test_shards_of_two_plans_do_not_mix(
-    run: Path, tmp_path: Path, options: dict[str, Any], said: str, is_finished: bool
+    run: Path, tmp_path: Path, options: dict[str, Any], message: str, is_finished: bool
 ) -> None:
     out = tmp_path / "out"
     write(run, out)
@@ -139,7 +137,7 @@ def test_shards_of_two_plans_do_not_mix(
         (out / INDEX_NAME).unlink()
         shards(out)[1].unlink()
     before = contents(out)
-    with pytest.raises(OutputExistsError, match=said):
+    with pytest.raises(OutputExistsError, match=message):
         write(run, out, **options)
     assert contents(out) == before
     write(run, out, **options, overwrite=True)
@@ -163,7 +161,7 @@ def test_shards_of_two_runs_releases_or_sets_of_snapshots_do_not_mix(
     assert contents(out) == before
 
 
-def test_no_index_stays_beside_shards_of_another_plan(
+def test_no_index_stays_next_to_shards_of_another_plan(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, fsync, calls = tmp_path / "out", files.system.fsync, []
@@ -186,7 +184,7 @@ def test_no_index_stays_beside_shards_of_another_plan(
 
 
 @pytest.mark.parametrize("place", ["header", "payload", "end"])
-def test_a_damaged_shard_is_named_and_replaced_by_force(run: Path, tmp_path: Path, place: str) -> None:
+def test_a_damaged_shard_is_named_and_replaced_only_with_overwrite(run: Path, tmp_path: Path, place: str) -> None:
     out = tmp_path / "out"
     write(run, out)
     before, path = contents(out), shards(out)[2]
@@ -200,23 +198,23 @@ def test_a_damaged_shard_is_named_and_replaced_by_force(run: Path, tmp_path: Pat
     assert contents(out) == before
 
 
-def test_what_is_no_such_model_stays(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_files_of_other_models_are_not_replaced(run: Path, tmp_path: Path) -> None:
+    out, shard = tmp_path / "out", tmp_path / "out" / "model-00001-of-00004.safetensors"
+    out.touch()
+    with pytest.raises(OutputExistsError, match="is a file"):
+        write(run, out)
+    out.unlink()
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(OutputExistsError, match=r"model\.safetensors: is of another model"):
         write(run, out)
     assert contents(out) == {"model.safetensors": b"precious"}
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputExistsError, match="is a file"):
-        write(run, tmp_path / "file")
-    (tmp_path / "foreign").mkdir()
-    save_file({"w": torch.ones(2)}, tmp_path / "foreign" / "model-00001-of-00004.safetensors")
+    save_file({"w": torch.ones(2)}, shard)
     with pytest.raises(OutputExistsError, match=r"not an output of this package: has no ema\.format"):
-        write(run, tmp_path / "foreign")
-    shutil.copy(min(run.iterdir()), tmp_path / "foreign" / "model-00001-of-00004.safetensors")
+        write(run, out)
+    shutil.copy(min(run.iterdir()), shard)
     with pytest.raises(OutputExistsError, match="is a snapshot of a run and is not replaced"):
-        write(run, tmp_path / "foreign", overwrite=True)
+        write(run, out, overwrite=True)
 
 
 @pytest.mark.parametrize("operation", ["fsync", "link"])
