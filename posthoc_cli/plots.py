@@ -1,7 +1,7 @@
-"""Pictures: arrays in, matplotlib figures out.
+"""Figures: arrays in, matplotlib figures out.
 
-Readable in print, with colour blindness (Okabe and Ito's colours, each with its own line style) and on a dark page
-(the background is opaque white). No pyplot: a figure belongs to its caller and needs no display.
+They are readable in print, with colour blindness (Okabe and Ito's colours, each with a different line style) and on a
+dark page (the background is opaque white). pyplot is not used: a figure belongs to its caller and needs no display.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class _Figure(Figure):
-    """A figure that a notebook shows without pyplot, too."""
+    """A figure that a notebook can show without pyplot."""
 
     def _repr_html_(self) -> str:
         file = io.StringIO()
@@ -45,7 +45,7 @@ _METADATA: dict[str, dict[str, None]] = {
     ".svg": {"Creator": None, "Date": None, "Format": None, "Type": None},
     ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
 }
-"""Leave out the time and the version of matplotlib."""
+"""Metadata of a file by its ending, without the time and the version of matplotlib."""
 
 _LONGEST_TEXT = 120
 
@@ -55,46 +55,46 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GOOD_ERROR = 0.01
-"""Ranges with smaller errors are shaded and named in the title."""
+"""The error below which ranges of sigma_rel are shaded and named in the title."""
 
 _LEAST_ERRORS = (1e-8, 1e-5)
-"""Bounds of the lower end of the axis; tracked profiles with smaller errors are marked at it."""
+"""Bounds of the lower end of the error axis, at which tracked profiles with smaller errors are drawn."""
 
 _MOST_ERROR = 2.0
 
 _WIDTH = 8.0
 _FIT_HEIGHT = 2.6
-"""Inches: width of a picture with one fit per row, and height of a row. More than two fits are drawn two in a row."""
+"""Width of a figure with one fit per row, and height of a row, in inches. More than two fits are drawn two in a row."""
 
 _MARGIN = 0.1
-"""Inches: on a dark page the edges of the white background are visible."""
+"""Margin in inches, since the edges of the white background are visible on a dark page."""
 
 _MOST_HATCHED = 24
-"""More bars are too narrow for a pattern, which would look like gaps."""
+"""Largest number of bars with a pattern, which in narrower bars would look like gaps."""
 
 _LEAST_WIDTH = 0.0001
-"""Narrower targets are drawn there."""
+"""The sigma_rel at which narrower targets are drawn."""
 
 _ROUND = (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 3), (1,)
-"""Ticks of a decade of a logarithmic axis, from close ones to sparse ones."""
+"""Ticks in a decade of a logarithmic axis, from dense to sparse."""
 
 _MOST_TICKS = 8
 
 _FAR = 3.0
-"""Raw weights whose metric is further away, as a multiple of the averages' spread, are in the legend only."""
+"""Distance of the raw weights' metric, as a multiple of the averages' spread, beyond which it is only in the legend."""
 
 PAGE_WIDTH = 4.8
-"""Inches: on a page, text of a figure has its size on a phone."""
+"""Width in inches of a figure on a page, which keeps its text legible on a phone."""
 
 
 def error_figure(
     curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), profile_error: bool = False, width: float = _WIDTH
 ) -> Figure:
-    """Reconstruction error against sigma_rel; below it the fits, each with its own title.
+    """Draw the reconstruction error against sigma_rel, and below it the fits, each with a title.
 
-    With `profile_error` the errors of the profiles, too, as thin lines.
+    With `profile_error`, thin lines show the errors of the profiles.
     """
-    # A legend of several entries would cover the curves: it goes below, and the figure grows.
+    # A legend of several entries would cover the curves, so it is drawn below them, in a taller figure.
     entries = sum(1 + len(curve.others) for curve in curves)
     legend_rows = entries + 2 if entries > 1 else 0
     height = 4.6 + 0.2 * legend_rows
@@ -110,11 +110,11 @@ def error_figure(
 
 
 def as_file(draw: Callable[[], Figure], suffix: str, text: bool = False) -> bytes:
-    """A drawing as the content of a `.png`, `.svg` or `.pdf` file; reproducible byte for byte.
+    """Return a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for byte.
 
-    Text in SVG is drawn as paths, so that it looks the same everywhere, unless it shall stay `text`.
+    Text in SVG is drawn as paths, so that it looks the same everywhere, unless `text` is True.
 
-    Ignores matplotlibrc files: one in the working directory may be from another user and enable LaTeX, which runs
+    matplotlibrc files are ignored: one in the working directory may be another user's and enable LaTeX, which runs
     programs.
     """
     stream = io.BytesIO()
@@ -130,10 +130,10 @@ def sweep_figure(
     widths: FloatArray, means: FloatArray, errors: FloatArray, points: Sequence[tuple[float, float, float]],
     best: float, flat: tuple[float, float], raw: float | None, words: tuple[str, str],
 ) -> Figure:  # fmt: skip
-    """A metric against the length of the average, on a logarithmic axis, with what was measured.
+    """Draw a metric against the length of the average, on a logarithmic axis, with the measurements.
 
     The curve `means` with its standard `errors` is over `widths`; `points` are length, value and noise of each
-    measurement; `flat` are the ends of the range that is equal to the best within the noise; `words` name the axes.
+    measurement; `flat` is the range that is equal to the best within the noise; `words` are the names of the axes.
     """
     figure = _figure(_WIDTH, 4.2)
     axes = figure.add_subplot()
@@ -166,15 +166,15 @@ def audit_figure(
     title: str, spans: FloatArray, found: FloatArray, claimed: float | None, unexplained: FloatArray, word: str,
     band: tuple[float, float] | None = None,
 ) -> Figure:  # fmt: skip
-    """The length of an average over training, with what is claimed as a line; below it what remains unexplained.
+    """Draw the length of an average over training, with the claimed length as a line; below it the unexplained share.
 
     Arguments:
         title: the verdict.
         spans: begin and end of each interval, [intervals, 2].
-        found, unexplained: of each, [intervals].
-        claimed: the length.
-        word: what the length is.
-        band: between which lengths the one of all intervals together is.
+        found, unexplained: length and unexplained share of each interval, [intervals].
+        claimed: the claimed length.
+        word: name of the quantity that the length is.
+        band: bounds of the length of all intervals together.
     """
     figure = _figure(_WIDTH, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -202,14 +202,14 @@ def audit_figure(
 
 
 def times_figure(lines: dict[str, tuple[FloatArray, FloatArray]], words: tuple[str, str]) -> Figure:
-    """Values over training time, each line with its own times; nan is a gap. One time more than values: stairs."""
+    """Draw lines over training time; nan makes a gap. A line with one time more than values is drawn as stairs."""
     figure = _figure(_WIDTH, 3.2)
     axes = figure.add_subplot()
     for index, (name, (times, values)) in enumerate(lines.items()):
         line, label = _line(index), _plain(name)
         if len(times) > len(values):
             axes.stairs(values, times, baseline=None, linewidth=1.6, label=label, **line)
-        else:  # with markers, since a value between two gaps has no line
+        else:  # markers show a value between two gaps, which has no line
             marker = MARKERS[index % len(MARKERS)]
             axes.plot(times, values, linewidth=1.6, marker=marker, markersize=2.5, label=label, **line)
     axes.set_yscale("log")
@@ -221,9 +221,9 @@ def times_figure(lines: dict[str, tuple[FloatArray, FloatArray]], words: tuple[s
 
 
 def fit_page(figure: Figure, linear: bool) -> None:
-    """Make a figure as wide as a page on a phone, without its title, which is in the page's text.
+    """Make a figure as wide as a page on a phone, and remove its title, which is in the page's text.
 
-    With `linear` the logarithmic axis of its first axes is so no longer: the vertical one, if that is.
+    With `linear` a logarithmic axis of the first axes becomes linear: the vertical one, else the horizontal one.
     """
     figure.set_size_inches(PAGE_WIDTH, 0.9 * figure.get_figheight())
     axes = figure.axes[0]
@@ -245,10 +245,7 @@ def fit_page(figure: Figure, linear: bool) -> None:
 
 
 def frame(figure: Figure) -> dict[str, object]:
-    """Where the first axes of a figure are, from its left and its top as fractions, and the values at their ends.
-
-    And what they show, in words.
-    """
+    """Return the box of a figure's first axes (fractions from the top left), their limits, scales and names."""
     figure.draw_without_rendering()
     axes = figure.axes[0]
     box = axes.get_window_extent().transformed(figure.transFigure.inverted())  # also of axes in a subfigure
@@ -262,7 +259,7 @@ def frame(figure: Figure) -> dict[str, object]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure; sizes in inches."""
+    """Return an empty figure; sizes are in inches."""
     left, bottom = _MARGIN / width, _MARGIN / height
     layout = ConstrainedLayoutEngine(rect=(left, bottom, 1 - 2 * left, 1 - 2 * bottom))
     return _Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
@@ -276,7 +273,7 @@ def _draw_errors(
 ) -> None:
     known = [curve.predicted_error[np.isfinite(curve.predicted_error)] for curve in curves]
     lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
-    # The power of ten below which the curves hardly go.
+    # The largest power of ten below nearly all of the curves.
     least = float(10 ** np.clip(np.floor(np.log10(max(lowest, 1e-300))), *np.log10(_LEAST_ERRORS)))
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, index, least, alone=len(curves) == 1)
@@ -285,7 +282,7 @@ def _draw_errors(
     highest = max((float(errors.max()) for errors in known if errors.size), default=_MOST_ERROR)
     axes.set_yscale("log")
     axes.set_ylim(least, np.clip(2 * highest, 2 * GOOD_ERROR, _MOST_ERROR))
-    # What is smaller is drawn at the lower end.
+    # Smaller errors are drawn at the lower end, whose label says so.
     smaller = any(errors.size and float(errors.min()) < least for errors in known)
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda error, _: "≤ " * bool(smaller and error < 1.01 * least) + f"{100 * error:g} %")
@@ -307,6 +304,7 @@ def _draw_errors(
 
 
 def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: bool) -> None:
+    """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with small errors."""
     colour, name = COLOURS[index % len(COLOURS)], _plain(curve.label)
     heights = np.clip(curve.predicted_error, least, _MOST_ERROR)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
@@ -320,13 +318,13 @@ def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: 
             linestyle="none", clip_on=False, zorder=5,
             label=f"tracked: {'; '.join(named)}" if alone else None,
         )  # fmt: skip
-    if alone:  # the shades of several would overlap; the legend names their ranges
+    if alone:  # ranges of several curves would overlap; the legend names them
         for low, high in curve.ranges_below(GOOD_ERROR):
             axes.axvspan(low, high, color=colour, alpha=0.10, linewidth=0)
 
 
 def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> None:
-    """Targets that are no power functions, each as a letter that the legend explains."""
+    """Draw the targets that are no power functions, each as a letter that the legend explains."""
     for number, point in enumerate(curve.others):
         height = float(np.clip(point.predicted_error, least, _MOST_ERROR))
         axes.plot(
@@ -338,7 +336,7 @@ def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> Non
 
 
 def _sigma_axis(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
-    """Set up the horizontal axis, which includes every curve and point."""
+    """Set up the horizontal axis so that it includes every curve and point."""
     points = [max(point.sigma_rel, _LEAST_WIDTH) for curve in curves for point in curve.others]
     low = min([float(c.sigma_rels[0]) for c in curves] + [0.9 * point for point in points])
     high = max([float(c.sigma_rels[-1]) for c in curves] + [min(1.1 * point, 0.6) for point in points])
@@ -358,7 +356,7 @@ def _good_range(curve: ErrorCurve) -> str:
 
 
 def _draw_fit(figure: SubFigure, fit: ProfileFit, width: float) -> None:
-    """The profile over training time, left of the coefficients."""
+    """Draw the profile over training time, and to its right the coefficients."""
     figure.suptitle(_wrapped(_plain(fit.title), width - 4 * _MARGIN, size=10), fontsize=10)
     profile, coefficients = figure.subplots(1, 2)
     profile.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
@@ -379,13 +377,13 @@ def _draw_fit(figure: SubFigure, fit: ProfileFit, width: float) -> None:
 def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
     times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
     spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
-    # A snapshot off the schedule may be close to one on it: overlapping bars are better than invisible ones.
+    # A snapshot off the schedule may be close to another one: overlapping bars are better than invisible bars.
     spacing = max(spacing, float(times[-1] - times[0]) / (3 * times.size))
     count = len(fit.snapshot_times)
     width = 0.8 * spacing / count
     hatches = ("", "////", "....") if times.size * count <= _MOST_HATCHED else ("",)
     for index, label in enumerate(sorted(fit.snapshot_times)):  # a profile has one colour in all drawings
-        # Bars of one time are side by side and end at it.
+        # Bars of one time are next to each other; the last one ends at that time.
         right = fit.snapshot_times[label] - (count - 1 - index) * width
         axes.bar(
             right, fit.coefficients[label], -width, align="edge", color=COLOURS[index % len(COLOURS)],
@@ -399,12 +397,12 @@ def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
 
 
 def _line(index: int) -> dict[str, Any]:
-    """The look of a line among others."""
+    """Return the colour and the style of a line by its index."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
 
 
 def _round_ticks(axis: Axis) -> None:
-    """Ticks at round numbers of a logarithmic axis, written out."""
+    """Set the ticks of a logarithmic axis to round numbers, written without exponents."""
     low, high = axis.get_view_interval()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     for digits in _ROUND:
@@ -420,13 +418,13 @@ def _round_ticks(axis: Axis) -> None:
 
 
 def _plain(text: str) -> str:
-    """A text from outside for a picture: `$` begins no formula, control characters are escaped, length is limited."""
-    shown = printable(text)
-    return (shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}...").replace("$", "\\$")
+    """Make a text safe for a figure: escape control characters and `$`, which begins a formula; limit the length."""
+    text = printable(text)
+    return (text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}...").replace("$", "\\$")
 
 
 def _wrapped(text: str, width: float, size: float) -> str:
-    """Break a text of `size` points into lines of at most `width` inches; within a word only if it is longer."""
+    """Break a text of `size` points into lines of at most `width` inches; break no word that fits into a line."""
     font = FontProperties(size=size)
 
     def fits(line: str) -> bool:
@@ -434,7 +432,7 @@ def _wrapped(text: str, width: float, size: float) -> str:
 
     lines = [""]
     for word in re.findall(r"\S+\s*", text):
-        for part in [word] if fits(word) else re.findall(r"\\*\$|.", word, re.DOTALL):  # no `$` without its escape
+        for part in [word] if fits(word) else re.findall(r"\\*\$|.", word, re.DOTALL):  # `$` keeps its escape
             if lines[-1] and not fits(lines[-1] + part):
                 lines.append("")
             lines[-1] += part

@@ -1,11 +1,11 @@
-"""A run, finished or still training, read from its directory of snapshots."""
+"""`Run`: a run, finished or still training, read from its directory of snapshots."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
@@ -52,7 +52,7 @@ from posthoc_cli.planning import (
 )
 from posthoc_cli.profiles import Point, PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.resources import size_text
+from posthoc_cli.resources import parse_bytes, size_text
 from posthoc_cli.snapshots import writer
 from posthoc_cli.snapshots.check import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.snapshots.directory import PICKLES, read_directory
@@ -86,17 +86,17 @@ _T = TypeVar("_T")
 _Planned = TypeVar("_Planned")
 
 Wanted = float | str | Target | Profile
-"""An average: a sigma_rel, a target such as Beta(0.9999), or its text form, or any object with `density` and `tail`."""
+"""An average: a sigma_rel, a target such as Beta(0.9999), its text form, or an object with `density` and `tail`."""
 
 
 class Weights(OrderedDict[str, "torch.Tensor"]):
-    """Averaged tensors by name. Pickles as a plain OrderedDict, so that a file of it loads with `weights_only=True`.
+    """Averaged tensors by name. It pickles as a plain OrderedDict, so that a file of it loads with `weights_only=True`.
 
-    `with ema.state_dict(...) as weights` gives the dict itself, as users of other libraries write it.
+    It is its own context manager, since users of other libraries write `with ema.state_dict(...) as weights`.
 
     Attributes:
         predicted_error: expected relative L2 distance from the true average; None if unknown.
-        profile_error: relative L2 distance between the wanted profile and the one that the snapshots make.
+        profile_error: relative L2 distance between the wanted profile and the one made from the snapshots.
     """
 
     predicted_error: float | None = None
@@ -117,50 +117,50 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
 
 def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
-    """The first target of a plan, in memory. Errors as `synthesize`."""
+    """Make the first target of a plan in memory. Raises the errors of `synthesize`."""
     from posthoc_cli.synthesis.engine import Options, check_device, synthesize
 
-    made = {name: tensors[0] for name, tensors in synthesize(plan, Options(check_device(device)))}
-    weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
+    tensors = {name: values[0] for name, values in synthesize(plan, Options(check_device(device)))}
+    weights = Weights((spec.name, tensors[spec.name]) for spec in plan.specs())
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
     return weights
 
 
 ATTEMPTS = 100
-"""Plans at most; a training does not remove a snapshot between every two of them."""
+"""Largest number of plans; no training removes a snapshot after every one of them."""
 
 
 def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
-    """`use(make())`, repeated while snapshots of the plan vanish before they are open.
+    """Return `use(make())`, and try again if snapshots of the plan are removed before they are opened.
 
-    Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
+    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable when they are
     removed, and all are opened before they are used.
 
     Arguments:
-        make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
-        use: opens the snapshots of the plan; must leave nothing behind when it raises.
+        make: plans with the existing snapshots; it reads tensors itself if headers have no measurements.
+        use: opens the snapshots of the plan; must leave nothing behind when it raises an error.
     """
     for _ in range(ATTEMPTS - 1):
         try:
             return use(make())
         except VanishedError as error:
-            log.warning("%s; planning again with what is there", error)
+            log.warning("%s; planning again with the snapshots that remain", error)
     return use(make())
 
 
 class Run:
-    """The snapshots of one run, or its checkpoints. Reads headers only, until tensors are requested, at every call.
+    """The snapshots of one run, or its checkpoints. Every call reads the headers anew; only averages read tensors.
 
     Arguments:
-        directory: where the tracker writes its snapshots; it need not exist yet. Or a directory, a file or a glob of
-            checkpoints, or of averages of other libraries; or the run that `import_checkpoints` made of them.
-        also: where checkpoints of the same training are, which are combined with the snapshots.
+        directory: the directory of a tracker's snapshots, which need not exist yet; or a directory, a file or a glob
+            of checkpoints or averages of other programs; or the run that `import_checkpoints` made of them.
+        also: checkpoints of the same training, which are combined with the snapshots.
 
     Errors of all methods and properties that read snapshots:
-        DirectoryError: there is no directory, or no snapshot in it.
+        DirectoryError: the directory does not exist, or holds no snapshot.
         FileFormatError, MismatchError: a snapshot is damaged, or does not belong to the run.
-        InvalidValueError: checkpoints do not say all that must be known, and need an import.
+        InvalidValueError: the checkpoints lack some information, and need an import.
     """
 
     def __init__(self, directory: str | Path, *, also: str | Path | None = None) -> None:
@@ -177,21 +177,20 @@ class Run:
         return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
 
     def _repr_html_(self) -> str:
-        """What `info` says, in a notebook."""
+        """Return a summary of `info` as a table, for notebooks."""
         try:
             info = self.info()
         except PostHocError:
             return f"<pre>{escape(repr(self))}</pre>"
-        counted = [key for key in ("profiles", "checkpoints", "problems") if info.get(key)]
-        told = [*facts(info), *((key, f"{len(info[key]):,}") for key in counted)]
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in told)
+        pairs = [*summary(info), *(("problem", problem) for problem in info.get("problems", ()))]
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in pairs)
         return f"<table>{''.join(rows)}</table>"
 
-    # --- what is there
+    # --- contents
 
     @property
     def sources(self) -> list[Source]:
-        """The snapshots and checkpoints that averages are made of, by time."""
+        """The snapshots and checkpoints to make averages from, by time."""
         return disk_sources(self.directory, self.also)
 
     @property
@@ -215,7 +214,7 @@ class Run:
         return self.sources[-1].info.step
 
     def has_raw(self, t: float | None = None) -> bool:
-        """Whether there is a checkpoint with the weights themselves at a time, by default of the newest snapshot."""
+        """Return whether a checkpoint holds the weights themselves at a time, by default at the newest snapshot's."""
         sources = self.sources
         time = sources[-1].info.t if t is None else t
         return any(isinstance(one.profile, Point) and one.info.t == time for one in sources)
@@ -231,37 +230,37 @@ class Run:
         }
 
     def info(self) -> dict[str, Any]:
-        """A description of the directory and its problems, from headers: see `describe`.
+        """Return a description of the directory and its problems, from headers: see `describe`.
 
-        Of checkpoints see `describe_checkpoints`, and `describe_file` of one whose step is not known; those beside
-        snapshots are under "checkpoints", and outputs beside checkpoints under "outputs". Of an import also where the
-        files are that it refers to, and its settings: "refers_to", "files", "settings".
+        For checkpoints see `describe_checkpoints`, or `describe_file` if their step is not known. Checkpoints next to
+        snapshots are under "checkpoints", outputs next to checkpoints under "outputs". For an import, "refers_to",
+        "files" and "settings" describe the imported files.
         """
         if self.also is not None:
-            beside = [one for one in self.sources if isinstance(one, Checkpoint)]
-            return describe(self.directory) | {"checkpoints": list_checkpoints(beside)}
+            checkpoints = [source for source in self.sources if isinstance(source, Checkpoint)]
+            return describe(self.directory) | {"checkpoints": list_checkpoints(checkpoints)}
         if is_import(self.directory):
             described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
             return described | read_manifest(self.directory).describe()
-        found = None
+        own = None
         is_foreign = is_glob(self.directory) or (self.directory.suffix in PICKLES and self.directory.is_file())
         if not is_foreign:
             try:
-                found = describe(self.directory)
+                own = describe(self.directory)
             except DirectoryError:
                 if not holds_checkpoints(self.directory):
                     raise
-            if found and found["kind"] not in ("outputs", "safetensors"):
-                return found
+            if own and own["kind"] not in ("outputs", "safetensors"):
+                return own
         try:
             described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
         except PostHocError as error:
-            if found is None and isinstance(error, InvalidValueError) and error.subject == str(self.directory):
+            if own is None and isinstance(error, InvalidValueError) and error.subject == str(self.directory):
                 return describe_file(self.directory)  # only its step is not known
-            if found is None:
+            if own is None:
                 raise
-            return found  # outputs, or models of others that are no checkpoints of one run
-        outputs = [one for one in (found or {}).get("outputs", ()) if one["kind"] != "safetensors"]
+            return own  # outputs, or models of other programs that are not checkpoints of one run
+        outputs = [output for output in (own or {}).get("outputs", ()) if output["kind"] != "safetensors"]
         return described | ({"outputs": outputs} if outputs else {})
 
     # --- averages
@@ -276,9 +275,8 @@ class Run:
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> Plan:
-        """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
-        wanted = as_targets(targets)
-        return plan_synthesis(self.sources, wanted, t, step, method, max_error, dtype)
+        """Compute the coefficients and errors of averages. Arguments and errors are those of `plan_synthesis`."""
+        return plan_synthesis(self.sources, as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -290,17 +288,17 @@ class Run:
         device: torch.device | str = "cpu",
         method: str | None = None,
     ) -> Weights:
-        """One average, in memory.
+        """Make one average in memory.
 
         Arguments:
-            target: a sigma_rel in (0, 0.2887), a target, or an object with `density` and `tail`.
+            target: a sigma_rel in (0, 0.2887), a target, its text form, or an object with `density` and `tail`.
             t, step: the time of the average; by default that of the newest snapshot.
-            dtype: of the averaged tensors; by default each parameter's own.
-            device: where the sums are made and the tensors are.
+            dtype: dtype of the averaged tensors; by default each parameter's own.
+            device: device of the sums and of the tensors.
             method: the solver, "minvar" or "paper".
 
         Raises:
-            InvalidValueError, NonFiniteError: an argument, or a value of the result, cannot be used.
+            InvalidValueError, NonFiniteError: an argument is invalid, or a result is not finite.
         """
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
         return with_consistent_plan(plan, functools.partial(make_weights, device=device))
@@ -318,16 +316,16 @@ class Run:
         progress: ProgressBar = no_bar,
         **options: Any,
     ) -> SynthesisReport | None:
-        """Write averages to files, as `ema synthesize` does. Each appears complete or not at all.
+        """Write averages to files, as `ema synthesize` does. Each file appears complete or not at all.
 
         Arguments:
-            targets, t, step, method, max_error, dtype: as in `plan_synthesis`.
-            out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
+            targets, t, step, method, max_error, dtype: see `plan_synthesis`.
+            out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; may be None in a dry run.
             progress: opens a progress bar.
             options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
 
         Returns:
-            What was made; None in every process of a torchrun job but the first.
+            The report; None in every rank of a torchrun job but the first.
 
         Raises:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, RankError.
@@ -345,8 +343,8 @@ class Run:
         if asked.distributed:
             with Ranks() as ranks:
                 with ranks.together():
-                    made = plan()
-                return write_shards(ranks, made, outputs, progress)
+                    planned = plan()
+                return write_shards(ranks, planned, outputs, progress)
         return with_consistent_plan(plan, functools.partial(outputs.write, progress=progress))
 
     def merge(
@@ -362,16 +360,16 @@ class Run:
         progress: ProgressBar = no_bar,
         **options: Any,
     ) -> ExportReport:
-        """Write a base model with the average of a low-rank adapter's products B A, of which this is a run.
+        """Write a base model with the average of a low-rank adapter's products B A added; this is the adapter's run.
 
-        Of checkpoints it is the average of the products, which no adapter of this rank can hold. Of snapshots, whose
-        factors are averages already, it is the product of the averaged factors, as `write` gives them as an adapter.
+        For checkpoints the average of the products is added, which no adapter of this rank can hold. For snapshots,
+        whose factors are averages already, it is the product of the averaged factors, which `write` writes.
 
         Arguments:
-            target, t, step, method: the average, as in `average`.
+            target, t, step, method: see `average`.
             base: the model that the adapter was trained on: a safetensors file, or a folder of shards.
             out: a file, or a folder for shards.
-            dtype: of the output's floating-point tensors; None for those of the base.
+            dtype: dtype of the output's floating-point tensors; None for those of the base.
             progress: opens a progress bar.
             options: `layout`, `max_shard_size` and `overwrite` of `export.layouts.OutputOptions`.
 
@@ -383,15 +381,15 @@ class Run:
 
         base, out = files.expanded(base), files.expanded(out)
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
-        return with_consistent_plan(plan, lambda made: merge(made, base, out, OutputOptions(**options), progress))
+        return with_consistent_plan(plan, lambda planned: merge(planned, base, out, OutputOptions(**options), progress))
 
     # --- errors
 
     def candidate(self, t: float | None = None) -> Candidate:
-        """The snapshots in the form that `error_curve` and `profile_fit` take.
+        """Return the snapshots in the form that `error_curve` and `profile_fit` take.
 
-        If there are more than a solve can take, those that a
-        synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
+        If the run has more snapshots than a solve can take, these are the ones that a synthesis at `t` uses. A sample
+        of the tensors is read if headers have no measurements.
         """
         sources = self.sources
         infos = [source.info for source in sources]
@@ -411,7 +409,7 @@ class Run:
         method: str | None = None,
         others: Sequence[Target] = (),
     ) -> ErrorCurve:
-        """Reconstruction error against sigma_rel; arguments as in the function of this name."""
+        """Compute the reconstruction error against sigma_rel; see the function of this name for the arguments."""
         return error_curve(self.candidate(t), sigma_range, t=t, method=method, others=others)
 
     def plot_errors(
@@ -422,17 +420,17 @@ class Run:
         method: str | None = None,
         draw: Wanted | Sequence[Wanted] = (),
     ) -> Figure:
-        """A matplotlib figure of the error curve; below it the targets in `draw` over training time."""
+        """Return a matplotlib figure of the error curve, and below it the targets in `draw` over training time."""
         candidates, targets = [self.candidate(t)], as_targets(draw)
         return _error_figure(candidates, _curves(candidates, targets, sigma_range, t, method), targets, t, method)
 
-    # --- care
+    # --- maintenance
 
     def check(self, progress: ProgressBar = no_bar) -> Verification:
-        """Verify every byte, and compare the snapshots with each other; also of outputs, states, parts or one file.
+        """Verify every byte, and compare the snapshots with each other; outputs, states and parts are verified, too.
 
         Raises:
-            DirectoryError: there is nothing to verify.
+            DirectoryError: the directory holds no files with checksums.
         """
         path = self.directory
         if is_import(path):
@@ -443,23 +441,23 @@ class Run:
             if not holds_checkpoints(path):
                 raise
             reason = "holds checkpoints of other programs, which have no checksums"
-            raise DirectoryError(path, reason, "an import with copies has some") from error
+            raise DirectoryError(path, reason, "an import with copies has checksums") from error
 
     def audit(
         self, claimed: float | None = None, *, out: str | Path | None = None, overwrite: bool = False
     ) -> list[Audit]:
-        """Find which decay, or sigma_rel, the averages really have; see `checkpoints.audit`.
+        """Find the decay, or the sigma_rel, that the averages really have; see `checkpoints.audit`.
 
         Arguments:
-            claimed: the decay that they should have, in (0, 1); by default what the files or an import say.
-            out: a .png, .svg or .pdf file for the first one.
-            overwrite: replace it.
+            claimed: the decay that they should have, in (0, 1); by default the decay in the files or of an import.
+            out: a .png, .svg or .pdf file for a figure of the first audit.
+            overwrite: replace an existing file.
 
         Returns:
-            One for each average of the run; `is_bad` where it is not what it claims to be.
+            One audit for each average of the run; `is_bad` if the average contradicts the claim.
 
         Raises:
-            InvalidValueError: there are no two times with an average and the weights; OutputExistsError, WriteError.
+            InvalidValueError: less than two times have both an average and the weights; OutputExistsError, WriteError.
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
@@ -473,25 +471,27 @@ class Run:
         self,
         *,
         keep: int | None = None,
-        max_bytes: int | None = None,
+        max_size: int | str | None = None,
         max_error: float | None = None,
         sigma_range: tuple[float, float] = USEFUL_RANGE,
         dry_run: bool = False,
         agree: Callable[[writer.Pruning], bool] = lambda _: True,
         progress: ProgressBar = no_bar,
     ) -> writer.Pruning:
-        """Delete the snapshots that matter least. Arguments and errors as in `plan_pruning`, and:
+        """Delete the snapshots that matter least. Arguments and errors are those of `plan_pruning`, and:
 
         Arguments:
+            max_size: keep as many snapshots as take at most this many bytes; a number, or a text such as "60GB".
             dry_run: delete nothing.
-            agree: asked with the plan before anything is deleted, while the directory is not locked.
+            agree: called with the plan before anything is deleted, without the lock; nothing is deleted if it is False.
             progress: opens a progress bar.
 
         Raises:
-            InvalidValueError: the directory is in a store, and this is no dry run.
+            InvalidValueError: the directory is in an object store, and this is no dry run.
             LockedError: a tracker is writing to the directory.
-            MismatchError: the directory has changed meanwhile; nothing was deleted.
+            MismatchError: the directory has changed in the meantime; nothing was deleted.
         """
+        max_bytes = None if max_size is None else parse_bytes(str(max_size), "max_size")
         if is_import(self.directory):
             raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
         planned = writer.plan_pruning(self.snapshots, keep, max_bytes, max_error, sigma_range)
@@ -504,13 +504,13 @@ class Run:
 
 
 MOST_DRAWINGS = 24
-"""Drawings over training time in one picture."""
+"""Largest number of drawings over training time in one figure."""
 
 PICTURES = (".png", ".svg", ".pdf")
 
 
 def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
-    """An output with one of these endings, with ~ expanded; checked before any work.
+    """Return the path of an output with `~` expanded, after checking its ending and that it may be written.
 
     Raises:
         InvalidValueError, OutputExistsError.
@@ -537,22 +537,22 @@ def error_report(
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> ErrorReport:
-    """Error curves of runs and of schedules, as `ema error-plot` draws them.
+    """Compute error curves of runs and of schedules, as `ema error-plot` draws them.
 
     Arguments:
-        runs: with snapshots or checkpoints.
-        schedules: snapshots not taken yet; their `rounding` follows from `dtype`.
+        runs: runs with snapshots or checkpoints.
+        schedules: snapshots of a future training; their `rounding` follows from `dtype`.
         sigma_range: the curves' range.
         t: time of the targets; by default that of the last snapshot.
         method: the solver.
-        dtype: that the snapshots of schedules are stored in.
-        like: an earlier run that the network will move like in the schedules; by default it moves evenly.
-        draw: targets to draw over training time, with coefficients; those that are no power functions are points, too.
-        out: a .png, .svg or .pdf file to draw, with the method "paper" of the profile errors, too; or a .csv file.
-        overwrite: replace it.
+        dtype: the dtype of the schedules' snapshots.
+        like: an earlier run, of a network that moved as it will in the schedules; by default it moves evenly.
+        draw: targets to draw over training time, with coefficients; if without a sigma_rel, also as points.
+        out: a .png, .svg or .pdf file to draw, with profile errors if the method is "paper"; or a .csv file.
+        overwrite: replace an existing file.
 
     Raises:
-        InvalidValueError, OutputExistsError, WriteError; and as `Run`.
+        InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
     """
     path = None if out is None else new_file(out, (*PICTURES, ".csv"), overwrite)
     if not runs and not schedules:
@@ -583,13 +583,13 @@ def plan_training(
     """Propose what to track and store, as `ema plan` does; see `planning.propose`.
 
     Arguments:
-        task: the requirements; its `motion` and `rounding` are replaced by those of the run `like`, if one is given.
-        like: an earlier run that the network will move like.
+        task: the requirements; if `like` is given, its `motion` and `rounding` are replaced by those of that run.
+        like: an earlier run, of a network that moved as it will in the new run.
         out: a .png, .svg or .pdf file for the error curves of the proposals.
-        overwrite: replace it.
+        overwrite: replace an existing file.
 
     Raises:
-        InvalidValueError, OutputExistsError, WriteError; and as `Run`.
+        InvalidValueError, OutputExistsError, WriteError; and the errors of `Run`.
     """
     assumption, picture = EVENLY, None if out is None else new_file(out, PICTURES, overwrite)
     if like is not None:
@@ -602,10 +602,10 @@ def plan_training(
 
 
 def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:
-    """What an earlier run says about one of so many steps, and what is assumed, in words that follow "if"."""
+    """Return an earlier run, scaled to a number of steps, and the assumption, in words that follow "if"."""
     if like is None:
         return EarlierRun(None, {}), EVENLY
-    earlier = scaled_run([one for one in like.sources if isinstance(one, FileSource)], steps)
+    earlier = scaled_run([source for source in like.sources if isinstance(source, FileSource)], steps)
     known = f"the network moves as in {like.directory}"
     return earlier, f"{EVENLY}: the motion of {like.directory} is not known" if earlier.motion is None else known
 
@@ -650,7 +650,7 @@ def _audit_figure(audit: Audit) -> Figure:
 
 
 def _check_import(manifest: Manifest) -> Verification:
-    """Whether the files that an import refers to are those that were imported."""
+    """Check that the files that an import refers to are unchanged since the import."""
     reports = []
     for path in manifest.files:
         report = FileReport(path, path, "checkpoint", state=UNCHECKED)
@@ -664,7 +664,7 @@ def _check_import(manifest: Manifest) -> Verification:
 
 
 def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
-    """What `Run.info` says, as names and texts for people; without what is a table of its own, and without notes."""
+    """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
     hidden |= set() if description.get("method") == "paper" else {"profile_error"}
     names = {key: key.replace("_", " ").replace("sigma rel", "sigma_rel") for key in description}
@@ -672,8 +672,21 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in pairs if text]
 
 
+def summary(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return `facts`, with one line each for the profiles and the checkpoints in place of their tables."""
+    pairs = facts(description)
+    if profiles := description.get("profiles"):
+        pairs.append(("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in profiles)))
+    if checkpoints := description.get("checkpoints"):
+        counts = Counter(checkpoint["holds"] for checkpoint in checkpoints)
+        listed = ", ".join(f"{count:,} x {holds}" for holds, count in counts.items())
+        size = size_text(sum(checkpoint["bytes"] for checkpoint in checkpoints))
+        pairs.append(("checkpoints", f"{listed}, {size}"))
+    return pairs
+
+
 def brief_text(text: str) -> str:
-    """A text for a table, cut if it is long."""
+    """Return a text for a table, truncated if it is long."""
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
 
 
@@ -688,13 +701,13 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 
 
 def _text(key: str, value: Any) -> str:
-    """A value of a report for people; empty to leave it out."""
+    """Return a value of a report as text to print; empty to omit it."""
     if key in _FORMATS:
         return _FORMATS[key](value)
     if key == "snapshots" and isinstance(value, list):
-        return f"{len({one['file'] for one in value}):,}"  # that of groups of tensors lists them once a group
+        return f"{len({snapshot['file'] for snapshot in value}):,}"  # a target of groups lists them once per group
     if value is None:
-        return "" if key in ("sigma_rel", "gamma") else "none"  # of a profile that is no power function
+        return "" if key in ("sigma_rel", "gamma") else "none"  # profiles other than power functions have no width
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
     if isinstance(value, list):
@@ -707,10 +720,10 @@ def _text(key: str, value: Any) -> str:
 
 
 def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
-    """Targets from one or several that a user names.
+    """Convert one or several averages, as a user names them, to targets.
 
     Raises:
-        InvalidValueError: one cannot be a target.
+        InvalidValueError: one of them is no valid target.
     """
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         return tuple(map(as_target, wanted))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from ema_command import Ema
-from factories import exact_weights
+from factories import exact_weights, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, MismatchError, PostHocError, VanishedError
 
 CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 12}
@@ -24,56 +24,58 @@ Factors = dict[str, torch.Tensor]
 
 
 def trajectory(rank: int = 3) -> list[Factors]:
-    """Factors of a real training by gradients, towards an update of each module that changes with every batch."""
+    """Factors during a training by gradients, towards a noisy update of each module."""
     draw = torch.Generator().manual_seed(0)
-    made = {}
+    factors = {}
     for module, (rows, columns) in MODULES.items():
-        made[f"{module}.A"] = torch.randn(rank, columns, generator=draw).requires_grad_()
-        made[f"{module}.B"] = torch.zeros(rows, rank).requires_grad_()
-    optimizer = torch.optim.Adam(made.values(), lr=0.1)
+        factors[f"{module}.A"] = torch.randn(rank, columns, generator=draw).requires_grad_()
+        factors[f"{module}.B"] = torch.zeros(rows, rank).requires_grad_()
+    optimizer = torch.optim.Adam(factors.values(), lr=0.1)
     wanted = {module: torch.randn(shape, generator=draw) for module, shape in MODULES.items()}
     history = []
     for _ in STEPS:
         optimizer.zero_grad()
         for module, update in wanted.items():
             noise = torch.randn(update.shape, generator=draw)
-            (made[f"{module}.B"] @ made[f"{module}.A"] - update - noise).square().mean().backward()
+            (factors[f"{module}.B"] @ factors[f"{module}.A"] - update - noise).square().mean().backward()
         optimizer.step()
-        history.append({name: value.detach().clone() for name, value in made.items()})
+        history.append({name: value.detach().clone() for name, value in factors.items()})
     return history
 
 
 def peft_names(factors: Factors) -> Factors:
-    """As PEFT stores an adapter."""
+    """The names of the factors in a file of PEFT."""
     return {f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": value for name, value in factors.items()}
 
 
 def kohya_names(factors: Factors) -> Factors:
-    """As kohya's scripts do, with the scale of 12 / rank."""
+    """The names in a file of kohya's scripts, with the scale 12 / rank."""
     flat = {name: f"lora_unet_{name[:-2].replace('.', '_')}" for name in factors}
     parts = {"A": "lora_down", "B": "lora_up"}
-    made = {f"{flat[name]}.{parts[name[-1]]}.weight": value for name, value in factors.items()}
-    return made | {f"{flat[name]}.alpha": torch.tensor(12.0) for name in factors}
+    named = {f"{flat[name]}.{parts[name[-1]]}.weight": value for name, value in factors.items()}
+    return named | {f"{flat[name]}.alpha": torch.tensor(12.0) for name in factors}
 
 
 def base_weights() -> Factors:
     draw = torch.Generator().manual_seed(7)
-    made = {f"{module}.weight": torch.randn(shape, generator=draw) for module, shape in MODULES.items()}
-    return made | {"norm.weight": torch.randn(8, generator=draw), "count": torch.tensor(3)}
+    weights = {f"{module}.weight": torch.randn(shape, generator=draw) for module, shape in MODULES.items()}
+    return weights | {"norm.weight": torch.randn(8, generator=draw), "count": torch.tensor(3)}
 
 
 def truth(base: Factors, history: Sequence[Factors], shares: Mapping[int, float], scale: float = 4.0) -> Factors:
-    """In float64: the base, and the sum of products at steps (counted from 1) by their shares."""
-    made = {name: value.double() for name, value in base.items()}
+    """The base plus the sum of the products at steps (counted from 1) times their shares, in float64."""
+    merged = {name: value.double() for name, value in base.items()}
     for module in MODULES:
         for step, share in shares.items():
-            now = history[step - 1]
-            made[f"{module}.weight"] += share * scale * now[f"{module}.B"].double() @ now[f"{module}.A"].double()
-    return made
+            factors = history[step - 1]
+            merged[f"{module}.weight"] += (
+                share * scale * factors[f"{module}.B"].double() @ factors[f"{module}.A"].double()
+            )
+    return merged
 
 
 def distance(found: Factors, wanted: Factors, base: Factors) -> float:
-    """Relative to what the adapter changes."""
+    """L2 distance, relative to the change by the adapter."""
     names = [f"{module}.weight" for module in MODULES]
     off = sum(float((found[name].double() - wanted[name]).square().sum()) for name in names)
     return (off / sum(float((wanted[name] - base[name].double()).square().sum()) for name in names)) ** 0.5
@@ -92,11 +94,14 @@ def checkpoints(folder: Path, history: Sequence[Factors], kohya: bool = False, e
             meta = {"ss_steps": str(step), "ss_network_dim": "3", "modelspec.title": "x", "sshs_model_hash": "0" * 64}
             save_file(kohya_names(history[step - 1]), folder / f"x-{step:06}.safetensors", meta)
         else:
-            one = folder / f"checkpoint-{step}"
-            one.mkdir(parents=True)
-            save_file(peft_names(history[step - 1]), one / "adapter_model.safetensors")
-            (one / "adapter_config.json").write_text(json.dumps(CONFIG))
+            save_peft(folder / f"checkpoint-{step}", peft_names(history[step - 1]), json.dumps(CONFIG))
     return folder
+
+
+def save_peft(checkpoint: Path, tensors: Factors, config: str) -> None:
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, checkpoint / "adapter_model.safetensors")
+    (checkpoint / "adapter_config.json").write_text(config)
 
 
 @pytest.mark.parametrize("kohya", [False, True], ids=["peft", "kohya"])
@@ -106,7 +111,7 @@ def test_the_average_of_products_is_the_float64_sum_and_not_the_product_of_avera
     history = trajectory()
     run = checkpoints(tmp_path / "run", history, kohya)
     weights = base_weights()
-    for target, steps in (("last:10", 10), ("window:20", 20)):  # a checkpoint a step: both are exact
+    for target, steps in (("last:10", 10), ("window:20", 20)):  # exact, with a checkpoint at every step
         wanted = truth(weights, history, dict.fromkeys(STEPS[-steps:], 1 / steps))
         out = tmp_path / f"{steps}.safetensors"
         result = ema("export", run, "--merge", base, "--target", target, "--out", out, "--json")
@@ -122,55 +127,30 @@ def test_the_average_of_products_is_the_float64_sum_and_not_the_product_of_avera
 
 
 def test_snapshots_of_an_adapter_and_shards_of_a_base(tmp_path: Path, base: Path) -> None:
-    """The averaged factors make the product, not those of each snapshot; a sharded base keeps its dtype."""
-    history, weights = trajectory(), base_weights()
-
-    class Adapter(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base_model = torch.nn.Module()
-            for name, value in peft_names(history[0]).items():
-                place = self
-                for part in name.split(".")[:-1]:
-                    if part not in dict(place.named_children()):
-                        place.add_module(part, torch.nn.Module())
-                    place = place.get_submodule(part)
-                place.weight = torch.nn.Parameter(value.clone())
-
-    model = Adapter()
-    with PostHocEMA.from_model(
-        model, tmp_path / "run", (0.05, 0.1), update_every=1, checkpoint_every=2, checkpoint_dtype=None
-    ) as tracker:
-        for now in history:
-            model.load_state_dict(peft_names(now))
-            tracker.update_(model)
-    with pytest.raises(MismatchError, match=r"the alpha by which.*put the adapter's adapter_config\.json beside it"):
-        Run(tmp_path / "run").merge(0.1, base, tmp_path / "out.safetensors")
+    """The averaged factors make the product, not the factors of each snapshot; a sharded base keeps its dtype."""
+    history, weights, out = trajectory(), base_weights(), tmp_path / "out.safetensors"
+    write_run(tmp_path / "run", list(map(peft_names, history)), STEPS[1::2], (0.05, 0.1))
+    run = Run(tmp_path / "run")
+    with pytest.raises(MismatchError, match=r"the alpha by which.*put the adapter's adapter_config\.json next to it"):
+        run.merge(0.1, base, out)
     (tmp_path / "run/adapter_config.json").write_text(json.dumps(CONFIG))
-    Run(tmp_path / "run").merge(0.1, base, tmp_path / "out.safetensors")
+    run.merge(0.1, base, out)
     shares = dict(zip(STEPS, exact_weights(0.1, STEPS).tolist(), strict=True))
-    wanted, found = truth(weights, history, shares), load_file(tmp_path / "out.safetensors")
     mean = {
         name: sum(share * history[step - 1][name].double() for step, share in shares.items()) for name in history[0]
     }
-    own = {n: v.double() for n, v in weights.items()}
-    for module in MODULES:
-        own[f"{module}.weight"] += 4 * mean[f"{module}.B"] @ mean[f"{module}.A"]
-    assert distance(found, own, weights) < 1e-6
-    assert distance(found, wanted, weights) > 1e-3
-    Run(tmp_path / "run").merge(0.08, base, tmp_path / "out.safetensors", overwrite=True)
-    factors, found = Run(tmp_path / "run").average(0.08), load_file(tmp_path / "out.safetensors")
-    for module in MODULES:
-        down, up = (factors[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
-        own[f"{module}.weight"] = weights[f"{module}.weight"].double() + 4 * up @ down
-    assert distance(found, own, weights) < 1e-5
+    assert distance(load_file(out), truth(weights, [mean], {1: 1}), weights) < 1e-6
+    assert distance(load_file(out), truth(weights, history, shares), weights) > 1e-3
+    run.merge(0.08, base, out, overwrite=True)
+    stored = run.average(0.08)
+    factors = {name: stored[stored_name] for name, stored_name in zip(history[0], peft_names(history[0]), strict=True)}
+    assert distance(load_file(out), truth(weights, [factors], {1: 1}), weights) < 1e-5
     save_file({name: value.bfloat16() for name, value in weights.items() if name != "count"}, base)
-    Run(tmp_path / "run").merge(0.1, base, tmp_path / "half", layout="sharded", max_shard_size="150B")
+    run.merge(0.1, base, tmp_path / "half", layout="sharded", max_shard_size="150B")
     index = json.loads((tmp_path / "half/model.safetensors.index.json").read_text())["weight_map"]
     assert len({*index.values()}) > 1
-    again = tmp_path / "again.safetensors"
-    Run(tmp_path / "run").merge(0.1, tmp_path / "half", again, dtype="float32")
-    assert {value.dtype for value in load_file(again).values()} == {torch.float32}
+    run.merge(0.1, tmp_path / "half", out, dtype="float32", overwrite=True)
+    assert {value.dtype for value in load_file(out).values()} == {torch.float32}
 
 
 def test_convolutions_scales_by_pattern_and_the_root_of_the_rank(tmp_path: Path) -> None:
@@ -179,10 +159,8 @@ def test_convolutions_scales_by_pattern_and_the_root_of_the_rank(tmp_path: Path)
     flat, back = torch.randn(2, 5, generator=draw), torch.randn(6, 2, generator=draw)
     names = {"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up}
     names |= {"unet.mid.proj.lora_A.weight": flat, "unet.mid.proj.lora_B.weight": back}
-    (tmp_path / "run/checkpoint-1").mkdir(parents=True)
-    save_file(names, tmp_path / "run/checkpoint-1/adapter_model.safetensors")
     config = {"lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"conv_in": 6}}
-    (tmp_path / "run/checkpoint-1/adapter_config.json").write_text(json.dumps(config))
+    save_peft(tmp_path / "run/checkpoint-1", names, json.dumps(config))
     weights = {"conv_in.weight": torch.zeros(4, 3, 3, 3), "mid.proj.weight": torch.zeros(6, 5)}
     save_file(weights, tmp_path / "base.safetensors")
     Run(tmp_path / "run").merge("last:1", tmp_path / "base.safetensors", tmp_path / "out.safetensors")
@@ -193,7 +171,9 @@ def test_convolutions_scales_by_pattern_and_the_root_of_the_rank(tmp_path: Path)
     assert torch.allclose(found["mid.proj.weight"], back @ flat * 8 / 2**0.5, atol=1e-5)
 
 
-def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, ema: Ema) -> None:
+def test_an_adapter_or_a_base_that_cannot_be_merged_is_an_error_of_one_line(
+    tmp_path: Path, base: Path, ema: Ema
+) -> None:
     history, out = trajectory(), tmp_path / "out.safetensors"
     run = checkpoints(tmp_path / "run", history, every=10)
 
@@ -233,8 +213,7 @@ def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, 
 
     def rewrite(change: Callable[[Factors], Factors], config: str = json.dumps(CONFIG)) -> None:
         for step in range(10, 41, 10):
-            save_file(change(peft_names(history[step - 1])), run / f"checkpoint-{step}/adapter_model.safetensors")
-            (run / f"checkpoint-{step}/adapter_config.json").write_text(config)
+            save_peft(run / f"checkpoint-{step}", change(peft_names(history[step - 1])), config)
 
     magnitude = {"base_model.model.blocks.0.query.lora_magnitude_vector.weight": torch.ones(8)}
     rewrite(lambda factors: factors | magnitude)
@@ -253,7 +232,7 @@ def test_what_cannot_be_merged_is_named_in_one_line(tmp_path: Path, base: Path, 
 
 
 def test_kohyas_metadata_stays_with_an_adapter(tmp_path: Path, ema: Ema) -> None:
-    """Hashes of the tensors do not outlast a change of these."""
+    """Hashes of the tensors are dropped if the tensors change."""
     run = checkpoints(tmp_path / "run", trajectory(), kohya=True)
     newest = run / "x-000040.safetensors"
 

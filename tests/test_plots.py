@@ -1,4 +1,4 @@
-"""What pictures show: lines that can be told apart, a legend of what is drawn, text that stays within the page."""
+"""Figures: lines that differ, a legend of what is drawn, text that stays within the figure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def entries(axes: Axes) -> dict[str, Line2D]:
 
 
 def laid_out(figure: Figure) -> list[Text]:
-    """Titles, names of axes and legends of a figure, with their places known."""
+    """The texts of titles, axes and legends of a figure, after its layout."""
     figure.draw_without_rendering()
     texts = [text for axes in figure.findobj(Axes) for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
     texts += [text for legend in figure.findobj(Legend) for text in legend.get_texts()]
@@ -63,14 +63,14 @@ def test_the_legends_thin_line_is_the_thin_curve_and_not_the_line_at_1_percent()
         assert get(entry) == get(thin)
     assert bound.get_linestyle() != thin.get_linestyle()
     assert bound.get_color() != thin.get_color()
-    assert axes.child_axes == []  # one scale, one axis
+    assert axes.child_axes == []  # both errors have the same axis
 
 
 @pytest.mark.parametrize(
     ("ends", "inside", "outside"),
     [((0.01, 0.2886), "0.05, 0.28", ""), ((0.04, 0.2), "0.05", "0.28"), ((0.1, 0.2), "", "0.05, 0.28")],
 )
-def test_tracked_profiles_are_listed_where_their_dots_are_and_those_outside_are_named(
+def test_tracked_profiles_in_the_range_are_dots_and_the_others_are_named(
     ends: tuple[float, float], inside: str, outside: str
 ) -> None:
     axes = plots.error_figure([curve(*ends)]).subfigs[0].axes[0]
@@ -82,12 +82,12 @@ def test_tracked_profiles_are_listed_where_their_dots_are_and_those_outside_are_
     two = plots.error_figure([curve(*ends), curve(*ends, label="other")]).subfigs[0].axes[0]
     good = f"below 1 % for sigma_rel {curve(*ends).ranges_text(0.01)}"
     named = "; ".join(filter(None, [good, beyond]))
-    assert [*entries(two)] == [f"run: {named}", f"other: {named}"]  # a line each
+    assert [*entries(two)] == [f"run: {named}", f"other: {named}"]  # one line per run
 
 
 @pytest.mark.parametrize("least", [0.0, 1e-12, 1e-3])
 @pytest.mark.parametrize("most", [1e-3, 0.3, 50.0])
-def test_no_curve_leaves_its_frame_and_the_lowest_tick_says_where_it_was_lifted(least: float, most: float) -> None:
+def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(least: float, most: float) -> None:
     errors = np.geomspace(1e-3, most, 50)
     errors[25] = least
     figure = plots.error_figure([replace(curve(), predicted_error=errors)])
@@ -96,13 +96,13 @@ def test_no_curve_leaves_its_frame_and_the_lowest_tick_says_where_it_was_lifted(
     (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
     for line in axes.lines[:2]:
         assert low <= line.get_ydata().min() <= line.get_ydata().max() <= high
-        assert left < line.get_xdata().min() <= line.get_xdata().max() < right  # marks fit, too
+        assert left < line.get_xdata().min() <= line.get_xdata().max() < right  # with room for marks
     (lowest,) = (text.get_text() for text in axes.get_yticklabels() if text.get_position()[1] == pytest.approx(low))
     assert lowest == f"{'≤ ' * bool(least < low)}{100 * low:g} %"
 
 
 def swept(widths: tuple[float, float], raw: float | None) -> Figure:
-    """The picture of a metric that is 3.2 to 3.4 over such lengths."""
+    """The figure of a metric between 3.2 and 3.4 over a range of lengths."""
     xs = np.geomspace(*widths, 101)
     means = 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
     points = [(float(x), float(y), 0.01) for x, y in zip(xs[::25], means[::25], strict=True)]
@@ -123,7 +123,7 @@ def test_ticks_of_a_sweep_are_round(widths: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize(("raw", "inside"), [(3.9, True), (3.3, True), (2.7, True), (9.0, False)])
-def test_raw_weights_are_in_a_sweeps_frame_unless_far_away(raw: float, inside: bool) -> None:
+def test_the_metric_of_raw_weights_is_within_the_axes_unless_far_away(raw: float, inside: bool) -> None:
     axes = swept((0.025, 0.275), raw).axes[0]
     low, high = axes.get_ylim()
     assert (low < raw < high) == inside
@@ -131,13 +131,13 @@ def test_raw_weights_are_in_a_sweeps_frame_unless_far_away(raw: float, inside: b
 
 
 @pytest.mark.parametrize("count", [2, 5, 20])
-def test_many_fits_stand_side_by_side(count: int) -> None:
+def test_many_fits_are_drawn_in_two_columns(count: int) -> None:
     width, height = plots.error_figure([curve()], [fit(times=2)] * count).get_size_inches()
     assert height <= (1.3 if count <= 5 else 3.1) * width
 
 
 @pytest.mark.parametrize(("label", "count"), [("run", 0), (LONG, 1), ("W" * 120, 3)])
-def test_no_text_leaves_the_page_or_covers_another_title(label: str, count: int) -> None:
+def test_texts_stay_within_the_figure_and_titles_do_not_overlap(label: str, count: int) -> None:
     others = [ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01)] if count == 1 else []
     figure = plots.error_figure([curve(label=label, others=others)], [fit(label, times=3)] * count)
     texts = laid_out(figure)
@@ -153,15 +153,15 @@ def test_no_text_leaves_the_page_or_covers_another_title(label: str, count: int)
 
 
 @pytest.mark.parametrize("label", ["$" * 110, "i$" * 55, "W$" * 55])
-def test_a_dollar_sign_keeps_its_escape_wherever_its_word_is_broken(label: str) -> None:
+def test_a_dollar_sign_keeps_its_escape_wherever_a_word_is_broken(label: str) -> None:
     texts = laid_out(plots.error_figure([curve(label=label)]))
     lines = [line for text in texts for line in text.get_text().split("\n")]
     assert sum("$" in line for line in lines) > 1
     assert not any(line.endswith("\\") or is_math_text(line) for line in lines)
 
 
-def test_a_pattern_is_in_bars_that_are_wide_enough_for_it() -> None:
-    """And bars stay visible where a snapshot is close to another."""
+def test_only_wide_bars_have_a_pattern() -> None:
+    """Bars stay visible if two snapshots are close to each other."""
 
     def bars(drawn: ProfileFit) -> list[list[Rectangle]]:
         return [c.patches for c in plots.error_figure([curve()], [drawn]).subfigs[1].axes[1].containers]
@@ -175,8 +175,8 @@ def test_a_pattern_is_in_bars_that_are_wide_enough_for_it() -> None:
     assert min(abs(bar.get_width()) for patches in both for bar in patches) > 1000 / 100
 
 
-def test_the_background_is_opaque_and_what_is_drawn_keeps_away_from_its_edges() -> None:
-    """On a dark page a picture without background would show black text on black."""
+def test_the_background_is_opaque_and_the_margins_are_empty() -> None:
+    """On a dark page a figure without background would show black text on black."""
     for draw in (lambda: plots.error_figure([curve(label=LONG)]), lambda: swept((0.025, 0.275), 3.9)):
         pixels = matplotlib.image.imread(io.BytesIO(plots.as_file(draw, ".png")))
         assert (pixels[..., 3] == 1).all()

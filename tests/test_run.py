@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "run")
 
 
-def test_what_there_is(run: Run) -> None:
+def test_a_run_describes_its_snapshots(run: Run) -> None:
     assert (run.t, run.step, run.profiles) == (100.0, 100, [0.05, 0.28])
     assert [snapshot.info.t for snapshot in run.snapshots[:3]] == [10.0, 10.0, 20.0]
     assert {name: (spec.dtype, spec.shape) for name, spec in run.tensors.items()} == {
@@ -45,7 +45,7 @@ def test_what_there_is(run: Run) -> None:
     assert run.info()["profiles"][1]["times"] == [10.0 * k for k in range(1, 11)]
 
 
-def test_a_look_needs_neither_torch_nor_scipy(run: Run) -> None:
+def test_reading_headers_needs_neither_torch_nor_scipy(run: Run) -> None:
     code = (
         f"from posthoc_cli import Run; run = Run({str(run.directory)!r}); print(run, run.tensors, run.info(), "
         "run.plan(0.15), run.error_curve().to_dict(), run.check(), run.prune(keep=5, dry_run=True)); "
@@ -55,7 +55,7 @@ def test_a_look_needs_neither_torch_nor_scipy(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_an_average_is_that_of_the_tracker_and_of_a_file(run: Run, tmp_path: Path, name: str) -> None:
+def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(run: Run, tmp_path: Path, name: str) -> None:
     target = TARGETS[name]
     weights = run.average(target, dtype="float64")
     expected = PostHocEMA.from_path(run.directory).state_dict(sigma_rel=target, dtype="float64")
@@ -67,7 +67,7 @@ def test_an_average_is_that_of_the_tracker_and_of_a_file(run: Run, tmp_path: Pat
     assert report.to_dict()["targets"][0]["predicted_error"] == weights.predicted_error
 
 
-def test_an_average_of_another_time_and_dtype_that_torch_saves_without_this_package(run: Run, tmp_path: Path) -> None:
+def test_an_average_of_another_time_and_dtype_loads_without_this_package(run: Run, tmp_path: Path) -> None:
     weights = run.average(0.1, step=50, dtype=torch.bfloat16)
     assert weights["w"].dtype == torch.bfloat16
     assert_same_tensors(run.average(0.1, t=50, dtype="bfloat16"), weights)
@@ -85,15 +85,14 @@ def written(run: Run, *arguments: Any, **options: Any) -> Any:
     return report
 
 
-def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp_path: Path) -> None:
+def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema: Ema, tmp_path: Path) -> None:
     report = written(run, [0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
     assert [path.name for path in report.outputs] == ["sigma_rel-0.1.safetensors", "beta-0.9.safetensors"]
     arguments = ("--sigma-rel", "0.1", "--target", "beta:0.9", "--out", tmp_path / "new", "--overwrite", "--json")
-    printed = ema("synthesize", run.directory, *arguments)
-    found, expected = printed.json, json.loads(json.dumps(report.to_dict()))
-    for target in (*found["targets"], *expected["targets"]):
+    printed, expected = ema("synthesize", run.directory, *arguments).json, json.loads(json.dumps(report.to_dict()))
+    for target in (*printed["targets"], *expected["targets"]):
         del target["seconds"]
-    assert found == expected
+    assert printed == expected
     with pytest.raises(FrozenInstanceError):
         report.seconds = 0.0  # type: ignore[misc]
     assert written(run, [0.1, Beta(0.9)], tmp_path / "new", skip_existing=True).existing == {0, 1}
@@ -121,7 +120,8 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
         (lambda run: run.prune(max_error="1%"), "max_error", "'1%': must be a number above 0"),
         (lambda run: run.prune(keep="20"), "keep", "'20': must be a whole number, at least 1"),
         (lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)), "sigma_range", "(0.2, 0.1): must be two numbers in"),
-        (lambda run: run.prune(max_bytes="60GB"), "max_bytes", "'60GB': must be a whole number, at least 1"),
+        (lambda run: run.prune(max_size="60"), "max_size", "60 bytes: the newest snapshots of each profile"),
+        (lambda run: run.prune(max_size=2, keep=1), "keep, max_size and max_error", "give one of them"),
         (lambda run: run.prune(keep=2.5), "keep", "2.5: must be a whole number"),
         (lambda run: run.prune(keep=True), "keep", "True: must be a whole number"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
@@ -135,7 +135,7 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
         (lambda _: error_report(out="x.png"), "runs and schedules", "name one"),
     ],
 )
-def test_an_impossible_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:
+def test_an_invalid_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:
     with refused(subject, words):
         call(run)
     assert len(run.snapshots) == 20
@@ -155,7 +155,7 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_pa
     assert printed == json.loads(json.dumps(plan_training(task, run).to_dict()))
 
 
-def test_damage_is_found_and_the_rest_is_described(run: Run) -> None:
+def test_damage_is_found_and_the_undamaged_snapshots_are_described(run: Run) -> None:
     assert run.check().is_fine
     flip_bit(snapshot_files(run.directory)[3])
     assert [path.name for path in run.check().broken] == [snapshot_files(run.directory)[3].name]
@@ -176,7 +176,7 @@ def test_pruning_shows_asks_and_deletes(run: Run) -> None:
     assert [snapshot.path for snapshot in run.snapshots] == [snapshot.path for snapshot in planned.kept]
 
 
-def test_a_directory_that_is_read_anew(run: Run, tmp_path: Path) -> None:
+def test_every_call_reads_the_directory_anew(run: Run, tmp_path: Path) -> None:
     later = Run(tmp_path / "later")
     assert "later': no such directory" in repr(later)
     with pytest.raises(DirectoryError) as raised:
@@ -188,7 +188,7 @@ def test_a_directory_that_is_read_anew(run: Run, tmp_path: Path) -> None:
         Run("")
 
 
-def test_a_tracker_gives_its_run_with_all_due_snapshots(tmp_path: Path) -> None:
+def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5) as tracker:
         assert repr(tracker.run) == f"Run({str(tmp_path / 'run')!r}: no such directory)"

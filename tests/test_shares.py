@@ -1,5 +1,5 @@
-"""A sharded model written by the processes of a job, here a single one: the bytes equal those of one file, shards of
-two plans never mix, and the index is written after all shards."""
+"""Shards by the ranks of a job, which here is one process: the same bytes as in one file, no mixture of two plans, and
+no index before all shards are complete."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def run(written: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Make this process a job of one process."""
+    """This process is the only rank of a job."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def write(run: Path, out: Path, target: Any = 0.1, size: int = 60_000, **options: Any) -> None:
-    """Write about four shards of the model's 200 kB in float32."""
+    """Write shards, four by default, of a model of 200 kB in float32."""
     Run(run).write(target, out, distributed=True, max_shard_size=size, **options)
 
 
@@ -70,17 +70,15 @@ def shards(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("size", [10, 10_000, 60_000, 10**9])
-def test_any_number_of_shards_has_the_bytes_of_one_file(
+def test_any_number_of_shards_gives_the_bytes_of_one_file(
     run: Path, tmp_path: Path, size: int, dtype: str | None
 ) -> None:
     write(run, tmp_path / "out", [0.1, 0.2], size, dtype=dtype)
-    Run(run).write([0.1, 0.2], tmp_path / "whole", dtype=dtype)
+    Run(run).write([0.1, 0.2], tmp_path / "files", dtype=dtype)
     for target in ("sigma_rel-0.1", "sigma_rel-0.2"):
-        folder, whole = tmp_path / "out" / target, load_file(tmp_path / "whole" / f"{target}.safetensors")
-        made = load_output(folder)
-        assert made.keys() == whole.keys()
-        for name, value in whole.items():
-            torch.testing.assert_close(made[name], value, rtol=0 if dtype is None else 0.01, atol=1e-6)
+        folder, file = tmp_path / "out" / target, tmp_path / "files" / f"{target}.safetensors"
+        rtol = 0 if dtype is None else 0.01
+        torch.testing.assert_close(load_output(folder), load_file(file), rtol=rtol, atol=1e-6)
         assert sorted(contents(folder)) == [*(path.name for path in shards(folder)), INDEX_NAME]
     write(run, tmp_path / "one", 0.1, size, dtype=dtype)
     Run(run).write(0.1, tmp_path / "one.safetensors", dtype=dtype)
@@ -107,17 +105,17 @@ def test_a_job_that_was_killed_is_run_again_and_keeps_its_shards(run: Path, tmp_
     out = tmp_path / "out"
     write(run, out, [0.1, 0.2])
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in sorted(out.rglob("model*"))}
-    one, other = out / "sigma_rel-0.1", out / "sigma_rel-0.2"
-    missing = [one / INDEX_NAME, shards(one)[1], other / INDEX_NAME]
+    first, second = out / "sigma_rel-0.1", out / "sigma_rel-0.2"
+    missing = [first / INDEX_NAME, shards(first)[1], second / INDEX_NAME]
     for path in missing:
         path.unlink()
-    leftover = one / ".ema-0123456789abcdef.tmp"
+    leftover = first / ".ema-0123456789abcdef.tmp"
     leftover.write_bytes(b"half")
     os.utime(leftover, (0, 0))
     write(run, out, [0.1, 0.2])
     after = {path: (path.read_bytes(), path.stat().st_ino) for path in sorted(out.rglob("model*"))}
     assert {path: data for path, (data, _) in after.items()} == {path: data for path, (data, _) in before.items()}
-    assert {path for path in before if before[path] != after[path]} <= {*missing}
+    assert {path for path in before if before[path] != after[path]} <= set(missing)
     assert not leftover.exists()
 
 
@@ -186,7 +184,7 @@ def test_no_index_stays_next_to_shards_of_another_plan(
 
 
 @pytest.mark.parametrize("place", ["header", "payload", "end"])
-def test_a_damaged_shard_is_named_and_replaced_with_overwrite(run: Path, tmp_path: Path, place: str) -> None:
+def test_a_damaged_shard_is_named_and_replaced_only_with_overwrite(run: Path, tmp_path: Path, place: str) -> None:
     out = tmp_path / "out"
     write(run, out)
     before, path = contents(out), shards(out)[2]
@@ -200,23 +198,23 @@ def test_a_damaged_shard_is_named_and_replaced_with_overwrite(run: Path, tmp_pat
     assert contents(out) == before
 
 
-def test_files_that_are_no_shards_of_the_model_stay(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_files_of_other_models_are_not_replaced(run: Path, tmp_path: Path) -> None:
+    out, shard = tmp_path / "out", tmp_path / "out" / "model-00001-of-00004.safetensors"
+    out.touch()
+    with pytest.raises(OutputExistsError, match="is a file"):
+        write(run, out)
+    out.unlink()
     out.mkdir()
     (out / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(OutputExistsError, match=r"model\.safetensors: is of another model"):
         write(run, out)
     assert contents(out) == {"model.safetensors": b"precious"}
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputExistsError, match="is a file"):
-        write(run, tmp_path / "file")
-    (tmp_path / "foreign").mkdir()
-    save_file({"w": torch.ones(2)}, tmp_path / "foreign" / "model-00001-of-00004.safetensors")
+    save_file({"w": torch.ones(2)}, shard)
     with pytest.raises(OutputExistsError, match=r"not an output of this package: has no ema\.format"):
-        write(run, tmp_path / "foreign")
-    shutil.copy(min(run.iterdir()), tmp_path / "foreign" / "model-00001-of-00004.safetensors")
+        write(run, out)
+    shutil.copy(min(run.iterdir()), shard)
     with pytest.raises(OutputExistsError, match="is a snapshot of a run and is not replaced"):
-        write(run, tmp_path / "foreign", overwrite=True)
+        write(run, out, overwrite=True)
 
 
 @pytest.mark.parametrize("operation", ["fsync", "link"])
@@ -232,7 +230,7 @@ def test_a_failure_leaves_no_shard_and_no_folder(
 @pytest.mark.parametrize(
     ("out", "options"), [("m.safetensors", {}), ("m.pt", {}), ("m", {"layout": "pt"}), ("m", {"layout": "dcp"})]
 )
-def test_a_job_writes_only_folders_of_shards(run: Path, tmp_path: Path, out: str, options: dict[str, Any]) -> None:
+def test_a_job_makes_a_folder_of_shards(run: Path, tmp_path: Path, out: str, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidValueError, match="makes a folder of shards; name a folder; an export makes one file"):
         Run(run).write(0.1, tmp_path / out, distributed=True, **options)
     report = Run(run).write(0.1, tmp_path / "m", distributed=True, dry_run=True)

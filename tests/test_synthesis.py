@@ -1,4 +1,4 @@
-"""Coefficients times snapshots, against sums in NumPy float64, and what a plan refuses."""
+"""Coefficients times snapshots, compared with sums in NumPy float64; and the errors of planning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from posthoc_cli import Groups, PostHocEMA, Run, disk_sources
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.export.writing import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
-from posthoc_cli.synthesis.engine import Options, check_device, synthesize
+from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 TIMES = (10, 20, 30, 40)
@@ -34,7 +34,7 @@ def draw(seed: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] =
 
 
 def write_random(directory: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> None:
-    """Snapshots of two profiles at TIMES, each of random weights and a counter that holds its time."""
+    """Write snapshots of two profiles at TIMES, each with random weights and a counter equal to its time."""
     for index, t in enumerate(TIMES):
         for sigma_rel in (0.05, 0.28):
             values = {
@@ -49,12 +49,8 @@ def plan_of(directory: Path, sigma_rels: Sequence[float] = TARGETS, **options: A
     return plan_synthesis(disk_sources(directory), sigma_rels, **options)
 
 
-def made(plan: Plan, **options: Any) -> dict[str, list[torch.Tensor]]:
-    return dict(synthesize(plan, Options(**options)))
-
-
 def expected(directory: Path, plan: Plan, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, of what is in the snapshots."""
+    """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, over the stored values x_i."""
     values = np.stack([load_file(directory / source.name)[name].double().numpy() for source in plan.sources])
     columns = plan.reconstruction.coefficients.T
     return (
@@ -64,7 +60,7 @@ def expected(directory: Path, plan: Plan, name: str) -> tuple[list[np.ndarray], 
 
 
 def accumulated(dtype: torch.dtype, terms: int) -> float:
-    """The share of sum |c_i x_i| by which a sum in `dtype` can be wrong: m u / (1 - m u) for m roundings in a row.
+    """The largest error of a sum in `dtype`, as a share of sum |c_i x_i|: m u / (1 - m u) for m consecutive roundings.
 
     A term is rounded as a value, as a coefficient and as a product, then in each of the sums.
     """
@@ -75,8 +71,7 @@ def accumulated(dtype: torch.dtype, terms: int) -> float:
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_results_are_the_sums_within_rounding(tmp_path: Path, own: torch.dtype, stored: torch.dtype) -> None:
-    """`accumulated` bounds the sums, in their accumulator and in the float64 of `expected`; then the result is
-    rounded to its own dtype."""
+    """`accumulated` bounds the errors of the sums and of `expected`; then the result is rounded to its own dtype."""
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     averages = {name: TrackedTensor("average", names[own]) for name in ("w", "odd", "scalar", "empty")}
     write_random(tmp_path, stored, tensors={**averages, "count": TrackedTensor("copy", "I64")})
@@ -84,7 +79,7 @@ def test_results_are_the_sums_within_rounding(tmp_path: Path, own: torch.dtype, 
     wide = torch.float64 if own == torch.float64 or stored.itemsize >= 4 else torch.float32
     share = accumulated(wide, len(plan.sources)) + accumulated(torch.float64, len(plan.sources))
     for name in averages:
-        for value, exact, size in zip(made(plan)[name], *expected(tmp_path, plan, name), strict=True):
+        for value, exact, size in zip(dict(synthesize(plan))[name], *expected(tmp_path, plan, name), strict=True):
             assert value.dtype == own
             tolerance = share * size + UNIT[own] * (np.abs(exact) + share * size) + torch.finfo(own).tiny
             assert np.all(np.abs(value.double().numpy() - exact) <= tolerance)
@@ -98,33 +93,33 @@ def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_
     plan = plan_of(tmp_path, t=t)
     assert plan.t == (40 if t is None else t)
     assert {source.info.t for source in plan.sources} == {time for time in TIMES if time <= newest}
-    assert [value.item() for value in made(plan)["count"]] == [newest] * 3
+    assert [value.item() for value in dict(synthesize(plan))["count"]] == [newest] * 3
 
 
 def test_floating_point_buffers_are_copied_and_never_cast(tmp_path: Path) -> None:
     tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
     for t in (10, 20):
         write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t), "var": torch.tensor([t + 1e-3])}, tensors=tensors)
-    (value,) = made(plan_of(tmp_path, [0.04], dtype=torch.float16))["var"]
+    (value,) = dict(synthesize(plan_of(tmp_path, [0.04], dtype=torch.float16)))["var"]
     assert torch.equal(value, torch.tensor([20 + 1e-3]))
 
 
 @pytest.mark.parametrize(("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")])
 def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtype | str | None, own: str) -> None:
-    """Tied tensors come under each of their names."""
+    """Tied tensors appear under each of their names."""
     write_random(tmp_path, aliases={"tied": "w", "tied too": "w", "count too": "count"})
     plan = plan_of(tmp_path, dtype=dtype)
-    specs, found = {spec.name: spec for spec in plan.specs()}, made(plan)
+    specs, tensors = {spec.name: spec for spec in plan.specs()}, dict(synthesize(plan))
     assert specs["tied"] == TensorSpec("tied", own, (3, 7))
     assert specs["count"] == TensorSpec("count", "I64", ())
-    assert specs.keys() == found.keys()
-    for name, values in found.items():
+    assert specs.keys() == tensors.keys()
+    for name, values in tensors.items():
         assert all(value.nbytes == specs[name].nbytes and tuple(value.shape) == specs[name].shape for value in values)
     for alias, name in (("tied", "w"), ("tied too", "w"), ("count too", "count")):
-        assert all(torch.equal(a, b) for a, b in zip(found[alias], found[name], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(tensors[alias], tensors[name], strict=True))
 
 
-def test_an_output_says_what_it_was_made_of(tmp_path: Path) -> None:
+def test_the_metadata_of_an_output_describe_how_it_was_made(tmp_path: Path) -> None:
     tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
     for t in TIMES:
         values = {"w": draw(t), "var": torch.tensor([1.0])}
@@ -140,19 +135,20 @@ def test_an_output_says_what_it_was_made_of(tmp_path: Path) -> None:
     assert info.profile_error == plan.reconstruction.profile_error[1]
 
 
-def test_a_step_is_a_time_where_steps_are_counted_and_must_be_a_snapshots_on_another_clock(tmp_path: Path) -> None:
+def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_another_clock(tmp_path: Path) -> None:
     write_random(tmp_path / "steps")
     assert plan_of(tmp_path / "steps", step=25).t == 25
     for step in (10, 20):
         write_snapshot(tmp_path, 64.0 * step, 0.05, RUN_ID, {"w": draw(step)}, step=step, t_unit="images")
     assert plan_of(tmp_path, [0.04], step=20).t == 1280
-    told = r"step 15: lies between the snapshots at 10 and 20; .* give t in images"
-    with pytest.raises(InvalidValueError, match=told):
+    with pytest.raises(
+        InvalidValueError, match=r"step 15: lies between the snapshots at 10 and 20; .* give t in images"
+    ):
         plan_of(tmp_path, [0.04], step=15)
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "said"),
+    ("value", "dtype", "message"),
     [
         (float("nan"), None, ".* holds nan or infinity"), (float("inf"), None, ".* holds nan or infinity"),
         (float("-inf"), "bf16", ".* holds nan or infinity"),
@@ -160,14 +156,13 @@ def test_a_step_is_a_time_where_steps_are_counted_and_must_be_a_snapshots_on_ano
     ],
 )  # fmt: skip
 def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
-    tmp_path: Path, value: float, dtype: str | None, said: str | None
+    tmp_path: Path, value: float, dtype: str | None, message: str | None
 ) -> None:
     write_snapshot(tmp_path / "run", 20, 0.05, RUN_ID, {"good": draw(1), "bad\n": torch.tensor([1.0, value])})
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"good": draw(2), "bad\n": torch.tensor([1.0, 2.0])})
-    with pytest.raises(NonFiniteError, match=rf"'bad\\n'{said}") if said else nullcontext():
+    with pytest.raises(NonFiniteError, match=rf"'bad\\n'{message}") if message else nullcontext():
         write_synthesis(plan_of(tmp_path / "run", [0.05], dtype=dtype), [tmp_path / "out.safetensors"])
-    assert (tmp_path / "out.safetensors").exists() == (said is None)
-    assert len(list(tmp_path.iterdir())) == 1 + (said is None)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == ["out.safetensors"] * (message is None)
 
 
 def replace(path: Path) -> None:
@@ -189,7 +184,7 @@ def test_a_snapshot_that_changed_since_the_plan_is_named_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:2", "cuda:-1", "meta", "CPU "])
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(
+def test_a_device_that_does_not_exist_is_refused_with_the_devices_that_do(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert check_device("auto") == check_device("cpu") == torch.device("cpu")
@@ -198,7 +193,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(
         check_device(device)
 
 
-# --- groups: tensors that have averages of different lengths
+# --- groups: averages of different lengths for different tensors
 
 SHAPES = {"up.a": (30, 10), "down.b": (7,), "up.c": (5,), "down.d": (300, 40)}
 GROUPS = {"up.*": 0.2, "*": 0.1}
@@ -216,7 +211,7 @@ def grouped(run: Run, up: float, down: float) -> dict[str, torch.Tensor]:
     return {name: wide[name] if name.startswith("up") else narrow[name] for name in SHAPES}
 
 
-def test_each_tensor_has_the_length_of_its_group_beside_other_targets(run: Run, tmp_path: Path) -> None:
+def test_each_tensor_has_the_length_of_its_group_in_a_pass_with_other_targets(run: Run, tmp_path: Path) -> None:
     wanted = [Groups(GROUPS), 0.15, Groups({"*.d": 0.05, "*": 0.1})]
     report = run.write(wanted, tmp_path / "new", skip_existing=True)
     assert report is not None
@@ -224,8 +219,8 @@ def test_each_tensor_has_the_length_of_its_group_beside_other_targets(run: Run, 
     assert_same_tensors(first, grouped(run, 0.2, 0.1))
     assert_same_tensors(plain, run.average(0.15))
     assert_same_tensors(last, {**run.average(0.1), "down.d": run.average(0.05)["down.d"]})
-    parts = [run.plan(width).predicted_error(0) for width in GROUPS.values()]
-    assert report.plan.predicted_error(0) == max(part for part in parts if part is not None)
+    errors = [run.plan(width).predicted_error(0) for width in GROUPS.values()]
+    assert report.plan.predicted_error(0) == max(error for error in errors if error is not None)
     again = run.write(wanted, tmp_path / "new", skip_existing=True)
     assert again is not None
     assert again.existing == {0, 1, 2}
@@ -234,7 +229,7 @@ def test_each_tensor_has_the_length_of_its_group_beside_other_targets(run: Run, 
 
 
 def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema: Ema, run: Run, tmp_path: Path) -> None:
-    """Whole, or in shards."""
+    """In one file, or in shards."""
     path, words = tmp_path / "model.safetensors", ("--group", "up.*=0.2", "--group", "*=0.1", "--json")
     report = ema("synthesize", run.directory, *words, "--out", path).json
     assert_same_tensors(load_file(path), grouped(run, 0.2, 0.1))

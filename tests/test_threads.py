@@ -1,4 +1,4 @@
-"""Libraries in one thread where problems are small, and as they were afterwards."""
+"""Linear algebra uses one BLAS thread for small problems, and the thread count is restored afterwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-import scipy.linalg  # noqa: F401  # its OpenBLAS is another than NumPy's
+import scipy.linalg  # noqa: F401  # which loads an OpenBLAS other than NumPy's
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.planning import Task, proposals, propose, schedule, snapshots_to_drop
@@ -15,7 +15,7 @@ from posthoc_cli.reconstruction import assumed_prior, one_blas_thread
 
 
 def blas_threads() -> set[int]:
-    """Threads of NumPy's and SciPy's OpenBLAS; other packages bring one of their own, which is left alone."""
+    """Numbers of threads of NumPy's and SciPy's OpenBLAS; other packages' libraries are ignored."""
     libraries = ThreadpoolController().info()
     return {library["num_threads"] for library in libraries if "scipy_openblas" in library["filepath"]}
 
@@ -24,12 +24,12 @@ def blas_threads() -> set[int]:
 def _three_threads() -> Iterator[None]:
     with ThreadpoolController().limit(limits=3, user_api="blas"):
         if blas_threads() != {3}:
-            pytest.skip("no OpenBLAS with threads here")
+            pytest.skip("needs an OpenBLAS with threads")
         yield
 
 
 def test_blas_has_one_thread_in_a_block_and_as_many_as_before_afterwards() -> None:
-    """Also where blocks overlap, in one thread or in two."""
+    """Also if blocks overlap, in one thread or in two."""
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -50,7 +50,7 @@ def test_blas_has_one_thread_in_a_block_and_as_many_as_before_afterwards() -> No
     assert blas_threads() == {3}
 
 
-def test_planning_and_thinning_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_and_thinning_use_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[int]] = []
     for module, name in ((schedule, "losses_of"), (proposals, "forecast")):
         real = getattr(module, name)

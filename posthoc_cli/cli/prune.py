@@ -40,7 +40,6 @@ def prune(
 
     check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
     count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
-    max_bytes = values.optional(resources.parse_bytes, max_size, "--max-size")
     error = values.optional(values.parse_max_error, max_error)
     wanted = values.parse_sigma_range(sigma_range)
     directory = values.existing(directory, directory=True)
@@ -52,7 +51,7 @@ def prune(
         return yes or typer.confirm(f"delete {output.counted(len(planned.gone), 'snapshot')} for good?", err=True)
 
     pruning = Run(directory).prune(
-        keep=count, max_bytes=max_bytes, max_error=error, sigma_range=wanted, dry_run=dry_run, agree=agree,
+        keep=count, max_size=max_size, max_error=error, sigma_range=wanted, dry_run=dry_run, agree=agree,
         progress=output.progress_bar(),
     )  # fmt: skip
     if as_json:

@@ -1,5 +1,5 @@
-"""Outputs: one safetensors file, shards with an index, a .pt state dict.
+"""Outputs: one safetensors file, shards with an index, a .pt state dict, a DCP folder, a copy of a model folder.
 
-`writing.Outputs` are averages of a run as files, made in one process or by those of `torchrun`; `convert.export_file`
-writes models in another layout. A sink takes tensors and appears complete, at the end, or not at all.
+`writing.Outputs` writes averages of a run, in one process or in the ranks of a torchrun job; `convert.export_file`
+writes models in another layout. A sink takes tensors, and its output appears complete or not at all.
 """

@@ -1,4 +1,4 @@
-"""A model in another layout, dtype or naming, completed from a full model; or with an adapter added to its weights."""
+"""Export of a model in another layout, dtype or naming, completed from a full model; and the merge of an adapter."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ from posthoc_cli.synthesis.plan import Plan
 
 @dataclass(frozen=True)
 class Exported:
-    """What an output holds: the number of tensors, how many of them came from the base, and their bytes."""
+    """The content of an output: the number of tensors, how many of them came from the base, and their bytes."""
 
     tensors: int
     from_base: int
@@ -77,12 +77,12 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The outputs of an export, with what each holds.
+    """The result of an export.
 
     Attributes:
-        made: by output.
+        made: the content of each output, by its path.
         several: whether a folder of models was exported into a folder.
-        seconds: how long it took.
+        seconds: duration of the export.
     """
 
     made: dict[Path, Exported]
@@ -90,10 +90,10 @@ class ExportReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values for JSON."""
+        """Return the report as plain values for JSON."""
         reports = [
-            {"output": str(path), "tensors": one.tensors, "from_base": one.from_base, "bytes": one.nbytes}
-            for path, one in self.made.items()
+            {"output": str(path), "tensors": made.tensors, "from_base": made.from_base, "bytes": made.nbytes}
+            for path, made in self.made.items()
         ]
         return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
 
@@ -110,20 +110,20 @@ def export_file(
     max_shard_size: str | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
-    """Write a model, or each model of a folder, in another layout. One tensor at a time, except for .pt.
+    """Write a model, or each model of a folder, in another layout; only "pt" and "dcp" need memory for all tensors.
 
     Arguments:
         source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
             shards or parts of one of these: their index, or its folder; or a folder of several outputs.
-        out: the output, whose name decides the layout unless `layout` does; a folder for several.
-        dtype: of all floating-point tensors but copies; None keeps each one's own.
-        base: a safetensors file, an index of shards, or a folder of one of these, whose further tensors complete the
-            output.
-        prefix, strip_prefix: put in front of, or taken from, the names in `source`, before they are compared
+        out: the output, whose name decides the layout unless `layout` is given; a folder for several outputs.
+        dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
+        base: a model that completes the output with the tensors that `source` lacks: a safetensors file, an index of
+            shards, or a folder with one of these.
+        prefix, strip_prefix: text to put before, or to remove from, the names in `source`, before they are compared
             with those in `base`.
-        overwrite: replace an output that is there.
-        max_shard_size: of shards, such as "5GB", which is the default.
-        progress: opens a progress bar, of the bytes to read.
+        overwrite: replace existing outputs.
+        max_shard_size: largest size of a shard, such as "5GB", which is the default.
+        progress: opens a progress bar of the bytes to read.
 
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
@@ -138,8 +138,8 @@ def export_file(
         for model, path in zip(sources, outs, strict=True):
             options.check_layout(path)
             with ExitStack() as stack:
-                own, info = _read_source(stack, model, wanted)
-                tensors = _rename(own, prefix, strip_prefix)
+                stored, info = _read_source(stack, model, wanted)
+                tensors = _rename(stored, prefix, strip_prefix)
                 if base is not None:
                     tensors |= _read_base(stack, base, wanted, tensors)
                 metadata = {"format": "pt"}
@@ -151,7 +151,7 @@ def export_file(
                     metadata |= training_metadata(read_header(next(iter(model_files(model)))), unchanged)
                 specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
                 read = {name: tensor.read for name, tensor in tensors.items()}
-                made[path] = _write(path, specs, len(tensors) - len(own), metadata, read, options, advance)
+                made[path] = _write(path, specs, len(tensors) - len(stored), metadata, read, options, advance)
     return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
 
 
@@ -164,7 +164,7 @@ def _write(
     options: OutputOptions,
     advance: Callable[[int], object],
 ) -> Exported:
-    """Write an output of these tensors, one at a time; tells how many bytes are written. It appears whole or not."""
+    """Write an output of these tensors, one at a time, reporting the bytes; it appears complete or not at all."""
 
     def fill(names: Sequence[str], sinks: Sequence[Sink]) -> None:
         for name in names:
@@ -177,7 +177,7 @@ def _write(
 
 
 def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overwrite: bool) -> list[Path]:
-    """The outputs of several models, in a folder that is made for them, each under its own name."""
+    """Create a folder for the outputs of several models, and return the path of each."""
     if folder.suffix in (SUFFIX, *PICKLES) and not folder.is_dir():
         raise InvalidValueError("out", f"{len(sources)} models need a folder", value=folder)
     paths = [folder / f"{source.name.removesuffix(SUFFIX)}{suffix_of(layout)}" for source in sources]
@@ -191,7 +191,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
 
 @dataclass(frozen=True)
 class _PlannedTensor:
-    """A tensor of an input, with the dtype that it will have; its role is one of `ROLES` or, if unknown, "other"."""
+    """A tensor of an input, with its dtype in the output; its role is one of `ROLES` or, if unknown, "other"."""
 
     file: TensorReader
     name: str
@@ -213,36 +213,36 @@ class _PlannedTensor:
 def _read_source(
     stack: ExitStack, source: Path, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """The tensors of the model to export, under all their names, and its metadata as an output."""
+    """Return the tensors of the model to export, under all their names, and its metadata as an output."""
     model = source.name if (index := index_of(source)) is None else index.parent.name
     if is_parts_folder(source):
         parts = read_snapshot(source)
         return _read_file(stack.enter_context(parts.open()), parts.info, model, dtype)
     tensors: dict[str, _PlannedTensor] = {}
-    found: list[tuple[Path, OutputInfo | None]] = []
+    infos: list[tuple[Path, OutputInfo | None]] = []
     for file in open_model(stack, source):
-        own, info = _read_file(file, None, model, dtype)
-        found.append((file.path, info))
-        check_alike(*found[0], *found[-1])
-        if twice := own.keys() & tensors.keys():
+        in_file, info = _read_file(file, None, model, dtype)
+        infos.append((file.path, info))
+        check_alike(*infos[0], *infos[-1])
+        if twice := in_file.keys() & tensors.keys():
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
-        tensors |= own
-    return tensors, found[0][1] if found else None
+        tensors |= in_file
+    return tensors, infos[0][1] if infos else None
 
 
 def _read_file(
     file: TensorReader, snapshot: SnapshotInfo | None, model: str, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """The tensors of a file, under all their names, and its metadata; `model` names the source."""
+    """Return the tensors of a file, under all their names, and its metadata; `model` is the name of the source."""
     kind, entries, info = file_kind(file.header), file.header.tensors, None
-    found = {name: (name, entry.dtype, "other") for name, entry in entries.items()}
+    stored = {name: (name, entry.dtype, "other") for name, entry in entries.items()}
     if kind == "snapshot" and snapshot is None:
         snapshot = decode_snapshot(file.path, file.header)
         if snapshot.part is not None:
             raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
     if snapshot is not None:
         names = {name: name for name in snapshot.tensors} | snapshot.aliases
-        found = {name: (own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for name, own in names.items()}
+        stored = {name: (own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for name, own in names.items()}
         info = OutputInfo(
             snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
             snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
@@ -251,14 +251,15 @@ def _read_file(
         info = decode_output(file.path, file.header)
         roles = dict.fromkeys(entries, "average") | dict.fromkeys(running_statistics(entries), "statistic")
         roles |= dict.fromkeys(info.copies, "copy")
-        found = {name: (name, entry.dtype, roles[name]) for name, entry in entries.items()}
+        stored = {name: (name, entry.dtype, roles[name]) for name, entry in entries.items()}
     elif kind is not None:
         reason = f"its ema.format is {shown(kind)}: no weights, or of a later release"
         raise FileFormatError(file.path, reason, "export a snapshot, or a synthesis")
-    return {name: _planned(file, *one, dtype) for name, one in found.items()}, info
+    return {name: _planned(file, *tensor, dtype) for name, tensor in stored.items()}, info
 
 
 def _planned(file: TensorReader, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
+    """Return a tensor with its dtype in the output: `own` unless it is a floating-point parameter."""
     return _PlannedTensor(file, name, own if role in ("statistic", "copy") or own not in EPS else dtype or own, role)
 
 
@@ -278,7 +279,7 @@ def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> d
 def _read_base(
     stack: ExitStack, base: Path, dtype: str | None, own: Mapping[str, _PlannedTensor]
 ) -> dict[str, _PlannedTensor]:
-    """The tensors that only the base has; those in both must have the same shape."""
+    """Return the tensors that only the base has; tensors in both must have the same shape."""
     tensors, seen = {}, set[str]()
     for file in [stack.enter_context(read_snapshot(base).open())] if is_parts_folder(base) else open_model(stack, base):
         for name, entry in file.header.tensors.items():
@@ -296,11 +297,11 @@ def _read_base(
 
 # --- low-rank adapters
 #
-# A module's update is s B A, with factors B of shape [out, r] and A of shape [r, in]. The mean of products over
-# training, sum_i c_i s_i B_i A_i over checkpoints, is not the product of the mean factors: it has a rank of up to r
-# times their number, and only the full weight can hold it. Here it is one matrix product of all factors side by side,
-# tensor by tensor. Averages of factors, as snapshots are, no longer know the products that they were made of: of them
-# the product of the mean factors is nearer to it than the mean of their products (`scripts/adapter_means.py`).
+# A module's update is s B A, with factors B of shape [out, r] and A of shape [r, in]. The mean of the products over
+# training, sum_i c_i s_i B_i A_i over checkpoints, is not the product of the mean factors: its rank is up to r times
+# the number of checkpoints, so only the full weight can hold it. It is computed as one matrix product of the
+# concatenated factors, tensor by tensor. Snapshots are averages of factors, from which the products cannot be
+# recovered: the product of their mean factors is closer than the mean of their products (`scripts/adapter_means.py`).
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|down|up)(?:\.[^.]+)?\.weight")
 _ALPHA, _CONFIG = ".alpha", "adapter_config.json"
@@ -309,9 +310,9 @@ _MERGED = ("F64", "F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class _Module:
-    """A module of an adapter: the names of its factors, and of its alpha in kohya's files; else alpha over rank**power.
+    """A module of an adapter, with the names of its factors A (down) and B (up).
 
-    The product is transposed where PEFT says so.
+    The product is scaled by alpha / rank**power, where alpha is a value or a tensor's name, and perhaps transposed.
     """
 
     name: str
@@ -323,10 +324,10 @@ class _Module:
 
 
 def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: ProgressBar = no_bar) -> ExportReport:
-    """Write a base model with the average of an adapter's products added, of a plan for one target: see `Run.merge`.
+    """Write a base model with the average of an adapter's products added, for a plan of one target: see `Run.merge`.
 
-    One tensor at a time, sums in float32. A MismatchError if the base lacks a module, or has another shape or quantized
-    weights; or if the adapter is not of LoRA, or says nothing about its scale.
+    One tensor at a time is in memory; sums are float32. Raises a MismatchError if the base lacks a module, or has
+    another shape or quantized weights; or if the adapter is not LoRA, or its scale is unknown.
     """
     started = time.perf_counter()
     options.check_layout(out)
@@ -334,17 +335,18 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
     modules, are_weights = _modules(plan, sources[-1].path), all(isinstance(one.profile, Point) for one in sources)
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in sources]
-        stored = {name: (file, one) for file in open_model(stack, base) for name, one in file.header.tensors.items()}
-        placed = _placed(modules, base, {name: entry.dtype for name, (_, entry) in stored.items()})
+        readers = open_model(stack, base)
+        stored = {name: (file, entry) for file in readers for name, entry in file.header.tensors.items()}
+        modules_by_weight = _place_modules(modules, base, {name: entry.dtype for name, (_, entry) in stored.items()})
         dtypes = {name: plan.dtype if entry.dtype in _MERGED else None for name, (_, entry) in stored.items()}
         specs = [TensorSpec(name, dtypes[name] or entry.dtype, entry.shape) for name, (_, entry) in stored.items()]
 
         def merged(name: str) -> torch.Tensor:
             file, entry = stored[name]
             value = stored_tensor(file, name)
-            own = torch_dtype(dtypes[name] or entry.dtype)
-            if (module := placed.get(name)) is None:
-                return converted(f"tensor {name!r}", value, own)
+            dtype = torch_dtype(dtypes[name] or entry.dtype)
+            if (module := modules_by_weight.get(name)) is None:
+                return converted(f"tensor {name!r}", value, dtype)
             coefficients = plan.reconstruction.coefficients[:, plan.columns_of(module.down)[0]].tolist()
             change = _change(module, opened, coefficients, are_weights)
             if value.dim() > 2 and change.shape == value.flatten(1).shape:  # a convolution
@@ -353,19 +355,17 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
             value = value.to(torch.promote_types(value.dtype, torch.float32)) + change
             if not bool(value.isfinite().all()):
                 raise NonFiniteError(f"{file.path}: tensor {name!r}", "holds nan or infinity after the merge")
-            return converted(f"tensor {name!r}", value, own)
+            return converted(f"tensor {name!r}", value, dtype)
 
-        read, metadata = (
-            {name: partial(merged, name) for name in stored},
-            output_metadata(replace(plan.output_info(0), copies=())),
-        )
+        read = {name: partial(merged, name) for name in stored}
+        metadata = output_metadata(replace(plan.output_info(0), copies=()))
         advance = stack.enter_context(progress("merging", sum(spec.nbytes for spec in specs)))
-        made = _write(out, specs, len(specs) - len(placed), metadata, read, options, advance)
+        made = _write(out, specs, len(specs) - len(modules_by_weight), metadata, read, options, advance)
     return ExportReport({out: made}, False, time.perf_counter() - started)
 
 
 def _change(module: _Module, opened: Sequence[Any], coefficients: Sequence[float], are_weights: bool) -> torch.Tensor:
-    """The average of a module's products, in float32: shape [out, in], of a convolution [out, in x its window]."""
+    """Return the average of a module's products, float32, shape [out, in], for a convolution [out, in x its window]."""
     downs, ups, scale = [], [], 0.0
     for file, coefficient in zip(opened, coefficients, strict=True):
         names = [name for name in (module.down, module.up, module.alpha) if isinstance(name, str)]
@@ -381,59 +381,59 @@ def _change(module: _Module, opened: Sequence[Any], coefficients: Sequence[float
 
 
 def _modules(plan: Plan, path: Path) -> list[_Module]:
-    """The modules of an adapter; an error where tensors are no factors of LoRA, and would be lost."""
-    parts: dict[str, dict[str, str]] = {}
+    """Return the modules of an adapter, or raise an error if a tensor is no LoRA factor and would be lost."""
+    factors: dict[str, dict[str, str]] = {}
     for name in plan.tensors:
         match = _FACTOR.fullmatch(name)
         if match is not None:
-            parts.setdefault(match["module"], {})["up" if match["part"] in ("B", "up") else "down"] = name
+            factors.setdefault(match["module"], {})["up" if match["part"] in ("B", "up") else "down"] = name
         elif not name.endswith(_ALPHA):
             reason = f"{name!r} is no factor of LoRA (lora_A.weight and lora_B.weight, or lora_down and lora_up)"
             raise MismatchError(path, reason, "only these are merged")
-    for module, own in parts.items():
-        if len(own) < 2:
+    for module, names in factors.items():
+        if len(names) < 2:
             raise MismatchError(path, f"{module!r} has only one of its two factors")
-    if all(module + _ALPHA in plan.tensors for module in parts):
-        return [_Module(module, own["down"], own["up"], module + _ALPHA) for module, own in parts.items()]
+    if all(module + _ALPHA in plan.tensors for module in factors):
+        return [_Module(module, names["down"], names["up"], module + _ALPHA) for module, names in factors.items()]
     config = _config(path)
     patterns, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1.0
-    made = []
-    for module, own in parts.items():  # as in PEFT: of the first pattern that ends the module's name, else of all
+    modules = []
+    for module, names in factors.items():  # as in PEFT: the alpha of the first pattern that ends the module's name
         fitting = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
         alpha = float(next(fitting, config["lora_alpha"]))
-        made.append(_Module(module, own["down"], own["up"], alpha, power, bool(config.get("fan_in_fan_out"))))
-    return made
+        modules.append(_Module(module, names["down"], names["up"], alpha, power, bool(config.get("fan_in_fan_out"))))
+    return modules
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """What PEFT's file says in the folder of a checkpoint, or beside one or a snapshot."""
-    found = next((one / _CONFIG for one in (path, path.parent) if (one / _CONFIG).is_file()), None)
-    if found is None:
-        hint = f"put the adapter's {_CONFIG} beside it"
+    """Return PEFT's configuration from the folder that is, or that holds, the checkpoint or snapshot at a path."""
+    file = next((folder / _CONFIG for folder in (path, path.parent) if (folder / _CONFIG).is_file()), None)
+    if file is None:
+        hint = f"put the adapter's {_CONFIG} next to it"
         raise MismatchError(path, "does not say the alpha by which its products are scaled", hint)
     try:
-        config: dict[str, Any] = json.loads(found.read_text())
+        config: dict[str, Any] = json.loads(file.read_text())
         float(config["lora_alpha"])
         for pattern, alpha in (config.get("alpha_pattern") or {}).items():
             re.compile(pattern)
             float(alpha)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
-        raise FileFormatError(found, "is no configuration of LoRA with numbers lora_alpha and alpha_pattern") from error
+        raise FileFormatError(file, "is no configuration of LoRA with numbers lora_alpha and alpha_pattern") from error
     return config
 
 
-def _placed(modules: Sequence[_Module], base: Path, dtypes: Mapping[str, str]) -> dict[str, _Module]:
-    """The module of each weight of the base: of the same name, or of kohya's, in which dots are underscores."""
-    plain = {name.removesuffix(".weight"): name for name in dtypes if name.endswith(".weight")}
-    counts = Counter(short.replace(".", "_") for short in plain)
-    known = {flat: name for short, name in plain.items() if counts[flat := short.replace(".", "_")] == 1} | plain
+def _place_modules(modules: Sequence[_Module], base: Path, dtypes: Mapping[str, str]) -> dict[str, _Module]:
+    """Return the module of each weight of the base, of the same name, or of kohya's name with underscores for dots."""
+    weights = {name.removesuffix(".weight"): name for name in dtypes if name.endswith(".weight")}
+    counts = Counter(short.replace(".", "_") for short in weights)
+    known = {flat: name for short, name in weights.items() if counts[flat := short.replace(".", "_")] == 1} | weights
     placed: dict[str, _Module] = {}
     for module in modules:
-        own = module.name.removeprefix("base_model.model.")
-        forms = (own, own.partition(".")[2], re.sub(r"^lora_[^_]+_", "", own))
+        short = module.name.removeprefix("base_model.model.")
+        forms = (short, short.partition(".")[2], re.sub(r"^lora_[^_]+_", "", short))
         name = next((known[form] for form in forms if form in known), None)
         if name is None:
-            reason = f"has no weight of the adapter's module {own!r}; it has such as {min(plain, default='')!r}"
+            reason = f"has no weight of the adapter's module {short!r}; it has such as {min(weights, default='')!r}"
             raise MismatchError(base, reason, "an import of the adapter with include takes some of its modules")
         if dtypes[name] not in _MERGED:
             reason = f"tensor {name!r} is quantized: {dtypes[name]} cannot take up an adapter"

@@ -1,4 +1,4 @@
-"""Outputs of a synthesis: their layouts and names, whether they are there already, and how they are written."""
+"""Outputs of a synthesis: their layouts and names, whether they already exist, and how they are written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
 
 LAYOUTS = {"safetensors": (fmt.SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
-"""The layouts of an output, with what the name of a file of it may end in; those without take a folder."""
+"""The layouts of an output, each with the file name endings that it accepts; layouts without endings are folders."""
 
 DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = LAYOUTS["pt"]
@@ -58,20 +58,20 @@ _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
 @dataclass(frozen=True)
 class OutputOptions(Options):
-    """How averages are made and written to files.
+    """Options for making averages and writing them to files.
 
     Attributes:
-        device: where the sums are made: "auto", "cpu", "cuda", ...
-        layout: one of `LAYOUTS`; None for the one that the output's name says.
-        max_shard_size: of the sharded layout, such as "5GB", which is the default.
-        overwrite: replace outputs that are there.
-        skip_existing: leave outputs of the same plan as they are.
+        device: device that computes the sums: "auto", "cpu", "cuda", ...
+        layout: one of `LAYOUTS`; None to choose it by the output's name.
+        max_shard_size: largest size of a shard in the sharded layout, such as "5GB", which is the default.
+        overwrite: replace existing outputs.
+        skip_existing: keep existing outputs of the same plan.
         dry_run: plan only.
-        distributed: this is one of the processes of a torchrun job, all of which are asked the same: each writes some
-            of the shards in a folder. Shards of the same plan that are there are kept.
+        distributed: this is a process of a torchrun job, and all of its processes make the same call: each writes some
+            of the shards in a folder. Existing shards of the same plan are kept.
         like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
-            the same names, files and dtypes, and copies of all other files. What the run does not have is the folder's.
-        component: the part of a pipeline's folder with the weights, such as "unet"; by default the one that fits.
+            the same names, files and dtypes, and copies of all other files. Tensors that the run lacks come from it.
+        component: the folder in a pipeline that holds the weights, such as "unet"; by default the only one that fits.
     """
 
     device: torch.device | str = "auto"
@@ -86,12 +86,12 @@ class OutputOptions(Options):
 
     @property
     def shard_bytes(self) -> int:
-        """`max_shard_size` as a number."""
+        """`max_shard_size` in bytes."""
         size = DEFAULT_SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
         return resources.parse_bytes(str(size), "max_shard_size")
 
     def check_layout(self, path: Path) -> None:
-        """Check the layout of an output, and that it has shards if their size was given; else an InvalidValueError."""
+        """Raise an InvalidValueError for an unknown layout, or a shard size for an output without shards."""
         layout, _ = layout_of(path, self.layout), self.shard_bytes
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
@@ -99,14 +99,14 @@ class OutputOptions(Options):
 
 
 def check_space(outputs: Mapping[Path, int]) -> None:
-    """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room.
+    """Raise a WriteError if a disk has too little space for its outputs; replaced outputs do not count as free space.
 
-    Those for a store are in the folder for temporary files first.
+    Outputs for an object store are first written to the folder for temporary files.
     """
     disks: dict[int, list[tuple[Path, Path]]] = defaultdict(list)
     for path in outputs:
-        here = Path(tempfile.gettempdir()) if files.is_url(path) else path
-        place = next(folder for folder in (here, *here.parents) if folder.is_dir())
+        local = Path(tempfile.gettempdir()) if files.is_url(path) else path
+        place = next(folder for folder in (local, *local.parents) if folder.is_dir())
         disks[place.stat().st_dev].append((path, place))
     for paths in disks.values():
         (first, place), needed = paths[0], sum(outputs[path] for path, _ in paths)
@@ -122,9 +122,10 @@ def check_space(outputs: Mapping[Path, int]) -> None:
 
 
 def layout_of(path: Path, layout: str | None) -> str:
-    """The given layout, or the one that the output's name says: .pt, .safetensors, or a folder of shards.
+    """Return the given layout, or choose it by the output's name: .pt, .safetensors, or a folder of shards.
 
-    An InvalidValueError if the name has the ending of another layout, or of none.
+    Raises:
+        InvalidValueError: the name has the ending of another layout, or of none.
     """
     named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
     if layout is None:
@@ -141,19 +142,18 @@ def layout_of(path: Path, layout: str | None) -> str:
 
 
 def suffix_of(layout: str | None) -> str:
-    """What the names of outputs end in: in one safetensors file unless a layout is given."""
+    """Return the ending of output names in a layout, by default that of one safetensors file; empty for folders."""
     return "".join(LAYOUTS["safetensors" if layout is None else layout_of(Path(), layout)][:1])
 
 
 def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
-    """The output of each target, and the folder to create for them, if one was named.
+    """Return the path of each target's output, and the folder to create for them if `out` names one.
 
-    The output may be a pattern with `{sigma_rel}` or `{target}` to fill in, a file (for one target), or a folder that
-    takes a file a target. A folder of shards holds one model, so several targets get a folder each within it.
+    `out` is a pattern with `{sigma_rel}` or `{target}` to fill in, a file (for one target), or a folder with a file per
+    target. A folder of shards holds one model, so several targets get a folder each within it.
 
     Raises:
-        InvalidValueError: several targets, but one output for them or for two of them; or a pattern that a target
-            cannot fill in.
+        InvalidValueError: two targets would have the same path, or a target cannot fill in the pattern.
     """
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
@@ -184,7 +184,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
 
 
 def output_exists(path: Path, layout: str) -> bool:
-    """Whether an output is there already."""
+    """Return whether an output already exists."""
     return holds_model(path) if layout == "sharded" else not files.is_gone(path)
 
 
@@ -192,12 +192,12 @@ def output_exists(path: Path, layout: str) -> bool:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in a dtype for which torch has all functions: not one of 8 bits."""
+    """Return the values in a dtype for which torch has all functions: 8-bit dtypes become float32."""
     return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the host in a dtype; a NonFiniteError if that cannot hold one of its finite values."""
+    """Return a tensor on the CPU in a dtype, or raise a NonFiniteError if the dtype cannot hold a finite value."""
     tensor = tensor.cpu()
     if tensor.dtype != dtype and tensor.numel():
         bounds = torch.aminmax(plain(tensor).nan_to_num(0.0, 0.0, 0.0))
@@ -207,25 +207,25 @@ def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
 
 
 def open_model(stack: ExitStack, path: Path) -> list[TensorReader]:
-    """The files of a model, opened until the stack ends; each holds what its index says."""
+    """Open the files of a model until the stack ends, and check that each holds the tensors that the index says."""
     opened = []
     try:
         for file_path, names in model_files(path).items():
             opened.append(stack.enter_context(open_file(file_path)))
             check_indexed(file_path, opened[-1].header, names)
-    except VanishedError as error:  # else it would pass for a snapshot that was thinned away meanwhile
+    except VanishedError as error:  # which callers would take for a snapshot that was thinned away meanwhile
         raise FileFormatError(error.subject, error.reason) from error
     return opened
 
 
 def stored_tensor(file: TensorReader, name: str) -> torch.Tensor:
-    """A verified tensor of a file, as it is stored."""
+    """Read and verify a tensor of a file, in its stored dtype."""
     entry = file.header.tensors[name]
     return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
-    """Check that a tensor has the shape of its average; a MismatchError names its file."""
+    """Raise a MismatchError that names the file if a tensor does not have the shape of its average."""
     if tuple(found) != tuple(average):
         reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
         raise MismatchError(path, reason)
@@ -234,7 +234,7 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
 # --- sinks: each output appears complete or not at all -----------------------------------------------
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-"""Names of the files of a model in a folder."""
+"""The names of the weight files of a model folder."""
 
 OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 
@@ -247,31 +247,32 @@ def write_outputs(
     fill: Callable[[list[str], Sequence[Sink]], object],
     folders: Sequence[Path] = (),
 ) -> None:
-    """Write outputs of the same tensors, each with its metadata; none appears before all are complete.
+    """Write outputs of the same tensors, each with its metadata, and create the folders if missing.
 
-    `fill` writes some of the tensors, by their names, into the sinks of all outputs. The folders are made if missing.
+    None appears before all are complete, except for shards in an object store. `fill` writes the tensors of the given
+    names into the sinks of all outputs.
 
     Raises:
         WriteError: the system refused, or the outputs do not fit on the disk; the latter before anything is written.
-        OutputExistsError: an output is there already, and `options.overwrite` is False.
+        OutputExistsError: an output already exists, and `options.overwrite` is False.
     """
-    sizes, here = [spec.nbytes for spec in specs], {}
+    sizes, needed = [spec.nbytes for spec in specs], {}
     for path in paths:
-        is_shards = layout_of(path, options.layout) == "sharded" and files.is_url(path)  # no more than one at a time
-        here[path] = min(sum(sizes), max([options.shard_bytes, *sizes])) if is_shards else sum(sizes)
-    check_space(here)
+        in_turn = layout_of(path, options.layout) == "sharded" and files.is_url(path)  # one shard is on disk at a time
+        needed[path] = min(sum(sizes), max([options.shard_bytes, *sizes])) if in_turn else sum(sizes)
+    check_space(needed)
     sinks: list[Sink] = []
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(files.new_directory(folder))
-        for path, own in zip(paths, metadata, strict=True):
-            sinks.append(_sink(path, specs, own, options))
+        for path, entries in zip(paths, metadata, strict=True):
+            sinks.append(_sink(path, specs, entries, options))
             stack.callback(sinks[-1].discard)
-        shards = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
-        for names in shards[0].files if shards else [[spec.name for spec in specs]]:
+        remote = [sink for sink in sinks if isinstance(sink, _ShardedSink) and files.is_url(sink.folder)]
+        for names in remote[0].files if remote else [[spec.name for spec in specs]]:
             fill(names, sinks)
-            for one in shards:
-                one.publish_next()
+            for shards in remote:
+                shards.publish_next()
         for sink in sinks:
             sink.commit()
 
@@ -295,9 +296,8 @@ def _sink(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], 
 
 
 def check_no_snapshot(path: Path) -> None:
-    """Check that neither a file, nor what a new model in that folder would replace, is a snapshot: none is replaced."""
-    found = files.system.list(path) if path.is_dir() else [path]
-    for file in found:
+    """Raise an OutputExistsError if an output at a path, a file or a folder, would replace a snapshot."""
+    for file in files.system.list(path) if path.is_dir() else [path]:
         is_replaced = file == path or MODEL_FILE.fullmatch(file.name) or PART_NAME.fullmatch(file.name)
         with suppress(FileFormatError):
             if is_replaced and file.is_file() and file_kind(read_header(file)) == "snapshot":
@@ -305,15 +305,15 @@ def check_no_snapshot(path: Path) -> None:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether there is a model in a folder, in shards or in one file."""
+    """Return whether a folder holds a model, in shards or in one file."""
     return any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
 
 
 def check_free_folder(folder: Path, overwrite: bool) -> None:
-    """Check that shards may be written into a folder: it is no file, and holds no model that may not be replaced."""
+    """Raise an OutputExistsError if a folder is a file, or holds a model that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(folder, "is a file; shards need a folder")
-    is_url = files.is_url(folder)  # whose objects would be replaced one after the other
+    is_url = files.is_url(folder)  # in an object store, the objects would be replaced one after the other
     if (is_url or not overwrite) and holds_model(folder):
         raise OutputExistsError(folder, "holds a model already", "choose another folder" if is_url else OTHER_FOLDER)
 
@@ -322,7 +322,7 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
 
 
 class FileSink:
-    """Writes the tensors of one target into files, which `commit` gives their names.
+    """A sink that writes the tensors of one target into files, which get their names by `commit`.
 
     Arguments:
         writers: the files, each with the names of its tensors.
@@ -337,22 +337,22 @@ class FileSink:
         self._places[name].write(name, tensor_bytes(tensor))
 
     def open_tile(self, tile: Tile) -> TileWriter:
-        """See `synthesis.engine.Output`."""
+        """Return a writer for a tile; see `synthesis.engine.Output`."""
         return _FileTile(self._places, tile)
 
     def commit(self) -> None:
-        """Let the files appear."""
+        """Give the complete files their names."""
         for writer in self._writers:
             writer.commit()
 
     def discard(self) -> None:
-        """Remove what was not committed."""
+        """Remove the files that were not committed."""
         for writer in self._writers:
             writer.discard()
 
 
 class _FileTile(TileWriter):
-    """Writes a tile to files, under all names of its tensors."""
+    """A writer that writes a tile to files, under all names of its tensors."""
 
     def __init__(self, places: Mapping[str, TensorFileWriter], tile: Tile) -> None:
         self._places, self._names = places, {name: tile.aliases[name] for name in tile.names}
@@ -363,13 +363,13 @@ class _FileTile(TileWriter):
 
     def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
         view = tensor_bytes(values)
-        for one in self._ranges:
-            one.write(view)
+        for tensor_range in self._ranges:
+            tensor_range.write(view)
         if not self._ranges:
             self._write_batch(view)
 
     def _write_batch(self, view: memoryview) -> None:
-        """Write small tensors: neighbours in one file together, then each under its further names."""
+        """Write small tensors: neighbours in one file together, then each under its other names."""
         begin = 0
         for writer, run in groupby(self._names, self._places.__getitem__):
             names = list(run)
@@ -382,11 +382,11 @@ class _FileTile(TileWriter):
 
 
 class _ShardedSink(FileSink):
-    """Shards and an index in a folder, as the Hugging Face libraries lay them out.
+    """A folder of shards and an index, laid out as by the Hugging Face libraries.
 
-    The index comes last: without it no reader takes the folder for a model. A model that fits one shard is one file
-    without an index. Replacing a model leaves no file of the old one, since those libraries take whichever layout they
-    look for first; if replacing fails, the old model stays complete.
+    The index is written last: without it no reader takes the folder for a model. A model that fits one shard is one
+    file without an index. Replacing a model leaves no file of the old model, since those libraries load the layout that
+    they look for first; if replacing fails, the old model stays complete.
     """
 
     def __init__(
@@ -397,7 +397,7 @@ class _ShardedSink(FileSink):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
         self.folder, self._overwrite = folder, options.overwrite
-        self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
+        self._old: dict[Path, Path] = {}  # temporary names of the files of the replaced model
         self._published: list[Path] = []
         self._committed = False
         by_name = {spec.name: spec for spec in specs}
@@ -413,8 +413,8 @@ class _ShardedSink(FileSink):
         self._writers = writers
         try:
             for file, names in self._split.filename_to_tensors.items():
-                own = [by_name[name] for name in names]
-                writers[TensorFileWriter(folder / file, own, metadata, options.overwrite)] = names
+                shard = [by_name[name] for name in names]
+                writers[TensorFileWriter(folder / file, shard, metadata, options.overwrite)] = names
         except BaseException:
             self.discard()
             raise
@@ -440,11 +440,11 @@ class _ShardedSink(FileSink):
 
     @property
     def files(self) -> list[list[str]]:
-        """The tensors of each file."""
+        """The names of the tensors of each file."""
         return [*self._writers.values()]
 
     def publish_next(self) -> None:
-        """Let the next file appear."""
+        """Give the next file its name; its tensors are complete."""
         writer = [*self._writers][len(self._published)]
         writer.commit()
         self._published.append(writer.path)
@@ -455,14 +455,14 @@ class _ShardedSink(FileSink):
             return
         for path in self._published:
             files.unlink_if_there(path)
-        for path, second in self._old.items():
-            if second.exists():
-                files.system.rename(second, path)
-                files.unlink_if_there(second)  # still there if both were names of one file
+        for path, temporary in self._old.items():
+            if temporary.exists():
+                files.system.rename(temporary, path)
+                files.unlink_if_there(temporary)  # a rename keeps both names if they are links to one file
         files.remove_directories(self._made)
 
     def _keep(self, path: Path) -> None:
-        """Give a file of the old model a second name. The index loses its first: no index leads to two models."""
+        """Link a file of the old model to a temporary name; rename the index, so that it never lists two models."""
         self._old[path] = files.temporary_path(self.folder)
         if path.name != INDEX_NAME:
             try:
@@ -474,16 +474,16 @@ class _ShardedSink(FileSink):
 
 
 def model_files_in(folder: Path) -> list[Path]:
-    """The files of models in a folder, and their index, by name."""
-    found = files.system.list(folder) if folder.is_dir() else []
-    return sorted(path for path in found if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
+    """Return the weight files and the index of the models in a folder, by name."""
+    paths = files.system.list(folder) if folder.is_dir() else []
+    return sorted(path for path in paths if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
 
 
 # --- layouts that take all tensors at once -------------------------------------------------------------
 
 
 class _MemorySink(TensorOutput):
-    """Collects the tensors in memory, for a library that writes a model in one call."""
+    """A sink that collects the tensors in memory, for a library that writes a model in one call."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         super().__init__({spec.name: spec.shape for spec in specs}, torch.device("cpu"))
@@ -499,7 +499,7 @@ class _MemorySink(TensorOutput):
 
 
 class _TorchSink(_MemorySink):
-    """A .pt state dict."""
+    """A sink for a .pt file with a state dict."""
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
         super().__init__(specs)
@@ -507,9 +507,9 @@ class _TorchSink(_MemorySink):
 
     def commit(self) -> None:
         try:
-            torch.save(self.tensors, _Stream(self._file))  # type: ignore[arg-type]  # any object that writes
+            torch.save(self.tensors, _Stream(self._file))  # type: ignore[arg-type]  # any object with `write`
         except RuntimeError as error:
-            # torch's archive writer replaces the stream's error, and a Ctrl-C, by an error of its own.
+            # torch's archive writer replaces errors of the stream, and a KeyboardInterrupt, by its own error.
             cause: BaseException | None = error
             while isinstance(cause, RuntimeError):
                 cause = cause.__context__
@@ -524,15 +524,15 @@ _DCP_METADATA = ".metadata"
 
 
 class _DcpSink(_MemorySink):
-    """A folder of torch.distributed.checkpoint, which appears complete or not at all."""
+    """A sink for a folder of torch.distributed.checkpoint, which appears complete or not at all."""
 
     def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
         self._folder, self._made = folder, files.made_at(folder)
         is_folder, is_url = folder.is_dir() and not folder.is_symlink(), files.is_url(folder)
-        there = list(folder.iterdir()) if is_folder else []
-        is_free = not there or (overwrite and _is_dcp_folder(there) and not is_url)
+        entries = list(folder.iterdir()) if is_folder else []
+        is_free = not entries or (overwrite and _is_dcp_folder(entries) and not is_url)
         if (folder.is_symlink() or folder.exists()) and not (is_folder and is_free):
-            what = "holds a model already" if _is_dcp_folder(there) else "is or holds something else"
+            what = "holds a model already" if _is_dcp_folder(entries) else "is or holds something else"
             hint = "choose another folder" + ", or overwrite=True to replace a model" * (not is_url)
             raise OutputExistsError(folder, what, hint)
         super().__init__(specs)
@@ -542,7 +542,7 @@ class _DcpSink(_MemorySink):
         from torch.distributed.checkpoint.state_dict_saver import save
 
         with files.reported_as_write_error(self._folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is only one process
+            warnings.simplefilter("ignore")  # torch warns that there is only one process
             try:
                 save(self.tensors, checkpoint_id=str(self._made), no_dist=True)
             except CheckpointException as error:
@@ -564,7 +564,7 @@ def _is_dcp_folder(entries: Sequence[Path]) -> bool:
 
 
 class _Stream(io.RawIOBase):
-    """A pending file as the stream that torch.save writes to."""
+    """A stream for torch.save that writes to a pending file."""
 
     def __init__(self, file: files.PendingFile) -> None:
         self._file, self._offset = file, 0
@@ -577,5 +577,5 @@ class _Stream(io.RawIOBase):
 
 
 Sink = FileSink | _TorchSink | _DcpSink
-"""Takes the tensors of one target: complete (`write`), or as an `Output` in tiles. They appear by `commit`; `discard`
-removes what was not committed."""
+"""A writer of the tensors of one target, complete (`write`) or in tiles (as an `Output`). `commit` publishes the files;
+`discard` removes them if they were not committed."""

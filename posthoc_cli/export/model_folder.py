@@ -1,9 +1,9 @@
-"""A copy of a model folder with averaged weights in the place of its own.
+"""A copy of a model folder with averaged weights in place of the folder's own.
 
-The folder says how its library lays weights out: names, files, dtypes, and under which of its names a tied tensor is.
-All other files are copied, but nothing that a link leads to elsewhere: an output may be uploaded. Where the library's
-names on disk differ from those in memory, as those of mixture-of-experts models in transformers do, the library itself
-loads the folder and saves the filled model.
+The folder determines how weights are laid out: names, files, dtypes, and the name under which a tied tensor is stored.
+All other files are copied, except through links that lead out of the folder: an output may be uploaded. Where the
+library's names on disk differ from those in memory, as for mixture-of-experts models in transformers, the library
+itself loads the folder and saves the filled model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from posthoc_cli.synthesis.plan import Plan
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
 _ANOTHER = "take a folder that the trained model itself was saved to"
 _WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
-"""What weights are saved as: in the place of the average's, copies of the old ones would be wrong."""
+"""The file name endings of weights, which are not copied: next to the averaged weights they would be out of date."""
 
 
 @dataclass(frozen=True)
@@ -48,60 +48,60 @@ class ModelFolder:
 
     @classmethod
     def find(cls, like: Path | str, component: str | None, tensors: Iterable[str]) -> ModelFolder:
-        """The folder, and of a pipeline the component that is named, or the only one with some of these tensors.
+        """Return a model folder; for a pipeline with the named component, or the only one with some of these tensors.
 
         Raises:
-            InvalidValueError: not a folder with weights in safetensors files, or no or several components would do; or
-                something in it is neither a file nor a link to one of its own.
+            InvalidValueError: the path is no folder with weights in safetensors files; or no component, or several, fit
+                the tensors; or something in the folder is neither a file nor a link to a file in the folder.
         """
         path = files.expanded(like)
         if not path.is_dir():
             raise InvalidValueError("like", "is not a folder", value=path)
         if component and (component == ".." or Path(component).name != component):
             raise InvalidValueError("component", "must be the name of a folder in the model folder", value=component)
-        there = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
-        if component is not None or _weights_at(path) is not None or not there:
-            found = cls(path, component or "")
-            if _weights_at(found.place) is None:
+        parts = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
+        if component is not None or _weights_at(path) is not None or not parts:
+            folder = cls(path, component or "")
+            if _weights_at(folder.place) is None:
                 names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
-                raise InvalidValueError("like", f"has no weights: {names}, or their index", value=found.place)
+                raise InvalidValueError("like", f"has no weights: {names}, or their index", value=folder.place)
         else:
             known = set(tensors)
-            fitting = [name for name in there if known & cls(path, name).entries.keys()]
+            fitting = [name for name in parts if known & cls(path, name).entries.keys()]
             if len(fitting) != 1:
-                reason = f"has weights in: {', '.join(there)}; with names of the run's in {len(fitting)}"
+                reason = f"has weights in: {', '.join(parts)}; with names of the run's in {len(fitting)}"
                 raise InvalidValueError("like", reason, "name the part: component", value=path)
-            found = cls(path, fitting[0])
-        found._check_files()
-        return found
+            folder = cls(path, fitting[0])
+        folder._check_files()
+        return folder
 
     @property
     def place(self) -> Path:
-        """Where the weights are."""
+        """The folder that holds the weights."""
         return self.path / self.component
 
     @cached_property
     def entries(self) -> dict[str, tuple[Path, TensorEntry]]:
-        """File and header entry of each tensor in the folder."""
+        """The file and the header entry of each tensor in the folder."""
         weights = _weights_at(self.place)
-        assert weights is not None, "find has looked"
+        assert weights is not None, "find has checked it"
         headers = {file: read_header(file) for file in model_files(weights)}
-        return {name: (file, one) for file, header in headers.items() for name, one in header.tensors.items()}
+        return {name: (file, entry) for file, header in headers.items() for name, entry in header.tensors.items()}
 
     @cached_property
     def others(self) -> list[Path]:
-        """What is copied, relative to the folder: all but the weights that are replaced, and what is hidden."""
-        found = []
+        """The files to copy, relative to the folder: all but the weights that are replaced, and hidden folders."""
+        others = []
         for base, folders, names in os.walk(self.path):
             within = Path(base).relative_to(self.path)
             links = [name for name in folders if (Path(base) / name).is_symlink()]
             folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
             replaced = within == Path(self.component)
-            found += [within / name for name in (*links, *names) if not (replaced and _is_weights(Path(name)))]
-        return found
+            others += [within / name for name in (*links, *names) if not (replaced and _is_weights(Path(name)))]
+        return others
 
     def _check_files(self) -> None:
-        """Raise an InvalidValueError for anything in the folder that is no file of its own."""
+        """Raise an InvalidValueError if something in the folder is not a file of this folder."""
         for name in (*self.others, *{file.relative_to(self.path) for file, _ in self.entries.values()}):
             if reason := _foreign(self.path / name, self.path):
                 hint = "remove it, or put a copy of the file in its place"
@@ -110,34 +110,35 @@ class ModelFolder:
 
     @property
     def dtype(self) -> str | None:
-        """The one dtype of all floating-point tensors, in torch's words; None where there are several."""
-        found = {DTYPES[entry.dtype].torch_name for _, entry in self.entries.values() if entry.dtype in EPS}
-        return found.pop() if len(found) == 1 and found <= WORDS.keys() else None
+        """The torch name of the dtype of all floating-point tensors; None if they have several dtypes."""
+        dtypes = {DTYPES[entry.dtype].torch_name for _, entry in self.entries.values() if entry.dtype in EPS}
+        return dtypes.pop() if len(dtypes) == 1 and dtypes <= WORDS.keys() else None
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its `config.json`; empty without one."""
+        """The content of `config.json`; empty if there is no valid one."""
         try:
-            found = json.loads((self.place / "config.json").read_text())
+            config = json.loads((self.place / "config.json").read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return config if isinstance(config, dict) else {}
 
     def write(
         self, plan: Plan, outs: Sequence[Path], options: OutputOptions, container: Path | None = None
     ) -> tuple[str, ...]:
-        """Write a folder for each target of a plan, in a `container` to make; each appears complete or not at all.
+        """Write a folder for each target of a plan, and create `container`; each appears complete or not at all.
 
-        Returns the tensors that the run does not have, and that are those of the folder. A MismatchError if a tensor of
-        the run has another shape there, or is in neither the folder nor the library, or if the weights are quantized.
+        Returns the names of the tensors that the run lacks, which are copied from this folder. Raises a MismatchError
+        if a tensor of the run has another shape in the folder, or is known to neither the folder nor the library; or if
+        the folder's weights are quantized.
         """
         temporary = [files.made_at(out) for out in outs]
         for out in outs:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise OutputExistsError(out, "is there already", "name a new folder: a model folder is not replaced")
         averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
-        there = [self.entries[alias][1] for name in averaged for alias in plan.names[name] if alias in self.entries]
-        if "quantization_config" in self.config or any(entry.dtype not in EPS for entry in there):
+        replaced = [self.entries[alias][1] for name in averaged for alias in plan.names[name] if alias in self.entries]
+        if "quantization_config" in self.config or any(entry.dtype not in EPS for entry in replaced):
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             raise MismatchError(self.place, reason, _ANOTHER)
         copied = sum((self.path / name).stat().st_size for name in self.others)
@@ -164,7 +165,7 @@ class ModelFolder:
         return taken
 
     def _write_files(self, plan: Plan, folders: Sequence[Path], options: Options) -> tuple[str, ...]:
-        """Write the folder's files anew, with the same tensors in each."""
+        """Write the weight files of new folders, with the same tensors in each file as in this folder."""
         known = {alias: name for name, aliases in plan.names.items() for alias in aliases}
         by_file: dict[Path, list[TensorSpec]] = {}
         for name, (file, entry) in self.entries.items():
@@ -199,11 +200,11 @@ class ModelFolder:
     def _write_through_library(
         self, plan: Plan, folders: Sequence[Path], options: Options, absent: Sequence[str]
     ) -> tuple[str, ...]:
-        """Have transformers load the folder, fill the model, and have it saved."""
+        """Load the folder by transformers, fill the model with the averages, and save it by transformers."""
 
         def refused(reason: str, hint: str = _ANOTHER) -> MismatchError:
-            some = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
-            return MismatchError(self.place, f"{some}; {reason}", hint)
+            missing = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
+            return MismatchError(self.place, f"{missing}; {reason}", hint)
 
         kinds = self.config.get("architectures")
         try:
@@ -240,7 +241,7 @@ class ModelFolder:
         return tuple(name for name in model.state_dict() if name not in known)
 
     def _copy_others(self, folder: Path) -> None:
-        """Copy all files but the weights, over what a library has saved."""
+        """Copy all files but the weights, replacing files that a library has saved, except its index."""
         for name in self.others:
             source, target = self.path / name, folder / name
             if target.exists() and target.name.endswith(INDEX_SUFFIX):
@@ -251,19 +252,19 @@ class ModelFolder:
 
 
 def _weights_at(place: Path) -> Path | None:
-    """The index or the file of the weights in a folder."""
+    """Return the index or the file of the weights in a folder; None if there is none."""
     names = [f"{stem}{ending}" for stem in _STEMS for ending in (INDEX_SUFFIX, SUFFIX)]
     return next((place / name for name in names if (place / name).is_file()), None)
 
 
 def _foreign(path: Path, folder: Path) -> str:
-    """Why a path in a folder is no file of the folder; empty for one that is.
+    """Return why a path in a folder is not a file of the folder; empty if it is.
 
-    In the cache of the Hub files are links to the blobs of their repository: snapshots/<revision>/<name> ->
-    ../../blobs/<hash>.
+    In the cache of the Hugging Face Hub, files are links to the blobs of their repository: snapshots/<revision>/<name>
+    -> ../../blobs/<hash>.
     """
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    cache = next((one.parent for one in root.parents if one.name == "snapshots"), None)
+    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
     if not (real.is_relative_to(root) or (cache is not None and real.parent == cache / "blobs")):
         return f"is a link to {real}, outside of it"
     if real.is_file():
@@ -274,6 +275,7 @@ def _foreign(path: Path, folder: Path) -> str:
 
 
 def _is_weights(path: Path) -> bool:
+    """Return whether a file holds weights, or is an index of weights in another format than safetensors."""
     return path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and not path.name.endswith(INDEX_SUFFIX))
 
 

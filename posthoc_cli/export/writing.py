@@ -1,12 +1,12 @@
-"""Averages of a run as files: in one process, or by those of a torchrun job, each of which writes shards of its own.
+"""Averages of a run as files, written by one process, or by the ranks of a torchrun job, each of which writes shards.
 
-Headers alone divide a plan into shards of complete tensors, so that every process knows all of them. A shard appears
-complete or not at all, and its metadata holds the plan's fingerprint: a job that was killed is run again, and keeps
-what is there. The first process writes the index at the end. Without it a folder is no model to any reader; no index
-stays beside shards of another plan.
+A plan is divided into shards of complete tensors by headers alone, so every rank knows the whole division. A shard
+appears complete or not at all, and its metadata holds the plan's fingerprint: a job that was killed is run again, and
+keeps the existing shards. The first rank writes the index last. Without an index no reader takes a folder for a model;
+an index never stays next to shards of another plan.
 
-No tensor is exchanged: after each shard the processes tell each other by torch.distributed whether they go on. One that
-has died is noticed by the launcher, which ends the others, or by those that wait for it.
+Ranks exchange no tensors: after each shard they only report by torch.distributed whether they succeeded. A rank that
+has died is noticed by the launcher, which ends the others, or by the ranks that wait for it.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ from posthoc_cli.targets import Target
 
 @dataclass(frozen=True)
 class SynthesisReport:
-    """The plan of a synthesis, and what became of it.
+    """The plan of a synthesis, and its result.
 
     Attributes:
-        plan: of all targets.
-        outputs: one a target; empty in a dry run.
-        existing: the targets, by index, whose output was there already.
-        taken: tensors of the model folder that the run does not have.
-        device: where the sums were made.
-        seconds: how long it took.
+        plan: the plan of all targets.
+        outputs: one path per target; empty in a dry run.
+        existing: the indices of the targets whose output already existed.
+        taken: tensors that the run lacks and that were copied from the model folder.
+        device: device that computed the sums.
+        seconds: duration of the synthesis.
     """
 
     plan: Plan
@@ -101,7 +101,7 @@ class SynthesisReport:
         return f"SynthesisReport({len(self.outputs)} outputs in {self.seconds:.1f} s: {self.plan!r})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values for JSON."""
+        """Return the report as plain values for JSON."""
         report = self.plan.to_dict()
         for index, target in enumerate(report["targets"]):
             target["output"] = str(self.outputs[index]) if self.outputs else None
@@ -114,19 +114,20 @@ class SynthesisReport:
 
 
 class Outputs:
-    """The outputs that a caller of `Run.write` asks for, checked before anything is read.
+    """The outputs that a caller of `Run.write` requests, checked before anything is read.
 
     Arguments:
-        like: the model folder that they are to be like.
+        asked: the options of the caller.
+        like: the model folder that the outputs are modelled on.
 
     Attributes:
-        paths: one a target; none in a dry run.
-        container: a folder to make for them.
-        dtype: of the averages.
-        options: with the device and the layout that follow from what was asked for.
+        paths: one path per target; none in a dry run.
+        container: a folder to create for the outputs.
+        dtype: dtype of the averages.
+        options: the caller's options, with the device and the layout filled in.
 
     Raises:
-        InvalidValueError: saying what cannot be.
+        InvalidValueError: an option is invalid, or contradicts another.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Outputs:
         self._like, self._started = like, time.perf_counter()
         self.dtype = dtype if like is None else like.dtype
         device = str(asked.device)
-        if asked.distributed and device == "cuda":  # each rank of a machine takes one of its own
+        if asked.distributed and device == "cuda":  # each rank of a machine uses a different device
             device = f"cuda:{_local_rank()[0] % max(1, torch.cuda.device_count())}"
         layout = "sharded" if asked.distributed or like is not None else asked.layout
         self.options = replace(asked, device=check_device(device), layout=layout)
@@ -155,7 +156,7 @@ class Outputs:
             self.paths, self.container = [], None
 
     def write(self, plan: Plan, progress: ProgressBar = no_bar) -> SynthesisReport:
-        """Make the targets of a plan, but those that are there and may be skipped."""
+        """Make the targets of a plan, except for existing outputs if `skip_existing` is set."""
         existing = existing_outputs(plan, self.paths, self.options.layout) if self.options.skip_existing else set()
         wanted = [index for index in range(len(self.paths)) if index not in existing]
         taken: tuple[str, ...] = ()
@@ -172,14 +173,14 @@ class Outputs:
     def report(
         self, plan: Plan, existing: frozenset[int] = frozenset(), taken: tuple[str, ...] = ()
     ) -> SynthesisReport:
-        """What became of a plan, now."""
+        """Return the report of a plan that is finished now."""
         seconds = time.perf_counter() - self._started
         return SynthesisReport(plan, tuple(self.paths), existing, taken, str(self.options.device), seconds)
 
 
 def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: OutputOptions) -> None:
-    """Check options that contradict each other."""
-    asked.shard_bytes  # noqa: B018  checks it, also where nothing is written
+    """Raise an InvalidValueError for options that contradict each other."""
+    asked.shard_bytes  # noqa: B018  raises an error if invalid, also in a dry run
     check_alone(overwrite=asked.overwrite, skip_existing=asked.skip_existing)
     if out is None and not asked.dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
@@ -187,7 +188,9 @@ def _check(out: str | Path | None, dtype: torch.dtype | str | None, asked: Outpu
         raise InvalidValueError("like", "is missing; component is about a model folder")
     others = (asked.distributed, asked.overwrite, asked.skip_existing, asked.layout, parse_dtype(dtype))
     if asked.like is not None and any(others):
-        reason = "says all about the output: no layout, dtype, overwrite, skip_existing or torchrun beside it"
+        reason = (
+            "determines the output: layout, dtype, overwrite, skip_existing and torchrun cannot be combined with it"
+        )
         raise InvalidValueError("like", reason)
     is_file = Path(out or "").suffix in (SUFFIX, *PICKLES)
     if asked.distributed and (is_file if asked.layout is None else asked.layout != "sharded"):
@@ -206,36 +209,37 @@ def write_synthesis(
     folders: Sequence[Path] = (),
     marks: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Synthesize every target of a plan into its path, with further metadata; see `synthesize` and `write_outputs`."""
+    """Synthesize every target of a plan into its path; `marks` are additional metadata. See also `write_outputs`."""
     newest, kept, left = plan.newest, {}, dict(plan.names)
     if isinstance(newest, FileSource) and newest.path.suffix == fmt.SUFFIX and newest.path.is_file():
         kept = training_metadata(read_header(newest.path))
     metadata = [kept | output_metadata(plan.output_info(index)) for index in range(len(paths))]
-    for own, mark in zip(metadata, marks, strict=bool(marks)):
-        own |= mark
+    for entries, mark in zip(metadata, marks, strict=bool(marks)):
+        entries |= mark
 
     def fill(names: list[str], sinks: Sequence[Sink]) -> None:
-        """Make those of the tensors that were not made before under other names."""
+        """Make the named tensors, except those already made under other names."""
         wanted = set(names)
-        own = frozenset(name for name, aliases in left.items() if not wanted.isdisjoint(aliases))
-        for name in own:
+        subset = frozenset(name for name, aliases in left.items() if not wanted.isdisjoint(aliases))
+        for name in subset:
             del left[name]
-        with closing(synthesize_into(replace(plan, subset=own), sinks, options)) as made:
+        with closing(synthesize_into(replace(plan, subset=subset), sinks, options)) as made:
             for _ in made:
                 pass
 
     write_outputs(paths, plan.specs(), metadata, options, fill, folders)
 
 
-# --- outputs that are there already
+# --- outputs that already exist
 
 
 def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> set[int]:
-    """The targets of a plan, by index, whose output is there already; every byte of it is verified.
+    """Return the indices of the targets whose output already exists, after verifying every byte of it.
 
-    An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not say.
+    Raises an OutputExistsError if one is damaged, of another run, target, time, method, dtype or snapshots, or if its
+    layout does not record these.
     """
-    hint, there = "choose another name, or overwrite=True to replace it", set()
+    hint, existing = "choose another name, or overwrite=True to replace it", set()
     expected = {spec.name: f"{spec.dtype} of shape {list(spec.shape)}" for spec in plan.specs()}
     for index, path in enumerate(paths):
         kind = layout_of(path, layout)
@@ -244,29 +248,29 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None) -> s
         if kind in ("pt", "dcp"):
             reason = f"is there already, and this layout, {kind}, does not say which average it holds"
             raise OutputExistsError(path, reason, hint)
-        found: dict[str, str] = {}
+        stored: dict[str, str] = {}
         try:
             for shard in model_files(path):
                 header = _checked_header(shard, plan.output_info(index), {})
                 verify_payload(shard, header)
-                found |= {name: f"{entry.dtype} of shape {list(entry.shape)}" for name, entry in header.tensors.items()}
-            for name in sorted(found.keys() | expected.keys()):
-                one, other = found.get(name, "absent"), expected.get(name, "absent")
-                if one != other:
-                    raise MismatchError(path, f"is another output: its tensor {shown(name)} is {one}, not {other}")
+                stored |= {name: f"{item.dtype} of shape {list(item.shape)}" for name, item in header.tensors.items()}
+            for name in sorted(stored.keys() | expected.keys()):
+                actual, wanted = stored.get(name, "absent"), expected.get(name, "absent")
+                if actual != wanted:
+                    raise MismatchError(path, f"is another output: its tensor {shown(name)} is {actual}, not {wanted}")
         except (FileFormatError, MismatchError) as error:
             raise OutputExistsError(error.subject, error.reason, hint) from error
-        there.add(index)
-    return there
+        existing.add(index)
+    return existing
 
 
 def _checked_header(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) -> FileHeader:
-    """The header of an output that is there, if that says what it would say: FileFormatError or MismatchError."""
+    """Return the header of an existing output; raise a FileFormatError or MismatchError unless it is as `wanted`."""
     header = read_header(path)
     info = decode_output(path, header)
     difference = output_difference(info, wanted)
-    used, own = ([name for name, coefficient in one.snapshots if coefficient] for one in (info, wanted))
-    if difference is None and (used != own or not same_coefficients(info, wanted)):
+    stored, planned = ([name for name, coefficient in each.snapshots if coefficient] for each in (info, wanted))
+    if difference is None and (stored != planned or not same_coefficients(info, wanted)):
         difference = "its snapshots or their coefficients are others"
     elif difference is None and not marks.items() <= header.metadata.items():
         difference = "its release, snapshots, dtype, tensors or number of shards are others"
@@ -279,16 +283,16 @@ def _checked_header(path: Path, wanted: OutputInfo, marks: Mapping[str, str]) ->
 
 
 def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressBar) -> SynthesisReport | None:
-    """Make the shards of this process, whose others do the same; None in all but the first."""
+    """Make the shards of this rank, while the other ranks make theirs; return None in all ranks but the first."""
     if outputs.paths:
         wanted = ranks.world * max(1, -(-plan.nbytes // (outputs.options.shard_bytes * ranks.world)))
         shards = Shards(plan, outputs, wanted)
         with ranks.together():
             if not ranks.rank:
                 shards.begin()
-        own = range(ranks.rank, len(shards.parts), ranks.world)
+        parts = shards.parts[ranks.rank :: ranks.world]
         bar = no_bar if ranks.rank else progress
-        with bar("synthesizing", sum(shards.parts[part].read_bytes for part in own)) as advance:
+        with bar("synthesizing", sum(part.read_bytes for part in parts)) as advance:
             for first in range(0, len(shards.parts), ranks.world):
                 with ranks.together():
                     shards.make(first + ranks.rank, advance)
@@ -299,10 +303,10 @@ def write_shards(ranks: Ranks, plan: Plan, outputs: Outputs, progress: ProgressB
 
 
 class Shards:
-    """The shards of the models of a plan's targets, a folder each.
+    """The shards of the models of a plan's targets, one folder per target; `parts` are the plans of each shard.
 
     Arguments:
-        wanted: how many; fewer if there are fewer tensors.
+        wanted: number of shards of each model; fewer if there are fewer tensors.
     """
 
     def __init__(self, plan: Plan, outputs: Outputs, wanted: int) -> None:
@@ -315,7 +319,7 @@ class Shards:
         self._marks = [{"ema.plan": fingerprint(plan, target, division)} for target in range(len(self._folders))]
 
     def begin(self) -> None:
-        """Check that all shards may be written and fit on the disk; remove the index of a model to be replaced."""
+        """Check that all shards may be written and fit on the disk, and remove the index of a model to replace."""
         missing: dict[Path, int] = {}
         for target, folder in enumerate(self._folders):
             check_free_folder(folder, overwrite=True)
@@ -332,7 +336,7 @@ class Shards:
         check_space(missing)
 
     def make(self, part: int, progress: Progress) -> None:
-        """Make the shards of one part, if there is one, that are not there yet."""
+        """Make the missing shards of a part; do nothing if `part` is beyond the last one."""
         targets = range(len(self._folders)) if part < len(self.parts) else ()
         missing = [target for target in targets if not self._is_there(part, target, verify=True)]
         if missing:
@@ -342,7 +346,7 @@ class Shards:
             write_synthesis(self.parts[part].only(missing), paths, options, self._made, marks)
 
     def finish(self) -> None:
-        """Check that all shards are there, remove what is left of replaced models, and write the indexes."""
+        """Check that all shards exist, remove the files of replaced models, and write the indexes."""
         for target, folder in enumerate(self._folders):
             for part in range(len(self.parts)):
                 if not self._is_there(part, target):
@@ -359,7 +363,7 @@ class Shards:
         return self._marks[target] | {"ema.part": f"{part + 1}/{len(self.parts)}"}
 
     def _is_there(self, part: int, target: int, verify: bool = False) -> bool:
-        """Whether a shard is there; an OutputExistsError if another file has its name and may not be replaced."""
+        """Return whether a shard exists, or raise an OutputExistsError if another file with its name must be kept."""
         path = self._path(part, self._folders[target])
         if not os.path.lexists(path):
             return False
@@ -379,13 +383,13 @@ class Shards:
         return encode_index(places, sum(plan.nbytes for plan in self.parts))
 
     def _others(self, folder: Path) -> list[Path]:
-        """Files of other models in a folder: readers may take them for this one."""
-        own = {INDEX_NAME, *(self._path(part, folder).name for part in range(len(self.parts)))}
-        return [path for path in model_files_in(folder) if path.name not in own]
+        """Return the files of other models in a folder, which readers could take for files of this model."""
+        names = {INDEX_NAME, *(self._path(part, folder).name for part in range(len(self.parts)))}
+        return [path for path in model_files_in(folder) if path.name not in names]
 
 
 def divide(plan: Plan, parts: int) -> list[list[str]]:
-    """The stored tensors of each part, neighbours together; parts have nearly equal bytes to read and write."""
+    """Divide the stored tensors into parts of neighbours with nearly equal numbers of bytes to read and write."""
     costs = {}
     for name, aliases in plan.names.items():
         written = fmt.TensorSpec(name, plan.output_dtype(name), plan.newest.stored[name].shape).nbytes
@@ -399,9 +403,9 @@ def divide(plan: Plan, parts: int) -> list[list[str]]:
 
 
 def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> str:
-    """32 hexadecimal digits that two shards share when they belong together.
+    """Return a hash, 32 hexadecimal digits, that is the same for all shards of a target of a plan.
 
-    Not over coefficients, which another processor computes with other roundings: see `outputs.SAME_COEFFICIENT`.
+    Coefficients are not hashed, since another processor rounds them differently: see `outputs.SAME_COEFFICIENT`.
     """
     columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
     used = [source for source, row in zip(plan.sources, columns, strict=True) if row.any()]
@@ -429,29 +433,29 @@ def _remove(path: Path) -> None:
 
 
 def is_rank() -> bool:
-    """Whether this process is one of several of a torchrun job."""
+    """Return whether this process is one of several ranks of a torchrun job."""
     wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
 
 
 def _local_rank() -> tuple[int, int]:
-    """The number of this process among those on this machine, and how many they are."""
+    """Return the index of this process among the ranks on this machine, and their number."""
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 WAIT = timedelta(minutes=30)
-"""How long a process waits for the others to begin, or to write the shards that they are at."""
+"""The timeout for other ranks to begin, or to finish their current shards."""
 
 
 class Ranks:
-    """The processes of a job, from their meeting to the end of the `with` block: they end together.
+    """The process group of a torchrun job, until the end of the `with` block.
 
     Raises:
-        RankError: they did not meet, or the launcher has ended this one; from `together`: another one failed or died.
+        RankError: the ranks could not connect, or the launcher ended this rank; in `together`, another one failed.
     """
 
     def __init__(self) -> None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch prints a trace of a process that has died
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch prints a stack trace when a rank has died
         self._is_own = not dist.is_initialized()
         try:
             if self._is_own:
@@ -461,27 +465,27 @@ class Ranks:
             reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
             raise RankError("the processes of this job", reason) from error
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if self.rank:  # the first one logs for all
+        if self.rank:  # the first rank logs for all
             logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that ends when all processes have done theirs; a RankError if another one could not."""
+        """Run the block, wait until all ranks have run theirs, and raise a RankError if that of another rank failed."""
         failure = None
         try:
             yield
         except PostHocError as error:
             failure = error
-        told: list[str | None] = [None] * self.world
+        messages: list[str | None] = [None] * self.world
         try:
-            dist.all_gather_object(told, failure and str(failure), self._group)
+            dist.all_gather_object(messages, failure and str(failure), self._group)
         except RuntimeError as error:
             raise failure or RankError("another process of this job", "failed or died; nothing was finished") from error
         if failure is not None:
             raise failure
-        for rank, said in enumerate(told):
-            if said is not None:
-                raise RankError(f"rank {rank}", f"failed: {said}")
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RankError(f"rank {rank}", f"failed: {message}")
 
     def __enter__(self) -> Ranks:
         return self

@@ -1,4 +1,4 @@
-"""A page about runs, and about sweeps of their averages: one HTML file that needs nothing else."""
+"""A page about runs and sweeps of their averages: one HTML file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import platform
 import re
 import shlex
 import urllib.parse
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,39 +30,38 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.planning import error_curve
 from posthoc_cli.planning.curves import ErrorCurve, finite, no_formula
 from posthoc_cli.reconstruction import Motion
-from posthoc_cli.resources import size_text
-from posthoc_cli.run import Run
+from posthoc_cli.run import Run, summary
 from posthoc_cli.snapshots.sources import Snapshot
 from posthoc_cli.snapshots.tensor_file import read_small_file
 from posthoc_cli.sweep.results import RESULT, answer, draw, shown_at
 
 _MOST_BYTES = 50_000_000
 _THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(--grid)", "#595959": "var(--muted)"}
-"""Colours of the figures that follow the page's."""
+"""Colours in the figures, and the page's colours that replace them, in light and dark mode."""
 
 
 _Picture = dict[str, str]
-"""A figure: `svg`, and the `curve` whose values a reader can point at, as JSON."""
+"""A figure: `svg`, and `curve`, the values that a reader can point at, as JSON."""
 
 
 def render(
     runs: Run | Sequence[Run], sweeps: Sequence[Path] = (), out: Path = Path("report.html"), reload: int | None = None
 ) -> str:
-    """The page, as HTML.
+    """Return the page as HTML.
 
     Arguments:
-        runs: snapshots or checkpoints; several are compared.
-        sweeps: folders of sweeps of them; several are compared.
-        out: where the page will be, for links to logs.
-        reload: seconds after which a browser shows it anew.
+        runs: runs of snapshots or checkpoints; several are compared.
+        sweeps: folders of sweeps of these runs; several are compared.
+        out: the path that the page will have, for links to logs.
+        reload: seconds after which a browser reloads the page.
 
     Raises:
         InvalidValueError: one of `sweeps` is not the folder of a sweep.
         FileFormatError, MismatchError: a sweep cannot be read, or is of another run.
-        DirectoryError: there are no snapshots.
+        DirectoryError: a run has no snapshots.
     """
-    parts = [_of_run(run, number) for number, run in enumerate([runs] if isinstance(runs, Run) else runs)]
-    swept = [_of_sweep(folder, number, parts, out) for number, folder in enumerate(sweeps)]
+    parts = [_describe_run(run, number) for number, run in enumerate([runs] if isinstance(runs, Run) else runs)]
+    swept = [_describe_sweep(folder, number, parts, out) for number, folder in enumerate(sweeps)]
     script = _template("page.js").render()
     curves = [part["curve"] for part in parts]
     return _template("page.html").render(
@@ -82,15 +80,15 @@ def render(
     )
 
 
-def _of_run(run: Run, number: int) -> dict[str, Any]:
-    """What the page says about a run; the names of its pictures end in its number."""
-    snapshots, info = [one for one in run.sources if isinstance(one, Snapshot)], run.info()
+def _describe_run(run: Run, number: int) -> dict[str, Any]:
+    """Return the texts and figures of a run for the page; the names of its figures end in its number."""
+    snapshots, info = [source for source in run.sources if isinstance(source, Snapshot)], run.info()
     candidate = run.candidate()
     curve = error_curve(candidate)
     return {
         "run": run,
         "info": info,
-        "facts": _facts(info),
+        "facts": summary(info),
         "curve": curve,
         "error": _picture(_errors([curve]), f"error-{number}", curve),
         "good": curve.ranges_text(plots.GOOD_ERROR),
@@ -103,28 +101,28 @@ def _of_run(run: Run, number: int) -> dict[str, Any]:
     }
 
 
-def _of_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """What the page says about a sweep, in words, which it adds to its run's part."""
+def _describe_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Return the texts and figures of a sweep, after adding them and its commands to the part of its run."""
     path = folder / RESULT
     if not path.is_file():
         raise InvalidValueError("sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder)
     try:
-        found = json.loads(read_small_file(path, _MOST_BYTES))
-        known = [part["info"]["run"] for part in parts]
-        if found["settings"]["run"] not in known:
-            names = (shown(str(one)[:8]) for one in (found["settings"]["run"], *known))
+        result = json.loads(read_small_file(path, _MOST_BYTES))
+        run_ids = [part["info"]["run"] for part in parts]
+        if result["settings"]["run"] not in run_ids:
+            names = (shown(str(run_id)[:8]) for run_id in (result["settings"]["run"], *run_ids))
             raise MismatchError(path, f"is of another run: {' and '.join(names)}")
-        part, trials = parts[known.index(found["settings"]["run"])], _trials(found)
+        part, trials = parts[run_ids.index(result["settings"]["run"])], _trials(result)
         swept = {
             "folder": folder,
-            "axis": str(found["axis"]),
-            **answer(found),
-            "picture": _sweep_picture(found, f"sweep-{number}"),
+            "axis": str(result["axis"]),
+            **answer(result),
+            "picture": _sweep_picture(result, f"sweep-{number}"),
             "rows": [_cells(trial) for trial in trials],
             "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
             "csv": _as_csv(trials),
         }
-        part["commands"] += _commands(part["run"], found)
+        part["commands"] += _commands(part["run"], result)
     except PostHocError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -133,14 +131,14 @@ def _of_sweep(folder: Path, number: int, parts: Sequence[dict[str, Any]], out: P
     return swept
 
 
-def _trials(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The trials, the shortest length first, with the best one, which is an estimate, in its place."""
+def _trials(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials and the estimated best one of a sweep, by length."""
     best = {
-        "target": f"best: {found['best']['target']}", "x": float(found["best"][found["axis"]]), "seed": "",
-        "value": found["estimate"], "standard_error": found["standard_error"], "predicted_error": None,
+        "target": f"best: {result['best']['target']}", "x": float(result["best"][result["axis"]]), "seed": "",
+        "value": result["estimate"], "standard_error": result["standard_error"], "predicted_error": None,
         "seconds": None, "error": "estimate", "log": "",
     }  # fmt: skip
-    return sorted([*found["trials"], best], key=lambda trial: (trial["x"], trial["target"]))
+    return sorted([*result["trials"], best], key=lambda trial: (trial["x"], trial["target"]))
 
 
 def _cells(trial: dict[str, Any]) -> dict[str, Any]:
@@ -174,39 +172,13 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.6g}"
 
 
-def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
-    steps = "" if info["t_unit"] == "steps" else f" in {info['step']:,} steps"
-    facts = [
-        ("run", str(info["run"])),
-        ("training time", f"{info['t']:,.12g} {info['t_unit']}{steps}"),
-    ]
-    if schedule := info.get("schedule"):
-        every = f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
-        most = schedule["max_checkpoints"]
-        facts += [
-            ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
-            ("schedule", every + ("" if most is None else f", at most {most:,} of each average")),
-            ("snapshots", f"{len(info['snapshots']):,}, {size_text(info['bytes'])}"),
-        ]
-    if checkpoints := info.get("checkpoints"):
-        held = Counter(one["holds"] for one in checkpoints)
-        listed = ", ".join(f"{count:,} x {what}" for what, count in held.items())
-        facts.append(("checkpoints", f"{listed}, {size_text(sum(one['bytes'] for one in checkpoints))}"))
-    return [
-        *facts,
-        ("model", f"{info['parameters']:,} parameters in {info['tensors']:,} tensors"),
-        ("stored as", ", ".join(f"{dtype} ({count:,})" for dtype, count in info["dtypes"].items())),
-        ("not tracked", ", ".join(info["left_out"][:20]) or "nothing"),
-    ]
-
-
 # --- figures -----------------------------------------------------------------------------------------
 
 
 def _picture(
     draw: Callable[[], Figure], name: str, curve: ErrorCurve | tuple[Sequence[float], Sequence[float | None]]
 ) -> list[_Picture]:
-    """A figure whose text is text, and whose colours follow the page's; and the same with a linear axis.
+    """Return a figure for the page, and the same figure with a linear axis.
 
     The values of `curve` are those that a reader can point at.
     """
@@ -218,6 +190,7 @@ def _picture(
 def _drawn(
     draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None], linear: bool
 ) -> _Picture:
+    """Draw a figure as SVG whose text stays text and whose colours follow the page's."""
     name += "-linear" * linear
     frames: list[dict[str, object]] = []
 
@@ -229,9 +202,9 @@ def _drawn(
 
     svg = plots.as_file(drawn, ".svg", text=True).decode()
     svg = svg[svg.index("<svg") :]
-    for colour, own in _THEME.items():
-        svg = svg.replace(colour, own)
-    # Several figures are in one page.
+    for colour, of_page in _THEME.items():
+        svg = svg.replace(colour, of_page)
+    # The ids of all figures in the page must differ.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{name}">', svg, count=1)
     points = {"xs": list(x), "ys": list(y), **frames[0]}
@@ -242,15 +215,15 @@ def _errors(curves: Sequence[ErrorCurve]) -> Callable[[], Figure]:
     return partial(plots.error_figure, curves, width=plots.PAGE_WIDTH)
 
 
-def _sweep_picture(found: dict[str, Any], name: str) -> list[_Picture]:
-    xs = [shown_at(found, point["x"]) for point in found["curve"]]
+def _sweep_picture(result: dict[str, Any], name: str) -> list[_Picture]:
+    xs = [shown_at(result, point["x"]) for point in result["curve"]]
     if not xs:
         raise ValueError("an empty curve")
-    return _picture(partial(draw, found), name, (xs, [float(point["estimate"]) for point in found["curve"]]))
+    return _picture(partial(draw, result), name, (xs, [float(point["estimate"]) for point in result["curve"]]))
 
 
 def _motion(motion: Motion, unit: str, name: str) -> tuple[list[_Picture], str] | None:
-    """How fast the network moved, and that in words; None where it was not measured."""
+    """Draw how fast the network moved, and say it in words; None if it was not measured."""
     edges, known = motion.edges, motion.walk > 0
     if np.count_nonzero(known) < 2:
         return None
@@ -267,19 +240,19 @@ def _motion(motion: Motion, unit: str, name: str) -> tuple[list[_Picture], str] 
 
 
 def _distance(snapshots: Sequence[Snapshot], unit: str, name: str) -> tuple[list[_Picture], str] | None:
-    """The distance of the network's weights to each tracked average, relative to its norm; nan where not measured.
+    """Draw the distance of the weights to each tracked average, relative to its norm; None if it was not measured.
 
-    And the average whose values a reader can point at.
+    The second result is the name of the average whose values a reader can point at.
     """
     points: dict[str, list[tuple[float, float]]] = {}
-    for snapshot in sorted(snapshots, key=lambda one: one.info.sigma_rel):
+    for snapshot in sorted(snapshots, key=lambda snapshot: snapshot.info.sigma_rel):
         measured = snapshot.info.measurements
         value = math.nan
         if measured is not None and measured.weights and measured.norm:
             value = math.sqrt(measured.weights / measured.norm)
         points.setdefault(f"sigma_rel {snapshot.info.sigma_rel:g}", []).append((snapshot.info.t, value))
-    columns = {title: np.array(one).T for title, one in points.items()}
-    lines = {title: (times, values) for title, (times, values) in columns.items()}
+    columns = ((title, np.array(pairs).T) for title, pairs in points.items())
+    lines = {title: (times, values) for title, (times, values) in columns}
     if all(np.count_nonzero(np.isfinite(values)) < 2 for _, values in lines.values()):
         return None
     drawn = partial(plots.times_figure, lines, (unit, "distance / norm"))
@@ -290,27 +263,26 @@ def _distance(snapshots: Sequence[Snapshot], unit: str, name: str) -> tuple[list
 # --- text --------------------------------------------------------------------------------------------
 
 
-def _commands(run: Run, found: dict[str, Any] | None = None) -> list[str]:
+def _commands(run: Run, result: dict[str, Any] | None = None) -> list[str]:
+    """Return the commands that repeat a sweep and make its best average; without a sweep an example."""
+    synthesize = ["ema", "synthesize"]
     source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
-    if found is None:
-        return [shlex.join(["ema", "synthesize", *source, "--sigma-rel", "0.1", *_OUT])]
-    best, kind, settings = found["best"], found["length"], found["settings"]
+    if result is None:
+        return [shlex.join([*synthesize, *source, "--sigma-rel", "0.1", "--out", "model.safetensors"])]
+    best, kind, settings = result["best"], result["length"], result["settings"]
     value = f"{best[kind]:.12g}"
     target = ("--sigma-rel", value) if kind == "sigma_rel" else ("--target", f"{kind}:{value}")
-    how = _how(settings, None if settings["t"] == run.t else settings["t"], "model")
-    commands = [["ema", "synthesize", *source, *target, *how]]
-    if found["guide"] is not None:
+    options = _synthesis_options(settings, None if settings["t"] == run.t else settings["t"], "model")
+    commands = [[*synthesize, *source, *target, *options]]
+    if result["guide"] is not None:
         width, other = f"{best['guide']:.12g}", settings["guide"]
-        how = _how(other, other["t"], "guide")
-        commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, *how])
-    return [*([found["again"]] if found["again"] else ()), *map(shlex.join, commands)]
+        options = _synthesis_options(other, other["t"], "guide")
+        commands.append([*synthesize, result["guide"], "--sigma-rel", width, *options])
+    return [*([result["again"]] if result["again"] else ()), *map(shlex.join, commands)]
 
 
-_OUT = ("--out", "model.safetensors")
-
-
-def _how(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
-    """The options of a synthesis as in a sweep, beside the run and the lengths."""
+def _synthesis_options(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
+    """Return the options of a synthesis with a sweep's settings, except for the run and the lengths."""
     like, layout, dtype = (settings.get(key) for key in ("like", "layout", "dtype"))
     given = {
         "--t": None if t is None else f"{t:.12g}",

@@ -1,6 +1,6 @@
 """The engine of a synthesis: threads read, verify, convert and sum tiles, in constant memory.
 
-`synthesize` streams tensors; `synthesize_into` hands tiles to writers.
+`synthesize` yields tensors; `synthesize_into` passes tiles to writers.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
 # --- sums
 #
-# One target is summed by additions, several by matrix products, of which a library may sum the terms in any order; so
-# another target in the same pass may change the last bits. Neither tiles nor the number of threads do: both ways take
-# whole columns, so that every element goes through the same instructions wherever a chunk ends.
+# One target is summed by additions, several targets by matrix products, whose terms a library may add in any order; so
+# another target in the same pass may change the last bits. The tiles and the number of threads do not change them:
+# sums are padded to a multiple of COLUMNS, so every element goes through the same instructions wherever a chunk ends.
 
 SLOTS = 64
-"""Sources of one matrix product."""
+"""Number of sources in one matrix product."""
 
 COLUMNS = 16_384
-"""Columns of one matrix product: the widest at which its operands stay in the second-level cache (measured)."""
+"""Columns of one matrix product: the most at which its operands stay in the second-level cache (measured)."""
 
 
 class Sums:
-    """One thread's buffers for the sums of a chunk: [targets, chunk], and slots for the sources of a matrix product.
+    """One thread's buffers: the sums of a chunk, [targets, chunk], and slots for the sources of a matrix product.
 
-    For every chunk: `start`, then for each source in order fill `slot(i)` and call `add(i)`, then `result`.
+    For every chunk, call `start`, then for each source in order fill `slot(i)` and call `add(i)`, then call `result`.
 
     Arguments:
         coefficients: float64, shape [sources, targets].
-        chunk: elements of a chunk, a multiple of COLUMNS.
+        chunk: largest number of elements in a chunk, a multiple of COLUMNS.
         wide: dtype of the sums.
-        device: where they are made.
+        device: device of the sums.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Sums:
         self._slot_count = 1 if targets == 1 else min(SLOTS, self._sources)
         self._scales = coefficients.tolist()
         self._matrix = torch.from_numpy(coefficients.T.copy()).to(device, wide)
-        # Zeros: a nan beyond a shorter chunk would slow the arithmetic down.
+        # Initialized to zero: nan in the padding of a shorter chunk would slow down the arithmetic.
         self._totals = torch.zeros(targets, chunk, dtype=wide, device=device)
         self._values = torch.zeros(self._slot_count, chunk, dtype=wide, device=device)
         self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
-        self._size = self._padded = -1  # none yet: a chunk may be empty
+        self._size = self._padded = -1  # not 0, which is the size of an empty chunk
 
     def start(self, size: int) -> None:
         """Begin the sums of a chunk of `size` elements."""
@@ -76,11 +76,11 @@ class Sums:
             self._rows = [row[: self._padded] for row in self._totals.unbind()]
 
     def slot(self, source: int) -> torch.Tensor:
-        """Where the values of a source go: shape [size]."""
+        """Return the buffer for the values of a source, shape [size]."""
         return self._slots[source % self._slot_count]
 
     def add(self, source: int) -> None:
-        """Add the values in the slot."""
+        """Add the values in the slot of a source, or leave them until the slots of a matrix product are full."""
         count = source % self._slot_count + 1
         if count < self._slot_count and source + 1 < self._sources:
             return
@@ -94,26 +94,26 @@ class Sums:
                 (total.zero_() if index == 0 else total).add_(self._terms[index - first], alpha=scale)
 
     def result(self) -> torch.Tensor:
-        """The sums, shape [targets, size]; valid until the next `start`."""
+        """Return the sums, shape [targets, size]; they are valid until the next `start`."""
         return self._totals[:, : self._size]
 
     def surely_finite(self) -> bool:
-        """Whether no sum is nan or infinite; False also where the test itself overflows.
+        """Return whether all sums are known to be finite; False also if the test itself overflows.
 
-        A weighted sum over all elements reads them once, at the speed of memory; no other test does.
+        The test is a weighted sum over all elements, which reads them once, at the speed of memory.
         """
         return bool(torch.mv(self.result(), self._weights[: self._size]).isfinite().all())
 
 
 def multiply(matrix: torch.Tensor, values: torch.Tensor, sums: torch.Tensor, first: bool) -> None:
-    """Add [rows, sources] x [sources, n x COLUMNS] to the sums, or begin them with it, COLUMNS at a time."""
+    """Add [rows, sources] x [sources, n x COLUMNS] to the sums, or if `first` set them to it, COLUMNS at a time."""
     for begin in range(0, values.shape[1], COLUMNS):
-        own = sums[:, begin : begin + COLUMNS]
-        torch.addmm(own, matrix, values[:, begin : begin + COLUMNS], beta=0 if first else 1, out=own)
+        columns = sums[:, begin : begin + COLUMNS]
+        torch.addmm(columns, matrix, values[:, begin : begin + COLUMNS], beta=0 if first else 1, out=columns)
 
 
 def has_full_precision() -> bool:
-    """Whether torch's settings keep all bits of a matrix product's factors (no TF32); a program may change them."""
+    """Return whether torch now keeps all bits of a matrix product's factors (no TF32); a program may change this."""
     backends: Any = torch.backends
     try:
         allowed = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
@@ -126,28 +126,28 @@ def has_full_precision() -> bool:
 
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes just read, in the thread that synthesizes."""
+"""A function that is called with the number of bytes just read, in the thread that called the engine."""
 
 ONE_TARGET_CHUNK = 524_288
-"""Elements of a chunk for one target: smaller ones stay in the second-level cache, but two threads then wait for each
-other's short calls (measured on two cores: 65,536 elements 5.6 GB/s, 262,144 11.3, 524,288 12.6)."""
+"""Elements of a chunk for one target. Smaller chunks stay in the second-level cache, but make short calls, for which
+threads wait for each other (measured on two cores: 65,536 elements 5.6 GB/s, 262,144 11.3, 524,288 12.6)."""
 
 CHUNK = 32_768
-"""The same for several targets, whose sums need room for a row a source and a row a target."""
+"""Elements of a chunk for several targets, whose sums need memory for a row per source and a row per target."""
 
 REMOTE_CHUNK, REMOTE_THREADS = 131_072, 4
-"""The same for one target of objects in a store, so that the chunks of all sources fit into what is asked for ahead;
-and threads at least, of which some wait for the network while others work."""
+"""For sources in an object store: elements of a chunk for one target, so that the chunks of all sources fit into the
+read-ahead; and the least number of threads, since some wait for the network while others compute."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How tensors are made. None of it changes a value beyond its last rounding.
+    """Options of a synthesis that change no value, except for its last rounding.
 
     Attributes:
-        device: where the sums are made.
-        workers: threads; None for one a core. The results are the same bits for any number.
-        progress: called with the bytes read so far.
+        device: device that computes the sums.
+        workers: number of threads; None for one per core. The results are the same bits for any number.
+        progress: called with the number of bytes read since the last call.
     """
 
     device: torch.device | str = "cpu"
@@ -156,13 +156,13 @@ class Options:
 
 
 def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Stream the targets' tensors: (name, one tensor a target), on `options.device`. Small tensors come in batches.
+    """Yield (name, one tensor per target) for each tensor, on `options.device`. Small tensors come in batches.
 
-    Memory is needed for a few chunks a thread, and for the tensors that the next few tiles belong to.
+    Memory is needed for a few chunks per thread, and for the tensors that the next few tiles belong to.
 
     Raises:
-        FileFormatError: a snapshot is damaged, naming it and the tensor.
-        NonFiniteError: a result is not finite, or the plan's dtype cannot hold it, naming the tensor.
+        FileFormatError: a snapshot is damaged; the error names it and the tensor.
+        NonFiniteError: a result is not finite, or the plan's dtype cannot hold it; the error names the tensor.
     """
     device = check_device(options.device)
     shapes = {name: plan.newest.stored[name].shape for name in plan.tensors}
@@ -173,35 +173,35 @@ def synthesize(plan: Plan, options: Options = Options()) -> Iterator[tuple[str, 
                 values = [output.tensors.pop(name) for output in outputs]
                 for alias in tile.aliases[name]:
                     yield alias, list(values)
-                del values  # not held while the next tensor is made
+                del values  # release the memory before the next tensor is made
 
 
 def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Options()) -> Generator[Tile, None, None]:
-    """Synthesize into outputs; yields the tiles as they are complete, in order.
+    """Synthesize into outputs, and yield each complete tile, in order.
 
-    No more than two tiles a thread are under way. Whatever ends the iteration, an error in a thread, Ctrl-C or a
-    caller that stops iterating, first stops every thread, within a chunk.
+    At most two tiles per thread are queued or in progress. When the iteration ends, whether by an error in a thread, by
+    Ctrl-C or because the caller stops iterating, every thread is stopped first, within a chunk.
 
     Arguments:
-        outputs: one a target. Tiles are opened in the caller's thread, and written in another.
+        outputs: one per target. Tiles are opened in the caller's thread, and written in a worker thread.
     """
     device = check_device(options.device)
-    is_remote = any(isinstance(one, FileSource) and is_url(one.path) for one in plan.sources)
+    is_remote = any(isinstance(source, FileSource) and is_url(source.path) for source in plan.sources)
     alone = REMOTE_CHUNK if is_remote else ONE_TARGET_CHUNK
     size = alone if len(plan.targets) == 1 else CHUNK
-    wide = "F32" if device.type == "mps" else None  # which has no float64
-    tiles = deque((one, tile) for one in plan.passes() for tile in cut_tiles(one, size, wide))
+    wide = "F32" if device.type == "mps" else None  # mps has no float64
+    tiles = deque((part, tile) for part in plan.passes() for tile in cut_tiles(part, size, wide))
     least = REMOTE_THREADS if is_remote and options.workers is None else 1
     workers = min(max(least, worker_count(options.workers)), max(1, len(tiles)))
-    own, stop, threads = threading.local(), threading.Event(), torch.get_num_threads()
-    waiting: deque[Future[Tile]] = deque()
+    local, stop, torch_threads = threading.local(), threading.Event(), torch.get_num_threads()
+    queue: deque[Future[Tile]] = deque()
 
-    def work(one: Plan, tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
+    def work(part: Plan, tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
-                if not hasattr(own, "maker") or own.maker.plan is not one:
-                    own.maker = Maker(one, opened, device, size)
-                own.maker.make(tile, writers, stop, ready)
+                if not hasattr(local, "maker") or local.maker.plan is not part:
+                    local.maker = Maker(part, opened, device, size)
+                local.maker.make(tile, writers, stop, ready)
             except BaseException:
                 stop.set()
                 raise
@@ -209,55 +209,55 @@ def synthesize_into(plan: Plan, outputs: Sequence[Output], options: Options = Op
 
     with ExitStack() as stack:
         opened = stack.enter_context(all_open(plan.sources))
-        # One thread of torch in each of these: the tiles run side by side instead.
+        # Within a worker torch uses one thread: the tiles run in parallel instead.
         pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
         try:
-            while tiles or waiting:
-                if tiles and len(waiting) < 2 * workers:
-                    one, tile = tiles.popleft()
+            while tiles or queue:
+                if tiles and len(queue) < 2 * workers:
+                    part, tile = tiles.popleft()
                     writers = [output.open_tile(tile) for output in outputs]
-                    waiting.append(pool.submit(work, one, tile, writers, caller_event(device)))
+                    queue.append(pool.submit(work, part, tile, writers, caller_event(device)))
                     continue
-                tile = waiting.popleft().result()
+                tile = queue.popleft().result()
                 if options.progress is not None:
                     options.progress(tile.stored_bytes)
                 yield tile
         except Stopped:
-            errors = [future.exception() for future in waiting if not future.cancelled()]
+            errors = [future.exception() for future in queue if not future.cancelled()]
             raise next(error for error in errors if error is not None and not isinstance(error, Stopped)) from None
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)  # also for threads that begin later
+            torch.set_num_threads(torch_threads)  # the workers' setting is also that of threads that begin later
 
 
 class Output(Protocol):
-    """Takes the tiles of one target, several at a time, in any threads."""
+    """An object that takes the tiles of one target, several at a time, in any threads."""
 
     def open_tile(self, tile: Tile) -> TileWriter:
-        """A writer for a tile."""
+        """Return a writer for a tile."""
 
 
 class TileWriter:
-    """Takes one tile of one target; one thread uses it. This one drops it: all is verified, and nothing changed."""
+    """A writer for one tile of one target, used by one thread. This base class discards the values."""
 
     def write(self, begin: int, values: torch.Tensor) -> None:
-        """Take the elements of the tile from `begin` on, which follow those before; `values` is reused afterwards."""
+        """Write the next elements of the tile, which start at `begin`; the caller reuses `values` afterwards."""
 
     def close(self) -> None:
-        """The tile is complete."""
+        """Finish the tile, of which all elements are written."""
 
 
 class TensorOutput:
-    """Makes tensors of these shapes, on a device: those that are begun or complete are in `tensors`."""
+    """An output that makes tensors of the given shapes on a device; `tensors` holds the begun and the complete ones."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         self._shapes, self._device = shapes, device
         self.tensors: dict[str, torch.Tensor] = {}
 
     def open_tile(self, tile: Tile) -> TileWriter:
-        """See `Output`."""
-        with torch.inference_mode(False):  # the caller may have set a mode
+        """Return a writer for a tile; see `Output`."""
+        with torch.inference_mode(False):  # the caller may have enabled it
             for name in tile.names:
                 if name not in self.tensors:
                     dtype = torch_dtype(tile.dtype)
@@ -266,7 +266,7 @@ class TensorOutput:
 
 
 class TensorTile(TileWriter):
-    """Writes a tile into its tensors."""
+    """A writer that copies a tile into its tensors."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], tile: Tile) -> None:
         self._begin = tile.ranges[0].begin
@@ -274,7 +274,7 @@ class TensorTile(TileWriter):
         self._flat = [tensor.view(-1) for tensor in tensors]
 
     def write(self, begin: int, values: torch.Tensor) -> None:
-        """See `TileWriter`."""
+        """Copy the elements from `begin` on; see `TileWriter`."""
         if len(self._flat) == 1:
             start = self._begin + begin
             self._flat[0][start : start + values.numel()].copy_(values)
@@ -286,37 +286,37 @@ class TensorTile(TileWriter):
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device to make sums on; of `cuda` the calling thread's current one, which is another in other threads.
+    """Return the device for the sums; "cuda" is the calling thread's current device, which differs between threads.
 
-    "auto" is always the CPU: every byte is read and verified there in any case, and the sums take a fraction of that
-    time; `scripts/bench_synthesis.py --device cuda` prints both.
+    "auto" is always the CPU: it reads and verifies every byte in any case, and the sums take a fraction of that time;
+    `scripts/bench_synthesis.py --device cuda` prints both times.
 
     Raises:
-        InvalidValueError: no such device, or one that cannot be used; the hint lists those there are.
+        InvalidValueError: the device does not exist or cannot be used; the hint lists the devices of this machine.
     """
     reason = "holds no values"
     try:
-        found = torch.device("cpu" if device == "auto" else device)
-        if found.type != "meta":
-            return torch.empty(0, device=found).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # the second where torch was built without it
+        wanted = torch.device("cpu" if device == "auto" else device)
+        if wanted.type != "meta":
+            return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without the device
         reason = f"cannot be used: {str(error).partition(chr(10))[0]}"
-    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    there += ["mps"] * torch.backends.mps.is_available()
-    raise InvalidValueError("device", reason, f"choose from auto, {', '.join(there)}", value=f"{str(device)!r}")
+    available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    available += ["mps"] * torch.backends.mps.is_available()
+    raise InvalidValueError("device", reason, f"choose from auto, {', '.join(available)}", value=f"{str(device)!r}")
 
 
 def caller_event(device: torch.device) -> Any:
-    """The event after which all work that the calling thread's stream has on a device is done; None for the CPU."""
+    """Record an event after all work so far in the calling thread's stream on a device; None for the CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class Stopped(Exception):  # noqa: N818
-    """Raised in a thread that another one's error has stopped."""
+    """The error in a thread that is stopped because another thread has failed."""
 
 
 class Maker:
-    """Makes tiles in one thread, in buffers of its own."""
+    """One thread's maker of tiles, with the buffers of that thread."""
 
     def __init__(
         self, plan: Plan, opened: Sequence[TensorReader | ReadRanges], device: torch.device, chunk: int
@@ -329,18 +329,18 @@ class Maker:
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
     def make(self, tile: Tile, writers: Sequence[TileWriter], stop: threading.Event, opened: Any) -> None:
-        """Make all targets of a tile for its writers, one a target; `stop` ends it with `Stopped`.
+        """Make a tile of all targets and pass it to its writers, one per target; raise `Stopped` once `stop` is set.
 
         `opened` is the caller's event after which the sources can be read and the results written.
         """
-        with self._own_stream(opened):
+        with self._stream_after(opened):
             self._copy(tile, writers, stop) if tile.role == "copy" else self._average(tile, writers, stop)
             for writer in writers:
                 writer.close()
 
     @contextmanager
-    def _own_stream(self, opened: Any) -> Iterator[None]:
-        """Work in this thread's stream, and wait for it: the caller frees the results on an error."""
+    def _stream_after(self, opened: Any) -> Iterator[None]:
+        """Run the block in this thread's stream, and wait for the stream: after an error the caller frees results."""
         if self._stream is None:
             yield
             return
@@ -376,7 +376,7 @@ class Maker:
                     smallest = stored.clone() if smallest is None else smallest.minimum(stored)
                 sums.add(index)
             result = sums.result()
-            if smallest is not None:  # coefficients that extrapolate can make a small variance 0 or negative
+            if smallest is not None:  # extrapolating coefficients can make a small variance zero or negative
                 result.copy_(result.maximum(smallest / 2))
             if not sums.surely_finite() or result.dtype != torch_dtype(tile.dtype):
                 try:
@@ -388,9 +388,9 @@ class Maker:
                 writer.write(begin, self._cast(total, tile.dtype))
 
     def _check_checkpoints(self, tile: Tile) -> None:
-        """Raise a NonFiniteError that names the checkpoint which holds what is not finite in a tile.
+        """Raise a NonFiniteError that names the checkpoint with non-finite values in a tile, if there is one.
 
-        A snapshot has none: its tracker refused it.
+        Snapshots are not searched: trackers refuse non-finite values.
         """
         for source, opened in zip(self.plan.sources, self._opened, strict=True):
             if isinstance(source, Snapshot) or not isinstance(source, FileSource):
@@ -422,27 +422,27 @@ class Maker:
 
 
 def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
-    """A NonFiniteError if the output's dtype cannot hold the sums, shape [targets, n], of a tile from `begin` on."""
+    """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a tile from `begin` on."""
     dtype = torch_dtype(tile.dtype)
-    # Casting is monotone, and both bounds are nan where a value is.
+    # Casting is monotone, and both bounds are nan if any value is.
     if not sums.numel() or holds(dtype, torch.stack(torch.aminmax(sums))):
         return
     for name, (start, end) in zip(tile.names, pairwise(tile.bounds), strict=True):
-        own = sums[:, max(0, start - begin) : max(0, end - begin)]
-        if holds(dtype, own):
+        values = sums[:, max(0, start - begin) : max(0, end - begin)]
+        if holds(dtype, values):
             continue
         reason, hint = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows", ""
-        if bool(own.isfinite().all()):
-            reason = f"{dtype} cannot hold its largest value, {float(own.abs().max()):.6g}"
+        if bool(values.isfinite().all()):
+            reason = f"{dtype} cannot hold its largest value, {float(values.abs().max()):.6g}"
             hint = "take float32 or bfloat16"
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Whether values stay finite in a dtype."""
+    """Return whether all values are finite in a dtype."""
     if dtype.itemsize > 1:
         return bool(values.to(dtype).isfinite().all())
-    # In 8 bits torch rounds what is too large down to the largest value: half a unit beyond it is too large.
+    # For 8-bit dtypes torch clips to the largest value; a value is too large if it is half a unit or more beyond it.
     info = torch.finfo(dtype)
     limit = info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
     return bool((values.abs() <= limit).all())

@@ -1,4 +1,4 @@
-"""A plan: which snapshots with which coefficients, and what the outputs hold, known from headers alone."""
+"""The plan of a synthesis: its snapshots, their coefficients and the content of the outputs, from headers alone."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ log = logging.getLogger(__name__)
 
 _MOST_BARS = 16
 POOR_ERROR = 0.01
-"""Predicted error above which a plan is made with a warning."""
+"""The predicted error above which planning logs a warning."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which snapshots with which coefficients give the targets.
+    """The snapshots and the coefficients that make the targets.
 
     Attributes:
-        sources: the averages in use, all at or before `t`, and the newest one where there are copies.
+        sources: the averages in use, all at or before `t`; if there are copies, also the newest one.
         targets: the profiles wanted.
-        t: their time.
+        t: time of the targets.
         method: the solver.
-        reconstruction: coefficients [sources, columns] and errors [columns]; a target has one column, `Groups` one a
-            group.
+        reconstruction: coefficients [sources, columns] and errors [columns]; a target has one column, but `Groups` has
+            one per group.
         dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
-        output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
+        output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to the results.
         solved: number of sources, all at or before `t`, that the coefficients were solved for.
         there: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
-        coarse: tensors that some source stores in fewer bytes than float32. Parameters in float64 and
-            the others are summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
+        coarse: tensors that some source stores in fewer bytes than float32. All others, and parameters in float64, are
+            summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
         subset: the stored tensors to make; None for all.
     """
 
@@ -79,7 +79,7 @@ class Plan:
         return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each[:5])}{more})"
 
     def _repr_html_(self) -> str:
-        """The coefficients of the first target as bars, in a notebook: of the largest ones if there are many."""
+        """Return a table of the first target's coefficients as bars, for notebooks; if many, only the largest."""
         column = self.reconstruction.coefficients[:, 0]
         most = float(np.abs(column).max()) or 1.0
         rows = [
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def choice(self) -> str | None:
-        """How many of very many sources were used, in words; None if all were."""
+        """A text that says how many of very many sources were used; None if all were used."""
         if self.solved == self.there:
             return None
         counts = counted(self.sources, self.solved, self.there)
@@ -100,7 +100,7 @@ class Plan:
 
     @cached_property
     def newest(self) -> Source:
-        """The last source: copies (buffers) come from it."""
+        """The newest source, from which copies (buffers) are taken."""
         return max(self.sources, key=lambda source: source.info.t)
 
     @cached_property
@@ -111,14 +111,14 @@ class Plan:
 
     @cached_property
     def variances(self) -> frozenset[str]:
-        """The running variances among those that are averaged."""
+        """The names of the running variances that are averaged."""
         found = running_statistics(self.newest.info.tensors)
         known = {name for name, tensor in self.tensors.items() if name in found or tensor.role == "statistic"}
         return frozenset(n for n in known if n.endswith("running_var") and self.tensors[n].role != "copy")
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
-        """Every name of each tensor to make, its own first."""
+        """All names of each tensor to make, the stored name first."""
         names = {name: [name] for name in self.tensors}
         for alias, name in self.newest.info.aliases.items():
             if name in names:
@@ -127,7 +127,7 @@ class Plan:
 
     @cached_property
     def columns(self) -> list[dict[str, int]]:
-        """For each target the number of its column, by glob on tensors' names; "*" unless it is of `Groups`."""
+        """For each target the index of its column by glob on tensor names; only targets of `Groups` have several."""
         numbers = count()
         return [
             {glob: next(numbers) for glob in (target.widths if isinstance(target, Groups) else "*")}
@@ -135,7 +135,7 @@ class Plan:
         ]
 
     def columns_of(self, name: str) -> tuple[int, ...]:
-        """The column of each target for a tensor; an InvalidValueError if it is in no group of one."""
+        """Return the column of each target for a tensor, or raise an InvalidValueError if it is in no group."""
         found = []
         for columns in self.columns:
             glob = next((glob for glob in columns if any(fnmatchcase(each, glob) for each in self.names[name])), None)
@@ -148,11 +148,11 @@ class Plan:
 
     @property
     def has_groups(self) -> bool:
-        """Whether some tensors have other coefficients than others."""
+        """Whether coefficients may differ between tensors."""
         return any(isinstance(target, Groups) for target in self.targets)
 
     def passes(self) -> list[Plan]:
-        """Plans with one column a target, each for some of the tensors, which together make all."""
+        """Return plans with one column per target, each for some of the tensors, which together make all tensors."""
         if not self.has_groups:
             return [self]
         subsets: dict[tuple[int, ...], list[str]] = {}
@@ -169,16 +169,16 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that a synthesis reads."""
+        """Number of bytes that a synthesis reads."""
         return sum(source.stored[name].nbytes for source in self.sources for name in self.tensors)
 
     def output_dtype(self, name: str) -> str:
-        """Safetensors name of a tensor's dtype in the outputs: copies and statistics keep their own."""
+        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics keep their own."""
         tensor = self.tensors[name]
         return self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
 
     def specs(self) -> list[TensorSpec]:
-        """The tensors of each output, under every name."""
+        """Return the specs of the tensors of each output, under all names."""
         return [
             TensorSpec(alias, self.output_dtype(name), self.newest.stored[name].shape)
             for name, aliases in self.names.items()
@@ -187,29 +187,29 @@ class Plan:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of each output."""
+        """Number of bytes of each output."""
         return sum(spec.nbytes for spec in self.specs())
 
     def only(self, targets: Sequence[int]) -> Plan:
-        """The same plan for some of the targets, by index."""
+        """Return the plan for some of the targets, given by index."""
         columns = [column for target in targets for column in self.columns[target].values()]
         reconstruction = self.reconstruction.of(targets=columns)
         return replace(self, targets=tuple(self.targets[i] for i in targets), reconstruction=reconstruction)
 
     def predicted_error(self, target: int) -> float | None:
-        """Expected relative L2 error of one target's output weights, the largest of its groups; None if not known.
+        """Return the expected relative L2 error of a target's output weights, for `Groups` the largest of the groups.
 
-        It is known if the motion of the run is.
+        The result is None if the motion of the run is not known.
         """
         errors = [self.reconstruction.known_error(column) for column in self.columns[target].values()]
         return None if None in errors else math.hypot(max(filter(None, errors), default=0.0), self.output_rounding)
 
     def profile_error(self, target: int) -> float:
-        """Relative L2 distance between a target's profile and the one that is made, the largest of its groups."""
+        """Return the relative L2 distance between a target's profile and the one made, for `Groups` the largest."""
         return max(float(self.reconstruction.profile_error[column]) for column in self.columns[target].values())
 
     def output_info(self, target: int) -> OutputInfo:
-        """The metadata of the output for one target; the snapshots of groups are listed one group after another."""
+        """Return the metadata of a target's output; the snapshots of groups are listed one group after another."""
         info, wanted = self.newest.info, self.targets[target]
         columns = self.reconstruction.coefficients.T[list(self.columns[target].values())].tolist()
         copies = [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
@@ -225,10 +225,10 @@ class Plan:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """The run, its motion, and for each target coefficients and errors; plain values for JSON."""
+        """Return the run, its motion, and each target's coefficients and errors, as plain values for JSON."""
         prior = self.reconstruction.prior
         infos = [self.output_info(index) for index in range(len(self.targets))]
-        same = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
+        copied = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
         return {
             "run": self.newest.info.run_id,
             "movement": {
@@ -240,7 +240,7 @@ class Plan:
             "available": self.there,
             "targets": [
                 {"target": info.profile}
-                | {name: getattr(info, name) for name in same}
+                | {name: getattr(info, name) for name in copied}
                 | {"snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots]}
                 for info in infos
             ],
@@ -256,22 +256,21 @@ def plan_synthesis(
     max_error: float | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Plan:
-    """Choose snapshots and coefficients. Reads no tensor, except a sample if headers have no measurements.
+    """Choose snapshots and coefficients. No tensor is read, except a sample if headers have no measurements.
 
     Arguments:
-        sources: averages of one run, in any order. Of more than `reconstruction.MOST_SOLVED` up to the time of the
-            targets, that many are used, chosen by their times alone: the same for any targets (`Plan.choice`).
+        sources: averages of one run, in any order. If more than `reconstruction.MOST_SOLVED` are at or before the time
+            of the targets, that many are used, chosen by their times alone, so for any targets alike (`Plan.choice`).
         targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with `density` and
             `tail` over training time.
-        t: time of the targets: the average as it stood then, from sources at or before it. By default the
-            time of the last one.
-        step: the same in calls of the hook; for runs on a clock of their own it must be a snapshot's.
-        method: the solver; the default one for None.
+        t: time of the targets; sources at or before it are used. By default the time of the newest source.
+        step: the same in calls of `update_`; if the run's clock does not count steps, it must be that of a snapshot.
+        method: the solver; None for the default one.
         max_error: the largest predicted error to accept.
-        dtype: of the averages in the outputs; None for each parameter's own. Buffers keep their own.
+        dtype: dtype of the averages in the outputs; None for each parameter's own. Buffers keep their own.
 
     Raises:
-        InvalidValueError: naming the argument and what would be accepted.
+        InvalidValueError: an argument is invalid; the error names it and what would be accepted.
         InexactError: the predicted error of a target exceeds `max_error`, or is not known.
     """
     method, output_dtype = check_method(method), parse_dtype(dtype)
@@ -281,13 +280,13 @@ def plan_synthesis(
     wanted = tuple(as_target(target) for target in targets)
     each = separate(wanted)
     time = _target_time(sources, t, step)
-    usable, later, named = _solved_with(sources, time, each)
+    usable, later, given = _solved_with(sources, time, each)
     snapshots = [source.profile for source in (*usable, *later)]
-    prior = source_prior([*usable, *later])  # later snapshots, too, measure the motion
+    prior = source_prior([*usable, *later])  # later snapshots also measure the motion
     clock, first = run_clock([source.info for source in sources]), min(source.info.t_first for source in usable)
     solved = snapshots[: len(usable)]
     profiles = [
-        named[index] if index in named else target.profile(time, clock, first) for index, target in enumerate(each)
+        given[index] if index in given else target.profile(time, clock, first) for index, target in enumerate(each)
     ]
     result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
@@ -310,21 +309,24 @@ def plan_synthesis(
 def _solved_with(
     sources: Sequence[Source], time: float, wanted: Sequence[Target]
 ) -> tuple[list[Source], list[Source], dict[int, FloatArray]]:
-    """The sources to solve with, later ones for the motion, and the coefficients of the targets that name them."""
+    """Return the sources to solve with, later ones for the motion, and the given coefficients of targets by index.
+
+    Only a `Mean` comes with coefficients; the sources to solve with include all that it needs.
+    """
     usable, later = chosen_up_to(sources, time)
-    there = [source for source in sources if source.info.t <= time]
-    profiles = [source.profile for source in there]
-    named = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if isinstance(target, Mean)}
-    places = {id(source): place for place, source in enumerate(there)}
-    needed = {id(there[place]) for column in named.values() for place in np.flatnonzero(column)}
-    usable += [source for source in there if id(source) in needed - set(map(id, usable))]
+    available = [source for source in sources if source.info.t <= time]
+    profiles = [source.profile for source in available]
+    given = {i: target.coefficients_of(profiles) for i, target in enumerate(wanted) if isinstance(target, Mean)}
+    rows = {id(source): row for row, source in enumerate(available)}
+    needed = {id(available[row]) for column in given.values() for row in np.flatnonzero(column)}
+    usable += [source for source in available if id(source) in needed - set(map(id, usable))]
     usable = by_time(usable)
-    rows = [places[id(source)] for source in usable]
-    return usable, later, {index: column[rows] for index, column in named.items()}
+    usable_rows = [rows[id(source)] for source in usable]
+    return usable, later, {index: column[usable_rows] for index, column in given.items()}
 
 
 def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
-    """The sources, by time, that a target needs; and the newest if there are copies, which come from it."""
+    """Return the indices of the sources that a target needs, and of the newest one if there are copies."""
     used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     has_copies = any(tensor.role == "copy" for tensor in usable[-1].info.tensors.values())
     if has_copies and usable[used[-1]].info.t < usable[-1].info.t:
@@ -333,6 +335,7 @@ def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
+    """Return the time of the targets, by default of the newest source, or raise an InvalidValueError."""
     times = {source.info.step: source.info.t for source in sources}
     for name, value, known in (("t", t, times.values()), ("step", step, times.keys())):
         if value is not None:
@@ -349,17 +352,17 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
 
 
 def check_groups(plan: Plan) -> None:
-    """Check that each tensor is in a group, and that no group is empty; an InvalidValueError."""
+    """Raise an InvalidValueError if a tensor is in no group, or a group is empty."""
     used = {column for name in plan.tensors for column in plan.columns_of(name)}
     for glob, column in (pair for columns in plan.columns for pair in columns.items()):
         if column not in used:
-            some = ", ".join(map(shown, list(plan.names)[:3]))
-            reason = f"matches no tensor that is not in a group before it; there are {some}"
+            examples = ", ".join(map(shown, list(plan.names)[:3]))
+            reason = f"matches no tensor that is not in a group before it; there are {examples}"
             raise InvalidValueError("group", reason, value=repr(glob))
 
 
 def _output_rounding(plan: Plan) -> float:
-    """Relative error of rounding the averages to the outputs' dtypes, taking all elements as equally large."""
+    """Return the relative error of rounding the averages to the outputs' dtypes, if all elements are equally large."""
     elements, squares = 0, 0.0
     for name, tensor in plan.tensors.items():
         if tensor.role == "average":
@@ -381,6 +384,7 @@ def _check_errors(plan: Plan, max_error: float) -> None:
 
 
 def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
+    """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
     poor = [index for index, error in enumerate(errors) if error > POOR_ERROR]
     if not poor:

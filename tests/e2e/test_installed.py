@@ -1,4 +1,4 @@
-"""The installed `ema` in a process of its own, and a training script as users write it."""
+"""The installed `ema` in a separate process, and a training script as users write it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ with without_model.state_dict(sigma_rel=0.15) as ema_state_dict:
 assert torch.equal(third, model(data))
 torch.save(without_model.state_dict(sigma_rel=0.15), "weights.pt")
 assert not torch.equal(first, predictions)
-# What the snapshots have lost to the live averages is the rounding of float16, 2**-11 a value.
+# The snapshots differ from the live averages by the rounding to float16, 2**-11 per value.
 assert (third - first).norm() / first.norm() < 2**-10
 posthoc_ema.reconstruction_error().savefig("error.png")
 """
@@ -98,7 +98,7 @@ def ema(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def classical_average(values: np.ndarray, beta: float) -> np.ndarray:
-    """x <- beta x + (1 - beta) theta, begun as the first of the values."""
+    """x <- beta x + (1 - beta) theta, starting from the first value."""
     average = values[0]
     for theta in values[1:]:
         average = beta * average + (1 - beta) * theta
@@ -119,7 +119,7 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
     assert (made.returncode, made.stderr) == (0, "")
     targets = json.loads(made.stdout)["targets"]
     path = np.load(tmp_path / "path.npy")
-    seen = path[9::10]  # by the hook; each of them stands for ten steps
+    seen = path[9::10]  # the weights at the hook's updates, one per ten steps
     times = range(10, 2001, 10)
     truths = {
         "sigma_rel 0.05": exact_average(list(seen), 0.05, times),
@@ -134,7 +134,7 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
         name = target["target"]
         assert distance(found[name], truths[name]) <= 4 * target["predicted_error"]
     assert targets[0]["predicted_error"] < 1e-6
-    # What the hook did not see it cannot know, but it is not far from what it saw.
+    # The weights between the updates are unknown to the hook, but not far from the others.
     assert distance(found["beta:0.99"], classical_average(path[9:], 0.99)) <= 5e-3
     assert distance(found["window:500"], path[-500:].mean(axis=0)) <= 5e-3
     forked.check(forked.EMA, "error-plot", "run/ema", "--out", "error.svg", cwd=tmp_path)
@@ -153,7 +153,7 @@ def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert as_module.stdout == ema("profile", "--json", cwd=tmp_path).stdout
 
 
-def test_a_reader_that_goes_away_is_no_error_message() -> None:
+def test_a_closed_pipe_is_no_error_message() -> None:
     command = [EMA, "profile", "--sigma-rel", "0.0001:0.28:0.0001"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
 
 @pytest.fixture(scope="module")
 def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 snapshots of 2,000 small tensors: seconds of work."""
+    """20 snapshots of 2,000 small tensors, whose synthesis takes seconds."""
     folder = tmp_path_factory.mktemp("large") / "run"
     values = {f"layer{index}": torch.full((4,), float(index)) for index in range(2000)}
     for t in range(1, 21):
@@ -172,7 +172,7 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def interrupted_when_it_writes(command: list[object], target: Path, number: signal.Signals) -> tuple[int, str]:
-    """Send a signal to a command as soon as it has a temporary in `target`: how it ended, and what it said."""
+    """Send a signal to a command as soon as it has a temporary file in `target`; its exit code and its messages."""
     process = forked.Forked(forked.EMA, *command)
     while process.poll() is None and not list(target.rglob(".ema-*")):
         time.sleep(2e-4)
@@ -181,7 +181,7 @@ def interrupted_when_it_writes(command: list[object], target: Path, number: sign
     return process.wait(), errors
 
 
-@pytest.mark.xdist_group("interruptions")  # one run, and one folder to write to
+@pytest.mark.xdist_group("interruptions")  # these tests share a run, and a folder to write to
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("out", ["out.safetensors", "folder"])
 def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals, code: int, out: str) -> None:
@@ -192,7 +192,7 @@ def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals,
         returned, errors = interrupted_when_it_writes(command, target, number)
         if returned != 0:
             break
-        shutil.rmtree(target)  # it was done before the signal came
+        shutil.rmtree(target)  # the command had ended before the signal arrived
     assert returned == code
     assert "Traceback" not in errors
     if number == signal.SIGINT:

@@ -1,4 +1,4 @@
-"""A synthesis by the processes of a torchrun job, and what is left when one of them is killed or fails."""
+"""A synthesis by the ranks of a torchrun job, and its files after one of them was killed or has failed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 
 
 def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Path) -> None:
-    """Of snapshots that are files and folders of parts as of files alone."""
+    """Also if some snapshots are folders of parts."""
     forked.check(forked.EMA, *arguments(run, tmp_path / "one.safetensors"))
     for path in snapshot_files(run)[::2]:
         split_snapshot(path, 3, {"layer.1": (1, 3)})
@@ -66,7 +66,7 @@ def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Pat
 
 
 def start_ranks(code: str, *arguments: str) -> list[forked.Forked]:
-    """The processes of a job that nobody watches; `code` runs in each before the command."""
+    """The processes of a job without a launcher; `code` runs in each before the command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(WORLD)}
@@ -77,14 +77,14 @@ def start_ranks(code: str, *arguments: str) -> list[forked.Forked]:
 
 
 def ended(code: str, *arguments: str) -> list[tuple[int, str]]:
-    """The exit code of each process of such a job, and what it said."""
+    """The exit code and the messages of each process of such a job."""
     processes = start_ranks(code, *arguments)
     return [(process.wait(120), process.communicate()[1]) for process in processes]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_rank_is_killed_the_others_end_and_leave_no_model(run: Path, tmp_path: Path, victim: int) -> None:
-    """Where no launcher watches; the job can be run again."""
+    """Also without a launcher; the job can be run again."""
     out = tmp_path / "out"
     processes = start_ranks(SLOW, *arguments(run, out))
     while len(list(out.glob(".ema-*.tmp"))) < WORLD:
@@ -113,9 +113,9 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
 
 def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(run: Path, tmp_path: Path) -> None:
     """9 tensors of 1.4 MB: there is room for any process's part, but not for all."""
-    said = "the 3 outputs take 12,600,000 bytes, and 10,000,000 are free"
+    message = "the 3 outputs take 12,600,000 bytes, and 10,000,000 are free"
     found = ended(FULL, *arguments(run, tmp_path / "out"))
-    assert all(code == 1 and said in errors for code, errors in found), found
+    assert all(code == 1 and message in errors for code, errors in found), found
     assert not (tmp_path / "out").exists()
 
 
@@ -129,19 +129,19 @@ def die():
 if os.environ["RANK"] == "1" and not Path("again").exists():
     threading.Thread(target=die).start()
 """
-"""Runs before the command: the second process is killed while all write."""
+"""Runs before the command: the second process is killed while all ranks write."""
 
 
 def test_a_launcher_ends_all_when_one_is_killed(run: Path, tmp_path: Path) -> None:
-    """Each says so in a line, and a second call makes the model."""
+    """Each prints one line about it, and a second call makes the model."""
     (tmp_path / "job.py").write_text(SLOW + DIES + forked.EMA)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
     job = [*launcher, "job.py", *arguments(run, Path("out"))]
     done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("ema: error: ")]
-    assert len(said) == WORLD - 1, done.stderr
-    assert all("another process" in line for line in said)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ema: error: ")]
+    assert len(errors) == WORLD - 1, done.stderr
+    assert all("another process" in line for line in errors)
     assert not (tmp_path / "out" / INDEX).exists()
     (tmp_path / "again").touch()
     done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path)

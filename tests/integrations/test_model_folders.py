@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="new folder"):
         run.write(0.2, tmp_path / "small", like=tmp_path / "like")
     for wrong in ({"dtype": "float16"}, {"layout": "pt"}, {"overwrite": True}, {"distributed": True}):
-        with pytest.raises(InvalidValueError, match="says all about the output"):
+        with pytest.raises(InvalidValueError, match="determines the output"):
             run.write(0.2, tmp_path / "new", like=tmp_path / "like", **wrong)
     with pytest.raises(InvalidValueError, match="is not a folder"):
         run.write(0.2, tmp_path / "new", like=tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""The page: whole in one file, no request, names do nothing, and what cannot be a sweep is refused."""
+"""The page: complete in one file, no requests, names run no scripts, and a file that is no sweep is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VOID = {"meta", "link", "br", "circle"}
 
 
 class Page(HTMLParser):
-    """The parts of a page that the tests look at."""
+    """The parsed parts of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -68,9 +68,14 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+def sweep(run: Run, out: Path, kind: str, values: list[float], **options: Any) -> None:
+    """Sweep over a metric that is the sigma_rel of each trial."""
+    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), out, Axis.of_values(kind, values), **options).run_all()
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """A run with a tensor of an evil name, and a sweep whose command and folder have one; one trial has failed."""
+    """A run with a tensor of an evil name, and a sweep with an evil command and folder, and with a failed trial."""
     folder = tmp_path_factory.mktemp("reported")
     write_run(folder / "run", random_walk(20, {EVIL: (30, 10), "b": (7,)}), range(1, 21))
     out = folder / "a b<i>"
@@ -83,7 +88,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
 
 @pytest.fixture(scope="module")
 def text(swept: tuple[Run, Path]) -> str:
-    """The page, to lie beside the folder of the sweep."""
+    """The page, next to the folder of the sweep."""
     run, out = swept
     return render(run, [out], out.parent / "report.html")
 
@@ -110,7 +115,7 @@ def test_a_page_has_the_answer_its_figures_and_every_trial(swept: tuple[Run, Pat
         assert all(curve["words"])
 
 
-def test_a_page_asks_for_nothing_and_runs_its_own_script_only(text: str) -> None:
+def test_a_page_makes_no_request_and_runs_only_its_own_script(text: str) -> None:
     page = Page(text)
     loading = {"img", "iframe", "object", "embed", "base", "form", "image", "foreignobject"}
     assert not {tag for tag, _ in page.tags} & loading
@@ -129,7 +134,7 @@ def test_a_page_asks_for_nothing_and_runs_its_own_script_only(text: str) -> None
 
 
 def test_a_page_needs_no_sweep_and_draws_distances_over_the_snapshots_of_each_average(ema: Ema, tmp_path: Path) -> None:
-    """Thinning leaves other times of each average, which are no gaps; a snapshot without its distance is one."""
+    """A time that thinning has removed is no gap; a snapshot without its distance is one."""
     model, out = torch.nn.Linear(3, 3), tmp_path / "report.html"
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2) as tracker, torch.no_grad():
         for _ in range(16):
@@ -166,39 +171,39 @@ def test_a_watched_page_follows_the_run_and_reloads_until_ctrl_c(tmp_path: Path)
 
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-m", "posthoc_cli", "report", str(tmp_path / "run"), "--watch", "--out", str(page)]
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     with (
         subprocess.Popen(command, stderr=subprocess.DEVNULL, env=unmeasured_environment()) as watching,
         PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=4) as tracker,
     ):
         try:
-            for steps in ("4 steps", "8 steps"):
+            for step in (4, 8):
                 for _ in range(4):
                     tracker.update_(model)
                 tracker.flush()
-                assert shows(steps)
+                assert shows(f"<dt>step</dt><dd>{step}</dd>")
             assert shows('http-equiv="refresh"')
             watching.send_signal(signal.SIGINT)
             assert watching.wait(60) == 130
         finally:
-            watching.kill()  # it would run on after a failure
+            watching.kill()  # after a failure it is still running
             signal.signal(signal.SIGINT, usual)
-    assert shows("8 steps")
+    assert shows("<dt>step</dt><dd>8</dd>")
     assert 'http-equiv="refresh"' not in page.read_text()
 
 
-def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) -> None:
-    run, _ = swept
-    axis = Axis.of_values("beta", [0.6, 0.8, 0.9])
-    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "out", axis).run_all()
-    page = render(run, [tmp_path / "out"], tmp_path / "page.html")
-    assert "Best: beta" in page
-    assert "1 / (1 - beta)" in page
-    axis = Axis.of_values("decay:linear", [0.1, 0.2, 0.4])
-    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "decays", axis).run_all()
-    page = render(run, [tmp_path / "decays"], tmp_path / "page.html")
-    assert "Best: decay:linear:" in page
-    assert re.search(r"ema synthesize \S+ --target decay:linear:0\.\d+ --out", page)
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("beta", [0.6, 0.8, 0.9], r"Best: beta.*1 / \(1 - beta\)"),
+        ("decay:linear", [0.1, 0.2, 0.4], r"Best: decay:linear:.*--target decay:linear:0\.\d+ --out"),
+    ],
+)
+def test_sweeps_of_other_targets_have_a_page(
+    swept: tuple[Run, Path], tmp_path: Path, kind: str, values: list[float], expected: str
+) -> None:
+    sweep(swept[0], tmp_path / "out", kind, values)
+    assert re.search(expected, render(swept[0], [tmp_path / "out"], tmp_path / "page.html"), re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -213,10 +218,8 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
 def test_the_command_of_a_page_makes_the_same_average(
     ema: Ema, swept: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, words: str
 ) -> None:
-    run, _ = swept
-    axis = Axis.of_values("sigma_rel", [0.1, 0.2, 0.25])
-    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "out", axis, **options).run_all()
-    page = Page(render(run, [tmp_path / "out"], tmp_path / "page.html"))
+    sweep(swept[0], tmp_path / "out", "sigma_rel", [0.1, 0.2, 0.25], **options)
+    page = Page(render(swept[0], [tmp_path / "out"], tmp_path / "page.html"))
     (command,) = re.findall(r"ema (synthesize .*)", page.text)
     assert command.endswith(words)
     monkeypatch.chdir(tmp_path)
@@ -233,7 +236,7 @@ HARMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("harm", ["empty", "list", *HARMS])
-def test_what_is_no_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, harm: str) -> None:
+def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, harm: str) -> None:
     run, out = swept
     path, result = tmp_path / "sweep.json", json.loads((out / "sweep.json").read_text())
     texts = {"empty": "", "list": "[]"}
@@ -242,32 +245,41 @@ def test_what_is_no_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, ha
         render(run, [tmp_path])
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_browser_shows_it_without_a_complaint_and_values_where_one_points(text: str, tmp_path: Path) -> None:
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+
+
+def browse(page: Path, option: str) -> str:
+    """The document that a browser makes of a page, if without an error in its console."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/profile", option]
+    command = ["chromium", *options, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return "" if "CONSOLE" in done.stderr else done.stdout
+
+
+def with_script(text: str, script: str) -> str:
+    """A page that runs one more script, which its policy would forbid."""
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    return free.replace("</body>", f"<script>{script}</script></body>")
+
+
+@needs_chromium
+def test_a_browser_shows_the_values_that_a_reader_points_at(text: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-
-    def shown(text: str) -> str:
-        page.write_text(text)
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-        command = ["chromium", *options, f"--user-data-dir={tmp_path}/p", "--dump-dom", page.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert "CONSOLE" not in done.stderr
-        return done.stdout
-
-    assert shown(text).count('class="mark"') == 0
-    # A reader who points at the middle of each curve, and taps it on the other axis.
-    pointing = """<script>for (const click of [false, true]) for (const figure of document.querySelectorAll("figure")) {
+    page.write_text(text)
+    shown = browse(page, "--enable-logging=stderr")
+    assert "</svg>" in shown
+    assert 'class="mark"' not in shown
+    # A reader points at the middle of each curve, and taps it on the other axis.
+    pointing = """for (const click of [false, true]) for (const figure of document.querySelectorAll("figure")) {
         if (click) figure.querySelector("button").click();
         const svg = figure.querySelector("div:not([hidden]) svg"), box = svg.getBoundingClientRect();
         const kind = click ? "pointerdown" : "pointermove", clientX = box.left + box.width / 2;
         svg.dispatchEvent(new PointerEvent(kind, {clientX, clientY: box.top + 9}));
         document.body.append("reads " + figure.querySelector("output").textContent + ";");
-    }</script></body>"""
-    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)  # which forbids that script
-    read = [
-        tuple(map(float, pair))
-        for pair in re.findall(r"reads [a-z_ ]+ (\S+): (\S+) [^;]+;", shown(free.replace("</body>", pointing)))
-    ]
+    }"""
+    page.write_text(with_script(text, pointing))
+    shown = browse(page, "--enable-logging=stderr")
+    read = [tuple(map(float, pair)) for pair in re.findall(r"reads [a-z_ ]+ (\S+): (\S+) [^;]+;", shown)]
     curves = [
         json.loads(attributes["data-curve"]) for attributes in Page(text).all("div") if "data-curve" in attributes
     ]
@@ -276,16 +288,16 @@ def test_a_browser_shows_it_without_a_complaint_and_values_where_one_points(text
         place, ends = (0.5 - curve["box"][0]) / (curve["box"][2] - curve["box"][0]), np.array(curve["x"])
         logarithmic = curve["log"][0]
         low, high = np.log(ends) if logarithmic else ends
-        there = low + place * (high - low)
-        nearest = np.abs((np.log(curve["xs"]) if logarithmic else np.array(curve["xs"])) - there).argmin()
+        pointed = low + place * (high - low)
+        nearest = np.abs((np.log(curve["xs"]) if logarithmic else np.array(curve["xs"])) - pointed).argmin()
         assert x == pytest.approx(curve["xs"][nearest], rel=0.005)
         assert y == pytest.approx(curve["ys"][nearest], rel=0.0005)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_phone_shows_every_figure_whole_and_copies_the_trials(text: str, tmp_path: Path) -> None:
-    """In a frame of 390 pixels, since a window of chromium's is wider."""
-    looking = """<script>
+@needs_chromium
+def test_a_phone_shows_every_figure_completely_and_copies_the_trials(text: str, tmp_path: Path) -> None:
+    """In a frame of 390 pixels, since chromium's windows are wider."""
+    looking = """
         const wide = document.documentElement.scrollWidth, hints = [...document.querySelectorAll(".hint")];
         for (const svg of document.querySelectorAll("div:not([hidden]) > svg")) {
             const box = svg.getBoundingClientRect();
@@ -297,15 +309,12 @@ def test_a_phone_shows_every_figure_whole_and_copies_the_trials(text: str, tmp_p
         document.querySelector("[data-csv]").click();
         const copied = copying.clipboardData.getData("text/plain");
         parent.document.body.append(`${document.title} wide ${wide}; csv ${JSON.stringify(copied)} end`);
-    </script></body>"""
-    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
-    (tmp_path / "page.html").write_text(free.replace("</body>", looking))
+    """
+    (tmp_path / "page.html").write_text(with_script(text, looking))
     (tmp_path / "phone.html").write_text('<body><iframe src="page.html" width="390" height="800"></iframe></body>')
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command = ["chromium", *options, f"--user-data-dir={tmp_path}/p", "--dump-dom", (tmp_path / "phone.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    found = re.search(r"((?: true| false)+) hints (\w+) wide (\d+); csv (.*) end", done)
-    assert found is not None, done
+    document = browse(tmp_path / "phone.html", "--allow-file-access-from-files")
+    found = re.search(r"((?: true| false)+) hints (\w+) wide (\d+); csv (.*) end", document)
+    assert found is not None, document
     assert found[1].split() == ["true"] * 3
     assert found[2] == "true"
     assert int(found[3]) <= 390  # nothing is wider; a scroll bar takes some
@@ -332,10 +341,7 @@ def test_trials_are_sorted_by_length_with_the_best_in_its_place_and_as_csv(swept
 def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple[Run, Path], tmp_path: Path) -> None:
     run, out = swept
     write_run(tmp_path / "other", random_walk(20, {"a": (30, 10)}), range(1, 21), run_id="0123" * 8)
-    Sweep(
-        Run(tmp_path / "other"), "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "s",
-        Axis.of_values("sigma_rel", [0.1, 0.2, 0.25]), again="ema sweep the other",
-    ).run_all()  # fmt: skip
+    sweep(Run(tmp_path / "other"), tmp_path / "s", "sigma_rel", [0.1, 0.2, 0.25], again="ema sweep the other")
     both = [run.directory, tmp_path / "other", "--sweep", tmp_path / "s", "--sweep", out]
     done = ema("report", *both, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err

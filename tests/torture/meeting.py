@@ -107,7 +107,7 @@ class Retries(logging.Handler):
     count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += "planning again with what is there" in record.getMessage()
+        self.count += "planning again" in record.getMessage()
 
 
 def readers(folder: Path, times: int, chance: random.Random) -> Tally:
