@@ -113,7 +113,7 @@ def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     making = ["synthesize", "runs", "--sigma-rel", "0.1", "--out", "x.pt"]
     for command in (making, ["error-plot", "runs", "--json"], ["info", "runs"], ["report", "runs"]):
-        said = "runs: holds runs, and no snapshots itself: first, second; name one of them"
+        said = "runs: contains runs, but no snapshots itself: first, second; name one of them"
         assert ema(*command).error == said
 
 

@@ -53,8 +53,8 @@ def test_damaged_files_are_named_and_the_way_on(ema: Ema, run: Path) -> None:
     last = ema("verify", run).out.splitlines()[-1]
     first = [path.name for path in snapshot_files(run)]
     assert last == (
-        f"5 of 40 files are damaged: {', '.join(first[:3])} and 2 more; `ema verify {run} --repair` sets aside what is "
-        "broken"
+        f"5 of 40 files are damaged: {', '.join(first[:3])} and 2 more; `ema verify {run} --repair` sets broken files "
+        "aside"
     )
     (run / "x.safetensors").symlink_to("nowhere")
     flip_bit(snapshot_files(run)[0], 30)
@@ -98,7 +98,7 @@ def test_files_that_may_be_valid_stay_and_contradictions_are_told(ema: Ema, run:
     write_tensors(files[3], {"w": torch.ones(2)}, {"ema.format": "future", "ema.version": "9"}, overwrite=True)
     result = ema("verify", run, "--repair", "--yes")
     assert result.code == 1
-    assert f"{files[3].name}: left where it is; see above" in result.out
+    assert f"{files[3].name}: not moved; see above" in result.out
     assert files[3].exists()
 
 

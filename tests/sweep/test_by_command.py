@@ -222,9 +222,7 @@ def test_raw_weights_that_the_run_holds_are_measured(ema: Ema, run: Run, tmp_pat
     assert report.raw == 7.0
     assert [trial.target for trial in report.trials][:1] == ["raw"]
     options = ("--run", command, "--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "without")
-    assert re.search(
-        "raw weights +not measured, since the run does not hold", ema("sweep", run.directory, *options).out
-    )
+    assert re.search(r"raw weights +not measured: the run lacks them", ema("sweep", run.directory, *options).out)
 
 
 def test_what_is_going_on_is_told_for_a_bar(run: Run, tmp_path: Path) -> None:
