@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorReport, Schedule
 
 EPILOG = (
-    "Example:  ema error-plot run/ema --out error.png   or, before training,   "
+    "Example:  ema error-plot run/ema --out error.png   or   "
     "ema error-plot --sigma-rels 0.05,0.28 --steps 100000 --checkpoint-every 1000 --max-checkpoints 20 --out plan.png"
 )
 
@@ -45,7 +45,7 @@ def error_plot(
     ),
     steps: list[str] = values.SCHEDULE([], metavar="COUNT", help="Length of training, such as 100K."),
     checkpoint_every: list[str] = values.SCHEDULE([], metavar="COUNT", help="Steps between snapshots."),
-    max_checkpoints: list[str] = values.SCHEDULE([], metavar="COUNT", show_default="all", help="Snapshots a profile."),
+    max_checkpoints: list[str] = values.SCHEDULE([], metavar="COUNT", show_default="all", help="Snapshots per width."),
     dtype: str = values.SCHEDULE("float16", autocompletion=values.STORED, help="float16, bfloat16 or float32."),
     like: Path | None = values.LIKE,
 ) -> None:

@@ -62,7 +62,7 @@ LAYOUT = OUTPUT(
     None,
     autocompletion=one_of("safetensors", "sharded", "pt", "dcp"),
     show_default="from the output's name",
-    help="safetensors, sharded (a folder), pt, or dcp (a folder of torch.distributed.checkpoint).",
+    help="safetensors, sharded (a folder), pt, or dcp (a folder, torch's distributed checkpoint).",
 )
 DTYPE = OUTPUT(
     "keep",

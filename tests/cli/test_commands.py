@@ -183,7 +183,7 @@ def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_pat
     assert "(2.bias)" in note
     command = made.err.split("from a full model: ")[1].strip()
     if name == "m.pt":
-        assert command.startswith("make m.safetensors and not m.pt, then: ")
+        assert command.startswith("make m.safetensors instead of m.pt, then: ")
         ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
         command = command.split("then: ")[1]
     weights = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)

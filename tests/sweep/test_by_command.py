@@ -170,10 +170,10 @@ def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Ru
 @pytest.mark.parametrize(
     ("script", "metric", "message"),
     [
-        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "metric loss: no line .*; there are 'acc', 'f1'"),
+        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "metric loss: no line .*; found 'acc', 'f1'"),
         ("echo hello", PRINTED, "metric: no line of its output is a number: hello"),
-        ('echo "{\\"acc\\": 1}" > $4/r.json', Metric("loss", "r.json"), "r.json has no member 'loss'; there are 'acc'"),
-        ('echo "{}" > $4/r.json', Metric("loss", "*s.json"), "there is no \\*s.json in its folder; there are 'r.json'"),
+        ('echo "{\\"acc\\": 1}" > $4/r.json', Metric("loss", "r.json"), "r.json has no member 'loss'; found 'acc'"),
+        ('echo "{}" > $4/r.json', Metric("loss", "*s.json"), "there is no \\*s.json in its folder; found 'r.json'"),
     ],
 )
 def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
@@ -387,7 +387,7 @@ def test_what_a_trial_leaves_in_its_folder_goes(run: Run, tmp_path: Path) -> Non
 
 
 def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
-    with DirectoryLock(tmp_path), refused(str(tmp_path), "take another folder", kind=LockedError):
+    with DirectoryLock(tmp_path), refused(str(tmp_path), "name another folder", kind=LockedError):
         swept(run, tmp_path, axis=GRID)
 
 
@@ -396,7 +396,7 @@ def test_a_folder_of_others_is_refused_before_anything_in_it_is_replaced(run: Ru
     for path in (tmp_path / name, tmp_path / "model.safetensors"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("precious")
-    with refused(str(tmp_path), "is not empty, and no sweep made it", kind=OutputExistsError):
+    with refused(str(tmp_path), "is not empty, and not the folder of a sweep", kind=OutputExistsError):
         swept(run, tmp_path, axis=GRID)
     assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"precious"}
 

@@ -41,11 +41,11 @@ def test_the_last_line_that_is_a_number_or_has_the_name_counts(
     [
         ("", None, "no line of its output is a number"),
         ("loss 0.5\n", None, "no line of its output is a number"),
-        ('{"acc": 1, "f1": 2}', "loss", "no line of its output is a number or a JSON object with 'loss'; there are"),
+        ('{"acc": 1, "f1": 2}', "loss", "no line of its output is a number or a JSON object with 'loss'; found"),
         ("0.5\nnan\n", None, "its metric is nan"),
         ("inf\n", None, "its metric is inf"),
-        ('{"loss": "bad"}', "loss", "'loss' is 'bad', no number"),
-        ('{"loss": true}', "loss", "'loss' is True, no number"),
+        ('{"loss": "bad"}', "loss", "'loss' is 'bad', not a number"),
+        ('{"loss": true}', "loss", "'loss' is True, not a number"),
         ("{" * 100_000, "loss", "no line"),
     ],
 )
@@ -102,9 +102,9 @@ def test_the_newest_file_of_the_name_counts_and_lm_evals_standard_error_is_found
     assert read("results.hellaswag.acc_norm,none", "old.json") == (0.1, None)
     assert read("results.hellaswag.a.b.c", "my__model/results_*.json") == (3, None)
     assert read("old") == (5, None)
-    with pytest.raises(NoMetricError, match=r"has no member 'results.hellaswag.nothing'; there are 'alias', 'acc_norm"):
+    with pytest.raises(NoMetricError, match=r"has no member 'results.hellaswag.nothing'; found 'alias', 'acc_norm"):
         read("results.hellaswag.nothing")
-    with pytest.raises(NoMetricError, match=r"no results.json in its folder; there are 'my__model/results_2026.json'"):
+    with pytest.raises(NoMetricError, match=r"no results.json in its folder; found 'my__model/results_2026.json'"):
         read("loss", "results.json")
     for inside in ("../elsewhere.json", str(tmp_path / "old.json")):
         with pytest.raises(NoMetricError, match="in its folder"):
@@ -114,7 +114,7 @@ def test_the_newest_file_of_the_name_counts_and_lm_evals_standard_error_is_found
 @pytest.mark.parametrize(
     ("content", "message"),
     [("", "cannot be read"), ('{"loss": 0.', "cannot be read"), (100_000 * "[", "cannot be read"), ("[1]", "no member"),
-     ('{"loss": NaN}', "its metric is nan"), ('{"loss": [1]}', "no number")],
+     ('{"loss": NaN}', "its metric is nan"), ('{"loss": [1]}', "not a number")],
 )  # fmt: skip
 def test_a_file_that_is_not_whole_or_holds_no_number_is_told(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "m.json").write_text(content)
