@@ -30,8 +30,8 @@ def sweep(
     target: str | None = values.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help="A range or list of another kind of average: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, "
-        "last:2:20, decay:linear:5%:50%.",
+        help="A range of another kind of average: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, last:2:20, "
+        "decay:linear:5%:50% or a list.",
     ),
     guide_sigma_rel: str | None = values.TARGETS(
         None,
