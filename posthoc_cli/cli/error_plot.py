@@ -94,7 +94,7 @@ def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     """Return the option's value for each schedule: the same for all, or one value per schedule."""
     if len(texts) not in (1, schedules):
         given = f"was given {len(texts)} times" if texts else "is missing"
-        raise InvalidValueError(option, f"{given}; give it once, or once for each of {schedules} --sigma-rels")
+        raise InvalidValueError(option, f"{given}; give it once, or once for each --sigma-rels")
     return [values.parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 

@@ -102,7 +102,7 @@ class Sweep:
             networks.append(_Network.of(self.guide, self.guide_axis, None, options, "guide"))
         axes = [network.axis for network in networks]
         if all(axis.is_given for axis in axes):
-            raise InvalidValueError(axes[0].kind, "name two lengths or more", value=f"{axes[0].low:g}")
+            raise InvalidValueError(axes[0].kind, "name at least two lengths", value=f"{axes[0].low:g}")
         check_counts(self.repeats, self.budget, axes)
         needed = sum(network.nbytes for network in networks)
         if self.disk is not None and self.disk < needed:

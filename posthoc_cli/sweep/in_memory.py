@@ -61,7 +61,7 @@ def sweep(
     stored, newest = trials.run, trials.run.sources[-1].info
     if values is not None:
         if len(set(values)) < 2:
-            raise InvalidValueError("values", "name two lengths or more", value=list(values))
+            raise InvalidValueError("values", "name at least two lengths", value=list(values))
         axis = Axis.of_values("sigma_rel", values)
     else:
         good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
