@@ -75,12 +75,12 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
             [s.path.name, f"{s.info.t:,.12g}", f"{s.info.sigma_rel:g}", resources.size_text(s.header.file_bytes)]
             for s in sorted(pruning.gone, key=lambda snapshot: (snapshot.info.t, snapshot.info.sigma_rel))
         ]
-        output.print_table(["would go", "t", "sigma_rel", "size"], rows, left=["would go"])
+        output.print_table(["to delete", "t", "sigma_rel", "size"], rows, left=["to delete"])
         output.print_line()
     table = []
     for when, group, errors in (
         ("now", (*pruning.kept, *pruning.gone), pruning.before),
-        ("then", pruning.kept, pruning.after),
+        ("afterwards", pruning.kept, pruning.after),
     ):
         numbers = map(percent, (errors.worst, errors.median))
         table.append([when, str(len(group)), resources.size_text(file_bytes(group)), *numbers])

