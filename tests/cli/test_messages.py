@@ -90,22 +90,6 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         assert found == expected
 
 
-@pytest.mark.parametrize(
-    ("command", "code"),
-    [
-        ("info other-run", 1),
-        ("sweep run --run 'false {weights}' --minimize --sigma-rel 0.1,0.2 --out swept", 1),
-        ("sweep run --run 'echo {weights}' --metric loss --minimize --sigma-rel 0.1,0.2 --out named", 2),
-    ],
-)
-def test_exit_codes_of_commands_that_print_more_than_a_line_or_have_begun_their_work(
-    ema: Ema, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, code: int
-) -> None:
-    shutil.copytree(place, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    assert ema(*shlex.split(command)).code == code
-
-
 def test_a_folder_of_runs_names_them(ema: Ema, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("first", "second"):
         shutil.copytree(place / "run", tmp_path / "runs" / name)

@@ -92,6 +92,7 @@ def test_files_that_may_be_valid_are_not_moved_and_contradictions_are_reported(e
     result = ema("verify", run)
     assert result.code == 1
     assert re.search(rf"^problem: .*{files[3].name}: are of different runs", result.out, re.MULTILINE)
+    assert ema("info", run).code == 1
     write_tensors(files[3], {"w": torch.ones(2)}, {"ema.format": "future", "ema.version": "9"}, overwrite=True)
     result = ema("verify", run, "--repair", "--yes")
     assert result.code == 1
