@@ -170,10 +170,10 @@ def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
         [
             ("constant rate", "difference of test losses"),
             ["---"] * 2,
-            ("best length less the mean of 5 checkpoints", less("best", constant, "mean-5")),
-            ("best length less `sigma_rel` 0.05", less("best", constant, "0.05")),
-            ("best length less the decayed run", less("best", decayed, "last")),
-            ("`decay:linear:20%` less the decayed run", less("linear", decayed, "last")),
+            ("best length minus the mean of 5 checkpoints", less("best", constant, "mean-5")),
+            ("best length minus `sigma_rel` 0.05", less("best", constant, "0.05")),
+            ("best length minus the decayed run", less("best", decayed, "last")),
+            ("`decay:linear:20%` minus the decayed run", less("linear", decayed, "last")),
         ]
     )
 

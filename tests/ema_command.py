@@ -1,4 +1,4 @@
-"""`ema` in the process of a test, and what a test sees of it."""
+"""A runner of the command `ema` in the process of a test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from posthoc_cli.cli import main
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended and what it printed."""
+    """The exit code of a command and its output."""
 
     code: int
     out: str
@@ -29,12 +29,12 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """The object that it printed with --json."""
+        """The object printed with --json."""
         return json.loads(self.out)
 
     @property
     def error(self) -> str:
-        """The one line of an error; fails where there is not exactly one."""
+        """The error message, which must be the only line on stderr."""
         lines = self.err.splitlines()
         assert len(lines) == 1, self.err
         assert lines[0].startswith("ema: error: "), self.err
@@ -47,7 +47,7 @@ Asked = Callable[[str, Path], list[str]]
 
 @contextmanager
 def as_command(*arguments: object) -> Iterator[None]:
-    """This process is `ema` with these arguments for the block; what that sets for its process is set back."""
+    """Make this process look like `ema` with these arguments, and restore its signal handlers and hooks afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     words = ["ema", *map(str, arguments)]
     with (
@@ -63,7 +63,7 @@ def as_command(*arguments: object) -> Iterator[None]:
 
 
 def run_ema(*arguments: object) -> Result:
-    """Run `ema`; what nobody catches is printed as at the end of a process."""
+    """Run `ema` and return its result; an uncaught exception is printed as by the interpreter."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with as_command(*arguments), redirect_stdout(out), redirect_stderr(err):
         try:
@@ -77,5 +77,5 @@ def run_ema(*arguments: object) -> Result:
 
 
 def unmeasured_environment() -> dict[str, str]:
-    """The environment without coverage's, for processes that may not write a file at their end or get signals."""
+    """Return the environment without coverage's variables, for processes that are killed or must not write it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COV")}

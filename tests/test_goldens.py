@@ -1,7 +1,7 @@
-"""Seeded runs whose snapshots, outputs and reports stay as they were recorded, so that a redesign changes no bit.
+"""Seeded runs whose snapshots, outputs and reports equal the recorded ones, so that a redesign changes no bit.
 
 Contents of tensors are compared by hash. Tensors in float64 and numbers in headers and reports are rounded first: their
-last digits differ from processor to processor. With EMA_RECORD_GOLDENS=1 in the environment all of it is recorded anew.
+last digits differ between processors. Set EMA_RECORD_GOLDENS=1 in the environment to record the goldens again.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ Report = dict[str, Any]
 IGNORED = {"seconds", "reason", "bytes"}
 
 
-def rounded(text: str) -> str:
-    """The text with every number that has a point rounded to four digits."""
-    return re.sub(r"-?\d+\.\d+(e[-+]?\d+)?", lambda match: f"{float(match[0]):.4g}", text)
+def rounded(number: float, digits: int = 4) -> str:
+    """Return the text of a number with so many digits; below 1e-12, where only rounding errors are left, that of 0."""
+    return f"{number:.{digits}g}" if abs(number) > 1e-12 else "0"
 
 
 def content(path: Path) -> Report:
-    """Hashes of a file's tensors and, apart from checksums, its metadata."""
+    """Return hashes of a file's tensors and, apart from checksums, its metadata with rounded numbers."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name).contiguous() for name in sorted(file.keys())}
-        metadata = {k: rounded(v) for k, v in (file.metadata() or {}).items() if "checksum" not in k}
+        texts = {key: text for key, text in (file.metadata() or {}).items() if "checksum" not in key}
+    number = r"-?\d+\.\d+(e[-+]?\d+)?"
+    metadata = {key: re.sub(number, lambda match: rounded(float(match[0])), text) for key, text in texts.items()}
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -49,18 +51,18 @@ def content(path: Path) -> Report:
 
 
 def folder(path: Path) -> Report:
-    """What every safetensors file below a folder holds."""
+    """Return the hashes of every safetensors file below a folder."""
     return {str(file.relative_to(path)): content(file) for file in sorted(path.rglob("*.safetensors"))}
 
 
 def without_places(report: Any) -> Any:
-    """A report without what differs from machine to machine: seconds, reasons, sizes of headers."""
+    """Return a report with rounded numbers, without values that differ between machines."""
     if isinstance(report, dict):
         return {key: without_places(value) for key, value in report.items() if key not in IGNORED}
     if isinstance(report, list):
         return [without_places(value) for value in report]
-    if isinstance(report, float):  # the smallest are what is left of sums that cancel
-        return float(f"{report:.4g}") if abs(report) > 1e-6 else float(f"{report:.1g}")
+    if isinstance(report, float):  # small numbers are what is left of sums that cancel
+        return float(rounded(report, 4 if abs(report) > 1e-6 else 1))
     return report
 
 
@@ -72,7 +74,7 @@ def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 def walk(network: torch.nn.Module, steps: int) -> Iterator[int]:
-    """Random steps of all parameters."""
+    """Move all parameters at random, step by step."""
     for step in range(steps):
         with torch.no_grad():
             for parameter in network.parameters():
@@ -81,7 +83,7 @@ def walk(network: torch.nn.Module, steps: int) -> Iterator[int]:
 
 
 def thinned(directory: Path) -> None:
-    """The usual run, thinned, with a last snapshot off the schedule."""
+    """Train the usual run, which is thinned and has a last snapshot off the schedule."""
     network = model()
     with PostHocEMA.from_model(network, directory, update_every=2, checkpoint_every=10, max_checkpoints=5) as tracker:
         for _ in walk(network, 126):
@@ -89,7 +91,7 @@ def thinned(directory: Path) -> None:
 
 
 def images(directory: Path) -> None:
-    """A clock in images, three profiles at full precision, resumed from the snapshots in the middle."""
+    """Train with a clock in images and three profiles at full precision, resumed from snapshots in the middle."""
     network = model()
     options: dict[str, Any] = {"sigma_rels": (0.05, 0.1, 0.28), "checkpoint_dtype": None, "t_unit": "images"}
     tracker = PostHocEMA.from_model(network, directory, update_every=1, checkpoint_every=8, **options)
@@ -105,7 +107,7 @@ def images(directory: Path) -> None:
 
 
 def narrow(directory: Path) -> None:
-    """bfloat16 with tied weights, tensors left out and copied, an exact state kept."""
+    """Train in bfloat16 with tied weights, tensors that are left out or copied, and an exact state."""
     network = model(torch.bfloat16)
     network[0].tied = network[0].weight
     with PostHocEMA.from_model(
@@ -147,7 +149,7 @@ COMMANDS = {
 
 
 def record(place: Path, run: Callable[[list[str]], str]) -> Report:
-    """All goldens, made in `place`, the working directory; `run` gives what a command prints."""
+    """Make all goldens in `place`, the working directory; `run` returns the output of a command."""
     found: Report = {"snapshots": {}, "reports": {}, "outputs": {}}
     with mock.patch("secrets.token_hex", side_effect=_run_id):
         for name, train in TRAININGS.items():
@@ -164,12 +166,12 @@ def record(place: Path, run: Callable[[list[str]], str]) -> Report:
 
 
 def _lines(entries: Report) -> str:
-    """One entry a line."""
+    """Return JSON members, one per line."""
     return ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items())
 
 
 def _run_id(nbytes: int) -> str:
-    """A run id that is always the same; names of temporaries, which are shorter, as ever."""
+    """Return a constant run id of 16 bytes, and random names of temporary files, which are shorter."""
     return "5eed" * 8 if nbytes == 16 else os.urandom(nbytes).hex()
 
 

@@ -1,4 +1,4 @@
-"""README and guides: their code runs, their links and the tests that they name exist, and nothing is there twice."""
+"""README and guides: their code runs, the links and tests that they name exist, and no line is repeated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ README = ROOT / "README.md"
 GUIDES = sorted((PACKAGE / "guides").glob("*.md"))
 PAGES = pytest.mark.parametrize("page", [README, *GUIDES], ids=lambda page: page.stem)
 PROGRAM = re.compile(r"# (\w+\.py)\n")
-"""Begins a block that is a file."""
+"""The first line of a block that is a file."""
 
 
 EVALUATION = """
@@ -40,16 +40,16 @@ for path in sys.argv[2::2]:  # --weights FILE, and --guide FILE
 print(loss)
 print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
 """
-"""Instead of one that loads a model, which takes a while."""
+"""An evaluation that is faster than one that loads a model."""
 
 
 def code_blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and text of the blocks that are to be run, in order."""
+    """Return language and text of the blocks to run, in order."""
     return re.findall(r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def commands(block: str) -> list[list[str]]:
-    """Words of each line that is to be run."""
+    """Return the words of each command of a console block."""
     return [shlex.split(line) for line in re.findall(r"^\$ (.*?)\s*(?:#.*)?$", block, re.MULTILINE)]
 
 
@@ -66,7 +66,7 @@ def train_step(model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.opt
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Snapshots of 100,000 steps of weights that move slowly."""
+    """A run of 100,000 steps of weights that move slowly."""
     directory, model = tmp_path_factory.mktemp("finished") / "ema", make_model()
     with PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema, torch.no_grad():
         for step in range(100_000):
@@ -79,7 +79,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a page's Python code finds defined, in an empty working directory."""
+    """The names that a page's Python code uses; the working directory is empty."""
     monkeypatch.chdir(tmp_path)
     model = make_model()
 
@@ -94,7 +94,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
-    """What a page's commands find: a finished run, an evaluation, a model, an average of a part of it."""
+    """The files that a page's commands use: a finished run, an evaluation, a model, an average of a part of it."""
     shutil.copytree(finished_run.parent, tmp_path / "run")
     (tmp_path / "eval.py").write_text(EVALUATION)
     weights = names["model"].state_dict()
@@ -117,7 +117,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ema: Ema, names:
 
 
 def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> None:
-    """Of the guide on distributed use: a training, and torch's own loading of a snapshot onto another mesh."""
+    """The guide `distributed` has a training, and a program in which torch loads a snapshot onto another mesh."""
     page = (PACKAGE / "guides/distributed.md").read_text()
     train, load = re.findall(r"^```python torchrun\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     load += "rank = os.environ['RANK']\ntorch.save(weights['0.weight'].to_local(), f'held-{rank}.pt')\n"
@@ -136,7 +136,7 @@ def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> No
 
 
 def programs_of_the_readme() -> dict[str, str]:
-    """Its files by name, in order."""
+    """Return the files of the README by name, in order."""
     blocks = [text for language, text in code_blocks(README) if language == "python"]
     assert all(PROGRAM.match(block) for block in blocks)
     return {block.splitlines()[0].removeprefix("# "): block for block in blocks}
@@ -158,11 +158,11 @@ def test_the_readme_runs_as_pasted_in_an_empty_folder(
         assert program in ("ema", "python3")
         assert program == "ema" or done.err == ""
         printed += done.out.splitlines()
-    # What does not depend on the evaluation, which is another one here, nor on times and machines.
+    # These lines do not depend on the evaluation, which is replaced here, nor on times and machines.
     assert set(printed) >= {
         line for line in shown if line.startswith(("20 x", "imported:", "  tracked", "wrote a run"))
     }
-    # Both roads end with the same training, whose losses are those shown, up to the last digits.
+    # Both examples end with the same training, whose losses are those shown, up to the last digits.
     losses = {name: float(value) for name, value in (line.split(": ") for line in printed[-2:])}
     expected = dict(line.split(": ") for line in shown[-2:])
     assert losses == {name: pytest.approx(float(value), rel=0.1) for name, value in expected.items()}
@@ -171,14 +171,14 @@ def test_the_readme_runs_as_pasted_in_an_empty_folder(
 
 
 @pytest.mark.parametrize(("steps", "times"), [(295, [100, 200, 290]), (90, [90]), (100, [100])])
-def test_the_hook_in_the_readme_keeps_the_end_and_continues_when_it_is_run_again(
+def test_the_hook_in_the_readme_saves_the_final_averages_and_continues_when_it_is_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, times: list[int]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     programs = programs_of_the_readme()
     for count in (steps, 20):
         Path("task.py").write_text(programs["task.py"].replace("torch.randn(2000,", f"torch.randn({count},"))
-        os.utime("task.py", (count, count))  # else the cached module of equal size and second is taken for this one
+        os.utime("task.py", (count, count))  # a cached module of equal size and time would be used instead
         forked.check(programs["train.py"])
         assert {s.info.t for s in read_directory(Path("run/ema"))} >= set(times)
     assert read_directory(Path("run/ema"))[-1].info.t == steps // 10 * 10 + 20
@@ -195,8 +195,8 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-def test_no_line_is_there_twice() -> None:
-    """Of README and guides; lines of 40 characters and more, tables' rules aside."""
+def test_no_line_is_repeated() -> None:
+    """Lines of less than 40 characters and rules of tables may be repeated."""
     lines = Counter(line.strip() for page in (README, *GUIDES) for line in page.read_text().splitlines())
     assert [line for line, count in lines.items() if count > 1 and len(line) >= 40 and set(line) - set("|-: ")] == []
 
@@ -213,7 +213,7 @@ def test_the_development_guide_names_every_room() -> None:
         assert re.search(rf"^  {room}(/|\.py) ", text, re.MULTILINE), room
 
 
-def test_every_test_and_experiment_in_the_table_of_what_holds_exists() -> None:
+def test_every_test_and_experiment_that_the_durability_guide_names_exists() -> None:
     _, _, table = (PACKAGE / "guides/durability.md").read_text().partition("## What holds")
     tests = set(re.findall(r"`(test_\w+)`", table))
     assert len(tests) >= 15

@@ -290,12 +290,13 @@ def test_short_averages_are_updated_more_often() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "subject"),
     [("steps", 0, "steps"), ("steps", 10.5, "steps"), ("parameters", 0, "params"), ("sigma_rels", (), "sigma_rels"),
-     ("sigma_rels", (0.1, 0.4), "sigma_rel"), ("max_checkpoints", 0, "max_checkpoints")],
+     ("sigma_rels", (0.1, 0.4), "sigma_rel"), ("max_checkpoints", 0, "max_checkpoints"), ("steps", 1000.0, "steps"),
+     ("parameters", 1e6, "params"), ("max_bytes", 1e9, "max_size"), ("checkpoint_every", 100.0, "checkpoint_every")],
 )  # fmt: skip
 def test_a_task_and_a_schedule_refuse_empty_and_fractional_values(name: str, value: object, subject: str) -> None:
     with refused(subject):
         replace(TASK, **{name: value})
-    if name != "parameters":
+    if name in Schedule.__dataclass_fields__:
         with refused(subject):
             replace(Schedule((0.1,), 1000, 100), **{name: value})
 

@@ -1,4 +1,4 @@
-"""What a notebook and a prompt show: a line or a short table, never more than 20 lines."""
+"""The texts of objects in a prompt and a notebook: a line or a short table of at most 20 lines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ THINGS: dict[str, Callable[[Run], object]] = {
 
 
 @pytest.mark.parametrize("name", THINGS)
-def test_what_a_prompt_shows_is_short(run: Run, name: str) -> None:
+def test_the_text_in_a_prompt_is_short(run: Run, name: str) -> None:
     text = repr(THINGS[name](run))
     assert len(text.splitlines()) <= 20
     assert max(map(len, text.splitlines())) < 600
@@ -52,7 +52,7 @@ def test_what_a_prompt_shows_is_short(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["run", "no run", "plan", "sweep", "figure"])
-def test_what_a_notebook_shows_is_closed_and_names_do_nothing(run: Run, name: str) -> None:
+def test_the_html_in_a_notebook_is_well_formed_and_names_are_escaped(run: Run, name: str) -> None:
     shown = run.plot_errors() if name == "figure" else THINGS[name](run)
     text = shown._repr_html_()  # type: ignore[union-attr]
     assert "<b>" not in text
@@ -64,17 +64,11 @@ def test_what_a_notebook_shows_is_closed_and_names_do_nothing(run: Run, name: st
     parser.feed(text)
     assert open_tags == []
     assert text.count("<tr>") <= 40
-    kinds = {
-        "run": "<th>snapshots</th><td>120</td>",
-        "no run": "no such",
-        "plan": "<div style=",
-        "sweep": "<svg",
-        "figure": "<svg",
-    }
-    assert kinds[name] in text
+    contents = {"run": "<th>snapshots</th><td>120</td>", "no run": "no such", "plan": "<div style="}
+    assert contents.get(name, "<svg") in text
 
 
-def test_a_warning_without_logging_names_the_package_and_comes_once(run: Run) -> None:
+def test_a_warning_without_logging_names_the_package_and_is_printed_once(run: Run) -> None:
     code = """import sys
 from posthoc_cli import Run
 for width in (0.01, 0.01, 0.012):

@@ -1,6 +1,6 @@
-"""The command `ema`: a file a command, each of which parses, calls the library once and prints.
+"""The command `ema`: one file per command, which parses the arguments, calls the library once and prints the result.
 
-Nothing here loads torch or matplotlib before a command needs it, so that help is instant.
+No module of this room loads torch or matplotlib before a command needs it, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ from posthoc_cli.cli import (
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
 from posthoc_cli.targets import FORMS
 
-# typer brings its own click or uses the installed one, depending on its release; this is the base class of all
-# mistakes on the command line in either.
+# typer bundles click or uses the installed one, depending on its release; this is the base class of all usage errors
+# in either case.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
 _LONGEST_LINE = 5_000
 _ARGUMENT = re.compile(r"(?:^|(?<=, )|(?<= and ))(\w+)(?=[, ]|$)")
-"""In the subject of a library's error: "t", "t and step", "beta 0.3"."""
+"""Names of arguments in the subject of a library's error: "t", "t and step", "beta 0.3"."""
 _ADVICE = re.compile(r"`(\w+)`|\b(\w+)=True")
-"""In its hint: "give `layout`", "or overwrite=True"."""
+"""Names of arguments in the hint of a library's error: "give `layout`", "or overwrite=True"."""
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose errors name its options, and the commands that help."""
+    """A command whose errors name its options, and the command that repairs a broken run."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """Not listed: whoever sees the list knows it."""
+        """Return the option --help, hidden: whoever reads the list of options has already used it."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.hidden = True
         return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As of any command, but an empty argument is refused: as a path it would mean the working directory."""
-        given = {} if ctx.resilient_parsing or "" not in args else self.make_parser(ctx).parse_args(args=[*args])[0]
+        """Parse the arguments, but refuse an empty path, which would mean the working directory."""
+        parsed = {} if ctx.resilient_parsing or "" not in args else self.make_parser(ctx).parse_args(args=[*args])[0]
         for argument in self.params:
-            value = given.get(argument.name)
+            value = parsed.get(argument.name)
             if argument.param_type_name == "argument" and (value == "" or (isinstance(value, tuple) and "" in value)):
                 raise InvalidValueError(argument.metavar, files.EMPTY)
         return super().parse_args(ctx, args)
@@ -83,31 +83,31 @@ class _Command(typer.core.TyperCommand):
 
 
 def _options(command: Any) -> dict[str, str]:
-    """The options of a command by the names of its function's arguments."""
+    """Return the options of a command by the names of its function's arguments."""
     return {option.name: option.opts[0] for option in command.params if option.opts[0][:2] == "--"}
 
 
 def _with_options(error: PostHocError, context: Any) -> PostHocError:
-    """A copy of a library's error: arguments are options, and a broken snapshot leads to `ema verify`."""
+    """Return a copy of a library's error that names options for arguments, and `ema verify` for a broken snapshot."""
     changed = copy.copy(error)
     options = _options(context.command)
     if isinstance(error, InvalidValueError) or error.value:
-        changed.subject = _ARGUMENT.sub(lambda found: options.get(found[1], found[1]), error.subject)
+        changed.subject = _ARGUMENT.sub(lambda match: options.get(match[1], match[1]), error.subject)
     if "import with" in error.hint:
         options = _options(context.find_root().command.commands["import"])
-    changed.hint = _ADVICE.sub(lambda found: options.get(found[1] or found[2], found[0]), error.hint)
-    is_ours = Path(error.subject).suffix in ("", ".safetensors")
-    if isinstance(error, FileFormatError | MismatchError) and is_ours and not isinstance(error, VanishedError):
+    changed.hint = _ADVICE.sub(lambda match: options.get(match[1] or match[2], match[0]), error.hint)
+    may_be_snapshot = Path(error.subject).suffix in ("", ".safetensors")
+    if isinstance(error, FileFormatError | MismatchError) and may_be_snapshot and not isinstance(error, VanishedError):
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
             path = None if directory is None else files.expanded(Path(directory))
             if path is not None and error.subject.startswith(f"{path}{os.sep}") and _is_run(path):
-                hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
+                hint = f"`ema verify {directory}` checks every file, and --repair sets broken files aside"
                 return changed.with_hint(hint)
     return changed
 
 
 def _is_run(directory: Path) -> bool:
-    """Whether a tracker has written to a directory; files of others are never set aside."""
+    """Return whether a tracker has written to a directory; files of other programs are never set aside."""
     from posthoc_cli.snapshots.directory import inspect_directory
     from posthoc_cli.snapshots.writer import LOCK_NAME
 
@@ -125,17 +125,17 @@ app = typer.Typer(
 for _module in (
     synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, import_, audit, demo, guide,
 ):  # fmt: skip
-    # The function of a command has the name of its file.
+    # A command's function is named as its file is.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
     _name = _function.__name__.strip("_").replace("_", "-")
-    # Each paragraph of its help in one line, which is wrapped to the terminal; each example in lines of its own.
+    # Each paragraph of the help becomes one line, which is wrapped to the terminal; each example starts a new line.
     _text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or ""))
     _examples = _module.EPILOG.replace("   or   ", "\n\nor:       ")
     app.command(_name, cls=_Command, help=_text, epilog=_examples)(_function)
 
 
 def _names(incomplete: str) -> list[str]:
-    """Names of commands, for completion in a shell."""
+    """Return the names of commands that begin with `incomplete`, for completion in a shell."""
     root: Any = typer.main.get_command(app)
     return [name for name in root.commands if name.startswith(incomplete)]
 
@@ -145,14 +145,14 @@ def _help(
     context: typer.Context,
     command: str | None = Argument(None, metavar="COMMAND", autocompletion=_names, help="A command, or targets."),
 ) -> None:
-    """Show the help of a command, or of all.
+    """Show the help of a command, or list all commands.
 
     ema help targets lists the kinds of averages that --target names.
     """
     if command == "targets":
         width = "0.15", "sigma_rel: the width of a power function, as a fraction of training time"
         output.print_pairs([width, *FORMS.values()])
-        output.print_line("each also as a list, such as 0.05,0.10, or a range START:STOP:STEP; of a decay 5%:50%:5%")
+        output.print_line("each value may be a list, such as 0.05,0.10, or a range START:STOP:STEP, such as 5%:50%:5%")
         return
     root: Any = context.find_root().command
     root.main([*([] if command is None else [command]), "--help"], prog_name="ema", standalone_mode=False)
@@ -177,11 +177,11 @@ def _root(
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    0: done. 1: a failed check, or an error at run time. 2: the command line is wrong: an unknown option, a value out
-    of range, a path that does not exist or is of another kind, an output whose folder does not exist. 130:
-    interrupted. 143, 129: SIGTERM, SIGHUP. 141: the reader of the output has closed it, as `head` does.
+    Exit codes: 0: done. 1: a failed check, or an error at run time. 2: the command line is wrong: an unknown option, a
+    value out of range, a path that does not exist or is of another kind, an output whose folder does not exist. 130:
+    interrupted. 143, 129: ended by SIGTERM, SIGHUP. 141: the reader of the output has closed it, as `head` does.
     """
-    # Solves are small: threads of BLAS take longer to start than the work does. Read when NumPy is first imported.
+    # Solves are small: BLAS threads take longer to start than to compute. NumPy reads this when it is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = sys.argv[1:] or ["--help"]
     debug = _DEBUG in arguments
@@ -199,7 +199,7 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
-        code = _reader_has_gone()
+        code = _broken_pipe_code()
     except PostHocError as error:
         if debug:
             raise
@@ -213,22 +213,22 @@ def main() -> NoReturn:
             _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         _print_message("error", where + (error.strerror or str(error)).lower())
-    except SystemExit as ended:
-        if not isinstance(ended.__context__, BrokenPipeError):  # click turns that into exit code 1
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, BrokenPipeError):  # click turns a broken pipe into exit code 1
             raise
-        code = _reader_has_gone()
+        code = _broken_pipe_code()
     except _USAGE_ERROR as error:
         code = 2
         context = getattr(error, "ctx", None)
         see = "" if context is None else f" (see {context.command_path} --help)"
         _print_message("error", f"{error.format_message()}{see}")
-    if code == 130:  # typer may return it
+    if code == 130:  # from the handler above, or returned by typer
         output.print_note("ema: interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _print_message(kind: str, message: object) -> None:
-    """One line of limited length."""
+    """Print a message to stderr as one line of limited length."""
     line = printable(" ".join(str(message).split()))
     output.print_note(f"ema: {kind}: {line[:_LONGEST_LINE]}{'...' * (len(line) > _LONGEST_LINE)}")
 
@@ -243,18 +243,19 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
         output.print_note(line)
 
 
-def _reader_has_gone() -> int:
-    """The exit code of a process that SIGPIPE ended; the interpreter closes a stream that works."""
+def _broken_pipe_code() -> int:
+    """Discard further output, and return the exit code that a shell reports after SIGPIPE."""
     _drop_output()
     return 128 + 13
 
 
 def _drop_output() -> None:
+    """Redirect stdout to /dev/null, so that the interpreter can flush and close it without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_streams() -> None:
-    """Replace streams that the caller has closed; escape names that the terminal's encoding lacks."""
+    """Replace streams that the caller has closed, and escape characters that the encoding of stdout lacks."""
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
@@ -263,17 +264,17 @@ def _prepare_streams() -> None:
 
 
 def _allow_many_files() -> None:
-    """Raise the limit of open files as far as allowed: a run may have more snapshots than the usual 1,024."""
-    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if most == resource.RLIM_INFINITY else min(65_536, most)
+    """Raise the limit of open files: a run may have more snapshots than the usual limit of 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     with suppress(ValueError, OSError):  # some systems allow less than they report
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def _clean_up_on_signals() -> None:
-    """End as after an error, with nothing partial left, on SIGTERM and when the terminal closes."""
+    """Exit as after an error, without partial outputs, on SIGTERM and when the terminal closes."""
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores SIGHUP
         signal.signal(signal.SIGHUP, _terminate)
 
 

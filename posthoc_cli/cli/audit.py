@@ -1,4 +1,4 @@
-"""`ema audit`: which decay an average really has, against what it claims."""
+"""`ema audit`: which decay an average really has, compared with the decay that it claims."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EPILOG = "Example:  ema audit checkpoints --claimed 0.9999 --out audit.png"
 def audit(
     directory: Path = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights, or snapshots."),
     claimed: float | None = values.RUN(
-        None, metavar="DECAY", show_default="as the files or an import say", help="The decay that it should have."
+        None, metavar="DECAY", show_default="from the files or the import", help="The decay that it should have."
     ),
     out: Path | None = values.PICTURE,
     overwrite: bool = values.OVERWRITE,
@@ -30,22 +30,22 @@ def audit(
 ) -> None:
     """Find which decay an average really has.
 
-    Compares averages with the weights beside them, from one checkpoint to the next, on a sample of a million elements.
-    Shows the decay of each interval, and what is wrong: a wrong sign, an update once a microbatch, an average that does
-    not move or that began again at a resume. For a tracker's snapshots it shows the sigma_rel.
+    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of a million elements.
+    Shows the decay of each interval, and what is wrong: a wrong sign, an update per microbatch, an average that does
+    not move or that was restarted at a resume. For a tracker's snapshots it shows the sigma_rel.
 
     Exit code 1 if an average is not what it claims to be.
     """
     run = values.open_run(directory, directory=False)
     audits = run.audit(claimed, out=out, overwrite=overwrite)
     if as_json:
-        output.print_json({"audits": [one.to_dict() for one in audits]})
+        output.print_json({"audits": [audit.to_dict() for audit in audits]})
     else:
-        for one in audits:
-            _print(one)
+        for audit in audits:
+            _print(audit)
         if out is not None and audits[0].intervals:
             output.print_line(f"wrote {files.expanded(out)}")
-    if any(one.is_bad for one in audits):
+    if any(audit.is_bad for audit in audits):
         raise typer.Exit(1)
 
 
@@ -53,10 +53,12 @@ def _print(audit: Audit) -> None:
     is_decay = audit.what == "decay"
     columns = ["from", "to", "found", *["claimed", "ratio"] * (audit.claimed is not None), "unexplained", "note"]
     rows = []
-    for one in audit.intervals:
-        found = "-" if math.isnan(one.found) else f"{one.found:,.4g}"
-        claim = [] if one.claimed is None else [f"{one.claimed:,.4g}", f"{one.found / one.claimed:.3g}"]
-        rows.append([f"{one.begin:,.12g}", f"{one.end:,.12g}", found, *claim, percent(one.unexplained), one.note])
+    for interval in audit.intervals:
+        times = [f"{t:,.12g}" for t in (interval.begin, interval.end)]
+        found, claimed = interval.found, interval.claimed
+        claim = [] if claimed is None else [f"{claimed:,.4g}", f"{found / claimed:.3g}"]
+        measured = "-" if math.isnan(found) else f"{found:,.4g}"
+        rows.append([*times, measured, *claim, percent(interval.unexplained), interval.note])
     if rows:
         of = f" of {audit.name}" * bool(audit.name)
         output.print_line(f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}")

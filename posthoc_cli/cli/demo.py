@@ -17,19 +17,17 @@ EPILOG = "Example:  ema demo --out ema-demo"
 
 
 def demo(
-    out: Path = values.OUTPUT(
-        "ema-demo", "--out", "-o", help="The folder for everything that the demo makes; new, or empty."
-    ),
+    out: Path = values.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
     overwrite: bool = values.flag(
-        values.OUTPUT, "--overwrite", help="Replace an earlier demo in that folder; other files stay."
+        values.OUTPUT, "--overwrite", help="Replace an earlier demo in that folder; other files are kept."
     ),
     as_json: bool = values.JSON,
     steps: str = values.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
 ) -> None:
     """Train a small diffusion model and choose its average.
 
-    Takes less than a minute. Trains with the hook on made-up images, synthesizes averages of many lengths, measures
-    the validation loss of each, draws pictures, and compares with averages that were tracked directly. Prints every
+    Takes less than a minute. Trains with the hook on generated images, synthesizes averages of many lengths, measures
+    the validation loss of each, draws pictures, and compares the averages with directly tracked ones. Prints every
     ema command that it runs; downloads nothing.
     """
     from posthoc_cli.demo import run
@@ -44,7 +42,7 @@ def demo(
 def _print(result: Result) -> None:
     found, raw = result.sweep, result.sweep.raw or 0.0
     print_line()
-    print_line("Which length is best? The loss on images that training never saw:")
+    print_line("Which length is best? The loss on images that the training has not seen:")
     rows = [["raw weights", f"{raw:.5f}", "", ""]]
     for trial in found.trials:
         if trial.x and trial.value is not None:
@@ -57,7 +55,7 @@ def _print(result: Result) -> None:
     print_line("Is it the true average? Distance to averages tracked during training, in float64:")
     rows = [[f"{c.sigma_rel:g}", f"{c.relative_error:.1e}", f"{c.raw_distance:.1e}"] for c in result.checks]
     output.print_table(["sigma_rel", "synthesized", "raw weights"], rows)
-    print_line("relative L2 distance over all parameters; storing snapshots in float16 alone makes about 2e-4 of it")
+    print_line("relative L2 distance over all parameters; storing snapshots in float16 alone accounts for about 2e-4")
     folder = result.folder
     mine, plan = folder.root / "mine.safetensors", folder.root / "plan.png"
     print_line()

@@ -16,7 +16,7 @@ WIDEST = 120
 
 
 def _read_guides() -> dict[str, str]:
-    """Markdown source of each guide, by name."""
+    """Return the Markdown source of each guide by name."""
     pages = (files("posthoc_cli") / "guides").iterdir()
     return {page.name[:-3]: page.read_text("utf-8") for page in sorted(pages, key=lambda page: page.name)}
 
@@ -31,12 +31,12 @@ def guide(
 ) -> None:
     """Show a guide, or list the guides.
 
-    On a terminal the page is rendered, in the pager; in a pipe it is the Markdown source.
+    On a terminal the guide is rendered and shown in the pager; in a pipe the Markdown source is printed.
     """
     guides = _read_guides()
     if name is not None:
         check_word("guide", name, guides)
-    # Each begins with a line such as "# Training: record averages while a model trains".
+    # Each guide begins with a line such as "# Training: record averages while a model trains".
     about = {page: source.splitlines()[0].partition(": ")[2] for page, source in guides.items()}
     if as_json:
         chosen = guides if name is None else [name]
@@ -50,7 +50,7 @@ def guide(
         from rich.console import Console
         from rich.markdown import Markdown
 
-        os.environ.setdefault("LESS", "-RFX")  # with colours, and no pager for what fits the screen
+        os.environ.setdefault("LESS", "-RFX")  # show colours, and quit at once if the text fits the screen
         console = Console(width=min(Console().width, WIDEST))
         with console.pager(styles=True):
             console.print(Markdown(guides[name], hyperlinks=False))

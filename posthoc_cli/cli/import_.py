@@ -1,4 +1,4 @@
-"""`ema import`: a run of other programs' checkpoints and averages, with the settings that their files do not hold."""
+"""`ema import`: a run of other programs' checkpoints and averages, with settings that their files do not contain."""
 
 from __future__ import annotations
 
@@ -18,64 +18,64 @@ EPILOG = "Example:  ema import old --sigma-rels 0.05,0.28 --update-every 10 --ou
 
 def import_(
     directory: Path = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."),
-    out: Path | None = values.OUTPUT(None, "--out", "-o", metavar="RUN", help="The run to make: a folder."),
+    out: Path | None = values.OUTPUT(None, "--out", "-o", metavar="RUN", help="The folder of the new run."),
     kind: str | None = values.RUN(
         None,
         "--from",
         metavar="KIND",
         autocompletion=values.one_of(*KINDS),
         show_default="found by names and contents",
-        help=f"What DIR holds: {', '.join(KINDS)}.",
+        help=f"What DIR contains: {', '.join(KINDS)}.",
     ),
     step_from: str | None = values.RUN(
-        None, metavar="PATTERN", show_default="content or name", help=r"A regular expression of the steps: 'step(\d+)'."
+        None, metavar="PATTERN", show_default="content or name", help=r"A pattern of the steps in names: 'step(\d+)'."
     ),
     prefix: str = values.RUN(
-        "", help="Take the tensors whose names begin with this, such as model., and leave it out of the names."
+        "", help="Take only tensors whose names begin with this prefix, such as model., and remove it from the names."
     ),
-    include: list[str] = values.RUN([], metavar="GLOB", help="Take tensors of these names only."),
-    exclude: list[str] = values.RUN([], metavar="GLOB", help="Leave tensors of these names out."),
-    sigma_rels: str | None = values.RUN(None, help="The averages' widths, in the order of their numbers: 0.05,0.28."),
-    update_every: int | None = values.RUN(None, help="Calls from one update of the averages to the next."),
+    include: list[str] = values.RUN([], metavar="GLOB", help="Take only tensors with these names."),
+    exclude: list[str] = values.RUN([], metavar="GLOB", help="Leave out tensors with these names."),
+    sigma_rels: str | None = values.RUN(None, help="Widths of the averages, in the order of their numbers: 0.05,0.28."),
+    update_every: int | None = values.RUN(None, help="Steps between two updates of the averages."),
     update_after_step: int | None = values.RUN(
-        None, show_default="the library's", help="Calls before the first update of the averages."
+        None, show_default="the library's", help="Steps before the first update of the averages."
     ),
     ema_decay: str | None = values.RUN(
         None,
         metavar="DECAY",
-        show_default="the files', else found by comparing",
+        show_default="from the files, else by comparison",
         help="The decay of ordinary EMAs: 0.9999, or half-life:500000.",
     ),
     ema_warmup: str | None = values.RUN(
         None,
         metavar="RULE",
         autocompletion=values.one_of("ratio", "power", "ramp-up"),
-        show_default="the files', else found by comparing",
-        help="How their decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); or EDM's "
+        show_default="from the files, else by comparison",
+        help="How the decay rises: ratio, (1 + n) / (10 + n); power, 1 - (1 + n)^-2/3 (power:0.75: ^-0.75); or EDM's "
         "ramp-up.",
     ),
     ema_restarts: list[int] = values.RUN(
         [],
         metavar="STEP",
-        show_default="found by comparing",
-        help="A step at which they began again from the weights.",
+        show_default="by comparison",
+        help="A step at which the EMAs were restarted from the weights. Repeatable.",
     ),
-    steps_per_epoch: int | None = values.RUN(None, help="For files of EMAs that say only their epoch."),
+    steps_per_epoch: int | None = values.RUN(None, help="Steps per epoch, for files that contain only their epoch."),
     copy: bool = values.flag(
-        values.OUTPUT, "--copy", help="Write copies with checksums, in place of referring to the files."
+        values.OUTPUT, "--copy", help="Write copies with checksums instead of references to the files."
     ),
     overwrite: bool = values.flag(
-        values.OUTPUT, "--overwrite", help="Replace an import of something else, or with other settings."
+        values.OUTPUT, "--overwrite", help="Replace an import of other files, or with other settings."
     ),
     dry_run: bool = values.flag(values.OUTPUT, "--dry-run", help="Show what was found; write nothing."),
     as_json: bool = values.JSON,
 ) -> None:
     """Make a run of other programs' checkpoints.
 
-    Needed where the files do not say all, such as an update_every: say it here once, and every command takes RUN.
+    Needed if the files lack a setting, such as update_every: give it here once, and every command takes RUN.
 
-    RUN is a manifest of a few kB that refers to the files where they are: move both together. With --copy it holds
-    copies with checksums, all or none. The same call again does nothing, or takes in what has changed in DIR.
+    RUN is a manifest of a few kB that refers to the files by path: move both together. With --copy it contains
+    copies with checksums, all or none. Repeat the call to take in what has changed in DIR.
     """
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
@@ -91,7 +91,7 @@ def import_(
 
 
 def _decay(text: str) -> float | str:
-    """A number, or what the library makes of it."""
+    """Return a number, or the text for the library to interpret."""
     try:
         return float(text)
     except ValueError:

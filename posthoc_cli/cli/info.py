@@ -1,4 +1,4 @@
-"""`ema info`: what a directory or a file holds, and what is wrong with it."""
+"""`ema info`: what a directory or a file contains, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def info(
     ),
     as_json: bool = values.JSON,
 ) -> None:
-    """Show what a directory or a file holds.
+    """Show what a directory or a file contains.
 
-    Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
+    Reads headers only. Exit code 1 if a directory has a problem, such as mixed runs or damaged headers. ema verify
     checks every byte.
     """
     report = values.open_run(path, directory=False).info()
@@ -75,19 +75,19 @@ def _print_outputs(outputs: list[dict[str, Any]]) -> None:
 
 
 def _print_checkpoints(checkpoints: list[dict[str, Any]]) -> None:
-    """All, or the first and the last ones."""
+    """Print a table of all checkpoints, or of the first and the last five."""
     shown = checkpoints if len(checkpoints) <= output.MOST_ROWS else [*checkpoints[:5], *checkpoints[-5:]]
     rows = []
-    for one in shown:
-        rows.append([brief_text(one["file"]), f"{one['t']:,.12g}", one["holds"], resources.size_text(one["bytes"])])
+    for file in shown:
+        rows.append([brief_text(file["file"]), f"{file['t']:,.12g}", file["holds"], resources.size_text(file["bytes"])])
     output.print_line()
     output.print_table(["checkpoint", "t", "holds", "size"], rows, left=["checkpoint", "holds"])
     output.print_rest(len(checkpoints) - len(shown))
 
 
 def _print_coefficients(snapshots: list[dict[str, Any]]) -> None:
-    values = [one["coefficient"] for one in snapshots]
-    texts = [f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}" for value in values]
-    rows = [[brief_text(one["file"]), text] for one, text in zip(snapshots, texts, strict=True)]
+    coefficients = [snapshot["coefficient"] for snapshot in snapshots]
+    texts = [f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}" for value in coefficients]
+    rows = [[brief_text(snapshot["file"]), text] for snapshot, text in zip(snapshots, texts, strict=True)]
     output.print_line()
-    output.print_largest(["snapshot", "coefficient"], rows, values)
+    output.print_largest(["snapshot", "coefficient"], rows, coefficients)

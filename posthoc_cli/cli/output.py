@@ -1,4 +1,4 @@
-"""What commands print: tables and JSON on stdout, progress and messages on stderr."""
+"""The output of commands: tables and JSON on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from posthoc_cli.progress import ProgressBar
 
 STDOUT = "standard output"
 MOST_ROWS = 10
-"""Rows of a long table that are shown; --json has all."""
+"""The number of rows that are shown of a long table; --json lists all."""
 _LONGEST_WORD = 12
-"""Columns of a word that is not wrapped within, in a table that is too wide for the terminal."""
+"""The longest word, in columns, that is never broken in a table too wide for the terminal."""
 
 
 def write(text: str, flush: bool = False) -> None:
-    """Write to stdout; an OSError names it."""
+    """Write to stdout, and flush it if asked; an OSError names standard output as the file."""
     try:
         sys.stdout.write(text)
         if flush:
@@ -38,9 +38,9 @@ def write(text: str, flush: bool = False) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
-    """An aligned table without rules; columns named in `left` are text, the others numbers.
+    """Print an aligned table without rules; columns named in `left` are text, all others are numbers.
 
-    On a narrow terminal texts and titles are wrapped; a number never is, and nothing is cut off.
+    On a narrow terminal texts and titles are wrapped, but numbers are not; nothing is cut off.
     """
     lines = [[*map(printable, line)] for line in (columns, *rows)]
     widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
@@ -52,19 +52,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
         title = column if fits else column.replace(" ", "\n")
         if column in left:
             longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
-            least = min(longest, _LONGEST_WORD)
-            table.add_column(Text(title), overflow="fold", min_width=least)
+            min_width = min(longest, _LONGEST_WORD)
+            table.add_column(Text(title), overflow="fold", min_width=min_width)
         else:
-            least = max(map(cell_len, [*cells, *title.split("\n")]))
-            table.add_column(Text(title), justify="right", no_wrap=True, min_width=least)
-        total += least
+            min_width = max(map(cell_len, [*cells, *title.split("\n")]))
+            table.add_column(Text(title), justify="right", no_wrap=True, min_width=min_width)
+        total += min_width
     for line in lines[1:]:
         table.add_row(*map(Text, line))
     _print(table, total)
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Names and values, aligned; on a terminal long values are wrapped below their start."""
+    """Print names and values in two aligned columns; on a terminal long values are wrapped within their column."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, min_width=max(cell_len(name) for name, _ in pairs))
     table.add_column(overflow="fold")
@@ -73,9 +73,9 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     _print(table)
 
 
-def _print(table: Table, least: int = 0) -> None:
-    """On stdout, without spaces at the ends of lines; `least` columns wide, since rich drops what has no room."""
-    console = Console(width=max(least, _terminal_width()), highlight=False)
+def _print(table: Table, min_width: int = 0) -> None:
+    """Print to stdout without trailing spaces, at least `min_width` columns wide: rich drops cells that do not fit."""
+    console = Console(width=max(min_width, _terminal_width()), highlight=False)
     with console.capture() as captured:
         console.print(table, crop=False)
     for line in captured.get().splitlines():
@@ -83,22 +83,22 @@ def _print(table: Table, least: int = 0) -> None:
 
 
 def _terminal_width() -> int:
-    """Columns of the terminal; practically unlimited in a pipe."""
+    """Return the width of the terminal in columns; practically unlimited in a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
 def print_line(text: str = "") -> None:
-    """One line on stdout, flushed."""
+    """Print one line to stdout and flush it."""
     write(f"{printable(text)}\n", flush=True)
 
 
 def print_note(text: str) -> None:
-    """One line on stderr."""
+    """Print one line to stderr."""
     sys.stderr.write(f"{printable(text)}\n")
 
 
 def warn_of_statistics(copies: Iterable[str]) -> None:
-    """Say on stderr what to do about the running statistics among the names of copies."""
+    """Print to stderr what to do about BatchNorm statistics, if the names of copied tensors contain any."""
     from posthoc_cli.snapshots.selection import statistics_notice
 
     if notice := statistics_notice(copies):
@@ -106,27 +106,27 @@ def warn_of_statistics(copies: Iterable[str]) -> None:
 
 
 def print_rest(count: int, what: str = "") -> None:
-    """Say how many rows a table lacks."""
+    """Print how many rows a table leaves out, if any."""
     if count > 0:
         print_line(f"and {count:,} more {what}".rstrip() + "; --json lists them")
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object to stdout."""
     write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
 
 
 def print_report(report: Any, as_json: bool, show: Callable[..., None], *arguments: Any) -> None:
-    """A report: itself or what its `to_dict` gives as JSON, or for people by `show`, with these arguments."""
+    """Print a report: as JSON (the dict itself, or its `to_dict()`), or as text by `show(report, *arguments)`."""
     if as_json:
         print_json(report if isinstance(report, dict) else report.to_dict())
     else:
         show(report, *arguments)
 
 
-def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:
-    """Say what a command that changes files has done to `things`, or would do; `past` is its verb."""
-    if not things:
+def print_outcome(affected: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:
+    """Print what a command has done, or would do, to the affected files; `past` is the past participle of its verb."""
+    if not affected:
         print_line(f"nothing has to be {past}")
     elif done:
         print_line(did)
@@ -135,7 +135,7 @@ def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str
 
 
 def print_largest(columns: Sequence[str], rows: Sequence[Sequence[str]], values: Sequence[float]) -> None:
-    """A table of the rows whose values, the coefficients, are largest in size, in the order of the rows."""
+    """Print a table of the rows whose coefficients, `values`, have the largest magnitude, in the order of the rows."""
     order = sorted(range(len(values)), key=lambda index: -abs(values[index]))
     shown = sorted(order[:MOST_ROWS])
     print_table(columns, [rows[index] for index in shown], left=columns[:1])
@@ -143,18 +143,18 @@ def print_largest(columns: Sequence[str], rows: Sequence[Sequence[str]], values:
 
 
 def counted(count: int, what: str) -> str:
-    """A number of things: "1 file", "1,200 files"."""
+    """Return a count with its noun: "1 file", "1,200 files"."""
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def log_to_stderr() -> None:
-    """Show the library's warnings, each once."""
+    """Print the library's warnings to stderr, each once."""
     show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {text}"))
     logging.basicConfig(handlers=[show], force=True)
 
 
 def progress_bar(unit: str = "") -> ProgressBar:
-    """Progress on a terminal's stderr, in bytes if no other `unit`."""
+    """Return a progress bar for a terminal's stderr, which counts bytes unless `unit` names something else."""
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -169,8 +169,8 @@ def progress_bar(unit: str = "") -> ProgressBar:
 
 
 @contextmanager
-def standing() -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on a terminal's stderr, and the function that says what is done, and how many of how many are."""
+def status_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show a bar on a terminal's stderr; the yielded function takes the current action, the progress and its total."""
     words = live.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     left = live.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
     since = live.TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7))

@@ -1,4 +1,4 @@
-"""`ema plan`: what to track and store, before training, for the averages that will be wanted."""
+"""`ema plan`: which averages to track and store, chosen before training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def plan(
     params: str = values.RUN(
         ..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."
     ),
-    max_size: str = values.RUN(..., metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB."),
+    max_size: str = values.RUN(..., metavar="SIZE", help="The most disk space for all snapshots: 60GB, 500MiB."),
     like: Path | None = values.LIKE,
     sigma_range: str = values.SIGMA_RANGE,
     max_error: str = values.TARGETS(
-        "0.05%", metavar="ERROR", help="The accepted worst predicted error; of schedules below it the cheapest is best."
+        "0.05%", metavar="ERROR", help="The largest accepted predicted error; the cheapest schedule within it is best."
     ),
     sigma_rels: str | None = values.HOW(None, show_default="the best", help="Track these widths, such as 0.05,0.28."),
     dtype: str | None = values.HOW(
@@ -37,7 +37,7 @@ def plan(
         None, metavar="COUNT", show_default="the best", help="Steps between snapshots."
     ),
     max_checkpoints: str | None = values.HOW(
-        None, metavar="COUNT", show_default="the best, up to 64", help="Snapshots a profile."
+        None, metavar="COUNT", show_default="the best, up to 64", help="Snapshots per profile."
     ),
     out: Path | None = values.PICTURE,
     overwrite: bool = values.OVERWRITE,
@@ -45,15 +45,15 @@ def plan(
 ) -> None:
     """Propose what to track and store before training.
 
-    Finds the schedule that writes and updates least and whose worst predicted error in the range is at most
-    --max-error; if the disk does not allow that, the one with the smallest error. Also shows alternatives (the best of
-    each dtype, and of one, two and three profiles), with the snapshots kept of each profile and the steps between
-    them, and prints the call to paste.
+    Finds the schedule with the fewest writes and updates whose worst predicted error in the range is at most
+    --max-error, or the one with the smallest error if the disk space is too small for that. Also shows alternatives
+    (the best of each dtype, and of one, two and three profiles), with the snapshots kept of each profile and the steps
+    between them, and prints the call to paste.
 
     Errors assume that the network moves evenly, as a random walk that covers a quarter of the norm of its weights
-    during training. --like takes the motion of an earlier run instead, stretched over --steps, and the rounding of
-    its stored averages. Disk is the size of all averages while the last ones are written: one more of each profile
-    than is kept. Headers and buffers are not counted.
+    during training. --like uses the motion of an earlier run instead, stretched over --steps, and the rounding of
+    its stored averages. The disk space is that of all averages while the last ones are written: one more of each
+    profile than is kept. Headers and buffers are not counted.
     """
     from posthoc_cli.planning import Task
     from posthoc_cli.run import plan_training
@@ -71,7 +71,7 @@ def plan(
         max_checkpoints=values.optional(values.parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )
     earlier = None if like is None else values.open_run(like)
-    with output.standing() as watch:
+    with output.status_bar() as watch:
         watch("looking for the best schedules", 0, None)
         report = plan_training(task, earlier, out, overwrite)
     output.print_report(report, as_json, _print, out)
@@ -90,7 +90,7 @@ def _print(report: PlanReport, out: Path | None) -> None:
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {report.assumption}")
     best = report.proposals[0]
     if best.last_step < report.task.steps:
-        output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {report.task.steps:,}")
+        output.print_line(f"the best schedule's last snapshot is at step {best.last_step:,} of {report.task.steps:,}")
     output.print_line()
     for line in best.call().splitlines():
         output.print_line(line)

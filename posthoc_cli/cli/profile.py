@@ -1,4 +1,4 @@
-"""`ema profile`: sigma_rel, gamma, mean age and the classical beta, both ways."""
+"""`ema profile`: conversion between sigma_rel, gamma, mean age and the beta of a classical EMA."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ _COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g
 
 
 def profile(
-    sigma_rel: str | None = values.TARGETS(
-        None, show_default="a table of usual ones", help="Widths: a number, list or range."
-    ),
+    sigma_rel: str | None = values.TARGETS(None, show_default="common widths", help="Widths: a number, list or range."),
     target: str | None = values.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help="The other way: classical EMAs, as beta:0.9999 or half-life:5000, a list or range; needs --steps.",
+        help="Classical EMAs to convert: beta:0.9999 or half-life:5000, a list or range; needs --steps.",
     ),
     steps: str | None = values.HOW(
         None, metavar="COUNT", show_default="1000", help="Length of training, in steps: 100000, 1e5."
@@ -31,15 +29,15 @@ def profile(
 ) -> None:
     """Convert between sigma_rel and a classical beta.
 
-    A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function with the same
-    mean age after that many steps: beta / (1 - beta) steps. sigma_rel ends at 0.2887, the uniform average; a table
+    A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function that has the same
+    mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is 0.2887, the uniform average; a table
     with a beta for sigma_rel 0.40 is wrong.
     """
     from posthoc_cli.profiles import convert
 
     check_alone(sigma_rel=sigma_rel, target=target)
     if target is not None and steps is None:
-        reason = "is missing: a decay has another sigma_rel for each length of training"
+        reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = values.parse_count(steps or "1000", "--steps")
     widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if target is None else []
@@ -53,9 +51,9 @@ def profile(
 
 
 def _betas(text: str) -> list[float]:
-    """The decays that `--target` names."""
+    """Return the decays that `--target` names."""
     targets = parse_targets(text, "--target")
-    betas = [one.beta for one in targets if isinstance(one, Beta | HalfLife)]
+    betas = [target.beta for target in targets if isinstance(target, Beta | HalfLife)]
     if len(betas) < len(targets):
         raise bad("--target", text, "must be beta:0.9999 or half-life:5000, also a list or a range")
     return betas

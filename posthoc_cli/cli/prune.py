@@ -19,10 +19,10 @@ EPILOG = "Example:  ema prune run/ema --keep 20 --dry-run   or   ema prune run/e
 
 def prune(
     directory: Path = values.DIRECTORY,
-    keep: str | None = values.HOW(None, metavar="COUNT", help="Keep this number of snapshots of each profile; or"),
-    max_size: str | None = values.HOW(None, metavar="SIZE", help="as many as fit: 10GB, 500MiB; or"),
+    keep: str | None = values.HOW(None, metavar="COUNT", help="Keep this number of snapshots of each profile."),
+    max_size: str | None = values.HOW(None, metavar="SIZE", help="Or keep as many as fit: 10GB, 500MiB."),
     max_error: str | None = values.HOW(
-        None, metavar="ERROR", help="as few as keep the worst predicted error in the range within this: 1e-3."
+        None, metavar="ERROR", help="Or keep as few as hold the worst predicted error in the range to this: 1e-3."
     ),
     yes: bool = values.YES,
     dry_run: bool = values.flag(values.HOW, "--dry-run", help="Show what would be deleted; delete nothing."),
@@ -32,33 +32,33 @@ def prune(
     """Delete the snapshots that matter least.
 
     Shows which snapshots would be deleted and the predicted error over the range without them, then asks. The newest
-    snapshot of each profile stays. Deletes only after every remaining snapshot was read and verified, and never while a
-    tracker writes to the directory; an interruption leaves a valid directory.
+    snapshot of each profile is kept. Deletes only after every remaining snapshot was read and verified, and never while
+    a tracker writes to the directory; an interruption leaves a valid directory.
     """
     from posthoc_cli.run import Run
     from posthoc_cli.snapshots.writer import file_bytes
 
     check_alone(1, keep=keep, max_size=max_size, max_error=max_error)
-    count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
+    count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile is kept")
     error = values.optional(values.parse_max_error, max_error)
-    wanted = values.parse_sigma_range(sigma_range)
+    ends = values.parse_sigma_range(sigma_range)
     directory = values.existing(directory, directory=True)
     values.check_confirmation(yes or dry_run, as_json, "; --dry-run shows what would be deleted")
 
     def agree(planned: Pruning) -> bool:
         if not as_json:
-            _print(planned, wanted)
+            _print(planned, ends)
         return yes or typer.confirm(f"delete {output.counted(len(planned.gone), 'snapshot')} for good?", err=True)
 
     pruning = Run(directory).prune(
-        keep=count, max_size=max_size, max_error=error, sigma_range=wanted, dry_run=dry_run, agree=agree,
+        keep=count, max_size=max_size, max_error=error, sigma_range=ends, dry_run=dry_run, agree=agree,
         progress=output.progress_bar(),
     )  # fmt: skip
     if as_json:
         output.print_json(pruning.to_dict())
     else:
         if dry_run or not pruning.gone:
-            _print(pruning, wanted)
+            _print(pruning, ends)
         what = f"{output.counted(len(pruning.gone), 'snapshot')}, {resources.size_text(file_bytes(pruning.gone))}"
         did = f"deleted {what}; {len(pruning.kept)} are left, verified"
         output.print_outcome(pruning.gone, pruning.deleted, dry_run, f"delete {what}", did, "deleted")
@@ -74,12 +74,12 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
             [s.path.name, f"{s.info.t:,.12g}", f"{s.info.sigma_rel:g}", resources.size_text(s.header.file_bytes)]
             for s in sorted(pruning.gone, key=lambda snapshot: (snapshot.info.t, snapshot.info.sigma_rel))
         ]
-        output.print_table(["would go", "t", "sigma_rel", "size"], rows, left=["would go"])
+        output.print_table(["to delete", "t", "sigma_rel", "size"], rows, left=["to delete"])
         output.print_line()
     table = []
     for when, group, errors in (
         ("now", (*pruning.kept, *pruning.gone), pruning.before),
-        ("then", pruning.kept, pruning.after),
+        ("afterwards", pruning.kept, pruning.after),
     ):
         numbers = map(percent, (errors.worst, errors.median))
         table.append([when, str(len(group)), resources.size_text(file_bytes(group)), *numbers])

@@ -1,4 +1,4 @@
-"""`ema report`: a page about runs and sweeps."""
+"""`ema report`: an HTML page about runs and sweeps."""
 
 from __future__ import annotations
 
@@ -24,25 +24,26 @@ EPILOG = (
 
 def report(
     directories: list[Path] = Argument(
-        [], metavar="DIR", help="The directory that the tracker wrote, or of checkpoints; several are compared."
+        [], metavar="DIR", help="A directory of snapshots or of checkpoints; several are compared."
     ),
     sweep: list[Path] = values.RUN(
-        [], metavar="DIR", help="The folder of a sweep of such a run, as ema sweep wrote it; again for another one."
+        [], metavar="DIR", help="The folder that ema sweep has written for such a run. Repeatable."
     ),
     checkpoints: str | None = values.CHECKPOINTS,
     out: Path = values.OUTPUT("report.html", "--out", "-o", help="The page."),
     watch: bool = values.flag(
         values.OUTPUT,
         "--watch",
-        help="Make the page again when snapshots or trials appear, until Ctrl-C. It reloads by itself meanwhile.",
+        help="Update the page when snapshots or trials appear, until Ctrl-C; the open page reloads by itself.",
     ),
     overwrite: bool = values.OVERWRITE,
     as_json: bool = values.JSON,
 ) -> None:
     """Make a page about a run and its best length.
 
-    One HTML file that needs no network: what the run is, the metric against the length with its noise, how exact each
-    length is, how the network moved, all trials, and the commands to repeat it. Several runs or sweeps are compared.
+    Writes one HTML file that needs no network: what the run is, the metric against the length with its noise, how exact
+    each length is, how the network moved, all trials, and the commands to repeat them. Several runs or sweeps are
+    compared.
     """
     from posthoc_cli.report import render
     from posthoc_cli.run import new_file
@@ -65,28 +66,28 @@ def report(
 
 
 _TICK = 2
-"""Seconds between looks at the directories, and between reloads of a page."""
+"""Seconds between checks of the directories, and between reloads of a page."""
 
 
 def _watch(runs: list[Run], sweeps: list[Path], page: Path) -> NoReturn:
-    """Write the page whenever something has changed, until interrupted; then so that it reloads no longer."""
+    """Write the page whenever a directory has changed, until interrupted; the last version does not reload itself."""
     from posthoc_cli.report import render
     from posthoc_cli.sweep.results import RESULT
 
     def write(reload: int | None) -> None:
-        swept = [folder for folder in sweeps if (folder / RESULT).exists()]
-        files.write_whole(page, render(runs, swept, page, reload).encode(), overwrite=True)
+        finished = [folder for folder in sweeps if (folder / RESULT).exists()]
+        files.write_whole(page, render(runs, finished, page, reload).encode(), overwrite=True)
 
-    seen: object = None
+    rendered: object = None
     try:
         while True:
-            now = [_state(folder) for folder in (*(run.directory for run in runs), *sweeps)]
-            if now != seen:
-                seen = now
+            states = [_state(folder) for folder in (*(run.directory for run in runs), *sweeps)]
+            if states != rendered:
+                rendered = states
                 try:
                     write(_TICK)
                     output.print_line(f"wrote {page}")
-                except (DirectoryError, VanishedError) as error:  # none are there yet, or one was thinned away
+                except (DirectoryError, VanishedError) as error:  # no snapshot yet, or one was thinned meanwhile
                     output.print_note(f"ema: waiting: {error}")
             time.sleep(_TICK)
     finally:
@@ -95,7 +96,7 @@ def _watch(runs: list[Run], sweeps: list[Path], page: Path) -> NoReturn:
 
 
 def _state(folder: Path) -> set[tuple[str, int]]:
-    """Names and times of what is in a folder."""
+    """Return the names and modification times of the files in a folder, apart from hidden ones."""
     with suppress(FileNotFoundError):
-        return {(one.name, one.stat().st_mtime_ns) for one in folder.iterdir() if not one.name.startswith(".")}
+        return {(path.name, path.stat().st_mtime_ns) for path in folder.iterdir() if not path.name.startswith(".")}
     return set()

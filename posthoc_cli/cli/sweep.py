@@ -1,4 +1,4 @@
-"""`ema sweep`: the best length by the user's own metric."""
+"""`ema sweep`: the best length of an average by the user's own metric."""
 
 from __future__ import annotations
 
@@ -24,58 +24,58 @@ def sweep(
     directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = values.TARGETS(
         None,
-        show_default="what is exact within 1 %",
+        show_default="all that are exact within 1 %",
         help="A range to search, 0.02:0.28, or a list to measure.",
     ),
     target: str | None = values.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help="The same of averages of another kind: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, "
-        "last:2:20, decay:linear:5%:50% or a list.",
+        help="A range of another kind of average: beta:0.99:0.9999, half-life:500:9000, window:1000:50000, last:2:20, "
+        "decay:linear:5%:50% or a list.",
     ),
     guide_sigma_rel: str | None = values.TARGETS(
         None,
-        show_default="what is exact within 1 %",
+        show_default="all that are exact within 1 %",
         help="The length of --guide: a range to search, a list, or a number.",
     ),
     command: str = values.HOW(
         ...,
         "--run",
         metavar="COMMAND",
-        help="The evaluation, run without a shell. {weights} becomes the file of an average; {sigma_rel}, {seed}, and "
-        "{dir}, a folder that is removed afterwards, are filled in too; with --guide {weights:guide}.",
+        help="The evaluation, run without a shell. {weights} becomes the file of an average; also {sigma_rel}, {seed}, "
+        "{dir} (a folder that is removed afterwards) and, with --guide, {weights:guide}.",
     ),
     metric: str | None = values.HOW(
         None,
         metavar="KEY",
         show_default="the last line that is a number",
-        help="The metric: loss in the last JSON object of standard output, or r.json:acc in the newest r.json in "
-        "{dir}.",
+        help="Where the metric is: loss means this key of the last JSON object on standard output, r.json:acc the key "
+        "acc of the newest r.json in {dir}.",
     ),
     minimize: bool | None = values.HOW(
         None, "--minimize/--maximize", metavar="", help="Whether lower or higher is better."
     ),
     repeats: int = values.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
-    budget: int = values.HOW(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
-    jobs: int = values.HOW(1, metavar="COUNT", help="Trials at a time; each gets its share of the visible devices."),
+    budget: int = values.HOW(20, metavar="COUNT", help="The most lengths to measure in each search."),
+    jobs: int = values.HOW(1, metavar="COUNT", help="Parallel trials, among which the visible devices are divided."),
     timeout: float | None = values.HOW(
         None, metavar="SECONDS", help="End a trial that takes longer; it counts as failed."
     ),
     disk: str | None = values.HOW(
-        None, metavar="SIZE", show_default="one round's", help="Most disk for averages at a time: 50GB."
+        None, metavar="SIZE", show_default="one round's", help="The most disk space for averages at a time: 50GB."
     ),
     raw: Path | None = values.HOW(
-        None, metavar="FILE", show_default="the newest checkpoint", help="Raw weights, measured for comparison."
+        None, metavar="FILE", show_default="the newest checkpoint", help="Raw weights to measure for comparison."
     ),
     out: Path = values.OUTPUT(
-        "sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or a sweep's."
+        "sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or of an earlier sweep."
     ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
     like: Path | None = values.LIKE_MODEL,
     component: str | None = values.COMPONENT,
     keep_weights: bool = values.flag(
-        values.OUTPUT, "--keep-weights", help="Keep all averages in OUT/weights, for a search by another metric."
+        values.OUTPUT, "--keep-weights", help="Keep all averages in OUT/weights for a search by another metric."
     ),
     as_json: bool = values.JSON,
     checkpoints: str | None = values.CHECKPOINTS,
@@ -83,16 +83,16 @@ def sweep(
     guide: Path | None = values.RUN(
         None,
         metavar="DIR",
-        help="Snapshots of a second network, whose average is {weights:guide}; or DIR again, for a second length.",
+        help="Snapshots of a second network, whose average is {weights:guide}; or DIR itself, for a second length.",
     ),
 ) -> None:
     """Find the best length by your own metric.
 
-    Makes averages of several lengths in one pass, runs the command for each, and goes on where the best may be, until
-    it is known within the noise of the metric. The lengths in the range that it states are equal within the noise.
+    Makes averages of several lengths in one pass, runs the command for each, and measures more lengths where the best
+    may be, until it is known within the noise of the metric. It also prints the range that is equal within the noise.
 
-    A standard error beside the metric (acc_stderr) counts as its noise. A failed trial is reported and does not count.
-    The same call goes on where an earlier one has stopped. All is in OUT: trials.jsonl, sweep.json, logs, best.
+    A standard error next to the metric (acc_stderr) is used as its noise. A failed trial is reported and does not
+    count. The same call continues an earlier one. OUT receives trials.jsonl, sweep.json, logs and the best average.
     """
     from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.trials import Metric
@@ -100,15 +100,15 @@ def sweep(
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
     check_alone(sigma_rel=sigma_rel, target=target)
-    length = values.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
-    axis = values.optional(Axis.parse, target, "--target") or length
+    widths = values.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
+    axis = values.optional(Axis.parse, target, "--target") or widths
     out = files.expanded(files.local_path("--out", out))
-    stored = values.open_run(directory, checkpoints)
-    output.warn_of_statistics(stored.sources[-1].info.copies)
+    run = values.open_run(directory, checkpoints)
+    output.warn_of_statistics(run.sources[-1].info.copies)
     say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
-    with output.standing() as watch:
+    with output.status_bar() as watch:
         report = Sweep(
-            stored, command, Metric() if metric is None else Metric.parse(metric), out,
+            run, command, Metric() if metric is None else Metric.parse(metric), out,
             axis=axis, minimize=minimize, repeats=repeats, budget=budget,
             jobs=jobs, timeout=timeout, disk=values.optional(resources.parse_bytes, disk, "--disk"),
             raw=None if raw is None else files.expanded(raw), t=t,
@@ -121,25 +121,26 @@ def sweep(
 
 
 def _print_trial(out: Path, print_line: Callable[[str], None], trial: Trial) -> None:
-    what = f"{trial.target}, seed {trial.seed}"
+    """Print the metric of a trial, or on stderr why it failed."""
+    title = f"{trial.target}, seed {trial.seed}"
     if trial.value is None:
-        output.print_note(f"ema: warning: {what}: {trial.error}; see {out / trial.log}.err")
+        output.print_note(f"ema: warning: {title}: {trial.error}; see {out / trial.log}.err")
     else:
         error = "" if trial.standard_error is None else f" ± {trial.standard_error:.2g}"
-        print_line(f"{what}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
+        print_line(f"{title}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
 
 
 def _print(report: SweepReport) -> None:
     from posthoc_cli.sweep.results import answer
 
-    told = answer(report.to_dict())
-    raw = "not measured, since the run does not hold them; --raw FILE measures a file"
+    texts = answer(report.to_dict())
+    raw = texts["raw"] if report.raw is not None else "not measured: the run lacks them; --raw FILE measures a file"
     output.print_line()
     output.print_pairs([
-        ("best", told["best"]),
-        (f"estimate of {told['metric']}", told["estimate"]),
-        ("equal within the noise", told["equal"]),
-        ("guide", told["second"]) if told["second"] else ("raw weights", raw if report.raw is None else told["raw"]),
-        ("measured", told["measured"]),
+        ("best", texts["best"]),
+        (f"estimate of {texts['metric']}", texts["estimate"]),
+        ("equal within the noise", texts["equal"]),
+        ("guide", texts["second"]) if texts["second"] else ("raw weights", raw),
+        ("measured", texts["measured"]),
         ("wrote", ", ".join(map(str, report.outputs))),
     ])  # fmt: skip

@@ -28,15 +28,15 @@ def synthesize(
     group: list[str] = values.TARGETS(
         [],
         metavar="GLOB=SIGMA_REL",
-        help="The length of some tensors, by a glob on their names; give it again for others: 'unet.up.*=0.12', then "
-        "'*=0.08'. The first that matches counts.",
+        help="The length for tensors whose names match a glob: 'unet.up.*=0.12'. Repeat for others, such as '*=0.08'; "
+        "the first match counts.",
     ),
     out: str | None = values.OUTPUT(
         None,
         "--out",
         "-o",
-        help="A file; a folder, for one file per target; or a name with {sigma_rel} or {target} in it, which each "
-        "target fills in (sigma_rel-0.15, beta-0.9999, ...).",
+        help="A file; a folder, for one file per target; or a name with {sigma_rel}, which becomes 0.15, or with "
+        "{target}, which becomes sigma_rel-0.15, beta-0.9999, ...",
     ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
@@ -54,8 +54,8 @@ def synthesize(
     dry_run: bool = values.flag(
         values.HOW,
         "--dry-run",
-        help="Show coefficients, errors and sizes; read headers, and a sample where they hold no measurements; write "
-        "nothing.",
+        help="Show coefficients, errors and sizes; write nothing. Reads only headers, and a sample of tensors "
+        "if headers lack measurements.",
     ),
     max_error: str | None = values.HOW(
         None, metavar="ERROR", show_default="warn at 1%", help="Fail if a predicted error exceeds this: 0.01, or 1%."
@@ -69,12 +69,12 @@ def synthesize(
     verified, and an output appears complete or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average. --method paper also
-    shows the profile error: the distance between the wanted profile and the one that is made; --json shows all.
+    shows the profile error: the distance between the target profile and the reconstructed one; --json shows both.
 
-    DIR may also hold checkpoints, or averages of other libraries; ema guide checkpoints says more.
+    DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
-    One large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of shards, some of them in
-    each process. A job that was killed is run again, and keeps the shards that are there.
+    For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of shards, of which each
+    process writes some. If a job was killed, run it again: it keeps the finished shards.
     """
     from posthoc_cli.export.writing import is_rank
 
@@ -83,7 +83,7 @@ def synthesize(
     run = values.open_run(directory, checkpoints)
     if not targets:
         kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema help targets` lists the kinds) or --group '*=0.1'"
-        raise InvalidValueError("no target", f"name one or several by {kinds}")
+        raise InvalidValueError("no target", f"name at least one by {kinds}")
     report = run.write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
         max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
@@ -102,8 +102,9 @@ def _print(report: SynthesisReport) -> None:
         output.print_line(f"from {plan.choice}")
     made = [index for index in range(len(plan.targets)) if index not in report.existing]
     if report.taken:
-        which = ", ".join(report.taken[:3]) + ", ..." * (len(report.taken) > 3)
-        output.print_note(f"{len(report.taken)} tensors are those of the model folder, since the run has none: {which}")
+        names = ", ".join(report.taken[:3]) + ", ..." * (len(report.taken) > 3)
+        count = output.counted(len(report.taken), "tensor")
+        output.print_note(f"{count} copied from the model folder, since the run does not have them: {names}")
     elif report.outputs and made:
         _note_left_out(plan, report.outputs[made[0]])
     if not report.outputs and len(plan.targets) == 1:
@@ -116,11 +117,11 @@ def _print(report: SynthesisReport) -> None:
     if made:
         output.print_line(_made_text(report, made, errors))
     else:
-        output.print_line("every output is there already; nothing was written")
+        output.print_line("every output already exists; nothing was written")
 
 
 def _print_coefficients(plan: Plan) -> None:
-    """The snapshots with the largest coefficients, by time."""
+    """Print the snapshots with the largest coefficients, by time."""
     from posthoc_cli.profiles import Point
     from posthoc_cli.snapshots.sources import kind_of
 
@@ -136,34 +137,36 @@ def _print_coefficients(plan: Plan) -> None:
 
 def _print_table(report: SynthesisReport, errors: dict[str, list[float | None]]) -> None:
     paths = report.outputs
-    one_folder = len({path.parent for path in paths}) == 1  # which the last line names
+    one_folder = len({path.parent for path in paths}) == 1  # the last line names it
     rows = []
     for index, target in enumerate(report.plan.targets):
         path = "-" if not paths else paths[index].name if one_folder else str(paths[index])
         cells = [percent(values[index]) for values in errors.values()]
-        rows.append([target.title, *cells, path + " (was there)" * (index in report.existing)])
+        rows.append([target.title, *cells, path + " (existed)" * (index in report.existing)])
     output.print_table(["target", *errors, "output"], rows, left=["target", "output"])
     output.print_line()
 
 
 def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[float | None]]) -> str:
+    """Return the last line: what was made (or would be), from what, how exact, how large, and where."""
     from posthoc_cli.snapshots.sources import counted, kind_of
 
     plan, paths = report.plan, report.outputs
     single = len(plan.targets) == 1
-    which = plan.targets[0].title if single else output.counted(len(made), "average")
+    averages = plan.targets[0].title if single else output.counted(len(made), "average")
     size = resources.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
     count = counted(plan.sources)
     later = "" if plan.last == plan.t else f" (the newest {kind_of(plan.newest)} is of {plan.last:,.12g})"
     worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]
-    what = f"{which} at t = {plan.t:,.12g} from {count}{later}, {', '.join(worst)}, {size}"
+    text = f"{averages} at t = {plan.t:,.12g} from {count}{later}, {', '.join(worst)}, {size}"
     if not paths:
-        return f"would make {what}; would read {resources.size_text(plan.read_bytes)}; nothing was written"
-    where = str(paths[0] if single else paths[0].parent)
-    return f"made {what}, in {report.seconds:.1f} s: {'in this folder' if where == '.' else where}"
+        return f"would make {text}; would read {resources.size_text(plan.read_bytes)}; nothing was written"
+    place = str(paths[0] if single else paths[0].parent)
+    return f"made {text}, in {report.seconds:.1f} s: {'in this folder' if place == '.' else place}"
 
 
 def _largest_text(errors: list[float | None]) -> str:
+    """Return the largest of some errors as text."""
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
         return percent(None)
@@ -171,13 +174,13 @@ def _largest_text(errors: list[float | None]) -> str:
 
 
 def _note_left_out(plan: Plan, path: Path) -> None:
-    """Name the tensors that an output lacks, and the command that adds them."""
+    """Print the names of the tensors that an output lacks, and the command that adds them."""
     left_out = [name for name in plan.newest.info.left_out if not name.endswith("_extra_state")]
     if not left_out:
         return
-    shown = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+    names = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
     file = path.with_suffix(".safetensors") if path.suffix in (".pt", ".pth", ".bin") else path
-    how = "" if file == path else f"make {file.name} and not {path.name}, then: "
-    command = f"{how}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
-    reason = f"are not in the output, since the run does not track them ({shown})"
+    before = "" if file == path else f"make {file.name} instead of {path.name}, then: "
+    command = f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
+    reason = f"are not in the output, since the run does not track them ({names})"
     output.print_note(f"{len(left_out)} of the model's tensors {reason}; to add them from a full model: {command}")

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _PANELS = "Targets", "Output", "Which run", "How", "A schedule not yet run"
 TARGETS, OUTPUT, RUN, HOW, SCHEDULE = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
-"""Options in the parts of a command's help; what everyone needs first comes first there."""
+"""Options by the panel of the help in which they appear; the panel that most users need comes first."""
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
-    """Completion in a shell: those of `words` that begin with what was typed."""
+    """Return a function for completion in a shell: it lists the words that begin with the typed text."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def flag(option: Callable[..., Any], *names: str, help: str) -> Any:
-    """An option without a value."""
+    """Return an option without a value."""
     return option(False, *names, metavar="", help=help)
 
 
 STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""Short words for the dtypes of planned snapshots."""
+"""Short names of the dtypes of planned snapshots."""
 STORED = one_of(*STORED_DTYPES.values())
 
 SIGMA_REL = TARGETS(
@@ -47,47 +47,48 @@ TARGET = TARGETS(
     [],
     metavar="KIND:VALUE",
     autocompletion=one_of(*(f"{kind}:" for kind in FORMS)),
-    help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%, each also as a list "
-    "or a range; `ema help targets` lists them. Give it again for more.",
+    help="Averages of other kinds, such as beta:0.9999, window:1000, last:10 or decay:linear:20%; each value may be a "
+    "list or a range (see `ema help targets`). Repeatable.",
 )
 METHOD = HOW(
     None,
     autocompletion=one_of("minvar", "paper"),
     metavar="minvar|paper",
     show_default="minvar",
-    help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as published.",
+    help="The solver: minvar, for the least expected error of the weights, or paper, for the nearest profile, as "
+    "published.",
 )
 LAYOUT = OUTPUT(
     None,
     autocompletion=one_of("safetensors", "sharded", "pt", "dcp"),
     show_default="from the output's name",
-    help="safetensors, sharded (a folder), pt, or dcp (a folder of torch's DCP).",
+    help="safetensors, sharded (a folder), pt, or dcp (a folder, torch's distributed checkpoint).",
 )
 DTYPE = OUTPUT(
     "keep",
     autocompletion=one_of("keep", "float32", "float16", "bfloat16", "float64"),
     help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
 )
-COMPONENT = OUTPUT(None, metavar="NAME", help="The part of a pipeline with the weights: unet.")
+COMPONENT = OUTPUT(None, metavar="NAME", help="With --like: the averaged component of a pipeline, such as unet.")
 LIKE_MODEL = OUTPUT(
     None,
     metavar="MODEL_FOLDER",
-    help="A new folder like this one of transformers, diffusers or PEFT, with averaged weights: the same names, files "
-    "and dtypes, and copies of all other files.",
+    help="Make a copy of this model folder (transformers, diffusers or PEFT) with averaged weights in its files, names "
+    "and dtypes.",
 )
-TIME = RUN(None, metavar="TIME", show_default="the last", help="The averages as they stood at this training time.")
-STEP = RUN(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
+TIME = RUN(None, metavar="TIME", show_default="the last", help="The training time of the averages.")
+STEP = RUN(None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K.")
 MAX_SHARD_SIZE = OUTPUT(None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output.")
 LIKE = RUN(
     None,
     metavar="DIR|GLOB",
-    show_default="evenly",
-    help="Snapshots or checkpoints of an earlier run that the network will move like.",
+    show_default="even motion",
+    help="Assume that the network will move as in these snapshots or checkpoints of an earlier run.",
 )
-SIGMA_RANGE = TARGETS("0.05:0.28", metavar="LOW:HIGH", help="The averages that you will want.")
-DIRECTORY = Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
+SIGMA_RANGE = TARGETS("0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want.")
+DIRECTORY = Argument(..., metavar="DIR", help="The directory of the tracker's snapshots.")
 DIRECTORY_OR_CHECKPOINTS = Argument(
-    None, metavar="DIR", help="The directory that the tracker wrote, or of checkpoints.", show_default=False
+    None, metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints.", show_default=False
 )
 PICTURE = OUTPUT(None, "--out", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
 OVERWRITE = flag(OUTPUT, "--overwrite", help="Replace existing outputs.")
@@ -96,7 +97,8 @@ YES = flag(HOW, "--yes", "-y", help="Do not ask.")
 CHECKPOINTS = RUN(
     None,
     metavar="DIR|GLOB",
-    help="Checkpoints of the training, such as 'out/step*.safetensors': in place of DIR, or beside its snapshots.",
+    help="Checkpoints of the training, such as 'out/step*.safetensors': instead of DIR, or in addition to its "
+    "snapshots.",
 )
 
 
@@ -104,7 +106,7 @@ _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
-    """A whole number from 1.2e9, 1.2B, 350M or 350,000,000."""
+    """Return the whole number that a text such as 1.2e9, 1.2B, 350M or 350,000,000 names."""
     value = resources.parse_amount(text, _COUNTS)
     if value is None or value > resources.MOST or value != value.to_integral_value():
         accepted = "at most 9e18" if value is not None and value > resources.MOST else "at least 1"
@@ -113,7 +115,7 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
 
 
 def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
-    """Widths, all in range."""
+    """Return the values of sigma_rel that a number, list or range names, all of them in (0, 0.2887)."""
     widths = parse_numbers(text, option)
     for width in widths:
         try:
@@ -124,7 +126,7 @@ def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
-    """Both ends of `--sigma-range`, LOW:HIGH."""
+    """Return both ends of `--sigma-range`, LOW:HIGH."""
     from posthoc_cli.planning import check_sigma_range
 
     try:
@@ -135,7 +137,7 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
 
 
 def parse_max_error(text: str) -> float:
-    """A relative error from `--max-error`: 0.01, or 1% for the same."""
+    """Return the relative error that `--max-error` names: 0.01, or 1% for the same."""
     try:
         value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
@@ -145,33 +147,38 @@ def parse_max_error(text: str) -> float:
     return value
 
 
-def check_confirmation(agreed: bool, as_json: bool, otherwise: str = "") -> None:
-    """Refuse a command that changes files and cannot ask for confirmation."""
-    if as_json and not agreed:
-        raise InvalidValueError("--json", "shows what is changed only afterwards", f"add --yes{otherwise}")
-    if not (agreed or sys.stdin.isatty()):
-        raise InvalidValueError("--yes", f"is needed without a terminal{otherwise}")
+def check_confirmation(confirmed: bool, as_json: bool, alternative: str = "") -> None:
+    """Raise an InvalidValueError if a command that changes files is not confirmed and cannot ask."""
+    if as_json and not confirmed:
+        raise InvalidValueError("--json", "cannot ask before files are changed", f"add --yes{alternative}")
+    if not (confirmed or sys.stdin.isatty()):
+        raise InvalidValueError("--yes", f"is needed without a terminal{alternative}")
 
 
 def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
-    """What `parse` makes of an option's text; None without the option."""
+    """Return the parsed text of an option, or None without the option."""
     return None if text is None else parse(text, *arguments)
 
 
 def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path:
-    """An input that exists, with ~ expanded; with `directory` one that may hold snapshots. A pickle only if allowed."""
+    """Return the path of an existing input, with ~ expanded.
+
+    Raises an InvalidValueError for a path that does not exist, for a file where a `directory` is needed, for a pickle
+    unless `pickles`, and for other files that cannot contain weights.
+    """
     from posthoc_cli.snapshots.directory import PICKLES
 
     path = files.expanded(path)
-    what = "no such directory" if directory else "no such file or directory"
+    reason = "no such directory" if directory else "no such file or directory"
     hint = "name the directory that a tracker writes its snapshots to" if directory else ""
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        raise InvalidValueError(path, what, hint) from None
+        raise InvalidValueError(path, reason, hint) from None
     if is_directory:
         if (pickles or directory) and (runs := _runs_in(path)):
-            raise InvalidValueError(path, f"holds runs, and no snapshots itself: {', '.join(runs)}", "name one of them")
+            reason = f"contains runs, but no snapshots itself: {', '.join(runs)}"
+            raise InvalidValueError(path, reason, "name one of them")
         return path
     if directory:
         raise InvalidValueError(path, "is not a directory", hint)
@@ -179,26 +186,28 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
         reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
         raise InvalidValueError(path, reason)
     if not (path.suffix in (".safetensors", *PICKLES) or _may_hold_weights(path)):
-        raise InvalidValueError(path, "is neither a safetensors file nor one of torch")
+        raise InvalidValueError(path, "is neither a safetensors file nor a torch checkpoint")
     return path
 
 
 def _runs_in(directory: Path) -> list[str]:
-    """The names of the folders in it, if all hold snapshots and no other weights are beside them."""
+    """Return the names of a directory's folders if all contain snapshots, and the directory itself no weights."""
     from posthoc_cli.snapshots.directory import PICKLES, is_snapshot_name
 
     with suppress(OSError):
-        there = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-        folders = [path for path in there if path.is_dir() and path.name != "damaged"]
-        weights = any(path.suffix in (".safetensors", *PICKLES) for path in there)
-        if not weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
+        paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+        folders = [path for path in paths if path.is_dir() and path.name != "damaged"]
+        has_weights = any(path.suffix in (".safetensors", *PICKLES) for path in paths)
+        if not has_weights and all(any(map(is_snapshot_name, folder.iterdir())) for folder in folders):
             return [folder.name for folder in folders]
     return []
 
 
 def _may_hold_weights(path: Path) -> bool:
-    """Whether a file begins as safetensors, JSON, an archive or a pickle does; also one that cannot be read, or is a
-    pipe or device, which is told later."""
+    """Return whether a file begins as safetensors, JSON, an archive or a pickle does.
+
+    Unreadable files, pipes and devices count as well: the reader reports them later.
+    """
     if files.is_url(path) or not path.is_file():
         return True
     try:
@@ -210,38 +219,38 @@ def _may_hold_weights(path: Path) -> bool:
 
 
 def open_run(place: Path | None, checkpoints: str | None = None, directory: bool = True) -> Run:
-    """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
+    """Open the run of DIR, --checkpoints or both; DIR may be a file unless `directory`."""
     from posthoc_cli.checkpoints.open_run import is_glob
     from posthoc_cli.run import Run
 
-    def path(named: str | Path, directory: bool) -> Path:
-        named = files.expanded(files.given_path("--checkpoints", named))
-        return named if is_glob(named) else existing(named, directory, pickles=not directory)
+    def checked(path: str | Path, directory: bool) -> Path:
+        path = files.expanded(files.given_path("--checkpoints", path))
+        return path if is_glob(path) else existing(path, directory, pickles=not directory)
 
     if place is not None:
-        return Run(path(place, directory), also=None if checkpoints is None else path(checkpoints, False))
+        return Run(checked(place, directory), also=None if checkpoints is None else checked(checkpoints, False))
     if checkpoints is None:
         raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(path(checkpoints, directory))
+    return Run(checked(checkpoints, directory))
 
 
 def open_runs(places: Sequence[Path], checkpoints: str | None) -> list[Run]:
-    """The runs of all DIR, or that of --checkpoints."""
+    """Open the runs of all DIR, or the run of --checkpoints."""
     if checkpoints is not None and len(places) > 1:
-        raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
+        raise InvalidValueError("--checkpoints", "belong to one training; name at most one DIR", value=checkpoints)
     return [open_run(place, checkpoints) for place in places] or [open_run(None, checkpoints)]
 
 
 def parse_targets(sigma_rel: str | None, others: Sequence[str]) -> list[Target]:
-    """Targets from --sigma-rel and --target, in this order, each once."""
-    found: list[Target] = [] if sigma_rel is None else [*map(SigmaRel, parse_sigma_rels(sigma_rel))]
+    """Return the targets of --sigma-rel and of each --target, in this order, without duplicates."""
+    parsed: list[Target] = [] if sigma_rel is None else [*map(SigmaRel, parse_sigma_rels(sigma_rel))]
     for text in others:
-        found += targets.parse_targets(text, "--target")
-    return list(dict.fromkeys(found))
+        parsed += targets.parse_targets(text, "--target")
+    return list(dict.fromkeys(parsed))
 
 
 def parse_groups(texts: Sequence[str]) -> dict[str, float]:
-    """sigma_rel by glob, from the values of --group: GLOB=SIGMA_REL."""
+    """Return sigma_rel by glob from the values of --group, each GLOB=SIGMA_REL."""
     groups: dict[str, float] = {}
     for text in texts:
         glob, equals, width = text.rpartition("=")

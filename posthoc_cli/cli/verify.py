@@ -1,4 +1,4 @@
-"""`ema verify`: whether everything is as it was written, and setting aside what is not."""
+"""`ema verify`: a check that files are as they were written, and a repair that sets broken ones aside."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or  
 
 def verify(
     paths: list[Path] = Argument(
-        ..., metavar="DIR|FILE", help="Snapshots, outputs, states, parts or shards; or such files."
+        ..., metavar="DIR|FILE", help="Directories or files: snapshots, outputs, states, parts or shards."
     ),
     repair: bool = values.flag(
-        values.HOW, "--repair", help="Move what is broken in a snapshot directory to DIR/damaged; asks first."
+        values.HOW, "--repair", help="Move broken files of a snapshot directory to DIR/damaged; asks first."
     ),
     yes: bool = values.YES,
     as_json: bool = values.JSON,
 ) -> None:
     """Check every byte of snapshots, outputs and states.
 
-    Reads everything: checksums, headers against content, nan and infinity, whether all is of one run. Exit code 1 if
-    anything is wrong. Of safetensors files of other programs, which have no checksums, the structure is checked.
+    Reads all files and checks checksums, headers against contents, nan and infinity, and that all files belong to one
+    run. Exit code 1 if anything is wrong. Files of other programs have no checksums: only their structure is checked.
 
     --repair moves broken files of a snapshot directory to DIR/damaged, deletes nothing, and shows the new predicted
     error. It asks first, and works only while no tracker writes to the directory.
@@ -45,100 +45,101 @@ def verify(
     fine = True
     # All paths are checked first, since reading takes long.
     for path in [values.existing(path) for path in paths]:
-        found = Run(path).check(output.progress_bar())
-        report, broken = found.to_dict(), bool(found.broken)
+        check = Run(path).check(output.progress_bar())
+        report, broken = check.to_dict(), bool(check.broken)
         if repair:
-            check_repairable(found)
+            check_repairable(check)
         if not as_json:
-            if len(paths) > 1:  # files are named within their path
+            if len(paths) > 1:  # files are named relative to their path
                 if reports:
                     output.print_line()
-                output.print_line(f"{found.path}:")
-            _print(found, offer=not repair)
+                output.print_line(f"{check.path}:")
+            _print(check, offer=not repair)
         if repair:
-            moved = _repair(found, yes, as_json)
-            told = {"gone": found.going, "moved": moved or ()}
-            report["repair"] = {key: [found.name(one) for one in each] for key, each in told.items()}
+            moved = _repair(check, yes, as_json)
+            changes = {"gone": check.going, "moved": moved or ()}
+            report["repair"] = {key: [check.name(file) for file in changed] for key, changed in changes.items()}
             report["repair"]["done"] = moved is not None
-            broken = broken if found.going and moved is None else bool(found.staying)
+            broken = broken if check.going and moved is None else bool(check.staying)
         reports.append(report)
-        fine = fine and not (found.problems or broken)
+        fine = fine and not (check.problems or broken)
     if as_json:
         output.print_json(reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports})
     if not fine:
         raise typer.Exit(1)
 
 
-def _repair(found: Verification, yes: bool, as_json: bool) -> tuple[Path, ...] | None:
-    """The new paths of what was set aside; None if nothing was to be."""
+def _repair(check: Verification, yes: bool, as_json: bool) -> tuple[Path, ...] | None:
+    """Set broken files aside, if the user agrees, and return their new paths; None if nothing was set aside."""
     from posthoc_cli.snapshots.check import repair
 
-    what, moved = f"{output.counted(len(found.going), 'file')} aside in {found.path / 'damaged'}", None
-    # Asked without the lock, so that an open question does not stop a training.
-    if found.going and (yes or typer.confirm(f"set {what}?", err=True)):
-        moved = repair(found)
+    what, moved = f"{output.counted(len(check.going), 'file')} aside in {check.path / 'damaged'}", None
+    # The directory is not locked while the question is open, so that a training is not stopped.
+    if check.going and (yes or typer.confirm(f"set {what}?", err=True)):
+        moved = repair(check)
     if not as_json:
-        output.print_outcome([*found.going], moved is not None, False, "", f"set {what}", "set aside")
+        output.print_outcome([*check.going], moved is not None, False, "", f"set {what}", "set aside")
         if moved:
-            _print_error(found.path)
-        if found.staying:
-            names = ", ".join(report.path.name for report in found.staying[:3]) + ", ..." * (len(found.staying) > 3)
-            output.print_line(f"{names}: left where {'it is' if len(found.staying) == 1 else 'they are'}; see above")
+            _print_error(check.path)
+        if check.staying:
+            names = ", ".join(report.path.name for report in check.staying[:3]) + ", ..." * (len(check.staying) > 3)
+            output.print_line(f"{names}: not moved; see above")
     return moved
 
 
-def _print(found: Verification, offer: bool) -> None:
-    fine = [report for report in found.files if report.is_fine]
+def _print(check: Verification, offer: bool) -> None:
+    fine = [report for report in check.files if report.is_fine]
     listed = fine if len(fine) <= output.MOST_ROWS else []
-    rows = [[found.name(report.path), report.what, report.state] for report in listed]
+    rows = [[check.name(report.path), report.what, report.state] for report in listed]
     if rows:
         output.print_table(["file", "what", "state"], rows, left=["file", "what", "state"])
     elif fine:
         output.print_line(f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them")
-    for report in found.files:
+    for report in check.files:
         if not report.is_fine:
             state = f"{report.state}: " * (not report.detail.startswith(report.state)) + report.detail
-            output.print_line(f"{found.name(report.path)}: {report.what}: {state.removesuffix(': ')}")
-    for path in found.leftovers:
-        output.print_line(f"{found.name(path)}: left by an interrupted write, or by one in progress")
-    if found.files or found.leftovers:
+            output.print_line(f"{check.name(report.path)}: {report.what}: {state.removesuffix(': ')}")
+    for path in check.leftovers:
+        output.print_line(f"{check.name(path)}: left by an interrupted write, or by one in progress")
+    if check.files or check.leftovers:
         output.print_line()
-    for note in found.notes:
+    for note in check.notes:
         output.print_line(f"note: {note}")
-    for problem in found.problems:
+    for problem in check.problems:
         output.print_line(f"problem: {problem}")
-    output.print_line(_summary(found, offer))
+    output.print_line(_summary(check, offer))
 
 
-def _summary(found: Verification, offer: bool) -> str:
+def _summary(check: Verification, offer: bool) -> str:
+    """Return the last line: how many files are intact, or which are not, and the repair if there is one to `offer`."""
     from posthoc_cli.snapshots.check import MOVED, UNCHECKED
 
-    count = len(found.files)
-    wrong = [report for report in found.files if not report.is_fine]
+    count = len(check.files)
+    wrong = [report for report in check.files if not report.is_fine]
     if not wrong:
-        unchecked = sum(report.state == UNCHECKED for report in found.files)
-        what = "all intact" if not unchecked else f"{count - unchecked:,} intact, {unchecked:,} without checksums"
-        size = resources.size_text(found.nbytes)
-        return f"{output.counted(count, 'file')}, {size} verified in {found.seconds:.1f} s: {what}"
-    named = ", ".join(found.name(report.path) for report in wrong[:3])
+        unchecked = sum(report.state == UNCHECKED for report in check.files)
+        verdict = "all intact" if not unchecked else f"{count - unchecked:,} intact, {unchecked:,} without checksums"
+        size = resources.size_text(check.nbytes)
+        return f"{output.counted(count, 'file')}, {size} verified in {check.seconds:.1f} s: {verdict}"
+    names = ", ".join(check.name(report.path) for report in wrong[:3])
     more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
     states = {report.state for report in wrong}
-    what = states.pop() if len(states) == 1 else "not in order"
+    verdict = states.pop() if len(states) == 1 else "not in order"
     verb = "is" if len(wrong) == 1 else "are"
-    text = f"{len(wrong):,} of {output.counted(count, 'file')} {verb} {what}: {named}{more}"
-    repairs = offer and found.is_of_tracker and any(report.state in MOVED for report in wrong)
-    return text + f"; `ema verify {found.path} --repair` sets aside what is broken" * repairs
+    text = f"{len(wrong):,} of {output.counted(count, 'file')} {verb} {verdict}: {names}{more}"
+    repairs = offer and check.is_of_tracker and any(report.state in MOVED for report in wrong)
+    return text + f"; `ema verify {check.path} --repair` sets broken files aside" * repairs
 
 
 def _print_error(directory: Path) -> None:
-    """The largest error to expect now of what is left."""
+    """Print the largest predicted error of averages from the remaining snapshots."""
     from posthoc_cli.planning import USEFUL_RANGE
     from posthoc_cli.run import Run
     from posthoc_cli.snapshots.directory import read_directory
 
     low, high = USEFUL_RANGE
     try:
-        read_directory(directory)  # an error where no snapshot is left
+        read_directory(directory)  # raises a DirectoryError if no snapshot is left
         worst = float(Run(directory).error_curve(USEFUL_RANGE).predicted_error.max())
         known = f"at most {percent(worst)} for sigma_rel {low:g} to {high:g}"
     except PostHocError as error:

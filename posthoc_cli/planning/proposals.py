@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError, check_number, percent
+from posthoc_cli.errors import InvalidValueError, check_count, check_number, percent
 from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range, forecast, several
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
@@ -73,11 +73,11 @@ class Task:
 
     def __post_init__(self) -> None:
         check_sigma_range(self.sigma_range)
+        check_count("max_size", self.max_bytes)
         counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
         for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():
             if value is not None:
-                accepted = "be a whole number from 1 to 1e15"
-                check_number(name, value, lambda count: 1 <= count <= 10**15 and count % 1 == 0, accepted)
+                check_number(name, check_count(name, value), lambda count: count <= 10**15, "be at most 1e15")
         if self.sigma_rels is not None:
             check_tracked(self.sigma_rels)
         if self.dtype is not None:

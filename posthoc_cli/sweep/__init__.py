@@ -1,4 +1,4 @@
-"""The best length of an average by a metric of your own: the search, and the trials that it asks for."""
+"""The search for the best length of an average by the user's metric, and the trials that measure it."""
 
 from posthoc_cli.sweep.by_command import Sweep
 from posthoc_cli.sweep.in_memory import sweep

@@ -1,4 +1,4 @@
-"""A sweep in Python: by a function of the model, or of the weights by name."""
+"""A sweep in Python, by a function of the model or of the weights by name."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ def sweep(
     """Find the best sigma_rel by a metric, in memory.
 
     Arguments:
-        run: snapshots or checkpoints, or a tracker, also one that is training. Raw weights are measured, too, where
-            they are at hand: in the tracker's own model, or in a checkpoint of the newest time.
-        metric: takes `model` with the averaged weights in it, in eval mode, or without a model the weights by name;
-            gives the metric, or it and its standard error. Its random numbers are its own affair.
-        model: gets the weights of each average in place; afterwards it is as it was.
-        low, high: ends of the range; by default where the predicted error is below 1 %.
-        values: measure exactly these instead.
+        run: snapshots or checkpoints, or a tracker, which may be training. Raw weights are measured, too, if they are
+            available: in the model that the tracker averages, or in a checkpoint of the newest time.
+        metric: a function of `model` with the averaged weights, in eval mode, or without a model of the weights by
+            name; returns the metric, or a tuple of the metric and its standard error. Random seeds are up to it.
+        model: receives the weights of each average in place, and is restored afterwards.
+        low, high: ends of the range; by default the range where the predicted error is below 1 %.
+        values: the lengths to measure, instead of a search.
         minimize: whether lower is better.
         repeats: calls for each length.
-        budget: lengths to measure at most.
-        name: of the metric, for the report.
+        budget: the most lengths to measure.
+        name: the name of the metric in the report.
 
     Raises:
         InvalidValueError: an argument cannot be used.
-        PostHocError: too few trials have succeeded: the metric was not finite; or it is the same for all.
+        PostHocError: the metric was finite for too few lengths, or the same for all.
     """
     if not callable(metric):
-        reason = "must be a function that gives the metric of a model, or of weights by name"
+        reason = "must be a function that returns the metric of a model, or of weights by name"
         raise InvalidValueError("metric", reason, value=shown(metric))
     trials = _Trials(run, metric, model)
     stored, newest = trials.run, trials.run.sources[-1].info
     if values is not None:
         if len(set(values)) < 2:
-            raise InvalidValueError("values", "name two lengths or more", value=list(values))
+            raise InvalidValueError("values", "name at least two lengths", value=list(values))
         axis = Axis.of_values("sigma_rel", values)
     else:
         good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
@@ -81,7 +81,7 @@ def sweep(
 
 
 class _Trials:
-    """Calls a metric with averages of a run, and with its raw weights."""
+    """The calls of a metric with averages of a run, and with its raw weights."""
 
     def __init__(
         self, run: Run | PostHocEMA | str | Path, metric: Callable[[Any], Any], model: torch.nn.Module | None
@@ -91,7 +91,7 @@ class _Trials:
         self._tracker = run if isinstance(run, PostHocEMA) else None
         self.run = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
         self._metric, self._model, self._warned = metric, model, False
-        self._is_own = model is not None and self._tracker is not None and self._tracker.tracks(model)
+        self._is_tracked = model is not None and self._tracker is not None and self._tracker.tracks(model)
 
     @property
     def t(self) -> float:
@@ -100,25 +100,26 @@ class _Trials:
 
     @property
     def has_raw(self) -> bool:
-        """Whether the raw weights are at hand."""
-        return self._is_own or self.run.has_raw()
+        """Whether the raw weights are available."""
+        return self._is_tracked or self.run.has_raw()
 
     def measure(self, wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
-        """Trials of lengths with seeds; the length 0 is that of raw weights."""
+        """Yield a trial for each length and seed; the length 0 means the raw weights."""
         for length, seed in wanted:
             started = time.perf_counter()
             with self._average(length) as (average, error):
-                found = self._metric(average)
-            yield _record(SigmaRel(length).title if length else RAW, length, seed, found, error, started)
+                result = self._metric(average)
+            yield _record(SigmaRel(length).title if length else RAW, length, seed, result, error, started)
 
     @contextmanager
     def _average(self, length: float) -> Iterator[tuple[Any, float | None]]:
-        """What the metric takes, and the predicted error."""
+        """Yield the argument of the metric, and the predicted error of the average."""
         from posthoc_cli.tracker.model_weights import swapped_in, warn_of_statistics
 
         model, tracker = self._model, self._tracker
-        if model is not None and tracker is not None and (length or self._is_own):
-            with tracker.model(model, sigma_rel=length) if length else swapped_in(model, {}):  # as it is, in eval mode
+        if model is not None and tracker is not None and (length or self._is_tracked):
+            # Without a length the model keeps its weights, and is only put into eval mode.
+            with tracker.model(model, sigma_rel=length) if length else swapped_in(model, {}):
                 yield model, None
             return
         if length:
@@ -132,13 +133,13 @@ class _Trials:
                 self._warned = warn_of_statistics(model, weights, copies)
 
 
-def _record(target: str, x: float, seed: int, found: Any, predicted: float | None, started: float) -> Trial:
-    """A trial whose metric has given `found`; an InvalidValueError where that is no number."""
+def _record(target: str, x: float, seed: int, result: Any, predicted: float | None, started: float) -> Trial:
+    """Return the trial whose metric has returned `result`; raise an InvalidValueError if that is not a number."""
     try:
-        value, error = found if isinstance(found, tuple) else (found, None)
+        value, error = result if isinstance(result, tuple) else (result, None)
         value = float(value)
         error = float(error) if error is not None and 0 < error < math.inf else None
-    except (TypeError, ValueError, RuntimeError) as wrong_kind:
-        raise InvalidValueError("metric", "must give a number, or a number and its standard error") from wrong_kind
-    wrong = None if math.isfinite(value) else f"its metric is {value}"
-    return Trial(target, x, seed, None if wrong else value, error, predicted, time.perf_counter() - started, wrong)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InvalidValueError("metric", "must return a number, or a number and its standard error") from cause
+    failure = None if math.isfinite(value) else f"its metric is {value}"
+    return Trial(target, x, seed, None if failure else value, error, predicted, time.perf_counter() - started, failure)

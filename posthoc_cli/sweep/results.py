@@ -1,4 +1,4 @@
-"""What a sweep has measured and found: a line a trial in `trials.jsonl`, and the answer in `sweep.json`."""
+"""The results of a sweep: `trials.jsonl` with one line per trial, and `sweep.json` with the best length."""
 
 from __future__ import annotations
 
@@ -21,42 +21,44 @@ if TYPE_CHECKING:
 
 TRIALS, RESULT = "trials.jsonl", "sweep.json"
 RAW = "raw"
-"""The target of raw weights, which are no average."""
+"""The target of trials of raw weights, which are not an average."""
 
 
 class Records:
-    """The trials of one question, in the file that may hold those of others; on the disk before the next one counts.
+    """The recorded trials of one question, in a file that may contain trials of other questions.
 
     Arguments:
-        folder: of the sweep.
-        question: what makes trials comparable: the run, its time, the command, the metric, ...; plain values.
+        folder: the folder of the sweep.
+        question: the settings that comparable trials share: the run, its time, the command, the metric, ...; plain
+            values.
     """
 
     def __init__(self, folder: Path, question: Mapping[str, Any]) -> None:
         self._path, self._question = folder / TRIALS, json.loads(json.dumps(question))
 
     def read(self) -> list[Trial]:
-        """The trials of this question; a line that a crash has cut off is none."""
-        found = []
+        """Return the successful trials of this question, the last of repeated ones; skip lines that a crash cut off."""
+        trials = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
             try:
                 entry = json.loads(line)
                 if entry["question"] == self._question:
-                    found.append(Trial(**entry["trial"]))
+                    trial = Trial(**entry["trial"])
+                    trials[trial.x, trial.seed] = trial
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-        return found
+        return [trial for trial in trials.values() if trial.value is not None]
 
     def append(self, trial: Trial) -> None:
-        """Write a trial down; a WriteError."""
+        """Append a trial durably to the file; raise a WriteError if that fails."""
         line = json.dumps({"question": self._question, "trial": asdict(trial)}, allow_nan=False)
         with files.reported_as_write_error(self._path):
             descriptor = files.system.open_append(self._path)
             try:
-                # What a crash has cut off must not take this line with it.
+                # A line that a crash cut off has no end: begin a new one.
                 size = os.fstat(descriptor).st_size
-                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                files.write_at(descriptor, f"{chr(10) * torn}{line}\n".encode(), size)
+                is_cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                files.write_at(descriptor, f"{chr(10) * is_cut}{line}\n".encode(), size)
                 files.system.fsync(descriptor)
             finally:
                 files.system.close(descriptor)
@@ -64,26 +66,26 @@ class Records:
 
 @dataclass(frozen=True, repr=False)
 class SweepReport:
-    """What a sweep has found.
+    """The result of a sweep.
 
     Attributes:
-        metric: its name.
+        metric: the name of the metric.
         minimize: whether lower is better.
-        searched: what was searched first: the kind of a length, or "guide", the length of the second network's average.
-        trials: all measured ones, failed ones with their error.
+        searched: what was searched first: the kind of the length, or "guide" for the length of the second network.
+        trials: all trials; failed ones have an error.
         found: the estimate.
-        stopped: why no more was measured.
+        stopped: why the search ended.
         best: the average whose metric is estimated to be best, which was written.
-        title: what it is, for people; with the second network's average, where there is one.
-        chosen: the value of the length, by its kind, and with a second network of its length, by "guide".
-        kind: of the length.
-        beside: what the titles of the trials of `found` end in: the length of the other network.
-        outputs: files that stay.
-        settings: what makes the trials comparable.
-        second: of the second network's average, where both were searched, the best length, "value", "low" and "high" of
-            the range that is equal to it within the noise, and the metric at the best, "estimate" and "standard_error".
-        guide: directory of the second network.
-        again: the command line that does it again.
+        title: the title of the best average, and of the second network's average, if any.
+        chosen: the best length by its kind, and that of a second network by "guide".
+        kind: the kind of the length.
+        other_length: the end of the titles of the trials of `found`: the length of the other network.
+        outputs: the files of the best averages.
+        settings: the settings that the trials share.
+        second: the result for a second network, if both were searched: the best length "value", "low" and "high" of the
+            range that is equal to it within the noise, and the metric at the best, "estimate" and "standard_error".
+        guide: the directory of the second network.
+        again: the command line that repeats the sweep.
     """
 
     metric: str
@@ -96,7 +98,7 @@ class SweepReport:
     title: str
     chosen: dict[str, float]
     kind: str = "sigma_rel"
-    beside: str = ""
+    other_length: str = ""
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     second: dict[str, float] | None = None
@@ -105,36 +107,36 @@ class SweepReport:
 
     def __repr__(self) -> str:
         estimate = f"{self.metric} {self.found.mean:.6g} ± {self.found.standard_error:.2g} (estimate)"
-        none = "not measured, since neither a checkpoint nor a tracker with its model has them"
-        raw = f"raw weights {none if self.raw is None else f'{self.raw:.6g}'}"
+        unmeasured = "not measured, since neither a checkpoint nor a tracker with its model has them"
+        raw = f"raw weights {unmeasured if self.raw is None else f'{self.raw:.6g}'}"
         return f"SweepReport({self.title}: {estimate}, {len(self.trials)} trials; {self.stopped}; {raw})"
 
     def _repr_html_(self) -> str:
-        """Its picture, in a notebook."""
+        """Return the picture of the sweep, for a notebook."""
         from posthoc_cli import plots
 
         return plots.as_file(partial(draw, self.to_dict()), ".svg").decode().partition("?>")[2]
 
     @property
     def failed(self) -> list[Trial]:
-        """Trials without a value."""
+        """The trials without a value."""
         return [trial for trial in self.trials if trial.value is None]
 
     @property
     def raw(self) -> float | None:
-        """The metric of the raw weights, where they were measured."""
+        """The mean metric of the raw weights; None if they were not measured."""
         values = [trial.value for trial in self.trials if trial.target == RAW and trial.value is not None]
         return sum(values) / len(values) if values else None
 
     def write(self, folder: str | Path) -> None:
-        """Write it to a folder, as a page takes it; a WriteError."""
+        """Write the report to a folder, for `ema report`; raise a WriteError if that fails."""
         folder = files.expanded(folder)
         with files.reported_as_write_error(folder):
             files.make_directory(folder)
         files.write_whole(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the report as plain values for JSON."""
         found = self.found
         curve = zip(found.xs.tolist(), found.curve.tolist(), found.errors.tolist(), strict=True)
         return {
@@ -152,7 +154,7 @@ class SweepReport:
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in curve],
-            "beside": self.beside,
+            "other_length": self.other_length,
             "second": self.second,
             "guide": None if self.guide is None else str(self.guide),
             "again": self.again,
@@ -162,12 +164,12 @@ class SweepReport:
 
 
 def answer(found: dict[str, Any]) -> dict[str, str]:
-    """The best length in words, from a report's `to_dict`."""
+    """Return the results of a report's `to_dict` as texts for people."""
     low, high = found["equal_within_noise"]
     second, trials = found["second"], found["trials"]
     failed = sum(trial["value"] is None for trial in trials)
     measured = {trial["target"] for trial in trials if trial["value"] is not None} - {RAW}
-    told = {
+    texts = {
         "best": str(found["best"]["target"]),
         "metric": str(found["metric"]),
         "estimate": f"{found['estimate']:.6g} ± {found['standard_error']:.2g}",
@@ -181,12 +183,12 @@ def answer(found: dict[str, Any]) -> dict[str, str]:
     if second is not None:
         equal = f"{second['low']:.12g} to {second['high']:.12g} are equal within the noise"
         estimate = f"estimate of {found['metric']} {second['estimate']:.6g} ± {second['standard_error']:.2g}"
-        told["second"] = f"sigma_rel {second['value']:.12g}; {equal}; {estimate}"
-    return told
+        texts["second"] = f"sigma_rel {second['value']:.12g}; {equal}; {estimate}"
+    return texts
 
 
 def draw(found: dict[str, Any]) -> Figure:
-    """The metric against the length, from a report's `to_dict`."""
+    """Draw the metric against the length, from a report's `to_dict`."""
     from posthoc_cli import plots
 
     curve = found["curve"]
@@ -196,18 +198,18 @@ def draw(found: dict[str, Any]) -> Figure:
     points = [
         (shown_at(found, trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
         for trial in found["trials"]
-        # Not raw, and with the other network's length as in the last search.
+        # Leave out raw weights, and trials with another length of the other network than in the last search.
         if trial["value"] is not None
         and trial["target"].startswith((f"{found['axis']} ", f"{found['axis']}:"))
-        and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
+        and "".join(trial["target"].partition(", ")[1:]) == found["other_length"]
     ]
     low, high = (shown_at(found, x) for x in found["equal_within_noise"])
-    word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
+    label = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
     best = shown_at(found, found["best"][found["axis"]])
     xs = np.array([shown_at(found, x) for x in xs.tolist()])
-    return plots.sweep_figure(xs, estimates, errors, points, best, (low, high), found["raw"], (word, found["metric"]))
+    return plots.sweep_figure(xs, estimates, errors, points, best, (low, high), found["raw"], (label, found["metric"]))
 
 
 def shown_at(found: dict[str, Any], value: float) -> float:
-    """Where a searched value is drawn: a beta at its horizon in steps."""
+    """Return the abscissa of a searched value: for a beta its time constant in steps, else the value."""
     return 1 / (1 - value) if found["axis"] == "beta" else float(value)

@@ -1,12 +1,12 @@
-"""Where the best length is, from few noisy measurements, and where to measure next.
+"""A search for the best length from few noisy measurements: Bayesian optimization in one dimension.
 
 A metric is modelled as a quadratic of x, the logarithm of the length scaled to [0, 1], plus a Gaussian process with a
-Matern 5/2 kernel for what is not quadratic, plus an offset for each seed, plus noise. (Rasmussen and Williams, Gaussian
+Matern 5/2 kernel for the deviation from it, plus an offset for each seed, plus noise. (Rasmussen and Williams, Gaussian
 Processes for Machine Learning, 2006: sections 2.7 and 4.2.) The hyperparameters are not fitted but averaged over a
-grid, each by its likelihood: with seven points many of them explain the data, and one alone would state too narrow a
-range. All that is reported is taken over curves drawn from the model.
+grid, weighted by their likelihood: with seven points many of them explain the data, and a single choice would state too
+narrow a range. All reported numbers are statistics of curves drawn from the model.
 
-There is no state but the trials, so that a search goes on from a list of them.
+The trials are the only state of a search: it can be continued from a list of them.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from posthoc_cli.run import Run
 from posthoc_cli.targets import Beta, Decay, HalfLife, Mean, SigmaRel, Target, Window, parse_numbers
 
 POINTS = 101
-"""Of the grid over the range, on which curves are drawn."""
+"""The number of points of the grid over the range, on which curves are drawn."""
 _GRID = np.linspace(0, 1, POINTS)
 
 FIRST, NEXT = 6, 2
-"""Candidates of the first batch, which are spread evenly, and of each further one."""
+"""The number of lengths in the first batch, which are spread evenly, and in each further batch."""
 
 CONFIDENCE = 0.95
-"""That the best length lies in the stated range."""
+"""The probability that the best length lies in the stated range."""
 
 GOOD_ERROR = 0.01
-"""Predicted error of the lengths that are searched unless others are named, and beyond those."""
+"""The largest predicted error in the default range, and of lengths beyond a given range."""
 
 _LENGTHS = (0.1, 0.2, 0.4, 0.8)
-"""Of the kernel, as a fraction of the range."""
+"""Length scales of the kernel, as a fraction of the range."""
 _SIZES = (0.01, 0.1, 0.3, 1.0, 3.0)
-"""Standard deviation of what is not quadratic; this and the following relative to the spread of the values."""
+"""Standard deviations of the deviation from a quadratic; as the following, relative to the spread of the values."""
 _NOISES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
-"""Standard deviation of the noise, where no standard errors are given."""
+"""Standard deviations of the noise, used if no standard errors are given."""
 _OFFSETS = (0.0, 0.1, 1.0)
-"""Standard deviation of what a seed adds to all its trials."""
+"""Standard deviations of the offset that a seed adds to all its trials."""
 _TRENDS = (10.0, 1.0, 1.0)
-"""Prior standard deviations of the quadratic's coefficients."""
+"""Prior standard deviations of the coefficients of the quadratic."""
 _FAR = 12.0
-"""Values so many times further from the upper quartile than this is from the second best say no more than that they are
-bad."""
+"""The largest distance of a value above the upper quartile, in distances of that from the second best value. Larger
+values are clipped: they only show that a length is bad."""
 _DRAWS, _MIXED = 1024, 32
 _STATED = 1e-3, 1e6
 """Bounds of stated standard errors, relative to the spread of the values."""
 _SAME = 0.02
-"""Proposals nearer to a measured length than this share of the range repeat it."""
+"""The distance from a measured length, as a fraction of the range, below which a proposal repeats that length."""
 _STRIDES = (2.0, 1.5, 1.2)
-"""Factors by which a range whose end is best is widened: the first that leads to an average that is exact."""
+"""Factors to widen a range whose end is best; the first that leads to an exact average is used."""
 
 _KINDS: dict[str, tuple[Callable[[Any], Target], str]] = {
     "sigma_rel": (SigmaRel, "0.02:0.28"),
@@ -70,18 +70,18 @@ _KINDS: dict[str, tuple[Callable[[Any], Target], str]] = {
     "last": (Mean, "2:20"),
     **{f"decay:{shape}": (functools.partial(Decay, shape), "5%:50%") for shape in SHAPES},
 }
-"""What may be searched: the target of a value, and a range of them."""
+"""The kinds of targets that can be searched: the target of a value, and an example of a range."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What is searched: a kind of target with one parameter.
+    """The lengths to search: a kind of target with one parameter, and its range or values.
 
     Attributes:
         kind: "sigma_rel", "beta", "half-life", "window" or "last"; "decay:1-sqrt", "decay:linear" or "decay:cosine",
-            whose values are parts of training.
+            whose values are fractions of training.
         low, high: ends of the range.
-        values: measure exactly these; None for a search. One alone is given, and not searched.
+        values: the values to measure, or None to search the range. A single value is used without a search.
     """
 
     kind: str
@@ -91,25 +91,25 @@ class Axis:
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
-            self.target(getattr(self, name))  # checks it
-            object.__setattr__(self, name, float(getattr(self, name)))  # not NumPy's
+            self.target(getattr(self, name))  # raises an InvalidValueError for a bad value
+            object.__setattr__(self, name, float(getattr(self, name)))  # NumPy's numbers become Python's
         if not self.low < self.high and not self.is_given:
             ends = f"{self.low:g}:{self.high:g}"
             raise InvalidValueError(self.kind, "the first must be below the second", value=ends)
 
     @classmethod
     def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
-        """A grid."""
+        """Return the axis of given values, which are all measured."""
         for value in values:
-            _KINDS[kind][0](value)  # checks it
-        each = sorted(set(map(float, values)))
-        return cls(kind, each[0], each[-1], tuple(each))
+            _KINDS[kind][0](value)  # raises an InvalidValueError for a bad value
+        unique = sorted(set(map(float, values)))
+        return cls(kind, unique[0], unique[-1], tuple(unique))
 
     @classmethod
     def parse(cls, text: str, name: str, kind: str = "") -> Axis:
-        """KIND:LOW:HIGH to search, KIND:LIST or KIND:LOW:HIGH:STEP to measure; with a `kind` what follows it.
+        """Return the axis of KIND:LOW:HIGH (a search), KIND:LIST or KIND:LOW:HIGH:STEP; a given `kind` is not repeated.
 
-        An InvalidValueError about `name` says what is accepted.
+        Raises an InvalidValueError about `name` that says what is accepted.
         """
         rest = text
         if not kind:
@@ -128,67 +128,67 @@ class Axis:
 
     @property
     def is_given(self) -> bool:
-        """Whether there is nothing to search."""
+        """Whether the axis is a single value, which needs no search."""
         return self.values is not None and len(self.values) == 1
 
     def target(self, value: float) -> Target:
-        """The target of a value."""
+        """Return the target of a value."""
         return _KINDS[self.kind][0](value)
 
     def title(self, value: float) -> str:
-        """For people: `sigma_rel 0.15`."""
+        """Return a value as text for people: `sigma_rel 0.15`."""
         return self.target(value).title
 
     def place(self, values: FloatArray | Sequence[float]) -> FloatArray:
-        """Where values lie in the range by their logarithm, from 0 to 1; of a beta by that of its horizon in steps."""
+        """Return the places of values in the range, from 0 to 1 by the logarithm of `_scaled`."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         return np.asarray(np.log(self._scaled(np.asarray(values)) / low) / math.log(high / low))
 
     def at(self, places: FloatArray) -> FloatArray:
-        """The values there, exactly."""
+        """Return the exact values at places in [0, 1], the inverse of `place`."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         x = low * (high / low) ** places
         return np.asarray(1 - 1 / x if self.kind == "beta" else x)
 
     def value_at(self, place: float) -> float:
-        """The value there: one that was named, or with three digits, or as many as a narrow range needs."""
+        """Return the value at a place: a given one, or one rounded to three digits (more in a narrow range)."""
         exact = float(self.at(np.array(place)))
-        for named in self.values or ():
-            if math.isclose(self._scaled(named), self._scaled(exact)):
-                return named
+        for given in self.values or ():
+            if math.isclose(self._scaled(given), self._scaled(exact)):
+                return given
         width = math.log(self._scaled(self.high) / self._scaled(self.low))
         digits = max(3, 2 - math.floor(math.log10(width or 1)))
         return min(max(self._rounded(exact, digits), self.low), self.high)
 
     def widened(self, upwards: bool, run: Run, t: float | None) -> Axis | None:
-        """The range with its upper end, or its lower one, further out; None where averages there are not exact."""
+        """Return the axis with its upper or lower end further out; None if averages beyond that end are not exact."""
         end = self._scaled(self.high if upwards else self.low)
         for stride in _STRIDES:
             x = end * stride if upwards else end / stride
             value = self._rounded(1 - 1 / x if self.kind == "beta" else x, 3)
             if self.low <= value <= self.high or (self.kind.startswith("decay") and value * run.step < 1):
-                continue  # there is no whole number in between; or it is less than a step
+                continue  # no whole number lies that near beyond the end, or a decay is shorter than a step
             try:
                 error = _predicted_error(self.target(value), run, t)
-            except InvalidValueError:  # there is no such average, or the run is too short for it
+            except InvalidValueError:  # the average does not exist, or the run is too short for it
                 continue
             if error < GOOD_ERROR:
                 return replace(self, high=value) if upwards else replace(self, low=value)
         return None
 
     def _scaled(self, value: Any) -> Any:
-        """What the logarithm is taken of."""
+        """Return the quantity whose logarithm is scaled: for a beta its time constant in steps, else the value."""
         return 1 / (1 - value) if self.kind == "beta" else value
 
     def _rounded(self, value: float, digits: int) -> float:
-        """A value with so many digits, of a beta in 1 - beta."""
+        """Return a value rounded to a number of significant digits, for a beta of 1 - beta."""
         if self.kind == "beta":
             return round(1 - float(f"{1 - value:.{digits}g}"), 12)
         return round(value) if self.kind in ("window", "last") else float(f"{value:.{digits}g}")
 
 
 def _predicted_error(target: Target, run: Run, t: float | None) -> float:
-    """Of an average; a mean of checkpoints is made as it is asked for, if there are so many."""
+    """Return the predicted error of an average; 0 for a mean of checkpoints, which is exact if there are enough."""
     if isinstance(target, Mean):
         run.plan([target], t=t)
         return 0.0
@@ -197,10 +197,10 @@ def _predicted_error(target: Target, run: Run, t: float | None) -> float:
 
 
 def good_range(run: Run, t: float | None = None) -> Axis:
-    """The widest range of sigma_rel whose predicted error is below GOOD_ERROR.
+    """Return the widest range of sigma_rel whose predicted error is below GOOD_ERROR.
 
     Raises:
-        InvalidValueError: there is none.
+        InvalidValueError: no sigma_rel has such an error.
     """
     ranges = run.error_curve(t=t).ranges_below(GOOD_ERROR)
     if not ranges:
@@ -215,15 +215,15 @@ class Trial:
     """One measurement of a metric.
 
     Attributes:
-        target: its title, such as `sigma_rel 0.15`; `raw` for weights that are no average.
+        target: the title of the target, such as `sigma_rel 0.15`; `raw` for raw weights.
         x: the searched value; 0 for raw weights.
-        seed: given to the command; trials of one seed share what it adds to all of them.
+        seed: the seed given to the command; trials of one seed share an offset.
         value: the metric, finite; None for a failed trial.
-        standard_error: of the value, where the evaluation states one.
-        predicted_error: of the weights, None where it is not known.
-        seconds: how long it took.
-        error: why it failed.
-        log: path of its log without the endings .out and .err, relative to the folder of the sweep.
+        standard_error: the standard error of the value, if the evaluation states one.
+        predicted_error: the predicted error of the weights; None if unknown.
+        seconds: the duration.
+        error: why the trial failed; None if it succeeded.
+        log: the path of its logs without the endings .out and .err, relative to the folder of the sweep.
     """
 
     target: str
@@ -237,22 +237,22 @@ class Trial:
     log: str = ""
 
 
-# --- what trials say
+# --- the estimate from trials
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What trials say about the best value of what is searched.
+    """The estimate of the best value from trials.
 
     Attributes:
-        axis: what is searched.
-        best: the estimate of its value, not that of the lowest measurement.
-        mean, standard_error: the metric there.
-        low, high: the range that holds the best with a probability of CONFIDENCE; all of it is equal within the noise.
+        axis: the lengths that are searched.
+        best: the value with the best estimate, which may not be that of the best measurement.
+        mean, standard_error: the estimated metric at `best`.
+        low, high: the range that contains the best with a probability of CONFIDENCE; it is equal within the noise.
         regret: how much worse than the true best the metric at `best` is expected to be; not negative.
-        noise: standard deviation of one measurement, seeds' offsets aside.
-        xs, curve, errors: the metric over the range, with its standard error; shape [POINTS].
-        draws: what the curve may be, in a scale of their own, lower is better; shape [draws, POINTS].
+        noise: the standard deviation of one measurement, without the offset of its seed.
+        xs, curve, errors: the estimated metric over the range, with its standard error; shape [POINTS].
+        draws: curves drawn from the model, standardized so that lower is better; shape [draws, POINTS].
     """
 
     axis: Axis
@@ -279,25 +279,25 @@ class Estimate:
 
     @property
     def edge(self) -> float | None:
-        """The end of the range where the best is more likely than not to be, or to lie beyond."""
+        """The end of the range at or beyond which the best lies with a probability above one half; None if neither."""
         places, margin = self.draws.argmin(axis=1), _SAME * (POINTS - 1)
         ends = {self.axis.low: places <= margin, self.axis.high: places >= POINTS - 1 - margin}
-        return next((end for end, there in ends.items() if there.mean() > 0.5), None)
+        return next((end for end, is_best in ends.items() if is_best.mean() > 0.5), None)
 
 
 def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Estimate:
-    """What three trials or more that have not failed say about the best value."""
+    """Estimate the best value from at least three successful trials."""
     measured = [(trial, trial.value) for trial in trials if trial.value is not None]
     sign = 1.0 if minimize else -1.0
     values = sign * np.array([value for _, value in measured])
     upper = float(np.quantile(values, 0.75))
     reach = upper - float(np.sort(values)[1])
     values = np.minimum(values, upper + _FAR * reach) if reach > 0 else values
-    largest = float(np.abs(values).max()) or 1.0  # whose square may be too large for a number, or too small
+    largest = float(np.abs(values).max()) or 1.0  # its square may overflow or underflow
     values /= largest
     centre = float(values.mean())
     scale = float(values.std()) if np.ptp(values) > 0 else 1e-9 * (abs(centre) or 1.0)
-    stated = (math.nan if one.standard_error is None else one.standard_error for one, _ in measured)
+    stated = (math.nan if trial.standard_error is None else trial.standard_error for trial, _ in measured)
     errors = np.array([error / largest / scale for error in stated])
     _, seeds = np.unique([trial.seed for trial, _ in measured], return_inverse=True)
     places = axis.place([trial.x for trial, _ in measured])
@@ -326,18 +326,18 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
 
 
 def first_batch(axis: Axis) -> list[float]:
-    """The values that are named, or some that are spread evenly in the logarithm, both ends included."""
+    """Return the given values, or FIRST values spread evenly in the logarithm, both ends included."""
     return [*(axis.values or dict.fromkeys(map(axis.value_at, np.linspace(0, 1, FIRST).tolist())))]
 
 
 def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:
-    """Up to `count` values to measure next, each of which promises most beside those before.
+    """Return up to `count` values to measure next, chosen one after another.
 
-    That is the largest expected improvement on the lowest of the best and those before, over the drawn curves.
-    (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010, chosen one after another.)
+    Each has the largest expected improvement, over the drawn curves, on the lowest of the best and those chosen before.
+    (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010.)
 
-    With `repeat`, and where the metric differs by less than the noise from end to end of the range, one that is next to
-    a measured value is that value, to be measured with another seed.
+    With `repeat`, and if the metric varies by less than the noise over the range that may contain the best, a value
+    next to a measured one is replaced by it, to be measured with another seed.
     """
     known = sorted({trial.x for trial in trials if trial.value is not None})
     places = found.axis.place(known)
@@ -356,7 +356,7 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
 
 
 def _likely(draws: FloatArray) -> FloatArray:
-    """The ends of the range that holds the best with a probability of CONFIDENCE, as places."""
+    """Return the ends of the range that contains the best with a probability of CONFIDENCE, as places; shape [2]."""
     tail = (1 - CONFIDENCE) / 2
     ends = np.quantile(_GRID[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
     return np.asarray(np.clip(ends, 0, 1))
@@ -365,13 +365,13 @@ def _likely(draws: FloatArray) -> FloatArray:
 def _draw(
     places: FloatArray, values: FloatArray, errors: FloatArray, seeds: npt.NDArray[np.intp], grid: FloatArray
 ) -> tuple[FloatArray, float]:
-    """Curves on the grid, [draws, points], from the average over all hyperparameters; and the noise."""
+    """Return curves on the grid drawn from the mixture over all hyperparameters, [draws, points], and the noise."""
     given = bool(np.isfinite(errors).all())
     same_seed = (seeds[:, None] == seeds[None]).astype(float)
     offsets = _OFFSETS if 1 < len(set(seeds.tolist())) < len(seeds) else _OFFSETS[:1]
     noises = (1.0,) if given else _NOISES
     options = list(itertools.product(_LENGTHS, _SIZES, noises, offsets))
-    own = np.clip(errors, *_STATED) if given else np.ones_like(errors)
+    scales = np.clip(errors, *_STATED) if given else np.ones_like(errors)
 
     both = np.concatenate([places, grid])
     trends = np.vander(2 * both - 1, 3, increasing=True) * _TRENDS
@@ -379,23 +379,23 @@ def _draw(
     count = len(values)
 
     def covariance(length: float, size: float) -> FloatArray:
-        """Of the metric at all places, with the measured ones."""
+        """Return the covariance of the metric at all places with that at the measured ones."""
         return np.asarray(size**2 * kernels[length][:, :count] + trends @ trends[:count].T)
 
     def factor(length: float, size: float, noise: float, offset: float) -> FloatArray:
-        """Of the covariance of the measured values."""
-        within = covariance(length, size)[:count] + np.diag((noise * own) ** 2) + offset**2 * same_seed
+        """Return the Cholesky factor of the covariance of the measured values."""
+        within = covariance(length, size)[:count] + np.diag((noise * scales) ** 2) + offset**2 * same_seed
         return np.asarray(cholesky(within, lower=True, check_finite=False))
 
     logs = np.empty(len(options))
-    for place, option in enumerate(options):  # one at a time: with hundreds of trials all together would take gigabytes
+    for place, option in enumerate(options):  # one at a time: all matrices for hundreds of trials would take gigabytes
         root = factor(*option)
         whitened = solve_triangular(root, values, lower=True, check_finite=False)
         logs[place] = -0.5 * (whitened**2).sum() - np.log(np.diagonal(root)).sum()
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
     random = np.random.default_rng(0)
-    # Systematic resampling: each option as often as its weight says, and no more than one off.
+    # Systematic resampling: the count of each option differs by less than one from its weight times _MIXED.
     counts = np.bincount(
         np.searchsorted(np.cumsum(weights), (np.arange(_MIXED) + random.random()) / _MIXED).clip(max=len(options) - 1),
         minlength=len(options),
@@ -405,19 +405,20 @@ def _draw(
     for index in np.flatnonzero(counts):
         length, size, noise, offset = options[index]
         shape = _DRAWS // _MIXED * int(counts[index])
-        # A draw before the measurements, moved by what they say to one after them (Matheron's rule).
+        # Draws from the prior, corrected by the measurements to draws from the posterior (Matheron's rule).
         curves = size * roots[length] @ random.standard_normal((len(both), shape))
         curves += trends @ random.standard_normal((3, shape))
-        chance = noise * own[:, None] * random.standard_normal((count, shape))
+        chance = noise * scales[:, None] * random.standard_normal((count, shape))
         chance += offset * random.standard_normal((count, shape))[seeds]
         missing = values[:, None] - curves[:count] - chance
         moved = covariance(length, size)[count:] @ cho_solve((factor(*options[index]), True), missing)
         draws.append((curves[count:] + moved).T)
     levels = np.array([noise for _, _, noise, _ in options])
-    return np.concatenate(draws), float(np.sqrt((own**2).mean()) * (weights * levels).sum())
+    return np.concatenate(draws), float(np.sqrt((scales**2).mean()) * (weights * levels).sum())
 
 
 def _matern(x: FloatArray, length: float) -> FloatArray:
+    """Return the Matern 5/2 kernel of all pairs of places."""
     distance = math.sqrt(5) * np.abs(x[:, None] - x[None]) / length
     return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
 
@@ -425,27 +426,27 @@ def _matern(x: FloatArray, length: float) -> FloatArray:
 # --- the search
 
 Measure = Callable[[Sequence[tuple[float, int]]], Iterable[Trial]]
-"""Measures values, each with a seed, and gives a trial of each."""
+"""A function that measures values, each with a seed, and returns a trial of each."""
 
 
 class Search:
-    """One search: its trials, and what they say.
+    """A search for the best value of an axis.
 
     Arguments:
-        axis: what is searched.
-        run, t: the run and the time of its averages; beyond an end that is best a range grows only as far as their
-            predicted error is small.
-        known: trials that are there already.
+        axis: the lengths to search.
+        run, t: the run and the time of its averages; a range whose end is best is widened only while their predicted
+            error is small.
+        known: successful trials of an earlier call.
         minimize: whether lower is better.
-        budget: lengths to measure, each `repeats` times; one that is measured again counts again.
+        budget: the most lengths to measure, each `repeats` times; a length that is measured again counts again.
         again: whether a length can be measured again with another seed.
-        batch: lengths of each round after the first.
+        batch: the number of lengths of each round after the first.
 
     Attributes:
-        axis: what is searched, widened where its end was best.
-        trials: all of them, failed ones with their error.
-        found: what they say, after the first round.
-        stopped: why no more was measured.
+        axis: the lengths that are searched, widened if an end was best.
+        trials: all trials; failed ones have an error.
+        found: the estimate after the latest round.
+        stopped: why the search ended.
     """
 
     found: Estimate
@@ -462,7 +463,7 @@ class Search:
         self.stopped = "it is still measuring"
 
     def rounds(self, measure: Measure) -> Iterator[Estimate]:
-        """Measure until the best is known within the noise, or the budget is spent; gives what is known each time.
+        """Measure until the best is known within the noise or the budget is spent; yield the estimate of each round.
 
         Raises:
             PostHocError: too few trials have succeeded.
@@ -484,7 +485,7 @@ class Search:
                 wanted += [(value, seed) for seed in range(start, start + self._repeats)]
 
     def _take(self, axis: Axis) -> None:
-        """Search these values, with the trials of them that are there already."""
+        """Set the axis, and move the known trials of its values to `trials`."""
         self.axis, known = axis, self._known
         self._known = []
         for trial in known:
@@ -492,17 +493,17 @@ class Search:
             (self.trials if within else self._known).append(trial)
 
     def _missing(self, values: Sequence[float]) -> list[tuple[float, int]]:
-        """What is not measured yet of some values."""
+        """Return the pairs of given values and seeds that have not been measured."""
         return [(v, seed) for seed in range(self._repeats) for v in values if seed not in self._seeds(v)]
 
     @property
     def _left(self) -> int:
-        """Lengths that may still be measured."""
+        """The number of lengths that may still be measured."""
         spent = (-(-len(self._seeds(value)) // self._repeats) for value in {trial.x for trial in self.trials})
         return self._budget - sum(spent)
 
     def _widen(self) -> list[float]:
-        """Go on beyond an end that is best, and give the values to measure there; none if there is nothing."""
+        """Widen the axis if its end is best, and return the new values to measure, if any."""
         edge = self.found.edge
         if edge is None or self.axis.values is not None or self._left <= 0:
             return []
@@ -515,10 +516,10 @@ class Search:
         return list(dict.fromkeys((wider.value_at(middle), end)))[: self._left]
 
     def _next(self) -> list[float]:
-        """The values of the next round; none where the search is at its end, and then why."""
+        """Return the values of the next round; none if the search has ended, for the reason in `stopped`."""
         axis, left = self.axis, self._left
         if axis.values is not None:
-            return self._end("all named lengths are measured")
+            return self._end("all given lengths are measured")
         if self.found.settled:
             return self._end("the best length is known within the noise")
         if left <= 0:
@@ -528,21 +529,23 @@ class Search:
         proposed = [v for v in proposed if v not in failed and (self._again or not self._seeds(v))]
         return proposed or self._end("nothing is left to measure between the measured lengths")
 
-    def _end(self, why: str) -> list[float]:
+    def _end(self, reason: str) -> list[float]:
+        """Record why the search ended, and return no values."""
         edge = self.found.edge
         if edge is not None:
             kind = "list" if self.axis.values else "range"
-            why += f"; the best lies at the end of the {kind}, {self.axis.title(edge)}"
-            exact = f", beyond which no average is exact within {100 * GOOD_ERROR:g} %"
-            why += ", and may lie beyond" if self.axis.values or self._left <= 0 else exact
-        self.stopped = why
+            reason += f"; the best lies at the end of the {kind}, {self.axis.title(edge)}"
+            limit = f", beyond which no average is exact within {100 * GOOD_ERROR:g} %"
+            reason += ", and may lie beyond" if self.axis.values or self._left <= 0 else limit
+        self.stopped = reason
         return []
 
     def _seeds(self, value: float) -> set[int]:
-        """Of the trials of a value."""
+        """Return the seeds of the trials of a value."""
         return {trial.seed for trial in self.trials if trial.x == value}
 
     def _estimate(self) -> Estimate:
+        """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
         good = {trial.x: trial.value for trial in self.trials if trial.value is not None}
         if len(good) < min(3, len(self._first)):
             failed = [trial for trial in self.trials if trial.value is None]
@@ -555,8 +558,9 @@ class Search:
 
 
 def check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
-    """Raise an InvalidValueError for numbers that leave nothing to search with."""
-    least = FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
+    """Raise an InvalidValueError unless `repeats` and `budget` are counts that suffice for a search."""
+    least = FIRST if any(axis.values is None for axis in axes) else 1  # all values of a list are measured
     if check_count("budget", budget) < least:
-        raise InvalidValueError("budget", f"must be at least {least}, which a search begins with", value=budget)
+        reason = f"must be at least {least}, the number of lengths that a search begins with"
+        raise InvalidValueError("budget", reason, value=budget)
     check_count("repeats", repeats)

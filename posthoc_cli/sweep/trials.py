@@ -1,6 +1,6 @@
 """A trial: the user's command as a process, and the metric that it prints or writes.
 
-Each process is in a process group of its own, which is ended with all that is still in it.
+Each process has a separate process group, so that all its remaining children can be ended with it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _GRACE = 0.5
 _TICK = 0.01
 _END_OF_LOG = 300
 _TAIL = 10_000_000
-"""Bytes at the end of standard output that are looked at."""
-_NAMED = 5
-"""Names that a message lists."""
+"""The number of bytes at the end of standard output that are searched for the metric."""
+_MOST_NAMES = 5
+"""The most names that a message lists."""
 _REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
 
 
@@ -43,10 +43,10 @@ class Command:
     """The user's command for one trial.
 
     Attributes:
-        trial: what is known of it before.
-        words: all placeholders filled in.
-        folder: of the trial; exists.
-        log: where standard output and error go, with the endings .out and .err.
+        trial: the trial without its metric.
+        words: the words of the command line, with all placeholders filled in.
+        folder: the existing folder of the trial.
+        log: the path of the logs, without the endings .out and .err.
     """
 
     trial: Trial
@@ -64,15 +64,15 @@ class Command:
 def run_all(
     commands: Sequence[Command],
     metric: Metric,
-    told: Callable[[Command, Trial, bool], None],
-    jobs: int = 1,
-    timeout: float | None = None,
-    began: Callable[[Command], None] = lambda _: None,
+    start: Callable[[Command], None],
+    finish: Callable[[Command, Trial, bool], None],
+    jobs: int,
+    timeout: float | None,
 ) -> None:
-    """Run commands, up to `jobs` at a time, and tell which one begins, and what has come of each as it ends.
+    """Run commands, up to `jobs` in parallel, which divide CUDA_VISIBLE_DEVICES among them.
 
-    That is a record with a value or an error, and whether a command ended well that does not say its metric. Whatever
-    ends this ends the processes. Those that run side by side share out CUDA_VISIBLE_DEVICES.
+    `start` is called with each command that begins; `finish` with a command that has ended, its trial with a value or
+    an error, and whether it succeeded without giving a metric. An exception, from `finish` too, ends all processes.
     """
     devices = [name for name in os.environ.get(_DEVICES, "").split(",") if name]
     slots = SimpleQueue[int]()
@@ -83,29 +83,29 @@ def run_all(
     def run(command: Command) -> tuple[Trial, bool]:
         slot = slots.get()
         try:
-            began(command)
-            own = devices[slot % len(devices) :: jobs] if devices else []
-            return _run(command, metric, own, timeout, stop)
+            start(command)
+            share = devices[slot % len(devices) :: jobs] if devices else []
+            return _run(command, metric, share, timeout, stop)
         finally:
             slots.put(slot)
 
-    # Ctrl-C interrupts the main thread only, never a thread that is just starting or ending a process.
+    # Ctrl-C interrupts only the main thread, never a thread that is starting or ending a process.
     pool, running = ThreadPoolExecutor(jobs), dict[Future[tuple[Trial, bool]], Command]()
     waiting = iter(commands)
     try:
         while True:
-            # None begins before what has come of the last one is told, which may be a reason to end.
+            # A command is submitted only after `finish` was called for the last one, which may raise an error.
             for command in islice(waiting, jobs - len(running)):
                 running[pool.submit(run, command)] = command
             if not running:
                 break
-            # Not for ever: a signal may have been delivered to another thread, which does not wake this one.
-            for trial in wait(running, _GRACE, FIRST_COMPLETED).done:
-                told(running.pop(trial), *trial.result())
+            # The wait has a timeout: a signal may be delivered to another thread, which does not wake this one.
+            for future in wait(running, _GRACE, FIRST_COMPLETED).done:
+                finish(running.pop(future), *future.result())
     finally:
         stop.set()
         pool.shutdown(wait=False)
-        with suppress(KeyboardInterrupt):  # a second one; all is ended soon
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C; all processes end soon
             wait(running)
         wait(running)
 
@@ -113,22 +113,23 @@ def run_all(
 def _run(
     command: Command, metric: Metric, devices: Sequence[str], timeout: float | None, stop: threading.Event
 ) -> tuple[Trial, bool]:
+    """Run one command; return its trial, and whether it succeeded without giving a metric."""
     started, out, err = time.monotonic(), *command.logs
     error, value, standard_error, is_missing = "", None, None, False
     for path in (out, err):
-        files.unlink_if_there(path)  # a trial of a killed sweep may still write to the old one
+        files.unlink_if_there(path)  # the process of a killed sweep may still write to the old file
     with out.open("wb") as stdout, err.open("wb") as stderr:
         try:
             process = subprocess.Popen(
                 list(command.words), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
                 env=os.environ | ({_DEVICES: ",".join(devices)} if devices else {}),
             )  # fmt: skip
-        except OSError as refused:
-            error = f"cannot be started: {refused.strerror or refused}"
+        except OSError as failure:
+            error = f"cannot be started: {failure.strerror or failure}"
     if not error:
-        until = math.inf if timeout is None else started + timeout
+        deadline = math.inf if timeout is None else started + timeout
         while process.poll() is None and not stop.is_set() and not error:
-            error = f"took more than {timeout:g} s" if time.monotonic() > until else ""
+            error = f"took more than {timeout:g} s" if time.monotonic() > deadline else ""
             time.sleep(_TICK)
         code = _end(process)
         if not error and code:
@@ -137,15 +138,15 @@ def _run(
     if not error:
         try:
             value, standard_error = metric.read(out, command.folder)
-        except NoMetricError as wrong:
-            error, is_missing = str(wrong), isinstance(wrong, MissingMetricError)
+        except NoMetricError as failure:
+            error, is_missing = str(failure), isinstance(failure, MissingMetricError)
     error = error and f"{error}{_end_of_logs(err, out)}"
     trial = replace(command.trial, value=value, standard_error=standard_error, seconds=seconds, error=error or None)
     return trial, is_missing
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """End what is left of a process and its group, which has its id also when it has ended; its exit code."""
+    """End a process and its group, and return its exit code; the group keeps the id of a process that has ended."""
 
     def send(number: int) -> None:
         with suppress(ProcessLookupError, PermissionError):
@@ -159,7 +160,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def _end_of_logs(*paths: Path) -> str:
-    """The end of the first log that says something, for a message."""
+    """Return the end of the first log that is not empty, for a message."""
     texts = (" ".join(_read_tail(path, _END_OF_LOG).split()) for path in paths)
     text = next(filter(None, texts), "")
     return f": {printable(text)}" if text else ", and wrote nothing"
@@ -169,22 +170,22 @@ def _end_of_logs(*paths: Path) -> str:
 
 
 class NoMetricError(Exception):
-    """The trial has no metric; the text says what was looked for, and what is there."""
+    """A trial has no usable metric; the text names what was searched for, and what was found instead."""
 
 
 class MissingMetricError(NoMetricError):
-    """Nothing of the metric's name is there, not even one that is no finite number."""
+    """The output or the files have no member with the metric's name, not even an unusable one."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Where the metric is.
+    """The place where a command prints or writes the metric.
 
     Attributes:
-        key: of a member of a JSON object, with dots between the keys of nested objects: `results.acc`. Standard output
-            may also end with a line that is a number, which needs none.
-        file: name of a JSON file in the trial's folder or below, also a pattern: `*.json`; the newest counts. None for
-            standard output, whose last number or JSON object with the key counts.
+        key: the key of a member of a JSON object, with dots between the keys of nested objects: `results.acc`. None if
+            the metric is a line of standard output that is a number.
+        file: the name or pattern of JSON files in the trial's folder or below, such as `*.json`; the newest is used.
+            None for standard output, whose last number or JSON object with the key is used.
     """
 
     key: str | None = None
@@ -192,7 +193,7 @@ class Metric:
 
     @classmethod
     def parse(cls, text: str) -> Metric:
-        """From `KEY` or `FILE.json:KEY`; an InvalidValueError."""
+        """Return the metric that `KEY` or `FILE.json:KEY` names; raise an InvalidValueError for other texts."""
         file, key = re.fullmatch(r"(?:(.*?\.json):)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
         if not key:
             reason = "must be a key such as loss, or a file and a key such as results.json:results.acc"
@@ -201,16 +202,16 @@ class Metric:
 
     @property
     def text(self) -> str:
-        """As `parse` takes it; empty for a line that is a number."""
+        """The text that `parse` takes; empty for a line that is a number."""
         return ":".join(filter(None, (self.file, self.key)))
 
     @property
     def label(self) -> str:
-        """For tables and axes."""
+        """The name of the metric in tables and plots."""
         return self.key or "metric"
 
     def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
-        """The metric and its standard error, None where there is none; a NoMetricError."""
+        """Return the metric and its standard error, if any; raise a NoMetricError if there is no metric."""
         if self.file is None or self.key is None:
             return self._printed(_read_tail(stdout, _TAIL))
         try:
@@ -219,7 +220,7 @@ class Metric:
             raise NoMetricError(f"{self.file} cannot be read: {error.strerror or error}") from error
 
     def _printed(self, text: str) -> tuple[float, float | None]:
-        """The last line that is a number, or JSON object with the key, which may take several lines."""
+        """Return the metric from the last line that is a number, or the last JSON object with the key."""
         found: float | tuple[dict[str, Any], str] | None = None
         names: list[str] = []
         begin = end = 0
@@ -243,11 +244,11 @@ class Metric:
         if found is not None:
             return _finite(found), None
         wanted = "a number" if self.key is None else f"a number or a JSON object with {shown(self.key)}"
-        raise MissingMetricError(f"no line of its output is {wanted}{_there(names)}")
+        raise MissingMetricError(f"no line of its output is {wanted}{_listed(names)}")
 
     @staticmethod
     def _stored(folder: Path, pattern: str, key: str) -> tuple[float, float | None]:
-        """From the newest file of the pattern that has it; the error is that of the newest."""
+        """Return the metric from the newest matching file that has the key; an error is about the newest file."""
         paths = [path for path in folder.rglob("*") if path.relative_to(folder).match(pattern) and path.is_file()]
         reasons = []
         for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True):
@@ -258,20 +259,20 @@ class Metric:
                 continue
             if isinstance(held, tuple):
                 return _pair(*held)
-            reasons.append(f"{path.name} has no member {shown(key)}{_there(held)}")
-        there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        raise MissingMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_there(there)}"))
+            reasons.append(f"{path.name} has no member {shown(key)}{_listed(held)}")
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        raise MissingMetricError(next(iter(reasons), f"there is no {pattern} in its folder{_listed(names)}"))
 
 
 def _read_tail(path: Path, count: int) -> str:
-    """The last `count` bytes of a file as text."""
+    """Return the last `count` bytes of a file as text."""
     with path.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - count))
         return file.read().decode(errors="replace")
 
 
 def _json_at(text: str, start: int) -> tuple[Any, int]:
-    """The JSON object or list that begins there and ends a line, and where it ends; None and 0 where there is none."""
+    """Return the JSON object or list that begins at `start` and ends a line, and its end; else None and 0."""
     if text[start : start + 1] not in ("{", "["):
         return None, 0
     try:
@@ -282,9 +283,9 @@ def _json_at(text: str, start: int) -> tuple[Any, int]:
 
 
 def _holder(value: Any, key: str) -> tuple[dict[str, Any], str] | list[str]:
-    """The object that has the member of a dotted key, and its name in it; names may themselves have dots in them.
+    """Return the object that has the member of a dotted key, and the member's name; names may contain dots themselves.
 
-    The names in the nearest object where there is none.
+    If no object has it, return the names in the nearest one.
     """
     if not isinstance(value, dict):
         return []
@@ -301,18 +302,19 @@ def _holder(value: Any, key: str) -> tuple[dict[str, Any], str] | list[str]:
 
 
 def _pair(values: dict[str, Any], name: str) -> tuple[float, float | None]:
-    """A value, and the standard error that stands beside it: `acc_stderr` of `acc`, lm-eval's `acc_stderr,none`."""
+    """Return a value and its standard error, such as `acc_stderr` of `acc`, or lm-eval's `acc_stderr,none`."""
     head, comma, tail = name.partition(",")
-    beside = (f"{head}_{word}{comma}{tail}" for word in ("stderr", "se", "standard_error"))
-    errors = (_number(values[other]) for other in beside if other in values)
+    names = (f"{head}_{word}{comma}{tail}" for word in ("stderr", "se", "standard_error"))
+    errors = (_number(values[other]) for other in names if other in values)
     error = next((error for error in errors if error is not None and 0 < error < math.inf), None)
     value = _number(values[name])
     if value is None:
-        raise NoMetricError(f"{shown(name)} is {shown(values[name])}, no number")
+        raise NoMetricError(f"{shown(name)} is {shown(values[name])}, not a number")
     return _finite(value), error
 
 
 def _number(value: object) -> float | None:
+    """Return a number or the text of one as a float; None for other values."""
     try:
         return None if isinstance(value, bool) or not isinstance(value, str | int | float) else float(value)
     except (ValueError, OverflowError):
@@ -320,12 +322,14 @@ def _number(value: object) -> float | None:
 
 
 def _finite(value: float) -> float:
+    """Return a finite value; raise a NoMetricError for nan and infinity."""
     if not math.isfinite(value):
         raise NoMetricError(f"its metric is {value}")
     return value
 
 
-def _there(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
+    """Return the end of a message that lists names."""
     unique = list(dict.fromkeys(names))
-    listed = ", ".join(map(shown, unique[:_NAMED]))
-    return f"; there are {listed}{', ...' * (len(unique) > _NAMED)}" if names else ""
+    shown_names = ", ".join(map(shown, unique[:_MOST_NAMES]))
+    return f"; found {shown_names}{', ...' * (len(unique) > _MOST_NAMES)}" if names else ""

@@ -1,4 +1,4 @@
-"""The command line in this process, and a run for it to work on."""
+"""A run for the commands, and answers to their questions."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(_recorded_run: Path, tmp_path: Path) -> Path:
-    """A directory of 20 times x 2 profiles, up to step 2,000; a copy that may be harmed."""
+    """A copy of a directory with snapshots at 20 times of 2 profiles, up to step 2,000; a test may change it."""
     return Path(shutil.copytree(_recorded_run, tmp_path / "run"))
 
 
 @pytest.fixture
 def unmeasured_run(run: Path) -> Path:
-    """The directory `run` without its measurements: such as an early release, or another tool, wrote."""
+    """The directory `run` without measurements, as an early release or another tool writes it."""
     for path in run.glob("*.safetensors"):
         rewrite_snapshot(path, measurements=None)
     return run
@@ -47,14 +47,14 @@ def unmeasured_run(run: Path) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """Somebody to ask, who answers so, or goes away; the questions are told."""
+    """A function that installs the answer to confirmations ("" aborts) and returns the list of questions."""
 
     def install(answer: str, run: Path) -> list[str]:
         questions: list[str] = []
 
         def confirm(question: str, err: bool) -> bool:
             assert err
-            DirectoryLock(run).release()  # nobody who asks holds it
+            DirectoryLock(run).release()  # the directory is not locked while the question is open
             questions.append(question)
             if not answer:
                 raise typer.Abort

@@ -1,4 +1,4 @@
-"""`ema info`, `export`, `profile`, and what holds for every command."""
+"""`ema info`, `export` and `profile`, and the tables that commands print."""
 
 from __future__ import annotations
 
@@ -31,30 +31,24 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     assert re.search(r"^measured +40 of them$", result.out, re.MULTILINE)
     report = ema("info", run, "--json").json
     assert report["run"] == PostHocEMA.from_path(run).run_id
-    assert [p["sigma_rel"] for p in report["profiles"]] == [0.05, 0.28]
-    assert report["profiles"][0]["times"] == [100.0 * k for k in range(1, 21)]
-    assert (report["averaged"], report["copied"], report["left_out"]) == (7, 1, ["2.bias"])
     assert report["bytes"] == sum(p.stat().st_size for p in run.glob("*.safetensors"))
     assert (report["problems"], report["leftovers"], report["superseded"]) == ([], [".ema-0123.tmp"], 1)
-    assert (report["measured"], report["t"], report["step"]) == (40, 2000, 2000)
     low, high = report["profiles"][0]["relative_rounding_range"]
     assert 2**-13 < low <= high < 2**-11
 
 
-def test_info_says_where_nothing_was_measured(ema: Ema, unmeasured_run: Path) -> None:
+def test_info_reports_missing_measurements(ema: Ema, unmeasured_run: Path) -> None:
     result = ema("info", unmeasured_run)
     assert (result.code, result.err) == (0, "")
     assert re.search(r"^measured +none of them: errors are predicted from a sample$", result.out, re.MULTILINE)
     assert result.out.count("unknown") == 2
     report = ema("info", unmeasured_run, "--json").json
-    assert (report["measured"], [profile["relative_rounding_range"] for profile in report["profiles"]]) == (
-        0,
-        [None, None],
-    )
+    assert report["measured"] == 0
+    assert [profile["relative_rounding_range"] for profile in report["profiles"]] == [None, None]
     assert ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").json["measurements"] is None
 
 
-def test_info_of_a_snapshot_and_a_stranger(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_info_of_a_snapshot_and_of_another_programs_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     snapshot = sorted(run.glob("*.safetensors"))[-1]
     report = ema("info", snapshot, "--json").json
     assert (report["kind"], report["sigma_rel"], report["t"], report["t_first"]) == ("snapshot", 0.28, 2000, 10)
@@ -79,10 +73,6 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
     report = ema("info", out, "--json").json
-    assert (report["kind"], report["sigma_rel"], report["method"]) == ("output", 0.15, "minvar")
-    assert report["profile"] == "sigma_rel 0.15"
-    assert 0 < report["predicted_error"] < 0.01
-    assert len(report["snapshots"]) == 40
     text = ema("info", out).out
     assert re.search(r"^predicted error +0\.\d+ %$", text, re.MULTILINE)
     assert re.search(r"^sigma_rel +0\.15$", text, re.MULTILINE)
@@ -105,13 +95,13 @@ def make_averages(ema: Ema, run: Path, folder: Path, *options: str) -> None:
 def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_averages(ema, run, tmp_path / "averages")
     make_averages(ema, run, tmp_path / "shards", "--layout", "sharded", "--max-shard-size", "50")
-    alone = ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").json
+    single = ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").json
     folder = tmp_path / "shards" / "sigma_rel-0.15"
     shards = list(folder.glob("*.safetensors"))
     assert len(shards) > 1
-    own = {"shards": len(shards), "bytes": sum(shard.stat().st_size for shard in shards)}
+    changed = {"shards": len(shards), "bytes": sum(shard.stat().st_size for shard in shards)}
     for path in (folder, folder / "model.safetensors.index.json"):
-        assert ema("info", path, "--json").json == {**alone, **own, "path": str(path)}
+        assert ema("info", path, "--json").json == {**single, **changed, "path": str(path)}
         assert re.search(r"^profile +sigma_rel 0\.15$", ema("info", path).out, re.MULTILINE)
     for container in ("averages", "shards"):
         report = ema("info", tmp_path / container, "--json").json
@@ -121,34 +111,34 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
         assert len(re.findall(r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE)) == 3
 
 
-def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_or_one_of_another_model_is_an_error(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_averages(ema, run, tmp_path / "shards", "--layout", "sharded", "--max-shard-size", "50")
     folder, other = (tmp_path / "shards" / name for name in ("sigma_rel-0.15", "sigma_rel-0.2"))
-    name = sorted(path.name for path in folder.glob("*.safetensors"))[1]
-    (folder / name).write_bytes((other / name).read_bytes())
-    for command in (("info", folder), ("export", folder, "--out", tmp_path / "m.pt")):
-        result = ema(*command)
-        assert result.code == 1
-        assert f"{name} are not of one model: its target is sigma_rel 0.2, not sigma_rel 0.15" in result.error
-    save_file(load_file(folder / name), folder / name)
-    result = ema("export", folder, "--out", tmp_path / "m.pt")
-    assert f"{name} are not of one model: only one of them is of a synthesis" in result.error
-    (folder / name).unlink()
-    for command in (("info", folder), ("export", folder, "--out", tmp_path / "m.pt")):
-        assert f"{folder / name}: cannot be opened" in ema(*command).error
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    mixed, commands = f"{shard.name} are not of one model: ", [("export", folder, "--out", tmp_path / "m.pt")]
+    for harm, message in (
+        (lambda: save_file(load_file(shard), shard), f"{mixed}only one of them is of a synthesis"),
+        (lambda: shutil.copy(other / shard.name, shard), f"{mixed}its target is sigma_rel 0.2, not sigma_rel 0.15"),
+        (shard.unlink, f"{shard}: cannot be opened"),
+    ):
+        harm()
+        for command in commands:
+            result = ema(*command)
+            assert result.code == 1
+            assert message in result.error
+        commands = [("info", folder), *commands[-1:]]  # info shows shards without metadata
 
 
 def test_shards_become_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     average = ("synthesize", run, "--sigma-rel", "0.15")
-    whole, folder = tmp_path / "whole.safetensors", tmp_path / "m"
-    assert ema(*average, "--out", whole).code == 0
+    single, folder, made = tmp_path / "single.safetensors", tmp_path / "m", tmp_path / "made.safetensors"
+    assert ema(*average, "--out", single).code == 0
     assert ema(*average, "--out", folder, "--layout", "sharded", "--max-shard-size", "100").code == 0
-    for name, source in (("a", folder), ("b", folder / "model.safetensors.index.json")):
-        made = tmp_path / f"{name}.safetensors"
-        result = ema("export", source, "--out", made)
+    for source in (folder, folder / "model.safetensors.index.json"):
+        result = ema("export", source, "--out", made, "--overwrite")
         assert (result.code, result.err) == (0, "")
-        assert_same_tensors(load_file(made), load_file(whole))
-        reports = [{**ema("info", path, "--json").json, "path": "", "bytes": 0} for path in (made, whole)]
+        assert_same_tensors(load_file(made), load_file(single))
+        reports = [{**ema("info", path, "--json").json, "path": "", "bytes": 0} for path in (made, single)]
         assert reports[0] == reports[1]
 
 
@@ -183,7 +173,7 @@ def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_pat
     assert "(2.bias)" in note
     command = made.err.split("from a full model: ")[1].strip()
     if name == "m.pt":
-        assert command.startswith("make m.safetensors and not m.pt, then: ")
+        assert command.startswith("make m.safetensors instead of m.pt, then: ")
         ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
         command = command.split("then: ")[1]
     weights = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
@@ -197,7 +187,7 @@ def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_pat
     assert torch.load(tmp_path / "net.pt", weights_only=True).keys() == {f"net.{name}" for name in full}
 
 
-def test_the_table_that_users_know_and_both_ways(ema: Ema) -> None:
+def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> None:
     rows = [line.split() for line in ema("profile").out.splitlines()]
     assert rows[0] == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
     assert [row[0] for row in rows[1:9]] == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
@@ -216,10 +206,10 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
 
 
-def test_tables_fit_a_terminal_and_are_whole_in_a_pipe(
+def test_tables_fit_a_terminal_and_are_not_wrapped_in_a_pipe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At 60 columns, too, no number is broken, and nothing of a name is lost."""
+    """On a terminal of 60 columns no number is wrapped, and names are complete."""
     path = f"{'very/' * 20}long/0001-0.05.safetensors"
     columns, row = ["file", "what", "largest size"], [path, "ein schöner größerer Text", "12,000,000 MB"]
     print_table(columns, [row], left=["file", "what"])
@@ -244,7 +234,7 @@ def test_no_row_of_the_widest_tables_is_broken_at_60_columns(
         assert max(map(len, table)) <= 60, out
 
 
-def test_long_values_go_on_below_where_they_begin(
+def test_long_values_are_wrapped_within_their_column(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = "update_every 10, checkpoint_every 1,000, update_after_step 0, max_checkpoints 20"

@@ -1,4 +1,4 @@
-"""Strangers' directories, names and surroundings: nothing leaves the named places, nothing steers, nothing leaks."""
+"""Untrusted directories, names and environments: no other file is changed, no code is run, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """Somebody's file, elsewhere."""
+    """A file of the user in another directory."""
     (tmp_path / "elsewhere").mkdir()
     path = tmp_path / "elsewhere" / "precious"
     path.write_bytes(b"mine")
@@ -39,7 +39,7 @@ def precious(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out.png", "out.csv"])
-def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_by_force(
+def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite(
     ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
 ) -> None:
     out = tmp_path / name
@@ -75,32 +75,33 @@ def test_links_among_shards_are_replaced_themselves_and_directories_are_refused(
     assert [path.name for path in keep.parent.parent.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path, there: bool) -> None:
-    lock = tmp_path / LOCK_NAME
-    lock.symlink_to(precious if there else precious.with_name("nothing"))
-    with pytest.raises(WriteError, match=str(tmp_path)):
-        DirectoryLock(tmp_path)
-    assert not precious.with_name("nothing").exists()
-    lock.unlink()
-    lock.hardlink_to(precious)  # another name of a file: which stays as it is
-    with pytest.raises(WriteError, match="is not a lock: it has content"):
-        DirectoryLock(tmp_path)
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path) -> None:
+    lock, absent = tmp_path / LOCK_NAME, precious.with_name("nothing")
+    for make_link, message in (
+        (lambda: lock.symlink_to(precious), str(tmp_path)),
+        (lambda: lock.symlink_to(absent), str(tmp_path)),
+        (lambda: lock.hardlink_to(precious), "is not a lock: it has content"),
+    ):
+        make_link()
+        with pytest.raises(WriteError, match=message):
+            DirectoryLock(tmp_path)
+        lock.unlink()
+    assert not absent.exists()
     assert precious.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("name", ["snapshots", "averages", "tracked"])
-def test_a_demo_clears_nothing_through_a_link(tmp_path: Path, precious: Path, name: str) -> None:
-    folder, place = Folder(tmp_path / "demo"), tmp_path / "demo" / name
+def test_a_demo_removes_nothing_through_a_link(tmp_path: Path, precious: Path, name: str) -> None:
+    folder, link = Folder(tmp_path / "demo"), tmp_path / "demo" / name
     folder.prepare(overwrite=False)
-    shutil.rmtree(place, ignore_errors=True)
-    place.symlink_to(precious.parent)
+    shutil.rmtree(link, ignore_errors=True)
+    link.symlink_to(precious.parent)
     with pytest.raises(OutputExistsError, match=f"{name}: is a symbolic link"):
         folder.prepare(overwrite=True)
     assert precious.read_bytes() == b"mine"
 
 
-def test_a_temporary_that_a_stranger_was_first_to_make_is_left_alone(
+def test_an_existing_file_with_the_name_of_a_temporary_is_not_used(
     tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("posthoc_cli.files.secrets.token_hex", lambda _: "guessed")
@@ -111,7 +112,7 @@ def test_a_temporary_that_a_stranger_was_first_to_make_is_left_alone(
     assert (tmp_path / ".ema-guessed.tmp").is_symlink()
 
 
-def test_nothing_from_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
+def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
     name = "\x1b]0;x\x07\u202e\nema: error: "
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
     for debug in ((), ("--debug",)):
@@ -120,9 +121,9 @@ def test_nothing_from_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
         assert ("Traceback" in result.err) == bool(debug)
         assert result.err.replace("\n", "").isprintable()
         assert "\\x1b]0;x\\x07\\u202e\\n" in result.err
-    write_snapshot(tmp_path / "whole", 10, 0.05, RUN_ID, {name: torch.ones(3)}, t_unit=name.replace("\n", ""))
-    (tmp_path / "whole" / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
-    for arguments in (["verify", tmp_path / "run"], ["verify", tmp_path / "whole"], ["info", tmp_path / "whole"]):
+    write_snapshot(tmp_path / "intact", 10, 0.05, RUN_ID, {name: torch.ones(3)}, t_unit=name.replace("\n", ""))
+    (tmp_path / "intact" / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
+    for arguments in (["verify", tmp_path / "run"], ["verify", tmp_path / "intact"], ["info", tmp_path / "intact"]):
         result = run_ema(*arguments)
         assert result.code == 1
         assert (result.out + result.err).replace("\n", "").isprintable()
@@ -130,14 +131,14 @@ def test_nothing_from_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["[bold]x[/]", "\\[red]x", "[link=file:///etc/passwd]x", ":smile:"])
-def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_table_does_not_interpret_markup_in_names(capsys: pytest.CaptureFixture[str], name: str) -> None:
     output.print_table([f"c({name})", "n"], [[name, "1"]])
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == [f"c({name})", "n"]
     assert row.split() == [name, "1"]
 
 
-def test_names_that_some_file_systems_take_for_one_are_two_tensors(ema: Ema, tmp_path: Path) -> None:
+def test_names_that_some_file_systems_do_not_distinguish_are_different_tensors(ema: Ema, tmp_path: Path) -> None:
     names = ["w", "W", unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é"), "../../x", "/etc/x", ""]
     values = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
@@ -159,7 +160,7 @@ def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tm
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
 
 
-def test_without_an_input_nobody_is_asked(run: Path) -> None:
+def test_a_command_with_a_closed_stdin_does_not_ask(run: Path) -> None:
     code = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'posthoc_cli', *sys.argv[1:]])"
     done = subprocess.run(
         [sys.executable, "-c", code, "prune", str(run), "--keep", "3"],
@@ -170,16 +171,16 @@ def test_without_an_input_nobody_is_asked(run: Path) -> None:
 
 
 @pytest.mark.parametrize("which", [slice(-1, None), slice(None)])
-def test_a_run_that_says_its_norm_is_0_has_a_picture(ema: Ema, run: Path, tmp_path: Path, which: slice) -> None:
+def test_a_run_with_a_norm_of_0_in_its_headers_has_a_picture(ema: Ema, run: Path, tmp_path: Path, which: slice) -> None:
     for path in sorted(run.glob("*.safetensors"))[which]:
         measured = read_snapshot(path).info.measurements
         rewrite_snapshot(path, measurements=replace(measured, norm=0.0), sketch="")  # type: ignore[type-var]
     plot, table = tmp_path / "$\\undefined{$.png", tmp_path / "e.csv"
     for out in (plot, table):
-        told = ema("error-plot", run, "--target", "beta:0.99", "--out", out, "--json")
-        assert told.code == 0, told.err
-    (curve,) = told.json["curves"]
-    # Nothing but 0 can be made of averages that are all 0.
+        result = ema("error-plot", run, "--target", "beta:0.99", "--out", out, "--json")
+        assert result.code == 0, result.err
+    (curve,) = result.json["curves"]
+    # If all averages are 0, so is every combination of them.
     assert (max(curve["predicted_error"]) == 0) == (which == slice(None))
     assert (curve["others"][0]["predicted_error"] == 0) == (which == slice(None))
     assert "nan" not in table.read_text()
@@ -226,11 +227,11 @@ for line in (
 def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: Path) -> None:
     home = tmp_path / "home-of-somebody"
     home.mkdir()
-    own = {"HOME": str(home), "HOSTNAME": "secret-host", "KEY": "s3cret"}
-    own |= dict.fromkeys(("USER", "LOGNAME"), "secret-user")
-    forked.check(LEAKING, cwd=home, env=unmeasured_environment() | own)
+    secrets = {"HOME": str(home), "HOSTNAME": "secret-host", "KEY": "s3cret"}
+    secrets |= dict.fromkeys(("USER", "LOGNAME"), "secret-user")
+    forked.check(LEAKING, cwd=home, env=unmeasured_environment() | secrets)
     words = ["home-of-somebody", "secret-host", "secret-user", "s3cret", str(tmp_path), sys.prefix]
-    words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]  # shorter ones by chance
+    words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]  # shorter: chance matches
     made = contents(home)
     assert {Path(name).suffix for name in made} >= {".safetensors", ".pt", ".png", ".svg", ".pdf", ".csv", ".json"}
     for name, content in made.items():

@@ -1,4 +1,4 @@
-"""What --json prints: one vocabulary for all commands."""
+"""The output of --json: all commands use the same names for the same things."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = (
     "report run --sweep sweep --out page.html --overwrite",
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
-"""Of a curve they are lists, a number a point; elsewhere a number."""
+"""These are lists in curves, with a number for each point, and single numbers elsewhere."""
 VOCABULARY = {
     "bytes": {"number"}, "snapshots": {"list"}, "t": {"number"}, "step": {"number"},
     **{name: {"number", "list"} for name in COLUMNS},
@@ -41,7 +41,7 @@ def kind(value: Any) -> str:
 
 
 def members(value: Any) -> Iterator[tuple[str, Any]]:
-    """All names with their values, of objects within objects, too."""
+    """Yield all names with their values, also those of nested objects."""
     for name, item in value.items() if isinstance(value, dict) else ():
         yield name, item
         yield from members(item)

@@ -1,4 +1,4 @@
-"""`ema synthesize`, as a user types it."""
+"""The command `ema synthesize`."""
 
 from __future__ import annotations
 
@@ -35,43 +35,21 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
 
 
 def test_several_averages_into_a_folder_or_by_a_pattern(ema: Ema, run: Path, tmp_path: Path) -> None:
-    """A folder takes a file a target also for one, whether it is there or new."""
-    (tmp_path / "there").mkdir()
-    for folder, widths in (("there", "0.05"), ("new", "0.05"), ("averages", "0.05,0.10")):
+    """An existing folder, or a new one, receives one file per target, even for a single target."""
+    (tmp_path / "existing").mkdir()
+    for folder, widths in (("existing", "0.05"), ("new", "0.05"), ("averages", "0.05,0.10")):
         assert ema("synthesize", run, "--sigma-rel", widths, "--out", tmp_path / folder).code == 0
         names = {f"sigma_rel-{float(width):g}.safetensors" for width in widths.split(",")}
         assert {p.name for p in (tmp_path / folder).iterdir()} == names
     pattern = tmp_path / "ema-{sigma_rel}.safetensors"
     assert ema("synthesize", run, "--sigma-rel", "0.05,0.10", "--out", pattern).code == 0
     for width in ("0.05", "0.1"):
-        alone = (tmp_path / "averages" / f"sigma_rel-{width}.safetensors").read_bytes()
-        assert (tmp_path / f"ema-{width}.safetensors").read_bytes() == alone
-
-
-def test_the_json_is_the_contract(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.safetensors"
-    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--json")
-    report = result.json
-    assert result.err == ""
-    assert report["run"] == PostHocEMA.from_path(run).run_id
-    (target,) = report["targets"]
-    assert set(target) == {
-        "target", "sigma_rel", "t", "method", "profile_error", "predicted_error", "snapshots", "output", "skipped",
-        "seconds",
-    }  # fmt: skip
-    known = {"target": "sigma_rel 0.15", "sigma_rel": 0.15, "t": 2000, "method": "minvar", "output": str(out)}
-    assert known.items() <= target.items()
-    assert 0 < target["predicted_error"] < 0.01
-    assert 0 < target["profile_error"] < 0.02
-    assert target["seconds"] > 0
-    assert len(target["snapshots"]) == 40
-    assert sum(s["coefficient"] for s in target["snapshots"]) == pytest.approx(1)
-    assert report["movement"]["pieces"] >= 20
-    assert {"source": "measured", "has_noise": True}.items() <= report["movement"].items()
+        in_folder = (tmp_path / "averages" / f"sigma_rel-{width}.safetensors").read_bytes()
+        assert (tmp_path / f"ema-{width}.safetensors").read_bytes() == in_folder
 
 
 def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) -> None:
-    for path in run.glob("*.safetensors"):  # harm every payload: a dry run cannot notice
+    for path in run.glob("*.safetensors"):  # a dry run must not read the damaged tensors
         flip_bit(path)
     before = contents(run)
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run")
@@ -84,8 +62,7 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
     assert contents(run) == before
 
 
-def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path) -> None:
-    """And a snapshot not even then."""
+def test_an_output_is_replaced_only_with_overwrite_and_a_snapshot_never(ema: Ema, run: Path, tmp_path: Path) -> None:
     out, before = tmp_path / "m.safetensors", contents(run)
     out.write_text("precious")
     arguments = ("synthesize", run, "--sigma-rel", "0.15", "--out")
@@ -111,6 +88,7 @@ def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path
     widths = ("synthesize", run, "--sigma-rel", "0.05,0.10,0.15", "--out", tmp_path / "some")
     report = ema(*widths, "--skip-existing", "--json").json
     assert [target["skipped"] for target in report["targets"]] == [True, False, True]
+    assert all(target["seconds"] > 0 for target in report["targets"])
     assert contents(tmp_path / "some").keys() == contents(tmp_path / "all").keys()
     for path in (tmp_path / "some").iterdir():
         torch.testing.assert_close(load_file(path), load_file(tmp_path / "all" / path.name), rtol=1e-6, atol=5e-6)
@@ -170,8 +148,8 @@ def test_a_dry_run_shows_the_largest_coefficients(ema: Ema, run: Path) -> None:
     assert lines[11] == "and 30 more with smaller coefficients; --json lists them"
 
 
-def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path) -> None:
-    """At the newest time; thinning leaves the profiles at different earlier ones."""
+def test_a_missing_snapshot_is_reported_and_averages_can_still_be_made(ema: Ema, run: Path) -> None:
+    """Only a gap at the newest time is reported: thinning keeps different earlier times of each profile."""
     sorted(run.glob("*.safetensors"))[5].unlink()
     assert "the newest: no snapshot" not in ema("info", run).out
     sorted(run.glob("*-0.28.safetensors"))[-1].unlink()
@@ -184,16 +162,16 @@ def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path) -> None:
 def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema(
         "synthesize", run, "--target", "beta:0.99,0.999,0.99", "--target", "window:500", "--target", "between:500:1500",
-        "--sigma-rel", "0.15", "--out", tmp_path / "of-{target}.safetensors", "--json",
+        "--target", "decay:linear:30%", "--sigma-rel", "0.15", "--out", tmp_path / "of-{target}.safetensors", "--json",
     )  # fmt: skip
     targets = {
         "sigma_rel-0.15": 0.15, "beta-0.99": Beta(0.99), "beta-0.999": Beta(0.999), "window-500": Window(500),
-        "between-500-1500": Between(500, 1500),
+        "between-500-1500": Between(500, 1500), "decay-linear-30%": Decay("linear", 0.3),
     }  # fmt: skip
     report = result.json["targets"]
     assert [(target["target"], target["sigma_rel"]) for target in report] == [
         ("sigma_rel 0.15", 0.15), ("beta:0.99", None), ("beta:0.999", None), ("window:500", None),
-        ("between:500:1500", None),
+        ("between:500:1500", None), ("decay:linear:30%", None),
     ]  # fmt: skip
     assert all(0 < target["predicted_error"] < 0.1 for target in report)
     assert [target["output"] for target in report] == [f"{tmp_path}/of-{name}.safetensors" for name in targets]
@@ -227,14 +205,14 @@ def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest
     assert len({line.index(" %") for line in lines[first + 1 : first + 4]}) == 1  # aligned
 
 
-def test_without_measurements_a_sample_tells_how_the_network_moved(ema: Ema, unmeasured_run: Path) -> None:
+def test_without_measurements_the_motion_is_measured_on_a_sample(ema: Ema, unmeasured_run: Path) -> None:
     report = ema("synthesize", unmeasured_run, "--sigma-rel", "0.15", "--dry-run", "--json").json
     assert report["movement"]["source"] == "sampled"
     assert report["targets"][0]["predicted_error"] > 0
 
 
-def test_of_one_snapshot_without_sketch_no_error_is_predicted(ema: Ema, tmp_path: Path) -> None:
-    """Before training ends, a picture judges it as a schedule."""
+def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:
+    """The picture of such a run assumes even motion, as that of a schedule."""
     model, out = torch.nn.Linear(4, 3), tmp_path / "m.safetensors"
     with PostHocEMA.from_model(model, tmp_path / "one", sigma_rels=(0.05,), checkpoint_every=100) as tracker:
         for _ in range(100):
@@ -255,7 +233,7 @@ def test_of_one_snapshot_without_sketch_no_error_is_predicted(ema: Ema, tmp_path
 
 
 @pytest.mark.parametrize("text", ["0.0001", "0.01%", "0.01 %", "1e-4"])
-def test_what_would_be_too_inexact_is_not_made_and_no_tensor_is_read(
+def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
     ema: Ema, run: Path, tmp_path: Path, text: str
 ) -> None:
     arguments = ["synthesize", run, "--sigma-rel", "0.15,0.03", "--out", tmp_path / "averages"]
@@ -268,20 +246,3 @@ def test_what_would_be_too_inexact_is_not_made_and_no_tensor_is_read(
     assert re.match(r"sigma_rel 0\.(03|15): the predicted error is ", result.error)
     assert "0.01 %" in result.error
     assert contents(tmp_path) == before
-
-
-def test_a_decay_and_the_mean_of_the_last_ones(ema: Ema, run: Path, tmp_path: Path) -> None:
-    for path in run.glob("*-0.28.safetensors"):
-        path.unlink()
-    result = ema(
-        "synthesize", run, "--target", "decay:linear:30%", "--target", "last:3",
-        "--out", tmp_path / "{target}.safetensors", "--dtype", "float64", "--json",
-    )  # fmt: skip
-    decay, mean = result.json["targets"]
-    assert (decay["target"], mean["target"]) == ("decay:linear:30%", "last:3")
-    last = [load_file(run / f"{step:016}-0.05.safetensors")["0.weight"].double() for step in (1800, 1900, 2000)]
-    torch.testing.assert_close(
-        load_file(tmp_path / "last-3.safetensors")["0.weight"], sum(last) / 3, rtol=1e-6, atol=1e-7
-    )
-    plan = plan_synthesis(disk_sources(run), [Decay("linear", 0.3)], dtype="float64")
-    assert decay["predicted_error"] == plan.predicted_error(0)

@@ -1,4 +1,4 @@
-"""What holds for every command: exit codes, help, short options, completion, numbers as people write them."""
+"""The conventions of all commands: exit codes, help, short options, completion and the notation of numbers."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("command", [["verify", "run"], ["info", "run"], ["--help"], ["profile"]])
-def test_a_reader_that_goes_is_not_taken_for_damage(
+def test_a_closed_pipe_is_not_reported_as_damage(
     ema: Ema, place: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
-    """`| head`: 141, as a shell says of a process that SIGPIPE ended, and 1 means damaged."""
+    """With `| head` the exit code is 141, as of a process that SIGPIPE has ended; 1 would mean damage."""
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as gone:
-        monkeypatch.setattr(sys, "stdout", gone)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
         monkeypatch.setattr(sys, "argv", ["ema", *command])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ending:
             main()
-    assert ended.value.code == 141
+    assert ending.value.code == 141
 
 
 @pytest.mark.parametrize("write_through", [False, True])
@@ -58,9 +58,9 @@ def test_a_failed_write_of_standard_output_says_so(
     with Path("/dev/full").open("w") as full:
         full.reconfigure(write_through=write_through)
         monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ending:
             main()
-    assert ended.value.code == 1
+    assert ending.value.code == 1
     assert capsys.readouterr().err == "ema: error: standard output: no space left on device\n"
 
 
@@ -69,7 +69,7 @@ def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) 
     (curve,) = ema("error-plot", *schedule, "--json").json["curves"]
     assert curve["label"] == "plan: 0.1 at 5 times in 10,000 steps, if the network moves evenly"
     assert ema("profile", "--steps", "1e6", "--json").json["steps"] == 1_000_000
-    # What is refused is the option after it.
+    # All counts are accepted up to the last option.
     late = ("--params", "1.2B", "--checkpoint-every", "0.1K", "--max-checkpoints", "many")
     assert ema("plan", *TASK[5:], "--steps", "1e3", *late).error.startswith("--max-checkpoints many: ")
     assert ema("prune", "run", "--keep", "1e1", "--dry-run").code == 0
@@ -88,7 +88,7 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
     result = ema("verify", "run", "other", "model.safetensors")
     assert (result.code, result.err) == (0, "")
     assert result.out.count("40 files, ") == 2
-    lines = result.out.splitlines()  # files are named within their path
+    lines = result.out.splitlines()  # files are named relative to their path
     headings = [line for line in lines if line.endswith(":")]
     assert headings == ["run:", "other:", "model.safetensors:"]
     assert lines[lines.index("other:") - 1] == ""
@@ -121,8 +121,8 @@ def test_help_is_not_wrapped_within_an_option_or_a_name(ema: Ema, monkeypatch: p
         for line in result.out.splitlines():
             assert len(line) <= width
             assert not line.endswith("-") or line.endswith(" -"), line
-            assert "…" not in line  # nothing that tells options or values apart is left out
-        assert not re.search(r"[^\x00-\x7f─│╭╮╰╯]", result.out)  # rich takes some words between colons for pictures
+            assert "…" not in line  # options and values are not cut off
+        assert not re.search(r"[^\x00-\x7f─│╭╮╰╯]", result.out)  # rich replaces some words between colons by emojis
 
 
 def test_each_example_of_the_help_has_a_line_of_its_own(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ PANELS = ["Targets", "Output", "Which run", "How", "A schedule not yet run"]
 
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_the_help_of_every_command_has_panels(ema: Ema, name: str) -> None:
-    """What everyone needs first comes first, --step stands next to --t, and nothing is outside of them."""
+    """The options that most users need come first, --step follows --t, and every option is in a panel."""
     options = [one for one in commands()[name].params if one.param_type_name == "option"]
     panels = list(dict.fromkeys(option.rich_help_panel for option in options))
     assert set(panels) <= set(PANELS)
@@ -154,9 +154,10 @@ def test_the_help_of_every_command_has_panels(ema: Ema, name: str) -> None:
     assert "--step" not in names or names.index("--step") == names.index("--t") + 1
 
 
-def test_there_are_no_more_options_than_one_can_look_over() -> None:
+def test_the_number_of_options_is_limited() -> None:
     counts = {
-        name: sum(one.param_type_name == "option" for one in command.params) for name, command in commands().items()
+        name: sum(parameter.param_type_name == "option" for parameter in command.params)
+        for name, command in commands().items()
     }
     assert counts["synthesize"] <= 22
     assert counts["sweep"] <= 24
@@ -180,7 +181,7 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
 
 @pytest.fixture
 def completed(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """What bash is offered for the last word of a line, by the machinery that it calls."""
+    """A function that returns what bash offers for the last word of a line."""
 
     def complete(*words: str) -> list[str]:
         monkeypatch.setenv("_EMA_COMPLETE", "complete_bash")

@@ -153,7 +153,7 @@ def test_what_the_run_does_not_have_is_the_folders_and_named(tmp_path: Path, ema
         str(tmp_path / "new"),
     )
     assert done.code == 0
-    assert "1 tensors are those of the model folder" in done.err
+    assert "1 tensor copied from the model folder" in done.err
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "new")
     PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
     assert torch.equal(answer(loaded), answer(model))

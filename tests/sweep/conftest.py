@@ -1,4 +1,4 @@
-"""A run to sweep."""
+"""A run for sweeps."""
 
 from __future__ import annotations
 

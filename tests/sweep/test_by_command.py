@@ -1,4 +1,4 @@
-"""A sweep by commands: what they get, what becomes of those that misbehave, and what is kept."""
+"""A sweep by commands: what a command receives, how failures are handled, and which files are kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def swept(run: Run, out: Path, command: str = BOWL, metric: Metric = PRINTED, **
 
 
 def shell(script: str) -> str:
-    """A command for it, whose arguments are $1, ..."""
+    """Return a command that runs a script; $1 is the weights, $2 sigma_rel, $3 the seed, $4 the folder."""
     return f"sh -c '{script}' sh {{weights}} {{sigma_rel}} {{seed}} {{dir}}"
 
 
@@ -64,10 +64,10 @@ def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_pat
     assert all(trial.predicted_error == run.plan(trial.x).predicted_error(0) for trial in report.trials)
 
 
-def test_a_command_gets_the_average_a_seed_and_a_folder(
+def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By absolute paths, since it may work in another directory."""
+    """The paths are absolute, since the command may change the directory."""
     monkeypatch.chdir(tmp_path)
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -83,7 +83,7 @@ def test_a_command_gets_the_average_a_seed_and_a_folder(
 
 
 def test_another_file_of_raw_weights_is_measured_anew_and_more_repeats_are_added(run: Run, tmp_path: Path) -> None:
-    """By a metric in a file, with its standard error."""
+    """The metric is in a file, with its standard error."""
     score = 'printf "{\\"r\\": {\\"acc,none\\": $x, \\"acc_stderr,none\\": 0.01}}" > $4/results.json'
     command = shell(f'case "$1" in {tmp_path}/raw*) x=$(cat "$1");; *) x=$2;; esac; {score}')
     metric = Metric("r.acc,none", "results.json")
@@ -132,16 +132,14 @@ def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None
         ("true", "no line of its output is a number, and wrote nothing"),
     ],
 )
-def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
-    told: list[Trial] = []
+def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
+    reported: list[Trial] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
-    axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
-    report = swept(
-        run, tmp_path / "out", command, axis=axis, timeout=2.0 if "sleep" in script else None, say=told.append
-    )
+    axis, timeout = Axis.of_values("sigma_rel", [*LENGTHS, 0.15]), 2.0 if "sleep" in script else None
+    report = swept(run, tmp_path / "out", command, axis=axis, timeout=timeout, say=reported.append)
     (failed,) = report.failed
     assert failed.error == message
-    assert failed in told
+    assert failed in reported
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
 
 
@@ -170,10 +168,10 @@ def test_a_metric_that_is_always_the_same_is_an_error_and_writes_no_best(run: Ru
 @pytest.mark.parametrize(
     ("script", "metric", "message"),
     [
-        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "metric loss: no line .*; there are 'acc', 'f1'"),
+        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "metric loss: no line .*; found 'acc', 'f1'"),
         ("echo hello", PRINTED, "metric: no line of its output is a number: hello"),
-        ('echo "{\\"acc\\": 1}" > $4/r.json', Metric("loss", "r.json"), "r.json has no member 'loss'; there are 'acc'"),
-        ('echo "{}" > $4/r.json', Metric("loss", "*s.json"), "there is no \\*s.json in its folder; there are 'r.json'"),
+        ('echo "{\\"acc\\": 1}" > $4/r.json', Metric("loss", "r.json"), "r.json has no member 'loss'; found 'acc'"),
+        ('echo "{}" > $4/r.json', Metric("loss", "*s.json"), "there is no \\*s.json in its folder; found 'r.json'"),
     ],
 )
 def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
@@ -189,19 +187,18 @@ def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
     ("axis", "best"),
     [(Axis("sigma_rel", 0.15, 0.28), 0.1), (Axis("sigma_rel", 0.05, 0.08), 0.1), (Axis("window", 12, 20), 7)],
 )
-def test_a_search_goes_on_beyond_an_end_that_is_best(run: Run, tmp_path: Path, axis: Axis, best: float) -> None:
+def test_a_search_continues_beyond_an_end_that_is_best(run: Run, tmp_path: Path, axis: Axis, best: float) -> None:
     command = f"awk 'BEGIN {{ print log({{sigma_rel}} / {best}) ^ 2 }}' {{weights}}"
     report = swept(run, tmp_path / "out", command, axis=axis)
     assert report.found.best == pytest.approx(best, rel=0.1)
     assert report.found.axis.low < best < report.found.axis.high
     assert "end of the range" not in report.stopped
-    evaluations = (tmp_path / "out" / "trials.jsonl").read_text().count("\n")
-    again = swept(run, tmp_path / "out", command, axis=axis)
-    assert again.title == report.title
-    assert (tmp_path / "out" / "trials.jsonl").read_text().count("\n") == evaluations
+    records = (tmp_path / "out" / "trials.jsonl").read_bytes()
+    assert swept(run, tmp_path / "out", command, axis=axis).title == report.title
+    assert (tmp_path / "out" / "trials.jsonl").read_bytes() == records
 
 
-def test_it_goes_no_further_than_averages_are_exact_and_says_so(run: Run, tmp_path: Path) -> None:
+def test_a_search_ends_where_averages_are_no_longer_exact_and_says_so(run: Run, tmp_path: Path) -> None:
     command = "sh -c 'echo $1' sh {sigma_rel} {weights}"
     report = swept(run, tmp_path / "out", command, axis=Axis("sigma_rel", 0.1, 0.18), minimize=False)
     assert max(trial.predicted_error or 1 for trial in report.trials) < 0.01
@@ -213,24 +210,27 @@ def test_it_goes_no_further_than_averages_are_exact_and_says_so(run: Run, tmp_pa
     assert listed.stopped.endswith("the best lies at the end of the list, sigma_rel 0.05, and may lie beyond")
 
 
-def test_raw_weights_that_the_run_holds_are_measured(ema: Ema, run: Run, tmp_path: Path) -> None:
+def with_raw_weights(run: Run, folder: Path) -> Run:
+    """Return the run with a checkpoint of its last step, whose weights are all 7."""
     raw = {name: torch.full_like(value, 7.0) for name, value in run.average(0.1).items()}
-    save_file(raw, tmp_path / "step-20.safetensors")
+    save_file(raw, folder / "step-20.safetensors")
+    return Run(run.directory, also=folder / "step-20.safetensors")
+
+
+def test_raw_weights_that_the_run_contains_are_measured(ema: Ema, run: Run, tmp_path: Path) -> None:
     (tmp_path / "first.py").write_text(f"{FIRST}print(first(sys.argv[1]))")
     command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
-    report = swept(Run(run.directory, also=tmp_path / "step-20.safetensors"), tmp_path / "out", command, axis=GRID)
+    report = swept(with_raw_weights(run, tmp_path), tmp_path / "out", command, axis=GRID)
     assert report.raw == 7.0
     assert [trial.target for trial in report.trials][:1] == ["raw"]
     options = ("--run", command, "--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "without")
-    assert re.search(
-        "raw weights +not measured, since the run does not hold", ema("sweep", run.directory, *options).out
-    )
+    assert re.search(r"raw weights +not measured: the run lacks them", ema("sweep", run.directory, *options).out)
 
 
-def test_what_is_going_on_is_told_for_a_bar(run: Run, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    swept(run, tmp_path / "out", shell("echo $2"), axis=GRID, watch=lambda *what: told.append(what))
-    assert told == [
+def test_a_progress_bar_gets_each_action(run: Run, tmp_path: Path) -> None:
+    actions: list[tuple[str, int, int]] = []
+    swept(run, tmp_path / "out", shell("echo $2"), axis=GRID, watch=lambda *action: actions.append(action))
+    assert actions == [
         ("trial 1: making 3 averages", 0, 3),
         ("trial 1: sigma_rel 0.05", 0, 3),
         ("trial 2: sigma_rel 0.1; best 0.05 at sigma_rel 0.05", 1, 3),
@@ -259,7 +259,7 @@ def test_a_command_without_its_program_is_refused_before_anything_is_made(
 
 
 def alive(path: Path) -> bool:
-    """Whether the process that has written its number there runs."""
+    """Return whether the process that has written its id to a file is running."""
     try:
         state = Path(f"/proc/{int(path.read_text())}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -267,8 +267,8 @@ def alive(path: Path) -> bool:
     return state != "Z"
 
 
-def test_children_of_a_trial_end_with_it_and_only_they(run: Run, tmp_path: Path) -> None:
-    """Not one that another command has started in the same moment, nor what has left the group."""
+def test_only_the_children_of_a_trial_end_with_it(run: Run, tmp_path: Path) -> None:
+    """Processes that another command has started, or that have left the process group, continue."""
     script = f"(sleep 60 & echo $! > {tmp_path}/grandchild) & sleep 60 & echo $! > {tmp_path}/child;"
     command = shell(f'trap "" TERM; {script} setsid sleep 60 & echo $! > {tmp_path}/escaped; sleep 0.1; echo $2')
     other = os.posix_spawnp("sleep", ["sleep", "60"], os.environ)
@@ -284,18 +284,23 @@ def test_children_of_a_trial_end_with_it_and_only_they(run: Run, tmp_path: Path)
         os.kill(int((tmp_path / "escaped").read_text()), signal.SIGKILL)
 
 
+def wait_for(path: Path, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait until a file has content; fail if the process that causes it has ended."""
+    while not path.exists() or not path.read_text():
+        assert process is None or process.poll() is None
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("trap", "times"), [("", 1), ('trap "" TERM; ', 1), ('trap "" TERM; ', 2)])
 def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Path, trap: str, times: int) -> None:
-    """Also of a trial that ignores SIGTERM, and when the user loses patience."""
+    """This holds for a trial that ignores SIGTERM, and for Ctrl-C pressed twice; here the second trial hangs."""
     out = tmp_path / "out"
-    # The second trial hangs.
     hang = f"sleep 60 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/hangs; wait"
     command = shell(f"{trap}if [ $2 = 0.1 ]; then {hang}; fi; echo $2")
     stopped: list[float] = []
 
     def stop() -> None:
-        while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
-            time.sleep(0.01)
+        wait_for(tmp_path / "hangs")
         stopped.append(time.monotonic())
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
@@ -318,15 +323,13 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Pa
     assert json.loads(line)["trial"]["x"] == 0.05
 
 
-def test_a_command_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: Path) -> None:
-    """As `timeout` and batch systems end it."""
+def test_a_sweep_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: Path) -> None:
+    """`timeout` and batch systems send this signal."""
     command = shell(f"echo $$ > {tmp_path}/hangs; sleep 60")
     options = ["--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "out"]
     words = [sys.executable, "-m", "posthoc_cli", "sweep", run.directory, "--run", command, *options]
     with subprocess.Popen([*map(str, words)], env=unmeasured_environment(), stderr=subprocess.DEVNULL) as process:
-        while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for(tmp_path / "hangs", process)
         process.terminate()
         assert process.wait(60) == 143
     assert not alive(tmp_path / "hangs")
@@ -334,7 +337,7 @@ def test_a_command_that_is_ended_by_sigterm_ends_its_trial(run: Run, tmp_path: P
 
 
 def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_path: Path) -> None:
-    """Which then writes to its own folder and log, and not to those of the same trial made anew."""
+    """The trial then writes to its old folder and log, not to those of the repeated trial."""
     go, out = tmp_path / "go", tmp_path / "out"
     late = f'while [ ! -e {go} ]; do sleep 0.01; done; echo 9; echo "{{\\"x\\": 9}}" > $4/m.json'
     first = f"if [ ! -e {tmp_path}/pid ]; then echo $$ > {tmp_path}/pid; {late}; exit; fi"
@@ -347,9 +350,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
         " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(run.directory), command, str(out)]) as process:
-        while not (tmp_path / "pid").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for(tmp_path / "pid", process)
         process.kill()
     report = swept(run, out, command, Metric("x", "m.json"), axis=GRID)
     assert [trial.value for trial in report.trials] == list(LENGTHS)
@@ -361,9 +362,8 @@ def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) 
     command = shell(f'ls {tmp_path}/out/.scratch/*.safetensors | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     report = swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [0.05, 0.1, 0.15, 0.2, 0.25]))
     assert [math.floor(trial.value) for trial in report.trials] == [5] * 5
-    bound = swept(
-        run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.found.axis, disk=2 * size + 1
-    )
+    command = command.replace("/out/", "/bound/")
+    bound = swept(run, tmp_path / "bound", command, axis=report.found.axis, disk=2 * size + 1)
     assert [math.floor(trial.value) for trial in bound.trials] == [2, 2, 2, 2, 1]
 
 
@@ -371,10 +371,10 @@ def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) 
     ("devices", "jobs", "given"),
     [("3,7", 2, {"3", "7"}), ("3", 2, {"3"}), ("0,1,GPU-a,3", 2, {"0,GPU-a", "1,3"}), ("0,1", 1, {"0,1"})],
 )
-def test_jobs_run_side_by_side_and_share_out_the_devices(
+def test_parallel_jobs_divide_the_devices(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str, jobs: int, given: set[str]
 ) -> None:
-    """As many begin before the first ends: each waits for another."""
+    """Each trial waits until as many as there are jobs have begun."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
     wait = f"touch {tmp_path}/began-$2; until [ $(ls {tmp_path} | grep -c began) -ge {jobs} ]; do sleep 0.01; done"
     command = shell(f"{wait}; echo $CUDA_VISIBLE_DEVICES >> {tmp_path}/given; echo $2")
@@ -382,23 +382,17 @@ def test_jobs_run_side_by_side_and_share_out_the_devices(
     assert set((tmp_path / "given").read_text().split()) == given
 
 
-def test_what_a_trial_leaves_in_its_folder_goes(run: Run, tmp_path: Path) -> None:
-    report = swept(run, tmp_path / "out", shell("head -c 3000000 /dev/zero > $4/large; echo $2"), axis=GRID)
-    assert [trial.value for trial in report.trials] == list(LENGTHS)
-    assert max(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) <= 1_000_000
-
-
 def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
-    with DirectoryLock(tmp_path), refused(str(tmp_path), "take another folder", kind=LockedError):
+    with DirectoryLock(tmp_path), refused(str(tmp_path), "name another folder", kind=LockedError):
         swept(run, tmp_path, axis=GRID)
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a", "best/a"])
-def test_a_folder_of_others_is_refused_before_anything_in_it_is_replaced(run: Run, tmp_path: Path, name: str) -> None:
+def test_a_folder_of_other_files_is_refused_before_any_is_replaced(run: Run, tmp_path: Path, name: str) -> None:
     for path in (tmp_path / name, tmp_path / "model.safetensors"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("precious")
-    with refused(str(tmp_path), "is not empty, and no sweep made it", kind=OutputExistsError):
+    with refused(str(tmp_path), "is not empty, and not the folder of a sweep", kind=OutputExistsError):
         swept(run, tmp_path, axis=GRID)
     assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"precious"}
 
@@ -418,11 +412,9 @@ def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path
 
 @pytest.mark.parametrize(("kind", "named"), [("sigma_rel", (0.05123, 0.09, 0.25)), ("beta", (0.61234, 0.8, 0.9))])
 def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, named: tuple[float, ...]) -> None:
-    report = swept(run, tmp_path / "out", "sh -c 'echo $1' sh {sigma_rel} {weights}", axis=Axis.of_values(kind, named))
-    assert report.chosen[kind] == named[0]
-    both = {name: report.to_dict()[name] for name in ("best", "equal_within_noise")}
-    assert both["best"][kind] == named[0]
-    assert both["equal_within_noise"][0] <= named[0]
+    report = swept(run, tmp_path / "out", shell("echo $2"), axis=Axis.of_values(kind, named))
+    assert report.chosen[kind] == report.to_dict()["best"][kind] == named[0]
+    assert report.to_dict()["equal_within_noise"][0] <= named[0]
     assert sweep(run, lambda w: abs(w.predicted_error), values=[0.05, 0.1, 0.28]).best.sigma_rel in (0.05, 0.1, 0.28)
 
 
@@ -436,10 +428,11 @@ def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, na
     ],
 )
 def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
-    report = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
+    report, again = (
+        swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis) for _ in "12"
+    )
     assert report.found.best == pytest.approx(best, rel=0.05)
     assert report.best.title.startswith(axis.kind)
-    again = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
     assert again.trials == report.trials
 
 
@@ -454,14 +447,14 @@ def first(path, name="a"):
 
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Weights that grow steadily, so that an average is the later the shorter it is."""
+    """A run whose weights grow steadily, so that a shorter average has larger values."""
     folder = tmp_path_factory.mktemp("steady") / "run"
     write_run(folder, [{"a": np.full(4, 0.1 * k), "b": np.full(3, 0.1 * k)} for k in range(1, 21)], range(1, 21))
     return Run(folder)
 
 
 def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path: Path) -> None:
-    """A metric whose valley is oblique: each length's best depends on the other's."""
+    """The valley of the metric is oblique: the best value of each length depends on the other length."""
     wanted = [float(steady.average(width)["a"][0]) for width in (0.06, 0.2)]
     (tmp_path / "read.py").write_text(
         f"{FIRST}x, y = first(sys.argv[1]) - {wanted[0]}, first(sys.argv[2]) - {wanted[1]}\n"
@@ -483,7 +476,7 @@ def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path:
     assert f"ema synthesize {steady.directory} --sigma-rel {guide:g} --t 20 --out guide.safetensors" in page
 
 
-def test_a_trial_gets_a_folder_like_a_model(run: Run, tmp_path: Path) -> None:
+def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     save_file({name: torch.zeros_like(value) for name, value in run.average(0.1).items()}, model / "model.safetensors")
@@ -524,31 +517,32 @@ def test_another_metric_uses_kept_weights_again(
 # --- in Python
 
 
-@pytest.mark.parametrize("values", [[0.1], [0.1, 0.1], []])
-def test_in_python_two_lengths_are_needed(run: Run, values: list[float]) -> None:
-    with refused("values", "two lengths"):
-        sweep(run, lambda _: 1.0, values=values)
+@pytest.mark.parametrize(
+    ("subject", "reason", "arguments"),
+    [
+        *[("values", "two lengths", {"values": values}) for values in ([0.1], [0.1, 0.1], [])],
+        ("sigma_rel", "must be a number", {"values": ["0.1", 0.2]}),
+        ("budget", "must be a whole number", {"low": 0.1, "high": 0.2, "budget": 6.5}),
+        ("budget", "at least 6", {"budget": 3}),
+        *[("metric", "must ", {"metric": lambda _, result=result: result}) for result in ("a", (1.0, "a"), (1, 0, 2))],
+        ("metric", "must ", {"metric": None}),
+    ],
+)
+def test_in_python_arguments_are_checked(run: Run, subject: str, reason: str, arguments: dict[str, Any]) -> None:
+    with refused(subject, reason):
+        sweep(run, **{"metric": lambda _: 1.0, **({"values": LENGTHS} if subject == "metric" else {}), **arguments})
 
 
-def test_in_python_lengths_may_be_numpys(run: Run, tmp_path: Path) -> None:
-    """And are numbers as any other in the file of the result."""
-    for how in ({"values": np.array([0.0625, 0.125, 0.25], np.float32)}, {"low": np.float32(0.0625), "high": 0.25}):
-        report = sweep(run, lambda weights: weights["a"].norm(), **how)  # type: ignore[arg-type]
-        report.write(tmp_path)
-        assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["x"] == 0.0625
-    with refused("sigma_rel", "must be a number"):
-        sweep(run, lambda _: 1.0, values=["0.1", 0.2])  # type: ignore[list-item]
-    with refused("budget", "must be a whole number"):
-        sweep(run, lambda _: 1.0, low=0.1, high=0.2, budget=6.5)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "lengths", [{"values": np.array([0.0625, 0.125, 0.25], np.float32)}, {"low": np.float32(0.0625), "high": 0.25}]
+)
+def test_in_python_lengths_may_be_numpys(run: Run, tmp_path: Path, lengths: dict[str, Any]) -> None:
+    """They become usual numbers in the file of the result."""
+    sweep(run, lambda weights: weights["a"].norm(), **lengths).write(tmp_path)
+    assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["x"] == 0.0625
 
 
-@pytest.mark.parametrize("metric", [None, lambda _: "a", lambda _: (1.0, "a"), lambda _: (1.0, 0.1, 2.0)])
-def test_in_python_the_metric_is_a_function_that_gives_a_number(run: Run, metric: Any) -> None:
-    with refused("metric", "must "):
-        sweep(run, metric, values=LENGTHS)
-
-
-def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run: Run, tmp_path: Path) -> None:
+def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_restored(run: Run, tmp_path: Path) -> None:
     def size(weights: Any) -> float:
         assert weights.predicted_error is not None
         return float(weights["a"].norm())
@@ -573,7 +567,7 @@ def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run:
 
 
 def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
-    """It goes on beyond the end of the range: a plain mean needs no more than that many checkpoints."""
+    """The search continues beyond the end of the range: a plain mean is exact if there are enough checkpoints."""
     (tmp_path / "checkpoints").mkdir()
     for step in range(1, 31):
         save_file({"a": torch.full((4,), float(step))}, tmp_path / f"checkpoints/step-{step}.safetensors")
@@ -586,8 +580,8 @@ def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
     assert report.found.best == pytest.approx(16, abs=1)
 
 
-def test_in_python_raw_weights_are_measured_where_they_are_at_hand(run: Run, tmp_path: Path) -> None:
-    """In the model of a tracker that takes it in, or in a checkpoint; the summary says so where they are not."""
+def test_in_python_raw_weights_are_measured_if_they_are_available(run: Run, tmp_path: Path) -> None:
+    """They are in the model that a tracker averages, or in a checkpoint; else the summary says so."""
 
     def size(weights: Any) -> float:
         return float((weights["a"] if isinstance(weights, dict) else weights.weight).detach().norm())
@@ -595,10 +589,8 @@ def test_in_python_raw_weights_are_measured_where_they_are_at_hand(run: Run, tmp
     without = sweep(run, size, values=LENGTHS)
     assert without.raw is None
     assert "raw weights not measured, since neither a checkpoint nor a tracker" in repr(without)
-    raw = {name: torch.full_like(value, 7.0) for name, value in run.average(0.1).items()}
-    save_file(raw, tmp_path / "step-20.safetensors")
-    both = sweep(Run(run.directory, also=tmp_path / "step-20.safetensors"), size, values=LENGTHS, repeats=2)
-    assert [trial.value for trial in both.trials if trial.target == "raw"] == [size(raw)] * 2
+    both = sweep(with_raw_weights(run, tmp_path), size, values=LENGTHS, repeats=2)
+    assert [trial.value for trial in both.trials if trial.target == "raw"] == [pytest.approx(7 * 300**0.5)] * 2
     model, modes = torch.nn.Linear(3, 3), []
 
     def metric(averaged: torch.nn.Linear) -> float:
@@ -616,23 +608,20 @@ def test_in_python_raw_weights_are_measured_where_they_are_at_hand(run: Run, tmp
         assert not any(modes)
         assert model.training
         assert sweep(tracker, size, model=torch.nn.Linear(3, 3), values=LENGTHS).raw is None
-    again = PostHocEMA.from_path(tmp_path / "run", model)  # nobody knows where this model is
+    again = PostHocEMA.from_path(tmp_path / "run", model)  # the time of this model's weights is unknown
     assert sweep(again, metric, model=model, values=LENGTHS).raw is None
 
 
-def test_in_python_a_search_asks_only_for_what_it_needs(run: Run) -> None:
-    asked: list[float] = []
-    lengths = {x: float(run.average(x)["a"].norm()) for x in LENGTHS}
-    assert len(set(lengths.values())) == 3
+def test_in_python_a_search_stays_within_its_budget_also_if_a_trial_fails(run: Run) -> None:
+    norms: list[float] = []
+    best = float(run.average(0.1)["a"].norm())
 
     def metric(weights: Any) -> float:
-        asked.append(float(weights["a"].norm()))
-        return math.nan if len(asked) == 2 else abs(asked[-1] - lengths[0.1])
+        norms.append(float(weights["a"].norm()))
+        return math.nan if len(norms) == 2 else abs(norms[-1] - best)
 
     report = sweep(run, metric, low=0.05, high=0.25, budget=7)
-    assert len(asked) <= 7
+    assert len(norms) <= 7
     assert [trial.error for trial in report.failed] == ["its metric is nan"]
-    with refused("budget", "at least 6"):
-        sweep(run, metric, budget=3)
     with refused("the sweep", "6 of 6 trials have failed", kind=PostHocError):
         sweep(run, lambda _: math.inf, low=0.05, high=0.25)

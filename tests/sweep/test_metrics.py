@@ -1,4 +1,4 @@
-"""What a trial says: standard output, JSON files, and standard errors beside them."""
+"""The metric of a trial: on standard output or in JSON files, with its standard error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, fl
         ('{"loss": 0.5, "loss_se": NaN}', "loss", (0.5, None)),
     ],
 )
-def test_the_last_line_that_is_a_number_or_has_the_name_counts(
+def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
     tmp_path: Path, text: str, name: str | None, found: tuple[float, float | None]
 ) -> None:
     assert printed(text, tmp_path, name) == found
@@ -41,21 +41,23 @@ def test_the_last_line_that_is_a_number_or_has_the_name_counts(
     [
         ("", None, "no line of its output is a number"),
         ("loss 0.5\n", None, "no line of its output is a number"),
-        ('{"acc": 1, "f1": 2}', "loss", "no line of its output is a number or a JSON object with 'loss'; there are"),
+        ('{"acc": 1, "f1": 2}', "loss", "no line of its output is a number or a JSON object with 'loss'; found"),
         ("0.5\nnan\n", None, "its metric is nan"),
         ("inf\n", None, "its metric is inf"),
-        ('{"loss": "bad"}', "loss", "'loss' is 'bad', no number"),
-        ('{"loss": true}', "loss", "'loss' is True, no number"),
+        ('{"loss": "bad"}', "loss", "'loss' is 'bad', not a number"),
+        ('{"loss": true}', "loss", "'loss' is True, not a number"),
         ("{" * 100_000, "loss", "no line"),
     ],
 )
-def test_what_is_no_metric_is_told(tmp_path: Path, text: str, name: str | None, message: str) -> None:
+def test_an_output_without_a_metric_is_an_error_that_says_why(
+    tmp_path: Path, text: str, name: str | None, message: str
+) -> None:
     with pytest.raises(NoMetricError, match=message):
         printed(text, tmp_path, name)
 
 
-def test_an_object_over_several_lines_counts_and_its_numbers_alone_do_not(tmp_path: Path) -> None:
-    """As `json.dumps(..., indent=2)` prints them: a number of a list may stand alone on a line."""
+def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(tmp_path: Path) -> None:
+    """`json.dumps(..., indent=2)` prints each number of a list on a separate line."""
     inner = {"loss": 0.5, "tasks": [{"loss": 0.9}, [1.0, 2.0]], "deep": {"acc,none": 1, "acc_stderr,none": 0.25}}
     text = f"0.75\n{json.dumps(inner, indent=2)}\ndone\n"
     assert printed(text, tmp_path, "loss") == (0.5, None)
@@ -83,8 +85,8 @@ def test_a_metric_is_a_key_or_a_file_and_a_key(text: str, metric: Metric) -> Non
     assert Metric.parse(text) == metric
 
 
-def test_the_newest_file_of_the_name_counts_and_lm_evals_standard_error_is_found(tmp_path: Path) -> None:
-    """As lm-eval writes it: names with dots and commas, in a folder of the model's name, and in a link to it."""
+def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_found(tmp_path: Path) -> None:
+    """lm-eval writes names with dots and commas, into a folder named after the model; here the file is a link."""
 
     def read(key: str, file: str = "*.json") -> tuple[float, float | None]:
         return Metric(key, file).read(tmp_path, folder)
@@ -102,9 +104,9 @@ def test_the_newest_file_of_the_name_counts_and_lm_evals_standard_error_is_found
     assert read("results.hellaswag.acc_norm,none", "old.json") == (0.1, None)
     assert read("results.hellaswag.a.b.c", "my__model/results_*.json") == (3, None)
     assert read("old") == (5, None)
-    with pytest.raises(NoMetricError, match=r"has no member 'results.hellaswag.nothing'; there are 'alias', 'acc_norm"):
+    with pytest.raises(NoMetricError, match=r"has no member 'results.hellaswag.nothing'; found 'alias', 'acc_norm"):
         read("results.hellaswag.nothing")
-    with pytest.raises(NoMetricError, match=r"no results.json in its folder; there are 'my__model/results_2026.json'"):
+    with pytest.raises(NoMetricError, match=r"no results.json in its folder; found 'my__model/results_2026.json'"):
         read("loss", "results.json")
     for inside in ("../elsewhere.json", str(tmp_path / "old.json")):
         with pytest.raises(NoMetricError, match="in its folder"):
@@ -114,9 +116,9 @@ def test_the_newest_file_of_the_name_counts_and_lm_evals_standard_error_is_found
 @pytest.mark.parametrize(
     ("content", "message"),
     [("", "cannot be read"), ('{"loss": 0.', "cannot be read"), (100_000 * "[", "cannot be read"), ("[1]", "no member"),
-     ('{"loss": NaN}', "its metric is nan"), ('{"loss": [1]}', "no number")],
+     ('{"loss": NaN}', "its metric is nan"), ('{"loss": [1]}', "not a number")],
 )  # fmt: skip
-def test_a_file_that_is_not_whole_or_holds_no_number_is_told(tmp_path: Path, content: str, message: str) -> None:
+def test_a_truncated_file_or_one_without_a_number_is_an_error(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(NoMetricError, match=message):
         Metric("loss", "m.json").read(tmp_path, tmp_path)

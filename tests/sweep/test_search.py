@@ -1,4 +1,4 @@
-"""Where the best length is: the range holds it, and what noise cannot tell apart is not told apart."""
+"""The estimate of the best length: the stated range contains it, and is as wide as the noise requires."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
     assert np.allclose(found.curve, expected, atol=0.02)
 
 
-def test_the_range_holds_the_best_as_often_as_it_says() -> None:
-    """Of 60 searches; a coverage of 95 % gives less than 52 once in 6,000."""
-    held = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(60)]
-    assert sum(found.low <= 0.09 <= found.high for found in held) >= 52
-    assert np.mean([math.log(found.high / found.low) for found in held]) < 0.8 * math.log(HIGH / LOW)
+def test_the_range_contains_the_best_as_often_as_stated() -> None:
+    """With a coverage of 95 %, fewer than 52 of 60 searches contain it once in 6,000 cases."""
+    estimates = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(60)]
+    assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 52
+    assert np.mean([math.log(found.high / found.low) for found in estimates]) < 0.8 * math.log(HIGH / LOW)
 
 
 def test_more_noise_widens_the_range_and_a_stated_error_is_believed() -> None:
@@ -55,7 +55,7 @@ def test_more_noise_widens_the_range_and_a_stated_error_is_believed() -> None:
     assert estimate(unsure, AXIS).noise == pytest.approx(1.0)
 
 
-def test_what_a_seed_adds_to_all_its_trials_is_no_noise() -> None:
+def test_the_offset_of_a_seed_is_not_noise() -> None:
     offset = {0: 0.0, 1: 5.0, 2: -3.0}
     shared = [trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(AXIS)]
     found = estimate(shared, AXIS)
@@ -75,7 +75,7 @@ def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]
     assert found.high > 1.3 * found.low
 
 
-def test_the_next_batch_lies_where_the_best_may_be_and_repeats_what_is_near() -> None:
+def test_the_next_batch_lies_where_the_best_may_be_and_repeats_near_lengths() -> None:
     first = [trial(x, bowl(x)) for x in first_batch(AXIS)]
     noisy = [trial(t.x, t.value, standard_error=1.5) for t in first]
     found = estimate(noisy, AXIS)
@@ -86,14 +86,14 @@ def test_the_next_batch_lies_where_the_best_may_be_and_repeats_what_is_near() ->
     assert set(next_batch(estimate(crowded, AXIS), crowded, repeat=True)) <= {t.x for t in crowded}
 
 
-def test_the_same_trials_say_the_same_in_any_order() -> None:
+def test_the_estimate_does_not_depend_on_the_order_of_trials() -> None:
     first, again = estimate(trials(0.1), AXIS), estimate(trials(0.1)[::-1], AXIS)
     assert estimate(trials(0.1), AXIS).best == first.best
     assert again.best == pytest.approx(first.best, rel=0.1)
 
 
 def test_one_far_value_does_not_hide_the_best() -> None:
-    """A trial that went wrong."""
+    """A wrong trial may have a value far from all others."""
     values = {x: math.log(x / 0.1) ** 2 for x in (0.02, 0.034, 0.057, 0.097, 0.16, 0.28)}
     for place in (0.034, 0.16):
         found = estimate([trial(x, 1000.0 if x == place else value) for x, value in values.items()], AXIS)
@@ -112,7 +112,7 @@ def test_the_end_of_a_steep_metric_is_the_best(axis: Axis) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1e300])
-def test_the_unit_of_a_metric_changes_nothing(scale: float) -> None:
+def test_the_estimate_does_not_depend_on_the_unit_of_the_metric(scale: float) -> None:
     usual = estimate(trials(0.1), AXIS)
     found = estimate([trial(one.x, scale * (one.value or 0.0)) for one in trials(0.1)], AXIS)
     for name in ("best", "low", "high"):
@@ -126,7 +126,7 @@ def test_hundreds_of_trials_take_no_more_memory_than_a_few_matrices() -> None:
     estimate([trial(x, bowl(x), seed=seed) for x in first_batch(AXIS) for seed in range(50)], AXIS)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 50e6  # a matrix is 0.7 MB, and 420 combinations of hyperparameters are tried
+    assert peak < 50e6  # a matrix takes 0.7 MB, and 420 combinations of hyperparameters are tried
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, 0.1, -1e6])
