@@ -383,7 +383,8 @@ def _faults(
     if restarts:
         near = " and ".join(f"{time:,.0f}" for time in restarts)
         text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
-        text += f"; its decay is {fit.model.parameter(value):.7g} (± {uncertainty:.1%})"
+        decay, rising = _final_parameter(fit.model, value, case.products[-1].end)
+        text += f"; its decay is {decay:.7g} " + ("at the end, still rising" if rising else f"(± {uncertainty:.1%})")
         yield {"verdict": "began again", "text": text}
     unexplained = [interval.unexplained for interval in intervals if not interval.note]
     if case.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN and not case.is_16_bit:

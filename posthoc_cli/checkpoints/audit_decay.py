@@ -60,6 +60,9 @@ _NEAR = np.geomspace(0.5, 2, 11)
 _MOST_GROWTH = 30.0
 """Largest logarithm of the growth of an average whose update has the wrong sign."""
 
+_EVERYTHING = 1000.0
+"""-log of the share that remains after a restart, which is 0 in float64."""
+
 _MOST_CHECKPOINTS, _CELLS = 24, 32
 """Largest numbers of checkpoints that are explained together, and of cells between two of them."""
 
@@ -310,15 +313,16 @@ class WarmModel(Model):
     def forgotten(self, value: float, t: FloatArray) -> FloatArray:
         """Override `Model`."""
         starts = np.array(self.starts)
-        numbers = (t - starts[np.maximum(np.searchsorted(starts, t, "right") - 1, 0)]) / self.every
+        last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
+        numbers = (t - starts[last]) / self.every
         most = 1 << int(numbers.max() + 1).bit_length()
         if self.value is not None:
             places, logs, _ = _warming(self.decay, most)
-            return np.asarray(value * np.interp(numbers, places, logs))
+            return np.asarray(value * np.interp(numbers, places, logs) + _EVERYTHING * last)
         places, logs, slowing = _warming(replace(self.decay, decay=1 - 1e-12), most)
         reached = int(np.searchsorted(slowing, -value * self.every))
         rising = np.interp(np.minimum(numbers, reached), places, logs)
-        return np.asarray(rising + np.maximum(numbers - reached, 0) * value * self.every)
+        return np.asarray(rising + np.maximum(numbers - reached, 0) * value * self.every + _EVERYTHING * last)
 
     def length(self, value: float) -> float:
         """Override `Model`."""
