@@ -86,7 +86,7 @@ class Manifest:
                 if sampled_identity(file) != identity:
                     raise FileFormatError(path, f"was replaced since {self.folder} was imported", _AGAIN)
         except VanishedError as error:  # a caller would retry this error, as for a directory that a tracker writes
-            reason = f"is not there, and {self.folder} refers to it"
+            reason = f"is missing, and {self.folder} refers to it"
             raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from error
 
     def read(self) -> list[Checkpoint]:
