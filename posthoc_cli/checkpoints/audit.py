@@ -140,22 +140,10 @@ class Audit:
 
 @dataclass
 class _Case:
-    """An average to be judged.
+    """An average to be judged: `tensors` are the names of the pieces, `starts` the restarts that settings say.
 
-    Attributes:
-        name: name of the average if the run has several.
-        products: Gram matrices of each interval.
-        series: sampled elements at all checkpoints.
-        tensors: name of each piece's tensor.
-        model: claimed kind of average.
-        is_16_bit: whether its values are all exact in 16 bits.
-        starts: times at which settings say that it restarted.
-        unit: unit of its clock.
-        used, still, equal, kept: masks of pieces whose weights move; whose average stands still, or equals the weights;
-            and which do neither.
-        stalled: whether most elements of the kept pieces stand still.
-        notes: faults by the index of their interval.
-        idle: indexes of the intervals in which the average was not updated.
+    Masks of pieces are `used`, whose weights move, `still` and `equal`, whose average stands still or equals the
+    weights, and `kept`, which do neither. `notes` are faults by interval; in those of `idle` there were no updates.
     """
 
     name: str
@@ -270,11 +258,10 @@ def _find_restarts(case: _Case, fit: Fit) -> dict[int, float]:
     if fit.model.what != "decay" or len(fit.products) < 3:
         return restarts
     kept, joint_residuals = fit.kept, fit.residuals(fit.value)
-    for place, products in enumerate(fit.products):
-        index = next(i for i, row in enumerate(case.rows) if row is products)
-        if kept[place] < _SHORTEST or index in case.notes:
+    for index, products, share, joint_residual in zip(case.usable, fit.products, kept, joint_residuals, strict=True):
+        if share < _SHORTEST or index in case.notes:
             continue
-        alone, limit = Fit(fit.model, [products]), _CLEARLY * (joint_residuals[place] @ products.scale)
+        alone, limit = Fit(fit.model, [products]), _CLEARLY * (joint_residual @ products.scale)
         own_residual = alone.residuals(alone.value)[0] @ products.scale
         if own_residual < limit:  # either another decay or a restart explains the interval
             time, residual = _locate_start(fit, products)
@@ -311,6 +298,11 @@ def _locate_warm_start(fit: Fit, products: Products, others: Sequence[float]) ->
     return argmin(cost, np.linspace(products.begin, products.end, 51))
 
 
+def _without_claim(model: Model) -> Model:
+    """Return the family of power functions, or of constant decays, without a claimed value."""
+    return PowerModel() if model.what == "sigma_rel" else Model(None, model.every)
+
+
 def _is_swapped(fit: Fit) -> bool:
     """Return whether the weights follow the average much better than the average follows the weights."""
     turn = np.array([[0.0, -1.0, 1.0], [0.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
@@ -318,8 +310,7 @@ def _is_swapped(fit: Fit) -> bool:
     pairs = list(zip(exchanged, fit.products, strict=True))
     if np.mean([after.gram[:, 2, 2].sum() < before.gram[:, 2, 2].sum() for after, before in pairs]) > 0.5:
         return False
-    plain = Model(None, fit.model.every) if fit.model.what == "decay" else replace(fit.model, value=None)
-    turned = Fit(plain, exchanged)
+    turned = Fit(_without_claim(fit.model), exchanged)
     medians = [
         float(np.median(each.residuals(each.value).sum(axis=1) / each.gram[..., 0, 0].sum(axis=1).clip(1e-300)))
         for each in (turned, fit)
@@ -449,7 +440,7 @@ def _final_parameter(model: Model, value: float, end: float) -> tuple[float, boo
 def _interval(products: Products, fit: Fit, note: str) -> Interval:
     """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much."""
     model, begin, end = fit.model, products.begin, products.end
-    plain = replace(model, value=None) if model.what == "sigma_rel" else Model(None, model.every)
+    plain = _without_claim(model)
     found = plain.length(Fit(plain, [products]).value) if products.gram[:, 2, 2].any() else math.nan
     claimed = None
     if model.value is not None:

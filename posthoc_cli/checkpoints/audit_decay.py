@@ -136,14 +136,10 @@ def read_sample(weights: FileSource, average: FileSource, pieces: Sequence[tuple
 
 @dataclass
 class Products:
-    """Sums of products in one interval.
+    """Sums of products in one interval, by piece: Gram matrices of y, d, v, and the variance of rounding in them.
 
-    Attributes:
-        begin, end: times of the two checkpoints.
-        gram: Gram matrices of y, d, v without the variance of rounding: [pieces, 3, 3].
-        rounding: the variance of rounding that was subtracted: [pieces].
-        same: shares of elements of the average that are equal at both times: [pieces].
-        copied: shares of those that equal the weights, at the begin and at the end: [2, pieces].
+    `gram` is [pieces, 3, 3], without that variance; `rounding` [pieces]; `same` the share of elements of the average
+    that are equal at both times, [pieces]; `copied` of those that equal the weights, at begin and end, [2, pieces].
     """
 
     begin: float
@@ -266,10 +262,6 @@ class Model:
         rates = np.geomspace(0.01 / span, 1 / shortest, 60)
         return np.concatenate((-rates[::-1], [0.0], rates))
 
-    def since(self, _: float) -> Model:
-        """Return the model of an average that started at a time."""
-        return self
-
 
 @dataclass(frozen=True)
 class PowerModel(Model):
@@ -334,10 +326,6 @@ class WarmModel(Model):
         rates = super().grid(products)
         return rates[rates > 0] if self.value is None else rates * self.length(1.0)
 
-    def since(self, t: float) -> Model:
-        """Override `Model`."""
-        return replace(self, starts=(t,))
-
 
 @functools.lru_cache(maxsize=8)
 def _warming(decay: Decay, most: int) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -351,10 +339,7 @@ def _warming(decay: Decay, most: int) -> tuple[FloatArray, FloatArray, FloatArra
 
 @dataclass
 class Fit:
-    """The value of a model with the smallest residuals in some intervals.
-
-    `weights` are the inverses of expected residuals, [intervals, pieces].
-    """
+    """The value of a model with the smallest residuals; `weights` are inverse residuals, [intervals, pieces]."""
 
     model: Model
     products: Sequence[Products]
@@ -422,7 +407,9 @@ def interval_residuals(model: Model, value: float, products: Products) -> FloatA
 
 def followed_since(model: Model, value: float, begin: float, end: float) -> float:
     """Return s of an average that starts from the weights at `begin`."""
-    return float(_factors_between(model.since(begin), value, begin, end)[1][0])
+    if isinstance(model, WarmModel):
+        model = replace(model, starts=(begin,))
+    return float(_factors_between(model, value, begin, end)[1][0])
 
 
 def residuals(gram: FloatArray, kept: npt.ArrayLike, followed: npt.ArrayLike) -> FloatArray:

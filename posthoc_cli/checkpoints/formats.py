@@ -144,13 +144,12 @@ _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
 
 
 def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
-    """Return the weights."""
     tensors = settings.select(indexed.model_tensors(settings.prefix))
     return [make_checkpoint(path, tensors, Point(float(step)), step)]
 
 
 def _read_torchtitan(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
-    """Return the weights and the average."""
+
     averages = _titan_averages(indexed)
     tensors = settings.select(indexed.model_tensors(settings.prefix))
     averaged = {name: averages.get(settings.prefix + name, find) for name, find in tensors.items()}
@@ -247,10 +246,7 @@ _POOR = 1.0
 def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: Settings) -> str:
     """Compare the measured distances between averages with those that each update_every would make.
 
-    Averages of two profiles or more are needed: with one profile any value explains the distances.
-
-    Raises:
-        InvalidValueError: another value than the given one fits clearly better.
+    With averages of one profile any value explains the distances. Raise InvalidValueError if another one fits better.
     """
     given = settings.update_every or 1
     misfits = _misfits_by_interval(library, checkpoints, settings, given)
@@ -298,7 +294,6 @@ def _misfits_by_interval(
 
 
 def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
-    """Return the kind of one of these libraries."""
     return Kind(
         functools.partial(_read_numbered, library), functools.partial(_is_numbered, inner), _NUMBERED,
         _NUMBERED_FORM, needs=("sigma_rels", "update_every"), takes=takes,
@@ -341,7 +336,6 @@ def _parents(indexed: IndexedCheckpoint, last: str) -> list[Keys]:
 
 
 def _as_count(value: Any) -> int | None:
-    """Return a number as a count; None if it is no number, or below 0."""
     return int(value) if isinstance(value, int | float) and value >= 0 else None
 
 
@@ -538,7 +532,6 @@ _EMA_TAKES = (
 
 
 def _ordinary(library: str, **fields: Any) -> Kind:
-    """Return the kind of a library in `FINDERS`."""
 
     def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
         return _find(library, indexed) is not None
@@ -552,7 +545,7 @@ _EDM2 = re.compile(r"network-snapshot-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pk
 
 
 def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: Settings) -> list[Checkpoint]:
-    """Return the average."""
+
     match = _EDM2.fullmatch(path.name)
     width = float(match["width"]) if match else 0.0
     profile = PowerFunction.from_sigma_rel(width, images)

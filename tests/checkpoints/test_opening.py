@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,8 +46,7 @@ def test_every_layout_is_a_run(layout: str, write: Write, weights: dict[int, Wei
 
 def test_a_glob_names_some_checkpoints(write: Write, weights: dict[int, Weights]) -> None:
     folder = write("transformers")
-    run = Run(folder / "checkpoint-*0")
-    assert run.step == 200
+    assert Run(folder / "checkpoint-*0").step == 200
     assert [source.info.step for source in Run(folder / "checkpoint-[12]00").sources] == [100, 200]
     with pytest.raises(errors.DirectoryError, match="no file or folder has such a name"):
         _ = Run(folder / "other-*").sources
@@ -84,19 +84,16 @@ def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(3, 2)}, tmp_path / "best.pt")
     described = Run(tmp_path / "best.pt").info()
     assert (described["kind"], described["tensors"], described["parameters"]) == ("checkpoint", 1, 6)
-    with pytest.raises(errors.InvalidValueError, match="finds no number in"):
-        import_checkpoints(tmp_path / "best.pt", None, dry_run=True, step_from="(b)est")
 
 
 @pytest.mark.parametrize("folder", ["exp2024", "ck5", "20240101"])
 def test_a_number_of_another_folder_is_no_step(folder: str, tmp_path: Path) -> None:
-    (tmp_path / folder).mkdir()
-    for name in ("step100", "step200", "best"):
-        save_file({"w": torch.ones(3)}, tmp_path / folder / f"{name}.safetensors")
-    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* import with `step_from`"):
+    filled(tmp_path / folder, 100, 200)
+    (tmp_path / folder / "step200.pt").rename(tmp_path / folder / "best.pt")
+    with pytest.raises(errors.InvalidValueError, match=r"best.pt: neither .* import with `step_from`"):
         _ = Run(tmp_path / folder).sources
     (tmp_path / folder).rename(tmp_path / "checkpoint-500")
-    assert Run(tmp_path / "*500" / "best.safetensors").step == 500
+    assert Run(tmp_path / "*500" / "best.pt").step == 500
 
 
 @pytest.mark.parametrize(
@@ -123,11 +120,6 @@ def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.ones(3)}, "ema": averaged, "step": 10**12}, tmp_path / "ordinary.pt")
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
         _ = Run(tmp_path / "ordinary.pt").sources
-    (tmp_path / "checkpoint-1").mkdir()
-    save_file({"w": torch.ones(2)}, tmp_path / "checkpoint-1" / "model.safetensors")
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(f'{{"global_step": {10**400}}}')
-    with pytest.raises(errors.InvalidValueError, match="its step is an int of many digits"):
-        _ = Run(tmp_path / "checkpoint-1*").sources
 
 
 def test_outputs_in_a_folder_of_checkpoints_are_none(tmp_path: Path) -> None:
@@ -169,20 +161,22 @@ def test_tensors_can_be_chosen(tmp_path: Path, imported: Imported) -> None:
         _ = imported(tmp_path, include="x.*").tensors
     with pytest.raises(errors.InvalidValueError, match="include and exclude: leave no tensor"):
         _ = imported(tmp_path, exclude="*").tensors
-    with pytest.raises(
-        errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
-    ):
+    with pytest.raises(errors.FileFormatError, match=r"name begins with 'x\.'; it has 'state_dict.model.a'"):
         _ = imported(tmp_path, prefix="x.").tensors
-    torch.save({"state_dict": {"s": torch.ones(2).to_sparse()}, "x": torch.ones(2)}, tmp_path / "step3.ckpt")
-    with pytest.raises(
-        errors.FileFormatError, match=r"tensor 'state_dict\.s' is of a kind that is not read \('sparse_t"
-    ):
-        _ = Run(tmp_path).tensors
-    torch.save({"state_dict": {"c": torch.ones(2, dtype=torch.complex128)}}, tmp_path / "step3.ckpt")
-    with pytest.raises(errors.FileFormatError, match="a tensor of ComplexDoubleStorage, which is not read"):
-        _ = Run(tmp_path).tensors
-    torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
-    with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
+
+
+UNREADABLE: list[tuple[dict[str, Any], str]] = [
+    ({"state_dict": {"s": torch.ones(2).to_sparse()}, "x": torch.ones(2)},
+     r"tensor 'state_dict\.s' is of a kind that is not read \('sparse_t"),
+    ({"state_dict": {"c": torch.ones(2, dtype=torch.complex128)}}, "of ComplexDoubleStorage, which is not read"),
+    ({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, "it has tensors under 'actor', 'critic'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "reason"), UNREADABLE, ids=["sparse", "complex", "two models"])
+def test_tensors_that_are_not_read_are_named(content: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "step3.ckpt")
+    with pytest.raises(errors.FileFormatError, match=reason):
         _ = Run(tmp_path).tensors
 
 
@@ -291,13 +285,8 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
     torch.save({"w": torch.full((1000,), 7.0)}, path)
     with pytest.raises(errors.FileFormatError, match="was replaced while it was being used"), source.open():
         pass
-    with (
-        pytest.raises(errors.FileFormatError, match="was changed while it was being read"),
-        run.sources[0].open(),
-        path.open("r+b") as file,
-    ):
-        file.write(path.read_bytes())
-        file.flush()
+    with pytest.raises(errors.FileFormatError, match="was changed while it was being read"), run.sources[0].open():
+        path.write_bytes(path.read_bytes())
     path.unlink()
     with pytest.raises(errors.VanishedError), source.open():
         pass

@@ -69,16 +69,14 @@ def timm(folder: Path) -> dict[str, Any]:
 
 
 def plain(folder: Path) -> dict[str, Any]:
-    write(folder, train(), ema(DECAY), torch.float16)
-    for path in folder.iterdir():
+    for path in write(folder, train(), ema(DECAY), torch.float16).iterdir():
         save_file(torch.load(path)["state_dict_ema"], path.with_suffix(".safetensors"))
         path.unlink()
     return {"ema_decay": DECAY}
 
 
 def two_files(folder: Path) -> dict[str, Any]:
-    write(folder, train(), ema(DECAY))
-    for path in folder.iterdir():
+    for path in write(folder, train(), ema(DECAY)).iterdir():
         content = torch.load(path)
         torch.save(content["state_dict_ema"], folder / f"ema-{path.name}")
         torch.save(content["state_dict"], path)
