@@ -1,10 +1,10 @@
 """Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file is executed.
 
-    read_pickle, read_model, read_step    where in a file the bytes of each tensor are, those of a model, when
-    source, formats                       a checkpoint to average from, and what is told of it; what programs store
-    open_run                              all that are in a folder, as one run
-    import_run, import_files              what `ema import` does, and what it leaves
-    audit, audit_decay                    is an average what it claims to be, and which decay has it
+    read_pickle, read_model, read_step    the places of tensors in a file, the tensors of the model, the step
+    source, formats                       a checkpoint as a source, with settings; the kinds that programs write
+    open_run                              all checkpoints of a folder as one run
+    import_run, import_files              the work of `ema import`, and its manifest or copies
+    audit, audit_decay                    the check of an average, and the search for its decay
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does those of snapshots.
 """

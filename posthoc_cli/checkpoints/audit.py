@@ -1,9 +1,9 @@
-"""Is an average what it claims to be? From checkpoints that hold it and the weights; NumPy on a sample, float64.
+"""Check that an average is what it claims to be, from checkpoints of it and of the weights; NumPy float64 on a sample.
 
-`audit_decay` finds the decay that explains how the average moved; here the warm-up is found, and where it began. What
-is wrong shows in the same sums of products: nothing moves, the average is equal to the weights, the decay is above 1,
-or it is the weights that follow the average. Where the average began again from the weights it remembers nothing of
-before, and how far it is on the way between two checkpoints says when.
+`audit_decay` finds the decay that explains how the average moved. This module finds the warm-up and the restarts, and
+recognises faults by the same Gram matrices: the average does not move, it equals the weights, its decay is above 1, or
+the weights follow the average. An average that restarted from the weights remembers nothing from before the restart;
+how far it has moved between two checkpoints gives the time of the restart.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from posthoc_cli.checkpoints.audit_decay import (
     Sample,
     Series,
     WarmModel,
-    is_low,
-    least,
+    argmin,
+    choose_pieces,
+    fits_16_bits,
+    followed_since,
+    interval_residuals,
     misfit,
-    passed_since,
-    pieces_of,
     products_of,
     read_sample,
-    refined,
-    rests,
+    refine,
+    residuals,
     series_of,
-    unexplained,
 )
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, Point, gamma_from_sigma_rel
@@ -45,38 +45,38 @@ from posthoc_cli.snapshots.path import places
 from posthoc_cli.snapshots.sources import FileSource, Snapshot, Source
 
 _SLACK = 1.1
-"""A length that differs by less from a claimed one is as claimed."""
+"""Largest factor between the found and the claimed length of an average that is as claimed."""
 
 _FOREIGN = 0.8
-"""With more of its motion left unexplained, an average is of other weights."""
+"""Largest unexplained share of the motion of an average that belongs to the weights."""
 
 _SHORTEST = 0.1
-"""Shorter than this share of the time between two checkpoints, a length cannot be told."""
+"""Smallest length that can be determined, as a share of the time between two checkpoints."""
 
 _ALL, _MANY = 0.999, 0.5
-"""Shares of elements that are equal."""
+"""Shares of equal elements that count as all elements, and as most."""
 
 _CLEARLY = 0.5
-"""An explanation that leaves less than this share of what another one leaves is the better one."""
+"""An explanation is clearly better if its residual is below this share of another one's."""
 
 _WARMER = 2.0
-"""By so much, in e-foldings of what is left summed over the intervals, a warm-up must explain them better."""
+"""Smallest advantage of a warm-up over a constant decay: log residuals, summed over the intervals."""
 
 BAD = ("too long", "too short", "does not move", "stalls", "is the weights", "began again", "moves away", "swapped",
        "some tensors", "was not updated", "other weights")  # fmt: skip
-"""Verdicts that contradict what an average should be; the others are "as claimed", "found" and "cannot be told"."""
+"""Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Between two checkpoints.
+    """What the audit found between two checkpoints.
 
     Attributes:
-        begin, end: their steps, or times.
-        found: the time constant in the same unit, 1 / (1 - decay) of a step; of a power function its sigma_rel.
-        claimed: the same of what is claimed; None without.
-        unexplained: what the found decay leaves of the average's motion, relative, as lengths of vectors.
-        note: what is wrong here; empty for nothing.
+        begin, end: times of the two checkpoints, in steps or images.
+        found: time constant in the same unit, 1 / (1 - decay) for one step; for a power function its sigma_rel.
+        claimed: claimed time constant or sigma_rel; None without a claim.
+        unexplained: L2 norm of the residual of the average's motion, divided by that of the motion.
+        note: what is wrong in this interval; empty if nothing is.
     """
 
     begin: float
@@ -89,22 +89,22 @@ class Interval:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an average is, by its checkpoints.
+    """The result of an audit of one average.
 
     Attributes:
-        name: of the average, if the run has several.
-        verdict: in a few words, one of `BAD`, or "as claimed", "found", "cannot be told".
-        text: what it means, for people.
-        what: "decay" or "sigma_rel".
-        found, length: of all intervals; None where nothing can be told.
-        uncertainty: of the length, relative.
-        claimed: None without.
+        name: name of the average if the run has several.
+        verdict: one of `BAD`, or "as claimed", "found", "undetermined".
+        text: explanation of the verdict in a sentence.
+        what: the parameter in question, "decay" or "sigma_rel".
+        found, length: parameter and length that explain all intervals; None where they cannot be determined.
+        uncertainty: relative uncertainty of the length.
+        claimed: claimed parameter; None without a claim.
         ratio: found length / claimed length.
-        warm_up: the rule by which the decay rose, as settings name it; empty for none.
-        starts: times at which the average began from the weights, after the training had begun.
-        tensors: names of those that the verdict is about; empty for all.
-        intervals: one after the other.
-        elements: of the sample.
+        warm_up: rule by which the decay rose, as `Settings.ema_warmup` names it; empty without a warm-up.
+        starts: times after the begin of the training at which the average started from the weights.
+        tensors: names of the tensors that the verdict is about; empty for all tensors.
+        intervals: findings for each interval, in order of time.
+        elements: number of elements in the sample.
     """
 
     name: str
@@ -127,11 +127,11 @@ class Audit:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the average is not what it claims to be."""
+        """Whether the verdict names a fault."""
         return self.verdict in BAD
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"contradicted": self.is_bad}
 
 
@@ -140,9 +140,10 @@ class Audit:
 
 @dataclass
 class _Case:
-    """An average to be judged: `low` if it is stored, or seems to be kept, in 16 bits; `tensors` are those of pieces.
+    """An average to be judged: `tensors` are the names of the pieces, `starts` the restarts that settings say.
 
-    `starts` are times at which it is said to have begun again.
+    Masks of pieces are `used`, whose weights move, `still` and `equal`, whose average stands still or equals the
+    weights, and `kept`, which do neither. `notes` are faults by interval; in those of `idle` there were no updates.
     """
 
     name: str
@@ -150,14 +151,14 @@ class _Case:
     series: Series
     tensors: Sequence[str]
     model: Model
-    low: bool = False
+    is_16_bit: bool = False
     starts: tuple[float, ...] = ()
     unit: str = "steps"
 
     def __post_init__(self) -> None:
-        moved = np.array([one.gram[:, 2, 2] > 0 for one in self.products])
-        same = np.array([one.same for one in self.products])
-        copied = np.array([one.copied for one in self.products])
+        moved = np.array([products.gram[:, 2, 2] > 0 for products in self.products])
+        same = np.array([products.same for products in self.products])
+        copied = np.array([products.copied for products in self.products])
         self.used = moved.any(axis=0)
         self.still = ((same >= _ALL) | ~moved).all(axis=0) & self.used
         self.equal = ((copied[:, 1] >= _ALL) | ~moved).all(axis=0) & self.used
@@ -175,27 +176,27 @@ class _Case:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """Tensors of which some piece stands still, or is copied."""
+        """Names of the tensors that have a piece which stands still or equals the weights."""
         return tuple(dict.fromkeys(np.array(self.tensors)[self.still | self.equal].tolist()))
 
     def fit(self, model: Model) -> Fit:
-        """Of the intervals in which nothing is wrong."""
+        """Return the fit of a model to the usable intervals."""
         return Fit(model, [self.rows[i] for i in self.usable])
 
     @cached_property
     def rows(self) -> list[Products]:
-        """The intervals, without the pieces that stand still or are copied."""
-        return [one.only(self.kept) for one in self.products]
+        """The Gram matrices of the kept pieces, by interval."""
+        return [products.select(self.kept) for products in self.products]
 
     @property
     def usable(self) -> list[int]:
-        """Intervals without a note, or those that tell of it nevertheless."""
-        told = [i for i in range(len(self.rows)) if self.rows[i].gram[:, 2, 2].any() and i not in self.idle]
-        return [i for i in told if i not in self.notes] or told
+        """Indexes of intervals without a note; if all have one, of those in which weights and average move."""
+        moving = [i for i in range(len(self.rows)) if self.rows[i].gram[:, 2, 2].any() and i not in self.idle]
+        return [i for i in moving if i not in self.notes] or moving
 
     @property
     def stretch(self) -> tuple[int, int]:
-        """Where the newest of the longest rows of usable intervals begins, and ends, in checkpoints."""
+        """The longest range of checkpoints, begin and end, with usable intervals only; the newest of several."""
         usable, best = self.usable, (0, 0)
         begin = usable[0]
         for before, index in zip([begin - 1, *usable], usable, strict=False):
@@ -204,29 +205,29 @@ class _Case:
         return best[1], best[1] + best[0]
 
 
-def _explained(case: _Case) -> tuple[Fit, dict[int, float]]:
-    """The fit of the model that explains the intervals best, and where the average began, with a note for each."""
+def _explain(case: _Case) -> tuple[Fit, dict[int, float]]:
+    """Return the best fit of any model, and the start times of the average by interval; note each start in the case."""
     starts: dict[int, float] = {}
     begins = [i for i, note in case.notes.items() if note == "begins"]
-    for said in case.starts:
-        for index, one in enumerate(case.products):
-            if one.begin <= said < one.end:
-                case.notes[index] = f"began again at {said:,.0f}, as said"
-    fit = _best(case, ())
-    for _ in range(2):  # what began again has its warm-up again, too
-        begun = {index: _start(fit, case.rows[index])[0] for index in begins}
-        again = _restarts(case, fit)
-        if not (begun | again).keys() - starts.keys():
+    for restart in case.starts:
+        for index, products in enumerate(case.products):
+            if products.begin <= restart < products.end:
+                case.notes[index] = f"began again at {restart:,.0f}, as the settings say"
+    fit = _best_fit(case, ())
+    for _ in range(2):  # an average that restarted repeats its warm-up, too
+        first_starts = {index: _locate_start(fit, case.rows[index])[0] for index in begins}
+        restarts = _find_restarts(case, fit)
+        if not (first_starts | restarts).keys() - starts.keys():
             break
-        starts |= begun | again
+        starts |= first_starts | restarts
         case.notes |= dict.fromkeys(starts, "begins")
-        fit = _best(case, tuple(sorted(starts.values())))
+        fit = _best_fit(case, tuple(sorted(starts.values())))
         for _ in range(3 * isinstance(fit.model, WarmModel)):
             for index in starts:
-                starts[index] = _when(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
+                starts[index] = _locate_warm_start(fit, case.rows[index], sorted({*starts.values()} - {starts[index]}))
             fit = case.fit(replace(fit.model, starts=(0.0, *sorted(starts.values()))))  # type: ignore[call-arg]
-        case.notes |= {index: f"begins near step {starts[index]:,.0f}" for index in begun}
-        case.notes |= {index: f"began again near step {starts[index]:,.0f}" for index in again}
+        case.notes |= {index: f"begins near step {starts[index]:,.0f}" for index in first_starts}
+        case.notes |= {index: f"began again near step {starts[index]:,.0f}" for index in restarts}
     return fit, starts
 
 
@@ -236,81 +237,85 @@ _RULES = (
 """Warm-ups that libraries have."""
 
 
-def _best(case: _Case, starts: tuple[float, ...]) -> Fit:
-    """The fit of what is claimed; else of a constant decay, or of a warm-up that explains the intervals better."""
+def _best_fit(case: _Case, starts: tuple[float, ...]) -> Fit:
+    """Return the fit of the claimed model; without a claim, of a constant decay or of a clearly better warm-up."""
     fit, every = case.fit(case.model), case.model.every
     if case.model.what == "decay" and case.model.value is None:
-        begun = (0.0, *sorted({*starts, *case.starts}))
-        warm = min((case.fit(WarmModel(None, every, rule, begun)) for rule in _RULES), key=lambda one: one.misfit)
-        if warm.misfit + _WARMER < fit.misfit and _is_likelier(case, warm, fit):
-            return warm
+        all_starts = (0.0, *sorted({*starts, *case.starts}))
+        warm = min((case.fit(WarmModel(None, every, rule, all_starts)) for rule in _RULES), key=lambda it: it.misfit)
+        if warm.misfit + _WARMER < fit.misfit:  # a path that turns back looks like a warm-up: compare the likelihoods
+            warm_misfit, misfit_of_constant = (
+                misfit(each, case.series, case.kept, *case.stretch) for each in (warm, fit)
+            )
+            if warm_misfit < misfit_of_constant:
+                return warm
     return fit
 
 
-def _is_likelier(case: _Case, warm: Fit, constant: Fit) -> bool:
-    """Whether a warm-up also explains all checkpoints together better: a path that turns back looks like one."""
-    one, other = (misfit(fit, case.series, case.kept, *case.stretch) for fit in (warm, constant))
-    return one < other
-
-
-def _restarts(case: _Case, fit: Fit) -> dict[int, float]:
-    """Intervals in which the average began again from the weights, and the times."""
-    found: dict[int, float] = {}
+def _find_restarts(case: _Case, fit: Fit) -> dict[int, float]:
+    """Return the times at which the average restarted from the weights, by interval."""
+    restarts: dict[int, float] = {}
     if fit.model.what != "decay" or len(fit.products) < 3:
-        return found
-    kept, left = fit.kept, fit.rests(fit.value)
-    for place, one in enumerate(fit.products):
-        index = next(i for i, row in enumerate(case.rows) if row is one)
-        if kept[place] < _SHORTEST or index in case.notes:
+        return restarts
+    kept, joint_residuals = fit.kept, fit.residuals(fit.value)
+    for index, products, share, joint_residual in zip(case.usable, fit.products, kept, joint_residuals, strict=True):
+        if share < _SHORTEST or index in case.notes:
             continue
-        alone, most = Fit(fit.model, [one]), _CLEARLY * (left[place] @ one.scale)
-        own = alone.rests(alone.value)[0] @ one.scale
-        if own < most:  # another decay than usual would explain it, or a new beginning
-            time, rest = _start(fit, one)
-            if rest @ one.scale < min(most, 1.5 * own):
-                found[index] = time
-    return found
+        alone, limit = Fit(fit.model, [products]), _CLEARLY * (joint_residual @ products.scale)
+        own_residual = alone.residuals(alone.value)[0] @ products.scale
+        if own_residual < limit:  # either another decay or a restart explains the interval
+            time, residual = _locate_start(fit, products)
+            if residual @ products.scale < min(limit, 1.5 * own_residual):
+                restarts[index] = time
+    return restarts
 
 
-def _start(fit: Fit, one: Products) -> tuple[float, FloatArray]:
-    """When in an interval an average began from the weights, and what that leaves of each piece."""
+def _locate_start(fit: Fit, products: Products) -> tuple[float, FloatArray]:
+    """Return the time in an interval at which the average started from the weights, and each piece's residual."""
 
-    def passed(share: float) -> float:
-        begin = one.begin + share * one.length
-        return share + (1 - share) * passed_since(fit.model, fit.value, begin, one.end) if share < 1 else 1.0
+    def followed(share: float) -> float:
+        begin = products.begin + share * products.length
+        return share + (1 - share) * followed_since(fit.model, fit.value, begin, products.end) if share < 1 else 1.0
 
-    weights = one.scale
-    for _ in range(3):  # then each piece by what is left of it
-        share = least(lambda f: float(rests(one.gram, 0.0, passed(f)) @ weights), np.linspace(0, 1, 51))  # noqa: B023
-        left = rests(one.gram, 0.0, passed(share))
-        weights = 1 / np.maximum(left, 1e-2 / one.scale)
-    return one.begin + share * one.length, left
+    def cost(share: float) -> float:
+        return float(residuals(products.gram, 0.0, followed(share)) @ weights)
+
+    weights = products.scale
+    for _ in range(3):
+        share = argmin(cost, np.linspace(0, 1, 51))
+        left = residuals(products.gram, 0.0, followed(share))
+        weights = 1 / np.maximum(left, 1e-2 / products.scale)
+    return products.begin + share * products.length, left
 
 
-def _when(fit: Fit, one: Products, others: Sequence[float]) -> float:
-    """When in an interval an average began whose warm-up began again: by the intervals after it."""
+def _locate_warm_start(fit: Fit, products: Products, others: Sequence[float]) -> float:
+    """Return the time in an interval at which an average and its warm-up restarted, from all later intervals."""
 
     def cost(time: float) -> float:
         model = replace(fit.model, starts=(0.0, *sorted([*others, time])))  # type: ignore[call-arg]
-        return float((fit.rests(fit.value, model) * fit.weights).sum())
+        return float((fit.residuals(fit.value, model) * fit.weights).sum())
 
-    return least(cost, np.linspace(one.begin, one.end, 51))
+    return argmin(cost, np.linspace(products.begin, products.end, 51))
+
+
+def _without_claim(model: Model) -> Model:
+    """Return the family of power functions, or of constant decays, without a claimed value."""
+    return PowerModel() if model.what == "sigma_rel" else Model(None, model.every)
 
 
 def _is_swapped(fit: Fit) -> bool:
-    """Whether the weights follow the average much better than the other way round."""
+    """Return whether the weights follow the average much better than the average follows the weights."""
     turn = np.array([[0.0, -1.0, 1.0], [0.0, -1.0, 0.0], [1.0, -1.0, 0.0]])
-    other = [replace(one, gram=turn @ one.gram @ turn.T) for one in fit.products]
-    pairs = list(zip(other, fit.products, strict=True))
-    if np.mean([one.gram[:, 2, 2].sum() < before.gram[:, 2, 2].sum() for one, before in pairs]) > 0.5:
+    exchanged = [replace(products, gram=turn @ products.gram @ turn.T) for products in fit.products]
+    pairs = list(zip(exchanged, fit.products, strict=True))
+    if np.mean([after.gram[:, 2, 2].sum() < before.gram[:, 2, 2].sum() for after, before in pairs]) > 0.5:
         return False
-    plain = Model(None, fit.model.every) if fit.model.what == "decay" else replace(fit.model, value=None)
-    turned = Fit(plain, other)
-    left = [
-        float(np.median(one.rests(one.value).sum(axis=1) / one.gram[..., 0, 0].sum(axis=1).clip(1e-300)))
-        for one in (turned, fit)
+    turned = Fit(_without_claim(fit.model), exchanged)
+    medians = [
+        float(np.median(each.residuals(each.value).sum(axis=1) / each.gram[..., 0, 0].sum(axis=1).clip(1e-300)))
+        for each in (turned, fit)
     ]
-    return turned.value > 0 and left[0] < _CLEARLY**2 * left[1]
+    return turned.value > 0 and medians[0] < _CLEARLY**2 * medians[1]
 
 
 # --- verdicts
@@ -323,24 +328,24 @@ _HOW = {
     "other weights": "these weights do not explain how the average moves: they are of another run, or of other steps",
     "moves away": "the average moves away from the weights: the sign of its update is wrong (it adds e - x, not x - e)",
 }
-_SINGLE = "as in an average kept in 16 bits: keep it in float32"
+_16_BITS = "as in an average kept in 16 bits: keep it in float32"
 
 
 def _judge(case: _Case) -> Audit:
-    """The verdict on an average from its intervals."""
-    claimed = None if case.model.value is None else case.model.told(case.model.value)
+    """Return the audit of an average from its intervals."""
+    claimed = None if case.model.value is None else case.model.parameter(case.model.value)
     base = Audit(case.name, "", "", case.model.what, claimed=claimed)
     if not case.used.any():
-        return replace(base, verdict="cannot be told", text="the weights stand still between these checkpoints")
+        return replace(base, verdict="undetermined", text="the weights stand still between these checkpoints")
     for mask, verdict in ((case.still, "does not move"), (case.equal, "is the weights")):
         if mask[case.used].all():
             return replace(base, verdict=verdict, text=_HOW[verdict])
     if not case.usable:
-        return replace(base, verdict="cannot be told", text="no interval tells of it")
-    fit, starts = _explained(case)
-    value, uncertainty = refined(fit, case.series, case.kept, *case.stretch)
-    found, rising = _reached(fit.model, value, case.products[-1].end)
-    told = replace(
+        return replace(base, verdict="undetermined", text="in no interval do both the weights and the average move")
+    fit, starts = _explain(case)
+    value, uncertainty = refine(fit, case.series, case.kept, *case.stretch)
+    found, rising = _final_parameter(fit.model, value, case.products[-1].end)
+    audit = replace(
         base,
         found=found,
         length=None if rising else fit.model.length(value),
@@ -349,15 +354,14 @@ def _judge(case: _Case) -> Audit:
         starts=tuple(starts.values()),
         intervals=tuple(_interval(case.rows[i], fit, case.notes.get(i, "")) for i in range(len(case.rows))),
     )
-    for wrong in _wrong(case, fit, value, uncertainty, starts, told.intervals):
-        return replace(told, **wrong)
-    return _compared(told, case, fit, value)
+    fault = next(_faults(case, fit, value, uncertainty, starts, audit.intervals), None)
+    return replace(audit, **fault) if fault else _compare_lengths(audit, case, fit, value)
 
 
-def _wrong(
+def _faults(
     case: _Case, fit: Fit, value: float, uncertainty: float, starts: Mapping[int, float], intervals: Sequence[Interval]
 ) -> Iterator[dict[str, Any]]:
-    """What contradicts an average of any length, the first thing first."""
+    """Yield the fields of a verdict for each fault that no average of any length has, the gravest first."""
     spacing = min(case.rows[i].length for i in case.usable)
     if _is_swapped(fit):
         yield {"verdict": "swapped", "text": _HOW["swapped"], "found": None}
@@ -366,18 +370,19 @@ def _wrong(
     if case.idle:
         spans = _spans([(case.products[i].begin, case.products[i].end) for i in case.idle])
         yield {"verdict": "was not updated", "text": f"was not updated from {spans}; elsewhere it was"}
-    again = [time for index, time in starts.items() if case.notes[index].startswith("began again near")]
-    if again:
-        near = " and ".join(f"{time:,.0f}" for time in again)
+    restarts = [time for index, time in starts.items() if case.notes[index].startswith("began again near")]
+    if restarts:
+        near = " and ".join(f"{time:,.0f}" for time in restarts)
         text = f"began again from the weights near step {near}: the average was lost, or reset, at a resume"
-        text += f"; its decay is {fit.model.told(value):.7g} (± {uncertainty:.1%})"
+        decay, rising = _final_parameter(fit.model, value, case.products[-1].end)
+        text += f"; its decay is {decay:.7g} " + ("at the end, still rising" if rising else f"(± {uncertainty:.1%})")
         yield {"verdict": "began again", "text": text}
-    gaps = [one.unexplained for one in intervals if not one.note]
-    if case.model.what == "decay" and gaps and np.median(gaps) > _FOREIGN and not case.low:
+    unexplained = [interval.unexplained for interval in intervals if not interval.note]
+    if case.model.what == "decay" and unexplained and np.median(unexplained) > _FOREIGN and not case.is_16_bit:
         yield {"verdict": "other weights", "text": _HOW["other weights"], "found": None}
     lost, count = case.lost, len(set(case.tensors))
-    if case.low and case.still.any():
-        yield {"verdict": "stalls", "text": f"{len(lost)} of {count} tensors stand still, {_SINGLE}", "tensors": lost}
+    if case.is_16_bit and case.still.any():
+        yield {"verdict": "stalls", "text": f"{len(lost)} of {count} tensors stand still, {_16_BITS}", "tensors": lost}
     if lost:
         how = "are not followed" if case.still.any() else "are copied"
         named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
@@ -385,69 +390,70 @@ def _wrong(
         yield {"verdict": "some tensors", "text": text, "tensors": lost}
 
 
-def _compared(told: Audit, case: _Case, fit: Fit, value: float) -> Audit:
-    """The verdict on a length."""
-    model, sigma, unit = fit.model, told.uncertainty or 0.0, case.unit
+def _compare_lengths(audit: Audit, case: _Case, fit: Fit, value: float) -> Audit:
+    """Return the audit with the verdict on the found length, against the claimed one if there is a claim."""
+    model, sigma, unit = fit.model, audit.uncertainty or 0.0, case.unit
     length, spacing = model.length(value), min(case.rows[i].length for i in case.usable)
-    own = None if model.value is None else model.length(model.value)
-    if model.what == "decay" and max(length, own or 0.0) < _SHORTEST * spacing:
-        closer = f"closer than {max(1, (own or length) / _SHORTEST):,.0f} {unit}"
-        text = f"its time constant is below {_SHORTEST * spacing:,.3g} {unit}, shorter than these checkpoints can tell"
-        return replace(told, verdict="cannot be told", text=f"{text}; {closer} they could", found=None)
+    claimed = None if model.value is None else model.length(model.value)
+    if model.what == "decay" and max(length, claimed or 0.0) < _SHORTEST * spacing:
+        closer = f"checkpoints closer than {max(1, (claimed or length) / _SHORTEST):,.0f} {unit} would show it"
+        text = f"its time constant is below {_SHORTEST * spacing:,.3g} {unit}, too short for the time between these"
+        return replace(audit, verdict="undetermined", text=f"{text} checkpoints; {closer}", found=None)
     if sigma > 1:
-        return replace(told, verdict="cannot be told", text="the checkpoints tell nothing about its length", found=None)
-    reached, rising = _reached(model, value, case.products[-1].end)
+        return replace(audit, verdict="undetermined", text="the checkpoints do not show its length", found=None)
+    reached, rising = _final_parameter(model, value, case.products[-1].end)
     shown = f"{model.what} {reached:.7g}, a time constant of {length:,.4g} {unit} (± {sigma:.1%})"
     if model.what == "sigma_rel":
         shown = f"sigma_rel {reached:.4g} (± {sigma:.1%})"
     if model.warm_up:
         rule = model.decay.rule  # type: ignore[attr-defined]
         shown = f"decay {reached:.7g} at the end, still rising by {rule}" if rising else f"{shown}, reached by {rule}"
-    if begun := case.starts or told.starts:
-        shown += f"; begun from the weights near step {' and '.join(f'{time:,.0f}' for time in begun)}"
-    if own is None:
-        return replace(told, verdict="found", text=shown)
-    ratio = length / own
-    told = replace(told, ratio=ratio)
+    if starts := case.starts or audit.starts:
+        shown += f"; begun from the weights near step {' and '.join(f'{time:,.0f}' for time in starts)}"
+    if claimed is None:
+        return replace(audit, verdict="found", text=shown)
+    ratio = length / claimed
+    audit = replace(audit, ratio=ratio)
     if abs(math.log(ratio)) <= max(math.log(_SLACK), 3 * sigma):
-        return replace(told, verdict="as claimed", text=f"{shown}, as claimed")
-    times = f"{max(ratio, 1 / ratio):.3g} times too {'long' if ratio > 1 else 'short'}: {shown}, not {told.claimed:.7g}"
-    if case.low and case.stalled:
-        return replace(told, verdict="stalls", text=f"{times}; most of its elements stand still, {_SINGLE}")
-    ends = [f"{max(ratio, 1 / ratio) * math.exp(sign * sigma):.3g}" for sign in (-1, 1)]
-    factor = " to ".join(dict.fromkeys(ends))
+        return replace(audit, verdict="as claimed", text=f"{shown}, as claimed")
+    factor = max(ratio, 1 / ratio)
+    text = f"{factor:.3g} times too {'long' if ratio > 1 else 'short'}: {shown}, not {audit.claimed:.7g}"
+    if case.is_16_bit and case.stalled:
+        return replace(audit, verdict="stalls", text=f"{text}; most of its elements stand still, {_16_BITS}")
+    factors = " to ".join(dict.fromkeys(f"{factor * math.exp(sign * sigma):.3g}" for sign in (-1, 1)))
     if ratio > 1:
         usual = "updated at every k-th step only, or of steps that are counted twice"
-        return replace(told, verdict="too long", text=f"{times}; as if {usual} (k = {factor})")
+        return replace(audit, verdict="too long", text=f"{text}; as if {usual} (k = {factors})")
     usual = "once a microbatch, or by each of so many processes"
-    return replace(told, verdict="too short", text=f"{times}; as if updated {factor} times a step: {usual}")
+    return replace(audit, verdict="too short", text=f"{text}; as if updated {factors} times a step: {usual}")
 
 
-def _reached(model: Model, value: float, end: float) -> tuple[float, bool]:
-    """The decay, or sigma_rel, of a value; and whether a warm-up has not reached it at the end: what it is there."""
-    told = model.told(value)
+def _final_parameter(model: Model, value: float, end: float) -> tuple[float, bool]:
+    """Return the decay or sigma_rel at the end, and whether a warm-up is still below the decay that it leads to."""
+    parameter = model.parameter(value)
     if not model.warm_up:
-        return told, False
-    gone = np.diff(model.forgotten(value, np.array([end - model.every, end])))
-    last = math.exp(-float(gone[0]))
-    return min(told, last), model.value is None and told > last + 1e-9
+        return parameter, False
+    last = math.exp(-float(np.diff(model.forgotten(value, np.array([end - model.every, end])))[0]))
+    return min(parameter, last), model.value is None and parameter > last + 1e-9
 
 
-def _interval(one: Products, fit: Fit, note: str) -> Interval:
-    """What an interval shows alone: of a warm-up the constant decay that forgets as much."""
-    model = fit.model
-    plain = replace(model, value=None) if model.what == "sigma_rel" else Model(None, model.every)
-    found = plain.length(Fit(plain, [one]).value) if one.gram[:, 2, 2].any() else math.nan
-    own = None
+def _interval(products: Products, fit: Fit, note: str) -> Interval:
+    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much."""
+    model, begin, end = fit.model, products.begin, products.end
+    plain = _without_claim(model)
+    found = plain.length(Fit(plain, [products]).value) if products.gram[:, 2, 2].any() else math.nan
+    claimed = None
     if model.value is not None:
-        gone = np.diff(model.forgotten(model.value, np.array([one.begin, one.end])))
-        own = model.length(model.value) if model.what == "sigma_rel" else plain.length(float(gone[0]) / one.length)
-    moved = one.gram[:, 0, 0] + one.gram[:, 1, 1] - 2 * one.gram[:, 0, 1]
-    left = math.sqrt(max(float(unexplained(model, fit.value, one).sum()), 0.0) / max(float(moved.sum()), 1e-300))
-    return Interval(one.begin, one.end, found, own, left, note)
+        forgotten = float(np.diff(model.forgotten(model.value, np.array([begin, end])))[0])
+        is_width = model.what == "sigma_rel"
+        claimed = model.length(model.value) if is_width else plain.length(forgotten / products.length)
+    moved = products.gram[:, 0, 0] + products.gram[:, 1, 1] - 2 * products.gram[:, 0, 1]
+    left = max(float(interval_residuals(model, fit.value, products).sum()), 0.0)
+    return Interval(begin, end, found, claimed, math.sqrt(left / max(float(moved.sum()), 1e-300)), note)
 
 
 def _spans(pairs: Sequence[tuple[float, float]]) -> str:
+    """Return intervals as text, adjacent ones joined."""
     joined: list[list[float]] = []
     for begin, end in pairs:
         if joined and joined[-1][1] == begin:
@@ -464,10 +470,10 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None, every
     """Audit every average of a run against its weights.
 
     Arguments:
-        sources: of one run: checkpoints of averages and of weights at the same times; or snapshots of a tracker, whose
-            headers hold a sample of both.
-        claimed: the decay that the averages are said to have; by default what their files or the import say.
-        every: steps between updates, where nothing else tells.
+        sources: sources of one run: checkpoints of averages and of weights at the same times; or snapshots of a
+            tracker, whose headers hold a sample of both.
+        claimed: claimed decay of the averages; by default the one that their files or the import say.
+        every: steps between updates where neither files nor settings say them.
 
     Raises:
         InvalidValueError: nothing can be audited, or `claimed` is no decay.
@@ -475,83 +481,84 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None, every
     if claimed is not None and not 0 < claimed < 1:
         raise InvalidValueError("claimed", "must lie in (0, 1)", value=claimed)
     snapshots = [one for one in sources if isinstance(one, Snapshot)]
-    found = list(_of_snapshots(snapshots)) if snapshots else list(_of_checkpoints(sources, claimed, every))
-    if not found:
+    audits = list(_audit_snapshots(snapshots) if snapshots else _audit_checkpoints(sources, claimed, every))
+    if not audits:
         reason = "holds no two times at which there are an average and the weights"
         raise InvalidValueError("the run", reason, "an audit compares the two between checkpoints")
-    return found
+    return audits
 
 
-def _of_checkpoints(sources: Sequence[Source], claimed: float | None, every: int) -> Iterator[Audit]:
-    files = [one for one in sources if isinstance(one, FileSource)]
-    weights = {one.info.t: one for one in files if isinstance(one.profile, Point)}
-    kinds: dict[float, list[FileSource]] = {}
-    for one in files:
-        if not isinstance(one.profile, Point) and one.info.t in weights:
-            kinds.setdefault(one.info.sigma_rel, []).append(one)
-    for width, averages in sorted(kinds.items()):
+def _audit_checkpoints(sources: Sequence[Source], claimed: float | None, every: int) -> Iterator[Audit]:
+    """Yield the audit of each average, by sigma_rel."""
+    files = [source for source in sources if isinstance(source, FileSource)]
+    weights = {source.info.t: source for source in files if isinstance(source.profile, Point)}
+    by_width: dict[float, list[FileSource]] = {}
+    for source in files:
+        if not isinstance(source.profile, Point) and source.info.t in weights:
+            by_width.setdefault(source.info.sigma_rel, []).append(source)
+    for width, averages in sorted(by_width.items()):
         if len(averages) > 1:
-            first, named = averages[0], f"sigma_rel {width:g}" if width else ""
-            pieces = pieces_of({name: math.prod(first.stored[name].shape) for name in first.info.averages})
-            samples = (read_sample(weights[one.info.t], one, pieces) for one in averages)
+            first, name = averages[0], f"sigma_rel {width:g}" if width else ""
+            pieces = choose_pieces({name: math.prod(first.stored[name].shape) for name in first.info.averages})
+            samples = (read_sample(weights[average.info.t], average, pieces) for average in averages)
             model, starts = _claim(averages, width, claimed, every)
-            yield from _audited(samples, named, [name for name, *_ in pieces], model, True, starts, first.info.t_unit)
+            yield from _audit_samples(samples, name, [name for name, *_ in pieces], model, starts, first.info.t_unit)
 
 
 def _claim(
     averages: Sequence[FileSource], width: float, claimed: float | None, every: float
 ) -> tuple[Model, tuple[float, ...]]:
-    """What averages are said to be, and when they are said to have begun again."""
+    """Return the model that averages are claimed to follow, and the restarts that their settings say."""
     if width:
         return PowerModel(gamma_from_sigma_rel(width) + 1), ()
-    said: float | None = getattr(averages[-1].info, "decay", 0.0) or None
-    profiles = [one.profile for one in averages if isinstance(one.profile, OrdinaryEMA)]
+    decay: float | None = getattr(averages[-1].info, "decay", 0.0) or None
+    profiles = [source.profile for source in averages if isinstance(source.profile, OrdinaryEMA)]
     settings = dict(profiles[-1].settings) if profiles else {}
     if claimed is not None:
-        settings["decay"] = said = claimed
+        settings["decay"] = decay = claimed
     every = settings.pop("every", every)
-    first = [one.settings["first"] for one in profiles] or [every]
-    again = tuple(float(b - every) for b, one in zip(first[1:], profiles, strict=False) if b - every >= one.t)
-    if said is None:
-        return Model(None, every), again
+    first = [profile.settings["first"] for profile in profiles] or [every]
+    restarts = tuple(float(b - every) for b, before in zip(first[1:], profiles, strict=False) if b - every >= before.t)
+    if decay is None:
+        return Model(None, every), restarts
     settings = {name: value for name, value in settings.items() if name not in ("updates", "first")}
     if settings.get("warm_up") or settings.get("copies", 0) > 1:
-        starts = (float(first[0] - every), *again)
-        return WarmModel(1.0, every, Decay(**settings), starts), again
-    return Model(-math.log(said) / every, every), again
+        starts = (float(first[0] - every), *restarts)
+        return WarmModel(1.0, every, Decay(**settings), starts), restarts
+    return Model(-math.log(decay) / every, every), restarts
 
 
-def _of_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
-    """From the samples of the weights and of each average that headers hold."""
+def _audit_snapshots(snapshots: Sequence[Snapshot]) -> Iterator[Audit]:
+    """Yield the audit of each tracked average, from the samples of weights and average in the headers."""
     last = snapshots[-1]
     shapes = {name: last.header.tensors[name].shape for name in last.info.averages}
     names = [name for name, _ in places(shapes)]
     cuts = np.array_split(np.arange(len(names)), min(PIECES, len(names)))
     for width in sorted({one.info.sigma_rel for one in snapshots}):
         samples = []
-        for one in snapshots:
-            if one.info.sigma_rel == width and one.info.sample:
-                weights, average = (values.astype(np.float64) for values in decode_sample(one.info.sample))
+        for snapshot in snapshots:
+            if snapshot.info.sigma_rel == width and snapshot.info.sample:
+                weights, average = (values.astype(np.float64) for values in decode_sample(snapshot.info.sample))
                 if len(weights) == len(names):
                     parts = [[values[cut] for cut in cuts] for values in (weights, average)]
-                    samples.append(Sample(one.info.t, parts[0], parts[1], np.zeros(len(cuts))))
+                    samples.append(Sample(snapshot.info.t, parts[0], parts[1], np.zeros(len(cuts))))
         model = PowerModel(gamma_from_sigma_rel(width) + 1)
-        yield from _audited(samples, f"sigma_rel {width:g}", [names[cut[0]] for cut in cuts], model)
+        yield from _audit_samples(samples, f"sigma_rel {width:g}", [names[cut[0]] for cut in cuts], model)
 
 
-def _audited(
-    samples: Iterable[Sample], name: str, tensors: Sequence[str], model: Model, low: bool = False,
-    starts: tuple[float, ...] = (), unit: str = "steps",
+def _audit_samples(
+    samples: Iterable[Sample], name: str, tensors: Sequence[str], model: Model, starts: tuple[float, ...] = (),
+    unit: str = "steps",
 ) -> Iterator[Audit]:  # fmt: skip
-    """The audit of an average by its samples, of which only a part is kept; none of a single one."""
+    """Yield the audit of an average if there are two samples or more; keep only a part of each in memory."""
     products: list[Products] = []
-    some: list[Sample] = []
-    last = None
+    kept: list[Sample] = []
+    last, is_16_bit = None, True
     for sample in samples:
-        low = low and all(is_low(values) for values in sample.average[:8])
+        is_16_bit = is_16_bit and all(fits_16_bits(values) for values in sample.average[:8])
         products += [products_of(last, sample)] if last else []
-        some.append(sample.thinned())
+        kept.append(sample.thinned())
         last = sample
     if last and products:
-        made = _judge(_Case(name, products, series_of(some), tensors, model, low, starts, unit))
-        yield replace(made, elements=sum(map(len, last.average)))
+        audit = _judge(_Case(name, products, series_of(kept), tensors, model, is_16_bit, starts, unit))
+        yield replace(audit, elements=sum(map(len, last.average)))

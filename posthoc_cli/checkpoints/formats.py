@@ -1,26 +1,26 @@
 """The kinds of checkpoints, one entry of `TABLE` each: what other programs store, and how it is recognised.
 
-A kind says how its files are recognised, what they do not say themselves, and makes the sources that are in one. To add
-one: a function that reads it, an entry in `TABLE` before "checkpoints", which takes what is left, and its name in
-`KINDS`. A setting that only some kinds have is a field of `Settings`, named in their `needs` or `takes`.
+A kind recognises its files, names the settings that they do not hold, and reads the sources in one. To add a kind,
+write a function that reads it, add an entry to `TABLE` before "checkpoints", which takes all other files, and add its
+name to `KINDS`. A setting that only some kinds have is a field of `Settings`, named in their `needs` or `takes`.
 
-Ordinary EMAs, of which `FINDERS` know where the average and the weights are, and how it was updated:
+Ordinary EMAs, with the places of the average and of the weights, and what the file says of the updates (`FINDERS`):
 
-    library                 average                          weights                decays
-    diffusers' EMAModel     a folder `<component>_ema/`      `<component>/` beside  its `config.json`
-    timm                    `state_dict_ema`                 `state_dict`           not there
-    Lightning               `state_dict`                     `current_model_state`  not there, but `n_averaged`
-    torch's AveragedModel   `module.*` beside `n_averaged`   another group          not there, but `n_averaged`
-    ema-pytorch's EMA       `ema_model.*`                    `online_model.*`       its defaults, and `step`
-    LitEma                  `model_ema.*` without dots       in the same group      `decay`, `num_updates`
-    torch-ema               a list `shadow_params`           another group          `decay`, `num_updates`
-    mmengine's EMAHook      `state_dict`                     `ema_state_dict`       not there, but `steps`
-    EDM, StyleGAN           `ema`, `G_ema` of a pickle       `net`, `G`             `training_options.json` beside
+    library                 average                           weights                 decay
+    diffusers' EMAModel     a folder `<component>_ema/`       a folder `<component>/`  its `config.json`
+    timm                    `state_dict_ema`                  `state_dict`             absent
+    Lightning               `state_dict`                      `current_model_state`    absent; `n_averaged`
+    torch's AveragedModel   `module.*` next to `n_averaged`   another group            absent; `n_averaged`
+    ema-pytorch's EMA       `ema_model.*`                     `online_model.*`         its defaults, and `step`
+    LitEma                  `model_ema.*` without dots        in the same group        `decay`, `num_updates`
+    torch-ema               a list `shadow_params`            another group            `decay`, `num_updates`
+    mmengine's EMAHook      `state_dict`                      `ema_state_dict`         absent; `steps`
+    EDM, StyleGAN           `ema`, `G_ema` of a pickle        `net`, `G`               `training_options.json`
 
-EDM has `net` in `training-state-*.pt` beside the pickle. Both count images, with the half-life min(its largest, 0.05 of
-the images so far), so that the k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first copies.
+EDM has `net` in `training-state-*.pt` next to the pickle. Both count images, with the half-life min(its largest, 0.05
+of the images so far), so that the k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first one copies.
 
-mmengine stores the two under each other's names. What is not there is `ema_decay`, which an import is told or finds.
+mmengine stores the two under each other's names. An absent decay is given to an import as `ema_decay`, or found by it.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ class Kind:
     """A kind of checkpoints.
 
     Attributes:
-        read: makes the sources that are in a checkpoint, from its path, what it holds, its step and the settings; of
-            ordinary EMAs without their profiles, see `Checkpoint.told`.
-        is_in: whether a checkpoint is of this kind, by its path and what it holds; it is asked if the name fits.
-        name: the form of its files' names, with a group for the step; None if they may have any.
-        form: the same in words.
-        of_name: steps that the number in the name counts.
-        needs: settings that the files do not hold.
-        takes: settings that may be given beside these and the choice of tensors.
-        check: compares the settings with the tensors of all its checkpoints, and says in a line what came out, or
-            raises an InvalidValueError that names what fits better.
+        read: returns the sources in a checkpoint, from its path, index, step and the settings; ordinary EMAs without
+            their profiles, see `Checkpoint.with_settings`.
+        is_in: returns whether a checkpoint is of this kind, from its path and index; called only if the name fits.
+        name: pattern of its files' names, with a group for the step; None if they may have any name.
+        form: the pattern in words.
+        of_name: number of steps that 1 in the name counts.
+        needs: required settings, which the files do not hold.
+        takes: optional settings, in addition to the selection of tensors.
+        check: compares the settings with the tensors of all checkpoints and returns the result in a line; raises an
+            InvalidValueError that names better settings.
     """
 
     read: Callable[[Path, IndexedCheckpoint, int, Settings], list[Checkpoint]]
@@ -93,7 +93,7 @@ class Kind:
     check: Callable[[Sequence[Checkpoint], Settings], str] | None = None
 
     def step(self, path: Path, indexed: IndexedCheckpoint, settings: Settings, by_word: str) -> int:
-        """The step of a checkpoint; 0 before the training. Arguments and errors as in `step_of`."""
+        """Return the step of a checkpoint; 0 before the training. For arguments and errors see `step_of`."""
         match = self.name and self.name.fullmatch(path.name)
         if match is None:
             is_ema = "steps_per_epoch" in self.takes or settings.ema_decay is not None
@@ -103,68 +103,66 @@ class Kind:
         return checked_step(path, number) if number else 0
 
     def is_named(self, path: Path) -> bool:
-        """Whether a file has a name of this form."""
+        """Return whether a file's name fits this kind."""
         return self.name is None or self.name.fullmatch(path.name) is not None
 
 
 def kind_of(path: Path, indexed: IndexedCheckpoint, settings: Settings) -> str:
-    """The kind of a checkpoint: the first of `TABLE` whose names and contents fit, unless one is given.
+    """Return the kind of a checkpoint: the given one, or the first of `TABLE` whose name and content fit.
 
     Raises:
-        FileFormatError: it is not named as those of the kind that was given.
+        FileFormatError: its name does not fit the given kind.
         InvalidValueError: a setting that its files do not hold is missing.
     """
-    found = settings.kind or next(
+    name = settings.kind or next(
         name for name, kind in TABLE.items() if kind.is_named(path) and kind.is_in(path, indexed)
     )
-    if not TABLE[found].is_named(path):
-        raise FileFormatError(path, f"is not named as files of {found} are: {TABLE[found].form}")
-    missing = [name for name in TABLE[found].needs if not getattr(settings, name)]
+    if not TABLE[name].is_named(path):
+        raise FileFormatError(path, f"is not named as files of {name} are: {TABLE[name].form}")
+    missing = [needed for needed in TABLE[name].needs if not getattr(settings, needed)]
     if missing and settings.given:
-        reason = f"must be given: files of {found}, such as {path.name}, do not hold it"
+        reason = f"must be given: files of {name}, such as {path.name}, do not hold it"
         raise InvalidValueError(missing[0], reason)
     if missing:
-        reason = f"is of {found}, whose files do not hold {' and '.join(missing)}"
+        reason = f"is of {name}, whose files do not hold {' and '.join(missing)}"
         raise InvalidValueError(path, reason, "give them to an import")
-    return found
+    return name
 
 
 def check_used(settings: Settings, kinds: Collection[str]) -> None:
-    """An InvalidValueError if a setting was given that says nothing about checkpoints of these kinds."""
+    """Raise InvalidValueError if a given setting does not apply to checkpoints of these kinds."""
     known = {"kind", "prefix", "include", "exclude", *(n for kind in kinds for n in TABLE[kind].needs)}
     for name, value in settings.given.items():
         if name not in known and not any(name in TABLE[kind].takes for kind in kinds):
-            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=_shown(value))
+            text = ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
+            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", value=text)
 
 
-def _shown(value: Any) -> str:
-    return ",".join(f"{each:.12g}" for each in value) if isinstance(value, list) else str(value)
-
-
-# --- weights, and torchtitan's average beside them
+# --- weights, and torchtitan's average in the same folder
 
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
 
 
 def _read_weights(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
-    found = settings.chosen(indexed.model_tensors(settings.prefix))
-    return [make_checkpoint(path, found, Point(float(step)), step)]
+    tensors = settings.select(indexed.model_tensors(settings.prefix))
+    return [make_checkpoint(path, tensors, Point(float(step)), step)]
 
 
 def _read_torchtitan(path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings) -> list[Checkpoint]:
-    averaged = _titan_averages(indexed)
-    found = settings.chosen(indexed.model_tensors(settings.prefix))
-    both = {name: averaged.get(settings.prefix + name, find) for name, find in found.items()}
-    if all(find is found[name] for name, find in both.items()):
+
+    averages = _titan_averages(indexed)
+    tensors = settings.select(indexed.model_tensors(settings.prefix))
+    averaged = {name: averages.get(settings.prefix + name, find) for name, find in tensors.items()}
+    if averaged == tensors:
         raise FileFormatError(path, "holds no average of torchtitan for these tensors")
     profile = torchtitan_profile(step, settings.update_every or 1, settings.update_after_step or 0)
     width = PowerFunction(TORCHTITAN_GAMMA, step).sigma_rel
-    weights = make_checkpoint(path, found, Point(float(step)), step, "torchtitan")
-    return [weights, make_checkpoint(path, both, profile, step, "torchtitan", sigma_rel=width)]
+    weights = make_checkpoint(path, tensors, Point(float(step)), step, "torchtitan")
+    return [weights, make_checkpoint(path, averaged, profile, step, "torchtitan", sigma_rel=width)]
 
 
 def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
-    """The averages by the names of their tensors."""
+    """Return the averages by the names of their tensors."""
     return {
         match[1]: find
         for keys, find in indexed.tensors.items()
@@ -177,19 +175,20 @@ def _titan_averages(indexed: IndexedCheckpoint) -> Tensors:
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
 _NUMBERED_FORM = "<number>.<step>.pt, or <number>_<step>.safetensors"
 _COUNTERS = ("initted", "step")
-"""What these libraries store beside the weights."""
+"""Tensors of these libraries that are not of the model."""
 _INNER = "ema_model."
-"""What names in files of `ema-pytorch` begin with."""
+"""Prefix of names in files of `ema-pytorch`."""
 
 
 def _is_numbered(inner: bool, _: Path, indexed: IndexedCheckpoint) -> bool:
+    """Return whether a checkpoint has a counter of these libraries, and names with or without the inner prefix."""
     return (_COUNTERS[0],) in indexed.tensors and inner is any(keys[0].startswith(_INNER) for keys in indexed.tensors)
 
 
 def _read_numbered(
     library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings
 ) -> list[Checkpoint]:
-    """An average that one of these libraries stored."""
+    """Return an average that one of these libraries stored."""
     match, inner = _NUMBERED.fullmatch(path.name), _INNER if library == "ema-pytorch" else ""
     number = int(match["number"]) if match else 0
     if number >= len(settings.sigma_rels):
@@ -200,86 +199,98 @@ def _read_numbered(
         _check_update_after_step(path, indexed, step, settings.update_after_step)
     width, every = settings.sigma_rels[number], settings.update_every or 1
     profile = _numbered_profile(library, gamma_from_sigma_rel(width), step, settings, every)
-    found = settings.chosen(indexed.model_tensors(settings.prefix or inner), _COUNTERS)
-    return [make_checkpoint(path, found, profile, step, library, sigma_rel=width)]
+    tensors = settings.select(indexed.model_tensors(settings.prefix or inner), _COUNTERS)
+    return [make_checkpoint(path, tensors, profile, step, library, sigma_rel=width)]
 
 
 def _numbered_profile(library: str, gamma: float, step: int, settings: Settings, update_every: int) -> Discrete:
-    """What one of these libraries really tracks."""
+    """Return the profile that one of these libraries really tracks."""
     if library == "ema-pytorch":
         return ema_pytorch_profile(gamma, step, update_every)
-    later = DEFAULT_UPDATE_AFTER_STEP if settings.update_after_step is None else settings.update_after_step
-    return posthoc_ema_profile(gamma, step, update_every, later)
+    after = DEFAULT_UPDATE_AFTER_STEP if settings.update_after_step is None else settings.update_after_step
+    return posthoc_ema_profile(gamma, step, update_every, after)
 
 
 def _check_update_after_step(path: Path, indexed: IndexedCheckpoint, step: int, given: int | None) -> None:
-    """Compare the setting with what a file of `pytorch-posthoc-ema` has counted: calls from that of this number on."""
+    """Raise InvalidValueError if the number of calls that `pytorch-posthoc-ema` counted contradicts the setting."""
     value = DEFAULT_UPDATE_AFTER_STEP if given is None else given
-    found = indexed.number("step")
-    if found is None or not math.isfinite(found):  # above the range of float16
+    counted = indexed.number("step")
+    if counted is None or not math.isfinite(counted):  # above the range of float16
         return
     eps = max((EPS.get(chunk.tensor.dtype, 0.0) for chunk in indexed.tensors.get(("step",), list)()), default=0.0)
-    due = step - max(value, 1) + 1
-    if abs(found - due) <= found * eps / 2:
+    expected = step - max(value, 1) + 1  # it counts from the call number `value` on
+    if abs(counted - expected) <= counted * eps / 2:
         return
-    about = "about " * (found * eps >= 1)
-    told = f"{path.name} has counted {found:,.12g} of {step:,} calls, as {about}{step - found + 1:,.12g} makes it"
-    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {told}"
+    right_value = f"{'about ' * (counted * eps >= 1)}{step - counted + 1:,.12g}"
+    reason = f"does not fit the files, whose default is {DEFAULT_UPDATE_AFTER_STEP}: {path.name} has counted"
+    reason += f" {counted:,.12g} of {step:,} calls, as {right_value} makes it"
     raise InvalidValueError("update_after_step", reason, value=value)
 
 
 _EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 1000)
-"""Values of update_every that a claim is compared with."""
+"""Values of update_every that a given one is compared with."""
 
 _TIMES = 24
-"""Newest times that a claim is checked at; with 8 of them values half as large as the true one often passed."""
+"""Largest number of times to compare, the newest; with 8 of them values half as large as the true one often passed."""
 
 _WORSE, _MUCH_WORSE = 1.25, 0.1
-"""A claim is wrong if it fits worse than another value by more than this factor and this difference. In 18 runs (six
+"""A value is wrong if its misfit exceeds another value's by more than this factor and this difference. In 18 runs (six
 recorded trainings, updates every 1, 10 and 100 steps) the true value was at most 1.06 times and 0.006 worse than the
-best one; values half or twice as large were refused, but for some at 100."""
+best one; values half or twice as large were refused, except some at 100."""
 
 _POOR = 1.0
-"""A claim that fits worse than this is doubted, also if no other fits better. In recorded trainings the true value had
-at most 0.42; widths in the wrong order, and two sessions of which one has replaced files of the other, 1.2 or more."""
+"""Misfit above which a value is doubted even if no other fits better. In recorded trainings the true value had at most
+0.42; widths in the wrong order, and two sessions of which one has replaced files of the other, had 1.2 or more."""
 
 
 def _check_numbered(library: str, checkpoints: Sequence[Checkpoint], settings: Settings) -> str:
-    """Compare the distances between averages, in a sample of the tensors, with those that update_every would make.
+    """Compare the measured distances between averages with those that each update_every would make.
 
-    Averages of two profiles or more are needed: of one profile any value explains the distances.
+    With averages of one profile any value explains the distances. Raise InvalidValueError if another one fits better.
     """
-    claimed = settings.update_every or 1
+    given = settings.update_every or 1
+    misfits = _misfits_by_interval(library, checkpoints, settings, given)
+    if not misfits:
+        return "update_every is as given: averages of one profile, or at one time, do not show it"
+    ranked = sorted(misfits, key=lambda every: misfits[every])
+    best = ranked[0]
+    hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
+    if misfits[given] > max(_WORSE * misfits[best], misfits[best] + _MUCH_WORSE):
+        reason = "the distances between the averages do not fit it"
+        if misfits[best] < _POOR:
+            raise InvalidValueError("update_every", f"{reason}; those of {best} do", value=given)
+        raise InvalidValueError("update_every", f"{reason}; no other value fits them either", hint, value=given)
+    if misfits[given] > _POOR:
+        log.warning("the distances between the averages fit no update_every; %s", hint)
+    shown_misfits = ", ".join(f"{every}: {misfits[every]:.2g}" for every in ranked[:3])
+    return f"update_every {given} fits the distances between the averages (misfits: {shown_misfits})"
+
+
+def _misfits_by_interval(
+    library: str, checkpoints: Sequence[Checkpoint], settings: Settings, given: int
+) -> dict[int, float]:
+    """Return the misfit of each update_every, by distances in a sample of the tensors; empty if they show nothing."""
     # After the first update all averages are equal: any distance is a rounding error.
     sources = [one for one in checkpoints if isinstance(one.profile, Discrete) and one.profile.times.size > 1]
     times = sorted({source.info.t for source in sources})[-_TIMES:]
     sources = [source for source in sources if source.info.t in times]
-    found: dict[int, float] = {}
-    if len(times) > 1 and len(sources) >= 2 * len(times):
-        measured = sample_measurements(sources)
-        shortest = min(source.info.step for source in sources)
-        for every in sorted({claimed, *(value for value in _EVERY if value <= shortest)}):
-            infos = [source.info for source in sources]
-            own = [_numbered_profile(library, info.gamma, info.step, settings, every) for info in infos]
-            profiles = dict(zip((info.profile for info in infos), own, strict=True))
-            averages = []
-            for info, profile, one in zip(infos, own, measured, strict=True):
-                apart = tuple(DistanceTo(**vars(d) | {"profile": profiles[d.other]}) for d in one.distances)
-                averages.append(replace(info.average(profile), measurements=replace(one, distances=apart)))
-            if not math.isnan(fit := misfit(averages)):
-                found[every] = fit
-    if not found:  # also where nothing moved
-        return "update_every is as given: averages of one profile, or at one time, cannot tell it"
-    best = sorted(found, key=lambda value: found[value])
-    hint = "check `sigma_rels`, `update_after_step`, and that one session of the training wrote all files"
-    if found[claimed] > max(_WORSE * found[best[0]], found[best[0]] + _MUCH_WORSE):
-        is_one, told = found[best[0]] < _POOR, "the distances between the averages do not fit it"
-        other = f"those of {best[0]} do" if is_one else "no other value fits them either"
-        raise InvalidValueError("update_every", f"{told}; {other}", "" if is_one else hint, value=claimed)
-    if found[claimed] > _POOR:
-        log.warning("the distances between the averages fit no update_every; %s", hint)
-    others = ", ".join(f"{value}: {found[value]:.2g}" for value in best[:3])
-    return f"update_every {claimed} fits the distances between the averages (misfits: {others})"
+    if len(times) < 2 or len(sources) < 2 * len(times):
+        return {}
+    measured = sample_measurements(sources)
+    least_step = min(source.info.step for source in sources)
+    misfits = {}
+    for every in sorted({given, *(value for value in _EVERY if value <= least_step)}):
+        profiles = {
+            one.profile: _numbered_profile(library, one.info.gamma, one.info.step, settings, every) for one in sources
+        }
+        averages = []
+        for source, measurements in zip(sources, measured, strict=True):
+            distances = tuple(DistanceTo(**vars(d) | {"profile": profiles[d.other]}) for d in measurements.distances)
+            average = source.info.average(profiles[source.profile])
+            averages.append(replace(average, measurements=replace(measurements, distances=distances)))
+        if not math.isnan(found := misfit(averages)):  # nan if nothing moved
+            misfits[every] = found
+    return misfits
 
 
 def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
@@ -294,8 +305,8 @@ def _numbered(library: str, inner: bool, takes: tuple[str, ...]) -> Kind:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """An ordinary EMA in a checkpoint, and the weights under the same names; empty where they are not there."""
+class _FoundEMA:
+    """An ordinary EMA in a checkpoint, and the weights under the same names; empty if the checkpoint has none."""
 
     averaged: Tensors
     weights: Tensors = field(default_factory=dict)
@@ -303,155 +314,158 @@ class _Found:
     t_unit: str = "steps"
 
 
-def _model(indexed: IndexedCheckpoint, but: str) -> Tensors:
-    """The tensors of the group that models are in, if there is one beside that of the average."""
-    name = next((name for name in MODEL_GROUPS if name != but and name in indexed.groups()), None)
-    return {} if name is None else indexed.behind(name)
+def _model_tensors(indexed: IndexedCheckpoint, average: Keys) -> Tensors:
+    """Return the tensors of the model's group, which is not that of the average; empty if there is none."""
+    groups = [name for name in MODEL_GROUPS if name != ".".join(average) and name in indexed.groups()]
+    return indexed.under(groups[0]) if groups else {}
 
 
-def _behind(tensors: Tensors, prefix: str) -> dict[str, Find]:
+def _without_prefix(tensors: Tensors, prefix: str) -> dict[str, Find]:
+    """Return the tensors whose names have a prefix, by their names without it."""
     return {name.removeprefix(prefix): find for name, find in tensors.items() if name.startswith(prefix)}
 
 
-def _places(indexed: IndexedCheckpoint, ending: str) -> list[Keys]:
-    """The keys before those that end so, of values and tensors."""
-    keys = [*indexed.tensors, *(tuple(name.split(".")) for name in indexed.values)]
-    found = {one[:-1] + ((one[-1].removesuffix(ending).rstrip("."),) if one[-1] != ending else ()) for one in keys
-             if one[-1] == ending or one[-1].endswith(f".{ending}")}  # fmt: skip
-    return sorted(found)
+def _parents(indexed: IndexedCheckpoint, last: str) -> list[Keys]:
+    """Return the keys of the groups with a tensor or value of this name."""
+    parents: set[Keys] = set()
+    for *outer, name in (*indexed.tensors, *(name.split(".") for name in indexed.values)):
+        group, dot, end = name.rpartition(".")  # a key may be several names, as in a state dict
+        if end == last:
+            parents.add((*outer, group) if dot else tuple(outer))
+    return sorted(parents)
 
 
-def _whole(value: Any) -> int | None:
+def _as_count(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) and value >= 0 else None
 
 
-def _copying(count: int | None) -> Updates:
-    """Of an average whose first update copies the weights."""
+def _first_copies(count: int | None) -> Updates:
+    """Return the updates of an average whose first update copies the weights."""
     return Updates({"copies": 1}, count, from_first=True)
 
 
-def _diffusers(indexed: IndexedCheckpoint) -> _Found | None:
-    said = {key.removeprefix("ema."): value for key, value in indexed.values.items() if key.startswith("ema.")}
-    updates = _whole(said.get("optimization_step"))
-    if updates is None or not isinstance(said.get("decay"), float):
+def _diffusers(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    config = {key.removeprefix("ema."): value for key, value in indexed.values.items() if key.startswith("ema.")}
+    updates = _as_count(config.get("optimization_step"))
+    if updates is None or not isinstance(config.get("decay"), float):
         return None
-    warm_up = "power" if said.get("use_ema_warmup") else "ratio"
-    rule = {"decay": said["decay"], "warm_up": warm_up, "copies": 1 + int(said.get("update_after_step") or 0)}
-    rule |= {own: float(said[name]) for own, name in (("inv_gamma", "inv_gamma"), ("power", "power")) if name in said}
-    rule["least"] = float(said.get("min_decay") or 0.0)
-    return _Found(indexed.behind("ema"), indexed.behind("model"), Updates(rule, updates))
+    warm_up = "power" if config.get("use_ema_warmup") else "ratio"
+    rule = {"decay": config["decay"], "warm_up": warm_up, "copies": 1 + int(config.get("update_after_step") or 0)}
+    rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
+    rule["least"] = float(config.get("min_decay") or 0.0)
+    return _FoundEMA(indexed.under("ema"), indexed.under("model"), Updates(rule, updates))
 
 
-def _timm(indexed: IndexedCheckpoint) -> _Found | None:
-    averaged = indexed.behind("state_dict_ema")
-    return _Found(averaged, indexed.behind("state_dict"), _copying(None)) if averaged else None
+def _timm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    averaged = indexed.under("state_dict_ema")
+    return _FoundEMA(averaged, indexed.under("state_dict"), _first_copies(None)) if averaged else None
 
 
-def _lightning(indexed: IndexedCheckpoint) -> _Found | None:
-    weights, averaged = indexed.behind("current_model_state"), indexed.behind("state_dict")
-    updates = _whole(indexed.number("averaging_state", "n_averaged"))
-    return _Found(averaged, weights, _copying(updates)) if weights and averaged and updates else None
+def _lightning(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    weights, averaged = indexed.under("current_model_state"), indexed.under("state_dict")
+    updates = _as_count(indexed.number("averaging_state", "n_averaged"))
+    return _FoundEMA(averaged, weights, _first_copies(updates)) if weights and averaged and updates else None
 
 
-def _averaged_model(indexed: IndexedCheckpoint) -> _Found | None:
-    for place in _places(indexed, "n_averaged"):
-        averaged = _behind(indexed.behind(*place), "module.")
-        if averaged and (updates := _whole(indexed.number(*place, "n_averaged"))):
-            return _Found(averaged, _model(indexed, ".".join(place)), _copying(updates))
+def _averaged_model(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    for parent in _parents(indexed, "n_averaged"):
+        averaged = _without_prefix(indexed.under(*parent), "module.")
+        if averaged and (updates := _as_count(indexed.number(*parent, "n_averaged"))):
+            return _FoundEMA(averaged, _model_tensors(indexed, parent), _first_copies(updates))
     return None
 
 
-def _ema_pytorch(indexed: IndexedCheckpoint) -> _Found | None:
-    for place in _places(indexed, "initted"):
-        group = indexed.behind(*place)
-        averaged, weights = _behind(group, "ema_model."), _behind(group, "online_model.")
-        calls = _whole(indexed.number(*place, "step"))
+def _ema_pytorch(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    for parent in _parents(indexed, "initted"):
+        group = indexed.under(*parent)
+        averaged, weights = _without_prefix(group, "ema_model."), _without_prefix(group, "online_model.")
+        calls = _as_count(indexed.number(*parent, "step"))
         if averaged and calls:
             updates = Updates({"decay": 0.9999, "warm_up": "power", "copies": 101}, calls, 10, True)
-            return _Found(averaged, weights or _model(indexed, ".".join(place)), updates)
+            return _FoundEMA(averaged, weights or _model_tensors(indexed, parent), updates)
     return None
 
 
-def _lit_ema(indexed: IndexedCheckpoint) -> _Found | None:
-    places: list[Keys] = [(), *((name,) for name in indexed.groups())]
-    for place in places:
-        group = indexed.behind(*place)
-        stored = _behind(group, "model_ema.")
-        decay = stored.pop("decay", None)
-        updates = stored.pop("num_updates", None)
+def _lit_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    for parent in [(), *((name,) for name in indexed.groups())]:
+        group = indexed.under(*parent)
+        stored = _without_prefix(group, "model_ema.")
+        decay, updates = stored.pop("decay", None), stored.pop("num_updates", None)
         if decay is None or updates is None or not stored:
             continue
         others = {name: find for name, find in group.items() if not name.startswith("model_ema.")}
         for prefix in sorted({"", *(f"{name.split('.')[0]}." for name in others)}):
-            plain = {name.removeprefix(prefix).replace(".", ""): name for name in others if name.startswith(prefix)}
-            if stored.keys() <= plain.keys():
-                averaged = {plain[name]: find for name, find in stored.items()}
-                weights = {name: others[name] for name in others if name.startswith(prefix)}
-                value, count = (indexed.number(*place, f"model_ema.{n}") for n in ("decay", "num_updates"))
+            weights = {name: find for name, find in others.items() if name.startswith(prefix)}
+            full_names = {name.removeprefix(prefix).replace(".", ""): name for name in weights}
+            if stored.keys() <= full_names.keys():
+                averaged = {full_names[name]: find for name, find in stored.items()}
+                value, count = (indexed.number(*parent, f"model_ema.{n}") for n in ("decay", "num_updates"))
                 rule = {"decay": round(float(value), 7), "warm_up": "ratio" if count >= 0 else ""}
-                return _Found(averaged, weights, Updates(rule, _whole(count)))
+                return _FoundEMA(averaged, weights, Updates(rule, _as_count(count)))
         raise FileFormatError(indexed.path, f"holds an EMA of {shown(next(iter(stored)))}, and no such weights")
     return None
 
 
-def _torch_ema(indexed: IndexedCheckpoint) -> _Found | None:
-    for place in _places(indexed, "decay"):
-        listed = indexed.behind(*place, PARAMETERS)
+def _torch_ema(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    for parent in _parents(indexed, "decay"):
+        listed = indexed.under(*parent, PARAMETERS)
         if not listed:
             continue
-        weights = _model(indexed, ".".join(place))
-        names = iter(weights.items())
+        weights = _model_tensors(indexed, parent)
+        named = iter(weights.items())
         averaged = {}
         for find in listed.values():
             shape = tensor_shape(find())
-            name = next((name for name, own in names if tensor_shape(own()) == shape and "running_" not in name), None)
+            name = next((name for name, at in named if tensor_shape(at()) == shape and "running_" not in name), None)
             if name is None:
-                reason = "holds an EMA without names, and not the weights that it is of in the same order"
+                reason = "holds an EMA without names, and no weights of these shapes in the same order"
                 raise FileFormatError(indexed.path, reason)
             averaged[name] = find
-        updates = _whole(indexed.number(*place, "num_updates"))
-        rule = {"decay": float(indexed.number(*place, "decay")), "warm_up": "ratio" if updates else ""}
-        return _Found(averaged, weights, Updates(rule, updates))
+        updates = _as_count(indexed.number(*parent, "num_updates"))
+        rule = {"decay": float(indexed.number(*parent, "decay")), "warm_up": "ratio" if updates else ""}
+        return _FoundEMA(averaged, weights, Updates(rule, updates))
     return None
 
 
-def _mmengine(indexed: IndexedCheckpoint) -> _Found | None:
-    weights, averaged = _behind(indexed.behind("ema_state_dict"), "module."), indexed.behind("state_dict")
-    updates = _whole(indexed.number("ema_state_dict", "steps"))
-    return _Found(averaged, weights, _copying(updates)) if weights and averaged else None
+def _mmengine(indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    weights, averaged = _without_prefix(indexed.under("ema_state_dict"), "module."), indexed.under("state_dict")
+    updates = _as_count(indexed.number("ema_state_dict", "steps"))
+    return _FoundEMA(averaged, weights, _first_copies(updates)) if weights and averaged else None
 
 
 _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
 
-def _edm(indexed: IndexedCheckpoint) -> _Found | None:
+def _edm(indexed: IndexedCheckpoint) -> _FoundEMA | None:
     path = indexed.path
-    averaged = indexed.behind("ema") or indexed.behind("G_ema")
+    averaged = indexed.under("ema") or indexed.under("G_ema")
     match = _EDM_FILE.fullmatch(path.name)
     if not averaged or match is None:
         return None
     state = path.with_name(f"training-state-{match['step']}.pt")
     if state.is_file():
         indexed = index_checkpoint(state)
-    weights = indexed.behind("net") or indexed.behind("G")
-    beside, said = path.with_name(_EDM_OPTIONS), {}
-    if beside.is_file():
-        said = parse_object(beside, read_small_file(beside, 10_000_000), "options of a training")
+    weights = indexed.under("net") or indexed.under("G")
+    file, options = path.with_name(_EDM_OPTIONS), {}
+    if file.is_file():
+        options = parse_object(file, read_small_file(file, 10_000_000), "options of a training")
     batch, thousands, share = (
-        next((said[name] for name in names if isinstance(said.get(name), int | float)), default)
+        next((options[name] for name in names if isinstance(options.get(name), int | float)), default)
         for names, default in (
             (("batch_size",), 0), (("ema_halflife_kimg", "ema_kimg"), 0), (("ema_rampup_ratio", "ema_rampup"), RAMP_UP)
         )
     )  # fmt: skip
-    has_none = any(name in said and said[name] is None for name in ("ema_rampup_ratio", "ema_rampup"))
-    rule: dict[str, Any] = {"copies": 1} if has_none else {"copies": 1, "warm_up": "ramp-up", "power": float(share)}
+    has_no_ramp_up = any(options.get(name, RAMP_UP) is None for name in ("ema_rampup_ratio", "ema_rampup"))
+    rule: dict[str, Any] = {"copies": 1}
+    if not has_no_ramp_up:
+        rule |= {"warm_up": "ramp-up", "power": float(share)}
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
-    return _Found(averaged, weights, Updates(rule, None, int(batch)), "images")
+    return _FoundEMA(averaged, weights, Updates(rule, None, int(batch)), "images")
 
 
-FINDERS: dict[str, Callable[[IndexedCheckpoint], _Found | None]] = {
+FINDERS: dict[str, Callable[[IndexedCheckpoint], _FoundEMA | None]] = {
     "diffusers-ema": _diffusers,
     "timm": _timm,
     "lightning-ema": _lightning,
@@ -462,11 +476,11 @@ FINDERS: dict[str, Callable[[IndexedCheckpoint], _Found | None]] = {
     "mmengine": _mmengine,
     "edm": _edm,
 }
-"""By kind, in the order in which a file is asked."""
+"""A function for each library that returns its EMA in a checkpoint, or None; in the order of the calls."""
 
 
-def _find(library: str, indexed: IndexedCheckpoint) -> _Found | None:
-    """The EMA that a library stored, if there is one; a FileFormatError if what is said of it are no such numbers."""
+def _find(library: str, indexed: IndexedCheckpoint) -> _FoundEMA | None:
+    """Return the EMA that a library stored, or None; raise FileFormatError if its settings are not such numbers."""
     try:
         found = FINDERS[library](indexed)
         rule = found.updates.rule if found else {}
@@ -478,36 +492,37 @@ def _find(library: str, indexed: IndexedCheckpoint) -> _Found | None:
 
 
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
-"""In the name of a file or folder whose tensors are an ordinary EMA."""
+"""Pattern in the name of a file or folder whose tensors are an ordinary EMA."""
 
 
 def _read_ordinary(
     library: str, path: Path, indexed: IndexedCheckpoint, step: int, settings: Settings
 ) -> list[Checkpoint]:
-    """The average that a library stored, or an average alone, and the weights where they are in the same checkpoint."""
+    """Return the average that a library stored, or an average alone, and the weights if the checkpoint has them."""
     is_alone = library == "ema"
-    found = _Found(indexed.model_tensors(settings.prefix)) if is_alone else _find(library, indexed)
+    found = _FoundEMA(indexed.model_tensors(settings.prefix)) if is_alone else _find(library, indexed)
     if found is None:
         raise FileFormatError(path, f"holds no EMA of {library}")
     averaged, weights = (
-        part if is_alone else _behind(part, settings.prefix) for part in (found.averaged, found.weights)
+        tensors if is_alone else _without_prefix(tensors, settings.prefix)
+        for tensors in (found.averaged, found.weights)
     )
     if not averaged:
         raise FileFormatError(path, f"no tensor's name begins with {settings.prefix!r}")
     every = settings.update_every or found.updates.every
     if not every:
-        reason = f"must be given, the images of a batch: neither {path.name} nor {_EDM_OPTIONS} beside it says it"
+        reason = f"must be given, the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
         raise InvalidValueError("update_every", reason)
     if found.t_unit == "images":  # names count thousands, rounded down
         step = -(-step // every) * every
     if weights and (others := sorted(averaged.keys() - weights.keys())):
         reason = f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
         raise FileFormatError(path, reason)
-    both = settings.chosen({name: averaged.get(name, find) for name, find in weights.items()} or averaged)
+    average = settings.select({name: averaged.get(name, find) for name, find in weights.items()} or averaged)
     make = functools.partial(make_checkpoint, path, profile=Point(float(step)), step=step, kind=library,
                              t_unit=found.t_unit)  # fmt: skip
-    own = [make(found={name: weights[name] for name in both})] if weights else []
-    return [*own, make(found=both, updates=found.updates)]
+    made = [make(tensors={name: weights[name] for name in average})] if weights else []
+    return [*made, make(tensors=average, updates=found.updates)]
 
 
 _EMA_TAKES = (
@@ -516,11 +531,12 @@ _EMA_TAKES = (
 )  # fmt: skip
 
 
-def _ordinary(library: str, **named: Any) -> Kind:
+def _ordinary(library: str, **fields: Any) -> Kind:
+
     def is_in(_: Path, indexed: IndexedCheckpoint) -> bool:
         return _find(library, indexed) is not None
 
-    return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **named)
+    return Kind(functools.partial(_read_ordinary, library), is_in, takes=_EMA_TAKES, **fields)
 
 
 # --- EDM2: power functions, with images and width in the name
@@ -529,11 +545,12 @@ _EDM2 = re.compile(r"network-snapshot-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pk
 
 
 def _read_edm2(path: Path, indexed: IndexedCheckpoint, images: int, settings: Settings) -> list[Checkpoint]:
+
     match = _EDM2.fullmatch(path.name)
     width = float(match["width"]) if match else 0.0
     profile = PowerFunction.from_sigma_rel(width, images)
-    found = settings.chosen(indexed.model_tensors(settings.prefix, "ema"))
-    return [make_checkpoint(path, found, profile, images, "edm2", "images", width)]
+    tensors = settings.select(indexed.model_tensors(settings.prefix, "ema"))
+    return [make_checkpoint(path, tensors, profile, images, "edm2", "images", width)]
 
 
 TABLE = {
@@ -551,4 +568,4 @@ TABLE = {
     ),
     "checkpoints": Kind(_read_weights, takes=("step_from",)),
 }  # fmt: skip
-"""Every kind, in the order in which a file is asked whether it is one; `checkpoints` are weights."""
+"""Every kind, in the order in which a file is tried; the last one, `checkpoints`, is for weights."""

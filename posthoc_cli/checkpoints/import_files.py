@@ -1,6 +1,6 @@
-"""What an import leaves: a manifest that refers to other programs' files where they are, or copies with checksums.
+"""The output of an import: a manifest that refers to other programs' files in their place, or copies with checksums.
 
-Copies are files of this package, see `snapshots.format`.
+Copies have this package's own format, see `snapshots.format`.
 
 The manifest holds the settings that the files lack. It is `ema-import.json` in the folder of the run, one JSON object:
 
@@ -8,13 +8,13 @@ The manifest holds the settings that the files lack. It is `ema-import.json` in 
     format       "ema import"
     version      1
     from         what was imported: a folder, a file or a glob
-    settings     those of `source.Settings` that were given, or found
-    checkpoints  a list of [path, kind, step]: a file or folder, what it is, the step of the training
-    files        an object: path -> [bytes, 16 hexadecimal digits of its size and of a sample of its content]
-    checksum     XXH3 (64 bits, seed 0) of all this as compact JSON without this key, 16 hexadecimal digits
+    settings     fields of `source.Settings` that were given, or found
+    checkpoints  a list of [path, kind, step]: a file or folder, its kind, the step of the training
+    files        an object: path -> [bytes, 16 hexadecimal digits: a hash of its size and of a sample of its content]
+    checksum     XXH3 (64 bits, seed 0) of the object as compact JSON without this key, 16 hexadecimal digits
 
-Paths are URLs, or relative to the folder of the run, so that both may be moved or copied together. Files that stay
-behind, that have another size or were replaced are an error that names the first one.
+Paths are URLs, or relative to the folder of the run, so that both may be moved or copied together. If a file is
+missing, has another size or was replaced, an error names the first such file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ from posthoc_cli.snapshots.tensor_file import (
 
 _NAME = "ema-import.json"
 COPY = "checkpoint"
-"""In ema.format of a copy."""
+"""Value of ema.format in a copy."""
 _FORMAT = {"format": "ema import", "version": 1}
 _MOST_BYTES = 100_000_000
 _AGAIN = "import again"
@@ -62,7 +62,7 @@ _AGAIN = "import again"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says; `files` have their bytes and identities, `checkpoints` are paths with kinds and steps."""
+    """The content of a manifest: `checkpoints` are (path, kind, step), `files` path -> (bytes, identity)."""
 
     folder: Path
     origin: Path
@@ -71,12 +71,12 @@ class Manifest:
     files: dict[Path, tuple[int, str]]
 
     @property
-    def place(self) -> str:
-        """What was imported, whatever the working directory is."""
+    def real_origin(self) -> str:
+        """The origin as a URL or an absolute path without links."""
         return str(self.origin) if files.is_url(self.origin) else os.path.realpath(self.origin)
 
     def check_file(self, path: Path) -> None:
-        """A FileFormatError if a file is not there, or not the one that was imported."""
+        """Raise FileFormatError if a file is missing, or is not the one that was imported."""
         nbytes, identity = self.files[path]
         try:
             with OpenedFile(path) as file:
@@ -85,57 +85,58 @@ class Manifest:
                     raise FileFormatError(path, reason, _AGAIN)
                 if sampled_identity(file) != identity:
                     raise FileFormatError(path, f"was replaced since {self.folder} was imported", _AGAIN)
-        except VanishedError as error:  # it does not help to look again, as in a directory that a tracker writes
-            reason = f"is not there, and {self.folder} refers to it"
+        except VanishedError as error:  # a caller would retry this error, as for a directory that a tracker writes
+            reason = f"is missing, and {self.folder} refers to it"
             raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from error
 
     def read(self) -> list[Checkpoint]:
-        """The checkpoints; a FileFormatError if a file is not the one that was imported."""
+        """Return the checkpoints; raise FileFormatError if a file is not the one that was imported."""
         for path in self.files:
             self.check_file(path)
-        read = [TABLE[kind].read(path, index_checkpoint(path), step, self.settings) for path, kind, step in
-                self.checkpoints]  # fmt: skip
-        made = [one.told(self.settings) for found in read for one in found]
-        for file, identity in ((part.path, part.identity) for one in made for part in _foreign_parts(one)):
-            if self.files.get(file, (0, ""))[1] != identity:
-                raise FileFormatError(file, f"was replaced since {self.folder} was imported", _AGAIN)
-        return made
+        checkpoints = [
+            checkpoint.with_settings(self.settings)
+            for path, kind, step in self.checkpoints
+            for checkpoint in TABLE[kind].read(path, index_checkpoint(path), step, self.settings)
+        ]
+        for part in _foreign_parts(checkpoints):
+            if self.files.get(part.path, (0, ""))[1] != part.identity:
+                raise FileFormatError(part.path, f"was replaced since {self.folder} was imported", _AGAIN)
+        return checkpoints
 
     def describe(self) -> dict[str, Any]:
-        """Where the files are, and the settings, for JSON."""
+        """Return the origin, the number of files, and the settings, for JSON."""
         return {"refers_to": str(self.origin), "files": len(self.files), "settings": self.settings.given}
 
 
-def _foreign_parts(checkpoint: Checkpoint) -> list[BackingFile]:
-    """The files of a checkpoint, as far as they are other programs'."""
-    return [part for part in checkpoint.parts if part.identity]
+def _foreign_parts(checkpoints: Sequence[Checkpoint]) -> Iterator[BackingFile]:
+    """Yield the files of checkpoints that other programs wrote."""
+    return (part for checkpoint in checkpoints for part in checkpoint.parts if part.identity)
 
 
 def is_import(path: str | Path) -> bool:
-    """Whether a path is a folder with a manifest."""
-    place = files.as_path(path) / _NAME
-    return place.is_file() if files.is_url(place) else os.path.lexists(place)
+    """Return whether a path is a folder with a manifest."""
+    manifest = files.as_path(path) / _NAME
+    return manifest.is_file() if files.is_url(manifest) else os.path.lexists(manifest)
 
 
 def make_manifest(folder: Path, origin: Path, settings: Settings, checkpoints: Sequence[Checkpoint]) -> Manifest:
-    """The manifest for a folder of what was found at `origin`."""
+    """Return the manifest, to be written into `folder`, of checkpoints that were found at `origin`."""
     listed = {one.path: (one.path, one.kind, one.info.step) for one in checkpoints}
-    paths = {part.path for one in checkpoints for part in _foreign_parts(one)}
-    # What says where the tensors are, in their files.
-    for path in listed:
+    paths = {part.path for part in _foreign_parts(checkpoints)}
+    for path in listed:  # the index or configuration of a folder, too
         model = model_in(path) if path.is_dir() else None
         if model and model.name.endswith(EMA_ENDING):
             model /= CONFIG
         paths |= {model} if model and model.is_file() else set()
-    known = {}
+    identities = {}
     for path in sorted(paths):
         with OpenedFile(path) as file:
-            known[path] = (file.size, sampled_identity(file))
-    return Manifest(folder, origin, settings, tuple(listed.values()), known)
+            identities[path] = (file.size, sampled_identity(file))
+    return Manifest(folder, origin, settings, tuple(listed.values()), identities)
 
 
-def _encoded(manifest: Manifest) -> bytes:
-    """The content of the file."""
+def _encode(manifest: Manifest) -> bytes:
+    """Return the content of the manifest's file."""
     base = os.path.realpath(manifest.folder)
 
     def relative(path: Path) -> str:
@@ -151,38 +152,40 @@ def _encoded(manifest: Manifest) -> bytes:
         "from": relative(manifest.origin),
         "settings": manifest.settings.given,
         "checkpoints": [[relative(path), kind, step] for path, kind, step in manifest.checkpoints],
-        "files": {relative(path): known for path, known in manifest.files.items()},
+        "files": {relative(path): identity for path, identity in manifest.files.items()},
     }
     return (json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n").encode()
 
 
-def write_manifest(made: Manifest, overwrite: bool) -> bool:
-    """Write a manifest into its folder, unless it is there.
+def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
+    """Write a manifest into its folder; return False if it holds an equal one already.
 
     Raises:
         OutputExistsError: the folder holds something else; without `overwrite` also if it is another import.
         WriteError: the system refused.
     """
-    out, content = made.folder, _encoded(made)
+    out, content = manifest.folder, _encode(manifest)
     if is_import(out):
-        with suppress(FileFormatError):  # a damaged one is replaced
-            there = read_manifest(out)
-            if _encoded(there) == content:
+        with suppress(FileFormatError):  # a damaged manifest is replaced
+            present = read_manifest(out)
+            if _encode(present) == content:
                 return False
-            differs = (
-                "has other settings" if there.settings.said != made.settings.said else f"is an import of {there.origin}"
-            )
-            if not overwrite and (there.settings.said, there.place) != (made.settings.said, made.place):
-                raise OutputExistsError(out, differs, "choose another name, or overwrite=True to replace it")
+            reason = ""
+            if present.settings.without_findings != manifest.settings.without_findings:
+                reason = "has other settings"
+            elif present.real_origin != manifest.real_origin:
+                reason = f"is an import of {present.origin}"
+            if reason and not overwrite:
+                raise OutputExistsError(out, reason, "choose another name, or overwrite=True to replace it")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(out, "is there already, and holds something else", "choose another name")
+        raise OutputExistsError(out, "exists already, and holds something else", "choose another name")
     with files.new_directory(out):
         files.write_whole(out / _NAME, content, overwrite=True)
     return True
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in a folder; a FileFormatError says what is wrong with it. Does not look at the files."""
+    """Return the manifest in a folder, without a look at the files; raise FileFormatError if it is damaged."""
     path = folder / _NAME
     raw = headers.parse_json(path, read_small_file(path, _MOST_BYTES), "import")
     try:
@@ -193,25 +196,26 @@ def read_manifest(folder: Path) -> Manifest:
         is_real = files.is_url(folder) or os.path.realpath(folder) == str(folder.absolute())
         base = folder if is_real else Path(os.path.realpath(folder))
         settings = Settings(**raw["settings"])
-        listed = tuple((_place(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
-        known = {_place(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
+        listed = tuple((_absolute(base, one), kind, checked_step(path, step)) for one, kind, step in raw["checkpoints"])
+        identities = {_absolute(base, one): (nbytes, identity) for one, (nbytes, identity) in raw["files"].items()}
         if not listed or not all(kind in TABLE for _, kind, _ in listed):
             raise ValueError("checkpoints must be of known kinds")
-        if not all(headers.is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in known.values()):
+        if not all(headers.is_whole(nbytes) and isinstance(identity, str) for nbytes, identity in identities.values()):
             raise ValueError("files must have sizes and identities")
-        return Manifest(folder, _place(base, raw["from"]), settings, listed, known)
+        return Manifest(folder, _absolute(base, raw["from"]), settings, listed, identities)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         reason = f"lacks {error}" if isinstance(error, LookupError) else str(error)
         raise FileFormatError(path, f"damaged import: {reason}", _AGAIN) from error
 
 
-def _place(base: Path, text: str) -> Path:
-    """A path that the manifest has."""
+def _absolute(base: Path, text: str) -> Path:
+    """Return a path in a manifest as a URL or an absolute path."""
     path = files.given_path("path", text)
     return path if files.is_url(path) else files.as_path(os.path.normpath(str(base / path)))
 
 
 def _checksum(values: dict[str, Any]) -> str:
+    """Return the checksum of a manifest without its checksum."""
     return xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
 
 
@@ -219,60 +223,62 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def copy_path(folder: Path, info: CheckpointInfo) -> Path:
-    """The file of a copy."""
+    """Return the path of a checkpoint's copy in a folder."""
     path = snapshot_path(folder, info.t, info.sigma_rel)
     what = "weights" if isinstance(info.profile, Point) else "average"
     return path if info.sigma_rel else path.with_name(path.name.replace("-0.0.safe", f"-{what}.safe"))
 
 
 def write_copies(checkpoints: Sequence[Checkpoint], out: Path, overwrite: bool, progress: ProgressBar) -> bool:
-    """Write each checkpoint as a file of this package into a new folder, or none; False if it holds just these.
+    """Write all checkpoints as files of this package into a new folder, or none; return False if they are in it.
 
     Raises:
-        OutputExistsError: the folder is there and not empty; with `overwrite` if it holds anything but copies.
+        OutputExistsError: the folder exists and is not empty; with `overwrite` if it holds anything but copies.
         NonFiniteError: a tensor to be averaged holds nan or infinity.
         FileFormatError, WriteError: a file cannot be read, or written.
     """
     if _are_copied(checkpoints, out):
         return False
-    _check_free(out, overwrite)
+    _check_replaceable(out, overwrite)
     total = sum(entry.nbytes for one in checkpoints for entry in one.stored.values())
     files.remove_leftovers(out.parent)
-    made, replaced = files.temporary_path(out.parent), files.temporary_path(out.parent)
+    new, old = files.temporary_path(out.parent), files.temporary_path(out.parent)
     with files.reported_as_write_error(out), progress("importing", total) as advance:
-        files.make_directory(made)
+        files.make_directory(new)
         try:
             for one in checkpoints:
-                _write(one, copy_path(made, one.info), advance)
+                _write(one, copy_path(new, one.info), advance)
             if overwrite and out.exists():
-                files.system.rename(out, replaced)
-            files.system.rename(made, out)
+                files.system.rename(out, old)
+            files.system.rename(new, out)
             files.system.fsync_directory(out.parent)
         except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            if replaced.exists() and not out.exists():
-                files.system.rename(replaced, out)
+            shutil.rmtree(new, ignore_errors=True)
+            if old.exists() and not out.exists():
+                files.system.rename(old, out)
             raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return True
 
 
 def _are_copied(checkpoints: Sequence[Checkpoint], out: Path) -> bool:
-    wanted = {copy_path(out, one.info): _metadata(one) for one in checkpoints}
+    """Return whether a folder holds copies of these checkpoints and nothing else."""
+    expected = {copy_path(out, one.info): _metadata(one) for one in checkpoints}
     with suppress(FileFormatError):
         return (
             out.is_dir()
-            and wanted.keys() == set(out.iterdir())
-            and all(metadata.items() <= read_header(path).metadata.items() for path, metadata in wanted.items())
+            and expected.keys() == set(out.iterdir())
+            and all(metadata.items() <= read_header(path).metadata.items() for path, metadata in expected.items())
         )
     return False
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError if a folder holds anything; with `overwrite` if it holds anything but copies."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise OutputExistsError(out, "is there already", "choose another name, or overwrite=True to replace it")
+        raise OutputExistsError(out, "exists already", "choose another name, or overwrite=True to replace it")
     for path in [out] if not out.is_dir() else sorted(out.iterdir()):
         with suppress(FileFormatError):
             if headers.file_kind(read_header(path)) == COPY:
@@ -281,6 +287,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the metadata of a checkpoint's copy."""
     info = checkpoint.info
     keys = ("run_id", "t", "t_unit", "step", "sigma_rel", "gamma", "decay", "tensors", "aliases")
     values: dict[str, object] = {key: getattr(info, key) for key in keys} | {"source": checkpoint.identity}
@@ -292,15 +299,16 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
+    """Write the copy of one checkpoint."""
     tensors = checkpoint.info.tensors
     specs = [fmt.TensorSpec(name, entry.dtype, entry.shape) for name, entry in checkpoint.stored.items()]
-    room = memoryview(bytearray(fmt.BLOCK_BYTES))
+    buffer = memoryview(bytearray(fmt.BLOCK_BYTES))
     with TensorFileWriter(path, specs, _metadata(checkpoint)) as writer, checkpoint.open() as file:
         for spec in specs:
             reader = file.read_range(spec.name, 0, spec.nbytes)
             output = writer.write_range(spec.name, 0)
             for begin in range(0, spec.nbytes, fmt.BLOCK_BYTES):
-                view = room[: min(fmt.BLOCK_BYTES, spec.nbytes - begin)]
+                view = buffer[: min(fmt.BLOCK_BYTES, spec.nbytes - begin)]
                 reader.read_into(view)
                 if tensors[spec.name].role == "average" and holds_nonfinite(view, spec.dtype):
                     raise NonFiniteError(checkpoint.path, f"tensor {spec.name!r}: holds nan or infinity")
@@ -310,7 +318,7 @@ def _write(checkpoint: Checkpoint, path: Path, advance: Any) -> None:
 
 
 def read_copy(path: Path) -> Checkpoint:
-    """A file that `write_copies` wrote; a FileFormatError says what is wrong with it."""
+    """Return the checkpoint in a file that `write_copies` wrote; raise FileFormatError if it is damaged."""
     header = read_header(path)
     values = headers.decode_metadata(path, header, COPY, _COPY_KINDS, _OPTIONAL)
     t, gamma, masses, ordinary, _ = (values.pop(key, None) for key in ("t", "gamma", "masses", "ordinary", "source"))
@@ -332,6 +340,6 @@ _COPY_KINDS = {
     "decay": float, "tensors": dict[str, fmt.TrackedTensor], "aliases": dict[str, str], "masses": dict[str, Any],
     "ordinary": dict[str, Any], "source": str,
 }  # fmt: skip
-"""What the metadata of such a file must be."""
+"""Types of the metadata of a copy."""
 
 _OPTIONAL = ("decay", "masses", "ordinary", "source")

@@ -1,4 +1,4 @@
-"""What `ema import` does: a run of other programs' files, with the settings that these do not hold."""
+"""The import: makes a run of other programs' files, with the settings that these files do not hold."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from posthoc_cli.snapshots.directory import inspect_directory
 
 @dataclass(frozen=True)
 class Import:
-    """What was imported.
+    """The result of an import.
 
     Attributes:
-        checkpoints: as they were found.
-        out: the folder of the run; None in a dry run without.
-        paths: the file of each: where it is, or its copy.
-        checks: what came out when the settings were compared with the files, a line each.
-        written: whether anything was: not in a dry run, and not where the run was there already.
-        dry_run: whether it was one.
+        checkpoints: the imported checkpoints.
+        out: folder of the run; None in a dry run without an output.
+        paths: path of each checkpoint, or of its copy.
+        checks: results of the comparison of settings and files, a line each.
+        written: whether anything was written: not in a dry run, and not if the run existed already.
+        dry_run: whether this was a dry run.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -45,11 +45,11 @@ class Import:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many checkpoints hold what."""
+        """The number of checkpoints by what they hold."""
         return Counter(one.info.holds for one in self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "run": self.checkpoints[0].info.run_id,
             "out": None if self.out is None else str(self.out),
@@ -74,22 +74,22 @@ def import_checkpoints(
 ) -> Import:
     """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
 
-    It refers to the files where they are, by a manifest of a few kB; or it is made of copies with checksums. The same
-    import into the same folder does nothing, or takes in what has changed at `directory`.
+    The run is a manifest of a few kB that refers to the files in their place; or it consists of copies with checksums.
+    The same import into the same folder does nothing, or takes in what has changed at `directory`.
 
     Arguments:
         directory: a folder, a file, or a glob that names files or folders.
-        out: the folder to make; None only in a dry run.
+        out: folder of the run; None only in a dry run.
         copy: write copies with checksums; all, or none.
         overwrite: replace an import of something else, or with other settings.
         dry_run: read and check only.
         progress: opens a progress bar.
-        settings: the fields of `source.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
+        settings: fields of `source.Settings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:
         InvalidValueError: a setting is missing, or does not fit the files.
-        DirectoryError, FileFormatError, MismatchError: there are no checkpoints, or not of one run.
-        OutputExistsError: `out` is there, and holds something else.
+        DirectoryError, FileFormatError, MismatchError: there are no checkpoints, or they are not of one run.
+        OutputExistsError: `out` exists, and holds something else.
         NonFiniteError: a tensor to be copied holds nan or infinity.
         WriteError: the system refused.
     """
@@ -97,16 +97,16 @@ def import_checkpoints(
     target = None if out is None else files.expanded(files.local_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
-    found = _found(origin, given)
-    said, profiles = "", [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
-    if profiles and given.update_every is None:  # what the files show together, and one alone may not
+    found = _open_foreign(origin, given)
+    finding, profiles = "", [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
+    if profiles and given.update_every is None:  # known from all files together: one alone may not show it
         given = replace(given, update_every=profiles[-1].settings["every"])
     if any(isinstance(one.profile, OrdinaryEMA) and not one.info.decay for one in found):
-        given, said = _with_decay(found, given)
-        found = checked_run([one.told(given) for one in found])
-    of_kind = [(kind, [one for one in found if one.kind == name]) for name, kind in TABLE.items()]
-    checks = [kind.check(own, given) for kind, own in of_kind if own and kind.check]
-    checks += [said] if said else _check_decay(found)
+        given, finding = _find_decay(found, given)
+        found = checked_run([one.with_settings(given) for one in found])
+    by_kind = [(kind, [one for one in found if one.kind == name]) for name, kind in TABLE.items()]
+    checks = [kind.check(checkpoints, given) for kind, checkpoints in by_kind if checkpoints and kind.check]
+    checks += [finding] if finding else _check_decay(found)
     paths = tuple(copy_path(target, one.info) if copy and target else one.path for one in found)
     written = False
     if target is not None and not dry_run:
@@ -118,8 +118,8 @@ def import_checkpoints(
     return Import(tuple(found), target, paths, tuple(checks), written, dry_run)
 
 
-def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
-    """Other programs' files, with EMAs of unknown decay; a DirectoryError if it holds our own."""
+def _open_foreign(origin: Path, settings: Settings) -> list[Checkpoint]:
+    """Return other programs' checkpoints, also EMAs of unknown decay; raise DirectoryError for this package's files."""
     if not is_import(origin):
         if origin.is_dir() and inspect_directory(origin).snapshots:
             raise DirectoryError(origin, "holds snapshots of a tracker, which need no import")
@@ -129,42 +129,42 @@ def _found(origin: Path, settings: Settings) -> list[Checkpoint]:
     raise DirectoryError(origin, "is an import", "import the files that it was made of")
 
 
-def _with_decay(sources: Sequence[Checkpoint], given: Settings) -> tuple[Settings, str]:
-    """The settings with the decay that ordinary EMAs show, and a line on it."""
-    unclaimed = [replace(one, info=replace(one.info, decay=0.0)) for one in sources]  # also those that say theirs
+def _find_decay(sources: Sequence[Checkpoint], given: Settings) -> tuple[Settings, str]:
+    """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
+    unclaimed = [replace(one, info=replace(one.info, decay=0.0)) for one in sources]  # also if the file says the decay
     try:
         (audit, *_) = audit_sources(unclaimed, every=given.update_every or 1)
     except InvalidValueError:
-        reason = "must be given: the files do not hold it, and it cannot be found without weights beside the averages"
+        reason = "must be given: the files do not hold it, and it cannot be found without weights next to the averages"
         raise InvalidValueError("ema_decay", reason) from None
     sigma = audit.uncertainty or 0.0
-    spacing = float(np.median([one.end - one.begin for one in audit.intervals] or [1.0]))
+    spacing = float(np.median([interval.end - interval.begin for interval in audit.intervals] or [1.0]))
     is_clear = audit.found is not None and sigma <= _VAGUE * (1 + spacing * (1 - audit.found)) ** 2
     if audit.verdict not in ("found", "began again") or audit.found is None or not is_clear:
         vague = " the files show it too vaguely:" * (audit.verdict == "found")
         raise InvalidValueError("ema_decay", f"must be given:{vague} {audit.text}", "say which decay the EMAs have")
-    decay = _usual(audit.found, sigma)
-    found = replace(
+    decay = _round_decay(audit.found, sigma)
+    settings = replace(
         given,
         ema_decay=decay,
         ema_warmup=given.ema_warmup or audit.warm_up or None,
         ema_restarts=given.ema_restarts or tuple(round(time) for time in audit.starts),
-        ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # it is probably exact
+        ema_uncertainty=sigma if decay == audit.found else sigma / 2,  # a rounded decay is probably exact
         ema_late=None if given.ema_restarts or not audit.starts else round(_LATE * spacing),
     )
-    return found, f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)
+    return settings, f"found: {audit.text}" + f"; taken as {decay:g}" * (decay != audit.found)
 
 
 _VAGUE = 0.05
-"""Relative uncertainty of a long time constant that is too much to go on with; of one that is shorter than the time
-between checkpoints it matters less, since an average of it is almost the weights."""
+"""Largest relative uncertainty of a long time constant that an import accepts. It accepts more for one that is shorter
+than the time between checkpoints: such an average is almost the weights."""
 
 _LATE = 0.1
-"""Uncertainty of a restart that was found, in times between two checkpoints."""
+"""Uncertainty of the time of a restart that was found, relative to the time between two checkpoints."""
 
 
-def _usual(decay: float, uncertainty: float) -> float:
-    """1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the decay.
+def _round_decay(decay: float, uncertainty: float) -> float:
+    """Return 1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the decay.
 
     That is within twice the relative uncertainty, and within 3 %: such decays are far apart.
     """
@@ -176,13 +176,13 @@ def _usual(decay: float, uncertainty: float) -> float:
 
 
 def _check_decay(found: Sequence[Checkpoint]) -> Iterator[str]:
-    """Compare the decay of ordinary EMAs that was said with what the files show."""
+    """Compare the given decay of ordinary EMAs with the files, and yield a line about each average."""
     if not any(one.info.decay for one in found):
         return
     try:
         audits = audit_sources(found)
     except InvalidValueError:
-        yield "ema_decay is as given: without weights beside the averages it cannot be checked"
+        yield "ema_decay is as given: without weights next to the averages it cannot be checked"
         return
     for audit in audits:
         if audit.is_bad:

@@ -1,7 +1,7 @@
-"""Open a directory, files or folders as the sources of a run, whatever wrote them.
+"""Open a directory, files or folders of any program as the sources of a run.
 
 The kind of each file is recognised by its name and content. Steps come from a checkpoint's content, else from its name;
-never from the order or the age of files. What files do not say is in the manifest of an import.
+never from the order or the age of files. The manifest of an import holds the settings that files do not.
 """
 
 from __future__ import annotations
@@ -40,96 +40,96 @@ log = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _ANY_DECAY = 0.999
-"""In place of one that is not known."""
+"""Placeholder for an unknown decay."""
 _COMPARED = 1024
-"""Elements of a tensor by which a copy is known."""
-_CHOOSE = "name those of one run by a glob, or import with `include`, `exclude` or `prefix`"
+"""Number of elements of a tensor that are compared to recognise a duplicate."""
+_CHOOSE = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
 
 
 def open_checkpoints(place: str | Path, settings: Settings = UNSPECIFIED, unclaimed: bool = False) -> list[Checkpoint]:
-    """The checkpoints in a directory, or those that a glob names, by time. Reads headers, indexes and pickles only.
+    """Return the checkpoints in a directory, or of a glob, by time. Read only headers, indexes and pickles.
 
-    Ordinary EMAs whose decay nobody says are left out with a warning. With `unclaimed` they are among them, to find
-    which decay it is: theirs is 0, and their profiles are not to be used.
+    Ordinary EMAs of unknown decay are left out with a warning. With `unclaimed` they are included, so that an audit
+    can find their decay: `info.decay` is 0, and the profile a placeholder.
 
     Raises:
-        DirectoryError: nothing is there that can be opened.
+        DirectoryError: no checkpoint was found.
         FileFormatError, MismatchError: a file is damaged, or of another model than the others.
-        InvalidValueError: what the files do not hold must be given.
+        InvalidValueError: a setting that the files do not hold must be given.
     """
     path = files.expanded(place)
     if is_import(path):
         return checked_run(read_manifest(path).read())
-    paths = _places(place)
+    paths = _candidates(place)
     by_word = next((path.name for path in paths if named_step(path).by_word), "")
-    made = [one for path in paths for one in _read(path, settings, by_word)]
-    if not made:
+    read = [one for path in paths for one in _read(path, settings, by_word)]
+    if not read:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
-    if settings.ema_decay is not None and settings.kind is None and {one.kind for one in made} == {"checkpoints"}:
-        made = [replace(one, kind="ema", updates=Updates()) for one in made]  # all are averages, under any name
-    check_used(settings, {one.kind for one in made} - {""})
-    default = _ANY_DECAY if unclaimed else 0.0
-    told = [one.told(settings, default) for one in made]
-    if settings.update_every is None and (every := _common_interval(told)):
-        told = [one.told(replace(settings, update_every=every), default) for one in made]
-    left_out = [] if unclaimed else [one for one in told if one.updates and not one.info.decay]
-    if len(left_out) == len(told):
-        reason = "holds EMAs, and neither their decay nor weights beside them"
+    if settings.ema_decay is not None and settings.kind is None and {one.kind for one in read} == {"checkpoints"}:
+        read = [replace(one, kind="ema", updates=Updates()) for one in read]  # all are averages, under any name
+    check_used(settings, {one.kind for one in read} - {""})
+    default_decay = _ANY_DECAY if unclaimed else 0.0
+    checkpoints = [one.with_settings(settings, default_decay) for one in read]
+    if settings.update_every is None and (every := _common_interval(checkpoints)):
+        checkpoints = [one.with_settings(replace(settings, update_every=every), default_decay) for one in read]
+    left_out = [] if unclaimed else [one for one in checkpoints if one.updates and not one.info.decay]
+    if len(left_out) == len(checkpoints):
+        reason = "holds EMAs, and neither their decay nor weights next to them"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
     if left_out:
         what = f"{len(left_out):,} EMA{'s' * (len(left_out) > 1)}, such as {left_out[0].path.name}"
-        said = "left out of averages: their files do not say the decay; `ema import` finds it, or takes it"
-        log.warning("%s: %s, %s", place, what, said)
-    return checked_run([one for one in told if unclaimed or not one.updates or one.info.decay])
+        reason = "left out of averages: their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
+        log.warning("%s: %s, %s", place, what, reason)
+    return checked_run([one for one in checkpoints if unclaimed or not one.updates or one.info.decay])
 
 
-def _common_interval(made: Sequence[Checkpoint]) -> int | None:
-    """The steps between updates that EMAs together have counted, where each alone shows another number.
+def _common_interval(checkpoints: Sequence[Checkpoint]) -> int | None:
+    """Return the steps between updates that all EMAs have in common; None if each one alone shows the same number.
 
     Raises:
         MismatchError: their counts and steps fit no such number.
     """
-    averages = [(one.path, one.info.step, one.profile.settings) for one in by_time(made)
+    averages = [(one.path, one.info.step, one.profile.settings) for one in by_time(checkpoints)
                 if isinstance(one.profile, OrdinaryEMA)]  # fmt: skip
     if len({counted["every"] for *_, counted in averages}) < 2:
         return None
     pairs = [
         (f"{path} and {other}", later - step, after["updates"] - before["updates"])
         for (path, step, before), (other, later, after) in pairwise(averages)
-        if after["updates"] > before["updates"]  # else it began again
+        if after["updates"] > before["updates"]  # else the EMA restarted
     ]
     every = max(1, round(median(steps / updates for _, steps, updates in pairs))) if pairs else 1
     for both, steps, updates in pairs:
         if abs(steps - every * updates) > every:
             reason = f"have counted {updates:,} updates of their EMAs in the {steps:,} steps between them"
-            hint = f"others count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
+            hint = f"other files count one in {every:,}; say update_every, and ema_restarts if the EMA began again"
             raise MismatchError(both, reason, hint)
     return every
 
 
 def _read(path: Path, settings: Settings, by_word: str) -> list[Checkpoint]:
-    """The sources in a file or folder; none in an output of this package, and in what is from before the training."""
+    """Return the checkpoints in a file or folder; none from an output of this package, or from step 0."""
     indexed = index_checkpoint(path)
-    own = indexed.values.get("ema.format")
-    if own in ("output", COPY):
-        return [read_copy(path)] if own == COPY else []
+    file_kind = indexed.values.get("ema.format")
+    if file_kind in ("output", COPY):
+        return [read_copy(path)] if file_kind == COPY else []
     kind = TABLE[kind_of(path, indexed, settings)]
     step = kind.step(path, indexed, settings, by_word)
     return kind.read(path, indexed, step, settings) if step else []
 
 
 def disk_sources(directory: str | Path, also: str | Path | None = None, unclaimed: bool = False) -> list[Source]:
-    """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
+    """Return the sources in a directory: the snapshots of a tracker, or checkpoints.
 
     Arguments:
-        directory: of a run, or of an import; or a file, or a glob that names the files or folders of checkpoints.
-        also: where checkpoints of the same training are, to be combined with the snapshots.
-        unclaimed: with ordinary EMAs of unknown decay, see `open_checkpoints`.
+        directory: directory of a run or of an import; or a file, or a glob that names files or folders of checkpoints.
+        also: checkpoints of the same training, to be combined with the snapshots: a directory, a file or a glob.
+        unclaimed: include ordinary EMAs of unknown decay, see `open_checkpoints`.
 
     Raises:
-        DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
-        InvalidValueError: as `open_checkpoints`; or `also` is given, and there are no snapshots.
+        DirectoryError, FileFormatError, MismatchError: as `read_directory` and `open_checkpoints` raise them.
+        InvalidValueError: as `open_checkpoints` raises it; or `also` is given, and there are no snapshots.
     """
     snapshots = []
     if not (is_glob(directory) or is_import(directory)):
@@ -148,35 +148,35 @@ def disk_sources(directory: str | Path, also: str | Path | None = None, unclaime
 
 
 def is_glob(place: str | Path) -> bool:
-    """Whether a name is a pattern, and not the name of something that is there."""
+    """Return whether a name is a pattern, and no file or directory has this name."""
     path = files.expanded(place)
     return glob.has_magic(str(path)) and not path.exists()
 
 
 def holds_checkpoints(place: str | Path) -> bool:
-    """Whether a directory, file or glob seems to name checkpoints, or is an import; no file is opened."""
+    """Return whether a directory, file or glob seems to name checkpoints or an import, without opening a file."""
     try:
-        return is_import(place) or bool(_places(place))
+        return is_import(place) or bool(_candidates(place))
     except DirectoryError:
         return False
 
 
-def _places(place: str | Path) -> list[Path]:
-    """The files and folders that may each be a checkpoint."""
+def _candidates(place: str | Path) -> list[Path]:
+    """Return the files and folders that may each be a checkpoint."""
     path = files.expanded(place)
     if is_glob(path):
         if files.is_url(path):
             from posthoc_cli.remote.store import matching
 
-            found = matching(path)
+            matches = matching(path)
         else:
-            found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
-        if not found:
+            matches = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - Path.glob takes no absolute patterns
+        if not matches:
             raise DirectoryError(place, "no file or folder has such a name")
-        for one in found:
-            if any(map(is_snapshot_name, one.glob("*"))):
-                raise DirectoryError(one, "holds snapshots of a tracker", "name this folder itself, not by a glob")
-        return found
+        for match in matches:
+            if any(map(is_snapshot_name, match.glob("*"))):
+                raise DirectoryError(match, "holds snapshots of a tracker", "name this folder itself, not by a glob")
+        return matches
     if not path.is_dir():
         if not path.exists():
             raise DirectoryError(place, "no such file or directory")
@@ -187,35 +187,36 @@ def _places(place: str | Path) -> list[Path]:
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
     loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _SHARD.search(entry.name)]
     loose = [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
-    # Beside files a folder without a number, such as "averages", is no checkpoint; beside folders a file is none.
+    # Next to files, a folder without a number, such as "averages", is no checkpoint; next to folders, no file is one.
     return folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
 
 
 def _holds_model(folder: Path) -> bool:
+    """Return whether a folder seems to hold a model."""
     try:
         return model_in(folder) is not None
-    except FileFormatError:  # raised again when it is opened
+    except FileFormatError:  # raised again when the folder is opened
         return True
 
 
-# --- several as one run
+# --- several checkpoints as one run
 
 
 def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The same checkpoints by time, as one run: with a common run id, and aliases that all have.
+    """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
-    Of copies, such as a file `last` or `best` beside the numbered ones, it takes the first by name.
+    Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name.
 
     Raises:
-        MismatchError: two of them are of different models, or of one time with other values; both are named.
+        MismatchError: two checkpoints are of different models, or of one time with different values; both are named.
     """
     kept: dict[tuple[float, str], Checkpoint] = {}
     for other in by_time(checkpoints):
         one = kept.setdefault((other.info.t, other.info.holds), other)
-        if one is not other and not _is_copy(one, other):
+        if one is not other and not _is_duplicate(one, other):
             reason = f"are both of step {one.info.t:,.12g}"
-            raise MismatchError(f"{one.path} and {other.path}", reason, "name those of one run, by a glob")
-    ordered = _named([*kept.values()])
+            raise MismatchError(f"{one.path} and {other.path}", reason, "name the files of one run by a glob")
+    ordered = _with_labels([*kept.values()])
     first = ordered[0]
     for one in ordered[1:]:
         if (difference := _difference(first, one)) is not None:
@@ -227,68 +228,64 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
 
 
-def _is_copy(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two hold the same averages, or weights, by the first elements of each tensor."""
+def _is_duplicate(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether two checkpoints have the same values among the first elements of each tensor."""
     sizes = [{name: math.prod(source.stored[name].shape) for name in source.info.averages} for source in (one, other)]
     if sizes[0] != sizes[1]:
         return False
     with one.open() as a, other.open() as b:
         ranges = [(name, 0, min(size, _COMPARED)) for name, size in sizes[0].items()]
-        return all(np.array_equal(read_values(a, *own), read_values(b, *own), equal_nan=True) for own in ranges)
+        return all(np.array_equal(read_values(a, *each), read_values(b, *each), equal_nan=True) for each in ranges)
 
 
-def _named(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The same, each with a name of its own: coefficients and reports refer to it."""
+def _with_labels(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints with distinct labels, for coefficients and reports."""
     paths = {one.path for one in checkpoints}
-    above = files.as_path(os.path.commonpath([str(path.parent) for path in paths]))
-    is_short = len({path.name for path in paths}) == len(paths)
+    parent = files.as_path(os.path.commonpath([str(path.parent) for path in paths]))
+    are_distinct = len({path.name for path in paths}) == len(paths)
     counts = Counter(one.path for one in checkpoints)
-    made = []
+    labelled = []
     for one in checkpoints:
-        name = one.path.name if is_short else one.path.relative_to(above).as_posix()
-        of_two = counts[one.path] > 1 and not isinstance(one.profile, Point)
-        made.append(replace(one, label=f"{name} (average)" if of_two else name))
-    return made
+        name = one.path.name if are_distinct else one.path.relative_to(parent).as_posix()
+        is_second = counts[one.path] > 1 and not isinstance(one.profile, Point)
+        labelled.append(replace(one, label=f"{name} (average)" if is_second else name))
+    return labelled
 
 
 def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Checkpoints of the training that wrote these snapshots, to be combined with them.
+    """Return checkpoints as sources of the run that wrote these snapshots, to be combined with them.
 
-    Their steps become times of the run, and of their tensors those remain that the newest snapshot has.
+    Their steps become times of the run. Only the tensors of the newest snapshot are kept.
 
     Raises:
-        MismatchError: a tensor is missing, has another shape, or cannot be averaged; or two have one time.
+        MismatchError: a tensor is missing, has another shape, or cannot be averaged; or a checkpoint is an average.
     """
     newest = max(snapshots, key=lambda snapshot: snapshot.info.t)
     clock = run_clock([snapshot.info for snapshot in snapshots])
-    made = []
+    converted = []
     for one in checkpoints:
         pair = f"{newest.path} and {one.path}"
         if not isinstance(one.profile, Point):
             raise MismatchError(pair, "are averages of two libraries", "open one of them")
         for name, tensor in newest.info.tensors.items():
-            own, found = newest.stored[name], one.stored.get(name)
+            expected, found = newest.stored[name], one.stored.get(name)
             if found is None:
                 reason = f"are of different models: {one.name} has no {shown(name)}"
-            elif found.shape != own.shape:
-                reason = f"have shapes {list(own.shape)} and {list(found.shape)} of tensor {shown(name)}"
+            elif found.shape != expected.shape:
+                reason = f"have shapes {list(expected.shape)} and {list(found.shape)} of tensor {shown(name)}"
             elif tensor.role == "average" and found.dtype not in EPS:
-                reason = f"do not match: tensor {shown(name)} is no floating-point number in the latter"
+                reason = f"do not match: tensor {shown(name)} is not of floating-point numbers in the latter"
             else:
                 continue
             raise MismatchError(pair, reason, _CHOOSE)
-        t = float(clock.time_at(one.info.step))
-        like = newest.info
-        info = replace(
-            one.info, profile=Point(t), run_id=like.run_id, t_unit=like.t_unit, tensors=like.tensors,
-            aliases=like.aliases, left_out=like.left_out,
-        )  # fmt: skip
-        made.append(replace(one, info=info))
-    return made
+        shared = {name: getattr(newest.info, name) for name in ("run_id", "t_unit", "tensors", "aliases", "left_out")}
+        info = replace(one.info, profile=Point(float(clock.time_at(one.info.step))), **shared)
+        converted.append(replace(one, info=info))
+    return converted
 
 
 def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
-    """Why two checkpoints cannot be of one run, to follow their names; None if they can."""
+    """Return why two checkpoints cannot be of one run, as a phrase to follow their names; None if they can."""
     names = [{*one.stored, *one.info.aliases} for one in (first, other)]
     if differing := sorted(names[0] ^ names[1]):
         only = first if differing[0] in names[0] else other
@@ -311,13 +308,13 @@ def _difference(first: Checkpoint, other: Checkpoint) -> str | None:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
+    """Return the tensors and sizes of one checkpoint, without its time, for JSON; its kind is "checkpoint"."""
     one = make_checkpoint(path, index_checkpoint(path).model_tensors(), Point(1.0), 1)
     return {"kind": "checkpoint", "path": str(path), **describe_tensors(one), "bytes": one.header.file_bytes}
 
 
 def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Times, tensors and sizes from the indexes of files alone, for JSON; its kind is "checkpoints"."""
+    """Return times, tensors and sizes from the indexes of files alone, for JSON; the kind is "checkpoints"."""
     newest = checkpoints[-1]
     return {
         "kind": "checkpoints",
@@ -331,7 +328,7 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
 
 
 def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """The file, time, content and identity of each, for JSON."""
+    """Return the file, time, content and identity of each checkpoint, for JSON."""
     return [
         {"file": one.name, "t": one.info.t, "holds": one.info.holds, "bytes": one.header.file_bytes,
          "identity": one.identity} for one in checkpoints

@@ -1,14 +1,14 @@
-"""What one checkpoint holds: a file, the shards of a model, or a folder of torch.distributed.checkpoint.
+"""The index of one checkpoint: a file, the shards of a model, or a folder of torch.distributed.checkpoint.
 
-Files are safetensors, or what `torch.save` and `pickle.dump` make. Each is indexed once, and its tensors are then read
-from where they are. They have no checksums of blocks: what tells that a file is still the one that was indexed is its
-size, the places of its tensors, and a sample of its content.
+Files are safetensors, or written by `torch.save` or `pickle.dump`. Each is indexed once, and its tensors are then read
+in place. They have no checksums of blocks: a file is recognised by its size, the places of its tensors, and a sample of
+its content.
 
 Tensors are found by the keys that lead to them, since a checkpoint often holds more than the model: the model is chosen
-by `model_tensors`. A tensor is one chunk, or several, each a box of it in some file.
+by `model_tensors`. A tensor consists of one chunk or several, each a box of the tensor in a file.
 
-A folder of torch.distributed.checkpoint has a pickle `.metadata`, which says where in which file each chunk of a tensor
-is, as an archive of its own; or, from its HuggingFaceStorageWriter, safetensors files whose metadata give the offsets.
+A folder of torch.distributed.checkpoint has a pickle `.metadata`, which names the file and range of each chunk, where
+the chunk is an archive itself; or, from its HuggingFaceStorageWriter, safetensors files with offsets in their metadata.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from posthoc_cli.snapshots.reading import sampled_identity
 from posthoc_cli.snapshots.tensor_file import OpenedFile, decode_values, named_on_error, read_small_file, read_start
 
 Keys = tuple[str, ...]
-"""That lead to a tensor within a file's content."""
+"""Keys that lead to a tensor within a file's content."""
 
 ENDINGS = (fmt.SUFFIX, *PICKLES, ".pth.tar")
 PARAMETERS = "shadow_params"
-"""Under which averages are a list, in the order of the model's parameters."""
+"""Key of averages in a list, in the order of the model's parameters."""
 _MOST_VALUES = 1_000_000
 _DEEPEST = 100
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
 EMA_ENDING = "_ema"
-"""What the folder of an average that diffusers wrote ends with; its weights are in the one without it."""
+"""Ending of the folder of an average that diffusers wrote; its weights are in the folder without this ending."""
 CONFIG = "config.json"
 NOT_WEIGHTS = (
     "optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args",
     "training-state",
 )  # fmt: skip
-"""What the names of files and groups begin with that hold something else than the model."""
+"""Prefixes of the names of files and groups that do not hold the model."""
 MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
-"""Keys of a checkpoint under which the model is: the first one that is there. Lightning keeps its raw weights under the
-first where `state_dict` is an average."""
+"""Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is an average, its
+weights are under `current_model_state`."""
 _OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
 _STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter", "ss_steps")
 _MOST_CONFIG = 10_000_000
 
 
 class FoundChunk(NamedTuple):
-    """A box of a tensor, in a file."""
+    """A box of a tensor, and its place in a file."""
 
     path: Path
     identity: str
@@ -69,18 +69,18 @@ class FoundChunk(NamedTuple):
 
 
 Find = Callable[[], list[FoundChunk]]
-"""Finds the chunks of a tensor."""
+"""A function that returns the chunks of a tensor."""
 Tensors = Mapping[str, Find]
 """Tensors by their names."""
 
 
 @dataclass(frozen=True)
 class IndexedCheckpoint:
-    """What a checkpoint holds.
+    """The index of a checkpoint.
 
     Attributes:
-        path: its file or folder.
-        tensors: by the keys that lead to each, a function that finds its chunks.
+        path: path of the file or folder.
+        tensors: a function that finds the chunks, for each tensor by its keys.
         values: numbers and texts by their keys, joined by dots.
     """
 
@@ -90,7 +90,7 @@ class IndexedCheckpoint:
 
     @property
     def step(self) -> float | None:
-        """The step that the content tells; None if it does not."""
+        """The step in the content; None if there is none."""
         for name in _STEP_NAMES:
             value = self.number(*name.split("."))
             if isinstance(value, str):
@@ -100,35 +100,34 @@ class IndexedCheckpoint:
         return None
 
     def number(self, *keys: str) -> Any:
-        """A value, or that of a tensor of one real number; None if there is neither."""
+        """Return the value under some keys, or that of a tensor of one real number; None if there is neither."""
         value = self.values.get(".".join(keys))
         chunks = self.tensors[keys]() if value is None and keys in self.tensors else []
-        found = chunks[0].tensor if len(chunks) == 1 else None
-        if not found or found.nbytes != ITEM_BYTES[found.dtype] or found.dtype in ("C64", "BOOL"):
+        entry = chunks[0].tensor if len(chunks) == 1 else None
+        if not entry or entry.nbytes != ITEM_BYTES[entry.dtype] or entry.dtype in ("C64", "BOOL"):
             return value
         with OpenedFile(chunks[0].path) as file:
-            return float(
-                decode_values(np.frombuffer(file.read_at(found.nbytes, found.begin), np.uint8), found.dtype)[0]
-            )
+            raw = np.frombuffer(file.read_at(entry.nbytes, entry.begin), np.uint8)
+        return float(decode_values(raw, entry.dtype)[0])
 
     def groups(self, outer: Keys = ()) -> list[str]:
-        """The keys, behind those of `outer`, under which there are tensors by further keys."""
+        """Return the next keys after `outer` that are followed by further keys of tensors."""
         level = len(outer)
         return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
-    def behind(self, *place: str) -> dict[str, Find]:
-        """The tensors behind some keys, by their names there."""
-        deep = len(place)
-        return {".".join(k[deep:]): find for k, find in self.tensors.items() if len(k) > deep and k[:deep] == place}
+    def under(self, *outer: str) -> dict[str, Find]:
+        """Return the tensors under some keys, by their further keys joined by dots."""
+        level = len(outer)
+        return {".".join(k[level:]): find for k, find in self.tensors.items() if len(k) > level and k[:level] == outer}
 
     def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Find]:
-        """The tensors of the model by name; with a prefix those whose names begin with it, without it.
+        """Return the tensors of the model by name; with a prefix, those that have it, by their names without it.
 
-        They are those of the `group`, if there is one of this name, else of one that is named as models are, also
-        within the only group that there is.
+        The model is in the `group` if there is one of this name, else in the first of `MODEL_GROUPS`, also within the
+        only other group.
 
         Raises:
-            FileFormatError: the model cannot be told from the rest.
+            FileFormatError: the model cannot be distinguished from the rest.
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
@@ -136,28 +135,28 @@ class IndexedCheckpoint:
         known: list[Keys] = [(name,) for name in names if name in groups]
         if not known and len(others) == 1:
             known = [(others[0], name) for name in MODEL_GROUPS if name in self.groups((others[0],))]
-        place: Keys = known[0] if known else tuple(others) if len(others) == 1 else ()
-        named = self.behind(*place) if place else {}
+        model: Keys = known[0] if known else tuple(others) if len(others) == 1 else ()
+        named = self.under(*model) if model else {}
         if not known:
-            beside = tuple(f"{name}." for name in _OTHER_GROUPS)
-            single = [keys for keys in self.tensors if len(keys) == 1 and not keys[0].startswith(beside)]
+            ignored = tuple(f"{name}." for name in _OTHER_GROUPS)
+            single = [keys for keys in self.tensors if len(keys) == 1 and not keys[0].startswith(ignored)]
             named = {keys[0]: self.tensors[keys] for keys in single} or named
         if prefix and not any(name.startswith(prefix) for name in named):
             named = {".".join(keys): find for keys, find in self.tensors.items()}
-        found = {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}
-        if found:
-            return found
+        selected = {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}
+        if selected:
+            return selected
         if not self.tensors:
-            raise FileFormatError(self.path, "holds no tensors")
+            raise FileFormatError(self.path, "holds no tensors with names")
         if prefix:
-            there = names_in([".".join(keys) for keys in self.tensors])
-            raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
-        reason = f"the model cannot be told from the rest: it has tensors under {names_in(groups)}"
+            all_names = names_in([".".join(keys) for keys in self.tensors])
+            raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {all_names}")
+        reason = f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
         raise FileFormatError(self.path, reason, "import with `prefix`, such as 'model.'")
 
 
 def index_checkpoint(path: Path) -> IndexedCheckpoint:
-    """What the checkpoint at a path holds. A FileFormatError names the file and says what is wrong."""
+    """Return the index of a checkpoint; raise FileFormatError if it cannot be read."""
     if not path.is_dir():
         return _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
     model = model_in(path)
@@ -171,12 +170,10 @@ def index_checkpoint(path: Path) -> IndexedCheckpoint:
 
 
 def model_in(folder: Path) -> Path | None:
-    """Where the weights in a folder are: an index, a file, `.metadata`, the folder itself of chunks in safetensors.
-
-    Accelerate puts those of a sharded model in a folder of its own.
+    """Return the path of the weights in a folder: an index, a file, `.metadata`, or the folder itself if it has chunks.
 
     Raises:
-        FileFormatError: there are several, or the folder cannot be read.
+        FileFormatError: there are several models, or the folder cannot be read.
     """
     with named_on_error(folder, "read"):
         if (folder / DCP_METADATA).is_file():
@@ -186,42 +183,43 @@ def model_in(folder: Path) -> Path | None:
     weights = [name for name in names if name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS)]
     for ending in (fmt.SUFFIX, ""):  # safetensors before pickles
         listed = [name for name in indexes if name.endswith(f"{ending}{INDEX_ENDING}")]
-        own = [name for name in weights if name.endswith(ending or ENDINGS)]
+        single = [name for name in weights if name.endswith(ending or ENDINGS)]
         if len(listed) == 1:
             return folder / listed[0]
-        if not listed and len(own) == 1:
-            return folder / own[0]
-        if ending and len(own) > 1 and all("DCP_SHARDING_INFO" in _of_file(folder / name).values for name in own):
+        if not listed and len(single) == 1:
+            return folder / single[0]
+        if ending and len(single) > 1 and all("DCP_SHARDING_INFO" in _of_file(folder / one).values for one in single):
             return folder
-        if len(listed or own) > 1:
-            raise FileFormatError(folder, f"holds several models: {names_in(listed or own)}", "name one by a glob")
+        if len(listed or single) > 1:
+            raise FileFormatError(folder, f"holds several models: {names_in(listed or single)}", "name one by a glob")
     averages = [name for name in names if name.endswith(EMA_ENDING) and (folder / name / CONFIG).is_file()]
     if len(averages) > 1:
         raise FileFormatError(folder, f"holds several averages: {names_in(averages)}", "move all but one elsewhere")
     if averages:
         return folder / averages[0]
-    inner = [folder / name for name in names if name.startswith("pytorch_model_fsdp")]
+    inner = [folder / name for name in names if name.startswith("pytorch_model_fsdp")]  # accelerate's sharded models
     return inner[0] / DCP_METADATA if inner and (inner[0] / DCP_METADATA).is_file() else None
 
 
 def _of_average(folder: Path, average: Path) -> IndexedCheckpoint:
-    """An average of diffusers as the group "ema", with the weights in the folder beside it as the group "model"."""
+    """Return the index of diffusers' average as the group "ema", and of its weights as the group "model"."""
     config = average / CONFIG
     settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
     tensors: dict[Keys, Find] = {}
-    beside = folder / average.name.removesuffix(EMA_ENDING)
-    for group, place in (("model", beside), ("ema", average)):
-        if place.is_dir():
-            tensors |= {(group, *keys): find for keys, find in index_checkpoint(place).tensors.items()}
+    weights = folder / average.name.removesuffix(EMA_ENDING)
+    for group, inner in (("model", weights), ("ema", average)):
+        if inner.is_dir():
+            tensors |= {(group, *keys): find for keys, find in index_checkpoint(inner).tensors.items()}
     return IndexedCheckpoint(folder, tensors, {f"ema.{key}": value for key, value in settings.items()})
 
 
-def _whole(path: Path, identity: str, tensor: TensorEntry) -> list[FoundChunk]:
+def _one_chunk(path: Path, identity: str, tensor: TensorEntry) -> list[FoundChunk]:
+    """Return a tensor as one chunk."""
     return [FoundChunk(path, identity, tensor, Box.whole(tensor.shape))]
 
 
 def _of_file(path: Path) -> IndexedCheckpoint:
-    """What a file holds that is no snapshot or state; the metadata of safetensors are among the values."""
+    """Return the index of a file that is no snapshot or state; the values include the metadata of safetensors."""
     values: dict[str, Any] = {}
     with OpenedFile(path) as file:
         if path.suffix == fmt.SUFFIX:
@@ -238,7 +236,7 @@ def _of_file(path: Path) -> IndexedCheckpoint:
     tensors: dict[Keys, Find] = {}
     for keys, value in content.items():
         if isinstance(value, TensorEntry):
-            tensors[keys] = functools.partial(_whole, path, identity, value)
+            tensors[keys] = functools.partial(_one_chunk, path, identity, value)
         elif isinstance(value, Node):
             tensors[keys] = functools.partial(_refuse, path, keys, value)
         else:
@@ -247,57 +245,58 @@ def _of_file(path: Path) -> IndexedCheckpoint:
 
 
 def _refuse(path: Path, keys: Keys, node: Node) -> list[FoundChunk]:
+    """Raise FileFormatError for a kind of tensor that is not read."""
     kind = node.name.removeprefix("torch._utils._rebuild_")
     raise FileFormatError(path, f"tensor {shown('.'.join(keys))} is of a kind that is not read ({shown(kind)})")
 
 
 def _leaves(path: Path, value: Any) -> dict[Keys, Any]:
-    """The tensors, numbers and texts within dicts, and those of averages in lists, by the keys that lead to each.
+    """Return the tensors, numbers and texts in dicts, and the averages in lists, by the keys that lead to each.
 
-    A tensor of a kind that is not read (sparse, quantized, spread over processes) stays a node. The names of modules
+    A tensor of a kind that is not read (sparse, quantized, spread over processes) remains a node. The names of modules
     within a pickled module are one key, joined by dots, as in a state dict.
     """
-    found: dict[Keys, Any] = {}
-    left: list[tuple[Keys, Any, int, bool]] = [((), value, 0, False)]
+    leaves: dict[Keys, Any] = {}
+    pending: list[tuple[Keys, Any, int, bool]] = [((), value, 0, False)]
     count = 0
-    while left:
-        keys, one, depth, within = left.pop()
-        if isinstance(one, list) and keys[-1:] == (PARAMETERS,):
-            one = dict(enumerate(one))
-        if not isinstance(one, dict) or (isinstance(one, Node) and one.name.startswith("torch._utils._rebuild")):
-            if isinstance(one, Node | TensorEntry | int | float | str):
-                found[keys] = one
+    while pending:
+        keys, item, depth, is_in_module = pending.pop()
+        if isinstance(item, list) and keys[-1:] == (PARAMETERS,):
+            item = dict(enumerate(item))
+        if not isinstance(item, dict) or (isinstance(item, Node) and item.name.startswith("torch._utils._rebuild")):
+            if keys and isinstance(item, Node | TensorEntry | int | float | str):
+                leaves[keys] = item
         elif depth < _DEEPEST:
-            module = _module_tensors(one) if isinstance(one, Node) else None
-            is_module, held = module is not None, module or one
-            count += len(held)
+            module = _module_tensors(item) if isinstance(item, Node) else None
+            is_module, content = module is not None, module or item
+            count += len(content)
             if count > _MOST_VALUES:
                 raise FileFormatError(path, f"cannot be read as tensors: holds more than {_MOST_VALUES:,} values")
-            for key in reversed(held):
+            for key in reversed(content):
                 if isinstance(key, str | int):
-                    name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and within else (*keys, str(key))
-                    left.append((name, held[key], depth + 1, is_module))
-    return found
+                    name = (*keys[:-1], f"{keys[-1]}.{key}") if is_module and is_in_module else (*keys, str(key))
+                    pending.append((name, content[key], depth + 1, is_module))
+    return leaves
 
 
 def _module_tensors(node: Node) -> dict[Any, Any] | None:
-    """The parameters, buffers and inner modules of a pickled torch module; None of something else.
+    """Return the parameters, buffers and inner modules of a pickled torch module; None for another object.
 
-    Its attributes are its state, or are among what it is made of, also one level further down under `state`.
+    The attributes of a module are its state, one of its arguments, or under `state` in one of these.
     """
     for value in (node.state, *node.arguments):
         for state in (value, value.get("state")) if isinstance(value, dict) else ():
             if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
-                own = [state[key] for key in ("_parameters", "_buffers", "_modules")]
-                held = {key: value for part in own if isinstance(part, dict) for key, value in part.items()}
+                parts = [state[key] for key in ("_parameters", "_buffers", "_modules")]
+                content = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
                 unsaved = state.get("_non_persistent_buffers_set")
                 names = {key for key in unsaved if isinstance(key, str)} if isinstance(unsaved, list) else set()
-                return {key: held[key] for key in held if key not in names}
+                return {key: content[key] for key in content if key not in names}
     return None
 
 
 def _of_shards(index: Path) -> IndexedCheckpoint:
-    """A model in shards, by its index."""
+    """Return the index of a model in shards."""
     tensors: dict[Keys, Find] = {}
     values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).shards.items():
@@ -314,8 +313,8 @@ def _of_shards(index: Path) -> IndexedCheckpoint:
 
 
 def _of_chunks(folder: Path) -> IndexedCheckpoint:
-    """Safetensors files of chunks, as the HuggingFaceStorageWriter makes them."""
-    held: dict[str, list[FoundChunk]] = {}
+    """Return the index of a folder of chunks that the HuggingFaceStorageWriter wrote."""
+    chunks_by_name: dict[str, list[FoundChunk]] = {}
     for path in sorted(folder.glob(f"*{fmt.SUFFIX}")):
         file = _of_file(path)
         offsets = parse_object(path, file.values["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
@@ -324,21 +323,25 @@ def _of_chunks(folder: Path) -> IndexedCheckpoint:
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
             if not is_sizes(offset) or len(offset) != len(chunk.tensor.shape):
                 raise FileFormatError(path, f"tensor {shown(name)}: DCP_SHARDING_INFO must give its offsets")
-            held.setdefault(name, []).append(chunk._replace(box=Box(tuple(offset), chunk.tensor.shape)))
-    for name, chunks in held.items():
+            located = chunk._replace(box=Box(tuple(offset), chunk.tensor.shape))
+            chunks_by_name.setdefault(name, []).append(located)
+    tensors: dict[Keys, Find] = {}
+    for name, chunks in chunks_by_name.items():
         if problem := cover_problem(tensor_shape(chunks), [chunk.box for chunk in chunks]):
             raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
-    return IndexedCheckpoint(folder, {(name,): functools.partial(list, chunks) for name, chunks in held.items()})
+        tensors[name,] = functools.partial(list, chunks)
+    return IndexedCheckpoint(folder, tensors)
 
 
 def tensor_shape(chunks: Sequence[FoundChunk]) -> tuple[int, ...]:
-    """The shape of the tensor that all its chunks make."""
+    """Return the shape of the tensor that consists of these chunks."""
     if len(chunks) == 1:
         return chunks[0].box.end
     return tuple(map(max, zip(*(chunk.box.end for chunk in chunks), strict=True))) if chunks[0].box.shape else ()
 
 
 def _of_distributed(metadata: Path) -> IndexedCheckpoint:
+    """Return the index of a folder of torch.distributed.checkpoint."""
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
     listed, planned, stored = (state.get(key) for key in ("state_dict_metadata", "planner_data", "storage_data"))
@@ -359,12 +362,12 @@ def _of_distributed(metadata: Path) -> IndexedCheckpoint:
 
 
 def _state(value: Any) -> dict[str, Any]:
-    """The attributes of an object in a pickle; empty where it has none."""
+    """Return the attributes of an object in a pickle; empty if it has none."""
     return value.state if isinstance(value, Node) and isinstance(value.state, dict) else {}
 
 
 class _ChunkFiles:
-    """The files of a distributed checkpoint: what its metadata say of each place, and each file's identity."""
+    """The files of a distributed checkpoint, the places in its metadata, and the identities of the files."""
 
     def __init__(self, metadata: Path, stored: dict[Any, Any]) -> None:
         self._metadata = metadata
@@ -377,38 +380,36 @@ class _ChunkFiles:
                 self._places[key["fqn"], tuple(offset)] = _state(place)
 
     def chunks(self, name: str, described: Any) -> list[FoundChunk]:
-        """The chunks of a tensor, where their files have them."""
+        """Return the chunks of a tensor, with their places in the files."""
         size: Any = _state(described).get("size")
         listed: Any = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in map(_state, described.state["chunks"])]
-        if not all(is_sizes(one) and len(one) == len(size) for pair in ((size, size), *listed) for one in pair):
+        if not all(is_sizes(axes) and len(axes) == len(size) for pair in ((size, size), *listed) for axes in pair):
             reason = f"tensor {shown(name)}: its shape, or that of a chunk, is malformed"
             raise FileFormatError(self._metadata, reason)
         boxes = [Box(tuple(offset), tuple(shape)) for offset, shape in listed]
         if problem := cover_problem(tuple(size), boxes):
             raise FileFormatError(self._metadata, f"tensor {shown(name)}: {problem}")
-        made = []
+        chunks = []
         for box in boxes:
-            path, found = self.read(name, box.offset)
-            if not isinstance(found, TensorEntry) or found.shape != box.shape:
+            path, entry = self.read(name, box.offset)
+            if not isinstance(entry, TensorEntry) or entry.shape != box.shape:
                 raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
-            made.append(FoundChunk(path, self._identities[path], found, box))
-        return made
+            chunks.append(FoundChunk(path, self._identities[path], entry, box))
+        return chunks
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
-        """The file and the object of a name at an offset, or of the name alone."""
-        place = self._places.get((name, offset)) or self._places.get((name, ())) or {}
-        file_name: Any = place.get("relative_path")
-        begin: Any = place.get("offset")
-        length: Any = place.get("length")
-        wrong = ""
+        """Return the file and the object of a name at an offset, or of the name alone."""
+        place: Any = self._places.get((name, offset)) or self._places.get((name, ())) or {}
+        file_name, begin, length = map(place.get, ("relative_path", "offset", "length"))
+        problem = ""
         if not (isinstance(file_name, str) and is_sizes((begin, length))):
-            wrong = "its place is missing"
+            problem = "its place is missing"
         elif Path(file_name).name != file_name or not file_name.isprintable():
-            wrong = f"{shown(file_name)} is not the name of a file beside it"
+            problem = f"{shown(file_name)} is not the name of a file in its folder"
         elif place.get("transform_descriptors"):
-            wrong = "is compressed or encrypted, which is not read"
-        if wrong:
-            raise FileFormatError(self._metadata, f"{shown(name)}: {wrong}")
+            problem = "is compressed or encrypted, which is not read"
+        if problem:
+            raise FileFormatError(self._metadata, f"{shown(name)}: {problem}")
         path = self._metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self._identities:
@@ -419,5 +420,5 @@ class _ChunkFiles:
 
 
 def names_in(names: Sequence[str]) -> str:
-    """A few names for a message."""
+    """Return a few names for a message."""
     return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,13 +1,13 @@
-"""Find the tensors in files of `torch.save`: the zip archives of today, the streams of before, and plain pickles.
+"""Find the tensors in files of `torch.save`, which are zip archives or, from old releases, streams; and in pickles.
 
-A tensor in a pickle is a call that names a storage, an offset, a shape and strides. A storage is a range of bytes of
-the file: an uncompressed member of the archive, a part of the stream behind the pickles, or a string of bytes within a
-pickle that holds such a stream itself, as plain `pickle.dump` of a tensor makes it.
+A tensor in a pickle is a call with a storage, an offset, a shape and strides. A storage is a range of bytes of the
+file: an uncompressed member of the archive, a part of the stream after the pickles, or a string of bytes in a pickle
+that holds such a stream itself, as `pickle.dump` of a tensor writes it.
 
-Pickles are read by Python's own unpickler, with each name that they could import replaced: by functions of ours that
-describe tensors, all others by an inert `Node`, whose call makes another. It is the unpickler in Python, since of that
-in C strings of bytes cannot be left in the file, nor keys of dicts refused whose hash takes forever. For the same
-reasons `torch.load` is not used, and since it maps files: one that shrinks would end the process.
+Pickles are read by Python's own unpickler, which imports nothing: it gets functions of this module for the few names
+that make tensors, and an inert `Node`, whose call makes another node, for each other name. It is the unpickler written
+in Python: the one in C can neither leave strings of bytes in the file nor refuse keys of dicts whose hash takes
+forever. `torch.load` can do neither, and it maps files: a file that shrinks would end the process.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from posthoc_cli.snapshots.tensor_file import OpenedFile
 
 _ZIP = b"PK\x03\x04"
 _MOST_REPEATED = 64 * 1024 * 1024
-"""Bytes of a tensor whose elements are stored once for several places, as `expand` makes it."""
+"""Largest number of bytes of a tensor that repeats stored elements, as `expand` makes it."""
 _MOST_ARGUMENTS = 16
-"""Of a call; a pickle may give a million to each of a million calls."""
+"""Largest number of arguments of a call that are used: a pickle may pass a million to each of a million calls."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LONGEST_LINE = 4096
-"""Bytes of a name or number that is written as text."""
+"""Largest number of bytes of a name or number that is written as text."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 _DTYPES = {
@@ -46,14 +46,14 @@ _DTYPES = {
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": None,
     **{dtype.torch_name: name for name, dtype in DTYPES.items()},
 }  # fmt: skip
-"""By the names of torch's storages and dtypes; None of a storage of bytes."""
+"""Dtypes by the names of torch's storages and dtypes; None for a storage of bytes."""
 
 
 @dataclass(eq=False, repr=False)
 class Node(dict[Any, Any]):
-    """What a name in a pickle stands for, or an object made by a call of it; `state` would be its attributes.
+    """An inert object in place of an imported name, or of the result of its call; `state` holds its attributes.
 
-    What it was filled with like a dict are its items; those of a list are passed over.
+    Its items are those of a subclass of dict; items of a subclass of list are ignored.
     """
 
     name: str
@@ -64,26 +64,29 @@ class Node(dict[Any, Any]):
     __eq__ = object.__eq__
 
     def __call__(self, *arguments: Any) -> Node:
-        """An inert object of the same name."""
+        """Return a node of the same name."""
         return Node(self.name, arguments)
 
     def extend(self, _: object) -> None:
-        """Pass over the items of a list."""
+        """Ignore the items of a list."""
 
     append = extend
 
 
 def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
-    """The object in a range of a file, written by torch.save of any release, or by pickle.
+    """Return the object in a range of a file, written by torch.save of any release, or by pickle.
 
-    It is made of plain values, lists, tuples and dicts, a `TensorEntry` for each tensor, and `Node`s for all else. A
-    FileFormatError names the file and says what is wrong.
+    It consists of plain values, lists, tuples and dicts, a `TensorEntry` for each tensor, and a `Node` for each other
+    object.
+
+    Raises:
+        FileFormatError: the range cannot be read.
     """
 
     known: dict[_Bytes, Any] = {}
 
     def from_bytes(data: Any) -> Any:
-        """A storage that was written into a string of bytes; such a string within another is not read."""
+        """Return the storage in a string of bytes; a string within such a string is not read."""
         _check(isinstance(data, _Bytes), "a storage without bytes")  # before it is hashed, which may take forever
         if data not in known:
             known[data] = _read_stream(file, data.begin, data.begin + data.nbytes, _CALLS)
@@ -98,17 +101,18 @@ def read_pickled(file: OpenedFile, begin: int, end: int) -> Any:
 
 
 class _PickleError(Exception):
-    """What is wrong with a pickle, in words that follow the file's name."""
+    """A fault of a pickle, as a phrase to follow the file's name."""
 
 
-def _check(is_right: bool, wrong: str) -> None:
-    if not is_right:
-        raise _PickleError(wrong)
+def _check(is_valid: bool, problem: str) -> None:
+    """Raise _PickleError if a condition does not hold."""
+    if not is_valid:
+        raise _PickleError(problem)
 
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Bytes of the file: a string of them in a pickle, or a storage, which may have a dtype."""
+    """A range of bytes of the file: a string of bytes in a pickle, or a storage, which may have a dtype."""
 
     begin: int
     nbytes: int
@@ -116,16 +120,16 @@ class _Bytes:
 
 
 _Calls = Mapping[str, Callable[..., Any]]
-"""What to do for calls of a name; other calls make nodes."""
+"""Functions in place of those that a pickle names; calls of other names make nodes."""
 _Locate = Callable[[str, int], _Bytes] | None
-"""The storage of a key, which is said to have so many bytes; None where there are none."""
+"""A function that returns the storage of a key, with an expected number of bytes; None if there are no storages."""
 
 
 # --- archives and streams
 
 
 def _read_stream(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
-    """A pickle, or the five pickles and the storages that torch.save wrote before it made archives."""
+    """Return the object in a pickle, or in the five pickles and the storages of a torch.save before archives."""
     value, start = _unpickled(file, begin, end, calls)
     if value != _LEGACY_MAGIC:
         return value
@@ -140,19 +144,20 @@ def _read_stream(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
         sizes[key] = max(nbytes, sizes.get(key, 0))
         return _Bytes(begins.get(key, 0), nbytes)
 
-    # The order of the storages is behind the pickle that refers to them, so that it is read twice.
-    _, behind = _unpickled(file, start, end, calls, locate)
-    keys, position = _unpickled(file, behind, end, calls)
+    # The order of the storages follows the pickle that refers to them, so the pickle is read twice.
+    _, keys_begin = _unpickled(file, start, end, calls, locate)
+    keys, position = _unpickled(file, keys_begin, end, calls)
     for key in keys if isinstance(keys, list) else ():
         if isinstance(key, str):
             begins[key] = position + 8
             position += 8 + sizes.get(key, 0)
-    is_whole = position <= end and begins.keys() == sizes.keys()
-    _check(is_whole, "truncated, or its storages are not those of its tensors")
+    is_complete = position <= end and begins.keys() == sizes.keys()
+    _check(is_complete, "truncated, or its storages are not those of its tensors")
     return _unpickled(file, start, end, calls, locate)[0]
 
 
 def _read_zip(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
+    """Return the object in an archive."""
     try:
         archive = zipfile.ZipFile(io.BufferedReader(_Range(file, begin, end)))
         members = {info.filename: info for info in archive.infolist()}
@@ -162,23 +167,23 @@ def _read_zip(file: OpenedFile, begin: int, end: int, calls: _Calls) -> Any:
     root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), "")
     _check(bool(root), "is an archive, but not of torch.save: it has no data.pkl")
 
-    def place(name: str) -> _Bytes:
+    def locate(name: str) -> _Bytes:
         _check(root + name in members, f"a damaged archive: it has no {name!r}")
         info = members[root + name]
         is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
         _check(is_plain, "is a compressed or encrypted archive, which torch.save never makes")
         head = file.read_at(_LOCAL_HEADER.size, begin + info.header_offset)
         _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head.ljust(_LOCAL_HEADER.size))
-        at = begin + info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        is_there = head.startswith(_ZIP) and at + info.file_size <= end
-        _check(is_there, "a truncated archive, or a member is not where it should be")
-        return _Bytes(at, info.file_size)
+        start = begin + info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+        is_in_range = head.startswith(_ZIP) and start + info.file_size <= end
+        _check(is_in_range, "a truncated archive, or a member is not where it should be")
+        return _Bytes(start, info.file_size)
 
     if f"{root}byteorder" in members:
-        order = place("byteorder")
+        order = locate("byteorder")
         _check(file.read_at(min(16, order.nbytes), order.begin) == b"little", "is of a big-endian machine")
-    data = place("data.pkl")
-    return _unpickled(file, data.begin, data.begin + data.nbytes, calls, lambda key, _: place(f"data/{key}"))[0]
+    data = locate("data.pkl")
+    return _unpickled(file, data.begin, data.begin + data.nbytes, calls, lambda key, _: locate(f"data/{key}"))[0]
 
 
 class _Range(io.RawIOBase):
@@ -203,11 +208,11 @@ class _Range(io.RawIOBase):
 
 
 class _Buffered(io.BufferedReader):
-    """The same, buffered."""
+    """A buffered range of a file with lines of limited length."""
 
     def readline(self, size: int | None = _LONGEST_LINE) -> bytes:
         line = super().readline(size)
-        if not line.endswith(b"\n"):  # truncated, or longer: what is left of it would be read as operations
+        if not line.endswith(b"\n"):  # truncated, or longer: its rest would be read as opcodes
             raise EOFError
         return line
 
@@ -216,7 +221,7 @@ class _Buffered(io.BufferedReader):
 
 
 def _unpickled(file: OpenedFile, begin: int, end: int, calls: _Calls, locate: _Locate = None) -> tuple[Any, int]:
-    """The value of the pickle that begins at `begin`, and where it ends, at `end` at the latest."""
+    """Return the object in the pickle that begins at `begin`, and the end of the pickle, which is `end` at most."""
     stream = _Buffered(_Range(file, begin, end))
     try:
         return _Unpickler(stream, calls, locate, begin).load(), begin + stream.tell()
@@ -228,7 +233,7 @@ def _unpickled(file: OpenedFile, begin: int, end: int, calls: _Calls, locate: _L
 
 
 class _Unpickler(pickle._Unpickler):
-    """Imports nothing, and calls only `calls` and nodes."""
+    """An unpickler that imports nothing, and calls only `calls` and nodes."""
 
     dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
     stack: list[Any]
@@ -241,24 +246,24 @@ class _Unpickler(pickle._Unpickler):
         self._stream, self._calls, self._locate, self._begin = stream, calls, locate, begin
 
     def find_class(self, module: str, name: str) -> Any:
-        """The function for a name, or what stands for it."""
+        """Return the function for a name, or a node."""
         return self._calls.get(f"{module}.{name}") or Node(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        """The storage of ("storage", type, key, location, number of elements, ...)."""
-        known = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
-        if self._locate is None or not known or not is_sizes(pid[4:5]):
+        """Return the storage of ("storage", type, key, location, number of elements, ...)."""
+        is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
+        if self._locate is None or not is_storage or not is_sizes(pid[4:5]):
             raise _PickleError("refers to objects outside the file, or to a storage without a size")
         dtype, count = _dtype_of(pid[1]), pid[4]
         return replace(self._locate(pid[2], count * (ITEM_BYTES[dtype] if dtype else 1)), dtype=dtype)
 
     def call(self, _: object = None) -> None:
-        """A call, or an object made without `__init__`, which is the same here. Keyword arguments are ignored."""
+        """Call a function, or make an object without `__init__`, which is the same here; ignore keyword arguments."""
         arguments, function = self.stack.pop(), self.stack.pop()
         self.append(function(*arguments[:_MOST_ARGUMENTS]))
 
     def build(self) -> None:
-        """Give the last object its state."""
+        """Set the state of the last object."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Node):
             self.stack[-1].state = state
@@ -268,25 +273,25 @@ class _Unpickler(pickle._Unpickler):
         self.stack[-1].update(_checked_pairs(zip(items[::2], items[1::2], strict=True)))
 
     def make_dict(self) -> None:
-        """A dict of the values since the last mark."""
+        """Make a dict of the values since the last mark."""
         items = self.pop_mark()
         self.append({})
         self.fill(items)
 
-    def pass_over(self, layout: str) -> None:
-        """Leave a string of bytes in the file."""
+    def skip_bytes(self, layout: str) -> None:
+        """Push the range of a string of bytes without reading it."""
         (count,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
         self.append(_Bytes(self._begin + self._stream.tell(), count))
-        self._stream.seek(count, os.SEEK_CUR)  # beyond the end nothing is read any more
+        self._stream.seek(count, os.SEEK_CUR)  # from beyond the end, nothing more can be read
 
-    # Frames are passed through, so that places in the file are known. Sets become lists: a set would hash what is put
-    # into it. Nothing comes from the registry of extensions, whose entries may be real functions.
+    # Frames are not buffered, so that places in the file are known. Sets become lists: a set would hash its items.
+    # Opcodes of the extension registry are removed: its entries may be real functions.
     dispatch |= {
         pickle.FRAME[0]: lambda self: self.read(8),
-        pickle.SHORT_BINBYTES[0]: lambda self: self.pass_over("<B"),
-        pickle.BINBYTES[0]: lambda self: self.pass_over("<I"),
-        pickle.BINBYTES8[0]: lambda self: self.pass_over("<Q"),
-        pickle.BYTEARRAY8[0]: lambda self: self.pass_over("<Q"),
+        pickle.SHORT_BINBYTES[0]: lambda self: self.skip_bytes("<B"),
+        pickle.BINBYTES[0]: lambda self: self.skip_bytes("<I"),
+        pickle.BINBYTES8[0]: lambda self: self.skip_bytes("<Q"),
+        pickle.BYTEARRAY8[0]: lambda self: self.skip_bytes("<Q"),
         pickle.EMPTY_SET[0]: dispatch[pickle.EMPTY_LIST[0]],
         pickle.ADDITEMS[0]: dispatch[pickle.APPENDS[0]],
         pickle.FROZENSET[0]: dispatch[pickle.LIST[0]],
@@ -303,49 +308,49 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _checked_pairs(pairs: Any) -> dict[Any, Any]:
-    """A dict whose keys are texts, numbers, nodes, or tuples of them; the hash of a nested tuple may take forever."""
-    made = {}
+    """Return a dict of the pairs; raise _PickleError for keys whose hash or text may take forever, as nested tuples."""
+    checked = {}
     for key, value in pairs:
         for part in key if isinstance(key, tuple) else (key,):
-            is_long = isinstance(part, int) and abs(part) >= 2**63  # as text it may take forever, too
+            is_long = isinstance(part, int) and abs(part) >= 2**63
             if is_long or not isinstance(part, str | int | float | Node | None):
                 raise _PickleError(f"a key of a dict is a {type(part).__name__}, or an int of many digits")
-        made[key] = value
-    return made
+        checked[key] = value
+    return checked
 
 
 # --- the calls of a pickle that make tensors
 
 
 def _dtype_of(kind: Any) -> str | None:
-    """The dtype that a name in a pickle says, that of a storage, too; None for bytes of any."""
+    """Return the dtype for the name of a dtype or storage; None for a storage of bytes."""
     name = kind.name.rpartition(".")[2] if isinstance(kind, Node) else ""
     _check(name in _DTYPES, f"a tensor of {name or 'an unknown kind'}, which is not read")
     return _DTYPES[name]
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, kind: Any = None) -> TensorEntry:
-    """A tensor within a storage; of a storage of bytes `kind` names the dtype."""
+    """Return the entry of a tensor in a storage; `kind` names the dtype for a storage of bytes."""
     dtype: Any = _dtype_of(kind) if kind is not None else getattr(storage, "dtype", None)
-    fits = isinstance(storage, _Bytes) and is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
-    fits = fits and len(shape) == len(strides) <= 64 and math.prod(s or 1 for s in shape) < 2**60
-    _check(fits and dtype is not None, "a tensor without a storage, or with a malformed shape")
+    is_valid = isinstance(storage, _Bytes) and is_sizes(shape) and is_sizes(strides) and is_sizes((offset,))
+    is_valid = is_valid and len(shape) == len(strides) <= 64 and math.prod(s or 1 for s in shape) < 2**60
+    _check(is_valid and dtype is not None, "a tensor without a storage, or with a malformed shape")
     item, count = ITEM_BYTES[dtype], math.prod(shape)
     reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if count else 0
     _check((offset + reach) * item <= storage.nbytes, "a tensor reaches beyond its storage")
     is_small = count * item <= max(storage.nbytes, _MOST_REPEATED)
     _check(is_small, f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
-    in_order = all(one == 1 or a == b for one, a, b in zip(shape, strides, row_major(shape), strict=True))
-    kept = () if in_order or not count else tuple(strides)
+    is_row_major = all(size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True))
+    kept = () if is_row_major or not count else tuple(strides)
     return TensorEntry(dtype, tuple(shape), storage.begin + offset * item, count * item, kept)
 
 
 def _ordered(pairs: Any = ()) -> dict[Any, Any]:
-    """An OrderedDict, as old and new pickles make it."""
-    made = _checked_pairs(pairs)
-    if made:
-        pairs.clear()  # so that a million calls with a million pairs are soon over
-    return made
+    """Return a dict in place of an OrderedDict."""
+    checked = _checked_pairs(pairs)
+    if checked:
+        pairs.clear()  # so that a million calls with the same million pairs end soon
+    return checked
 
 
 _CALLS: _Calls = {
@@ -359,4 +364,4 @@ _CALLS: _Calls = {
     # A tensor with attributes, or of a subclass.
     "torch._tensor._rebuild_from_type_v2": lambda function, _, arguments, __: function(*arguments[:_MOST_ARGUMENTS]),
 }
-"""The names that are known, and what is done in place of calls of them."""
+"""The functions in place of those that torch's pickles name."""

@@ -1,8 +1,8 @@
-"""The step of a checkpoint: by a pattern of the user's, its content, or its name; or why these do not tell it.
+"""The step of a checkpoint: from a pattern of the user's, its content, or its name; or why none of them has it.
 
-A number in a name counts with its digit groups, decimals, exponent and unit: `step=1_000`, `1,000`, `1.5k`, `1e5`,
-`2M-steps`. It is the step if a word says so, or if it is the only number. What could also mean something else is
-refused: a wrong step would put weights at a wrong time in silence.
+A number in a name is read with its digit groups, decimals, exponent and unit: `step=1_000`, `1,000`, `1.5k`, `1e5`,
+`2M-steps`. It is the step if a word says so, or if it is the only number. A number that could mean something else is
+refused: a wrong step would put weights at a wrong time without notice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STRONG = r"(?:steps?|iter(?:ation)?s?)"
 _BEFORE = re.compile(
     rf"(?<![a-z])(?:(?P<strong>{_STRONG})|checkpoints?|ckpts?)(?P<apart>[=_.\- ]*){_TOKEN}", re.IGNORECASE
 )
-_BEHIND = re.compile(
+_AFTER = re.compile(
     rf"(?<![0-9.,])(?P<number>{_PLAIN})(?P<unit>[kmb]?)(?P<apart>[_\- ]?)(?P<strong>{_STRONG})(?![a-z]|[=_.\- ]*[0-9])",
     re.IGNORECASE,
 )
@@ -41,9 +41,9 @@ _DATE = re.compile(r"(?<![0-9])(?:19|20)[0-9]{2}([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[
 
 
 class Reading(NamedTuple):
-    """What a name says: a step, which may be no whole number, or why it is in doubt; neither where there is none.
+    """The step in a name, which may be no whole number, or the doubt about it; neither if the name has none.
 
-    `by_word` is whether a word such as step says so.
+    `by_word` is whether a word such as step marks the number.
     """
 
     step: float | None = None
@@ -52,15 +52,14 @@ class Reading(NamedTuple):
 
 
 def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_word: str, per_epoch: int | None) -> int:
-    """The step of a checkpoint, for which `step_from` is searched in its path if that is given.
+    """Return the step of a checkpoint, if given by a search for `step_from` in its path.
 
     Arguments:
-        by_word: a name beside it in which a word such as step tells the step, so that this one must have it, too; empty
-            for none.
-        per_epoch: steps of an epoch, 0 where they are not known; None if a number may as well be one of epochs.
+        by_word: another checkpoint's name with a word such as step, which this name must then have too; or empty.
+        per_epoch: for EMAs the number of steps in an epoch, 0 if unknown, so that the name may count epochs; or None.
 
     Raises:
-        InvalidValueError: nothing tells it.
+        InvalidValueError: neither path, content nor name has the step.
     """
     if step_from is not None:
         match = re.search(step_from, str(path))
@@ -85,18 +84,18 @@ def step_of(path: Path, indexed: IndexedCheckpoint, step_from: str | None, by_wo
 
 
 def _optimizer_step(path: Path, indexed: IndexedCheckpoint, epoch: int) -> float:
-    """The updates that an optimizer has counted."""
+    """Return the number of updates that an optimizer has counted."""
     counted = [value for name, value in indexed.values.items() if name.endswith(".step") and ".state." in name]
-    counted += [found for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
-                if (found := indexed.number(*keys))]  # fmt: skip
+    counted += [count for keys in indexed.tensors if keys[-1] == "step" and "state" in keys
+                if (count := indexed.number(*keys))]  # fmt: skip
     if not counted:
-        reason = f"must be given: {path.name} knows its epoch, {epoch} counted from 0, and not its step"
+        reason = f"must be given: {path.name} holds its epoch, {epoch} counted from 0, and not its step"
         raise InvalidValueError("steps_per_epoch", reason)
     return float(max(counted))
 
 
 def checked_step(path: Path, step: float) -> int:
-    """A step as a whole number; an InvalidValueError if it can be none."""
+    """Return a step as an int; raise InvalidValueError if it is not a whole number in the allowed range."""
     if not 0 < step <= _MOST_STEPS or step != int(step):
         reason = f"its step is {shown(step)}; must be a whole number from 1 to {_MOST_STEPS:.0e}"
         raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
@@ -104,28 +103,29 @@ def checked_step(path: Path, step: float) -> int:
 
 
 def named_step(path: Path) -> Reading:
-    """The step that the name of a file or folder tells: by a word, else by its only number.
+    """Return the step in the name of a file or folder: the number next to a word such as step, else the only number.
 
-    Without a number in it, the folder above tells it by a word; other numbers there, as of an experiment, are no steps.
+    If the name has no number, use that of the parent folder, only with such a word: it may be that of an experiment.
     """
     stem = path.name
     for ending in ENDINGS:
         stem = stem.removesuffix(ending)
-    is_own = re.search("[0-9]", stem) is not None
-    name = stem if is_own else path.parent.name
-    found = [*_BEFORE.finditer(name), *_BEHIND.finditer(name)]
-    found = [match for match in found if match["strong"]] or found
-    by_word = bool(found)
-    if is_own and not found:
-        found = [*_ALONE.finditer(name)]
-    return _read(name, found[0], by_word) if len(found) == 1 else Reading()
+    has_number = re.search("[0-9]", stem) is not None
+    name = stem if has_number else path.parent.name
+    matches = [*_BEFORE.finditer(name), *_AFTER.finditer(name)]
+    matches = [match for match in matches if match["strong"]] or matches
+    by_word = bool(matches)
+    if has_number and not matches:
+        matches = [*_ALONE.finditer(name)]
+    return _interpret(name, matches[0], by_word) if len(matches) == 1 else Reading()
 
 
-def _read(name: str, match: re.Match[str], by_word: bool) -> Reading:
+def _interpret(name: str, match: re.Match[str], by_word: bool) -> Reading:
+    """Return the step that a match of a number in a name means, or why it may mean something else."""
     parts = match.groupdict("")
     number, unit, token = parts["number"], parts["unit"].lower(), match[0]
     is_sure = bool(parts.get("strong"))
-    date = next((one for one in _DATE.finditer(name) if one.start() <= match.start("number") < one.end()), None)
+    date = next((date for date in _DATE.finditer(name) if date.start() <= match.start("number") < date.end()), None)
     if not is_sure and parts.get("other"):
         return Reading(doubt=f"{token!r} is no step")
     if date is not None and (date[1] or not is_sure):
@@ -142,7 +142,7 @@ def _read(name: str, match: re.Match[str], by_word: bool) -> Reading:
 
 
 def _trainer_step(path: Path) -> float | None:
-    """The step in the state of a transformers Trainer."""
+    """Return the step in the state of a transformers Trainer; None if there is none."""
     state = path / _TRAINER_STATE
     if not (path.is_dir() and state.is_file()):
         return None
@@ -151,7 +151,7 @@ def _trainer_step(path: Path) -> float | None:
 
 
 def read_number(text: str) -> float | None:
-    """The number that a text is, such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if whole; None if it is none."""
+    """Return the number in a text such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if possible; else None."""
     match = _NUMBER.fullmatch(text)
     if match is None or sum(map(str.isdigit, text)) > _MOST_DIGITS:
         return None

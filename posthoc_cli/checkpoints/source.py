@@ -1,4 +1,4 @@
-"""A checkpoint as a source of averages: what its file says, and what `ema import` may be told of it."""
+"""A checkpoint as a source of averages, and the settings that an import adds to what its file says."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from posthoc_cli.snapshots.selection import check_globs, make_selection
 from posthoc_cli.snapshots.sources import FileSource
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
-"""Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
+"""Last parts of the names of BatchNorm's statistics. They are copied: a variance must not be extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,20 @@ class Settings:
     """What checkpoints do not say themselves, and which of their tensors to take.
 
     Attributes:
-        kind: one of `checkpoints.KINDS`; None to find that of each file.
-        step_from: a regular expression whose group is the step, searched in a path; it may be 1_500 or 1.5k, too.
-        prefix: what names of the model's tensors begin with; it is left out of the names.
-        include, exclude: globs on the names that remain.
+        kind: one of `checkpoints.KINDS`; None to recognise the kind of each file.
+        step_from: regular expression to search in a path; its group is the step, also as 1_500 or 1.5k.
+        prefix: prefix of the names of the model's tensors, which is removed.
+        include, exclude: globs on the names without the prefix.
         sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
-        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`.
-        ema_decay: of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images; `update_every` is theirs, too.
-        ema_warmup: "ratio" of (1 + n) / (10 + n), "power" of 1 - (1 + n)**(-2/3), "power:0.75" of another power, or
-            "ramp-up" of a half-life that is 0.05 of the training so far, "ramp-up:0.1" of another share.
-        ema_restarts: steps at which an ordinary EMA began again from the weights.
-        ema_uncertainty: of the time constant, relative, where the decay was found.
-        ema_late: steps by which each of `ema_restarts` may be later, where they were found.
-        steps_per_epoch: where files know only the epoch.
+        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`;
+            `update_every` also of ordinary EMAs.
+        ema_decay: decay of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images.
+        ema_warmup: "ratio" for (1 + n) / (10 + n), "power" for 1 - (1 + n)**(-2/3), "power:0.75" for another power, or
+            "ramp-up" for a half-life of 0.05 of the training so far, "ramp-up:0.1" for another share.
+        ema_restarts: steps at which an ordinary EMA restarted from the weights.
+        ema_uncertainty: relative uncertainty of the time constant, if an import found the decay.
+        ema_late: number of steps by which a restart may have been later, if an import found `ema_restarts`.
+        steps_per_epoch: number of steps in an epoch, for files that hold only the epoch.
     """
 
     kind: str | None = None
@@ -81,13 +82,13 @@ class Settings:
                 vars(self)[name] = tuple(given)
         restarts = self.ema_restarts
         are_steps = isinstance(restarts, tuple) and all(type(step) is int and step > 0 for step in restarts)
-        for name, is_right, wanted in (
+        for name, is_valid, required in (
             ("sigma_rels", isinstance(self.sigma_rels, tuple), "a list of widths"),
             ("ema_restarts", are_steps, "steps, above 0"),
             ("prefix", isinstance(self.prefix, str), "a text"),
         ):
-            if not is_right:
-                raise InvalidValueError(name, f"must be {wanted}", value=brief(getattr(self, name)))
+            if not is_valid:
+                raise InvalidValueError(name, f"must be {required}", value=brief(getattr(self, name)))
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel)
         for name, least in (("update_every", 1), ("update_after_step", 0), ("steps_per_epoch", 1), ("ema_late", 0)):
@@ -105,7 +106,7 @@ class Settings:
         vars(self).update(plain)
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
-        """What is given of the decays of an ordinary EMA that is updated so often, as arguments of `Decay`."""
+        """Return the given arguments of `Decay` for an ordinary EMA that is updated at this interval."""
         rule: dict[str, Any] = {}
         if isinstance(self.ema_decay, str):
             half_life = read_number(self.ema_decay.removeprefix("half-life:")) or 0.0
@@ -129,25 +130,25 @@ class Settings:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that differ from their defaults, as plain values for JSON."""
+        """The settings that differ from their defaults, as plain values for JSON."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return {name: value for name, value in values.items() if value not in (None, "", [])}
 
     @property
-    def said(self) -> Settings:
-        """The same without a decay that was found, and what was found with it: more files show another one."""
+    def without_findings(self) -> Settings:
+        """The settings without a decay that an import found, and its details: with more files it finds another one."""
         if self.ema_uncertainty is None:
             return self
         return replace(self, ema_decay=None, ema_warmup=None, ema_restarts=(), ema_uncertainty=None, ema_late=None)
 
-    def chosen(self, found: Tensors, but: Collection[str] = ()) -> Tensors:
-        """The tensors that `include` and `exclude` leave, without those named in `but`."""
+    def select(self, tensors: Tensors, ignored: Collection[str] = ()) -> Tensors:
+        """Return the tensors that `include` and `exclude` select, without the ignored names."""
         selection = make_selection(self.include, self.exclude, "copy")
-        check_globs(selection, found)
-        chosen = {name: find for name, find in found.items() if selection.names(name) and name not in but}
-        if not chosen:
+        check_globs(selection, tensors)
+        selected = {name: find for name, find in tensors.items() if selection.names(name) and name not in ignored}
+        if not selected:
             raise InvalidValueError("include and exclude", "leave no tensor of the model")
-        return chosen
+        return selected
 
 
 UNSPECIFIED = Settings()
@@ -158,18 +159,18 @@ UNSPECIFIED = Settings()
 
 @dataclass(frozen=True)
 class CheckpointInfo(fmt.SourceInfo):
-    """What is known of a checkpoint beside its tensors: see `format.SourceInfo`.
+    """The description of a checkpoint without its tensors' values: see `format.SourceInfo`.
 
     Attributes:
-        profile: what its tensors are of: the weights at one time (`Point`), or an average.
-        step: of the training; `t` is that of the profile.
-        t_unit: what `t` counts.
-        tensors: role and dtype of each.
+        profile: profile of its tensors: `Point` for weights, or that of an average.
+        step: step of the training; `t` is that of the profile.
+        t_unit: unit of `t`.
+        tensors: role and dtype of each tensor.
         aliases: further names of tensors.
-        sigma_rel: of the power function that an average was asked for; 0 for others.
-        decay: that of an ordinary EMA, without its warm-up; 0 for others, and where it is unknown.
-        run_id: made of names, shapes and content; empty until checkpoints were compared with each other.
-        left_out: names of the model's state that are not used.
+        sigma_rel: width that the user of another library asked for; 0 for weights and other averages.
+        decay: decay of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors.
+        run_id: hash of names, shapes and content; empty until checkpoints were compared with each other.
+        left_out: names in the model's state that are not used.
     """
 
     profile: StoredProfile
@@ -186,7 +187,7 @@ class CheckpointInfo(fmt.SourceInfo):
 
     @property
     def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
-        """Its time."""
+        """The time of the profile."""
         return self.profile.t
 
     @property
@@ -196,25 +197,25 @@ class CheckpointInfo(fmt.SourceInfo):
 
     @property
     def gamma(self) -> float:
-        """The exponent of `sigma_rel`; 0 without."""
+        """The exponent of `sigma_rel`; 0 if that is 0."""
         return gamma_from_sigma_rel(self.sigma_rel) if self.sigma_rel else 0.0
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """Its step and time."""
+        """The pair of its step and time."""
         return ((self.step, self.t),)
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """What reconstruction uses of it, with another profile if one is given; as if updated at every step."""
-        own: Any = profile or self.profile
-        if isinstance(own, PowerFunction):
-            own = RecordedPowerFunction(own.gamma, own.t, self.t_first, 1.0)
+        """Return the input of a reconstruction, with its own or another profile, as if updated at every step."""
+        used: Any = profile or self.profile
+        if isinstance(used, PowerFunction):
+            used = RecordedPowerFunction(used.gamma, used.t, self.t_first, 1.0)
         eps = EPS["F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"]
-        return StoredAverage(own, self.step, eps, None, self.t / self.step, Steps(Clock([self.step], [self.t]), 1))
+        return StoredAverage(used, self.step, eps, None, self.t / self.step, Steps(Clock([self.step], [self.t]), 1))
 
     @property
     def holds(self) -> str:
-        """What its tensors are of, for people."""
+        """A phrase that says what its tensors are."""
         if isinstance(self.profile, Point):
             return "weights"
         if self.decay:
@@ -229,10 +230,10 @@ class Updates:
     """How an ordinary EMA was updated, as far as its file says.
 
     Attributes:
-        rule: arguments of `profiles.other_libraries.Decay`; without "decay" where that is not there.
-        count: how many were made; None if that is not there.
-        every: calls between updates, as the library does it by default; images of a batch, 0 where that is not there.
-        from_first: whether the first call is an update, and not the one of number `every`.
+        rule: arguments of `profiles.other_libraries.Decay`; without "decay" if the file does not hold it.
+        count: number of updates; None if the file does not hold it.
+        every: calls between updates by the library's default; for EDM images of a batch, 0 if they are unknown.
+        from_first: whether the first call is an update, and not call number `every`.
     """
 
     rule: dict[str, Any] = field(default_factory=dict)
@@ -240,23 +241,23 @@ class Updates:
     every: int = 1
     from_first: bool = False
 
-    def profile(self, path: Path, step: int, settings: Settings, default: float) -> OrdinaryEMA | None:
-        """The profile at a step, of the `default` decay where none is known; None without."""
-        every, later, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
-        rule = {"decay": default} | self.rule | settings.rule(every)
+    def profile(self, path: Path, step: int, settings: Settings, default_decay: float) -> OrdinaryEMA | None:
+        """Return the profile at a step, with the default decay if none is known; None if that is 0."""
+        every, after, count = settings.update_every or self.every, settings.update_after_step or 0, self.count
+        rule = {"decay": default_decay} | self.rule | settings.rule(every)
         if not rule["decay"]:
             return None
-        if began := max((begin for begin in settings.ema_restarts if begin < step), default=0):
+        if restart := max((restart for restart in settings.ema_restarts if restart < step), default=0):
             rule |= {"copies": 0, "late": settings.ema_late or 0}
-            first, count = began + every, (step - began) // every
+            first, count = restart + every, (step - restart) // every
         elif count is None:
-            first = later + 1 if self.from_first else (later // every + 1) * every
+            first = after + 1 if self.from_first else (after // every + 1) * every
             count = max(0, (step - first) // every + 1)
         elif count > step:
             raise FileFormatError(path, f"has counted {count:,} updates of its EMA, and is of step {step:,}")
         elif self.every > 1:  # calls are counted, of which the first is an update
             if settings.update_after_step is not None:
-                rule["copies"] = later + 1
+                rule["copies"] = after + 1
             rule["stride"], first, count = every, step - count + 1, (count - 1) // every + 1
         else:
             if settings.update_every is None and count:
@@ -272,14 +273,14 @@ class Updates:
 
 @dataclass(frozen=True)
 class Checkpoint(FileSource):
-    """The tensors of a checkpoint, or of an average that another program stored, and what is known about them.
+    """The tensors of a checkpoint, or of an average that another program stored, and their description.
 
-    Its `header` says what is where, as if all were in one file.
+    Its `header` has the places of all tensors, as if they were in one file.
 
     Attributes:
-        kind: one of `formats.TABLE`; empty of a copy that an import made.
-        label: its name, where that of its file or folder is not enough.
-        updates: of an ordinary EMA that is no copy.
+        kind: one of `formats.TABLE`; empty for a copy that an import wrote.
+        label: name to show in place of that of the file or folder.
+        updates: updates of an ordinary EMA; None for a copy and for other tensors.
     """
 
     info: CheckpointInfo
@@ -289,20 +290,20 @@ class Checkpoint(FileSource):
 
     @property
     def name(self) -> str:
-        """The name of the file or folder; of several of one name with folders above it; of two in one with a word."""
+        """The label, else the name of the file or folder."""
         return self.label or self.path.name
 
     @property
     def profile(self) -> StoredProfile:
-        """What its tensors are of."""
+        """The profile of its tensors."""
         return self.info.profile
 
-    def told(self, settings: Settings, default: float = 0.0) -> Checkpoint:
-        """The same; an ordinary EMA with the profile that its file and the settings say.
+    def with_settings(self, settings: Settings, default_decay: float = 0.0) -> Checkpoint:
+        """Return the checkpoint, an ordinary EMA with the profile that its file and the settings determine.
 
-        Where neither says the decay it stays 0, and the profile is that of the `default`; without one unchanged.
+        If neither says the decay, `info.decay` is 0, and the profile that of the default decay, or unchanged for 0.
         """
-        profile = self.updates and self.updates.profile(self.path, self.info.step, settings, default)
+        profile = self.updates and self.updates.profile(self.path, self.info.step, settings, default_decay)
         if not (self.updates and profile):
             return self
         is_known = settings.ema_decay is not None or "decay" in self.updates.rule
@@ -311,7 +312,7 @@ class Checkpoint(FileSource):
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits of the content of its files."""
+        """16 hexadecimal digits: a hash of its files' content."""
         if self.header.metadata:
             return super().identity
         identities = {part.path: part.identity for part in self.parts}
@@ -320,7 +321,7 @@ class Checkpoint(FileSource):
 
 def make_checkpoint(
     path: Path,
-    found: Tensors,
+    tensors: Tensors,
     profile: StoredProfile,
     step: int,
     kind: str = "checkpoints",
@@ -328,22 +329,22 @@ def make_checkpoint(
     sigma_rel: float = 0.0,
     updates: Updates | None = None,
 ) -> Checkpoint:
-    """A checkpoint of these tensors; of a power function, or what was meant as one, with its `sigma_rel`.
+    """Return a checkpoint of these tensors; `sigma_rel` is the width that the user of another library asked for.
 
     Raises:
-        FileFormatError: a tensor has no name that a model's could have, or a dtype that is not read.
+        FileFormatError: a tensor's name is not possible in a model, or its chunks have several dtypes.
     """
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
     layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
     known: dict[tuple[Path, TensorEntry], str] = {}
-    for name, find in found.items():
+    for name, find in tensors.items():
         if name in ("", "__metadata__") or "\0" in name or name.encode("utf-8", "replace").decode() != name:
             raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
         chunks = find()
         place = chunks[0].path, chunks[0].tensor
-        if len(chunks) == 1 and place[1].nbytes and (other := known.setdefault(place, name)) != name:
-            aliases[name] = other  # tied: both are the same bytes
+        if len(chunks) == 1 and place[1].nbytes and (first := known.setdefault(place, name)) != name:
+            aliases[name] = first  # tied weights: both names have the same bytes
             continue
         dtypes = {chunk.tensor.dtype for chunk in chunks}
         if len(dtypes) > 1:
@@ -357,19 +358,19 @@ def make_checkpoint(
     parts = tuple(
         BackingFile(
             file,
-            fmt.FileHeader.of_foreign({name: chunk.tensor for name, chunk in held.items()}),
-            {name: chunk.box for name, chunk in held.items()},
-            next(iter(held.values())).identity,
+            fmt.FileHeader.of_foreign({name: chunk.tensor for name, chunk in chunks.items()}),
+            {name: chunk.box for name, chunk in chunks.items()},
+            next(iter(chunks.values())).identity,
         )
-        for (file, _), held in layers.items()
+        for (file, _), chunks in layers.items()
     )
     stored = parts[0].header.tensors if len(parts) == 1 and len(parts[0].header.tensors) == len(entries) else entries
-    tensors = {name: _tracked(name, entry.dtype) for name, entry in entries.items()}
-    info = CheckpointInfo(profile, step, t_unit, tensors, aliases, sigma_rel)
+    roles = {name: _tracked(name, entry.dtype) for name, entry in entries.items()}
+    info = CheckpointInfo(profile, step, t_unit, roles, aliases, sigma_rel)
     return Checkpoint(path, fmt.FileHeader.of_foreign(stored), info, parts, kind, "", updates)
 
 
 def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:
-    """How a synthesis treats a tensor: floating-point numbers are averaged, others copied."""
+    """Return a tensor's role: floating-point tensors are averaged, others copied."""
     is_weight = dtype in EPS and name.rpartition(".")[2] not in _NO_WEIGHTS
     return fmt.TrackedTensor("average" if is_weight else "copy", dtype)

@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
-    """They move as is assumed without a run: so the errors are the same."""
+    """This random walk moves as is assumed without a run: the errors are the same."""
     fixed = "--steps 5000 --params 1M --max-size 1GB --sigma-rels 0.05,0.28 --dtype float32 --checkpoint-every 500"
     (even,) = ema("plan", *fixed.split(), "--json").json["proposals"]
     report = ema("plan", *fixed.split(), "--like", run / "own", "--json").json
@@ -51,7 +51,7 @@ def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
     assert report["like"] == str(run / "own")
 
 
-def test_checkpoints_are_called_so(ema: Ema, run: Path) -> None:
+def test_checkpoints_are_not_called_snapshots(ema: Ema, run: Path) -> None:
     made = ema("synthesize", run / "own", "--target", "between:383:387", "--dry-run")
     assert made.out.startswith("checkpoint ")
     assert re.search(r"predicted error \S+ % from the 40 checkpoints up to t = 400", made.err)
@@ -97,7 +97,7 @@ def test_a_sweep_in_python_takes_a_run(run: Path) -> None:
     assert [trial.value for trial in plain.trials] == [raw, *averages]
 
 
-def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_combined_with_snapshots_or_replace_them(ema: Ema, run: Path, tmp_path: Path) -> None:
     also = ["--checkpoints", run / "own"]
     curve = ("--sigma-range", "0.01:0.1", "--json")
     sources = [run / "ema"], also, [run / "ema", *also]
@@ -105,14 +105,15 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     errors = [one["predicted_error"][0] for one in curves]
     assert errors[2] < errors[1] < errors[0]
     counts = [re.search(r"[\d]+ [a-z ]+ up to", one["label"])[0] for one in curves]  # type: ignore[index]
-    said = [ema("synthesize", *source, "--sigma-rel", "0.1", "--dry-run").out for source in sources]
-    for which, count, made in zip(("snapshots", "checkpoints", "snapshots and checkpoints"), counts, said, strict=True):
-        assert re.fullmatch(rf"\d+ {which} up to", count)
-        assert re.search(rf" from \d+ {which}, predicted error", made)
-    beside = ema("info", run / "own", "--json").json
-    assert len(beside["checkpoints"]) == 40
-    assert (beside["refers_to"], beside["files"]) == (str(run / "ck"), 40)
-    assert beside["settings"] == SETTINGS | {"exclude": [SETTINGS["exclude"]]}
+    outputs = [ema("synthesize", *source, "--sigma-rel", "0.1", "--dry-run").out for source in sources]
+    kinds = ("snapshots", "checkpoints", "snapshots and checkpoints")
+    for kind, count, output in zip(kinds, counts, outputs, strict=True):
+        assert re.fullmatch(rf"\d+ {kind} up to", count)
+        assert re.search(rf" from \d+ {kind}, predicted error", output)
+    described = ema("info", run / "own", "--json").json
+    assert len(described["checkpoints"]) == 40
+    assert (described["refers_to"], described["files"]) == (str(run / "ck"), 40)
+    assert described["settings"] == SETTINGS | {"exclude": [SETTINGS["exclude"]]}
     assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
     assert "40 x weights" in (tmp_path / "page.html").read_text()
     assert "one DIR at most" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error

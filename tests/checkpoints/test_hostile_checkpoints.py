@@ -16,7 +16,7 @@ from typing import Any
 import edm2_layout
 import pytest
 import torch
-from checkpoint_layouts import LAYOUTS, STEPS, distributed
+from checkpoint_layouts import LAYOUTS, STEPS, distributed, filled
 from ema_command import Ema
 from safetensors.torch import save_file
 from torture.hostile import Bomb
@@ -27,7 +27,7 @@ Write = Callable[[str], Path]
 
 
 def read(run: Path) -> str:
-    """The message of the error that reading a run ends with; empty without one."""
+    """Return the message of the error that a synthesis ends with; empty if it succeeds."""
     try:
         Run(run).average(0.2)
     except errors.PostHocError as error:
@@ -67,7 +67,9 @@ def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
 
 
 _MANY_CALLS = b"%sq\x00%sq\x0100]q\x02(" + b"h\x00h\x01R" * 100_000 + b"e."
-"""Calls of one name with the same arguments."""
+"""Many calls of a name with the same arguments."""
+_DOUBLED = b")" + b"2\x86" * 5_000
+"""A tuple of two equal tuples, 5,000 levels deep, whose hash takes forever."""
 
 OPCODES = {
     "long text": b"\x80\x04\x8d" + (2**60).to_bytes(8, "little") + b"x",
@@ -84,17 +86,17 @@ OPCODES = {
     "nested": b"\x80\x04" + b"(" * 200_000 + b"t" * 200_000 + b".",
     "nested lists": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "itself": b"\x80\x04]q\x00h\x00a.",
-    "doubled": b"\x80\x04)" + b"2\x86" * 5_000 + b".",
-    "doubled key": b"\x80\x04})" + b"2\x86" * 5_000 + b"Ns.",
+    "doubled": b"\x80\x04" + _DOUBLED + b".",
+    "doubled key": b"\x80\x04}" + _DOUBLED + b"Ns.",
     "doubled dicts": b"\x80\x04}" + b"".join(
         b"q\x00}(\x8c\x01ah\x00\x8c\x01bh\x00u" for _ in range(60)
     ) + b".",
-    "doubled key of a call": b"\x80\x02ccollections\nOrderedDict\n])" + b"2\x86" * 5_000 + b"N\x86a\x85R.",
-    "doubled storage": b"\x80\x02ctorch.storage\n_load_from_bytes\n)" + b"2\x86" * 5_000 + b"\x85R.",
+    "doubled key of a call": b"\x80\x02ccollections\nOrderedDict\n]" + _DOUBLED + b"N\x86a\x85R.",
+    "doubled storage": b"\x80\x02ctorch.storage\n_load_from_bytes\n" + _DOUBLED + b"\x85R.",
     "long line": b"V" + b"a" * 1_000_000,
-    "doubled in a set": b"\x80\x04\x8f()" + b"2\x86" * 5_000 + b"\x90.",
-    "doubled in a frozenset": b"\x80\x04()" + b"2\x86" * 5_000 + b"\x91.",
-    "doubled in an old dict": b"()" + b"2\x86" * 5_000 + b"Nd.",
+    "doubled in a set": b"\x80\x04\x8f(" + _DOUBLED + b"\x90.",
+    "doubled in a frozenset": b"\x80\x04(" + _DOUBLED + b"\x91.",
+    "doubled in an old dict": b"(" + _DOUBLED + b"Nd.",
     "key of many digits": b"\x80\x04}\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b"Ns.",
     "many arguments": b"\x80\x04" + _MANY_CALLS % (b"cx\ny\n", b"(" + b"N" * 100_000 + b"t"),
     "many pairs": b"\x80\x04" + _MANY_CALLS % (
@@ -126,10 +128,10 @@ def test_a_pickle_that_is_none_is_one_line_at_once(what: str, tmp_path: Path) ->
 
 
 def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
-    """Functions in the registry of extensions, and attributes of the functions that stand for those of torch."""
+    """Functions in the registry of extensions, and attributes of the functions in place of torch's."""
     copyreg.add_extension("os", "getpid", 0x7FFF1234)
     extension = b"\x84" + (0x7FFF1234).to_bytes(4, "little")
-    assert pickle.loads(b"\x80\x02" + extension + b")R.") == os.getpid()  # and from now on it is known
+    assert pickle.loads(b"\x80\x02" + extension + b")R.") == os.getpid()  # from now on the registry has it in a cache
     (tmp_path / "step1.pt").write_bytes(b"\x80\x02}(X\x01\x00\x00\x00w" + extension + b")Ru.")
     assert "damaged pickle" in read(tmp_path)
     attributes = b"N}X\x0c\x00\x00\x00__defaults__)s\x86b"
@@ -151,25 +153,30 @@ def test_a_truncated_file_is_always_found(layout: str, write: Write) -> None:
     assert read(run).startswith(str(run))
 
 
+SHARD = "-00001-of-00002.safetensors"
+
+
 def test_shards_lead_nowhere_else(write: Write, tmp_path: Path) -> None:
     run = write("transformers")
-    index = run / "checkpoint-20" / "model.safetensors.index.json"
+    index, shard = (run / "checkpoint-20" / f"model{end}" for end in (".safetensors.index.json", SHARD))
     content = json.loads(index.read_text())
-    shutil.copy(run / "checkpoint-20" / "model-00001-of-00002.safetensors", tmp_path / "other.safetensors")
-    for name in ("../../other.safetensors", str(tmp_path / "other.safetensors"), "a\\b.safetensors", "x.py", "", 5):
-        index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {"0.bias": name}}))
-        assert "is not the name of a file beside it" in read(run)
-    added = content["weight_map"] | {"x": "model-00001-of-00002.safetensors"}
-    index.write_text(json.dumps(content | {"weight_map": added}))
-    assert "tensor 'x' is not in it, as the index says" in read(run)
+    shutil.copy(shard, tmp_path / "other.safetensors")
+    for name, problem in (
+        ("../../other.safetensors", "is not the name of a file"),
+        (str(tmp_path / "other.safetensors"), "is not the name of a file"),
+        (shard.name, "tensor 'x' is not in it, as the index says"),
+    ):
+        index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {"x": name}}))
+        assert problem in read(run)
     index.write_text(json.dumps(content))
-    (run / "checkpoint-20" / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors: cannot be opened: no such file" in read(run)
-    (run / "checkpoint-20" / "model-00002-of-00002.safetensors").symlink_to("model-00002-of-00002.safetensors")
-    assert "cannot be opened: too many levels of symbolic links" in read(run)
-    (run / "checkpoint-20" / "model-00002-of-00002.safetensors").unlink()
-    os.mkfifo(run / "checkpoint-20" / "model-00002-of-00002.safetensors")
-    assert "is not a regular file" in read(run)
+    for make, problem in (
+        (lambda: None, f"{shard.name}: cannot be opened: no such file"),
+        (lambda: shard.symlink_to(shard.name), "cannot be opened: too many levels of symbolic links"),
+        (lambda: os.mkfifo(shard), "is not a regular file"),
+    ):
+        shard.unlink(missing_ok=True)
+        make()
+        assert problem in read(run)
 
 
 def test_chunks_lead_nowhere_else(tmp_path: Path) -> None:
@@ -180,52 +187,44 @@ def test_chunks_lead_nowhere_else(tmp_path: Path) -> None:
     assert whole.count(b"__0_0.distcp") == 1
     for name in (b"../0.distcp\x00", b"/etc/passwds", b"./__0.distcp"):
         metadata.write_bytes(whole.replace(b"__0_0.distcp", name))
-        assert "is not the name of a file beside it" in read(tmp_path)
+        assert "is not the name of a file in its folder" in read(tmp_path)
     metadata.write_bytes(whole.replace(b"__0_0.distcp", b"__1_0.distcp"))
     assert "__1_0.distcp: cannot be opened" in read(tmp_path)
 
 
-def harm_chunk(part: dict[str, Any], **changed: Any) -> None:
-    part["w"].chunks[0].__dict__.update(changed)
-
-
-def harm_place(part: dict[Any, Any], **changed: Any) -> None:
-    for place in part.values():
-        place.__dict__.update(changed)
-
-
-DISTRIBUTED: dict[str, tuple[Callable[[Any], object], str]] = {
-    "a shape of texts": (lambda m: harm_chunk(m.state_dict_metadata, sizes=["x"]), "its shape, or that of a chunk, is"),
-    "a hole": (lambda m: harm_chunk(m.state_dict_metadata, sizes=torch.Size([299])), "'w': "),
+DISTRIBUTED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "a shape of texts": ({"sizes": ["x"]}, {}, {}, "its shape, or that of a chunk, is"),
+    "a hole": ({"sizes": torch.Size([299])}, {}, {}, "'w': "),
     "another shape": (
-        lambda m: (setattr(m.state_dict_metadata["w"], "size", torch.Size([200])),
-                   harm_chunk(m.state_dict_metadata, sizes=torch.Size([200]))),
-        "'w': holds no tensor of shape [200]",
+        {"sizes": torch.Size([200])}, {"size": torch.Size([200])}, {}, "'w': holds no tensor of shape [200]",
     ),
-    "no place": (lambda m: m.storage_data.clear(), "'w': its place is missing"),
-    "a far end": (lambda m: harm_place(m.storage_data, length=10**9), "truncated: 'w' would end beyond it"),
-    "compressed": (lambda m: harm_place(m.storage_data, transform_descriptors=["zstd"]), "compressed or encrypted"),
+    "no place": ({}, {}, {"relative_path": None}, "'w': its place is missing"),
+    "a far end": ({}, {}, {"length": 10**9}, "truncated: 'w' would end beyond it"),
+    "compressed": ({}, {}, {"transform_descriptors": ["zstd"]}, "compressed or encrypted"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", DISTRIBUTED)
-def test_metadata_that_do_not_fit_are_one_line(harm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", DISTRIBUTED)
+def test_metadata_that_do_not_fit_are_one_line(what: str, tmp_path: Path) -> None:
+    """With other attributes of the chunk, the tensor and the place."""
     distributed(tmp_path / "step-10", {"w": torch.full((300,), 1.0)})
-    metadata, (change, said) = tmp_path / "step-10" / ".metadata", DISTRIBUTED[harm]
+    metadata, (*changes, problem) = tmp_path / "step-10" / ".metadata", DISTRIBUTED[what]
     content = pickle.loads(metadata.read_bytes())
-    change(content)
+    tensor, (place,) = content.state_dict_metadata["w"], content.storage_data.values()
+    for changed, change in zip((tensor.chunks[0], tensor, place), changes, strict=True):
+        vars(changed).update(change)
     metadata.write_bytes(pickle.dumps(content))
-    assert said in read(tmp_path)
+    assert problem in read(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("offsets", "dtype", "said"),
+    ("offsets", "dtype", "problem"),
     [
         ([[0], [3]], "float32", ""), ([[0], [2]], "float32", "'w': "), ([[0], [3]], "float16", "are of several dtypes"),
         ([[0], None], "float32", "must give its offsets"), ([[0], [3, 0]], "float32", "must give its offsets"),
     ],
 )  # fmt: skip
-def test_chunks_make_a_whole_tensor_of_one_dtype(tmp_path: Path, offsets: Any, dtype: str, said: str) -> None:
+def test_chunks_make_a_complete_tensor_of_one_dtype(tmp_path: Path, offsets: Any, dtype: str, problem: str) -> None:
     folder = tmp_path / "step-1"
     folder.mkdir()
     for part, offset in enumerate(offsets):
@@ -233,14 +232,19 @@ def test_chunks_make_a_whole_tensor_of_one_dtype(tmp_path: Path, offsets: Any, d
         values = torch.ones(3, dtype=getattr(torch, dtype) if part else torch.float32)
         save_file({"w": values}, folder / f"model-{part}.safetensors", {"DCP_SHARDING_INFO": info})
     message = read(tmp_path)
-    assert said in message
-    assert bool(said) == bool(message)
+    assert problem in message
+    assert bool(problem) == bool(message)
 
 
 @pytest.mark.parametrize("name", ["", "__metadata__", "a\0b", "\ud800"])
 def test_a_name_that_no_tensor_can_have_is_refused(name: str, tmp_path: Path) -> None:
     torch.save({"w": torch.ones(3), name: torch.ones(2)}, tmp_path / "step1.pt")
     assert "a model's tensor cannot have this name" in read(tmp_path)
+
+
+def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.ones(3), tmp_path / "step1.pt")
+    assert read(tmp_path) == f"{tmp_path / 'step1.pt'}: holds no tensors with names"
 
 
 def test_a_configuration_must_be_an_object(tmp_path: Path) -> None:
@@ -319,20 +323,13 @@ def test_ten_thousand_files(tmp_path: Path) -> None:
 
 
 def test_the_command_says_one_line_and_writes_nothing(ema: Ema, tmp_path: Path) -> None:
-    run = tmp_path / "ck"
-    run.mkdir()
-    (run / "notes.txt").write_text("nothing here")
-    out = tmp_path / "out.safetensors"
-    for step in STEPS:
-        torch.save({"w": torch.ones(2000)}, run / f"step{step}.pt")
+    run, out = filled(tmp_path / "ck", *STEPS, size=2000), tmp_path / "out.safetensors"
+    (run / "notes.txt").write_text("not a checkpoint")
     path = run / "step40.pt"
-    path.write_bytes(path.read_bytes()[:5000])
+    os.truncate(path, 5000)
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
     assert result.code == 1
     assert f"{path}: cannot be read as tensors: a damaged or truncated archive" in result.error
-    torch.save({"w": torch.ones(3)}, path)
-    assert "have shapes [2000] and [3]" in ema("synthesize", run, "--sigma-rel", "0.15", "--out", out).error
     result = ema("synthesize", "--checkpoints", run / "x*.pt", "--sigma-rel", "0.15", "--out", out)
     assert result.error.endswith("no file or folder has such a name")
-    assert "DIR: is missing" in ema("synthesize", "--sigma-rel", "0.15", "--out", out).error
     assert not out.exists()

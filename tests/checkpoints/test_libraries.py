@@ -14,7 +14,7 @@ import edm2_layout
 import numpy as np
 import pytest
 import torch
-from checking import refused
+from checking import assert_same_tensors, refused
 from checkpoint_layouts import check_average, filled
 from ema_command import Ema
 from factories import exact_weights, flip_bit
@@ -22,7 +22,6 @@ from factories import exact_weights, flip_bit
 from posthoc_cli import Run, errors, files, import_checkpoints, synthesize
 from posthoc_cli.profiles import Discrete, Point, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
-from posthoc_cli.reconstruction import DistanceTo
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.tensor_file import TensorFileWriter
@@ -30,26 +29,13 @@ from posthoc_cli.snapshots.tensor_file import TensorFileWriter
 STEPS = 400
 
 
-class Killed(BaseException):
-    """What ends a process here."""
-
-
-def raise_of(error: type[BaseException]) -> Callable[..., None]:
-    def stop(*_: object) -> None:
-        raise error
-
-    return stop
-
-
 WIDTHS = (0.05, 0.28)
-
-
 Update = Callable[[torch.nn.Module], None]
 Imported = Callable[..., Run]
 
 
 def train(start: Callable[[torch.nn.Module], Update]) -> dict[str, torch.Tensor]:
-    """A random walk of a small model; gives the weights of every step, in float64."""
+    """Return the weights of a small model after every step of a random walk, in float64."""
     generator = torch.Generator().manual_seed(3)
     model = torch.nn.Linear(60, 50)
     update = start(model)
@@ -64,7 +50,7 @@ def train(start: Callable[[torch.nn.Module], Update]) -> dict[str, torch.Tensor]
 
 
 def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], sigma_rel: float) -> float:
-    """The relative distance of an average from the true one over all steps."""
+    """Return the relative distance of an average from the true one over all steps."""
     steps = len(next(iter(history.values())))
     masses = exact_weights(sigma_rel, np.arange(1.0, steps + 1))
     square = norm = 0.0
@@ -108,7 +94,7 @@ def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> N
 @pytest.mark.parametrize("rate", ["constant", "falling"])
 @pytest.mark.parametrize("update_every", [10, 100])
 def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, update_every: int, rate: str) -> None:
-    """Stored averages that are mostly of the first weights, far smaller ones than those of the average that is made."""
+    """Stored averages are mostly of the first weights, which are far smaller than those of the synthesized average."""
     steps, size = 6000, 300
     fraction, random = np.arange(steps)[:, None] / steps, np.random.default_rng(5)
     moves = (1 - fraction if rate == "falling" else 1) * random.standard_normal((steps, size))
@@ -135,7 +121,7 @@ def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, upda
 def test_files_of_two_sessions_are_doubted(
     tmp_path: Path, imported: Imported, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`pytorch-posthoc-ema` counts from 0 again where it is continued, and replaces its first files."""
+    """`pytorch-posthoc-ema` counts from 0 again when it is continued, and replaces its first files."""
     library = pytest.importorskip("posthoc_ema")
     settings = {"sigma_rels": WIDTHS, "update_every": 5, "checkpoint_every": 20, "checkpoint_dtype": torch.float32}
 
@@ -154,7 +140,7 @@ def test_files_of_two_sessions_are_doubted(
     imported(tmp_path / "x", **options)
     assert "fit no update_every; check `sigma_rels`, `update_after_step`, and that one session" in caplog.text
     caplog.clear()
-    second = imported(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # by a glob, on a clock of its own
+    second = imported(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # on the clock of the second session
     assert "fit no update_every" not in caplog.text
     assert distance(second, {name: values[-140:] for name, values in history.items()}, 0.1) < 0.03
 
@@ -178,8 +164,8 @@ def test_a_wrong_update_after_step_is_named(
     run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=true)
     assert (run.step, set(run.tensors)) == (STEPS, {"weight", "bias"})
     assert distance(run.average(0.1), history, 0.1) < 0.03
-    told = f"{100 if wrong is None else wrong}: does not fit the files, whose default is 100:"
-    with pytest.raises(errors.InvalidValueError, match=f"update_after_step {told} {first} has counted") as error:
+    reason = f"{100 if wrong is None else wrong}: does not fit the files, whose default is 100: {first} has counted"
+    with pytest.raises(errors.InvalidValueError, match=f"update_after_step {reason}") as error:
         imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=wrong)
     assert f" {max(true, 1)} makes it" in str(error.value)
     if true == 100:
@@ -208,34 +194,33 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
         import_checkpoints(other, None, dry_run=True, kind="edm2")
 
 
-def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
-    with pytest.raises(errors.InvalidValueError, match="kind 'nothing': must be one of edm2, ema-pytorch, "):
-        import_checkpoints(tmp_path, None, dry_run=True, kind="nothing")
-
-
 def test_an_import_that_is_killed_leaves_nothing_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the files would be taken for a run of fewer checkpoints."""
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
     filled(tmp_path, 1, 2)
-    for error in (KeyboardInterrupt, None):
-        with monkeypatch.context() as patched, pytest.raises(error or Killed):
-            patched.setattr(files.system, "rename", raise_of(error or Killed))
-            if error is None:
-                patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # no time for that
+    for has_time_to_clean_up in (True, False):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(files.system, "rename", kill)
+            if not has_time_to_clean_up:
+                patched.setattr(shutil, "rmtree", lambda *_, **__: None)
             import_checkpoints(tmp_path / "step*.pt", tmp_path / "new", copy=True)
         assert not (tmp_path / "new").exists()
-    (left,) = tmp_path.glob(".ema-*")
-    os.utime(left, (0, 0))
-    for file in left.iterdir():
-        os.utime(file, (0, 0))
+        leftovers = [*tmp_path.glob(".ema-*")]
+        assert len(leftovers) == (not has_time_to_clean_up)
+    for path in (*leftovers, *leftovers[0].iterdir()):
+        os.utime(path, (0, 0))
     import_checkpoints(tmp_path / "step*.pt", tmp_path / "new", copy=True)
-    assert not left.exists()
+    assert not leftovers[0].exists()
     assert [source.info.step for source in Run(tmp_path / "new").sources] == [1, 2]
 
 
-def test_the_metadata_of_an_import_are_checked(tmp_path: Path) -> None:
-    """As if somebody had written them with right checksums."""
+def test_the_metadata_of_a_copy_are_checked(tmp_path: Path) -> None:
+    """As if somebody had written them with correct checksums."""
     values = {"run_id": "0" * 32, "t": 1.0, "t_unit": "steps", "step": 1, "sigma_rel": 0.0, "gamma": 0.0}
     specs = [fmt.TensorSpec("w", "F32", (0,))]
     for index, aliases in enumerate(({"x": "y"}, {"x": ["w"]}, {"x": 5}, {"w": "w"}, {"x": "w", "y": "x"})):
@@ -251,7 +236,7 @@ def numbered(
     folder: Path, path: torch.Tensor, steps: Iterable[int], every: int, dtype: torch.dtype = torch.float32,
     widths: tuple[float, ...] = WIDTHS,
 ) -> Path:  # fmt: skip
-    """Averages as `ema-pytorch` stores them, of the weights after each step: [steps, elements]."""
+    """Write averages as `ema-pytorch` does, of `path`, the weights after each step: [steps, elements]."""
     folder.mkdir()
     for step in steps:
         for index, width in enumerate(widths):
@@ -264,7 +249,7 @@ def numbered(
 
 
 def falling_walk() -> torch.Tensor:
-    """Weights after each of 4,000 steps, of a rate that falls."""
+    """Return the weights after each of 4,000 steps with a falling rate."""
     increments = torch.randn(4000, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return 100 + (increments * torch.linspace(1, 0.1, 4000, dtype=torch.float64)[:, None]).cumsum(0)
 
@@ -279,65 +264,58 @@ def test_a_true_claim_fits_and_a_wrong_one_is_refused(every: int, tmp_path: Path
             claim(update_every=wrong)
 
 
-def test_one_profile_or_one_time_cannot_tell(tmp_path: Path) -> None:
+def test_one_profile_or_one_time_does_not_show_the_interval(tmp_path: Path) -> None:
     for steps, widths in (((1000, 2000, 3000), WIDTHS[:1]), ((1000,), WIDTHS)):
         folder = numbered(tmp_path / f"{len(steps)}", falling_walk(), steps, 10, widths=widths)
         done = import_checkpoints(folder, None, dry_run=True, sigma_rels=widths, update_every=1)
-        assert done.checks == ("update_every is as given: averages of one profile, or at one time, cannot tell it",)
+        assert done.checks == ("update_every is as given: averages of one profile, or at one time, do not show it",)
 
 
-def test_checkpoints_are_measured_by_a_sample(tmp_path: Path) -> None:
+def test_weights_are_measured_against_weights(tmp_path: Path) -> None:
     """Against the values themselves; a checkpoint in the model's dtype has no rounding error."""
     path, times = falling_walk(), (1000, 2000, 3000, 4000)
     for t in times:
         torch.save({"w": path[t - 1].bfloat16()}, tmp_path / f"step{t}.pt")
-    sources: Any = Run(tmp_path).sources
     values = [path[t - 1].bfloat16().double() for t in times]
-    found = sample_measurements(sources)
-    assert found[0].norm == pytest.approx(float((values[0] ** 2).sum()), rel=1e-12)
+    found = sample_measurements([*Run(tmp_path).sources])
     assert [one.rounding for one in found] == [0, 0, 0, 0]
-    (back, next_to) = found[2].distances
-    assert isinstance(back, DistanceTo)
-    assert (back.other, next_to.other) == (Point(1000), Point(2000))
-    assert back.squared == pytest.approx(float(((values[2] - values[0]) ** 2).sum()), rel=1e-12)
+    distances: Any = found[2].distances
+    assert [distance.other for distance in distances] == [Point(1000), Point(2000)]
+    squares = [float(((values[2] - other) ** 2).sum()) for other in values[:2]]
+    assert [distance.squared for distance in distances] == pytest.approx(squares, rel=1e-12)
     plan = Run(tmp_path).plan("between:3000:4000")
     assert plan.reconstruction.coefficients[-2:, 0] == pytest.approx([0.5, 0.5], abs=0.02)
 
 
-def test_copies_say_the_same(tmp_path: Path, imported: Imported, ema: Ema) -> None:
+def test_copies_are_the_same_run(tmp_path: Path, imported: Imported, ema: Ema) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     path = 1 + 0.01 * torch.randn(150, 300, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
     numbered(old, path, (50, 100, 150), 10)
     options = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "10")
     dry = ema("import", old, *options, "--dry-run")
-    lines = dry.out.splitlines()
-    assert lines[:2] == [
-        "3 x average tracked as sigma_rel 0.05, of its own profile",
-        "3 x average tracked as sigma_rel 0.28, of its own profile",
-    ]
-    assert lines[2].startswith("update_every 10 fits the distances between the averages (misfits: 10: ")
-    assert lines[3:] == ["nothing was written"]
+    first, second, check, written = dry.out.splitlines()
+    assert first == "3 x average tracked as sigma_rel 0.05, of its own profile"
+    assert second == "3 x average tracked as sigma_rel 0.28, of its own profile"
+    assert check.startswith("update_every 10 fits the distances between the averages (misfits: 10: ")
+    assert written == "nothing was written"
     wrong = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "1", "--out", new)
     refusal = "--update-every 1: the distances between the averages do not fit it; those of 10 do"
     assert refusal in ema("import", old, *wrong).error
     assert not new.exists()
     assert ema("import", old, *options, "--copy", "--out", new).code == 0
-    assert sorted(path.name for path in new.iterdir())[:2] == [
-        "0000000000000050-0.05.safetensors",
-        "0000000000000050-0.28.safetensors",
-    ]
-    first, second = imported(old, sigma_rels=WIDTHS, update_every=10), Run(new)
-    for one, other in zip(first.sources, second.sources, strict=True):
+    assert min(path.name for path in new.iterdir()) == "0000000000000050-0.05.safetensors"
+    reference, copies = imported(old, sigma_rels=WIDTHS, update_every=10), Run(new)
+    for one, other in zip(reference.sources, copies.sources, strict=True):
         assert isinstance(one.profile, Discrete)
         assert isinstance(other.profile, Discrete)
         np.testing.assert_array_equal(one.profile.times, other.profile.times)
         np.testing.assert_allclose(one.profile.masses, other.profile.masses, rtol=1e-15)
-    torch.testing.assert_close(dict(first.average(0.15)), dict(second.average(0.15)), rtol=0, atol=0)
+    assert_same_tensors(reference.average(0.15), copies.average(0.15))
     assert ema("verify", new).code == 0
     again = ("import", old, *options, "--copy", "--out", new)
     assert "is this import already" in ema(*again).out
     shorter = ("import", old / "*.100.pt", *options, "--copy", "--out", new)
-    assert ema(*shorter).error.endswith("is there already; choose another name, or --overwrite to replace it")
+    assert ema(*shorter).error.endswith("exists already; choose another name, or --overwrite to replace it")
     assert ema(*shorter, "--overwrite").code == 0
     assert len(Run(new).sources) == 2
     assert ema(*again, "--overwrite").code == 0
@@ -345,7 +323,7 @@ def test_copies_say_the_same(tmp_path: Path, imported: Imported, ema: Ema) -> No
     path = new / "0000000000000100-0.05.safetensors"
     flip_bit(path, path.stat().st_size - 1)
     with pytest.raises(errors.FileFormatError, match="is damaged: its checksum does not match"):
-        second.average(0.15)
+        copies.average(0.15)
     assert ema("verify", new).code == 1
     torch.save({"ema_model.w": torch.full((300,), float("inf")), "ema_model.n": torch.tensor(3)}, old / "1.150.pt")
     assert "1.150.pt: tensor 'w': holds nan" in ema("import", old, *options, "--copy", "--out", tmp_path / "x").error

@@ -24,7 +24,7 @@ def power(n: float, exponent: float = 2 / 3) -> float:
 
 
 def again(decay: Callable[[int], float], begin: int = 850) -> Average:
-    """The same, begun again from the weights of a step, with its updates counted anew."""
+    """Return an EMA that restarts from the weights at a step, and then counts its updates from 0."""
     update = by(lambda step: decay(step if step < begin else step - begin))
     return lambda step, e, x: x.copy() if step == begin else update(step, e, x)
 
@@ -36,7 +36,9 @@ UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
     "power": (by(lambda n: min(0.99, power(n))), "power", (), r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667"),
     "another power": (by(lambda n: power(n, 0.75)), "power:0.75", (), r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
     "restart": (again(lambda _: 0.995), None, (850,), "began again from the weights near step 8[3-6].*decay is 0.99"),
-    "restart of a warm-up": (again(lambda n: min(0.99, ratio(n))), "ratio", (850,), "near step 8[3-8]"),
+    "restart of a warm-up": (
+        again(lambda n: min(0.99, ratio(n))), "ratio", (850,), "near step 8[3-8].*decay is 0.98[56].* still rising$",
+    ),
     "late": (lambda step, e, x: x.copy() if step <= 430 else 0.995 * e + 0.005 * x, None, (430,), "near step 4[1-5]"),
 }  # fmt: skip
 
@@ -52,13 +54,15 @@ def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
     assert settings.get("ema_warmup") == warm_up
     assert settings.get("ema_restarts", []) == [pytest.approx(step, abs=30 if warm_up else 15) for step in begun]
     error, predicted = error_of(Run(tmp_path / "run"))
-    assert error < 5e-3 if begun and warm_up else 2e-3
+    assert error < (5e-3 if begun and warm_up else 2e-3)
     assert 0.2 < error / predicted < 2.5
-    assert [one.verdict for one in Run(tmp_path / "run").audit()] == ["as claimed"]
+    (audit,) = Run(tmp_path / "run").audit()
+    assert audit.verdict == "as claimed"
+    assert all(interval.unexplained < 1 for interval in audit.intervals)
 
 
 def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
-    """Of a target that ends shortly after it, so that much of the averages there is of the weights it began from."""
+    """For a target that ends shortly after it, when much of the averages is of the weights at the restart."""
     folder = write(tmp_path / "x", train(), again(lambda _: 0.999))
     import_checkpoints(folder, tmp_path / "found")
     import_checkpoints(folder, tmp_path / "said", ema_decay=0.999, ema_restarts=[850])
@@ -86,7 +90,7 @@ def test_a_restart_that_is_said_makes_the_true_profile(tmp_path: Path, ema: Ema)
 
 
 def timm(folder: Path, **optimizer: Any) -> Path:
-    """What its ModelEmaV3 with `use_warmup` makes of steps 1, 2, ..., saved after each epoch of 100 updates."""
+    """Write files as with timm's ModelEmaV3 and `use_warmup`: one after each epoch of 100 updates."""
     folder.mkdir()
     average = train()[0]
     for step, weights in enumerate(train(), 1):
@@ -106,10 +110,8 @@ def test_epochs_become_steps(tmp_path: Path, ema: Ema) -> None:
     folder = timm(tmp_path / "sgd")
     done = ema("import", folder, "--out", tmp_path / "2", "--ema-decay", 0.99)
     assert done.code == 2
-    assert (
-        "--steps-per-epoch: must be given: checkpoint-0.pth.tar knows its epoch, 0 counted from 0, and not"
-        in done.error
-    )
+    reason = "--steps-per-epoch: must be given: checkpoint-0.pth.tar holds its epoch, 0 counted from 0, and not"
+    assert reason in done.error
     done = ema("import", folder, "--out", tmp_path / "2", "--steps-per-epoch", EVERY)
     assert "reached by the warm-up 1 - (1 + n)^-0.667" in done.out, done.err
     for run in (Run(tmp_path / "1"), Run(tmp_path / "2")):
@@ -128,7 +130,7 @@ BATCH, HALF_LIFE = 400, 60_000
 
 
 def half_lives(weights: np.ndarray, ramp_up: float = 0.05) -> np.ndarray:
-    """By the formula: each update knows the images before it."""
+    """Return the averages after each step by the formula, with the number of images before each update."""
     averages, average = [], weights[0]
     for index, now in enumerate(weights):
         beta = 0.5 ** (BATCH / max(min(HALF_LIFE, ramp_up * index * BATCH), 1e-8))
@@ -145,7 +147,7 @@ def persistent(vector: np.ndarray) -> torch.nn.Module:
 
 
 def edm(folder: Path, library: str) -> Path:
-    """To the format of these trainings: pickles of objects with their source, named by thousands of images."""
+    """Write files in these trainings' format: pickles of objects with their source, named by thousands of images."""
     folder.mkdir()
     averages = half_lives(train())
     for step in TIMES:
