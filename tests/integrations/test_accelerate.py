@@ -314,7 +314,7 @@ def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytes
     training.run()
     (tmp_path / "saved/posthoc_ema.pt").unlink()
     training.accelerator.load_state(str(tmp_path / "saved"))
-    assert "its averages begin here" in caplog.text
+    assert "the averages begin with this training" in caplog.text
     assert distance(live(training.ema, training.model, 0.2), exact(training.weights, 0.2)) < 1e-6
 
 

@@ -164,7 +164,7 @@ def test_several_averages_without_a_checkpoint_that_one_of_them_chooses(
     two = callbacks.ModelCheckpoint(tmp_path / "a", monitor="ema_0.1_val_loss")
     three = callbacks.ModelCheckpoint(tmp_path / "b", monitor="val_loss")
     fit(tmp_path / "other", PostHocWeightAveraging(tmp_path / "more", **options), two, three, max_epochs=1)
-    assert "every checkpoint holds the average 0.1, though other metrics choose some of them" in caplog.text
+    assert "every checkpoint holds the average 0.1, though some are chosen by the metric of other weights" in caplog.text
     fit(tmp_path / "no", PostHocWeightAveraging(tmp_path / "none", **options), max_epochs=1, limit_val_batches=0)
     early = PostHocWeightAveraging(tmp_path / "early", validate="window:5", **EVERY)
     fit(tmp_path / "five", early, max_epochs=1)  # the checkpoint of step 4 is earlier
@@ -283,7 +283,7 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.15, **EVERY)
     logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
     fit(tmp_path, callback, logger=logger, ckpt_path=tmp_path / "out/step=4.ckpt")
-    assert "its averages begin here" in caplog.text
+    assert "the averages begin with this training" in caplog.text
     (metrics,) = (tmp_path / "logs").rglob("metrics.csv")
     assert "ema/predicted_error_0.15" in metrics.read_text()
     with pytest.raises(InvalidValueError, match=r"validate=0\.15"):
@@ -334,7 +334,7 @@ def test_a_tuner_before_the_training_and_checkpoints_of_a_part(
     Tuner(one).lr_find(module, loader(), loader(), num_training=8)
     assert callback.ema is None
     one.fit(module, loader(), loader())
-    assert "averages begin here" not in caplog.text
+    assert "averages begin with" not in caplog.text
     assert_exact(callback.ema, module, recorder.weights)
     again, second = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
     module = fit(tmp_path, again, second, module=Adaptable(), ckpt_path=tmp_path / "out/step=8.ckpt")

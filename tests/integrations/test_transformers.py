@@ -121,7 +121,7 @@ def test_a_checkpoint_that_a_kill_has_left_without_the_state_goes_on_from_the_sn
     callback = PostHocCallback(tmp_path / "ema", **options)
     resumed = trainer(tmp_path, callback)
     resumed.train(resume_from_checkpoint=True)
-    assert "without the state of this callback: its averages go on from the snapshots of step 8" in caplog.text
+    assert "without the state of this callback: the averages continue from the snapshots of step 8" in caplog.text
     assert_exact(callback.ema, resumed.model, whole)
 
 
@@ -152,7 +152,7 @@ def test_a_training_that_begins_again_with_smaller_batches_goes_on_with_its_aver
     assert one.state.global_step == 10
     assert_exact(callback.ema, one.model, recorder.weights)
     assert len(recorder.weights) == 15
-    assert "its averages go on from step 5" in caplog.text
+    assert "its averages continue from step 5" in caplog.text
 
 
 def test_steps_that_a_fused_optimizer_leaves_out_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +377,7 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptur
     trainer(tmp_path, max_steps=4).train()  # a checkpoint without the callback
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     trainer(tmp_path, callback).train(resume_from_checkpoint=True)
-    assert "its averages begin here" in caplog.text
+    assert "the averages begin with this training" in caplog.text
     assert callback.ema.step == 6
     with pytest.raises(ModelMismatchError, match="another directory"):
         trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()

@@ -211,7 +211,7 @@ def test_a_step_that_is_named_holds_whatever_the_weights(tmp_path: Path, caplog:
             assert ema.step == named + 1
         as_if_killed(tmp_path)
         told = [text for text in caplog.messages if "as asked" in text]
-        expected = f"{tmp_path}: the averages go on from step {named}, as asked; the model's weights are {where}"
+        expected = f"{tmp_path}: the averages continue from step {named}, as requested; the model's weights are {where}"
         assert told == ([] if where is None else [expected])
 
 
