@@ -164,7 +164,9 @@ def test_several_averages_without_a_checkpoint_that_one_of_them_chooses(
     two = callbacks.ModelCheckpoint(tmp_path / "a", monitor="ema_0.1_val_loss")
     three = callbacks.ModelCheckpoint(tmp_path / "b", monitor="val_loss")
     fit(tmp_path / "other", PostHocWeightAveraging(tmp_path / "more", **options), two, three, max_epochs=1)
-    assert "every checkpoint holds the average 0.1, though some are chosen by the metric of other weights" in caplog.text
+    assert (
+        "every checkpoint holds the average 0.1, though some are chosen by the metric of other weights" in caplog.text
+    )
     fit(tmp_path / "no", PostHocWeightAveraging(tmp_path / "none", **options), max_epochs=1, limit_val_batches=0)
     early = PostHocWeightAveraging(tmp_path / "early", validate="window:5", **EVERY)
     fit(tmp_path / "five", early, max_epochs=1)  # the checkpoint of step 4 is earlier
