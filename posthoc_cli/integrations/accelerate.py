@@ -76,7 +76,8 @@ def _free_place(places: list[_Place], bare: torch.nn.Module) -> int:
     same = [number for number, model in enumerate(models) if model is bare]
     free = [n for n, tracker in enumerate(trackers) if tracker is None or tracker.closed or models[n] is None]
     number = next(iter(same + free), len(places))
-    for earlier, (*_, hooks) in zip(trackers[number : number + 1], places[number:], strict=False):
+    if number < len(places):
+        earlier, (*_, hooks) = trackers[number], places[number]
         if earlier is not None and not earlier.closed:
             log.warning("%s: this tracker is closed, as another one of its model replaces it", earlier.checkpoint_dir)
             earlier.close()

@@ -155,11 +155,11 @@ def test_several_lengths_before_the_first_update_and_without_space_on_disk(
     assert [*run.tracker.models(run.model, "0.1")] == ["0.1"]
 
 
-def test_tied_empty_and_integer_tensors_of_several_lengths(tmp_path: Path) -> None:
+def test_tied_empty_and_integer_tensors_have_averages(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     model.register_parameter("none", torch.nn.Parameter(torch.zeros(0, 3)))
-    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(2, 0)))
+    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(2, 0, dtype=torch.float64)))
     model.register_parameter("small", torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)))
     model.register_buffer("count", torch.tensor(7))
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5) as tracker:
