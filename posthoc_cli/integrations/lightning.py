@@ -102,8 +102,8 @@ class PostHocWeightAveraging(Callback):
             raise InvalidValueError("callbacks", reason, "leave one; averages of all lengths come from its snapshots")
         if self._single is None and self._lengths:
             loop = getattr(getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None), "val_loop", None)
-            found = {f"val_loop.{name}": hasattr(loop, name) for name in ("run", "skip", "setup_data")}
-            check_found("validate", f"lightning {__version__}", found)
+            names = {f"val_loop.{name}": hasattr(loop, name) for name in ("run", "skip", "setup_data")}
+            check_found("validate", f"lightning {__version__}", names)
         if trainer not in _saving:
             _watch_saving(trainer)
 

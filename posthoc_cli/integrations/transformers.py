@@ -71,11 +71,11 @@ class PostHocCallback(TrainerCallback):
             InvalidValueError: the trainer has another such callback.
             NotReadyError: this release of transformers lacks a method or argument that the callback uses.
         """
-        found = {
+        names = {
             "Trainer._load_best_model": hasattr(trainer, "_load_best_model"),
             "Trainer.save_model(_internal_call=)": "_internal_call" in signature(Trainer.save_model).parameters,
         }
-        check_found("install", f"transformers {transformers.__version__}", found)
+        check_found("install", f"transformers {transformers.__version__}", names)
         present = trainer.callback_handler.callbacks
         if self not in present:
             _check_alone([*present, self])
@@ -107,7 +107,10 @@ class PostHocCallback(TrainerCallback):
             log.warning("%s was saved without the state of this callback: the averages %s", folder, where)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
-            stepping.register_step_post_hook(lambda stepped, *_: setattr(self, "_is_left_out", was_left_out(stepped)))
+            stepping.register_step_post_hook(self._after_optimizer_step)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._is_left_out = was_left_out(optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
@@ -196,7 +199,7 @@ def _watch(trainer: Trainer) -> None:
 
 
 def _trainer_of(state: TrainerState) -> Trainer:
-    """Return the trainer that has this state; raise a NotReadyError if none has, since the callback knows none."""
+    """Return the trainer with this state; raise a NotReadyError if the callback was not installed in it."""
     for trainer in [*_installed]:
         if trainer.state is state:
             return trainer

@@ -98,9 +98,9 @@ class Start:
             if is_first_call:
                 raise off_path_error(self._directory, *place)
         else:
-            found, newest = place
-            now, self._seen = self._resumed_at(now, found.step, newest, stored), (sample, found.reach)
-            text = f"continuing at step {found.step}, where the model's weights are"
+            on_path, newest = place
+            now, self._seen = self._resumed_at(now, on_path.step, newest, stored), (sample, on_path.reach)
+            text = f"continuing at step {on_path.step}, where the model's weights are"
             if self.step is None:
                 level = logging.INFO
             else:
@@ -330,7 +330,7 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     """Load the averages from the snapshots of one time, one per profile, with their rounding."""
     last = chosen[0].info
     kept = AverageTensors(host_layout(tracked), len(chosen))
-    inherited = tuple(_read_average(snapshot, own, tracked) for snapshot, own in zip(chosen, kept.high, strict=True))
+    inherited = tuple(_read_average(snapshot, high, tracked) for snapshot, high in zip(chosen, kept.high, strict=True))
     with chosen[0].open(tracked.boxes()) as file:
         copies = {name: read_tensor(file, name) for name, tensor in tracked.tensors.items() if tensor.role == "copy"}
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, last.t, 0, inherited)

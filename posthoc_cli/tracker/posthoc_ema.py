@@ -200,9 +200,9 @@ class PostHocEMA(Tracker):
         figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
         plan, _ = plan_possible(snapshots, wanted) if snapshots else (None, {})
-        for index, target in enumerate(() if plan is None else plan.targets):
-            if plan is not None and (error := plan.predicted_error(index)) is not None:
-                figures[f"predicted_error_{target.label}"] = error
+        if plan is not None:
+            errors = {target.label: plan.predicted_error(index) for index, target in enumerate(plan.targets)}
+            figures |= {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
         return figures
 
     @overload

@@ -61,8 +61,8 @@ class Settings:
         on_nonfinite: str, keep_state: bool,
     ) -> Settings:  # fmt: skip
         """Return the settings, with profiles in ascending order; an InvalidValueError names an unfit argument."""
-        given = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
-        profiles = sorted(check_sigma_rel(sigma_rel) for sigma_rel in given)
+        numbers = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
+        profiles = sorted(check_sigma_rel(sigma_rel) for sigma_rel in numbers)
         if not profiles or len(set(profiles)) < len(profiles):
             reason = "must be a sequence of different numbers, such as (0.05, 0.28)"
             raise InvalidValueError("sigma_rels", reason, value=f"{sigma_rels!r}")
@@ -358,7 +358,9 @@ def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
         for sigma_rel, high, low in zip(averages.sigma_rels, kept.high, kept.bits, strict=True):
             sets |= {high_prefix(sigma_rel): high.views, low_prefix(sigma_rel): low.views}
     sets[states.COPY] = averages.copies
-    tensors = {states.tensor_name(prefix, name): value for prefix, own in sets.items() for name, value in own.items()}
+    tensors = {
+        states.tensor_name(prefix, name): value for prefix, views in sets.items() for name, value in views.items()
+    }
     specs = [fmt.TensorSpec(name, stored_name(v.dtype, name), tuple(v.shape)) for name, v in tensors.items()]
     with TensorFileWriter(path, specs, states.state_metadata(info), overwrite=True) as writer:
         for name, tensor in tensors.items():

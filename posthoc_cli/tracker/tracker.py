@@ -283,7 +283,7 @@ class Tracker:
         """
         self._calls.check_open()
         if not (self._has_state or state):
-            # The state is in the writer's checkpoint. This process counts on, and is no longer to resume from disk.
+            # The writer loads the state. This process only counts, and must not resume from disk any more.
             progress = replace(self._pipeline.now.progress, updated=max(1, self.step))
             self._pipeline.set(replace(self._pipeline.now, progress=progress, resumes=False))
             return
