@@ -446,7 +446,7 @@ def _check_chunk(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) 
     expected = tracked.complete_shape(name), tracked.box(name)
     if tensor is not None and (tuple(tensor.shape), held_box(name, tensor)[1]) == expected:
         return
-    reason = "is missing in the model, of another shape, or sharded over the processes in another way than when tracked"
+    reason = "is missing in the model, of another shape, or spread over the processes in another way than when tracked"
     raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
