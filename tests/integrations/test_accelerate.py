@@ -108,7 +108,7 @@ def test_a_killed_training_resumes_exactly(tmp_path: Path, killed_at: int) -> No
 
 
 def test_a_state_is_loaded_whatever_the_weights_were_before(tmp_path: Path) -> None:
-    """Also with the option `resume`: the tracker is prepared before the model is restored.
+    """The option `resume` allows it, too: the tracker is prepared before the model is restored.
 
     Without a state, weights that are not on the run's path are refused.
     """
@@ -155,7 +155,7 @@ def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> No
 
 
 def test_a_tracker_that_replaces_another_takes_its_place_in_checkpoints(tmp_path: Path) -> None:
-    """As when a notebook's cell runs again."""
+    """A notebook's cell that runs again makes such a tracker."""
     training = Training(tmp_path)
     new = prepare(training.accelerator, training.model, tmp_path / "new", training.optimizer, **EVERY)
     assert training.ema.closed

@@ -42,7 +42,7 @@ def moved(model: torch.nn.Module, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", [None, "WeightAveraging", "EMAWeightAveraging"])
 def test_lightning(kind: str | None, tmp_path: Path) -> None:
-    """With and without Lightning's own average, which its file holds in place of the weights."""
+    """If Lightning averages, too, its file holds the average in place of the weights."""
     pytest.importorskip("lightning.pytorch")
     from integrations.digits import Regression, loader, make_trainer
     from lightning.pytorch import Callback, callbacks

@@ -93,7 +93,7 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_p
 def test_several_averages_are_validated_in_passes_hidden_from_callbacks_and_loggers(
     tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With two loaders. A window is left out while training is too short; Lightning's own pass uses raw weights."""
+    """A window is left out while training is too short; Lightning's own pass uses raw weights. There are two loaders."""
     passes: list[tuple[dict[str, Any], list[float]]] = []
     reported: list[dict[str, float]] = []
 
@@ -299,10 +299,10 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
 def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:
     """Checkpoints have room for one average: of two, each would take the average of the other for the raw weights."""
     ours = [PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), AtEpochEnds(tmp_path / "other", **EVERY)]
-    theirs = [kind() for kind in [getattr(callbacks, "WeightAveraging", None)] if kind]
-    for others in ([ours[1]], *([one] for one in theirs)):
+    lightnings = [kind() for kind in [getattr(callbacks, "WeightAveraging", None)] if kind]
+    for other in (ours[1], *lightnings):
         with pytest.raises(InvalidValueError, match="several that average weights, or one twice"):
-            fit(tmp_path, ours[0], *others)
+            fit(tmp_path, ours[0], other)
     trainer = make_trainer(tmp_path, ours[0])
     trainer.callbacks.append(ours[0])  # Lightning itself refuses this when the trainer is made
     with pytest.raises(InvalidValueError, match="or one twice"):

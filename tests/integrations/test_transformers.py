@@ -72,7 +72,7 @@ def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: P
 
 
 def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path, expected: list[Any]) -> None:
-    """In one process, where the first tracker is still open, since an exception has ended its training."""
+    """The first tracker of the process is still open, since an exception has ended its training."""
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     first = make_trainer(tmp_path, callback, Recorder(fails_at=9))
     with pytest.raises(KeyError, match="the training fails here"):
@@ -90,7 +90,7 @@ def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path
 
 @pytest.mark.parametrize("way", ["killed", "a second trainer"])
 def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path, way: str) -> None:
-    """Whether run again without `resume_from_checkpoint` or in the same process; the snapshots stay unchanged."""
+    """A script may be run again without `resume_from_checkpoint`, or train a second time; the snapshots stay unchanged."""
     options: dict[str, Any] = EVERY | {"resume": "auto"}
     if way == "killed":
         assert start("-m", "integrations.llama", tmp_path, 7).wait(250) == -signal.SIGKILL
@@ -150,7 +150,7 @@ def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After steps and snapshots with larger batches; the trainer does not reset the weights either."""
+    """There were steps and snapshots with larger batches; the trainer does not reset the weights either."""
 
     class Large(Recorder):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

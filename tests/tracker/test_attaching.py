@@ -103,7 +103,7 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, make: str, 
 
 
 def test_an_optimizer_in_accelerates_wrapper_is_attached(tmp_path: Path) -> None:
-    """With accumulated gradients it takes a step at every other call, and a scheduler takes none."""
+    """Gradients are accumulated, so that it takes a step at every other call, and a scheduler takes none."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, plain = sgd()
     scheduler = torch.optim.lr_scheduler.StepLR(plain, 1)
@@ -396,7 +396,7 @@ def test_attaching_leaves_trackers_of_another_model_or_now_of_another_optimizer_
 
 
 def test_after_an_error_of_the_update_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a fused optimizer, attributes that the scaler leaves behind must not scale the next gradients."""
+    """Attributes that the scaler leaves on a fused optimizer must not scale the next gradients."""
 
     def train(tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -462,7 +462,7 @@ def use(tracker: PostHocEMA, model: torch.nn.Module, kind: str) -> None:
 def test_a_replaced_optimizer_is_warned_of_once(
     tmp_path: Path, kind: str, own: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a warning after 60 steps, t would be 10; or 0, as where a wrapper copies the optimizer or parameters."""
+    """After 60 steps the tracker is at step 10, or at 0 if a wrapper has copied the optimizer or its parameters."""
     model, optimizer = sgd()
     if not own:
         optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
@@ -527,7 +527,7 @@ def in_turns(model: torch.nn.Module, optimizer: torch.optim.Optimizer, _: PostHo
 
 
 def on_parts(model: torch.nn.Module, optimizer: torch.optim.Optimizer, _: PostHocEMA) -> None:
-    """As Muon for the matrices and Adam for the rest, or a generator and its critic in phases."""
+    """Two optimizers share the parameters, as Muon and Adam do, or a generator's and its critic's in phases."""
     assert isinstance(model, torch.nn.Linear)
     optimizer.param_groups[0]["params"] = [model.weight]
     step(model, optimizer)

@@ -212,7 +212,7 @@ def test_without_an_update_or_a_tracked_profile_there_is_no_live_average(tmp_pat
 
 
 def test_before_the_first_update_the_raw_weights_of_a_compiled_model_are_returned(tmp_path: Path) -> None:
-    """Such a model has no truth value."""
+    """The truth value of such a model raises an error."""
     model = torch.compile(torch.nn.Linear(2, 2), backend="eager")
     tracker = PostHocEMA.from_model(model, tmp_path)
     with pytest.warns(RuntimeWarning, match="no average yet"):
@@ -344,7 +344,7 @@ def test_batches_go_to_the_models_device(tmp_path: Path) -> None:
 
 
 def test_a_failing_block_does_not_keep_the_model_alive(tmp_path: Path) -> None:
-    """Not even until garbage is collected: an accelerator may have no memory for the next model."""
+    """An accelerator may have no memory for the next model until garbage is collected."""
     model = torch.nn.Linear(2, 2)
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)

@@ -302,7 +302,7 @@ def test_snapshots_off_the_schedule_change_no_others(tmp_path: Path, device: str
 
 
 def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: Path) -> None:
-    """At call 10 the update is skipped: the average of call 8 is due, of which there is a snapshot already."""
+    """The update at call 10 is skipped: the average of call 8 is due, which a snapshot off the schedule holds."""
     for name in ("complete", "run"):
         model = matrix()
         with PostHocEMA.from_model(model, tmp_path / name, **SETTINGS, on_nonfinite="skip") as tracker:

@@ -356,7 +356,7 @@ def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None
 def test_more_tensors_than_a_header_can_name_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not only when the first snapshot is due, after hours of training."""
+    """The error comes before the first snapshot is due, after hours of training."""
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(200)])
     options = {"update_every": 1, "checkpoint_every": 1}
     with PostHocEMA.from_model(model, tmp_path / "ema", **options) as tracker:

@@ -95,7 +95,7 @@ def resumed(model: torch.nn.Module, folder: Path, way: str = "from_model") -> Po
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("last", [200, 41, 75])
 def test_a_run_is_not_resumed_with_fresh_weights(tmp_path: Path, way: str, seed: int, last: int) -> None:
-    """Also with those that the run began with, and with one snapshot on the schedule."""
+    """Nor with the weights that the run began with, nor if it has only one snapshot on the schedule."""
     finished(tmp_path, last)
     as_if_killed(tmp_path)
     before = contents(tmp_path)
@@ -117,7 +117,7 @@ def test_a_run_is_not_resumed_with_fresh_weights(tmp_path: Path, way: str, seed:
 def test_weights_of_an_earlier_checkpoint_resume_from_the_snapshots_before_it(
     tmp_path: Path, way: str, late: bool, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At step 100, with snapshots of 40, 80, 120, ..., steps 81 to 100 are missing in averages; none counts twice."""
+    """A checkpoint of step 100 resumes from step 80: steps 81 to 100 are missing in averages, and none counts twice."""
     first, checkpoints = finished(tmp_path, 200, saved=[100], kind=kind)
     again = Training(seed=3, kind=kind)
     if not late:
@@ -151,7 +151,7 @@ def test_the_step_is_right_as_soon_as_the_tracker_is_made(tmp_path: Path, caplog
 @pytest.mark.parametrize("last", [41, 79, 95, 119, 239])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_a_checkpoint_that_is_newer_than_the_snapshots_resumes_from_them(tmp_path: Path, last: int, kind: str) -> None:
-    """As after a kill, also with only one snapshot. The steps since the newest are missing from the averages."""
+    """A kill leaves such a checkpoint. The steps since the newest snapshot are missing in the averages."""
     first, checkpoints = finished(tmp_path, last, saved=[last], kind=kind)
     as_if_killed(tmp_path)
     newest = last // 40 * 40
@@ -272,7 +272,7 @@ def test_another_model_is_an_error_at_the_first_call_even_if_no_update_is_due(tm
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("ending", ["scheduled", "in between"])
 def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path: Path, device: str, ending: str) -> None:
-    """At the elements that the format defines; off the schedule, of the last update."""
+    """The format defines the elements of the sample. A snapshot off the schedule holds those of the last update."""
     last, at = (80, 80) if ending == "scheduled" else (77, 76)
     first, _ = finished(tmp_path, last, device=device, update_every=2)
     newest = read_directory(tmp_path)[-1]

@@ -262,7 +262,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
     ],
 )
 def test_an_altered_state_is_refused(tmp_path: Path, state: dict, change: dict | torch.Tensor, message: str) -> None:
-    """Whether an entry was altered, or one tensor."""
+    """The alteration is of an entry, or of one tensor."""
     tracker = trained(tmp_path, 3).tracker
     before, altered = tracker.state_dict(), copy.deepcopy(state)
     if isinstance(change, dict):

@@ -161,7 +161,7 @@ def test_a_wrapper_around_a_model_with_averaged_weights_is_no_update(tmp_path: P
 
 
 def test_making_a_tracker_fails_if_torch_has_renamed_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the error, names would have the wrapper's prefix."""
+    """Otherwise names would have the wrapper's prefix."""
     model = compiled(network())
     monkeypatch.delattr(type(model).__module__ + ".OptimizedModule")
     with pytest.raises(AttributeError, match="OptimizedModule"):
@@ -286,7 +286,7 @@ run.close()
 
 
 def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_processes(tmp_path: Path) -> None:
-    """As the training scripts of diffusers do; every process makes every call."""
+    """The training scripts of diffusers do so. Every process makes every call."""
     results = run_group(BEFORE_WRAPPING, 2, tmp_path)
     assert [result.code for result in results] == [0, 0]
     values, averaged = torch.load(tmp_path / "result-1.pt", weights_only=True)
