@@ -93,7 +93,7 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_p
 def test_several_averages_are_validated_in_passes_hidden_from_callbacks_and_loggers(
     tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A window is left out while training is too short; Lightning's own pass uses raw weights. There are two loaders."""
+    """A window is left out until training is long enough; Lightning's own pass uses raw weights. It has two loaders."""
     passes: list[tuple[dict[str, Any], list[float]]] = []
     reported: list[dict[str, float]] = []
 

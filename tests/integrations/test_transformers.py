@@ -90,7 +90,7 @@ def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path
 
 @pytest.mark.parametrize("way", ["killed", "a second trainer"])
 def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path, way: str) -> None:
-    """A script may be run again without `resume_from_checkpoint`, or train a second time; the snapshots stay unchanged."""
+    """A script may run again without `resume_from_checkpoint`, or train a second time; no snapshot changes."""
     options: dict[str, Any] = EVERY | {"resume": "auto"}
     if way == "killed":
         assert start("-m", "integrations.llama", tmp_path, 7).wait(250) == -signal.SIGKILL
