@@ -169,8 +169,7 @@ class Evaluation:
 
     def of_sources(self, work: Callable[[list[Source]], Result]) -> Result:
         """Return in each process what `work` returns in the first one, for the sources of complete tensors."""
-        _, find = self._find_sources()
-        return self.group.from_first(lambda: work(find()))
+        return self._shared(work)[0]
 
     def _raw(self, dtype: torch.dtype | str | None) -> Weights:
         """Return the raw weights of the tracked model, or else of `self.model`, with a warning."""
@@ -189,19 +188,18 @@ class Evaluation:
     def _pipeline(self) -> Pipeline:
         return self.tracker._pipeline
 
-    def _find_sources(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
-        """Return this process's sources by name, and a function by which the first process finds all sources.
-
-        Those are sources of complete tensors, to plan with. Calling the function fills the dict.
-        """
+    def _shared(
+        self, work: Callable[[list[Source]], Result], live_only: bool = False
+    ) -> tuple[Result, dict[str, Source]]:
+        """Return what `of_sources` returns, and the sources from which this process synthesizes, by name."""
         local: dict[str, Source] = {}
 
-        def find() -> list[Source]:
+        def work_in_first() -> Result:
             sources = self.sources(live_only)
             local.update((source.name, source) for source in sources)
-            return sources
+            return work(sources)
 
-        return local, find
+        return self.group.from_first(work_in_first), local
 
     def sources(self, live_only: bool = False) -> list[Source]:
         """Return the present snapshots and live averages of complete tensors."""
@@ -242,10 +240,8 @@ class Evaluation:
 
     def _one(self, query: Query, plan: Callable[[list[Source]], Plan], live_only: bool = False) -> Weights:
         """Return one average, by the plan that the first process makes."""
-        wanted = {"": as_target(query.wanted)}
-        makers, _ = self._synthesize_all(
-            wanted, lambda sources: Recipe.of_plan(plan(sources), {}), query.dtype, live_only
-        )
+        target = {"": as_target(query.wanted)}
+        makers, _ = self._synthesize_all(target, lambda s: Recipe.of_plan(plan(s), {}), query.dtype, live_only)
         return makers[""]()
 
     def _synthesize_all(
@@ -260,17 +256,13 @@ class Evaluation:
             raw = self._raw(dtype)
             return dict.fromkeys(wanted, lambda: raw), {}
 
-        def share() -> tuple[Recipe, dict[str, Source]]:
-            local, find = self._find_sources(live_only)
-            return self.group.from_first(lambda: recipe(find())), local
-
         def make(shared_and_local: tuple[Recipe, dict[str, Source]]) -> tuple[Recipe, dict[str, Weights]]:
             shared, local = shared_and_local
             targets = {label: target for label, target in wanted.items() if label not in shared.refused}
             parts = self.group.together(lambda: self._own_parts(shared, [*targets.values()], local))
             return shared, dict(zip(targets, parts, strict=True))
 
-        shared, made = with_consistent_plan(share, make)
+        shared, made = with_consistent_plan(lambda: self._shared(recipe, live_only), make)
         both = zip(made.items(), shared.errors, strict=True)
         return {label: partial(self._exchanged, shared, part, errors) for (label, part), errors in both}, shared.refused
 
@@ -307,10 +299,7 @@ class Evaluation:
         return weights
 
     def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
-        """Return a function that returns the shape of this process's part of a tensor and the ranks that hold it.
-
-        The rank that synthesizes the part comes first.
-        """
+        """Return a function from a spec to the shape of this process's part and the ranks that hold it, owner first."""
         return lambda spec: (spec.shape, self.group.ranks)
 
 
@@ -322,21 +311,20 @@ class ChunkEvaluation(Evaluation):
         """Fill the chunks that this process holds with those of an average permanently."""
         self._fill_at_once(query, device, accept_meta=False)
 
-    def _find_sources(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
-        """Return sources as `Evaluation` does; this process's are the live averages of the chunks that it owns."""
+    def _shared(
+        self, work: Callable[[list[Source]], Result], live_only: bool = False
+    ) -> tuple[Result, dict[str, Source]]:
+        """Return the same as `Evaluation`; the sources are the live averages of the chunks that this process owns."""
         local, complete = self._live_sources()
 
-        def find() -> list[Source]:
+        def work_in_first() -> Result:
             older = [] if live_only else run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-            return self._until_start(with_older(complete, older))
+            return work(self._until_start(with_older(complete, older)))
 
-        return {source.name: source for source in local}, find
+        return self.group.from_first(work_in_first), {source.name: source for source in local}
 
     def _live_sources(self) -> tuple[list[LiveSource], list[LiveSource]]:
-        """Return the live averages of the chunks that this process owns, and those of complete tensors without values.
-
-        All processes measure the latter together.
-        """
+        """Return the live averages of this process's chunks, and of complete tensors, measured together, no values."""
 
         def measure() -> list[LiveSource]:
             self.tracker.flush()
@@ -344,9 +332,8 @@ class ChunkEvaluation(Evaluation):
             return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
 
         local, progress = self.group.together(measure), self._pipeline.progress
-        parts = self.group.from_all_at(
-            progress.step, progress.t, [(source.info, dict(source.stored)) for source in local]
-        )
+        headers = [(source.info, dict(source.stored)) for source in local]
+        parts = self.group.from_all_at(progress.step, progress.t, headers)
         return local, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
     @torch.inference_mode(False)

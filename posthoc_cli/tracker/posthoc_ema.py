@@ -305,9 +305,7 @@ class PostHocEMA(Tracker):
         return {label: block(make) for label, make in makers.items()}
 
     def averaged(self, model: Module, tracked: float, alone: bool = False) -> WithStatement[Module]:
-        """Return a context manager like that of `model`, with the live average of a tracked profile.
-
-        That average is exact, and no snapshot is read.
+        """Return a context manager like that of `model`, with a tracked profile's live average: exact, from memory.
 
         Raises:
             InvalidValueError, ModelMismatchError: see `model`; or `tracked` is not a tracked profile.
@@ -400,10 +398,7 @@ class PostHocEMA(Tracker):
 def _with_members(
     tracking: Tracking, model: torch.nn.Module, tensors: ModelTensors, settings: Settings, directory: Path
 ) -> Tracking:
-    """Return `tracking` for the part of a sharded model that this process keeps, after a rendezvous of all processes.
-
-    Return it unchanged for a model that is not sharded.
-    """
+    """Return `tracking`, of a sharded model for the part that this process keeps, after a rendezvous of all."""
     if not tensors.chunks:
         return tracking
     if settings.keep_state:

@@ -358,9 +358,7 @@ def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
         for sigma_rel, high, low in zip(averages.sigma_rels, kept.high, kept.bits, strict=True):
             sets |= {high_prefix(sigma_rel): high.views, low_prefix(sigma_rel): low.views}
     sets[states.COPY] = averages.copies
-    tensors = {
-        states.tensor_name(prefix, name): value for prefix, views in sets.items() for name, value in views.items()
-    }
+    tensors = {states.tensor_name(prefix, name): view for prefix, views in sets.items() for name, view in views.items()}
     specs = [fmt.TensorSpec(name, stored_name(v.dtype, name), tuple(v.shape)) for name, v in tensors.items()]
     with TensorFileWriter(path, specs, states.state_metadata(info), overwrite=True) as writer:
         for name, tensor in tensors.items():
