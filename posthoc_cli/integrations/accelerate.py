@@ -1,4 +1,4 @@
-"""A tracker that `Accelerator.save_state` and `load_state` take along."""
+"""A tracker whose state `Accelerator.save_state` saves and `load_state` loads."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, checkpoint_dir: str | Path, optimizer: Any = None, **options: Any
 ) -> PostHocEMA:
-    """A tracker whose exact state is in every checkpoint of the accelerator.
+    """Return a tracker whose exact state is saved in every checkpoint of the accelerator.
 
-    Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards. Of several
-    models each has its own directory, and the calls have the same order whenever the script runs. A second tracker of
+    Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards. Give each of
+    several models its own directory, and make the calls in the same order whenever the script runs. A second tracker of
     one model closes the first one, with a warning, and takes its place in checkpoints.
 
     Arguments:
-        model: wrapped or bare.
+        model: the model to track, wrapped or bare.
         checkpoint_dir: the directory for the snapshots.
-        optimizer: the one whose steps count, wrapped or bare: those that `accumulate` or a GradScaler leaves out do
+        optimizer: the optimizer whose steps count, wrapped or bare: steps that `accumulate` or a GradScaler skips do
             not. None: call `ema.update_(model)` after each step that was taken.
-        options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
+        options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Raises:
         InvalidValueError: an argument, as in `from_model` and `attach`.
@@ -50,7 +50,7 @@ def prepare(
 
     def load(models: object, folder: str) -> None:
         if not read_state(ema, folder, number) and accelerator.is_main_process:
-            log.warning("%s was saved without this tracker: its averages begin here", folder)
+            log.warning("%s was saved without this tracker: the averages begin with this training", folder)
 
     hooks = ExitStack()
     hooks.callback(accelerator.register_save_state_pre_hook(save).remove)
@@ -66,17 +66,18 @@ _prepared: WeakKeyDictionary[Accelerator, list[_Place]] = WeakKeyDictionary()
 
 
 def _free_place(places: list[_Place], bare: torch.nn.Module) -> int:
-    """The place of a new tracker in checkpoints: that of one of the same model, or that takes in nothing more; or new.
+    """Return a new tracker's index in checkpoints: that of the same model's tracker, else a free one, else a new one.
 
-    As when a cell runs again, perhaps with another directory since the first one had a run. The earlier tracker is
-    closed, and no checkpoint saves or loads it any more.
+    A model has an earlier tracker when a notebook's cell runs again, perhaps with another directory. The earlier
+    tracker is closed, and checkpoints no longer save or load it.
     """
     trackers = [tracker() for tracker, *_ in places]
     models = [model() for _, model, _ in places]
     same = [number for number, model in enumerate(models) if model is bare]
-    free = [n for n, one in enumerate(trackers) if one is None or one.closed or models[n] is None]
+    free = [n for n, tracker in enumerate(trackers) if tracker is None or tracker.closed or models[n] is None]
     number = next(iter(same + free), len(places))
-    for earlier, (*_, hooks) in zip(trackers[number : number + 1], places[number:], strict=False):
+    if number < len(places):
+        earlier, (*_, hooks) = trackers[number], places[number]
         if earlier is not None and not earlier.closed:
             log.warning("%s: this tracker is closed, as another one of its model replaces it", earlier.checkpoint_dir)
             earlier.close()

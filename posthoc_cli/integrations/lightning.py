@@ -1,4 +1,4 @@
-"""A callback for the `Trainer` of Lightning, on the conventions of its own `WeightAveraging`."""
+"""A callback for the `Trainer` of Lightning, with the conventions of Lightning's `WeightAveraging`."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ log = logging.getLogger(__name__)
 class PostHocWeightAveraging(Callback):
     """Tracks averages in `Trainer(callbacks=[PostHocWeightAveraging("run/ema", validate=0.15)])`.
 
-    Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs under
-    that average, and checkpoints hold it as `state_dict`, beside the raw weights as `current_model_state`; those of
-    `ModelParallelStrategy` hold the raw weights. The tracker's exact state is in every checkpoint.
+    Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs with
+    that average, and checkpoints hold it as `state_dict`, and the raw weights as `current_model_state`; checkpoints of
+    `ModelParallelStrategy` hold the raw weights. Every checkpoint holds the tracker's exact state.
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
-        validate: the average for validation and in checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
-            for the raw weights. Each of a list is validated beside the raw weights, by one more pass that other
-            callbacks do not see, with metrics such as `ema_0.15_val_loss`; checkpoints hold the one whose metric
-            `ModelCheckpoint` monitors, else raw weights, as of one that training is too short for still.
+        validate: the average for validation and checkpoints, a sigma_rel or a text such as "decay:linear:20%"; None
+            for the raw weights. With a list, the raw weights are validated, and in one more pass each average, with
+            metrics such as `ema_0.15_val_loss`, hidden from other callbacks; checkpoints hold the average whose metric
+            `ModelCheckpoint` monitors, or raw weights without one, or while training is too short for it.
         copy_at_end: copy that average into the module when training ends.
-        update_every_n_steps: steps between two updates of the averages, see `should_update` for others.
-        update_starting_at_step, update_starting_at_epoch: no update before both.
-        use_buffers: average all floating-point buffers; else BatchNorm's running statistics, and others are copied.
-        device: "model" for averages beside the parameters, "cpu" on the host; None as `PostHocEMA.from_model` does.
-        options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
+        update_every_n_steps: steps between two updates of the averages; override `should_update` for other rules.
+        update_starting_at_step, update_starting_at_epoch: there is no update before both.
+        use_buffers: average all floating-point buffers; else average BatchNorm's running statistics and copy others.
+        device: "model" for averages on the module's device, "cpu" for the host; None: see `PostHocEMA.from_model`.
+        options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
         ema: the tracker, from the beginning of the training on; None before.
@@ -65,7 +65,7 @@ class PostHocWeightAveraging(Callback):
         self._lengths = lengths(validate)
         self._single = None if isinstance(validate, list | tuple) else next(iter(self._lengths.values()), None)
         self._saved = self._single  # the average in checkpoints
-        self._found: dict[str, Any] = {}  # metrics of several
+        self._metrics: dict[str, Any] = {}  # of a list of averages
         self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
         self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
         buffers = "average" if use_buffers else "statistics"
@@ -74,15 +74,15 @@ class PostHocWeightAveraging(Callback):
         self._steps, self._stepped = 0, False
         self._state: dict[str, Any] | None = None
         self._resumed = False
-        self._handles = ExitStack()  # what the training's end undoes
-        self._swapped = ExitStack()  # what validation's end undoes
+        self._handles = ExitStack()  # hooks to remove when training ends
+        self._swapped = ExitStack()  # averaged weights to swap out when validation ends
         self._epoch = 0
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to hand the weights over after a step, or at the end of an epoch; to be overridden.
+        """Return whether to call `update_` after a step, or at the end of an epoch; override it for other rules.
 
-        One argument is given, counted from 0. Averages have the right profile whatever this answers: each update
-        stands for the time since the one before it. `update_every_n_steps` counts what is handed over.
+        One of the arguments is passed, counted from 0. The averages have the right profile for any rule: each update
+        covers the time since the last one. `update_every_n_steps` counts the calls of `update_`.
         """
         return (
             step_idx is not None
@@ -91,25 +91,25 @@ class PostHocWeightAveraging(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second callback of this kind, since checkpoints have room for one average, and releases without what
-        `validate=[...]` needs.
+        """Check the trainer's callbacks and the release of Lightning, and note where checkpoints are saved.
 
-        And have `save_checkpoint` tell where it saves, which callbacks are not told.
+        Checkpoints have room for one average, so a second such callback is refused. Callbacks are not passed the path
+        of a checkpoint, so the trainer's `save_checkpoint` is wrapped.
         """
         kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
-        if stage == "fit" and len([one for one in trainer.callbacks if isinstance(one, kinds)]) > 1:
+        if stage == "fit" and sum(isinstance(callback, kinds) for callback in trainer.callbacks) > 1:
             reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
-            raise InvalidValueError("callbacks", reason, "leave one; its snapshots give averages of all lengths")
+            raise InvalidValueError("callbacks", reason, "leave one; averages of all lengths come from its snapshots")
         if self._single is None and self._lengths:
             loop = getattr(getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None), "val_loop", None)
-            found = {f"val_loop.{name}": hasattr(loop, name) for name in ("run", "skip", "setup_data")}
-            check_found("validate", f"lightning {__version__}", found)
+            names = {f"val_loop.{name}": hasattr(loop, name) for name in ("run", "skip", "setup_data")}
+            check_found("validate", f"lightning {__version__}", names)
         if trainer not in _saving:
             _watch_saving(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the tracker, and continue from the checkpoint that was loaded. A `fast_dev_run` has none."""
-        if trainer.fast_dev_run:  # it leaves neither checkpoints nor logs either
+        """Make the tracker, unless this is a `fast_dev_run`, and continue from the checkpoint that was loaded."""
+        if trainer.fast_dev_run:  # such a run writes no checkpoints and no logs either
             return
         saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
         if is_sharded(pl_module) and not saves_folders:
@@ -118,15 +118,15 @@ class PostHocWeightAveraging(Callback):
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)
-        # A tuner loads a checkpoint of its own, before there are averages.
+        # `ckpt_path` is None where a tuner loads its own checkpoint, before there are averages.
         elif (
             self._resumed and trainer.ckpt_path is not None and not read_state(ema, trainer.ckpt_path) and not ema.step
         ):
-            log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
+            log.warning("%s was made without this callback: the averages begin with this training", trainer.ckpt_path)
         self._state, self._resumed = None, False
-        self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's own time goes on
-        if self._lengths and any(getattr(one, "save_weights_only", 0) for one in trainer.checkpoint_callbacks):
-            log.warning("ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning asks no callback then")
+        self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's time continues
+        if self._lengths and any(getattr(saver, "save_weights_only", 0) for saver in trainer.checkpoint_callbacks):
+            log.warning("ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning calls no callback then")
         if self._single is None and self._lengths:
             self._saved = self._monitored(trainer)
             self._validate_each(trainer, pl_module)
@@ -149,49 +149,49 @@ class PostHocWeightAveraging(Callback):
             self.ema.update_(pl_module, t=self._steps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask whether to update at the end of the epoch, unless its last step was handed over."""
+        """Update at the end of the epoch if `should_update` says so and its last step was no update."""
         wants = self.should_update(epoch_idx=trainer.current_epoch)
         if self.ema is not None and wants and self._steps > self.ema.t:
             self.ema.update_(pl_module, t=self._steps)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module averaged weights, within `fit` and except for sanity checking."""
+        """Swap averaged weights into the module, within `fit` and except for the sanity check."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and self.ema is not None and self._single is not None:
             for block in self.ema.models(pl_module, [self._single]).values():
                 self._swapped.enter_context(block)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the module its own weights back, and log the metrics of several averages."""
+        """Swap the raw weights back into the module, and log the metrics of a list of averages."""
         self._swapped.close()
-        found, self._found = self._found, {}
-        pl_module.log_dict(found)
+        metrics, self._metrics = self._metrics, {}
+        pl_module.log_dict(metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a last snapshot, and copy the average into the module where asked."""
+        """Write a last snapshot, and with `copy_at_end` copy the average into the module."""
         self._finish()
         if self.ema is not None and self._single is not None and self.copy_at_end:
             self.ema.load_into(pl_module, self._single)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finish as at the end; an error of that must not hide the exception."""
+        """Close the tracker; log an error of that, which must not hide the exception."""
         try:
             self._finish()
         except Exception as error:  # noqa: BLE001  it is logged
             log.error("%s: %s", self.checkpoint_dir, error)
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning keeps of a callback: the steps so far."""
+        """Return the state that Lightning saves for a callback: the number of steps so far."""
         return {"steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The same of a checkpoint."""
+        """Load the number of steps from a checkpoint."""
         self._steps = state_dict["steps"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average in the place of the raw weights, and the tracker's state beside both.
+        """Save the average as `state_dict`, the raw weights as `current_model_state`, and the tracker's state.
 
-        A checkpoint that is a folder keeps the raw weights: Lightning saves one set of tensors there.
+        A checkpoint that is a folder keeps the raw weights: Lightning saves one set of tensors in it.
         """
         ema = self.ema
         if ema is None:
@@ -209,7 +209,7 @@ class PostHocWeightAveraging(Callback):
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the state for the training to come, and load the raw weights over the averaged ones."""
+        """Keep the tracker's state for `on_train_start`, and replace the averaged weights by the raw ones."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._state, self._resumed = checkpoint.get("averaging_state"), True
@@ -220,17 +220,17 @@ class PostHocWeightAveraging(Callback):
         self._stepped |= not was_left_out(optimizer)
 
     def _monitored(self, trainer: Trainer) -> float | str | None:
-        """The average of a list that checkpoints hold: the one whose metric chooses them."""
-        monitors = [one.monitor for one in trainer.checkpoint_callbacks if getattr(one, "monitor", None)]
-        fitting = ([label for label in self._lengths if one.startswith(f"ema_{label}_")] for one in monitors)
+        """Return the average in checkpoints: the one of a list whose metric `ModelCheckpoint` monitors."""
+        monitors = [saver.monitor for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
+        fitting = ([label for label in self._lengths if name.startswith(f"ema_{label}_")] for name in monitors)
         chosen = [*dict.fromkeys(max(labels, key=len, default="") for labels in fitting)]
         if len(chosen) > 1:
             what = f"the average {chosen[0]}" if chosen[0] else "the raw weights"
-            log.warning("every checkpoint holds %s, though other metrics choose some of them", what)
+            log.warning("every checkpoint holds %s, though some are chosen by the metric of other weights", what)
         return self._lengths.get(chosen[0]) if chosen else None
 
     def _validate_each(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have each validation of this training begin with one of every average."""
+        """Make each validation of this training begin with a pass for every average."""
         loop = trainer.fit_loop.epoch_loop.val_loop
         run = loop.run
 
@@ -238,20 +238,20 @@ class PostHocWeightAveraging(Callback):
             loop.setup_data()
             if loop.skip or self.ema is None:
                 return run()
-            others, loggers, known = trainer.callbacks, trainer.loggers, trainer.callback_metrics
-            before = dict(known)
+            others, loggers, metrics = trainer.callbacks, trainer.loggers, trainer.callback_metrics
+            before = dict(metrics)
             try:  # no callback or logger sees these passes
                 trainer.callbacks, trainer.loggers = [], [_Silent(trainer.log_dir)] if loggers else []
                 for label, block in self.ema.models(pl_module, [*self._lengths.values()]).items():
-                    known.clear()
+                    metrics.clear()
                     with block:
                         run()
-                    for name, value in known.items():
-                        self._found[f"ema_{label}_{name}".replace("/dataloader_idx", "_dataloader_idx")] = value
+                    for name, value in metrics.items():
+                        self._metrics[f"ema_{label}_{name}".replace("/dataloader_idx", "_dataloader_idx")] = value
             finally:
                 trainer.callbacks, trainer.loggers = others, loggers
-                known.clear()
-                known.update(before)
+                metrics.clear()
+                metrics.update(before)
             return run()
 
         loop.run = run_each
@@ -265,7 +265,7 @@ class PostHocWeightAveraging(Callback):
 
 
 class _Silent(DummyLogger):
-    """A logger that takes everything and keeps nothing, so that a module's own calls of it go on working."""
+    """A logger that accepts all calls and discards everything, for modules that call their logger."""
 
     def __init__(self, save_dir: str | None) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class _Silent(DummyLogger):
 
     @property
     def save_dir(self) -> str | None:
-        """The folder of the loggers that it stands for."""
+        """The folder of the loggers that it replaces."""
         return self._save_dir
 
 
@@ -284,9 +284,9 @@ _saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()
 def _watch_saving(trainer: Trainer) -> None:
     save = trainer.save_checkpoint
 
-    def save_checkpoint(filepath: Any, *given: Any, **others: Any) -> None:
+    def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
         _saving[trainer] = filepath
-        save(filepath, *given, **others)
+        save(filepath, *args, **kwargs)
 
     _saving[trainer] = None
     trainer.save_checkpoint = save_checkpoint

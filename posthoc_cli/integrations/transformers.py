@@ -23,7 +23,7 @@ from posthoc_cli.tracker import PostHocEMA
 log = logging.getLogger(__name__)
 
 _installed: WeakKeyDictionary[Trainer, str | None] = WeakKeyDictionary()
-"""The trainers with a callback, and the checkpoint that each goes on from."""
+"""The trainers with a callback, and the checkpoint that each resumes from."""
 
 
 class PostHocCallback(TrainerCallback):
@@ -34,15 +34,15 @@ class PostHocCallback(TrainerCallback):
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
-        evaluate: the average to evaluate as well, a sigma_rel or a text such as "decay:linear:20%"; None for none. Each
+        evaluate: an average to evaluate too, a sigma_rel or a text such as "decay:linear:20%"; None for none. Each
             evaluation runs a second time with averaged weights, whose metrics have the prefix `eval_ema`. With one of
             them as `metric_for_best_model`, checkpoints hold the averaged model, and `load_best_model_at_end` loads it.
-            Before the first update the weights are evaluated and saved as they are. Other callbacks see one evaluation
-            with the metrics of both. Each of a list is evaluated, with prefixes such as `eval_ema_decay-linear-20%`;
-            one that training is too short for is left out until then.
+            Before the first update the raw weights are evaluated and saved. Other callbacks see one evaluation with the
+            metrics of both. Each of a list is evaluated, with prefixes such as `eval_ema_decay-linear-20%`; an average
+            is left out while training is too short for it.
         folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`; of a
             list each, as `ema_0.15`.
-        options: others of `PostHocEMA.from_model`; `resume` is "auto" by default.
+        options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
 
     Attributes:
         ema: the tracker, from the beginning of the training on; None before.
@@ -63,19 +63,19 @@ class PostHocCallback(TrainerCallback):
         self._is_left_out = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
-        """Add the callback to a trainer. Nothing happens the second time.
+        """Add the callback to a trainer. A second call does nothing.
 
-        A callback alone is not told where a training goes on from: this trainer's method `train` tells it.
+        Callbacks are not passed the checkpoint that a training resumes from, so the trainer's `train` is wrapped.
 
         Raises:
-            InvalidValueError: the trainer has another one.
-            NotReadyError: this release of transformers has changed.
+            InvalidValueError: the trainer has another such callback.
+            NotReadyError: this release of transformers lacks a method or argument that the callback uses.
         """
-        found = {
+        names = {
             "Trainer._load_best_model": hasattr(trainer, "_load_best_model"),
             "Trainer.save_model(_internal_call=)": "_internal_call" in signature(Trainer.save_model).parameters,
         }
-        check_found("install", f"transformers {transformers.__version__}", found)
+        check_found("install", f"transformers {transformers.__version__}", names)
         present = trainer.callback_handler.callbacks
         if self not in present:
             _check_alone([*present, self])
@@ -92,22 +92,25 @@ class PostHocCallback(TrainerCallback):
         trainer = _trainer_of(state)
         others = trainer.callback_handler.callbacks
         _check_alone(others)
-        others.insert(0, others.pop(others.index(self)))  # others that are told of an evaluation see its metrics, too
+        others.insert(0, others.pop(others.index(self)))  # so that other callbacks' `on_evaluate` sees its metrics
         folder = _installed[trainer]
         ema, tracked = self.ema, self._model and self._model()
         if ema is None or ema.closed or not args.auto_find_batch_size or tracked is not model:
             self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
             self._model = ref(model)
-            # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
+            # Not the `log` of a subclass such as TRL's, which would log its pending figures and clear them.
             ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values())))
-        else:  # memory was too short: the loop begins again, with the weights as they are
-            log.warning("training begins again with smaller batches; its averages go on from step %d", ema.step)
+        else:  # memory ran out: the trainer begins the loop again, with the present weights
+            log.warning("training begins again with smaller batches; its averages continue from step %d", ema.step)
         if folder is not None and not read_state(ema, folder):
-            where = f"go on from the snapshots of step {ema.step}" if ema.step else "begin here"
-            log.warning("%s was saved without the state of this callback: its averages %s", folder, where)
+            where = f"continue from the snapshots of step {ema.step}" if ema.step else "begin with this training"
+            log.warning("%s was saved without the state of this callback: the averages %s", folder, where)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
-            stepping.register_step_post_hook(lambda one, *_: setattr(self, "_is_left_out", was_left_out(one)))
+            stepping.register_step_post_hook(self._after_optimizer_step)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._is_left_out = was_left_out(optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
@@ -130,18 +133,18 @@ class PostHocCallback(TrainerCallback):
         prefix = min(named, key=len, default="eval")  # "eval", or for one of several sets "eval_name"
         losses_only = True if trainer.compute_metrics is None else None
         for label, block in self.ema.models(trainer.model, [*self._lengths.values()]).items():
-            for one in trainer.callback_handler.callbacks:
-                if isinstance(one, ProgressCallback):  # each evaluation has a bar of its own
-                    one.on_evaluate(args, state, control)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback):  # end its bar: each evaluation has its own
+                    callback.on_evaluate(args, state, control)
             name = self._names[label]
             own = prefix.replace("eval", f"eval_{name}", 1) if prefix.startswith("eval") else f"{prefix}_{name}"
             with block:
-                found = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
-            trainer.log(found.metrics)
-            metrics.update(found.metrics)
+                result = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
+            trainer.log(result.metrics)
+            metrics.update(result.metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the tracker's state into the checkpoint that was just saved, and the averaged model where asked."""
+        """Add the tracker's state to the checkpoint that was just saved, and averaged models if requested."""
         if self.ema is None:
             return
         if state.is_hyper_param_search:
@@ -152,16 +155,16 @@ class PostHocCallback(TrainerCallback):
         trainer, folder = _trainer_of(state), Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         write_state(self.ema, folder, trainer.model)
         chosen = self._chosen(args)
-        saved = [one for label, one in self._lengths.items() if self.folders or label == chosen]
+        saved = [length for label, length in self._lengths.items() if self.folders or label == chosen]
         for label, block in (self.ema.models(trainer.model, saved) if saved else {}).items():
-            own = str(folder / self._names[label])
+            path = str(folder / self._names[label])
             with block:
-                trainer.save_model(own, _internal_call=True)
-                if trainer.is_fsdp_enabled:  # as the trainer does itself, to load the best model
-                    save_fsdp_model(trainer.accelerator.state.fsdp_plugin, trainer.accelerator, trainer.model, own)
+                trainer.save_model(path, _internal_call=True)
+                if trainer.is_fsdp_enabled:  # in the form from which the trainer loads its best model
+                    save_fsdp_model(trainer.accelerator.state.fsdp_plugin, trainer.accelerator, trainer.model, path)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write a last snapshot, and let others into the directory; load the best average where asked."""
+        """Write a last snapshot, release the directory, and load the best average if requested."""
         if self.ema is None:
             return
         self.ema.close()
@@ -176,37 +179,37 @@ class PostHocCallback(TrainerCallback):
                 state.best_model_checkpoint = best
 
     def _chosen(self, args: TrainingArguments) -> str | None:
-        """The average whose metric chooses the best model."""
+        """Return the label of the average whose metric chooses the best model, or None."""
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         fitting = [label for label, name in self._names.items() if metric.startswith(f"{name}_")]
         return max(fitting, key=len, default=None) if args.load_best_model_at_end else None
 
 
 def _watch(trainer: Trainer) -> None:
-    """Note which checkpoint a trainer is told to go on from."""
+    """Wrap the trainer's `train` to note the checkpoint that it is to resume from."""
     train = trainer.train
 
-    def train_on(resume_from_checkpoint: str | bool | None = None, *given: Any, **others: Any) -> Any:
-        found = resume_from_checkpoint
-        _installed[trainer] = get_last_checkpoint(trainer.args.output_dir) if found is True else found or None
-        return train(resume_from_checkpoint, *given, **others)
+    def noting_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        path = resume_from_checkpoint
+        _installed[trainer] = get_last_checkpoint(trainer.args.output_dir) if path is True else path or None
+        return train(resume_from_checkpoint, *args, **kwargs)
 
-    trainer.train = train_on
+    trainer.train = noting_train
     _installed[trainer] = None
 
 
 def _trainer_of(state: TrainerState) -> Trainer:
-    """The trainer that tells its callbacks of this state."""
+    """Return the trainer with this state; raise a NotReadyError if the callback was not installed in it."""
     for trainer in [*_installed]:
         if trainer.state is state:
             return trainer
-    hint = "say PostHocCallback(...).install(trainer), in place of callbacks=[...]"
+    hint = "call PostHocCallback(...).install(trainer), in place of callbacks=[...]"
     raise NotReadyError("PostHocCallback", "was not installed", hint)
 
 
 def _check_alone(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise an InvalidValueError for two of ours, or one twice, which would count each step twice."""
-    if sum(isinstance(one, PostHocCallback) for one in callbacks) > 1:
+    """Raise an InvalidValueError if PostHocCallback is present twice: each step would be counted twice."""
+    if sum(isinstance(callback, PostHocCallback) for callback in callbacks) > 1:
         reason = "hold PostHocCallback twice, and a checkpoint has room for the state of one"
-        hint = "leave one out, or trainer.remove_callback(PostHocCallback); its snapshots give averages of all lengths"
+        hint = "leave one out, or trainer.remove_callback(PostHocCallback); one yields averages of all lengths"
         raise InvalidValueError("callbacks", reason, hint)

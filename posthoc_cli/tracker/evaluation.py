@@ -1,9 +1,9 @@
-"""One call for averaged weights: from snapshots and live averages, in one process or in all that make the call.
+"""One call for averaged weights, from snapshots and live averages, in one process or in a group that makes the call.
 
-The first process makes the plan, of a sharded model from measurements that all have taken of their own chunks, and
-tells the others. Each makes what it owns: of replicas the first one everything, of a sharded model its chunks, from the
-boxes of the snapshots that it needs. The others that hold the same elements get them from their owner. An error of one
-process is raised in all of them before a model has changed.
+The first process makes the plan, for a sharded model from measurements that all processes have taken of their chunks,
+and sends it to the others. Each process synthesizes what it owns: of replicas the first one everything, of a sharded
+model its chunks, from the boxes of the snapshots that it needs. Other holders of the same elements receive them from
+their owner. An error in one process is raised in all of them before a model has changed.
 """
 
 from __future__ import annotations
@@ -41,21 +41,8 @@ from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model_tensors import TrackedModel, collect_tensors, named_tensors
 from posthoc_cli.tracker.model_weights import check_weights, copied_weights, fill, fill_model, on_disk
 from posthoc_cli.tracker.pipeline import Pipeline
-from posthoc_cli.tracker.sharding import (
-    Group,
-    Owners,
-    as_dtensor,
-    held_box,
-    held_part,
-    is_sharded,
-    reshard,
-)
-from posthoc_cli.tracker.snapshotter import (
-    LiveSource,
-    measured,
-    run_snapshots,
-    with_older,
-)
+from posthoc_cli.tracker.sharding import Group, Owners, as_dtensor, held_box, held_part, is_sharded, reshard
+from posthoc_cli.tracker.snapshotter import LiveSource, measured, run_snapshots, with_older
 from posthoc_cli.tracker.tracker import Tracker
 
 Result = TypeVar("Result")
@@ -65,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Query:
-    """Which average is wanted; the arguments of `PostHocEMA.state_dict`."""
+    """The average that is wanted; the arguments of `PostHocEMA.state_dict`."""
 
     wanted: Wanted
     t: float | None = None
@@ -80,14 +67,14 @@ class Query:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How averages are made, as the first process tells the others.
+    """A plan for averages in the form that the first process sends to the others.
 
     Attributes:
-        specs: of the stored tensors of each average, complete.
-        names: every name of each of them, its own first.
-        sources: name and header checksum of each; no checksum of a live average.
-        plan: without sources and targets; None where all averages are refused.
-        errors: the predicted and the profile's error of each average.
+        specs: the specs of an average's stored tensors, complete.
+        names: all names of each of these tensors, its stored name first.
+        sources: the name and header checksum of each source; the checksum of a live average is empty.
+        plan: the plan without sources and targets; None where all averages are refused.
+        errors: the predicted error and the profile error of each average.
         refused: why some averages cannot be made yet, by label.
     """
 
@@ -100,7 +87,7 @@ class Recipe:
 
     @classmethod
     def of_plan(cls, plan: Plan, refused: dict[str, str]) -> Recipe:
-        """The same as a plan."""
+        """Return the recipe for a plan."""
         specs = {n: TensorSpec(n, plan.output_dtype(n), plan.newest.stored[n].shape) for n in plan.tensors}
         sources = (
             (source.name, source.header.metadata["ema.checksum"] if isinstance(source, Snapshot) else "")
@@ -112,12 +99,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a tracker's averages are at one call, which all processes of the group make: the first one makes everything.
+    """One call for a tracker's averages by all processes of a group, of which the first one synthesizes everything.
 
     Attributes:
-        tracker: that has them.
+        tracker: the tracker of the averages.
         group: the processes that make this call together.
-        model: to be filled; of a sharded one it says which chunks are here.
+        model: the model to fill; a sharded one says which chunks this process holds.
     """
 
     tracker: Tracker
@@ -125,27 +112,26 @@ class Evaluation:
     model: torch.nn.Module | None
 
     def weights(self, query: Query) -> Weights:
-        """An average, or of a sharded model the chunks of it that this process holds.
+        """Return an average, or for a sharded model the chunks of it that this process holds.
 
-        Before the first update it is the weights as they are, with a warning, as of the other two.
+        Before the first update, return the raw weights, with a warning, as `each` and `live_weights` do.
         """
         return self._one(query, lambda sources: self._plan_from(sources, query))
 
     def each(self, wanted: Mapping[str, Target]) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
-        """By label what gives each of several averages, as they are now, and why others cannot be made yet.
+        """Return by label functions that return each of several averages, and why others cannot be made yet.
 
-        They are made here, in one pass; several wait on disk.
+        The averages are of this moment and synthesized now, in one pass; several are kept on disk.
         """
 
         def recipe(sources: list[Source]) -> Recipe:
-            plan, refused = plan_possible(self._some(sources), wanted)
+            plan, refused = plan_possible(self._checked(sources), wanted)
             return Recipe({}, {}, (), None, (), refused) if plan is None else Recipe.of_plan(plan, refused)
 
-        return self._made(wanted, recipe)
+        return self._synthesize_all(wanted, recipe)
 
     def live_weights(self, index: int) -> Weights:
-        """The same as `weights` of the live average of the tracked profile of this index, as it is."""
-
+        """Return the live average of the tracked profile of this index, exactly."""
         query, tracked = Query(self.tracker.settings.sigma_rels[index]), self._pipeline.now.tracked
         wide = torch.float64 if torch.float64 in tracked.dtypes(copied=False).values() else torch.float32
 
@@ -158,13 +144,13 @@ class Evaluation:
         return self._one(query, plan, live_only=True)
 
     def check(self, weights: Weights, own_dtypes: bool = True) -> None:
-        """Raise in all processes if the weights do not fit the model in one. Alone, `swapped_in` checks it."""
+        """Raise an error in all processes if the weights do not fit the model in one. Alone, `swapped_in` checks it."""
         model = self.model
         if not self.group.is_alone and model is not None:
             self.group.together(lambda: check_weights(model, weights, own_dtypes))
 
     def fill(self, query: Query, device: torch.device | str) -> None:
-        """Fill the model with an average for good, also one on the meta device; alone tensor by tensor."""
+        """Fill the model with an average permanently, also a model on `meta`; a single process, tensor by tensor."""
         model = self.model
         assert model is not None
         if self.group.is_alone and self.tracker.has_average:
@@ -182,40 +168,41 @@ class Evaluation:
         fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
     def of_sources(self, work: Callable[[list[Source]], Result]) -> Result:
-        """The result of work on snapshots and live averages of complete tensors, of the first process, in each."""
-        _, find = self._found()
-        return self.group.from_first(lambda: work(find()))
+        """Return in each process what `work` returns in the first one, for the sources of complete tensors."""
+        return self._shared(work)[0]
 
     def _raw(self, dtype: torch.dtype | str | None) -> Weights:
-        """The weights as they are, of the tracked model or this one, with a warning."""
-        own, settings = self.tracker._tracked_model(self.model), self.tracker.settings
-        if own is None:
-            raise NotReadyError("no average yet", "the model that is tracked is gone")
+        """Return the raw weights of the tracked model, or else of `self.model`, with a warning."""
+        model, settings = self.tracker._tracked_model(self.model), self.tracker.settings
+        if model is None:
+            raise NotReadyError("no average yet", "the tracked model no longer exists")
         every, after = settings.schedule.update_every, settings.schedule.update_after_step
-        given = f"update_every={every}, update_after_step={after}"
-        if self.tracker._is_first("raw weights"):
-            warn(f"no average yet, but the weights as they are: {settings.first_update(0)} ({given})")
-        return copied_weights(collect_tensors(own, settings.selection), dtype)
+        if self.tracker._is_first_warning("raw weights"):
+            options = f"update_every={every}, update_after_step={after}"
+            warn(f"no average yet, but the weights as they are: {settings.first_update(0)} ({options})")
+        return copied_weights(collect_tensors(model, settings.selection), dtype)
 
-    # --- what averages are made of
+    # --- the sources of averages
 
     @property
     def _pipeline(self) -> Pipeline:
         return self.tracker._pipeline
 
-    def _found(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
-        """The sources at hand here by name, and what gives the first process those of complete tensors to plan with."""
-        at_hand: dict[str, Source] = {}
+    def _shared(
+        self, work: Callable[[list[Source]], Result], live_only: bool = False
+    ) -> tuple[Result, dict[str, Source]]:
+        """Return what `of_sources` returns, and the sources from which this process synthesizes, by name."""
+        local: dict[str, Source] = {}
 
-        def find() -> list[Source]:
-            found = self.sources(live_only)
-            at_hand.update((source.name, source) for source in found)
-            return found
+        def work_in_first() -> Result:
+            sources = self.sources(live_only)
+            local.update((source.name, source) for source in sources)
+            return work(sources)
 
-        return at_hand, find
+        return self.group.from_first(work_in_first), local
 
     def sources(self, live_only: bool = False) -> list[Source]:
-        """The snapshots and live averages of complete tensors that there are now."""
+        """Return the present snapshots and live averages of complete tensors."""
         if not (self._pipeline.now.resumes or self.tracker.keeps_averages):
             raise NotReadyError(
                 "this process keeps no averages, the first one of its group does",
@@ -226,20 +213,20 @@ class Evaluation:
         if live_only:
             return [*self._pipeline.live()]
         live, snapshots = self._pipeline.live(), run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-        return self._going_on(with_older(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots))
+        return self._until_start(with_older(measured(live, [*map(StoredSnapshot.of, snapshots)]), snapshots))
 
-    def _going_on(self, sources: list[Source]) -> list[Source]:
-        """Without those that are later than where the run goes on from."""
+    def _until_start(self, sources: list[Source]) -> list[Source]:
+        """Return the sources that are not later than the call from which the run is to be resumed."""
         if self._pipeline.now.resumes and self.tracker._start.step is not None:
             return [source for source in sources if source.info.step <= self.tracker._start.step]
         return sources
 
     def _plan_from(self, sources: list[Source], query: Query) -> Plan:
-        plan = plan_synthesis(self._some(sources), [query.wanted], query.t, query.step, query.method, dtype=query.dtype)
-        return _logged(plan)
+        sources = self._checked(sources)
+        return _logged(plan_synthesis(sources, [query.wanted], query.t, query.step, query.method, dtype=query.dtype))
 
-    def _some(self, sources: list[Source]) -> list[Source]:
-        """The same, or a NotReadyError if there are none."""
+    def _checked(self, sources: list[Source]) -> list[Source]:
+        """Return the sources, or raise a NotReadyError if there are none."""
         if not sources:
             raise self._not_yet("average")
         return sources
@@ -249,52 +236,48 @@ class Evaluation:
         hint = "model(model, sigma_rel=...) reads the snapshots"
         return NotReadyError(f"no {what} yet", reason, hint * (what == "live average" and self._pipeline.now.resumes))
 
-    # --- making them
+    # --- synthesizing them
 
     def _one(self, query: Query, plan: Callable[[list[Source]], Plan], live_only: bool = False) -> Weights:
-        """One average, as the first process plans it."""
-        wanted = {"": as_target(query.wanted)}
-        made, _ = self._made(wanted, lambda sources: Recipe.of_plan(plan(sources), {}), query.dtype, live_only)
-        return made[""]()
+        """Return one average, by the plan that the first process makes."""
+        target = {"": as_target(query.wanted)}
+        makers, _ = self._synthesize_all(target, lambda s: Recipe.of_plan(plan(s), {}), query.dtype, live_only)
+        return makers[""]()
 
-    def _made(
+    def _synthesize_all(
         self,
         wanted: Mapping[str, Target],
         recipe: Callable[[list[Source]], Recipe],
         dtype: torch.dtype | str | None = None,
         live_only: bool = False,
     ) -> tuple[dict[str, Callable[[], Weights]], dict[str, str]]:
-        """Make what this process owns of averages; gives what exchanges each by label, and what the recipe refuses."""
+        """Synthesize what this process owns; return functions that exchange it, and what is refused, by label."""
         if not self.group.from_first(lambda: self.tracker.has_average):
             raw = self._raw(dtype)
             return dict.fromkeys(wanted, lambda: raw), {}
 
-        def tell() -> tuple[Recipe, dict[str, Source]]:
-            at_hand, find = self._found(live_only)
-            return self.group.from_first(lambda: recipe(find())), at_hand
-
-        def make(told: tuple[Recipe, dict[str, Source]]) -> tuple[Recipe, dict[str, Weights]]:
-            shared, at_hand = told
+        def make(shared_and_local: tuple[Recipe, dict[str, Source]]) -> tuple[Recipe, dict[str, Weights]]:
+            shared, local = shared_and_local
             targets = {label: target for label, target in wanted.items() if label not in shared.refused}
-            own = self.group.together(lambda: self._own(shared, [*targets.values()], at_hand))
-            return shared, dict(zip(targets, own, strict=True))
+            parts = self.group.together(lambda: self._own_parts(shared, [*targets.values()], local))
+            return shared, dict(zip(targets, parts, strict=True))
 
-        shared, made = with_consistent_plan(tell, make)
-        given = zip(made.items(), shared.errors, strict=True)
-        return {label: partial(self._exchanged, shared, own, errors) for (label, own), errors in given}, shared.refused
+        shared, made = with_consistent_plan(lambda: self._shared(recipe, live_only), make)
+        both = zip(made.items(), shared.errors, strict=True)
+        return {label: partial(self._exchanged, shared, part, errors) for (label, part), errors in both}, shared.refused
 
-    def _own(self, shared: Recipe, targets: Sequence[Target], at_hand: Mapping[str, Source]) -> list[Weights]:
-        """What this process makes of each average: the first one everything."""
+    def _own_parts(self, shared: Recipe, targets: Sequence[Target], local: Mapping[str, Source]) -> list[Weights]:
+        """Return what this process synthesizes of each average: the first process everything."""
         if not self.group.leads:
             return [Weights() for _ in targets]
-        return self._synthesized(shared, targets, [at_hand[name] for name, _ in shared.sources])
+        return self._synthesized(shared, targets, [local[name] for name, _ in shared.sources])
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _synthesized(
         self, shared: Recipe, targets: Sequence[Target], sources: Sequence[Source], subset: frozenset[str] | None = None
     ) -> list[Weights]:
-        """These averages from these sources, or a subset of their tensors."""
+        """Return these averages from these sources, or a subset of their tensors."""
         if shared.plan is None:
             return []
         plan = replace(shared.plan, sources=tuple(sources), targets=tuple(targets), subset=subset)
@@ -302,74 +285,76 @@ class Evaluation:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _exchanged(self, shared: Recipe, own: Weights, errors: tuple[float | None, float]) -> Weights:
-        """What this process holds of an average, under all names, on the host: what others made, too."""
-        made, holds = Weights(), self._holding()
-        made.predicted_error, made.profile_error = errors
+    def _exchanged(self, shared: Recipe, part: Weights, errors: tuple[float | None, float]) -> Weights:
+        """Return all that this process holds of an average, under all names, on the host, after exchanging it."""
+        weights, shape_and_ranks = Weights(), self._shape_and_ranks()
+        weights.predicted_error, weights.profile_error = errors
         for name, spec in shared.specs.items():
-            shape, ranks = holds(spec)
-            value = own.get(name)
+            shape, ranks = shape_and_ranks(spec)
+            value = part.get(name)
             if value is None:
                 value = torch.empty(shape, dtype=torch_dtype(spec.dtype))
             self.group.exchange(value, ranks)
-            made.update(dict.fromkeys(shared.names[name], value))
-        return made
+            weights.update(dict.fromkeys(shared.names[name], value))
+        return weights
 
-    def _holding(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
-        """Which shape this process holds of a tensor, and the ranks that hold the same elements, their maker first."""
+    def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
+        """Return a function from a spec to the shape of this process's part and the ranks that hold it, owner first."""
         return lambda spec: (spec.shape, self.group.ranks)
 
 
 @dataclass(frozen=True)
 class ChunkEvaluation(Evaluation):
-    """As above of a sharded model: each process makes the chunks that it owns."""
+    """One call for averages of a sharded model: each process synthesizes the chunks that it owns."""
 
     def fill(self, query: Query, device: torch.device | str) -> None:
-        """Fill the chunks here with those of an average for good."""
+        """Fill the chunks that this process holds with those of an average permanently."""
         self._fill_at_once(query, device, accept_meta=False)
 
-    def _found(self, live_only: bool = False) -> tuple[dict[str, Source], Callable[[], list[Source]]]:
-        """As above; at hand are the live averages of the chunks here."""
-        own, joined = self._joined_live()
+    def _shared(
+        self, work: Callable[[list[Source]], Result], live_only: bool = False
+    ) -> tuple[Result, dict[str, Source]]:
+        """Return the same as `Evaluation`; the sources are the live averages of the chunks that this process owns."""
+        local, complete = self._live_sources()
 
-        def find() -> list[Source]:
+        def work_in_first() -> Result:
             older = [] if live_only else run_snapshots(self.tracker.checkpoint_dir, self.tracker.run_id)
-            return self._going_on(with_older(joined, older))
+            return work(self._until_start(with_older(complete, older)))
 
-        return {source.name: source for source in own}, find
+        return self.group.from_first(work_in_first), {source.name: source for source in local}
 
-    def _joined_live(self) -> tuple[list[LiveSource], list[LiveSource]]:
-        """The live averages here and, measured by all processes together, without values, those of complete tensors."""
+    def _live_sources(self) -> tuple[list[LiveSource], list[LiveSource]]:
+        """Return the live averages of this process's chunks, and of complete tensors, measured together, no values."""
 
-        def measure_own() -> list[LiveSource]:
+        def measure() -> list[LiveSource]:
             self.tracker.flush()
             snapshotter = self._pipeline.snapshotter
             return measured(self._pipeline.live(), [] if snapshotter is None else snapshotter.stored())
 
-        own, progress = self.group.together(measure_own), self._pipeline.progress
-        told = [(source.info, dict(source.stored)) for source in own]
-        parts = self.group.from_all_at(progress.step, progress.t, told)
-        return own, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
+        local, progress = self.group.together(measure), self._pipeline.progress
+        headers = [(source.info, dict(source.stored)) for source in local]
+        parts = self.group.from_all_at(progress.step, progress.t, headers)
+        return local, [_joined(profile) for profile in zip(*filter(None, parts), strict=True)]
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _own(self, shared: Recipe, targets: Sequence[Target], at_hand: Mapping[str, Source]) -> list[Weights]:
-        """What this process makes of each average: the chunks that it owns, checked."""
+    def _own_parts(self, shared: Recipe, targets: Sequence[Target], local: Mapping[str, Source]) -> list[Weights]:
+        """Return the chunks of each average that this process owns, after checking that the model holds them."""
         tracked, tensors = self._pipeline.now.tracked, self._tensors()
         boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
         if not boxes:
             return [Weights() for _ in targets]
         for name in boxes:
-            _check_spread(name, tracked, tensors.get(name))
+            _check_chunk(name, tracked, tensors.get(name))
         directory = self.tracker.checkpoint_dir
         sources = [
-            at_hand[name] if name in at_hand else _Boxes.of(_read_again(directory / name, checksum), boxes)
+            local[name] if name in local else _Boxes.of(_read_again(directory / name, checksum), boxes)
             for name, checksum in shared.sources
         ]
         return self._synthesized(shared, targets, sources, frozenset(boxes))
 
-    def _holding(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
-        """As above: of the chunks here."""
+    def _shape_and_ranks(self) -> Callable[[TensorSpec], tuple[Sequence[int], Sequence[int]]]:
+        """Return the function that `Evaluation` returns, for the chunks that this process holds."""
         tensors, members = self._tensors(), self._pipeline.now.tracked.members
         assert isinstance(members, Owners)
         holders = members.holders
@@ -379,14 +364,14 @@ class ChunkEvaluation(Evaluation):
         )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the model by name, of which this process holds its chunks again."""
+        """Return the tensors of the model by name, after resharding it so that this process holds its chunks."""
         assert self.model is not None
         reshard(self.model)
-        return {found.name: found.tensor for found in named_tensors(self.model)}
+        return {tensor.name: tensor.tensor for tensor in named_tensors(self.model)}
 
 
 def plan_possible(sources: Sequence[Source], wanted: Mapping[str, Target]) -> tuple[Plan | None, dict[str, str]]:
-    """How several averages are made, and why others cannot be yet: a window may be longer than the run is by now."""
+    """Plan several averages, and say why others cannot be made yet, such as a window longer than the run so far."""
     refused: dict[str, str] = {}
     try:
         return _logged(plan_synthesis(sources, [*wanted.values()])), refused
@@ -411,8 +396,8 @@ def _logged(plan: Plan) -> Plan:
 
 
 def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> LiveSource:
-    """The live average of complete tensors, from what its owners say of their chunks, without values."""
-    specs = {name: replace(spec, shape=info.chunks[name].shape) for info, own in parts for name, spec in own.items()}
+    """Return the live average of complete tensors, without values, from the headers of its owners' chunks."""
+    specs = {name: replace(spec, shape=info.chunks[name].shape) for info, part in parts for name, spec in part.items()}
     infos = [info for info, _ in parts]
     joined = replace(
         infos[0],
@@ -428,7 +413,7 @@ def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> L
 
 @dataclass(frozen=True)
 class _Boxes:
-    """A source of a synthesis: boxes of a snapshot's tensors as if they were tensors."""
+    """A source of a synthesis whose tensors are boxes of a snapshot's tensors."""
 
     name: str
     info: SnapshotInfo
@@ -438,13 +423,13 @@ class _Boxes:
 
     @classmethod
     def of(cls, snapshot: Snapshot, boxes: Mapping[str, Box]) -> _Boxes:
-        """These boxes of a snapshot."""
+        """Return a source of these boxes of a snapshot."""
         stored = {name: TensorSpec(name, snapshot.stored[name].dtype, box.shape) for name, box in boxes.items()}
         return cls(snapshot.name, snapshot.info, snapshot.profile, stored, partial(snapshot.open, boxes))
 
 
-def _check_spread(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) -> None:
-    """Raise a ModelMismatchError unless a model holds the chunk here that this process owns."""
+def _check_chunk(name: str, tracked: TrackedModel, tensor: torch.Tensor | None) -> None:
+    """Raise a ModelMismatchError unless the model holds the chunk of a tensor that this process owns."""
     expected = tracked.complete_shape(name), tracked.box(name)
     if tensor is not None and (tuple(tensor.shape), held_box(name, tensor)[1]) == expected:
         return
@@ -453,7 +438,7 @@ def _check_spread(name: str, tracked: TrackedModel, tensor: torch.Tensor | None)
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:
-    """The snapshot that rank 0 has planned with."""
+    """Read the header of a snapshot that rank 0 has planned with; raise an error if it was replaced meanwhile."""
     try:
         snapshot = read_snapshot(path)
     except FileFormatError as error:
@@ -466,24 +451,24 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
 
 
 def as_dtensors(chunks: Weights, model: torch.nn.Module, full: bool = False) -> Weights:
-    """The same with DTensors in place of chunks, spread as the model's parameters, on the host.
+    """Return the weights with DTensors on the host in place of chunks, sharded like the model's parameters.
 
-    With `full` complete tensors in rank 0, gathered one after the other, and none in the others.
+    With `full`, return complete tensors in rank 0, gathered one after the other, and none in the other ranks.
     """
-    made = Weights()
-    made.predicted_error, made.profile_error = chunks.predicted_error, chunks.profile_error
+    weights = Weights()
+    weights.predicted_error, weights.profile_error = chunks.predicted_error, chunks.profile_error
     leads = torch.distributed.get_rank() == 0
-    done: dict[int, torch.Tensor] = {}  # by the chunk that its names share
-    for found in named_tensors(model):
-        chunk = chunks.get(found.name)
+    converted: dict[int, torch.Tensor] = {}  # by the chunk, which tied names share
+    for tensor in named_tensors(model):
+        chunk = chunks.get(tensor.name)
         if chunk is None:
             continue
-        if id(chunk) not in done:
-            value: Any = as_dtensor(chunk, found.tensor)
+        if id(chunk) not in converted:
+            value: Any = as_dtensor(chunk, tensor.tensor)
             if full and is_sharded(value):
-                whole = value.to(value.device_mesh.device_type).full_tensor()
-                value = whole.cpu() if leads else chunk
-            done[id(chunk)] = value
+                complete = value.to(value.device_mesh.device_type).full_tensor()
+                value = complete.cpu() if leads else chunk
+            converted[id(chunk)] = value
         if leads or not full:
-            made[found.name] = done[id(chunk)]
-    return made
+            weights[tensor.name] = converted[id(chunk)]
+    return weights

@@ -33,37 +33,36 @@ from posthoc_cli.tracker.model_tensors import (
 )
 from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fsdp, is_fully_sharded, is_sharded, reshard
 
-Given = TypeVar("Given")
+Entered = TypeVar("Entered")
 
 _ALIGNED = 64
-"""Bytes that the places of tensors in a file are multiples of."""
+"""Alignment of tensors in a file, in bytes."""
 
 
-class WithStatement(Generic[Given]):
+class WithStatement(Generic[Entered]):
     """A context manager that can be entered more than once, and cannot be used as a decorator by mistake."""
 
-    def __init__(self, make: Callable[[], AbstractContextManager[Given]]) -> None:
+    def __init__(self, make: Callable[[], AbstractContextManager[Entered]]) -> None:
         self._make = make
-        self._opened: list[AbstractContextManager[Given]] = []
+        self._open: list[AbstractContextManager[Entered]] = []
 
-    def __enter__(self) -> Given:
-        opened = self._make()
-        given = opened.__enter__()
-        self._opened.append(opened)
-        return given
+    def __enter__(self) -> Entered:
+        context = self._make()
+        entered = context.__enter__()
+        self._open.append(context)
+        return entered
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return self._opened.pop().__exit__(kind, error, trace)
+        return self._open.pop().__exit__(kind, error, trace)
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
-    """Copy `weights` into a model's tensors of these names and shapes; others do not change. On an error nothing does.
+    """Copy `weights` into the tensors of a model that have their names; its other tensors do not change.
 
-    Of a DTensor it is what this process holds.
-
-    With `own_dtypes` the model keeps its dtypes and is changed in place; else it takes the dtypes of `weights`.
+    The shapes are those of the model, of a DTensor that of this process's part. With `own_dtypes` the model keeps its
+    dtypes and is changed in place; else it takes the dtypes of `weights`. An error leaves the model unchanged.
     """
     targets = check_weights(model, weights, own_dtypes)
     with torch.inference_mode(False), torch.no_grad():
@@ -75,10 +74,10 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
 def check_weights(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True, meta: bool = False
 ) -> dict[str, NamedTensor]:
-    """The model's tensors that weights are for, if all can be loaded; with `meta` also into some without values.
+    """Return the model's tensors that `weights` are for; with `meta` also tensors without values.
 
     Raises:
-        ModelMismatchError, InvalidValueError, NonFiniteError: one cannot be; names it.
+        ModelMismatchError, InvalidValueError, NonFiniteError: a tensor cannot be loaded; the message names it.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     for name, target in targets.items():
@@ -94,60 +93,60 @@ def check_weights(
 @torch.inference_mode(False)
 @torch.no_grad()
 def copied_weights(tensors: ModelTensors, dtype: torch.dtype | str | None) -> Weights:
-    """Copies of a model's tensors on the host, the averaged ones in a `dtype`, under all of their names."""
-    given = parse_dtype(dtype)
-    wanted = None if given is None else torch_dtype(given)
-    made = Weights()
+    """Return copies of a model's tensors on the host under all of their names, the averaged ones in `dtype`."""
+    stored = parse_dtype(dtype)
+    wanted = None if stored is None else torch_dtype(stored)
+    weights = Weights()
     for name, value in tensors.averaged.items():
-        made[name] = value.to("cpu", wanted, copy=True)
+        weights[name] = value.to("cpu", wanted, copy=True)
     for name, value in tensors.copied.items():
-        made[name] = value.to("cpu", copy=True)
+        weights[name] = value.to("cpu", copy=True)
     for alias, name in tensors.aliases.items():
-        made[alias] = made[name]
-    return made
+        weights[alias] = weights[name]
+    return weights
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def on_disk(plan: Plan, folder: Path) -> list[Weights]:
-    """All targets of a plan, made in one pass, in a file without a name in `folder`: no memory is needed for them.
+    """Synthesize all targets of a plan in one pass, into an unnamed temporary file in `folder` that is memory-mapped.
 
     Raises:
-        WriteError: there is no room for them on disk.
+        WriteError: there is no space for them on disk.
     """
     starts: dict[str, list[int]] = {}
-    made: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
     with (
         files.reported_as_write_error(folder),
         TemporaryFile(dir=folder, prefix=files.TEMPORARY_PREFIX, suffix=files.TEMPORARY_SUFFIX) as file,
     ):
         for name, values in synthesize(plan):
-            if made and values[0] is made[0]:  # another name of the tensor
+            if last and values[0] is last[0]:  # another name of the tensor
                 starts[name] = starts[next(reversed(starts))]
                 continue
-            made, starts[name] = values, []
+            last, starts[name] = values, []
             for value in values:
                 starts[name].append(file.tell())
                 file.write(value.reshape(-1).view(torch.uint8).numpy().data)
                 file.write(bytes(-file.tell() % _ALIGNED))
         file.flush()
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    weights = [Weights() for _ in plan.targets]
-    for index, own in enumerate(weights):
-        own.predicted_error, own.profile_error = plan.predicted_error(index), plan.profile_error(index)
-        tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}  # those with several names once
+    averages = [Weights() for _ in plan.targets]
+    for index, weights in enumerate(averages):
+        weights.predicted_error, weights.profile_error = plan.predicted_error(index), plan.profile_error(index)
+        tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}  # names of tied tensors share one
         for spec in plan.specs():
             start, dtype = starts[spec.name][index], torch_dtype(spec.dtype)
             if (start, spec.shape) not in tensors:
                 count = math.prod(spec.shape)
                 flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
                 tensors[start, spec.shape] = flat.to(dtype).view(spec.shape)
-            own[spec.name] = tensors[start, spec.shape]
-    return weights
+            weights[spec.name] = tensors[start, spec.shape]
+    return averages
 
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
-    """Copy one value into a model's tensor, or into what this process holds of it; see `load_weights`."""
+    """Copy one value into a model's tensor, for a DTensor into this process's part; see `load_weights`."""
     if is_sharded(target) and not own_dtype and value.dtype != target.dtype:
         _replace_chunk(target, value)
         return
@@ -161,7 +160,7 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
 
 
 def _replace_chunk(tensor: torch.Tensor, local: torch.Tensor) -> None:
-    """Give a DTensor other elements here, of another dtype; it stays the same object."""
+    """Replace the elements of a DTensor in this process by others of another dtype; it stays the same object."""
     new = as_dtensor(local.clone(), tensor).to(tensor.device)
     if isinstance(tensor, torch.nn.Parameter):
         new = torch.nn.Parameter(new, tensor.requires_grad)
@@ -185,24 +184,24 @@ def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
 
 @contextmanager
 def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> Iterator[None]:
-    """Give the model `weights` and eval mode for the block; afterwards everything is as before, also on an error.
+    """Give the model `weights` and eval mode for the block; restore everything afterwards, also on an error.
 
-    The model's own values are kept in host memory meanwhile, so that an accelerator holds no second copy. Arguments as
-    in `load_weights`.
+    Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second copy. The arguments
+    are those of `load_weights`.
     """
     reshard(check_model(model))
     targets = check_weights(model, weights, own_dtypes)
     new_dtypes = {id(target.tensor): weights[name].dtype for name, target in targets.items()}
-    # The tensors may be replaced while they are swapped, the modules that hold them not.
+    # Tensors may be replaced while the weights are swapped; the modules that hold them may not.
     holders = (
         id(module)
         for module in model.modules()
-        if any(id(own) in new_dtypes for own in chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+        if any(id(one) in new_dtypes for one in chain(module.parameters(recurse=False), module.buffers(recurse=False)))
     )
-    held = frozenset(chain(new_dtypes, holders))
-    with ExitStack() as stack:  # it restores all of it even if one callback fails
-        swapped.append(held)
-        stack.callback(swapped.remove, held)
+    changed = frozenset(chain(new_dtypes, holders))
+    with ExitStack() as stack:  # it calls all callbacks even if one fails
+        swapped.append(changed)
+        stack.callback(swapped.remove, changed)
         with torch.inference_mode(False), torch.no_grad():
             for module in model.modules():
                 stack.callback(setattr, module, "training", module.training)
@@ -212,8 +211,8 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
                             stack.callback(contents.__setitem__, key, None)
                         else:
                             _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
-        stack.callback(reshard, model)  # first of all: a forward pass may have put complete parameters in their place
-        # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
+        stack.callback(reshard, model)  # is called first: a forward pass may have replaced chunks by complete tensors
+        # The gradients belong to the raw weights, not to the averaged ones, and may have another dtype.
         for parameter in model.parameters():
             parameter.grad = None
         with torch.inference_mode(False), torch.no_grad():
@@ -231,13 +230,13 @@ def _save(
     new_dtypes: Mapping[int, torch.dtype],
     own_dtypes: bool,
 ) -> None:
-    """Push what restores a module's tensor, with its storage and, if values may change, a copy of them on the host."""
+    """Push a callback that restores a module's tensor: its storage and, if its values may change, the values."""
     if is_parameter := isinstance(tensor, torch.nn.Parameter):
         saves = id(tensor) in new_dtypes
-        # The storage itself is kept, unless it is to be replaced by one of another dtype.
+        # The storage itself is kept, unless one of another dtype is to replace it.
         in_place = not saves or own_dtypes or new_dtypes[id(tensor)] == tensor.dtype
         gradients = tensor.requires_grad, tensor.grad
-    else:  # on meta there are no values to save, nor can any be written
+    else:  # a buffer on meta has no values to save, and none can be written to it
         saves, in_place = not tensor.is_meta and _is_writable(tensor), True
     device, held = tensor.device, held_part(tensor)
     storage = held.data if in_place else None
@@ -265,21 +264,21 @@ def _save(
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether values can be copied into a tensor: not where elements share memory (expanded), or in sparse layouts."""
+    """Return whether values can be copied into a tensor: not if elements share memory (expanded), nor if sparse."""
     return tensor.layout == torch.strided and all(
         stride > 0 or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
 def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedTensor]:
-    """The model's tensors of these names and, in this process, shapes; or a ModelMismatchError that names one."""
-    tensors = {found.name: found for found in named_tensors(check_model(model))}
+    """Return the model's tensors of these names and, in this process, shapes; a ModelMismatchError names a misfit."""
+    tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
     for name, shape in shapes.items():
         if name not in tensors:
             raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
-        own = list(held_part(tensors[name].tensor).shape)
-        if own != list(shape):
-            reason = f"has the shape {own} in the model, {list(shape)} in the averaged weights"
+        held = list(held_part(tensors[name].tensor).shape)
+        if held != list(shape):
+            reason = f"has the shape {held} in the model, {list(shape)} in the averaged weights"
             if is_sharded(tensors[name].tensor):
                 reason = "is sharded over processes, and this tracker was made before that, or without the model"
             raise ModelMismatchError(f"tensor {name!r}", reason)
@@ -287,43 +286,43 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
 
 
 def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
-    """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps room of their own."""
+    """Raise an InvalidValueError if the model's tensors cannot take another dtype: FSDP's buffers have theirs."""
     if any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules()):
         raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 
 def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:
-    """Fill a model's own tensors with the first target of a plan; those on `meta` are created on `device`.
+    """Fill a model's tensors with the first target of a plan; those on `meta` are created on `device`.
 
     Everything is computed and dropped once before the first tensor changes, so that a damaged snapshot, a value that
-    is not finite or a model that does not fit leaves the model as it was. That takes twice the time, and no memory.
+    is not finite or a model that does not fit leaves the model unchanged. That takes twice the time, and no memory.
     """
     shapes = {spec.name: spec.shape for spec in plan.specs()}
     targets = weight_targets(model, shapes)
     if plan.dtype is not None:
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
-    room = check_device(device)
+    created_on = check_device(device)
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
     for name, (value,) in synthesize(plan):
         if name in dtypes:
             check_fits(name, value, dtypes[name])
-    made = synthesize(plan)
+    values = synthesize(plan)
     with torch.inference_mode(False):
-        first = list(islice(made, 1))  # all files are open now, so that none can go any more
-    fill(model, shapes, ((name, value) for name, (value,) in chain(first, made)), plan.dtype is None, room)
+        first = list(islice(values, 1))  # now all files are open, so that none can vanish
+    fill(model, shapes, ((name, value) for name, (value,) in chain(first, values)), plan.dtype is None, created_on)
 
 
 def fill(
     model: torch.nn.Module, names: Collection[str], weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool,
-    room: torch.device,
+    device: torch.device,
 ) -> None:  # fmt: skip
-    """Load weights of these names, known to fit, into a model; tensors on `meta` are created in `room` before."""
+    """Load weights of these names, known to fit, into a model, after creating its tensors on `meta` on `device`."""
     with torch.inference_mode(False), torch.no_grad():
-        _materialise(model, {*names}, room)
-        targets = {found.name: found for found in named_tensors(model)}
+        _materialise(model, {*names}, device)
+        targets = {tensor.name: tensor for tensor in named_tensors(model)}
         for name, value in weights:
             load_weight(targets[name].tensor, value, own_dtypes)
-    left = [*{id(found.tensor): found.name for found in named_tensors(model) if found.tensor.is_meta}.values()]
+    left = [*{id(tensor.tensor): tensor.name for tensor in named_tensors(model) if tensor.tensor.is_meta}.values()]
     if left:
         warn(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
@@ -332,16 +331,16 @@ def fill(
 
 
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
-    """Give room to tensors on `meta` that will be filled; tied ones stay tied, under whatever names."""
-    on_meta = (found for found in named_tensors(model) if found.tensor.is_meta and found.name in filled)
-    old = {id(found.tensor): found.tensor for found in on_meta}
+    """Create on `device` the tensors on `meta` that will be filled; tied tensors stay tied under all names."""
+    on_meta = (named.tensor for named in named_tensors(model) if named.tensor.is_meta and named.name in filled)
+    old = {id(tensor): tensor for tensor in on_meta}
     new = {key: torch.empty_like(tensor, device=device) for key, tensor in old.items()}
     for key, tensor in old.items():
         if isinstance(tensor, torch.nn.Parameter):
             new[key] = torch.nn.Parameter(new[key], tensor.requires_grad)
     for module in model.modules():
-        for own in (module.named_parameters, module.named_buffers):
-            for name, value in [*own(recurse=False, remove_duplicate=False)]:
+        for named in (module.named_parameters, module.named_buffers):
+            for name, value in [*named(recurse=False, remove_duplicate=False)]:
                 if id(value) in new:
                     setattr(module, name, new[id(value)])
 
@@ -351,26 +350,26 @@ def warn_of_statistics(model: torch.nn.Module, weights: Mapping[str, torch.Tenso
     notice = statistics_notice(copies)
     if notice is None:
         return False
-    own = {found.name: found.tensor for found in named_tensors(model)}
+    tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
     for name in running_statistics(copies):
-        now = held_part(own[name])
-        if not torch.equal(now, weights[name].to(now.device, now.dtype)):
-            return False  # recomputed in any way
+        present = held_part(tensors[name])
+        if not torch.equal(present, weights[name].to(present.device, present.dtype)):
+            return False  # the statistics were recomputed
     warn(notice)
     return True
 
 
 @torch.no_grad()
 def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
-    """Recompute a model's BatchNorm statistics for the weights that it has now, each batch counting alike.
+    """Recompute a model's BatchNorm statistics for its present weights, with equal weight for every batch.
 
-    As `torch.optim.swa_utils.update_bn`. Within `with ema.model(...)` or `ema.averaged(...)` the new ones last until
-    the end of the block; in a model that averaged weights were loaded into they stay. Modes and momenta stay.
+    It works like `torch.optim.swa_utils.update_bn`. Within `with ema.model(...)` or `ema.averaged(...)` the new
+    statistics last until the end of the block, else permanently. Modes and momenta do not change.
 
     Arguments:
-        model: in any mode, on any device; without BatchNorm layers nothing happens.
-        loader: yields the model's inputs, or lists or tuples whose first item they are, in host memory or not; a dict
-            is given as keyword arguments where `forward` takes them. A loader that gives nothing is an
+        model: a model in any mode, on any device; without BatchNorm layers nothing happens.
+        loader: yields the model's inputs, or lists or tuples whose first item is the input, in host memory or not; a
+            dict is passed as keyword arguments if `forward` accepts them. A loader without batches is an
             InvalidValueError. After any error the statistics are as before.
     """
     layers = [module for module in check_model(model).modules() if isinstance(module, _BatchNorm)]
@@ -388,7 +387,7 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
             layer.reset_running_stats()
             layer.momentum = None  # the mean of all batches
         model.train()
-        for count, batch in enumerate(loader, 1):  # noqa: B007  # read below
+        for count, batch in enumerate(loader, 1):  # noqa: B007  # `count` is read below
             value = _moved(batch[0] if isinstance(batch, list | tuple) else batch, device)
             model(**value) if _takes_keywords(model, value) else model(value)
         if not count:
@@ -397,7 +396,7 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
 
 
 def _takes_keywords(model: torch.nn.Module, batch: Any) -> bool:
-    """Whether a batch is a dict of arguments of the model."""
+    """Return whether a batch is a dict of keyword arguments of the model."""
     try:
         inspect.signature(model.forward).bind(**batch)
     except TypeError:

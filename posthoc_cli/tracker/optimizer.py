@@ -1,4 +1,4 @@
-"""Updates after every step of an optimizer, by a step post-hook."""
+"""Calling `update_` after every step of an optimizer, by a step post-hook."""
 
 from __future__ import annotations
 
@@ -23,8 +23,20 @@ log = logging.getLogger(__name__)
 _BY_HAND = "leave attach out, and call ema.update_(model) after each step that was taken"
 
 
+class WeakModel:
+    """A weak reference to a model and to the model inside its wrappers, which may outlive a temporary wrapper."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._wrapper, self._bare = weakref.ref(model), weakref.ref(unwrapped(model))
+
+    def __call__(self) -> torch.nn.Module | None:
+        """Return the model, bare where its wrapper no longer exists; None where neither does."""
+        model = self._wrapper()
+        return self._bare() if model is None else model
+
+
 class Tracker(Protocol):
-    """What an attachment needs of a tracker."""
+    """The members of a tracker that an attachment uses."""
 
     checkpoint_dir: Path
     settings: Settings
@@ -41,21 +53,21 @@ class Attachment:
     """A tracker's attachment to one optimizer, until `remove`.
 
     A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that only makes the
-    optimizer's state for a checkpoint; and once however often it calls its closure. An error of the update leaves
-    `optimizer.step()` after the parameters have been changed.
+    optimizer's state for a checkpoint; and once, however often it calls its closure. `optimizer.step()` raises an error
+    of the update after it has changed the parameters.
 
-    Steps that other optimizers make with the same parameters instead are counted, too, for a warning: an optimizer that
-    was replaced would stop the tracker in silence. Several optimizers that step in turns are no reason for one.
+    Steps that other optimizers make with the same parameters are counted, too: when an optimizer was replaced, the
+    tracker would stop without notice, so a warning says it. Several optimizers that step in turns cause no warning.
 
-    The model is held weakly; `t` gives the training time, None for steps.
+    The model is held weakly; `t` returns the training time, None for steps.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         tracker: Tracker,
-        model: weakref.ref[torch.nn.Module],
-        t: Callable[[], float] | None = None,
+        model: WeakModel,
+        t: Callable[[], float] | None,
     ) -> None:
         self.tracker = tracker
         self._optimizer = weakref.ref(optimizer)
@@ -63,64 +75,67 @@ class Attachment:
         self._t = t
         self._is_updating = False
         self._has_stepped, self._warned = False, False
-        self._missed, self._usually_missed = 0, 0  # steps of others since the last own one, and most before one
-        # Where the step is compiled, files and counters must not be traced.
+        # The steps of other optimizers since this one's last step, and the most there were between two of its steps.
+        self._missed, self._usually_missed = 0, 0
+        # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
         _attachments.add(self)
         _watch_all_steps()
 
     def remove(self) -> None:
-        """Detach. Nothing happens the second time."""
+        """Detach the tracker. A second call does nothing."""
         self._handle.remove()
         _attachments.discard(self)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The one that this is still attached to."""
+        """The optimizer, or None once the tracker is detached or the optimizer no longer exists."""
         return self._optimizer() if self in _attachments else None
 
     def check_caller(self) -> None:
-        """Raise a NotReadyError if the user calls `update_` himself: each step would be counted twice."""
-        self._missed = 0  # also where the user goes on by hand
+        """Raise a NotReadyError if the user's own code calls `update_`: each step would be counted twice."""
+        self._missed = 0  # also where the optimizer no longer exists and the user calls `update_` instead
         if self.optimizer is not None and not self._is_updating:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
             raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
 
-    def is_of(self, model: weakref.ref[torch.nn.Module]) -> bool:
-        """Whether this is for a model, in any wrappers."""
-        own, other = self._model(), model()
-        return own is not None and other is not None and unwrapped(own) is unwrapped(other)
+    def is_of(self, model: WeakModel) -> bool:
+        """Return whether this attachment tracks a model, in whatever wrappers."""
+        tracked, other = self._model(), model()
+        return tracked is not None and other is not None and unwrapped(tracked) is unwrapped(other)
 
     def check_steps(self) -> None:
-        """Warn, once, if other optimizers have gone on with the training without the one that this is attached to."""
-        own = self.optimizer
-        # In the middle of an iteration, or of the first one, others may have made some steps more.
+        """Warn, once, if other optimizers have continued the training without the attached one."""
+        attached = self.optimizer
+        # Within an iteration other optimizers may be some steps ahead.
         if self not in _attachments or self._warned or self._missed <= 2 * self._usually_missed + 1:
             return
         self._warned = True
-        what = "is gone" if own is None else "stands still"
+        what = "no longer exists" if attached is None else "takes no more steps"
         log.warning(
-            "%s: the averages stand at step %d: the optimizer that the tracker is attached to %s, and %d "
-            "later steps of another one were not counted; when an optimizer is replaced, say "
+            "%s: the averages are still those of step %d: the optimizer that the tracker is attached to %s, and %d "
+            "later steps of another one were not counted; after replacing an optimizer call "
             "%sema.attach(new_optimizer), or call ema.update_(model) after each step",
-            self.tracker.checkpoint_dir, self.tracker.step, what, self._missed, "" if own is None else "ema.detach(), ",
+            self.tracker.checkpoint_dir, self.tracker.step, what, self._missed,
+            "" if attached is None else "ema.detach() and ",
         )  # fmt: skip
 
     def see_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count a step of any optimizer that the attached one should have made: with the same parameters.
+        """Count a step that another optimizer took with the same parameters in place of the attached one.
 
-        Until that has stepped, and when it is gone, any parameter of the model will do; when it is gone, there is no
-        need to wait for a query.
+        Until the attached optimizer has stepped, and when it no longer exists, any parameter of the model counts as
+        the same. When it no longer exists, warn at once rather than at the next query.
         """
-        own, model = self.optimizer, self._model()
-        if optimizer is own or model is None:
+        attached, model = self.optimizer, self._model()
+        if optimizer is attached or model is None:
             return
-        trained = _parameters(own) if own is not None and self._has_stepped else {*map(id, model.parameters())}
+        known = attached if self._has_stepped else None
+        trained = {*map(id, model.parameters())} if known is None else _parameters(known)
         if trained.isdisjoint(_parameters(optimizer)) or not _has_changed_weights(optimizer):
             return
         self._missed += 1
-        if own is None:
+        if attached is None:
             self.check_steps()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -128,12 +143,12 @@ class Attachment:
             if _has_changed_weights(optimizer):
                 model = self._model()
                 if model is None:
-                    raise NotReadyError("attach", "the model that this tracker was made with is gone")
+                    raise NotReadyError("attach", "the model that this tracker was made with no longer exists")
                 self._has_stepped, self._usually_missed = True, max(self._usually_missed, self._missed)
                 self._is_updating = True
                 self.tracker.update_(model, None if self._t is None else self._t())
         except BaseException:
-            # If a step raises, a GradScaler leaves these there, and multiplies the next scale.
+            # If a step raises, a GradScaler leaves these attributes set, and would multiply the next scale by them.
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
             raise
@@ -146,22 +161,22 @@ _attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 @cache
 def _watch_all_steps() -> None:
-    """From the first attachment on: a hook that came and went would change torch's hooks while torch calls them."""
+    """Register the hook for all optimizers, for good: removing it would change torch's hooks while torch calls them."""
     register_optimizer_step_post_hook(_after_any_step)
     atexit.register(_check_all)
 
 
 def _after_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    if torch.compiler.is_compiling():  # nothing of this must be traced
+    if torch.compiler.is_compiling():  # a compiled step must not trace the counting
         return
-    for one in [*_attachments]:
-        one.see_step(optimizer)
+    for attachment in [*_attachments]:
+        attachment.see_step(optimizer)
 
 
 def _check_all() -> None:
-    """Warn at the end of the process, too, where nobody has closed the tracker."""
-    for one in [*_attachments]:
-        one.check_steps()
+    """Warn of uncounted steps at the end of the process, for trackers that nobody has closed."""
+    for attachment in [*_attachments]:
+        attachment.check_steps()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -171,18 +186,18 @@ def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
 def attach(
     tracker: Tracker,
     optimizer: object,
-    model: weakref.ref[torch.nn.Module] | None,
+    model: WeakModel | None,
     t: Callable[[], float] | None,
     before: Attachment | None,
 ) -> Attachment:
-    """Attach a tracker to an optimizer in place of `before`; closes other trackers that are attached for its model."""
+    """Attach a tracker to an optimizer in place of `before`, and close other trackers attached for its model."""
     unit = tracker.settings.t_unit
     if not callable(t) and (t is not None or unit != "steps"):
-        reason = f"t {t!r}: must be a function that gives the training time in {unit}"
+        reason = f"t {t!r}: must be a function that returns the training time in {unit}"
         raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
     if model is None:
         reason = "this tracker was made without a model"
-        raise InvalidValueError("attach", reason, "give it to from_model or from_path")
+        raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
     stepping = _stepping_optimizer(optimizer)
     attached = None if before is None else before.optimizer
     if attached is not None and attached is not stepping:
@@ -203,31 +218,34 @@ def attach(
 
 
 def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """The optimizer that makes the steps and calls its hooks: itself, or the one that accelerate has wrapped."""
-    # Who does not use accelerate has not imported it.
+    """Return the optimizer that takes the steps and calls its hooks: `optimizer`, or the one inside accelerate's.
+
+    Raise an InvalidValueError for one whose hooks do not see every step exactly once.
+    """
+    # A program that has not imported accelerate holds none of its optimizers.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.Optimizer) and _has_hooks(optimizer):
-        # Of a class that torch has put its hooks around, `unwrap` gives the step as it was written.
+        # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
         steps = {inspect.unwrap(vars(base)["step"]) for base in type(optimizer).__mro__ if "step" in vars(base)}
         if len(steps) > 2:  # with that of torch.optim.Optimizer
             reason = f"{kind} overrides a step, and torch calls the hooks of both where one calls the other"
             raise InvalidValueError("attach", reason, _BY_HAND)
         if "grad_scaler" in inspect.signature(optimizer.step).parameters:
-            raise InvalidValueError("attach", f"{kind} takes the GradScaler, and may skip a step unseen", _BY_HAND)
+            raise InvalidValueError("attach", f"{kind} takes the GradScaler, and may skip a step unnoticed", _BY_HAND)
         return optimizer
     is_scheduler = isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler)
     if isinstance(optimizer, torch.optim.Optimizer) or (hasattr(optimizer, "optimizer") and not is_scheduler):
-        reason = f"{kind} is a wrapper around an optimizer, which may make other steps than the training"
+        reason = f"{kind} is a wrapper around an optimizer, whose steps need not be those of the training"
         raise InvalidValueError("attach", reason, _BY_HAND)
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
 def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch's own constructor has made it, and not only one of a wrapper around another optimizer."""
-    # Not `hasattr`: wrappers may hand on the attributes of what they wrap, as also a hook that is registered.
+    """Return whether an optimizer calls step hooks itself; a wrapper around an optimizer may only look like one."""
+    # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the optimizer that it wraps.
     if not {"defaults", "state", "param_groups"} <= vars(optimizer).keys():
         return False
     try:
@@ -235,24 +253,24 @@ def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     except AttributeError:
         return False
     hook.remove()
-    own = hook.hooks_dict_ref()
-    return any(held is own for held in vars(optimizer).values())
+    hooks = hook.hooks_dict_ref()
+    return any(value is hooks for value in vars(optimizer).values())
 
 
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step that ends now counts.
+    """Return whether the step that ends now counts.
 
-    A GradScaler that finds infinities in gradients does not call most optimizers. Those that do the scaling themselves
-    (`fused=True`) it does, with the attribute `found_inf`, and they leave the parameters as they were.
+    A GradScaler that finds infinities in gradients does not call most optimizers. It does call those that scale
+    gradients themselves (`fused=True`), with the attribute `found_inf`, and they leave the parameters unchanged.
 
-    Where an optimizer has no state yet, torch.distributed.checkpoint.state_dict makes a step with rates and gradients
-    of 0; plain SGD never has one. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
+    If an optimizer has no state yet, torch.distributed.checkpoint.state_dict takes a step with rates and gradients of
+    0, with plain SGD every time. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
     """
     if getattr(optimizer, "found_inf", None):
         return False
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    # torch puts its 0 on the CPU. To look at a rate on a device would wait for it, at every step.
+    # torch's 0 is on the CPU. Reading a rate on an accelerator would synchronise with it at every step.
     if not all((not isinstance(rate, torch.Tensor) or rate.device.type == "cpu") and bool(rate == 0) for rate in rates):
         return True
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    return any(one.layout != torch.strided or bool(one.any()) for one in gradients if one is not None)
+    return any(grad.layout != torch.strided or bool(grad.any()) for grad in gradients if grad is not None)

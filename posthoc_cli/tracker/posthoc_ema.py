@@ -1,4 +1,4 @@
-"""`PostHocEMA`: the hook that a training loop calls, and the averages that it gives at any time."""
+"""`PostHocEMA`: the hook that a training loop calls, and the averages that it returns at any time."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ from posthoc_cli.tracker.evaluation import ChunkEvaluation, Evaluation, Query, a
 from posthoc_cli.tracker.going_on import Start
 from posthoc_cli.tracker.layout import HOST
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, named_tensors
-from posthoc_cli.tracker.model_weights import (
-    WithStatement,
-    swapped_in,
-    update_bn,
-    warn_of_statistics,
-)
+from posthoc_cli.tracker.model_weights import WithStatement, swapped_in, update_bn, warn_of_statistics
 from posthoc_cli.tracker.pipeline import is_followed, wait_for_writers
 from posthoc_cli.tracker.sharding import Group, Owners, is_first_of_group, mesh_of
 from posthoc_cli.tracker.snapshotter import run_snapshots
@@ -48,11 +43,11 @@ log = logging.getLogger(__name__)
 
 
 class PostHocEMA(Tracker):
-    """Tracks power-function averages of a model and gives the average of any other length.
+    """Tracks power-function averages of a model and makes the average of any other length from them.
 
-    Make one with `from_model` or `from_path`. Snapshots are written beside the training; `flush` returns when all due
-    ones are on disk. `close`, or the end of a `with` block, also lets another writer into the directory. Public
-    attributes: `checkpoint_dir`, where the snapshots are, and `settings`, the checked arguments.
+    Make one with `from_model` or `from_path`. A background thread writes the snapshots; `flush` waits until all due
+    ones are on disk. `close`, or the end of a `with` block, also releases the directory to other writers. Public
+    attributes: `checkpoint_dir`, the directory of the snapshots, and `settings`, the checked arguments.
     """
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -70,46 +65,47 @@ class PostHocEMA(Tracker):
         exclude: str | Sequence[str] | None = None, buffers: str = "statistics",
         device: str | None = None, keep_state: bool = False, resume: str | int | None = None,
     ) -> PostHocEMA:  # fmt: skip
-        """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
+        """Return a tracker for a new run, or with `resume` for an existing one. The first `update_` begins to write.
 
-        Of two profiles of float32 or bfloat16 parameters it holds 16 bytes a parameter, 4 more from the first float16
-        snapshots on, and with averages on the host the model once more, see `metrics`. Of replicas in several processes
-        the first one, of the model's DistributedDataParallel or of all, keeps the averages and writes; the others only
-        count. Of a model that is sharded over processes each keeps and writes its part.
+        For two profiles of float32 or bfloat16 parameters it holds 16 bytes a parameter, 4 more from the first float16
+        snapshots on, and for averages on the host one more copy of the model, see `metrics`. Among replicas in several
+        processes the first one, of the model's DistributedDataParallel or of all, keeps and writes the averages; the
+        others only count steps. Of a sharded model each process keeps and writes its part.
 
         Arguments:
-            model: to be tracked, wrapped or bare: names are those of the bare model.
-            checkpoint_dir: the directory for the snapshots, made when it is missing; or a URL, s3://, gs:// or az://,
-                see `ema guide remote`. One run a directory.
+            model: the model to track, wrapped or bare: names are those of the bare model.
+            checkpoint_dir: the directory for the snapshots, created if it is missing; or a URL, s3://, gs:// or az://,
+                see `ema guide remote`. One run per directory.
             sigma_rels: profiles to track; two reach almost everything between them, see `ema error-plot`.
             update_every, update_after_step: averages are updated at multiples of the first, after the second.
-            checkpoint_every: snapshots are due at multiples of it; a multiple of update_every.
-            max_checkpoints: snapshots to keep of each profile: those that reconstruction needs most for the lengths
-                between the tracked ones. None keeps all.
-            checkpoint_dtype: that averages are stored in, float32 where values do not fit; None for each parameter's.
-            t_unit: the unit of `t`, if you pass a clock of your own to `update_`.
+            checkpoint_every: snapshots are due at its multiples; it must be a multiple of update_every.
+            max_checkpoints: number of snapshots to keep of each profile: those that reconstruction needs most for the
+                lengths between the tracked ones. None keeps all.
+            checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for each parameter's.
+            t_unit: the unit of `t`, if you pass your own clock to `update_`.
             on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn. Both
-                leave averages as they are, but for some last digits of the mean of the last updates.
-            include: globs on names, such as "decoder.*": only matching tensors are tracked, those that require no
-                gradients, too. None: all but parameters that require no gradients.
-            exclude: globs on names of tensors to be left out.
-            buffers: "statistics" to average BatchNorm's running statistics and copy others, as they are at the time of
-                the average; "copy" all of them; or "average" floating-point ones as parameters are.
-            device: "model" for averages beside the parameters, updated by the training's own thread; "cpu" for averages
-                on the host, updated by a thread of their own, with the same bits; None for "cpu" where a parameter is
+                leave the averages unchanged, except for some last digits of the mean of the last updates.
+            include: globs on names, such as "decoder.*": only matching tensors are tracked, also those that require no
+                gradients. None: all but parameters that require no gradients.
+            exclude: globs on names of tensors to leave out.
+            buffers: "statistics" to average BatchNorm's running statistics and copy other buffers, with their values at
+                the time of the average; "copy" all of them; or "average" floating-point ones like parameters.
+            device: "model" for averages on the parameters' devices, updated by the training thread; "cpu" for averages
+                on the host, updated by a background thread, with the same bits; None for "cpu" where a parameter is
                 on an accelerator.
-            keep_state: keep the exact averages beside the snapshots, in `state.safetensors`: `from_path` and `resume`
-                then go on without rounding. 4 bytes an element and 6 for each profile (float64: 8 and 8), also on disk.
-            resume: "auto" to go on where the directory holds a run of this model: from the newest snapshots at or
-                before the place of the model's weights on the run's path. Restore its checkpoint before; a model that
-                is not on the path by the first `update_`, or `load_state_dict`, is an error there. A number to go on
-                from the snapshots of that call of `update_`, whatever the weights. None for a new run; "auto" where a
-                tracker of this process writes averages of this very model there, as when a notebook's cell runs again.
+            keep_state: keep the exact averages next to the snapshots, in `state.safetensors`: `from_path` and `resume`
+                then continue without rounding. 4 bytes an element and 6 per profile (float64: 8 and 8), also on disk.
+            resume: "auto" to continue the directory's run of this model, if it holds one, from the newest snapshots at
+                or before the place of the model's weights on the run's path. Restore the model's checkpoint first: if
+                its weights are not on the path, the first `update_` or `load_state_dict` raises an error. A number to
+                continue from the snapshots of that call of `update_`, whatever the weights. None for a new run; it
+                means "auto" if a tracker of this process is writing averages of this very model to the directory, as
+                when a notebook's cell runs again.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
-            DirectoryError, MismatchError: nobody can write to the directory, or it holds a run and `resume` is None.
-            others: of a run that is to go on, as `from_path`.
+            DirectoryError, MismatchError: the directory is not writable, or it holds a run and `resume` is None.
+            others: for a run to be resumed, see `from_path`.
         """
         selection = make_selection(include, exclude, buffers)
         settings = Settings.checked(
@@ -126,40 +122,40 @@ class PostHocEMA(Tracker):
         stored = [] if resume is None else going_on.stored_to_resume(directory, resume)
         if stored:
             settings = replace(settings, selection=selection.going_on(stored[-1].info.roles))
-        found = collect_tensors(model, settings.selection)
-        if found.chunks or is_first_of_group(model) is not False:
-            going_on.check_place(directory, is_new=resume is None)
-        tracked = TrackedModel.of_model(found)
+        tensors = collect_tensors(model, settings.selection)
+        if tensors.chunks or is_first_of_group(model) is not False:
+            going_on.check_directory(directory, is_new=resume is None)
+        tracked = TrackedModel.of_model(tensors)
         tracked.check_header()
         start = None if resume is None else going_on.find_run(directory, stored, settings, tracked, resume)
         tracking, step = start or (Tracking.new(secrets.token_hex(16), tracked, settings.sigma_rels), None)
-        tracking = _joined(tracking, model, found, settings, directory)
-        made = cls.__new__(cls)
-        made._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
-        return made
+        tracking = _with_members(tracking, model, tensors, settings, directory)
+        tracker = cls.__new__(cls)
+        tracker._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
+        return tracker
 
     @classmethod
     def from_path(
         cls, checkpoint_dir: str | Path, model: torch.nn.Module | None = None, step: int | None = None,
         device: str | None = None,
     ) -> PostHocEMA:  # fmt: skip
-        """The run in a directory, with its own settings: to synthesize from, and to go on tracking.
+        """Return a tracker of the run in a directory, with its settings: to synthesize from, or to continue tracking.
 
-        Tracking goes on at the first `update_`, as with `resume="auto"` of `from_model`: from values rounded to the
-        snapshots' dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To go on
-        exactly without one, `load_state_dict`; with other settings, `from_model`. Due snapshots of other trackers of
-        this process are waited for.
+        Tracking continues at the first `update_`, as with `resume="auto"` of `from_model`: from values rounded to the
+        snapshots' dtype (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time. To
+        continue exactly without one, use `load_state_dict`; with other settings, use `from_model`. The call waits for
+        due snapshots of other trackers of this process.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
-            model: the model to go on with, or to be filled; its tensors are checked against the snapshots here and now.
-            step: go on from the snapshots of this call of `update_`, whatever the model's weights; later ones are set
-                aside in the folder `superseded` when tracking begins.
-            device: as in `from_model`.
+            model: the model to continue with, or to fill; this call checks its tensors against the snapshots.
+            step: continue from the snapshots of this call of `update_`, whatever the model's weights; later snapshots
+                are moved to the folder `superseded` when tracking begins.
+            device: see `from_model`.
 
         Raises:
-            DirectoryError, FileFormatError, MismatchError, ModelMismatchError: of the directory, and of the model.
-            InvalidValueError: an argument, or a `step` without snapshots; names those that have some.
+            DirectoryError, FileFormatError, MismatchError, ModelMismatchError: the directory or the model is unfit.
+            InvalidValueError: an argument, or a `step` without snapshots; the message names the steps with snapshots.
         """
         directory = going_on.check_path(checkpoint_dir)
         wait_for_writers(directory)
@@ -173,40 +169,41 @@ class PostHocEMA(Tracker):
         settings = Settings(profiles, newest.schedule, newest.t_unit, selection, keep_state=keeps_state)
         tracking = going_on.resumed_tracking(directory, snapshots, profiles)
         if model is not None:
-            found = collect_tensors(model, selection, tracking.tracked.known_names)  # it may be frozen, to be filled
-            tracking = _joined(tracking, model, found, settings, directory)
-        made = cls.__new__(cls)
-        made._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
-        return made
+            # By the names in the snapshots: a model that is only to be filled may be frozen.
+            tensors = collect_tensors(model, selection, tracking.tracked.known_names)
+            tracking = _with_members(tracking, model, tensors, settings, directory)
+        tracker = cls.__new__(cls)
+        tracker._begin(directory, settings, tracking, model, device, Start(directory, settings, step, stored))
+        return tracker
 
     @property
     def run(self) -> Run:
-        """The snapshots of this run on disk. Snapshots that are still being written are waited for."""
+        """This run's snapshots on disk, as a `Run`, once those that are being written are complete."""
         self.flush()
         return Run(self.checkpoint_dir)
 
     def metrics(self, sigma_rels: Wanted | Sequence[Wanted] = ()) -> dict[str, float]:
-        """Figures for a logger, at almost no cost: nothing is computed from tensors, and nothing is waited for.
+        """Return figures for a logger, at almost no cost: without computing on tensors, and without waiting.
 
         Arguments:
-            sigma_rels: lengths or other targets, or one, whose predicted errors are wanted; headers of the snapshots on
-                disk are read.
+            sigma_rels: one or more lengths or other targets whose predicted errors are wanted; the headers of the
+                snapshots on disk are read for them.
 
         Returns:
-            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. Of the last
-            snapshots: `distance_0.05`, ..., how far each tracked average was from the weights, relative to its norm;
-            `snapshot_bytes`; `snapshot_seconds`, which writing took beside the training; `snapshot_waited`, the seconds
-            that the training waited before it. `predicted_error_0.15`, ...: of each wanted length that the run is long
-            enough for, the expected relative error at the newest snapshot.
+            `step` and `t`; `bytes`, the memory that the tracker holds, on the host and on accelerators. For the last
+            snapshots: `distance_0.05`, ..., the distance of each tracked average from the weights, relative to its
+            norm; `snapshot_bytes`; `snapshot_seconds`, the time it took to write them in the background;
+            `snapshot_waited`, the seconds that the training waited before. `predicted_error_0.15`, ...: for each wanted
+            length that the run is long enough for, the expected relative error at the newest snapshot.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        found = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
+        figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
         plan, _ = plan_possible(snapshots, wanted) if snapshots else (None, {})
-        for index, target in enumerate(() if plan is None else plan.targets):
-            if plan is not None and (error := plan.predicted_error(index)) is not None:
-                found[f"predicted_error_{target.label}"] = error
-        return found
+        if plan is not None:
+            errors = {target.label: plan.predicted_error(index) for index, target in enumerate(plan.targets)}
+            figures |= {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
+        return figures
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
@@ -221,11 +218,11 @@ class PostHocEMA(Tracker):
         self, sigma_rel: Wanted | None = None, t: float | None = None, step: int | None = None,
         dtype: Dtype = None, method: str | None = None, full: bool = False, alone: bool = False,
     ) -> Weights | dict[str, Any]:  # fmt: skip
-        """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
+        """Return averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
-        That state goes with your training checkpoint; `load_state_dict` continues from it exactly. In processes that
-        keep no averages it is empty. Of a model that is sharded over processes all of them make the call, and each gets
-        what it owns, as DTensors in host memory: torch.distributed.checkpoint saves and loads them, also for another
+        Save that state in your training checkpoint; `load_state_dict` continues from it exactly. In processes that
+        keep no averages it is empty. For a sharded model all processes make the call, and each gets the chunks that it
+        owns, as DTensors in host memory: torch.distributed.checkpoint saves and loads them, also for another
         arrangement of processes.
 
         Arguments:
@@ -234,12 +231,12 @@ class PostHocEMA(Tracker):
             t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.
-            full: of a sharded model, complete tensors in rank 0, gathered one by one; nothing in the others.
+            full: for a sharded model, complete tensors in rank 0, gathered one by one, and none in other ranks.
             alone: see `model`.
 
         Returns:
-            Copies of the tensors by name, on the CPU, with their `predicted_error`. Of a sharded model, whose processes
-            all make the call, DTensors as its parameters are.
+            Copies of the tensors by name, on the CPU, with their `predicted_error`. For a sharded model, whose
+            processes all make the call, DTensors sharded like its parameters.
 
         Raises:
             InvalidValueError, NotReadyError, FileFormatError, MismatchError, RankError.
@@ -247,27 +244,27 @@ class PostHocEMA(Tracker):
         if sigma_rel is None:
             return self._own_state()
         model, query = self._chunked_model(), Query(sigma_rel, t, step, dtype, method)
-        made = self._evaluation(model, alone, f"state_dict({query}{', full' * full})").weights(query)
-        return made if model is None else as_dtensors(made, model, full)
+        weights = self._evaluation(model, alone, f"state_dict({query}{', full' * full})").weights(query)
+        return weights if model is None else as_dtensors(weights, model, full)
 
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
         dtype: Dtype = None, method: str | None = None, alone: bool = False,
     ) -> WithStatement[Module]:  # fmt: skip
-        """The model itself with averaged weights, in eval mode, for the `with` block.
+        """Return a context manager that gives the model averaged weights, in eval mode, for a `with` block.
 
-        After the block weights, buffers, train or eval mode and device are as before, also on an error. The model's own
-        weights are kept in host memory meanwhile. Blocks may be nested. Arguments as in `state_dict`, except that
-        without `dtype` the weights take the dtypes that the model has. To keep averaged weights, save them within the
+        After the block weights, buffers, train or eval mode and device are as before, also on an error. Meanwhile the
+        model's raw weights are kept in host memory. Blocks may be nested. The arguments are those of `state_dict`,
+        except that without `dtype` the weights take the model's dtypes. To keep averaged weights, save them within the
         block, or use `ema.state_dict(sigma_rel=...)`.
 
         In a group of processes all that have made a tracker of this directory make the call, between the same two calls
-        of `update_`. Of a sharded model each fills the chunks that it holds; no complete tensor is made. An error of
-        one is raised in all. With `alone=True` the writer of replicas makes the weights for itself.
+        of `update_`. Of a sharded model each process fills the chunks that it holds; no complete tensor is made. An
+        error in one process is raised in all. With `alone=True` the writer of replicas makes the weights by itself.
 
         Raises:
             NotReadyError: no average exists yet.
-            InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
+            InvalidValueError, ModelMismatchError: an argument, or a tensor on the meta device or of another shape.
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
 
@@ -279,39 +276,39 @@ class PostHocEMA(Tracker):
         return WithStatement(partial(self._filled, model, make, own_dtypes=dtype is None))
 
     def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, WithStatement[Module]]:
-        """For each of several lengths a block as `model` gives one, all from one pass over the snapshots.
+        """Return a context manager like that of `model` for each of several lengths, from one pass over the snapshots.
 
-        That pass is made now. Its results wait in a file without a name beside the snapshots, of the model's size for
-        each length; memory is needed as for one. In a group of processes all make the call, and enter the blocks in
-        their order.
+        This call makes that pass. Its results stay in an unnamed temporary file next to the snapshots, of the model's
+        size for each length; it needs no more memory than one length. In a group of processes all make the call, and
+        enter the blocks in their order.
 
         Arguments:
             sigma_rels: lengths, or other targets as in `state_dict`, or their text forms, such as "decay:linear:20%".
 
         Returns:
-            The blocks by the targets' labels, such as "0.15" and "decay-linear-20%". Targets that the run is too short
-            for, such as a window of more steps, are left out, with a warning.
+            The context managers by the targets' labels, such as "0.15" and "decay-linear-20%". Targets that the run is
+            too short for, such as a window of more steps, are left out, with a warning.
 
         Raises:
-            InvalidValueError, NotReadyError, WriteError, RankError: an argument, no room on disk, and as `model`.
+            InvalidValueError, NotReadyError, WriteError, RankError: an argument, no space on disk, and see `model`.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         evaluation = self._evaluation(check_model(model), False, f"models({', '.join(wanted)})")
-        made, refused = evaluation.each(wanted)
+        makers, refused = evaluation.each(wanted)
         for label in refused if self.keeps_averages else ():
-            if self._is_first(label):
+            if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", refused[label], self.step)
 
         def block(make: Callable[[], Weights]) -> WithStatement[Module]:
             return WithStatement(partial(self._filled, model, lambda: (evaluation, make())))
 
-        return {label: block(make) for label, make in made.items()}
+        return {label: block(make) for label, make in makers.items()}
 
     def averaged(self, model: Module, tracked: float, alone: bool = False) -> WithStatement[Module]:
-        """As `model`, with the live average of a tracked profile: it is exact, and no snapshot is read.
+        """Return a context manager like that of `model`, with a tracked profile's live average: exact, from memory.
 
         Raises:
-            InvalidValueError, ModelMismatchError: as in `model`; or `tracked` is no tracked profile.
+            InvalidValueError, ModelMismatchError: see `model`; or `tracked` is not a tracked profile.
             NotReadyError: there was no update yet, or none since `from_path`.
         """
 
@@ -327,33 +324,33 @@ class PostHocEMA(Tracker):
     def _filled(
         self, model: Module, make: Callable[[], tuple[Evaluation, Weights]], own_dtypes: bool = True
     ) -> Iterator[Module]:
-        """The model with the weights that are made, and a warning, once, of running statistics that are copies."""
+        """Give the model the weights that `make` returns, and warn, once, of running statistics that are copies."""
         evaluation, weights = make()
         evaluation.check(weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
-            if "statistics" not in self._told:
+            if "statistics" not in self._warned_of:
                 copies = self._pipeline.now.tracked.dtypes(copied=True)
-                self._told |= {"statistics"} if warn_of_statistics(model, weights, copies) else set()
+                self._warned_of |= {"statistics"} if warn_of_statistics(model, weights, copies) else set()
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
         dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu", alone: bool = False,
     ) -> None:  # fmt: skip
-        """Fill a model with averaged weights for good, on any device, also a model on `meta`.
+        """Fill a model with averaged weights permanently, on any device, also a model on `meta`.
 
-        Memory for one tensor at a time is enough, in a group of processes for the weights that each gets. Everything is
-        computed twice, first only to check that it can be: an error leaves the model as it was. Parameters stay the
-        same objects, so that the optimizer keeps its state, and later updates average the new weights: between two
-        training steps this is the switch of Switch EMA.
+        This needs memory for one tensor, in a group of processes for the weights that each process gets. Everything is
+        computed twice, the first time only to check it: an error leaves the model unchanged. Parameters stay the same
+        objects, so that the optimizer keeps its state, and later updates average the new weights: between two training
+        steps this is the switch of Switch EMA.
 
         Arguments:
-            device: where tensors on `meta` that an average fills are created; a warning names those that stay there.
-                Those of a sharded model are refused.
+            device: where to create the tensors on `meta` that an average fills; a warning names the others. Tensors on
+                `meta` of a sharded model are refused.
             alone: see `model`.
 
         Raises:
-            ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
+            ModelMismatchError, NonFiniteError, others: see `model` and `state_dict`; nothing has changed.
         """
         query = Query(sigma_rel, t, step, dtype, method)
         self._evaluation(check_model(model), alone, f"load_into({query})").fill(query, device)
@@ -363,15 +360,14 @@ class PostHocEMA(Tracker):
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
     ) -> Figure:
-        """A figure of the reconstruction error against sigma_rel: of the current averages, or before of the schedule.
+        """Return a figure of reconstruction error against sigma_rel, of the averages or, before any, of the schedule.
 
         `sigma_range` is the lowest and highest sigma_rel, `method` the solver; None for the default one.
         """
         from posthoc_cli import plots
 
-        candidate = self._evaluation_by(self._members.keepers("reconstruction_error()"), None).of_sources(
-            self._candidate
-        )
+        keepers = self._members.keepers("reconstruction_error()")
+        candidate = self._evaluation_by(keepers, None).of_sources(self._candidate)
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
@@ -389,33 +385,33 @@ class PostHocEMA(Tracker):
         return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
     def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
-        """One call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
-        own = self._tracked_model(model)
-        tensor = None if own is None else next(own.parameters(), None)
-        device = HOST if tensor is None else tensor.device
+        """Begin a call for averages, by all processes that keep parts of them or replicas, or by this one alone."""
+        tracked = self._tracked_model(model)
+        parameter = None if tracked is None else next(tracked.parameters(), None)
+        device = HOST if parameter is None else parameter.device
         return self._evaluation_by(self._members.askers(call, alone, not self._pipeline.now.resumes, device), model)
 
     def _evaluation_by(self, group: Group, model: torch.nn.Module | None) -> Evaluation:
         return (ChunkEvaluation if self._members.is_chunked else Evaluation)(self, group, model)
 
 
-def _joined(
-    tracking: Tracking, model: torch.nn.Module, found: ModelTensors, settings: Settings, directory: Path
+def _with_members(
+    tracking: Tracking, model: torch.nn.Module, tensors: ModelTensors, settings: Settings, directory: Path
 ) -> Tracking:
-    """The same for what this process keeps, when the processes have met, if each keeps a part; else itself."""
-    if not found.chunks:
+    """Return `tracking`, of a sharded model for the part that this process keeps, after a rendezvous of all."""
+    if not tensors.chunks:
         return tracking
     if settings.keep_state:
         reason = "must be False where each process keeps a part of the averages"
         raise InvalidValueError("keep_state", reason, "save the exact averages with ema.state_dict()", value=True)
     if tracking.resumes:
-        tracking.tracked.check(TrackedModel.of_model(found))
+        tracking.tracked.check(TrackedModel.of_model(tensors))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     left_out = ("schedule", "selection", "only_trainable")  # the last one says whether there is an `include`
     options = {name: str(value) for name, value in values.items() if name not in left_out}
-    started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
-    options |= {"checkpoint_dir": str(directory), "to go on from": started}
-    members = Owners(found.averaged | found.copied, found.chunks, options, tracking.run_id, mesh_of(model))
-    everywhere = TrackedModel.of_model(found).complete_shapes
-    own = replace(TrackedModel.of_model(found.of(members), members), everywhere=everywhere)
-    return replace(tracking, run_id=members.run_id, tracked=own)
+    start = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
+    options |= {"checkpoint_dir": str(directory), "the run to resume": start}
+    members = Owners(tensors.averaged | tensors.copied, tensors.chunks, options, tracking.run_id, mesh_of(model))
+    everywhere = TrackedModel.of_model(tensors).complete_shapes
+    part = replace(TrackedModel.of_model(tensors.of(members), members), everywhere=everywhere)
+    return replace(tracking, run_id=members.run_id, tracked=part)

@@ -1,4 +1,4 @@
-"""What a tracker has, its settings and its state: in memory, as a dict, and as a file.
+"""The settings and the state of a tracker: in memory, as a dict, and as a file.
 
 A dict and a file hold the averages exactly; snapshots hold them rounded to their storage dtype.
 """
@@ -39,7 +39,7 @@ from posthoc_cli.tracker.model_tensors import TrackedModel, named_tensors, nonfi
 from posthoc_cli.tracker.running import AverageTensors, RunningAverages, Standing
 from posthoc_cli.tracker.sharding import as_dtensor, held_box, reshard
 
-STATE_NAME = "state.safetensors"  # the file beside the snapshots that a tracker keeps its exact state in
+STATE_NAME = "state.safetensors"  # the file next to the snapshots with a tracker's exact state
 STATE_VERSION = int(fmt.STATE_VERSION)
 
 
@@ -60,61 +60,61 @@ class Settings:
         max_checkpoints: int | None, checkpoint_dtype: torch.dtype | str | None, t_unit: str, selection: Selection,
         on_nonfinite: str, keep_state: bool,
     ) -> Settings:  # fmt: skip
-        """The settings of these arguments; an InvalidValueError names one that cannot be. Profiles are ascending."""
-        given = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
-        profiles = sorted(check_sigma_rel(sigma_rel) for sigma_rel in given)
+        """Return the settings, with profiles in ascending order; an InvalidValueError names an unfit argument."""
+        numbers = () if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable) else sigma_rels
+        profiles = sorted(check_sigma_rel(sigma_rel) for sigma_rel in numbers)
         if not profiles or len(set(profiles)) < len(profiles):
             reason = "must be a sequence of different numbers, such as (0.05, 0.28)"
             raise InvalidValueError("sigma_rels", reason, value=f"{sigma_rels!r}")
         every = check_count("update_every", update_every)
-        snapshots = check_count("checkpoint_every", checkpoint_every)
+        snapshot_every = check_count("checkpoint_every", checkpoint_every)
         after = check_count("update_after_step", update_after_step, 0)
         most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
-        if snapshots % every:
+        if snapshot_every % every:
             reason = f"must be a multiple of update_every {every}, so that a snapshot holds the average of its own time"
-            raise InvalidValueError("checkpoint_every", reason, value=snapshots)
+            raise InvalidValueError("checkpoint_every", reason, value=snapshot_every)
         dtype = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
         if not isinstance(t_unit, str) or not t_unit or not t_unit.isprintable():
             reason = "must name what t counts, such as 'steps' or 'images'"
             raise InvalidValueError("t_unit", reason, value=f"{t_unit!r}")
         check_word("on_nonfinite", on_nonfinite, ("raise", "skip"))
-        schedule = TrackingSchedule(every, snapshots, after, most, dtype, range_of(profiles))
+        schedule = TrackingSchedule(every, snapshot_every, after, most, dtype, range_of(profiles))
         return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite, keep_state)
 
     def tracked_index(self, tracked: float) -> int:
-        """Which of the tracked profiles a sigma_rel is; an InvalidValueError names them if it is none."""
-        for index, own in enumerate(self.sigma_rels):
-            if isinstance(tracked, Real) and math.isclose(tracked, own, rel_tol=1e-6):  # also 0.05 of float32
+        """Return the index of a tracked profile; an InvalidValueError names the profiles if `tracked` is not one."""
+        for index, sigma_rel in enumerate(self.sigma_rels):
+            if isinstance(tracked, Real) and math.isclose(tracked, sigma_rel, rel_tol=1e-6):  # also 0.05 of float32
                 return index
         reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in self.sigma_rels)}"
         hint = "for any other use model(model, sigma_rel=...)"
         raise InvalidValueError("tracked", reason, hint, value=f"{tracked!r}")
 
     def update_is_due(self, step: int) -> bool:
-        """Whether averages take in the model at this call."""
+        """Return whether the averages are updated at this call."""
         return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
 
     def snapshot_is_due(self, step: int) -> bool:
-        """Whether snapshots are written at this call, if averages exist."""
+        """Return whether snapshots are written at this call, if averages exist."""
         return step % self.schedule.checkpoint_every == 0
 
     def skip_update(self, error: NonFiniteError) -> None:
-        """Leave out an update as `on_nonfinite` says: raise the error, or warn."""
+        """Raise the error, or warn that the update is skipped, as `on_nonfinite` says."""
         if self.on_nonfinite == "raise":
             raise error
         warn(f"update skipped: {error}")
 
     def first_update(self, step: int) -> str:
-        """When the first average comes, in words, after so many calls."""
+        """Return a sentence that says at which call, after `step` calls so far, the first update is due."""
         every, after = self.schedule.update_every, self.schedule.update_after_step
         return f"the first update is at call {(max(after, step) // every + 1) * every:,} of update_"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is: the clock of all calls, and the last one at which an update was due.
+    """The progress of a training: the clock of all calls, and `updated`, the last call at which an update was due.
 
-    `own_clock` says whether the calls pass a time; None while unknown.
+    `own_clock` says whether the calls pass `t`; None while unknown.
     """
 
     clock: ClockRecorder = field(default_factory=ClockRecorder)
@@ -123,25 +123,25 @@ class Progress:
 
     @classmethod
     def resumed(cls, clock: ClockRecorder, updated: int | None = None) -> Progress:
-        """The progress of a resumed run; whether it passes `t` is unknown where time and step are equal."""
+        """Return the progress of a resumed run; whether its calls pass `t` is unknown where time and step are equal."""
         return cls(clock, True if clock.t != clock.step else None, clock.step if updated is None else updated)
 
     @property
     def step(self) -> int:
-        """The last call; 0 before the first."""
+        """The number of the last call; 0 before the first."""
         return self.clock.step
 
     @property
     def t(self) -> float:
-        """Its time."""
+        """The time of the last call."""
         return self.clock.t
 
     def after(self, t: float | None, settings: Settings) -> Progress:
-        """The progress after one more call, with the caller's `t`, which is checked against the last one."""
+        """Return the progress after one more call, with the caller's `t`, which must be later than the last one."""
         unit, step = settings.t_unit, self.step + 1
         if self.own_clock is not None and self.own_clock != (t is not None):
-            habit = "passed t" if self.own_clock else "did not pass t"
-            reason = f"earlier calls of update_ in this run {habit}"
+            earlier = "passed t" if self.own_clock else "did not pass t"
+            reason = f"earlier calls of update_ in this run {earlier}"
             raise InvalidValueError("t", reason, "pass it at every call or at none")
         if t is None and unit != "steps":
             raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
@@ -155,7 +155,7 @@ class Progress:
 
 
 def _number(t: float) -> float:
-    """`t` as a float; nan if it is no number."""
+    """Return `t` as a float; nan if it is not a number."""
     try:
         return math.nan if isinstance(t, str) else float(t)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -164,11 +164,11 @@ def _number(t: float) -> float:
 
 @dataclass(frozen=True)
 class Tracking:
-    """All that a tracker has; replaced in one assignment, so that its fields always belong together.
+    """The complete state of a tracker; replaced in one assignment, so that its fields are always consistent.
 
     Attributes:
         resumes: whether the averages are still to be loaded from the directory.
-        snapshots: of a state to continue from: header checksums of the snapshots until then.
+        snapshots: in a state to continue from, the header checksums of the snapshots written until its time.
     """
 
     run_id: str
@@ -180,7 +180,7 @@ class Tracking:
 
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
-        """What a tracker has before its first call."""
+        """Return the state of a tracker before its first call."""
         return cls(run_id, Progress(), tracked, RunningAverages.none_yet(sigma_rels), resumes)
 
 
@@ -190,11 +190,11 @@ class Tracking:
 @torch.inference_mode(False)
 @torch.no_grad()
 def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None = None) -> dict[str, Any]:
-    """The state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
+    """Return the state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
 
     Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
-    the tensors are zeros (`averages_t` = 0 says so): loaders that fill the tensors of a fresh object's state, such as
-    torch.distributed.checkpoint, find them in their places. With a sharded `model` what this process owns are DTensors.
+    the tensors are zeros (`averages_t` = 0 says so), for loaders that fill the tensors of a fresh object's state, such
+    as torch.distributed.checkpoint. With a sharded `model` the chunks that this process owns are DTensors.
     """
     averages, tracked = state.averages, state.tracked
     kept, copies = averages.tensors, averages.copies
@@ -203,18 +203,18 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         dtypes = tracked.dtypes(copied=True)
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
-    spread = {}
+    dtensors = {}
     if model is not None:
         reshard(model)
-        spread = {found.name: found.tensor for found in named_tensors(model)}
+        dtensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
 
     def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: as_dtensor(value, spread[name]) if spread else value for name, value in tensors.items()}
+        return {name: as_dtensor(value, dtensors[name]) if dtensors else value for name, value in tensors.items()}
 
     return _plain(info) | {
         "mean": packed(kept.mean.views),
-        "high": {key: packed(own.views) for key, own in zip(keys, kept.high, strict=True)},
-        "low": {key: packed(own.views) for key, own in zip(keys, kept.bits, strict=True)},
+        "high": {key: packed(high.views) for key, high in zip(keys, kept.high, strict=True)},
+        "low": {key: packed(low.views) for key, low in zip(keys, kept.bits, strict=True)},
         "copies": packed({name: value.clone() for name, value in copies.items()}),
     }
 
@@ -222,14 +222,14 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
 @torch.inference_mode(False)
 @torch.no_grad()
 def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> Tracking:
-    """Check a state against the tracker that is to continue from it, one tensor after the other.
+    """Check a state against the tracker that is to continue from it, and load it one tensor after the other.
 
-    Profiles that only the state has are dropped; one that only the tracker has cannot begin in mid-run. Of complete
-    tensors, a process of several takes what it owns.
+    Profiles that only the state has are dropped; one that only the tracker has cannot begin in mid-run. In a group of
+    processes each takes the chunks that it owns, also from complete tensors.
     """
     version = state.get("version") if isinstance(state, Mapping) else None
     if version != STATE_VERSION:
-        reason = f"must be what state_dict() of the process that keeps averages gives, of version {STATE_VERSION}"
+        reason = f"must come from state_dict() of a process that keeps averages, of version {STATE_VERSION}"
         raise InvalidValueError("state", f"{reason}, not {shown(version)}")
     info = states.state_from(state, settings.schedule)
     if info.t_unit != settings.t_unit:
@@ -245,10 +245,10 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         )  # fmt: skip
         kept = AverageTensors(host_layout(tracked), len(info.sigma_rels))
         sets = [(state["mean"], kept.mean)]
-        # Early in a run the means of the shortest profile and the longest are in what those two have.
+        # Early in a run the low parts of the shortest and the longest profile hold bits of the two means.
         ends = {info.sigma_rels[0], info.sigma_rels[-1]}
         needed = ends if standing.early and not (len(wanted) == 1 and ends.issuperset(wanted)) else set[float]()
-        if absent := sorted(one for one in needed if repr(one) not in state["low"]):
+        if absent := sorted(sigma_rel for sigma_rel in needed if repr(sigma_rel) not in state["low"]):
             reason = f"lacks profile {absent[0]:g}, which those in between need early in a run"
             raise InvalidValueError("state", reason, f"track {absent[0]:g} too, or load the complete state")
         for sigma_rel, high, low in zip(info.sigma_rels, kept.high, kept.bits, strict=True):
@@ -257,10 +257,10 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
                 sets.append((state["high"][key], high))
             if sigma_rel in needed.union(wanted):
                 sets.append((state["low"][key], low))
-        for stored, room in sets:
-            _check_names(stored, room.views, tracked)
-            for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
-                own.copy_(_own_part(name, stored, tracked, own.dtype))
+        for stored, target in sets:
+            _check_names(stored, target.views, tracked)
+            for name, view in target.views.items():  # each is checked before the next is read: they may be on disk
+                view.copy_(_own_part(name, stored, tracked, view.dtype))
         if standing.early:
             kept.unpack_()
         dtypes = tracked.dtypes(copied=True)
@@ -275,7 +275,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
 
 
 def state_info(state: Tracking, settings: Settings) -> StateInfo:
-    """All of a state but tensors."""
+    """Return everything in a state but its tensors."""
     progress, averages, standing = state.progress, state.averages, state.averages.standing
     return StateInfo(
         run_id=state.run_id, step=progress.step, t=progress.t, t_unit=settings.t_unit,
@@ -283,25 +283,25 @@ def state_info(state: Tracking, settings: Settings) -> StateInfo:
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, folded_t=standing.folded_t, folds=standing.folds, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        sketch=sketch_of(averages),
+        sketch=encoded_path(averages),
         snapshots=tuple(sorted(state.snapshots)),
     )  # fmt: skip
 
 
-def sketch_of(averages: RunningAverages) -> str:
-    """The path of what is averaged here, as a state has it."""
+def encoded_path(averages: RunningAverages) -> str:
+    """Return the path of the weights that this process averages, as the text in a state."""
     return "" if averages.known_path is None else fmt.encode_path(averages.known_path, exact=True)
 
 
 def _plain(info: StateInfo) -> dict[str, Any]:
-    """The same as numbers, strings, lists and dicts."""
+    """Return `info` as a dict of numbers, strings, lists and dicts."""
     schedule = vars(info.schedule) | {"sigma_range": list(info.schedule.sigma_range)}
     lists = {key: list(value) for key, value in vars(info).items() if isinstance(value, tuple)}
     return {"version": STATE_VERSION, **vars(info), **lists, "schedule": schedule}
 
 
 def host_layout(tracked: TrackedModel) -> Layout:
-    """The layout of the averages of a model in the host's memory."""
+    """Return the layout of the averages of a model in host memory."""
     averaged = tracked.dtypes(copied=False)
     return buckets_of({name: (HOST, dtype, tracked.shapes[name]) for name, dtype in averaged.items()})
 
@@ -309,40 +309,40 @@ def host_layout(tracked: TrackedModel) -> Layout:
 def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel) -> None:
     if differing := (set(expected) - set(tensors)) | (set(tensors) - set(expected) - tracked.members.names):
         reason = "is in the state or in the model, but not in both"
-        hint = "make the tracker with the include, exclude and buffers of the one that the state is of"
+        hint = "make the tracker with the include, exclude and buffers of the tracker that made the state"
         raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
 
 
 def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
-    """What this process owns of a tensor, checked."""
-    subject, own, found = f"tensor {name!r}", tracked.tensors[name], tensors[name]
-    shape = tuple(found.shape)
+    """Return the part of a tensor of a state that this process owns, after checking it."""
+    subject, expected_tensor, stored = f"tensor {name!r}", tracked.tensors[name], tensors[name]
+    shape = tuple(stored.shape)
     if shape != (expected := tracked.complete_shape(name)):
         raise ModelMismatchError(subject, f"has the shape {list(shape)} in the state, {list(expected)} in the model")
-    (local, held), wanted = held_box(name, found), tracked.box(name)
+    (local, held), wanted = held_box(name, stored), tracked.box(name)
     if held.meet(wanted) != wanted:
         reason = "is spread over the processes in another way in the state than in the model"
         raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")
     starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
     tensor = local[tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))]
     if tensor.dtype != dtype:
-        model = torch_dtype(own.dtype)
+        model = torch_dtype(expected_tensor.dtype)
         raise ModelMismatchError(subject, f"is {tensor.dtype} in the state, not {dtype}; the model's is {model}")
-    if own.role != "copy" and nonfinite_name({name: tensor}) is not None:
+    if expected_tensor.role != "copy" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
     return tensor
 
 
 def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
-    """Raise an InvalidValueError unless every profile to go on with is there."""
+    """Raise an InvalidValueError unless the run holds every profile that is wanted."""
     for sigma_rel in wanted:
         if sigma_rel not in held:
             reason = f"{sigma_rel:g} is none of the tracked ones, {listed(held)}: an average cannot begin in mid-run"
-            raise InvalidValueError("sigma_rels", reason, "leave it out, and synthesize it from the others")
+            raise InvalidValueError("sigma_rels", reason, "leave it out, and synthesize it from the tracked ones")
 
 
 def listed(sigma_rels: Sequence[float]) -> str:
-    """Profiles in words."""
+    """Return the profiles as a text with commas."""
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
@@ -350,16 +350,16 @@ def listed(sigma_rels: Sequence[float]) -> str:
 
 
 def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
-    """Write a state to a file, in place of an older one: complete or not at all, durable, checksummed."""
+    """Write a state to a file, replacing an older one: complete or not at all, durable, with checksums."""
     averages, kept = state.averages, state.averages.tensors
     sets: dict[str, Mapping[str, torch.Tensor]] = {}
-    if kept is not None:  # else before the first update
+    if kept is not None:  # None before the first update
         sets[states.MEAN] = kept.mean.views
         for sigma_rel, high, low in zip(averages.sigma_rels, kept.high, kept.bits, strict=True):
             sets |= {high_prefix(sigma_rel): high.views, low_prefix(sigma_rel): low.views}
     sets[states.COPY] = averages.copies
-    tensors = {states.tensor_name(prefix, name): one for prefix, own in sets.items() for name, one in own.items()}
-    specs = [fmt.TensorSpec(name, stored_name(one.dtype, name), tuple(one.shape)) for name, one in tensors.items()]
+    tensors = {states.tensor_name(prefix, name): view for prefix, views in sets.items() for name, view in views.items()}
+    specs = [fmt.TensorSpec(name, stored_name(v.dtype, name), tuple(v.shape)) for name, v in tensors.items()]
     with TensorFileWriter(path, specs, states.state_metadata(info), overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor_bytes(tensor))
@@ -368,7 +368,7 @@ def write_state(path: Path, state: Tracking, info: StateInfo) -> None:
 
 @contextmanager
 def open_state(path: Path) -> Iterator[dict[str, Any]]:
-    """A state as `pack_state` gives it, except that each tensor is read when it is used."""
+    """Open a state file as the dict that `pack_state` returns, except that each tensor is read when it is used."""
     stored = states.read_state(path)
     info, header = stored.info, stored.header
     prefixes = [states.MEAN, *map(high_prefix, info.sigma_rels), *map(low_prefix, info.sigma_rels), states.COPY]
@@ -377,14 +377,14 @@ def open_state(path: Path) -> Iterator[dict[str, Any]]:
         if (masses := states.older_masses(header)) is not None:
             yield _plain(info) | _converted(file, info, masses)
             return
-        found = {prefix: _StoredTensors(file, own) for prefix, own in names.items()}
-        high = {repr(sigma_rel): found[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-        low = {repr(sigma_rel): found[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
-        yield _plain(info) | {"mean": found[states.MEAN], "high": high, "low": low, "copies": found[states.COPY]}
+        sets = {prefix: _StoredTensors(file, stored_names) for prefix, stored_names in names.items()}
+        high = {repr(sigma_rel): sets[high_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+        low = {repr(sigma_rel): sets[low_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+        yield _plain(info) | {"mean": sets[states.MEAN], "high": high, "low": low, "copies": sets[states.COPY]}
 
 
 class _StoredTensors(Mapping[str, torch.Tensor]):
-    """Tensors of one kind in a state, by the model's names; each is read and verified when it is used."""
+    """The tensors of one kind in a state file, by the model's names; each is read and verified when it is used."""
 
     def __init__(self, file: TensorReader, names: Mapping[str, str]) -> None:
         self._file, self._names = file, names
@@ -400,7 +400,7 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
 
 
 def _converted(file: TensorReader, info: StateInfo, masses: Sequence[float]) -> dict[str, Any]:
-    """The tensors of a state of release 0.2, see `states.older_masses`, as one keeps them now, with an empty mean."""
+    """Return the tensors of a state of release 0.2, see `states.older_masses`, in today's form, with an empty mean."""
     parts: dict[str, Any] = {"high": {}, "low": {}}
     for sigma_rel, mass in zip(info.sigma_rels, masses, strict=True):
         for kind in ("high", "low"):
@@ -410,12 +410,12 @@ def _converted(file: TensorReader, info: StateInfo, masses: Sequence[float]) -> 
 
 
 class _OlderTensors(_StoredTensors):
-    """The averages of a profile, rounded to the dtype of their means, or what the rounding takes away."""
+    """The averages of a profile in a state of release 0.2: rounded to the dtype of their means, or the remainders."""
 
     def __init__(self, file: TensorReader, prefix: str, mass: float, is_low: bool) -> None:
-        names, self._means = (states.tensors_with(one, file.header) for one in (prefix, f"recent-{prefix}"))
+        names, self._means = (states.tensors_with(kind, file.header) for kind in (prefix, f"recent-{prefix}"))
         wide = [name for name in names if file.header.tensors[self._means[name]].dtype == "F64"] if is_low else ()
-        super().__init__(file, {name: full for name, full in names.items() if name not in wide})
+        super().__init__(file, {name: stored for name, stored in names.items() if name not in wide})
         self._mass, self._is_low = mass, is_low
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -426,6 +426,6 @@ class _OlderTensors(_StoredTensors):
 
 
 def read_tensor(file: TensorReader, name: str) -> torch.Tensor:
-    """A tensor of a file, verified."""
+    """Return a tensor of a file, after verifying its checksums."""
     entry = file.header.tensors[name]
     return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)

@@ -1,4 +1,4 @@
-"""A small regression in Lightning; also as a program that is killed."""
+"""A small regression in Lightning, also as a program that kills itself."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Recorder(Callback):
             raise KeyError("the training fails here")
 
 
-def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
-    """Three epochs of six steps, with a checkpoint every fourth step."""
+def make_trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+    """Return a trainer of three epochs of six steps, with a checkpoint every fourth step."""
     saving = ModelCheckpoint(folder / "out", "{step}", every_n_train_steps=4, save_top_k=-1)
     settings = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     settings |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -84,16 +84,16 @@ class Sharded(Regression):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    place, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
+    folder, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
     strategy, checkpoint = ([*sys.argv[3:], None, None])[:2]
     group = {} if strategy is None else {"strategy": strategy, "devices": 2}
     if strategy == "sharded":
         group["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    callback = PostHocWeightAveraging(place / "ema", validate=0.2, **EVERY)
-    one = trainer(place, callback, recorder, **group)
+    callback = PostHocWeightAveraging(folder / "ema", validate=0.2, **EVERY)
+    trainer = make_trainer(folder, callback, recorder, **group)
     module = Sharded() if strategy == "sharded" else Regression()
-    one.fit(module, loader(), loader(), ckpt_path=checkpoint)
+    trainer.fit(module, loader(), loader(), ckpt_path=checkpoint)
     print(float(sum(value.sum() for value in module.validated.values())))
     with callback.ema.averaged(module, 0.2) as averaged:
-        found = recorded(averaged)
-    torch.save([recorder.weights, found, callback.ema.step], place / f"made-{one.global_rank}.pt")
+        average = recorded(averaged)
+    torch.save([recorder.weights, average, callback.ema.step], folder / f"made-{trainer.global_rank}.pt")

@@ -1,4 +1,4 @@
-"""Processes of `groups` as accelerate and Lightning find them, and FSDP of accelerate without an accelerator."""
+"""The environment that accelerate expects in the processes of `groups`, and its FSDP without an accelerator."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def announce(rank: int, world: int) -> None:
 
 
 def use_fsdp_on_the_cpu() -> None:
-    """Let accelerate shard models on the CPU: it can, but takes its FSDP plugin for accelerators only."""
+    """Let accelerate shard models on the CPU: it can, but accepts its FSDP plugin for accelerators only."""
     real = AcceleratorState.__init__
 
-    def begin(self: Any, *arguments: Any, fsdp_plugin: Any = None, **others: Any) -> None:
-        real(self, *arguments, fsdp_plugin=fsdp_plugin, **others)
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
             PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
 
-    AcceleratorState.__init__ = begin
+    AcceleratorState.__init__ = init

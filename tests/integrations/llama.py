@@ -1,4 +1,4 @@
-"""A small language model, and its training by the transformers Trainer; also as a program that is killed."""
+"""A small language model, and its training by the transformers Trainer, also as a program that kills itself."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def network() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **shape))
 
 
-def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **arguments: Any) -> Trainer:
-    """Ten steps a run, unless `max_steps` says otherwise."""
+def make_trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **arguments: Any) -> Trainer:
+    """Return a trainer of ten steps, or of `max_steps`."""
     settings = {
         "max_steps": 10, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [],
         "use_cpu": True, "disable_tqdm": True, "logging_steps": 5, "seed": 3, "eval_steps": 4,
     }  # fmt: skip
     args = TrainingArguments(str(folder / "out"), **(settings | arguments))
     model = network() if model is None else model
-    made = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4])
-    for one in callbacks:
-        one.install(made) if isinstance(one, PostHocCallback) else made.add_callback(one)
-    return made
+    trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4])
+    for callback in callbacks:
+        callback.install(trainer) if isinstance(callback, PostHocCallback) else trainer.add_callback(callback)
+    return trainer
 
 
 if __name__ == "__main__":
-    place, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
-    one = trainer(place, recorder, eval_strategy="steps")
-    callback = PostHocCallback(place / "ema", evaluate=0.2, folders=True, **EVERY)
-    callback.install(one)
-    recorder.before_end = lambda: callback.ema.flush()  # the snapshots of step 4 are there
-    one.train()
-    torch.save(recorder.weights, place / f"weights-{one.args.process_index}.pt")
+    folder, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
+    trainer = make_trainer(folder, recorder, eval_strategy="steps")
+    callback = PostHocCallback(folder / "ema", evaluate=0.2, folders=True, **EVERY)
+    callback.install(trainer)
+    recorder.before_end = lambda: callback.ema.flush()  # the snapshots of step 4 are on disk
+    trainer.train()
+    torch.save(recorder.weights, folder / f"weights-{trainer.args.process_index}.pt")

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, which can be killed."""
+"""Trainings in separate processes, which can be killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def start(*command: object, stdout: int | None = None, **environment: str) -> su
 
 
 def exit_codes_of_two(*command: object, **environment: str) -> list[int]:
-    """Run two processes of one group to their end."""
+    """Run two processes of one group, and return their exit codes."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -33,7 +33,7 @@ def exit_codes_of_two(*command: object, **environment: str) -> list[int]:
 
 
 def skip_steps(monkeypatch: pytest.MonkeyPatch, skipped: Sequence[int]) -> list[int]:
-    """Have accelerate say that a GradScaler found infinities at these calls of `step`, from 1; the calls so far."""
+    """Make accelerate skip these calls of `step`, from 1, as for a GradScaler's infinities; return the calls so far."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     real, calls = AcceleratedOptimizer.step, list[int]()
@@ -49,7 +49,7 @@ def skip_steps(monkeypatch: pytest.MonkeyPatch, skipped: Sequence[int]) -> list[
 
 
 def forget() -> None:
-    """As in a new process: accelerate's objects share their state."""
-    found = sys.modules.get("accelerate.state")
-    for kind in ("AcceleratorState", "GradientState", "PartialState") if found else ():
-        getattr(found, kind)._reset_state()
+    """Reset the state that accelerate's objects share, as in a new process."""
+    module = sys.modules.get("accelerate.state")
+    for kind in ("AcceleratorState", "GradientState", "PartialState") if module else ():
+        getattr(module, kind)._reset_state()

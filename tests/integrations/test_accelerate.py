@@ -32,7 +32,7 @@ X = torch.randn(60, 4, generator=torch.manual_seed(5))
 
 
 class Training:
-    """Fifteen batches, a step after every third one; saves after the second step, and can be killed after one."""
+    """A training of fifteen batches with a step after every third one, which saves after the second step."""
 
     def __init__(
         self, folder: Path, before: bool = False, sharded: bool = False, resume: str | None = None, **arguments: Any
@@ -86,7 +86,7 @@ def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("killed_at", [10, 13])
 def test_a_killed_training_resumes_exactly(tmp_path: Path, killed_at: int) -> None:
-    """Killed before the first snapshot, and after it, which is of a later step than the state."""
+    """Killed before the first snapshot, and after it, when its step is later than that of the state."""
     program = (
         "import sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path\n"
         f"from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at={killed_at})"
@@ -95,68 +95,67 @@ def test_a_killed_training_resumes_exactly(tmp_path: Path, killed_at: int) -> No
     assert (tmp_path / "saved/posthoc_ema.pt").exists()
     assert bool(list((tmp_path / "ema").glob("*.safetensors"))) == (killed_at == 13)
     assert not list((tmp_path / "saved").glob("custom_checkpoint*"))
-    whole = Training(tmp_path / "whole")
-    whole.run()
-    whole.ema.close()
+    complete = Training(tmp_path / "complete")
+    complete.run()
+    complete.ema.close()
     forget()
     resumed = Training(tmp_path, resume="auto")
     resumed.accelerator.load_state(str(tmp_path / "saved"))
     assert resumed.ema.step == 2
     resumed.run(first=6)
-    assert distance(resumed.weights[-1], whole.weights[-1]) == 0
-    assert_exact(resumed.ema, resumed.model, whole.weights)
+    assert distance(resumed.weights[-1], complete.weights[-1]) == 0
+    assert_exact(resumed.ema, resumed.model, complete.weights)
 
 
 def test_a_state_is_loaded_whatever_the_weights_were_before(tmp_path: Path) -> None:
-    """With the option `resume`, too: the tracker is prepared before the model is restored. Without a state, weights
-    that the run has not had are refused."""
+    """The option `resume` allows it, too: the tracker is prepared before the model is restored.
+
+    Without a state, weights that are not on the run's path are refused.
+    """
     training = Training(tmp_path)
     training.run()
     training.ema.close()
-    weights = training.weights[:2]
-    for loads in (False, True):
-        forget()
-        again = Training(tmp_path, resume="auto")
-        if not loads:
-            with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
-                again.run()
-            continue
-        again.accelerator.load_state(str(tmp_path / "saved"))
-        again.run(first=6)
-        assert_exact(again.ema, again.model, weights + again.weights)
+    forget()
+    with pytest.raises(ModelMismatchError, match="restore the model's checkpoint first"):
+        Training(tmp_path, resume="auto").run()
+    forget()
+    again = Training(tmp_path, resume="auto")
+    again.accelerator.load_state(str(tmp_path / "saved"))
+    again.run(first=6)
+    assert_exact(again.ema, again.model, training.weights[:2] + again.weights)
 
 
 def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
-    """An accelerator and, of each model, itself, its optimizer and its tracker."""
+    """Return an accelerator and, for each of two models, the model, its optimizer and its tracker."""
     forget()
-    accelerator, made = Accelerator(cpu=True), []
+    accelerator, prepared = Accelerator(cpu=True), []
     for name in ("generator", "critic"):
         bare = torch.nn.Linear(4, 4)
         model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
-        made.append((model, optimizer, prepare(accelerator, model, folder / name, optimizer, **EVERY)))
-    return accelerator, made
+        prepared.append((model, optimizer, prepare(accelerator, model, folder / name, optimizer, **EVERY)))
+    return accelerator, prepared
 
 
 def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> None:
     weights: list[list[Any]] = [[], []]
     for steps in (range(5), range(5, 8)):
-        accelerator, made = generator_and_critic(tmp_path)
+        accelerator, prepared = generator_and_critic(tmp_path)
         if steps.start:
             accelerator.load_state(str(tmp_path / "saved"))
         for number in steps:
-            for (model, optimizer, _), history in zip(made, weights, strict=True):
+            for (model, optimizer, _), history in zip(prepared, weights, strict=True):
                 accelerator.backward(model(X[4 * number : 4 * number + 4]).square().mean())
                 optimizer.step()
                 optimizer.zero_grad()
                 history.append(recorded(model))
         accelerator.save_state(str(tmp_path / "saved"))
-        for (model, _, ema), history in zip(made, weights, strict=True):
+        for (model, _, ema), history in zip(prepared, weights, strict=True):
             assert_exact(ema, model, history)
             ema.close()
 
 
-def test_a_tracker_that_replaces_another_has_its_place_in_checkpoints(tmp_path: Path) -> None:
-    """As where a notebook's cell runs again."""
+def test_a_tracker_that_replaces_another_takes_its_place_in_checkpoints(tmp_path: Path) -> None:
+    """A notebook's cell that runs again makes such a tracker."""
     training = Training(tmp_path)
     new = prepare(training.accelerator, training.model, tmp_path / "new", training.optimizer, **EVERY)
     assert training.ema.closed
@@ -169,33 +168,33 @@ def test_a_tracker_that_replaces_another_has_its_place_in_checkpoints(tmp_path: 
 
 
 def test_the_second_of_several_models_keeps_its_place(tmp_path: Path) -> None:
-    accelerator, made = generator_and_critic(tmp_path)
-    made[0][2].close()
-    new = prepare(accelerator, made[1][0], tmp_path / "critic", made[1][1], **EVERY)
-    assert made[1][2].closed
+    accelerator, [(generator, its_optimizer, first), (critic, optimizer, second)] = generator_and_critic(tmp_path)
+    first.close()
+    new = prepare(accelerator, critic, tmp_path / "critic", optimizer, **EVERY)
+    assert second.closed
     accelerator.save_state(str(tmp_path / "saved"))
     names = sorted(path.name for path in (tmp_path / "saved").glob("posthoc*"))
     assert names == ["posthoc_ema.pt", "posthoc_ema_1.pt"]
-    states = [torch.load(tmp_path / "saved" / name, weights_only=True)["run_id"] for name in names]
-    assert states == [made[0][2].run_id, new.run_id]
-    again = prepare(accelerator, made[0][0], tmp_path / "generator", made[0][1], **EVERY)
+    run_ids = [torch.load(tmp_path / "saved" / name, weights_only=True)["run_id"] for name in names]
+    assert run_ids == [first.run_id, new.run_id]
+    again = prepare(accelerator, generator, tmp_path / "generator", its_optimizer, **EVERY)
     accelerator.load_state(str(tmp_path / "saved"))
-    assert (again.run_id, new.closed) == (made[0][2].run_id, False)
+    assert (again.run_id, new.closed) == (first.run_id, False)
 
 
-@pytest.mark.parametrize("found", ["update_", "load_state"])
+@pytest.mark.parametrize("fails_in", ["update_", "load_state"])
 @pytest.mark.parametrize("attached", [False, True])
-def test_a_tracker_that_could_not_begin_is_replaced_and_in_the_way_of_no_checkpoint(
-    tmp_path: Path, found: str, attached: bool, caplog: pytest.LogCaptureFixture
+def test_a_tracker_that_could_not_begin_is_replaced_and_blocks_no_checkpoint(
+    tmp_path: Path, fails_in: str, attached: bool
 ) -> None:
-    """Its directory has another run; the traceback keeps it alive in a notebook."""
+    """Its directory has another run; in a notebook the traceback keeps the tracker alive."""
 
     def run(folder: str, saves: bool, steps: int = 3) -> tuple[Accelerator, PostHocEMA, list[Any]]:
         forget()
         torch.manual_seed(0)
         accelerator, bare, weights = Accelerator(cpu=True), torch.nn.Linear(4, 4), []
         model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
-        given = {"optimizer": optimizer} if attached else {}
+        options = EVERY | ({"optimizer": optimizer} if attached else {})
 
         def step(ema: PostHocEMA) -> None:
             accelerator.backward(model(X[:4]).square().mean())
@@ -205,12 +204,11 @@ def test_a_tracker_that_could_not_begin_is_replaced_and_in_the_way_of_no_checkpo
                 ema.update_(model)
             weights.append(recorded(bare))
 
-        failed = prepare(accelerator, bare, tmp_path / folder, **given, **EVERY)
-        ema = failed
+        ema = failed = prepare(accelerator, bare, tmp_path / folder, **options)
         if folder == "taken":
             with pytest.raises((MismatchError, ModelMismatchError), match="another directory"):
-                step(failed) if found == "update_" else accelerator.load_state(str(tmp_path / "saved"))
-            ema = prepare(accelerator, model, tmp_path / "new", **given, **EVERY)
+                step(failed) if fails_in == "update_" else accelerator.load_state(str(tmp_path / "saved"))
+            ema = prepare(accelerator, model, tmp_path / "new", **options)
             assert failed.closed
             weights.clear()
         if not saves:
@@ -226,7 +224,7 @@ def test_a_tracker_that_could_not_begin_is_replaced_and_in_the_way_of_no_checkpo
         for _ in range(12):
             other.weight.data.add_(torch.randn(4, 4))
             another.update_(other)
-    if found == "load_state":
+    if fails_in == "load_state":
         run("first", saves=True)[1].close()
         _, ema, weights = run("taken", saves=False)
         assert (ema.step, len(weights)) == (6, 3)
@@ -296,15 +294,15 @@ def test_two_processes_have_one_average(tmp_path: Path) -> None:
 
 @heavy
 def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
-    check_group(GROUP, 2, tmp_path / "whole", "sharded")
-    weights, _ = torch.load(tmp_path / "whole/made-0.pt")
+    check_group(GROUP, 2, tmp_path / "complete", "sharded")
+    weights, _ = torch.load(tmp_path / "complete/made-0.pt")
     killed = run_group(GROUP, 2, tmp_path, "sharded", "killed")
-    assert -signal.SIGKILL in {result.code for result in killed}  # or it has missed the other one
+    assert -signal.SIGKILL in {result.code for result in killed}  # the other process may fail without it
     assert len(list((tmp_path / "saved/posthoc_ema").glob("*.distcp"))) == 2
     check_group(GROUP, 2, tmp_path, "sharded", "resumed")
     for rank in (0, 1):
         resumed, average = torch.load(tmp_path / f"made-{rank}.pt")
-        # accelerate 1.10 saves no state of the optimizer with FSDP2, and trains on without it.
+        # accelerate 1.10 saves no state of the optimizer with FSDP2, and continues without it.
         assert accelerate.__version__.startswith("1.10.") or distance(resumed[-1], weights[-1]) == 0
         assert distance(average, exact(weights[:2] + resumed, 0.2)) < 1e-6
 
@@ -314,12 +312,12 @@ def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytes
     training.run()
     (tmp_path / "saved/posthoc_ema.pt").unlink()
     training.accelerator.load_state(str(tmp_path / "saved"))
-    assert "its averages begin here" in caplog.text
+    assert "the averages begin with this training" in caplog.text
     assert distance(live(training.ema, training.model, 0.2), exact(training.weights, 0.2)) < 1e-6
 
 
-def test_states_of_two_arrangements_in_one_checkpoint_are_not_taken_for_each_other(tmp_path: Path) -> None:
-    """A checkpoint that was saved again under another arrangement of processes keeps the earlier state."""
+def test_a_checkpoint_with_states_of_two_saves_is_refused(tmp_path: Path) -> None:
+    """A checkpoint that was saved again by another arrangement of processes keeps the earlier state."""
     ema = Training(tmp_path).ema
     assert not read_state(ema, tmp_path)
     (tmp_path / f"{STATE_NAME}.pt").touch()

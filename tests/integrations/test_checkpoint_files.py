@@ -1,4 +1,4 @@
-"""Checkpoints that the frameworks themselves have written, opened as runs."""
+"""Checkpoints that the frameworks have written, opened as runs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ States = dict[int, dict[str, torch.Tensor]]
 
 
 def check(run: Run, states: States) -> None:
-    """The checkpoints are the weights at these steps, and an average is the planned combination of them."""
+    """Assert that the checkpoints hold the weights of these steps, and that an average is the planned combination."""
     assert [source.profile for source in run.sources] == [Point(float(step)) for step in sorted(states)]
-    plan, made = run.plan(0.2), run.average(0.2, dtype="float64")
+    plan, average = run.plan(0.2), run.average(0.2, dtype="float64")
     coefficients = plan.reconstruction.coefficients[:, 0].tolist()
     last = states[max(states)]
-    assert made.keys() == last.keys()
-    for name, value in made.items():
-        terms = [c * states[one.info.step][name].double() for one, c in zip(plan.sources, coefficients, strict=True)]
+    assert average.keys() == last.keys()
+    for name, value in average.items():
+        terms = [c * states[s.info.step][name].double() for s, c in zip(plan.sources, coefficients, strict=True)]
         is_copy = not last[name].is_floating_point() or name.endswith(("running_mean", "running_var"))
         wanted = last[name].double() if is_copy else sum(terms)
         torch.testing.assert_close(value.double(), wanted, rtol=1e-12, atol=1e-12)
 
 
 def moved(model: torch.nn.Module, step: int) -> dict[str, torch.Tensor]:
-    """Its state after its weights have moved."""
+    """Move the weights of a model, and return its state."""
     generator = torch.manual_seed(step)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,9 +42,9 @@ def moved(model: torch.nn.Module, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", [None, "WeightAveraging", "EMAWeightAveraging"])
 def test_lightning(kind: str | None, tmp_path: Path) -> None:
-    """With and without its own average, which its file has in place of the weights."""
+    """If Lightning averages, too, its file holds the average in place of the weights."""
     pytest.importorskip("lightning.pytorch")
-    from integrations.digits import Regression, loader, trainer
+    from integrations.digits import Regression, loader, make_trainer
     from lightning.pytorch import Callback, callbacks
 
     states: States = {}
@@ -54,7 +54,7 @@ def test_lightning(kind: str | None, tmp_path: Path) -> None:
             states[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
 
     averaging = [] if kind is None else [getattr(callbacks, kind)()]
-    trainer(tmp_path, Saved(), *averaging).fit(Regression(), loader(), loader())
+    make_trainer(tmp_path, Saved(), *averaging).fit(Regression(), loader(), loader())
     files = sorted((tmp_path / "out").iterdir())
     held = torch.load(files[0], weights_only=True)
     assert ("current_model_state" in held) == (kind is not None)
@@ -89,11 +89,11 @@ def test_the_state_of_accelerate(safe: bool, tmp_path: Path) -> None:
 
 def test_the_trainer_of_transformers(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from integrations.llama import Recorder, network, trainer
+    from integrations.llama import Recorder, make_trainer, network
 
     recorder = Recorder()
     model = network()
-    trainer(tmp_path, recorder, model=model).train()
+    make_trainer(tmp_path, recorder, model=model).train()
     weights = {step: recorder.weights[step - 1] for step in (4, 8, 10)}
     check(Run(tmp_path / "out"), weights)
 

@@ -59,7 +59,7 @@ ema.close()
 
 
 def train(folder: Path, stage: int, resumes: int = 0, killed_at: int = -1) -> list[int]:
-    """The exit codes of two processes."""
+    """Train in two processes, and return their exit codes."""
     return exit_codes_of_two("-c", PROGRAM, folder, stage, resumes, killed_at, DS_ACCELERATOR="cpu")
 
 

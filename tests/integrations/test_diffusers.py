@@ -1,4 +1,4 @@
-"""The stand-in for diffusers' EMAModel, with the real library."""
+"""The replacement for diffusers' EMAModel, with the real library."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) -> None:
     assert start("-m", "integrations.unet", tmp_path).wait(250) == -signal.SIGKILL
-    whole = Training(tmp_path / "whole")
-    whole.run()
+    complete = Training(tmp_path / "complete")
+    complete.run()
     resumed = Training(tmp_path)
     resumed.accelerator.load_state(str(tmp_path / "saved"))
     resumed.run(first=4)
     assert resumed.ema_model.ema.step == 10
-    assert distance(resumed.weights[-1], whole.weights[-1]) == 0
+    assert distance(resumed.weights[-1], complete.weights[-1]) == 0
     parameters = list(resumed.model.parameters())
     resumed.ema_model.store(parameters)
     resumed.ema_model.copy_to(parameters)
-    assert distance(recorded(resumed.bare), exact(whole.weights, 0.2)) < 1e-6
+    assert distance(recorded(resumed.bare), exact(complete.weights, 0.2)) < 1e-6
     resumed.ema_model.restore(parameters)
-    assert distance(recorded(resumed.bare), whole.weights[-1]) == 0
+    assert distance(recorded(resumed.bare), complete.weights[-1]) == 0
     saved = UNet2DModel.from_pretrained(tmp_path / "saved/unet_ema")
-    assert distance(dict(saved.named_parameters()), exact(whole.weights[:4], 0.2)) < 1e-6
-    other = network()  # as a pipeline's
+    assert distance(dict(saved.named_parameters()), exact(complete.weights[:4], 0.2)) < 1e-6
+    other = network()  # such as the model of a pipeline
     resumed.ema_model.copy_to(other.parameters())
-    assert distance(dict(other.named_parameters()), exact(whole.weights, 0.2)) < 1e-6
+    assert distance(dict(other.named_parameters()), exact(complete.weights, 0.2)) < 1e-6
     decay = resumed.ema_model.cur_decay_value  # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
     x = math.log(decay) / math.log(0.9)
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
@@ -71,20 +71,20 @@ else:
     try:
         training.ema_model.copy_to(training.bare.parameters())
     except RuntimeError as error:
-        (folder / "said").write_text(str(error))
+        (folder / "message").write_text(str(error))
 """
 
 
 @heavy
 def test_the_main_process_alone_saves_and_copies_averages(tmp_path: Path) -> None:
     check_group(GROUP, 2, tmp_path)
-    whole, average = torch.load(tmp_path / "made.pt")
-    assert distance(average, exact(whole, 0.2)) < 1e-6
+    complete, average = torch.load(tmp_path / "made.pt")
+    assert distance(average, exact(complete, 0.2)) < 1e-6
     check_group(GROUP, 2, tmp_path, "resumed")
     weights, average = torch.load(tmp_path / "made.pt")
-    assert distance(weights[-1], whole[-1]) == 0
-    assert distance(average, exact(whole, 0.2)) < 1e-6
-    assert "the main process keeps the averages" in (tmp_path / "said").read_text()
+    assert distance(weights[-1], complete[-1]) == 0
+    assert distance(average, exact(complete, 0.2)) < 1e-6
+    assert "the main process keeps the averages" in (tmp_path / "message").read_text()
     assert not (tmp_path / "none").exists()
 
 
@@ -98,7 +98,7 @@ def test_an_adapter(tmp_path: Path) -> None:
     unet = UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=2, **size, **kinds)
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
-    trained = [one for one in unet.parameters() if one.requires_grad]
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     ema_model, optimizer = PostHocEMAModel(unet, tmp_path, sigma_rel=0.2, **EVERY), torch.optim.SGD(trained, lr=0.1)
     weights = []
     for number in range(6):
@@ -120,7 +120,7 @@ def test_an_adapter(tmp_path: Path) -> None:
     assert all("lora_" in name and ".default" not in name for name in names)
 
 
-def test_what_cannot_be_is_said(tmp_path: Path) -> None:
+def test_bad_arguments_and_calls_are_errors(tmp_path: Path) -> None:
     model = network()
     with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
         PostHocEMAModel(model, tmp_path, sigma_rel=0.4)

@@ -18,14 +18,14 @@ EXAMPLES = dict(re.findall(r"^```python (\w+)\n(.*?)^```$", GUIDE.read_text(), r
 
 
 def train_step(model: torch.nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> None:
-    found = model(batch, 1).sample if hasattr(model, "config") else model(batch)
-    found.square().mean().backward()
+    output = model(batch, 1).sample if hasattr(model, "config") else model(batch)
+    output.square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
 def names_for(framework: str) -> dict[str, Any]:
-    """What an example finds defined."""
+    """Return the names that an example uses without defining them."""
     if framework == "transformers":
         from integrations.llama import DATA, network
         from transformers import TrainingArguments

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make integrations installs it")
 
 from integrations import programs
-from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, trainer
+from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, make_trainer
 from integrations.programs import heavy
 from integrations.truth import assert_exact, distance, exact, live, recorded
 from lightning.pytorch import LightningModule, callbacks
@@ -35,30 +35,31 @@ def start(folder: Path, *arguments: object, stdout: int | None = None) -> subpro
 def fit(folder: Path, *callbacks: Any, module: LightningModule | None = None, **arguments: Any) -> LightningModule:
     checkpoint = arguments.pop("ckpt_path", None)
     module = Regression() if module is None else module
-    trainer(folder, *callbacks, **arguments).fit(module, loader(), loader(), ckpt_path=checkpoint)
+    make_trainer(folder, *callbacks, **arguments).fit(module, loader(), loader(), ckpt_path=checkpoint)
     return module
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """The weights of 18 steps without interruption, and without a tracker."""
     recorder = Recorder()
-    fit(tmp_path_factory.mktemp("whole"), recorder)
+    fit(tmp_path_factory.mktemp("expected"), recorder)
     return recorder.weights
 
 
-def test_a_killed_training_resumes_exactly_within_an_epoch(tmp_path: Path, whole: list[Any]) -> None:
+def test_a_killed_training_resumes_exactly_within_an_epoch(tmp_path: Path, expected: list[Any]) -> None:
     assert start(tmp_path, 10).wait(250) == -signal.SIGKILL
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY)
     recorder = Recorder()
     module = fit(tmp_path, callback, recorder, ckpt_path=tmp_path / "out/step=8.ckpt")
-    weights = whole[:8] + recorder.weights  # this release begins the data of an epoch anew where it resumes within one
+    # This release restarts the data of an epoch when it resumes within one.
+    weights = expected[:8] + recorder.weights
     assert len(weights) >= 18
     assert_exact(callback.ema, module, weights)
-    assert distance(whole[7], weights[7]) == 0
+    assert distance(expected[7], weights[7]) == 0
 
 
-def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_path: Path, whole: list[Any]) -> None:
+def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_path: Path, expected: list[Any]) -> None:
     seen: list[dict[str, Any]] = []
 
     class Watching(Regression):
@@ -67,32 +68,34 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_p
                 seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
 
     callback, recorder = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
-    one = trainer(tmp_path, callback, recorder, num_sanity_val_steps=1)
+    trainer = make_trainer(tmp_path, callback, recorder, num_sanity_val_steps=1)
     module = Watching()
-    one.fit(module, loader(), loader())
+    trainer.fit(module, loader(), loader())
     sanity, *averages = seen
-    assert distance(sanity, whole[0]) > 0
-    for own, last in zip(averages, (6, 12, 18), strict=True):
-        assert distance(own, exact(whole[:last], 0.2)) < 1e-6
-    assert distance(recorder.weights[-1], whole[-1]) == 0
-    assert distance(dict(module.named_parameters()), whole[-1]) == 0
+    assert distance(sanity, expected[0]) > 0
+    for average, last in zip(averages, (6, 12, 18), strict=True):
+        assert distance(average, exact(expected[:last], 0.2)) < 1e-6
+    assert distance(recorder.weights[-1], expected[-1]) == 0
+    assert distance(dict(module.named_parameters()), expected[-1]) == 0
     checkpoint = tmp_path / "out/step=8.ckpt"
     stored = torch.load(checkpoint, weights_only=True)
-    assert distance(stored["current_model_state"], whole[7]) == 0
-    assert distance(stored["state_dict"], exact(whole[:8], 0.2)) < 1e-6
-    assert distance(dict(Regression.load_from_checkpoint(checkpoint).named_parameters()), exact(whole[:8], 0.2)) < 1e-6
-    (found,) = one.test(module, loader(), ckpt_path=str(checkpoint), verbose=False)
+    assert distance(stored["current_model_state"], expected[7]) == 0
+    assert distance(stored["state_dict"], exact(expected[:8], 0.2)) < 1e-6
+    assert (
+        distance(dict(Regression.load_from_checkpoint(checkpoint).named_parameters()), exact(expected[:8], 0.2)) < 1e-6
+    )
+    (found,) = trainer.test(module, loader(), ckpt_path=str(checkpoint), verbose=False)
     module.load_state_dict(stored["state_dict"])
     with torch.no_grad():
         assert found["test_loss"] == pytest.approx(float((module.eval().net(X) - Y).square().mean()), rel=1e-5)
 
 
-def test_several_averages_are_validated_and_nobody_else_sees_their_passes(
-    tmp_path: Path, whole: list[Any], caplog: pytest.LogCaptureFixture
+def test_several_averages_are_validated_in_passes_hidden_from_callbacks_and_loggers(
+    tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With two loaders. A window is there once training is long enough; Lightning's own validation sees raw weights."""
+    """A window is left out until training is long enough; Lightning's own pass uses raw weights. It has two loaders."""
     passes: list[tuple[dict[str, Any], list[float]]] = []
-    told: list[dict[str, float]] = []
+    reported: list[dict[str, float]] = []
 
     class Watching(Regression):
         def on_validation_start(self) -> None:
@@ -100,34 +103,34 @@ def test_several_averages_are_validated_and_nobody_else_sees_their_passes(
 
         def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
             self.log("val_loss", self.loss(batch))
-            self.logger.log_metrics({"own": float(len(passes))})  # kept once a validation, of the weights
+            self.logger.log_metrics({"own": float(len(passes))})  # discarded except in the pass of the raw weights
             assert self.trainer.log_dir == logger.log_dir
             passes[-1][1].append(float(self.loss(batch)))
 
     class Counting(callbacks.Callback):
         def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-            told.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+            reported.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
     options = EVERY | {"checkpoint_every": 3, "checkpoint_dtype": None}
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=[0.2, "window:12"], **options)
     best = callbacks.ModelCheckpoint(tmp_path / "best", monitor="ema_0.2_val_loss_dataloader_idx_1", save_top_k=-1)
     stopping = callbacks.EarlyStopping("ema_0.2_val_loss_dataloader_idx_0", patience=3)
     logger, recorder = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1), Recorder()
-    one = trainer(tmp_path, callback, Counting(), best, stopping, recorder, logger=logger)
-    one.fit(Watching(), loader(), [loader(), DataLoader(TensorDataset(X[:8], Y[:8]), batch_size=4)])
-    assert distance(recorder.weights[-1], whole[-1]) == 0  # training does not notice
+    trainer = make_trainer(tmp_path, callback, Counting(), best, stopping, recorder, logger=logger)
+    trainer.fit(Watching(), loader(), [loader(), DataLoader(TensorDataset(X[:8], Y[:8]), batch_size=4)])
+    assert distance(recorder.weights[-1], expected[-1]) == 0
     labels = ["ema_0.2_", ""], ["ema_0.2_", "ema_window-12_", ""], ["ema_0.2_", "ema_window-12_", ""]
     assert len(passes) == sum(map(len, labels))
-    for number, (prefixes, found) in enumerate(zip(labels, told, strict=True), 1):
-        history = whole[: 6 * number]
+    for number, (prefixes, found) in enumerate(zip(labels, reported, strict=True), 1):
+        history = expected[: 6 * number]
         assert len(found) == 2 * len(prefixes)
         for prefix in prefixes:
             weights, losses = passes.pop(0)
             for index, part in enumerate((losses[:6], losses[6:])):
                 name = f"{prefix}val_loss{'_' if prefix else '/'}dataloader_idx_{index}"
                 assert found[name] == pytest.approx(sum(part) / len(part), rel=1e-5)
-            if prefix == "ema_window-12_":  # solved for, where 0.2 is tracked
-                mean = {name: sum(one[name] for one in history[-12:]) / 12 for name in history[0]}
+            if prefix == "ema_window-12_":  # this one is reconstructed, 0.2 is tracked
+                mean = {name: sum(step[name] for step in history[-12:]) / 12 for name in history[0]}
                 assert distance(weights, mean) < 5e-3
             else:
                 assert distance(weights, exact(history, 0.2) if prefix else history[-1]) < 1e-6
@@ -141,49 +144,53 @@ def test_several_averages_are_validated_and_nobody_else_sees_their_passes(
     assert caplog.text.count("window 12") == 1
 
 
-def test_several_averages_without_a_checkpoint_that_one_of_them_chooses(
-    tmp_path: Path, whole: list[Any], caplog: pytest.LogCaptureFixture
+class Failing(Regression):
+    def validation_step(self, batch: Any, index: int) -> None:
+        raise KeyError("the validation fails")
+
+
+def test_several_averages_none_of_which_chooses_the_checkpoint(
+    tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A validation that fails in a pass gives the module, the callbacks and the loggers back."""
-
-    class Failing(Regression):
-        def validation_step(self, batch: Any, index: int) -> None:
-            raise KeyError("the validation fails")
-
+    """A validation that fails in a pass restores the module, the callbacks and the loggers."""
     options = {"validate": [0.2, 0.1], **EVERY}
     module, callback, logger = Failing(), PostHocWeightAveraging(tmp_path / "ema", **options), CSVLogger(tmp_path)
-    one = trainer(tmp_path, callback, logger=logger)
+    trainer = make_trainer(tmp_path, callback, logger=logger)
     with pytest.raises(KeyError, match="the validation fails"):
-        one.fit(module, loader(), loader())
-    assert distance(dict(module.named_parameters()), whole[5]) == 0
-    assert callback in one.callbacks
-    assert "log_metrics" not in vars(one._logger_connector)
-    assert "run" not in vars(one.fit_loop.epoch_loop.val_loop)
+        trainer.fit(module, loader(), loader())
+    assert distance(dict(module.named_parameters()), expected[5]) == 0
+    assert callback in trainer.callbacks
+    assert trainer.loggers == [logger]
+    assert "run" not in vars(trainer.fit_loop.epoch_loop.val_loop)
     stored = torch.load(tmp_path / "out/step=4.ckpt", weights_only=True)
-    assert distance(stored["state_dict"], whole[3]) == 0
+    assert distance(stored["state_dict"], expected[3]) == 0
     two = callbacks.ModelCheckpoint(tmp_path / "a", monitor="ema_0.1_val_loss")
     three = callbacks.ModelCheckpoint(tmp_path / "b", monitor="val_loss")
     fit(tmp_path / "other", PostHocWeightAveraging(tmp_path / "more", **options), two, three, max_epochs=1)
-    assert "every checkpoint holds the average 0.1, though other metrics choose some of them" in caplog.text
+    assert (
+        "every checkpoint holds the average 0.1, though some are chosen by the metric of other weights" in caplog.text
+    )
     fit(tmp_path / "no", PostHocWeightAveraging(tmp_path / "none", **options), max_epochs=1, limit_val_batches=0)
     early = PostHocWeightAveraging(tmp_path / "early", validate="window:5", **EVERY)
-    fit(tmp_path / "five", early, max_epochs=1)  # the checkpoint of step 4 is earlier
-    assert distance(torch.load(tmp_path / "five/out/step=4.ckpt", weights_only=True)["state_dict"], whole[3]) == 0
+    fit(tmp_path / "five", early, max_epochs=1)  # its checkpoint of step 4 is before the first average
+    assert distance(torch.load(tmp_path / "five/out/step=4.ckpt", weights_only=True)["state_dict"], expected[3]) == 0
     with pytest.raises(InvalidValueError, match="copy_at_end: needs one length"):
         PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True, validate=[0.2])
 
 
 @pytest.mark.parametrize("name", ["run", "skip", "setup_data"])
-def test_a_release_that_has_changed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    one = trainer(tmp_path, PostHocWeightAveraging(tmp_path / "ema", validate=[0.2]))
-    loop = one.fit_loop.epoch_loop.val_loop
+def test_a_release_without_a_name_that_the_callback_uses_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    trainer = make_trainer(tmp_path, PostHocWeightAveraging(tmp_path / "ema", validate=[0.2]))
+    loop = trainer.fit_loop.epoch_loop.val_loop
     monkeypatch.delattr(next(kind for kind in type(loop).mro() if name in vars(kind)), name)
     with pytest.raises(NotReadyError, match=rf"^validate: found no val_loop\.{name} in lightning "):
-        one.fit(Regression(), loader())
+        trainer.fit(Regression(), loader())
 
 
 class Manual(Regression):
-    """A generator and its critic, each with an optimizer; the critic's also steps every second batch only."""
+    """A generator and its critic, each with an optimizer that steps at every second batch."""
 
     automatic_optimization = False
 
@@ -207,7 +214,7 @@ def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path:
 
 
 class Scaled(Regression):
-    """With a GradScaler and a fused optimizer, which is called even if a gradient is infinite, as once an epoch."""
+    """A GradScaler calls a fused optimizer even if a gradient is infinite, as it is here once an epoch."""
 
     automatic_optimization = False
 
@@ -228,7 +235,7 @@ class Scaled(Regression):
         return torch.optim.Adam(self.parameters(), lr=0.05, fused=True)
 
 
-def test_a_step_that_a_fused_optimizer_leaves_out_does_not_count(tmp_path: Path) -> None:
+def test_a_step_that_a_fused_optimizer_skips_does_not_count(tmp_path: Path) -> None:
     callback = PostHocWeightAveraging(tmp_path / "ema", **EVERY)
     fit(tmp_path, callback, module=Scaled())
     assert callback.ema.step == 15  # of 18 batches
@@ -243,7 +250,7 @@ def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
     late = PostHocWeightAveraging(tmp_path / "late", update_starting_at_step=3, update_starting_at_epoch=1, **EVERY)
     fit(tmp_path / "other", late)
     assert (late.ema.step, late.ema.t) == (12, 18)
-    assert {one.info.t_first for one in read_directory(tmp_path / "late")} == {7}
+    assert {snapshot.info.t_first for snapshot in read_directory(tmp_path / "late")} == {7}
 
 
 class AtEpochEnds(PostHocWeightAveraging):
@@ -251,25 +258,22 @@ class AtEpochEnds(PostHocWeightAveraging):
         return epoch_idx is not None
 
 
-def test_updates_at_the_ends_of_epochs(tmp_path: Path, whole: list[Any]) -> None:
+def test_updates_at_the_ends_of_epochs(tmp_path: Path, expected: list[Any]) -> None:
     callback = AtEpochEnds(tmp_path / "ema", **EVERY)
     module = fit(tmp_path, callback)
     assert (callback.ema.step, callback.ema.t) == (3, 18)
-    assert distance(live(callback.ema, module, 0.2), exact(whole, 0.2, every=6)) < 1e-6
+    assert distance(live(callback.ema, module, 0.2), exact(expected, 0.2, every=6)) < 1e-6
 
 
-def test_an_exception_ends_the_tracker_and_validation_and_the_copy_at_the_end(tmp_path: Path, whole: list[Any]) -> None:
+def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_average_at_its_end(
+    tmp_path: Path, expected: list[Any]
+) -> None:
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY)
-
-    class Failing(Regression):
-        def validation_step(self, batch: Any, index: int) -> None:
-            raise KeyError("the validation fails")
-
     module = Failing()
     with pytest.raises(KeyError, match="the validation fails"):
         fit(tmp_path, callback, module=module)
-    assert distance(dict(module.named_parameters()), whole[5]) == 0  # the raw weights
-    assert {one.info.t for one in read_directory(tmp_path / "ema")} == {4, 6}
+    assert distance(dict(module.named_parameters()), expected[5]) == 0  # the raw weights
+    assert {snapshot.info.t for snapshot in read_directory(tmp_path / "ema")} == {4, 6}
     again = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY)
     module = fit(tmp_path, again, Recorder(), ckpt_path=tmp_path / "out/step=4.ckpt")
     with again.ema.model(Regression(), 0.2) as average:
@@ -283,7 +287,7 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.15, **EVERY)
     logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
     fit(tmp_path, callback, logger=logger, ckpt_path=tmp_path / "out/step=4.ckpt")
-    assert "its averages begin here" in caplog.text
+    assert "the averages begin with this training" in caplog.text
     (metrics,) = (tmp_path / "logs").rglob("metrics.csv")
     assert "ema/predicted_error_0.15" in metrics.read_text()
     with pytest.raises(InvalidValueError, match=r"validate=0\.15"):
@@ -292,22 +296,22 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
         PostHocWeightAveraging(tmp_path / "ema", validate=0.4)
 
 
-def test_one_callback_of_a_training_averages(tmp_path: Path) -> None:
-    """Checkpoints have room for one: of two, each would take the average of the other for the raw weights."""
+def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:
+    """Checkpoints have room for one average: of two, each would take the average of the other for the raw weights."""
     ours = [PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), AtEpochEnds(tmp_path / "other", **EVERY)]
-    theirs = [kind() for kind in [getattr(callbacks, "WeightAveraging", None)] if kind]
-    for others in ([ours[1]], *([one] for one in theirs)):
+    lightnings = [kind() for kind in [getattr(callbacks, "WeightAveraging", None)] if kind]
+    for other in (ours[1], *lightnings):
         with pytest.raises(InvalidValueError, match="several that average weights, or one twice"):
-            fit(tmp_path, ours[0], *others)
-    one = trainer(tmp_path, ours[0])
-    one.callbacks.append(ours[0])  # Lightning refuses this itself where the trainer is made
+            fit(tmp_path, ours[0], other)
+    trainer = make_trainer(tmp_path, ours[0])
+    trainer.callbacks.append(ours[0])  # Lightning itself refuses this when the trainer is made
     with pytest.raises(InvalidValueError, match="or one twice"):
-        one.fit(Regression(), loader())
+        trainer.fit(Regression(), loader())
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 class Adaptable(Regression):
-    """With a learning rate for a tuner to set, and a frozen part that checkpoints leave out."""
+    """A module with a learning rate for a tuner, and a frozen part that checkpoints leave out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,39 +329,35 @@ class Adaptable(Regression):
 def test_a_tuner_before_the_training_and_checkpoints_of_a_part(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback, recorder, module = (
-        PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY),
-        Recorder(),
-        Adaptable(),
-    )
-    one = trainer(tmp_path, callback, recorder)
-    Tuner(one).lr_find(module, loader(), loader(), num_training=8)
+    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
+    module, trainer = Adaptable(), make_trainer(tmp_path, callback, recorder)
+    Tuner(trainer).lr_find(module, loader(), loader(), num_training=8)
     assert callback.ema is None
-    one.fit(module, loader(), loader())
-    assert "averages begin here" not in caplog.text
+    trainer.fit(module, loader(), loader())
+    assert "averages begin with" not in caplog.text
     assert_exact(callback.ema, module, recorder.weights)
     again, second = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
     module = fit(tmp_path, again, second, module=Adaptable(), ckpt_path=tmp_path / "out/step=8.ckpt")
     assert_exact(again.ema, module, recorder.weights[:8] + second.weights)
 
 
-def test_the_directory_says_where_to_go_on_and_weights_alone_are_raw(
+def test_the_directory_names_the_step_to_resume_from_and_weights_only_checkpoints_are_raw(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = EVERY | {"resume": "auto", "checkpoint_dtype": None}
     module, recorder = Regression(), Recorder()
     for _ in range(2):
         callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **options)
-        one = trainer(tmp_path, callback, recorder, max_epochs=1)
+        trainer = make_trainer(tmp_path, callback, recorder, max_epochs=1)
         recorder._step = 0
-        one.checkpoint_callback.save_weights_only = True
-        one.fit(module, loader(), loader())
+        trainer.checkpoint_callback.save_weights_only = True
+        trainer.fit(module, loader(), loader())
     assert (callback.ema.step, callback.ema.t) == (12, 12)
     assert distance(live(callback.ema, module, 0.2), exact(recorder.weights, 0.2)) < 1e-6
     assert "saves raw weights" in caplog.text
 
 
-def test_a_training_from_the_beginning_does_not_go_on_with_the_averages(tmp_path: Path) -> None:
+def test_a_training_from_the_beginning_does_not_resume_the_averages(tmp_path: Path) -> None:
     options = EVERY | {"resume": "auto"}
     fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", **options))
     before = [snapshot.path.name for snapshot in read_directory(tmp_path / "ema")]
@@ -369,20 +369,20 @@ def test_a_training_from_the_beginning_does_not_go_on_with_the_averages(tmp_path
     assert callback.ema.t == callback.ema.step == 8 + len(recorder.weights)
 
 
-def test_a_fast_dev_run_leaves_nothing_and_a_short_training_is_one(tmp_path: Path) -> None:
+def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp_path: Path) -> None:
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY | {"resume": "auto"})
     fit(tmp_path, callback, fast_dev_run=3)
     assert callback.ema is None
     assert not (tmp_path / "ema").exists()
     short = PostHocWeightAveraging(tmp_path / "short", **EVERY)
     fit(tmp_path, short, limit_train_batches=2, max_epochs=1)
-    assert {one.info.t for one in read_directory(tmp_path / "short")} == {2}
+    assert {snapshot.info.t for snapshot in read_directory(tmp_path / "short")} == {2}
     module, recorder = Regression(), Recorder()
     fit(tmp_path, callback, recorder, module=module)
     assert_exact(callback.ema, module, recorder.weights)
 
 
-def test_buffers_are_averaged_where_asked(tmp_path: Path) -> None:
+def test_use_buffers_averages_buffers(tmp_path: Path) -> None:
     fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", use_buffers=True, **EVERY))
     newest = read_directory(tmp_path / "ema")[-1].info
     assert newest.tensors["net.1.running_mean"].role == "average"
@@ -390,7 +390,7 @@ def test_buffers_are_averaged_where_asked(tmp_path: Path) -> None:
 
 @heavy
 def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
-    process = start(tmp_path, 0, "ddp", stdout=subprocess.PIPE)  # which starts the second one itself
+    process = start(tmp_path, 0, "ddp", stdout=subprocess.PIPE)  # this process starts the second one
     out, _ = process.communicate(timeout=250)
     assert process.returncode == 0
     first, second = out.split()
@@ -404,15 +404,15 @@ def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
 
 @heavy
 def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
-    assert start(tmp_path / "whole", 0, "sharded").wait(250) == 0
-    whole, average, _ = torch.load(tmp_path / "whole/made-0.pt")
-    assert distance(average, exact(whole, 0.2)) < 1e-6
+    assert start(tmp_path / "expected", 0, "sharded").wait(250) == 0
+    expected, average, _ = torch.load(tmp_path / "expected/made-0.pt")
+    assert distance(average, exact(expected, 0.2)) < 1e-6
     assert start(tmp_path, 7, "sharded").wait(250) != 0
     checkpoint = tmp_path / "out/step=4.ckpt"
     assert len(list((checkpoint / "posthoc_ema").glob("*.distcp"))) == 2
     assert start(tmp_path, 0, "sharded", checkpoint).wait(250) == 0
     for rank in (0, 1):
         resumed, average, step = torch.load(tmp_path / f"made-{rank}.pt")
-        weights = whole[:4] + resumed  # the data of an epoch begin anew here, too
+        weights = expected[:4] + resumed  # Lightning restarts the data of an epoch here, too
         assert step == len(weights) >= 9
         assert distance(average, exact(weights, 0.2)) < 1e-6

@@ -1,4 +1,4 @@
-"""Model folders like another one, with the real libraries: what they load, and that it computes what it should."""
+"""Model folders with averaged weights, made like a given folder: the real libraries load them, and compute the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
 
 from ema_command import Ema
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -66,7 +65,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def track(model: torch.nn.Module, folder: Path, **options: Any) -> None:
-    """A run of six steps that move every parameter at random."""
+    """Write a run of six steps that move every parameter at random."""
     settings = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
     with PostHocEMA.from_model(model, folder, **(settings | options)) as ema, torch.no_grad():
         for number in range(6):
@@ -88,16 +87,13 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
 
 
 def stored(folder: Path) -> dict[str, torch.dtype]:
-    """The names in the weights' files of a folder, and their dtypes."""
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found |= {(path.name, name): file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
-    return found
+    """Return the dtype of each tensor in the weight files of a folder."""
+    paths = folder.glob("*.safetensors")
+    return {(path.name, name): tensor.dtype for path in paths for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_folder_loads_without_remarks_and_computes_what_the_filled_model_does(tmp_path: Path, name: str) -> None:
+def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "like", max_shard_size="10KB" if name in ("llama", "bert") else "1GB")
@@ -105,21 +101,21 @@ def test_a_folder_loads_without_remarks_and_computes_what_the_filled_model_does(
     track(model, tmp_path / "run")
     report = Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
     assert report.taken == ()
-    loaded, remarks = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
-    assert not any(remarks.values()), remarks
+    loaded, warnings = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(warnings.values()), warnings
     raw = answer(model)
     PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
     assert torch.equal(answer(loaded), answer(model))
     assert not torch.equal(answer(loaded), raw)
     assert stored(tmp_path / "new") == stored(tmp_path / "like")
-    there = {path.name: path for path in (tmp_path / "like").iterdir() if path.suffix != ".safetensors"}
-    for file, path in there.items():
-        assert (tmp_path / "new" / file).read_bytes() == path.read_bytes(), file
+    for path in (tmp_path / "like").iterdir():
+        if path.suffix != ".safetensors":
+            assert (tmp_path / "new" / path.name).read_bytes() == path.read_bytes(), path
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])  # the second through the library
-def test_dtypes_are_the_folders(tmp_path: Path, ema: Ema, name: str) -> None:
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])  # transformers itself loads and saves the second
+def test_dtypes_are_those_of_the_folder(tmp_path: Path, ema: Ema, name: str) -> None:
     model = MODELS[name]()
     MODELS[name]().bfloat16().save_pretrained(tmp_path / "like")
     track(model, tmp_path / "run")
@@ -137,20 +133,13 @@ def test_dtypes_are_the_folders(tmp_path: Path, ema: Ema, name: str) -> None:
         assert stored(folder) == stored(tmp_path / "like")
 
 
-def test_what_the_run_does_not_have_is_the_folders_and_named(tmp_path: Path, ema: Ema) -> None:
+def test_tensors_that_the_run_lacks_are_taken_from_the_folder_and_counted(tmp_path: Path, ema: Ema) -> None:
     model = MODELS["llama"]()
     model.model.embed_tokens.requires_grad_(False)
     model.save_pretrained(tmp_path / "like")
     track(model, tmp_path / "run")
     done = ema(
-        "synthesize",
-        str(tmp_path / "run"),
-        "--sigma-rel",
-        "0.2",
-        "--like",
-        str(tmp_path / "like"),
-        "--out",
-        str(tmp_path / "new"),
+        "synthesize", tmp_path / "run", "--sigma-rel", "0.2", "--like", tmp_path / "like", "--out", tmp_path / "new"
     )
     assert done.code == 0
     assert "1 tensor copied from the model folder" in done.err
@@ -202,14 +191,14 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
         Run(tmp_path / "run").write(0.2, tmp_path / "no", like=tmp_path / "dit")
 
 
-def test_folders_that_are_broken_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = MODELS["llama"]()
     model.save_pretrained(tmp_path / "like", max_shard_size="10KB")
     track(model, tmp_path / "run")
 
     def write(config: dict[str, Any], name: str = "like", run: str = "run", **options: Any) -> None:
-        told = json.loads((tmp_path / "like/config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps(told | config))
+        original = json.loads((tmp_path / "like/config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(original | config))
         Run(tmp_path / run).write(0.2, tmp_path / "new", like=tmp_path / name, **options)
 
     model.save_pretrained(tmp_path / "other")
@@ -239,7 +228,7 @@ def test_folders_that_are_broken_are_named(tmp_path: Path, caplog: pytest.LogCap
     assert not (tmp_path / "new").exists()
 
 
-def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behind(tmp_path: Path) -> None:
     model = MODELS["llama"]()
     model.save_pretrained(tmp_path / "like")
     track(model, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What the averages must be: float64 sums over weights that the test has recorded itself."""
+"""The exact averages: float64 sums over weights that the test has recorded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Recorded = Sequence[Mapping[str, torch.Tensor]]
 
 
 def recorded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable parameters as they are now, complete and in float64; in every process of a sharded model."""
-    found = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    return {name: getattr(value, "full_tensor", value.clone)().double() for name, value in found.items()}
+    """Return copies of the trainable parameters, complete and in float64, in every process of a sharded model."""
+    parameters = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return {name: getattr(value, "full_tensor", value.clone)().double() for name, value in parameters.items()}
 
 
 def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torch.Tensor]:
-    """The power-function average: an update at t has the profile's mass since the one before it."""
+    """Return the power-function average: an update at t has the profile's mass since the last update."""
     power = gamma_from_sigma_rel(sigma_rel) + 1
     times = range(every, len(history) + 1, every)
     last = times[-1]
@@ -29,19 +29,19 @@ def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torc
 
 
 def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
-    """The relative L2 distance of weights from the truth, over all its tensors."""
+    """Return the relative L2 distance of weights from the exact ones, over all tensors of those."""
     off = sum(float((found[name].double() - value).square().sum()) for name, value in truth.items())
     return (off / sum(float(value.square().sum()) for value in truth.values())) ** 0.5
 
 
 def live(ema: PostHocEMA | None, model: torch.nn.Module, sigma_rel: float) -> dict[str, torch.Tensor]:
-    """A live average, as the tracker gives it to the model."""
+    """Return a live average."""
     with ema.averaged(model, sigma_rel):
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def assert_exact(ema: PostHocEMA | None, model: torch.nn.Module, weights: Recorded, every: int = 1) -> None:
-    """Every step has counted once, and each tracked average is the true one."""
+    """Assert that every step has counted once and that each tracked average is exact."""
     assert ema.step == len(weights)
     for sigma_rel in ema.settings.sigma_rels:
         assert distance(live(ema, model, sigma_rel), exact(weights, sigma_rel, every)) < 1e-6

@@ -1,4 +1,4 @@
-"""The training of a small diffusion model with accelerate and its save hooks, in the way of diffusers' scripts."""
+"""The training of a small diffusion model with accelerate and its save hooks, as in diffusers' scripts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,8 @@ IMAGES = torch.randn(10, 2, 1, 8, 8, generator=torch.manual_seed(5))
 def network() -> UNet2DModel:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        norm_num_groups=2,
-        add_attention=False,
-        **blocks,
-    )
+    size = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 2}
+    return UNet2DModel(add_attention=False, **size, **blocks)
 
 
 class Training:
@@ -66,8 +59,8 @@ class Training:
             generator = torch.manual_seed(number)
             noise, times = torch.randn(2, 1, 8, 8, generator=generator), torch.randint(0, 10, (2,), generator=generator)
             with self.accelerator.accumulate(self.model):
-                found = self.model(scheduler.add_noise(IMAGES[number], noise, times), times).sample
-                self.accelerator.backward((found - noise).square().mean())
+                predicted = self.model(scheduler.add_noise(IMAGES[number], noise, times), times).sample
+                self.accelerator.backward((predicted - noise).square().mean())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:

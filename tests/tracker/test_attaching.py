@@ -1,4 +1,4 @@
-"""A tracker that follows an optimizer: which steps count, which do not, and whose optimizer it is."""
+"""A tracker attached to an optimizer: which steps count, which optimizers are refused, and which tracker holds one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def network() -> torch.nn.Module:
 
 
 def sgd(**options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model and what trains it."""
+    """A model and its optimizer."""
     model = network()
     return model, torch.optim.SGD(model.parameters(), lr=0.1, **options)
 
@@ -50,10 +50,11 @@ def backward(model: torch.nn.Module) -> None:
     (model(X.to(dtype)) - Y.to(dtype)).square().mean().backward()
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    backward(model)
-    optimizer.step()
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
 
 
 def test_a_closure_that_is_called_often_makes_one_step(tmp_path: Path) -> None:
@@ -74,18 +75,6 @@ def test_a_closure_that_is_called_often_makes_one_step(tmp_path: Path) -> None:
         assert len(calls) > 3
 
 
-class ScaledSGD(torch.optim.Optimizer):
-    """Takes the scaler itself, as fused optimizers of other libraries do."""
-
-    _step_supports_amp_scaling = True
-
-    def __init__(self, parameters, lr: float) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(parameters, {"lr": lr})
-
-    def step(self, grad_scaler):  # type: ignore[no-untyped-def, override]
-        raise AssertionError(grad_scaler)
-
-
 SCALED = {
     "plain": torch.optim.Adam,
     "fused": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
@@ -96,7 +85,7 @@ SCALED = {
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
 def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, make: str, unscaled: bool) -> None:
-    """Of an optimizer that is fused `step` is called even then."""
+    """The scaler calls a fused optimizer's `step` even then."""
     model = network()
     optimizer = SCALED[make](model.parameters(), lr=0.01)
     scaler, counts = torch.amp.GradScaler("cpu", init_scale=4.0), []
@@ -113,15 +102,8 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, make: str, 
     assert counts == [1, 1, 1, 2, 3, 4]
 
 
-def test_an_optimizer_that_takes_the_scaler_is_refused(tmp_path: Path) -> None:
-    model = network()
-    tracker = PostHocEMA.from_model(model, tmp_path)
-    with pytest.raises(InvalidValueError, match=r"ScaledSGD takes the GradScaler.*update_\(model\)"):
-        tracker.attach(ScaledSGD(model.parameters(), lr=0.01))
-
-
-def test_the_wrapper_of_accelerate_is_looked_through(tmp_path: Path) -> None:
-    """With accumulated gradients it makes a step at every other call, and a scheduler makes none."""
+def test_an_optimizer_in_accelerates_wrapper_is_attached(tmp_path: Path) -> None:
+    """Gradients are accumulated, so that it takes a step at every other call, and a scheduler takes none."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, plain = sgd()
     scheduler = torch.optim.lr_scheduler.StepLR(plain, 1)
@@ -137,8 +119,18 @@ def test_the_wrapper_of_accelerate_is_looked_through(tmp_path: Path) -> None:
         assert tracker.step == 3
 
 
+class ScaledSGD(torch.optim.Optimizer):
+    """Takes the scaler itself, as fused optimizers of other libraries do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {"lr": 0.1})
+
+    def step(self, grad_scaler):  # type: ignore[no-untyped-def, override]
+        raise AssertionError(grad_scaler)
+
+
 class Wrapper(torch.optim.Optimizer):
-    """Steps as often as it likes: DeepSpeed's of ZeRO-1 and 2 does once for each group of parameters."""
+    """Steps the inner optimizer several times, as DeepSpeed's of ZeRO-1 and 2 does for each group of parameters."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -149,30 +141,25 @@ class Wrapper(torch.optim.Optimizer):
 
 
 class Sharing(torch.optim.Optimizer):
-    """Has what an optimizer has, as Lookahead does, but torch has put no hooks around its step."""
+    """Has the attributes of an optimizer, as Lookahead does, but no hooks of torch around its step."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner, self.defaults = inner, inner.defaults
         self.state, self.param_groups = inner.state, inner.param_groups
 
 
-class Handing(Sharing):
-    """Has also the methods that take hooks, which are those of the optimizer within."""
+class Forwarding(Sharing):
+    """Has also the methods that register hooks, forwarded to the inner optimizer."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
 
 class Clipped(torch.optim.Adam):
-    """Changes weights after the step that it overrides, whose hooks may be called before."""
+    """May change weights after the step that it overrides, whose hooks are called before."""
 
     def step(self, closure=None):  # type: ignore[no-untyped-def]
-        loss = super().step(closure)
-        with torch.no_grad():
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.clamp_(-0.1, 0.1)
-        return loss
+        return super().step(closure)
 
 
 class PlainWrapper:
@@ -188,19 +175,17 @@ REFUSED: list[tuple[Any, str]] = [
     (Wrapper, IS_A_WRAPPER),
     (PlainWrapper, IS_A_WRAPPER),
     (Sharing, "Sharing is a wrapper"),
-    (Handing, "Handing is a wrapper"),
+    (Forwarding, "Forwarding is a wrapper"),
     (lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False), IS_A_WRAPPER),
-    (
-        lambda optimizer: Clipped(optimizer.param_groups),
-        r"Clipped overrides a step.*call ema\.update_\(model\) after each",
-    ),
+    (lambda inner: Clipped(inner.param_groups), r"Clipped overrides a step.*call ema\.update_\(model\) after each"),
+    (ScaledSGD, r"ScaledSGD takes the GradScaler.*update_\(model\)"),
     (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), r"a torch\.optim\.Optimizer, not StepLR"),
     (lambda _: network(), r"a torch\.optim\.Optimizer, not Linear"),
 ]
 
 
 @pytest.mark.parametrize(("wrap", "message"), REFUSED)
-def test_other_wrappers_are_refused_with_the_line_to_write(tmp_path: Path, wrap: Any, message: str) -> None:
+def test_optimizers_whose_hooks_miss_steps_are_refused_with_a_way_out(tmp_path: Path, wrap: Any, message: str) -> None:
     Accelerator(cpu=True)
     model, optimizer = sgd()
     with pytest.raises(InvalidValueError, match=message):
@@ -208,7 +193,7 @@ def test_other_wrappers_are_refused_with_the_line_to_write(tmp_path: Path, wrap:
 
 
 class Renamed(torch.optim.AdamW):
-    """Its step is that of Adam, around which torch may put its hooks for each class anew."""
+    """Inherits the step of Adam, which torch may wrap in its hooks once more for each class."""
 
 
 OPTIMIZERS = [
@@ -225,7 +210,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
-    """torch makes one at every checkpoint of an optimizer without state, and when one is loaded."""
+    """torch takes such a step at every checkpoint of an optimizer without state, and when it loads a checkpoint."""
     model = network().double()
     optimizer = make(model.parameters(), lr=0.1)
     values = []
@@ -248,7 +233,7 @@ def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path
             assert abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 7))).max() < 6 * 2**-52
 
 
-def test_a_first_step_of_a_warm_up_counts(tmp_path: Path) -> None:
+def test_the_first_step_of_a_warm_up_counts(tmp_path: Path) -> None:
     """Its rate is 0, its gradients are not."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -261,7 +246,7 @@ def test_a_first_step_of_a_warm_up_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
-def test_a_compiled_step_is_followed_and_the_tracker_not_compiled(tmp_path: Path) -> None:
+def test_a_compiled_step_counts_and_the_tracker_is_not_compiled(tmp_path: Path) -> None:
     model, optimizer = sgd()
     compiled = torch.compile(optimizer.step, backend="eager")
     with attached(model, tmp_path, optimizer) as tracker:
@@ -274,12 +259,10 @@ def test_a_compiled_step_is_followed_and_the_tracker_not_compiled(tmp_path: Path
         assert tracker.step == 4
 
 
-def test_a_clock_of_ones_own(tmp_path: Path) -> None:
+def test_the_users_own_clock(tmp_path: Path) -> None:
     model, optimizer = sgd()
     with PostHocEMA.from_model(model, tmp_path, update_every=1, t_unit="images") as tracker:
-        with pytest.raises(
-            InvalidValueError, match=r"t None: must be a function that gives the training time in images"
-        ):
+        with pytest.raises(InvalidValueError, match=r"t None: must be a function that returns the .* time in images"):
             tracker.attach(optimizer)
         seen = 0
         tracker.attach(optimizer, t=lambda: seen)
@@ -289,7 +272,7 @@ def test_a_clock_of_ones_own(tmp_path: Path) -> None:
         assert (tracker.step, tracker.t) == (3, 192)
 
 
-def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> None:
+def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optimizer(tmp_path: Path) -> None:
     model, first = sgd()
     second = torch.optim.SGD(model.parameters(), lr=0.1)
     with attached(model, tmp_path, first) as tracker:
@@ -298,7 +281,7 @@ def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> No
         tracker.detach()
         step(model, first)
         assert tracker.step == 1
-        tracker.update_(model)  # by hand again
+        tracker.update_(model)
         handle = tracker.attach(second)
         step(model, first)
         step(model, second)
@@ -306,15 +289,15 @@ def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> No
         handle.remove()
         step(model, second)
         tracker.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-        gc.collect()  # it is gone, and followed no more
+        gc.collect()  # that optimizer no longer exists
         tracker.update_(model)
         tracker.attach(first)
         step(model, first)
         assert tracker.step == 5
 
 
-def test_the_same_optimizer_twice_counts_once_and_another_one_is_refused(tmp_path: Path) -> None:
-    """A notebook's cell that runs again."""
+def test_attaching_twice_counts_once_and_a_second_optimizer_is_refused(tmp_path: Path) -> None:
+    """A notebook's cell that runs again attaches twice."""
     model, optimizer = sgd()
     with attached(model, tmp_path, optimizer) as tracker:
         tracker.attach(optimizer)
@@ -326,7 +309,7 @@ def test_the_same_optimizer_twice_counts_once_and_another_one_is_refused(tmp_pat
         assert tracker.step == 1
 
 
-def test_a_call_by_hand_beside_the_optimizer_is_refused_not_counted_twice(tmp_path: Path) -> None:
+def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(tmp_path: Path) -> None:
     model, optimizer = sgd()
     with attached(model, tmp_path, optimizer) as tracker:
         step(model, optimizer)
@@ -334,21 +317,30 @@ def test_a_call_by_hand_beside_the_optimizer_is_refused_not_counted_twice(tmp_pa
             tracker.update_(model)
         step(model, optimizer)
         assert tracker.step == 2
-    step(model, optimizer)  # a closed tracker follows nothing
+    step(model, optimizer)  # a closed tracker is detached
     with pytest.raises(NotReadyError, match="was closed"):
         tracker.attach(optimizer)
 
 
-def test_it_needs_a_model_that_is_there(tmp_path: Path) -> None:
+def test_an_attached_tracker_needs_its_model_which_it_does_not_keep_alive(tmp_path: Path) -> None:
     model, optimizer = sgd()
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
     with pytest.raises(InvalidValueError, match="made without a model"):
         PostHocEMA.from_path(tmp_path).attach(optimizer)
-    gone = PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other")
-    gone.attach(optimizer)  # which does not keep the model alive
-    with pytest.raises(NotReadyError, match="gone"):
+    PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other").attach(optimizer)
+    with pytest.raises(NotReadyError, match="no longer exists"):
         optimizer.step()
+
+
+def test_the_model_may_outlive_the_wrapper_that_the_tracker_was_made_with(tmp_path: Path) -> None:
+    model, optimizer = sgd()
+    with attached(torch.compile(model), tmp_path, optimizer) as tracker:
+        gc.collect()
+        step(model, optimizer)
+        assert (tracker.step, tracker.tracks(model)) == (1, True)
+        with tracker.averaged(model, tracked=0.28):
+            pass
 
 
 @pytest.mark.parametrize("again", ["one", "other"])
@@ -358,26 +350,21 @@ def test_a_cell_run_again_closes_its_first_tracker(
 ) -> None:
     model, optimizer = sgd()
     first = attached(model, tmp_path / "one", optimizer)
-    for _ in range(before):
-        step(model, optimizer)
+    step(model, optimizer, before)
     wrapped = torch.nn.DataParallel(model)
     second = attached(wrapped, tmp_path / again, optimizer)
-    assert (
-        f"the tracker of {tmp_path / 'one'} was attached to this optimizer for the same model; it is closed"
-        in caplog.text
-    )
+    assert re.search("one was attached to this optimizer for the same model; it is closed", caplog.text)
     with pytest.raises(NotReadyError, match="was closed"):
         first.update_(model)
     with second:
-        for _ in range(2):
-            step(model, optimizer)
-    assert second.step == (2 + before if again == "one" else 2)  # the same model in the same directory goes on
+        step(model, optimizer, 2)
+    assert second.step == (2 + before if again == "one" else 2)  # the same model in the same directory is resumed
     assert first.step == before
     assert {snapshot.info.run_id for snapshot in read_directory(tmp_path / again)} == {second.run_id}
 
 
 def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_path: Path) -> None:
-    """A scheduler and its optimizer hold each other, and the optimizer the tracker, which holds the directory."""
+    """A scheduler and its optimizer form a reference cycle, and the optimizer holds the tracker and its directory."""
     gc.disable()
     try:
         for _ in range(2):
@@ -391,7 +378,7 @@ def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_pa
     assert tracker.step == 2
 
 
-def test_trackers_of_another_model_or_of_another_optimizer_by_now_are_left_alone(tmp_path: Path) -> None:
+def test_attaching_leaves_trackers_of_another_model_or_now_of_another_optimizer_open(tmp_path: Path) -> None:
     one, two = network(), network()
     both = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
     other = torch.optim.SGD(one.parameters(), lr=0.1)
@@ -408,8 +395,8 @@ def test_trackers_of_another_model_or_of_another_optimizer_by_now_are_left_alone
             assert (first.step, second.step, third.step) == (2, 2, 1)
 
 
-def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a fused optimizer and a scaler: what the scaler leaves there must not scale the next gradients."""
+def test_after_an_error_of_the_update_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attributes that the scaler leaves on a fused optimizer must not scale the next gradients."""
 
     def train(tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -425,8 +412,8 @@ def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypat
                     wait_for_writers(tmp_path)
             scaler.update()
 
-    plain, its = sgd(fused=True)
-    train(None, plain, its)
+    plain, plain_optimizer = sgd(fused=True)
+    train(None, plain, plain_optimizer)
     model, optimizer = sgd(fused=True)
     with attached(model, tmp_path, optimizer, checkpoint_every=2) as tracker:
         train(tracker, model, optimizer)
@@ -435,7 +422,7 @@ def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypat
 
 
 def test_a_warning_of_a_step_names_the_users_own_line(tmp_path: Path) -> None:
-    """Between the step and the hook stand torch's own frames."""
+    """Between the step and the hook there are frames of torch."""
     model, optimizer = sgd()
     with attached(model, tmp_path, optimizer, on_nonfinite="skip"):
         step(model, optimizer)
@@ -447,13 +434,13 @@ def test_a_warning_of_a_step_names_the_users_own_line(tmp_path: Path) -> None:
 
 # --- another optimizer takes over ---
 
-GONE = r"the averages stand at step 10: .* is gone, and 2 later steps .* say ema\.attach\(new_optimizer\)"
-STILL = r"stand at step 10: .* stands still, and 50 later steps .* ema\.detach\(\), ema\.attach\("
-NEVER = r"stand at step 0: .* stands still, and 50 later steps .* ema\.detach\(\), ema\.attach\("
+GONE = r"still those of step 10: .* no longer exists, and 2 later steps .* call ema\.attach\(new_optimizer\)"
+STILL = r"still those of step 10: .* takes no more steps, and 50 later steps .* ema\.detach\(\) and ema\.attach\("
+NEVER = r"still those of step 0: .* takes no more steps, and 50 later steps .* ema\.detach\(\) and ema\.attach\("
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [text for text in caplog.messages if "the averages stand at step" in text]
+    return [text for text in caplog.messages if "the averages are still those of step" in text]
 
 
 def use(tracker: PostHocEMA, model: torch.nn.Module, kind: str) -> None:
@@ -472,20 +459,18 @@ def use(tracker: PostHocEMA, model: torch.nn.Module, kind: str) -> None:
     [("close", 10, STILL), ("model", 10, STILL), ("weights", 10, STILL), ("state", 10, STILL), ("load_into", 10, STILL),
      ("close", 0, NEVER)],
 )  # fmt: skip
-def test_an_optimizer_that_another_one_replaces_is_told_once(
+def test_a_replaced_optimizer_is_warned_of_once(
     tmp_path: Path, kind: str, own: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After 60 steps t would be 10 without a word; or 0, as where a wrapper copies it, or parameters."""
+    """After 60 steps the tracker is at step 10, or at 0 if a wrapper has copied the optimizer or its parameters."""
     model, optimizer = sgd()
     if not own:
         optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
     tracker = attached(model, tmp_path, optimizer)
-    for _ in range(own):
-        step(model, optimizer)
-    old, optimizer = optimizer, torch.optim.Adam(model.parameters())  # a list, a scheduler or a frame keeps the old one
-    for _ in range(50):
-        step(model, optimizer)
-    assert not warned(caplog)  # the old one might go on, as after a search for a learning rate
+    step(model, optimizer, own)
+    old, optimizer = optimizer, torch.optim.Adam(model.parameters())  # the old one is still referenced
+    step(model, optimizer, 50)
+    assert not warned(caplog)  # the old one might step again, as after a search for a learning rate
     use(tracker, model, kind)
     tracker.close()
     (text,) = warned(caplog)
@@ -493,32 +478,27 @@ def test_an_optimizer_that_another_one_replaces_is_told_once(
     assert (tracker.step, len(old.param_groups)) == (own, 1)
 
 
-def test_an_optimizer_that_is_gone_is_told_while_there_is_time(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_deleted_optimizer_is_warned_of_after_a_few_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = sgd()
     with attached(model, tmp_path, optimizer) as tracker:
-        for _ in range(10):
-            step(model, optimizer)
+        step(model, optimizer, 10)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         gc.collect()
         step(model, optimizer)
         assert not warned(caplog)
-        for _ in range(3):
-            step(model, optimizer)
+        step(model, optimizer, 3)
         (text,) = warned(caplog)
         assert re.search(GONE, text)
-        tracker.attach(optimizer)  # what the message says
+        tracker.attach(optimizer)  # as the message says
         step(model, optimizer)
         assert tracker.step == 11
         optimizer = torch.optim.SGD([model.bias], lr=0.1)  # any of the model's parameters
         gc.collect()
-        for _ in range(2):
-            step(model, optimizer)
+        step(model, optimizer, 2)
     assert len(warned(caplog)) == 2
 
 
-def test_a_process_that_closes_no_tracker_is_told_at_its_end(tmp_path: Path) -> None:
+def test_a_process_that_closes_no_tracker_gets_the_warning_at_its_end(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from tracker.test_attaching import attached, sgd, step\n"
         "model, first = sgd(); tracker = attached(model, Path(sys.argv[1]), first); step(model, first)\n"
@@ -526,57 +506,52 @@ def test_a_process_that_closes_no_tracker_is_told_at_its_end(tmp_path: Path) -> 
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = [sys.executable, "-c", program, str(tmp_path)]
-    told = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stderr
-    assert told.count("posthoc_cli: ") == 1
-    assert "stand at step 1: the optimizer that the tracker is attached to stands still, and 4 later steps" in told
+    stderr = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stderr
+    assert stderr.count("posthoc_cli: ") == 1
+    assert "of step 1: the optimizer that the tracker is attached to takes no more steps, and 4 later steps" in stderr
 
 
-def of_two_models(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def of_two_models(*_: object) -> None:
     other = network()
-    theirs = torch.optim.SGD(other.parameters(), lr=0.1)
-    for _ in range(9):
-        step(other, theirs)
+    step(other, torch.optim.SGD(other.parameters(), lr=0.1), 9)
 
 
-def in_turns(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Each of several optimizers of the same parameters, one of them more often; stopped within an iteration."""
+def in_turns(model: torch.nn.Module, optimizer: torch.optim.Optimizer, _: PostHocEMA) -> None:
+    """Several optimizers of the same parameters step in turns, one of them twice; stopped within an iteration."""
     others = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(3)]
     for number in range(4):
-        for one in [*others, others[0]]:
-            step(model, one)
+        for other in [*others, others[0]]:
+            step(model, other)
         if number < 3:
             step(model, optimizer)
 
 
-def on_parts(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """As Muon for the matrices and Adam for the rest, or a generator and its critic in phases."""
+def on_parts(model: torch.nn.Module, optimizer: torch.optim.Optimizer, _: PostHocEMA) -> None:
+    """Two optimizers share the parameters, as Muon and Adam do, or a generator's and its critic's in phases."""
     assert isinstance(model, torch.nn.Linear)
     optimizer.param_groups[0]["params"] = [model.weight]
     step(model, optimizer)
-    rest = torch.optim.SGD([model.bias], lr=0.1)
-    for _ in range(9):
-        step(model, rest)
+    step(model, torch.optim.SGD([model.bias], lr=0.1), 9)
 
 
-def by_hand(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tracker: PostHocEMA | None = None) -> None:
-    tracker.detach()  # type: ignore[union-attr]
+def by_hand(model: torch.nn.Module, _: torch.optim.Optimizer, tracker: PostHocEMA) -> None:
+    tracker.detach()
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(9):
         step(model, other)
-        tracker.update_(model)  # type: ignore[union-attr]
+        tracker.update_(model)
 
 
-def searched(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A search for a learning rate, with an optimizer of its own and the weights put back."""
-    before, trial = {name: one.clone() for name, one in model.state_dict().items()}, torch.optim.SGD(model.parameters())
-    for _ in range(20):
-        step(model, trial)
+def searched(model: torch.nn.Module, optimizer: torch.optim.Optimizer, _: PostHocEMA) -> None:
+    """A search for a learning rate uses another optimizer and restores the weights."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step(model, torch.optim.SGD(model.parameters()), 20)
     model.load_state_dict(before)
     step(model, optimizer)
 
 
-def skipped(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Infinite gradients: a scaler leaves out the steps of another one, which is called all the same."""
+def skipped(model: torch.nn.Module, *_: object) -> None:
+    """Infinite gradients: a scaler calls another optimizer, which takes no step."""
     other = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for _ in range(9):
@@ -586,7 +561,7 @@ def skipped(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         scaler.update()
 
 
-def made_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def made_state(model: torch.nn.Module, *_: object) -> None:
     for _ in range(4):
         get_optimizer_state_dict(model, torch.optim.Adam(model.parameters()))
 
@@ -608,11 +583,11 @@ ORDINARY = [of_two_models, in_turns, on_parts, by_hand, searched, skipped, made_
 
 @pytest.mark.parametrize("do", ORDINARY)
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
-def test_ordinary_trainings_are_told_nothing(tmp_path: Path, do: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_ordinary_trainings_get_no_warning(tmp_path: Path, do: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = sgd()
     with attached(model, tmp_path, optimizer) as tracker:
         step(model, optimizer)
-        do(model, optimizer, tracker) if do is by_hand else do(model, optimizer)
+        do(model, optimizer, tracker)
         with tracker.model(model, 0.15):
             pass
         del optimizer
@@ -621,19 +596,16 @@ def test_ordinary_trainings_are_told_nothing(tmp_path: Path, do: Any, caplog: py
 
 
 @pytest.mark.parametrize("outer", [False, True])
-def test_an_optimizer_within_another_one_is_no_other(
-    tmp_path: Path, outer: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_inner_optimizer_gets_no_warning(tmp_path: Path, outer: bool, caplog: pytest.LogCaptureFixture) -> None:
     model, inner = sgd()
     wrapper = Averaging(inner)
     with attached(model, tmp_path, wrapper if outer else inner) as tracker:
-        for _ in range(4):
-            step(model, wrapper)
+        step(model, wrapper, 4)
         assert tracker.step == (4 if outer else 20)
     assert not warned(caplog)
 
 
-def test_going_on_by_hand_after_an_optimizer_that_is_gone_is_told_nothing(
+def test_calling_update_after_an_optimizer_was_deleted_gets_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, optimizer = sgd()

@@ -1,13 +1,12 @@
-"""Averages looked at during training: what they are, and that training does not notice."""
+"""Averages during training: their values, and that evaluating them does not change the training."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -45,9 +44,9 @@ class Run:
             self.weights.append(self.now())
 
     def error(self, sigma_rel: float, every: int = 3) -> float:
-        """Of the model's weights: relative L2 distance to the average over the weights at the updates' times."""
-        times, found, squared, norm = range(every, len(self.weights) + 1, every), self.now(), 0.0, 0.0
-        for name, value in found.items():
+        """Return the relative L2 distance of the model's weights from the exact average over the updates."""
+        times, squared, norm = range(every, len(self.weights) + 1, every), 0.0, 0.0
+        for name, value in self.now().items():
             exact = exact_average([self.weights[t - 1][name] for t in times], sigma_rel, times)
             squared, norm = squared + ((value - exact) ** 2).sum(), norm + (exact**2).sum()
         return float((squared / norm) ** 0.5)
@@ -72,7 +71,7 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("steps", [12, 40, 100])
-def test_the_average_is_that_of_now_and_not_of_the_last_snapshot(tmp_path: Path, steps: int) -> None:
+def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot(tmp_path: Path, steps: int) -> None:
     run = trained(tmp_path, steps)
     with run.tracker.averaged(run.model, tracked=0.28):
         # Float32 updates: each rounds by at most 2**-24 relative, and there are steps / 3 of them.
@@ -92,15 +91,15 @@ def test_any_other_length_is_as_exact_as_the_log_predicts(tmp_path: Path, caplog
         assert error < 4 * float(line.rpartition(" ")[2])
 
 
-def test_several_lengths_come_from_one_pass_that_the_next_updates_do_not_change(
+def test_several_lengths_come_from_one_pass_and_later_updates_do_not_change_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A linear decay over the last fifth is the mean of the last fifth; a window of more steps is left out, once."""
+    """A linear decay over the last fifth is the mean of that fifth; a window longer than the run is left out."""
     run, opened = trained(tmp_path, 300, update_every=1, checkpoint_every=10), []
     stock = Snapshot.open
-    monkeypatch.setattr(Snapshot, "open", lambda one: opened.append(one.name) or stock(one))
+    monkeypatch.setattr(Snapshot, "open", lambda snapshot: opened.append(snapshot.name) or stock(snapshot))
     before, wanted = run.everything(), [0.1, 0.28, "decay:linear:20%", "window:400"]
-    predicted = {one: run.tracker.state_dict(one).predicted_error for one in wanted[:3]}
+    predicted = {target: run.tracker.state_dict(target).predicted_error for target in wanted[:3]}
     opened.clear()
     blocks = run.tracker.models(run.model, wanted)
     assert [*blocks] == ["0.1", "0.28", "decay-linear-20%"]
@@ -115,16 +114,16 @@ def test_several_lengths_come_from_one_pass_that_the_next_updates_do_not_change(
     for label, block in blocks.items():
         with block as averaged:
             assert not averaged.training
-            found = run.now()
             if label.startswith("decay"):
-                exact = {name: np.mean([one[name] for one in history[240:]], axis=0) for name in found}
+                found = run.now()
+                exact = {name: np.mean([weights[name] for weights in history[240:]], axis=0) for name in found}
                 off = sum(((found[name] - value) ** 2).sum() for name, value in exact.items())
                 error = float((off / sum((value**2).sum() for value in exact.values())) ** 0.5)
                 assert error < 4 * predicted["decay:linear:20%"]
             else:
                 assert run.error(float(label), every=1) < 4 * predicted[float(label)]
         assert all_equal(run.everything(), after)
-    with blocks["0.1"], blocks["0.28"], blocks["0.1"]:  # again, and within another
+    with blocks["0.1"], blocks["0.28"], blocks["0.1"]:  # a second time, and nested
         assert run.error(0.1, every=1) < 4 * predicted[0.1]
     assert all_equal(run.everything(), after)
     run.weights = later
@@ -132,7 +131,7 @@ def test_several_lengths_come_from_one_pass_that_the_next_updates_do_not_change(
     assert not [path for path in tmp_path.iterdir() if "lock" not in path.name and path.suffix != ".safetensors"]
 
 
-def test_several_lengths_before_the_first_update_and_without_room_on_disk(
+def test_several_lengths_before_the_first_update_and_without_space_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path)
@@ -142,22 +141,12 @@ def test_several_lengths_before_the_first_update_and_without_room_on_disk(
     raw = run.everything()
     for block in blocks.values():
         with block:
-            assert all(torch.equal(one, raw[index]) for index, one in enumerate(run.model.state_dict().values()))
+            assert all(torch.equal(value, raw[index]) for index, value in enumerate(run.model.state_dict().values()))
     run.train(30)
     raw = run.everything()
-
-    class Full:
-        def write(self, _: object) -> None:
-            refuse_for_space()
-
-        def tell(self) -> int:
-            return 0
-
-    @contextmanager
-    def full(**_: object) -> Iterator[Full]:
-        yield Full()
-
-    monkeypatch.setattr(model_weights, "TemporaryFile", full)
+    full = MagicMock()
+    full.__enter__.return_value = Mock(tell=lambda: 0, write=refuse_for_space)
+    monkeypatch.setattr(model_weights, "TemporaryFile", lambda **_: full)
     with pytest.raises(WriteError, match="no space left"):
         run.tracker.models(run.model, [0.05, 0.1])
     assert all_equal(run.everything(), raw)
@@ -166,11 +155,11 @@ def test_several_lengths_before_the_first_update_and_without_room_on_disk(
     assert [*run.tracker.models(run.model, "0.1")] == ["0.1"]
 
 
-def test_tied_empty_and_integer_tensors_of_several_lengths(tmp_path: Path) -> None:
+def test_tied_empty_and_integer_tensors_have_averages(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     model.register_parameter("none", torch.nn.Parameter(torch.zeros(0, 3)))
-    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(2, 0)))
+    model.register_parameter("empty", torch.nn.Parameter(torch.zeros(2, 0, dtype=torch.float64)))
     model.register_parameter("small", torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)))
     model.register_buffer("count", torch.tensor(7))
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5) as tracker:
@@ -195,7 +184,7 @@ def test_a_tracked_average_needs_no_disk(
     expected = run.tracker.state_dict(sigma_rel=0.05)
 
     def refuse(*_: object) -> None:
-        raise AssertionError("the disk was looked at")
+        raise AssertionError("the disk was read")
 
     monkeypatch.setattr(files.system, "open", refuse)
     monkeypatch.setattr(Path, "iterdir", refuse)
@@ -205,40 +194,32 @@ def test_a_tracked_average_needs_no_disk(
     assert "live average of sigma_rel 0.05 at t = 30: exact" in caplog.text
 
 
-def test_a_profile_that_is_not_tracked_is_refused(tmp_path: Path) -> None:
-    run = trained(tmp_path, 3)
+def test_without_an_update_or_a_tracked_profile_there_is_no_live_average(tmp_path: Path) -> None:
+    run = trained(tmp_path, 2)
+    early = "no average yet, but the weights as they are: .* at call 3 of update_"
+    with pytest.warns(RuntimeWarning, match=early) as seen, run.tracker.averaged(run.model, tracked=0.05):
+        pass
+    assert seen[0].filename == __file__
+    run.train(10)
     any_other = r"must be one of the tracked profiles, 0\.05, 0\.28; for any other use model\(model, "
     for tracked in (0.1, 0.4, "0.05"):
         with pytest.raises(InvalidValueError, match=f"tracked {tracked!r}: {any_other}"):
             run.tracker.averaged(run.model, tracked=tracked).__enter__()  # type: ignore[arg-type]
-
-
-def test_without_an_update_there_is_no_live_average(tmp_path: Path) -> None:
-    run = trained(tmp_path, 2)
-    with (
-        pytest.warns(
-            RuntimeWarning, match="no average yet, but the weights as they are: .* at call 3 of update_"
-        ) as seen,
-        run.tracker.averaged(run.model, tracked=0.05),
-    ):
-        pass
-    assert seen[0].filename == __file__
-    run.train(10)
     run.tracker.close()
     again = PostHocEMA.from_path(tmp_path, run.model)
     with pytest.raises(NotReadyError, match=r"no live average yet.*at call 15.*; model\(.*reads the snapshots$"):
         again.averaged(run.model, tracked=0.05).__enter__()
 
 
-def test_before_the_first_update_a_compiled_model_gives_its_weights(tmp_path: Path) -> None:
-    """It has no length, and must not be asked for one."""
+def test_before_the_first_update_the_raw_weights_of_a_compiled_model_are_returned(tmp_path: Path) -> None:
+    """The truth value of such a model raises an error."""
     model = torch.compile(torch.nn.Linear(2, 2), backend="eager")
     tracker = PostHocEMA.from_model(model, tmp_path)
     with pytest.warns(RuntimeWarning, match="no average yet"):
         assert torch.equal(tracker.state_dict(sigma_rel=0.1)["weight"], model.weight)
 
 
-def test_a_live_average_is_exact_also_where_the_parameters_are_not(tmp_path: Path) -> None:
+def test_a_live_average_is_exact_also_for_parameters_in_half_precision(tmp_path: Path) -> None:
     model, wide, values = torch.nn.Linear(4, 4).bfloat16(), torch.nn.Linear(4, 4), []
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
         for _ in range(8):
@@ -263,26 +244,25 @@ def test_tied_names_and_a_model_of_half_the_width(tmp_path: Path) -> None:
         assert torch.equal(untied["b"].weight, model["a"].weight.bfloat16())
 
 
-def test_a_training_that_looks_at_every_step_ends_where_one_does_that_never_looks(tmp_path: Path) -> None:
-    blind = trained(tmp_path / "blind", 40)
-    looking = Run(tmp_path / "looking")
+def test_evaluating_averages_at_every_step_does_not_change_the_training(tmp_path: Path) -> None:
+    plain, run = trained(tmp_path / "plain", 40), Run(tmp_path / "evaluated")
     for number in range(40):
-        looking.train(1)
-        if looking.tracker.step >= 3:
-            before = looking.everything()
-            looking.model.train(number % 2 == 0)
-            with looking.tracker.model(looking.model, sigma_rel=0.15) as averaged, torch.no_grad():
+        run.train(1)
+        if run.tracker.step >= 3:
+            before = run.everything()
+            run.model.train(number % 2 == 0)
+            with run.tracker.model(run.model, sigma_rel=0.15) as averaged, torch.no_grad():
                 assert not averaged.training
                 averaged(X)
-            with looking.tracker.averaged(looking.model, tracked=0.05) as averaged, torch.no_grad():
+            with run.tracker.averaged(run.model, tracked=0.05) as averaged, torch.no_grad():
                 averaged(X)
-            assert looking.model.training == (number % 2 == 0)
-            assert all_equal(looking.everything(), before)
-            looking.model.train()
-    assert all_equal(looking.everything(), blind.everything())
+            assert run.model.training == (number % 2 == 0)
+            assert all_equal(run.everything(), before)
+            run.model.train()
+    assert all_equal(run.everything(), plain.everything())
 
 
-def test_blocks_of_both_kinds_stand_in_each_other(tmp_path: Path) -> None:
+def test_blocks_of_both_kinds_may_be_nested(tmp_path: Path) -> None:
     run = trained(tmp_path, 20)
     before = run.everything()
     with run.tracker.averaged(run.model, tracked=0.05):
@@ -305,7 +285,7 @@ def test_switching_to_the_average_between_steps(tmp_path: Path) -> None:
     assert run.model.training
     run.train(20)
     assert run.tracker.step == 40
-    with run.tracker.averaged(run.model, tracked=0.28):  # of the weights that the updates saw
+    with run.tracker.averaged(run.model, tracked=0.28):
         assert run.error(0.28) < 1e-6
 
 
@@ -313,7 +293,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(X.split(16), Y.split(16), strict=True))
 
 
-def test_statistics_measured_in_a_block_are_those_of_the_averaged_weights_and_go_with_it(tmp_path: Path) -> None:
+def test_statistics_measured_in_a_block_are_those_of_the_averaged_weights_and_end_with_it(tmp_path: Path) -> None:
     run = trained(tmp_path, 50)
     run.model[1].eval()
     before, modes = run.everything(), [module.training for module in run.model.modules()]
@@ -333,7 +313,7 @@ def test_statistics_measured_in_a_block_are_those_of_the_averaged_weights_and_go
     assert [module.training for module in run.model.modules()] == modes
 
 
-def test_a_pass_that_fails_leaves_the_statistics_as_they_were(tmp_path: Path) -> None:
+def test_a_failing_pass_leaves_the_statistics_unchanged(tmp_path: Path) -> None:
     run = trained(tmp_path, 3)
     run.model.eval()
     before = run.everything()
@@ -348,8 +328,8 @@ def test_a_pass_that_fails_leaves_the_statistics_as_they_were(tmp_path: Path) ->
     assert all_equal(run.everything(), before)
     assert run.model[1].momentum == 0.1
     assert not run.model.training
-    plain = torch.nn.Linear(2, 2)  # has no statistics, and is left alone
-    run.tracker.update_bn(plain, [object()])
+    plain = torch.nn.Linear(2, 2)
+    run.tracker.update_bn(plain, [object()])  # there are no statistics: nothing happens
     with pytest.raises(InvalidValueError, match=r"must be a torch\.nn\.Module, not list"):
         run.tracker.update_bn([], plain)  # type: ignore[arg-type]
 
@@ -363,26 +343,26 @@ def test_batches_go_to_the_models_device(tmp_path: Path) -> None:
     assert model[1].running_mean.is_cuda
 
 
-def test_a_block_that_fails_keeps_no_model(tmp_path: Path) -> None:
-    """Not even until the garbage is collected: on an accelerator there may be no room for the next one."""
+def test_a_failing_block_does_not_keep_the_model_alive(tmp_path: Path) -> None:
+    """An accelerator may have no memory for the next model until garbage is collected."""
     model = torch.nn.Linear(2, 2)
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
     flip_bit(next(tmp_path.glob("*.safetensors")), -1)
     opened, other = PostHocEMA.from_path(tmp_path), torch.nn.Linear(2, 2)
-    gone = weakref.ref(other)
+    reference = weakref.ref(other)
     gc.disable()
     try:
         with pytest.raises(FileFormatError), opened.model(other, 0.1):
             pass
         del other
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:.*no average yet")
-def test_before_the_first_update_too_a_model_that_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
+def test_before_the_first_update_too_a_model_that_does_not_fit_stays_unchanged(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     tracker = PostHocEMA.from_model(model, tmp_path)
     for wrong in (torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(2, 2))):

@@ -1,4 +1,4 @@
-"""What is tracked of a model, and averaged weights in a live model."""
+"""The tensors of a model that are tracked, and averaged weights in a live model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from posthoc_cli.snapshots.directory import read_directory
 
 
 class Network(torch.nn.Module):
-    """Every kind of state: tied and frozen parameters, float and integer buffers, a transient buffer."""
+    """A model with tied and frozen parameters, float and integer buffers, and a transient buffer."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -65,13 +64,13 @@ Run = tuple[Network, PostHocEMA]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A model after 20 steps and its tracker; to be read only."""
+    """A model after 20 steps and its tracker; tests must not change them."""
     model, tracker, _ = trained(tmp_path_factory.mktemp("run"))
     tracker.flush()
     return model, tracker
 
 
-def test_parameters_and_statistics_are_averaged_counts_copied_tied_ones_stored_once(run: Run) -> None:
+def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_stored_once(run: Run) -> None:
     _, tracker = run
     info = tracker.run.snapshots[-1].info
     assert {name: tensor.role for name, tensor in info.tensors.items()} == {
@@ -104,7 +103,7 @@ def test_the_state_dict_is_a_dict_a_context_and_pickles_plainly(run: Run, tmp_pa
     assert_same_tensors(tracker.state_dict(sigma_rel=0.15), loaded)
 
 
-def test_an_earlier_time_uses_only_what_was_there_then(run: Run, tmp_path: Path) -> None:
+def test_an_average_at_an_earlier_time_uses_only_snapshots_until_then(run: Run, tmp_path: Path) -> None:
     _, tracker = run
     _, early, _ = trained(tmp_path, steps=10)
     for when in ({"t": 10}, {"step": 10}):
@@ -119,14 +118,14 @@ BAD: list[tuple[dict, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "said"), BAD)
-def test_bad_arguments_are_value_errors(run: Run, wrong: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_bad_arguments_are_value_errors(run: Run, wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         run[1].state_dict(**{"sigma_rel": 0.1, **wrong})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_weights_come_in_the_parameters_own_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_weights_have_the_parameters_dtype_by_default(tmp_path: Path, dtype: torch.dtype) -> None:
     model = torch.nn.Linear(3, 3, dtype=dtype)
     tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1)
     tracker.update_(model)
@@ -146,7 +145,7 @@ def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.Lo
         tracker.update_(model)
 
 
-def test_a_model_of_empty_tensors_has_averages_of_them(tmp_path: Path) -> None:
+def test_a_model_without_any_elements_has_averages(tmp_path: Path) -> None:
     empty = {"none": torch.empty(0, 3), "columns": torch.empty(5, 0, dtype=torch.float64)}
     model = torch.nn.ParameterDict({name: torch.nn.Parameter(value) for name, value in empty.items()})
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as tracker:
@@ -187,7 +186,7 @@ BODIES: dict[str, Callable[[torch.nn.Module], object]] = {
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_afterwards_everything_is_as_it_was(tmp_path: Path, body: str, dtype: str | None) -> None:
+def test_the_end_of_a_block_restores_everything(tmp_path: Path, body: str, dtype: str | None) -> None:
     model, tracker, _ = trained(tmp_path)
     model.train()
     model.norm.eval()
@@ -213,7 +212,7 @@ def test_afterwards_everything_is_as_it_was(tmp_path: Path, body: str, dtype: st
 
 
 @pytest.mark.parametrize("persistent", [True, False])
-def test_a_buffer_whose_elements_share_memory_is_no_trouble(tmp_path: Path, persistent: bool) -> None:
+def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persistent: bool) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_buffer("wide", torch.full((1,), 0.0 if persistent else torch.nan).expand(4), persistent=persistent)
     model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
@@ -244,38 +243,36 @@ def test_evaluating_inside_inference_mode_leaves_a_model_that_trains(tmp_path: P
 def test_a_block_without_with_is_an_error_and_changes_nothing(tmp_path: Path, way: str) -> None:
     model, tracker, _ = trained(tmp_path, steps=5)
     before = snapshot_of(model)
-    taken_for_the_model = getattr(tracker, way)(model, 0.05)
+    block = getattr(tracker, way)(model, 0.05)
     with pytest.raises(TypeError, match="'WithStatement' object is not callable"):
-        taken_for_the_model(torch.zeros(2, 3, dtype=torch.long))
+        block(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(AttributeError, match="'WithStatement' object has no attribute 'eval'"):
-        taken_for_the_model.eval()
+        block.eval()
     assert_same_tensors(snapshot_of(model), before)
-    for _ in range(2):  # and again
-        with taken_for_the_model as averaged:
+    for _ in range(2):  # a block may be entered again
+        with block as averaged:
             assert averaged is model
-    for use in (pickle.dumps, deepcopy):
-        with pytest.raises(NotReadyError, match="a tracker can be neither saved nor copied"):
-            use(tracker)
 
 
 def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) -> None:
-    said = r"from_model\(model, checkpoint_dir, .*from_path\(checkpoint_dir\)"
     for arguments in ((Network(),), (Network(), tmp_path), ()):
-        with pytest.raises(InvalidValueError, match=said):
+        with pytest.raises(
+            InvalidValueError, match=r"from_model\(model, checkpoint_dir, .*from_path\(checkpoint_dir\)"
+        ):
             PostHocEMA(*arguments, sigma_rels=(0.05, 0.28))
 
 
-def test_a_model_on_meta_is_named_with_what_fills_it(tmp_path: Path) -> None:
+def test_a_model_on_meta_is_refused_except_by_load_into_which_fills_it(tmp_path: Path) -> None:
     _, tracker, _ = trained(tmp_path, steps=5)
     tracker.close()
     model = Network().to("meta")
-    said = r"'embed\.weight': is on the meta device .*\.load_into\(model, sigma_rel=\.\.\.\) fills"
+    message = r"'embed\.weight': is on the meta device .*\.load_into\(model, sigma_rel=\.\.\.\) fills"
     for call in (
         lambda: tracker.model(model, sigma_rel=0.2).__enter__(),
         lambda: tracker.averaged(model, tracked=0.05).__enter__(),
         lambda: PostHocEMA.from_path(tmp_path, model),
     ):
-        with pytest.raises(InvalidValueError, match=said):
+        with pytest.raises(InvalidValueError, match=message):
             call()
     with pytest.warns(RuntimeWarning, match=r"on meta still.*: frozen\.weight, frozen\.bias, cache;"):
         PostHocEMA.from_path(tmp_path).load_into(model, sigma_rel=0.2)
@@ -283,8 +280,8 @@ def test_a_model_on_meta_is_named_with_what_fills_it(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_what_is_not_swapped_may_be_on_meta(tmp_path: Path) -> None:
-    """Offloading libraries leave it there between two calls."""
+def test_tensors_that_are_not_averaged_may_be_on_meta(tmp_path: Path) -> None:
+    """Offloading libraries leave them there between two calls."""
     model, tracker, _ = trained(tmp_path, steps=5)
     model.frozen.to("meta")
     model.cache = model.cache.to("meta")
@@ -300,7 +297,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("other", "message"), OTHERS)
-def test_another_model_is_refused_unchanged(run: Run, other: torch.nn.Module, message: str) -> None:
+def test_another_model_is_refused_and_not_changed(run: Run, other: torch.nn.Module, message: str) -> None:
     _, tracker = run
     before = snapshot_of(other)
     for call in (lambda: tracker.model(other, sigma_rel=0.15).__enter__(), lambda: tracker.load_into(other, 0.15)):
@@ -309,33 +306,36 @@ def test_another_model_is_refused_unchanged(run: Run, other: torch.nn.Module, me
     assert_same_tensors(snapshot_of(other), before)
 
 
-SWAPPED = {
+REFUSING = {
     "all": {"all", "0", "1", "2", "1 and 2"},
     "0": {"all", "0", "2", "1 and 2"},  # 2 has the same parameter
     "1": {"all", "1", "1 and 2"},
     "1 and 2": {"all", "0", "1", "2", "1 and 2"},
 }
+"""The trackers that refuse an update, by the part of the model that holds averaged weights."""
 
 
-@pytest.mark.parametrize("swapped", SWAPPED)
-def test_no_tracker_of_a_part_or_of_the_whole_takes_averaged_weights_in(tmp_path: Path, swapped: str) -> None:
+@pytest.mark.parametrize("swapped", REFUSING)
+def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_update(
+    tmp_path: Path, swapped: str
+) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
     model[2].weight = model[0].weight  # tied
     modules = {"all": model, "0": model[0], "1": model[1], "2": model[2], "1 and 2": torch.nn.ModuleList(model[1:])}
     trackers = {name: PostHocEMA.from_model(m, tmp_path / name, update_every=1) for name, m in modules.items()}
     for name, module in modules.items():
         trackers[name].update_(module)
-    found = set()
+    refusing = set()
     with trackers[swapped].model(modules[swapped], sigma_rel=0.28):
-        if swapped == "1":  # known by its module, too, where its parameter was replaced meanwhile
+        if swapped == "1":  # the module is recognised even after its parameter was replaced
             model[1].weight = torch.nn.Parameter(model[1].weight.detach().clone())
         for name, module in modules.items():
             try:
                 trackers[name].update_(module)
             except NotReadyError as error:
                 assert "holds averaged weights" in str(error)
-                found.add(name)
-    assert found == SWAPPED[swapped]
+                refusing.add(name)
+    assert refusing == REFUSING[swapped]
     for name, module in modules.items():
         trackers[name].update_(module)
 
@@ -353,8 +353,10 @@ def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None
         assert torch.cuda.max_memory_allocated() - before < 0.1 * 4096 * 4096 * 4
 
 
-def test_more_tensors_than_a_header_names_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not when the first snapshot is due, after hours of training."""
+def test_more_tensors_than_a_header_can_name_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error comes before the first snapshot is due, after hours of training."""
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(200)])
     options = {"update_every": 1, "checkpoint_every": 1}
     with PostHocEMA.from_model(model, tmp_path / "ema", **options) as tracker:

@@ -1,4 +1,4 @@
-"""Where a run goes on: the model's weights are compared with a sample of them that every snapshot holds."""
+"""The step from which a run is resumed: the model's weights are compared with a sample that every snapshot holds."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ OFF = (
 
 
 class Training:
-    """A small regression by Adam or SGD, whose batches depend on the step's number; `path` holds all weights so far."""
+    """A regression by Adam or SGD whose batches depend on the step's number; `path` holds the weights of all steps."""
 
     def __init__(self, seed: int = 0, kind: str = "adam", dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(seed)
         self.model = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4)).to(dtype)
-        own = [*self.model.parameters()]
-        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(own, lr=3e-3)
+        parameters = [*self.model.parameters()]
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=3e-3)
         if kind == "sgd":
-            self.optimizer = torch.optim.SGD(own, lr=0.03, momentum=0.9)
+            self.optimizer = torch.optim.SGD(parameters, lr=0.03, momentum=0.9)
         self.task = torch.randn(8, 4, generator=torch.Generator().manual_seed(99))
         self.path: list[dict[str, torch.Tensor]] = []
 
@@ -65,7 +65,7 @@ class Training:
 
 
 def finished(folder: Path, last: int = 200, saved: Sequence[int] = (), kind: str = "adam", **settings: Any) -> Any:
-    """A training to step `last`, and its checkpoints of the steps in `saved`."""
+    """Return a training up to step `last`, and its checkpoints of the steps in `saved`."""
     training, checkpoints = Training(kind=kind), {}
     with PostHocEMA.from_model(training.model, folder, **SETTINGS | settings) as ema:
         for step in range(1, last + 1):
@@ -76,37 +76,37 @@ def finished(folder: Path, last: int = 200, saved: Sequence[int] = (), kind: str
 
 
 def error(ema: PostHocEMA, path: Sequence[Mapping[str, torch.Tensor]]) -> float:
-    """Of the tensor that is farthest from the average over the weights of a path."""
+    """Return the largest error of a tensor of the averages against that over the weights of a path."""
     assert ema.t == len(path)
     values = {name: np.stack([weights[name].numpy() for weights in path]) for name in path[0]}
-    return max(tracked_error(ema, name, own, range(1, len(path) + 1)) for name, own in values.items())
+    return max(tracked_error(ema, name, value, range(1, len(path) + 1)) for name, value in values.items())
 
 
-def trackers(model: torch.nn.Module, folder: Path, way: str) -> PostHocEMA:
+def resumed(model: torch.nn.Module, folder: Path, way: str = "from_model") -> PostHocEMA:
     if way == "from_path":
         return PostHocEMA.from_path(folder, model)
     return PostHocEMA.from_model(model, folder, **SETTINGS, resume="auto")
 
 
-# --- what goes on, and what does not
+# --- weights that are on the path, and others
 
 
 @pytest.mark.parametrize("way", ["from_model", "from_path"])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("last", [200, 41, 75])
-def test_fresh_weights_do_not_go_on(tmp_path: Path, way: str, seed: int, last: int) -> None:
-    """Also those that the run began with, and where there is one snapshot on the schedule."""
+def test_a_run_is_not_resumed_with_fresh_weights(tmp_path: Path, way: str, seed: int, last: int) -> None:
+    """Nor with the weights that the run began with, nor if it has only one snapshot on the schedule."""
     finished(tmp_path, last)
     as_if_killed(tmp_path)
     before = contents(tmp_path)
     fresh = Training(seed)
-    ema = trackers(fresh.model, tmp_path, way)
-    for step in (1, 2):  # each call says so again
+    ema = resumed(fresh.model, tmp_path, way)
+    for step in (1, 2):  # every call raises the error
         with pytest.raises(ModelMismatchError, match=OFF):
             fresh.run(step, step, ema)
     assert contents(tmp_path) == before
     assert not (tmp_path / "superseded").exists()
-    ema.load_into(fresh.model, 0.15)  # to be filled, any model will do
+    ema.load_into(fresh.model, 0.15)  # any model may be filled
     with PostHocEMA.from_model(Training().model, tmp_path / "new", **SETTINGS) as other:
         other.update_(fresh.model)
 
@@ -114,22 +114,23 @@ def test_fresh_weights_do_not_go_on(tmp_path: Path, way: str, seed: int, last: i
 @pytest.mark.parametrize("way", ["from_model", "from_path"])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_weights_of_an_earlier_checkpoint_go_on_from_the_snapshots_before_it(
+def test_weights_of_an_earlier_checkpoint_resume_from_the_snapshots_before_it(
     tmp_path: Path, way: str, late: bool, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of step 100, where snapshots are of 40, 80, 120, ...: the steps from 81 to 100 are missing, and none is twice."""
+    """A checkpoint of step 100 resumes from step 80: steps 81 to 100 are missing in averages, and none counts twice."""
     first, checkpoints = finished(tmp_path, 200, saved=[100], kind=kind)
     again = Training(seed=3, kind=kind)
-    ema = None if late else trackers(again.restored(checkpoints[100]).model, tmp_path, way)
-    ema = ema or trackers(again.model, tmp_path, way)
+    if not late:
+        again.restored(checkpoints[100])
+    ema = resumed(again.model, tmp_path, way)
     again.restored(checkpoints[100])
     with ema:
         again.run(101, 240, ema)
         assert error(ema, [*first.path[:80], *again.path]) < 1e-6
     assert times(tmp_path) == {40, 80, 120, 160, 200, 220}
-    told = [record for record in caplog.records if "continuing at step 80" in record.getMessage()]
-    assert [record.levelno for record in told] == [logging.WARNING]
-    assert "later snapshots, up to step 200, will be set aside" in told[0].getMessage()
+    (record,) = (record for record in caplog.records if "continuing at step 80" in record.getMessage())
+    assert record.levelno == logging.WARNING
+    assert "later snapshots, up to step 200, will be set aside" in record.getMessage()
     assert len(list((tmp_path / "superseded").iterdir())) == 6
 
 
@@ -137,9 +138,8 @@ def test_the_step_is_right_as_soon_as_the_tracker_is_made(tmp_path: Path, caplog
     caplog.set_level(logging.INFO)
     first, checkpoints = finished(tmp_path, 200, saved=[80, 100])
     for step, expected in ((80, 80), (100, 80)):
-        again = Training(seed=3).restored(checkpoints[step])
-        assert PostHocEMA.from_model(again.model, tmp_path, **SETTINGS, resume="auto").step == expected
-    ema = PostHocEMA.from_model(first.model, tmp_path, **SETTINGS, resume="auto")
+        assert resumed(Training(seed=3).restored(checkpoints[step]).model, tmp_path).step == expected
+    ema = resumed(first.model, tmp_path)
     assert ema.step == 200
     assert caplog.messages[-1] == f"{tmp_path}: continuing at step 200, where the model's weights are"
     with ema:
@@ -150,13 +150,13 @@ def test_the_step_is_right_as_soon_as_the_tracker_is_made(tmp_path: Path, caplog
 
 @pytest.mark.parametrize("last", [41, 79, 95, 119, 239])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_a_checkpoint_that_is_newer_than_the_snapshots_goes_on(tmp_path: Path, last: int, kind: str) -> None:
-    """As after a kill; also where there is only one snapshot. The steps since the newest are missing."""
+def test_a_checkpoint_that_is_newer_than_the_snapshots_resumes_from_them(tmp_path: Path, last: int, kind: str) -> None:
+    """A kill leaves such a checkpoint. The steps since the newest snapshot are missing in the averages."""
     first, checkpoints = finished(tmp_path, last, saved=[last], kind=kind)
     as_if_killed(tmp_path)
     newest = last // 40 * 40
     again = Training(seed=3, kind=kind).restored(checkpoints[last])
-    with PostHocEMA.from_model(again.model, tmp_path, **SETTINGS, resume="auto") as ema:
+    with resumed(again.model, tmp_path) as ema:
         assert ema.step == newest
         again.run(last + 1, last + 30, ema)
         assert error(ema, [*first.path[:newest], *again.path]) < 1e-6
@@ -164,21 +164,21 @@ def test_a_checkpoint_that_is_newer_than_the_snapshots_goes_on(tmp_path: Path, l
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("step", [160, 170, 200])
-def test_a_checkpoint_in_half_precision_goes_on(tmp_path: Path, dtype: torch.dtype, step: int) -> None:
+def test_a_checkpoint_in_half_precision_resumes_the_run(tmp_path: Path, dtype: torch.dtype, step: int) -> None:
     _, checkpoints = finished(tmp_path, 200, saved=[step])
     again = Training(seed=3).restored(checkpoints[step])
     for parameter in again.model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
-    assert PostHocEMA.from_model(again.model, tmp_path, **SETTINGS, resume="auto").step == step // 40 * 40
+    assert resumed(again.model, tmp_path).step == step // 40 * 40
 
 
 @pytest.mark.parametrize("way", ["from_model", "from_path"])
-def test_a_large_first_step_goes_on_where_the_model_was_on_the_path_when_the_tracker_was_made(
+def test_a_large_first_step_is_accepted_if_the_model_was_on_the_path_when_the_tracker_was_made(
     tmp_path: Path, way: str
 ) -> None:
-    """Snapshots of every fourth step say little about how far a step may go."""
+    """Snapshots of every fourth step say little about the size of a step."""
     first, _ = finished(tmp_path, 40, checkpoint_every=4, kind="sgd")
-    ema = trackers(first.model, tmp_path, way)
+    ema = resumed(first.model, tmp_path, way)
     with torch.no_grad():
         for parameter in first.model.parameters():
             parameter.add_(0.3 * parameter.square().mean().sqrt() * torch.randn_like(parameter))
@@ -186,16 +186,16 @@ def test_a_large_first_step_goes_on_where_the_model_was_on_the_path_when_the_tra
     assert ema.step == 41
 
 
-def test_weights_that_stand_still_go_on_from_the_newest(tmp_path: Path) -> None:
+def test_weights_that_do_not_move_resume_from_the_newest_snapshot(tmp_path: Path) -> None:
     still = Training()
     for last in (80, 160):
-        with PostHocEMA.from_model(still.model, tmp_path, **SETTINGS, resume="auto") as ema:
+        with resumed(still.model, tmp_path) as ema:
             for _ in range(80):
                 ema.update_(still.model)
             assert ema.step == last
 
 
-def test_a_step_that_is_named_holds_whatever_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_requested_step_is_used_whatever_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, checkpoints = finished(tmp_path, 200, saved=[120, 160])
     for named, weights, where in (
         (160, None, "not on the run's path"),
@@ -210,16 +210,15 @@ def test_a_step_that_is_named_holds_whatever_the_weights(tmp_path: Path, caplog:
             training.run(1, 1, ema)
             assert ema.step == named + 1
         as_if_killed(tmp_path)
-        told = [text for text in caplog.messages if "as asked" in text]
-        expected = f"{tmp_path}: the averages go on from step {named}, as asked; the model's weights are {where}"
-        assert told == ([] if where is None else [expected])
+        texts = [text for text in caplog.messages if "as requested" in text]
+        expected = f"{tmp_path}: the averages continue from step {named}, as requested; the model's weights are {where}"
+        assert texts == ([] if where is None else [expected])
 
 
-def test_an_exact_state_is_used_where_it_is_of_the_models_place(tmp_path: Path) -> None:
-    settings = SETTINGS | {"keep_state": True, "checkpoint_dtype": "bfloat16"}
-    first, checkpoints = finished(
-        tmp_path, 200, saved=[100], **{k: settings[k] for k in ("keep_state", "checkpoint_dtype")}
-    )
+def test_an_exact_state_is_used_if_it_is_of_the_models_place(tmp_path: Path) -> None:
+    exact = {"keep_state": True, "checkpoint_dtype": "bfloat16"}
+    settings = SETTINGS | exact
+    first, checkpoints = finished(tmp_path, 200, saved=[100], **exact)
     with PostHocEMA.from_model(first.model, tmp_path, **settings, resume="auto") as ema:
         first.run(201, 210, ema)
         assert error(ema, first.path) < 1e-6
@@ -229,37 +228,36 @@ def test_an_exact_state_is_used_where_it_is_of_the_models_place(tmp_path: Path) 
         assert 1e-6 < error(ema, [*first.path[:80], *again.path]) < 1e-2
 
 
-def test_a_state_of_the_users_own_checkpoint_needs_no_place(tmp_path: Path) -> None:
+def test_a_state_in_the_users_own_checkpoint_needs_no_place_on_the_path(tmp_path: Path) -> None:
     training, states = Training(), {}
     with PostHocEMA.from_model(training.model, tmp_path, **SETTINGS) as ema:
         training.run(1, 20, ema)
         states = ema.state_dict(), training.checkpoint()
         training.run(21, 100, ema)
     again = Training(seed=4)
-    with PostHocEMA.from_model(again.model, tmp_path, **SETTINGS, resume="auto") as ema:
+    with resumed(again.model, tmp_path) as ema:
         again.restored(states[1])
         ema.load_state_dict(states[0])
         again.run(21, 60, ema)
         assert error(ema, [*training.path[:20], *again.path]) < 1e-6
 
 
-def test_snapshots_of_an_earlier_release_go_on_and_say_that_nothing_was_checked(
+def test_resuming_from_snapshots_of_an_earlier_release_warns_that_nothing_was_checked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     finished(tmp_path, 80)
     for snapshot in read_directory(tmp_path):
         rewrite_snapshot(snapshot.path, sample="")
     fresh = Training(seed=1)
-    with PostHocEMA.from_model(fresh.model, tmp_path, **SETTINGS, resume="auto") as ema:
+    with resumed(fresh.model, tmp_path) as ema:
         fresh.run(81, 82, ema)
         assert ema.step == 82
-    told = [text for text in caplog.messages if "cannot be checked" in text]
-    assert told == [
-        f"{tmp_path}: whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
-    ]
+    (text,) = (text for text in caplog.messages if "cannot be checked" in text)
+    reason = "whether the model is on the run's path cannot be checked: its snapshots hold no sample of it"
+    assert text == f"{tmp_path}: {reason}"
 
 
-def test_another_model_is_named_at_the_first_call_also_where_no_update_is_due(tmp_path: Path) -> None:
+def test_another_model_is_an_error_at_the_first_call_even_if_no_update_is_due(tmp_path: Path) -> None:
     finished(tmp_path, 80, update_every=2)
     ema = PostHocEMA.from_path(tmp_path)
     for _ in range(2):
@@ -274,7 +272,7 @@ def test_another_model_is_named_at_the_first_call_also_where_no_update_is_due(tm
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("ending", ["scheduled", "in between"])
 def test_a_header_holds_the_weights_and_the_average_of_its_time(tmp_path: Path, device: str, ending: str) -> None:
-    """At the elements that the format names; in between, of the last update."""
+    """The format defines the elements of the sample. A snapshot off the schedule holds those of the last update."""
     last, at = (80, 80) if ending == "scheduled" else (77, 76)
     first, _ = finished(tmp_path, last, device=device, update_every=2)
     newest = read_directory(tmp_path)[-1]
@@ -323,7 +321,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as 
 def test_processes_decide_together_with_the_samples_of_another_arrangement(
     kinds: tuple[str, str], ranks: tuple[int, int], tmp_path: Path
 ) -> None:
-    """The walk of step 10 goes on from 8, and not from 12; that of step 1,000 is not on the path of 16."""
+    """The walk at step 10 resumes from step 8, not from 12; that at step 1,000 is not on the path of 16 steps."""
     check_group(SHARDED, ranks[0], tmp_path, kinds[0], 1, 0, 16, 0)
     for out in check_group(SHARDED, ranks[1], tmp_path, kinds[1], 1_000, 0, 1_001, -1):
         assert "are not on the path of the run" in out
@@ -333,12 +331,15 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(
 # --- the criterion, on a recorded training
 
 
+def flat(weights: Mapping[str, torch.Tensor]) -> Any:
+    return torch.cat([value.reshape(-1) for value in weights.values()]).numpy()
+
+
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 @pytest.mark.parametrize("count", [1, 2, 5, 20])
 def test_every_step_of_a_training_is_found_and_no_fresh_weights_are(kind: str, count: int) -> None:
     every, gammas = 600 // (count + 1), {"narrow": 16.97, "wide": 0.0469}
-    flat = [torch.cat([v.reshape(-1) for v in one.values()]).numpy() for one in Training(kind=kind).run(1, 600).path]
-    values = np.stack(flat)
+    values = np.stack([flat(weights) for weights in Training(kind=kind).run(1, 600).path])
 
     def average(t: int, gamma: float) -> Any:
         edges = (np.arange(t + 1) / t) ** (gamma + 1)
@@ -354,9 +355,8 @@ def test_every_step_of_a_training_is_found_and_no_fresh_weights_are(kind: str, c
         assert found is not None
         assert found.step is not None, step
         misplaced = max(misplaced, (found.step - step) / every)
-    assert misplaced < 0.6  # of an interval that had not passed yet
+    assert misplaced < 0.6  # of an interval that lies ahead of the step
     for seed in range(1, 9):
-        fresh = recorded(Training(seed).model)
-        found = find(torch.cat([v.reshape(-1) for v in fresh.values()]).float().numpy(), path)
+        found = find(flat(recorded(Training(seed).model)).astype(np.float32), path)
         assert found is not None
         assert found.step is None

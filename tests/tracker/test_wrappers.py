@@ -1,6 +1,6 @@
-"""Wrapped models: the same names as bare ones, told by the wrapper's type; one process of a group writes.
+"""Wrapped models have the names of bare ones, and one process of a group writes.
 
-Adapters of PEFT: those alone, under the names that PEFT itself saves and loads them by.
+Of models with PEFT adapters, the adapters alone are tracked, under the names by which PEFT saves and loads them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": 
 
 
 class Network(torch.nn.Module):
-    """With children that are called as wrappers call theirs, a tied parameter and buffers."""
+    """A model with children whose names are those of wrappers' children, a tied parameter and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def network() -> Network:
 
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """A process group of this process alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
@@ -110,7 +110,7 @@ def step(model: torch.nn.Module, number: int) -> None:
 
 
 def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """What a tracker finds in a model: the first update's average."""
+    """Return the tensors that a tracker finds in a model: the average after the first update."""
     with PostHocEMA.from_model(model, folder, update_every=1) as tracker:
         tracker.update_(model)
         return tracker.state_dict(sigma_rel=0.28)
@@ -123,7 +123,7 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     assert_same_tensors(values_of(wrapped, tmp_path / "values"), bare.state_dict())
     with (
         PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
-        PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before it was wrapped
+        PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before the wrapper
     ):
         for number in range(4):
             step(bare, number)
@@ -152,7 +152,7 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     assert_same_tensors(values_of(wrapped, tmp_path / "loaded"), weights)
 
 
-def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path: Path) -> None:
+def test_a_wrapper_around_a_model_with_averaged_weights_is_no_update(tmp_path: Path) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         tracker.update_(model)
@@ -160,10 +160,8 @@ def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path
             tracker.update_(torch.nn.DataParallel(model))
 
 
-def test_a_release_of_torch_without_one_of_the_wrappers_is_told_when_a_tracker_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else names would have the wrapper's prefix from then on."""
+def test_making_a_tracker_fails_if_torch_has_renamed_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise names would have the wrapper's prefix."""
     model = compiled(network())
     monkeypatch.delattr(type(model).__module__ + ".OptimizedModule")
     with pytest.raises(AttributeError, match="OptimizedModule"):
@@ -183,7 +181,7 @@ def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 4)])
 def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """A placeholder stands for them, or for a while all of their values."""
+    """The parameter is a placeholder, or for a while holds all values."""
     model = network()
     head = torch.nn.Parameter(torch.empty(shape))
     head.ds_id, head.ds_tensor = 7, torch.zeros(6)  # type: ignore[attr-defined]
@@ -227,7 +225,7 @@ else:
 
 
 @pytest.mark.parametrize("what", ["ddp", "part", "no_shard", "sharded"])
-def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> None:
+def test_the_first_of_two_processes_writes(tmp_path: Path, what: str) -> None:
     outs = check_group(JOB, 2, tmp_path, what)
     if what == "sharded":
         assert all("use torch.distributed.fsdp.fully_shard" in out for out in outs)
@@ -277,7 +275,7 @@ with run.averaged(bare, 0.28):
 run.close()
 dist.barrier()
 
-# Every process may read what is on disk, until training goes on.
+# Every process may read the snapshots on disk, until the training continues.
 run = PostHocEMA.from_path(folder / "run", bare)
 torch.save(run.state_dict(sigma_rel=0.15), f"{folder}/read-{rank}.pt")
 dist.barrier()
@@ -288,12 +286,12 @@ run.close()
 
 
 def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_processes(tmp_path: Path) -> None:
-    """As the training scripts of diffusers do; every process makes every call."""
+    """The training scripts of diffusers do so. Every process makes every call."""
     results = run_group(BEFORE_WRAPPING, 2, tmp_path)
     assert [result.code for result in results] == [0, 0]
     values, averaged = torch.load(tmp_path / "result-1.pt", weights_only=True)
     for name, value in averaged.items():
-        exact = exact_average([one[name].numpy() for one in values], 0.28, range(1, 9))
+        exact = exact_average([weights[name].numpy() for weights in values], 0.28, range(1, 9))
         # Eight updates in float64: each rounds by at most half a unit in the last place of values below 1.
         assert abs(value.numpy() - exact).max() < 8 * 2**-53
     for kind in ("read", "live"):
@@ -334,7 +332,7 @@ class Adapted(torch.nn.Module):
 
 
 def track(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Train for a few steps; returns an average."""
+    """Train for a few steps, and return an average."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=4, checkpoint_dtype=None) as run:
         for _ in range(8):
@@ -350,14 +348,14 @@ def track(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("wrap", [lambda m: m, torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
 def test_an_adapter_has_the_names_that_peft_saves(kind: str, wrap) -> None:  # type: ignore[no-untyped-def]
     model = get_peft_model(Adapted(), CONFIGS[kind])
-    found = collect_tensors(wrap(model), Selection())
-    assert set(found.averaged) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    assert not found.copied
-    assert "base_model.model.middle.base_layer.weight" in found.left_out
+    tensors = collect_tensors(wrap(model), Selection())
+    assert set(tensors.averaged) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    assert not tensors.copied
+    assert "base_model.model.middle.base_layer.weight" in tensors.left_out
 
 
 @PEFTS
-def test_averages_load_by_pefts_own_functions(tmp_path: Path) -> None:
+def test_pefts_own_functions_load_averages(tmp_path: Path) -> None:
     model = get_peft_model(Adapted(), LORA)
     weights = track(model, tmp_path / "run")
     assert set(read_directory(tmp_path / "run")[0].info.tensors) == set(weights)
@@ -373,7 +371,7 @@ def test_averages_load_by_pefts_own_functions(tmp_path: Path) -> None:
     assert not loaded.unexpected_keys
     assert torch.equal(fresh.eval()(x), expected)
 
-    # As a folder that from_pretrained reads: PEFT's own configuration, our weights.
+    # In a folder that from_pretrained reads, with PEFT's configuration and our weights.
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     save_file(dict(weights), tmp_path / "adapter" / "adapter_model.safetensors")
     read = PeftModel.from_pretrained(Adapted(), str(tmp_path / "adapter"))
@@ -397,7 +395,7 @@ def names(model: torch.nn.Module, **filters: bool) -> set[str]:
 
 
 @PEFTS
-def test_names_where_a_part_is_compiled_or_the_model_is_one_of_several_or_has_several_adapters() -> None:
+def test_names_of_adapters_in_compiled_parts_in_a_larger_model_and_of_several_adapters() -> None:
     model = get_peft_model(Adapted(), LORA)
     expected = names(model)
     model.base_model.model.middle = torch.compile(model.base_model.model.middle, backend="eager")

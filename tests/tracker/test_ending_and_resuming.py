@@ -1,5 +1,5 @@
-"""The end of training, which writes a last snapshot and changes nothing of what comes afterwards; and going on from a
-directory: by itself, from an earlier call, and exactly, from a state beside the snapshots."""
+"""The end of a training, which writes a last snapshot and does not change later ones; and resuming from a directory:
+by itself, from an earlier call, and exactly, from a state next to the snapshots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_run_id")
 
 
 def begun(folder: Path, last: int, t: float = 0.0, **settings: object) -> torch.nn.Linear:
-    """The model of a run that was closed after step `last`."""
+    """Return the model of a run that was closed after step `last`."""
     model = matrix()
     with PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker:
         walk(model, tracker, 1, last, t=t)
@@ -41,8 +41,7 @@ def error(tracker: PostHocEMA, last: int) -> float:
     return tracked_error(tracker, "weight", VALUES[2 : last + 1 : 2].numpy(), range(2, last + 1, 2))
 
 
-def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
-    """With the settings that it has by then."""
+def test_a_script_that_is_run_again_resumes_with_its_new_settings(tmp_path: Path) -> None:
     model, found = matrix(), []
     for first, last, every in ((1, 23, 10), (23, 37, 10), (37, STEPS, 20)):
         settings = SETTINGS | {"checkpoint_every": every}
@@ -55,7 +54,7 @@ def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
     assert len({s.info.run_id for s in read_directory(tmp_path)}) == 1
 
 
-def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_is_not_resumed(tmp_path: Path) -> None:
     model, other = begun(tmp_path, 10), torch.nn.Linear(3, 4, bias=False)
     for call in (
         lambda: PostHocEMA.from_model(other, tmp_path, **SETTINGS, resume="auto"),
@@ -69,7 +68,7 @@ def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
         ({"resume": "auto", "sigma_rels": (0.1, 0.28)}, r"sigma_rels: 0\.1 is none of the tracked ones"),
         *(({"resume": value}, f"resume {value!r}: must be 'auto', a call") for value in ("yes", True, False)),
         *(({"resume": step}, f"resume {step}: must be a whole number") for step in (0, 3.5)),
-        ({"resume": 5}, "resume 5: there are no snapshots"),
+        ({"resume": 5}, "resume 5: this call of update_ has no snapshots"),
     ):
         with pytest.raises(InvalidValueError, match=message):
             PostHocEMA.from_model(model, tmp_path, **SETTINGS, **wrong)
@@ -99,13 +98,13 @@ def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("way", ["from_path", "from_model"])
-def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(
+def test_resuming_from_an_earlier_call_sets_later_snapshots_aside(
     tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         walk(model, tracker, 1, 20)
-        torch.nn.init.constant_(model.weight, 100.0)  # the part of the training that will be given up
+        torch.nn.init.constant_(model.weight, 100.0)  # the abandoned part of the training
         for _ in range(15):
             tracker.update_(model)
     if way == "from_path":
@@ -120,16 +119,15 @@ def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(
         assert error(tracker, 30) < 1e-6
     assert times(tmp_path) == {10, 20, 30}
     assert len(list((tmp_path / "superseded").iterdir())) == 4
-    (told,) = (record.getMessage() for record in caplog.records if "goes on" in record.getMessage())
-    assert told.startswith("training goes on from t = 20: 4 snapshots, later or of another attempt, moved to ")
-    assert told.endswith(" and 2 more")
+    (text,) = (text for text in caplog.messages if "from t = 20: 4 snapshots" in text)
+    assert re.search("later or of another attempt, moved to .* and 2 more$", text)
 
 
 def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) -> None:
     model = begun(tmp_path, 33)
     read_directory(tmp_path)[0].path.unlink()
     for step in (10, 25, 99):
-        with pytest.raises(InvalidValueError, match=rf"step {step}: .* \(0\.05, 0\.28\) .*: 20, 30, 32$"):
+        with pytest.raises(InvalidValueError, match=rf"step {step}: .* \(0\.05, 0\.28\); .*: 20, 30, 32$"):
             PostHocEMA.from_path(tmp_path, model, step=step)
 
 
@@ -146,34 +144,31 @@ def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> No
     assert times(tmp_path) == {640, 1280, 1920}
 
 
-@pytest.mark.parametrize(("device", "way"), [("cpu", "file"), ("model", "file"), ("cpu", "dict")])
-def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str, way: str) -> None:
-    """At updates and between them, at snapshots and between them; float16, so that a resume without it would.
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_stops_of_a_run_with_keep_state_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str) -> None:
+    """Stops at updates, at snapshots and between them; in float16, so that resuming from snapshots would change some.
 
-    Each stop leaves a last snapshot, which the next one finds.
+    Each stop writes a last snapshot.
     """
-    model, last, state = begun(tmp_path / "whole", STEPS, checkpoint_dtype="float16", device=device), 0, None
     settings = SETTINGS | {"checkpoint_dtype": "float16", "device": device}
-    by_file = {"resume": "auto"} | ({"keep_state": True} if way == "file" else {})
+    model, last = begun(tmp_path / "complete", STEPS, **settings), 0
     for step in (7, 10, 11, 13, 20, 33, 45, STEPS):
-        with PostHocEMA.from_model(model, tmp_path / "run", **settings, **by_file) as tracker:
-            if state is not None:
-                tracker.load_state_dict(state)
+        with PostHocEMA.from_model(model, tmp_path / "run", **settings, keep_state=True, resume="auto") as tracker:
             assert tracker.step == last
             walk(model, tracker, last + 1, step)
-            last, state = step, None if way == "file" else tracker.state_dict()
-    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
+            last = step
+    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "complete")
     assert not (tmp_path / "run" / "superseded").exists()
 
 
-def test_a_state_is_kept_on_where_it_was_kept_so_far(tmp_path: Path) -> None:
+def test_from_path_keeps_a_state_if_the_run_kept_one(tmp_path: Path) -> None:
     for keep in (False, True):
         begun(tmp_path / str(keep), 15, keep_state=keep)
         assert (tmp_path / str(keep) / STATE_NAME).exists() == keep
         assert PostHocEMA.from_path(tmp_path / str(keep)).settings.keep_state == keep
 
 
-def test_after_a_kill_the_state_is_that_of_the_newest_one(tmp_path: Path) -> None:
+def test_after_a_kill_the_state_is_that_of_the_newest_snapshot(tmp_path: Path) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS, keep_state=True) as killed:
         walk(model, killed, 1, 27)
@@ -185,7 +180,7 @@ def test_after_a_kill_the_state_is_that_of_the_newest_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("wrong", ["older", "later", "of another version", "flipped"])
 def test_a_state_of_other_snapshots_is_not_used(tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The averages then are those of the snapshots, rounded; a state that is damaged is named."""
+    """The averages are then those of the snapshots, rounded; a damaged state is named."""
     model = begun(tmp_path, 20, checkpoint_dtype="float16", keep_state=True)
     state = tmp_path / STATE_NAME
     if wrong == "older":
@@ -206,16 +201,16 @@ def test_a_state_of_other_snapshots_is_not_used(tmp_path: Path, wrong: str, capl
 
 
 def written(folder: Path) -> list[tuple[float, bool]]:
-    """Time of each snapshot of the first profile, and whether it is off the schedule; the same of both profiles."""
-    found = [(s.info.sigma_rel, (s.info.t, s.info.off_schedule)) for s in read_directory(folder)]
-    both = [[one for sigma_rel, one in found if sigma_rel == wanted] for wanted in (0.05, 0.28)]
-    assert both[0] == both[1]
-    return both[0]
+    """Return the time of each snapshot, equal for both profiles, and whether it is off the schedule."""
+    infos = [snapshot.info for snapshot in read_directory(folder)]
+    narrow, wide = ([(i.t, i.off_schedule) for i in infos if i.sigma_rel == sigma_rel] for sigma_rel in (0.05, 0.28))
+    assert narrow == wide
+    return narrow
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("end", ["close", "block", "error", "process", "forgotten"])
-def test_the_end_writes_what_was_not_written(tmp_path: Path, end: str, device: str) -> None:
+def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -> None:
     model = matrix()
     tracker = PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS)
     walk(model, tracker, 1, 25)
@@ -238,11 +233,13 @@ def test_the_end_writes_what_was_not_written(tmp_path: Path, end: str, device: s
         assert np.abs(load_file(snapshot.path)["weight"].numpy() - exact).max() < 1e-6
 
 
-def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python 3.12 and later begin none in what runs at exit."""
+def test_the_end_writes_a_last_snapshot_without_starting_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 and later start no threads in functions that run at exit."""
     model = matrix()
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    walk(model, tracker, 1, 5)  # no snapshot so far: there is no thread that writes
+    walk(model, tracker, 1, 5)  # no snapshot was due: there is no thread that writes them
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
@@ -253,7 +250,7 @@ def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, mo
     assert written(tmp_path) == [(4, True)]
 
 
-def test_nothing_new_is_not_written(tmp_path: Path) -> None:
+def test_the_end_writes_nothing_without_a_new_update(tmp_path: Path) -> None:
     expected = [(10, False), (20, False)]
     for last in (20, 21):
         begun(tmp_path / str(last), last)
@@ -264,7 +261,7 @@ def test_nothing_new_is_not_written(tmp_path: Path) -> None:
     assert written(tmp_path / "20") == expected
 
 
-def test_a_snapshot_can_be_asked_for(tmp_path: Path) -> None:
+def test_snapshot_writes_one_unless_there_is_no_new_update(tmp_path: Path) -> None:
     model = matrix()
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     with pytest.raises(NotReadyError, match="no update yet"):
@@ -291,22 +288,22 @@ def test_an_empty_run_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
-def test_snapshots_in_between_change_no_other_byte(tmp_path: Path, device: str, max_checkpoints: int | None) -> None:
-    """Their headers have distances, the motion so far and what thinning has left: all without the others."""
+def test_snapshots_off_the_schedule_change_no_others(tmp_path: Path, device: str, max_checkpoints: int | None) -> None:
+    """Headers hold distances, the motion so far and what thinning has left, none of them from those snapshots."""
     settings = SETTINGS | {"max_checkpoints": max_checkpoints, "device": device}
-    begun(tmp_path / "whole", STEPS, **settings)
+    begun(tmp_path / "complete", STEPS, **settings)
     model, last = matrix(), 0
     with PostHocEMA.from_model(model, tmp_path / "run", **settings) as tracker:
         for step in (3, 8, 12, 19, 20, 44, 47, STEPS):
             walk(model, tracker, last + 1, step)
             tracker.snapshot()
             last = step
-    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
+    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "complete")
 
 
-def test_an_average_that_is_due_is_written_where_it_lies_off_the_schedule(tmp_path: Path) -> None:
-    """At call 10 the update is left out: what is due is the average of call 8, which was asked for before."""
-    for name in ("whole", "run"):
+def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: Path) -> None:
+    """The update at call 10 is skipped: the average of call 8 is due, which a snapshot off the schedule holds."""
+    for name in ("complete", "run"):
         model = matrix()
         with PostHocEMA.from_model(model, tmp_path / name, **SETTINGS, on_nonfinite="skip") as tracker:
             walk(model, tracker, 1, 8)
@@ -314,12 +311,12 @@ def test_an_average_that_is_due_is_written_where_it_lies_off_the_schedule(tmp_pa
                 tracker.snapshot()
             with pytest.warns(RuntimeWarning, match="update skipped"):
                 walk(model, tracker, 9, 10, scale=float("nan"))
-    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
+    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "complete")
     assert written(tmp_path / "run") == [(8, False)]
 
 
-def test_snapshots_in_between_go_first(tmp_path: Path) -> None:
-    """They stay while there is room, the latest of them longest; the newest of all always stays."""
+def test_thinning_drops_snapshots_off_the_schedule_first(tmp_path: Path) -> None:
+    """They stay within `max_checkpoints`, the latest of them longest; the newest of all always stays."""
     model, last = matrix(), 0
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         for step, asked, expected in (
@@ -347,7 +344,7 @@ def test_a_last_snapshot_of_another_attempt_is_set_aside(tmp_path: Path) -> None
             walk(model, tracker, 13, 15, scale)
             states.append(tracker.state_dict())
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
-        tracker.load_state_dict(states[1])  # of the first attempt at step 15; what lies there is the second one's
+        tracker.load_state_dict(states[1])  # of the first attempt at step 15; the snapshots are of the second attempt
         assert written(tmp_path) == [(10, False)]
         walk(model, tracker, 16, 17)
     assert written(tmp_path) == [(10, False), (16, True)]
