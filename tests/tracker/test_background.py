@@ -23,7 +23,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import model_tensors
-from posthoc_cli.tracker import worker as pacing
+from posthoc_cli.tracker import worker
 from posthoc_cli.tracker.layout import TileReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.staging import ModelCopy
@@ -264,9 +264,9 @@ def test_a_worker_that_falls_behind_is_waited_for_and_drops_no_update(tmp_path: 
 def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
     now = [0.0]
-    monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pacing, "PATIENCE", 10.0)
-    pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker, "PATIENCE", 10.0)
+    monitor = worker.BackpressureMonitor("an update", "update_every", lambda factor: worker.divisor(1000, 10 * factor))
     said = r"^posthoc_cli: an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
 
     def passes(seconds: float) -> None:
@@ -274,10 +274,10 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
 
     for number in range(7):
         now[0] += 1
-        pace.wait(lambda: passes(2 if number else 0))  # noqa: B023
+        monitor.wait(lambda: passes(2 if number else 0))  # noqa: B023
         with pytest.warns(RuntimeWarning, match=said) if number == 5 else nullcontext():  # once: warnings are errors
-            pace.warn()
-        pace.do(lambda: passes(3))
+            monitor.warn()
+        monitor.run(lambda: passes(3))
         now[0] -= 3  # it is done beside
 
 

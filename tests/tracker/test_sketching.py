@@ -153,9 +153,9 @@ def test_another_model_has_no_path_of_this_one(tmp_path: Path) -> None:
     first.take(tile, torch.ones(10))
     first.end_window(1.0)
     known = first.path()
-    assert measuring.Sketcher(Subset(layout, {"a"})).goes_on(known)
+    assert measuring.Sketcher(Subset(layout, {"a"})).resume(known)
     for changed in (measuring.Sketcher(Subset(other, {"a"})), measuring.Sketcher(Subset(layout, {"a"}), 1)):
-        assert not changed.goes_on(known)
+        assert not changed.resume(known)
 
 
 def test_hostile_sketches_are_refused() -> None:

@@ -23,7 +23,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.tracker import layout, running, staging
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.worker import Crew, Worker, end_threads
+from posthoc_cli.tracker.worker import ThreadPool, Worker, end_threads
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
 
 
 def test_every_item_is_done_once_and_by_several_threads() -> None:
-    crew, barrier = Crew(3), threading.Barrier(3)
+    pool, barrier = ThreadPool(3), threading.Barrier(3)
     done: list[tuple[int, int]] = []
 
     def work(item: int, thread: int) -> None:
@@ -69,15 +69,15 @@ def test_every_item_is_done_once_and_by_several_threads() -> None:
         assert torch.get_num_threads() == 1 or thread == 0
         done.append((item, thread))
 
-    crew.each(work, range(100))
+    pool.each(work, range(100))
     assert sorted(item for item, _ in done) == list(range(100))
     assert {thread for item, thread in done if item < 3} == {0, 1, 2}
-    crew.close()
+    pool.close()
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_any_thread_is_raised_when_nobody_works_any_more(failing: int) -> None:
-    crew, barrier, working = Crew(2), threading.Barrier(2), []
+    pool, barrier, working = ThreadPool(2), threading.Barrier(2), []
 
     def work(item: int, thread: int) -> None:
         working.append(thread)
@@ -87,10 +87,10 @@ def test_an_error_in_any_thread_is_raised_when_nobody_works_any_more(failing: in
         working.remove(thread)
 
     with pytest.raises(MemoryError, match="none left"):
-        crew.each(work, range(2))
+        pool.each(work, range(2))
     assert working == [failing]
-    crew.each(lambda *_: None, range(2))  # and goes on afterwards
-    crew.close()
+    pool.each(lambda *_: None, range(2))  # and goes on afterwards
+    pool.close()
 
 
 def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +98,9 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
         raise RuntimeError("can't start new thread")
 
     done: list[int] = []
-    crew = Crew(4)
+    pool = ThreadPool(4)
     monkeypatch.setattr(threading.Thread, "start", refused)
-    crew.each(lambda item, _: done.append(item), range(9))
+    pool.each(lambda item, _: done.append(item), range(9))
     assert done == list(range(9))
 
 
