@@ -22,8 +22,7 @@ from tracker.runs import contents, scheduled, step, times, train, wait_for_write
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import model_tensors
-from posthoc_cli.tracker import worker
+from posthoc_cli.tracker import model_tensors, worker
 from posthoc_cli.tracker.layout import TileReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.staging import ModelCopy
