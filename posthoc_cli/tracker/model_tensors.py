@@ -142,13 +142,8 @@ class TrackedModel:
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
     @cached_property
-    def sampled(self) -> list[tuple[str, int]]:
-        """The elements of a snapshot's sample that this process holds: name, and row-major index in its part."""
-        return [*self.numbered_sample.values()]
-
-    @cached_property
-    def numbered_sample(self) -> dict[int, tuple[str, int]]:
-        """The elements of `sampled`, by their index in the sample."""
+    def sampled(self) -> dict[int, tuple[str, int]]:
+        """The elements of a snapshot's sample that this process holds, by number: name, and row-major local index."""
         sample = ((number, name, index) for number, (name, index) in enumerate(places(self.complete_shapes)))
         local = (
             (number, name, index_within(self.box(name), self.complete_shape(name), index))
@@ -407,8 +402,8 @@ class ModelWatch:
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
         """Return the values of the tracked model in a snapshot's sample that this process holds, by sample index."""
         averaged = self.check_model(model, tracked).averaged
-        flat = {name: averaged[name].detach().reshape(-1) for name, _ in tracked.sampled}
-        return {number: flat[name][index].float().item() for number, (name, index) in tracked.numbered_sample.items()}
+        flat = {name: averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()}
+        return {number: flat[name][index].float().item() for number, (name, index) in tracked.sampled.items()}
 
     def _collect(self, model: torch.nn.Module, also: frozenset[str] = frozenset()) -> ModelTensors:
         found = collect_tensors(model, self._selection, also)

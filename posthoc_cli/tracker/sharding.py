@@ -400,7 +400,7 @@ class Members:
         if self._keeps is None:
             self._keeps = is_first_of_group(model)
         keeps = self._keeps is not False
-        if self._replicas is None and model is not None and _is_in_group():
+        if self._replicas is None and model is not None and _is_initialized() and dist.get_world_size() > 1:
             self._replicas = Rendezvous.of_replicas(directory, keeps)
         return keeps
 
@@ -541,9 +541,8 @@ class Owners(Members):
         return bool(flags.item())
 
 
-def _is_in_group() -> bool:
-    """Return whether this is one of several processes that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
@@ -553,7 +552,7 @@ def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
     them. For a model without wrapper it is the first of all processes: training scripts may make their tracker before
     they wrap the model, and the processes must not all write to one directory.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_initialized():
         return None  # a group may be made later
     ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
     replicated = (module for module in modules if is_fsdp(module) or isinstance(module, ddp))

@@ -226,9 +226,10 @@ class StorageLayout:
         self.shapes = {n: shape for bucket in layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
         self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
         places = {name: (index, begin) for index, b in enumerate(layout) for name, (begin, _) in b.places.items()}
-        sampled = np.array([(places[n][0], places[n][1] + i) for n, i in tracked.sampled], np.int64).reshape(-1, 2)
-        self._order = np.lexsort(sampled.T[::-1])
-        ordered = sampled[self._order]
+        sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
+        pairs = np.array(sampled, np.int64).reshape(-1, 2)
+        self._order = np.lexsort(pairs.T[::-1])
+        ordered = pairs[self._order]
         self.sample = Elements(layout, [ordered[ordered[:, 0] == index, 1] for index in range(len(layout))])
 
     def in_order(self, buffers: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
