@@ -519,7 +519,7 @@ class Owners(Members):
             failed = self._store.get("failed").decode() if self._store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
-            raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to go on")
+            raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to continue")
 
     def keepers(self, call: str) -> Group:
         """Return all processes of the model, all of which make this call."""

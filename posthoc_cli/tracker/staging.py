@@ -47,7 +47,7 @@ DeviceEvents = tuple[tuple[torch.device, Any], ...]  # a CUDA event a device: it
 
 
 class DeviceStreams:
-    """Orders the work of a tracker's threads on accelerators, where each thread has streams of its own.
+    """Orders the work of a tracker's threads on accelerators, where each thread has separate streams.
 
     `last_events` mark the end of the last update.
     """

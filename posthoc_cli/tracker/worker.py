@@ -62,7 +62,7 @@ class Calls:
 
     def closed_error(self) -> NotReadyError:
         """Return the error for a call after the tracker was closed."""
-        return NotReadyError(self._directory, "this tracker was closed", "go on with PostHocEMA.from_path")
+        return NotReadyError(self._directory, "this tracker was closed", "continue with PostHocEMA.from_path")
 
     def lock(self, name: str) -> threading.Lock:
         """Return the lock to hold during a call, or raise a NotReadyError if another call is running.

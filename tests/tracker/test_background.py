@@ -104,7 +104,7 @@ def test_late_snapshots_hold_the_averages_of_their_time(
 def test_a_reader_in_the_same_process_waits_for_due_snapshots(
     tmp_path: Path, device: str, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the working directory has changed in the meantime."""
+    """The working directory changes in the meantime."""
     model, found = network(), []
     monkeypatch.chdir(tmp_path)
     with PostHocEMA.from_model(model, "run", device=device, **SETTINGS) as tracker:
@@ -224,7 +224,7 @@ raise SystemExit(7)
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("fork", [[], ["fork"]])
 def test_a_process_that_ends_finishes_background_work(tmp_path: Path, device: str, fork: list[str]) -> None:
-    """Also jobs that other jobs would submit, and the last snapshot; a forked child has nothing to finish."""
+    """The work includes jobs that other jobs submit, and the last snapshot; a forked child has nothing to finish."""
     assert forked.run(SCRIPT, tmp_path, device, *fork).code == 7
     assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
 
@@ -331,7 +331,7 @@ tracker.close()
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_forked_process_cannot_use_the_tracker_and_leaves_the_parent_alone(tmp_path: Path, device: str) -> None:
-    """It has none of the tracker's threads, and would wait for them forever."""
+    """A forked process has none of the tracker's threads, and would wait for them forever."""
     forked.check(FORKS, tmp_path, device)
     assert times(tmp_path) == {1, 2}
 
@@ -365,7 +365,7 @@ def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: str, de
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_tensor_turned_in_its_place_is_followed(tmp_path: Path, device: str) -> None:
-    """The same storage, shape and dtype, and other values in every place but the diagonal."""
+    """Storage, shape and dtype stay the same; every element except the diagonal has another value."""
     model = torch.nn.Linear(3, 3)
     with PostHocEMA.from_model(model, tmp_path, device=device, update_every=1, checkpoint_every=100) as tracker:
         tracker.update_(model)

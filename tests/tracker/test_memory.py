@@ -42,7 +42,7 @@ print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what a process holds")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report memory")
 @pytest.mark.parametrize(
     ("device", "then", "most"),
     [("model", "", 4.0), ("cpu", "", 8.0), ("model", "query", 8.0)],

@@ -69,9 +69,9 @@ parameters = dict(model.named_parameters())
 assert weights.keys() == single.keys() and weights.predicted_error is not None
 for name, value in weights.items():
     assert value.shape == single[name].shape and type(value) is type(parameters.get(name, torch.empty(0)).data), name
-whole = ema.state_dict(0.15, full=True)
-assert whole.keys() == (single.keys() if rank == 0 else set())
-for name, value in whole.items():
+complete = ema.state_dict(0.15, full=True)
+assert complete.keys() == (single.keys() if rank == 0 else set())
+for name, value in complete.items():
     assert torch.allclose(value.double(), single[name].double(), rtol=1e-5, atol=1e-6), name
 ema.load_into(model, 0.15)
 close(model, folder / "average-10.pt", 1e-5)

@@ -68,7 +68,7 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     assert torch.equal(expected["mean"], value("mean", 8, Net().mean))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a peak of memory")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory")
 def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path: Path) -> None:
     """Memory in units of a process's share of the float32 parameters; a complete set would be one unit more, of two.
 
@@ -440,8 +440,8 @@ with ema.averaged(model, tracked=0.2):
         assert torch.allclose(found[name].cpu().double(), own, rtol=1e-6, atol=1e-6), name
 with ema.model(model, sigma_rel=0.15):
     assert model(torch.ones(2, 6, device=device)).isfinite()
-whole = ema.state_dict(0.15, full=True)
-assert len(whole) == (len(exact) + 2 if rank == 0 else 0)
+complete = ema.state_dict(0.15, full=True)
+assert len(complete) == (len(exact) + 2 if rank == 0 else 0)
 ema.close()
 """
     torch.save(dict(truth(0.2, [2, 4, 6, 8])), tmp_path / "truth.pt")

@@ -42,7 +42,7 @@ def sketches(folder: Path) -> dict[int, str]:
 
 
 def test_sketches_in_snapshots_have_the_length_of_the_path(tmp_path: Path) -> None:
-    """With 64 numbers and 199 steps the error is within 0.2. Running statistics, which move far, are not part of it."""
+    """The error of 64 numbers and 199 steps is within 0.2. Running statistics, which move far, do not count."""
     net = model()
     with tracker_of(net, tmp_path) as tracker:
         for step in range(200):
@@ -76,7 +76,7 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path, monkeypatch
 
 
 def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
-    """To the last bit from an exact state; within float16's rounding from snapshots."""
+    """A run resumed from an exact state has the same bits; one from snapshots is within float16's rounding."""
     net = model()
     with tracker_of(net, tmp_path / "straight") as tracker:
         trained(tracker, net, 1, 150)
@@ -107,16 +107,16 @@ def test_a_projection_is_linear_and_independent_of_tiles(monkeypatch: pytest.Mon
         path = sketcher.path(1.0)
         return np.asarray(path.sketch.means[0], np.float64)
 
-    whole = numbers(values, 10**6)
+    expected = numbers(values, 10**6)
     for length in (65_536, 10_000, 777):
-        np.testing.assert_allclose(numbers(values, length), whole, atol=1e-4 * np.abs(whole).max())
-    np.testing.assert_allclose(numbers(values - other, 10**6), whole - numbers(other, 10**6), atol=1e-3)
+        np.testing.assert_allclose(numbers(values, length), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(numbers(values - other, 10**6), expected - numbers(other, 10**6), atol=1e-3)
 
 
 @pytest.mark.parametrize("elements", [2**15, 2**20])
 @pytest.mark.parametrize("kind", ["alike", "columns", "one rank", "one layer", "one row", "gains"])
 def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With half of the elements drawn, and with one of 64."""
+    """The subset has half of the elements, or one of 64."""
     monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", elements)
     shapes = {"a": (1024, 1024), "gains": (1024,), "b": (1024, 1024)}
     values = {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -151,7 +151,7 @@ def test_small_steps_are_not_lost_early_in_a_run() -> None:
 
 
 def test_averages_of_constant_values_are_exact_to_the_last_bit(tmp_path: Path) -> None:
-    """Also at powers of two, where the spacing of numbers changes, and at the smallest and the largest numbers."""
+    """The values include powers of two, where the spacing of numbers changes, and very small and large numbers."""
     values = [0.0, 1.0, -0.5, 2.0**-126, 1e-40, -3.0e38, 2.0**127, math.pi, 1 + 2**-23, 1 - 2**-24]
     model = Scalar(torch.float32)
     model.weight.data = torch.tensor(values)
