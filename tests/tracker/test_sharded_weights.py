@@ -148,16 +148,6 @@ ema.close()
     assert out.startswith("rank 0: left this call by KeyboardInterrupt")
 
 
-def test_processes_that_ask_at_different_steps_are_named(tmp_path: Path) -> None:
-    code = """
-train(model, 1, 8 + rank, ema)
-ema.state_dict(0.15)
-"""
-    for result in run_group(TRAINED + code, 2, tmp_path, "fsdp"):
-        assert result.code != 0
-        assert "RankError: rank 1: is at step 9 of update_, and rank 0 at step 8" in result.err
-
-
 def test_processes_that_pass_another_t_and_their_incomplete_snapshots_are_named(tmp_path: Path) -> None:
     code = """
 ema.close()
