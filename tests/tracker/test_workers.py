@@ -205,6 +205,24 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tracker.close()
 
 
+def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
+    states = []
+    for reads in (True, False):
+        model = Equal(500)
+        with start(tmp_path / str(reads), model, "model", 10) as tracker:
+            for step in range(1, 141):
+                model.go_to(step)
+                tracker.update_(model)
+                if reads and step > 1:
+                    tracker.state_dict()
+                    with tracker.averaged(model, tracked=0.2):
+                        pass
+            state = tracker.state_dict()
+            sets = {"mean": state["mean"]} | {f"{k} {key}": t for k in ("high", "low") for key, t in state[k].items()}
+            states.append({f"{kind} {name}": tensor for kind, own in sets.items() for name, tensor in own.items()})
+    assert_same_tensors(*states)
+
+
 def test_the_end_of_the_process_waits_for_jobs_that_other_jobs_submit() -> None:
     worker, began, done = Worker("late"), threading.Event(), threading.Event()
 
