@@ -1,8 +1,8 @@
-"""Models that several processes train: which chunk of a tensor each averages, and how they find each other.
+"""Models that several processes train: which chunk of a tensor each process averages, and how the processes meet.
 
 The processes of a sharded model meet once, when their trackers are made, through the key-value store of their process
-group. No tensor is exchanged, and nothing waits for another process afterwards but the first update, which waits for
-the directory's lock. Trackers of replicas leave a note there, and gather when averaged weights are asked for.
+group. No tensor is exchanged, and afterwards only the first update waits for another process, for the directory's lock.
+Trackers of replicas register in that store, and gather when averaged weights are asked for.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ PATIENCE = 60.0
 """Seconds that a process waits for the others to make their trackers."""
 
 GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
-"""Seconds that the first call of an evaluation waits for trackers that are not there yet; that any call waits for the
-processes that have one before it warns; and before it gives up."""
+"""Seconds that the first call of several processes waits for trackers that are not made yet; that any call waits for
+the processes that have made one before it warns; and before it gives up."""
 
 _FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
@@ -53,16 +53,16 @@ _ABSENT = "made no tracker of this model"
 _NO_WRITER = "has not taken the directory yet"
 
 _made: Counter[str] = Counter()
-"""Trackers that this process has made, of sharded models and of each directory; every process in the same order."""
+"""Number of stores made for each purpose and directory; every process makes them in the same order."""
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def check_torch() -> None:
-    """Raise an InvalidValueError where this torch's DTensor lacks what is needed."""
+    """Raise an InvalidValueError if this torch has no public DTensor."""
     from torch.distributed import tensor
 
     if not hasattr(tensor, "DTensor"):
@@ -71,82 +71,82 @@ def check_torch() -> None:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Give a model of `fully_shard` its sharded parameters: after a forward pass without backward some are complete."""
+    """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
         module.reshard()  # type: ignore[operator]
 
 
 def is_fully_sharded(module: torch.nn.Module) -> bool:
-    """Whether `fully_shard` has taken a module."""
+    """Return whether `fully_shard` was applied to a module."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 @torch.no_grad()
 def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What this process holds of each tensor: without gradients these are the same objects each time."""
+    """Return the part of each tensor that this process holds: the same objects each time, as gradients are off."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor that this process holds, sharing their memory."""
+    """Return the elements of a tensor that this process holds, sharing their memory."""
     return local_part("", tensor)[0] if is_sharded(tensor) else tensor
 
 
 def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A DTensor in host memory of what this process holds, spread as `like` is; a plain tensor for a plain one."""
+    """Return a DTensor in host memory of this process's part, sharded as `like` is; `local` if `like` is not."""
     if not is_sharded(like):
         return local
     from torch.distributed.tensor import DTensor
 
-    spread: Any = like
-    found = DTensor.from_local(
-        _with_own_storage(local).view(spread.to_local().shape), spread.device_mesh, spread.placements,
-        run_check=False, shape=spread.shape, stride=row_major(spread.shape),
+    sharded: Any = like
+    dtensor = DTensor.from_local(
+        _with_own_storage(local).view(sharded.to_local().shape), sharded.device_mesh, sharded.placements,
+        run_check=False, shape=sharded.shape, stride=row_major(sharded.shape),
     )  # fmt: skip
-    return found.cpu()  # it was moved to the mesh's device
+    return dtensor.cpu()  # `from_local` has moved it to the mesh's device
 
 
 def _with_own_storage(local: torch.Tensor) -> torch.Tensor:
-    """The same memory as a whole storage: torch can neither stage nor deepcopy DTensors of a part of one."""
-    if local.device.type != "cpu" or not local.numel():  # on a device by torch.set_default_device: it is its own
+    """Return the same memory with a storage of the tensor's size: torch cannot stage or deepcopy DTensors of others."""
+    if local.device.type != "cpu" or not local.numel():  # torch.set_default_device puts a copy on another device
         return local
     values = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy())
     return values.view(local.dtype).view(local.shape)
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
-    """The elements of a tensor that this process holds, sharing their memory, and which they are; None for all.
+    """Return the elements of a tensor that this process holds, sharing their memory, and their chunk; None for all.
 
     Raises:
-        InvalidValueError: no box of the tensor is here; names the tensor and its placement.
+        InvalidValueError: this process's elements are no box of the tensor; names the tensor and its placement.
     """
     if not is_sharded(tensor):
         return tensor.detach(), None
     check_torch()
     from torch.distributed.tensor import Shard
 
-    found: Any = tensor
-    for axis, placement in enumerate(found.placements):
+    dtensor: Any = tensor
+    for axis, placement in enumerate(dtensor.placements):
         if placement.is_partial():
             reason = f"has the placement {placement}: no process holds its values"
             raise InvalidValueError("tensor", reason, "reduce it first", value=f"{name!r}")
         if not placement.is_replicate() and type(placement) is not Shard:
-            _check_strided(name, found, axis)
+            _check_one_box(name, dtensor, axis)
     with torch.no_grad():
-        local = found.to_local()
-    (place,) = found.__create_chunk_list__()
-    return local.detach().view(tuple(place.sizes)), Chunk(tuple(found.shape), tuple(place.offsets))
+        local = dtensor.to_local()
+    (chunk,) = dtensor.__create_chunk_list__()
+    return local.detach().view(tuple(chunk.sizes)), Chunk(tuple(dtensor.shape), tuple(chunk.offsets))
 
 
 def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
-    """As `local_part`, with the box of the complete tensor that these elements are."""
+    """Return the elements of a tensor that this process holds, and their box in the complete tensor."""
     local, chunk = local_part(name, tensor)
     shape = tuple(local.shape)
     return local, Box.whole(shape) if chunk is None else chunk.box(shape)
 
 
-def _check_strided(name: str, tensor: Any, axis: int) -> None:
-    """Raise an InvalidValueError unless the rows here are next to each other."""
+def _check_one_box(name: str, tensor: Any, axis: int) -> None:
+    """Raise an InvalidValueError unless this process's rows are adjacent."""
     strided, mesh = tensor.placements[axis], tensor.device_mesh
     rows, sizes = tensor.shape[strided.dim], []
     inner = 1
@@ -154,11 +154,11 @@ def _check_strided(name: str, tensor: Any, axis: int) -> None:
         if getattr(placement, "dim", None) == strided.dim:
             sizes.append(mesh.size(other))
             inner *= mesh.size(other) if other > axis else 1
-    what = f"has {rows} rows in dimension {strided.dim}, which {' x '.join(map(str, sizes))} processes share"
+    sharing = f"has {rows} rows in dimension {strided.dim}, which {' x '.join(map(str, sizes))} processes share"
     if strided.split_factor != inner:
-        reason, hint = f"{what} by {strided}, each in several pieces", "shard it by Shard"
+        reason, hint = f"{sharing} by {strided}, each in several pieces", "shard it by Shard"
     elif rows % math.prod(sizes):
-        reason = f"{what} unevenly by {strided}"
+        reason = f"{sharing} unevenly by {strided}"
         hint = "make the dimension a multiple of the processes, or shard it over one mesh dimension"
     else:
         return
@@ -170,13 +170,13 @@ def _check_strided(name: str, tensor: Any, axis: int) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that make one call together, or one that makes it alone.
+    """Processes that make one call together, or one process that makes it alone.
 
     Attributes:
-        rank: of this process.
-        ranks: of all of them. The first makes the plan and, of replicas, the averages.
-        handle: of these processes for `torch.distributed`; None for all.
-        device: where they exchange tensors.
+        rank: rank of this process.
+        ranks: ranks of all of them. The first makes the plan and, among replicas, the averages.
+        handle: the processes' group for `torch.distributed`; None for all processes.
+        device: device of tensors that they exchange.
     """
 
     rank: int = 0
@@ -191,18 +191,18 @@ class Group:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other process."""
+        """Whether the group has one process."""
         return len(self.ranks) == 1
 
     def from_all(self, value: Result) -> list[Result]:
-        """The value of each process, by rank."""
-        every = [value] * len(self.ranks)
+        """Return the value of each process, by rank."""
+        values = [value] * len(self.ranks)
         if not self.is_alone:
-            dist.all_gather_object(every, value, group=self.handle)
-        return every
+            dist.all_gather_object(values, value, group=self.handle)
+        return values
 
     def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
-        """The same in processes that are at one step and t; a RankError names one that is not."""
+        """Return the value of each process, by rank; raise a RankError that names a process at another step or t."""
         times, values = zip(*self.from_all(((step, t), value)), strict=True)
         first, t_first = times[0]
         for rank, (other, t_other) in enumerate(times):
@@ -215,10 +215,10 @@ class Group:
         return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """The result of work that every process does. An error of one is raised in all, before anyone goes on.
+        """Do work in every process, and return its result; if one process fails, all raise an error before they return.
 
         Raises:
-            VanishedError: in all processes, where that is all that went wrong; they may try again.
+            VanishedError: in all processes, if nothing else went wrong in any of them; they may try again.
             RankError: another process failed; names it.
         """
         if self.is_alone:
@@ -226,19 +226,19 @@ class Group:
         failure: Exception | None = None
         try:
             result = work()
-        except Exception as error:  # noqa: BLE001  raised again below, when the others know
+        except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
             failure = error
-        own = None if failure is None else (_in_words(failure), isinstance(failure, VanishedError))
-        every = zip(sorted(self.ranks), self.from_all(own), strict=True)
-        failed = [(rank, *one) for rank, one in every if one is not None]
+        own = None if failure is None else (_describe(failure), isinstance(failure, VanishedError))
+        outcomes = zip(sorted(self.ranks), self.from_all(own), strict=True)
+        failed = [(rank, *outcome) for rank, outcome in outcomes if outcome is not None]
         if failure is not None and (not isinstance(failure, VanishedError) or all(vanished for *_, vanished in failed)):
             raise failure
-        for rank, message, vanished in sorted(failed, key=lambda one: one[2]):
+        for rank, message, vanished in sorted(failed, key=lambda outcome: outcome[2]):
             raise VanishedError(f"rank {rank}", message) if vanished else RankError(f"rank {rank}", message)
         return result
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """The result, or the error, of work that the first process does, in every process."""
+        """Do work in the first process; return its result, or raise its error, in every process."""
         if self.is_alone:
             return work()
         outcome: list[Any] = [None, None]
@@ -246,10 +246,9 @@ class Group:
         if self.leads:
             try:
                 outcome[0] = work()
-            except Exception as error:  # noqa: BLE001  raised again below, when the others know
-                failure = error
-                told = error if isinstance(error, PostHocError) else RankError(f"rank {self.rank}", _in_words(error))
-                outcome[1] = told
+            except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
+                failure, is_ours = error, isinstance(error, PostHocError)
+                outcome[1] = error if is_ours else RankError(f"rank {self.rank}", _describe(error))
         dist.broadcast_object_list(outcome, self.ranks[0], group=self.handle)
         if failure is not None:
             raise failure
@@ -259,33 +258,34 @@ class Group:
         return result
 
     def exchange(self, value: torch.Tensor, ranks: Sequence[int]) -> None:
-        """Fill `value`, in these processes of the group, with that of the first of them."""
+        """Copy `value` of the first of these ranks to the others, in place; all of these ranks call this."""
         if len(ranks) < 2 or not value.numel():
             return
-        room = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
+        buffer = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
         if len(ranks) == len(self.ranks):
-            dist.broadcast(room, ranks[0], group=self.handle)
+            dist.broadcast(buffer, ranks[0], group=self.handle)
         elif self.rank == ranks[0]:
             for other in ranks[1:]:
-                dist.send(room, other)
+                dist.send(buffer, other)
         else:
-            dist.recv(room, ranks[0])
+            dist.recv(buffer, ranks[0])
         if self.rank != ranks[0]:
-            value.copy_(room.cpu().view(value.dtype).view(value.shape))
+            value.copy_(buffer.cpu().view(value.dtype).view(value.shape))
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
+    """Return the message of an error, with its type unless it is this package's."""
     return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
 
 
 THIS_PROCESS = Group()
 
 
-class Callers:
-    """Trackers of several processes that belong together, which gather when a call needs all of them.
+class Rendezvous:
+    """A meeting point for trackers of several processes, which gather when a call needs all of them.
 
-    They do so through the store: a process that does not make the call is named, where a collective operation would
-    wait for it in silence. Making a tracker waits for nobody. The one that `keeps` averages makes the plan.
+    They meet in the store, so that an error can name a process that does not make the call; a collective operation
+    would wait for it in silence. Making a tracker waits for no other process. The tracker that `keeps` averages leads.
     """
 
     def __init__(self, store: Store, keeps: bool, hint: str = "make this call in every process") -> None:
@@ -294,46 +294,46 @@ class Callers:
         self._known: dict[int, bool] = {}
         self._handles: dict[tuple[int, ...], Any] = {}
         self._calls = 0
-        self._graceful = True
+        self._in_grace = True
         store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
     @classmethod
-    def of_replicas(cls, directory: Path, keeps: bool) -> Callers:
-        """The trackers of one directory, the first, second and so on that each process makes."""
+    def of_replicas(cls, directory: Path, keeps: bool) -> Rendezvous:
+        """Return the meeting point of one directory's trackers: of the first, second, ... that each process makes."""
         name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
         hint = f"make it in every process, with a tracker of {directory}; or in the first one only, with alone=True"
         return cls(_new_store(name), keeps, hint)
 
     def gather(self, device: torch.device, call: str) -> Group:
-        """The processes that make this `call`; only this one where no other has a tracker, or none keeps averages.
+        """Return the processes that make this `call`; this one alone if no other has a tracker, or none keeps averages.
 
-        A RankError names a process that has a tracker and does not come, or makes another call.
+        Raise a RankError that names a process that has a tracker and does not make the call, or makes another one.
         """
         began = time.monotonic()
-        while len(made := self._made()) < self._world and self._keeps and self._graceful:
-            self._graceful = time.monotonic() - began < GRACE
+        while len(made := self._made()) < self._world and self._keeps and self._in_grace:
+            self._in_grace = time.monotonic() - began < GRACE
             time.sleep(0.02)
         if len(made) == (1 if self._keeps else self._world) and any(made.values()) == self._keeps:
             return Group(self._rank, (self._rank,), device=device)
         self._calls += 1
-        place = f"call/{self._calls}"
-        self._store.set(f"{place}/{self._rank}", call)
+        prefix = f"call/{self._calls}"
+        self._store.set(f"{prefix}/{self._rank}", call)
         try:
-            self._wait_for_all(place)
-            for sign in self._signs(place) if self._keeps else []:
-                if (other := self._store.get(sign).decode()) != call:
+            self._wait_for_all(prefix)
+            for key in self._keys(prefix) if self._keeps else []:
+                if (other := self._store.get(key).decode()) != call:
                     reason = f"asks for {other}, and rank {self._rank} for {call}"
-                    raise RankError(f"rank {sign.rpartition('/')[2]}", reason, "make the same call in every process")
+                    raise RankError(f"rank {key.rpartition('/')[2]}", reason, "make the same call in every process")
         except BaseException as error:
-            if self._keeps:  # the others wait for its answer
-                named, reason, hint = f"rank {self._rank}", f"left this call by {type(error).__name__}", self._hint
+            if self._keeps:  # the other processes wait for its answer
+                subject, reason, hint = f"rank {self._rank}", f"left this call by {type(error).__name__}", self._hint
                 if isinstance(error, RankError):
-                    named, reason, hint = error.subject, error.reason, error.hint
-                self._store.set(f"{place}/answer", json.dumps([named, reason, hint]))
+                    subject, reason, hint = error.subject, error.reason, error.hint
+                self._store.set(f"{prefix}/answer", json.dumps([subject, reason, hint]))
             raise
         if self._keeps:
-            self._store.set(f"{place}/answer", json.dumps([self._rank, *sorted(made.keys() - {self._rank})]))
-        answer = json.loads(self._store.get(f"{place}/answer"))
+            self._store.set(f"{prefix}/answer", json.dumps([self._rank, *sorted(made.keys() - {self._rank})]))
+        answer = json.loads(self._store.get(f"{prefix}/answer"))
         if isinstance(answer[0], str):
             raise RankError(*answer)
         if self._rank not in answer:
@@ -343,13 +343,13 @@ class Callers:
             self._handles[ranks] = dist.new_group(sorted(ranks), use_local_synchronization=True)
         return Group(self._rank, ranks, None if everyone else self._handles[ranks], device)
 
-    def _wait_for_all(self, place: str) -> None:
-        """Return when all have come, in those that keep no averages when the one that does has answered."""
+    def _wait_for_all(self, prefix: str) -> None:
+        """Wait for all processes if this one keeps averages, else for the answer of the process that does."""
         began, pause, warned = time.monotonic(), 0.001, False
-        while not self._store.check(self._signs(place) if self._keeps else [f"{place}/answer"]):
+        while not self._store.check(self._keys(prefix) if self._keeps else [f"{prefix}/answer"]):
             if time.monotonic() - began > (LIMIT if warned else WARNING):
-                absent = [sign for sign in self._signs(place) if not self._store.check([sign])]
-                names = " and ".join(f"rank {sign.rpartition('/')[2]}" for sign in absent) or "the other processes"
+                absent = [key for key in self._keys(prefix) if not self._store.check([key])]
+                names = " and ".join(f"rank {key.rpartition('/')[2]}" for key in absent) or "the other processes"
                 if warned:
                     raise RankError(names, f"did not make this call within {LIMIT:.0f} s", self._hint)
                 log.warning("waiting for %s: %s", names, self._hint)
@@ -357,13 +357,13 @@ class Callers:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
-    def _signs(self, place: str) -> list[str]:
-        """What each process leaves in the store when it makes a call. Any may be the one that keeps averages."""
+    def _keys(self, prefix: str) -> list[str]:
+        """Return the keys that a call's processes set in the store: all ranks' until the one that keeps is known."""
         made = self._made()
-        return [f"{place}/{rank}" for rank in (made if any(made.values()) else range(self._world))]
+        return [f"{prefix}/{rank}" for rank in (made if any(made.values()) else range(self._world))]
 
     def _made(self) -> dict[int, bool]:
-        """The ranks that have made a tracker, and whether each keeps averages."""
+        """Return the ranks that have made a tracker, and whether each keeps averages."""
         for rank in range(self._world):
             if rank not in self._known and self._store.check([f"made/{rank}"]):
                 self._known[rank] = self._store.get(f"made/{rank}") == b"keeps"
@@ -371,17 +371,17 @@ class Callers:
 
 
 class Members:
-    """The processes that track one model: who keeps its averages, and what they tell each other.
+    """The processes that track one model: which of them keep its averages, and how they communicate.
 
-    Here each has the model complete: one of them, or the only one, keeps the averages and writes, and the others count.
-    Which one is decided for good when the tracker is made, or once there is a group.
+    In this class each process has the complete model: one process keeps the averages and writes, and the others count.
+    Which one is decided when the tracker is made, or as soon as a process group exists, and does not change.
 
     Attributes:
         is_chunked: whether each process keeps chunks of the averages, see `Owners`.
-        rank: of this process among those that keep averages; the first one has the directory's lock, and thins.
-        part: number of the files that it writes, from 1, and how many a snapshot has; None for complete ones, or none.
-        session: of this training, from when the processes met; later ones have larger numbers.
-        names: of all tensors of the model that are tracked, where some are tracked elsewhere.
+        rank: rank of this process among those that keep averages; the first has the directory's lock, and thins.
+        part: the number, from 1, of this process's part of a snapshot, and the number of parts; None if not in parts.
+        session: number of this training, set when the processes meet; later trainings have larger numbers.
+        names: names of all tracked tensors of a sharded model, including those of other processes.
         mesh: the processes' arrangement, as a snapshot's header has it.
     """
 
@@ -393,23 +393,23 @@ class Members:
         self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}
         self._keeps: bool | None = None
-        self._callers: Callers | None = None  # of the other replicas' trackers
+        self._replicas: Rendezvous | None = None
 
     def keeps(self, model: torch.nn.Module | None, directory: Path) -> bool:
-        """Whether this process keeps averages, and writes them to a directory."""
+        """Return whether this process keeps averages and writes them to a directory."""
         if self._keeps is None:
             self._keeps = is_first_of_group(model)
         keeps = self._keeps is not False
-        if self._callers is None and model is not None and _is_in_group():
-            self._callers = Callers.of_replicas(directory, keeps)
+        if self._replicas is None and model is not None and _is_initialized() and dist.get_world_size() > 1:
+            self._replicas = Rendezvous.of_replicas(directory, keeps)
         return keeps
 
-    def owned(self, here: Set[str]) -> Set[str]:
-        """Of these tensors of the model, those that this process averages and writes, wholly or its chunk of them."""
-        return here
+    def owned(self, names: Set[str]) -> Set[str]:
+        """Return those of the model's tensors that this process averages and writes, completely or a chunk of them."""
+        return names
 
     def check_kind(self, model: torch.nn.Module) -> None:
-        """Raise a ModelMismatchError if the model is sharded whose tracker was made before, or without it."""
+        """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was made."""
         if any(map(is_sharded, model.parameters())):
             reason = "is sharded over processes, and was not when this tracker was made"
             hint = (
@@ -420,40 +420,41 @@ class Members:
 
     @contextmanager
     def taking_directory(self) -> Iterator[None]:
-        """A block in which this process becomes the directory's writer, or one of them."""
+        """Run a block in which this process becomes the directory's writer, or one of its writers."""
         yield
         self._keeps = True
 
     def wait_for_writer(self) -> None:
-        """Return when the directory has its writer, where another process needs that."""
+        """Wait until the directory has its writer, if that is another process."""
 
     def announce_failure(self, error: BaseException) -> None:
-        """Let the other processes know that this one's part is missing."""
+        """Announce to the other processes that this one's part is missing."""
 
     def check(self) -> None:
-        """Raise a RankError if another process has announced that it failed."""
+        """Raise a RankError if another process has announced a failure."""
 
     def keepers(self, _call: str) -> Group:
-        """The processes that keep averages, all of which make a call; this one alone where it keeps all."""
+        """Return the processes that keep averages, all of which make this call."""
         return THIS_PROCESS
 
     def askers(self, call: str, alone: bool, is_tracking: bool, device: torch.device) -> Group:
-        """The processes that make a call for averages; `alone`, or before tracking begins here, this one."""
-        if alone or self._callers is None or not is_tracking or not dist.is_initialized():
+        """Return the processes that make a call for averages; this one if `alone`, or before it tracks."""
+        if alone or self._replicas is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
-        return self._callers.gather(device, call)
+        return self._replicas.gather(device, call)
 
 
 class Owners(Members):
-    """The processes that track one sharded model, as they have met; each keeps the averages of the chunks that it owns.
+    """The processes that track one sharded model; each keeps the averages of the chunks that it owns.
 
-    Each process makes this object, in the same order of trackers, with what is here of each tensor, and where that
-    belongs, if it is not all of it. A chunk belongs to the lowest rank that holds it; one without elements to nobody,
-    unless its tensor has none. A RankError names a process that does not come, or has other `options`.
+    All processes make this object together, in the same order of trackers, with their part of each tensor, and with its
+    chunk unless it is the complete tensor. The owner of a chunk is the lowest rank that holds it; a chunk without
+    elements has none, unless its tensor has no elements. A RankError names a process that does not come, or has other
+    `options`.
 
     Attributes:
-        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing; its owner first.
-        run_id: of the run; of a new one that of rank 0.
+        holders: by name, the ranks that hold the same chunk of a tensor as this process, ascending; its owner first.
+        run_id: the run's id; for a new run that of rank 0.
     """
 
     is_chunked = True
@@ -466,36 +467,36 @@ class Owners(Members):
         self.rank, self.names, self.mesh = dist.get_rank(), frozenset(tensors), mesh
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         self._store = _new_store("members")
-        self._all_callers = Callers(self._store, keeps=self.rank == 0)
+        self._rendezvous = Rendezvous(self._store, keeps=self.rank == 0)
         held = {
             name: _digest(name, tuple(tensor.shape), chunks.get(name))
             for name, tensor in tensors.items()
             if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
         }
         self._store.set(f"here/{self.rank}", json.dumps([dict(options), [*held.values()]]))
-        with _rank_0_first(self._store, "met", _ABSENT, 2.0):
+        with _after_rank_0(self._store, "met", _ABSENT, 2.0):
             if self.rank == 0:
-                _tell_owners(self._store, options, run_id)
+                _assign_owners(self._store, options, run_id)
         self.run_id, self.session, part, holders = json.loads(self._store.get(f"answer/{self.rank}"))
         self.part, names = part and tuple(part), [*held]
         self.holders = {names[number]: tuple(ranks) for ranks, numbers in holders for number in numbers}
         self._owned = frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
 
     def keeps(self, *_: object) -> bool:
-        """Whether this process owns a chunk."""
+        """Return whether this process owns a chunk."""
         return self.part is not None
 
-    def owned(self, here: Set[str]) -> Set[str]:
-        """Those whose chunk here this process owns, and what was not there when the processes met."""
-        return self._owned | (here - self.names)
+    def owned(self, names: Set[str]) -> Set[str]:
+        """Return the tensors whose chunk this process owns, and those that did not exist when the processes met."""
+        return self._owned | (names - self.names)
 
     def check_kind(self, model: torch.nn.Module) -> None:
-        """Nothing: the chunks are compared with those that were tracked."""
+        """Accept any model: its chunks are compared with the tracked ones elsewhere."""
 
     @contextmanager
     def taking_directory(self) -> Iterator[None]:
-        """As above: rank 0 first."""
-        with _rank_0_first(self._store, "writer", _NO_WRITER):
+        """Run a block in which this process becomes one of the directory's writers, after rank 0."""
+        with _after_rank_0(self._store, "writer", _NO_WRITER):
             try:
                 yield
             except BaseException as error:
@@ -504,77 +505,76 @@ class Owners(Members):
                 raise
 
     def wait_for_writer(self) -> None:
-        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
+        """Wait until rank 0 holds the directory's lock, or raise its error, or a RankError when the time is up."""
         _wait_for_rank_0(self._store, "writer", _NO_WRITER)
 
     def announce_failure(self, error: BaseException) -> None:
-        """As above."""
-        _announce(self._store, "failed", f"rank {self.rank}: {_in_words(error)}")
+        """Announce to the other processes that this one's part is missing."""
+        _announce(self._store, "failed", f"rank {self.rank}: {_describe(error)}")
 
     def check(self) -> None:
-        """As above."""
+        """Raise a RankError if another process has announced a failure."""
         failed = ""
         with suppress(RuntimeError):  # as in `_announce`
             failed = self._store.get("failed").decode() if self._store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
-            raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to go on")
+            raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to continue")
 
     def keepers(self, call: str) -> Group:
-        """All processes of the model."""
+        """Return all processes of the model, all of which make this call."""
         if not dist.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
             raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
-        return self._all_callers.gather(self._device, call)
+        return self._rendezvous.gather(self._device, call)
 
     def askers(self, call: str, alone: bool, *_: object) -> Group:
-        """All processes of the model."""
+        """Return all processes of the model; raise an InvalidValueError if `alone`."""
         if alone:
             raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
         return self.keepers(call)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; each calls it. The one collective operation of tracking."""
-        found = torch.tensor(float(flag), device=self._device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found.item())
+        """Return whether the flag is set in any process; a collective operation, the only one of tracking."""
+        flags = torch.tensor(float(flag), device=self._device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
 
 
-def _is_in_group() -> bool:
-    """Whether this is one of several processes that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool | None:
-    """Whether this process keeps the averages of a model and writes them; None where that is not known yet.
+    """Return whether this process keeps and writes the averages of a model; None before there is a process group.
 
-    That is the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model.
-    Of a model without wrapper it is the first of all processes: training scripts make their tracker before they wrap
-    the model, and the processes must not all write to one directory.
+    The first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the model keeps
+    them. For a model without wrapper it is the first of all processes: training scripts may make their tracker before
+    they wrap the model, and the processes must not all write to one directory.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return None  # there may be a group later
-    modules = () if model is None else model.modules()
-    replicated = (one for one in modules if is_fsdp(one) or isinstance(one, torch.nn.parallel.DistributedDataParallel))
+    if not _is_initialized():
+        return None  # a group may be made later
+    ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
+    replicated = (module for module in modules if is_fsdp(module) or isinstance(module, ddp))
     return dist.get_rank(getattr(next(replicated, None), "process_group", None)) <= 0
 
 
 def is_fsdp(module: torch.nn.Module) -> bool:
-    """Whether a module is a wrapper of the first FSDP (`fully_shard` wraps nothing)."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # what nobody has imported wraps nothing
+    """Return whether a module is a wrapper of FSDP (version 1); `fully_shard` wraps nothing."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a class that nobody has imported wraps nothing
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
 @contextmanager
 def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
-    """A block that no process leaves before all have done it; rank 0 holds something meanwhile.
+    """Run a block that no process leaves before all have done it, while rank 0 holds a resource.
 
-    `take` takes that, and returns what releases it; `what` says what the block does. A RankError names a process that
-    does not come, or fails.
+    `take` acquires the resource and returns the function that releases it; `what` says what the block does. A RankError
+    names a process that does not come, or fails.
     """
     rank, world, store = dist.get_rank(), dist.get_world_size(), _new_store("led")
     with ExitStack() as held:
-        with _rank_0_first(store, "led", _ABSENT):
+        with _after_rank_0(store, "led", _ABSENT):
             if rank == 0:
                 held.callback(take())
         try:
@@ -583,7 +583,7 @@ def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
                 _wait(store, f"here/{other}", other, _ABSENT)
             yield
         except BaseException as error:
-            store.set(f"done/{rank}", _in_words(error))
+            store.set(f"done/{rank}", _describe(error))
             raise
         store.set(f"done/{rank}", "")
         for other in range(world):
@@ -592,8 +592,8 @@ def led(take: Callable[[], Callable[[], object]], what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _rank_0_first(store: Store, key: str, what: str, patience: float = 1.0) -> Iterator[None]:
-    """A block that each process does when rank 0 has done it; the error of that is raised in all of them."""
+def _after_rank_0(store: Store, key: str, what: str, patience: float = 1.0) -> Iterator[None]:
+    """Run a block in rank 0, then in the other processes; an error of rank 0 is raised in all of them."""
     rank = dist.get_rank()
     if rank:
         _wait_for_rank_0(store, key, what, patience)
@@ -601,67 +601,71 @@ def _rank_0_first(store: Store, key: str, what: str, patience: float = 1.0) -> I
         yield
     except BaseException as error:
         if rank == 0:
-            told = (error.subject, error.reason) if isinstance(error, RankError) else ("rank 0", _in_words(error))
-            _announce(store, key, json.dumps(told))
+            known = (error.subject, error.reason) if isinstance(error, RankError) else ("rank 0", _describe(error))
+            _announce(store, key, json.dumps(known))
         raise
     if rank == 0:
         _announce(store, key, "")
 
 
 def _wait_for_rank_0(store: Store, key: str, what: str, patience: float = 1.0) -> None:
-    """Return when rank 0 has done a block of `_rank_0_first`; raise its error, or that it has not in time."""
-    if refused := _wait(store, key, 0, what, patience):
-        raise RankError(*json.loads(refused))
+    """Wait until rank 0 has done a block of `_after_rank_0`; raise its error, or a RankError when the time is up."""
+    if failed := _wait(store, key, 0, what, patience):
+        raise RankError(*json.loads(failed))
 
 
 def _announce(store: Store, key: str, message: str) -> None:
+    """Set a key in the store for the other processes, if the store still exists."""
     with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
         store.set(key, message)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
-    """The largest arrangement of processes that a model's parameters are sharded over, as a header has it."""
-    meshes: list[Any] = [found.device_mesh for found in model.parameters() if hasattr(found, "device_mesh")]
-    mesh = max(meshes, key=lambda one: one.mesh.numel(), default=None)
+    """Return the largest arrangement of processes that a model's parameters are sharded over, as a header has it."""
+    meshes: list[Any] = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
+    mesh = max(meshes, key=lambda mesh: mesh.mesh.numel(), default=None)
     return {} if mesh is None else {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
 
 
 def _new_store(name: str) -> Store:
-    # torch has no public name for it. Without this one no tracker can be made in a group, and others can.
+    """Return an empty part of the process group's store, the same one in every process."""
+    # torch has no public name for the store. A release without this name could not make trackers in a group.
     from torch.distributed.distributed_c10d import _get_default_store
 
     _made[name] += 1
     return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
 
 
-def _tell_owners(store: Store, options: Mapping[str, str], run_id: str) -> None:
-    """In rank 0: wait for all processes, and tell each of them its part, and which ranks hold each of its chunks."""
-    holding: dict[str, list[int]] = defaultdict(list)
+def _assign_owners(store: Store, options: Mapping[str, str], run_id: str) -> None:
+    """Wait for all processes, and send each its part and the ranks that hold each of its chunks; called by rank 0."""
+    holders: dict[str, list[int]] = defaultdict(list)
     held: list[list[str]] = []
-    what = f"{_ABSENT}; call from_model or from_path in every process, with the same arguments"
+    absent = f"{_ABSENT}; call from_model or from_path in every process, with the same arguments"
     for rank in range(dist.get_world_size()):
-        own, digests = json.loads(_wait(store, f"here/{rank}", rank, what))
+        own, digests = json.loads(_wait(store, f"here/{rank}", rank, absent))
         for option, value in options.items():
             if own[option] != value:
                 raise RankError(f"rank {rank}", f"has {option} {own[option]}, and rank 0 has {value}")
         held.append(digests)
         for digest in digests:
-            holding[digest].append(rank)
-    owners, session = sorted({ranks[0] for ranks in holding.values()}), time.time_ns()
+            holders[digest].append(rank)
+    owners, session = sorted({ranks[0] for ranks in holders.values()}), time.time_ns()
     for rank, digests in enumerate(held):
-        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        numbers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of chunks, by the ranks that hold them
         for number, digest in enumerate(digests):
-            alike[tuple(holding[digest])].append(number)
+            numbers[tuple(holders[digest])].append(number)
         part = (owners.index(rank) + 1, len(owners)) if rank in owners else None
-        store.set(f"answer/{rank}", json.dumps([run_id, session, part, [*alike.items()]]))
+        store.set(f"answer/{rank}", json.dumps([run_id, session, part, [*numbers.items()]]))
 
 
 def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
-    place = [] if chunk is None else [chunk.shape, chunk.offset, shape]
-    return hashlib.sha256(json.dumps([name, place]).encode()).hexdigest()[:16]
+    """Return a hash that identifies a chunk of a tensor in all processes."""
+    position = [] if chunk is None else [chunk.shape, chunk.offset, shape]
+    return hashlib.sha256(json.dumps([name, position]).encode()).hexdigest()[:16]
 
 
 def _wait(store: Store, key: str, rank: int, what: str, patience: float = 1.0) -> str:
+    """Wait for a key that a rank sets; return its value, or raise a RankError with `what` when the time is up."""
     seconds = patience * PATIENCE
     try:
         store.wait([key], timedelta(seconds=seconds))

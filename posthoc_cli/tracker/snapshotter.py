@@ -1,4 +1,4 @@
-"""The averages of one update: written as snapshots, and as sources of a synthesis beside those on disk."""
+"""The averages of one update: written as snapshots, and as sources of a synthesis in addition to those on disk."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SAME = 1e-12  # relative difference of one norm, summed twice in float64 in different orders
-_FITTED = 24  # snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers
+_SAME_NORM = 1e-12  # largest relative difference of one norm, summed twice in float64 in different orders
+_FITTED = 24  # snapshots that a new one's motion is fitted to; earlier measurements are in the headers
 
 
 # --- sources of a synthesis ---
@@ -86,7 +86,7 @@ class LiveSource:
 
     Attributes:
         stored: dtype and shape of its tensors.
-        read: gives ranges of them, flat.
+        read: returns ranges of them, flat.
     """
 
     info: SnapshotInfo
@@ -95,21 +95,21 @@ class LiveSource:
 
     @property
     def name(self) -> str:
-        """For messages, in place of a file name."""
+        """The source's name in messages, in place of a file name."""
         return f"live average of sigma_rel {self.info.sigma_rel:g}"
 
     @property
     def profile(self) -> PowerFunction:
-        """The power function that it tracks."""
+        """The power function that the average tracks."""
         return self.info.profile.pure
 
     def open(self) -> AbstractContextManager[Callable[[Sequence[ElementRange]], list[torch.Tensor]]]:
-        """What reads it."""
+        """Return a context with the function that reads ranges."""
         return nullcontext(self.read)
 
 
 def headers(settings: Settings, state: Tracking, off_schedule: bool = False) -> list[SnapshotInfo]:
-    """What snapshots of a state's averages would say of themselves, one a profile."""
+    """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
     knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
     sketch = "" if averages.known_path is None else encode_path(averages.known_path)
@@ -131,55 +131,53 @@ def live_sources(
     settings: Settings, state: Tracking, layout: Layout,
     read: Callable[[int, Sequence[ElementRange]], list[torch.Tensor]],
 ) -> list[LiveSource]:  # fmt: skip
-    """The averages of a state, one a profile, of which `read` gives ranges, on the host, rounded once."""
+    """Return the averages of a state as sources, one a profile; `read` returns ranges of averages, on the host."""
     copies = state.averages.copies
     specs = {
         name: TensorSpec(name, stored_name(bucket.wide), shape)
         for bucket in layout
         for name, shape in zip(bucket.names, bucket.shapes, strict=True)
     }
-    specs |= {name: TensorSpec(name, stored_name(one.dtype), tuple(one.shape)) for name, one in copies.items()}
+    specs |= {name: TensorSpec(name, stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
 
-    def own(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        averages = iter(read(index, [one for one in ranges if one.name not in copies]))
-        return [
-            copies[one.name].reshape(-1)[one.begin : one.end] if one.name in copies else next(averages)
-            for one in ranges
-        ]
+    def read_with_copies(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+        averages = iter(read(index, [piece for piece in ranges if piece.name not in copies]))
+        return [copies[name].reshape(-1)[i:j] if name in copies else next(averages) for name, i, j in ranges]
 
-    return [LiveSource(info, specs, partial(own, index)) for index, info in enumerate(headers(settings, state))]
+    infos = headers(settings, state)
+    return [LiveSource(info, specs, partial(read_with_copies, index)) for index, info in enumerate(infos)]
 
 
 def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
-    """The snapshots of a run on disk; none where the directory is another run's."""
+    """Return the snapshots of a run on disk; none if the directory belongs to another run."""
     snapshots = find_snapshots(directory)
     return snapshots if snapshots and snapshots[0].info.run_id == run_id else []
 
 
 def with_older(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
-    """Live averages, and the snapshots of other averages up to their time."""
-    now, held = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
-    times = ((snapshot, snapshot.info.t) for snapshot in snapshots)
-    return [*live, *(one for one, t in times if t < now or (t == now and one.info.sigma_rel not in held))]
+    """Return live averages, and the snapshots of other averages up to their time."""
+    now, profiles = live[0].info.t if live else math.inf, {source.info.sigma_rel for source in live}
+    infos = ((snapshot, snapshot.info) for snapshot in snapshots)
+    return [*live, *(s for s, info in infos if info.t < now or (info.t == now and info.sigma_rel not in profiles))]
 
 
 def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> list[LiveSource]:
-    """The same sources with measurements: those of their snapshots where these were just written, else new ones."""
+    """Return the sources with measurements: those of their snapshots if these are stored already, else new ones."""
     if not live:
         return []
     infos = [source.info for source in live]
-    alike = (snapshot for snapshot in stored if snapshot.info.part == infos[0].part)
-    known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in alike}
+    of_part = (snapshot for snapshot in stored if snapshot.info.part == infos[0].part)
+    known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in of_part}
     found = [known.get((info.t, info.sigma_rel)) for info in infos]
     if None in found:
-        own = {name: live[0].stored[name] for name in infos[0].averages if name in live[0].stored}
-        layout = buckets_of({name: (HOST, torch_dtype(spec.dtype), spec.shape) for name, spec in own.items()})
-        subset = Subset(layout, own)
+        specs = {name: live[0].stored[name] for name in infos[0].averages if name in live[0].stored}
+        layout = buckets_of({name: (HOST, torch_dtype(spec.dtype), spec.shape) for name, spec in specs.items()})
+        subset = Subset(layout, specs)
         values = [subset.read(source.read) for source in live]
         found = measurements(infos, subset, values, newest_before(infos[0], stored))
     return [
-        replace(source, info=replace(source.info, measurements=one and replace(one, rounding=0.0)))
-        for source, one in zip(live, found, strict=True)
+        replace(source, info=replace(source.info, measurements=own and replace(own, rounding=0.0)))
+        for source, own in zip(live, found, strict=True)
     ]
 
 
@@ -187,15 +185,15 @@ def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> li
 
 
 class Snapshotter:
-    """The one writer of a directory, which it makes when it is missing, from its construction until `close`.
+    """The one writer of a directory, from its construction until `close`; makes the directory if it is missing.
 
     Attributes:
-        written: how often snapshots were written, and the bytes of the last ones.
+        written: the number of times with snapshots that were written, and the bytes of the last snapshots.
 
     Raises:
         LockedError: another writer holds the directory.
-        DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written; or it is
-            another one than rank 0's, on a disk of this process's own.
+        DirectoryError, FileFormatError, MismatchError, WriteError: the path is no directory, cannot be read or written,
+            or is not rank 0's directory but one on this process's local disk.
     """
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
@@ -218,17 +216,17 @@ class Snapshotter:
                 self._spool = spool.Spool(directory, members.part, self._leads)
             if self._leads:
                 remove_leftovers(directory)
-                # Parts of a killed attempt and of this one could look like one snapshot.
-                for folder, there in read_folders(list_directory(directory)).incomplete.items():
-                    log.warning("%s: has %s, left by an interrupted training, and is removed", folder, there)
+                # Parts of an interrupted training and of this one could look like one snapshot.
+                for folder, parts in read_folders(list_directory(directory)).incomplete.items():
+                    log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
                     remove_snapshot(folder)
             snapshots = find_snapshots(directory)
         except BaseException:
             self.close()
             raise
-        # From here on nobody else writes: what is here need not be read again.
+        # From now on nobody else writes to the directory, so that it need not be read again.
         self._run_id = snapshots[0].info.run_id if snapshots else None
-        # By time: later ones are set aside before an earlier one is written.
+        # Ordered by time: later snapshots are set aside before an earlier one is written.
         self._stored = [StoredSnapshot.of(snapshot) for snapshot in snapshots]
         self._kept_step = 0
 
@@ -238,27 +236,27 @@ class Snapshotter:
         return frozenset(snapshot.checksum for snapshot in self._stored)
 
     def distances(self) -> dict[float, float]:
-        """How far each average was from the network when it was last stored, relative to its norm, by sigma_rel."""
-        newest = {one.sigma_rel: one.info.measurements for one in self._stored}
-        known = {sigma_rel: one for sigma_rel, one in newest.items() if one is not None and one.weights is not None}
-        return {sigma_rel: math.sqrt((one.weights or 0.0) / one.norm) for sigma_rel, one in known.items() if one.norm}
+        """Return each average's distance from the model when it was last stored, relative to its norm, by sigma_rel."""
+        newest = {snapshot.sigma_rel: snapshot.info.measurements for snapshot in self._stored}
+        known = {sigma_rel: own for sigma_rel, own in newest.items() if own is not None and own.weights is not None}
+        return {sigma_rel: math.sqrt((own.weights or 0.0) / own.norm) for sigma_rel, own in known.items() if own.norm}
 
     def check_run(self, run_id: str) -> None:
-        """Raise a MismatchError where the directory holds snapshots of another run."""
+        """Raise a MismatchError if the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
             hint = f"{ways_on(self._stored[-1].info.step)}; for a new run name another directory"
             raise MismatchError(self.directory, reason, hint)
 
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
-        """The stored snapshots, or those on the schedule."""
+        """Return the stored snapshots, or only those on the schedule."""
         return self._stored if off_schedule else on_schedule(self._stored)
 
     def read_again(self) -> None:
-        """Know the stored snapshots as states do: as complete ones."""
+        """Replace the parts of this process by complete snapshots, as states list them; a sole writer has no parts."""
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
-        """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""
+        """Set aside snapshots later than `t`, or not `known`: of another attempt that resumed from an earlier state."""
         own: list[StoredSnapshot] = []
         others: list[StoredSnapshot] = []
         for snapshot in self._stored:
@@ -270,25 +268,24 @@ class Snapshotter:
         self._stored = own
 
     def holding(self, averages: RunningAverages, norms: Mapping[float, float]) -> frozenset[str]:
-        """Header checksums of the snapshots off the schedule that hold these very averages, of these squared norms.
+        """Return the header checksums of the snapshots off the schedule that hold these averages, of these norms.
 
-        A state that was saved before they were written does not list them. Averages of another attempt at the same
-        time would have other norms.
+        A state that was saved before such a snapshot was written does not list it. Averages of another attempt at the
+        same time would have other squared norms.
         """
-        there = [s for s in self._stored if s.t == averages.standing.t and s.info.off_schedule]
-        measured = [(s, s.info.measurements.norm) for s in there if s.info.measurements and s.sigma_rel in norms]
-        return frozenset(s.checksum for s, norm in measured if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME))
+        same_time = [s for s in self._stored if s.t == averages.standing.t and s.info.off_schedule]
+        own = [(s, s.info.measurements.norm) for s in same_time if s.info.measurements and s.sigma_rel in norms]
+        return frozenset(s.checksum for s, norm in own if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME_NORM))
 
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
-        """Whether averages, or calls that the exact state counts, are not stored.
+        """Return whether averages, or calls that the exact state counts, are not stored.
 
-        At the end of training, whether a last snapshot is wanted, too; logs why a directory stays empty.
+        With `at_end`, log why a directory stays empty.
         """
         settings, standing, schedule = self._settings, tracking.averages.standing, self._settings.schedule
-        holds = self._holds(standing.t)
-        # Calls may have been counted since that brought no update.
-        kept_behind = settings.keep_state and self._kept_step != tracking.progress.step
-        behind = standing.t > 0 and (kept_behind or not holds)
+        # Calls without an update may have been counted since the exact state was written.
+        state_is_behind = settings.keep_state and self._kept_step != tracking.progress.step
+        behind = standing.t > 0 and (state_is_behind or not self._holds(standing.t))
         if at_end and not behind and not self._stored and not files.is_gone(self.directory):
             log.warning(
                 "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d",
@@ -297,9 +294,9 @@ class Snapshotter:
         return behind
 
     def record(self, state: Tracking, staged: StagedAverages, exact: Tracking | None, is_due: bool = True) -> None:
-        """Write the averages of one time, thin, and replace the exact state where one is given.
+        """Write the snapshots of one time, thin, and replace the exact state if one is given.
 
-        Of `state` the averages are `staged`. Without `is_due` only what is not stored yet is written.
+        `staged` are the averages of `state`. Without `is_due` only averages that are not stored yet are written.
         """
         standing = state.averages.standing
         self._wait_for_room()
@@ -310,7 +307,7 @@ class Snapshotter:
                     reason = f"was deleted: the averages of step {standing.step} are lost"
                     raise WriteError(self.directory, reason, errno=errno.ENOENT)
                 infos = zip(headers(self._settings, state, off_schedule), staged.samples, strict=True)
-                self.write([replace(info, sample=one) for info, one in infos], staged, state.averages.copies)
+                self.write([replace(info, sample=own) for info, own in infos], staged, state.averages.copies)
                 self._thin()
             except PostHocError as error:
                 self._members.announce_failure(error)
@@ -321,69 +318,67 @@ class Snapshotter:
             self._kept_step = exact.progress.step
         if self._spool is not None:
             self._spool.kept = frozenset([*self._newest(), self.directory / STATE_NAME])
-            if not self._spool.is_due:  # while a store fails, each takes long
+            if not self._spool.is_due:  # one queued upload is enough: while a store fails, each attempt takes long
                 self._spool.is_due = True
                 self._uploads.submit(self._spool.sync)
 
     def upload(self) -> None:
-        """Return when everything written is in the store of a run by URL; a WriteError if it cannot be uploaded."""
+        """Wait until all written files are in the store of a run by URL; raise a WriteError if they cannot be."""
         if self._spool is not None:
             self._uploads.call(partial(self._spool.sync, must=True))
 
     def take_error(self) -> Exception | None:
-        """An error of uploading; each is returned once."""
+        """Return and forget the oldest error of an upload, or None."""
         return self._uploads.take_error()
 
     def _wait_for_room(self) -> None:
-        """Return when the spool of a run by URL can take more."""
+        """Wait until the spool of a run by URL has room for more files."""
         if self._spool is None or self._spool.has_room():
             return
         if not self._has_waited:
-            what = (
-                "%s: training waits for uploads: files that wait for theirs take more than is free on the spool's disk"
-            )
-            log.warning(what, self.directory)
+            reason = "files that are not uploaded yet take more than is free on the spool's disk"
+            log.warning("%s: training waits for uploads: %s", self.directory, reason)
             self._has_waited = True
         while not self._spool.has_room():
             self._uploads.call(self._spool.sync)
             time.sleep(0.1)
 
     def _newest(self) -> list[Path]:
-        """The snapshots that the next ones are measured against, see `newest_before`."""
-        kept = []
+        """Return the snapshots that the next ones are measured against, see `newest_before`."""
+        newest = []
         for stored in (self._stored, on_schedule(self._stored)):
             for sigma_rel in self._settings.sigma_rels:
-                kept += [one.path for one in stored if one.sigma_rel == sigma_rel][-2:]
-        return kept
+                newest += [snapshot.path for snapshot in stored if snapshot.sigma_rel == sigma_rel][-2:]
+        return newest
 
     def write(self, infos: Sequence[SnapshotInfo], staged: StagedAverages, copies: Mapping[str, torch.Tensor]) -> None:
-        """Write the snapshots of one time, each durably, with their measurements, or none where one is not finite.
+        """Write the snapshots of one time durably, with their measurements; none if an average is not finite.
 
-        After skipped updates an average may be due that is stored already: it is not written again. Snapshots on the
-        schedule are written, and measured, as if there were none off it.
+        After skipped updates, an average that is due may be stored already: then it is not written again. Snapshots on
+        the schedule are written and measured as if none existed off the schedule.
         """
         due = [not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule) for info in infos]
         if not any(due):
             return
-        behind = self.stored(infos[0].off_schedule)
+        earlier = self.stored(infos[0].off_schedule)
         for bad in filter(None, staged.nonfinite):
             raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
-        subset, before = staged.layout.subset, newest_before(infos[0], behind)
-        found = measurements(infos, subset, staged.averages, before, staged.stored, staged.network)
+        subset, partners = staged.layout.subset, newest_before(infos[0], earlier)
+        measured = measurements(infos, subset, staged.averages, partners, staged.stored, staged.network)
         for name, copy in copies.items():
             if copy.is_floating_point() and bool(copy.isnan().any()):
-                log.warning("tensor %r holds nan; it is copied as it is", name)
-        infos = [replace(info, measurements=one) for info, one in zip(infos, found, strict=True)]
-        motion = self._motion(behind, infos)
+                log.warning("tensor %r holds nan, and is copied unchanged", name)
+        infos = [replace(info, measurements=own) for info, own in zip(infos, measured, strict=True)]
+        motion = self._motion(earlier, infos)
         nbytes = 0
         for index, (info, is_due) in enumerate(zip(infos, due, strict=True)):
             if is_due:
                 nbytes += self._write_one(replace(info, motion=motion), staged, index, copies)
         self.written = (self.written[0] + 1, nbytes)
 
-    def _motion(self, behind: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> Motion | None:
-        """The motion up to these snapshots, for their headers; None if too few were measured."""
-        known = (snapshot for snapshot in reversed(behind) if snapshot.info.measurements)
+    def _motion(self, earlier: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> Motion | None:
+        """Return the motion up to these snapshots, for their headers; None if too few were measured."""
+        known = (snapshot for snapshot in reversed(earlier) if snapshot.info.measurements)
         fitted = [snapshot.info for snapshot in islice(known, _FITTED) if snapshot.t < infos[0].t][::-1]
         prior = measured_prior([info.average() for info in [*fitted, *infos]])
         is_known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
@@ -394,7 +389,7 @@ class Snapshotter:
         self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
 
     def close(self) -> None:
-        """Let another writer in, when everything written is uploaded, or that was tried."""
+        """Release the directory for another writer, after an attempt to upload all written files."""
         spool, self._spool = self._spool, None
         if spool is not None:
             spool.kept = frozenset()
@@ -407,18 +402,18 @@ class Snapshotter:
     def _write_one(
         self, info: SnapshotInfo, staged: StagedAverages, index: int, copies: Mapping[str, torch.Tensor]
     ) -> int:
-        """Write the snapshot of the average of that index; returns its tensors' bytes."""
+        """Write the snapshot of the average of that index; return the bytes of its tensors."""
         others = staged.others[index]
-        dtypes = staged.layout.dtypes | {name: one.dtype for name, one in others.items()}
+        dtypes = staged.layout.dtypes | {name: tensor.dtype for name, tensor in others.items()}
         specs = [TensorSpec(n, stored_name(dtype, n), staged.layout.shapes[n]) for n, dtype in dtypes.items()]
-        specs += [TensorSpec(n, stored_name(one.dtype, n), tuple(one.shape)) for n, one in copies.items()]
+        specs += [TensorSpec(n, stored_name(copy.dtype, n), tuple(copy.shape)) for n, copy in copies.items()]
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
         if info.part is not None:
             with files.reported_as_write_error(path.parent):
                 files.make_directory(path.parent)
-        earlier = [snapshot for snapshot in self._stored if snapshot.path != path]
-        # One off the schedule, of the same average; or of a process that has outlived its training.
-        replaces = len(earlier) < len(self._stored) or (info.part is not None and _is_earlier(path, info))
+        kept = [snapshot for snapshot in self._stored if snapshot.path != path]
+        # The path may hold a snapshot of the same average off the schedule, or a part of an earlier training's process.
+        replaces = len(kept) < len(self._stored) or (info.part is not None and _is_of_earlier_session(path, info))
         with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
             for names, flats in staged.flats(index):
                 if len(flats) == 1:
@@ -431,56 +426,57 @@ class Snapshotter:
                 writer.write(name, tensor_bytes(tensor))
             checksum = writer.commit()
         self._run_id = info.run_id
-        self._stored = [*earlier, StoredSnapshot(path, info, checksum)]
+        self._stored = [*kept, StoredSnapshot(path, info, checksum)]
         log.info("wrote %s", path)
         return sum(spec.nbytes for spec in specs)
 
     def _holds(self, t: float) -> bool:
-        """Whether each average of a time has a snapshot."""
+        """Return whether each average of a time has a snapshot."""
         return all(self._has(t, sigma_rel) for sigma_rel in self._settings.sigma_rels)
 
     def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
+        """Return whether an average has a snapshot, or with `scheduled` one on the schedule."""
         newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
         same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
         return any(not (scheduled and s.info.off_schedule) for s in same)
 
 
 class PartSnapshotter(Snapshotter):
-    """One of the processes that write to a directory together, each its part of every snapshot.
+    """The writer of one process of several that write a part of every snapshot to one directory.
 
-    The first one has the directory's lock, and thins.
+    The process with rank 0 has the directory's lock, and thins.
     """
 
     @property
     def checksums(self) -> frozenset[str]:
         """Header checksums of the stored snapshots that are complete."""
-        own, complete = {(one.t, one.sigma_rel) for one in self._stored}, self._complete()
-        return frozenset(one.checksum for key, one in complete.items() if key in own)
+        own, complete = {(part.t, part.sigma_rel) for part in self._stored}, self._complete()
+        return frozenset(snapshot.checksum for key, snapshot in complete.items() if key in own)
 
     def distances(self) -> dict[float, float]:
-        """None: each process has measured its own part only."""
+        """Return no distances: each process has measured only its own part."""
         return {}
 
     def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
-        """As above, without those that another process has removed."""
-        return [*filter(_is_there, super().stored(off_schedule))]
+        """Return the stored parts of this process, without those that another process has removed."""
+        return [*filter(_exists, super().stored(off_schedule))]
 
     def read_again(self) -> None:
-        """As above: this process knows the parts that it has written."""
+        """Replace the list of this process's parts by that of the complete snapshots."""
         self._stored = [*self._complete().values()]
 
-    def _motion(self, behind: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> None:
-        """None: each process has measured its own part only."""
+    def _motion(self, earlier: Sequence[StoredSnapshot], infos: Sequence[SnapshotInfo]) -> None:
+        """Return no motion: each process has measured only its own part."""
 
     def _thin(self) -> None:
-        with suppress(RemoteError):  # of a store that does not answer: the next snapshots thin
-            self._stored = [*filter(_is_there, self._stored)]
+        with suppress(RemoteError):  # if the store does not answer, the next snapshots thin
+            self._stored = [*filter(_exists, self._stored)]
             if self._leads:
                 self._warn_of_incomplete()
                 self._thin_complete(self._settings.schedule)
 
     def _thin_complete(self, schedule: TrackingSchedule) -> None:
-        """Thin the times of which everything is there: another process may die before it has written its part."""
+        """Thin the times whose snapshots are complete: another process may die before it has written its part."""
         if schedule.max_checkpoints is None:
             return
         complete = self._complete()
@@ -491,20 +487,20 @@ class PartSnapshotter(Snapshotter):
         self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
     def _warn_of_incomplete(self) -> None:
-        """Warn of the third newest snapshots if they still lack parts: each process writes one time after the other."""
+        """Warn if the third newest snapshots still lack parts, although each process writes in order of time."""
         times = sorted({snapshot.t for snapshot in self._stored})
         for path, part in [(s.path, s.info.part) for s in self._stored if s.t in times[-3:-2]]:
-            if part is not None and (there := len(list_folder(path.parent).files)) < part[1]:
+            if part is not None and (count := len(list_folder(path.parent).files)) < part[1]:
                 what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
-                log.warning(what, path.parent, there, part[1], ON_ONE_FILE_SYSTEM)
+                log.warning(what, path.parent, count, part[1], ON_ONE_FILE_SYSTEM)
 
     def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
-        """The snapshots of which all parts are there, by time and sigma_rel."""
+        """Return the snapshots whose parts are complete, by time and sigma_rel."""
         return {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
 
 
 def _check_shared(directory: Path) -> None:
-    """Raise a DirectoryError unless this process sees the lock that rank 0 has made; a network may show it late."""
+    """Raise a DirectoryError unless this process sees rank 0's lock file; a network file system may show it late."""
     until = time.monotonic() + PATIENCE
     while not (directory / LOCK_NAME).exists():
         if time.monotonic() > until:
@@ -513,16 +509,16 @@ def _check_shared(directory: Path) -> None:
         time.sleep(0.1)
 
 
-def _is_there(snapshot: StoredSnapshot) -> bool:
-    """Whether a snapshot is there; also where its store does not answer."""
+def _exists(snapshot: StoredSnapshot) -> bool:
+    """Return whether a snapshot exists; True if its store does not answer."""
     try:
         return snapshot.path.exists()
     except RemoteError:
         return True
 
 
-def _is_earlier(path: Path, own: SnapshotInfo) -> bool:
-    """Whether there is a part of an earlier training under a name."""
-    with suppress(FileFormatError, RemoteError):  # or there is none
+def _is_of_earlier_session(path: Path, own: SnapshotInfo) -> bool:
+    """Return whether the path holds a part of an earlier session of the training."""
+    with suppress(FileFormatError, RemoteError):  # there is no readable part
         return decode_snapshot(path, read_header(path)).session < own.session
     return False

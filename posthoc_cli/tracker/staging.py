@@ -1,4 +1,4 @@
-"""Copies of a model's values on the host, the order of work on accelerators, and what is stored of averages."""
+"""Copies of a model's values on the host, the order of work on accelerators, and the averages as they are stored."""
 
 from __future__ import annotations
 
@@ -34,66 +34,69 @@ from posthoc_cli.tracker.layout import (
 from posthoc_cli.tracker.measuring import Subset
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.worker import ALONE, Crew
+from posthoc_cli.tracker.worker import SINGLE_THREAD, ThreadPool
 
 FREE_SHARE = 0.1
-"""Share of an accelerator's free memory that copies may pass through."""
+"""Largest share of an accelerator's free memory that is used as a buffer for copies to the host."""
 
 
 # --- accelerators
 
 Streams = dict[torch.device, Any]
-Marks = tuple[tuple[torch.device, Any], ...]  # events: work that was queued on the device before is done when they are
+DeviceEvents = tuple[tuple[torch.device, Any], ...]  # a CUDA event a device: it ends when the work queued before it has
 
 
 class DeviceStreams:
-    """Orders a tracker's threads on accelerators, where each has its own stream; `last` marks the last update's end."""
+    """Orders the work of a tracker's threads on accelerators, where each thread has separate streams.
+
+    `last_events` mark the end of the last update.
+    """
 
     def __init__(self) -> None:
-        self.last: Marks = ()
+        self.last_events: DeviceEvents = ()
         self._own: Streams = {}
 
     @staticmethod
     def current(devices: Iterable[torch.device]) -> Streams:
-        """The streams that the calling thread uses on these devices."""
+        """Return the streams that the calling thread uses on these devices."""
         return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
 
     @classmethod
-    def marks(cls, tensors: Iterable[torch.Tensor]) -> Marks:
-        """Marks after what the calling thread has queued so far."""
+    def record_events(cls, tensors: Iterable[torch.Tensor]) -> DeviceEvents:
+        """Record events after the work that the calling thread has queued so far on the tensors' devices."""
         return tuple(
             (device, stream.record_event()) for device, stream in cls.current(t.device for t in tensors).items()
         )
 
     @contextmanager
-    def entered(self, streams: Streams) -> Iterator[None]:
-        """Work in the streams of another thread, which waits meanwhile; updates `last`."""
+    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
+        """Work in the streams of another thread, which waits for the block; set `last_events` at its end."""
         with ExitStack() as stack:
             for stream in streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
             yield
-            self.last = tuple((device, stream.record_event()) for device, stream in streams.items())
+            self.last_events = tuple((device, stream.record_event()) for device, stream in streams.items())
 
     @contextmanager
-    def beside_training(self) -> Iterator[None]:
-        """Work in streams of this thread's own, after the last update; it is done at the end of the block."""
+    def in_own_streams(self) -> Iterator[None]:
+        """Work in separate streams, after the last update, and wait for that work at the end of the block."""
         cuda: Any = torch.cuda
         with ExitStack() as stack:
-            for device, event in self.last:
+            for device, event in self.last_events:
                 if device not in self._own:
                     self._own[device] = cuda.Stream(device)
                 self._own[device].wait_event(event)
                 stack.enter_context(cuda.stream(self._own[device]))
             yield
-            for device, _ in self.last:
+            for device, _ in self.last_events:
                 self._own[device].synchronize()
 
 
 class _Ring:
-    """An accelerator's memory through which tiles go to the host, in a stream of its own while training goes on.
+    """A ring of buffers on an accelerator, through which tiles go to the host in a separate stream.
 
-    It holds all of them where that is a small share of the free memory. Else the training's stream waits, with the
-    copying of a tile, until the one that was in its place before has left.
+    The ring holds all tiles if they take a small share of the free memory. Otherwise the training stream waits, before
+    it fills a buffer, until the tile that the buffer held before has been copied to the host.
     """
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
@@ -102,33 +105,33 @@ class _Ring:
         count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
         self._device, self._stream = device, cuda.Stream(device)
         self._buffers = [
-            torch.empty(max(sizes[place::count]), dtype=torch.uint8, device=device) for place in range(count)
+            torch.empty(max(sizes[index::count]), dtype=torch.uint8, device=device) for index in range(count)
         ]
-        self._sent: list[Any] = [None] * count
+        self._sent: list[Any] = [None] * count  # each buffer's last event
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
-    def send(self, number: int, values: list[torch.Tensor], room: torch.Tensor) -> Any:
-        """Have the tile of this number, from 0 on, copied into room on the host; returns the event after it."""
+    def send(self, number: int, values: list[torch.Tensor], out: torch.Tensor) -> Any:
+        """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event after the copy."""
         cuda: Any = torch.cuda
-        place, training = number % len(self._buffers), cuda.current_stream(self._device)
-        if self._sent[place] is not None:
-            training.wait_event(self._sent[place])
-        buffer = self._buffers[place]
-        passing = buffer[: room.nbytes].view(room.dtype)
-        _fill(passing, values)
+        index, training = number % len(self._buffers), cuda.current_stream(self._device)
+        if self._sent[index] is not None:
+            training.wait_event(self._sent[index])
+        buffer = self._buffers[index]
+        staged = buffer[: out.nbytes].view(out.dtype)
+        _fill(staged, values)
         self._stream.wait_stream(training)
         with cuda.stream(self._stream):
-            room.copy_(passing, non_blocking=True)
+            out.copy_(staged, non_blocking=True)
         # A thread that waits for a blocking event sleeps, and takes no core from the training.
-        self._sent[place] = self._stream.record_event(cuda.Event(blocking=True))
-        # When it is freed, torch must not use its memory again before both streams are done with it.
+        self._sent[index] = self._stream.record_event(cuda.Event(blocking=True))
+        # torch must not reuse a freed buffer's memory before both streams have finished with the buffer.
         for user in (self._stream, training):
             buffer.record_stream(user)
-        return self._sent[place]
+        return self._sent[index]
 
 
 def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
-    """Copy flat tensors end to end."""
+    """Copy flat tensors end to end into `flat`."""
     torch._foreach_copy_([*torch.split(flat, [value.numel() for value in values])], values)
 
 
@@ -137,47 +140,44 @@ def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ModelCopy:
-    """A model's values at one moment on the host, in their own dtypes; they are there after the `events`."""
+    """A model's values at one moment, on the host, in the model's dtypes; complete after the `events`."""
 
     host: HostTensors
     values: TileReader
     events: tuple[Any, ...] = ()
 
     def arrived(self) -> TileReader:
-        """The values; waits until they are there."""
+        """Wait until all values have arrived, and return a reader of them."""
         for event in self.events:
             event.synchronize()
         return self.values
 
 
 class ModelCopier:
-    """Copies a model's values to memory on the host, which it uses again, to be read by so many threads.
-
-    `nbytes` is what it holds, there and on accelerators: with a copy that nobody has given back, too.
-    """
+    """Copies a model's values to memory on the host, which it reuses, for readers of `threads` threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
-        self._free: deque[ModelCopy] = deque(maxlen=1)  # one is enough, and old layouts go
+        self._free: deque[ModelCopy] = deque(maxlen=1)  # one is enough, and copies of old layouts drop out
         self._layout: Layout = ()
         self._rings: dict[torch.device, _Ring] = {}
         self._host_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
+        """Bytes of memory on the host and on accelerators, including a copy that is in use."""
         return self._host_bytes + sum(ring.nbytes for ring in self._rings.values())
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, model: TileReader, crew: Crew = ALONE) -> ModelCopy:
-        """A copy of the values as they are now; `give_back` it. From accelerators the crew must be the caller alone."""
+    def copy(self, model: TileReader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
+        """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be `SINGLE_THREAD`."""
         layout, sizes = model.layout, defaultdict(list)
         if layout != self._layout:
             for tile in model.tiles:
                 if (bucket := layout[tile.bucket]).device.type == "cuda":
                     sizes[bucket.device].append((tile.end - tile.begin) * bucket.dtype.itemsize)
-            self._rings = {device: _Ring(device, own) for device, own in sizes.items()}
+            self._rings = {device: _Ring(device, nbytes) for device, nbytes in sizes.items()}
             self._layout = layout
         copy = self._free.pop() if self._free else None
         if copy is None or copy.host.layout != on_host(layout):
@@ -187,20 +187,20 @@ class ModelCopier:
         host, events = copy.host, dict[torch.device, Any]()
         counts: dict[torch.device, int] = defaultdict(int)
 
-        def work(tile: Tile, _: int) -> None:
+        def copy_tile(tile: Tile, _: int) -> None:
             device = layout[tile.bucket].device
-            (room,) = host.flat(tile.bucket, tile.begin, tile.end)
-            if device in self._rings:  # its stream keeps order: the last event is enough
-                events[device] = self._rings[device].send(counts[device], model.current(tile), room)
+            (out,) = host.flat(tile.bucket, tile.begin, tile.end)
+            if device in self._rings:  # a stream keeps order: the last event is enough
+                events[device] = self._rings[device].send(counts[device], model.current(tile), out)
                 counts[device] += 1
             else:
-                _fill(room, model.current(tile))
+                _fill(out, model.current(tile))
 
-        crew.each(work, model.tiles)
+        pool.each(copy_tile, model.tiles)
         return replace(copy, events=tuple(events.values()))
 
     def give_back(self, copy: ModelCopy) -> None:
-        """Take back a copy that has arrived and is no longer needed; from any thread."""
+        """Take back a copy that has arrived and is no longer needed; may be called from any thread."""
         self._free.append(copy)
 
 
@@ -212,10 +212,10 @@ class StorageLayout:
 
     Attributes:
         stored: the same buckets on the host in the storage dtype.
-        weights: names of tensors that are measured and rounded: not running statistics.
-        shapes, dtypes: of all, as they are stored if their values fit.
-        subset: elements of the weights that are measured.
-        sample: those of a snapshot's sample.
+        weights: names of the tensors that are measured and rounded: all but running statistics.
+        shapes, dtypes: the shape of each tensor, and the dtype that it is stored in if its values fit.
+        subset: the elements of the weights that are measured.
+        sample: the elements of a snapshot's sample.
     """
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
@@ -225,30 +225,31 @@ class StorageLayout:
         self.subset = Subset(layout, self.weights)
         self.shapes = {n: shape for bucket in layout for n, shape in zip(bucket.names, bucket.shapes, strict=True)}
         self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
-        places = {name: (at, begin) for at, b in enumerate(layout) for name, (begin, _) in b.places.items()}
-        sampled = np.array([(places[n][0], places[n][1] + i) for n, i in tracked.sampled], np.int64).reshape(-1, 2)
-        self._order = np.lexsort(sampled.T[::-1])
-        ordered = sampled[self._order]
-        self.sample = Elements(layout, [ordered[ordered[:, 0] == at, 1] for at in range(len(layout))])
+        places = {name: (index, begin) for index, b in enumerate(layout) for name, (begin, _) in b.places.items()}
+        sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
+        pairs = np.array(sampled, np.int64).reshape(-1, 2)
+        self._order = np.lexsort(pairs.T[::-1])
+        ordered = pairs[self._order]
+        self.sample = Elements(layout, [ordered[ordered[:, 0] == index, 1] for index in range(len(layout))])
 
-    def in_order(self, room: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
-        """Values of a snapshot's sample, in its order."""
+    def in_order(self, buffers: Sequence[torch.Tensor]) -> npt.NDArray[np.float32]:
+        """Return the values of a snapshot's sample, one buffer a bucket, in the sample's order."""
         values = np.empty(len(self._order), np.float32)
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
-            values[self._order] = joined(room)
+        with np.errstate(over="ignore"):  # values that float32 cannot hold become infinite
+            values[self._order] = joined(buffers)
         return values
 
 
 @dataclass(frozen=True, eq=False)
 class StagedAverages:
-    """The averages of one update as they are stored; one of each a profile.
+    """The averages of one update as they are stored; each list has one item a profile.
 
     Attributes:
-        copies: the values; those of tensors that are stored in another dtype are in `others`.
+        copies: the values, except tensors that are stored in another dtype, which are in `others`.
         nonfinite: the first tensor that holds a nan or an infinity.
-        averages, stored: values of the subset that is measured, exact and as they are stored.
-        network: the network's, where known.
-        samples: of exact values and the network's, as a header has them; empty where the network's are not known.
+        averages, stored: values of the measured subset, exact and as they are stored.
+        network: the model's values of the measured subset, if known.
+        samples: the exact and the model's values of the sample, encoded for the header; "" if the model's are unknown.
     """
 
     layout: StorageLayout
@@ -261,83 +262,86 @@ class StagedAverages:
     samples: Sequence[str]
 
     def flats(self, index: int) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-        """The tensors of `copies` that are stored: several end to end in one flat tensor, or one in several."""
+        """Yield the stored tensors of `copies`: several end to end in one flat tensor, or one in several."""
         copies, others = self.copies[index], self.others[index]
-        for at, (bucket, edges) in enumerate(zip(copies.layout, copies.edges, strict=True)):
+        for number, (bucket, edges) in enumerate(zip(copies.layout, copies.edges, strict=True)):
 
             def slabs(name: str, bucket: Bucket = bucket, edges: Sequence[int] = edges) -> tuple[int, int] | None:
                 begin, end = bucket.places[name]
                 return None if name in others else (bisect_right(edges, begin), bisect_left(edges, end))
 
-            for held, own in groupby(bucket.names, slabs):
-                names = [*own]
-                if held is not None:
-                    yield names, copies.flat(at, bucket.places[names[0]][0], bucket.places[names[-1]][1])
+            for span, group in groupby(bucket.names, slabs):
+                names = [*group]
+                if span is not None:
+                    yield names, copies.flat(number, bucket.places[names[0]][0], bucket.places[names[-1]][1])
 
 
 @torch.no_grad()
 def stage(
     layout: StorageLayout, averages: RunningAverages, copies: Sequence[HostTensors],
-    network: Sequence[torch.Tensor] | None = None, crew: Crew = ALONE,
+    network: Sequence[torch.Tensor] | None = None, pool: ThreadPool = SINGLE_THREAD,
 ) -> StagedAverages:  # fmt: skip
-    """The averages as they are now, in `copies`, which may be pinned and not there before their stream is done.
+    """Round the averages as they are now into `copies`, which may be pinned: complete when the current stream is.
 
-    `network` is a room with the model's values of the subset. The results do not depend on the crew's threads.
+    `network` has the model's values of the subset, one buffer a bucket. Results do not depend on the pool's threads.
     """
     profiles, subset = range(len(averages.sigma_rels)), layout.subset
-    values, samples = ([own.room() for _ in profiles] for own in (subset, layout.sample))
+    subset_buffers, samples = ([elements.buffers() for _ in profiles] for elements in (subset, layout.sample))
     tiles = tiles_of(layout.layout)
     norms: list[list[torch.Tensor]] = [[] for _ in tiles]
 
-    def work(tile: Tile, thread: int) -> None:
+    def stage_tile(tile: Tile, thread: int) -> None:
         for index in profiles:
             exact = averages.values(tile, index, thread)
-            (room,) = copies[index].flat(tile.bucket, tile.begin, tile.end)
+            (out,) = copies[index].flat(tile.bucket, tile.begin, tile.end)
             if exact.device.type == "cpu":
-                room.copy_(exact)
+                out.copy_(exact)
             else:
-                room.copy_(exact.to(room.dtype), non_blocking=True)
+                out.copy_(exact.to(out.dtype), non_blocking=True)
             norms[tile.number].append(torch.linalg.vector_norm(exact))
-            subset.take(tile, exact, values[index])
+            subset.take(tile, exact, subset_buffers[index])
             layout.sample.take(tile, exact, samples[index])
 
-    crew.each(work, tiles)
+    pool.each(stage_tile, tiles)
     doubtful: list[set[str]] = [set() for _ in profiles]
-    for tile, own, held in zip(tiles, norms, ranges_of(layout.layout), strict=True):
-        most = torch.finfo(layout.stored[tile.bucket].dtype).max
-        for index, norm in enumerate(own):
-            if not float(norm) <= most:
-                doubtful[index] |= {one.name for one in held}
-    found = [joined(own) for own in values]
-    rounded = [zip(own, layout.stored, strict=True) for own in values]
-    stored = [joined([one.to(bucket.dtype).to(one.dtype) for one, bucket in own]) for own in rounded]
-    others = [_otherwise(layout, averages, index, doubtful[index], found[index], stored[index]) for index in profiles]
-    nonfinite = [nonfinite_name(own) for own in others]
-    known, measured = averages.sample, None if network is None else joined(network)
-    told = ["" if known is None else encode_sample(*map(layout.in_order, (known, own))) for own in samples]
-    return StagedAverages(layout, copies, others, nonfinite, found, stored, measured, told)
+    for tile, tile_norms, ranges in zip(tiles, norms, ranges_of(layout.layout), strict=True):
+        largest = torch.finfo(layout.stored[tile.bucket].dtype).max
+        for index, norm in enumerate(tile_norms):
+            if not float(norm) <= largest:
+                doubtful[index] |= {piece.name for piece in ranges}
+    measured = [joined(buffers) for buffers in subset_buffers]
+    paired = [zip(buffers, layout.stored, strict=True) for buffers in subset_buffers]
+    stored = [joined([values.to(bucket.dtype).to(values.dtype) for values, bucket in pairs]) for pairs in paired]
+    others = [
+        _stored_in_other_dtypes(layout, averages, index, doubtful[index], measured[index], stored[index])
+        for index in profiles
+    ]
+    nonfinite = [nonfinite_name(tensors) for tensors in others]
+    weights, network_values = averages.sample, None if network is None else joined(network)
+    encoded = ["" if weights is None else encode_sample(*map(layout.in_order, (weights, own))) for own in samples]
+    return StagedAverages(layout, copies, others, nonfinite, measured, stored, network_values, encoded)
 
 
-def _otherwise(
+def _stored_in_other_dtypes(
     layout: StorageLayout, averages: RunningAverages, index: int, doubtful: set[str], measured: Values, stored: Values
 ) -> dict[str, torch.Tensor]:
-    """Tensors of an average in the dtype that they are stored in, where that is another one than their bucket's.
+    """Return the tensors of an average that are stored in another dtype than their bucket's, in that dtype.
 
-    These are running statistics, and weights that it does not hold: float32 does, or else float64. Of weights the
-    values that are measured are changed in `stored`.
+    These are running statistics, and weights that their bucket's dtype cannot hold: those are stored in float32, or
+    else in float64, and their measured values are changed in `stored`.
     """
     subset, found = layout.subset, {}
     spans = dict(zip(subset.sizes, pairwise(subset.edges.tolist()), strict=True))
     norms, errors = subset.sums(measured), subset.sums(measured, stored)
     for name, norm, error in zip(spans, norms.tolist(), errors.tolist(), strict=True):
-        if not _is_held(norm, error, layout.dtypes[name]):
+        if not _is_accurate(norm, error, layout.dtypes[name]):
             doubtful.add(name)
     for name in [name for name in layout.dtypes if name in doubtful or name not in layout.weights]:
-        shape, own = layout.shapes[name], layout.dtypes[name]
+        shape, usual = layout.shapes[name], layout.dtypes[name]
         (exact,) = averages.read(index, [ElementRange(name, 0, math.prod(shape))])
-        kinds = (own, torch.float32) if name in layout.weights else ()
-        dtype = next((kind for kind in kinds if _holds(kind, exact)), exact.dtype)
-        if name not in layout.weights or dtype != own or not bool(exact.isfinite().all()):
+        candidates = (usual, torch.float32) if name in layout.weights else ()
+        dtype = next((candidate for candidate in candidates if _holds(candidate, exact)), exact.dtype)
+        if name not in layout.weights or dtype != usual or not bool(exact.isfinite().all()):
             found[name] = exact.to(dtype).view(shape)
             span = slice(*spans.get(name, (0, 0)))
             stored[span] = measured[span].astype(np.float64 if dtype == torch.float64 else np.float32)
@@ -345,28 +349,29 @@ def _otherwise(
 
 
 def _holds(dtype: torch.dtype, exact: torch.Tensor) -> bool:
+    """Return whether a dtype holds a tensor as accurately as ordinary values."""
     error = exact - exact.to(dtype).to(exact.dtype)
     norm, rounding = (float(torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2 for own in (exact, error))
-    return _is_held(norm, rounding, dtype)
+    return _is_accurate(norm, rounding, dtype)
 
 
-def _is_held(norm: float, rounding: float, dtype: torch.dtype) -> bool:
-    """Whether a dtype holds a tensor with these sums.
+def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
+    """Return whether the squared rounding error of a tensor of this squared norm is that of ordinary values.
 
-    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more where a value becomes
-    infinite, or all are about as small as the subnormal numbers.
+    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more if a value becomes infinite,
+    or if all values are about as small as the dtype's subnormal numbers.
     """
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
 
 
 def squared_norms(averages: RunningAverages, measured: Iterable[str]) -> dict[float, float]:
-    """The squared norm of each average, as it would be in a snapshot, by its sigma_rel."""
+    """Return the squared norm of each average, by sigma_rel, as its snapshot would have it."""
     kept = averages.tensors
     assert kept is not None
-    subset, found = Subset(kept.layout, measured), {}
+    subset, norms = Subset(kept.layout, measured), {}
     for index, sigma_rel in enumerate(averages.sigma_rels):
-        room = subset.room()
+        buffers = subset.buffers()
         for tile in tiles_of(kept.layout):
-            subset.take(tile, averages.values(tile, index), room)
-        found[sigma_rel] = subset.squared(joined(room))
-    return found
+            subset.take(tile, averages.values(tile, index), buffers)
+        norms[sigma_rel] = subset.squared(joined(buffers))
+    return norms

@@ -1,9 +1,9 @@
-"""Worker threads: jobs done one after another, crews of threads for large updates, and a warning when training waits.
+"""Worker threads that run jobs in order, thread pools for large updates, and a warning when training has to wait.
 
-Signal handlers run in the main thread, between any two steps of its code, and may call the function that they have
-interrupted. So no lock is held while Python code runs: a handler that waits for it would wait for the code beneath it.
-Queues and deques are appended to and popped from in one step, and `dict.setdefault`, one step as well, decides who
-takes a job.
+A signal handler runs in the main thread, between any two steps of its code, and may call the very function that it has
+interrupted. So no lock is held while Python code runs: a handler that waited for it would deadlock with the interrupted
+code. Appending to and popping from queues and deques is atomic, and so is `dict.setdefault`, which decides who runs a
+job.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Item = TypeVar("Item")
 
 
 class Calls:
-    """Lets one call at a time into a tracker, of the process that made it, until it is closed."""
+    """Admits one call at a time to a tracker, from the process that made the tracker, until the tracker is closed."""
 
     def __init__(self, directory: Path) -> None:
         self.closed, self.caller = False, 0
         self._directory, self._process, self._lock = directory, os.getpid(), threading.Lock()
 
     def check_process(self) -> None:
-        """Raise a NotReadyError in a forked process, which has no threads."""
+        """Raise a NotReadyError in a forked process, which has none of the tracker's threads."""
         if self.is_forked:
             reason = "this process was forked from the one that has the tracker, and its threads"
             hint = "call it there, or read the snapshots with PostHocEMA.from_path"
@@ -51,7 +51,7 @@ class Calls:
 
     @property
     def is_forked(self) -> bool:
-        """Whether the tracker belongs to another process."""
+        """Whether this process was forked from the one that made the tracker."""
         return self._process != os.getpid()
 
     def check_open(self) -> None:
@@ -61,25 +61,28 @@ class Calls:
             raise self.closed_error()
 
     def closed_error(self) -> NotReadyError:
-        """The error of calls that come too late."""
-        return NotReadyError(self._directory, "this tracker was closed", "go on with PostHocEMA.from_path")
+        """Return the error for a call after the tracker was closed."""
+        return NotReadyError(self._directory, "this tracker was closed", "continue with PostHocEMA.from_path")
 
     def lock(self, name: str) -> threading.Lock:
-        """The lock to take; a NotReadyError while another call is under way. Two that begin at once take turns."""
+        """Return the lock to hold during a call, or raise a NotReadyError if another call is running.
+
+        Of two calls that begin at the same moment, the second waits for the first.
+        """
         self.check_process()
         if self._lock.locked():
-            beneath = self.caller == threading.get_ident()
-            who = "this thread, beneath a signal handler, is" if beneath else "another thread is"
+            in_handler = self.caller == threading.get_ident()
+            who = "this thread, interrupted by a signal handler, is" if in_handler else "another thread is"
             raise NotReadyError(name, f"{who} calling the tracker", "call update_ from one thread, after every step")
         return self._lock
 
 
 class Job(Generic[Result]):
-    """Work that is done once, or never if it was withdrawn."""
+    """Work that is done once, or never if it is withdrawn before a worker starts it."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work
-        self._taker: dict[None, str] = {}
+        self._owner: dict[None, str] = {}
         self._finished = False
         self._error: BaseException | None = None
         self._value: Result | None = None
@@ -88,11 +91,11 @@ class Job(Generic[Result]):
 
     def run(self) -> None:
         """Do the work; called by a worker."""
-        if self._taker.setdefault(None, "worker") != "worker" or self._work is None:
+        if self._owner.setdefault(None, "worker") != "worker" or self._work is None:
             return
         try:
             self._value = self._work()
-        except BaseException as error:  # noqa: BLE001  # raised where it is waited for
+        except BaseException as error:  # noqa: BLE001  # raised by `result`
             self._error = error
         self._work = None  # it may hold a model
         self._finished = True
@@ -105,30 +108,31 @@ class Job(Generic[Result]):
                 pass
 
     def settle(self) -> None:
-        """Withdraw the job, or return when it is done; an exception that is raised meanwhile waits for that, too."""
+        """Withdraw the job, or wait until it is done, even if an exception is raised during the wait."""
         try:
-            if not self._withdrawn():
+            if not self._withdraw():
                 self.wait()
         finally:
-            if not (self._finished or self._withdrawn()):
+            if not (self._finished or self._withdraw()):
                 self.settle()
 
     def result(self) -> Result:
-        """The result, or the error raised."""
+        """Return the result of the work, or raise its error."""
         if self._error is not None:
             raise self._error
         return cast("Result", self._value)
 
-    def _withdrawn(self) -> bool:
-        return self._taker.setdefault(None, "owner") == "owner"
+    def _withdraw(self) -> bool:
+        """Withdraw the job; return False if a worker has already started it."""
+        return self._owner.setdefault(None, "caller") == "caller"
 
 
 class Worker:
-    """Does jobs in order, in a thread of one torch thread that starts with the first job and ends with `close`.
+    """Runs jobs in order, in one thread that starts with the first job, uses one torch thread, and ends with `close`.
 
-    The thread also ends when nobody refers to the worker, and does not keep the process alive: `wait` for jobs that
-    must be done by then. `concurrent.futures` takes no jobs at the end of the process, not even from another job. An
-    error of a submitted job is logged and kept until `take_error`; later jobs are done all the same.
+    The thread also ends when the worker is garbage-collected, and it does not keep the process alive: call `wait` for
+    jobs that must finish. `concurrent.futures` would refuse new jobs while the process ends, even those that running
+    jobs submit. The error of a submitted job is logged and kept until `take_error`; later jobs still run.
     """
 
     def __init__(self, name: str) -> None:
@@ -137,11 +141,11 @@ class Worker:
         self._vacancy: deque[None] = deque((None,))
         self._errors: deque[Exception] = deque()
         self._process = os.getpid()
-        # Not at exit: jobs may still start others then.
+        # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Do `work` later."""
+        """Queue `work`, and return at once."""
         errors = self._errors
 
         def guarded() -> None:
@@ -149,17 +153,17 @@ class Worker:
                 work()
             except Exception as error:  # noqa: BLE001  # raised at the next call
                 errors.append(error)
-                # Of a directory that was deleted nobody wants to hear at the end of the process; the next call tells.
+                # A deleted directory is not worth a message when the process ends; the next call raises the error.
                 if not (isinstance(error, WriteError) and error.errno == errno.ENOENT):
-                    log.error("beside the training: %s", error)
+                    log.error("in the background: %s", error)
 
         self.put(Job(guarded))
 
     def call(self, work: Callable[[], Result]) -> Result:
-        """Have `work` done; return its result or raise its error.
+        """Queue `work`, wait for it, and return its result or raise its error.
 
-        An exception that a signal handler raises meanwhile waits until the work is done; work that had not begun is
-        withdrawn.
+        If a signal handler raises an exception during the wait, work that has not begun is withdrawn; otherwise the
+        exception continues when the work is done.
         """
         job = Job(work)
         try:
@@ -170,59 +174,59 @@ class Worker:
         return job.result()
 
     def wait(self) -> None:
-        """Return when every job is done; at once in a forked child, which has no thread."""
+        """Wait until every job is done; return at once in a forked process, which has no thread."""
         if not self.is_idle() and os.getpid() == self._process:
             self.call(lambda: None)
 
     def take_error(self) -> Exception | None:
-        """The first error of a job that was not taken yet."""
+        """Return and forget the oldest error of a submitted job, or None."""
         with suppress(IndexError):
             return self._errors.popleft()
         return None
 
     def close(self) -> None:
-        """Finish every job and end the thread; a later job would start another one."""
+        """Finish every job and end the thread; a later job would start another thread."""
         self.wait()
         if not self._vacancy:
             self._queue.put(None)
 
     def is_idle(self) -> bool:
-        """Whether there is no thread, and no job for one."""
+        """Return whether the worker has no thread and no queued job."""
         return bool(self._vacancy) and self._queue.empty()
 
     def put(self, job: Job[Result]) -> None:
-        """Do a job later; whoever waits for it gets its error."""
+        """Queue a job, and return at once; `Job.result` raises its error."""
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
-            serve = (self._queue, self._vacancy)
-            thread = threading.Thread(target=_serve, args=serve, name=f"ema-{self._name}", daemon=True)
+            arguments = (self._queue, self._vacancy)
+            thread = threading.Thread(target=_run_jobs, args=arguments, name=f"ema-{self._name}", daemon=True)
             _threads[thread] = self._queue
             try:
                 thread.start()
-            except RuntimeError:  # at the end of the process, Python 3.12 and later start no thread
+            except RuntimeError:  # while the process ends, Python 3.12 and later start no thread
                 self._queue.put(None)
-                _serve(*serve)
+                _run_jobs(*arguments)
 
 
 _threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = weakref.WeakKeyDictionary()
-"""Threads of all workers, with the queues that they serve."""
+"""The threads of all workers, with the queues that they serve."""
 
 
 def end_threads() -> None:
     """End the threads of all workers when their jobs are done.
 
-    A thread that still freed tensors while the interpreter ends would abort the process: it gets the interpreter's lock
-    no more, and torch's C++ code cannot be unwound.
+    A thread that still freed tensors while the interpreter shuts down would abort the process: it can no longer take
+    the interpreter's lock, and torch's C++ code cannot be unwound.
     """
     for thread, queue in list(_threads.items()):
         while thread.is_alive():
             queue.put(None)
-            thread.join(0.1)  # a job that came after the None has kept the thread: ask again
+            thread.join(0.1)  # a job queued after the None has kept the thread alive: ask again
 
 
-def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
-    """Do jobs until None comes. Several threads may be started at a time: one takes the vacancy, the others end."""
-    _take_one_thread()
+def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
+    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the vacancy; others end."""
+    _limit_torch_to_one_thread()
     while True:
         try:
             vacancy.pop()
@@ -230,18 +234,18 @@ def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None
             return
         while (job := queue.get()) is not None:
             job.run()
-            del job  # a waiting thread must not keep alive what it has worked on
+            del job  # an idle thread must not keep the last job's objects alive
         vacancy.append(None)
-        if queue.empty():  # else a job came after the None, from a thread that saw no vacancy
+        if queue.empty():  # otherwise a thread that saw no vacancy has queued a job after the None
             return
 
 
-class Crew:
-    """The calling thread, limited to one torch thread, and helper threads: `size` in all.
+class ThreadPool:
+    """A pool of `size` threads: the calling thread, limited to one torch thread, and helper threads.
 
-    torch's own threads wait for each other at every operation: beside busy processes an update of 50 M parameters took
-    them 840 ms where a crew of two took 41 and one thread 61, with ten times the processor time. Here each thread takes
-    one item after another. One thread does all of an item: bits do not depend on the number of threads.
+    torch's own threads wait for each other at every operation: on busy cores an update of 50 M parameters took them
+    840 ms and ten times the processor time, where a pool of two took 41 ms and one thread 61 ms. Here each thread takes
+    one item after another. One thread does all of an item, so that bits do not depend on the number of threads.
     """
 
     def __init__(self, size: int) -> None:
@@ -251,28 +255,28 @@ class Crew:
     def each(self, work: Callable[[Item, int], object], items: Iterable[Item]) -> None:
         """Call `work(item, thread)` for every item, in any order, with thread < `size`.
 
-        The first error is raised when all threads have stopped; items that nobody had begun are left then.
+        After an error no further item is begun, and the error is raised when all threads have stopped.
         """
-        todo = deque(items)
+        pending = deque(items)
 
-        def take(thread: int) -> None:
+        def run(thread: int) -> None:
             try:
                 with torch.no_grad():
                     while True:
                         try:
-                            item = todo.popleft()
+                            item = pending.popleft()
                         except IndexError:
                             return
                         work(item, thread)
             except BaseException:
-                todo.clear()
+                pending.clear()
                 raise
 
-        jobs = [Job(partial(take, thread)) for thread in range(1, min(self.size, len(todo)))]
+        jobs = [Job(partial(run, thread)) for thread in range(1, min(self.size, len(pending)))]
         try:
             for helper, job in zip(self._helpers, jobs, strict=False):
                 helper.put(job)
-            take(0)
+            run(0)
         finally:
             for job in jobs:
                 job.settle()
@@ -280,76 +284,77 @@ class Crew:
             job.result()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the helper threads."""
         for helper in self._helpers:
             helper.close()
 
 
-ALONE = Crew(1)  # the calling thread
+SINGLE_THREAD = ThreadPool(1)
+"""A pool of the calling thread alone."""
 
 
-def _take_one_thread() -> None:
-    """Have torch work in the calling thread only.
+def _limit_torch_to_one_thread() -> None:
+    """Make torch use one thread for the operations of the calling thread.
 
-    `torch.set_num_threads(1)` would do so as well, and all threads that start later would inherit it.
+    `torch.set_num_threads(1)` would also change all threads that start later.
     """
-    torch.get_num_threads()  # makes torch set OpenMP's number for this thread, which it does once
+    torch.get_num_threads()  # makes torch set OpenMP's number of threads for this thread, which it does once
     _openmp().limit(limits=1)
 
 
 @lru_cache
 def _openmp() -> ThreadpoolController:
-    """The libraries with OpenMP, which must have been imported; looking for them takes 10 ms."""
+    """Return the controller of the imported libraries that use OpenMP; searching for them takes 10 ms."""
     return ThreadpoolController().select(user_api="openmp")
 
 
-class Pace:
-    """How long jobs (`what`) take and how often they come; warns once if training waits on them.
+class BackpressureMonitor:
+    """Times background jobs (`what`) and the training's waits for them; warns once if the training waits for long.
 
-    `option` of the tracker says how often; `fitting` gives its value that makes jobs rarer by at least a factor.
+    `option` of the tracker sets how often jobs come; `value_for` returns its value that makes jobs rarer by a factor.
 
     Attributes:
-        took: seconds of the last one.
-        held_up: seconds that training waited before it handed over the last one.
+        job_seconds: how long the last job took.
+        wait_seconds: how long the training waited before it could queue the last job.
     """
 
-    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
-        self.took = self.held_up = 0.0
-        self._what, self._option, self._fitting = what, option, fitting
-        self._done, self._came, self._took, self._waited = 0, 0, 0.0, 0.0
+    def __init__(self, what: str, option: str, value_for: Callable[[float], int]) -> None:
+        self.job_seconds = self.wait_seconds = 0.0
+        self._what, self._option, self._value_for = what, option, value_for
+        self._jobs, self._waits, self._job_total, self._wait_total = 0, 0, 0.0, 0.0
         self._begin, self._warned = time.monotonic(), False
 
-    def do(self, work: Callable[[], Result]) -> Result:
-        """Do a job."""
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Run and time a job."""
         began = time.monotonic()
         try:
             return work()
         finally:
-            self.took = time.monotonic() - began
-            self._took += self.took
-            self._done += 1
+            self.job_seconds = time.monotonic() - began
+            self._job_total += self.job_seconds
+            self._jobs += 1
 
     def wait(self, wait: Callable[[], None]) -> None:
-        """Wait until a new job can be taken."""
+        """Call `wait`, which returns when a new job can be queued, and time it."""
         began = time.monotonic()
         wait()
-        self.held_up = time.monotonic() - began
-        self._came += 1
-        self._waited += self.held_up
+        self.wait_seconds = time.monotonic() - began
+        self._waits += 1
+        self._wait_total += self.wait_seconds
 
     def warn(self) -> None:
-        """Warn if training has waited for long; call it last, since the warning may be an error."""
-        training = time.monotonic() - self._begin - self._waited
-        if self._warned or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
+        """Warn if the training has waited for long; call it last, since a filter may turn the warning into an error."""
+        training = time.monotonic() - self._begin - self._wait_total
+        if self._warned or self._wait_total < max(PATIENCE, 0.1 * training) or not self._jobs:
             return
         self._warned = True
-        takes, comes = self._took / self._done, training / self._came
+        duration, interval = self._job_total / self._jobs, training / self._waits
         warn(
-            f"{self._what} takes {takes:.3g} s and is due every {comes:.3g} s: training has waited "
-            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit"
+            f"{self._what} takes {duration:.3g} s and is due every {interval:.3g} s: training has waited "
+            f"{self._wait_total:.3g} s so far; {self._option}={self._value_for(duration / interval)} would fit"
         )
 
 
 def divisor(number: int, least: float) -> int:
-    """The smallest divisor of `number` that is at least `least`; `number` itself where none is."""
+    """Return the smallest divisor of `number` that is at least `least`, or `number` if there is none."""
     return next((n for n in range(1, number) if number % n == 0 and n >= least), number)

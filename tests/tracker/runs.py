@@ -1,8 +1,8 @@
-"""Trainings whose steps depend on their number only, so that two runs can be compared."""
+"""Trainings whose steps depend on their number only, so that two runs can be compared, and what they leave on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def matrix() -> torch.nn.Linear:
 def walk(
     model: torch.nn.Linear, tracker: PostHocEMA, first: int, last: int, scale: float = 1.0, t: float = 0.0
 ) -> None:
-    """Give a `matrix` the `VALUES` of these steps; with `t` on a clock of that interval."""
+    """Set a `matrix` to the `VALUES` of these steps and track them; with `t` on a clock of that interval."""
     for number in range(first, last + 1):
         with torch.no_grad():
             model.weight.copy_(VALUES[number] * scale)
@@ -50,7 +50,7 @@ def walk(
 
 
 def tracked_error(tracker: PostHocEMA, name: str, values: np.ndarray, updates: Sequence[int]) -> float:
-    """Largest distance of a tensor's tracked averages from the float64 sum over the updates, relative to its norm."""
+    """Return the largest relative distance of a tensor's tracked averages from the float64 sum over the updates."""
     found, distances = averages_in(tracker.state_dict()), []
     for sigma_rel in tracker.settings.sigma_rels:
         exact = exact_average(values, sigma_rel, updates)
@@ -59,32 +59,38 @@ def tracked_error(tracker: PostHocEMA, name: str, values: np.ndarray, updates: S
 
 
 def wait_for_writers(folder: Path) -> None:
-    """Return when what this process's trackers have due there is on disk, or has failed: they keep their errors."""
-    with suppress(DirectoryError):  # there is no snapshot yet
+    """Wait until this process's trackers have written all due snapshots to a folder, or failed to."""
+    with suppress(DirectoryError):  # the folder has no snapshot yet
         PostHocEMA.from_path(folder)
 
 
 def times(folder: Path) -> set[float]:
-    """The times with snapshots."""
+    """Return the times with snapshots."""
     return {snapshot.info.t for snapshot in read_directory(folder)}
 
 
 def contents(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Tensors of the snapshots on the schedule."""
+    """Return the tensors of the snapshots on the schedule."""
     result = {}
-    for snapshot in (one for one in read_directory(folder) if not one.info.off_schedule):
+    for snapshot in (s for s in read_directory(folder) if not s.info.off_schedule):
         with open_file(snapshot.path) as file:
             result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
     return result
 
 
 def scheduled(folder: Path) -> dict[str, bytes]:
-    """Complete files of the snapshots on the schedule."""
+    """Return the complete files of the snapshots on the schedule."""
     return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
 
 
 def as_if_killed(folder: Path) -> None:
-    """Remove what the end of a training has written: the snapshots off the schedule."""
+    """Remove the snapshots off the schedule, which the end of a training has written."""
     for snapshot in read_directory(folder):
         if snapshot.info.off_schedule:
             snapshot.path.unlink()
+
+
+def assert_near(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], within: float = 1e-6) -> None:
+    """Fail unless all exact tensors, in float64, are found within a relative and absolute tolerance."""
+    for name, tensor in exact.items():
+        assert torch.allclose(found[name].double(), tensor, rtol=within, atol=within), name

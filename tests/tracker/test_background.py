@@ -1,4 +1,4 @@
-"""Work beside the training: the same values as without it, errors that come once, nothing lost."""
+"""Work in the background of a training: the same values as without it, errors that are raised once, nothing lost."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from tracker.runs import contents, scheduled, step, times, train, wait_for_write
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker import model_tensors
-from posthoc_cli.tracker import worker as pacing
+from posthoc_cli.tracker import model_tensors, worker
 from posthoc_cli.tracker.layout import TileReader
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.staging import ModelCopy
@@ -38,7 +37,7 @@ def network() -> torch.nn.Module:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """While it is clear, the worker cannot begin with the values that it was given."""
+    """Hold the averages' thread before each update while the event is clear."""
     gate, real = threading.Event(), ModelCopy.arrived
     monkeypatch.setattr(ModelCopy, "arrived", lambda *arguments: gate.wait(60) and real(*arguments))
     yield gate
@@ -47,7 +46,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """While it is clear, no snapshot is written."""
+    """Hold the writing of snapshots while the event is clear."""
     gate, real = threading.Event(), Snapshotter.write
 
     def write(recorder: Snapshotter, *arguments: Any) -> None:
@@ -60,7 +59,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def plain(folder: Path, steps: int, device: str = "model") -> None:
-    """A run whose every call waits for what is due."""
+    """Track a run in which every call waits for all background work."""
     model = network()
     with PostHocEMA.from_model(model, folder, device=device, **SETTINGS) as tracker:
         for number in range(1, steps + 1):
@@ -69,20 +68,20 @@ def plain(folder: Path, steps: int, device: str = "model") -> None:
 
 
 def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
-    """Training has gone on, and its values have changed, before the worker looks at what it was given."""
+    """The model's values change before the worker begins with its copy of them."""
     model = network()
-    with PostHocEMA.from_model(model, tmp_path / "beside", device="cpu", **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path / "background", device="cpu", **SETTINGS) as tracker:
         for first in range(1, 40, 2):
             train(model, tracker, first, first + 1)
             kept = deepcopy(model.state_dict())
-            step(model, 1000)  # what nobody may see
+            step(model, 1000)  # values that no average may take in
             gate.set()
             tracker.flush()
             gate.clear()
             model.load_state_dict(kept)
         gate.set()
     plain(tmp_path / "plain", 40)
-    assert contents(tmp_path / "beside") == contents(tmp_path / "plain")
+    assert contents(tmp_path / "background") == contents(tmp_path / "plain")
     assert len(contents(tmp_path / "plain")) == 20
 
 
@@ -91,7 +90,7 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
 def test_late_snapshots_hold_the_averages_of_their_time(
     tmp_path: Path, device: str, slow_disk: threading.Event
 ) -> None:
-    """Three more updates while the first snapshots wait for the disk."""
+    """Three more updates are taken in while the first snapshots wait for the disk."""
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "late", device=device, **SETTINGS) as late:
         train(model, late, 1, 7)
@@ -102,10 +101,10 @@ def test_late_snapshots_hold_the_averages_of_their_time(
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_a_reader_in_the_same_process_waits_for_what_is_due(
+def test_a_reader_in_the_same_process_waits_for_due_snapshots(
     tmp_path: Path, device: str, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the working directory has changed since."""
+    """The working directory changes in the meantime."""
     model, found = network(), []
     monkeypatch.chdir(tmp_path)
     with PostHocEMA.from_model(model, "run", device=device, **SETTINGS) as tracker:
@@ -141,7 +140,7 @@ def test_an_interrupted_wait_for_disk_counts_nothing(tmp_path: Path, device: str
 
 @contextmanager
 def interrupted(after: float) -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block after so many seconds."""
+    """Raise KeyboardInterrupt in the block after some seconds."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -169,7 +168,7 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
         tracker.update_(model)
         model.weight.data[0, 0] = kept
         tracker.update_(model)
-        threading.Timer(0.2, gate.set).start()  # it has not come so far when the call begins
+        threading.Timer(0.2, gate.set).start()  # the worker has not seen the nan when the call begins
         with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 4"):
             tracker.update_(model)
         tracker.update_(model)  # raised once
@@ -181,13 +180,13 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
 def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     tmp_path: Path, device: str, next_fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And at a later one where the next call fails itself."""
+    """If the next call fails itself, the error is raised at a later one."""
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS) as tracker:
         with monkeypatch.context() as fault:
             fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
-            wait_for_writers(tmp_path)  # it has failed by now, and nobody knows
+            wait_for_writers(tmp_path)  # the write has failed when this returns, and no call has raised its error
         if next_fails:
             with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
                 tracker.update_(model, t=5.0)
@@ -224,19 +223,19 @@ raise SystemExit(7)
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("fork", [[], ["fork"]])
-def test_a_process_that_ends_finishes_what_is_under_way(tmp_path: Path, device: str, fork: list[str]) -> None:
-    """Also what a job would have begun, and the last snapshot; a child that was forked has nothing to finish."""
+def test_a_process_that_ends_finishes_background_work(tmp_path: Path, device: str, fork: list[str]) -> None:
+    """The work includes jobs that other jobs submit, and the last snapshot; a forked child has nothing to finish."""
     assert forked.run(SCRIPT, tmp_path, device, *fork).code == 7
     assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
 
 
 def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_path: Path) -> None:
     model, before = network(), set(threading.enumerate())
-    tracker, gone = PostHocEMA.from_model(model, tmp_path, device="cpu", **SETTINGS), weakref.ref(model)
+    tracker, reference = PostHocEMA.from_model(model, tmp_path, device="cpu", **SETTINGS), weakref.ref(model)
     train(model, tracker, 1, 8)
     tracker.flush()
     del model
-    assert gone() is None
+    assert reference() is None
     begun = set(threading.enumerate()) - before
     assert len(begun) == 2
     del tracker
@@ -248,7 +247,7 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
 def test_a_worker_that_falls_behind_is_waited_for_and_drops_no_update(tmp_path: Path, gate: threading.Event) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=1, checkpoint_every=100) as tracker:
-        train(model, tracker, 1, 1)  # the worker has the first update, and holds on to it
+        train(model, tracker, 1, 1)  # the worker has begun the first update, and waits for the gate
         second = threading.Thread(target=train, args=(model, tracker, 2, 2))
         second.start()
         second.join(0.2)
@@ -261,12 +260,14 @@ def test_a_worker_that_falls_behind_is_waited_for_and_drops_no_update(tmp_path: 
         assert (tracker.step, tracker.state_dict()["averages_step"]) == (20, 20)
 
 
-def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
+def test_a_training_that_waits_gets_one_warning_with_an_interval_that_would_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Jobs of 3 s come after every second of training: every 40th step would fit instead of every 10th."""
     now = [0.0]
-    monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pacing, "PATIENCE", 10.0)
-    pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker, "PATIENCE", 10.0)
+    monitor = worker.BackpressureMonitor("an update", "update_every", lambda factor: worker.divisor(1000, 10 * factor))
     said = r"^posthoc_cli: an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
 
     def passes(seconds: float) -> None:
@@ -274,11 +275,11 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
 
     for number in range(7):
         now[0] += 1
-        pace.wait(lambda: passes(2 if number else 0))  # noqa: B023
+        monitor.wait(lambda: passes(2 if number else 0))  # noqa: B023
         with pytest.warns(RuntimeWarning, match=said) if number == 5 else nullcontext():  # once: warnings are errors
-            pace.warn()
-        pace.do(lambda: passes(3))
-        now[0] -= 3  # it is done beside
+            monitor.warn()
+        monitor.run(lambda: passes(3))
+        now[0] -= 3  # the job runs in the background
 
 
 ENDS = """
@@ -329,8 +330,8 @@ tracker.close()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_a_forked_process_has_no_tracker_and_leaves_that_of_its_parent_alone(tmp_path: Path, device: str) -> None:
-    """It has none of the threads, and would wait for them for good."""
+def test_a_forked_process_cannot_use_the_tracker_and_leaves_the_parent_alone(tmp_path: Path, device: str) -> None:
+    """A forked process has none of the tracker's threads, and would wait for them forever."""
     forked.check(FORKS, tmp_path, device)
     assert times(tmp_path) == {1, 2}
 
@@ -364,7 +365,7 @@ def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: str, de
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_tensor_turned_in_its_place_is_followed(tmp_path: Path, device: str) -> None:
-    """The same storage, shape and dtype, and other values in every place but the diagonal."""
+    """Storage, shape and dtype stay the same; every element except the diagonal has another value."""
     model = torch.nn.Linear(3, 3)
     with PostHocEMA.from_model(model, tmp_path, device=device, update_every=1, checkpoint_every=100) as tracker:
         tracker.update_(model)
@@ -384,8 +385,8 @@ def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
     assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
-def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There was no memory to look at the new ones at the first try."""
+def test_values_are_never_read_from_tensors_that_were_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt to read the new tensors runs out of memory."""
     model = torch.nn.Linear(3, 2)
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100) as tracker:
         tracker.update_(model)
@@ -399,12 +400,12 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
         torch.testing.assert_close(tracker.state_dict(sigma_rel=0.05)["weight"], torch.full((2, 3), 7.0))
 
 
-def test_a_model_that_stays_the_same_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, looked, real = network(), [], model_tensors.collect_tensors
+def test_the_tensors_of_an_unchanged_model_are_collected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, collected, real = network(), [], model_tensors.collect_tensors
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        monkeypatch.setattr(model_tensors, "collect_tensors", lambda *a, **k: looked.append(a[0]) or real(*a, **k))
+        monkeypatch.setattr(model_tensors, "collect_tensors", lambda *a, **k: collected.append(a[0]) or real(*a, **k))
         train(model, tracker, 1, 20)
-        assert looked == [model]
+        assert collected == [model]
 
 
 # --- directories that are deleted
@@ -434,7 +435,7 @@ if kind == "closed":
 
 @pytest.mark.parametrize("kind", ["none written", "some written", "no update", "collected"])
 def test_a_tracker_whose_directory_was_deleted_ends_in_silence(tmp_path: Path, kind: str) -> None:
-    """As tests of others leave it: nobody closes it, and its last averages have no place any more."""
+    """Tests of other projects leave such trackers: they are not closed, and their last averages cannot be written."""
     ended = forked.check(FORGETFUL, kind, tmp_path / "run")
     assert (ended.out, ended.err) == ("", "")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""A run that counts images while its batch size changes: what its snapshots know of its steps."""
+"""The clock of a run that counts images while its batch size changes, as its snapshots store it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ SETTINGS: dict = {
 
 
 def changing_twice() -> np.ndarray:
-    """Images seen after each step: the batch grows and shrinks again between two snapshots."""
+    """Return the images seen after each step; the batch grows, and shrinks again, between two snapshots."""
     batch = np.full(STEPS, 64.0)
     batch[1290:1440] = 256
     return np.cumsum(batch)
 
 
 def uneven(steps: int = STEPS) -> np.ndarray:
-    """Tokens seen after each step: a thousand, up to 20 % more or fewer."""
+    """Return the tokens seen after each step; a step has a thousand, up to 20 % more or fewer."""
     return np.cumsum(np.random.default_rng(0).integers(800, 1201, steps)).astype(np.float64)
 
 
 def path(times: np.ndarray) -> np.ndarray:
-    """Where the network is after each step: it settles, and drifts, and swings slowly; shape [steps, 3]."""
+    """Return the weights after each step: one settles, one drifts, one oscillates slowly; shape [steps, 3]."""
     s = times / 156_800
     return np.stack([np.exp(-3 * s), 1 + s, np.sin(4 * s) + 2], axis=1)
 
@@ -51,7 +51,7 @@ def weights() -> torch.nn.ParameterDict:
 
 
 def track(folder: Path, times: Sequence[float], first: int = 1, tracker: PostHocEMA | None = None) -> PostHocEMA:
-    """Train from step `first` on along `path`, the network's values being those of its time."""
+    """Train from step `first` on along `path`."""
     model, values = weights(), torch.from_numpy(path(np.asarray(times)))
     tracker = tracker or fresh(folder)
     with tracker, torch.no_grad():
@@ -70,7 +70,7 @@ def clocks(folder: Path) -> dict[float, tuple]:
 
 
 def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -> float:
-    """Relative distance of the synthesized weights; with `known` False, as if headers had no clock."""
+    """Return the relative distance of the synthesized weights; with `known` False, headers have no clock."""
     sources = disk_sources(folder)
     if not known:
         sources = [replace(s, info=replace(s.info, clock=())) for s in sources]
@@ -81,7 +81,7 @@ def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over `changing_twice`, to be read only."""
+    """Make a run over `changing_twice`, which tests only read."""
     folder = tmp_path_factory.mktemp("changed")
     track(folder, changing_twice().tolist())
     return folder
@@ -99,7 +99,7 @@ def test_every_header_holds_the_clock_up_to_its_own_time(changed: Path) -> None:
     np.testing.assert_allclose(clock.step_at(times), np.arange(1, STEPS + 1), atol=1e-9)
 
 
-def test_batches_that_are_never_the_same_are_known_within_a_step(tmp_path: Path) -> None:
+def test_the_clock_of_batches_of_changing_size_is_known_within_a_step(tmp_path: Path) -> None:
     times = uneven()
     track(tmp_path, times.tolist())
     infos = [snapshot.info for snapshot in read_directory(tmp_path)]
@@ -123,7 +123,7 @@ def test_the_step_clock_needs_no_knots(tmp_path: Path, own: bool) -> None:
 
 
 def test_an_average_that_stands_still_has_the_clock_of_its_own_time(tmp_path: Path) -> None:
-    """Updates are skipped from step 8 on, and the batch changes at step 9: the snapshot due at 10 is that of 7."""
+    """Updates are skipped from step 8 on, and the batch changes at step 9: the snapshot due at 10 is of step 7."""
     model = torch.nn.Linear(1, 1)
     settings = dict(SETTINGS, checkpoint_every=10, on_nonfinite="skip")
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
@@ -146,8 +146,8 @@ def test_snapshots_that_contradict_each_other_are_named() -> None:
 
 
 @pytest.mark.parametrize("steps", [600, 650, 700, 900, 1200, None])
-def test_averages_over_changing_batches_are_the_true_ones(changed: Path, steps: int | None) -> None:
-    """Of the last steps, or a classical one; without the clock they are not."""
+def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps: int | None) -> None:
+    """Means of the last steps, and an ordinary EMA (None); without the clock they are wrong."""
     values = path(changing_twice())
     target, exact = (Window(steps), values[-steps:].mean(axis=0)) if steps else (Beta(0.995), values[0])
     for value in () if steps else values[1:]:
@@ -165,20 +165,20 @@ def test_live_averages_know_the_clock_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupted_at", [0, 1, 249, 250, 699])
-def test_going_on_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interrupted_at: int) -> None:
+def test_resuming_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interrupted_at: int) -> None:
     times = uneven(700).tolist()
-    track(tmp_path / "whole", times)
+    track(tmp_path / "straight", times)
     tracker = track(tmp_path / "parts", times[:interrupted_at])
     torch.save(tracker.state_dict(), tmp_path / "state.pt")
     resumed = fresh(tmp_path / "parts")
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     track(tmp_path / "parts", times, interrupted_at + 1, resumed)
-    for name in ("parts", "whole"):
+    for name in ("parts", "straight"):
         as_if_killed(tmp_path / name)
-    assert clocks(tmp_path / "parts") == clocks(tmp_path / "whole")
+    assert clocks(tmp_path / "parts") == clocks(tmp_path / "straight")
 
 
-def test_going_on_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
+def test_resuming_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
     times = changing_twice()
     track(tmp_path, times[:1300].tolist())
     as_if_killed(tmp_path)
@@ -186,14 +186,14 @@ def test_going_on_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
     assert between.state_dict()["clock"][3:] == [1250, 80000.0]
     track(tmp_path, times[:1500].tolist(), 1251, PostHocEMA.from_path(tmp_path))
     track(tmp_path, times.tolist(), 1501, PostHocEMA.from_path(tmp_path))
-    # Neither going on is a turn: steps were as long after it as before.
+    # Neither resume is a knot: steps are as long after it as before.
     assert clocks(tmp_path)[times[-1]] == ((1290, 82560.0), (1440, 120960.0), (2000, 156800.0))
 
 
 IMPOSSIBLE: list[tuple[int | slice | None, object]] = [
     (None, None),
     (None, []),
-    (None, [0.5, 0.0, float("inf"), 0, 0.0]),  # of a training that has not begun
+    (None, [0.5, 0.0, float("inf"), 0, 0.0]),  # the clock of a training that has not begun
     (slice(-1, None), []),
     (slice(99, 99), [40, 1e9]),  # ends elsewhere
     *((0, longest) for longest in (float("nan"), 0.1)),

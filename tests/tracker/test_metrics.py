@@ -1,4 +1,4 @@
-"""Figures for loggers, the call after each snapshot, and one average in every process of a group."""
+"""Metrics for loggers, and callbacks after each snapshot."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from posthoc_cli.profiles import gamma_from_sigma_rel
 
 
 def average(sigma_rel: float, last: int) -> torch.Tensor:
-    """The float64 average of a walk's values up to a step: each has the mass of its own interval."""
+    """Return the float64 average of a walk's values up to a step: each value has the mass of its interval."""
     power = gamma_from_sigma_rel(sigma_rel) + 1
     shares = [(step / last) ** power - ((step - 1) / last) ** power for step in range(1, last + 1)]
     return sum(share * VALUES[step].double() for step, share in enumerate(shares, 1))
 
 
-def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp_path: Path) -> None:
+def test_metrics_include_the_measurements_of_the_last_snapshots(tmp_path: Path) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10) as ema:
         assert ema.metrics((0.15,)) == {"step": 0, "t": 0, "bytes": 0}
@@ -31,7 +31,7 @@ def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp
         found = ema.metrics((0.15, 0.2))
         assert (found["step"], found["t"]) == (35, 35)
         assert ema.metrics(0.15)["predicted_error_0.15"] == found["predicted_error_0.15"]
-        others = ema.metrics(["decay:linear:20%", Window(1000), 0.2])  # the run is too short for one of them
+        others = ema.metrics(["decay:linear:20%", Window(1000), 0.2])  # the run is too short for the window
         names = {name for name in others if name.startswith("predicted")}
         assert names == {"predicted_error_decay-linear-20%", "predicted_error_0.2"}
         assert others["predicted_error_0.2"] == found["predicted_error_0.2"]
@@ -48,7 +48,7 @@ def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp
         assert all(type(value) is float for value in found.values())
 
 
-def test_the_training_thread_calls_back_once_after_each_time_with_snapshots(tmp_path: Path) -> None:
+def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshots(tmp_path: Path) -> None:
     model, calls = matrix(), []
     ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=10)
     ema.on_snapshot(lambda tracker: calls.append((tracker.step, threading.get_ident())))
@@ -60,7 +60,7 @@ def test_the_training_thread_calls_back_once_after_each_time_with_snapshots(tmp_
     assert [step for step, _ in calls] == [11, 21, 25]
 
 
-def test_an_error_of_a_callback_leaves_the_call_that_has_done_its_work(tmp_path: Path) -> None:
+def test_an_error_of_a_callback_is_raised_by_a_call_that_has_done_its_work(tmp_path: Path) -> None:
     model = matrix()
 
     def fail(_: PostHocEMA) -> None:

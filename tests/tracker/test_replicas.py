@@ -1,4 +1,4 @@
-"""Averaged weights in replicas, which one process keeps for all."""
+"""Averaged weights of replicas, which one process keeps for all of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_replica_gets_the_same_weights(tmp_path: Path) -> None:
 model = spread(Net(), "ddp")
 ema = PostHocEMA.from_model(model, folder / "run", **SETTINGS)
 raw = held(model)
-with ema.averaged(model, tracked=0.2):  # as they are, in all processes
+with ema.averaged(model, tracked=0.2):  # the weights themselves, in all processes
     assert equal(held(model), raw)
 go(ema, 1, 10)
 raw = held(model)

@@ -1,4 +1,4 @@
-"""What is tracked: filters by name, buffers, and tensors of every kind."""
+"""The selection of tracked tensors: filters by name, buffers, and tensors of every kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def network() -> torch.nn.Sequential:
 
 
 def wander(model: torch.nn.Module, step: int) -> None:
-    """Move parameters and buffers by what depends on the step only."""
+    """Move parameters and buffers by changes that depend on the step only."""
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -38,7 +38,7 @@ def wander(model: torch.nn.Module, step: int) -> None:
 
 
 def tracked(model: torch.nn.Module, folder: Path, steps: int = 6, **settings: object) -> list[dict[str, torch.Tensor]]:
-    """Track a model through steps; returns its state after each, in float64 where it is a number with a point."""
+    """Track a model through steps; return its state after each step, floating-point tensors in float64."""
     states = []
     with PostHocEMA.from_model(model, folder, **(SETTINGS | settings)) as run:
         for step in range(steps):
@@ -80,7 +80,7 @@ def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Pat
     info = read_directory(tmp_path)[-1].info
     assert set(info.tensors) == taken
     assert set(info.left_out) == ALL - taken
-    with PostHocEMA.from_path(tmp_path, network(), step=info.step) as run:  # what was chosen is in the header
+    with PostHocEMA.from_path(tmp_path, network(), step=info.step) as run:  # the selection is in the header
         run.update_(network())
 
 
@@ -100,7 +100,7 @@ def test_filters_that_make_no_sense_are_refused(tmp_path: Path, filters: dict, m
         PostHocEMA.from_model(network(), tmp_path, **filters)
 
 
-def test_of_tied_names_the_one_that_is_taken_names_the_tensor(tmp_path: Path) -> None:
+def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
     tracked(model, tmp_path / "taken", include="1.*")
@@ -115,7 +115,7 @@ def test_of_tied_names_the_one_that_is_taken_names_the_tensor(tmp_path: Path) ->
         PostHocEMA.from_path(tmp_path / "both", model)
 
 
-def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path: Path) -> None:
+def test_floating_point_buffers_can_be_averaged_as_parameters_are(tmp_path: Path) -> None:
     states = tracked(network(), tmp_path, buffers="average")
     found = roles(tmp_path)
     assert found["1.running_mean"] == found["1.running_var"] == "average"
@@ -132,8 +132,8 @@ def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path
 COPIED = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
-def test_what_is_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: Path) -> None:
-    """In snapshots of float16, while tracking, from the directory and after a resume."""
+def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Path) -> None:
+    """In float16 snapshots, while tracking, from the directory and after a resume."""
     model = network()
     states = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
     assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
@@ -159,7 +159,21 @@ def test_what_is_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: Path)
         assert all(torch.equal(run.state_dict()["copies"][name], raw[name]) for name in COPIED)
 
 
-def test_complex_tensors_are_copied_where_they_are_buffers_and_what_is_left_out_stays_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Holder(p=torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
+        (lambda: Holder(p=torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
+        (lambda: torch.nn.LazyLinear(3), "'weight': has no shape yet"),
+        (lambda: torch.nn.Linear(2, 2).requires_grad_(False), r"include='\*' takes frozen"),
+    ],
+)
+def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidValueError, match=message):
+        PostHocEMA.from_model(make(), tmp_path)
+
+
+def test_complex_buffers_are_copied_and_complex_parameters_can_be_left_out(tmp_path: Path) -> None:
     model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
     model.register_buffer("rotation", torch.polar(torch.ones(3), torch.arange(3.0)))
     with pytest.raises(
@@ -230,7 +244,7 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
 
 
 def test_a_result_too_large_for_8_bits_is_named() -> None:
-    """torch itself would round it down to the largest value."""
+    """torch itself would round the result down to the largest value."""
     tile = Tile((ElementRange("w", 0, 2),), "average", "F8_E4M3", "F32", {}, 0)
     check_finite(tile, 0, torch.tensor([[463.0, -463.0]]))
     with pytest.raises(NonFiniteError, match=r"'w': torch\.float8_e4m3fn cannot hold its largest value, 465"):
@@ -238,8 +252,8 @@ def test_a_result_too_large_for_8_bits_is_named() -> None:
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)])
-def test_the_name_that_no_tensor_in_a_file_can_have_is_refused(tmp_path: Path, kind: str, tied: bool) -> None:
-    """Before training, and not when the first snapshot is written; also as a second name of a tied parameter."""
+def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str, tied: bool) -> None:
+    """Before training, not when the first snapshot is written; also as the second name of a tied parameter."""
     model = torch.nn.Linear(3, 2)
     if kind == "buffer":
         model.register_buffer("__metadata__", torch.ones(2))
@@ -260,7 +274,7 @@ def test_the_name_that_no_tensor_in_a_file_can_have_is_refused(tmp_path: Path, k
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_of_a_parametrized_module_the_originals_are_averaged(tmp_path: Path, normalize, originals: set) -> None:  # type: ignore[no-untyped-def]
+def test_the_originals_of_a_parametrized_module_are_averaged(tmp_path: Path, normalize, originals: set) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     model = torch.nn.Sequential(normalize(torch.nn.Linear(3, 3)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -1,4 +1,4 @@
-"""Going on exactly with sharded models by torch.distributed.checkpoint."""
+"""Exact resumption of sharded models through torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from groups import alone, check_group, truth
+from tracker.runs import assert_near
 
 from posthoc_cli import Run
 from posthoc_cli.snapshots.directory import read_directory
@@ -50,8 +51,8 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path: Path) -> None:
-    """From one process to FSDP, HSDP, tensor parallel and back."""
+def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path: Path) -> None:
+    """From one process to FSDP, HSDP, tensor parallelism and back."""
     for kind, ranks, before, after in (
         ("single", 1, 0, 3), ("fsdp", 3, 3, 7), ("hsdp", 4, 7, 8), ("fsdp-tp", 4, 8, 9), ("tp", 2, 9, 10),
         ("tp", 2, 10, 11), ("single", 1, 11, 12),
@@ -64,40 +65,34 @@ def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         for tensor in tensors_of(found).values():
             tensor.zero_()
         dcp.load({"ema": found}, checkpoint_id=tmp_path / end)
-        mine, theirs = tensors_of(found), tensors_of(expected)
-        assert mine.keys() == theirs.keys()
-        assert [name for name, tensor in theirs.items() if not torch.equal(mine[name], tensor)] == []
-        known = [
-            {key: state[key] for key in ("step", "t", "updates", "folded_t", "clock")} for state in (found, expected)
-        ]
-        assert known[0] == known[1]
+        loaded, right = tensors_of(found), tensors_of(expected)
+        assert loaded.keys() == right.keys()
+        assert [name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)] == []
+        for key in ("step", "t", "updates", "folded_t", "clock"):
+            assert found[key] == expected[key]
         assert found["inherited"] == [0.0, 0.0]
-    whole = {(s.info.t, s.info.sigma_rel): s for s in read_directory(tmp_path / "single")}
-    # Each stage of `run` has ended with a snapshot off the schedule, of the very averages that the next goes on from.
-    ends = {(t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)}
-    for directory, others in (("run", ends),):
-        there = {(s.info.t, s.info.sigma_rel): s for s in read_directory(tmp_path / directory)}
-        assert there.keys() == whole.keys() | others
-        assert len(list((tmp_path / directory / "superseded").glob("*"))) == 0
-        for key, snapshot in whole.items():
-            with there[key].open() as file, snapshot.open() as same:
-                assert all((file.read(name) == same.read(name)).all() for name in snapshot.stored), key
-            measured, true = there[key].info.measurements, snapshot.info.measurements
-            assert measured is not None
-            assert true is not None
-            assert measured.norm == pytest.approx(true.norm)
-            partners = {(one.t, one.sigma_rel): one for one in measured.distances}
-            assert partners.keys() == {(one.t, one.sigma_rel) for one in true.distances}
-            for one in true.distances:
-                assert partners[one.t, one.sigma_rel].squared == pytest.approx(one.squared)
-                assert partners[one.t, one.sigma_rel].rounding == pytest.approx(one.rounding)
-    exact = truth(0.2, [2, 4, 6, 8, 10, 12])
-    average = Run(tmp_path / "run").average(0.2, t=12)
-    for name, tensor in exact.items():
-        assert torch.allclose(average[name].double(), tensor, rtol=1e-6, atol=1e-6), name
+    single_run, run = (
+        {(s.info.t, s.info.sigma_rel): s for s in read_directory(tmp_path / name)} for name in ("single", "run")
+    )
+    # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next resumes from.
+    assert run.keys() == single_run.keys() | {(t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)}
+    assert len(list((tmp_path / "run" / "superseded").glob("*"))) == 0
+    for key, snapshot in single_run.items():
+        with run[key].open() as file, snapshot.open() as same:
+            assert all((file.read(name) == same.read(name)).all() for name in snapshot.stored), key
+        measured, true = run[key].info.measurements, snapshot.info.measurements
+        assert measured is not None
+        assert true is not None
+        assert measured.norm == pytest.approx(true.norm)
+        distances, right = ({(d.t, d.sigma_rel): d for d in own.distances} for own in (measured, true))
+        assert distances.keys() == right.keys()
+        for partner, distance in right.items():
+            assert distances[partner].squared == pytest.approx(distance.squared)
+            assert distances[partner].rounding == pytest.approx(distance.rounding)
+    assert_near(Run(tmp_path / "run").average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
 
 
-def test_each_process_goes_on_with_the_path_of_its_part(tmp_path: Path) -> None:
+def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
     found = {}
     for name, stages in (("straight", ((0, 8),)), ("resumed", ((0, 5), (5, 8)))):
         for before, after in stages:
@@ -119,7 +114,7 @@ dist.barrier()
 )
 
 
-def test_complete_tensors_and_those_of_this_mesh_are_taken_and_others_are_named(tmp_path: Path) -> None:
+def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(tmp_path: Path) -> None:
     torch.save(alone(tmp_path / "one", 5).state_dict(), tmp_path / "state.pt")
     code = """
 import copy
@@ -170,11 +165,7 @@ refused(ema.state_dict)
         assert all("their group was destroyed" in line for line in lines[6:])
 
 
-def test_what_sharded_models_do_not_have_says_what_to_do_instead(tmp_path: Path) -> None:
-    code = """
-refused(lambda: tracker("run", keep_state=True))
-"""
-    for out in check_group(BEGIN + code, 2, tmp_path, "fsdp"):
-        (kept,) = out.splitlines()
-        assert kept.startswith("InvalidValueError keep_state True: must be False")
-        assert "ema.state_dict()" in kept
+def test_keep_state_is_refused_for_sharded_models_with_a_way_out(tmp_path: Path) -> None:
+    for out in check_group(f'{BEGIN}refused(lambda: tracker("run", keep_state=True))', 2, tmp_path, "fsdp"):
+        assert out.startswith("InvalidValueError keep_state True: must be False")
+        assert "ema.state_dict()" in out

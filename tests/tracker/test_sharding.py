@@ -1,4 +1,4 @@
-"""Averages of sharded models: who owns which chunk, what each process writes, and that it is the average."""
+"""Averages of sharded models: the owners of chunks, the parts of snapshots, and agreement with one process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from groups import SETTINGS, Net, alone, check_group, move, run_group, train, truth, value
+from tracker.runs import assert_near
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.snapshots.chunks import Box, cover_problem
@@ -25,7 +26,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS) as ema:
 
 
 def parts_of(snapshot: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Box]]]:
-    """The tensors of each part of a snapshot, and where they belong."""
+    """Return the tensors of each part of a snapshot, and their boxes."""
     found = []
     for path in sorted(snapshot.iterdir()):
         info = decode_snapshot(path, read_header(path))
@@ -46,9 +47,9 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     folders = sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert [path.name for path in folders] == [path.stem for path in files]
     for folder, file in zip(folders, files, strict=True):
-        with open_file(file) as whole:
-            entries = whole.header.tensors
-            expected = {n: tensor_from_bytes(whole.read(n), e.dtype, e.shape) for n, e in entries.items()}
+        with open_file(file) as complete:
+            entries = complete.header.tensors
+            expected = {n: tensor_from_bytes(complete.read(n), e.dtype, e.shape) for n, e in entries.items()}
         parts = parts_of(folder)
         for name, tensor in expected.items():
             boxes = [boxes[name] for _, boxes in parts if name in boxes]
@@ -63,18 +64,16 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     last = {name: tensor for name, tensor in expected.items() if not name.startswith(("mean", "count"))}
     exact = truth(0.2, [2, 4, 6, 8])
     assert last.keys() == exact.keys()
-    for name, tensor in last.items():
-        assert torch.allclose(tensor.double(), exact[name], rtol=1e-6, atol=1e-6), name
+    assert_near(last, exact)
     assert torch.equal(expected["mean"], value("mean", 8, Net().mean))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a peak of memory")
-def test_a_process_holds_its_share_and_nothing_in_full(tmp_path: Path) -> None:
-    """In units of its share of the parameters, in float32; a process that held anything in full had one more, of two.
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory")
+def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path: Path) -> None:
+    """Memory in units of a process's share of the float32 parameters; a complete set would be one unit more, of two.
 
-    Tracking holds two averages, each as a total in float64 and a mean, the same two rounded for the snapshots that are
-    being written, and a copy of the parameters of that time. An evaluation holds the two live averages rounded, the
-    result, and the model's own values. Going on holds the averages.
+    Tracking holds the averages, their staged copies for snapshots, and a copy of the parameters. An evaluation holds
+    the two live averages, the result, and the model's own values. Resuming holds the averages.
     """
     code = """
 import gc
@@ -103,7 +102,7 @@ def go_on():
     global ema
     ema = PostHocEMA.from_path(directory, model)
     ema.update_(model)
-for rows in (8, 2048):  # the first time all that is loaded and made once
+for rows in (8, 2048):  # the first, small model loads modules and makes caches
     model = fully_shard(nn.Sequential(*(nn.Linear(1024, rows, bias=False) for _ in range(16))))
     share = sum(4 * held_part(parameter).numel() for parameter in model.parameters())
     directory = folder / str(rows)
@@ -121,7 +120,7 @@ print(*found)
 
 
 def test_one_process_after_the_other_updates_writes_and_thins(tmp_path: Path) -> None:
-    """A collective operation of any thread would wait for ever."""
+    """A collective operation in any thread would wait forever."""
     code = """
 import time
 model = spread(Net(), "fsdp")
@@ -171,7 +170,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=1)
     assert 4 not in left
 
 
-def test_a_value_that_is_not_finite_in_one_process_leaves_the_update_out_in_all(tmp_path: Path) -> None:
+def test_a_nan_in_one_process_makes_all_skip_the_update(tmp_path: Path) -> None:
     code = """
 model = spread(Net(), "fsdp")
 with PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip") as ema:
@@ -186,30 +185,28 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, on_nonfinite="skip
     for updates, snapshot in zip((1, 2, 4), Run(tmp_path / "run").snapshots[::2], strict=True):
         for path in snapshot.path.iterdir():
             assert decode_snapshot(path, read_header(path)).updates == updates
-    found = Run(tmp_path / "run").average(0.2)
-    for name, exact in truth(0.2, [4, 6, 10, 12]).items():
-        assert torch.allclose(found[name].double(), exact, rtol=1e-6, atol=1e-6), name
+    assert_near(Run(tmp_path / "run").average(0.2), truth(0.2, [4, 6, 10, 12]))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ('{"sigma_rels": (0.1,)}', "sigma_rels (0.1,), and rank 0 has (0.05, 0.28)"),
         ('{"checkpoint_dir": folder / "other"}', "checkpoint_dir "),
         ('{"include": "first*"}', "include ('first*',), and rank 0 has ()"),
     ],
 )
-def test_processes_with_other_options_are_named(tmp_path: Path, change: str, told: str) -> None:
+def test_processes_with_other_options_are_named(tmp_path: Path, change: str, message: str) -> None:
     code = f"""
 model = spread(Net(), "fsdp")
 PostHocEMA.from_model(model, **({{"checkpoint_dir": folder / "run"}} | ({change} if rank else {{}})))
 """
     for result in run_group(code, 2, tmp_path):
         assert result.code != 0
-        assert f"RankError: rank 1: has {told}" in result.err
+        assert f"RankError: rank 1: has {message}" in result.err
 
 
-def test_placements_that_cannot_be_averaged_here_are_refused_by_name(tmp_path: Path) -> None:
+def test_placements_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path) -> None:
     code = """
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -239,14 +236,12 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
     single = Net()
     with PostHocEMA.from_model(single, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
         train(single, 1, 1, ema)
-        first, *others = run_group(TRAIN, 4, tmp_path, "hsdp")  # of which two have nothing to write
-    assert first.code != 0
-    assert "holds snapshots of run" in first.err
-    assert all(result.code != 0 and "holds snapshots of run" in result.err for result in others)
+        results = run_group(TRAIN, 4, tmp_path, "hsdp")  # two of the processes have nothing to write
+    assert all(result.code != 0 and "holds snapshots of run" in result.err for result in results)
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="no path that is another directory in each process")
-def test_processes_that_write_to_disks_of_their_own_are_refused(tmp_path: Path) -> None:
+def test_processes_that_write_to_different_disks_are_refused(tmp_path: Path) -> None:
     code = """
 import os
 from posthoc_cli.tracker import snapshotter
@@ -272,7 +267,7 @@ if rank == 1:
     assert not list(tmp_path.rglob("*4-*/part-*"))
 
 
-def test_processes_hear_at_once_that_the_first_was_interrupted(tmp_path: Path) -> None:
+def test_an_interruption_of_the_first_process_is_raised_in_the_others_at_once(tmp_path: Path) -> None:
     code = """
 from posthoc_cli.tracker import snapshotter
 model = spread(Net(), "fsdp")
@@ -285,12 +280,11 @@ if rank == 0:
 else:
     refused(lambda: ema.update_(model))
 """
-    _, told = check_group(code, 2, tmp_path)
-    assert told.startswith("RankError rank 0: KeyboardInterrupt")
+    _, out = check_group(code, 2, tmp_path)
+    assert out.startswith("RankError rank 0: KeyboardInterrupt")
 
 
-def test_nobody_writes_where_the_first_process_has_nothing_to_write(tmp_path: Path) -> None:
-    """It would hold the directory's lock."""
+def test_no_process_writes_if_the_first_has_no_lock_since_it_has_nothing_to_write(tmp_path: Path) -> None:
     code = """
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -317,7 +311,7 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume=4 if int(ar
         move(model, step if step <= 4 else step + int(arguments[0]))
         if step == 8 and int(arguments[0]) and rank == 1:
             dist.barrier()
-            for part in late:  # of the process that has outlived the first training
+            for part in late:  # written by a process that has outlived the first training
                 shutil.copy(folder / "late" / part, folder / "run" / part)
             print(*inspect_directory(folder / "run").notes, sep="\\n")
         ema.update_(model)
@@ -343,10 +337,10 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
             move(net, step if step <= 4 else step + 50)
             ema.update_(net)
     made, right = (Run(tmp_path / name).average(0.2) for name in ("run", "single"))
-    assert all(torch.allclose(made[name], right[name], rtol=1e-6, atol=1e-6) for name in right)
+    assert_near(made, {name: tensor.double() for name, tensor in right.items()})
 
 
-def test_a_model_that_is_sharded_later_is_refused_with_the_right_order(tmp_path: Path) -> None:
+def test_a_model_that_is_sharded_after_its_tracker_was_made_is_refused(tmp_path: Path) -> None:
     code = """
 from posthoc_cli.errors import ModelMismatchError
 model = Net()
@@ -395,11 +389,10 @@ ema.close()
     check_group(TRAIN + code, 1, tmp_path, "fsdp")
     snapshots = Run(tmp_path / "run").snapshots
     assert [path.name for path in snapshots[0].path.iterdir()] == ["part-00001-of-00001.safetensors"]
-    for name, tensor in truth(0.2, [2, 4, 6, 8]).items():
-        assert torch.allclose(Run(tmp_path / "run").average(0.2)[name].double(), tensor, rtol=1e-6, atol=1e-6), name
+    assert_near(Run(tmp_path / "run").average(0.2), truth(0.2, [2, 4, 6, 8]))
 
 
-GO_ON = """
+RESUME = """
 model = spread(Net(), arguments[0])
 first, last = int(arguments[1]), int(arguments[2])
 with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
@@ -411,25 +404,22 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as 
 @pytest.mark.parametrize(
     ("kinds", "ranks"), [(("fsdp", "fsdp"), (3, 2)), (("fsdp", "tp"), (2, 2)), (("tp", "single"), (2, 1))]
 )
-def test_a_run_goes_on_with_another_arrangement_of_processes(
+def test_a_run_resumes_with_another_arrangement_of_processes(
     kinds: tuple[str, str], ranks: tuple[int, int], tmp_path: Path
 ) -> None:
-    check_group(GO_ON, ranks[0], tmp_path, kinds[0], 1, 8)
-    check_group(GO_ON, ranks[1], tmp_path, kinds[1], 9, 12)
+    check_group(RESUME, ranks[0], tmp_path, kinds[0], 1, 8)
+    check_group(RESUME, ranks[1], tmp_path, kinds[1], 9, 12)
     newest = read_directory(tmp_path / "run")[-1].info
     assert newest.measurements is not None
     assert {one.t for one in newest.measurements.distances} == {4, 8, 12}
     for width in (0.1, 0.2):
-        found = Run(tmp_path / "run").average(width, t=12)
-        exact = truth(width, [2, 4, 6, 8, 10, 12])
-        for name, tensor in exact.items():
-            assert torch.allclose(found[name].double(), tensor, rtol=2e-6, atol=2e-6), name
+        assert_near(Run(tmp_path / "run").average(width, t=12), truth(width, [2, 4, 6, 8, 10, 12]), within=2e-6)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_averages_with_nccl_are_those_of_the_whole_training(tmp_path: Path) -> None:
-    """As many processes as accelerators, at most two: all that exchanges tensors or flags."""
+def test_averages_with_nccl_are_those_of_one_process(tmp_path: Path) -> None:
+    """With as many processes as accelerators, at most two: every exchange of tensors or flags."""
     code = """
 import torch.distributed.checkpoint as dcp
 backend, device = arguments
@@ -450,8 +440,8 @@ with ema.averaged(model, tracked=0.2):
         assert torch.allclose(found[name].cpu().double(), own, rtol=1e-6, atol=1e-6), name
 with ema.model(model, sigma_rel=0.15):
     assert model(torch.ones(2, 6, device=device)).isfinite()
-whole = ema.state_dict(0.15, full=True)
-assert len(whole) == (len(exact) + 2 if rank == 0 else 0)
+complete = ema.state_dict(0.15, full=True)
+assert len(complete) == (len(exact) + 2 if rank == 0 else 0)
 ema.close()
 """
     torch.save(dict(truth(0.2, [2, 4, 6, 8])), tmp_path / "truth.pt")

@@ -1,4 +1,4 @@
-"""The sketch of the weights' path that the hook takes at folds."""
+"""The sketch of the weights' path that the tracker makes at folds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from posthoc_cli.tracker.measuring import Subset
 
 
 def trained(tracker: PostHocEMA, model: torch.nn.Module, first: int, last: int) -> None:
-    """A step that depends on its number alone, and on the weights."""
+    """Train by steps that depend on their numbers only."""
     for step in range(first, last + 1):
         random = torch.Generator().manual_seed(step)
         with torch.no_grad():
@@ -37,12 +37,12 @@ def tracker_of(net: torch.nn.Module, folder: Path, **options: object) -> PostHoc
 
 
 def sketches(folder: Path) -> dict[int, str]:
-    """The text of each snapshot's, by step."""
+    """Return the encoded sketch of each snapshot, by step."""
     return {source.info.step: source.info.sketch for source in disk_sources(folder)}
 
 
-def test_snapshots_tell_the_length_of_the_path(tmp_path: Path) -> None:
-    """Of 64 numbers and 199 steps within 0.2. Statistics, which move far here, are no part of it."""
+def test_sketches_in_snapshots_have_the_length_of_the_path(tmp_path: Path) -> None:
+    """The error of 64 numbers and 199 steps is within 0.2. Running statistics, which move far, do not count."""
     net = model()
     with tracker_of(net, tmp_path) as tracker:
         for step in range(200):
@@ -55,7 +55,7 @@ def test_snapshots_tell_the_length_of_the_path(tmp_path: Path) -> None:
     assert squared.mean() == pytest.approx(expected, rel=0.2)
 
 
-def test_many_windows_become_half_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for most in (512, 20):
         monkeypatch.setattr(measuring, "MOST_WINDOWS", most)
@@ -66,9 +66,9 @@ def test_many_windows_become_half_as_many(tmp_path: Path, monkeypatch: pytest.Mo
     fine, coarse = found[512], found[20]
     assert 10 <= len(coarse.folds) <= 21 < len(fine.folds)
     assert set(coarse.edges) < set(fine.edges) and coarse.folds.sum() == fine.folds.sum() == 150
-    whole = [sketch.folds @ sketch.means for sketch in (fine, coarse)]
+    sums = [sketch.folds @ sketch.means for sketch in (fine, coarse)]
     # Differences of 0.3 in float16, 150 of them: 7e-5 each, 9e-4 in a mean, 0.13 in a sum over 150 folds.
-    np.testing.assert_allclose(*whole, atol=0.5)
+    np.testing.assert_allclose(*sums, atol=0.5)
     steps = np.diff(fine.means, axis=0)
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
@@ -76,7 +76,7 @@ def test_many_windows_become_half_as_many(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
-    """From an exact state to the last bit; from snapshots it goes on, by what they hold of it."""
+    """A run resumed from an exact state has the same bits; one from snapshots is within float16's rounding."""
     net = model()
     with tracker_of(net, tmp_path / "straight") as tracker:
         trained(tracker, net, 1, 150)
@@ -93,8 +93,7 @@ def test_resumed_runs_have_the_same_sketch(tmp_path: Path) -> None:
     np.testing.assert_allclose(one.folds @ one.means / 150, other.folds @ other.means / 150, atol=3e-3)
 
 
-def test_a_projection_depends_on_places_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on the tiles in which they come; and it is linear."""
+def test_a_projection_is_linear_and_independent_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = lay_out({"a": torch.empty(150_001), "b": torch.empty(333, 7)})
     size = layout[0].bounds[-1]
     values, other = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
@@ -108,16 +107,16 @@ def test_a_projection_depends_on_places_alone(monkeypatch: pytest.MonkeyPatch) -
         path = sketcher.path(1.0)
         return np.asarray(path.sketch.means[0], np.float64)
 
-    whole = numbers(values, 10**6)
+    expected = numbers(values, 10**6)
     for length in (65_536, 10_000, 777):
-        np.testing.assert_allclose(numbers(values, length), whole, atol=1e-4 * np.abs(whole).max())
-    np.testing.assert_allclose(numbers(values - other, 10**6), whole - numbers(other, 10**6), atol=1e-3)
+        np.testing.assert_allclose(numbers(values, length), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(numbers(values - other, 10**6), expected - numbers(other, 10**6), atol=1e-3)
 
 
 @pytest.mark.parametrize("elements", [2**15, 2**20])
 @pytest.mark.parametrize("kind", ["alike", "columns", "one rank", "one layer", "one row", "gains"])
 def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the complete model, and of one that has 64 times as many elements as are drawn."""
+    """The subset has half of the elements, or one of 64."""
     monkeypatch.setattr(measuring, "MEASURED_ELEMENTS", elements)
     shapes = {"a": (1024, 1024), "gains": (1024,), "b": (1024, 1024)}
     values = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -141,21 +140,20 @@ def test_lengths_are_kept_whatever_the_direction(kind: str, elements: int, monke
         sketcher.take(tile, flat[tile.where])
     path = sketcher.path(1.0)
     ratio = float(np.sum(path.sketch.means.astype(np.float64) ** 2)) / float(flat.double().square().sum())
-    drawn = 1024 if elements == 2**20 or kind == "gains" else 16  # of the row
+    drawn = 1024 if elements == 2**20 or kind == "gains" else 16  # elements of the row that are drawn
     assert abs(ratio - 1) < 3 * np.sqrt(2 / measuring.NUMBERS + (3 / drawn if kind == "one row" else 0))
 
 
-def test_another_model_has_no_path_of_this_one(tmp_path: Path) -> None:
-    """A sketch of other tensors cannot be gone on with: none is written from then on."""
+def test_a_sketch_of_another_model_cannot_be_continued() -> None:
     layout, other = lay_out({"a": torch.empty(10)}), lay_out({"a": torch.empty(11)})
     first = measuring.Sketcher(Subset(layout, {"a"}))
     (tile,) = tiles_of(layout)
     first.take(tile, torch.ones(10))
     first.end_window(1.0)
     known = first.path()
-    assert measuring.Sketcher(Subset(layout, {"a"})).goes_on(known)
+    assert measuring.Sketcher(Subset(layout, {"a"})).resume(known)
     for changed in (measuring.Sketcher(Subset(other, {"a"})), measuring.Sketcher(Subset(layout, {"a"}), 1)):
-        assert not changed.goes_on(known)
+        assert not changed.resume(known)
 
 
 def test_hostile_sketches_are_refused() -> None:
@@ -168,14 +166,14 @@ def test_hostile_sketches_are_refused() -> None:
         text = fmt.encode_path(path, exact)
         np.testing.assert_allclose(fmt.decode_path(text).sketch.means, path.sketch.means, rtol=1e-3)
         for bad in (text[:-8], text + "AAAA", text[:40], "AAAA", "!", "A" * 4000):
-            with pytest.raises(ValueError):  # of base64, or ours
+            with pytest.raises(ValueError):  # base64's or the package's
                 fmt.decode_path(bad)
     one = path.sketch
     assert fmt.encode_path(fmt.Path(1, Sketch(one.edges, one.folds, one.means + np.inf, one.spread))) == ""
 
 
 def test_a_path_in_a_header_is_as_exact_at_its_end_as_at_its_beginning() -> None:
-    """Within a rounding to float16 of one step, 2^-11: 1,023 independent ones would add up to 9 of them at least."""
+    """Within the float16 rounding of one step, 2^-11: 1,023 independent roundings would add up to at least 9 times."""
     means = np.cumsum(np.random.default_rng(0).uniform(-1, 1, (1024, 64)), axis=0).astype(np.float32).astype(float)
     path = fmt.Path(1, Sketch(np.arange(1.0, 1026.0), np.ones(1024), means, np.zeros(1024)))
     found = fmt.decode_path(fmt.encode_path(path)).sketch.means

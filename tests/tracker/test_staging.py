@@ -1,4 +1,4 @@
-"""Copies out of training's way: streams that run as late as they may, and pinned memory of the right size."""
+"""Copies of a model's values: device streams that run as late as they may, and pinned memory of the right size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from posthoc_cli.tracker.staging import ModelCopier, ModelCopy
 
 
 class Event:
-    """After it, what was recorded before it is done."""
+    """An event of a stream, which is done after the work before it."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         self.device, self.done = device, False
@@ -30,7 +30,7 @@ class Event:
 
 @dataclass(eq=False)
 class Stream:
-    """Work in order; `work` does nothing and returns False while it has to wait."""
+    """Work that is done in order; an item of `work` does nothing and returns False while it has to wait."""
 
     device: SimulatedDevice
     work: deque[Callable[[], bool]] = field(default_factory=deque)
@@ -51,7 +51,7 @@ class Stream:
 
 
 class SimulatedDevice:
-    """Streams that do what they were given in any order that streams and events allow, drawn by chance."""
+    """Streams whose work is done in a random order of those that streams and events allow."""
 
     def __init__(self, seed: int) -> None:
         self.draw, self.free = random.Random(seed), 2**40
@@ -64,7 +64,7 @@ class SimulatedDevice:
         return self.streams[-1]
 
     def run(self, until: Callable[[], bool] = lambda: False, only: Stream | None = None) -> None:
-        """Work until nothing can be done any more."""
+        """Work until a condition holds, or until no stream can continue."""
         while not until():
             for stream in self.draw.sample(self.streams, len(self.streams)):
                 if (only is None or stream is only) and stream.work and stream.work[0]():
@@ -84,7 +84,7 @@ class SimulatedDevice:
         self.current = before
 
     def as_torch(self) -> Any:
-        """What `staging` sees in place of torch."""
+        """Return the replacement of torch in `staging`."""
         used_by = self.used_by
         cuda = SimpleNamespace(
             Stream=self.stream, Event=lambda **_: Event(self), current_stream=lambda _: self.current, stream=self.on,
@@ -122,7 +122,7 @@ class SimulatedDevice:
 
 @pytest.fixture(params=range(20))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    """From the tenth on one without free memory, and with tensors of several slabs."""
+    """Simulate a device: from the tenth seed on without free memory, and with tensors of several slabs."""
     simulated = SimulatedDevice(request.param)
     if request.param >= 10:
         simulated.free = 0
@@ -140,7 +140,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def on_devices(tensors: Mapping[str, torch.Tensor]) -> TileReader:
-    """A reader of tensors as if they were on devices, float64 on a second one."""
+    """Return a reader of tensors as if they were on devices, float64 on a second one."""
     numbers = {torch.float64: 1}
     places = tuple(replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in lay_out(tensors))
     return TileReader.of_tensors(places, tensors, threads=0)
@@ -152,7 +152,7 @@ def expected(copy: ModelCopy, number: int) -> bool:
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
-    """Training overwrites its values step after step; up to two copies of earlier ones wait to be read."""
+    """Training overwrites the values at each step; up to two copies of earlier values wait to be read."""
     values = tensors()
     stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
 
@@ -174,7 +174,7 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
 
 def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: SimulatedDevice) -> None:
-    """Training is as far ahead of the other streams as it can be."""
+    """Training is as far ahead of the copying stream as it can be."""
     values, stager = tensors(), ModelCopier()
     staged = [stager.copy(on_devices(values))]
     for tensor in values.values():
@@ -185,13 +185,13 @@ def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: Simula
         assert expected(one, number)
 
 
-def test_training_waits_for_the_host_only_where_memory_is_short(device: SimulatedDevice) -> None:
-    """All of a copy is out of training's way at once, or what goes into two slabs a device."""
+def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDevice) -> None:
+    """A buffer holds all of a copy, or two tiles a device."""
     values, stager = tensors(), ModelCopier()
     first = stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
-    # Freed, a buffer is not given to the training before the other stream has read it.
+    # Both streams are recorded, so that a freed buffer is not reused by the training before the other has read it.
     assert len(device.used_by) == 2 * len(buffers)
     device.run(only=device.training)
     if device.free:
@@ -209,7 +209,7 @@ def test_training_waits_for_the_host_only_where_memory_is_short(device: Simulate
     assert bool(device.training.work) == (not device.free)
 
 
-def test_buffers_are_used_again_and_others_are_made_for_other_tensors(device: SimulatedDevice) -> None:
+def test_copies_reuse_memory_and_a_new_layout_gets_its_own(device: SimulatedDevice) -> None:
     values, stager = tensors(), ModelCopier()
     first = stager.copy(on_devices(values))
     first.arrived()
@@ -223,7 +223,7 @@ def test_buffers_are_used_again_and_others_are_made_for_other_tensors(device: Si
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [0, 1, 1000, 2**22 + 1, 2**24 - 3, 2**27 + 12345])
 def test_slabs_of_pinned_memory_are_not_rounded_up(count: int, dtype: torch.dtype) -> None:
-    """torch takes a power of two of bytes for each: all but the last elements have one already. A tile has one slab."""
+    """torch rounds each up to a power of two: all slabs but the last have such a size. A tile lies in one slab."""
     host = HostTensors(lay_out({"a": torch.empty(1, dtype=dtype).expand(count)}))
     sizes = [slab.nbytes for slab in host.slabs[0]]
     assert sum(sizes) == count * dtype.itemsize
@@ -255,7 +255,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
-    """Training goes on at once, in a stream of its own too; 64 MB a group take longer than its next kernels."""
+    """Training continues at once, also in another stream; copying 64 MB takes longer than its next kernels."""
     averaged = {
         str(k): torch.zeros(2**24, device="cuda", dtype=d) for k, d in enumerate((torch.float32, torch.bfloat16))
     }

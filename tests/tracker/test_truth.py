@@ -1,9 +1,9 @@
 """Ground truth: directly summed float64 averages of two real recorded training runs of 10,000 steps.
 
-Where nothing else is said the snapshots are float32, every 500 steps, of sigma_rel 0.05 and 0.10, and the method is
-the published one. The bounds are what it can do on such snapshots: on the tracked profiles only the rounding of
-float32 is left, and the further a target lies from them the less the twenty snapshot times suffice (its error at 0.20
-is a hundred times that at 0.07). Targets above 0.20 are not promised here: their profile error is the method's own.
+Unless a test says otherwise, snapshots are float32, every 500 steps, of sigma_rel 0.05 and 0.10, and the method is the
+published one. The bounds are what this method can reach with such snapshots: on the tracked profiles only float32
+rounding is left, and the further a target is from them, the less the twenty snapshot times suffice (the error at 0.20
+is a hundred times that at 0.07). Targets above 0.20 are not tested: their error is inherent in the method.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def recorded(name: str, folder: Path) -> Trajectory:
 
 
 def truth(run: Trajectory, sigma_rel: float, stride: int, after: int = 0) -> np.ndarray:
-    """The average over the weights after every `stride`-th step, in float64, from the definition."""
+    """Return the average over the weights after every `stride`-th step, in float64, by the definition."""
     steps = np.arange(stride, run.steps + 1, stride)
     steps = steps[steps > after]
     weights = exact_weights(sigma_rel, steps)
@@ -73,7 +73,7 @@ def test_synthesized_weights_are_near_the_true_ones(name: str, stride: int, cach
     found = {s: flat(tracker.state_dict(sigma_rel=s, method="paper")) for s in BOUNDS}
     errors = {s: relative_error(found[s], truth(run, s, stride)) for s in BOUNDS}
     assert {s: error for s, error in errors.items() if error > BOUNDS[s]} == {}
-    # ... and the bounds mean something: the average is much further from the last weights than that.
+    # The bounds are meaningful: the average is much further from the last weights.
     assert relative_error(run.weights[-1], truth(run, 0.05, stride)) > 100 * BOUNDS[0.05]
 
 
@@ -83,7 +83,7 @@ def test_synthesized_weights_are_near_the_true_ones(name: str, stride: int, cach
 def test_minimum_variance_beats_the_published_method_and_knows_its_error(
     name: str, tracked: tuple[float, float], dtype: torch.dtype, cache_folder: Path, tmp_path: Path
 ) -> None:
-    """scripts/bench_fidelity.py measures more; over all its cells with two profiles the extremes are 0.31 and 1.78."""
+    """Over all cells of scripts/bench_fidelity.py with two profiles, actual / predicted is between 0.31 and 1.78."""
     run = recorded(name, cache_folder)
     track(run, tmp_path, 10, sigma_rels=tracked, checkpoint_dtype=dtype)
     targets = (0.03, 0.07, 0.15, 0.20, 0.25)
@@ -101,7 +101,7 @@ def test_minimum_variance_beats_the_published_method_and_knows_its_error(
 
 @pytest.mark.parametrize("stride", [1, 10])
 def test_other_averages_of_these_snapshots_are_near_the_truth(stride: int, cache_folder: Path, tmp_path: Path) -> None:
-    """A classical average, x <- beta x + (1 - beta) theta at every step; a window; a span of training."""
+    """An ordinary EMA, x <- beta x + (1 - beta) theta at every step; a window; a span of training."""
     run = recorded("denoiser-adam", cache_folder)
     track(run, tmp_path, stride)
     seen = np.arange(0, STEPS + 1, stride)
@@ -119,7 +119,7 @@ def test_other_averages_of_these_snapshots_are_near_the_truth(stride: int, cache
         predicted = plan.predicted_error(index)
         assert predicted < 0.01
         assert 0.3 < error / predicted < 2
-    # A recursion at every step, written out, is what the formula of the classical average says.
+    # The recursion of an ordinary EMA at every step agrees with the formula above.
     if stride == 1:
         average = run.weights[0].astype(np.float64)
         for weights in run.weights[1:]:
@@ -128,7 +128,7 @@ def test_other_averages_of_these_snapshots_are_near_the_truth(stride: int, cache
         assert relative_error(found, average) < 2 * (plan.predicted_error(0) or 0)
 
 
-def test_an_earlier_time_is_met_as_well(cache_folder: Path, tmp_path: Path) -> None:
+def test_the_average_at_an_earlier_time_is_near_the_truth(cache_folder: Path, tmp_path: Path) -> None:
     run = recorded("denoiser-adam", cache_folder)
     track(run, tmp_path, 10)
     earlier = Trajectory(run.name, run.weights[:5000], run.shapes)
@@ -137,7 +137,7 @@ def test_an_earlier_time_is_met_as_well(cache_folder: Path, tmp_path: Path) -> N
 
 
 def test_a_warm_up_is_part_of_the_profile(cache_folder: Path, tmp_path: Path) -> None:
-    """Weights before the warm-up never count: their mass sits on the first one that was taken in."""
+    """Weights before its end have no mass: the first weights that are taken in have it."""
     run = recorded("denoiser-adam", cache_folder)
     track(run, tmp_path, 10, update_after_step=3000)
     tracker = PostHocEMA.from_path(tmp_path)

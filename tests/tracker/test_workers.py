@@ -1,6 +1,6 @@
-"""Threads of our own for updates: none of torch's, none of its settings touched, and the same bits for any number.
+"""The threads of updates: torch's own threads and settings are left alone; any number of threads gives the same bits.
 
-Experiments of tests/torture try whether readers and signals see averages of one update.
+Experiments of tests/torture try whether readers and signal handlers see the averages of one update.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.tracker import layout, running, staging
 from posthoc_cli.tracker.running import RunningAverages
-from posthoc_cli.tracker.worker import Crew, Worker, end_threads
+from posthoc_cli.tracker.worker import ThreadPool, Worker, end_threads
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _two_threads() -> None:
-    torch.set_num_threads(2)  # conftest sets it to 1 for each test
+    torch.set_num_threads(2)  # conftest sets the number to 1 for each test
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -49,7 +49,7 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
         values = {name: torch.empty(shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
         model = torch.nn.ParameterDict({name: torch.nn.Parameter(value) for name, value in values.items()})
         with PostHocEMA.from_model(model, tmp_path / str(threads), update_every=1, checkpoint_every=100) as tracker:
-            for k in range(1, 81):  # folds of one update, which round, and of 32, which are exact; one is left
+            for k in range(1, 81):  # folds of one update, which round, and of 32, which are exact; one window is open
                 for parameter in model.values():
                     parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
                 tracker.update_(model, t=float(k if k < 15 else 10**6 + k))
@@ -60,24 +60,24 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
 
 
 def test_every_item_is_done_once_and_by_several_threads() -> None:
-    crew, barrier = Crew(3), threading.Barrier(3)
+    pool, barrier = ThreadPool(3), threading.Barrier(3)
     done: list[tuple[int, int]] = []
 
     def work(item: int, thread: int) -> None:
         if item < 3:
-            barrier.wait(60)  # three items are under way at once
+            barrier.wait(60)  # three items are worked on at once
         assert torch.get_num_threads() == 1 or thread == 0
         done.append((item, thread))
 
-    crew.each(work, range(100))
+    pool.each(work, range(100))
     assert sorted(item for item, _ in done) == list(range(100))
     assert {thread for item, thread in done if item < 3} == {0, 1, 2}
-    crew.close()
+    pool.close()
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_any_thread_is_raised_when_nobody_works_any_more(failing: int) -> None:
-    crew, barrier, working = Crew(2), threading.Barrier(2), []
+def test_an_error_in_any_thread_is_raised_when_all_threads_have_stopped(failing: int) -> None:
+    pool, barrier, working = ThreadPool(2), threading.Barrier(2), []
 
     def work(item: int, thread: int) -> None:
         working.append(thread)
@@ -87,20 +87,20 @@ def test_an_error_in_any_thread_is_raised_when_nobody_works_any_more(failing: in
         working.remove(thread)
 
     with pytest.raises(MemoryError, match="none left"):
-        crew.each(work, range(2))
+        pool.each(work, range(2))
     assert working == [failing]
-    crew.each(lambda *_: None, range(2))  # and goes on afterwards
-    crew.close()
+    pool.each(lambda *_: None, range(2))  # the pool can be used again
+    pool.close()
 
 
-def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_without_helper_threads_works_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     done: list[int] = []
-    crew = Crew(4)
+    pool = ThreadPool(4)
     monkeypatch.setattr(threading.Thread, "start", refused)
-    crew.each(lambda item, _: done.append(item), range(9))
+    pool.each(lambda item, _: done.append(item), range(9))
     assert done == list(range(9))
 
 
@@ -109,7 +109,7 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
 def test_threads_of_training_are_left_alone(
     device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, during and after an update, in its own thread and in those that begin later; and no copy takes them."""
+    """Before, during and after an update, in the training's thread and in later ones; copies do not use them."""
     seen: dict[str, list[int]] = {"averages": [], "training": [], "later": []}
     real, fill, copying = RunningAverages.update_, staging._fill, set[int]()
 
@@ -155,11 +155,11 @@ def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("way", ["state", "load", "update", "close"])
-def test_calls_amid_an_update_are_after_or_before_it(
+def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tmp_path: Path, device: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From another thread, while the worker has half of an update."""
-    inside, go_on, real = threading.Event(), threading.Event(), torch.lerp
+    """From another thread, while the worker is in the middle of an update."""
+    inside, proceed, real = threading.Event(), threading.Event(), torch.lerp
     model, found = Equal(1000), []
     tracker = start(tmp_path, model, device, 100)
 
@@ -171,7 +171,7 @@ def test_calls_amid_an_update_are_after_or_before_it(
     def lerp(*arguments: Any, **keywords: Any) -> torch.Tensor:
         if not inside.is_set() and arguments[0].dtype == torch.float32:
             inside.set()
-            assert go_on.wait(60)
+            assert proceed.wait(60)
         return real(*arguments, **keywords)
 
     train(20)
@@ -193,7 +193,7 @@ def test_calls_amid_an_update_are_after_or_before_it(
     assert inside.wait(60)
     other.start()
     other.join(0.2)
-    go_on.set()
+    proceed.set()
     for thread in (training, other):
         thread.join(60)
         assert not thread.is_alive()
@@ -217,20 +217,18 @@ def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
                     tracker.state_dict()
                     with tracker.averaged(model, tracked=0.2):
                         pass
-            states.append(tracker.state_dict())
-    assert_same_tensors(states[1]["mean"], states[0]["mean"])
-    for kind in ("high", "low"):
-        assert states[0][kind].keys() == {"0.2", "0.21"}
-        for key, tensors in states[0][kind].items():
-            assert_same_tensors(states[1][kind][key], tensors)
+            state = tracker.state_dict()
+            sets = {"mean": state["mean"]} | {f"{k} {key}": t for k in ("high", "low") for key, t in state[k].items()}
+            states.append({f"{kind} {name}": tensor for kind, own in sets.items() for name, tensor in own.items()})
+    assert_same_tensors(*states)
 
 
-def test_the_end_of_the_process_does_jobs_that_other_jobs_submit_and_ends() -> None:
+def test_the_end_of_the_process_waits_for_jobs_that_other_jobs_submit() -> None:
     worker, began, done = Worker("late"), threading.Event(), threading.Event()
 
     def first() -> None:
         began.set()
-        while worker._queue.empty():  # until the thread has been asked to end
+        while worker._queue.empty():  # until `end_threads` has asked the thread to end
             pass
         worker.submit(done.set)
 
@@ -243,8 +241,8 @@ def test_the_end_of_the_process_does_jobs_that_other_jobs_submit_and_ends() -> N
     assert done.is_set()
 
 
-def test_the_end_of_the_process_waits_until_threads_have_freed_what_they_hold() -> None:
-    """A thread that frees a tensor while the interpreter ends aborts the process: exit code 134."""
+def test_the_end_of_the_process_waits_until_threads_have_freed_their_objects() -> None:
+    """A thread that frees a tensor while the interpreter shuts down aborts the process: exit code 134."""
     code = """
         import time
         from posthoc_cli.tracker.pipeline import Worker
@@ -253,7 +251,7 @@ def test_the_end_of_the_process_waits_until_threads_have_freed_what_they_hold() 
                 time.sleep(1)
                 print("freed", flush=True)
         def make():
-            time.sleep(0.2)  # by then only the thread holds the job
+            time.sleep(0.2)  # until only the thread refers to the job
             return Large()
         worker = Worker("large")
         worker.submit(make)
