@@ -136,10 +136,10 @@ def make_manifest(folder: Path, origin: Path, settings: Settings, checkpoints: S
 
 def _encoded(manifest: Manifest) -> bytes:
     """The content of the file."""
-    base = os.path.realpath(manifest.folder)
+    folder = manifest.folder
 
     def relative(path: Path) -> str:
-        text = str(path) if files.is_url(path) else os.path.relpath(path.absolute(), base)
+        text = str(path) if files.is_url(path) else os.path.relpath(path.absolute(), os.path.realpath(folder))
         try:
             text.encode()
         except UnicodeError:
@@ -164,7 +164,7 @@ def write_manifest(made: Manifest, overwrite: bool) -> bool:
         WriteError: the system refused.
     """
     out, content = made.folder, _encoded(made)
-    if is_import(out):
+    if exists := is_import(out):
         with suppress(FileFormatError):  # a damaged one is replaced
             there = read_manifest(out)
             if _encoded(there) == content:
@@ -177,7 +177,7 @@ def write_manifest(made: Manifest, overwrite: bool) -> bool:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "is there already, and holds something else", "choose another name")
     with files.new_directory(out):
-        files.write_whole(out / _NAME, content, overwrite=True)
+        files.write_whole(out / _NAME, content, overwrite=exists)
     return True
 
 

@@ -49,7 +49,7 @@ from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import COPY, decode_state, tensors_with
 from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock, move_aside, remove_leftovers
+from posthoc_cli.snapshots.writer import LOCK_NAME, move_aside, one_writer, remove_leftovers
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -488,12 +488,12 @@ def _index_fault(unit: _Unit, index: Path, there: Sequence[FileReport]) -> tuple
 
 
 def check_repairable(found: Verification) -> None:
-    """A DirectoryError if it is no directory of snapshots, an InvalidValueError if it is in a store."""
+    """A DirectoryError if it is no directory of snapshots, an InvalidValueError if it can only be read."""
     if not found.is_of_tracker:
         hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
         reason = "holds no snapshots of a tracker, and only these are set aside"
         raise DirectoryError(found.path, reason, hint if any(report.kind for report in found.files) else "")
-    files.local_path("directory", found.path)
+    files.check_writable("directory", found.path)
 
 
 def repair(found: Verification) -> tuple[Path, ...]:
@@ -504,11 +504,12 @@ def repair(found: Verification) -> tuple[Path, ...]:
         MismatchError, DirectoryError: a file has changed since, or `damaged` is no folder; nothing was moved.
         WriteError: the system refused. What was moved is in the folder `damaged`, the rest where it was.
     """
-    with DirectoryLock(found.path):
+    with one_writer(found.path) as check_lease:
         remove_leftovers(found.path)
         for path, known in found.going.items():
             if _stamp(path) not in (known, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
+        check_lease()
         return tuple(move_aside([*found.going], found.path / BROKEN)) if found.going else ()
 
 

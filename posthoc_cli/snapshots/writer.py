@@ -18,8 +18,8 @@ import socket
 import weakref
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, count
 from pathlib import Path
@@ -175,6 +175,22 @@ def _clear(holder: Path, process: int) -> bool:
     return is_own
 
 
+@contextmanager
+def one_writer(directory: Path) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a directory, or the lease of a run in a store, for the block.
+
+    Yields a function that raises a LockedError if another process has taken over the lease meanwhile.
+    """
+    if not files.is_url(directory):
+        with DirectoryLock(directory):
+            yield lambda: None
+        return
+    from posthoc_cli.remote.lease import held
+
+    with held(directory) as check:
+        yield check
+
+
 # --- removing from a directory
 
 
@@ -217,14 +233,14 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
     Nothing there is replaced; missing paths are skipped. A DirectoryError if it is a link or no folder.
     """
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+    if not files.is_gone(folder) and (folder.is_symlink() or not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []
         for path in paths:
-            if os.path.lexists(path) or path.exists():
+            if not files.is_gone(path):
                 free = _free_name(folder / path.name)
                 files.system.rename(path, free)
                 moved.append(free)
@@ -237,7 +253,7 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 def _free_name(path: Path) -> Path:
     name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
     numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
-    return next(free for free in chain([path], numbered) if not (os.path.lexists(free) or free.exists()))
+    return next(free for free in chain([path], numbered) if files.is_gone(free))
 
 
 # --- thinning while a training writes
@@ -424,14 +440,14 @@ def plan_pruning(
 
 
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
-    """Delete what was planned, while the directory is locked: verify all survivors, then delete the others.
+    """Delete what was planned, as the one writer: verify all survivors, then delete the others.
 
     Raises:
         LockedError: a tracker is writing to the directory.
         DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
         WriteError: the system refused a deletion. All survivors are there.
     """
-    with DirectoryLock(directory):
+    with one_writer(directory) as check_lease:
         remove_leftovers(directory)
         planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.gone)}
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
@@ -440,6 +456,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
             for part in snapshot.parts or (snapshot,):
                 verify_payload(part.path, part.header, progress)
         for snapshot in pruning.gone:
+            check_lease()
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)

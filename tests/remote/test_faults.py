@@ -115,7 +115,7 @@ FAULTS = {
     "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
     "not to read": (bodies(lambda h: h.refuse(403, "AccessDenied")), "safetensors: cannot be read: access is denied"),
     "a wrong clock": (always(403, "RequestTimeTooSkewed"), READ + "the clock of this machine is wrong; set it"),
-    "another region": (always(301, "PermanentRedirect"), READ + "the region is another one; set AWS_REGION"),
+    "another region": (always(301, "PermanentRedirect"), READ + "the bucket is in another region; set AWS_REGION"),
     "slow bodies": (bodies(stall), "safetensors: cannot be read: the server did not answer in time"),
     "too many": (always(503, "SlowDown"), READ + "the store asks for fewer requests, or is not available; try again"),
 }

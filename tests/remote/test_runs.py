@@ -113,8 +113,6 @@ def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: P
     assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
     beside = ("--checkpoints", f"{bucket}/folders", "--out", tmp_path / "beside.safetensors")
     assert ema("synthesize", run, *beside, "--sigma-rel", "0.1").code == 0
-    for command in (("prune", run, "--keep", "3", "--yes"), ("verify", run, "--repair", "--yes")):
-        assert ema(*command).error == f"directory {run}: is a URL; must be a path on a file system of this machine"
 
 
 def test_an_import_refers_to_objects_and_sees_that_one_was_replaced(made: Path, bucket: str, tmp_path: Path) -> None:
@@ -125,8 +123,6 @@ def test_an_import_refers_to_objects_and_sees_that_one_was_replaced(made: Path, 
     store.put(f"{bucket}/pickles/step30.pt", made / "pickles/step20.pt", create=False)
     with pytest.raises(FileFormatError, match=r"step30\.pt: was replaced since"):
         Run(tmp_path / "imported").average("last:3")
-    with pytest.raises(InvalidValueError, match="is a URL"):
-        import_checkpoints(made / "pickles", f"{bucket}/imported")
 
 
 def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
@@ -234,7 +230,7 @@ def test_folders_that_libraries_write_go_up_as_a_whole(
         run.write(0.15, url, **options)
         with pytest.raises(OutputExistsError):
             run.write(0.15, url, **options)
-        with pytest.raises(WriteError, match="only s3://, gs:// and az:// take outputs"):
+        with pytest.raises(InvalidValueError, match="must be a path, or begin with s3://, gs:// or az://"):
             run.write(0.15, "https://127.0.0.1:1/out", **options)
         assert not [*temporary.iterdir()]
     run.write(0.15, tmp_path / "local", like=like)
@@ -265,7 +261,7 @@ def test_a_large_file_replaces_nothing(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_parts: bool
 ) -> None:
     """The store itself refuses; that of a file in parts there is none is asked before."""
-    monkeypatch.setattr(store, *(("_WHOLE", 1024) if in_parts else ("head", pytest.fail)))
+    monkeypatch.setattr(store, *(("_ONE_REQUEST", 1024) if in_parts else ("head", pytest.fail)))
     data = np.random.default_rng(0).bytes(20_000_000)
     (tmp_path / "large").write_bytes(data)
     tag = store.put(f"{bucket}/large", tmp_path / "large").tag

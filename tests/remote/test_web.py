@@ -83,5 +83,5 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(served: Server, tmp_
         assert refused.returncode == 2 and reason in refused.stderr and len(refused.stderr.splitlines()) == 1
         assert "topsecret" not in refused.stderr
     refused = ema("synthesize", place, "--target", "last:2", "--out", "hf://org/model-160m@main/out.safetensors")
-    assert "main/out.safetensors: cannot be written: only s3://, gs:// and az:// take outputs" in refused.stderr
+    assert "main/out.safetensors: must be a path, or begin with s3://, gs:// or az://" in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
