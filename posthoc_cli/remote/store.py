@@ -337,7 +337,8 @@ def put(url: str, data: bytes | Path, *, create: bool = True, replaces: ObjectIn
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
     store, key = _place(url, size)
-    content, options = data, {"chunk_size": _part_bytes(size), "max_concurrency": 4}
+    content: Any = data
+    options: dict[str, Any] = {"chunk_size": _part_bytes(size), "max_concurrency": 4}
     if create and size <= _ONE_REQUEST:
         content = _mapped(data) if isinstance(data, Path) else data
         mode = replaces and {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
