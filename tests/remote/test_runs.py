@@ -1,4 +1,4 @@
-"""Runs and checkpoints in a bucket: each command does what it does with the same files on a disk."""
+"""Runs and checkpoints in a bucket: each command does the same as with the files on a disk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(_made: Path, bucket: str) -> Path:
-    """Runs and checkpoints on the disk, which are in the bucket, too."""
+    """The folder with runs and checkpoints, which are also in the bucket."""
     for path in _made.rglob("*"):
         if path.is_file():
             store.put(f"{bucket}/{path.relative_to(_made).as_posix()}", path)
@@ -56,9 +56,15 @@ def made(_made: Path, bucket: str) -> Path:
 
 
 def mean_of_last(folder: Path, count: int) -> dict[str, np.ndarray]:
-    """The mean of the last checkpoints, in float64."""
-    found = [load_file(folder / f"checkpoint-{step}/model.safetensors") for step in STEPS[-count:]]
-    return {name: np.mean([one[name].double().numpy() for one in found], axis=0) for name in found[0]}
+    """Return the mean of the last checkpoints, in float64."""
+    weights = [load_file(folder / f"checkpoint-{step}/model.safetensors") for step in STEPS[-count:]]
+    return {name: np.mean([each[name].double().numpy() for each in weights], axis=0) for name in weights[0]}
+
+
+def assert_mean_of_last(run: Run, made: Path) -> None:
+    found = run.average("last:3")
+    for name, value in mean_of_last(made / "folders", 3).items():
+        np.testing.assert_allclose(found[name].numpy(), value, rtol=3e-7, atol=1e-7)
 
 
 @contextmanager
@@ -82,9 +88,7 @@ def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(made: Pat
 
 @pytest.mark.parametrize("place", ["folders", "folders/checkpoint-*", "pickles", "pickles/step*.pt"])
 def test_checkpoints_in_a_bucket_are_averaged(made: Path, bucket: str, place: str) -> None:
-    found = Run(f"{bucket}/{place}").average("last:3")
-    for key, value in mean_of_last(made / "folders", 3).items():
-        np.testing.assert_allclose(found[key].numpy(), value, rtol=3e-7, atol=1e-7)
+    assert_mean_of_last(Run(f"{bucket}/{place}"), made)
 
 
 def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: Path) -> None:
@@ -98,28 +102,16 @@ def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: P
         assert "all intact" in ema("verify", path).out
     assert ema("report", run, "--out", tmp_path / "report.html").code == 0
     assert ema("export", f"{run}/0000000000000040-0.05.safetensors", "--out", tmp_path / "one.pt").code == 0
-    counted = (
-        "sweep",
-        run,
-        "--sigma-rel",
-        "0.1,0.2",
-        "--run",
-        COUNTED,
-        "--minimize",
-        "--out",
-        tmp_path / "sweep",
-    )
-    assert ema(*counted).code == 0
+    search = ("--sigma-rel", "0.1,0.2", "--run", COUNTED, "--minimize", "--out", tmp_path / "sweep")
+    assert ema("sweep", run, *search).code == 0
     assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
-    beside = ("--checkpoints", f"{bucket}/folders", "--out", tmp_path / "beside.safetensors")
-    assert ema("synthesize", run, *beside, "--sigma-rel", "0.1").code == 0
+    with_checkpoints = ("--checkpoints", f"{bucket}/folders", "--out", tmp_path / "with.safetensors")
+    assert ema("synthesize", run, *with_checkpoints, "--sigma-rel", "0.1").code == 0
 
 
 def test_an_import_refers_to_objects_and_sees_that_one_was_replaced(made: Path, bucket: str, tmp_path: Path) -> None:
     import_checkpoints(f"{bucket}/pickles", tmp_path / "imported")
-    found = Run(tmp_path / "imported").average("last:3")
-    for key, value in mean_of_last(made / "folders", 3).items():
-        np.testing.assert_allclose(found[key].numpy(), value, rtol=3e-7, atol=1e-7)
+    assert_mean_of_last(Run(tmp_path / "imported"), made)
     store.put(f"{bucket}/pickles/step30.pt", made / "pickles/step20.pt", create=False)
     with pytest.raises(FileFormatError, match=r"step30\.pt: was replaced since"):
         Run(tmp_path / "imported").average("last:3")
@@ -148,12 +140,11 @@ def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
     assert sorted(keys) == [
         "out/one.pt", "out/one.safetensors", "several/sigma_rel-0.15.safetensors", "several/sigma_rel-0.2.safetensors",
     ]  # fmt: skip
-    found = Run(f"{bucket}/shards").info()
-    assert found["kind"] == "output" or found["kind"] == "outputs"
+    assert Run(f"{bucket}/shards").info()["kind"] in ("output", "outputs")
 
 
 @pytest.mark.parametrize("way", ["write", "export"])
-def test_shards_go_up_one_by_one_and_away_if_one_fails(
+def test_shards_are_sent_one_by_one_and_deleted_if_one_fails(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     put, sent, taken = store.put, list[str](), list[int]()
@@ -194,16 +185,15 @@ def test_shards_go_up_one_by_one_and_away_if_one_fails(
 
 
 def downloaded(url: str, folder: Path) -> Path:
-    """The objects directly in a folder of a store, as files."""
+    """Download the objects directly in a folder of a store."""
     folder.mkdir()
-    for name, known in store.listed(url).items():
-        assert known is not None
-        (folder / name).write_bytes(store.get(f"{url}/{name}", 0, known.size)[0])
+    for name in store.listed(url):
+        (folder / name).write_bytes(store.get(f"{url}/{name}", 0, 10**9)[0])
     return folder
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_folders_that_libraries_write_go_up_as_a_whole(
+def test_folders_that_libraries_write_are_sent_completely_or_not_at_all(
     made: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, like = Run(f"{bucket}/run"), tmp_path / "like"
@@ -243,7 +233,7 @@ def test_folders_that_libraries_write_go_up_as_a_whole(
 
 
 def test_an_output_that_came_meanwhile_stays(made: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there is looked up at the start, and again by the store when the output is sent."""
+    """Whether the output exists is checked at the start, and again by the store when it is sent."""
     url, put = f"{bucket}/out.safetensors", store.put
 
     def later(*arguments: object, **options: bool) -> str:
@@ -260,7 +250,7 @@ def test_an_output_that_came_meanwhile_stays(made: Path, bucket: str, monkeypatc
 def test_a_large_file_replaces_nothing(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_parts: bool
 ) -> None:
-    """The store itself refuses; that of a file in parts there is none is asked before."""
+    """The store itself refuses; for a file in parts it is checked before that there is no such object."""
     monkeypatch.setattr(store, *(("_ONE_REQUEST", 1024) if in_parts else ("head", pytest.fail)))
     data = np.random.default_rng(0).bytes(20_000_000)
     (tmp_path / "large").write_bytes(data)
