@@ -1,4 +1,4 @@
-"""What changes a run in a bucket: pruning, repair, an import, and a synthesis by several processes."""
+"""Commands that write to a bucket: pruning, repair, an import, and a synthesis by several processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from remote.faulty import FaultyServer
 from safetensors.torch import save_file
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, LockedError, OutputExistsError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, LockedError, OutputExistsError, RemoteError
 from posthoc_cli.remote import lease, store
 from posthoc_cli.remote.lease import Lease
 from posthoc_cli.remote.store import remote_path
@@ -32,13 +32,13 @@ def upload(folder: Path, url: str) -> None:
 
 
 def names(url: str) -> set[str]:
-    """The names in a folder of a store, but that of the lease."""
+    """Return the names in a folder of a store, without that of the lease."""
     return store.listed(url).keys() - {lease.NAME}
 
 
 @pytest.fixture
 def local(server: FaultyServer, tmp_path: Path) -> Path:
-    """A run on the disk, which is in the bucket, too; its second snapshot is a folder of parts."""
+    """The folder of a run that is also in the bucket; its second snapshot is a folder of parts."""
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", random_walk(max(STEPS), {"large": (60, 50), "small": (7,)}), STEPS)
     split_snapshot(sorted((tmp_path / "run").iterdir())[1])
@@ -72,7 +72,7 @@ def test_pruning_that_is_interrupted_leaves_a_valid_run_and_frees_the_lease(
     assert len(names(RUN)) == 4
 
 
-def test_what_is_broken_in_a_bucket_is_set_aside(local: Path, ema: Ema, server: FaultyServer) -> None:
+def test_broken_objects_are_set_aside_in_the_bucket(local: Path, ema: Ema, server: FaultyServer) -> None:
     damaged = bytearray((local / FIRST).read_bytes())
     damaged[-1] ^= 1
     store.put(f"{RUN}/{FIRST}", bytes(damaged), create=False)
@@ -125,7 +125,7 @@ def test_pruning_stops_when_another_process_takes_the_lease(local: Path, monkeyp
 
 
 @pytest.mark.parametrize("url", ["hf://org/model@main/run", "https://127.0.0.1:1/run"])
-def test_where_nothing_can_be_written_nothing_is_asked(url: str, local: Path) -> None:
+def test_urls_that_are_only_read_are_refused(url: str, local: Path) -> None:
     wanted = r"must be a path, or begin with s3://, gs:// or az://$"
     run = Run(local)
     assert run.snapshots
@@ -164,7 +164,16 @@ def test_a_large_object_is_moved_through_this_machine(server: FaultyServer, monk
     data = bytes(range(256)) * 80_000  # 20 MB
     store.put("s3://bucket/large", data)
     monkeypatch.setattr(store, "_ONE_REQUEST", 1024)
-    remote_path("s3://bucket/large").replace(remote_path("s3://bucket/moved"))
+    large, moved = remote_path("s3://bucket/large"), remote_path("s3://bucket/moved")
+    with monkeypatch.context() as patch, pytest.raises(RemoteError, match="access is denied"):
+        patch.setitem(store.RETRIES, "max_retries", 0)
+        store._opened.cache_clear()
+        reads = iter((None, None))
+        server.answer = lambda request: next(reads, 403) if request["METHOD"] == "GET" else None
+        large.replace(moved)
+    server.answer = lambda _: None
+    assert names("s3://bucket") == {"large"}
+    large.replace(moved)
     assert names("s3://bucket") == {"moved"}
     assert bytes(store.get("s3://bucket/moved", 0, len(data))[0]) == data
 
