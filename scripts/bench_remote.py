@@ -3,9 +3,9 @@
     python scripts/bench_remote.py s3://bucket/run [--rounds 5] [--sigma-rel 0.15]
     python scripts/bench_remote.py --quick
 
-The environment names the store. In turns, a synthesis whose results are discarded, and the same requests by obstore from
-as many threads, whose bytes are discarded. --quick serves a small run from this process. Memory is the largest resident
-size minus that after `import torch`.
+The environment names the store. In turns, a synthesis whose results are discarded, and the same requests by obstore
+from as many threads, whose bytes are discarded. --quick serves a small run from this process. Memory is the largest
+resident size minus that after `import torch`.
 """
 
 from __future__ import annotations

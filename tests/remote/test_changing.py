@@ -180,7 +180,8 @@ def test_a_large_object_is_moved_through_this_machine(server: FaultyServer, monk
 
 PROCESSES = """
 try:
-    Run(arguments[0]).write(0.15, arguments[1], distributed=True, max_shard_size="4KB")
+    url, out, *options = arguments
+    Run(url).write(0.2 if options else 0.15, out, distributed=True, max_shard_size="4KB", overwrite="again" in options)
 except PostHocError as error:
     print(error)
 """
@@ -206,3 +207,7 @@ def test_processes_send_their_own_shards_and_the_index_comes_last(
     server.seen = []
     assert check_group(PROCESSES, 2, tmp_path, RUN, out) == ["", ""]  # it is complete
     assert not [line for line in server.seen if line.startswith("PUT") and not line.endswith(index)]
+    for text in check_group(PROCESSES, 2, tmp_path, RUN, out, "other"):
+        assert "is another output" in text
+    assert check_group(PROCESSES, 2, tmp_path, RUN, out, "again") == ["", ""]
+    assert Run(out).info()["sigma_rel"] == 0.2
