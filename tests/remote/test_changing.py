@@ -14,11 +14,20 @@ from groups import check_group
 from remote.faulty import FaultyServer
 from safetensors.torch import save_file
 
-from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, LockedError, OutputExistsError, RemoteError
+from posthoc_cli import Run, export_file, import_checkpoints
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    LockedError,
+    MismatchError,
+    OutputExistsError,
+    RemoteError,
+)
 from posthoc_cli.remote import lease, store
 from posthoc_cli.remote.lease import Lease
 from posthoc_cli.remote.store import remote_path
+from posthoc_cli.snapshots import writer
+from posthoc_cli.snapshots.check import repair
 
 STEPS = (10, 20, 30, 40)
 RUN = "s3://bucket/run"
@@ -90,13 +99,11 @@ def test_broken_objects_are_set_aside_in_the_bucket(local: Path, ema: Ema, serve
 
 
 def test_an_object_that_is_replaced_after_it_was_verified_is_not_set_aside(local: Path) -> None:
-    from posthoc_cli.snapshots.check import repair
-
     sound = (local / FIRST).read_bytes()
     store.put(f"{RUN}/{FIRST}", sound[:-1] + b"?", create=False)
     found = Run(RUN).check()
     store.put(f"{RUN}/{FIRST}", sound, create=False)
-    with pytest.raises(Exception, match="has changed since it was read; nothing was set aside"):
+    with pytest.raises(MismatchError, match="has changed since it was read; nothing was set aside"):
         repair(found)
     assert FIRST in names(RUN) and "damaged" not in names(RUN)
 
@@ -113,7 +120,6 @@ def test_a_run_is_changed_by_one_process_only(local: Path, ema: Ema, command: tu
 
 def test_pruning_stops_when_another_process_takes_the_lease(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SECONDS", 0.0)
-    from posthoc_cli.snapshots import writer
 
     def taken(*_: object) -> None:
         store.put(f"{RUN}/{lease.NAME}", b'{"token": "another", "host": "node7"}', create=False)
@@ -200,10 +206,8 @@ def test_processes_send_their_own_shards_and_the_index_comes_last(
     assert check_group(PROCESSES, 2, tmp_path, RUN, out) == ["", ""]
     sent = [line.removeprefix("PUT out/") for line in server.seen if line.startswith("PUT out/")]
     assert sent == ["model-00002-of-00002.safetensors", index]
-    (tmp_path / "out").mkdir()
-    for name in names(out):
-        (tmp_path / "out" / name).write_bytes(store.get(f"{out}/{name}", 0, 10**6)[0])
-    assert_same_tensors(load_output(tmp_path / "out"), load_output(tmp_path / "one.safetensors"))
+    export_file(remote_path(out), tmp_path / "merged.safetensors")
+    assert_same_tensors(load_output(tmp_path / "merged.safetensors"), load_output(tmp_path / "one.safetensors"))
     server.seen = []
     assert check_group(PROCESSES, 2, tmp_path, RUN, out) == ["", ""]  # it is complete
     assert not [line for line in server.seen if line.startswith("PUT") and not line.endswith(index)]
