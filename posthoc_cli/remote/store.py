@@ -380,7 +380,7 @@ def repeated(request: Callable[[], Result]) -> Result:
 
 
 def copy(url: str, to: str) -> None:
-    """Copy an object within its store; one that is too large for a single request goes through this machine."""
+    """Copy an object within its store; too large an object for a single request goes through this machine."""
     info = head(url)
     (store, key), (_, copied) = _place(url, info.size), _place(to)
     with request_errors(to, "written"):
@@ -452,7 +452,7 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
         yield
     except (MissingDependencyError, RemoteError):
         raise
-    except Exception as error:  # noqa: BLE001 - the libraries of three stores have classes of their own
+    except Exception as error:  # noqa: BLE001 - the libraries of three stores have different classes
         kind, answer = type(error).__name__, getattr(error, "response", None)
         if kind in ("FileExistsError", "AlreadyExistsError"):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url) from None

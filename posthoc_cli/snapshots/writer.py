@@ -187,6 +187,8 @@ def one_writer(directory: Path) -> Iterator[Callable[[], None]]:
         return
     from posthoc_cli.remote.lease import held
 
+    if not files.is_remote(directory):  # deletions in a spool wait for the next uploads of its tracker
+        raise LockedError(directory, "is opened by a tracker of this process", "open the run by its URL, as text")
     with held(directory) as check:
         yield check
 

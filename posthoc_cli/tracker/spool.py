@@ -156,7 +156,7 @@ class Spool:
     Arguments:
         directory: the run.
         part: the part of each snapshot that this process writes, and their number; None for complete snapshots.
-        leads: whether this process takes the lease: one of them does.
+        leads: whether this process takes the lease, as one process of a training does.
 
     Attributes:
         kept: uploaded files that stay in the spool.
@@ -263,7 +263,7 @@ def hold(directory: SpooledPath) -> Callable[[], None]:
 
 
 def finish(directory: SpooledPath, leads: bool = True) -> None:
-    """Upload the files that an earlier tracker has left in the spool, unless another one of this machine does so.
+    """Upload the files that an earlier tracker has left in the spool, unless another tracker of this machine does so.
 
     Files are set aside if the run was continued elsewhere since: they belong to another attempt.
 
@@ -291,7 +291,7 @@ def finish(directory: SpooledPath, leads: bool = True) -> None:
                 files.make_directory(aside.parent)
                 path.local.replace(aside)
             if foreign:
-                what = "%s: has gone on elsewhere since %d files, as %s, were written to the spool: they are set aside"
+                what = "%s: the run was continued elsewhere; %d earlier files in the spool, such as %s, are set aside"
                 log.warning(what, directory, len(foreign), foreign[0].name)
             spool.sync(must=True)
         finally:

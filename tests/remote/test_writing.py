@@ -241,7 +241,7 @@ def test_files_left_by_another_attempt_are_set_aside(
         with pytest.raises(LockedError, match="is writing here"):  # the files left would be read, too
             PostHocEMA.from_path(URL, MODEL)
     PostHocEMA.from_path(URL, MODEL)
-    assert "has gone on elsewhere" in caplog.text
+    assert "the run was continued elsewhere" in caplog.text
     assert stored() == before
     assert steps(f"{URL}/superseded") == [30]
     assert not waiting(spool)
@@ -293,16 +293,22 @@ def lease_note() -> dict[str, Any]:
 
 def test_a_run_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = tracked()
-    train(tracker, 10)
+    train(tracker, 20)
     tracker.flush()
     monkeypatch.setenv("EMA_SPOOL", str(tmp_path / "other machine"))
     other = PostHocEMA.from_path(URL, MODEL)
     with pytest.raises(LockedError, match=r"process \d+ on .* is writing here"):
-        train(other, 11)
+        train(other, 21)
+    with pytest.raises(LockedError, match=r"process \d+ on .* is writing here"):
+        Run(URL).prune(keep=1)
     tracker.close()
-    train(other, 20)
+    train(other, 30)
     other.close()
-    assert steps() == [10, 20]
+    with pytest.raises(LockedError, match="opened by a tracker of this process; open the run by its URL"):
+        other.run.prune(keep=1)
+    assert steps() == [10, 20, 30]
+    Run(URL).prune(keep=1)
+    assert steps() == [30]
 
 
 def test_a_lease_that_another_process_has_taken_ends_the_training(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
