@@ -192,12 +192,9 @@ class RemotePath(PosixPath):
 
     def stat(self, **_: Any) -> os.stat_result:
         """Return the type, size and time of an object, with a checksum of its tag as inode, or the type of a folder."""
-        try:
-            info = head(str(self))
-        except FileNotFoundError:
-            if not self.is_dir():
-                raise
+        if self.is_dir():
             return os.stat_result((stat.S_IFDIR | 0o777, 0, 0, 1, 0, 0, 0, 0, 0, 0))
+        info = head(str(self))
         inode, when = zlib.crc32(f"{info.tag}{info.version}".encode()), int(info.modified)
         return os.stat_result((stat.S_IFREG | 0o666, inode, 0, 1, 0, 0, info.size, when, when, when))
 
@@ -432,14 +429,13 @@ _REASONS = (
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
     ("status code: (429|503)|<Code>SlowDown<",
      errno.EIO, "the store asks for fewer requests, or is not available", "try again later"),
-    ("status code: 501", errno.ENOTSUP, "the server answers 501", ""),
+    ("status code: 501|^NotImplementedError", errno.ENOTSUP, "the store does not know this kind of request", ""),
     (r"status code: (400)(?:.*<Code>(\w{1,60})<)?", errno.EACCES, r"the server answers \1 \2", ""),
     (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?", errno.EIO, r"the server answers \1 \2", ""),
     (r"<Code>(\w{1,60})<", errno.EIO, r"the server answers \1", ""),
     ("^ValueError", errno.EIO, "the store does not accept this name", ""),
     ("Connect|dns error", errno.EIO, "no connection to the server", "check the URL, the endpoint and the network"),
     ("Timeout|timed out", errno.EIO, "the server did not answer in time", ""),
-    ("^NotImplementedError", errno.ENOTSUP, "the store does not know this kind of request", ""),
     ("", errno.EIO, "the connection was lost, or the answer is incomplete", ""),
 )  # fmt: skip
 """Patterns of error texts, the first match decides: each with the errno, the reason and what to do."""

@@ -38,7 +38,7 @@ _TOKEN_NAME = ".ema.spool"
 _renaming = threading.Lock()
 """Held while a file in a spool is renamed, or deleted because it was uploaded."""
 
-_deletions: dict[SpooledPath, None] = {}
+_pending_deletions: dict[SpooledPath, None] = {}
 """Paths that were deleted here, and are yet to be deleted from the store."""
 
 
@@ -73,10 +73,6 @@ class SpooledPath(RemotePath):
             return self.local.is_dir()
         return self._may_be_stored and super().is_dir()
 
-    def exists(self, **_: Any) -> bool:
-        """Return whether the path exists in the spool or in the store."""
-        return os.path.lexists(self) or (self._may_be_stored and super().exists())
-
     def stat(self, **_: Any) -> os.stat_result:
         """Return the status of the file in the spool, or else of the object."""
         try:
@@ -107,7 +103,7 @@ class SpooledPath(RemotePath):
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the file in the spool now, and the object after the next uploads."""
         if may_be_stored := self._may_be_stored:
-            _deletions[self] = None
+            _pending_deletions[self] = None
         self.local.unlink(missing_ok or may_be_stored)
 
     def rmdir(self) -> None:
@@ -127,7 +123,7 @@ class SpooledPath(RemotePath):
     @property
     def _may_be_stored(self) -> bool:
         """Whether the store may have the path."""
-        return not self.name.startswith(".") and files.is_url(self) and self not in _deletions
+        return not self.name.startswith(".") and files.is_url(self) and self not in _pending_deletions
 
 
 def spooled(path: Path) -> SpooledPath:
@@ -195,7 +191,7 @@ class Spool:
                 self._check_lease()
                 if not os.path.lexists(path):  # else it was written again
                     store.delete(str(path))
-                del _deletions[path]
+                del _pending_deletions[path]
         except LockedError:
             raise
         except OSError as error:
@@ -223,8 +219,8 @@ class Spool:
         """Release the lease; do nothing in a forked process."""
         if self._process != os.getpid():
             return
-        for path in self._deletions():
-            del _deletions[path]
+        for path in self._own_deletions():
+            del _pending_deletions[path]
         if self._lease is not None:
             self._lease.release()
 
@@ -233,7 +229,7 @@ class Spool:
 
         Return None if thinning has deleted a waiting file: the replacements of those paths may have come since.
         """
-        deletions, is_complete = self._deletions(), True
+        deletions, is_complete = self._own_deletions(), True
         for path in self.waiting:
             self._check_lease()
             stamp = _stamp(path)
@@ -244,8 +240,8 @@ class Spool:
                 is_complete = False
         return deletions if is_complete else None
 
-    def _deletions(self) -> list[SpooledPath]:
-        return [path for path in [*_deletions] if path.is_relative_to(self._directory)]
+    def _own_deletions(self) -> list[SpooledPath]:
+        return [path for path in [*_pending_deletions] if path.is_relative_to(self._directory)]
 
     def _check_lease(self) -> None:
         if self._lease is not None:
