@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from ema_command import Ema
 from factories import random_walk, split_snapshot, write_run
+from remote.faulty import FaultyServer
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run, export_file, import_checkpoints
@@ -145,22 +146,18 @@ def test_an_output_appears_in_the_bucket_complete_and_replaces_nothing(
 
 @pytest.mark.parametrize("way", ["write", "export"])
 def test_shards_are_sent_one_by_one_and_deleted_if_one_fails(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    server: FaultyServer, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    put, sent, taken = store.put, list[str](), list[int]()
+    taken: list[int] = []
 
-    def watch(url: str, data: Path, **options: bool) -> Any:
+    def measure(_: Any) -> None:
         taken.append(sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()))
-        if "00003-of" in url and not sent:
-            raise RemoteError(url, "cannot be written: access is denied")
-        return put(url, data, **options)
 
     source = f"{bucket}/step1.safetensors"
     save_file({f"w{n}": torch.randn(300, 1000) for n in range(5)} | {"b": torch.randn(3)}, tmp_path / "step1")
     store.put(source, tmp_path / "step1")
     (tmp_path / "step1").unlink()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(store, "put", watch)
 
     def make(size: str) -> None:
         if way == "write":
@@ -168,15 +165,15 @@ def test_shards_are_sent_one_by_one_and_deleted_if_one_fails(
         else:
             export_file(remote_path(source), remote_path(f"{bucket}/shards"), max_shard_size=size)
 
+    server.answer = lambda request: 403 if (request["METHOD"], "00003-of" in request["KEY"]) == ("PUT", True) else None
     with pytest.raises(RemoteError, match="access is denied"):
         make("1300KB")
     assert not store.listed(f"{bucket}/shards") and not [*tmp_path.iterdir()]
-    sent.append("all")
+    server.answer = measure
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_400_000))
-    with pytest.raises(
-        WriteError, match=r"takes 6,000,012 bytes, .*; set TMPDIR to .*, or make smaller shards: max_shard_size$"
-    ):
+    reason = r"takes 6,000,012 bytes, .*; set TMPDIR to .*, or make smaller shards: max_shard_size$"
+    with pytest.raises(WriteError, match=reason):
         make("10MB")
     make("1300KB")
     assert len(store.listed(f"{bucket}/shards")) == 6 and max(taken) < 1_300_000
@@ -194,7 +191,7 @@ def downloaded(url: str, folder: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_folders_that_libraries_write_are_sent_completely_or_not_at_all(
-    made: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, server: FaultyServer, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, like = Run(f"{bucket}/run"), tmp_path / "like"
     like.mkdir()
@@ -203,20 +200,16 @@ def test_folders_that_libraries_write_are_sent_completely_or_not_at_all(
     wanted, temporary = run.average(0.15), tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    put, refused = store.put, list[str]()
 
-    def refuse(url: str, *arguments: Any, **options: Any) -> Any:
-        if url.endswith((".metadata", "config.json")) and not refused:
-            raise RemoteError(url, "cannot be written: access is denied")
-        return put(url, *arguments, **options)
+    def refuse(request: dict[str, Any]) -> int | None:
+        return 403 if request["METHOD"] == "PUT" and request["KEY"].endswith((".metadata", "config.json")) else None
 
-    monkeypatch.setattr(store, "put", refuse)
     for url, options in ((f"{bucket}/dcp", {"layout": "dcp"}), (f"{bucket}/like", {"like": like})):
-        refused.clear()
+        server.answer = refuse
         with pytest.raises(RemoteError, match="access is denied"):
             run.write(0.15, url, **options)
         assert not store.listed(url)
-        refused.append("no more")
+        server.answer = lambda _: None
         run.write(0.15, url, **options)
         with pytest.raises(OutputExistsError):
             run.write(0.15, url, **options)
@@ -285,13 +278,13 @@ def test_a_large_file_is_not_held_in_memory(bucket: str, tmp_path: Path) -> None
 def test_a_large_upload_has_time_as_its_size(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, asked = store._opened, list[int]()
 
-    def open_and_tell(*place: Any) -> Any:
+    def record(*place: Any) -> Any:
         asked.append(place[-1])
         return opened(*place)
 
     with monkeypatch.context() as patched:
         patched.setattr(store, "_SLOWEST", 1000)
-        patched.setattr(store, "_opened", open_and_tell)
+        patched.setattr(store, "_opened", record)
         for size in (50_000, 300_000):
             (tmp_path / "file").write_bytes(bytes(size))
             store.put(f"{bucket}/{size}", tmp_path / "file")
