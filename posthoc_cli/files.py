@@ -72,7 +72,9 @@ class FileSystem:
         os.fsync(descriptor)
 
     def fsync_directory(self, path: Path) -> None:
-        """Wait until the directory's entries are on the disk, where the file system supports that."""
+        """Wait until the directory's entries are on the disk, where the file system supports that; a store has none."""
+        if is_remote(path):
+            return
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -159,6 +161,16 @@ def local_path(name: str, path: str | Path) -> Path:
     if is_url(local):
         raise InvalidValueError(name, "is a URL; must be a path on a file system of this machine", value=local)
     return local
+
+
+STORES = ("s3:", "gs:", "az:")
+"""Beginnings of the URLs at which objects can be written and removed."""
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise an InvalidValueError about the argument of that `name` for a URL that can only be read."""
+    if is_url(path) and not str(path).startswith(STORES):
+        raise InvalidValueError(name, "must be a path, or begin with s3://, gs:// or az://", value=path)
 
 
 def check_parent(name: str, path: Path) -> None:
@@ -263,12 +275,11 @@ def temporary_path(directory: Path) -> Path:
 def made_at(path: Path) -> Path:
     """Return a temporary path for writing `path`: in the same folder, or for a URL in the system's temporary folder.
 
-    Raises WriteError for a URL that cannot be written to.
+    Raises InvalidValueError for a URL that can only be read.
     """
     if not is_remote(path):
         return temporary_path(path.parent)
-    if not str(path).startswith(("s3:", "gs:", "az:")):
-        raise WriteError(path, "cannot be written: only s3://, gs:// and az:// take outputs")
+    check_writable("out", path)
     return temporary_path(Path(tempfile.gettempdir()))
 
 

@@ -3,9 +3,9 @@
     python scripts/bench_remote.py s3://bucket/run [--rounds 5] [--sigma-rel 0.15]
     python scripts/bench_remote.py --quick
 
-In turns: a synthesis whose results are dropped, and the same requests by obstore alone from as many threads. The
-environment defines the store; with --quick a server in this process has a small run. Memory is the largest resident
-size above that after `import torch`.
+In turns: a synthesis whose results are discarded, and the same requests by obstore alone from as many threads. The
+environment names the store; --quick serves a small run from this process. Memory is the largest resident size minus
+that after `import torch`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def resident() -> int:
 IMPORTED = resident()
 
 
-class Dropped:
-    """An output that drops its tiles."""
+class Discarded:
+    """An output that discards its tiles."""
 
     def open_tile(self, _: Any) -> TileWriter:
         """Return a destination for a tile, see `synthesis.engine.Output`."""
@@ -53,15 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sigma-rel", default="0.15", help="several with commas")
-    parser.add_argument("--quick", action="store_true", help="a small run of a server in this process")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--quick", action="store_true", help="measure a small run on a server in this process")
+    options = parser.parse_args(arguments)
     with ExitStack() as stack:
-        url = stack.enter_context(served()) if asked.quick else asked.run
-        measure(Run(url), [float(one) for one in asked.sigma_rel.split(",")], 1 if asked.quick else asked.rounds)
+        url = stack.enter_context(served()) if options.quick else options.run
+        measure(
+            Run(url), [float(width) for width in options.sigma_rel.split(",")], 1 if options.quick else options.rounds
+        )
 
 
 def measure(run: Run, targets: list[float], rounds: int) -> None:
-    """Return times of a synthesis and of obstore alone, in turns."""
+    """Print the times of a synthesis and of obstore alone, in turns."""
     plan, requests, most = run.plan(targets), list[tuple[str, int, int]](), [0]
     get, ended = store.get, threading.Event()
 
@@ -81,10 +83,10 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
         for _ in range(rounds):
             requests.clear()
             most[0], store.get = 0, counted
-            ours, own = timed(lambda: [None for _ in synthesize_into(plan, [Dropped() for _ in targets])])
+            ours, own = timed(lambda: [None for _ in synthesize_into(plan, [Discarded() for _ in targets])])
             memory, store.get = most[0] - IMPORTED, get
             alone, theirs = timed(lambda: fetch(requests))
-            megabytes = sum(len(get(*one)[0]) for one in requests) / 1e6
+            megabytes = sum(len(get(*request)[0]) for request in requests) / 1e6
             times = f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
             print(f"| {len(requests):,} | {megabytes:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
     finally:
@@ -101,14 +103,13 @@ def timed(call: Any) -> tuple[float, float]:
 
 
 def fetch(requests: Sequence[tuple[str, int, int]]) -> None:
-    """Make the same requests by obstore."""
+    """Make the same requests by obstore alone."""
     with ThreadPoolExecutor(ranges.REQUESTS) as pool:
-        for _ in pool.map(lambda one: len(store.get(*one)[0]), requests):
-            pass
+        list(pool.map(lambda request: len(store.get(*request)[0]), requests))
 
 
 def served() -> Any:
-    """Yield the URL of a small run on a server in this process."""
+    """Return a context that serves a small run from this process, and yields its URL."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/remote"))
     from servers import serving_as_s3
 

@@ -192,7 +192,7 @@ def test_a_url_that_no_tracker_can_write_to_is_an_error(
         lambda: PostHocEMA.from_path(path),
         lambda: make_tracker(model, path, {}),  # which all integrations use
     ):
-        message = f"^checkpoint_dir {re.escape(url)}: must be a directory, or begin with s3://, gs://, az://$"
+        message = f"^checkpoint_dir {re.escape(url)}: must be a path, or begin with s3://, gs:// or az://$"
         with pytest.raises(InvalidValueError, match=message):
             call()
     assert names(tmp_path) == []

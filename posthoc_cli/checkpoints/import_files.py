@@ -137,10 +137,10 @@ def make_manifest(folder: Path, origin: Path, settings: Settings, checkpoints: S
 
 def _encode(manifest: Manifest) -> bytes:
     """Return the content of the manifest's file."""
-    base = os.path.realpath(manifest.folder)
+    folder = manifest.folder
 
     def relative(path: Path) -> str:
-        text = str(path) if files.is_url(path) else os.path.relpath(path.absolute(), base)
+        text = str(path) if files.is_url(path) else os.path.relpath(path.absolute(), os.path.realpath(folder))
         try:
             text.encode()
         except UnicodeError:
@@ -165,7 +165,7 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
         WriteError: the system refused.
     """
     out, content = manifest.folder, _encode(manifest)
-    if is_import(out):
+    if exists := is_import(out):
         with suppress(FileFormatError):  # a damaged manifest is replaced
             present = read_manifest(out)
             if _encode(present) == content:
@@ -180,7 +180,7 @@ def write_manifest(manifest: Manifest, overwrite: bool) -> bool:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(out, "exists already, and holds something else", "choose another name")
     with files.new_directory(out):
-        files.write_whole(out / _NAME, content, overwrite=True)
+        files.write_whole(out / _NAME, content, overwrite=exists)
     return True
 
 

@@ -94,9 +94,17 @@ def import_checkpoints(
         WriteError: the system refused.
     """
     given, origin = Settings(**settings), files.expanded(files.given_path("directory", directory))
-    target = None if out is None else files.expanded(files.local_path("out", out))
+    target = None if out is None else files.expanded(files.given_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
+    if target is not None and files.is_url(target):
+        files.check_writable("out", target)
+        if copy:
+            reason = "is a URL; copies are written to a disk"
+            raise InvalidValueError("out", reason, "upload the folder when it is complete", value=target)
+        if not files.is_url(origin):
+            reason = "is a URL, and would refer to files of this machine"
+            raise InvalidValueError("out", reason, "upload the files, and import them by URL", value=target)
     found = _open_foreign(origin, given)
     finding, profiles = "", [one.profile for one in found if isinstance(one.profile, OrdinaryEMA)]
     if profiles and given.update_every is None:  # known from all files together: one alone may not show it

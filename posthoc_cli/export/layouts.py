@@ -313,9 +313,9 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
     """Raise an OutputExistsError if a folder is a file, or holds a model that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(folder, "is a file; shards need a folder")
-    is_url = files.is_url(folder)  # in an object store, the objects would be replaced one after the other
-    if (is_url or not overwrite) and holds_model(folder):
-        raise OutputExistsError(folder, "holds a model already", "choose another folder" if is_url else OTHER_FOLDER)
+    if not overwrite and holds_model(folder):
+        hint = "choose another folder" if files.is_url(folder) else OTHER_FOLDER
+        raise OutputExistsError(folder, "holds a model already", hint)
 
 
 # --- safetensors -------------------------------------------------------------------------------------
@@ -392,7 +392,8 @@ class _ShardedSink(FileSink):
     def __init__(
         self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
     ) -> None:
-        check_free_folder(folder, options.overwrite)
+        # The objects of a model in a store would be replaced one after the other.
+        check_free_folder(folder, options.overwrite and not files.is_url(folder))
         for path in model_files_in(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")

@@ -325,14 +325,15 @@ class Shards:
             check_free_folder(folder, overwrite=True)
             check_no_snapshot(folder)
             parts = [part for part in range(len(self.parts)) if not self._is_there(part, target)]
-            index, is_there = folder / INDEX_NAME, os.path.lexists(folder / INDEX_NAME)
+            index, is_there = folder / INDEX_NAME, not files.is_gone(folder / INDEX_NAME)
             is_same = is_there and _holds(index, self._index(folder))
             others = [*self._others(folder), *([index] if is_there and not is_same else ())]
             if others and not self._options.overwrite:
                 raise OutputExistsError(others[0], "is of another model", OTHER_FOLDER)
             if is_there and (parts or not is_same):
                 _remove(index)
-            missing |= {self._path(part, folder): self.parts[part].nbytes for part in parts}
+            if not files.is_url(folder):  # to a store each process sends one shard after the other
+                missing |= {self._path(part, folder): self.parts[part].nbytes for part in parts}
         check_space(missing)
 
     def make(self, part: int, progress: Progress) -> None:
@@ -365,7 +366,7 @@ class Shards:
     def _is_there(self, part: int, target: int, verify: bool = False) -> bool:
         """Return whether a shard exists, or raise an OutputExistsError if another file with its name must be kept."""
         path = self._path(part, self._folders[target])
-        if not os.path.lexists(path):
+        if files.is_gone(path):
             return False
         try:
             header = _checked_header(path, self.parts[part].output_info(target), self._marks_of(part, target))

@@ -1,4 +1,4 @@
-"""Files in object stores and on the Hub of Hugging Face, by URL: `s3://`, `gs://`, `az://`, `https://`, `hf://`.
+"""Files in object stores and on the Hugging Face Hub, by URL: `s3://`, `gs://`, `az://`, `https://`, `hf://`.
 
-Nothing of this room is loaded where no URL is used.
+Nothing of this room is imported where no URL is used.
 """

@@ -1,7 +1,7 @@
-"""Repositories of the Hub of Hugging Face, asked in the same way as an object store.
+"""Repositories of the Hugging Face Hub, with the functions of an object store that `store` calls.
 
-A key is `org/model@revision/file`. A revision is looked up once and then stays the commit that it was: a branch that
-moves on meanwhile changes nothing.
+A key is `org/model@revision/file`. A revision is resolved to its commit once: a branch that moves afterwards changes
+nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, HfFileSystem
 
-_KINDS = {"model": "", "dataset": "datasets/", "space": "spaces/"}
-_OPEN = 256
-"""Files whose addresses are kept."""
+_PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
+_MOST_OPEN = 256
+"""Number of files whose download addresses are cached."""
 _api: Any = HfApi()
 _files: Any = HfFileSystem(skip_instance_cache=True)
 
@@ -25,50 +25,50 @@ def _commit(kind: str, repository: str, revision: str) -> str:
 
 
 def _pinned(key: str) -> str:
-    """The same file or folder at the commit of its revision."""
+    """Return the key with the commit in place of the revision."""
     place = _files.resolve_path(key)
     commit = _commit(place.repo_type, place.repo_id, place.revision)
-    return f"{_KINDS[place.repo_type]}{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
+    return f"{_PREFIXES[place.repo_type]}{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
 
 
-@lru_cache(maxsize=_OPEN)
+@lru_cache(maxsize=_MOST_OPEN)
 def _opened(pinned: str) -> Any:
     return _files.open(pinned, "rb", cache_type="none")
 
 
 def head(key: str) -> dict[str, Any]:
-    """What is known of a file."""
+    """Return the facts about a file; raise a FileNotFoundError if there is none."""
     pinned = _pinned(key)
     folder = pinned.rpartition("/")[0]
-    for one in _files.ls(folder, detail=True) if "@" in folder else ():
-        if one["name"] == pinned and one["type"] == "file":
-            return _described(one)
+    for entry in _files.ls(folder, detail=True) if "@" in folder else ():
+        if entry["name"] == pinned and entry["type"] == "file":
+            return _facts(entry)
     raise FileNotFoundError
 
 
 def list_with_delimiter(key: str) -> dict[str, Any]:
-    """What is directly in a folder."""
+    """Return the folders and files directly in a folder."""
     pinned = _pinned(key)
-    found = [one for one in _files.ls(pinned, detail=True) if one["name"] != pinned]
-    folders = [one["name"] for one in found if one["type"] == "directory"]
-    return {"common_prefixes": folders, "objects": [_described(one) for one in found if one["type"] == "file"]}
+    entries = [entry for entry in _files.ls(pinned, detail=True) if entry["name"] != pinned]
+    folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
+    return {"common_prefixes": folders, "objects": [_facts(entry) for entry in entries if entry["type"] == "file"]}
 
 
 def get(key: str, options: dict[str, Any]) -> Any:
-    """A range of a file, at the commit of its revision."""
-    found = head(key)
+    """Return a range of a file at the commit of its revision."""
+    facts = head(key)
     begin, end = options["range"]
-    end = min(end, found["size"])
+    end = min(end, facts["size"])
     data = _opened(_pinned(key))._fetch_range(begin, end) if begin < end else b""
-    return SimpleNamespace(bytes=lambda: data, meta=found)
+    return SimpleNamespace(bytes=lambda: data, meta=facts)
 
 
 def revisions(key: str) -> list[str]:
-    """The names of the branches and tags of a repository."""
+    """Return the names of the branches and tags of a repository."""
     place = _files.resolve_path(key)
-    found = _api.list_repo_refs(place.repo_id, repo_type=place.repo_type)
-    return [one.name for one in (*found.branches, *found.tags)]
+    refs = _api.list_repo_refs(place.repo_id, repo_type=place.repo_type)
+    return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 
-def _described(found: dict[str, Any]) -> dict[str, Any]:
-    return {"path": found["name"], "size": found["size"], "e_tag": found.get("blob_id"), "last_modified": None}
+def _facts(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"path": entry["name"], "size": entry["size"], "e_tag": entry.get("blob_id"), "last_modified": None}

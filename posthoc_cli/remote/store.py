@@ -1,11 +1,11 @@
-"""URLs as paths, the requests that are made of object stores, and their errors in one line.
+"""URLs as paths, requests to object stores, and their errors in one line.
 
-`obstore` makes them for S3, Google's and Azure's stores and HTTP servers; it repeats what is worth it. Credentials and
-endpoints come from the environment, under the names that the stores' own tools use. A URL keeps what it holds of
-secrets, a user or a query, in `_SECRETS`: nothing else than the request itself sees them.
+`obstore` makes the requests to S3, Google's and Azure's stores and web servers, and retries those that may succeed
+later. Credentials and endpoints come from the environment, under the names that the stores' own tools use. The secret
+parts of a URL, a user or a query, are kept in `_SECRETS`: only the request itself sees them.
 
-A request raises an OSError, which callers give the name of what they do: a FileNotFoundError, a FileExistsError of
-`put`, or else a `RemoteError`, whose text holds nothing of what was sent.
+A failed request raises an OSError: a FileNotFoundError, a FileExistsError of `put`, or else a `RemoteError`, whose text
+holds nothing of what was sent.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import re
 import stat
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -33,23 +34,24 @@ Result = TypeVar("Result")
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 
 CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
-"""Of one request, the body included."""
+"""Timeouts of one request; the first includes its body."""
 
 RETRIES: dict[str, Any] = {
     "max_retries": 8,
     "retry_timeout": timedelta(seconds=120),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-"""Of requests that fail in a way which may pass: 17 seconds of waiting together."""
+"""Retries of a request whose failure may be temporary: 17 seconds of waiting in all."""
 
 _SECRETS: dict[str, tuple[str, str]] = {}
-"""By a shown URL of a web server: the user with a password, and the query, that it was given with."""
+"""The user with a password, and the query, of each URL of a web server, by the URL without them."""
 
 
-class Known(NamedTuple):
-    """What a store says of an object: a `tag`, which may be missing, is another one for other content.
+class ObjectInfo(NamedTuple):
+    """The facts that a store reports about an object.
 
-    `modified` is in seconds since 1970. Some stores tell content apart by a `version` instead.
+    `tag` may be empty, and differs for other content; some stores tell content apart by `version` instead. `modified`
+    is in seconds since 1970.
     """
 
     size: int
@@ -59,7 +61,7 @@ class Known(NamedTuple):
 
 
 def shown_url(text: str) -> str:
-    """A URL as it is shown, without what may be secret; `text` may be what a Path made of it, with one slash.
+    """Return a URL without its secret parts, which are kept; `text` may be what a Path made of it, with one slash.
 
     Raises:
         InvalidValueError: its scheme is unknown, or it holds credentials that cannot be used.
@@ -85,27 +87,30 @@ def shown_url(text: str) -> str:
 
 
 def endpoint() -> str:
-    """The server that is asked in place of Amazon's; empty for none."""
+    """Return the URL of the server that replaces Amazon's, or an empty text."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-def _place(url: str, seconds: int = 0) -> tuple[Any, str]:
-    """The store of a shown URL, with what is secret, and the key in it; a request may take `seconds`, or `CLIENT`'s."""
+def _place(url: str, nbytes: int = 0) -> tuple[Any, str]:
+    """Return the store of a URL, with its secrets, and the key in it; a request has time for a body of `nbytes`."""
     scheme, _, rest = url.partition("://")
     host, _, key = rest.partition("/")
-    with told(url, "opened"):
+    with request_errors(url, "opened"):
         if scheme == "hf":
             from posthoc_cli.remote import hub
 
             return hub, rest
-        above = [known for known in _SECRETS if f"{url}/".startswith(f"{known}/")]  # a query is for what is below, too
+        above = [known for known in _SECRETS if f"{url}/".startswith(f"{known}/")]  # a query is sent below its URL, too
         user, query = _SECRETS[max(above, key=len)] if above else ("", "")
         root = f"{scheme}://{user}{'@' * bool(user)}{host}/{'?' * bool(query)}{query}"
-        return _opened(root, endpoint(), seconds), unquote(key) if scheme.startswith("http") else key
+        minutes = nbytes // (60 * _SLOWEST)
+        store = _opened(root, endpoint(), 60 * (1 + minutes) if minutes else 0)
+        return store, unquote(key) if scheme.startswith("http") else key
 
 
 @lru_cache(maxsize=64)
 def _opened(root: str, endpoint: str, seconds: int) -> Any:
+    """Return the store at a URL, whose requests may take `seconds`; 0 for the timeout of `CLIENT`."""
     scheme = urlsplit(root).scheme
     try:
         from obstore.store import HTTPStore, from_url
@@ -123,108 +128,118 @@ def _opened(root: str, endpoint: str, seconds: int) -> Any:
 
 
 class RemotePath(PosixPath):
-    """The path of an object or of a folder in a store; of the text from `shown_url`, and of nothing else.
+    """The path of an object or a folder in a store; made from the text of `shown_url` only.
 
-    What does not know about URLs, as `open`, fails: it would mean a folder of the working directory.
+    Functions that do not know about URLs, such as `open`, fail: they would use a folder of the working directory.
 
     Attributes:
-        known: what the listing that this path is from has said of the object; None for a folder, and without one.
-        is_spooled: whether the system may have the file, too, under the path's name for it.
+        info: the facts about the object, if the store has reported them.
+        is_spooled: whether the file may also be on this machine, under the name that `os.fspath` returns.
     """
 
     is_spooled = False
-    known: Known | None = None
-    _is_listed = False
+    info: ObjectInfo | None = None
+    _is_known_folder = False
 
     def __str__(self) -> str:
-        """The URL; a Path keeps one of two slashes. Of what is relative to another path, the names alone."""
+        """Return the URL, of which a Path keeps one of two slashes; of a path relative to another, its names."""
         scheme, colon, rest = super().__str__().partition(":/")
         return f"{scheme}://{rest}" if colon else scheme
 
     def __fspath__(self) -> str:
-        """Refuse to be a name for the system."""
-        raise PostHocError(self, "is a URL; must be a path on a file system of this machine here")
+        """Raise an error: the path is no name for the operating system."""
+        raise PostHocError(self, "is a URL; must be a path on a file system of this machine")
 
     def absolute(self) -> RemotePath:
-        """The path itself."""
+        """Return the path itself."""
         return self
 
     def resolve(self, strict: bool = False) -> RemotePath:  # noqa: ARG002
-        """The path itself."""
+        """Return the path itself."""
         return self
 
     def is_symlink(self) -> bool:
-        """Never."""
+        """Return False: a store has no links."""
         return False
 
     def is_file(self, **_: Any) -> bool:
-        """Whether it is an object."""
-        if self._is_listed:
-            return self.known is not None
-        try:
-            self.known, self._is_listed = head(str(self)), True
-        except FileNotFoundError:
-            return False
-        except RemoteError as error:  # the same answer where nothing is there and folders must not be listed
-            if error.errno != errno.EACCES:
-                raise
-            return False
-        return True
+        """Return whether the path is that of an object."""
+        if self.info is None and not self._is_known_folder:
+            try:
+                self.info = head(str(self))
+            except FileNotFoundError:
+                return False
+            except RemoteError as error:  # the answer for a missing object where listing is not permitted
+                if error.errno != errno.EACCES:
+                    raise
+        return self.info is not None
 
     def is_dir(self, **_: Any) -> bool:
-        """Whether an object is below it."""
-        if not self._is_listed and not self._is_web and not self.is_file():
+        """Return whether objects lie below the path."""
+        if not self._is_known_folder and not self._is_web and not self.is_file():
             with suppress(FileNotFoundError):
-                self._is_listed = bool(listed(str(self)))
-        return self._is_listed and self.known is None
+                self._is_known_folder = bool(listed(str(self)))
+        return self._is_known_folder
 
     @property
     def _is_web(self) -> bool:
-        """Whether it is of a web server, which has no folders."""
+        """Whether the path is on a web server, which has no folders."""
         return str(self).startswith("http")
 
     def exists(self, **_: Any) -> bool:
-        """Whether it is either."""
+        """Return whether the path is that of an object or of a folder."""
         return self.is_file() or self.is_dir()
 
     def stat(self, **_: Any) -> os.stat_result:
-        """The kind, size and time of an object, or the kind of a folder; a FileNotFoundError if it is neither."""
-        try:
-            found = head(str(self))
-        except FileNotFoundError:
-            if not self.is_dir():
-                raise
+        """Return the type, size and time of an object, with a checksum of its tag as inode, or the type of a folder."""
+        if self.is_dir():
             return os.stat_result((stat.S_IFDIR | 0o777, 0, 0, 1, 0, 0, 0, 0, 0, 0))
-        when = int(found.modified)
-        return os.stat_result((stat.S_IFREG | 0o666, 0, 0, 1, 0, 0, found.size, when, when, when))
+        info = head(str(self))
+        inode, when = zlib.crc32(f"{info.tag}{info.version}".encode()), int(info.modified)
+        return os.stat_result((stat.S_IFREG | 0o666, inode, 0, 1, 0, 0, info.size, when, when, when))
 
     def lstat(self) -> os.stat_result:
-        """The same: there are no links."""
+        """Return what `stat` returns."""
         return self.stat()
 
-    def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not say
-        """Remove the object, if there is one."""
+    def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not report a missing object
+        """Delete the object, if it exists."""
         delete(str(self))
 
-    def iterdir(self) -> Generator[RemotePath, None, None]:
-        """What is in the folder; a FileNotFoundError if there is none, a NotADirectoryError of an object."""
-        found: dict[str, Known | None] = {}
+    def rmdir(self) -> None:
+        """Do nothing: a folder ends with its last object."""
+
+    def replace(self, target: Any) -> Any:
+        """Move the object, or the objects directly in the folder; an interruption leaves some under both names."""
         try:
-            if not self.known and not self._is_web:
-                found = listed(str(self))
-        except RemoteError:  # of an object it is the same that folders cannot be listed
+            moves = [(child, target / child.name) for child in self.iterdir()]
+        except NotADirectoryError:
+            moves = [(self, target)]
+        for old, new in moves:
+            copy(str(old), str(new))
+        for old, _ in moves:
+            delete(str(old))
+        return target
+
+    def iterdir(self) -> Generator[RemotePath, None, None]:
+        """Yield the paths in the folder; raise a FileNotFoundError without one, a NotADirectoryError for an object."""
+        entries: dict[str, ObjectInfo | None] = {}
+        try:
+            if not self.info and not self._is_web:
+                entries = listed(str(self))
+        except RemoteError:  # listing may not be permitted, which an object does not need
             if not self.is_file():
                 raise
-        if not found:
+        if not entries:
             head(str(self))
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
-        for name, known in found.items():
+        for name, info in entries.items():
             child = self / name
-            child.known, child._is_listed = known, True
+            child.info, child._is_known_folder = info, info is None
             yield child
 
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]
-        """What matches in this folder; nothing is left out for its dot. `model@step*` are revisions of the Hub's."""
+        """Yield the matches in this folder, hidden names included; `model@step*` matches revisions of the Hub."""
         if str(self).startswith("hf://") and "@" in pattern:
             repository, _at, wanted = pattern.partition("@")
             names = fnmatch.filter(revisions(str(self / repository)), wanted)
@@ -235,109 +250,111 @@ class RemotePath(PosixPath):
 
 
 def remote_path(text: str) -> RemotePath:
-    """The path of a URL; also of what a Path made of it, with one slash. Errors as of `shown_url`."""
+    """Return the path of a URL, or of what a Path made of it, with one slash; errors as of `shown_url`."""
     return RemotePath(shown_url(text))
 
 
 def matching(pattern: Path) -> list[Path]:
-    """What a pattern that is a URL names, sorted; nothing where its folder is absent."""
+    """Return the paths that match a pattern that is a URL, sorted; none where its folder does not exist."""
     first, *parts = pattern.parts
-    found = [RemotePath(first)]
+    paths = [RemotePath(first)]
     for part in parts:
         is_name = not glob.has_magic(part)
-        found = [one for folder in found for one in ([folder / part] if is_name else folder.glob(part))]
-    return sorted(one for one in found if not is_name or one.exists())
+        paths = [match for folder in paths for match in ([folder / part] if is_name else folder.glob(part))]
+    return sorted(path for path in paths if not is_name or path.exists())
 
 
 # --- requests
 
 
-def head(url: str) -> Known:
-    """What the store knows of an object; a FileNotFoundError if there is none."""
+def head(url: str) -> ObjectInfo:
+    """Return the facts about an object; raise a FileNotFoundError if it does not exist."""
     store, key = _place(url)
     if not key:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)  # a bucket
     try:
-        with told(url):
-            return _known(store.head(key))
+        with request_errors(url):
+            return _info(store.head(key))
     except RemoteError as error:
         if error.errno != errno.EACCES:
             raise
-    return get(url, 0, 1)[1]  # whose answer has a body, which says why
+    return get(url, 0, 1)[1]  # the answer to a `get` has a body, which holds the reason
 
 
-def listed(url: str) -> dict[str, Known | None]:
-    """The folders, without more, and the objects directly in a folder, by name; none where there is no such folder."""
+def listed(url: str) -> dict[str, ObjectInfo | None]:
+    """Return the objects and the folders (None) directly in a folder, by name; none where it does not exist."""
     store, key = _place(url)
-    with told(url, "listed"):
-        found = store.list_with_delimiter(key or None)
-    objects = {one["path"]: _known(one) for one in found["objects"] if one["path"] != key}
-    places = dict.fromkeys(found["common_prefixes"]) | objects
-    return {place.rpartition("/")[2]: known for place, known in places.items()}
+    with request_errors(url, "listed"):
+        answer = store.list_with_delimiter(key or None)
+    objects = {entry["path"]: _info(entry) for entry in answer["objects"] if entry["path"] != key}
+    entries = dict.fromkeys(answer["common_prefixes"]) | objects
+    return {path.rpartition("/")[2]: info for path, info in entries.items()}
 
 
-def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Known]:
-    """The bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still has this one."""
+def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, ObjectInfo]:
+    """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still has that tag."""
     store, key = _place(url)
     options: dict[str, Any] = {"range": (begin, end)}
-    if tag and not tag.startswith("W/"):  # which never matches
+    if tag and not tag.startswith("W/"):  # a weak tag never matches
         options["if_match"] = tag
-    with told(url):
+    with request_errors(url):
         try:
-            found = store.get(key, options=options)
-            return memoryview(found.bytes()), _known(found.meta)
+            answer = store.get(key, options=options)
+            return memoryview(answer.bytes()), _info(answer.meta)
         except Exception as error:
             if "416 Range Not Satisfiable" not in str(error):
                 raise
-        return memoryview(b""), _known(store.head(key))  # nothing is there
+        return memoryview(b""), _info(store.head(key))  # the range begins at the end of the object
 
 
 def revisions(url: str) -> list[str]:
-    """The names of the branches and tags of a repository of the Hub."""
+    """Return the names of the branches and tags of a repository of the Hub."""
     store, key = _place(url)
-    with told(url, "listed"):
+    with request_errors(url, "listed"):
         return list(store.revisions(key))
 
 
-_WHOLE = 5_000 * 1024 * 1024
-"""Bytes that each store takes in one request."""
+_ONE_REQUEST = 5_000 * 1024 * 1024
+"""Bytes that every store accepts in one request."""
 
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
-"""Bytes of a part of a larger file, and how many parts there are at most; S3 takes 10,000."""
+"""Least bytes of a part of a multipart upload, and the largest number of parts; S3 accepts 10,000."""
 
 _SLOWEST = 500_000
-"""Bytes a second that are sent by one request at least."""
+"""Bytes a second for which the timeout of a request allows."""
 
 
-def put(url: str, data: bytes | Path, *, create: bool = True, replaces: Known | None = None) -> Known:
-    """Write an object, complete or not at all; returns what the store says of it.
+def put(url: str, data: bytes | Path, *, create: bool = True, replaces: ObjectInfo | None = None) -> ObjectInfo:
+    """Write an object, complete or not at all, and return the facts that the store reports about it.
 
-    With `create` a FileExistsError if it is there, else it is replaced; with `replaces` only if it is still this one,
-    or a RemoteError with the errno ESTALE. Both are one request, or of a store without such requests a RemoteError,
-    ENOTSUP. Only a file above 5,000 MiB goes in parts, which `obstore` cannot send so: that there is no such object is
-    asked before.
+    With `create`, raise a FileExistsError if the object exists; with `replaces`, write only in place of exactly that
+    object, or raise a RemoteError with the errno ESTALE. Both are one conditional request; a RemoteError with ENOTSUP
+    says that the store has none. `obstore` has no conditional multipart upload: for a new file above 5,000 MiB it is
+    checked before that the object does not exist.
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
-    minutes = size // (60 * _SLOWEST)
-    store, key = _place(url, 60 * (1 + minutes) if minutes else 0)
+    store, key = _place(url, size)
     content: Any = data
-    how: dict[str, Any] = {"chunk_size": max(_PART, -(-size // _MOST_PARTS)), "max_concurrency": 4}
-    if create and size > _WHOLE:
+    options: dict[str, Any] = {"chunk_size": _part_bytes(size), "max_concurrency": 4}
+    if create and size <= _ONE_REQUEST:
+        content = _mapped(data) if isinstance(data, Path) else data
+        mode = replaces and {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
+        options = {"mode": mode or "create", "use_multipart": False}
+    elif create:
         with suppress(FileNotFoundError):
             head(url)
-            raise FileExistsError(errno.EEXIST, "is there already", url)
-    elif create:
-        mode = replaces and {"e_tag": replaces.tag} | ({"version": replaces.version} if replaces.version else {})
-        content = _mapped(data) if isinstance(data, Path) else data
-        how = {"mode": mode or "create", "use_multipart": False}
-
-    with told(url, "written"):
-        done = store.put(key, content, **how)
-    return Known(size, done.get("e_tag") or "", version=done.get("version") or "")
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
+    with request_errors(url, "written"):
+        answer = store.put(key, content, **options)
+    return ObjectInfo(size, answer.get("e_tag") or "", version=answer.get("version") or "")
 
 
-def _mapped(path: Path) -> mmap.mmap | bytes:
-    """The content of a file that nobody shortens meanwhile; the system drops its pages where memory is short."""
+def _part_bytes(size: int) -> int:
+    return max(_PART, -(-size // _MOST_PARTS))
+
+
+def _mapped(path: Path) -> Any:
+    """Return the content of a file that nobody shortens meanwhile; the system drops its pages where memory is short."""
     with path.open("rb") as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -346,9 +363,9 @@ def _mapped(path: Path) -> mmap.mmap | bytes:
 
 
 def repeated(request: Callable[[], Result]) -> Result:
-    """The result of a request with a condition, made again if that fails: no library repeats one whose answer was lost.
+    """Return the result of a conditional request, made again if it fails: `obstore` does not retry it.
 
-    It may have been done then, so that the condition does not hold any more: whoever calls finds out.
+    The first request may have succeeded and only its answer been lost, so that the condition fails: the caller checks.
     """
     try:
         return request()
@@ -360,23 +377,33 @@ def repeated(request: Callable[[], Result]) -> Result:
 
 
 def copy(url: str, to: str) -> None:
-    """Give an object a second name in its store."""
-    store, key = _place(url)
-    with told(to, "written"):
-        store.copy(key, _place(to)[1])
+    """Copy an object within its store; too large an object for a single request goes through this machine."""
+    info = head(url)
+    (store, key), (_, copied) = _place(url, info.size), _place(to)
+    with request_errors(to, "written"):
+        if info.size <= _ONE_REQUEST:
+            store.copy(key, copied)
+            return
+        from obstore import open_writer
+
+        count = _part_bytes(info.size)
+        writer = open_writer(store, copied, buffer_size=count)
+        for begin in range(0, info.size, count):
+            writer.write(get(url, begin, begin + count, info.tag)[0])
+        writer.close()  # the object appears; not before, and not after an error
 
 
 def delete(url: str) -> None:
-    """Remove an object; one that is not there is no error."""
+    """Delete an object, if it exists."""
     store, key = _place(url)
-    with told(url, "removed"), suppress(FileNotFoundError):
+    with request_errors(url, "removed"), suppress(FileNotFoundError):
         store.delete(key)
 
 
-def _known(found: Any) -> Known:
-    modified: datetime | None = found["last_modified"]
+def _info(facts: Any) -> ObjectInfo:
+    modified: datetime | None = facts["last_modified"]
     seconds = modified.timestamp() if modified else 0.0
-    return Known(found["size"], found["e_tag"] or "", seconds, found.get("version") or "")
+    return ObjectInfo(facts["size"], facts["e_tag"] or "", seconds, facts.get("version") or "")
 
 
 # --- errors
@@ -395,47 +422,45 @@ _REASONS = (
      errno.EACCES, "the credentials are not accepted", _ACCESS),
     ("<Code>RequestTimeTooSkewed<", errno.EACCES, "the clock of this machine is wrong", "set it"),
     ("<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect without LOCATION",
-     errno.EIO, "the region is another one", "set AWS_REGION"),
+     errno.EIO, "the bucket is in another region", "set AWS_REGION"),
     ("status code: 401", errno.EACCES, "the credentials are missing or not accepted", _ACCESS),
     ("status code: 403|<Code>AccessDenied<", errno.EACCES, "access is denied", ""),
     ("status code: 405", errno.EIO, "the server does not list folders or take files", "name a file"),
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
     ("status code: (429|503)|<Code>SlowDown<",
      errno.EIO, "the store asks for fewer requests, or is not available", "try again later"),
-    ("status code: 501", errno.ENOTSUP, "the server answers 501", ""),
+    ("status code: 501|^NotImplementedError", errno.ENOTSUP, "the store does not know this kind of request", ""),
     (r"status code: (400)(?:.*<Code>(\w{1,60})<)?", errno.EACCES, r"the server answers \1 \2", ""),
     (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?", errno.EIO, r"the server answers \1 \2", ""),
     (r"<Code>(\w{1,60})<", errno.EIO, r"the server answers \1", ""),
-    ("^ValueError", errno.EIO, "the store takes no such name", ""),
+    ("^ValueError", errno.EIO, "the store does not accept this name", ""),
     ("Connect|dns error", errno.EIO, "no connection to the server", "check the URL, the endpoint and the network"),
     ("Timeout|timed out", errno.EIO, "the server did not answer in time", ""),
-    ("^NotImplementedError", errno.ENOTSUP, "the store does not know this kind of request", ""),
     ("", errno.EIO, "the connection was lost, or the answer is incomplete", ""),
 )  # fmt: skip
-"""By what the text of an error holds, the first that fits: its number, what is wrong, and what to do."""
+"""Patterns of error texts, the first match decides: each with the errno, the reason and what to do."""
 
 
 @contextmanager
-def told(url: str, verb: str = "read") -> Iterator[None]:
+def request_errors(url: str, verb: str = "read") -> Iterator[None]:
     """Turn what a library raises about a request into an OSError about the URL, in one line."""
     try:
         yield
     except (MissingDependencyError, RemoteError):
         raise
-    except Exception as error:  # noqa: BLE001 - the libraries of three stores have theirs
+    except Exception as error:  # noqa: BLE001 - the libraries of three stores have different classes
         kind, answer = type(error).__name__, getattr(error, "response", None)
+        if kind in ("FileExistsError", "AlreadyExistsError"):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url) from None
         status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
         text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
-        text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # of one removal among several
+        text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # the form of an error of a bulk deletion
         number, reason, hint = next(
-            (number, found.expand(reason).strip(), hint)
+            (number, match.expand(reason).strip(), hint)
             for pattern, number, reason, hint in _REASONS
-            if (found := re.search(pattern, text, re.DOTALL))
+            if (match := re.search(pattern, text, re.DOTALL))
         )
-        said = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
-        made: OSError = RemoteError(url, said, hint, errno=number)
-        if kind in ("FileExistsError", "AlreadyExistsError"):
-            made = FileExistsError(errno.EEXIST, "is there already", url)
-        elif number == errno.ENOENT:
-            made = FileNotFoundError(number, os.strerror(number), url)
-        raise made from None  # the library's text holds the request
+        if number == errno.ENOENT:
+            raise FileNotFoundError(number, os.strerror(number), url) from None
+        reason = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
+        raise RemoteError(url, reason, hint, errno=number) from None  # the library's text holds the request

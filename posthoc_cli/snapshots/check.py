@@ -49,7 +49,7 @@ from posthoc_cli.snapshots.reading import open_file
 from posthoc_cli.snapshots.sources import Snapshot, run_clock
 from posthoc_cli.snapshots.states import COPY, decode_state, tensors_with
 from posthoc_cli.snapshots.tensor_file import read_header
-from posthoc_cli.snapshots.writer import LOCK_NAME, DirectoryLock, move_aside, remove_leftovers
+from posthoc_cli.snapshots.writer import LOCK_NAME, move_aside, one_writer, remove_leftovers
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -486,12 +486,12 @@ def _index_fault(unit: _Unit, index: Path, existing: Sequence[FileReport]) -> tu
 
 
 def check_repairable(verified: Verification) -> None:
-    """Raise DirectoryError unless a directory of snapshots was verified, InvalidValueError if it is in a store."""
+    """Raise DirectoryError unless a directory of snapshots was verified, InvalidValueError if it can only be read."""
     if not verified.is_of_tracker:
         hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
         reason = "holds no snapshots of a tracker, and only these are set aside"
         raise DirectoryError(verified.path, reason, hint if any(report.kind for report in verified.files) else "")
-    files.local_path("directory", verified.path)
+    files.check_writable("directory", verified.path)
 
 
 def repair(verified: Verification) -> tuple[Path, ...]:
@@ -502,11 +502,12 @@ def repair(verified: Verification) -> tuple[Path, ...]:
         MismatchError, DirectoryError: a file has changed since, or `damaged` is not a folder; nothing was moved.
         WriteError: the system refused to move a file. Each file is either in `damaged` or where it was.
     """
-    with DirectoryLock(verified.path):
+    with one_writer(verified.path) as check_lease:
         remove_leftovers(verified.path)
         for path, identity in verified.going.items():
             if _stamp(path) not in (identity, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
+        check_lease()
         return tuple(move_aside([*verified.going], verified.path / BROKEN)) if verified.going else ()
 
 

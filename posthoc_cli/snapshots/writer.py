@@ -19,8 +19,8 @@ import socket
 import weakref
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, count
 from pathlib import Path
@@ -176,6 +176,24 @@ def _clear(holder: Path, process: int) -> bool:
     return is_own
 
 
+@contextmanager
+def one_writer(directory: Path) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a directory, or the lease of a run in a store, for the block.
+
+    Yields a function that raises a LockedError if another process has taken over the lease meanwhile.
+    """
+    if not files.is_url(directory):
+        with DirectoryLock(directory):
+            yield lambda: None
+        return
+    from posthoc_cli.remote.lease import held
+
+    if not files.is_remote(directory):  # deletions in a spool wait for the next uploads of its tracker
+        raise LockedError(directory, "is opened by a tracker of this process", "open the run by its URL, as text")
+    with held(directory) as check:
+        yield check
+
+
 # --- removing from a directory
 
 
@@ -218,14 +236,14 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
     Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if `folder` is not a folder.
     """
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+    if not files.is_gone(folder) and (folder.is_symlink() or not folder.is_dir()):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []
         for path in paths:
-            if os.path.lexists(path) or path.exists():
+            if not files.is_gone(path):
                 target = _free_name(folder / path.name)
                 files.system.rename(path, target)
                 moved.append(target)
@@ -238,7 +256,7 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 def _free_name(path: Path) -> Path:
     name, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
     numbered = (path.with_name(f"{name}.{number}{suffix}") for number in count(1))
-    return next(name for name in chain([path], numbered) if not (os.path.lexists(name) or name.exists()))
+    return next(free for free in chain([path], numbered) if files.is_gone(free))
 
 
 # --- thinning while a training writes
@@ -450,7 +468,7 @@ class _Errors:
 
 
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
-    """Carry out a plan while the directory is locked: verify all survivors, then delete the other snapshots.
+    """Carry out a plan as the one writer: verify all survivors, then delete the other snapshots.
 
     Raises:
         LockedError: a tracker is writing to the directory.
@@ -458,7 +476,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
             deleted.
         WriteError: the system refused a deletion. All survivors remain.
     """
-    with DirectoryLock(directory):
+    with one_writer(directory) as check_lease:
         remove_leftovers(directory)
         planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.gone)}
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
@@ -467,6 +485,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
             for part in snapshot.parts or (snapshot,):
                 verify_payload(part.path, part.header, progress)
         for snapshot in pruning.gone:
+            check_lease()
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)

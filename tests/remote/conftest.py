@@ -1,4 +1,4 @@
-"""Servers on the loopback interface that speak what object stores and the Hub speak."""
+"""Servers on the loopback interface with the protocols of object stores and the Hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _s3_server() -> Iterator[FaultyServer]:
 
 @pytest.fixture
 def use_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Makes the environment that of a user of the server with an address."""
+    """Return a function that sets the environment of a user of the server at a URL."""
 
     def use(url: str) -> None:
         environment = {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
@@ -39,7 +39,7 @@ def use_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
 
 @pytest.fixture
 def server(_s3_server: FaultyServer, use_server: Callable[[str], None]) -> FaultyServer:
-    """A server that speaks S3 and can be told to fail, with an empty bucket `bucket`."""
+    """An S3 server that fails on request, with an empty bucket `bucket`."""
     _s3_server.answer, _s3_server.seen = (lambda _: None), []
     urllib.request.urlopen(f"{_s3_server.url}/moto-api/reset", b"")
     urllib.request.urlopen(urllib.request.Request(f"{_s3_server.url}/bucket", method="PUT"))

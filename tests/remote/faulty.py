@@ -1,7 +1,9 @@
-"""A server that speaks S3 on the loopback interface, and fails when it is told to."""
+"""An S3 server on the loopback interface that fails on request."""
 
 from __future__ import annotations
 
+import io
+import re
 import socket
 import threading
 import time
@@ -13,8 +15,8 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 Answer = Callable[[dict[str, Any]], int | str | None]
-"""Of a request: None to answer it, a status, a status with the code of an error, as "403 ExpiredToken", or what the
-connection does: "reset", or "stall" for a while first."""
+"""Returns None to answer a request, a status, a status with an error code as "403 ExpiredToken", or what the connection
+does: "reset", or "stall" for a while first."""
 
 
 class _Quiet(WSGIRequestHandler):
@@ -23,7 +25,7 @@ class _Quiet(WSGIRequestHandler):
 
 
 class FaultyServer:
-    """Its `url`; `answer` is asked about each request; `seen` has what came, as "PUT some/key"."""
+    """A server at `url`; `answer` is asked about each request, and `seen` lists those it left alone, as "PUT key"."""
 
     def __init__(self) -> None:
         self.answer: Answer = lambda _: None
@@ -33,23 +35,28 @@ class FaultyServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def _serve(self, environ: dict[str, Any], start: Any) -> Any:
-        key = environ["PATH_INFO"].partition("/")[2].partition("/")[2]
-        said = self.answer(environ)
-        if said in ("reset", "stall"):
-            time.sleep(1.5 * (said == "stall"))
+        method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].partition("/")[2].partition("/")[2]
+        if method == "POST" and "delete" in environ["QUERY_STRING"]:  # a bulk deletion, of one object
+            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            method, key = "DELETE", re.findall(r"<Key>(.*)</Key>", body.decode())[0]
+            environ["wsgi.input"] = io.BytesIO(body)
+        environ |= {"METHOD": method, "KEY": key}
+        answer = self.answer(environ)
+        if answer in ("reset", "stall"):
+            time.sleep(1.5 * (answer == "stall"))
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionAbortedError
-        if said is not None:
-            status, _, code = str(said).partition(" ")
+        if answer is not None:
+            status, _, code = str(answer).partition(" ")
             start(f"{status} Error", [("Content-Type", "application/xml")])
             return [f"<Error><Code>{code}</Code></Error>".encode()]
-        done = self._app(environ, start)
-        self.seen.append(f"{environ['REQUEST_METHOD']} {key}")
-        return done
+        body = self._app(environ, start)
+        self.seen.append(f"{method} {key}")
+        return body
 
     @contextmanager
     def running(self) -> Iterator[FaultyServer]:
-        """The server, answering."""
+        """Answer requests until the end of the block."""
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         yield self
         self._server.shutdown()

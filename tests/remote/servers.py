@@ -1,6 +1,6 @@
-"""A web server on the loopback interface that gives out files by ranges, can be told to fail, and counts requests.
+"""A web server on the loopback interface that serves ranges of files, fails on request, and counts requests.
 
-It speaks as much S3 as a read of a bucket needs, so that each request of a run can be made to fail.
+It implements as much of S3 as reading a bucket needs, so that each request of a run can be made to fail.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from xml.sax.saxutils import escape
 
 
 class Server(ThreadingHTTPServer):
-    """Gives out the files of a folder.
+    """Serves the files of a folder.
 
     Attributes:
-        asked: a line a request: its method, path and range.
-        sent: bytes of bodies.
-        fault: called with the number of a request and its handler; whether it has answered.
+        asked: one line for each request: its method, path and range.
+        sent: total bytes of the bodies.
+        fault: called with the number of a request and its handler; returns whether it has answered.
         latency: seconds before each answer.
     """
 
@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: Any) -> None:
-        """A client may go away."""
+        """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *_: Any) -> None:
-        """Silence."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -65,10 +65,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.fault(number, self):
             return
         url = urlsplit(self.path)
-        place = unquote(url.path).replace("/resolve/", "/").lstrip("/")  # as the Hub has it
+        place = unquote(url.path).replace("/resolve/", "/").lstrip("/")  # a path of the Hub
         query, path = parse_qs(url.query), self.server.folder / place
         if url.path.startswith("/api/models/"):
-            self._tell_of_repository(unquote(url.path).split("/")[3:])
+            self._describe_repository(unquote(url.path).split("/")[3:])
         elif "list-type" in query:
             self._list(path, query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
         elif path.is_file():
@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.body(path, begin, end)
 
     def body(self, path: Path, begin: int, end: int) -> None:
-        """Send bytes of a file; of an answer that is cut, half of them."""
+        """Send bytes of a file, half of them if the answer is to be cut."""
         if self.is_cut:
             end = (begin + end) // 2
         with path.open("rb") as file:
@@ -111,27 +111,27 @@ class _Handler(BaseHTTPRequestHandler):
         if self.is_cut:
             self.reset()
 
-    def _tell_of_repository(self, parts: list[str]) -> None:
-        """What the Hub says: `org/model` is a folder with one a revision, which is its own commit."""
+    def _describe_repository(self, parts: list[str]) -> None:
+        """Answer as the Hub: `org/model` is a folder that holds a folder for each revision, which is its own commit."""
         repository = self.server.folder.joinpath(*parts[:2])
         what, revision, *within = [*parts[2:], "", ""][: max(2, len(parts) - 2)]
         folder = repository.joinpath(revision or "main", *within)
         if what == "refs":
             names = sorted(path.name for path in repository.iterdir())
             refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": name} for name in names]
-            found: Any = {"branches": refs, "tags": [], "converts": []}
+            facts: Any = {"branches": refs, "tags": [], "converts": []}
         elif not folder.is_dir():
             self.refuse(404, "RevisionNotFound")
             return
         elif what == "tree":
-            found = [
+            facts = [
                 {"type": "file" if path.is_file() else "directory", "path": path.relative_to(folder).as_posix(),
                  "oid": f"{path.stat().st_mtime_ns:040x}", "size": path.stat().st_size}
                 for path in sorted(folder.iterdir())
             ]  # fmt: skip
         else:
-            found = {"id": "/".join(parts[:2]), "sha": revision or "main", "siblings": []}
-        self.answer(200, json.dumps(found).encode())
+            facts = {"id": "/".join(parts[:2]), "sha": revision or "main", "siblings": []}
+        self.answer(200, json.dumps(facts).encode())
 
     def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
         keys = [path.relative_to(bucket).as_posix() for path in sorted(bucket.rglob("*")) if path.is_file()]
@@ -140,8 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         folders = sorted({prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in inner})
         text = "".join(f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in folders)
         for key in (key for key in keys if key not in inner):
-            known = f"<Size>{(bucket / key).stat().st_size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            text += f"<Contents><Key>{escape(key)}</Key>{known}<ETag>&quot;x&quot;</ETag></Contents>"
+            facts = f"<Size>{(bucket / key).stat().st_size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            text += f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
         self.answer(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode())
 
     def refuse(self, status: int, code: str = "", message: str = "secret") -> bool:
@@ -153,13 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if status == 404:
-            self.send_header("X-Error-Code", "RevisionNotFound")  # of the Hub
+            self.send_header("X-Error-Code", "RevisionNotFound")  # a header of the Hub
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
     def cut(self) -> bool:
-        """Let the body of the answer end before it is complete."""
+        """Let the answer end in the middle of its body."""
         self.is_cut = True
         return False
 
@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving_as_s3(folder: Path) -> Iterator[str]:
-    """The URL of the run in the only folder of a folder, for a user of the server."""
+    """Serve the bucket that is the only folder of a folder, set the environment, and yield the URL of the run in it."""
     with serving(folder) as server:
         os.environ |= {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
         yield f"s3://{next(folder.iterdir()).name}/run"
@@ -180,7 +180,7 @@ def serving_as_s3(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
-    """The server, in a thread."""
+    """Run the server in a thread for the block."""
     server = Server(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

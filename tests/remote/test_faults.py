@@ -1,10 +1,9 @@
-"""What goes wrong on the way to a store: it is repeated where that helps, else it is one line without a secret."""
+"""Failures of requests: they are retried where that helps, or are an error of one line without a secret."""
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -19,10 +18,10 @@ from remote.servers import Server, serving
 
 from posthoc_cli import Run
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.remote import store
+from posthoc_cli.remote import ranges, store
 
 LARGE = {"large": (700, 600), "small": (7,)}
-"""Of more than the first request of a file has."""
+"""Tensors of more bytes than the first request of a file reads."""
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +34,9 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(_folder: Path, monkeypatch: pytest.MonkeyPatch, use_server: Callable[[str], None]) -> Iterator[Server]:
-    """A server that can be told to fail; each request is made again three times."""
-    retries = store.RETRIES | {
-        "max_retries": 3,
-        "backoff": {**store.RETRIES["backoff"], "init_backoff": SHORT, "max_backoff": SHORT},
-    }
-    monkeypatch.setattr(store, "RETRIES", retries)
+    """A server that fails on request; each request is retried three times."""
+    backoff = store.RETRIES["backoff"] | {"init_backoff": SHORT, "max_backoff": SHORT}
+    monkeypatch.setattr(store, "RETRIES", store.RETRIES | {"max_retries": 3, "backoff": backoff})
     with serving(_folder) as server:
         use_server(server.url)
         yield server
@@ -51,7 +47,7 @@ RUN = "s3://bucket/run"
 
 
 def once(number: int, act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
-    """A fault of one request."""
+    """Return a fault of one request."""
     return lambda asked, handler: asked == number and act(handler)
 
 
@@ -76,7 +72,7 @@ def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
 
 
 def always(status: int, code: str) -> Callable[[int, Any], bool]:
-    """A refusal of all requests; that of a head has no content, which would say why."""
+    """Return a refusal of all requests; the answer to a HEAD has no body to hold the reason."""
     return lambda _number, handler: bool(handler.refuse(status, code))
 
 
@@ -89,7 +85,7 @@ def bodies(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
 
 
 def stall(handler: Any) -> bool:
-    """Send the beginning of an answer, and no more."""
+    """Send the beginning of an answer only."""
     handler.send_response(206)
     for name, value in (("Content-Range", "bytes 0-99/100"), ("Content-Length", "100"), ("ETag", '"x"')):
         handler.send_header(name, value)
@@ -101,13 +97,11 @@ def stall(handler: Any) -> bool:
 
 
 LIST, READ = f"{RUN}: cannot be listed: ", f"{RUN}: cannot be read: "
+LOST = "cannot be read: the connection was lost, or the answer is incomplete"
 FAULTS = {
     "500s": (always(500, "InternalError"), READ + "the server answers 500"),
-    "resets": (bodies(lambda h: h.reset()), "cannot be read: the connection was lost, or the answer is incomplete"),
-    "short answers": (
-        bodies(lambda h: h.cut()),
-        "cannot be read: the connection was lost, or the answer is incomplete",
-    ),
+    "resets": (bodies(lambda h: h.reset()), LOST),
+    "short answers": (bodies(lambda h: h.cut()), LOST),
     "no bucket": (always(404, "NoSuchBucket"), LIST + "there is no such bucket"),
     "expired": (always(400, "ExpiredToken"), READ + "the credentials have expired; renew them"),
     "not accepted": (always(403, "InvalidAccessKeyId"), READ + "the credentials are not accepted; `ema guide remote`"),
@@ -115,14 +109,14 @@ FAULTS = {
     "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
     "not to read": (bodies(lambda h: h.refuse(403, "AccessDenied")), "safetensors: cannot be read: access is denied"),
     "a wrong clock": (always(403, "RequestTimeTooSkewed"), READ + "the clock of this machine is wrong; set it"),
-    "another region": (always(301, "PermanentRedirect"), READ + "the region is another one; set AWS_REGION"),
+    "another region": (always(301, "PermanentRedirect"), READ + "the bucket is in another region; set AWS_REGION"),
     "slow bodies": (bodies(stall), "safetensors: cannot be read: the server did not answer in time"),
     "too many": (always(503, "SlowDown"), READ + "the store asks for fewer requests, or is not available; try again"),
 }
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_what_does_not_pass_is_one_line(
+def test_a_lasting_failure_is_one_line(
     served: Server, ema: Ema, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -137,11 +131,11 @@ def test_what_does_not_pass_is_one_line(
 
 
 def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, ema: Ema) -> None:
-    """Of what is not there such a store says the same as of what must not be read."""
+    """Such a store gives the same answer for a missing object as for a forbidden one."""
 
     def fault(_number: int, handler: Any) -> bool:
-        is_there = (served.folder / handler.path.lstrip("/").partition("?")[0]).is_file()
-        return not is_there and bool(handler.refuse(403, "AccessDenied"))
+        exists = (served.folder / handler.path.lstrip("/").partition("?")[0]).is_file()
+        return not exists and bool(handler.refuse(403, "AccessDenied"))
 
     served.fault = fault
     file = f"{RUN}/0000000000000006-0.05.safetensors"
@@ -151,13 +145,12 @@ def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, 
 
 
 def test_an_object_that_is_replaced_meanwhile_is_an_error(served: Server, tmp_path: Path) -> None:
-    files = list((served.folder / "bucket/run").iterdir())
     total, begun = requests_of_a_synthesis(served, tmp_path / "sound.safetensors"), time.time_ns()
-    seen = []
+    refused = []
     for number in range(total, total // 2, -3):
 
-        def replace(handler: Any, number: int = number) -> bool:
-            for file in files:
+        def replace(_: Any, number: int = number) -> bool:
+            for file in (served.folder / "bucket/run").iterdir():
                 os.utime(file, ns=(begun, begun + 10**9 * number))
             return False
 
@@ -167,14 +160,18 @@ def test_an_object_that_is_replaced_meanwhile_is_an_error(served: Server, tmp_pa
             (tmp_path / "again.safetensors").unlink()
         except PostHocError as error:
             assert "was replaced while it was being used; run again" in str(error)
-            seen.append(number)
+            refused.append(number)
         assert [path.name for path in tmp_path.iterdir()] == ["sound.safetensors"]
-    assert total in seen
+    assert total in refused
 
 
-def test_without_credentials_the_error_says_where_they_are_read_from(
+def test_without_credentials_or_a_server_the_error_says_what_to_do(
     served: Server, ema: Ema, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+        assert "no connection to the server; check the URL, the endpoint and the network" in ema("info", RUN).error
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{served.url}/metadata.nothing")
@@ -184,34 +181,17 @@ def test_without_credentials_the_error_says_where_they_are_read_from(
     )
 
 
-def test_where_nothing_listens_the_error_names_the_endpoint(
-    served: Server, ema: Ema, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
-        assert "no connection to the server; check the URL, the endpoint and the network" in ema("info", RUN).error
-
-
 def test_slow_answers_keep_the_memory_bounded(served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posthoc_cli.remote import ranges
+    get, prefetched = store.get, list[int]()
 
+    def watch(*arguments: Any) -> Any:
+        prefetched.append(ranges._ahead)
+        return get(*arguments)
+
+    Run(served.folder / "bucket/run").write(0.1, tmp_path / "local.safetensors")
     monkeypatch.setattr(ranges, "AHEAD", 512 * 1024)
-    served.latency, most, ended = 0.01, [0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.001):
-            most[0] = max(most[0], ranges._ahead)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        Run(RUN).write(0.1, tmp_path / "out.safetensors")
-    finally:
-        ended.set()
-        watcher.join()
-    assert 0 < most[0] <= 512 * 1024 and ranges._ahead == 0
-    served.latency = 0.0
-    local = tmp_path / "local.safetensors"
-    Run(served.folder / "bucket/run").write(0.1, local)
-    assert (tmp_path / "out.safetensors").read_bytes() == local.read_bytes()
+    monkeypatch.setattr(store, "get", watch)
+    served.latency = 0.01
+    Run(RUN).write(0.1, tmp_path / "out.safetensors")
+    assert 0 < max(prefetched) <= 512 * 1024 and ranges._ahead == 0
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "local.safetensors").read_bytes()

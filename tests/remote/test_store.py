@@ -1,4 +1,4 @@
-"""Objects by URL: put, read, listed and removed, against a server that speaks S3."""
+"""Objects by URL: put, read, listed and deleted, against an S3 server."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from posthoc_cli.snapshots.tensor_file import OpenedFile
 UNREAD = "the credentials cannot be read; `ema guide remote` says where they are read from"
 
 
-def test_an_object_is_put_once_read_by_ranges_and_removed(bucket: str) -> None:
+def test_an_object_is_put_once_read_by_ranges_and_deleted(bucket: str) -> None:
     url = f"{bucket}/run/a b%20+ü"
     tag = store.put(url, b"0123456789").tag
     with pytest.raises(FileExistsError):
         store.put(url, b"other")
-    data, known = store.get(url, 2, 100, tag)
-    assert (bytes(data), known.size, known.tag, known) == (b"23456789", 10, tag, store.head(url))
+    data, info = store.get(url, 2, 100, tag)
+    assert (bytes(data), info.size, info.tag, info) == (b"23456789", 10, tag, store.head(url))
     assert bytes(store.get(url, 10, 12)[0]) == b""
-    newer = store.put(url, b"replaced", replaces=known)
-    for call in (lambda: store.get(url, 0, 1, tag), lambda: store.put(url, b"", replaces=known)):
+    newer = store.put(url, b"replaced", replaces=info)
+    for call in (lambda: store.get(url, 0, 1, tag), lambda: store.put(url, b"", replaces=info)):
         with pytest.raises(RemoteError, match="was replaced while it was being used") as caught:
             call()
         assert caught.value.errno == errno.ESTALE
@@ -41,16 +41,16 @@ def test_an_object_is_put_once_read_by_ranges_and_removed(bucket: str) -> None:
 def test_a_path_of_a_url_asks_the_store(bucket: str) -> None:
     for name in ("run/a.bin", "run/sub/b.bin", "c.bin"):
         store.put(f"{bucket}/{name}", b"12")
-    place = remote_path(bucket.replace("//", "/"))  # as a Path has it
+    place = remote_path(bucket.replace("//", "/"))  # what a Path makes of it
     run = place / "run"
     assert str(run) == f"{bucket}/run" and isinstance(run.parent, RemotePath)
     assert run == Path(f"{bucket}/run".replace("//", "/")) and run.parent == place and {run: 1}[place / "run"]
     assert sorted(map(str, run.iterdir())) == [f"{bucket}/run/a.bin", f"{bucket}/run/sub"]
-    assert [(one.is_dir(), one.is_file()) for one in sorted(run.iterdir())] == [(False, True), (True, False)]
+    assert [(path.is_dir(), path.is_file()) for path in sorted(run.iterdir())] == [(False, True), (True, False)]
     assert run.is_dir() and not run.is_file() and run.exists() and not (run / "none").exists()
     assert (run / "a.bin").stat().st_size == 2 and (run / "a.bin").is_file() and not (run / "a.bin").is_dir()
-    assert [one.name for one in sorted(place.glob("*.bin"))] == ["c.bin"]
-    assert [one.name for one in matching(place / "r*/*.bin")] == ["a.bin"]
+    assert [path.name for path in sorted(place.glob("*.bin"))] == ["c.bin"]
+    assert [path.name for path in matching(place / "r*/*.bin")] == ["a.bin"]
     assert matching(place / "r*/a.bin") == [run / "a.bin"] and not matching(place / "n*/a.bin")
     with pytest.raises(NotADirectoryError):
         list((run / "a.bin").iterdir())
@@ -58,12 +58,12 @@ def test_a_path_of_a_url_asks_the_store(bucket: str) -> None:
         list((run / "none").iterdir())
 
 
-def test_what_does_not_know_about_urls_fails_and_touches_nothing(
+def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = remote_path("s3://bucket/run")
-    for call in (lambda: path.open("w"), path.mkdir, path.touch, path.read_bytes, path.rmdir):
+    for call in (lambda: path.open("w"), path.mkdir, path.touch, path.read_bytes):
         with pytest.raises(PostHocError, match=r"^s3://bucket/run: is a URL; must be a path on a file system"):
             call()
     assert not list(tmp_path.iterdir())
@@ -97,7 +97,7 @@ def test_an_opened_object_is_read_by_ranges_and_seen_to_be_replaced(bucket: str)
         ("gs://bad/x", {"GOOGLE_APPLICATION_CREDENTIALS": __file__}, UNREAD),
     ],
 )
-def test_settings_that_cannot_be_used_are_said(
+def test_settings_that_cannot_be_used_are_named(
     url: str, settings: dict[str, str], wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in settings.items():

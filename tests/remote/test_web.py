@@ -1,4 +1,4 @@
-"""Files of a web server, and repositories of the Hub by its own client."""
+"""Files of a web server, and repositories of the Hub, read by its own client."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = (1000, 3000, 512000)
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Server]:
-    """A server of a repository with a checkpoint a revision."""
+    """A server of a repository with one checkpoint in each revision."""
     rng = np.random.default_rng(0)
     for step in STEPS:
         folder = tmp_path / f"served/org/model-160m/step{step}"
@@ -40,14 +40,14 @@ def served(tmp_path: Path) -> Iterator[Server]:
 def test_a_file_of_a_web_server_is_read_by_ranges(served: Server, ema: Ema) -> None:
     file = f"{served.url}/org/model-160m/step1000/model.safetensors"
     assert ema("info", file, "--json").json["path"] == file
-    with_step = remote_path(file)
-    assert with_step.is_file() and not with_step.is_dir() and with_step.stat().st_size > 480_000
+    path = remote_path(file)
+    assert path.is_file() and not path.is_dir() and path.stat().st_size > 480_000
     assert ema("info", f"{served.url}/org").error.endswith("no such file or directory")
     with pytest.raises(FileNotFoundError):
         list(remote_path(f"{served.url}/org").iterdir())
 
 
-def test_what_a_url_holds_of_secrets_is_sent_and_never_shown(served: Server, ema: Ema) -> None:
+def test_the_secrets_of_a_url_are_sent_and_never_shown(served: Server, ema: Ema) -> None:
     address = served.url.removeprefix("http://")
     shown = f"{served.url}/org/model-160m/step1000"
     for name, code in (("model.safetensors", 0), ("none.safetensors", 2)):
@@ -59,19 +59,15 @@ def test_what_a_url_holds_of_secrets_is_sent_and_never_shown(served: Server, ema
 
 
 def test_revisions_of_a_repository_are_checkpoints_of_a_run(served: Server, tmp_path: Path) -> None:
-    environment = os.environ | {
-        "HF_ENDPOINT": served.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_topsecret",
-    }
+    home = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_topsecret"}
     place, out = "hf://org/model-160m@step*", tmp_path / "mean.safetensors"
 
     def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=os.environ | home, capture_output=True, text=True, check=False)
 
-    told = json.loads(ema("info", place, "--json").stdout)
-    assert [one["t"] for one in told["checkpoints"]] == list(STEPS)
+    info = json.loads(ema("info", place, "--json").stdout)
+    assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == list(STEPS)
     done = ema("synthesize", place, "--target", "last:2", "--out", out)
     assert done.returncode == 0, done.stderr
     last = [load_file(tmp_path / f"served/org/model-160m/step{step}/model.safetensors")["w"] for step in STEPS[-2:]]
@@ -83,5 +79,5 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(served: Server, tmp_
         assert refused.returncode == 2 and reason in refused.stderr and len(refused.stderr.splitlines()) == 1
         assert "topsecret" not in refused.stderr
     refused = ema("synthesize", place, "--target", "last:2", "--out", "hf://org/model-160m@main/out.safetensors")
-    assert "main/out.safetensors: cannot be written: only s3://, gs:// and az:// take outputs" in refused.stderr
+    assert "main/out.safetensors: must be a path, or begin with s3://, gs:// or az://" in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
