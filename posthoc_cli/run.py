@@ -201,7 +201,7 @@ class Run:
     @property
     def profiles(self) -> list[float]:
         """The sigma_rel of each tracked profile."""
-        return sorted({one.info.sigma_rel for one in self.sources if isinstance(one.profile, PowerFunction)})
+        return sorted({source.info.sigma_rel for source in self.sources if isinstance(source.profile, PowerFunction)})
 
     @property
     def t(self) -> float:
@@ -217,7 +217,7 @@ class Run:
         """Return whether a checkpoint holds the weights themselves at a time, by default at the newest snapshot's."""
         sources = self.sources
         time = sources[-1].info.t if t is None else t
-        return any(isinstance(one.profile, Point) and one.info.t == time for one in sources)
+        return any(isinstance(source.profile, Point) and source.info.t == time for source in sources)
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -255,11 +255,11 @@ class Run:
         try:
             described = describe_checkpoints(self.directory, open_checkpoints(self.directory))
         except PostHocError as error:
-            if own is None and isinstance(error, InvalidValueError) and error.subject == str(self.directory):
+            if own is not None:
+                return own  # outputs, or models of other programs that are not checkpoints of one run
+            if isinstance(error, InvalidValueError) and error.subject == str(self.directory):
                 return describe_file(self.directory)  # only its step is not known
-            if own is None:
-                raise
-            return own  # outputs, or models of other programs that are not checkpoints of one run
+            raise
         outputs = [output for output in (own or {}).get("outputs", ()) if output["kind"] != "safetensors"]
         return described | ({"outputs": outputs} if outputs else {})
 
@@ -637,16 +637,15 @@ def _write_figure(draw: Callable[[], Figure], out: Path, overwrite: bool) -> Non
 def _audit_figure(audit: Audit) -> Figure:
     from posthoc_cli import plots
 
-    spans, found, rest = (
-        np.array([value(one) for one in audit.intervals])
-        for value in (lambda one: (one.begin, one.end), lambda one: abs(one.found), lambda one: one.unexplained)
-    )
+    spans = np.array([(interval.begin, interval.end) for interval in audit.intervals])
+    lengths = np.array([abs(interval.found) for interval in audit.intervals])
+    unexplained = np.array([interval.unexplained for interval in audit.intervals])
     word = "time constant (steps)" if audit.what == "decay" else "sigma_rel"
     title = f"{audit.name}: " * bool(audit.name) + audit.verdict
     length, sigma, band = audit.length or 0.0, audit.uncertainty or 0.0, None
     if audit.found is not None and 0 < length < math.inf and sigma <= 1:
         band = length / math.exp(sigma), length * math.exp(sigma)
-    return plots.audit_figure(title, spans, found, audit.intervals[0].claimed, rest, word, band)
+    return plots.audit_figure(title, spans, lengths, audit.intervals[0].claimed, unexplained, word, band)
 
 
 def _check_import(manifest: Manifest) -> Verification:

@@ -332,7 +332,10 @@ def merge(plan: Plan, base: Path, out: Path, options: OutputOptions, progress: P
     started = time.perf_counter()
     options.check_layout(out)
     sources = [source for source in plan.sources if isinstance(source, FileSource)]
-    modules, are_weights = _modules(plan, sources[-1].path), all(isinstance(one.profile, Point) for one in sources)
+    modules, are_weights = (
+        _modules(plan, sources[-1].path),
+        all(isinstance(source.profile, Point) for source in sources),
+    )
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in sources]
         readers = open_model(stack, base)

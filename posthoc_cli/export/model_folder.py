@@ -225,18 +225,18 @@ class ModelFolder:
         known = {alias for aliases in plan.names.values() for alias in aliases}
         if made_up := sorted(set(loaded["missing_keys"]) - known):
             raise refused(f"it has no tensor {made_up[0]!r}, and neither has the run ({len(made_up)} in all)")
-        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        lost = [name for name in absent if not any(alias in own for alias in plan.names[name])]
+        in_model = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        lost = [name for name in absent if not any(alias in in_model for alias in plan.names[name])]
         if lost:
             reason = f"{kind.__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
-            raise refused(reason, f"it has tensors such as {min(own)!r}")
+            raise refused(reason, f"it has tensors such as {min(in_model)!r}")
         largest = max(file.stat().st_size for file in {file for file, _ in self.entries.values()})
         for index, folder in enumerate(folders):
             for name, (value,) in synthesize(plan.only([index]), options):
-                if name not in own:
+                if name not in in_model:
                     continue
-                check_shape(self.place, name, own[name].shape, value.shape)
-                own[name].data.copy_(converted(f"tensor {name!r}", value, own[name].dtype))
+                check_shape(self.place, name, in_model[name].shape, value.shape)
+                in_model[name].data.copy_(converted(f"tensor {name!r}", value, in_model[name].dtype))
             model.save_pretrained(folder / self.component, max_shard_size=largest)
         return tuple(name for name in model.state_dict() if name not in known)
 

@@ -410,7 +410,7 @@ def fingerprint(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     """
     columns = plan.reconstruction.coefficients[:, list(plan.columns[target].values())]
     used = [source for source, row in zip(plan.sources, columns, strict=True) if row.any()]
-    info, checksums = plan.output_info(target), [one.identity for one in used if isinstance(one, FileSource)]
+    info, checksums = plan.output_info(target), [source.identity for source in used if isinstance(source, FileSource)]
     facts = [
         fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
         checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,

@@ -24,13 +24,13 @@ for (const figure of document.querySelectorAll("figure")) {
       svg.append(mark);
       out.textContent = `${curve.words[0]} ${+curve.xs[nearest].toPrecision(4)}: ${y.toPrecision(4)} ${curve.words[1]}`;
     };
-    for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, read); // a tap moves nothing
+    for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, read); // a tap makes no pointermove
   }
 }
 for (const button of document.querySelectorAll("[data-csv]")) {
   button.hidden = false;
   button.addEventListener("click", () => {
-    // The newer way needs an encrypted connection.
+    // navigator.clipboard needs an encrypted connection.
     const put = (event) => { event.clipboardData.setData("text/plain", button.dataset.csv); event.preventDefault(); };
     document.addEventListener("copy", put, { once: true });
     if (document.execCommand("copy")) button.textContent = "copied";

@@ -106,15 +106,15 @@ class Plan:
     @cached_property
     def tensors(self) -> dict[str, TrackedTensor]:
         """The stored tensors to make."""
-        found = self.newest.info.tensors
-        return {name: found[name] for name in found if self.subset is None or name in self.subset}
+        stored = self.newest.info.tensors
+        return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
 
     @cached_property
     def variances(self) -> frozenset[str]:
         """The names of the running variances that are averaged."""
-        found = running_statistics(self.newest.info.tensors)
-        known = {name for name, tensor in self.tensors.items() if name in found or tensor.role == "statistic"}
-        return frozenset(n for n in known if n.endswith("running_var") and self.tensors[n].role != "copy")
+        named = running_statistics(self.newest.info.tensors)
+        statistics = {name for name, tensor in self.tensors.items() if name in named or tensor.role == "statistic"}
+        return frozenset(n for n in statistics if n.endswith("running_var") and self.tensors[n].role != "copy")
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -136,15 +136,15 @@ class Plan:
 
     def columns_of(self, name: str) -> tuple[int, ...]:
         """Return the column of each target for a tensor, or raise an InvalidValueError if it is in no group."""
-        found = []
+        chosen = []
         for columns in self.columns:
-            glob = next((glob for glob in columns if any(fnmatchcase(each, glob) for each in self.names[name])), None)
+            glob = next((glob for glob in columns if any(fnmatchcase(alias, glob) for alias in self.names[name])), None)
             if glob is None:
                 hint = "add '*=0.1' for the rest"
                 reason = f"tensor {shown(name)} matches no group"
                 raise InvalidValueError("group", reason, hint, value=", ".join(columns))
-            found.append(columns[glob])
-        return tuple(found)
+            chosen.append(columns[glob])
+        return tuple(chosen)
 
     @property
     def has_groups(self) -> bool:
@@ -158,10 +158,10 @@ class Plan:
         subsets: dict[tuple[int, ...], list[str]] = {}
         for name in self.tensors:
             subsets.setdefault(self.columns_of(name), []).append(name)
-        each = separate(self.targets)
+        separated = separate(self.targets)
         return [
             replace(
-                self, targets=tuple(each[column] for column in columns), subset=frozenset(names),
+                self, targets=tuple(separated[column] for column in columns), subset=frozenset(names),
                 reconstruction=self.reconstruction.of(targets=columns),
             )
             for columns, names in subsets.items()
@@ -278,15 +278,15 @@ def plan_synthesis(
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     check_max_error(max_error)
     wanted = tuple(as_target(target) for target in targets)
-    each = separate(wanted)
+    separated = separate(wanted)
     time = _target_time(sources, t, step)
-    usable, later, given = _solved_with(sources, time, each)
+    usable, later, given = _solved_with(sources, time, separated)
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots also measure the motion
     clock, first = run_clock([source.info for source in sources]), min(source.info.t_first for source in usable)
     solved = snapshots[: len(usable)]
     profiles = [
-        given[index] if index in given else target.profile(time, clock, first) for index, target in enumerate(each)
+        given[index] if index in given else target.profile(time, clock, first) for index, target in enumerate(separated)
     ]
     result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
