@@ -192,9 +192,12 @@ class RemotePath(PosixPath):
 
     def stat(self, **_: Any) -> os.stat_result:
         """Return the type, size and time of an object, with a checksum of its tag as inode, or the type of a folder."""
-        if self.is_dir():
+        try:
+            info = head(str(self))
+        except FileNotFoundError:
+            if not self.is_dir():
+                raise
             return os.stat_result((stat.S_IFDIR | 0o777, 0, 0, 1, 0, 0, 0, 0, 0, 0))
-        info = head(str(self))
         inode, when = zlib.crc32(f"{info.tag}{info.version}".encode()), int(info.modified)
         return os.stat_result((stat.S_IFREG | 0o666, inode, 0, 1, 0, 0, info.size, when, when, when))
 
