@@ -309,7 +309,8 @@ class _Job:
             repeats=sweep.repeats, again=sweep.repeats > 1 or "{seed}" in sweep.command, batch=max(NEXT, sweep.jobs),
         )  # fmt: skip
         moved = False
-        self._ended, self._most = len(search.trials), sweep.repeats * len(axis.values or range(sweep.budget))
+        count = sweep.budget if axis.values is None else len(axis.values)
+        self._ended, self._most = len(search.trials), sweep.repeats * count
         for trial in search.trials:
             self._update_best(trial)
         for found in search.rounds(lambda wanted: self._measure(network, wanted, records)):

@@ -75,8 +75,8 @@ def run_all(
     an error, and whether it succeeded without giving a metric. An exception, from `finish` too, ends all processes.
     """
     devices = [name for name in os.environ.get(_DEVICES, "").split(",") if name]
-    slots = SimpleQueue[int]()
-    for slot in range(jobs):
+    slots, parallel = SimpleQueue[int](), max(1, min(jobs, len(commands)))
+    for slot in range(parallel):
         slots.put(slot)
     stop = threading.Event()
 
@@ -90,12 +90,12 @@ def run_all(
             slots.put(slot)
 
     # Ctrl-C interrupts only the main thread, never a thread that is starting or ending a process.
-    pool, running = ThreadPoolExecutor(jobs), dict[Future[tuple[Trial, bool]], Command]()
+    pool, running = ThreadPoolExecutor(parallel), dict[Future[tuple[Trial, bool]], Command]()
     waiting = iter(commands)
     try:
         while True:
             # A command is submitted only after `finish` was called for the last one, which may raise an error.
-            for command in islice(waiting, jobs - len(running)):
+            for command in islice(waiting, parallel - len(running)):
                 running[pool.submit(run, command)] = command
             if not running:
                 break

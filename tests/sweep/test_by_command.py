@@ -382,6 +382,11 @@ def test_parallel_jobs_divide_the_devices(
     assert set((tmp_path / "given").read_text().split()) == given
 
 
+def test_jobs_and_budget_may_be_larger_than_any_number_of_trials(run: Run, tmp_path: Path) -> None:
+    report = swept(run, tmp_path / "out", shell("echo $2"), axis=GRID, jobs=10**30, budget=10**30)
+    assert [trial.value for trial in sorted(report.trials, key=lambda trial: trial.x)] == list(LENGTHS)
+
+
 def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
     with DirectoryLock(tmp_path), refused(str(tmp_path), "name another folder", kind=LockedError):
         swept(run, tmp_path, axis=GRID)
