@@ -274,8 +274,7 @@ class Decay(_Named):
 
     Arguments:
         shape: one of these.
-        over: the length of the decay at the end of training, as a fraction in (0, 1], or two times (start, end) on the
-            run's clock.
+        over: the fraction of training at its end, in (0, 1], or two times (start, end) on the run's clock.
 
     Raises:
         InvalidValueError: an unknown shape, or a part of training that is out of range.
@@ -416,16 +415,13 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     """Return the distinct targets of a text KIND:VALUES, see `FORMS`, or of numbers, which are sigma_rels.
 
     VALUES are a number, a list 0.999,0.9999 or a range START:STOP:STEP (for `decay` in percent); `between` and `decay`
-    take lists of START:END.
-
-    Raises:
-        InvalidValueError: with the subject `name`; it says what is accepted.
+    take lists of START:END. For other texts, raise an InvalidValueError about `name` that says what is accepted.
     """
     kind, colon, rest = (part.strip() for part in text.partition(":"))
     if not colon or kind not in FORMS:
         if any(character.isalpha() for character in kind):
-            known = ", ".join(form for form, _ in FORMS.values())
-            raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {known}")
+            forms = ", ".join(form for form, _ in FORMS.values())
+            raise bad(name, text, f"must be a sigma_rel in (0, 0.2887), or one of {forms}")
         return [SigmaRel(width) for width in parse_numbers(text, name)]
     targets: list[Target]
     try:
@@ -466,6 +462,7 @@ class _UnreadableError(Exception):
 
 
 def _numbers(text: str, form: str) -> list[float]:
+    """Return the distinct numbers of a text, see `parse_numbers`; raise an _UnreadableError about `form`."""
     items = [item.strip() for item in text.split(",")]
     numbers: list[Decimal] = []
     for index, item in enumerate(items):
@@ -504,6 +501,7 @@ def _ends(text: str) -> tuple[float, float]:
 
 
 def _decimal(text: str, form: str) -> Decimal:
+    """Return a finite number of a moderate size; raise an _UnreadableError about `form` for anything else."""
     try:
         number = Decimal(text.strip())
     except InvalidOperation:
@@ -514,6 +512,7 @@ def _decimal(text: str, form: str) -> Decimal:
 
 
 def _steps(start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
+    """Return start, start + step, ... up to stop, at most `MOST_VALUES` numbers."""
     if step == 0 or (stop - start) * step < 0:
         raise _UnreadableError("the step must lead from the start to the stop, and not be 0")
     count = int((stop - start) / step) + 1
