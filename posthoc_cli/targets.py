@@ -122,9 +122,7 @@ class SigmaRel(_Named):
             object.__setattr__(self, "sigma_rel", check_sigma_rel(given))
         except InvalidValueError as error:
             if isinstance(given, numbers.Real) and SHORTEST_BETA <= given < 1:
-                raise error.with_hint(
-                    f"for a decay of {float(given)!r} a step there is beta:{float(given)!r}"
-                ) from error
+                raise error.with_hint(f"for a decay of {float(given)!r} per step use beta:{float(given)!r}") from error
             raise
 
     @property
@@ -286,7 +284,7 @@ class Decay(_Named):
     def __post_init__(self) -> None:
         check_word("decay", self.shape, SHAPES)
         ends, most = (self.over, math.inf) if isinstance(self.over, tuple) else ((0.0, self.over), 1.0)
-        accepted = "be a part of training in (0, 1], such as 0.2, or two growing times"
+        accepted = "be a part of training in (0, 1], such as 0.2, or two ascending times"
         last = ends[-1] if len(ends) == 2 else None
         end = check_number("over", last, lambda end: last is not None and 0 <= ends[0] < end <= most, accepted)
         object.__setattr__(self, "over", (float(ends[0]), end) if isinstance(self.over, tuple) else end)

@@ -89,7 +89,7 @@ def test_the_choice_loses_little_and_less_than_even_spacing(rounding: float, coo
     assert found[0] / everything[0] < 1.005
     assert (found[:4] / everything[:4]).max() < 1.15
     assert (found / everything).max() < 1.5
-    assert (found[:5] < even[:5]).all()
+    assert (found[:5] < even[:5] * (1 + 1e-9)).all()  # at a tracked width they are equal up to the last bits
     assert np.mean(found / everything) < 1.01 * np.mean(even / everything)
 
 
